@@ -1,0 +1,83 @@
+"""The folder of a run: claimed once, resumed by the same recipe, never overwritten unless asked."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from train.recipe import RecipeError, load_recipe, to_dict, to_yaml
+from train.schema import OnExisting, Recipe
+
+RECIPE_FILE = "recipe.yaml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+SAMPLE_FILE = "sample.txt"
+REPORT_FILE = "report.html"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+FREE_TO_CHANGE = ("on_existing", "tracking", "parallelism", "checkpoint", "data.workers", "runs_dir", "name")
+"""Keys that may differ when a run is resumed: they do not change what is trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A run's folder and the recipe under the name that it was given."""
+
+    folder: Path
+    recipe: Recipe
+    is_complete: bool
+
+
+def claim_run_folder(recipe: Recipe) -> Claim:
+    """Finds or makes the folder of this run; to be called by one rank alone.
+
+    ``on_existing`` decides where the folder exists: see :class:`train.schema.OnExisting`. A complete
+    run is one with a summary.
+
+    Raises:
+        RecipeError: if the folder holds a run of another recipe.
+    """
+    root = Path(recipe.runs_dir)
+    folder = root / recipe.name
+    if recipe.on_existing is OnExisting.overwrite and folder.exists():
+        _refuse_foreign(folder)
+        shutil.rmtree(folder)
+    if recipe.on_existing is OnExisting.new:
+        number = 1
+        while (folder / SUMMARY_FILE).exists():
+            number += 1
+            folder = root / f"{recipe.name}-{number}"
+        recipe = dataclasses.replace(recipe, name=folder.name)
+    if folder.exists() and any(folder.iterdir()):
+        _refuse_foreign(folder)
+        _refuse_other_recipe(recipe, folder)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE_FILE).write_text(to_yaml(recipe))
+    return Claim(folder, recipe, (folder / SUMMARY_FILE).exists())
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not (folder / RECIPE_FILE).is_file():
+        raise RecipeError(
+            f"{folder} exists and is not a run", key="name", remedy="choose another name or runs_dir"
+        )
+
+
+def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
+    """Raises where the folder's recipe would train something else."""
+    before = _flat(to_dict(load_recipe(folder / RECIPE_FILE)))
+    now = _flat(to_dict(recipe))
+    for key in sorted(before.keys() | now.keys()):
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE_TO_CHANGE)
+        if not free and before.get(key) != now.get(key):
+            raise RecipeError(
+                f"is {now.get(key)}, but {folder} was begun with {before.get(key)}",
+                key=key,
+                remedy="give the run another name, or on_existing=overwrite to begin it again",
+            )
+
+
+def _flat(tree: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()}
