@@ -1,0 +1,96 @@
+"""Closed forms against the published table (design.md, section 9) and against each other."""
+
+from dataclasses import replace
+
+import pytest
+
+from train import sizing
+from train.schema import Data, Ffn, Model, Moe, Norm, Position, Recipe, Training
+
+
+def decoder(
+    d: int, layers: int, heads: tuple[int, int], ffn: int, vocab: int = 100352, *, moe: Moe | None = None
+) -> Model:
+    return Model(
+        d_model=d,
+        n_layers=layers,
+        n_heads=heads[0],
+        n_kv_heads=heads[1],
+        ffn_hidden_size=ffn,
+        vocab_size=vocab,
+        max_sequence_tokens=4096,
+        moe=moe,
+    )
+
+
+MPT = replace(
+    decoder(4096, 32, (32, 32), 16384, 50432), ffn=Ffn.mlp, position=Position.alibi, tie_embeddings=True
+)
+LLAMA = replace(decoder(5120, 40, (40, 40), 13824, 32000), norm=Norm.rmsnorm)
+
+
+@pytest.mark.parametrize(
+    ("model", "total", "active"),
+    [
+        pytest.param(
+            decoder(6144, 40, (48, 8), 10752, moe=Moe()), 131_596_523_520, 35_853_146_112, id="dbrx"
+        ),
+        pytest.param(decoder(3072, 28, (24, 8), 5376, moe=Moe()), 23_519_013_888, 6_563_539_968, id="moe-b"),
+        pytest.param(decoder(2048, 20, (16, 8), 3584, moe=Moe()), 7_709_870_080, 2_219_526_144, id="moe-a"),
+        pytest.param(MPT, 6_649_286_656, 6_649_286_656, id="mpt-7b"),
+        pytest.param(LLAMA, 13_015_864_320, 12_852_024_320, id="llama2-13b"),
+    ],
+)
+def test_published_table_to_the_last_digit(model: Model, total: int, active: int) -> None:
+    assert sizing.total_parameters(model) == total
+    assert sizing.active_parameters(model) == active
+
+
+@pytest.mark.parametrize("model", [MPT, LLAMA, decoder(64, 3, (4, 2), 112, 512, moe=Moe(experts=8, top_k=2))])
+def test_listed_weights_add_up_to_the_total(model: Model) -> None:
+    listed = list(sizing.weights(model))
+    assert sum(weight.elements for weight in listed) == sizing.total_parameters(model)
+    assert len({weight.name for weight in listed}) == len(listed)
+
+
+def test_input_embedding_counts_only_when_asked_and_untied() -> None:
+    assert sizing.active_parameters(LLAMA, input_embedding=True) == sizing.total_parameters(LLAMA)
+    assert sizing.active_parameters(MPT, input_embedding=True) == sizing.active_parameters(MPT)
+
+
+def test_flops_of_forward_and_training() -> None:
+    model = decoder(6144, 40, (48, 8), 10752, moe=Moe())
+    training = sizing.flops_per_token_training(model, 4096)
+    assert training.weights == 6 * 35_853_146_112
+    assert training.attention == 12 * 40 * 6144 * 4096
+    assert training.total == 3 * sizing.flops_per_token_forward(model, 4096).total
+    causal = sizing.flops_per_token_training(model, 4096, causal=True)
+    assert (causal.weights, 2 * causal.attention) == (training.weights, training.attention)
+
+
+def recipe(tokens: int, sequences: int = 32, microbatch: int = 4) -> Recipe:
+    return Recipe(
+        model=decoder(64, 2, (4, 2), 112, 512),
+        data=Data(sequence_tokens=128),
+        training=Training(
+            duration_tokens=tokens, global_batch_sequences=sequences, microbatch_sequences=microbatch
+        ),
+    )
+
+
+def test_batches_are_rounded_up() -> None:
+    assert sizing.tokens_per_batch(recipe(4096)) == 4096
+    assert [sizing.batches(recipe(n)) for n in (4096, 4097, 8192)] == [1, 2, 2]
+    assert sizing.trained_tokens(recipe(4097)) == 8192
+
+
+def test_microbatches_of_each_rank() -> None:
+    assert [sizing.microbatches_per_rank(recipe(4096), world) for world in (1, 2, 8)] == [8, 4, 1]
+    with pytest.raises(AssertionError):
+        sizing.microbatches_per_rank(recipe(4096), 3)
+
+
+def test_training_flops_cover_whole_batches() -> None:
+    run = recipe(4097)
+    token = sizing.flops_per_token_training(run.model, 128)
+    assert sizing.training_flops(run).total == 8192 * token.total
