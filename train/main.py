@@ -11,7 +11,7 @@ from pathlib import Path
 # `python train/main.py` puts train/ itself on the path, where modules would shadow others.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.plan_text import describe_run
+from train.describe import describe_run
 from train.recipe import RecipeError, describe_keys, load_recipe, to_yaml
 from train.topology import Topology
 from train.validate import validate
@@ -54,7 +54,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("recipe", help="YAML file, for example yamls/smoke.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="wins over the file, for example training.clip_norm=0.5"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="wins over the file, for example training.clip_norm=0.5",
     )
     parser.add_argument(
         "--dry-run",

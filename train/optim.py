@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from train import leaf_ops
 from train.schema import Optimizer as OptimizerRecipe
 from train.schema import OptimizerKind, Schedule, ScheduleKind
 
@@ -31,6 +32,7 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Op
             fused=True,
         )
     # LLM Foundry's Lion decays by weight_decay * lr / initial lr; ours, as AdamW, by weight_decay * lr.
+    leaf_ops.install()
     from llmfoundry.optim.lion import DecoupledLionW
 
     scaled = decay * recipe.learning_rate
@@ -89,5 +91,7 @@ def _holders(gradient: Tensor) -> int:
         return 1
     mesh = gradient.device_mesh
     return math.prod(
-        mesh.size(dim) for dim, placement in enumerate(gradient.placements) if isinstance(placement, Replicate)
+        mesh.size(dim)
+        for dim, placement in enumerate(gradient.placements)
+        if isinstance(placement, Replicate)
     )

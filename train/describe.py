@@ -1,0 +1,51 @@
+"""What a recipe amounts to, before anything is built: sizes, FLOPs, batches, layout."""
+
+from train import sizing
+from train.recipe import to_dict
+from train.schema import Recipe
+from train.topology import Topology
+
+
+def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, object]]:
+    """The figures of a run as an aligned table and as a JSON-ready dictionary."""
+    model, training, layout = recipe.model, recipe.training, recipe.parallelism
+    per_token = sizing.flops_per_token_training(model, recipe.data.sequence_tokens)
+    total = sizing.training_flops(recipe)
+    shard = topology.world_size // (layout.replicate * layout.expert)
+    microbatches = sizing.microbatches_per_rank(recipe, topology.world_size)
+    figures: dict[str, object] = {
+        "parameters_total": sizing.total_parameters(model),
+        "parameters_active": sizing.active_parameters(model),
+        "flops_per_token_weights": per_token.weights,
+        "flops_per_token_attention": per_token.attention,
+        "training_flops": total.total,
+        "tokens": sizing.trained_tokens(recipe),
+        "tokens_per_batch": sizing.tokens_per_batch(recipe),
+        "batches": sizing.batches(recipe),
+        "ranks": topology.world_size,
+        "replicate": layout.replicate,
+        "shard": shard,
+        "expert": layout.expert,
+        "microbatches_per_rank": microbatches,
+    }
+    per_rank = training.global_batch_sequences // topology.world_size
+    rows = [
+        ("parameters", f"{figures['parameters_total']:,}"),
+        ("active per token", f"{figures['parameters_active']:,} (without the input embedding)"),
+        (
+            "FLOPs per token",
+            f"{per_token.total:.4g} = 6 x active {per_token.weights:.4g} + attention {per_token.attention:.4g}",
+        ),
+        (
+            "tokens",
+            f"{figures['tokens']:,} in {figures['batches']:,} batches of {figures['tokens_per_batch']:,}",
+        ),
+        ("training FLOPs", f"{total.total:.4g}"),
+        (
+            "batch",
+            f"{training.global_batch_sequences} sequences = {topology.world_size} ranks x {microbatches} "
+            f"microbatches x {training.microbatch_sequences} sequences ({per_rank} per rank)",
+        ),
+        ("layout", f"replicate {layout.replicate} x shard {shard} x expert {layout.expert}"),
+    ]
+    return "\n".join(f"{name:18}{value}" for name, value in rows), {**figures, "recipe": to_dict(recipe)}

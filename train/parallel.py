@@ -1,0 +1,122 @@
+"""Every layout: the mesh (replicate, shard, expert) and what of the model is sharded over which of it.
+
+Experts are split over `expert`, each rank holding E / expert whole experts, and their rows again over
+`shard`. Everything else is sharded over `shard` and `expert` together. `replicate` holds copies (hybrid
+sharding). MegaBlocks sends tokens to their experts' ranks; FSDP2 gathers weights and averages gradients:
+the experts' over `replicate` and `shard`, and since MegaBlocks divides them by the expert degree, every
+gradient is the mean over all ranks.
+
+Shapes: E experts, F expert hidden size, D model width.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch.distributed.tensor import DTensor, Shard
+
+from train.init import initialize
+from train.model import Block, Decoder
+from train.moe import MoE
+from train.schema import Parallelism, Precision
+
+REPLICATE, SHARD, EXPERT = "replicate", "shard", "expert"
+DENSE = "dense"
+"""`shard` and `expert` taken together: what all but the experts are sharded over."""
+
+
+def let_fsdp2_run_on_gloo() -> None:
+    """Mends two faults of FSDP2 on a CPU (torch 2.7.0); a GPU's path is left as it is.
+
+    FSDP2 asks for ReduceOp.AVG. Gloo refuses it in an all-reduce, and in a reduce-scatter returns the sum
+    without a word: gradients would be too large by the number of ranks, which Adam hides and clipping
+    does not. Given divide factors, FSDP2 adds and divides by itself. And a CPU stream's event is None,
+    where hybrid sharding asserts that there is one.
+    """
+    original = _fsdp_collectives._get_gradient_divide_factors
+    if getattr(original, "divides_on_cpu", False):
+        return
+
+    def factors(
+        reduce_scatter_group: dist.ProcessGroup,
+        all_reduce_group: dist.ProcessGroup | None,
+        reduce_dtype: torch.dtype,
+        device_type: str = "",
+    ) -> tuple[None, None] | tuple[float, float]:
+        if device_type != "cpu":
+            return original(reduce_scatter_group, all_reduce_group, reduce_dtype, device_type)
+        replicas = all_reduce_group.size() if all_reduce_group is not None else 1
+        return 1.0, float(reduce_scatter_group.size() * replicas)
+
+    factors.divides_on_cpu = True  # type: ignore[attr-defined]
+    _fsdp_collectives._get_gradient_divide_factors = factors
+    torch.cpu.Stream.record_event = lambda _stream: torch.cpu.Event()  # type: ignore[method-assign]
+
+
+def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> DeviceMesh:
+    """The mesh; ranks that are neighbours share `expert` first, which keeps tokens inside a node."""
+    shard = world_size // (layout.replicate * layout.expert)
+    mesh = init_device_mesh(
+        device_type, (layout.replicate, shard, layout.expert), mesh_dim_names=(REPLICATE, SHARD, EXPERT)
+    )
+    mesh[SHARD, EXPERT]._flatten(DENSE)
+    return mesh
+
+
+def build_sharded(decoder: Decoder, mesh: DeviceMesh, precision: Precision, seed: int) -> None:
+    """Shards a decoder that is on the meta device, then gives each rank its own part and its values.
+
+    No rank ever holds more than one layer whole, and the values depend on the seed alone.
+    """
+    let_fsdp2_run_on_gloo()
+    moes = [module for module in decoder.modules() if isinstance(module, MoE)]
+    if mesh[EXPERT].size() > 1:
+        for moe in moes:
+            _spread_experts(moe, mesh[EXPERT])
+    cast = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision is Precision.bf16 else None, reduce_dtype=torch.float32
+    )
+    over_experts = _sharding_mesh(mesh, SHARD)
+    over_all = _sharding_mesh(mesh, DENSE)
+    for moe in moes:
+        fully_shard(moe.experts, mesh=over_experts, mp_policy=cast)
+        # The router stays fp32: rounded weights would send near-ties to other experts.
+        fully_shard(moe.router, mesh=over_all, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    for module in decoder.modules():
+        if isinstance(module, Block):
+            fully_shard(module, mesh=over_all, mp_policy=cast)
+    fully_shard(decoder, mesh=over_all, mp_policy=cast)
+    decoder.to_empty(device=mesh.device_type)
+    initialize(decoder, decoder.cfg, seed)
+
+
+def _sharding_mesh(mesh: DeviceMesh, over: str) -> DeviceMesh:
+    """The mesh that FSDP2 takes: two-dimensional where there are replicas."""
+    return mesh[REPLICATE, over] if mesh[REPLICATE].size() > 1 else mesh[over]
+
+
+def _spread_experts(moe: MoE, experts: DeviceMesh) -> None:
+    """Leaves each rank its E / degree experts, and tells MegaBlocks to exchange tokens."""
+    mlp = moe.experts.mlp
+    for name in ("w1", "v1", "w2"):
+        whole: nn.Parameter = getattr(mlp, name)
+        rows = whole.shape[0] // experts.size()
+        local = torch.empty(rows, whole.shape[1], dtype=whole.dtype, device=whole.device)
+        part = nn.Parameter(DTensor.from_local(local, experts, [Shard(0)], run_check=False))
+        part.expert_model_parallel = True  # type: ignore[attr-defined]
+        setattr(mlp, name, part)
+    # A rank's experts see the tokens of `degree` ranks, whose losses are means of their own.
+    mlp.gradient_scale = 1 / experts.size()
+    args = moe.experts.args
+    args.moe_expert_model_parallelism = True
+    args.expert_parallel_group = experts.get_group()
+    moe.experts.forward_fn = moe.experts.parallel_forward_once
+
+
+def sum_over_ranks(counts_E: torch.Tensor) -> torch.Tensor:
+    """Adds up counts over all ranks, for a balance loss that sees the whole microbatch."""
+    counts_E = counts_E.clone()
+    dist.all_reduce(counts_E)
+    return counts_E
