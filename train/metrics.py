@@ -1,0 +1,114 @@
+"""The figures of a run: every metric key once, with its unit and meaning.
+
+Callbacks log under these keys, the run's record keeps no others, and console, MLflow and report read
+them. A part in capitals stands for a name or a number: ``loss/validation/DOMAIN``.
+"""
+
+import re
+from dataclasses import dataclass
+
+LOSS = "loss/train"
+LOSS_TOTAL = "loss/total"
+LOSS_BALANCE = "loss/balance"
+LOSS_Z = "loss/z"
+LOSS_VALIDATION = "loss/validation/DOMAIN"
+BITS_PER_BYTE = "bits_per_byte/validation/DOMAIN"
+LEARNING_RATE = "learning_rate"
+GRADIENT_NORM = "gradient_norm"
+TOKENS_PER_SECOND = "throughput/tokens_per_second"
+FLOP_UTILISATION = "throughput/flop_utilisation"
+TIME_STEP = "time/step"
+TIME_LOADER = "time/loader"
+TIME_FORWARD = "time/forward"
+TIME_BACKWARD = "time/backward"
+TIME_OPTIMIZER = "time/optimizer"
+TIME_OTHER = "time/other"
+TIME_EVALUATION = "time/evaluation"
+TIME_CHECKPOINT = "time/checkpoint"
+EXPERT_BUSIEST = "experts/LAYER/busiest"
+EXPERT_IDLEST = "experts/LAYER/idlest"
+EXPERT_ENTROPY = "experts/LAYER/entropy"
+EXPERT_DEAD = "experts/LAYER/dead"
+
+STEP_PARTS = (TIME_LOADER, TIME_FORWARD, TIME_BACKWARD, TIME_OPTIMIZER, TIME_OTHER)
+"""The parts that add up to ``time/step``."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a key stands for."""
+
+    key: str
+    unit: str
+    meaning: str
+
+
+METRICS = (
+    Metric(LOSS, "nats/token", "cross entropy of the training batch"),
+    Metric(LOSS_TOTAL, "nats/token", "what is minimised: cross entropy and weighted router losses"),
+    Metric(LOSS_BALANCE, "1", "balance loss of the router, averaged over layers, without its weight"),
+    Metric(LOSS_Z, "1", "z-loss of the router, averaged over layers, without its weight"),
+    Metric(LOSS_VALIDATION, "nats/token", "cross entropy of a domain's validation set"),
+    Metric(BITS_PER_BYTE, "bits/byte", "cross entropy of a domain's validation set, tokenizer-free"),
+    Metric(LEARNING_RATE, "1", "learning rate of the step"),
+    Metric(GRADIENT_NORM, "1", "global L2 norm of the gradients before clipping"),
+    Metric(TOKENS_PER_SECOND, "tokens/s", "tokens of the step over time/step, all ranks together"),
+    Metric(FLOP_UTILISATION, "1", "the model's FLOP/s over the measured matrix-product peak"),
+    Metric(TIME_STEP, "s", "the step from asking for the batch to the end of its update"),
+    Metric(TIME_LOADER, "s", "waiting for the batch"),
+    Metric(TIME_FORWARD, "s", "forward passes and losses"),
+    Metric(TIME_BACKWARD, "s", "backward passes"),
+    Metric(TIME_OPTIMIZER, "s", "clipping and update"),
+    Metric(TIME_OTHER, "s", "the rest of time/step"),
+    Metric(TIME_EVALUATION, "s", "evaluation before the step, outside time/step"),
+    Metric(TIME_CHECKPOINT, "s", "checkpoints and records before the step, outside time/step"),
+    Metric(EXPERT_BUSIEST, "1", "share of the layer's token assignments that its busiest expert took"),
+    Metric(EXPERT_IDLEST, "1", "share of the layer's token assignments that its idlest expert took"),
+    Metric(EXPERT_ENTROPY, "1", "entropy of the layer's shares over that of equal shares: 1 is balanced"),
+    Metric(EXPERT_DEAD, "experts", "experts of the layer that took no token of the batch"),
+)
+
+_FROM_COMPOSER = {
+    "loss/train/total": LOSS_TOTAL,
+    "loss/train/language": LOSS,
+    "loss/train/balance": LOSS_BALANCE,
+    "loss/train/z": LOSS_Z,
+}
+_COMPOSER_VALIDATION = re.compile(r"metrics/validation/([^/]+)/token_loss")
+_PATTERNS = [
+    (re.compile(re.sub(r"\b[A-Z]+\b", "([^/]+)", re.escape(metric.key))), metric) for metric in METRICS
+]
+
+
+def validation_loss(domain: str) -> str:
+    """Key of a domain's validation loss."""
+    return LOSS_VALIDATION.replace("DOMAIN", domain)
+
+
+def bits_per_byte(domain: str) -> str:
+    """Key of a domain's validation loss in bits per byte."""
+    return BITS_PER_BYTE.replace("DOMAIN", domain)
+
+
+def of_layer(key: str, layer: int) -> str:
+    """An ``experts/LAYER/...`` key for one layer, counted from 0."""
+    return key.replace("LAYER", str(layer))
+
+
+def find_metric(key: str) -> Metric | None:
+    """What a key stands for; None if it is not one of ours."""
+    return next((metric for pattern, metric in _PATTERNS if pattern.fullmatch(key)), None)
+
+
+def match_names(template: str, keys: list[str]) -> dict[str, str]:
+    """The keys that fit a template, by the name in its place: ``{"code": "loss/validation/code"}``."""
+    pattern = next(pattern for pattern, metric in _PATTERNS if metric.key == template)
+    return {found.group(1): key for key in keys if (found := pattern.fullmatch(key))}
+
+
+def translate(composer_key: str) -> str | None:
+    """Our key for one that Composer logs by itself; None for what the record leaves out."""
+    if validation := _COMPOSER_VALIDATION.fullmatch(composer_key):
+        return validation_loss(validation.group(1))
+    key = _FROM_COMPOSER.get(composer_key, composer_key)
+    return key if find_metric(key) else None

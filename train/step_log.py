@@ -1,0 +1,96 @@
+"""A file of JSON lines, one per step, that survives being cut off at any byte.
+
+Steps rise from line to line. A line is written by one system call, so that it is on its way to the disk
+as soon as the step ends, and a reader in another process sees whole lines or none.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+STEP = "step"
+
+
+class StepLog:
+    """Writes such a file; one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._last: dict[str, Any] = {}
+        self._start = self._end = os.fstat(self._file).st_size
+
+    def drop_after(self, step: int) -> int:
+        """Cuts off every line of a later step, and what a killed process left half written.
+
+        Returns:
+            The number of whole lines that were cut off.
+        """
+        self._last, self._start, self._end = {}, 0, 0
+        dropped = 0
+        for start, end, fields in lines_from(self.path, 0):
+            if fields[STEP] > step:
+                dropped += 1
+            else:
+                self._last, self._start, self._end = fields, start, end
+        os.ftruncate(self._file, self._end)
+        return dropped
+
+    def write(self, step: int, fields: dict[str, Any]) -> None:
+        """Appends a step; fields of the step that is the last one already are added to its line."""
+        if self._last.get(STEP) == step:
+            self._last |= fields
+        else:
+            assert step > self._last.get(STEP, -1), f"{self.path}: step {step} after {self._last[STEP]}"
+            self._last, self._start = {STEP: step, **fields}, self._end
+        line = (json.dumps(_finite(self._last), separators=(",", ":")) + "\n").encode()
+        # The beginning stays and the line grows: who reads meanwhile finds the old one or the new.
+        if os.pwrite(self._file, line, self._start) < len(line):
+            raise OSError(f"{self.path}: no room for another line")
+        if self._start + len(line) < self._end:
+            os.ftruncate(self._file, self._start + len(line))
+        self._end = self._start + len(line)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def lines_from(path: Path, offset: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Whole lines from a byte offset on, as (start, end, fields); stops at the first torn one."""
+    if not path.is_file():
+        return
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        for line in stream:
+            end = offset + len(line)
+            if not line.endswith(b"\n"):
+                return
+            try:
+                fields = json.loads(line)
+            except ValueError:
+                return
+            if not isinstance(fields, dict) or STEP not in fields:
+                return
+            yield offset, end, fields
+            offset = end
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of the file; none if there is no file."""
+    return [fields for _, _, fields in lines_from(path, 0)]
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as null: JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
