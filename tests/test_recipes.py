@@ -1,0 +1,134 @@
+"""Every recipe is valid, has the size it claims, and trains in its shrunken form."""
+
+from pathlib import Path
+
+import pytest
+
+from train import sizing
+from train.recipe import load_recipe
+from train.schema import Precision, Recipe
+from train.shrink import shrink
+from train.topology import Topology
+from train.validate import validate
+
+YAMLS = Path(__file__).resolve().parents[1] / "yamls"
+RECIPES = sorted(YAMLS.glob("*.yaml"))
+GPUS = {  # as in the recipes' comments; one for those that are meant for one machine
+    "dbrx": 3072,
+    "continue": 3072,
+    "dbrx-moe-a": 64,
+    "dbrx-moe-b": 256,
+    "dbrx-dense-a": 64,
+    "dbrx-dense-a-500b": 64,
+    "dbrx-9b": 64,
+    "dbrx-18b": 128,
+    "dbrx-35b": 256,
+    "dbrx-73b": 512,
+    "mpt-7b": 64,
+    "llama2-13b": 256,
+}
+PUBLISHED = {  # design.md, section 9: total, and active without the input embedding
+    "dbrx": (131_596_523_520, 35_853_146_112),
+    "continue": (131_596_523_520, 35_853_146_112),
+    "dbrx-moe-b": (23_519_013_888, 6_563_539_968),
+    "dbrx-moe-a": (7_709_870_080, 2_219_526_144),
+    "mpt-7b": (6_649_286_656, 6_649_286_656),
+    "llama2-13b": (13_015_864_320, 12_852_024_320),
+}
+ROUNDED = {  # the same page, in billions with the digits that it gives
+    "dbrx-9b": ("9.17", "2.62"),
+    "dbrx-18b": ("18.61", "5.22"),
+    "dbrx-35b": ("35.65", "9.88"),
+    "dbrx-73b": ("73.51", "20.15"),
+    "dbrx-dense-a": ("7.10", "6.69"),
+    "dbrx-dense-a-500b": ("7.10", "6.69"),
+}
+
+
+@pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
+def path(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.param
+    return found
+
+
+def test_recipe_is_valid_on_its_gpus(path: Path) -> None:
+    ranks = GPUS.get(path.stem, 1)
+    recipe = load_recipe(path)
+    validate(recipe, Topology(0, ranks, 0, 1), str(path))
+    assert sizing.microbatches_per_rank(recipe, ranks) >= 1
+
+
+@pytest.mark.parametrize("stem", PUBLISHED)
+def test_size_is_the_published_one(stem: str) -> None:
+    model = load_recipe(YAMLS / f"{stem}.yaml").model
+    assert (sizing.total_parameters(model), sizing.active_parameters(model)) == PUBLISHED[stem]
+
+
+@pytest.mark.parametrize("stem", ROUNDED)
+def test_size_is_the_published_one_in_billions(stem: str) -> None:
+    model = load_recipe(YAMLS / f"{stem}.yaml").model
+    sizes = sizing.total_parameters(model), sizing.active_parameters(model)
+    assert tuple(f"{n / 1e9:.2f}" for n in sizes) == ROUNDED[stem]
+
+
+def test_decoder_has_exactly_the_listed_weights(path: Path) -> None:
+    from train.model import Decoder
+
+    cfg = load_recipe(path).model
+    real = {name: tuple(p.shape) for name, p in Decoder(cfg, device="meta").named_parameters()}
+    assert real == {weight.name: weight.shape for weight in sizing.weights(cfg)}
+
+
+def test_shrunken_form_is_valid_and_keeps_the_features(path: Path) -> None:
+    recipe = load_recipe(path)
+    small = shrink(recipe, steps=2)
+    validate(small, Topology(), str(path))
+    assert sizing.batches(small) == 2
+    assert sizing.total_parameters(small.model) < 5e6
+    for feature in ("moe", "ffn", "position", "norm", "clip_qkv", "tie_embeddings"):
+        assert getattr(small.model, feature) == getattr(recipe.model, feature)
+    assert small.model.n_heads * recipe.model.n_kv_heads == recipe.model.n_heads * small.model.n_kv_heads
+
+
+def test_shrunken_form_trains_two_steps(path: Path) -> None:
+    losses = _train(shrink(load_recipe(path), steps=2))
+    assert losses[1] < losses[0], "the second step on the same tokens must have a lower loss"
+
+
+def _train(recipe: Recipe) -> list[float]:
+    """Two optimizer steps over the same random tokens, in microbatches, on one process."""
+    import torch
+
+    from train.composer_model import LanguageModel
+    from train.init import initialize
+    from train.model import Decoder
+    from train.optim import build_optimizer, clip_gradients
+
+    training = recipe.training
+    decoder = Decoder(
+        recipe.model,
+        activation_checkpointing=training.activation_checkpointing,
+        loss_chunk_tokens=training.loss_chunk_tokens,
+    )
+    initialize(decoder, recipe.model, recipe.seed)
+    model = LanguageModel(decoder, recipe, Precision.fp32)
+    optimizer = build_optimizer(decoder, recipe.optimizer)
+    shape = (training.global_batch_sequences, recipe.data.sequence_tokens)
+    ids = torch.randint(recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "targets": ids.roll(-1, dims=1)}
+    if training.document_masking:
+        batch["document_ids"] = (torch.arange(shape[1]) >= shape[1] // 2).long().expand(shape)
+    losses = []
+    for _ in range(2):
+        parts = zip(*(value.split(training.microbatch_sequences) for value in batch.values()), strict=True)
+        microbatches = [dict(zip(batch, part, strict=True)) for part in parts]
+        loss = torch.zeros(())
+        for microbatch in microbatches:
+            total = model.loss(model(microbatch), microbatch)["total"] / len(microbatches)
+            total.backward()
+            loss += total.detach()
+        clip_gradients(decoder.parameters(), training.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

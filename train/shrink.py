@@ -1,0 +1,75 @@
+"""A recipe's shrunken form: every feature of it at a size that trains in a moment on any machine.
+
+Kept: the kind of feed-forward, positions, norms, clipping of queries, tied embeddings, the ratio of query
+to key-value heads, the ratio of hidden size to width, experts and top-k, losses, optimizer, schedule
+shape, precision policy, checkpointing. Changed: widths, depth, vocabulary and tokenizer, sequence
+length, batch, length of the run, corpus, and the layout, which is that of one rank.
+"""
+
+from dataclasses import replace
+
+from train import sizing
+from train.schema import Parallelism, Recipe, TokenizerKind
+
+HEAD_WIDTH = 16
+MOST_KV_HEADS = 2
+LAYERS = 2
+VOCABULARY = 512
+SEQUENCE_TOKENS = 64
+
+
+def shrink(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) -> Recipe:
+    """The same recipe, small, for ``steps`` optimizer steps.
+
+    Args:
+        recipe: any valid recipe.
+        steps: length of the shrunken run.
+        global_batch_sequences: its batch; each rank's share should allow for microbatches.
+
+    Returns:
+        A valid recipe that reads the corpus which every installation has.
+    """
+    model, training = recipe.model, recipe.training
+    queries_per_kv = model.n_heads // model.n_kv_heads
+    kv_heads = min(model.n_kv_heads, MOST_KV_HEADS)
+    d_model = kv_heads * queries_per_kv * HEAD_WIDTH
+    small_model = replace(
+        model,
+        d_model=d_model,
+        n_layers=min(model.n_layers, LAYERS),
+        n_heads=kv_heads * queries_per_kv,
+        n_kv_heads=kv_heads,
+        ffn_hidden_size=max(8, round(model.ffn_hidden_size / model.d_model * d_model / 8) * 8),
+        vocab_size=VOCABULARY,
+        max_sequence_tokens=SEQUENCE_TOKENS,
+    )
+    duration = steps * global_batch_sequences * SEQUENCE_TOKENS
+    scale = duration / sizing.trained_tokens(recipe)
+    return replace(
+        recipe,
+        name=f"{recipe.name}-shrunken",
+        model=small_model,
+        tokenizer=replace(recipe.tokenizer, kind=TokenizerKind.bpe, vocab_size=VOCABULARY),
+        data=replace(
+            recipe.data,
+            shards=f".cache/shrunken-shards-{VOCABULARY}-{SEQUENCE_TOKENS}",
+            corpus="installed",
+            corpus_bytes=2_000_000,
+            domains={"code": 0.5, "prose": 0.5},
+            sequence_tokens=SEQUENCE_TOKENS,
+            workers=0,
+        ),
+        training=replace(
+            training,
+            duration_tokens=duration,
+            global_batch_sequences=global_batch_sequences,
+            microbatch_sequences=2,
+            loss_chunk_tokens=min(training.loss_chunk_tokens, SEQUENCE_TOKENS),
+        ),
+        parallelism=Parallelism(),
+        schedule=replace(
+            recipe.schedule,
+            warmup_tokens=round(recipe.schedule.warmup_tokens * scale),
+            decay_tokens=round(recipe.schedule.decay_tokens * scale),
+        ),
+    )
