@@ -65,7 +65,9 @@ class LanguageModel(ComposerModel):
             )
         if self.training and outputs.expert_tokens_LE.numel():
             counts = outputs.expert_tokens_LE.detach()
-            self.expert_tokens_LE = counts if self.expert_tokens_LE is None else self.expert_tokens_LE + counts
+            self.expert_tokens_LE = (
+                counts if self.expert_tokens_LE is None else self.expert_tokens_LE + counts
+            )
         return outputs
 
     def loss(self, outputs: DecoderOutput, batch: Batch, *_: Any, **__: Any) -> dict[str, Tensor]:

@@ -80,4 +80,6 @@ def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
 def _flat(tree: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
-    return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()}
+    return {
+        key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()
+    }

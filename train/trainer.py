@@ -1,59 +1,50 @@
 """Builds Composer's Trainer from a recipe; the only place that does."""
 
-from dataclasses import dataclass
-from pathlib import Path
+import datetime
 
-from composer import Evaluator, Time, Trainer
-from composer.core import Callback, DataSpec, State
+from composer import Evaluator, Time, Timestamp, Trainer
+from composer.core import Callback, DataSpec
 from composer.loggers import LoggerDestination
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from train import sizing
+from train.checkpoint import Progress
 from train.composer_model import Batch, LanguageModel
-from train.optim import learning_rate_share
 from train.schema import Recipe
-from train.topology import Topology
-
-
-@dataclass(frozen=True)
-class Loaders:
-    """Batches of one rank."""
-
-    train: DataLoader[Batch]
-    validation: dict[str, DataLoader[Batch]]
 
 
 def build_trainer(
     recipe: Recipe,
-    topology: Topology,
     model: LanguageModel,
     optimizer: Optimizer,
-    loaders: Loaders,
+    train_loader: DataLoader[Batch],
+    validation_loaders: dict[str, DataLoader[Batch]],
     callbacks: list[Callback],
     loggers: list[LoggerDestination],
+    progress: Progress,
 ) -> Trainer:
-    """Composer's Trainer for this recipe. The model is sharded already, and placed on its device."""
+    """Composer's Trainer for a run that has come as far as ``progress``.
+
+    Model and optimizer are on their device, sharded and loaded; the training loader begins at the next
+    batch. The whole run is one epoch of Composer's.
+    """
     batches = sizing.batches(recipe)
-    interval = recipe.evaluation.interval_batches
-    return Trainer(
+    trainer = Trainer(
         model=model,
         optimizers=optimizer,
-        schedulers=_schedule(recipe),
-        step_schedulers_every_batch=True,
         max_duration=Time.from_batch(batches),
-        train_dataloader=_data_spec(loaders.train, recipe),
-        # The loader begins at the resumed batch by itself.
+        train_dataloader=_data_spec(train_loader),
         spin_dataloaders=False,
         eval_dataloader=[
             Evaluator(
                 label=f"validation/{domain}",
-                dataloader=_data_spec(loader, recipe),
+                dataloader=_data_spec(loader),
                 metric_names=["token_loss"],
-                eval_interval=Time.from_batch(min(interval or batches, batches)),
+                eval_interval=Time.from_batch(min(recipe.evaluation.interval_batches or batches, batches)),
                 device_eval_microbatch_size=recipe.training.microbatch_sequences,
             )
-            for domain, loader in loaders.validation.items()
+            for domain, loader in validation_loaders.items()
         ],
         callbacks=callbacks,
         loggers=loggers,
@@ -63,22 +54,23 @@ def build_trainer(
         device_train_microbatch_size=recipe.training.microbatch_sequences,
         seed=recipe.seed,
         run_name=recipe.name,
-        save_folder=None,
     )
+    seconds = datetime.timedelta(seconds=progress.seconds)
+    trainer.state.timestamp = Timestamp(
+        batch=progress.batch,
+        sample=progress.samples,
+        token=progress.tokens,
+        batch_in_epoch=progress.batch,
+        sample_in_epoch=progress.samples,
+        token_in_epoch=progress.tokens,
+        total_wct=seconds,
+        epoch_wct=seconds,
+        iteration_wct=seconds,
+    )
+    return trainer
 
 
-def _schedule(recipe: Recipe):  # noqa: ANN202
-    duration = sizing.batches(recipe) * sizing.tokens_per_batch(recipe)
-
-    def share(state: State, ssr: float = 1.0) -> float:
-        # The rate of the batch to come is that at its end, so that the first is not spent at rate 0.
-        seen = state.timestamp.batch.value * sizing.tokens_per_batch(recipe)
-        return learning_rate_share(seen + sizing.tokens_per_batch(recipe), duration, recipe.schedule)
-
-    return share
-
-
-def _data_spec(loader: DataLoader[Batch], recipe: Recipe) -> DataSpec:
+def _data_spec(loader: DataLoader[Batch]) -> DataSpec:
     """Tells Composer how to count and to split a batch."""
     return DataSpec(
         loader,
@@ -89,11 +81,5 @@ def _data_spec(loader: DataLoader[Batch], recipe: Recipe) -> DataSpec:
 
 
 def _split(batch: Batch, microbatch: int | float) -> list[Batch]:
-    size = int(microbatch)
-    count = batch["input_ids"].shape[0]
+    size, count = int(microbatch), batch["input_ids"].shape[0]
     return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, count, size)]
-
-
-def run_folder_files(folder: Path) -> list[Path]:
-    """The files that a finished run leaves, for the tracker."""
-    return sorted(p for p in folder.iterdir() if p.is_file())
