@@ -1,4 +1,4 @@
-"""How large a recipe is, in closed form: parameters, FLOPs, batches. Needs no torch.
+"""How large a recipe is, in closed form: parameters, who holds them, FLOPs, batches. Needs no torch.
 
 The shapes below are those of the decoder (Hugging Face's DBRX: names and layouts); tests hold them to
 the real modules. Legend: D d_model, L n_layers, H n_heads, KV n_kv_heads, F ffn_hidden_size, E experts,
@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from train.schema import Ffn, Model, Recipe
+from train.schema import Ffn, Model, Parallelism, Recipe
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,69 @@ def weights(model: Model) -> Iterator[Weight]:
     yield Weight("transformer.norm_f.weight", (D,))
     if not model.tie_embeddings:
         yield Weight("lm_head.weight", (V, D))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which ranks hold what of a weight, and with which others it is gathered."""
+
+    unit: str
+    """The module that FSDP2 gathers and reduces as one."""
+    experts_over: int
+    """Ranks that whole experts are split over first; 1 for all but expert weights."""
+    rows_over: int
+    """Ranks that the rows are then sharded over."""
+    stays_fp32: bool
+    """Gathered in fp32 even where the rest is gathered in bf16."""
+
+    def rows_at_most(self, weight: Weight) -> int:
+        """Rows of the fullest rank, to which FSDP2 pads all others when it gathers."""
+        return -(-weight.shape[0] // self.experts_over // self.rows_over)
+
+    def rows(self, weight: Weight, index: int) -> int:
+        """Rows of the rank that is at place ``index`` of those that share the rows.
+
+        As ``torch.chunk``: every rank takes the rounded-up share until nothing is left.
+        """
+        whole, share = weight.shape[0] // self.experts_over, self.rows_at_most(weight)
+        return min(share, max(0, whole - index * share))
+
+
+def shard_degree(layout: Parallelism, world_size: int) -> int:
+    """Ranks along the mesh's middle dimension: what `replicate` and `expert` leave."""
+    return world_size // (layout.replicate * layout.expert)
+
+
+def placement(weight: Weight, layout: Parallelism, world_size: int) -> Placement:
+    """Where :mod:`train.parallel` puts a weight.
+
+    Experts are split over `expert`, then their rows over `shard`. Everything else is sharded over `shard`
+    and `expert` together. Units are the experts and the router of a layer, the rest of a layer, and what
+    is outside of all layers. `replicate` holds copies.
+    """
+    shard = shard_degree(layout, world_size)
+    if weight.is_expert:
+        return Placement(weight.name.rpartition(".mlp.")[0], layout.expert, shard, stays_fp32=False)
+    unit, _, rest = weight.name.partition(".ffn.router.")
+    if rest:
+        return Placement(f"{unit}.ffn.router", 1, shard * layout.expert, stays_fp32=True)
+    parts = weight.name.split(".")
+    unit = ".".join(parts[:3]) if parts[1] == "blocks" else ""
+    return Placement(unit, 1, shard * layout.expert, stays_fp32=False)
+
+
+def rank_weights(model: Model, layout: Parallelism, world_size: int, rank: int) -> dict[str, int]:
+    """Elements of every weight that one rank holds, by name.
+
+    Neighbouring ranks differ in `expert` first, then in `shard`, then in `replicate`.
+    """
+    dense_index = rank % (shard_degree(layout, world_size) * layout.expert)
+    held = {}
+    for weight in weights(model):
+        place = placement(weight, layout, world_size)
+        index = dense_index // layout.expert if weight.is_expert else dense_index
+        held[weight.name] = place.rows(weight, index) * (weight.elements // weight.shape[0])
+    return held
 
 
 def total_parameters(model: Model) -> int:
