@@ -1,0 +1,70 @@
+"""MLflow for tests: a migrated store to copy, and its real server in a thread."""
+
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+class MlflowServer:
+    """MLflow's own REST server, which can go away and come back at the same port."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> "MlflowServer":
+        from mlflow.server import app
+        from werkzeug.serving import make_server
+
+        self._server = make_server("127.0.0.1", self.port, app, threaded=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An embedded store as it is after its first migration, which takes seconds."""
+    from train.mlflow_upload import connect
+
+    store = tmp_path_factory.mktemp("store") / "mlflow.db"
+    connect(f"sqlite:///{store}", store.parent / "mlflow-artifacts")
+    return store
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(new_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A server on a store of its own, not yet listening: `with mlflow_server:` has it listen."""
+    before = dict(os.environ)
+    store = tmp_path_factory.mktemp("served") / "mlflow.db"
+    shutil.copy(new_store, store)
+    os.environ["_MLFLOW_SERVER_FILE_STORE"] = f"sqlite:///{store}"
+    os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = (store.parent / "served").as_uri()
+    os.environ["_MLFLOW_SERVER_SERVE_ARTIFACTS"] = "false"
+    yield MlflowServer(store)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def mlflow_folder(tmp_path: Path, new_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for runs with a store in it; no variable points elsewhere, requests are given up soon."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    shutil.copy(new_store, tmp_path / "mlflow.db")
+    return tmp_path

@@ -1,0 +1,364 @@
+"""Sends a run's record to MLflow, any number of times, each figure once.
+
+What is to be sent lies in the run's folder: `tracking.json` (parameters, tags, datasets, files) and
+`metrics.jsonl`. What has been sent is asked of the server: the latest step of every metric. So an upload
+can be cut off anywhere, even between the server's commit and its answer, and the next one goes on there.
+A step that is trained again after a crash is not sent again.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from train.metrics import find_metric
+from train.run_folder import METRICS_FILE
+from train.step_log import STEP, lines_from
+from train.summary import DatasetInput
+
+FACTS_FILE = "tracking.json"
+STATE_FILE = "mlflow.json"
+LOCK_FILE = "mlflow.lock"
+STORE_FILE = "mlflow.db"
+ARTIFACTS_FOLDER = "mlflow-artifacts"
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+UID_TAG = "finegrain.uid"
+RUNNING = "RUNNING"
+
+METRICS_PER_REQUEST = 1000
+PARAMS_PER_REQUEST = 100
+PARAM_CHARACTERS = 6000
+DIGEST_CHARACTERS = 36
+
+
+class UploadError(RuntimeError):
+    """MLflow did not take it, said in one line; everything is still on disk."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFacts:
+    """What MLflow is told about a run besides its metrics."""
+
+    uid: str
+    """Names the run at the server, so that it is found even if its answer to the creation was lost."""
+    name: str
+    uri: str
+    """Tracking server without user and password; empty for the store next to the run's folder."""
+    experiment: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    datasets: list[DatasetInput]
+    artifacts: list[str]
+    """Files of the run's folder that are sent at its end, where they exist."""
+    started_ms: int
+    status: str = RUNNING
+    """RUNNING, FINISHED, FAILED or KILLED."""
+
+    def write(self, run_dir: Path) -> None:
+        """Writes `tracking.json`."""
+        _write_json(run_dir / FACTS_FILE, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "RunFacts":
+        """Reads `tracking.json`.
+
+        Raises:
+            UploadError: if there is none.
+        """
+        try:
+            tree = json.loads((run_dir / FACTS_FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise UploadError(f"{run_dir} has no readable {FACTS_FILE} ({type(error).__name__})") from None
+        datasets = [DatasetInput(**dataset) for dataset in tree.pop("datasets")]
+        return cls(**tree, datasets=datasets)
+
+
+@dataclasses.dataclass
+class UploadState:
+    """How far the upload to one place has come; a hint, the server knows better."""
+
+    uri: str = ""
+    run_id: str = ""
+    offset: int = 0
+    """Where the last line that was sent begins in `metrics.jsonl`."""
+    step: int = -1
+    """Its step."""
+    setup: str = ""
+    """Fingerprint of parameters, tags and datasets that were sent."""
+    ending: str = ""
+    """Fingerprint of status and files that were sent."""
+
+
+def public_uri(uri: str) -> str:
+    """The address without user and password, fit for files and screens."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def store_uri(run_dir: Path, facts_uri: str = "") -> str:
+    """The address to send to: the recorded one, with the variable's password, or the embedded store."""
+    variable = os.environ.get(URI_VARIABLE, "")
+    if facts_uri:
+        return variable if public_uri(variable) == facts_uri else facts_uri
+    return f"sqlite:///{run_dir.resolve().parent / STORE_FILE}"
+
+
+class Upload:
+    """Sends one run; :meth:`sync` as often as wished, it sends what is new."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.facts = RunFacts.read(run_dir)
+        self.uri = store_uri(run_dir, self.facts.uri)
+        self.state = self._read_state()
+        self._client: Any = None
+        self._latest: dict[str, int] | None = None
+
+    def sync(self, status: str | None = None) -> int:
+        """Sends whatever the server lacks.
+
+        Args:
+            status: the run's status where it is not the one in `tracking.json`, which a killed run
+                could not write any more.
+
+        Returns:
+            The number of metric values that were sent.
+
+        Raises:
+            UploadError: if the server does not take it.
+        """
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        self.facts = RunFacts.read(self.run_dir)
+        try:
+            self._open_run()
+            self._send_setup()
+            sent = self._send_metrics()
+            self._send_ending(status or self.facts.status)
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            self._latest = None  # The server may have taken it nevertheless: ask again.
+            raise UploadError(_reason(error).replace(self.uri, public_uri(self.uri))) from error
+        return sent
+
+    def _open_run(self) -> None:
+        """Finds or creates the run and learns what it has."""
+        if self._latest is not None:
+            return
+        if self._client is None:
+            self._client = connect(self.uri, self.run_dir.resolve().parent / ARTIFACTS_FOLDER)
+        run = self._find_run() or self._create_run()
+        self.state.run_id = run.info.run_id
+        self._write_state()
+        # The latest steps come with the run in every store; MLflow shows them under this name alone.
+        self._latest = {metric.key: metric.step for metric in run.data._metric_objs}
+
+    def _find_run(self) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        if self.state.run_id:
+            try:
+                return self._client.get_run(self.state.run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                self.state = UploadState(uri=public_uri(self.uri))
+        experiment = self._client.get_experiment_by_name(self.facts.experiment)
+        if experiment is None:
+            return None
+        found = self._client.search_runs(
+            [experiment.experiment_id], f"tags.`{UID_TAG}` = '{self.facts.uid}'", max_results=1
+        )
+        return found[0] if found else None
+
+    def _create_run(self) -> Any:
+        experiment = self._client.get_experiment_by_name(self.facts.experiment)
+        if experiment is not None:
+            experiment_id = experiment.experiment_id
+        else:
+            embedded = self.uri.startswith("sqlite:")
+            place = (self.run_dir.resolve().parent / ARTIFACTS_FOLDER).as_uri() if embedded else None
+            experiment_id = self._client.create_experiment(self.facts.experiment, artifact_location=place)
+        return self._client.create_run(
+            experiment_id,
+            start_time=self.facts.started_ms,
+            run_name=self.facts.name,
+            tags={UID_TAG: self.facts.uid},
+        )
+
+    def _send_setup(self) -> None:
+        """Sends parameters, tags and datasets, once, and again where a resumed run changed them."""
+        from mlflow.entities import Param, RunTag
+
+        facts = self.facts
+        setup = _fingerprint([facts.params, facts.tags, [dataclasses.asdict(d) for d in facts.datasets]])
+        if setup == self.state.setup:
+            return
+        run = self._client.get_run(self.state.run_id)
+        params = {key: value[:PARAM_CHARACTERS] for key, value in facts.params.items()}
+        # A parameter cannot be changed at the server: what a resumed run changed becomes a tag.
+        changed = {key: value for key, value in params.items() if run.data.params.get(key, value) != value}
+        new = [Param(key, value) for key, value in params.items() if key not in run.data.params]
+        tags = facts.tags | {f"resumed_with.{key}": value for key, value in changed.items()}
+        for start in range(0, len(new), PARAMS_PER_REQUEST):
+            self._client.log_batch(self.state.run_id, params=new[start : start + PARAMS_PER_REQUEST])
+        labels = [RunTag(key, value[:PARAM_CHARACTERS]) for key, value in tags.items()]
+        for start in range(0, len(labels), PARAMS_PER_REQUEST):
+            self._client.log_batch(self.state.run_id, tags=labels[start : start + PARAMS_PER_REQUEST])
+        known = {(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs}
+        inputs = [
+            _mlflow_input(d) for d in facts.datasets if (d.name, d.digest[:DIGEST_CHARACTERS]) not in known
+        ]
+        if inputs:
+            self._client.log_inputs(self.state.run_id, inputs)
+        self.state.setup = setup
+        self._write_state()
+
+    def _send_metrics(self) -> int:
+        """Sends new lines of `metrics.jsonl`, up to 1000 values a request."""
+        from mlflow.entities import Metric
+
+        sent = 0
+        batch: list[Any] = []
+        place = (self.state.offset, self.state.step)
+        for start, fields in self._new_lines():
+            step, time_ms = fields[STEP], round(fields["time"] * 1e3)
+            values = [
+                Metric(key, float("nan") if value is None else value, time_ms, step)
+                for key, value in fields.items()
+                if self._is_new(key, step)
+            ]
+            if batch and len(batch) + len(values) > METRICS_PER_REQUEST:
+                sent += self._send(batch, place)
+                batch = []
+            batch += values
+            place = (start, step)
+        return sent + self._send(batch, place)
+
+    def _send(self, batch: list[Any], place: tuple[int, int]) -> int:
+        """Sends values, the last of them from the line of this offset and step."""
+        assert self._latest is not None
+        for start in range(0, len(batch), METRICS_PER_REQUEST):
+            part = batch[start : start + METRICS_PER_REQUEST]
+            self._client.log_batch(self.state.run_id, metrics=part)
+            self._latest |= {metric.key: metric.step for metric in part}
+        if batch:
+            self.state.offset, self.state.step = place
+            self._write_state()
+        return len(batch)
+
+    def _new_lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Lines from the last one that was sent, which may have grown by an evaluation since."""
+        path = self.run_dir / METRICS_FILE
+        first = next(lines_from(path, self.state.offset), None)
+        # A resumed run cuts the file and writes other lines; then the offset means nothing.
+        offset = self.state.offset if first and first[2][STEP] <= self.state.step else 0
+        for start, _, fields in lines_from(path, offset):
+            yield start, fields
+
+    def _is_new(self, key: str, step: int) -> bool:
+        assert self._latest is not None
+        return find_metric(key) is not None and step > self._latest.get(key, -1)
+
+    def _send_ending(self, status: str) -> None:
+        """Sends the files and ends the run at the server; or has it running again."""
+        files = [self.run_dir / name for name in self.facts.artifacts if (self.run_dir / name).is_file()]
+        if status == RUNNING:
+            files = []
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        ending = _fingerprint([status, stats])
+        if ending == self.state.ending:
+            return
+        for file in files:
+            self._client.log_artifact(self.state.run_id, str(file))
+        if status == RUNNING:
+            self._client.update_run(self.state.run_id, status=status)
+        else:
+            self._client.set_terminated(self.state.run_id, status=status)
+        self.state.ending = ending
+        self._write_state()
+
+    def _read_state(self) -> UploadState:
+        path = self.run_dir / STATE_FILE
+        here = public_uri(self.uri)
+        try:
+            state = UploadState(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return UploadState(uri=here)
+        return state if state.uri == here else UploadState(uri=here)
+
+    def _write_state(self) -> None:
+        _write_json(self.run_dir / STATE_FILE, dataclasses.asdict(self.state))
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds a lock file, which the system gives back if the process dies.
+
+    Raises:
+        BlockingIOError: if ``wait`` is false and another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def connect(uri: str, artifacts: Path) -> Any:
+    """A client; an embedded store is created first, by one process at a time, which takes seconds."""
+    from mlflow import MlflowClient
+
+    if uri.startswith("sqlite:///"):
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        store = Path(uri.removeprefix("sqlite:///"))
+        with exclusive(store.with_suffix(".lock")):
+            SqlAlchemyStore(uri, str(artifacts))
+    client = MlflowClient(tracking_uri=uri)
+    # MLflow makes a folder for files of its default experiment wherever it is started.
+    with contextlib.suppress(OSError):
+        Path("mlruns").rmdir()
+    return client
+
+
+def _reason(error: BaseException) -> str:
+    """The error at the bottom of a chain, in one line: `ConnectionRefusedError: Connection refused`."""
+    while below := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = below
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _mlflow_input(dataset: DatasetInput) -> Any:
+    from mlflow.entities import Dataset, InputTag
+    from mlflow.entities import DatasetInput as MlflowInput
+
+    return MlflowInput(
+        dataset=Dataset(
+            name=dataset.name,
+            # MLflow keeps 36 characters of a digest; all of them stand in the source.
+            digest=dataset.digest[:DIGEST_CHARACTERS],
+            source_type="local" if "://" not in dataset.source else dataset.source.split("://", 1)[0],
+            source=json.dumps({"uri": dataset.source, "sha256": dataset.digest}),
+            profile=json.dumps({"num_tokens": dataset.tokens}),
+        ),
+        tags=[InputTag("mlflow.data.context", dataset.context)],
+    )
+
+
+def _fingerprint(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(tree, indent=1) + "\n")
+    partial.replace(path)
