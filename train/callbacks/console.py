@@ -79,14 +79,21 @@ class Console(LoggerDestination):
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Prints the validation losses."""
-        if self._validation:
-            self._print(format_validation(state.timestamp.batch.value, self.total, self._validation))
-        self._validation = {}
+        self._print_validation(state)
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        """Prints the validation losses of an evaluation without training."""
+        self._print_validation(state)
 
     def close(self, state: State, logger: Logger) -> None:
         """Removes the bar."""
         if self._bar is not None:
             self._bar.close()
+
+    def _print_validation(self, state: State) -> None:
+        if self._validation:
+            self._print(format_validation(state.timestamp.batch.value, self.total, self._validation))
+        self._validation = {}
 
     def _gather(self, key: str, value: float) -> None:
         ours = metrics.translate(key)

@@ -53,12 +53,20 @@ class RunTracker(LoggerDestination):
         self.log.drop_after(state.timestamp.batch.value)
         self._pending.clear()
 
+    def eval_standalone_start(self, state: State, logger: Logger) -> None:
+        """Finds the line that an evaluation without training belongs to."""
+        self.log.drop_after(state.timestamp.batch.value)
+
     def batch_end(self, state: State, logger: Logger) -> None:
         """Writes the batch's line, after every callback has logged."""
         self._write(state)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Adds an evaluation to the line of the batch that it follows."""
+        self._write(state)
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        """Adds an evaluation without training to the last line."""
         self._write(state)
 
     def close(self, state: State, logger: Logger) -> None:

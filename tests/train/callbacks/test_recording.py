@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from train import metrics
 from train.callbacks.console import Console
 from train.callbacks.expert_load import SHARES, ExpertLoad
-from train.callbacks.learning_rate import LearningRate
 from train.callbacks.run_tracker import RunTracker
 from train.callbacks.throughput import Throughput
 from train.step_log import read_steps
@@ -19,7 +18,7 @@ from train.step_log import read_steps
 BATCH, TOKENS, BATCHES = 4, 8, 6
 
 
-def train_toy(run_dir: Path, *, batches: int, resume_batch: int = 0) -> tuple[str, dict]:
+def train_toy(run_dir: Path, *, batches: int, resume_batch: int = 0, fit: bool = True) -> tuple[str, dict]:
     """Trains a toy with every callback; returns what the console showed and the tracker's last values."""
     from composer import DataSpec, Evaluator, Time, Trainer
     from composer.models import ComposerModel
@@ -73,7 +72,6 @@ def train_toy(run_dir: Path, *, batches: int, resume_batch: int = 0) -> tuple[st
             )
         ],
         callbacks=[
-            LearningRate(),
             ExpertLoad(run_dir, total_batches=batches),
             Throughput(flops_per_token=100.0, peak_flops=1e6, devices=2),
         ],
@@ -86,7 +84,10 @@ def train_toy(run_dir: Path, *, batches: int, resume_batch: int = 0) -> tuple[st
     trainer.state.timestamp = trainer.state.timestamp.copy(
         batch=resume_batch, token=resume_batch * BATCH * TOKENS, sample=resume_batch * BATCH
     )
-    trainer.fit()
+    if fit:
+        trainer.fit()
+    else:
+        trainer.eval()
     trainer.close()
     return shown.getvalue(), tracker.latest
 
@@ -105,7 +106,6 @@ def test_every_step_is_one_line_with_every_figure(toy_run: tuple[Path, str]) -> 
     for line in lines:
         assert line[metrics.LOSS_TOTAL] == pytest.approx(line[metrics.LOSS] + 0.5)
         assert line[metrics.LOSS_BALANCE] == pytest.approx(1.25)
-        assert line[metrics.LEARNING_RATE] == 0.125
         assert all(metrics.find_metric(key) for key in line.keys() - {"step", "tokens", "time"})
 
 
@@ -170,3 +170,14 @@ def test_resumption_leaves_no_step_twice(tmp_path: Path) -> None:
     assert after[:2] == before[:2]
     assert after[2]["time"] > before[3]["time"]
     assert [line["step"] for line in read_steps(tmp_path / "expert_load.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_evaluation_alone_joins_the_last_line(tmp_path: Path) -> None:
+    train_toy(tmp_path, batches=3)
+    before = read_steps(tmp_path / "metrics.jsonl")
+    shown, latest = train_toy(tmp_path, batches=3, resume_batch=3, fit=False)
+    after = read_steps(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in after] == [1, 2, 3]
+    assert after[2][metrics.LOSS] == before[2][metrics.LOSS]
+    assert latest[metrics.validation_loss("code")] == pytest.approx(2 * math.log(2))
+    assert shown == "batch 3/3  validation loss  code 1.386\n"
