@@ -19,6 +19,15 @@ class Balance(str, Enum):
     bias = "bias"
 
 
+class BalanceScope(str, Enum):
+    """Whose tokens an expert's share is counted over in the balance loss."""
+
+    microbatch = "microbatch"
+    rank = "rank"
+    expert_group = "expert_group"
+    global_batch = "global_batch"
+
+
 class Position(str, Enum):
     """How attention learns of positions."""
 
@@ -99,6 +108,14 @@ class Moe:
     choice of experts (Wang et al. 2024, DeepSeek-V3, section 2.1.2)."""
     balance_loss_weight: float = read_when("model.moe.balance == loss", 0.05)
     """Weight of the balance loss, averaged over layers. DBRX: 0.05."""
+    balance_scope: BalanceScope = read_when(  # noqa: RUF009  (a field, which ruff cannot see)
+        "model.moe.balance == loss", BalanceScope.microbatch
+    )
+    """Tokens over which experts' shares are counted: `microbatch` of one rank (MegaBlocks' and so, as far
+    as is known, DBRX's: the result depends on the microbatch), `rank` (its whole batch), `expert_group` (a
+    microbatch of every rank that shares experts) or `global_batch`, the same under every layout and split,
+    which lets experts specialise by domain (Qiu et al. 2025, arXiv 2501.11873). `rank` and `global_batch`
+    cost one more forward pass where gradients are accumulated."""
     bias_update_rate: float = read_when("model.moe.balance == bias", 0.001)
     """Step of the balancing bias per optimizer step. DeepSeek-V3: 0.001."""
     z_loss_weight: float = 0.0

@@ -1,0 +1,263 @@
+"""Batches of token ids for one rank, in an order that the recipe alone decides.
+
+Position n of training is one sequence, see :mod:`data.plan`. Batch b of the run holds the positions
+``b * global_batch_sequences`` and on; rank r takes the r-th contiguous part of them. Worker processes
+take whole batches in turn, and the loader hands them out in order, so that nothing depends on them.
+
+**Resuming.** The loader has no state: it begins at ``start_sample``. A trainer saves how many sequences
+it has trained on, over all ranks (Composer's ``timestamp.sample``), and builds the loader anew with
+that number. Nothing is read and thrown away, nothing is skipped, and ranks, workers or batch size may
+differ from before. With Composer: the loader never ends, so that a run is one epoch, and has no length;
+the Trainer stops by ``max_duration``, and needs ``spin_dataloaders=False``, since it would otherwise
+drop as many batches as it had trained. Composer leaves the random-number state as it is then, so it
+must be restored before ``fit``; iterating these loaders draws nothing from the global generators.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data.manifest import Manifest, read_manifest, require_match, unigram_entropy
+from data.packing import PADDING, Sample
+from data.plan import Plan
+from data.streams import ShardFolder
+from data.tokenizer import TokenizerHandle
+from train.recipe import RecipeError
+from train.schema import Recipe
+
+# B sequences of a rank's batch, S tokens per sequence.
+
+Batch = dict[str, Tensor]
+
+NO_TARGET = -100
+"""Target of a position that has no loss."""
+NO_POSITION = -1
+"""Position of a sequence that fills up a validation batch."""
+PREFETCHED_BATCHES = 4
+
+
+class TrainSequences(IterableDataset[Batch]):
+    """One rank's batches from a position on, without end."""
+
+    def __init__(
+        self, plan: Plan, folders: list[ShardFolder], *, rank: int, world_size: int, batch: int, start: int
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            plan: the order of the run.
+            folders: shards of each of the plan's domains.
+            rank: of this process.
+            world_size: number of ranks; divides ``batch``.
+            batch: sequences of a global batch.
+            start: first position.
+        """
+        assert batch % world_size == 0 and 0 <= rank < world_size
+        self.plan, self._folders = plan, folders
+        self._per_rank = batch // world_size
+        self._global_batch = batch
+        self._first = start + rank * self._per_rank
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches of this rank, or of one of its workers."""
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        position = self._first + number * self._global_batch
+        while True:
+            picks = self.plan.samples(position, self._per_rank)
+            samples = [
+                self._folders[domain][sample]
+                for domain, sample in zip(picks.domain, picks.sample, strict=True)
+            ]
+            yield make_batch(samples, np.arange(position, position + self._per_rank), picks.domain)
+            position += workers * self._global_batch
+
+
+class ValidationSequences(IterableDataset[Batch]):
+    """One rank's share of a domain's validation sequences, the same at every evaluation.
+
+    They are spread evenly over the split. Every rank gets as many: where they do not divide, sequences
+    of padding without a target fill up.
+    """
+
+    def __init__(
+        self,
+        folder: ShardFolder,
+        *,
+        domain: int,
+        sequences: int,
+        rank: int,
+        world_size: int,
+        batch: int,
+        pad_id: int,
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            folder: shards of the validation split.
+            domain: index of the domain in the order of the plan.
+            sequences: how many to read, over all ranks; at most ``len(folder)``.
+            rank: of this process.
+            world_size: number of ranks.
+            batch: sequences of one rank's batch.
+            pad_id: fills up.
+        """
+        self._folder, self._domain, self._batch, self._pad_id = folder, domain, batch, pad_id
+        self._chosen = np.arange(sequences) * len(folder) // sequences
+        per_rank = math.ceil(sequences / world_size)
+        self._mine = range(rank * per_rank, (rank + 1) * per_rank)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's batches; the last may be smaller."""
+        for begin in range(0, len(self._mine), self._batch):
+            places = np.array(self._mine[begin : begin + self._batch])
+            samples = [self._sample(place) for place in places]
+            positions = np.where(places < len(self._chosen), places, NO_POSITION)
+            yield make_batch(samples, positions, np.full(places.size, self._domain))
+
+    def __len__(self) -> int:
+        """Batches of this rank, equal on all ranks."""
+        return math.ceil(len(self._mine) / self._batch)
+
+    def unigram_entropy(self) -> float:
+        """Entropy of the frequencies of the targets of all ranks, in nats per token."""
+        samples = [self._folder[int(number)] for number in self._chosen]
+        targets = make_batch(samples, np.arange(len(samples)), np.zeros(len(samples), np.int64))["targets"]
+        return unigram_entropy(targets[targets != NO_TARGET].numpy())
+
+    def _sample(self, place: int) -> Sample:
+        if place < len(self._chosen):
+            return self._folder[int(self._chosen[place])]
+        size = self._folder[0].tokens.size
+        return Sample(
+            np.full(size, self._pad_id, np.int32), np.array([size], np.int32), np.array([PADDING], np.int64)
+        )
+
+
+def build_train_loader(
+    recipe: Recipe, tokenizer: TokenizerHandle, *, rank: int, world_size: int, start_sample: int = 0
+) -> DataLoader[Batch]:
+    """The training batches of a rank; see the module's description for resuming.
+
+    A batch has ``input_ids`` int64 [B, S], ``document_ids`` int32 [B, S] (the place of each token's
+    document in its sequence), ``targets`` int64 [B, S] (the next token, also where it begins another
+    document; -100 at the end of a sequence and before padding), ``sample_positions`` int64 [B] (the
+    position in the run) and ``domain_ids`` int64 [B] (indices into the sorted names of the domains).
+
+    Args:
+        recipe: the run.
+        tokenizer: the recipe's; its fingerprint is compared with the shards'.
+        rank: of this process.
+        world_size: number of ranks; divides the global batch.
+        start_sample: sequences trained on before, over all ranks.
+
+    Raises:
+        RecipeError: if the shards are not those that the recipe means.
+    """
+    manifest = _open_manifest(recipe, tokenizer)
+    plan = build_plan(recipe, manifest)
+    root = Path(recipe.data.shards)
+    dataset = TrainSequences(
+        plan,
+        [ShardFolder(root / domain / "train") for domain in plan.domains],
+        rank=rank,
+        world_size=world_size,
+        batch=recipe.training.global_batch_sequences,
+        start=start_sample,
+    )
+    workers: dict[str, Any] = {}
+    if recipe.data.workers:
+        # Forked workers have everything imported; spawned ones would import it all again.
+        workers = {"multiprocessing_context": "fork", "prefetch_factor": PREFETCHED_BATCHES}
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=recipe.data.workers,
+        pin_memory=torch.cuda.is_available(),
+        # Else each iterator would draw its seed from the global generator.
+        generator=torch.Generator(),
+        **workers,
+    )
+
+
+def build_validation_loaders(
+    recipe: Recipe, tokenizer: TokenizerHandle, *, rank: int, world_size: int
+) -> dict[str, DataLoader[Batch]]:
+    """The validation batches of a rank by domain, with the keys of a training batch.
+
+    ``sample_positions`` are places among the domain's validation sequences, -1 for one that only fills
+    up. They are read in this process: there are few of them.
+
+    Raises:
+        RecipeError: if the shards are not those that the recipe means or hold too few sequences.
+    """
+    manifest = _open_manifest(recipe, tokenizer)
+    wanted = recipe.data.validation_sequences
+    loaders = {}
+    for index, domain in enumerate(sorted(recipe.data.domains)):
+        there = manifest.domains[domain].splits["validation"].samples
+        if there < wanted:
+            raise RecipeError(
+                f"is {wanted}, but {recipe.data.shards} has {there} of {domain}",
+                key="data.validation_sequences",
+                remedy=f"set it to {there} at most, or build from more text",
+            )
+        dataset = ValidationSequences(
+            ShardFolder(Path(recipe.data.shards) / domain / "validation"),
+            domain=index,
+            sequences=wanted,
+            rank=rank,
+            world_size=world_size,
+            batch=recipe.training.microbatch_sequences,
+            pad_id=tokenizer.pad_id,
+        )
+        loaders[domain] = DataLoader(
+            dataset, batch_size=None, pin_memory=torch.cuda.is_available(), generator=torch.Generator()
+        )
+    return loaders
+
+
+def build_plan(recipe: Recipe, manifest: Manifest) -> Plan:
+    """The order of a run's samples."""
+    samples = {name: manifest.domains[name].splits["train"].samples for name in recipe.data.domains}
+    return Plan(recipe.data.domains, samples, recipe.seed)
+
+
+def make_batch(samples: list[Sample], positions: NDArray[np.int64], domains: NDArray[np.int64]) -> Batch:
+    """Samples as the tensors of a batch.
+
+    Args:
+        samples: B samples of S tokens.
+        positions: [B], passed on.
+        domains: [B], passed on.
+    """
+    tokens_BS = np.stack([sample.tokens for sample in samples]).astype(np.int64)
+    lengths = np.concatenate([sample.lengths for sample in samples])
+    places = np.concatenate([np.arange(sample.lengths.size, dtype=np.int32) for sample in samples])
+    is_padding = np.concatenate([sample.documents == PADDING for sample in samples])
+    document_ids_BS = np.repeat(places, lengths).reshape(tokens_BS.shape)
+    targets_BS = np.full_like(tokens_BS, NO_TARGET)
+    targets_BS[:, :-1] = tokens_BS[:, 1:]
+    if is_padding.any():
+        padded_BS = np.repeat(is_padding, lengths).reshape(tokens_BS.shape)
+        targets_BS[:, :-1][padded_BS[:, 1:]] = NO_TARGET
+    return {
+        "input_ids": torch.from_numpy(tokens_BS),
+        "document_ids": torch.from_numpy(document_ids_BS),
+        "targets": torch.from_numpy(targets_BS),
+        "sample_positions": torch.from_numpy(positions),
+        "domain_ids": torch.from_numpy(domains),
+    }
+
+
+def _open_manifest(recipe: Recipe, tokenizer: TokenizerHandle) -> Manifest:
+    manifest = read_manifest(Path(recipe.data.shards))
+    require_match(manifest, recipe, tokenizer)
+    return manifest

@@ -1,0 +1,221 @@
+"""What a folder of shards holds, in `manifest.json` beside them, and whether it still holds that.
+
+The manifest has the hash of each split's ``index.json``, which has the hash of each shard file; so a
+manifest vouches for every byte. It is written last, and without it a folder is no folder of shards.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.tokenizer import TokenizerHandle, bpe_name
+from train.recipe import RecipeError
+from train.schema import Recipe, TokenizerKind
+
+MANIFEST_FILE = "manifest.json"
+DOCUMENTS_FILE = "documents.jsonl"
+INDEX_FILE = "index.json"
+FORMAT = 1
+
+HASHED_BYTES = 512_000_000
+"""Shards up to this size in all are hashed at every start, in under a second; larger ones on demand."""
+
+REBUILD = "`python -m data.write_shards RECIPE --rebuild` makes them anew"
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """One split of a domain."""
+
+    documents: int
+    samples: int
+    tokens: int
+    """Token ids in it, end-of-text tokens included and padding not."""
+    padding_tokens: int
+    text_bytes: int
+    """UTF-8 bytes of the documents."""
+    unigram_entropy: float
+    """Entropy of the token frequencies in nats per token: the loss of knowing them and no context."""
+    content_sha256: str
+    """Hash over tokens, lengths and documents of the samples in order, whatever the shard size."""
+    index_sha256: str
+    """Hash of the index, which holds the hash of each shard file."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bits per byte are nats per token / ln 2 / this."""
+        return self.text_bytes / self.tokens
+
+
+@dataclass(frozen=True)
+class DomainRecord:
+    """One domain: where it comes from, and its splits."""
+
+    source: str
+    licence: str
+    transformation: str
+    documents_sha256: str
+    """Hash of the list of documents."""
+    splits: dict[str, SplitRecord]
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that made the ids."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A folder of shards."""
+
+    format: int
+    tokenizer: TokenizerRecord
+    sequence_tokens: int
+    corpus: str | None
+    """The corpus that the shards were built from by this project; null: one from elsewhere."""
+    corpus_bytes: int | None
+    """Bound on the text per domain that it was built with."""
+    domains: dict[str, DomainRecord]
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of a folder of shards; nothing else is looked at.
+
+    Raises:
+        RecipeError: if there is none, or none that this version reads.
+    """
+    path = root / MANIFEST_FILE
+    try:
+        tree: dict[str, Any] = json.loads(path.read_text())
+        if tree["format"] != FORMAT:
+            raise RecipeError(
+                f"{path} has format {tree['format']}, not {FORMAT}", key="data.shards", remedy=REBUILD
+            )
+        domains = {
+            name: DomainRecord(
+                **(entry | {"splits": {side: SplitRecord(**it) for side, it in entry["splits"].items()}})
+            )
+            for name, entry in tree["domains"].items()
+        }
+        return Manifest(**(tree | {"tokenizer": TokenizerRecord(**tree["tokenizer"]), "domains": domains}))
+    except OSError as error:
+        raise RecipeError(
+            f"no shards at {root} ({error.strerror})",
+            key="data.shards",
+            remedy="correct the path, or build them with `python -m data.write_shards RECIPE`",
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"{path} is damaged ({error})", key="data.shards", remedy=REBUILD) from None
+
+
+def check_shards(root: Path, *, every_byte: bool = False) -> Manifest:
+    """Compares the files of a folder of shards with its manifest.
+
+    Args:
+        root: the folder.
+        every_byte: hash the shards however large they are; sizes alone are compared otherwise where
+            they exceed :data:`HASHED_BYTES` in all.
+
+    Raises:
+        RecipeError: one line that names the first file that is missing, cut short or altered.
+    """
+    manifest = read_manifest(root)
+    shards: list[tuple[Path, int, str]] = []
+    for name, domain in manifest.domains.items():
+        _check_hash(root / name / DOCUMENTS_FILE, domain.documents_sha256)
+        for side, split in domain.splits.items():
+            folder = root / name / side
+            _check_hash(folder / INDEX_FILE, split.index_sha256)
+            shards += _shard_files(folder)
+    for path, size, _ in shards:
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != size:
+            fault = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+            raise RecipeError(f"shard {path} {fault}", key="data.shards", remedy=REBUILD)
+    if every_byte or sum(size for _, size, _ in shards) <= HASHED_BYTES:
+        for path, _, sha256 in shards:
+            _check_hash(path, sha256)
+    return manifest
+
+
+def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle | None = None) -> None:
+    """Raises where shards are not those that a recipe means.
+
+    Args:
+        manifest: of the shards.
+        recipe: says what they should be.
+        tokenizer: the opened tokenizer, where its fingerprint is to be compared too.
+
+    Raises:
+        RecipeError: one line that names the key and both values.
+    """
+    data, made_by = recipe.data, manifest.tokenizer
+    other_place = f"{REBUILD}, or give another data.shards"
+    is_bpe = recipe.tokenizer.kind is TokenizerKind.bpe
+    name = bpe_name(recipe.tokenizer) if is_bpe else recipe.tokenizer.kind.value
+    if name != made_by.name:
+        what = f"is {name}, but {data.shards} was made with {made_by.name}"
+        raise RecipeError(what, key="tokenizer.kind", remedy=other_place)
+    if tokenizer is not None and tokenizer.fingerprint != made_by.fingerprint:
+        ours, theirs = tokenizer.fingerprint[:12], made_by.fingerprint[:12]
+        what = f"{name} has fingerprint {ours}, but {data.shards} was made with {theirs}"
+        raise RecipeError(what, key="tokenizer", remedy=other_place)
+    if data.sequence_tokens != manifest.sequence_tokens:
+        what = f"is {data.sequence_tokens}, but {data.shards} has sequences of {manifest.sequence_tokens}"
+        raise RecipeError(what, key="data.sequence_tokens", remedy=other_place)
+    if data.corpus is not None and (data.corpus, data.corpus_bytes) != (
+        manifest.corpus,
+        manifest.corpus_bytes,
+    ):
+        what = f"is {data.corpus_bytes}, but {data.shards} was built with {manifest.corpus_bytes}"
+        raise RecipeError(what, key="data.corpus_bytes", remedy=other_place)
+    for domain in data.domains:
+        if domain not in manifest.domains:
+            there = ", ".join(manifest.domains)
+            what = f"{data.shards} has no such domain"
+            raise RecipeError(what, key=f"data.domains.{domain}", remedy=f"it has {there}")
+
+
+def unigram_entropy(tokens: NDArray[np.integer[Any]]) -> float:
+    """Entropy of the frequencies of token ids, in nats per token: the loss of knowing no context."""
+    return entropy(np.bincount(tokens))
+
+
+def entropy(counts: NDArray[np.integer[Any]]) -> float:
+    """Entropy of a distribution given by counts, in nats; 0 for none."""
+    shares = counts[counts > 0] / max(counts.sum(), 1)
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _shard_files(folder: Path) -> Iterator[tuple[Path, int, str]]:
+    """Path, size and SHA-256 of each shard that an index lists."""
+    for shard in json.loads((folder / INDEX_FILE).read_text())["shards"]:
+        file = shard["raw_data"]
+        yield folder / file["basename"], file["bytes"], file["hashes"]["sha256"]
+
+
+def _check_hash(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise RecipeError(f"{path} is missing", key="data.shards", remedy=REBUILD)
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != sha256:
+        raise RecipeError(f"{path} is altered: its SHA-256 differs", key="data.shards", remedy=REBUILD)

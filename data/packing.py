@@ -1,0 +1,63 @@
+"""Documents to sequences of one length, end to end, with their boundaries kept and no token dropped."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# S tokens of a sequence, P pieces of documents in it.
+
+PADDING = -1
+"""Document of the piece that fills the last sequence."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sequence and what it is made of."""
+
+    tokens: NDArray[np.int32]
+    """Token ids [S]."""
+    lengths: NDArray[np.int32]
+    """Tokens of each piece [P], in order; they add up to S."""
+    documents: NDArray[np.int64]
+    """The document of each piece [P] by its place in the domain's list; :data:`PADDING` for filling."""
+
+
+def pack(
+    documents: Iterable[tuple[int, NDArray[np.int32]]], *, sequence_tokens: int, eos_id: int, pad_id: int
+) -> Iterator[Sample]:
+    """Joins documents, each ended by the end-of-text token, and cuts the stream into sequences.
+
+    A document that does not fit goes on in the next sequence. The last sequence is filled up.
+
+    Args:
+        documents: place in the domain's list and token ids of each.
+        sequence_tokens: S.
+        eos_id: ends each document.
+        pad_id: fills the last sequence.
+    """
+    tokens: list[NDArray[np.int32]] = []
+    lengths: list[int] = []
+    ordinals: list[int] = []
+    free = sequence_tokens
+    for ordinal, ids in documents:
+        rest = np.append(ids, np.int32(eos_id))
+        while rest.size:
+            piece, rest = rest[:free], rest[free:]
+            tokens.append(piece)
+            lengths.append(piece.size)
+            ordinals.append(ordinal)
+            free -= piece.size
+            if not free:
+                yield _sample(tokens, lengths, ordinals)
+                tokens, lengths, ordinals, free = [], [], [], sequence_tokens
+    if tokens:
+        tokens.append(np.full(free, pad_id, np.int32))
+        yield _sample(tokens, [*lengths, free], [*ordinals, PADDING])
+
+
+def _sample(tokens: list[NDArray[np.int32]], lengths: list[int], ordinals: list[int]) -> Sample:
+    return Sample(
+        np.concatenate(tokens, dtype=np.int32), np.array(lengths, np.int32), np.array(ordinals, np.int64)
+    )

