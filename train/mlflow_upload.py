@@ -19,7 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from train.metrics import find_metric
 from train.run_folder import METRICS_FILE
-from train.step_log import STEP, lines_from
+from train.step_log import STEP, TIMESTAMP, lines_from
 from train.summary import DatasetInput
 
 FACTS_FILE = "tracking.json"
@@ -230,7 +230,7 @@ class Upload:
         batch: list[Any] = []
         place = (self.state.offset, self.state.step)
         for start, fields in self._new_lines():
-            step, time_ms = fields[STEP], round(fields["time"] * 1e3)
+            step, time_ms = fields[STEP], round(fields[TIMESTAMP] * 1e3)
             values = [
                 Metric(key, float("nan") if value is None else value, time_ms, step)
                 for key, value in fields.items()

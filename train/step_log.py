@@ -12,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 STEP = "step"
+"""Batches trained, from 1."""
+TOKENS = "tokens"
+"""Tokens trained so far."""
+TIMESTAMP = "time"
+"""Seconds since 1970."""
+EXPERT_LOAD_FILE = "expert_load.jsonl"
+SHARES = "shares"
+"""Shares of each layer's token assignments per expert."""
 
 
 class StepLog:

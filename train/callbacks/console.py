@@ -11,6 +11,7 @@ from composer.loggers import Logger, LoggerDestination
 from tqdm import tqdm
 
 from train import metrics
+from train.number_text import duration, short_number
 
 
 class Console(LoggerDestination):
@@ -141,25 +142,3 @@ def format_validation(batch: int, total: int, losses: Mapping[str, float]) -> st
     width = len(str(total))
     each = "  ".join(f"{domain} {loss:.3f}" for domain, loss in losses.items())
     return f"batch {batch:{width}d}/{total}  validation loss  {each}"
-
-
-def short_number(value: float) -> str:
-    """Three significant digits with k, M, G or T: 983k, 1.25M."""
-    for unit in ("", "k", "M", "G"):
-        if abs(value) < 999.5:
-            digits = 0 if not unit or abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
-            return f"{value:.{digits}f}{unit}"
-        value /= 1000
-    return f"{value:.3g}T"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the two largest units that fit: 45 s, 3 min 05 s, 2 h 10 min, 4 d 03 h."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"

@@ -10,12 +10,10 @@ from composer.loggers import Logger
 from torch import Tensor
 
 from train import metrics
-from train.step_log import StepLog
+from train.step_log import EXPERT_LOAD_FILE, SHARES, StepLog
 
 # Shapes: L layers, E experts.
 
-EXPERT_LOAD_FILE = "expert_load.jsonl"
-SHARES = "shares"
 HEAT_MAP_COLUMNS = 400
 
 

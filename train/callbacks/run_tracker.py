@@ -16,10 +16,7 @@ from composer.loggers import Logger, LoggerDestination
 
 from train import metrics
 from train.run_folder import METRICS_FILE
-from train.step_log import StepLog
-
-TOKENS = "tokens"
-TIMESTAMP = "time"
+from train.step_log import TIMESTAMP, TOKENS, StepLog
 
 
 class RunTracker(LoggerDestination):

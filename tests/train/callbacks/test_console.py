@@ -1,7 +1,5 @@
-import pytest
-
 from train import metrics
-from train.callbacks.console import duration, format_batch, format_validation, short_number
+from train.callbacks.console import format_batch, format_validation
 
 FIGURES = {
     metrics.LOSS: 4.12345,
@@ -38,34 +36,3 @@ def test_line_of_an_evaluation() -> None:
     assert format_validation(100, 489, {"code": 4.3123, "prose": 4.5}) == (
         "batch 100/489  validation loss  code 4.312  prose 4.500"
     )
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (1000, "1.00k"),
-        (14_230, "14.2k"),
-        (983_040, "983k"),
-        (999_600, "1.00M"),
-        (12e12, "12T"),
-    ],
-)
-def test_short_number(value: float, text: str) -> None:
-    assert short_number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (-1, "0 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 00 s"),
-        (3599, "59 min 59 s"),
-        (7800, "2 h 10 min"),
-        (356_400, "4 d 03 h"),
-    ],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

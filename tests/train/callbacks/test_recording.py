@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from train import metrics
 from train.callbacks.console import Console
-from train.callbacks.expert_load import SHARES, ExpertLoad
+from train.callbacks.expert_load import ExpertLoad
 from train.callbacks.run_tracker import RunTracker
 from train.callbacks.throughput import Throughput
-from train.step_log import read_steps
+from train.step_log import SHARES, read_steps
 
 BATCH, TOKENS, BATCHES = 4, 8, 6
 
