@@ -1,13 +1,20 @@
-"""MLflow for tests: a migrated store to copy, and its real server in a thread."""
+"""For tests: a migrated MLflow store to copy, its real server in a thread, the folder of a run."""
 
 import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+from train.recipe import to_yaml
+from train.schema import Recipe
+
+if TYPE_CHECKING:
+    from train.model import Decoder
 
 
 class MlflowServer:
@@ -68,3 +75,35 @@ def mlflow_folder(tmp_path: Path, new_store: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     shutil.copy(new_store, tmp_path / "mlflow.db")
     return tmp_path
+
+
+MakeRun = Callable[[Recipe], tuple[Path, "Decoder"]]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """Makes the folder of a run: recipe, tokenizer, and a checkpoint of a decoder with random weights."""
+
+    def make(recipe: Recipe) -> tuple[Path, "Decoder"]:
+        import torch
+
+        from train.checkpoint import Progress, save_checkpoint
+        from train.init import initialize
+        from train.model import Decoder
+        from train.topology import Topology
+
+        folder = tmp_path / recipe.name
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(to_yaml(recipe))
+        decoder = Decoder(recipe.model, device="cpu")
+        initialize(decoder, recipe.model, seed=3)
+        with torch.no_grad():
+            for name, parameter in decoder.named_parameters():
+                if parameter.ndim == 1 or "router" in name:  # Norms of one would hide a wrong order.
+                    parameter.add_(torch.randn(parameter.shape) * 0.3)
+        wrapped = torch.nn.ModuleDict({"decoder": decoder})  # LanguageModel's name for it.
+        optimizer = torch.optim.AdamW(decoder.parameters())
+        save_checkpoint(folder / "checkpoints", wrapped, optimizer, Progress(7, 56, 448, 1.0), Topology())
+        return folder, decoder
+
+    return make

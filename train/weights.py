@@ -1,0 +1,247 @@
+"""Weights by our names, wherever they are: a run, a checkpoint, an imported folder, Hugging Face's form.
+
+Whatever reads weights (export, generation, continued training, upcycling) asks for rows of a tensor, so
+that none of them knows where they come from, and none needs a model in memory.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed.checkpoint as dcp
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from train import sizing
+from train.checkpoint import newest_whole_checkpoint
+from train.hf_mapping import Family, Link, family_of
+from train.recipe import load_recipe, to_yaml
+from train.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE
+from train.safetensors_io import InterchangeError, SafetensorsFolder, TensorInfo, read_json
+from train.schema import Model, Recipe
+
+MODEL_FILE = "model.yaml"
+"""Of a folder of weights under our names: the recipe's model, to be extended by a recipe."""
+CONFIG_FILE = "config.json"
+STATE_FOLDER = "state"
+WRAPPER = "model.decoder."
+"""What begins the decoder's names in a checkpoint of a run."""
+
+
+class Weights(Protocol):
+    """Tensors under our names, read by rows."""
+
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows ``first`` up to ``last`` (the end, if None) of a tensor."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights with what is known about them."""
+
+    path: Path
+    """The run's checkpoint or the folder that they were found in."""
+    model: Model
+    weights: Weights
+    recipe: Recipe | None = None
+    """The recipe of the run that made them; None for weights from elsewhere."""
+
+
+class CheckpointWeights:
+    """The decoder's tensors in a checkpoint of a run, whatever its layout was; one is held at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = dcp.FileSystemReader(folder / STATE_FOLDER)
+        entries = self._reader.read_metadata().state_dict_metadata
+        self._keys = {key.removeprefix(WRAPPER): key for key in entries if key.startswith(WRAPPER)}
+        if not self._keys:
+            raise InterchangeError(f"{folder}: holds no decoder")
+        self.tensors = {}
+        for name, key in self._keys.items():
+            entry = entries[key]
+            assert isinstance(entry, dcp.metadata.TensorStorageMetadata), key
+            self.tensors[name] = TensorInfo(name, entry.properties.dtype, tuple(entry.size))
+        self._held: tuple[str, Tensor] | None = None
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of a tensor; it is read whole, as its parts lie where the run's ranks wrote them."""
+        if self._held is None or self._held[0] != name:
+            self._held = None
+            info = self.tensors[name]
+            whole = torch.empty(info.shape, dtype=info.dtype)
+            dcp.load({self._keys[name]: whole}, storage_reader=self._reader, no_dist=True)
+            self._held = name, whole
+        return self._held[1][first:last]
+
+
+class HuggingFaceWeights:
+    """A folder in Hugging Face's form under our names, put together from its tensors as they are read.
+
+    Raises:
+        InterchangeError: for a tensor that is missing, of another shape, or one too many.
+    """
+
+    def __init__(self, folder: SafetensorsFolder, family: Family, model: Model) -> None:
+        self._folder = folder
+        self._links: dict[str, list[Link]] = {}
+        expected: set[str] = set()
+        for link in family.links(model):
+            expected.add(link.theirs)
+            self._check(link)
+            if link.ours is not None:
+                self._links.setdefault(link.ours, []).append(link)
+        for name in folder.tensors:
+            if name not in expected and not name.endswith(family.ignored or ("\0",)):
+                raise InterchangeError(f"{folder.folder}: {name} is no tensor of a {family.model_type} model")
+        self.tensors = {}
+        for weight in sizing.weights(model):
+            dtypes = {folder.tensors[link.theirs].dtype for link in self._links[weight.name]}
+            if len(dtypes) > 1:
+                raise InterchangeError(f"{folder.folder}: parts of {weight.name} are of different types")
+            self.tensors[weight.name] = TensorInfo(weight.name, dtypes.pop(), weight.shape)
+        self._turned: tuple[str, Tensor] | None = None
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of a tensor of ours; a transposed part is held until the next one is read."""
+        last = self.tensors[name].shape[0] if last is None else last
+        parts = []
+        for link in self._links[name]:
+            start, end = max(first - link.first, 0), min(last - link.first, link.rows)
+            if start >= end:
+                continue
+            if link.transposed:
+                parts.append(self._transposed(link.theirs)[start:end])
+            else:
+                parts.append(self._folder.read(link.theirs, start, end))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _transposed(self, theirs: str) -> Tensor:
+        if self._turned is None or self._turned[0] != theirs:
+            self._turned = None
+            self._turned = theirs, self._folder.read(theirs).t()
+        return self._turned[1]
+
+    def _check(self, link: Link) -> None:
+        info = self._folder.tensors.get(link.theirs)
+        if info is None:
+            raise InterchangeError(f"{self._folder.folder}: {link.theirs} is missing")
+        if info.shape != link.shape:
+            raise InterchangeError(
+                f"{self._folder.folder}: {link.theirs} is of shape {info.shape} instead of {link.shape}"
+            )
+
+
+def open_weights(path: Path, checkpoint: str | None = None) -> Source:
+    """Opens weights wherever they are; nothing but headers and metadata is read.
+
+    Args:
+        path: a run's folder, one of its checkpoints, a folder that `train.import_hf` or `train.upcycle`
+            wrote, or a folder in Hugging Face's form.
+        checkpoint: for a run: which checkpoint, by the folder's name; None takes the newest whole one.
+
+    Raises:
+        InterchangeError: if there is nothing of these kinds, or it is damaged.
+    """
+    if (path / CHECKPOINTS_FOLDER).is_dir():
+        return _open_checkpoint(path / CHECKPOINTS_FOLDER / checkpoint if checkpoint else newest(path))
+    if checkpoint is not None:
+        raise InterchangeError(f"{path}: is not a run, so that it has no checkpoint {checkpoint}")
+    if (path / STATE_FOLDER).is_dir():
+        return _open_checkpoint(path)
+    if (path / MODEL_FILE).is_file():
+        return _open_native(path)
+    if (path / CONFIG_FILE).is_file():
+        return _open_hugging_face(path)
+    raise InterchangeError(
+        f"{path}: is no run, no checkpoint, and has neither {MODEL_FILE} (imported) nor {CONFIG_FILE} "
+        "(Hugging Face)"
+    )
+
+
+def newest(run: Path) -> Path:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        InterchangeError: if there is none.
+    """
+    found, complaints = newest_whole_checkpoint(run / CHECKPOINTS_FOLDER)
+    if found is None:
+        raise InterchangeError(f"{run}: has no whole checkpoint {'; '.join(complaints)}".strip())
+    return found
+
+
+def check_complete(source: Source) -> None:
+    """Compares names and shapes with those of the model.
+
+    Raises:
+        InterchangeError: for the first tensor that is missing or of another shape.
+    """
+    for weight in sizing.weights(source.model):
+        info = source.weights.tensors.get(weight.name)
+        if info is None:
+            raise InterchangeError(f"{source.path}: {weight.name} is missing")
+        if info.shape != weight.shape:
+            raise InterchangeError(
+                f"{source.path}: {weight.name} is of shape {info.shape} instead of {weight.shape}"
+            )
+
+
+def row_blocks(weights: Weights, name: str, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
+    """Consecutive rows of a tensor in blocks of some megabytes."""
+    info = weights.tensors[name]
+    last = info.shape[0] if last is None else last
+    for start in range(first, last, info.block_rows):
+        yield weights.read(name, start, min(start + info.block_rows, last))
+
+
+def write_model(folder: Path, model: Model) -> None:
+    """Writes a model's part of a recipe, for :func:`open_weights` and for `extends:`."""
+    whole = OmegaConf.create(to_yaml(replace(Recipe(), model=model)))
+    (folder / MODEL_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create({"model": whole.model})))
+
+
+def read_model(folder: Path) -> Model:
+    """The model that a folder of weights under our names is of.
+
+    Raises:
+        InterchangeError: if its description cannot be read.
+    """
+    path = folder / MODEL_FILE
+    try:
+        tree = OmegaConf.select(OmegaConf.load(path), "model")
+        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Model), tree))
+    except (OmegaConfBaseException, OSError, KeyError, ValueError) as error:
+        raise InterchangeError(f"{path}: is not a recipe's model ({type(error).__name__})") from None
+    assert isinstance(model, Model)
+    return model
+
+
+def _open_checkpoint(folder: Path) -> Source:
+    recipe_file = folder.parent.parent / RECIPE_FILE
+    if not recipe_file.is_file() or not (folder / STATE_FOLDER).is_dir():
+        raise InterchangeError(f"{folder}: is not a checkpoint within the folder of its run")
+    recipe = load_recipe(recipe_file)
+    source = Source(folder, recipe.model, CheckpointWeights(folder), recipe)
+    check_complete(source)
+    return source
+
+
+def _open_native(folder: Path) -> Source:
+    source = Source(folder, read_model(folder), SafetensorsFolder(folder))
+    check_complete(source)
+    return source
+
+
+def _open_hugging_face(folder: Path) -> Source:
+    config = read_json(folder / CONFIG_FILE)
+    family = family_of(config, str(folder / CONFIG_FILE))
+    try:
+        model = family.to_model(config)
+    except InterchangeError as error:
+        raise InterchangeError(f"{folder / CONFIG_FILE}: {error}") from None
+    return Source(folder, model, HuggingFaceWeights(SafetensorsFolder(folder), family, model))
