@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from train.grouped_glu import grouped_glu
+
 
 def install() -> None:
     """Makes ``import megablocks`` work here. Cheap to call again."""
@@ -33,6 +35,8 @@ def install() -> None:
     kernels = importlib.import_module("megablocks.backend.kernels")
     for on_cpu in (gather, scatter, scatter_wgrad):
         _replace_on_cpu(kernels, on_cpu.__name__, on_cpu)
+    glu = importlib.import_module("megablocks.layers.glu")
+    _replace_on_cpu(glu, "memory_optimized_grouped_glu", memory_optimized_grouped_glu)
 
 
 def sort(x_R: Tensor, _end_bit: int, sorted_R: Tensor, places_R: Tensor) -> None:
@@ -79,38 +83,53 @@ def gather(
     x_TD: Tensor, indices_R: Tensor, _bin_ids: Tensor, weights_R: Tensor | None, _bins: Tensor, top_k: int
 ) -> Tensor:
     """Copies each token's row to its K places in expert order, times its weight if there are weights."""
-    rows_RD = x_TD.index_select(0, indices_R // top_k)
-    if weights_R is not None:
-        rows_RD *= weights_R.index_select(0, indices_R).to(rows_RD.dtype).unsqueeze(1)
-    return rows_RD
+    tokens_R = indices_R if top_k == 1 else indices_R // top_k
+    if weights_R is None:
+        return x_TD.index_select(0, tokens_R)
+    return _weighted_sums(x_TD, tokens_R.view(-1, 1), weights_R.index_select(0, indices_R).view(-1, 1))
 
 
 def scatter(
     x_RD: Tensor, indices_R: Tensor, _bin_ids: Tensor, weights_R: Tensor | None, _bins: Tensor, top_k: int
 ) -> Tensor:
     """Sums each token's K rows, times their weights if there are weights, back in token order."""
-    sorted_place_R = _inverse(indices_R)
+    places_R = _inverse(indices_R)
     if top_k == 1 and weights_R is None:
-        return x_RD.index_select(0, sorted_place_R)
-    if x_RD.dtype == torch.float64:
-        rows_RD = x_RD.index_select(0, sorted_place_R)
-        if weights_R is not None:
-            rows_RD *= weights_R.to(rows_RD.dtype).unsqueeze(1)
-        return rows_RD.view(-1, top_k, x_RD.shape[1]).sum(dim=1)
-    # One fused pass that accumulates in fp32, where select, scale and sum would make three.
-    weights_TK = None if weights_R is None else weights_R.to(x_RD.dtype).view(-1, top_k)
-    return functional.embedding_bag(
-        sorted_place_R.view(-1, top_k), x_RD, mode="sum", per_sample_weights=weights_TK
-    )
+        return x_RD.index_select(0, places_R)
+    weights_TK = None if weights_R is None else weights_R.view(-1, top_k)
+    return _weighted_sums(x_RD, places_R.view(-1, top_k), weights_TK)
 
 
 def scatter_wgrad(
     x_RD: Tensor, grad_TD: Tensor, indices_R: Tensor, _bin_ids: Tensor, _bins: Tensor, top_k: int
 ) -> Tensor:
     """Gradient of :func:`scatter`'s weights: the product of each row with its token's gradient."""
-    grad_RD = grad_TD.index_select(0, indices_R // top_k)
-    products_R = grad_RD.mul_(x_RD).sum(dim=1)
-    return torch.empty_like(products_R).index_copy_(0, indices_R.long(), products_R)
+    rows_TKD = x_RD.index_select(0, _inverse(indices_R)).view(-1, top_k, x_RD.shape[1])
+    return torch.bmm(rows_TKD, grad_TD.unsqueeze(2)).view(-1)
+
+
+def _weighted_sums(rows_ND: Tensor, places_MK: Tensor, weights_MK: Tensor | None) -> Tensor:
+    """Sum over K of ``weights[m, k] * rows[places[m, k]]``: [M, D]."""
+    if rows_ND.dtype == torch.float64:
+        picked_MKD = rows_ND[places_MK.long()]
+        scaled_MKD = picked_MKD if weights_MK is None else picked_MKD * weights_MK.to(rows_ND).unsqueeze(2)
+        return scaled_MKD.sum(dim=1)
+    # One fused pass that accumulates in fp32, where select, scale and sum would make three.
+    weights_MK = None if weights_MK is None else weights_MK.to(rows_ND.dtype)
+    return functional.embedding_bag(places_MK, rows_ND, mode="sum", per_sample_weights=weights_MK)
+
+
+def memory_optimized_grouped_glu(  # noqa: PLR0917  (MegaBlocks' own signature)
+    x_RD: Tensor,
+    w1_EFD: Tensor,
+    v1_EFD: Tensor,
+    w2_EFD: Tensor,
+    batch_sizes_E: Tensor,
+    activation_fn: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """GLU experts with SiLU, see :func:`train.grouped_glu.grouped_glu`."""
+    assert activation_fn is functional.silu, "the experts' activation is SiLU"
+    return grouped_glu(x_RD, w1_EFD, v1_EFD, w2_EFD, batch_sizes_E)
 
 
 def gmm(a_RD: Tensor, b_EDN: Tensor, batch_sizes_E: Tensor, trans_b: bool = False) -> Tensor:

@@ -123,6 +123,7 @@ class MoE(dMoE):
             moe_num_experts=moe.experts,
             moe_top_k=moe.top_k,
             moe_loss_weight=0.0,
+            memory_optimized_mlp=True,
             mlp_type="glu",
             mlp_impl="grouped",
             fp16=False,

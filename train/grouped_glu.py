@@ -1,0 +1,156 @@
+"""GLU experts on a CPU: MegaBlocks' memory-optimised grouped GLU, expert by expert.
+
+An expert's rows go through all of its products and element-wise passes while they are in the cache; what
+is cheap is made again in the backward pass, for reading it back from memory would take longer. In bf16
+the rows of a product are a multiple of 64: oneDNN compiles a kernel for every new shape, which takes some
+thirty times as long as running it, and every step has new counts of tokens.
+
+Shapes: R routed rows sorted by expert, P rows of one expert and its padding, D model, F hidden, E experts.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+PADDED_ROWS = 64
+"""Granularity of the rows of one product in bf16."""
+
+
+def grouped_glu(
+    x_RD: Tensor, w1_EFD: Tensor, v1_EFD: Tensor, w2_EFD: Tensor, batch_sizes_E: Tensor
+) -> Tensor:
+    """``(silu(x w1^T) * (x v1^T)) w2`` with each row's own expert.
+
+    Args:
+        x_RD: rows sorted by expert.
+        w1_EFD: gates; under autocast all weights are cast here, once.
+        v1_EFD: up projections.
+        w2_EFD: down projections, not transposed.
+        batch_sizes_E: rows of each expert, on the CPU; zero is allowed.
+
+    Returns:
+        [R, D] in autocast's precision where autocast is on.
+    """
+    result: Tensor = _GroupedGlu.apply(x_RD, w1_EFD, v1_EFD, w2_EFD, batch_sizes_E)
+    return result
+
+
+class _GroupedGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917  (autograd.Function takes no keywords)
+        ctx: Any, x: Tensor, w1: Tensor, v1: Tensor, w2: Tensor, batch_sizes: Tensor
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        ctx.weight_dtype = w1.dtype
+        x, w1, v1, w2 = (tensor.to(dtype) for tensor in (x, w1, v1, w2))
+        spans = _Spans.of(batch_sizes, dtype)
+        gate, up = (x.new_empty(sum(spans.padded), w1.shape[1]) for _ in range(2))
+        product = x.new_empty(max(spans.padded), w1.shape[1])
+        out = spans.rows_like(x)
+        for x_PD, out_PD, gate_PF, up_PF, w1_DF, v1_DF, w2_FD in zip(
+            spans.windows(x),
+            spans.windows(out),
+            gate.split(spans.padded),
+            up.split(spans.padded),
+            spans.of_busy(w1.mT),
+            spans.of_busy(v1.mT),
+            spans.of_busy(w2),
+            strict=True,
+        ):
+            torch.mm(x_PD, w1_DF, out=gate_PF)
+            torch.mm(x_PD, v1_DF, out=up_PF)
+            product_PF = product[: len(gate_PF)]
+            torch.ops.aten.silu.out(gate_PF, out=product_PF)
+            torch.mm(product_PF.mul_(up_PF), w2_FD, out=out_PD)
+        ctx.save_for_backward(x, w1, v1, w2, gate, up)
+        ctx.spans = spans
+        return out[: len(x)]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, v1, w2, gate, up = ctx.saved_tensors
+        spans: _Spans = ctx.spans
+        grad = grads[0].contiguous()
+        grad_x = spans.rows_like(x)
+        grad_weights = [torch.empty_like(w1, dtype=ctx.weight_dtype) for _ in range(3)]
+        for expert in spans.idle:
+            for grad_EFD in grad_weights:
+                grad_EFD[expert] = 0.0
+        scratch = [x.new_empty(max(spans.padded), w1.shape[1]) for _ in range(4)]
+        grad_FD = w1.new_empty(w1.shape[1:])
+        for size, x_PD, grad_PD, grad_x_PD, gate_PF, up_PF, w1_FD, v1_FD, w2_DF, *grads_FD in zip(
+            spans.sizes,
+            spans.windows(x),
+            spans.windows(grad),
+            spans.windows(grad_x),
+            gate.split(spans.padded),
+            up.split(spans.padded),
+            spans.of_busy(w1),
+            spans.of_busy(v1),
+            spans.of_busy(w2.mT),
+            *(spans.of_busy(grad_EFD) for grad_EFD in grad_weights),
+            strict=True,
+        ):
+            product_PF, dproduct_PF, dgate_PF, dup_PF = (buffer[: len(gate_PF)] for buffer in scratch)
+            torch.mm(grad_PD, w2_DF, out=dproduct_PF)
+            torch.ops.aten.silu.out(gate_PF, out=product_PF)
+            torch.mul(dproduct_PF, product_PF, out=dup_PF)
+            product_PF.mul_(up_PF)
+            dproduct_PF.mul_(up_PF)
+            torch.ops.aten.silu_backward.grad_input(dproduct_PF, gate_PF, grad_input=dgate_PF)
+            if size < len(gate_PF):  # the padding is the next expert's: it must not count here
+                for buffer_PF in (product_PF, dgate_PF, dup_PF):
+                    buffer_PF[size:] = 0.0
+            for left_PF, right_PD, target_FD in zip(
+                (dgate_PF, dup_PF, product_PF), (x_PD, x_PD, grad_PD), grads_FD, strict=True
+            ):
+                target_FD.copy_(torch.mm(left_PF.t(), right_PD, out=grad_FD))
+            torch.mm(dgate_PF, w1_FD, out=grad_x_PD)
+            grad_x_PD.addmm_(dup_PF, v1_FD)
+        return grad_x[: len(x)], *grad_weights, None
+
+
+class _Spans(NamedTuple):
+    """Where the rows of each busy expert lie, in the sorted rows and in buffers with room for padding.
+
+    A span of the sorted rows is padded by the rows of the next expert. What is written there is overwritten
+    in the next expert's turn, hence the ascending order.
+    """
+
+    busy: list[int]
+    """Experts that have rows; the lists below are of these."""
+    idle: list[int]
+    sizes: list[int]
+    padded: list[int]
+    overhang: int
+    """Rows by which the last span may pass the end."""
+
+    @classmethod
+    def of(cls, batch_sizes_E: Tensor, dtype: torch.dtype) -> "_Spans":
+        sizes = [int(size) for size in batch_sizes_E.tolist()]
+        unit = PADDED_ROWS if dtype == torch.bfloat16 else 1
+        busy = [expert for expert, size in enumerate(sizes) if size]
+        idle = [expert for expert, size in enumerate(sizes) if not size]
+        padded = [-(-sizes[expert] // unit) * unit for expert in busy]
+        return cls(busy, idle, [sizes[expert] for expert in busy], padded, unit - 1)
+
+    def windows(self, x_RD: Tensor) -> list[Tensor]:
+        """The padded spans of ``x_RD``; a copy with zeros for one that ends after the last row."""
+        starts = [0, *torch.tensor(self.sizes).cumsum(0).tolist()]
+        windows = []
+        for start, length in zip(starts, self.padded, strict=False):
+            missing = start + length - len(x_RD)
+            rows_PD = x_RD[start : start + length]
+            windows.append(functional.pad(rows_PD, (0, 0, 0, missing)) if missing > 0 else rows_PD)
+        return windows
+
+    def of_busy(self, weights_E: Tensor) -> list[Tensor]:
+        """The busy experts' matrices."""
+        matrices = weights_E.unbind(0)
+        return [matrices[expert] for expert in self.busy]
+
+    def rows_like(self, x_RD: Tensor) -> Tensor:
+        """An uninitialised tensor like ``x_RD`` with room for the last span's padding."""
+        return x_RD.new_empty(len(x_RD) + self.overhang, x_RD.shape[1])
