@@ -6,12 +6,15 @@ D = H x R model, T = B x S tokens.
 
 # ruff: noqa: N815  (shape suffixes)
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from train.schema import Model, Position
 
@@ -23,9 +26,12 @@ class AttentionPlan(NamedTuple):
     """What all layers share in one forward pass: made once, by :func:`plan_attention`."""
 
     cos_SR: Tensor | None
+    """Cosines of RoPE's angles, for half of a head: [S, R / 2]. None: no RoPE."""
     sin_SR: Tensor | None
-    bias: Tensor | None
+    bias: Tensor | None = None
     """Added to attention's logits: [B or 1, H or 1, S, P + S], -inf where not visible. None: plain causal."""
+    blocks: BlockMask | None = None
+    """The same visibility for FlexAttention, which skips blocks of invisible positions."""
 
 
 def plan_attention(
@@ -37,6 +43,7 @@ def plan_attention(
     dtype: torch.dtype,
     document_ids_BS: Tensor | None = None,
     past_length: int = 0,
+    flex: bool | None = None,
 ) -> AttentionPlan:
     """Positions and visibility for one batch.
 
@@ -48,22 +55,26 @@ def plan_attention(
         dtype: precision of the queries, and so of the bias.
         document_ids_BS: document of each token; None where a sequence is one document.
         past_length: positions P whose keys and values are given to the layers.
+        flex: mask documents through FlexAttention instead of a bias of S x S; None: on a GPU alone,
+            where it was not yet run.
     """
     cos_SR = sin_SR = None
     if model.position is Position.rope:
         cos_SR, sin_SR = _rotations(model, past_length, length, device)
-    causal_only = document_ids_BS is None and model.position is not Position.alibi
-    if causal_only and (past_length == 0 or length == 1):
-        return AttentionPlan(cos_SR, sin_SR, None)
+    alibi = model.position is Position.alibi
+    if document_ids_BS is None and not alibi and (past_length == 0 or length == 1):
+        return AttentionPlan(cos_SR, sin_SR)
+    flex = device.type == "cuda" if flex is None else flex
+    if flex and document_ids_BS is not None and not alibi:
+        return AttentionPlan(cos_SR, sin_SR, blocks=_document_blocks(document_ids_BS))
     query_S = torch.arange(past_length, past_length + length, device=device)
-    key_P = torch.arange(past_length + length, device=device)
-    distance_SP = query_S[:, None] - key_P[None, :]
+    distance_SP = query_S[:, None] - torch.arange(past_length + length, device=device)[None, :]
     visible = (distance_SP >= 0)[None, None]
     if document_ids_BS is not None:
         assert past_length == 0, "documents are packed for training, where nothing is past"
         visible = visible & (document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :])
     bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -math.inf)
-    if model.position is Position.alibi:
+    if alibi:
         slopes_H = _alibi_slopes(model.n_heads).to(device)
         bias = bias - (slopes_H[:, None, None] * distance_SP).to(dtype)
     return AttentionPlan(cos_SR, sin_SR, bias)
@@ -88,47 +99,113 @@ class Attention(nn.Module):
         Returns:
             The output [B, S, D], and the keys and values of all positions for a later call.
         """
-        batch, length, _ = x_BSD.shape
         heads, kv_heads = self.model.n_heads, self.model.n_kv_heads
-        qkv = self.Wqkv(x_BSD)
-        if self.model.clip_qkv is not None:
-            qkv = qkv.clamp(-self.model.clip_qkv, self.model.clip_qkv)
-        qkv = qkv.view(batch, length, heads + 2 * kv_heads, self.head_width)
-        qk, v_BSGR = qkv.split([heads + kv_heads, kv_heads], dim=2)
-        if plan.cos_SR is not None and plan.sin_SR is not None:
-            qk = _rotate(qk, plan.cos_SR, plan.sin_SR)
-        q_BHSR, k_BGSR = qk.transpose(1, 2).split([heads, kv_heads], dim=1)
-        v_BGSR = v_BSGR.transpose(1, 2)
+        qkv = self.Wqkv(x_BSD).unflatten(-1, (heads + 2 * kv_heads, self.head_width))
+        q_BSHR, k_BSGR, v_BSGR = _ClipAndRotate.apply(
+            qkv, (heads, kv_heads, kv_heads), self.model.clip_qkv, plan.cos_SR, plan.sin_SR
+        )
+        q_BHSR, k_BGSR, v_BGSR = (t.transpose(1, 2) for t in (q_BSHR, k_BSGR, v_BSGR))
         if past is not None:
             k_BGSR, v_BGSR = torch.cat([past[0], k_BGSR], dim=2), torch.cat([past[1], v_BGSR], dim=2)
-        out_BHSR = functional.scaled_dot_product_attention(
-            q_BHSR,
-            _repeat_heads(k_BGSR, heads),
-            _repeat_heads(v_BGSR, heads),
-            attn_mask=plan.bias,
-            is_causal=plan.bias is None and past is None,
-        )
-        out_BSD = out_BHSR.transpose(1, 2).reshape(batch, length, -1)
-        return self.out_proj(out_BSD), (k_BGSR, v_BGSR)
+        if plan.blocks is None:
+            # Repeated by hand: on a CPU enable_gqa leaves the fused kernel, and takes three times as long.
+            out_BHSR = functional.scaled_dot_product_attention(
+                q_BHSR,
+                _repeat_heads(k_BGSR, heads),
+                _repeat_heads(v_BGSR, heads),
+                attn_mask=plan.bias,
+                is_causal=plan.bias is None and past is None,
+            )
+        else:
+            out_BHSR = _flex_attention(q_BHSR.device.type)(
+                q_BHSR, k_BGSR, v_BGSR, block_mask=plan.blocks, enable_gqa=True
+            )
+        return self.out_proj(out_BHSR.transpose(1, 2).flatten(2)), (k_BGSR, v_BGSR)
+
+
+class _ClipAndRotate(torch.autograd.Function):
+    """Splits queries, keys and values, clips them and turns queries and keys by their positions.
+
+    One operation with its own gradient: as separate ones, clipping and turning cost as much time on a CPU
+    as the projection that they follow.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        heads: tuple[int, int, int],
+        clip: float | None,
+        cos_SR: Tensor | None,
+        sin_SR: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.heads, ctx.clip, ctx.with_rope = heads, clip, cos_SR is not None
+        ctx.save_for_backward(qkv if clip is not None else None, cos_SR, sin_SR)
+        clipped = qkv if clip is None else qkv.clamp(-clip, clip)
+        parts = clipped.split(heads, dim=2)
+        turned = [part.new_empty(part.shape) for part in parts]
+        for i, (part, target) in enumerate(zip(parts, turned, strict=True)):
+            if cos_SR is not None and sin_SR is not None and i < 2:
+                _rotate(part, cos_SR, sin_SR, out=target)
+            else:
+                target.copy_(part)
+        return tuple(turned)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, cos_SR, sin_SR = ctx.saved_tensors
+        batch, length, _, width = grads[0].shape
+        grad_qkv = grads[0].new_empty(batch, length, sum(ctx.heads), width)
+        for i, (grad, target) in enumerate(zip(grads, grad_qkv.split(ctx.heads, dim=2), strict=True)):
+            if ctx.with_rope and i < 2:
+                _rotate(grad, cos_SR, -sin_SR, out=target)
+            else:
+                target.copy_(grad)
+        if ctx.clip is not None:
+            # Clipping's gradient in one pass, where clamp's own takes four.
+            torch.ops.aten.hardtanh_backward.grad_input(
+                grad_qkv, qkv, -ctx.clip, ctx.clip, grad_input=grad_qkv
+            )
+        return grad_qkv, None, None, None, None
+
+
+def _rotate(x_BSHR: Tensor, cos_SR: Tensor, sin_SR: Tensor, out: Tensor) -> None:
+    """Turns each pair (r, r + R / 2) of a head by its position's angle (Su et al. 2021, section 3.4.2)."""
+    left, right = x_BSHR.chunk(2, dim=-1)
+    out_left, out_right = out.chunk(2, dim=-1)
+    cos, sin = (table_SR.to(x_BSHR.dtype).unsqueeze(1) for table_SR in (cos_SR, sin_SR))
+    torch.mul(left, cos, out=out_left)
+    out_left.addcmul_(right, sin, value=-1.0)
+    torch.mul(right, cos, out=out_right)
+    out_right.addcmul_(left, sin)
+
+
+def _document_blocks(document_ids_BS: Tensor) -> BlockMask:
+    def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same_document = document_ids_BS[batch, query] == document_ids_BS[batch, key]
+        return (query >= key) & same_document
+
+    batch, length = document_ids_BS.shape
+    device = document_ids_BS.device
+    # Uncompiled, the mask would be made whole before it is cut into blocks.
+    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(visible, batch, None, length, length, device=str(device))
+
+
+@functools.cache
+def _flex_attention(device_type: str) -> Callable[..., Any]:
+    """FlexAttention: compiled to one kernel on a GPU, plain operations elsewhere (for tests)."""
+    compiled: Callable[..., Any] = torch.compile(flex_attention)
+    return compiled if device_type == "cuda" else flex_attention
 
 
 def _rotations(model: Model, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE's angles in fp32, each [S, R] (Su et al. 2021, section 3.2.2)."""
+    """Cosines and sines of RoPE's angles in fp32, each [S, R / 2] (Su et al. 2021, section 3.2.2)."""
     width = model.d_model // model.n_heads
     exponents = torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width
-    frequencies = 1.0 / (model.rope_theta**exponents)
     positions_S = torch.arange(start, start + length, device=device).float()
-    angles = positions_S[:, None] * frequencies[None, :]
-    angles_SR = torch.cat([angles, angles], dim=-1)
+    angles_SR = positions_S[:, None] / (model.rope_theta**exponents)
     return angles_SR.cos(), angles_SR.sin()
-
-
-def _rotate(x_BSHR: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
-    """Turns each pair (r, r + R / 2) of a head by its position's angle."""
-    left, right = x_BSHR.chunk(2, dim=-1)
-    turned = torch.cat([-right, left], dim=-1)
-    cos_S1R, sin_S1R = cos_SR.to(x_BSHR.dtype).unsqueeze(1), sin_SR.to(x_BSHR.dtype).unsqueeze(1)
-    return x_BSHR * cos_S1R + turned * sin_S1R
 
 
 def _repeat_heads(x_BGSR: Tensor, heads: int) -> Tensor:

@@ -39,15 +39,13 @@ def grouped_glu(
 
 class _GroupedGlu(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917  (autograd.Function takes no keywords)
-        ctx: Any, x: Tensor, w1: Tensor, v1: Tensor, w2: Tensor, batch_sizes: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w1: Tensor, v1: Tensor, w2: Tensor, batch_sizes: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         ctx.weight_dtype = w1.dtype
         x, w1, v1, w2 = (tensor.to(dtype) for tensor in (x, w1, v1, w2))
         spans = _Spans.of(batch_sizes, dtype)
         gate, up = (x.new_empty(sum(spans.padded), w1.shape[1]) for _ in range(2))
-        product = x.new_empty(max(spans.padded), w1.shape[1])
+        product = x.new_empty(max(spans.padded, default=0), w1.shape[1])
         out = spans.rows_like(x)
         for x_PD, out_PD, gate_PF, up_PF, w1_DF, v1_DF, w2_FD in zip(
             spans.windows(x),
@@ -78,7 +76,7 @@ class _GroupedGlu(torch.autograd.Function):
         for expert in spans.idle:
             for grad_EFD in grad_weights:
                 grad_EFD[expert] = 0.0
-        scratch = [x.new_empty(max(spans.padded), w1.shape[1]) for _ in range(4)]
+        scratch = [x.new_empty(max(spans.padded, default=0), w1.shape[1]) for _ in range(4)]
         grad_FD = w1.new_empty(w1.shape[1:])
         for size, x_PD, grad_PD, grad_x_PD, gate_PF, up_PF, w1_FD, v1_FD, w2_DF, *grads_FD in zip(
             spans.sizes,

@@ -119,7 +119,7 @@ def _weighted_sums(rows_ND: Tensor, places_MK: Tensor, weights_MK: Tensor | None
     return functional.embedding_bag(places_MK, rows_ND, mode="sum", per_sample_weights=weights_MK)
 
 
-def memory_optimized_grouped_glu(  # noqa: PLR0917  (MegaBlocks' own signature)
+def memory_optimized_grouped_glu(
     x_RD: Tensor,
     w1_EFD: Tensor,
     v1_EFD: Tensor,
@@ -151,7 +151,7 @@ def gmm(a_RD: Tensor, b_EDN: Tensor, batch_sizes_E: Tensor, trans_b: bool = Fals
     return result
 
 
-def backend_gmm(  # noqa: PLR0917  (grouped_gemm's own signature)
+def backend_gmm(
     a: Tensor,
     b: Tensor,
     batch_sizes: Tensor,

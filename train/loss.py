@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 IGNORE = -100
 """Target of a token that has no loss."""
+CACHED_ELEMENTS = 2**18
+"""Logits whose softmax is taken at once on a CPU: 1 MB in fp32, half of a core's second-level cache."""
 
 
 def chunked_cross_entropy(
@@ -39,30 +40,30 @@ def chunked_cross_entropy(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917  (autograd.Function takes no keywords)
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, with_grad: bool
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets_T: Tensor, chunk: int, with_grad: bool
     ) -> tuple[Tensor, Tensor]:
         want_hidden = with_grad and ctx.needs_input_grad[0]
         want_weight = with_grad and ctx.needs_input_grad[1]
-        losses_T = torch.empty(hidden_TD.shape[0], dtype=torch.float32, device=hidden_TD.device)
-        grad_hidden = torch.empty_like(hidden_TD) if want_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if want_weight else None
-        device = hidden_TD.device.type
+        losses_T = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=_accumulated_in(weight)) if want_weight else None
+        device = hidden.device.type
         if torch.is_autocast_enabled(device):
             # Cast in here, so that the weight's gradient is summed over chunks and returned in fp32.
             dtype = torch.get_autocast_dtype(device)
-            hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            for start in range(0, hidden_TD.shape[0], chunk):
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        buffer_CV = hidden.new_empty(min(chunk, len(hidden)), len(weight))
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
-                hidden_CD = hidden_TD[rows]
-                logits_CV = functional.linear(hidden_CD, weight_VD).float()
-                losses_T[rows], grad_CV = _softmax_loss(logits_CV, targets_T[rows])
-                grad_CV = grad_CV.to(hidden_CD.dtype)
+                hidden_CD = hidden[rows]
+                logits_CV = torch.mm(hidden_CD, weight.t(), out=buffer_CV[: len(hidden_CD)])
+                losses_T[rows] = _losses(logits_CV, targets_T[rows], with_grad)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = grad_CV @ weight_VD
+                    grad_hidden[rows] = logits_CV @ weight
                 if grad_weight is not None:
-                    grad_weight += grad_CV.t() @ hidden_CD
+                    _add_product(grad_weight, logits_CV.t(), hidden_CD)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses_T)
         return losses_T.sum(), losses_T
@@ -77,14 +78,40 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def _softmax_loss(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's loss and its gradient with respect to the logits."""
-    ignored_C1 = (targets_C == IGNORE).unsqueeze(1)
-    targets_C1 = targets_C.long().unsqueeze(1).masked_fill(ignored_C1, 0)
-    log_probs_CV = functional.log_softmax(logits_CV, dim=-1)
-    losses_C1 = -log_probs_CV.gather(1, targets_C1).masked_fill_(ignored_C1, 0.0)
-    grad_CV = log_probs_CV.exp_()
-    grad_CV.scatter_add_(1, targets_C1, torch.full_like(losses_C1, -1.0))
-    if ignored_C1.any():
-        grad_CV.masked_fill_(ignored_C1, 0.0)
-    return losses_C1.squeeze(1), grad_CV
+def _losses(logits_CV: Tensor, targets_C: Tensor, with_grad: bool) -> Tensor:
+    """Each token's loss; with ``with_grad`` the logits become their own gradient, in place.
+
+    The softmax is taken in fp32, a block of rows at a time, so that its passes stay in a CPU's cache.
+    """
+    vocabulary = logits_CV.shape[1]
+    on_cpu = logits_CV.device.type == "cpu"
+    block = max(1, CACHED_ELEMENTS // vocabulary) if on_cpu else len(logits_CV)
+    losses = []
+    for block_logits, targets_N in zip(logits_CV.split(block), targets_C.split(block), strict=True):
+        ignored_N = targets_N == IGNORE
+        targets_N1 = targets_N.long().masked_fill(ignored_N, 0).unsqueeze(1)
+        logits_NV = block_logits.to(_accumulated_in(logits_CV))
+        probs_NV = logits_NV.softmax(dim=-1)
+        # log sum exp, from the largest logit and its probability: neither under- nor overflows.
+        log_sums_N = logits_NV.amax(dim=-1) - probs_NV.amax(dim=-1).log()
+        losses_N = log_sums_N - logits_NV.gather(1, targets_N1).squeeze(1)
+        losses.append(losses_N.masked_fill_(ignored_N, 0.0).float())
+        if with_grad:
+            probs_NV.scatter_add_(1, targets_N1, torch.full_like(targets_N1, -1.0, dtype=probs_NV.dtype))
+            if ignored_N.any():
+                probs_NV[ignored_N] = 0.0
+            block_logits.copy_(probs_NV)
+    return torch.cat(losses)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, the sum in ``total``'s precision."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _accumulated_in(tensor: Tensor) -> torch.dtype:
+    """fp32, or the tensor's own precision where that is higher."""
+    return torch.promote_types(tensor.dtype, torch.float32)

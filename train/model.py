@@ -163,7 +163,11 @@ class Decoder(nn.Module):
             self.lm_head = LanguageModelHead(cfg.d_model, cfg.vocab_size, bias=False, device=device)
 
     def forward(
-        self, input_ids_BS: Tensor, document_ids_BS: Tensor | None = None, targets_BS: Tensor | None = None
+        self,
+        input_ids_BS: Tensor,
+        document_ids_BS: Tensor | None = None,
+        targets_BS: Tensor | None = None,
+        choices_only: bool = False,
     ) -> DecoderOutput:
         """Logits, or with targets the losses.
 
@@ -171,19 +175,22 @@ class Decoder(nn.Module):
             input_ids_BS: token ids.
             document_ids_BS: document of each token; tokens see their own document alone. None: one document.
             targets_BS: the token that follows each input, -100 where there is no loss.
+            choices_only: neither logits nor cross-entropy; for the experts' counts alone.
         """
         hidden_BSD, layers = self.transformer(input_ids_BS, document_ids_BS)
+        zero = torch.zeros((), dtype=torch.float32, device=hidden_BSD.device)
+        experts = (zero, zero, zero.new_zeros((0, 0), dtype=torch.int64))
+        if layers:
+            balance, z, tokens = zip(*layers, strict=True)
+            experts = (torch.stack(balance).mean(), torch.stack(z).mean(), torch.stack(tokens))
+        if choices_only:
+            return DecoderOutput(None, zero, zero.long(), None, *experts)
         hidden_TD = hidden_BSD.flatten(0, 1)
         targets_T = None if targets_BS is None else targets_BS.flatten()
         if self.lm_head is not None:
             result = self.lm_head(hidden_TD, targets_T, self.loss_chunk_tokens)
         else:
             result = _project(hidden_TD, self.transformer.wte.weight, targets_T, self.loss_chunk_tokens)
-        zero = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
-        experts = (zero, zero, zero.new_zeros((0, 0), dtype=torch.int64))
-        if layers:
-            balance, z, tokens = zip(*layers, strict=True)
-            experts = (torch.stack(balance).mean(), torch.stack(z).mean(), torch.stack(tokens))
         if targets_BS is None:
             logits_BSV = result.view(*input_ids_BS.shape, -1)
             return DecoderOutput(logits_BSV, zero, zero.long(), None, *experts)
