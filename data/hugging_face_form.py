@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+UNUSED = "<|unused_"
+"""Beginning of the names of ids that no token has."""
+
 
 def write_form(
     folder: Path,
@@ -31,8 +34,13 @@ def write_form(
         eos: the end-of-text token, one of ``special_ids``.
         pad: the padding token, one of ``special_ids``.
     """
-    assert eos in special_ids and pad in special_ids
-    names = sorted(special_ids, key=lambda name: special_ids[name])
+    assert eos in special_ids and pad in special_ids and max(ranks.values()) == len(ranks) - 1
+    # Hugging Face numbers added tokens without gaps, so that gaps are filled with tokens of no use.
+    name_of = {special_ids[name]: name for name in special_ids}
+    added = [
+        (number, name_of.get(number, f"{UNUSED}{number}|>"))
+        for number in range(len(ranks), max(special_ids.values()) + 1)
+    ]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     cut = {
         "type": "Split",
@@ -46,7 +54,7 @@ def write_form(
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": special_ids[name], "content": name, **flags} for name in names],
+        "added_tokens": [{"id": number, "content": name, **flags} for number, name in added],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, to_letters]},
         "post_processor": None,
@@ -79,7 +87,8 @@ def read_form(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
     tree = json.loads(path.read_text("utf-8"))
     pattern = tree["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     ranks = {from_letters(letters): rank for letters, rank in tree["model"]["vocab"].items()}
-    return pattern, ranks, {token["content"]: token["id"] for token in tree["added_tokens"]}
+    added = {token["content"]: token["id"] for token in tree["added_tokens"]}
+    return pattern, ranks, {name: number for name, number in added.items() if not name.startswith(UNUSED)}
 
 
 def from_letters(letters: str) -> bytes:

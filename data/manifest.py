@@ -89,9 +89,14 @@ class Manifest:
     """Bound on the text per domain that it was built with."""
     domains: dict[str, DomainRecord]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of the above: equal for equal shards, wherever they lie."""
+        return _digest(asdict(self))
+
     def to_json(self) -> str:
         """The text of the file."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        return json.dumps(asdict(self) | {"digest": self.digest}, indent=1, sort_keys=True) + "\n"
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -107,6 +112,8 @@ def read_manifest(root: Path) -> Manifest:
             raise RecipeError(
                 f"{path} has format {tree['format']}, not {FORMAT}", key="data.shards", remedy=REBUILD
             )
+        if tree.pop("digest") != _digest(tree):
+            raise ValueError("its digest differs")
         domains = {
             name: DomainRecord(
                 **(entry | {"splits": {side: SplitRecord(**it) for side, it in entry["splits"].items()}})
@@ -203,6 +210,10 @@ def entropy(counts: NDArray[np.integer[Any]]) -> float:
     """Entropy of a distribution given by counts, in nats; 0 for none."""
     shares = counts[counts > 0] / max(counts.sum(), 1)
     return float(-(shares * np.log(shares)).sum())
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _shard_files(folder: Path) -> Iterator[tuple[Path, int, str]]:

@@ -17,7 +17,7 @@ _SIMILARITY = 0.5
 def split_documents(documents: list[Document]) -> list[str]:
     """The side of each document of one domain.
 
-    A document goes by its own content's hash or, among near-identical ones, by the least of theirs. So
+    A document goes by a hash of its content or, among near-identical ones, of one of theirs. So
     its side does not depend on the order, and hardly on the other documents. Where chance leaves a
     side empty, the group with the least or greatest hash makes it up, if there are two groups.
 
@@ -29,16 +29,18 @@ def split_documents(documents: list[Document]) -> list[str]:
     """
     digests = [hashlib.sha256(document.text.encode()).digest() for document in documents]
     groups = near_identical_groups([document.text for document in documents])
-    key_of_group: dict[int, bytes] = {}
+    least: dict[int, bytes] = {}
     for digest, group in zip(digests, groups, strict=True):
-        key_of_group[group] = min(digest, key_of_group.get(group, digest))
+        least[group] = min(digest, least.get(group, digest))
+    # Hashed anew: the least of many hashes is small, and large groups would all be held out.
+    keys = {group: hashlib.sha256(digest).digest() for group, digest in least.items()}
     bound = int(VALIDATION_SHARE * 2**64)
-    held_out = {key for key in key_of_group.values() if int.from_bytes(key[:8]) < bound}
-    if len(key_of_group) > 1:
-        held_out = held_out or {min(key_of_group.values())}
-        if len(held_out) == len(key_of_group):
+    held_out = {key for key in keys.values() if int.from_bytes(key[:8]) < bound}
+    if len(keys) > 1:
+        held_out = held_out or {min(keys.values())}
+        if len(held_out) == len(keys):
             held_out.remove(max(held_out))
-    return [SPLITS[key_of_group[group] in held_out] for group in groups]
+    return [SPLITS[keys[group] in held_out] for group in groups]
 
 
 def near_identical_groups(texts: list[str]) -> list[int]:

@@ -1,0 +1,57 @@
+"""A small corpus of two domains, and its shards built once for all tests of this folder."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.corpus import Document
+from data.write_shards import build_shards
+from train.schema import Data, Recipe, Tokenizer, TokenizerKind, Training
+
+WORDS = [
+    *("the", "be", "to", "of", "and", "that", "have", "with", "cat", "saw", "ran", "red", "sea", "old"),
+    *("<|endoftext|>", "naïve", "中文", "x1", "(y)", "\n"),
+]
+
+
+def small_documents() -> Iterator[Document]:
+    """60 documents a domain of 5 to 150 words, no two alike."""
+    for domain, seed in (("code", 1), ("prose", 2)):
+        rng = np.random.default_rng(seed)
+        for number in range(60):
+            words = rng.choice(WORDS, rng.integers(5, 150))
+            yield Document(domain, f"{domain}/{number}.txt", f"{domain} {number}: " + " ".join(words) + "\n")
+
+
+@pytest.fixture(scope="session")
+def make_recipe() -> Callable[..., Recipe]:
+    """A recipe over small shards; keywords change its data section."""
+
+    def make(shards: Path, **changes: object) -> Recipe:
+        data = Data(
+            shards=str(shards),
+            domains={"prose": 0.3, "code": 0.7},
+            sequence_tokens=32,
+            validation_sequences=5,
+            workers=0,
+        )
+        return Recipe(
+            name="small",
+            seed=11,
+            tokenizer=Tokenizer(TokenizerKind.bpe, 300),
+            data=dataclasses.replace(data, **changes),  # type: ignore[arg-type]
+            training=Training(duration_tokens=10_000, global_batch_sequences=8, microbatch_sequences=2),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, make_recipe: Callable[..., Recipe]) -> Recipe:
+    """The recipe of shards that are there; not to be changed."""
+    recipe = make_recipe(tmp_path_factory.mktemp("data") / "shards")
+    build_shards(recipe, documents=small_documents)
+    return recipe

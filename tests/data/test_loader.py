@@ -1,0 +1,177 @@
+import dataclasses
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.loader import (
+    NO_POSITION,
+    NO_TARGET,
+    Batch,
+    build_plan,
+    build_train_loader,
+    build_validation_loaders,
+    make_batch,
+)
+from data.manifest import read_manifest, unigram_entropy
+from data.packing import PADDING, Sample, pack
+from data.streams import ShardFolder
+from data.tokenizer import TokenizerHandle, open_tokenizer
+from train.recipe import RecipeError
+from train.schema import Recipe
+
+BATCHES = 100
+
+
+@pytest.fixture(scope="module")
+def tokenizer(built: Recipe) -> TokenizerHandle:
+    return open_tokenizer(built.tokenizer, Path(built.data.shards))
+
+
+@pytest.fixture(scope="module")
+def whole(built: Recipe, tokenizer: TokenizerHandle) -> list[Batch]:
+    """The first batches of one rank that reads for itself."""
+    return read(built, tokenizer, BATCHES)
+
+
+def read(recipe: Recipe, tokenizer: TokenizerHandle, batches: int, **place: int) -> list[Batch]:
+    place = {"rank": 0, "world_size": 1} | place
+    return list(islice(build_train_loader(recipe, tokenizer, **place), batches))
+
+
+def with_workers(recipe: Recipe, workers: int, batch: int = 8) -> Recipe:
+    return dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, workers=workers),
+        training=dataclasses.replace(recipe.training, global_batch_sequences=batch),
+    )
+
+
+def assert_equal(one: list[Batch], other: list[Batch]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
+
+
+def joined(batches: list[Batch]) -> Batch:
+    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def test_a_batch_is_what_the_plan_says(built: Recipe, whole: list[Batch]):
+    root = Path(built.data.shards)
+    plan = build_plan(built, read_manifest(root))
+    everything = joined(whole)
+    picks = plan.samples(0, 8 * BATCHES)
+    assert everything["sample_positions"].tolist() == list(range(8 * BATCHES))
+    assert everything["domain_ids"].tolist() == picks.domain.tolist()
+    folders = [ShardFolder(root / domain / "train") for domain in plan.domains]
+    for row, (domain, sample) in enumerate(zip(picks.domain, picks.sample, strict=True)):
+        assert everything["input_ids"][row].tolist() == folders[domain][sample].tokens.tolist()
+    # Small domains are read more than once in this many batches.
+    assert picks.epoch.max() > 0
+    shares = np.bincount(picks.domain) / picks.domain.size
+    assert dict(zip(plan.domains, shares, strict=True)) == pytest.approx(
+        {"code": 0.7, "prose": 0.3}, abs=0.01
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(built: Recipe, tokenizer: TokenizerHandle, whole: list[Batch], workers: int):
+    assert_equal(read(with_workers(built, workers), tokenizer, 11), whole[:11])
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(2, 0), (4, 0), (2, 2)])
+def test_ranks_share_the_same_global_batches(
+    built: Recipe, tokenizer: TokenizerHandle, whole: list[Batch], world_size: int, workers: int
+):
+    recipe = with_workers(built, workers)
+    ranks = [read(recipe, tokenizer, 10, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert_equal([joined(list(parts)) for parts in zip(*ranks, strict=True)], whole[:10])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_resuming_anywhere_goes_on_as_if_nothing_had_happened(
+    built: Recipe, tokenizer: TokenizerHandle, whole: list[Batch], seed: int
+):
+    rng = np.random.default_rng(seed)
+    start = int(rng.integers(0, 8 * BATCHES - 64))
+    world_size, workers, batch = (
+        int(rng.choice([1, 2, 4])),
+        int(rng.choice([0, 1, 2])),
+        int(rng.choice([4, 8, 16])),
+    )
+    recipe = with_workers(built, workers, batch)
+    ranks = [
+        read(recipe, tokenizer, 3, rank=rank, world_size=world_size, start_sample=start)
+        for rank in range(world_size)
+    ]
+    resumed = joined([joined(list(parts)) for parts in zip(*ranks, strict=True)])
+    everything = joined(whole)
+    expected = {key: value[start : start + 3 * batch] for key, value in everything.items()}
+    assert_equal([resumed], [expected])
+
+
+def test_iterating_draws_nothing_from_the_global_generator(built: Recipe, tokenizer: TokenizerHandle):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    read(with_workers(built, 1), tokenizer, 2)
+    for loader in build_validation_loaders(built, tokenizer, rank=0, world_size=1).values():
+        list(loader)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+
+
+def test_targets_and_documents():
+    documents = [(4, np.array([1, 2, 3])), (9, np.array([5])), (6, np.array([7, 8]))]
+    samples = list(
+        pack(((n, ids.astype(np.int32)) for n, ids in documents), sequence_tokens=5, eos_id=90, pad_id=91)
+    )
+    batch = make_batch(samples, np.array([30, 31]), np.array([0, 1]))
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 90, 5], [90, 7, 8, 90, 91]]
+    assert batch["document_ids"].tolist() == [[0, 0, 0, 0, 1], [0, 1, 1, 1, 2]]
+    assert batch["targets"].tolist() == [[2, 3, 90, 5, NO_TARGET], [7, 8, 90, NO_TARGET, NO_TARGET]]
+    assert batch["sample_positions"].tolist() == [30, 31] and batch["domain_ids"].tolist() == [0, 1]
+    types = {key: value.dtype for key, value in batch.items()}
+    assert types.pop("document_ids") == torch.int32 and set(types.values()) == {torch.int64}
+
+
+def test_a_sequence_of_padding_has_no_target():
+    padding = Sample(np.full(4, 9, np.int32), np.array([4], np.int32), np.array([PADDING]))
+    assert (make_batch([padding], np.array([-1]), np.array([0]))["targets"] == NO_TARGET).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_validation_reads_the_same_sequences_on_any_number_of_ranks(
+    built: Recipe, tokenizer: TokenizerHandle, world_size: int
+):
+    ranks = [
+        build_validation_loaders(built, tokenizer, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert all(list(loaders) == ["code", "prose"] for loaders in ranks)
+    for index, domain in enumerate(("code", "prose")):
+        per_rank = [list(loaders[domain]) for loaders in ranks]
+        assert all(len(batches) == len(ranks[0][domain]) for batches in per_rank)
+        assert max(len(batch["input_ids"]) for batches in per_rank for batch in batches) <= 2
+        everything = joined([batch for batches in per_rank for batch in batches])
+        real = everything["sample_positions"] != NO_POSITION
+        assert everything["sample_positions"][real].tolist() == list(range(5))
+        assert (everything["targets"][~real] == NO_TARGET).all()
+        assert set(everything["domain_ids"].tolist()) == {index}
+        folder = ShardFolder(Path(built.data.shards) / domain / "validation")
+        chosen = [n * len(folder) // 5 for n in range(5)]
+        assert everything["input_ids"][real].tolist() == [folder[n].tokens.tolist() for n in chosen]
+        targets = everything["targets"][everything["targets"] != NO_TARGET].numpy()
+        assert ranks[0][domain].dataset.unigram_entropy() == pytest.approx(unigram_entropy(targets))
+
+
+def test_too_few_validation_sequences_are_refused(
+    built: Recipe, tokenizer: TokenizerHandle, make_recipe: Callable[..., Recipe]
+):
+    recipe = make_recipe(Path(built.data.shards), validation_sequences=10_000)
+    with pytest.raises(RecipeError, match=r"data.validation_sequences: is 10000, but .* has \d+ of code"):
+        build_validation_loaders(recipe, tokenizer, rank=0, world_size=1)
