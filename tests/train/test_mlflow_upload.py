@@ -58,7 +58,7 @@ def on_disk(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     found: dict[str, list[tuple[int, float]]] = {}
     for line in read_steps(run_dir / "metrics.jsonl"):
         for key, value in line.items():
-            if key not in ("step", "tokens", "time"):
+            if key not in ("step", "tokens", "time", "note"):
                 found.setdefault(key, []).append((line["step"], value))
     return found
 
@@ -192,6 +192,26 @@ def test_resumed_run_goes_on_and_repeats_no_step(run_dir: Path) -> None:
     run = upload._client.get_run(upload.state.run_id)
     assert run.info.status == "RUNNING"
     assert run.data.params["data.workers"] == "2"
+
+
+def test_other_lines_at_the_old_place_hide_no_step(run_dir: Path) -> None:
+    def write_padded(first: int, last: int, width: int) -> None:
+        log = StepLog(run_dir / "metrics.jsonl")
+        log.drop_after(first - 1)
+        for step in range(first, last + 1):
+            line = {"time": 1.0, metrics.LOSS: 3.0, "note": ""}
+            bare = len(json.dumps({"step": step, **line}, separators=(",", ":"))) + 1
+            log.write(step, {**line, "note": "x" * (width - bare)})
+        log.close()
+
+    facts().write(run_dir)
+    write_padded(1, 10, width=128)
+    upload = Upload(run_dir)
+    upload.sync()
+    # From batch 4 on again, in shorter lines: that of step 13 begins where that of step 10 began.
+    write_padded(5, 16, width=80)
+    assert upload.sync() == 6
+    assert at_server(upload) == on_disk(run_dir)
 
 
 def test_changed_parameter_becomes_a_tag(run_dir: Path) -> None:
