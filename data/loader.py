@@ -35,6 +35,7 @@ from train.schema import Recipe
 # B sequences of a rank's batch, S tokens per sequence.
 
 Batch = dict[str, Tensor]
+Positions = NDArray[np.int64]
 
 NO_TARGET = -100
 """Target of a position that has no loss."""
@@ -43,8 +44,8 @@ NO_POSITION = -1
 PREFETCHED_BATCHES = 4
 
 
-class TrainSequences(IterableDataset[Batch]):
-    """One rank's batches from a position on, without end."""
+class TrainSequences(IterableDataset[Tensor]):
+    """One rank's batches from a position on, without end, each as one block (:func:`make_block`)."""
 
     def __init__(
         self, plan: Plan, folders: list[ShardFolder], *, rank: int, world_size: int, batch: int, start: int
@@ -65,8 +66,8 @@ class TrainSequences(IterableDataset[Batch]):
         self._global_batch = batch
         self._first = start + rank * self._per_rank
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches of this rank, or of one of its workers."""
+    def __iter__(self) -> Iterator[Tensor]:
+        """Blocks of this rank, or of one of its workers."""
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         position = self._first + number * self._global_batch
@@ -76,8 +77,16 @@ class TrainSequences(IterableDataset[Batch]):
                 self._folders[domain][sample]
                 for domain, sample in zip(picks.domain, picks.sample, strict=True)
             ]
-            yield make_batch(samples, np.arange(position, position + self._per_rank), picks.domain)
+            yield make_block(samples, np.arange(position, position + self._per_rank), picks.domain)
             position += workers * self._global_batch
+
+
+class TrainLoader(DataLoader[Tensor]):
+    """A rank's training batches."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Batches of named tensors, views of the blocks that workers send."""
+        return map(open_block, super().__iter__())
 
 
 class ValidationSequences(IterableDataset[Batch]):
@@ -143,7 +152,7 @@ class ValidationSequences(IterableDataset[Batch]):
 
 def build_train_loader(
     recipe: Recipe, tokenizer: TokenizerHandle, *, rank: int, world_size: int, start_sample: int = 0
-) -> DataLoader[Batch]:
+) -> TrainLoader:
     """The training batches of a rank; see the module's description for resuming.
 
     A batch has ``input_ids`` int64 [B, S], ``document_ids`` int32 [B, S] (the place of each token's
@@ -176,7 +185,7 @@ def build_train_loader(
     if recipe.data.workers:
         # Forked workers have everything imported; spawned ones would import it all again.
         workers = {"multiprocessing_context": "fork", "prefetch_factor": PREFETCHED_BATCHES}
-    return DataLoader(
+    return TrainLoader(
         dataset,
         batch_size=None,
         num_workers=recipe.data.workers,
@@ -230,7 +239,7 @@ def build_plan(recipe: Recipe, manifest: Manifest) -> Plan:
     return Plan(recipe.data.domains, samples, recipe.seed)
 
 
-def make_batch(samples: list[Sample], positions: NDArray[np.int64], domains: NDArray[np.int64]) -> Batch:
+def make_batch(samples: list[Sample], positions: Positions, domains: Positions) -> Batch:
     """Samples as the tensors of a batch.
 
     Args:
@@ -238,23 +247,57 @@ def make_batch(samples: list[Sample], positions: NDArray[np.int64], domains: NDA
         positions: [B], passed on.
         domains: [B], passed on.
     """
-    tokens_BS = np.stack([sample.tokens for sample in samples]).astype(np.int64)
+    return open_block(make_block(samples, positions, domains))
+
+
+def make_block(samples: list[Sample], positions: Positions, domains: Positions) -> Tensor:
+    """A batch as one int64 tensor.
+
+    Handing a tensor from a worker to the trainer costs more than filling it, whatever its size: one
+    block goes twice as fast as five tensors. It begins with B and S, see :func:`open_block`.
+    """
+    shape = len(samples), samples[0].tokens.size
+    block = np.empty(_Layout(*shape).words, np.int64)
+    block[:2] = shape
+    views = open_block(torch.from_numpy(block))
+    input_ids_BS, targets_BS = views["input_ids"].numpy(), views["targets"].numpy()
+    np.stack([sample.tokens for sample in samples], out=input_ids_BS, casting="safe")
     lengths = np.concatenate([sample.lengths for sample in samples])
     places = np.concatenate([np.arange(sample.lengths.size, dtype=np.int32) for sample in samples])
+    views["document_ids"].numpy()[:] = np.repeat(places, lengths).reshape(shape)
+    targets_BS[:, :-1] = input_ids_BS[:, 1:]
+    targets_BS[:, -1] = NO_TARGET
     is_padding = np.concatenate([sample.documents == PADDING for sample in samples])
-    document_ids_BS = np.repeat(places, lengths).reshape(tokens_BS.shape)
-    targets_BS = np.full_like(tokens_BS, NO_TARGET)
-    targets_BS[:, :-1] = tokens_BS[:, 1:]
     if is_padding.any():
-        padded_BS = np.repeat(is_padding, lengths).reshape(tokens_BS.shape)
+        padded_BS = np.repeat(is_padding, lengths).reshape(shape)
         targets_BS[:, :-1][padded_BS[:, 1:]] = NO_TARGET
+    views["sample_positions"].numpy()[:] = positions
+    views["domain_ids"].numpy()[:] = domains
+    return torch.from_numpy(block)
+
+
+def open_block(block: Tensor) -> Batch:
+    """The tensors of a batch as views of the block that :func:`make_block` made."""
+    sequences, length = block[:2].tolist()
+    layout = _Layout(sequences, length)
+    rows = block[2 : layout.token_end].view(-1, length)
+    documents = block[layout.token_end : layout.document_end].view(torch.int32)
     return {
-        "input_ids": torch.from_numpy(tokens_BS),
-        "document_ids": torch.from_numpy(document_ids_BS),
-        "targets": torch.from_numpy(targets_BS),
-        "sample_positions": torch.from_numpy(positions),
-        "domain_ids": torch.from_numpy(domains),
+        "input_ids": rows[:sequences],
+        "document_ids": documents[: sequences * length].view(sequences, length),
+        "targets": rows[sequences:],
+        "sample_positions": block[layout.document_end : layout.document_end + sequences],
+        "domain_ids": block[layout.document_end + sequences :],
     }
+
+
+class _Layout:
+    """Where the tensors of a batch lie in its block, in words of 8 bytes."""
+
+    def __init__(self, sequences: int, length: int) -> None:
+        self.token_end = 2 + 2 * sequences * length
+        self.document_end = self.token_end + math.ceil(sequences * length / 2)
+        self.words = self.document_end + 2 * sequences
 
 
 def _open_manifest(recipe: Recipe, tokenizer: TokenizerHandle) -> Manifest:

@@ -15,6 +15,8 @@ from data.loader import (
     build_train_loader,
     build_validation_loaders,
     make_batch,
+    make_block,
+    open_block,
 )
 from data.manifest import read_manifest, unigram_entropy
 from data.packing import PADDING, Sample, pack
@@ -175,3 +177,22 @@ def test_too_few_validation_sequences_are_refused(
     recipe = make_recipe(Path(built.data.shards), validation_sequences=10_000)
     with pytest.raises(RecipeError, match=r"data.validation_sequences: is 10000, but .* has \d+ of code"):
         build_validation_loaders(recipe, tokenizer, rank=0, world_size=1)
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3])
+def test_blocks_open_to_views_of_every_shape(sequences: int):
+    rng = np.random.default_rng(0)
+    # An odd number of int32 does not end at a word's end.
+    samples = [
+        Sample(rng.integers(0, 99, 7).astype(np.int32), np.array([3, 4], np.int32), np.array([n, n + 1]))
+        for n in range(sequences)
+    ]
+    block = make_block(samples, np.arange(sequences) + 50, np.arange(sequences))
+    batch = open_block(block)
+    assert {tensor.untyped_storage().data_ptr() for tensor in batch.values()} == {
+        block.untyped_storage().data_ptr()
+    }
+    assert batch["input_ids"].tolist() == [sample.tokens.tolist() for sample in samples]
+    assert batch["document_ids"].tolist() == [[0, 0, 0, 1, 1, 1, 1]] * sequences
+    assert batch["sample_positions"].tolist() == list(range(50, 50 + sequences))
+    assert batch["domain_ids"].tolist() == list(range(sequences))
