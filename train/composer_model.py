@@ -20,6 +20,8 @@ class TokenLoss(Metric):
     """Mean cross entropy per token in nats, exact over batches of unequal size and over ranks."""
 
     full_state_update = False
+    loss_sum: Tensor
+    tokens: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,6 +49,7 @@ class LanguageModel(ComposerModel):
         self.balance_weight = moe.balance_loss_weight if moe and by_loss else 0.0
         self.z_weight = moe.z_loss_weight if moe else 0.0
         self.precision = precision
+        self.document_masking = recipe.training.document_masking
         self.expert_tokens_LE: Tensor | None = None
         """Tokens per expert of the batch so far, on this rank."""
         self.last_counts_LE: Tensor | None = None
@@ -54,6 +57,20 @@ class LanguageModel(ComposerModel):
 
     def forward(self, batch: Batch) -> DecoderOutput:
         """Losses of a microbatch of input_ids, document_ids and targets, each [B, S]."""
+        outputs = self._decode(batch)
+        if self.training and outputs.expert_tokens_LE.numel():
+            counts = outputs.expert_tokens_LE.detach()
+            self.expert_tokens_LE = (
+                counts if self.expert_tokens_LE is None else self.expert_tokens_LE + counts
+            )
+        return outputs
+
+    @torch.no_grad()
+    def count_choices(self, batch: Batch) -> Tensor:
+        """Tokens per expert that a microbatch will be routed with, [L, E]; nothing else is computed."""
+        return self._decode(batch, choices_only=True).expert_tokens_LE
+
+    def _decode(self, batch: Batch, choices_only: bool = False) -> DecoderOutput:
         device_type = batch["input_ids"].device.type
         # Weights stay fp32; autocast makes the bf16 copies that matrix products read.
         cast: AbstractContextManager[Any] = torch.autocast(
@@ -61,12 +78,10 @@ class LanguageModel(ComposerModel):
         )
         with cast:
             outputs: DecoderOutput = self.decoder(
-                batch["input_ids"], batch.get("document_ids"), batch["targets"]
-            )
-        if self.training and outputs.expert_tokens_LE.numel():
-            counts = outputs.expert_tokens_LE.detach()
-            self.expert_tokens_LE = (
-                counts if self.expert_tokens_LE is None else self.expert_tokens_LE + counts
+                batch["input_ids"],
+                batch["document_ids"] if self.document_masking else None,
+                batch["targets"],
+                choices_only=choices_only,
             )
         return outputs
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, Shard
 
 from train.init import initialize
@@ -28,12 +29,13 @@ DENSE = "dense"
 
 
 def let_fsdp2_run_on_gloo() -> None:
-    """Mends two faults of FSDP2 on a CPU (torch 2.7.0); a GPU's path is left as it is.
+    """Mends three faults of FSDP2 on a CPU (torch 2.7.0); a GPU's path is left as it is.
 
     FSDP2 asks for ReduceOp.AVG. Gloo refuses it in an all-reduce, and in a reduce-scatter returns the sum
     without a word: gradients would be too large by the number of ranks, which Adam hides and clipping
-    does not. Given divide factors, FSDP2 adds and divides by itself. And a CPU stream's event is None,
-    where hybrid sharding asserts that there is one.
+    does not. Given divide factors, FSDP2 adds and divides by itself. A CPU stream's event is None, where
+    hybrid sharding asserts that there is one. And weights that were gathered ahead for a backward pass
+    that did not come, as recomputation makes FSDP2 do, wait for an event on an accelerator.
     """
     original = _fsdp_collectives._get_gradient_divide_factors
     if getattr(original, "divides_on_cpu", False):
@@ -52,7 +54,16 @@ def let_fsdp2_run_on_gloo() -> None:
 
     factors.divides_on_cpu = True  # type: ignore[attr-defined]
     _fsdp_collectives._get_gradient_divide_factors = factors
-    torch.cpu.Stream.record_event = lambda _stream: torch.cpu.Event()  # type: ignore[method-assign]
+    torch.cpu.Stream.record_event = lambda _stream: torch.cpu.Event()  # type: ignore
+    finalize = FSDPParamGroup.finalize_backward
+
+    def finalize_backward(group: FSDPParamGroup) -> None:
+        gathered = group._all_gather_result
+        if gathered is not None and group.device.type == "cpu":
+            group._all_gather_result = gathered._replace(all_gather_event=None)
+        finalize(group)
+
+    FSDPParamGroup.finalize_backward = finalize_backward  # type: ignore[method-assign]
 
 
 def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> DeviceMesh:
@@ -113,10 +124,3 @@ def _spread_experts(moe: MoE, experts: DeviceMesh) -> None:
     args.moe_expert_model_parallelism = True
     args.expert_parallel_group = experts.get_group()
     moe.experts.forward_fn = moe.experts.parallel_forward_once
-
-
-def sum_over_ranks(counts_E: torch.Tensor) -> torch.Tensor:
-    """Adds up counts over all ranks, for a balance loss that sees the whole microbatch."""
-    counts_E = counts_E.clone()
-    dist.all_reduce(counts_E)
-    return counts_E

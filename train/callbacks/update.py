@@ -7,6 +7,7 @@ from composer.loggers import Logger
 
 from train.composer_model import LanguageModel
 from train.metrics import GRADIENT_NORM
+from train.moe import update_bias
 from train.optim import clip_gradients
 from train.schema import Balance, Moe
 
@@ -31,7 +32,7 @@ class BeforeUpdate(Callback):
                 dist.all_reduce(counts_LE)
             model.last_counts_LE = counts_LE
             if self.moe.balance is Balance.bias:
-                model.decoder.update_bias(counts_LE)
+                update_bias(model.decoder, counts_LE, self.moe.bias_update_rate)
         with torch.no_grad():
             norm = clip_gradients(model.parameters(), self.clip_norm)
         logger.log_metrics({GRADIENT_NORM: norm.item()})

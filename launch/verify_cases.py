@@ -1,0 +1,249 @@
+"""What the parity gate runs: layouts, and for each of them inputs that are known to find faults out.
+
+Shapes: B global batch in sequences, S sequence, D width, E experts, K experts per token, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from train.composer_model import Batch
+from train.loss import IGNORE
+from train.schema import BalanceScope, OptimizerKind, Parallelism, Recipe
+from train.shrink import shrink
+
+STEPS = 3
+SEQUENCES = 8
+"""Global batch: two sequences for each of four ranks."""
+MOST_CLIP_NORM = 0.1
+"""Far below any first gradient's norm, so that every step is clipped."""
+COMMON_PART = 0.1
+"""What every token's embedding shares in a start that steers the router; embeddings are drawn with 0.02."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh (replicate, shard, expert)."""
+
+    replicate: int
+    shard: int
+    expert: int
+
+    @property
+    def world_size(self) -> int:
+        """Ranks."""
+        return self.replicate * self.shard * self.expert
+
+    def __str__(self) -> str:
+        return f"({self.replicate},{self.shard},{self.expert})"
+
+
+@dataclass(frozen=True)
+class Input:
+    """One way of training the shrunken recipe for a few steps."""
+
+    name: str
+    what: str
+    """For the reader of the report."""
+    is_accumulated: bool = False
+    """One sequence per microbatch, else a rank's whole share at once."""
+    recompute: bool = False
+    other_optimizer: bool = False
+    """Lion for AdamW, or the other way round."""
+    idle: bool = False
+    """Half of the experts (as many as the choice of K leaves) get no token; so do ranks that hold them.
+    The last two sequences have no targets: with four ranks, the last rank has no loss at all."""
+    crowded: bool = False
+    """Top-1, and one expert takes every token."""
+
+
+INPUTS = (
+    Input("plain", "documents of unequal lengths, one microbatch a rank"),
+    Input("accumulated", "the same, one sequence a microbatch", is_accumulated=True),
+    Input(
+        "recomputed",
+        "the same with activation checkpointing and the other optimizer",
+        is_accumulated=True,
+        recompute=True,
+        other_optimizer=True,
+    ),
+    Input("idle", "experts and ranks without a token, a rank without a target", idle=True, recompute=True),
+    Input("crowded", "top-1, one expert takes every token", is_accumulated=True, crowded=True),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout with an input."""
+
+    layout: Layout
+    input: Input
+    recipe: Recipe
+    """Shrunken, with the layout and the input's changes."""
+    rows: tuple[int, ...]
+    """Order in which the reference takes the global batch's sequences."""
+    reference_microbatch: int
+    """Sequences of the reference's microbatches: those whose tokens the balance loss takes together."""
+
+
+def layouts(recipe: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[Layout]:
+    """Every mesh of these worlds that the recipe's experts allow."""
+    experts = recipe.model.moe.experts if recipe.model.moe else 1
+    found = []
+    for world in worlds:
+        for replicate in (1, 2):
+            for expert in (1, 2, 4):
+                if world % (replicate * expert) == 0 and experts % expert == 0:
+                    found.append(Layout(replicate, world // (replicate * expert), expert))
+    return found
+
+
+def cases(recipe: Recipe, worlds: tuple[int, ...] = (1, 2, 4), names: tuple[str, ...] = ()) -> Iterator[Case]:
+    """Every input under every layout, cases that share a reference next to each other.
+
+    Args:
+        recipe: the whole recipe; it is shrunken here.
+        worlds: numbers of ranks.
+        names: inputs to run; all of them where empty.
+    """
+    small = shrink(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
+    for each in INPUTS:
+        if (names and each.name not in names) or (each.crowded and small.model.moe is None):
+            continue
+        found = [make_case(small, layout, each) for layout in layouts(recipe, worlds)]
+        yield from sorted(found, key=lambda case: (case.reference_microbatch, case.rows))
+
+
+def find_case(recipe: Recipe, layout: Layout, name: str) -> Case:
+    """One case of a recipe, by its input's name."""
+    small = shrink(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
+    return make_case(small, layout, next(each for each in INPUTS if each.name == name))
+
+
+def make_case(small: Recipe, layout: Layout, each: Input) -> Case:
+    """The recipe of one case and how the reference is to group the same sequences."""
+    share = SEQUENCES // layout.world_size
+    microbatch = 1 if each.is_accumulated else share
+    kinds = {OptimizerKind.adamw: OptimizerKind.lion, OptimizerKind.lion: OptimizerKind.adamw}
+    optimizer = small.optimizer
+    if each.other_optimizer:
+        optimizer = replace(optimizer, kind=kinds[optimizer.kind])
+        if optimizer.kind is OptimizerKind.lion:
+            # Chen et al. 2023, section 5: Lion wants a rate three to ten times smaller.
+            optimizer = replace(optimizer, learning_rate=optimizer.learning_rate / 10)
+    model = small.model
+    if each.crowded:
+        assert model.moe is not None
+        model = replace(model, moe=replace(model.moe, top_k=1))
+    recipe = replace(
+        small,
+        model=model,
+        optimizer=optimizer,
+        parallelism=Parallelism(replicate=layout.replicate, expert=layout.expert),
+        training=replace(
+            small.training,
+            microbatch_sequences=microbatch,
+            activation_checkpointing=each.recompute,
+            clip_norm=min(small.training.clip_norm or MOST_CLIP_NORM, MOST_CLIP_NORM),
+        ),
+    )
+    rows, reference_microbatch = _grouping(recipe, layout, microbatch, share)
+    return Case(layout, each, recipe, rows, reference_microbatch)
+
+
+def _grouping(recipe: Recipe, layout: Layout, microbatch: int, share: int) -> tuple[tuple[int, ...], int]:
+    """The sequences that one balance loss takes together, as a single process must group them.
+
+    Only over the global batch is the balance loss the same for every layout; for a narrower scope the
+    reference gets microbatches that are exactly the scope's sequences.
+    """
+    in_order = tuple(range(SEQUENCES))
+    moe = recipe.model.moe
+    scope = moe.balance_scope if moe is not None else BalanceScope.global_batch
+    if scope is BalanceScope.global_batch:
+        return in_order, SEQUENCES
+    if scope is BalanceScope.microbatch:
+        return in_order, microbatch
+    if scope is BalanceScope.rank:
+        return in_order, share
+    rows = [
+        rank * share + start + sequence
+        for group in range(0, layout.world_size, layout.expert)
+        for start in range(0, share, microbatch)
+        for rank in range(group, group + layout.expert)
+        for sequence in range(microbatch)
+    ]
+    return tuple(rows), microbatch * layout.expert
+
+
+def make_batches(recipe: Recipe, each: Input, seed: int) -> list[Batch]:
+    """A global batch for every step: input_ids, document_ids and targets [B, S], sample_ids [B].
+
+    Documents are from one token to a whole sequence long; a document's last token has no target.
+    """
+    S = recipe.data.sequence_tokens
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for step in range(STEPS):
+        ids_BS = torch.randint(recipe.model.vocab_size, (SEQUENCES, S), generator=generator)
+        begins_BS = torch.rand((SEQUENCES, S), generator=generator) < 4 / S
+        begins_BS[0] = False
+        begins_BS[1, :3] = True
+        documents_BS = begins_BS.cumsum(dim=1)
+        targets_BS = ids_BS.roll(-1, dims=1)
+        targets_BS[:, -1] = IGNORE
+        targets_BS[:, :-1][documents_BS[:, :-1] != documents_BS[:, 1:]] = IGNORE
+        if each.idle:
+            targets_BS[-2:] = IGNORE
+        batch = {"input_ids": ids_BS, "targets": targets_BS}
+        if recipe.training.document_masking:
+            batch["document_ids"] = documents_BS
+        batch["sample_ids"] = torch.arange(step * SEQUENCES, (step + 1) * SEQUENCES)
+        batches.append(batch)
+    return batches
+
+
+def idle_experts(recipe: Recipe) -> int:
+    """Experts, counted from the last, that the input `idle` leaves without a token."""
+    moe = recipe.model.moe
+    return 0 if moe is None else min(moe.experts // 2, moe.experts - moe.top_k)
+
+
+@torch.no_grad()
+def steer_router(decoder: nn.Module, recipe: Recipe, each: Input) -> None:
+    """Changes initial weights, whatever they are sharded over, so that tokens go where the input says.
+
+    Every embedding gets a common part, which survives normalisation; a router's row along it raises or
+    lowers its expert's score for every token alike.
+    """
+    moe = recipe.model.moe
+    if moe is None or not (each.idle or each.crowded):
+        return
+    D, E = recipe.model.d_model, moe.experts
+    direction_D = torch.ones(D)
+    direction_D[1::2] = -1.0
+    scores_E = torch.zeros(E)
+    if each.idle:
+        scores_E[E - idle_experts(recipe) :] = -4.0
+    if each.crowded:
+        scores_E[1] = 4.0
+    for name, parameter in decoder.named_parameters():
+        local, first_row = _own_rows(parameter)
+        if name.endswith("wte.weight"):
+            local += COMMON_PART * direction_D
+        elif name.endswith("router.layer.weight"):
+            local += scores_E[first_row : first_row + local.shape[0], None] * direction_D / D
+
+
+def _own_rows(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """This rank's rows, and the place of the first of them."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    _, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return parameter.to_local(), offset[0] if offset else 0
