@@ -19,8 +19,8 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from train.hf_folder import write_folder
+    from train.interchange import InterchangeError
     from train.recipe import RecipeError
-    from train.safetensors_io import InterchangeError
     from train.weights import open_weights
 
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None

@@ -7,7 +7,7 @@ nothing about the function (dropout of zero, caching, versions, remote code) are
 from collections.abc import Mapping
 from typing import Any
 
-from train.safetensors_io import InterchangeError
+from train.interchange import InterchangeError
 from train.schema import Ffn, Model, Moe, Norm, Position
 
 Config = Mapping[str, Any]

@@ -15,14 +15,13 @@ from tqdm import tqdm
 
 from train import model_card
 from train.hf_mapping import Link, family_for
+from train.interchange import HEADERS_FILE, SOURCE_FOLDER, InterchangeError, read_json
 from train.safetensors_io import (
-    InterchangeError,
     TensorInfo,
     all_finite,
     make_header,
     parse_header,
     plan_files,
-    read_json,
     write_file,
     write_index,
 )
@@ -115,7 +114,7 @@ def _layout(
         name: TensorInfo(name, dtype or (stored[link.ours].dtype if link.ours else fallback), link.shape)
         for name, link in links.items()
     }
-    headers = source.path / model_card.SOURCE_FOLDER / model_card.HEADERS_FILE
+    headers = source.path / SOURCE_FOLDER / HEADERS_FILE
     if shard_bytes is None and headers.is_file():
         before = _layout_before(headers)
         if {info.name: info for _, group in before.values() for info in group} == infos:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from train import hf_config, sizing
 from train.hf_config import Config
-from train.safetensors_io import InterchangeError
+from train.interchange import InterchangeError
 from train.schema import Balance, Ffn, Model, Norm, Position
 
 
@@ -114,7 +114,7 @@ def family_for(model: Model) -> Family:
     raise InterchangeError(f"no architecture of transformers expresses this model exactly: {reasons}")
 
 
-def family_of(config: Config, where: str) -> Family:
+def family_of(config: Config) -> Family:
     """The architecture that a `config.json` names.
 
     Raises:
@@ -125,7 +125,7 @@ def family_of(config: Config, where: str) -> Family:
         if family.model_type == model_type:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise InterchangeError(f"{where}: model_type {model_type!r} is not one of {known}")
+    raise InterchangeError(f"model_type {model_type!r} is not one of {known}")
 
 
 def _apply(rule: Rule, weight: sizing.Weight, prefix: str, model: Model) -> Iterator[Link]:

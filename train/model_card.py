@@ -8,16 +8,13 @@ from pathlib import Path
 from data.tokenizer import TokenizerHandle, open_tokenizer
 from train import sizing
 from train.hf_mapping import family_of
+from train.interchange import CONFIG_FILE, HEADERS_FILE, SOURCE_FOLDER, read_json
 from train.provenance import git_commit
-from train.safetensors_io import INDEX_FILE, read_json
+from train.safetensors_io import INDEX_FILE
 from train.schema import Model, Recipe
 from train.summary import Summary, read_summary
-from train.weights import CONFIG_FILE, Source
+from train.weights import Source
 
-SOURCE_FOLDER = "source"
-"""Of an imported folder: what the Hugging Face folder held beside the weights."""
-HEADERS_FILE = "headers.json"
-"""In it: the headers of the files of weights, byte for byte."""
 CARD_FILE = "README.md"
 GENERATION_FILE = "generation_config.json"
 TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md")
@@ -152,7 +149,7 @@ def _figures(summary: Summary) -> list[str]:
 def _is_true(config: dict[str, object], model: Model, dtype: str) -> bool:
     """Whether an imported config still says what is exported."""
     same_type = config.get("torch_dtype", dtype) == dtype
-    return same_type and family_of(config, CONFIG_FILE).to_model(config) == model
+    return same_type and family_of(config).to_model(config) == model
 
 
 def _special_ids(handle: TokenizerHandle) -> dict[str, object]:

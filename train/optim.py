@@ -20,6 +20,8 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Op
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # Frozen: neither moved nor decayed.
+            continue
         groups.setdefault((parameter.ndim > 1, ".experts." in name), []).append(parameter)
     decay = recipe.weight_decay
     betas = (recipe.betas[0], recipe.betas[1])

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.interchange import InterchangeError, read_json
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -27,10 +29,6 @@ BLOCK_BYTES = 1 << 23
 """Bytes read, checked and written at once."""
 LONGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
-
-
-class InterchangeError(ValueError):
-    """Weights that cannot be taken or given, said in one line."""
 
 
 @dataclass(frozen=True)
@@ -234,21 +232,6 @@ def write_index(folder: Path, files: Mapping[str, Sequence[TensorInfo]]) -> None
     weight_map = {info.name: file for file, group in files.items() for info in group}
     tree = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(tree, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        InterchangeError: if the file is missing or holds none.
-    """
-    try:
-        tree = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InterchangeError(f"{path}: cannot be read ({type(error).__name__})") from None
-    if not isinstance(tree, dict):
-        raise InterchangeError(f"{path}: is not a JSON object")
-    return tree
 
 
 def all_finite(block: Tensor) -> bool:

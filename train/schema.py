@@ -78,6 +78,20 @@ class ScheduleKind(str, Enum):
     wsd = "wsd"
 
 
+class OptimizerStart(str, Enum):
+    """Moments of the optimizer at step 0."""
+
+    fresh = "fresh"
+    restored = "restored"
+
+
+class Registry(str, Enum):
+    """Where exported models are registered."""
+
+    mlflow = "mlflow"
+    unity_catalog = "unity_catalog"
+
+
 class OnExisting(str, Enum):
     """What happens where ``runs_dir/name`` exists already."""
 
@@ -212,6 +226,20 @@ class Training:
     """Tokens whose logits are held at once when the loss is computed."""
     document_masking: bool = True
     """Tokens attend within their own document alone. False: within the whole sequence."""
+    frozen: list[str] = field(default_factory=list)
+    """Weights that stay as they are, by name with * and ?: `["*.router.*"]` freezes the routers."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Step 0 from weights that exist. A run that is resumed goes on from its own checkpoint instead."""
+
+    weights: Optional[str] = None
+    """Folder of a run (its newest checkpoint), of one checkpoint, of train.import_hf or train.upcycle, or
+    in Hugging Face's form; null: weights are drawn from the seed. The layout may be any."""
+    optimizer: OptimizerStart = OptimizerStart.fresh
+    """`fresh`: moments of zero. `restored`: those of the run's checkpoint; rates and decay are always
+    this recipe's."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +314,11 @@ class Tracking:
     """MLflow experiment that the run is put in."""
     console_interval_batches: int = 10
     """Batches between lines on the console."""
+    registry: Registry = Registry.mlflow
+    """Where `python -m train.registry` puts exported models: `mlflow`, the tracking server's registry, or
+    `unity_catalog`, Databricks'."""
+    registered_model: Optional[str] = None
+    """Name in the registry; Unity Catalog's has three parts, `catalog.schema.model`. null: the run's."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +338,7 @@ class Recipe:
     model: Model = field(default_factory=Model)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     data: Data = field(default_factory=Data)
+    start: Start = field(default_factory=Start)
     training: Training = field(default_factory=Training)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)

@@ -1,11 +1,23 @@
 """The arithmetic that a recipe must satisfy, checked before torch is imported or a process group made."""
 
+import difflib
+import fnmatch
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from train import sizing
 from train.recipe import RecipeError
-from train.schema import Ffn, Model, Position, Recipe, ScheduleKind, TokenizerKind
+from train.schema import (
+    Ffn,
+    Model,
+    OptimizerStart,
+    Position,
+    Recipe,
+    Registry,
+    ScheduleKind,
+    TokenizerKind,
+)
 from train.topology import Topology
 
 CL100K_TOKENS = 100_278
@@ -30,7 +42,7 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
     Raises:
         RecipeError: one line that names file, key and remedy.
     """
-    for check in (_positive, _model, _data, _training, _optimizer, _batch_and_layout):
+    for check in (_positive, _model, _data, _start, _training, _optimizer, _batch_and_layout, _registry):
         fault = next(iter(check(recipe, topology)), None)
         if fault:
             raise RecipeError(fault.what, key=fault.key, remedy=fault.remedy, file=file)
@@ -165,6 +177,37 @@ def _data(recipe: Recipe, _: Topology) -> Iterator[Fault]:
             "data.sequence_tokens",
             f"{data.sequence_tokens} exceeds model.max_sequence_tokens={recipe.model.max_sequence_tokens}",
             "lower it or raise the model's",
+        )
+
+
+def _start(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    if recipe.start.optimizer is OptimizerStart.restored and recipe.start.weights is None:
+        yield Fault(
+            "start.optimizer",
+            "is restored, but start.weights is null",
+            "set start.weights to the run whose optimizer goes on",
+        )
+    names = [weight.name for weight in sizing.weights(recipe.model)]
+    trained = set(names)
+    for pattern in recipe.training.frozen:
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0)
+            yield Fault(
+                "training.frozen", f"{pattern!r} matches no weight", f"{near[0]} is one, * is any text"
+            )
+        trained -= set(matching)
+    if not trained:
+        yield Fault("training.frozen", "freezes every weight", "leave something to train")
+
+
+def _registry(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    name = recipe.tracking.registered_model
+    if recipe.tracking.registry is Registry.unity_catalog and (name is None or name.count(".") != 2):
+        yield Fault(
+            "tracking.registered_model",
+            f"is {'null' if name is None else name}",
+            "Unity Catalog needs catalog.schema.model",
         )
 
 

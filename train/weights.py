@@ -5,28 +5,24 @@ that none of them knows where they come from, and none needs a model in memory.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from train import sizing
 from train.checkpoint import newest_whole_checkpoint
 from train.hf_mapping import Family, Link, family_of
-from train.recipe import load_recipe, to_yaml
-from train.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE
-from train.safetensors_io import InterchangeError, SafetensorsFolder, TensorInfo, read_json
+from train.interchange import CONFIG_FILE, MODEL_FILE, STATE_FOLDER, InterchangeError, model_at, read_json
+from train.run_folder import CHECKPOINTS_FOLDER
+from train.safetensors_io import SafetensorsFolder, TensorInfo
 from train.schema import Model, Recipe
 
-MODEL_FILE = "model.yaml"
-"""Of a folder of weights under our names: the recipe's model, to be extended by a recipe."""
-CONFIG_FILE = "config.json"
-STATE_FOLDER = "state"
+BALANCING_BIAS = "router.expert_bias"
+"""A buffer that some models have beside their weights."""
 WRAPPER = "model.decoder."
 """What begins the decoder's names in a checkpoint of a run."""
 
@@ -87,7 +83,7 @@ class HuggingFaceWeights:
     """
 
     def __init__(self, folder: SafetensorsFolder, family: Family, model: Model) -> None:
-        self._folder = folder
+        self.folder = folder
         self._links: dict[str, list[Link]] = {}
         expected: set[str] = set()
         for link in family.links(model):
@@ -117,22 +113,22 @@ class HuggingFaceWeights:
             if link.transposed:
                 parts.append(self._transposed(link.theirs)[start:end])
             else:
-                parts.append(self._folder.read(link.theirs, start, end))
+                parts.append(self.folder.read(link.theirs, start, end))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _transposed(self, theirs: str) -> Tensor:
         if self._turned is None or self._turned[0] != theirs:
             self._turned = None
-            self._turned = theirs, self._folder.read(theirs).t()
+            self._turned = theirs, self.folder.read(theirs).t()
         return self._turned[1]
 
     def _check(self, link: Link) -> None:
-        info = self._folder.tensors.get(link.theirs)
+        info = self.folder.tensors.get(link.theirs)
         if info is None:
-            raise InterchangeError(f"{self._folder.folder}: {link.theirs} is missing")
+            raise InterchangeError(f"{self.folder.folder}: {link.theirs} is missing")
         if info.shape != link.shape:
             raise InterchangeError(
-                f"{self._folder.folder}: {link.theirs} is of shape {info.shape} instead of {link.shape}"
+                f"{self.folder.folder}: {link.theirs} is of shape {info.shape} instead of {link.shape}"
             )
 
 
@@ -147,20 +143,24 @@ def open_weights(path: Path, checkpoint: str | None = None) -> Source:
     Raises:
         InterchangeError: if there is nothing of these kinds, or it is damaged.
     """
-    if (path / CHECKPOINTS_FOLDER).is_dir():
-        return _open_checkpoint(path / CHECKPOINTS_FOLDER / checkpoint if checkpoint else newest(path))
-    if checkpoint is not None:
+    model, recipe = model_at(path)
+    if recipe is None and checkpoint is not None:
         raise InterchangeError(f"{path}: is not a run, so that it has no checkpoint {checkpoint}")
-    if (path / STATE_FOLDER).is_dir():
-        return _open_checkpoint(path)
-    if (path / MODEL_FILE).is_file():
-        return _open_native(path)
-    if (path / CONFIG_FILE).is_file():
-        return _open_hugging_face(path)
-    raise InterchangeError(
-        f"{path}: is no run, no checkpoint, and has neither {MODEL_FILE} (imported) nor {CONFIG_FILE} "
-        "(Hugging Face)"
-    )
+    weights: Weights
+    if recipe is not None:
+        if (path / CHECKPOINTS_FOLDER).is_dir():
+            path = path / CHECKPOINTS_FOLDER / checkpoint if checkpoint else newest(path)
+        if not (path / STATE_FOLDER).is_dir():
+            raise InterchangeError(f"{path}: is no checkpoint")
+        weights = CheckpointWeights(path)
+    elif (path / MODEL_FILE).is_file():
+        weights = SafetensorsFolder(path)
+    else:
+        family = family_of(read_json(path / CONFIG_FILE))
+        weights = HuggingFaceWeights(SafetensorsFolder(path), family, model)
+    source = Source(path, model, weights, recipe)
+    check_complete(source)
+    return source
 
 
 def newest(run: Path) -> Path:
@@ -179,9 +179,14 @@ def check_complete(source: Source) -> None:
     """Compares names and shapes with those of the model.
 
     Raises:
-        InterchangeError: for the first tensor that is missing or of another shape.
+        InterchangeError: for the first tensor that is missing, of another shape, or one too many.
     """
-    for weight in sizing.weights(source.model):
+    expected = list(sizing.weights(source.model))
+    surplus = source.weights.tensors.keys() - {weight.name for weight in expected}
+    for name in sorted(surplus):
+        if not name.endswith(BALANCING_BIAS):
+            raise InterchangeError(f"{source.path}: {name} is no tensor of its model")
+    for weight in expected:
         info = source.weights.tensors.get(weight.name)
         if info is None:
             raise InterchangeError(f"{source.path}: {weight.name} is missing")
@@ -197,51 +202,3 @@ def row_blocks(weights: Weights, name: str, first: int = 0, last: int | None = N
     last = info.shape[0] if last is None else last
     for start in range(first, last, info.block_rows):
         yield weights.read(name, start, min(start + info.block_rows, last))
-
-
-def write_model(folder: Path, model: Model) -> None:
-    """Writes a model's part of a recipe, for :func:`open_weights` and for `extends:`."""
-    whole = OmegaConf.create(to_yaml(replace(Recipe(), model=model)))
-    (folder / MODEL_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create({"model": whole.model})))
-
-
-def read_model(folder: Path) -> Model:
-    """The model that a folder of weights under our names is of.
-
-    Raises:
-        InterchangeError: if its description cannot be read.
-    """
-    path = folder / MODEL_FILE
-    try:
-        tree = OmegaConf.select(OmegaConf.load(path), "model")
-        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Model), tree))
-    except (OmegaConfBaseException, OSError, KeyError, ValueError) as error:
-        raise InterchangeError(f"{path}: is not a recipe's model ({type(error).__name__})") from None
-    assert isinstance(model, Model)
-    return model
-
-
-def _open_checkpoint(folder: Path) -> Source:
-    recipe_file = folder.parent.parent / RECIPE_FILE
-    if not recipe_file.is_file() or not (folder / STATE_FOLDER).is_dir():
-        raise InterchangeError(f"{folder}: is not a checkpoint within the folder of its run")
-    recipe = load_recipe(recipe_file)
-    source = Source(folder, recipe.model, CheckpointWeights(folder), recipe)
-    check_complete(source)
-    return source
-
-
-def _open_native(folder: Path) -> Source:
-    source = Source(folder, read_model(folder), SafetensorsFolder(folder))
-    check_complete(source)
-    return source
-
-
-def _open_hugging_face(folder: Path) -> Source:
-    config = read_json(folder / CONFIG_FILE)
-    family = family_of(config, str(folder / CONFIG_FILE))
-    try:
-        model = family.to_model(config)
-    except InterchangeError as error:
-        raise InterchangeError(f"{folder / CONFIG_FILE}: {error}") from None
-    return Source(folder, model, HuggingFaceWeights(SafetensorsFolder(folder), family, model))
