@@ -103,7 +103,7 @@ def format_table5(rows: list[Row]) -> str:
         [
             *lines,
             "",
-            "active: without the input embedding. FLOPs: 6 x active x tokens; with attention: + 12 L D S per token.",
+            "active: without the input embedding. FLOPs: 6 x active x tokens; attention: 12 L D S per token.",
             "* tokens inferred from the announcement's ratio; all other tokens are published.",
         ]
     )
