@@ -12,7 +12,12 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist, get_device
 from torch.optim import Optimizer
 
+from data.loader import ValidationSequences, build_train_loader, build_validation_loaders
+from data.manifest import Manifest
+from data.tokenizer import open_tokenizer
+from data.write_shards import ensure_shards
 from train import provenance, sizing
+from train.callbacks.balance import CountChoices
 from train.callbacks.checkpointing import Checkpointing
 from train.callbacks.console import Console
 from train.callbacks.expert_load import ExpertLoad
@@ -28,9 +33,12 @@ from train.model import Decoder
 from train.optim import build_optimizer
 from train.parallel import build_mesh, build_sharded
 from train.recipe import RecipeError
-from train.run_folder import CHECKPOINTS_FOLDER, claim_run_folder
-from train.schema import Precision, Recipe
+from train.report import write_report
+from train.run_folder import CHECKPOINTS_FOLDER, REPORT_FILE, claim_run_folder
+from train.schema import Balance, Precision, Recipe
+from train.summary import DatasetInput, Summary, write_summary
 from train.topology import Topology
+from train.tracking import MlflowUploader
 from train.trainer import build_trainer
 
 Result = TypeVar("Result")
@@ -50,6 +58,15 @@ class Machine:
         return torch.bfloat16 if self.precision is Precision.bf16 else torch.float32
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is about to run, and what its validation loss is measured against."""
+
+    trainer: Trainer
+    unigram_entropy: dict[str, float]
+    """Entropy of the validation targets of each domain, in nats per token."""
+
+
 def run(recipe: Recipe, topology: Topology) -> int:
     """Trains, or goes on training, and leaves the run's folder; returns the exit status."""
     machine = start_processes(recipe, topology)
@@ -59,16 +76,27 @@ def run(recipe: Recipe, topology: Topology) -> int:
         return 0
     recipe, folder = claim.recipe, claim.folder
     say(topology, f"run folder {folder}")
-    shards = on_main(topology, lambda: prepare_shards(recipe))
-    model, optimizer = build_model(recipe, machine)
-    checkpoint, progress = resume(folder, model, optimizer, topology)
-    trainer = assemble(recipe, folder, machine, shards, model, optimizer, checkpoint, progress)
-    if progress.batch < sizing.batches(recipe):
-        trainer.fit()
-    else:
-        trainer.eval()
-    finish(recipe, folder, machine, shards, trainer)
-    trainer.close()
+    shards = on_main(topology, lambda: ensure_shards(recipe))
+    uploader = MlflowUploader(folder, recipe, dataset_inputs(recipe, shards)) if topology.is_main else None
+    if uploader:
+        uploader.start()
+    status = "FAILED"
+    try:
+        model, optimizer = build_model(recipe, machine)
+        checkpoint, progress = resume(folder, model, optimizer, topology)
+        job = assemble(recipe, folder, machine, shards, model, optimizer, checkpoint, progress)
+        if progress.batch < sizing.batches(recipe):
+            job.trainer.fit()
+        else:
+            job.trainer.eval()
+        if topology.is_main:
+            finish(recipe, folder, machine, shards, job)
+        job.trainer.close()
+        status = "FINISHED"
+    finally:
+        if uploader:
+            uploader.finish(status)
+    say(topology, f"everything of this run is in {folder}; open {folder / REPORT_FILE}")
     return 0
 
 
@@ -126,22 +154,31 @@ def resume(
     return found, progress
 
 
+def update_callbacks(recipe: Recipe, model: LanguageModel, topology: Topology) -> list[Callback]:
+    """What takes part in every step: the learning rate, the balance loss's counts, clipping."""
+    moe = recipe.model.moe
+    callbacks: list[Callback] = [LearningRate(recipe)]
+    if moe is not None and moe.balance is Balance.loss:
+        microbatches = sizing.microbatches_per_rank(recipe, topology.world_size)
+        callbacks.append(CountChoices(model, moe.balance_scope, microbatches))
+    return [*callbacks, BeforeUpdate(moe, recipe.training.clip_norm)]
+
+
 def assemble(
     recipe: Recipe,
     folder: Path,
     machine: Machine,
-    shards: "Shards",
+    shards: Manifest,
     model: LanguageModel,
     optimizer: Optimizer,
     checkpoint: Path | None,
     progress: Progress,
-) -> Trainer:
+) -> Job:
     """The Trainer with its loaders, records and checkpoints."""
     topology, batches = machine.topology, sizing.batches(recipe)
     tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
     callbacks: list[Callback] = [
-        LearningRate(recipe),
-        BeforeUpdate(recipe.model.moe, recipe.training.clip_norm),
+        *update_callbacks(recipe, model, topology),
         Checkpointing(folder / CHECKPOINTS_FOLDER, recipe.checkpoint, topology, checkpoint),
     ]
     loggers: list[LoggerDestination] = []
@@ -152,26 +189,74 @@ def assemble(
             Throughput(flops, peak, topology.world_size, machine.device_type == "cuda"),
             ExpertLoad(folder, batches),
         ]
+        bytes_per_token = {
+            name: domain.splits["validation"].bytes_per_token for name, domain in shards.domains.items()
+        }
         loggers = [
-            RunTracker(folder, shards.bytes_per_token),
+            RunTracker(folder, bytes_per_token),
             Console(batches, recipe.tracking.console_interval_batches),
         ]
-    return build_trainer(
-        recipe,
-        model,
-        optimizer,
-        build_train_loader(
-            recipe,
-            tokenizer,
-            rank=topology.rank,
-            world_size=topology.world_size,
-            start_sample=progress.samples,
-        ),
-        build_validation_loaders(recipe, tokenizer, rank=topology.rank, world_size=topology.world_size),
-        callbacks,
-        loggers,
-        progress,
+    place = {"rank": topology.rank, "world_size": topology.world_size}
+    train_loader = build_train_loader(recipe, tokenizer, **place, start_sample=progress.samples)
+    validation_loaders = build_validation_loaders(recipe, tokenizer, **place)
+    trainer = build_trainer(
+        recipe, model, optimizer, train_loader, validation_loaders, callbacks, loggers, progress
     )
+    entropy = {}
+    for domain, loader in validation_loaders.items():
+        assert isinstance(loader.dataset, ValidationSequences)
+        entropy[domain] = loader.dataset.unigram_entropy()
+    return Job(trainer, entropy)
+
+
+def finish(recipe: Recipe, folder: Path, machine: Machine, shards: Manifest, job: Job) -> None:
+    """Prints what the run came to and writes its summary and report."""
+    state = job.trainer.state
+    losses = {
+        domain: state.eval_metrics[f"validation/{domain}"]["token_loss"].compute().item()
+        for domain in job.unigram_entropy
+    }
+    for domain, loss in losses.items():
+        print(
+            f"validation loss of {domain}: {loss:.3f} nats per token; unigram entropy of the same tokens: "
+            f"{job.unigram_entropy[domain]:.3f}"
+        )
+    summary = Summary(
+        name=recipe.name,
+        batches=state.timestamp.batch.value,
+        tokens=state.timestamp.token.value,
+        seconds=state.timestamp.total_wct.total_seconds() if state.timestamp.total_wct else 0.0,
+        validation_loss=losses,
+        unigram_entropy=job.unigram_entropy,
+        parameters_total=sizing.total_parameters(recipe.model),
+        parameters_active=sizing.active_parameters(recipe.model),
+        flops_per_token=sizing.flops_per_token_training(recipe.model, recipe.data.sequence_tokens).total,
+        peak_flops=measured_peak_flops(machine.device_type, machine.matrix_dtype),
+        precision=machine.precision.value,
+        devices=machine.topology.world_size,
+        hardware=describe_hardware(machine.device_type, machine.topology.world_size),
+        git_commit=provenance.git_commit(),
+        packages=provenance.package_versions(),
+        datasets=dataset_inputs(recipe, shards),
+    )
+    write_summary(folder, summary)
+    write_report(folder)
+
+
+def dataset_inputs(recipe: Recipe, shards: Manifest) -> list[DatasetInput]:
+    """The splits that a run reads, with the hash of their content."""
+    contexts = {"train": "training", "validation": "validation"}
+    return [
+        DatasetInput(
+            name=f"{domain}/{split}",
+            digest=shards.domains[domain].splits[split].content_sha256,
+            source=recipe.data.shards,
+            tokens=shards.domains[domain].splits[split].tokens,
+            context=context,
+        )
+        for domain in recipe.data.domains
+        for split, context in contexts.items()
+    ]
 
 
 def on_main(topology: Topology, work: Callable[[], Result]) -> Result:

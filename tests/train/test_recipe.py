@@ -62,7 +62,7 @@ def test_extends_merges_over_the_base_and_the_command_line_wins(tmp_path: Path) 
         ("model.moe.top_k=17", f"{SMOKE}: model.moe.top_k: top_k=17 exceeds experts=16"),
         (
             "training.microbatch_sequences=5",
-            f"{SMOKE}: training.microbatch_sequences: 16 sequences of each rank",
+            f"{SMOKE}: training.microbatch_sequences: 8 sequences of each rank",
         ),
         ("model.n_heads=3", f"{SMOKE}: model.n_heads: d_model=128 is not divisible by n_heads=3"),
         ("model.n_kv_heads=3", f"{SMOKE}: model.n_kv_heads: n_heads=4 is not divisible by n_kv_heads=3"),

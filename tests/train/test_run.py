@@ -1,0 +1,117 @@
+"""The main job from end to end on a tiny recipe: what it leaves, that it learns, that it resumes exactly."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.recipe import load_recipe
+from train.schema import Recipe
+from train.step_log import read_steps
+from train.topology import Topology
+
+SMOKE = Path(__file__).resolve().parents[2] / "yamls/smoke.yaml"
+
+
+class CutOffError(Exception):
+    """Stands for a process that ends in the middle of a run."""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shards") / "tiny"
+
+
+def _recipe(runs: Path, shards: Path, name: str, *overrides: str) -> Recipe:
+    return load_recipe(
+        SMOKE,
+        [
+            f"runs_dir={runs}",
+            f"name={name}",
+            f"data.shards={shards}",
+            "on_existing=resume",
+            "data.corpus_bytes=400000",
+            "data.sequence_tokens=64",
+            "data.validation_sequences=8",
+            "tokenizer.vocab_size=512",
+            "model.vocab_size=512",
+            "model.d_model=32",
+            "model.n_layers=2",
+            "model.ffn_hidden_size=24",
+            "model.moe.jitter_eps=0.01",
+            "training.global_batch_sequences=8",
+            "training.microbatch_sequences=4",
+            "training.duration_tokens=6144",
+            "training.precision=fp32",
+            "schedule.warmup_tokens=1024",
+            "optimizer.learning_rate=0.01",
+            "checkpoint.interval_batches=4",
+            "evaluation.interval_batches=6",
+            "tracking.mlflow=false",
+            *overrides,
+        ],
+    )
+
+
+def _run(recipe: Recipe) -> list[dict[str, Any]]:
+    from train.run import run
+
+    assert run(recipe, Topology()) == 0
+    return read_steps(Path(recipe.runs_dir) / recipe.name / "metrics.jsonl")
+
+
+def _trained(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a step computed, without what the clock said."""
+    return [
+        {k: v for k, v in step.items() if k != "time" and not k.startswith(("time/", "throughput/"))}
+        for step in steps
+    ]
+
+
+@pytest.mark.parametrize("balance", ["loss", "bias"])
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(
+    tmp_path: Path, shards: Path, balance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.callbacks.console import Console
+
+    choice = f"model.moe.balance={balance}"
+    whole = _run(_recipe(tmp_path, shards, "whole", choice))
+    assert [step["step"] for step in whole] == list(range(1, 13))
+
+    def cut_off(self: Console, state: Any, logger: Any) -> None:
+        if state.timestamp.batch.value == 7:
+            raise CutOffError
+
+    cut = _recipe(tmp_path, shards, "cut", choice)
+    with monkeypatch.context() as patch, pytest.raises(CutOffError):
+        patch.setattr(Console, "batch_end", cut_off)
+        _run(cut)
+    folder = tmp_path / "cut"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["batch-00000004"]
+    assert not (folder / "summary.json").exists()
+    assert _trained(_run(cut)) == _trained(whole)
+
+
+def test_what_a_run_leaves_and_that_it_learns(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _recipe(tmp_path, shards, "learns", "training.duration_tokens=61440")
+    steps = _run(recipe)
+    printed = capsys.readouterr().out
+    folder = tmp_path / "learns"
+    assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "report.html", "summary.json"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert load_recipe(folder / "recipe.yaml") == recipe
+    assert str(folder / "report.html") in printed and "unigram" in printed
+    summary = json.loads((folder / "summary.json").read_text())
+    for domain, loss in summary["validation_loss"].items():
+        assert loss < summary["unigram_entropy"][domain]
+        assert steps[-1][f"loss/validation/{domain}"] == loss
+    assert len(list((folder / "checkpoints").iterdir())) == recipe.checkpoint.keep_last
+
+    # The same command once more: complete, so nothing is trained and nothing overwritten.
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert _run(recipe) == steps
+    assert (folder / "metrics.jsonl").read_bytes() == before
