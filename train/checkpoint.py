@@ -2,9 +2,9 @@
 
 A checkpoint is a folder ``batch-00000100`` of torch.distributed.checkpoint files (model and optimizer,
 each rank its shards), one ``rank-N.json`` of random-number states per rank and ``progress.json``. It is
-written under a name that ends in ``.partial``; the manifest with every file's size and SHA-256 comes
-last and the rename after it. So a save that was cut off is never taken for a checkpoint, and a file
-that is missing, cut short or altered is found before anything is loaded.
+written (:mod:`train.checkpoint_saver`) under a name that ends in ``.partial``; the manifest with every
+file's size and SHA-256 comes last and the rename after it. So a save that was cut off is never taken for
+a checkpoint, and a file that is missing, cut short or altered is found before anything is loaded.
 """
 
 import hashlib
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -26,6 +25,7 @@ from train.topology import Topology
 
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
+STATE_FOLDER = "state"
 PARTIAL = ".partial"
 BLOCK_BYTES = 1 << 22
 
@@ -44,44 +44,6 @@ class Progress:
     seconds: float
 
 
-def save_checkpoint(
-    root: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    topology: Topology,
-) -> Path:
-    """Writes the checkpoint of ``progress`` below ``root`` and returns its folder; every rank calls it.
-
-    Raises:
-        OSError: if the disk refuses; what was written before stays whole.
-    """
-    final = root / f"batch-{progress.batch:08d}"
-    if (final / MANIFEST_FILE).exists():
-        return final
-    partial = final.with_name(final.name + PARTIAL)
-    if topology.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier(topology)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    alone = topology.world_size == 1
-    dcp.save(
-        {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial / "state", no_dist=alone
-    )
-    (partial / f"rank-{topology.rank}.json").write_text(json.dumps(_random_states()))
-    _barrier(topology)
-    if topology.is_main:
-        (partial / PROGRESS_FILE).write_text(json.dumps(progress.__dict__))
-        files = sorted(p for p in partial.rglob("*") if p.is_file())
-        entries = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-        manifest = {"world_size": topology.world_size, "files": entries}
-        (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
-        partial.rename(final)
-    _barrier(topology)
-    return final
-
-
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology
 ) -> Progress:
@@ -90,11 +52,9 @@ def load_checkpoint(
     Random-number states are restored by :func:`restore_random_states`, just before training goes on.
     """
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder / "state", no_dist=topology.world_size == 1)
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder / STATE_FOLDER, no_dist=topology.world_size == 1)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
 
 
@@ -127,8 +87,12 @@ def newest_whole_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def check_checkpoint(folder: Path) -> None:
+def check_checkpoint(folder: Path, *, content: bool = True) -> None:
     """Compares every file with the manifest.
+
+    Args:
+        folder: the checkpoint.
+        content: compare checksums too, which reads every byte.
 
     Raises:
         CheckpointError: for the first file that is missing, cut short or altered.
@@ -143,22 +107,34 @@ def check_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{file}: is missing")
         if file.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{file}: has {file.stat().st_size} bytes instead of {entry['bytes']}")
-        if _sha256(file) != entry["sha256"]:
+        if content and sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{file}: its content is not what was written (SHA-256 differs)")
 
 
 def keep_newest(root: Path, count: int) -> None:
-    """Removes all but the newest ``count`` whole checkpoints, and leftovers of saves that were cut off."""
+    """Removes older checkpoints than the newest ``count``, and leftovers of saves that were cut off.
+
+    What lacks a file or part of one does not count among the ``count``; so the only whole checkpoint is
+    never removed. To be called after a save, whose checksums have just been taken from its files.
+    """
     for leftover in root.glob(f"batch-*{PARTIAL}"):
         shutil.rmtree(leftover, ignore_errors=True)
-    whole = sorted(p.parent for p in root.glob(f"batch-*/{MANIFEST_FILE}"))
-    for folder in whole[:-count]:
-        # Without its manifest it no longer counts, even if the removal is cut off here.
-        (folder / MANIFEST_FILE).unlink()
-        shutil.rmtree(folder)
+    kept = 0
+    for manifest in sorted(root.glob(f"batch-*/{MANIFEST_FILE}"), reverse=True):
+        if kept >= count:
+            # Without its manifest it no longer counts, even if the removal is cut off here.
+            manifest.unlink()
+            shutil.rmtree(manifest.parent)
+            continue
+        try:
+            check_checkpoint(manifest.parent, content=False)
+        except CheckpointError:
+            continue
+        kept += 1
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """The states of this process's random-number generators, as JSON can hold them."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -168,14 +144,10 @@ def _random_states() -> dict[str, Any]:
     }
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _barrier(topology: Topology) -> None:
-    if topology.world_size > 1:
-        dist.barrier()

@@ -1,6 +1,8 @@
 """Checkpoints: what is saved comes back; what is damaged is found; the newest whole one is used."""
 
+import json
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,8 @@ from train.checkpoint import (
     load_checkpoint,
     newest_whole_checkpoint,
     restore_random_states,
-    save_checkpoint,
 )
+from train.checkpoint_saver import CheckpointSaver
 from train.topology import Topology
 
 ALONE = Topology()
@@ -34,14 +36,24 @@ def _trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def _save(root: Path, batch: int) -> Path:
-    model, optimizer = _trained(3)
-    return save_checkpoint(root, model, optimizer, Progress(batch, batch * 8, batch * 80, 1.5), ALONE)
+def _save(root: Path, batch: int, keep_last: int = 9) -> Path:
+    return _save_state(root, *_trained(3), batch, keep_last)
+
+
+def _save_state(
+    root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, keep_last: int = 9
+) -> Path:
+    saver = CheckpointSaver(root, ALONE, keep_last)
+    saver.start(model, optimizer, Progress(batch, batch * 8, batch * 80, 1.5))
+    saved = saver.wait()
+    assert saved is not None and saved.folder is not None, saved
+    assert 0 < saved.copy_seconds < saved.seconds
+    return saved.folder
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
     model, optimizer = _trained(3)
-    folder = save_checkpoint(tmp_path, model, optimizer, Progress(3, 24, 240, 1.5), ALONE)
+    folder = _save_state(tmp_path, model, optimizer, 3)
     drawn = (random.random(), np.random.rand(), torch.rand(1).item())
     other, other_optimizer = _trained(1)
     assert load_checkpoint(folder, other, other_optimizer, ALONE) == Progress(3, 24, 240, 1.5)
@@ -90,3 +102,49 @@ def test_only_the_newest_are_kept_and_never_none(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == folders[1:]
     keep_newest(tmp_path, 1)
     assert list(tmp_path.iterdir()) == folders[2:]
+
+
+def test_what_is_not_whole_does_not_count_among_the_kept(tmp_path: Path) -> None:
+    whole, cut = _save(tmp_path, 1), _save(tmp_path, 2)
+    _truncate(next((cut / "state").glob("*.distcp")))
+    keep_newest(tmp_path, 1)
+    assert newest_whole_checkpoint(tmp_path)[0] == whole
+
+
+def test_training_may_change_weights_while_they_are_written(tmp_path: Path) -> None:
+    model, optimizer = _trained(3)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    saver = CheckpointSaver(tmp_path, ALONE, 1)
+    saver.start(model, optimizer, Progress(3, 24, 240, 1.5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    saved = saver.wait()
+    assert saved is not None and saved.folder is not None
+    other, other_optimizer = _trained(1)
+    load_checkpoint(saved.folder, other, other_optimizer, ALONE)
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_full_disk_ends_the_save_and_leaves_the_one_before(tmp_path: Path) -> None:
+    before = _save(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saver = CheckpointSaver(tmp_path, ALONE, 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        saver.start(*_trained(4), Progress(2, 16, 160, 1.5))
+        saved = saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved is not None and saved.folder is None
+    assert "rank 0" in saved.error and "\n" not in saved.error
+    assert list(tmp_path.iterdir()) == [before]
+    assert newest_whole_checkpoint(tmp_path) == (before, [])
+    assert saver.wait() is None and _save(tmp_path, 2).name == "batch-00000002"
+
+
+def test_every_file_but_the_manifest_has_a_checksum(tmp_path: Path) -> None:
+    folder = _save(tmp_path, 1)
+    listed = set(json.loads((folder / "manifest.json").read_text())["files"])
+    found = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert listed == found - {"manifest.json"}

@@ -1,31 +1,55 @@
-"""Saves by batches or minutes and at the end; the run goes on where the disk refuses."""
+"""Saves by batches or minutes, at the end, and before the machine is taken away."""
 
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from types import FrameType
 
+import torch
+import torch.distributed as dist
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from train.checkpoint import Progress, keep_newest, restore_random_states, save_checkpoint
+from train.checkpoint import Progress, restore_random_states
+from train.checkpoint_saver import CheckpointSaver, Saved
 from train.schema import Checkpoint
 from train.topology import Topology
 
+PREEMPTED_STATUS = os.EX_TEMPFAIL
+"""Exit status 75 after SIGTERM: everything is saved, the same command goes on from here."""
+
 
 class Checkpointing(Callback):
-    """Saves the state after whole batches.
+    """Saves the state after whole batches, while training goes on.
+
+    Whether a save is due is the same on all ranks: rank 0's clock decides, and a SIGTERM that any rank
+    got counts for all. SIGTERM, by which schedulers announce that they take the machine away, saves
+    and ends the run with status 75 (EX_TEMPFAIL).
 
     Args:
         root: folder of the run's checkpoints.
         recipe: intervals and how many are kept.
+        topology: this rank.
         resumed_from: checkpoint whose random-number states are restored before the first batch.
     """
 
     def __init__(self, root: Path, recipe: Checkpoint, topology: Topology, resumed_from: Path | None) -> None:
-        self.root, self.recipe, self.topology = root, recipe, topology
-        self.resumed_from = resumed_from
+        self.recipe, self.topology, self.resumed_from = recipe, topology, resumed_from
+        self.saver = CheckpointSaver(root, topology, recipe.keep_last)
+        # Of its own, since the saver's thread uses the saver's; gloo, so that nothing waits for a GPU.
+        self._group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
         self.last_save = time.monotonic()
         self.last_batch = -1
+        self._is_terminated = False
+        self._handler_before: signal.Handlers | None = None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Listens for SIGTERM from now on."""
+        if threading.current_thread() is threading.main_thread():
+            self._handler_before = signal.signal(signal.SIGTERM, self._terminate)  # type: ignore[assignment]
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Restores the generators after everything that set-up drew from them."""
@@ -34,20 +58,44 @@ class Checkpointing(Callback):
             self.resumed_from = None
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Saves when an interval has passed."""
-        if self._is_due(state.timestamp.batch.value):
+        """Saves when an interval has passed, or when the run is to end."""
+        self._tell(self.saver.poll())
+        batch = state.timestamp.batch.value
+        is_due_by_time, is_terminated = self._ask_all()
+        every = self.recipe.interval_batches
+        if is_terminated:
+            self._save(state)
+            self._tell(self.saver.wait())
+            self._say(f"SIGTERM: ended after batch {batch}; the same command goes on")
+            raise SystemExit(PREEMPTED_STATUS)
+        if is_due_by_time or (every is not None and batch % every == 0):
             self._save(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Saves the end of the run."""
+        """Saves the end of the run and waits for it."""
         if state.timestamp.batch.value != self.last_batch:
             self._save(state)
+        self._tell(self.saver.wait())
 
-    def _is_due(self, batch: int) -> bool:
-        every, minutes = self.recipe.interval_batches, self.recipe.interval_minutes
-        by_count = every is not None and batch % every == 0
-        by_time = minutes is not None and time.monotonic() - self.last_save >= 60 * minutes
-        return by_count or by_time
+    def close(self, state: State, logger: Logger) -> None:
+        """Waits for a save that is being written; SIGTERM is again what it was."""
+        self._tell(self.saver.wait())
+        if self._handler_before is not None:
+            signal.signal(signal.SIGTERM, self._handler_before)
+            self._handler_before = None
+
+    def _terminate(self, _number: int, _frame: FrameType | None) -> None:
+        self._is_terminated = True
+
+    def _ask_all(self) -> tuple[bool, bool]:
+        """Whether a save is due by time, and whether any rank was told to end."""
+        minutes = self.recipe.interval_minutes
+        is_due = minutes is not None and time.monotonic() - self.last_save >= 60 * minutes
+        if self._group is None:
+            return is_due, self._is_terminated
+        flags = torch.tensor([is_due and self.topology.is_main, self._is_terminated], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
+        return bool(flags[0]), bool(flags[1])
 
     def _save(self, state: State) -> None:
         stamp = state.timestamp
@@ -58,10 +106,13 @@ class Checkpointing(Callback):
             seconds=stamp.total_wct.total_seconds() if stamp.total_wct else 0.0,
         )
         self.last_save, self.last_batch = time.monotonic(), progress.batch
-        try:
-            save_checkpoint(self.root, state.model, state.optimizers[0], progress, self.topology)
-        except OSError as error:
-            print(f"checkpoint of batch {progress.batch} NOT saved: {error}; training goes on", file=sys.stderr)
-            return
+        self._tell(self.saver.start(state.model, state.optimizers[0], progress))
+
+    def _tell(self, saved: Saved | None) -> None:
+        """Says what a failed save came to, loudly; a good one needs no words."""
+        if saved is not None and saved.error:
+            self._say(f"checkpoint of batch {saved.batch} NOT saved: {saved.error}; training goes on")
+
+    def _say(self, line: str) -> None:
         if self.topology.is_main:
-            keep_newest(self.root, self.recipe.keep_last)
+            print(line, file=sys.stderr, flush=True)
