@@ -81,7 +81,7 @@ class TrainSequences(IterableDataset[Tensor]):
             position += workers * self._global_batch
 
 
-class TrainLoader(DataLoader[Tensor]):
+class TrainLoader(DataLoader[Any]):
     """A rank's training batches."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -159,6 +159,7 @@ def build_train_loader(
     document in its sequence), ``targets`` int64 [B, S] (the next token, also where it begins another
     document; -100 at the end of a sequence and before padding), ``sample_positions`` int64 [B] (the
     position in the run) and ``domain_ids`` int64 [B] (indices into the sorted names of the domains).
+    Beside a GPU the batches lie in pinned memory (not yet run on a GPU).
 
     Args:
         recipe: the run.
