@@ -113,9 +113,10 @@ def optimisation_figure(run: RunRecord) -> str:
         axes[0].set_ylim(0, None)
         norm = thinned(run.series(metrics.GRADIENT_NORM))
         axes[1].plot(millions(norm), norm.values, color=COLOURS[1], alpha=0.35, linewidth=0.8)
-        axes[1].plot(millions(norm), smoothed(norm.values), color=COLOURS[1])
         axes[1].set_ylabel("gradient norm")
         if np.nanmin(norm.values, initial=np.inf) > 0:
+            # Means of logarithms: one spike lifts an ordinary mean over its whole window.
+            axes[1].plot(millions(norm), np.exp(smoothed(np.log(norm.values))), color=COLOURS[1])
             log_scale(axes[1])
 
     return render("Learning rate and gradient norm over tokens", draw, heights=(1.8, 2.0))

@@ -40,8 +40,8 @@ figure {{ margin: 0; }}
 .card b {{ display: block; font-size: 1.25rem; font-weight: 600; }}
 .card span {{ color: var(--faint); font-size: .85rem; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .9rem; }}
-th, td {{ text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; }}
+th, td {{ text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); }}
+td.long {{ overflow-wrap: anywhere; font-size: .8rem; }}
 td.number, th.number {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }}
 pre {{ background: var(--card); border-radius: .5rem; padding: .8rem; overflow-x: auto; font-size: .85rem;
   white-space: pre-wrap; }}
@@ -55,6 +55,7 @@ pre {{ background: var(--card); border-radius: .5rem; padding: .8rem; overflow-x
 </html>
 """
 NUMBER = re.compile(r"([\d,.]+( ms|%)?)?")
+LONG_CELL = 60
 PART_COLOURS = ("#ef4444", "#3b82f6", "#a855f7", "#10b981", "#94a3b8")
 
 
@@ -285,10 +286,13 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for column in range(len(heads))
     ]
 
+    def kind(cell: str, is_number: bool) -> str:
+        plain_long = len(cell) > LONG_CELL and not isinstance(cell, Markup)
+        return " class=number" if is_number else " class=long" if plain_long else ""
+
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(
-            f"<{tag}{' class=number' if is_number else ''}>"
-            f"{cell if isinstance(cell, Markup) else html.escape(cell)}</{tag}>"
+            f"<{tag}{kind(cell, is_number)}>{cell if isinstance(cell, Markup) else html.escape(cell)}</{tag}>"
             for cell, is_number in zip(row, numeric, strict=True)
         )
 
