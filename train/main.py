@@ -13,6 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.describe import describe_run
 from train.recipe import RecipeError, describe_keys, load_recipe, to_yaml
+from train.start import check_start
 from train.topology import Topology
 from train.validate import validate
 
@@ -26,6 +27,7 @@ def main(arguments: list[str]) -> int:
         topology = Topology.from_environment()
         recipe = load_recipe(options.recipe, options.overrides)
         validate(recipe, topology, options.recipe)
+        changes = check_start(recipe, options.recipe)
         if options.dry_run:
             if topology.is_main:
                 text, figures = describe_run(recipe, topology)
@@ -34,6 +36,8 @@ def main(arguments: list[str]) -> int:
                     Path(options.json).write_text(json.dumps(figures, indent=1))
             return 0
         if topology.is_main:
+            for change in changes:
+                print(change)
             print(f"{recipe.name}: recipe is sound; importing torch, Composer and MegaBlocks", flush=True)
         from train.run import run
 

@@ -29,6 +29,8 @@ from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint
 from train.composer_model import LanguageModel
 from train.device import describe_hardware, measured_peak_flops, supports_bf16
 from train.init import initialize
+from train.initial_weights import find_start, freeze, start_from
+from train.interchange import InterchangeError
 from train.model import Decoder
 from train.optim import build_optimizer
 from train.parallel import build_mesh, build_sharded
@@ -83,16 +85,20 @@ def run(recipe: Recipe, topology: Topology) -> int:
     status = "FAILED"
     try:
         model, optimizer = build_model(recipe, machine)
-        checkpoint, progress = resume(folder, model, optimizer, topology)
+        checkpoint, progress = resume(recipe, folder, model, optimizer, topology)
         job = assemble(recipe, folder, machine, shards, model, optimizer, checkpoint, progress)
         if progress.batch < sizing.batches(recipe):
             job.trainer.fit()
         else:
             job.trainer.eval()
+        losses = final_losses(job)
         if topology.is_main:
-            finish(recipe, folder, machine, shards, job)
+            finish(recipe, folder, machine, shards, job, losses)
         job.trainer.close()
         status = "FINISHED"
+    except SystemExit:
+        status = "KILLED"
+        raise
     finally:
         if uploader:
             uploader.finish(status)
@@ -135,23 +141,33 @@ def build_model(recipe: Recipe, machine: Machine) -> tuple[LanguageModel, Optimi
     else:
         decoder.to_empty(device=machine.device_type)
         initialize(decoder, recipe.model, recipe.seed)
+    freeze(decoder, recipe.training.frozen)
     model = LanguageModel(decoder, recipe, machine.precision)
     say(topology, f"model of {sizing.total_parameters(recipe.model):,} parameters, {machine.precision.value}")
     return model, build_optimizer(model, recipe.optimizer)
 
 
 def resume(
-    folder: Path, model: LanguageModel, optimizer: Optimizer, topology: Topology
+    recipe: Recipe, folder: Path, model: LanguageModel, optimizer: Optimizer, topology: Topology
 ) -> tuple[Path | None, Progress]:
-    """Loads the newest whole checkpoint, if there is one."""
+    """Loads the run's newest whole checkpoint; without one, the weights that the recipe starts from."""
     found, complaints = on_main(topology, lambda: newest_whole_checkpoint(folder / CHECKPOINTS_FOLDER))
     for complaint in complaints:
         say(topology, complaint)
-    if found is None:
-        return None, Progress(0, 0, 0, 0.0)
-    progress = load_checkpoint(found, model, optimizer, topology)
-    say(topology, f"resumed from {found}, {progress.tokens:,} tokens")
-    return found, progress
+    if found is not None:
+        progress = load_checkpoint(found, model, optimizer, topology)
+        say(topology, f"resumed from {found}, {progress.tokens:,} tokens")
+        return found, progress
+    try:
+        start = on_main(topology, lambda: find_start(recipe))
+        if start is not None:
+            start_from(start, recipe, model, optimizer, topology)
+            say(topology, f"weights of step 0 from {start}")
+    except InterchangeError as error:
+        raise RecipeError(
+            str(error), key="start.weights", remedy="name whole weights of this model"
+        ) from None
+    return None, Progress(0, 0, 0, 0.0)
 
 
 def update_callbacks(recipe: Recipe, model: LanguageModel, topology: Topology) -> list[Callback]:
@@ -209,13 +225,20 @@ def assemble(
     return Job(trainer, entropy)
 
 
-def finish(recipe: Recipe, folder: Path, machine: Machine, shards: Manifest, job: Job) -> None:
-    """Prints what the run came to and writes its summary and report."""
-    state = job.trainer.state
-    losses = {
-        domain: state.eval_metrics[f"validation/{domain}"]["token_loss"].compute().item()
+def final_losses(job: Job) -> dict[str, float]:
+    """Validation loss of each domain at the end, in nats per token; every rank calls it."""
+    metrics = job.trainer.state.eval_metrics
+    return {
+        domain: metrics[f"validation/{domain}"]["token_loss"].compute().item()
         for domain in job.unigram_entropy
     }
+
+
+def finish(
+    recipe: Recipe, folder: Path, machine: Machine, shards: Manifest, job: Job, losses: dict[str, float]
+) -> None:
+    """Prints what the run came to and writes its summary and report."""
+    state = job.trainer.state
     for domain, loss in losses.items():
         print(
             f"validation loss of {domain}: {loss:.3f} nats per token; unigram entropy of the same tokens: "
@@ -267,7 +290,7 @@ def on_main(topology: Topology, work: Callable[[], Result]) -> Result:
     if topology.is_main:
         try:
             outcome[0] = work()
-        except RecipeError as error:
+        except (RecipeError, InterchangeError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
