@@ -17,11 +17,42 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from train.checkpoint import load_checkpoint
 from train.interchange import STATE_FOLDER, InterchangeError
 from train.model import Decoder
+from train.run_folder import CHECKPOINTS_FOLDER
+from train.schema import OptimizerStart, Recipe
 from train.topology import Topology
-from train.weights import WRAPPER, CheckpointWeights, Source, open_weights
+from train.weights import WRAPPER, CheckpointWeights, Source, newest, open_weights
 
 MOMENTS = "optimizer.state."
 """What begins the names of the optimizer's state in a checkpoint."""
+
+
+def find_start(recipe: Recipe) -> Path | None:
+    """What the recipe starts from: of a run, its newest whole checkpoint; for one rank, as it reads it all.
+
+    Raises:
+        InterchangeError: if the run has none.
+    """
+    if recipe.start.weights is None:
+        return None
+    path = Path(recipe.start.weights)
+    return newest(path) if (path / CHECKPOINTS_FOLDER).is_dir() else path
+
+
+def start_from(
+    path: Path, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology
+) -> None:
+    """Puts weights of step 0, and the optimizer's state where the recipe restores it, in their places.
+
+    Args:
+        path: what :func:`find_start` gave the main rank.
+        recipe: the recipe of this run.
+        model: the trainer's model around a decoder; on its device, sharded, already initialised.
+        optimizer: this model's, over the parameters that are trained.
+        topology: every rank calls this.
+    """
+    load_initial_weights(next(m for m in model.modules() if isinstance(m, Decoder)), path)
+    if recipe.start.optimizer is OptimizerStart.restored:
+        restore_optimizer(path, model, optimizer, topology)
 
 
 def load_initial_weights(decoder: Decoder, path: Path) -> Source:
