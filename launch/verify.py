@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     if options.resume:
         from launch.verify_resume import certify
 
-        return certify(recipe, options.recipe, options.json, options.html, options.kills)
+        return certify(recipe, options.json, options.html, options.kills)
     return gate(recipe, options)
 
 

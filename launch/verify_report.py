@@ -98,6 +98,31 @@ def write_html(file: Path, summary: dict[str, Any], outcomes: list[Outcome]) -> 
     )
 
 
+def write_certificate(
+    file: Path, summary: dict[str, Any], rows: list[tuple[str, str, str, list[str]]]
+) -> None:
+    """The resume certificate: what was done, under which layout, what was measured, what was wrong."""
+    name = html.escape(str(summary["recipe"]))
+    lines = ""
+    for what, layout, figures, faults in rows:
+        verdict = "fail" if faults else "pass"
+        texts = "".join(f"<td class=text>{html.escape(text)}</td>" for text in (what, layout, figures))
+        wrong = html.escape("; ".join(faults))
+        lines += f"<tr>{texts}<td class={verdict}>{verdict}</td><td class=text>{wrong}</td></tr>"
+    passed = sum(not faults for *_, faults in rows)
+    verdict = "pass" if passed == len(rows) else "fail"
+    file.write_text(
+        f"<!doctype html><meta charset=utf-8><title>Resuming {name}</title><style>{STYLE}</style>"
+        f"<h1>Resuming {name}</h1><p><b class={verdict}>{passed} of {len(rows)} rows passed.</b> "
+        f"Runs of {summary['steps']} steps of the shrunken recipe, fp32. After kill -9 the same command goes "
+        "on: losses, gradient norms, weights, optimizer and random-number states equal those of a run that "
+        "was not killed, bit for bit. A run that is preempted goes on under another layout (replicate, "
+        "shard, expert): every loaded tensor equals what was saved.</p>"
+        "<table><tr><th class=text>what</th><th class=text>layout</th><th class=text>measured</th>"
+        f"<th>verdict</th><th class=text>wrong</th></tr>{lines}</table>"
+    )
+
+
 def _html_row(outcome: Outcome) -> str:
     cells = "".join(
         f'<td class={"fail" if _is_over(outcome, q) else "pass"} title="{html.escape(_place(outcome, q))}">'
