@@ -181,7 +181,7 @@ def _grouping(recipe: Recipe, layout: Layout, microbatch: int, share: int) -> tu
 
 
 def make_batches(recipe: Recipe, each: Input, seed: int) -> list[Batch]:
-    """A global batch for every step: input_ids, document_ids and targets [B, S], sample_ids [B].
+    """A global batch for every step: input_ids, document_ids and targets [B, S], sample_positions [B].
 
     Documents are from one token to a whole sequence long; a document's last token has no target.
     """
@@ -202,7 +202,7 @@ def make_batches(recipe: Recipe, each: Input, seed: int) -> list[Batch]:
         batch = {"input_ids": ids_BS, "targets": targets_BS}
         if recipe.training.document_masking:
             batch["document_ids"] = documents_BS
-        batch["sample_ids"] = torch.arange(step * SEQUENCES, (step + 1) * SEQUENCES)
+        batch["sample_positions"] = torch.arange(step * SEQUENCES, (step + 1) * SEQUENCES)
         batches.append(batch)
     return batches
 

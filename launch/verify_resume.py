@@ -67,7 +67,8 @@ def certify(recipe: Recipe, json_file: str | None, html_file: str | None, kills:
     with tempfile.TemporaryDirectory(prefix="resume-") as folder:
         small = prepare(recipe, Path(folder))
         for row in _rows(small, kills):
-            print(f"{row.what:<9} {row.layout:<9} {'pass' if row.has_passed else 'FAIL'}  {row.figures}")
+            verdict = "pass" if row.has_passed else "FAIL"
+            print(f"{row.what:<9} {row.layout:<9} {verdict}  {row.figures}", flush=True)
             rows.append(row)
     failed = [f"{row.what} {row.layout}: {fault}" for row in rows for fault in row.faults]
     file = Path(html_file or f"resume-{recipe.name}.html")

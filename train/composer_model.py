@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from train.model import Decoder, DecoderOutput
+from train.moe import Jitter, Router
 from train.schema import Balance, Precision, Recipe
 
 # Shapes: B sequences of a microbatch, S tokens per sequence, L layers, E experts.
@@ -48,6 +49,9 @@ class LanguageModel(ComposerModel):
         by_loss = moe is not None and moe.balance is Balance.loss
         self.balance_weight = moe.balance_loss_weight if moe and by_loss else 0.0
         self.z_weight = moe.z_loss_weight if moe else 0.0
+        self.seed = recipe.seed
+        routers = [module for module in decoder.modules() if isinstance(module, Router)]
+        self.jittered = routers if moe and moe.jitter_eps > 0 else []
         self.precision = precision
         self.document_masking = recipe.training.document_masking
         self.expert_tokens_LE: Tensor | None = None
@@ -71,6 +75,8 @@ class LanguageModel(ComposerModel):
         return self._decode(batch, choices_only=True).expert_tokens_LE
 
     def _decode(self, batch: Batch, choices_only: bool = False) -> DecoderOutput:
+        for layer, router in enumerate(self.jittered):
+            router.jitter = Jitter(self.seed, layer, batch["sample_positions"])
         device_type = batch["input_ids"].device.type
         # Weights stay fp32; autocast makes the bf16 copies that matrix products read.
         cast: AbstractContextManager[Any] = torch.autocast(

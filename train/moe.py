@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train import leaf_ops
+from train.jitter import uniform_noise
 from train.recipe import RecipeError
 from train.schema import Balance, Moe
 
@@ -46,6 +47,14 @@ class Routing(NamedTuple):
     experts_TK: Tensor
 
 
+class Jitter(NamedTuple):
+    """What the router's noise is drawn for; set before each microbatch."""
+
+    seed: int
+    layer: int
+    positions_B: Tensor
+
+
 class Router(nn.Module):
     """Scores experts for each token and picks K of them, in fp32 whatever the surrounding precision.
 
@@ -64,15 +73,14 @@ class Router(nn.Module):
         biased = moe.balance is Balance.bias
         bias_E = torch.zeros(moe.experts, dtype=torch.float32, device=device) if biased else None
         self.register_buffer("expert_bias", bias_E)
+        self.jitter: Jitter | None = None
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Routes tokens. The bias moves the choice alone; weights come from the unbiased scores."""
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
             if self.training and self.moe.jitter_eps > 0:
-                x_TD = x_TD * torch.empty_like(x_TD).uniform_(
-                    1.0 - self.moe.jitter_eps, 1.0 + self.moe.jitter_eps
-                )
+                x_TD = x_TD * (1.0 + self.moe.jitter_eps * (2.0 * self._noise(x_TD) - 1.0))
             logits_TE = functional.linear(x_TD, self.layer.weight.to(x_TD.dtype))
             scores_TE = logits_TE.softmax(dim=-1)
             if self.expert_bias is None:
@@ -86,6 +94,13 @@ class Router(nn.Module):
                 )
                 weights_TK = weights_TK / norm_T1
             return Routing(logits_TE, scores_TE, weights_TK, experts_TK)
+
+    def _noise(self, x_TD: Tensor) -> Tensor:
+        """Uniform in [0, 1): by place in training where that is known, else from torch's generator."""
+        if self.jitter is None:
+            return torch.rand_like(x_TD)
+        seed, layer, positions_B = self.jitter
+        return uniform_noise(positions_B, *x_TD.shape, seed=seed, layer=layer).to(x_TD.dtype)
 
 
 class MoE(dMoE):

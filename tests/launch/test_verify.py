@@ -15,6 +15,7 @@ from train.topology import Topology
 from train.validate import validate
 
 YAMLS = Path(__file__).resolve().parents[2] / "yamls"
+GLOBAL = ["model.moe.balance_scope=global_batch"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,6 +65,8 @@ def test_gate_passes_the_same_cases_without_a_fault(
     [
         ("smoke", ["--worlds", "4", "--inputs", "accumulated", "idle", "crowded"]),
         ("dbrx-moe-a", ["--worlds", "1", "2", "--inputs", "plain", "recomputed"]),
+        ("smoke", [*GLOBAL, "model.moe.jitter_eps=0.1", "--worlds", "2", "--inputs", "plain", "recomputed"]),
+        ("smoke", ["model.moe.balance=bias", "--worlds", "2", "--inputs", "accumulated"]),
     ],
 )
 def test_command_passes_a_recipe_and_writes_its_tables(

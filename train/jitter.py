@@ -1,0 +1,45 @@
+"""Noise that depends on seed, layer, place in training and column alone: the same under every layout.
+
+A generator's state depends on which rank drew how often. Here each number is a hash of what it is for, as
+in counter-based generators (Salmon et al. 2011), which a resumed, recomputed or resharded run finds again.
+
+Shapes: B sequences, S tokens per sequence, T = B x S, D columns.
+"""
+
+import torch
+from torch import Tensor
+
+LOW_BITS = 32
+
+
+def uniform_noise(positions_B: Tensor, tokens: int, columns: int, *, seed: int, layer: int) -> Tensor:
+    """Numbers in [0, 1), fp32 [T, D].
+
+    Args:
+        positions_B: place of each sequence in the order of training, int64.
+        tokens: T; a multiple of B.
+        columns: D.
+        seed: the recipe's.
+        layer: keeps layers apart.
+    """
+    device = positions_B.device
+    length = tokens // positions_B.shape[0]
+    key_B = mix(positions_B) ^ mix(positions_B >> LOW_BITS)
+    key_B = mix(key_B ^ mix(torch.tensor(seed * 1_000_003 + layer, device=device)))
+    key_BS = mix(key_B[:, None] ^ mix(torch.arange(length, device=device)))
+    columns_D = mix(torch.arange(columns, device=device) + 1)
+    bits_TD = mix(key_BS.view(-1, 1) ^ columns_D)
+    # The upper 24 bits, which fp32 holds exactly.
+    return ((bits_TD >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers in which every bit of the result hangs on every bit of ``x``.
+
+    Multiply and xor-shift with the constants that Wellons found least biased (lowbias32, 2018).
+    """
+    x = x.to(torch.int32)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
+        # int32's shift is arithmetic: the mask makes it logical. Its products wrap around.
+        x = (x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))) * factor
+    return x ^ ((x >> 16) & 0xFFFF)
