@@ -53,7 +53,7 @@ def losses_on_disk(run_dir: Path) -> list[tuple[int, float]]:
     return [(line["step"], line[LOSS]) for line in read_steps(run_dir / "metrics.jsonl")]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 180.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -77,9 +77,13 @@ def test_server_that_dies_and_comes_back_while_training(
         wait_for(lambda: sent_step(run_dir) == 10)
     write_steps(run_dir, 11, 20)
     shown = ""
-    while "do not take records" not in shown and "does not take records" not in shown:
+
+    def is_told() -> bool:
+        nonlocal shown
         shown += capfd.readouterr().err
-        time.sleep(0.1)
+        return "does not take records" in shown
+
+    wait_for(is_told)
     with mlflow_server:
         assert uploader.finish(timeout_s=30)
         assert losses_at_server(run_dir, mlflow_server.uri) == losses_on_disk(run_dir)
