@@ -24,7 +24,7 @@ def loss_memory(raw: dict[str, float]) -> dict[str, float]:
     plain_bytes, plain = _measure("plain")
     chunked_bytes, chunked = _measure("chunked")
     for ours, theirs in zip(chunked, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-9)
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), "the two sides' gradients differ"
     raw |= {"loss_plain_peak_MB": plain_bytes / 1e6, "loss_chunked_peak_MB": chunked_bytes / 1e6}
     return {"loss_memory_ratio": chunked_bytes / plain_bytes}
 

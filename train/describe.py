@@ -34,7 +34,7 @@ def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, obj
         ("active per token", f"{figures['parameters_active']:,} (without the input embedding)"),
         (
             "FLOPs per token",
-            f"{per_token.total:.4g} = 6 x active {per_token.weights:.4g} + attention {per_token.attention:.4g}",
+            f"{per_token.total:.4g}: 6 x active {per_token.weights:.4g}, attention {per_token.attention:.4g}",
         ),
         (
             "tokens",
