@@ -17,7 +17,10 @@ NEVER_CLIPPED = 1e30
 
 
 def dbrx_to_model(config: Config) -> Model:
-    """DBRX: `attn_config` and `ffn_config` hold what concerns attention and experts."""
+    """DBRX: `attn_config` and `ffn_config` hold what concerns attention and experts.
+
+    With a single expert it is a dense model, whatever its router says: one score has a softmax of 1.
+    """
     attn, ffn = dict(config.get("attn_config") or {}), dict(config.get("ffn_config") or {})
     _only(config, resid_pdrop=0, emb_pdrop=0, tie_word_embeddings=False)
     _only(attn, attn_pdrop=0)
@@ -34,13 +37,17 @@ def dbrx_to_model(config: Config) -> Model:
         rope_theta=float(_need(attn, "rope_theta")),
         clip_qkv=None if clip is None or clip >= NEVER_CLIPPED else float(clip),
         init_std=float(config.get("initializer_range", 0.02)),
-        moe=Moe(
-            experts=_need(ffn, "moe_num_experts"),
-            top_k=_need(ffn, "moe_top_k"),
-            normalize_weights_p=ffn.get("moe_normalize_expert_weights", 1),
-            jitter_eps=float(ffn.get("moe_jitter_eps") or 0),
-            balance_loss_weight=float(ffn.get("moe_loss_weight", 0.01)),
-        ),
+        moe=None if _need(ffn, "moe_num_experts") == 1 else _dbrx_experts(ffn),
+    )
+
+
+def _dbrx_experts(ffn: Config) -> Moe:
+    return Moe(
+        experts=_need(ffn, "moe_num_experts"),
+        top_k=_need(ffn, "moe_top_k"),
+        normalize_weights_p=ffn.get("moe_normalize_expert_weights", 1),
+        jitter_eps=float(ffn.get("moe_jitter_eps") or 0),
+        balance_loss_weight=float(ffn.get("moe_loss_weight", 0.01)),
     )
 
 

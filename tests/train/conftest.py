@@ -87,7 +87,8 @@ def make_run(tmp_path: Path) -> MakeRun:
     def make(recipe: Recipe) -> tuple[Path, "Decoder"]:
         import torch
 
-        from train.checkpoint import Progress, save_checkpoint
+        from train.checkpoint import Progress
+        from train.checkpoint_saver import CheckpointSaver
         from train.init import initialize
         from train.model import Decoder
         from train.topology import Topology
@@ -103,7 +104,9 @@ def make_run(tmp_path: Path) -> MakeRun:
                     parameter.add_(torch.randn(parameter.shape) * 0.3)
         wrapped = torch.nn.ModuleDict({"decoder": decoder})  # LanguageModel's name for it.
         optimizer = torch.optim.AdamW(decoder.parameters())
-        save_checkpoint(folder / "checkpoints", wrapped, optimizer, Progress(7, 56, 448, 1.0), Topology())
+        saver = CheckpointSaver(folder / "checkpoints", Topology(), keep_last=2)
+        saver.start(wrapped, optimizer, Progress(7, 56, 448, 1.0))
+        saver.wait()
         return folder, decoder
 
     return make

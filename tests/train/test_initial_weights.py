@@ -9,7 +9,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from launch.ranks import run_ranks
-from train.checkpoint import Progress, save_checkpoint
+from train.checkpoint import Progress
+from train.checkpoint_saver import CheckpointSaver
 from train.export import main as export
 from train.initial_weights import freeze, load_initial_weights, restore_optimizer
 from train.interchange import InterchangeError
@@ -40,6 +41,14 @@ MODEL = Model(
 def recipe() -> Recipe:
     base = load_recipe(Path(__file__).parents[2] / "yamls" / "smoke.yaml")
     return replace(base, name="parent", model=MODEL)
+
+
+def _save(root: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+    saver = CheckpointSaver(root, Topology(), keep_last=2)
+    saver.start(model, optimizer, progress)
+    saved = saver.wait()
+    assert saved is not None and saved.folder is not None, saved
+    return saved.folder
 
 
 def _sharded(model: Model, layout: Parallelism, topology: Topology) -> Decoder:
@@ -93,7 +102,7 @@ def test_the_balancing_bias_comes_along(recipe: Recipe, make_run: MakeRun) -> No
     decoder.get_buffer(bias).copy_(torch.tensor([0.5, -0.5, 0.25, 0.0]))
     wrapped = torch.nn.ModuleDict({"decoder": decoder})
     optimizer = torch.optim.AdamW(decoder.parameters())
-    save_checkpoint(path / "checkpoints", wrapped, optimizer, Progress(9, 72, 576, 1.0), Topology())
+    _save(path / "checkpoints", wrapped, optimizer, Progress(9, 72, 576, 1.0))
     loaded = Decoder(MODEL, device="cpu")
     source = load_initial_weights(loaded, path)
     assert source.path.name == "batch-00000009"
@@ -159,7 +168,7 @@ def test_a_restored_optimizer_goes_on_with_this_recipes_rates(recipe: Recipe, tm
 
     old, old_optimizer = built(0.1)
     _train(old["decoder"], old_optimizer, 3, seed=0)  # type: ignore[index]
-    folder = save_checkpoint(tmp_path, old, old_optimizer, Progress(3, 12, 192, 1.0), Topology())
+    folder = _save(tmp_path, old, old_optimizer, Progress(3, 12, 192, 1.0))
     new, new_optimizer = built(0.025)
     restore_optimizer(folder, new, new_optimizer, Topology())
     for (name, before), (_, now) in zip(old.named_parameters(), new.named_parameters(), strict=True):
@@ -171,7 +180,7 @@ def test_a_restored_optimizer_goes_on_with_this_recipes_rates(recipe: Recipe, tm
     assert {group["weight_decay"] for group in new_optimizer.param_groups} == {0.025, 0.0}
     part, part_optimizer = built(0.025, ("*.router.*",))
     restore_optimizer(folder, part, part_optimizer, Topology())
-    saved = save_checkpoint(tmp_path, part, part_optimizer, Progress(4, 12, 192, 1.0), Topology())
+    saved = _save(tmp_path, part, part_optimizer, Progress(4, 12, 192, 1.0))
     with pytest.raises(InterchangeError, match=r"no optimizer state of .*router.layer.weight"):
         restore_optimizer(saved, new, new_optimizer, Topology())
 
