@@ -2,7 +2,7 @@
 
 Position n of training is one sequence, see :mod:`data.plan`. Batch b of the run holds the positions
 ``b * global_batch_sequences`` and on; rank r takes the r-th contiguous part of them. Worker processes
-take whole batches in turn, and the loader hands them out in order, so that nothing depends on them.
+take runs of whole batches in turn, and the loader hands them out in order, so that nothing depends on them.
 
 **Resuming.** The loader has no state: it begins at ``start_sample``. A trainer saves how many sequences
 it has trained on, over all ranks (Composer's ``timestamp.sample``), and builds the loader anew with
@@ -13,6 +13,7 @@ drop as many batches as it had trained. Composer leaves the random-number state 
 must be restored before ``fit``; iterating these loaders draws nothing from the global generators.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,16 +42,20 @@ NO_TARGET = -100
 """Target of a position that has no loss."""
 NO_POSITION = -1
 """Position of a sequence that fills up a validation batch."""
-PREFETCHED_BATCHES = 4
+BLOCK_TOKENS = 1 << 17
+"""Batches are handed from a worker to the trainer together up to this many tokens, 2.6 MB ..."""
+BLOCK_BATCHES = 16
+"""... and this many batches, so that the first of small ones does not wait for many others."""
+PREFETCHED_BLOCKS = 2
 
 
 class TrainSequences(IterableDataset[Tensor]):
-    """One rank's batches from a position on, without end, each as one block (:func:`make_block`)."""
+    """One rank's batches from a position on, without end, as blocks of one or more batches."""
 
     def __init__(
         self, plan: Plan, folders: list[ShardFolder], *, rank: int, world_size: int, batch: int, start: int
     ) -> None:
-        """Reads nothing yet.
+        """Reads one sample, for its length.
 
         Args:
             plan: the order of the run.
@@ -62,31 +67,39 @@ class TrainSequences(IterableDataset[Tensor]):
         """
         assert batch % world_size == 0 and 0 <= rank < world_size
         self.plan, self._folders = plan, folders
-        self._per_rank = batch // world_size
+        self.sequences = batch // world_size
+        """Sequences of a batch of this rank."""
+        self._first = start + rank * self.sequences
         self._global_batch = batch
-        self._first = start + rank * self._per_rank
+        batch_tokens = self.sequences * folders[0][0].tokens.size
+        self._batches_per_block = min(BLOCK_BATCHES, max(1, BLOCK_TOKENS // batch_tokens))
 
     def __iter__(self) -> Iterator[Tensor]:
         """Blocks of this rank, or of one of its workers."""
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        position = self._first + number * self._global_batch
-        while True:
-            picks = self.plan.samples(position, self._per_rank)
-            samples = [
-                self._folders[domain][sample]
-                for domain, sample in zip(picks.domain, picks.sample, strict=True)
-            ]
-            yield make_block(samples, np.arange(position, position + self._per_rank), picks.domain)
-            position += workers * self._global_batch
+        for block in itertools.count(number, workers):
+            batches = block * self._batches_per_block + np.arange(self._batches_per_block)
+            starts = self._first + batches * self._global_batch
+            picks = [self.plan.samples(int(start), self.sequences) for start in starts]
+            domains = np.concatenate([pick.domain for pick in picks])
+            numbers = np.concatenate([pick.sample for pick in picks])
+            samples = [self._folders[domain][sample] for domain, sample in zip(domains, numbers, strict=True)]
+            yield make_block(samples, (starts[:, None] + np.arange(self.sequences)).ravel(), domains)
 
 
 class TrainLoader(DataLoader[Any]):
     """A rank's training batches."""
 
+    dataset: TrainSequences
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Batches of named tensors, views of the blocks that workers send."""
-        return map(open_block, super().__iter__())
+        size = self.dataset.sequences
+        for block in super().__iter__():
+            tensors = open_block(block)
+            for begin in range(0, tensors["input_ids"].shape[0], size):
+                yield {key: tensor[begin : begin + size] for key, tensor in tensors.items()}
 
 
 class ValidationSequences(IterableDataset[Batch]):
@@ -185,7 +198,7 @@ def build_train_loader(
     workers: dict[str, Any] = {}
     if recipe.data.workers:
         # Forked workers have everything imported; spawned ones would import it all again.
-        workers = {"multiprocessing_context": "fork", "prefetch_factor": PREFETCHED_BATCHES}
+        workers = {"multiprocessing_context": "fork", "prefetch_factor": PREFETCHED_BLOCKS}
     return TrainLoader(
         dataset,
         batch_size=None,
@@ -252,10 +265,10 @@ def make_batch(samples: list[Sample], positions: Positions, domains: Positions) 
 
 
 def make_block(samples: list[Sample], positions: Positions, domains: Positions) -> Tensor:
-    """A batch as one int64 tensor.
+    """One or more batches as one int64 tensor, which begins with B and S.
 
-    Handing a tensor from a worker to the trainer costs more than filling it, whatever its size: one
-    block goes twice as fast as five tensors. It begins with B and S, see :func:`open_block`.
+    Handing a tensor from a worker to the trainer takes longer than filling it, whatever its size, so it
+    is done seldom.
     """
     shape = len(samples), samples[0].tokens.size
     block = np.empty(_Layout(*shape).words, np.int64)

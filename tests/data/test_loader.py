@@ -84,7 +84,7 @@ def test_a_batch_is_what_the_plan_says(built: Recipe, whole: list[Batch]):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(built: Recipe, tokenizer: TokenizerHandle, whole: list[Batch], workers: int):
-    assert_equal(read(with_workers(built, workers), tokenizer, 11), whole[:11])
+    assert_equal(read(with_workers(built, workers), tokenizer, 39), whole[:39])
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(2, 0), (4, 0), (2, 2)])
@@ -92,8 +92,8 @@ def test_ranks_share_the_same_global_batches(
     built: Recipe, tokenizer: TokenizerHandle, whole: list[Batch], world_size: int, workers: int
 ):
     recipe = with_workers(built, workers)
-    ranks = [read(recipe, tokenizer, 10, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert_equal([joined(list(parts)) for parts in zip(*ranks, strict=True)], whole[:10])
+    ranks = [read(recipe, tokenizer, 20, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert_equal([joined(list(parts)) for parts in zip(*ranks, strict=True)], whole[:20])
 
 
 @pytest.mark.parametrize("seed", range(5))
