@@ -76,11 +76,6 @@ class Ranks(Generic[Result]):
         for process in self.processes:
             process.join()
 
-    def terminate(self) -> None:
-        """Sends SIGTERM to every rank."""
-        for process in self.processes:
-            process.terminate()
-
     def exit_codes(self, timeout_seconds: float) -> list[int | None]:
         """Waits for the ranks to end; None for one that has not, negative for one that a signal ended."""
         deadline = time.monotonic() + timeout_seconds

@@ -158,7 +158,8 @@ def reshard(small: Recipe, chain: list[Layout], whole: Path) -> Iterator[Row]:
         with Ranks(layout.world_size, _trainer(recipe), folder.with_suffix(".log")) as ranks:
             if not is_last:
                 _wait(ranks, functools.partial(_has_step, folder, until))
-                ranks.terminate()
+                # One rank's signal must count for all.
+                ranks.processes[-1].terminate()
             codes = ranks.exit_codes(PATIENCE_SECONDS)
         if set(codes) != {0 if is_last else PREEMPTED_STATUS}:
             faults.append(f"ended with {codes}: {_tail(folder)}")
