@@ -28,6 +28,7 @@ from train.callbacks.update import BeforeUpdate
 from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint
 from train.composer_model import LanguageModel
 from train.device import describe_hardware, measured_peak_flops, supports_bf16
+from train.generation import OwnText
 from train.init import initialize
 from train.initial_weights import find_start, freeze, start_from
 from train.interchange import InterchangeError
@@ -36,7 +37,8 @@ from train.optim import build_optimizer
 from train.parallel import build_mesh, build_sharded
 from train.recipe import RecipeError
 from train.report import write_report
-from train.run_folder import CHECKPOINTS_FOLDER, REPORT_FILE, claim_run_folder
+from train.run_folder import CHECKPOINTS_FOLDER, REPORT_FILE, claim_run_folder, require_same_data
+from train.sample_text import write_sample
 from train.schema import Balance, Precision, Recipe
 from train.summary import DatasetInput, Summary, write_summary
 from train.topology import Topology
@@ -79,6 +81,7 @@ def run(recipe: Recipe, topology: Topology) -> int:
     recipe, folder = claim.recipe, claim.folder
     say(topology, f"run folder {folder}")
     shards = on_main(topology, lambda: ensure_shards(recipe))
+    on_main(topology, lambda: require_same_data(folder, shards.digest))
     uploader = MlflowUploader(folder, recipe, dataset_inputs(recipe, shards)) if topology.is_main else None
     if uploader:
         uploader.start()
@@ -263,7 +266,16 @@ def finish(
         datasets=dataset_inputs(recipe, shards),
     )
     write_summary(folder, summary)
+    if machine.topology.world_size == 1:
+        tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
+        write_sample(folder, unwrap(job.trainer).decoder, OwnText(tokenizer))
     write_report(folder)
+
+
+def unwrap(trainer: Trainer) -> LanguageModel:
+    """The model that a trainer trains."""
+    assert isinstance(trainer.state.model, LanguageModel)
+    return trainer.state.model
 
 
 def dataset_inputs(recipe: Recipe, shards: Manifest) -> list[DatasetInput]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from train.recipe import RecipeError, load_recipe, to_dict, to_yaml
 from train.schema import OnExisting, Recipe
 
+DATA_FILE = "data.sha256"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -54,6 +55,26 @@ def claim_run_folder(recipe: Recipe) -> Claim:
         folder.mkdir(parents=True, exist_ok=True)
     (folder / RECIPE_FILE).write_text(to_yaml(recipe))
     return Claim(folder, recipe, (folder / SUMMARY_FILE).exists())
+
+
+def require_same_data(folder: Path, digest: str) -> None:
+    """Notes which shards a run reads, and refuses others when it is resumed.
+
+    Args:
+        folder: of the run.
+        digest: hash of everything in the shards.
+
+    Raises:
+        RecipeError: if the run was begun with other shards.
+    """
+    file = folder / DATA_FILE
+    if file.is_file() and (before := file.read_text().strip()) != digest:
+        raise RecipeError(
+            f"holds {digest[:12]}, but {folder} was begun with {before[:12]}",
+            key="data.shards",
+            remedy="put the old shards back, or give the run another name",
+        )
+    file.write_text(digest + "\n")
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -101,7 +101,7 @@ def test_what_a_run_leaves_and_that_it_learns(
     steps = _run(recipe)
     printed = capsys.readouterr().out
     folder = tmp_path / "learns"
-    assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "report.html", "summary.json"} <= {
+    assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "report.html", "summary.json", "sample.txt"} <= {
         p.name for p in folder.iterdir()
     }
     assert load_recipe(folder / "recipe.yaml") == recipe

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from train.recipe import RecipeError, load_recipe
-from train.run_folder import SUMMARY_FILE, claim_run_folder
+from train.run_folder import SUMMARY_FILE, claim_run_folder, require_same_data
 from train.schema import OnExisting, Recipe
 
 SMOKE = Path(__file__).resolve().parents[2] / "yamls/smoke.yaml"
@@ -52,3 +52,11 @@ def test_overwrite_removes_a_run_but_never_a_folder_that_is_none(tmp_path: Path)
     with pytest.raises(RecipeError, match="is not a run"):
         claim_run_folder(recipe)
     assert (folder / "letters.txt").read_text() == "mine"
+
+
+def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path) -> None:
+    require_same_data(tmp_path, "a" * 64)
+    require_same_data(tmp_path, "a" * 64)
+    with pytest.raises(RecipeError, match="data.shards: holds bbbb.* begun with aaaa"):
+        require_same_data(tmp_path, "b" * 64)
+    require_same_data(tmp_path, "a" * 64)
