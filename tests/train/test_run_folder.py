@@ -27,7 +27,7 @@ def test_an_unfinished_run_is_resumed_and_a_complete_one_left(tmp_path: Path) ->
 def test_another_recipe_is_refused_by_the_key_that_differs(tmp_path: Path) -> None:
     folder = claim_run_folder(_recipe(tmp_path)).folder
     before = (folder / "recipe.yaml").read_text()
-    with pytest.raises(RecipeError, match=r"optimizer.learning_rate: is 0.5, but .* begun with 0.003"):
+    with pytest.raises(RecipeError, match=r"optimizer.learning_rate: is 0.5, but .* begun with 0.004"):
         claim_run_folder(_recipe(tmp_path, "optimizer.learning_rate=0.5"))
     assert (folder / "recipe.yaml").read_text() == before
     claim_run_folder(_recipe(tmp_path, "data.workers=0", "checkpoint.keep_last=5"))
