@@ -114,7 +114,7 @@ def collectives(
     """
     found = []
     for unit in _units(model, layout, world_size):
-        gathers = _gathers(unit, model.n_layers, checkpointing)
+        gathers = _gathers(unit, model.n_layers)
         found += _sharding_collectives(unit, layout, world_size, gathers, compute_bytes)
     if model.moe and layout.expert > 1:
         passes = 3 if checkpointing else 2
@@ -170,20 +170,14 @@ def _unit_name(weight: sizing.Weight) -> str:
     return "layers" if ".blocks." in weight.name else "embeddings"
 
 
-def _gathers(unit: _Unit, layers: int, checkpointing: bool) -> int:
+def _gathers(unit: _Unit, layers: int) -> int:
     """All-gathers of all units of this kind in one microbatch.
 
-    Weights are gathered for the forward and again for the backward pass; what is outside of the layers
-    stays gathered in between. Recomputation gathers experts and routers once more, because they are
-    units inside of the layer that is computed again; and FSDP2, which then gathers ahead the experts
-    that it last saw, gathers all layers' but one twice over (counted with torch 2.7.0).
+    Weights are gathered for the forward and again for the backward pass, which recomputation shares
+    (:func:`train.parallel.keep_recomputed_weights`); what is outside of the layers stays gathered.
     """
     if unit.count == 1 and unit.what == "embeddings":
         return 1
-    if checkpointing and unit.what == "experts":
-        return 4 * layers - 1
-    if checkpointing and unit.what == "routers":
-        return 3 * layers
     return 2 * layers
 
 

@@ -9,12 +9,15 @@ gradient is the mean over all ranks.
 Shapes: E experts, F expert hidden size, D model width.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, Shard
 
@@ -66,6 +69,27 @@ def let_fsdp2_run_on_gloo() -> None:
     FSDPParamGroup.finalize_backward = finalize_backward  # type: ignore[method-assign]
 
 
+def keep_recomputed_weights() -> None:
+    """Lets units inside of a recomputed layer keep their weights until their backward pass (torch 2.7.0).
+
+    Recomputation runs a layer's forward pass in the middle of the backward pass. FSDP2 would let go of the
+    experts' weights at its end and gather them again at once; and having noted the forward pass twice, it
+    would gather ahead experts whose turn is over. Experts are gathered twice a step so, not four times.
+    """
+    original = FSDPParamGroup.post_forward
+    if getattr(original, "keeps_recomputed", False):
+        return
+
+    def post_forward(group: FSDPParamGroup, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
+            return original(group, module, inputs, output)
+        group._training_state = TrainingState.IDLE
+        return output
+
+    post_forward.keeps_recomputed = True  # type: ignore[attr-defined]
+    FSDPParamGroup.post_forward = post_forward  # type: ignore
+
+
 def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> DeviceMesh:
     """The mesh; ranks that are neighbours share `expert` first, which keeps tokens inside a node."""
     shard = world_size // (layout.replicate * layout.expert)
@@ -82,6 +106,7 @@ def build_sharded(decoder: Decoder, mesh: DeviceMesh, precision: Precision, seed
     No rank ever holds more than one layer whole, and the values depend on the seed alone.
     """
     let_fsdp2_run_on_gloo()
+    keep_recomputed_weights()
     moes = [module for module in decoder.modules() if isinstance(module, MoE)]
     if mesh[EXPERT].size() > 1:
         for moe in moes:
