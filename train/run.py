@@ -1,5 +1,6 @@
 """One run, from a checked recipe to a trained model and its report. Read `run` first."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ class Job:
 
 def run(recipe: Recipe, topology: Topology) -> int:
     """Trains, or goes on training, and leaves the run's folder; returns the exit status."""
+    hush_known_warnings()
     machine = start_processes(recipe, topology)
     claim = on_main(topology, lambda: claim_run_folder(recipe))
     if claim.is_complete:
@@ -107,6 +109,12 @@ def run(recipe: Recipe, topology: Topology) -> int:
             uploader.finish(status)
     say(topology, f"everything of this run is in {folder}; open {folder / REPORT_FILE}")
     return 0
+
+
+def hush_known_warnings() -> None:
+    """Leaves out what torch.distributed.checkpoint warns of at each save, and what is as it should be."""
+    for message in ("torch.distributed is disabled", "TypedStorage is deprecated"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def start_processes(recipe: Recipe, topology: Topology) -> Machine:
