@@ -16,6 +16,7 @@ from tqdm import tqdm
 from train import model_card
 from train.hf_mapping import Link, family_for
 from train.interchange import HEADERS_FILE, SOURCE_FOLDER, InterchangeError, read_json
+from train.lineage import write_provenance
 from train.safetensors_io import (
     TensorInfo,
     all_finite,
@@ -71,6 +72,7 @@ def write_folder(
     written = _most_common_dtype(layout)
     config = {"architectures": [family.architecture], "model_type": family.model_type}
     model_card.write_texts(out, source, config | family.from_model(source.model), written)
+    write_provenance(out, source.path, digests)
     size = sum((out / name).stat().st_size for name in digests)
     return Exported(str(out), family.architecture, written, digests, size)
 

@@ -79,6 +79,7 @@ def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, t
     before = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir() if file.suffix != ".py"}
     after = {file.name: file.read_bytes() for file in (tmp_path / "back").iterdir()}
     after.pop("README.md")
+    assert json.loads(after.pop("provenance.json"))["lineage"]["weights"] == str(tmp_path / "ours")
     assert {k: v for k, v in after.items() if "index" not in k} == {
         k: v for k, v in before.items() if "index" not in k
     }
