@@ -13,21 +13,25 @@ import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from train.topology import Topology
 
+Agreed = TypeVar("Agreed")
+
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
 STATE_FOLDER = "state"
 PARTIAL = ".partial"
 BLOCK_BYTES = 1 << 22
+ALONE = Topology()
 
 
 class CheckpointError(RuntimeError):
@@ -72,27 +76,34 @@ def restore_random_states(folder: Path, topology: Topology) -> bool:
     return True
 
 
-def newest_whole_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and one line for each newer one that is not."""
-    complaints = []
-    for folder in sorted(root.glob("batch-*"), reverse=True):
-        if folder.name.endswith(PARTIAL):
+def newest_whole_checkpoint(root: Path, topology: Topology = ALONE) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and one line for each newer one that is not.
+
+    With a topology of several ranks all of them call it, and each reads its part of the files.
+    """
+    complaints: list[str] = []
+    for folder in _agree([str(path) for path in sorted(root.glob("batch-*"), reverse=True)], topology)[0]:
+        if folder.endswith(PARTIAL):
             continue
+        complaint = ""
         try:
-            check_checkpoint(folder)
+            check_checkpoint(Path(folder), topology=topology)
         except CheckpointError as error:
-            complaints.append(f"{error}; an older checkpoint is used instead")
-            continue
-        return folder, complaints
+            complaint = str(error)
+        found = next(filter(None, _agree(complaint, topology)), "")
+        if not found:
+            return Path(folder), complaints
+        complaints.append(f"{found}; an older checkpoint is used instead")
     return None, complaints
 
 
-def check_checkpoint(folder: Path, *, content: bool = True) -> None:
+def check_checkpoint(folder: Path, *, content: bool = True, topology: Topology = ALONE) -> None:
     """Compares every file with the manifest.
 
     Args:
         folder: the checkpoint.
         content: compare checksums too, which reads every byte.
+        topology: of several ranks, each reads one file in ``world_size``.
 
     Raises:
         CheckpointError: for the first file that is missing, cut short or altered.
@@ -101,13 +112,14 @@ def check_checkpoint(folder: Path, *, content: bool = True) -> None:
         entries = json.loads((folder / MANIFEST_FILE).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: has no readable {MANIFEST_FILE} ({type(error).__name__})") from None
-    for name, entry in entries.items():
+    for number, (name, entry) in enumerate(sorted(entries.items())):
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file}: is missing")
         if file.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{file}: has {file.stat().st_size} bytes instead of {entry['bytes']}")
-        if content and sha256(file) != entry["sha256"]:
+        is_mine = content and number % topology.world_size == topology.rank
+        if is_mine and sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{file}: its content is not what was written (SHA-256 differs)")
 
 
@@ -142,6 +154,15 @@ def random_states() -> dict[str, Any]:
         "torch": torch.get_rng_state().tolist(),
         "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
     }
+
+
+def _agree(mine: Agreed, topology: Topology) -> list[Agreed]:
+    """What every rank has to say, by rank."""
+    if topology.world_size == 1:
+        return [mine]
+    said: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(said, mine)
+    return said
 
 
 def sha256(file: Path) -> str:

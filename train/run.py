@@ -162,7 +162,7 @@ def resume(
     recipe: Recipe, folder: Path, model: LanguageModel, optimizer: Optimizer, topology: Topology
 ) -> tuple[Path | None, Progress]:
     """Loads the run's newest whole checkpoint; without one, the weights that the recipe starts from."""
-    found, complaints = on_main(topology, lambda: newest_whole_checkpoint(folder / CHECKPOINTS_FOLDER))
+    found, complaints = newest_whole_checkpoint(folder / CHECKPOINTS_FOLDER, topology)
     for complaint in complaints:
         say(topology, complaint)
     if found is not None:

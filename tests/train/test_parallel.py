@@ -58,11 +58,11 @@ def test_initial_weights_do_not_depend_on_the_layout_and_no_rank_holds_them_all(
         assert sum(held.values()) < 0.6 * sizing.total_parameters(CFG)
 
 
-def _save(topology: Topology, root: Path, batch: int, limited_rank: int | None) -> str:
+def _save(topology: Topology, root: Path, batch: int, limited_rank: int | None, keep_last: int = 1) -> str:
     """Saves; the files of one rank may not grow beyond a few bytes, as on a full disk."""
     decoder = _decoder(topology, LAYOUT)
     optimizer = build_optimizer(decoder, Optimizer(learning_rate=0.01))
-    saver = CheckpointSaver(root, topology, keep_last=1)
+    saver = CheckpointSaver(root, topology, keep_last)
     dist.barrier()
     if topology.rank == limited_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
@@ -86,6 +86,19 @@ def test_a_full_disk_at_one_rank_ends_the_save_on_all_and_spares_the_one_before(
         return load_checkpoint(found, decoder, optimizer, topology).batch
 
     assert run_ranks(2, load) == [1, 1]
+
+
+def test_ranks_find_damage_together_and_agree_on_the_checkpoint(tmp_path: Path) -> None:
+    whole = run_ranks(4, lambda topology: _save(topology, tmp_path, 1, None, keep_last=2))
+    newer = run_ranks(4, lambda topology: _save(topology, tmp_path, 2, None, keep_last=2))
+    assert whole == newer == [""] * 4
+    file = tmp_path / "batch-00000002" / "state" / "__3_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    for found, complaints in run_ranks(3, lambda topology: newest_whole_checkpoint(tmp_path, topology)):
+        assert found == tmp_path / "batch-00000001"
+        assert len(complaints) == 1 and "__3_0.distcp" in complaints[0]
 
 
 @pytest.mark.parametrize("late_rank", [0, 1])
