@@ -3,13 +3,13 @@
 Kept: the kind of feed-forward, positions, norms, clipping of queries, tied embeddings, the ratio of query
 to key-value heads, the ratio of hidden size to width, experts and top-k, losses, optimizer, schedule
 shape, precision policy, checkpointing. Changed: widths, depth, vocabulary and tokenizer, sequence
-length, batch, length of the run, corpus, and the layout, which is that of one rank.
+length, batch, length of the run, corpus; weights are drawn anew, and the layout is that of one rank.
 """
 
 from dataclasses import replace
 
 from train import sizing
-from train.schema import Parallelism, Recipe, TokenizerKind
+from train.schema import Parallelism, Recipe, Start, TokenizerKind
 
 HEAD_WIDTH = 16
 MOST_KV_HEADS = 2
@@ -66,6 +66,7 @@ def shrink(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) -> Re
             microbatch_sequences=2,
             loss_chunk_tokens=min(training.loss_chunk_tokens, SEQUENCE_TOKENS),
         ),
+        start=Start(),
         parallelism=Parallelism(),
         schedule=replace(
             recipe.schedule,

@@ -1,0 +1,238 @@
+"""What a forward pass keeps for the backward pass, and what the backward pass and the loss need beside it.
+
+A ledger of the tensors that autograd saves in :mod:`train.model`, read off the code and held to what it
+really saves on a CPU. Needs no torch.
+
+Legend: B sequences, S tokens of each, T = B x S, D d_model, H query heads, G key-value width (n_kv_heads x
+head width), F ffn_hidden_size, E experts, K top_k, V vocab_size, C loss_chunk_tokens, L layers.
+"""
+
+from dataclasses import dataclass
+
+from train import sizing
+from train.schema import Ffn, Model, Norm, Position
+
+FP32 = 4
+BF16 = 2
+INT64 = 8
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Bytes per element of the kinds of tensors that differ between set-ups."""
+
+    stream: int
+    """The residual stream between layers."""
+    norm_input: int
+    """What a norm saves of its input: the stream itself, or the fp32 copy that autocast made of it."""
+    compute: int
+    """Inputs and outputs of matrix products and of attention."""
+    copies_weights: bool = False
+    """Autocast keeps a bf16 copy of each fp32 matrix until the backward pass is through."""
+    on_gpu: bool = False
+    """FlexAttention masks documents, and the loss takes a chunk's softmax at once."""
+
+
+CPU_FP32 = Numerics(FP32, FP32, FP32)
+CPU_BF16 = Numerics(FP32, FP32, BF16, copies_weights=True)
+"""Autocast on a CPU, weights fp32 and not sharded: the stream stays fp32."""
+GPU_BF16 = Numerics(BF16, FP32, BF16, on_gpu=True)
+"""FSDP2 casts what enters a layer to bf16; autocast on CUDA takes norms in fp32. Not yet run on a GPU."""
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """The shape of one forward and backward pass of a rank."""
+
+    sequences: int
+    sequence_tokens: int
+    masked: bool = True
+    """Documents are masked from each other, so that attention gets a mask."""
+    imbalance: float = 1.0
+    """Rows that this rank's experts get over the mean; 1 where each rank has all experts."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.sequences * self.sequence_tokens
+
+
+def norm_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
+    """Bytes that one norm saves: its input and statistics; RMSNorm, which is no fused operation, its
+    normalised output too.
+    """
+    D = model.d_model
+    if model.norm is Norm.rmsnorm:
+        return batch.tokens * (D * numerics.norm_input + D * FP32 + FP32)
+    return batch.tokens * (D * numerics.norm_input + 2 * FP32)
+
+
+def attention_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict[str, int]:
+    """Bytes that one layer's attention half saves."""
+    T, D, c = batch.tokens, model.d_model, numerics.compute
+    G = D // model.n_heads * model.n_kv_heads
+    saved = {"norm 1": norm_bytes(model, batch, numerics), "Wqkv input": T * D * c}
+    if model.clip_qkv is not None:
+        saved["before clipping"] = T * (D + 2 * G) * c
+    saved["queries"] = T * D * c
+    # Only FlexAttention reads grouped keys and values as they are.
+    flex = numerics.on_gpu and batch.masked and model.position is Position.rope
+    saved["keys and values"] = 2 * T * (G if flex else D) * c
+    saved["attention output"] = T * (D * c + model.n_heads * FP32)
+    return saved
+
+
+def ffn_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict[str, int]:
+    """Bytes that one layer's second norm and feed-forward save."""
+    T, D, F, c = batch.tokens, model.d_model, model.ffn_hidden_size, numerics.compute
+    saved = {"norm 2": norm_bytes(model, batch, numerics)}
+    if model.moe is None:
+        saved["w1 input"] = T * D * c
+        saved["hidden"] = T * F * c * (4 if model.ffn is Ffn.glu else 2)
+        return saved
+    E, K = model.moe.experts, model.moe.top_k
+    rows = round(T * K * batch.imbalance)
+    saved["router"] = T * (D * FP32 + 3 * E * FP32 + K * (3 * FP32 + 2 * INT64))
+    saved["routed rows"] = rows * D * c
+    saved["gates and ups"] = 2 * rows * F * c
+    saved["expert outputs"] = T * K * D * c
+    return saved
+
+
+def layer_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
+    """Bytes that one layer saves."""
+    halves = (attention_bytes(model, batch, numerics), ffn_bytes(model, batch, numerics))
+    return sum(sum(half.values()) for half in halves)
+
+
+def shared_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
+    """Bytes that all layers share: attention's mask and RoPE's angles."""
+    S, c = batch.sequence_tokens, numerics.compute
+    if model.position is Position.alibi:
+        masks = batch.sequences if batch.masked else 1
+        return masks * model.n_heads * S * S * c
+    rotations = S * (model.d_model // model.n_heads) * FP32
+    return rotations + (batch.sequences * S * S * c if batch.masked and not numerics.on_gpu else 0)
+
+
+def kept_bytes(model: Model, batch: Microbatch, numerics: Numerics, *, checkpointing: bool) -> int:
+    """Bytes that the layers keep until the backward pass: all, or their inputs alone if ``checkpointing``."""
+    per_layer = batch.tokens * model.d_model * numerics.stream
+    if not checkpointing:
+        per_layer = layer_bytes(model, batch, numerics)
+    return model.n_layers * per_layer + shared_bytes(model, batch, numerics)
+
+
+@dataclass(frozen=True)
+class WeightCopies:
+    """Bytes of the bf16 copies that autocast makes of fp32 matrices; the router and the norms stay fp32."""
+
+    all_layers: int
+    """Without checkpointing: kept by autograd from the forward pass on."""
+    cached: int
+    """With it: autocast's own cache of all but the experts, until the loss is known."""
+    one_layer: int
+    """With it, in the backward pass: those of the layer that is computed again."""
+
+
+def weight_copies(model: Model, numerics: Numerics) -> WeightCopies:
+    """Copies where weights are not sharded; FSDP2 gathers bf16 and needs none."""
+    if not numerics.copies_weights:
+        return WeightCopies(0, 0, 0)
+    cast = [w for w in sizing.layer_weights(model, 0) if len(w.shape) > 1 and ".router." not in w.name]
+    layer = sum(w.elements for w in cast) * numerics.compute
+    dense = sum(w.elements for w in cast if not w.is_expert) * numerics.compute
+    return WeightCopies(model.n_layers * layer, model.n_layers * dense, layer)
+
+
+@dataclass(frozen=True)
+class LossBytes:
+    """Memory of the chunked loss, which makes its gradients while it has the logits."""
+
+    hidden_gradient: int
+    """Gradient of the hidden states, and each token's loss, until the backward pass takes them."""
+    weight_gradient: int
+    """fp32 gradient of the output projection."""
+    working: int
+    """Chunks of logits and their gradient, casts; gone when the loss is known."""
+
+    @property
+    def total(self) -> int:
+        """Bytes while the loss is made."""
+        return self.hidden_gradient + self.weight_gradient + self.working
+
+
+def loss_bytes(model: Model, batch: Microbatch, numerics: Numerics, chunk_tokens: int) -> LossBytes:
+    """Bytes of :func:`train.loss.chunked_cross_entropy`.
+
+    A chunk's logits become their own gradient; its softmax is taken in fp32, on a CPU a few rows at a time.
+    """
+    T, D, V, c = batch.tokens, model.d_model, model.vocab_size, numerics.compute
+    C = min(chunk_tokens, T)
+    working = C * (V + D) * c
+    if numerics.on_gpu:
+        working += C * V * 2 * FP32
+    if c != FP32:
+        working += V * D * c + (T * D + V * D) * c * (not numerics.on_gpu)
+    hidden = T * D * (numerics.stream if c == FP32 else FP32) + T * FP32
+    return LossBytes(hidden, V * D * FP32, working)
+
+
+def backward_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
+    """Most bytes that a layer's backward pass needs beside what the layer saved and weights' gradients.
+
+    With experts: gradients of the routed rows before and after the experts, and on a GPU the hidden rows
+    made again with their gradients. With a dense GLU: at the product of gate and value, where both
+    gradients are made. Around it: the stream's gradient and that of the layer's output.
+    """
+    T, D, F, c = batch.tokens, model.d_model, model.ffn_hidden_size, numerics.compute
+    stream = T * D * (numerics.stream + c)
+    if model.moe is None:
+        return stream + (2 if model.ffn is Ffn.glu else 1) * T * F * c
+    K = model.moe.top_k
+    rows = round(T * K * batch.imbalance)
+    hidden_rows = 2 * rows if numerics.on_gpu else 4 * rows // model.moe.experts
+    return stream + rows * D * c + T * K * D * c + hidden_rows * F * c
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes beside weights, optimizer state and stored gradients, at the moments that can be the worst."""
+
+    loss: int
+    """All layers' activations and the loss with its logits."""
+    first_backward: int
+    """All layers' activations and the last layer's backward pass."""
+    last_backward: int
+    """The first layer's activations and its backward pass."""
+
+
+def peaks(
+    model: Model, batch: Microbatch, numerics: Numerics, *, checkpointing: bool, chunk_tokens: int
+) -> Peaks:
+    """The three moments; a caller adds the gradients that stand at each."""
+    kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
+    copies = weight_copies(model, numerics)
+    at_loss = copies.cached if checkpointing else copies.all_layers
+    in_backward = copies.one_layer if checkpointing else copies.all_layers
+    loss = loss_bytes(model, batch, numerics, chunk_tokens)
+    layer = layer_bytes(model, batch, numerics)
+    working = backward_bytes(model, batch, numerics) + loss.weight_gradient
+    per_layer = batch.tokens * model.d_model * numerics.stream if checkpointing else layer
+    recomputed = layer - per_layer if checkpointing else 0
+    below = kept - (model.n_layers - 1) * per_layer
+    return Peaks(
+        loss=kept + at_loss + norm_bytes(model, batch, numerics) + loss.total,
+        first_backward=kept + in_backward + recomputed + working,
+        last_backward=below + in_backward + recomputed + working,
+    )
+
+
+def layer_gradient_elements(model: Model) -> tuple[int, int]:
+    """Elements of a layer's weights, and of those whose gradients are made while its activations stand.
+
+    The latter are all of the experts', or the last matrix of a dense feed-forward.
+    """
+    found = list(sizing.layer_weights(model, 0))
+    experts = sum(weight.elements for weight in found if weight.is_expert)
+    return sum(weight.elements for weight in found), experts or found[-1].elements
