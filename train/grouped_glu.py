@@ -76,8 +76,8 @@ class _GroupedGlu(torch.autograd.Function):
         for expert in spans.idle:
             for grad_EFD in grad_weights:
                 grad_EFD[expert] = 0.0
-        scratch = [x.new_empty(max(spans.padded, default=0), w1.shape[1]) for _ in range(4)]
-        grad_FD = w1.new_empty(w1.shape[1:])
+        scratch = x.new_empty(4, max(spans.padded, default=0), w1.shape[1])
+        cast_FD = w1.new_empty(w1.shape[1:]) if w1.dtype != ctx.weight_dtype else None
         for size, x_PD, grad_PD, grad_x_PD, gate_PF, up_PF, w1_FD, v1_FD, w2_DF, *grads_FD in zip(
             spans.sizes,
             spans.windows(x),
@@ -91,20 +91,23 @@ class _GroupedGlu(torch.autograd.Function):
             *(spans.of_busy(grad_EFD) for grad_EFD in grad_weights),
             strict=True,
         ):
-            product_PF, dproduct_PF, dgate_PF, dup_PF = (buffer[: len(gate_PF)] for buffer in scratch)
+            padded = len(gate_PF)
+            dgate_PF, dup_PF, product_PF, dproduct_PF = scratch.narrow(1, 0, padded).unbind(0)
             torch.mm(grad_PD, w2_DF, out=dproduct_PF)
             torch.ops.aten.silu.out(gate_PF, out=product_PF)
             torch.mul(dproduct_PF, product_PF, out=dup_PF)
             product_PF.mul_(up_PF)
             dproduct_PF.mul_(up_PF)
             torch.ops.aten.silu_backward.grad_input(dproduct_PF, gate_PF, grad_input=dgate_PF)
-            if size < len(gate_PF):  # the padding is the next expert's: it must not count here
-                for buffer_PF in (product_PF, dgate_PF, dup_PF):
-                    buffer_PF[size:] = 0.0
+            if size < padded:  # the padding is the next expert's: it must not count here
+                scratch[:3, size:padded] = 0.0
             for left_PF, right_PD, target_FD in zip(
                 (dgate_PF, dup_PF, product_PF), (x_PD, x_PD, grad_PD), grads_FD, strict=True
             ):
-                target_FD.copy_(torch.mm(left_PF.t(), right_PD, out=grad_FD))
+                if cast_FD is None:
+                    torch.mm(left_PF.t(), right_PD, out=target_FD)
+                else:
+                    target_FD.copy_(torch.mm(left_PF.t(), right_PD, out=cast_FD))
             torch.mm(dgate_PF, w1_FD, out=grad_x_PD)
             grad_x_PD.addmm_(dup_PF, v1_FD)
         return grad_x[: len(x)], *grad_weights, None

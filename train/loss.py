@@ -83,25 +83,33 @@ def _losses(logits_CV: Tensor, targets_C: Tensor, with_grad: bool) -> Tensor:
 
     The softmax is taken in fp32, a block of rows at a time, so that its passes stay in a CPU's cache.
     """
-    vocabulary = logits_CV.shape[1]
+    ignored_C = targets_C == IGNORE
+    targets_C1 = targets_C.long().masked_fill(ignored_C, 0).unsqueeze(1)
+    target_logits_C = logits_CV.gather(1, targets_C1).squeeze(1)
+    log_sums_C = _softmax_in_place(logits_CV, with_grad)
+    losses_C = log_sums_C - target_logits_C
+    if with_grad:
+        # In fp32, since p - 1 of a bf16 p near 1 would have no digits left.
+        logits_CV.scatter_(1, targets_C1, torch.expm1(-losses_C).to(logits_CV.dtype).unsqueeze(1))
+        logits_CV[ignored_C] = 0.0
+    return losses_C.masked_fill_(ignored_C, 0.0).float()
+
+
+def _softmax_in_place(logits_CV: Tensor, write: bool) -> Tensor:
+    """The log of each row's sum of exponentials; with ``write`` the logits become probabilities."""
+    dtype = _accumulated_in(logits_CV)
     on_cpu = logits_CV.device.type == "cpu"
-    block = max(1, CACHED_ELEMENTS // vocabulary) if on_cpu else len(logits_CV)
-    losses = []
-    for block_logits, targets_N in zip(logits_CV.split(block), targets_C.split(block), strict=True):
-        ignored_N = targets_N == IGNORE
-        targets_N1 = targets_N.long().masked_fill(ignored_N, 0).unsqueeze(1)
-        logits_NV = block_logits.to(_accumulated_in(logits_CV))
-        probs_NV = logits_NV.softmax(dim=-1)
-        # log sum exp, from the largest logit and its probability: neither under- nor overflows.
-        log_sums_N = logits_NV.amax(dim=-1) - probs_NV.amax(dim=-1).log()
-        losses_N = log_sums_N - logits_NV.gather(1, targets_N1).squeeze(1)
-        losses.append(losses_N.masked_fill_(ignored_N, 0.0).float())
-        if with_grad:
-            probs_NV.scatter_add_(1, targets_N1, torch.full_like(targets_N1, -1.0, dtype=probs_NV.dtype))
-            if ignored_N.any():
-                probs_NV[ignored_N] = 0.0
-            block_logits.copy_(probs_NV)
-    return torch.cat(losses)
+    rows = max(1, CACHED_ELEMENTS // logits_CV.shape[1]) if on_cpu else len(logits_CV)
+    probs = logits_CV.new_empty(min(rows, len(logits_CV)), logits_CV.shape[1], dtype=dtype)
+    log_sums = []
+    for block_NV in logits_CV.split(rows):
+        logits_NV = block_NV.to(dtype)
+        probs_NV = torch.softmax(logits_NV, dim=-1, out=probs[: len(block_NV)])
+        # From the largest logit and its probability: neither under- nor overflows.
+        log_sums.append(logits_NV.amax(dim=-1) - probs_NV.amax(dim=-1).log())
+        if write:
+            block_NV.copy_(probs_NV)
+    return torch.cat(log_sums)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
