@@ -89,6 +89,10 @@ class Attention(nn.Module):
         self.head_width = model.d_model // model.n_heads
         rows = (model.n_heads + 2 * model.n_kv_heads) * self.head_width
         self.Wqkv = nn.Linear(model.d_model, rows, bias=False, device=device)
+        self.q_norm = self.k_norm = None
+        if model.qk_norm:
+            widths = model.d_model, model.n_kv_heads * self.head_width
+            self.q_norm, self.k_norm = (nn.RMSNorm(w, eps=model.norm_eps, device=device) for w in widths)
         self.out_proj = nn.Linear(model.d_model, model.d_model, bias=False, device=device)
 
     def forward(
@@ -100,7 +104,7 @@ class Attention(nn.Module):
             The output [B, S, D], and the keys and values of all positions for a later call.
         """
         heads, kv_heads = self.model.n_heads, self.model.n_kv_heads
-        qkv = self.Wqkv(x_BSD).unflatten(-1, (heads + 2 * kv_heads, self.head_width))
+        qkv = self._normalize(self.Wqkv(x_BSD)).unflatten(-1, (heads + 2 * kv_heads, self.head_width))
         q_BSHR, k_BSGR, v_BSGR = _ClipAndRotate.apply(
             qkv, (heads, kv_heads, kv_heads), self.model.clip_qkv, plan.cos_SR, plan.sin_SR
         )
@@ -121,6 +125,14 @@ class Attention(nn.Module):
                 q_BHSR, k_BGSR, v_BGSR, block_mask=plan.blocks, enable_gqa=True
             )
         return self.out_proj(out_BHSR.transpose(1, 2).flatten(2)), (k_BGSR, v_BGSR)
+
+    def _normalize(self, qkv: Tensor) -> Tensor:
+        """Queries and keys normalised where the model says so."""
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        widths = [norm.normalized_shape[0] for norm in (self.q_norm, self.k_norm, self.k_norm)]
+        q, k, v = qkv.split(widths, dim=-1)
+        return torch.cat([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=-1)
 
 
 class _ClipAndRotate(torch.autograd.Function):

@@ -5,6 +5,7 @@ nothing about the function (dropout of zero, caching, versions, remote code) are
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from train.interchange import InterchangeError
@@ -125,6 +126,37 @@ def mixtral_from_model(model: Model) -> dict[str, object]:
         "router_aux_loss_coef": model.moe.balance_loss_weight,
         "output_router_logits": False,
         "sliding_window": None,
+    }
+
+
+def olmoe_to_model(config: Config) -> Model:
+    """OLMoE: LLaMA's attention with normalised queries and keys."""
+    clip = config.get("clip_qkv")
+    model = _llama_like(
+        config,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        kv_heads=config.get("num_attention_heads"),
+        moe=Moe(
+            experts=_need(config, "num_experts"),
+            top_k=_need(config, "num_experts_per_tok"),
+            normalize_weights_p=1 if config.get("norm_topk_prob", False) else None,
+            balance_loss_weight=float(config.get("router_aux_loss_coef", 0.01)),
+        ),
+    )
+    return replace(model, qk_norm=True, clip_qkv=None if clip is None else float(clip))
+
+
+def olmoe_from_model(model: Model) -> dict[str, object]:
+    """A mixture-of-experts model with normalised queries and keys."""
+    assert model.moe is not None
+    return _llama_like_config(model) | {
+        "num_experts": model.moe.experts,
+        "num_experts_per_tok": model.moe.top_k,
+        "norm_topk_prob": model.moe.normalize_weights_p == 1,
+        "router_aux_loss_coef": model.moe.balance_loss_weight,
+        "output_router_logits": False,
+        "clip_qkv": None if model.clip_qkv is None else _number(model.clip_qkv),
     }
 
 

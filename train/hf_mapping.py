@@ -59,6 +59,8 @@ class PerExpert:
 
 
 Rule = Same | Qkv | PerExpert
+Need = tuple[str, Callable[[Model], bool]]
+"""What a model must be, in words and as a test."""
 Table = Mapping[str, Rule]
 """Rules by our name; a layer's begin after `transformer.blocks.N.`."""
 
@@ -72,7 +74,7 @@ class Family:
     layer: str
     """What begins a layer's names, with `{n}` for its number."""
     table: Table
-    needs: tuple[tuple[str, Callable[[Model], bool]], ...]
+    needs: tuple[Need, ...]
     """What a model of ours must be, to be one of theirs exactly."""
     to_model: Callable[[Config], Model]
     from_model: Callable[[Model], dict[str, object]]
@@ -167,6 +169,8 @@ def _dbrx_extra(model: Model) -> Iterator[Link]:
         yield Link("lm_head.weight", (model.vocab_size, model.d_model), "transformer.wte.weight")
 
 
+PLAIN_QK: Need = ("model.qk_norm=false", lambda model: not model.qk_norm)
+
 DBRX = Family(
     model_type="dbrx",
     architecture="DbrxForCausalLM",
@@ -197,6 +201,7 @@ DBRX = Family(
         ("model.norm=layernorm", lambda model: model.norm is Norm.layernorm),
         ("model.norm_eps=1e-5", lambda model: model.norm_eps == 1e-5),
         ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
+        PLAIN_QK,
     ),
     to_model=hf_config.dbrx_to_model,
     from_model=hf_config.dbrx_from_model,
@@ -215,12 +220,12 @@ LLAMA_NAMES: Table = {
     "norm_attn_norm.attn.out_proj.weight": Same("self_attn.o_proj.weight"),
 }
 
-LLAMA_NEEDS: tuple[tuple[str, Callable[[Model], bool]], ...] = (
+LLAMA_NEEDS: tuple[Need, ...] = (
     ("model.position=rope", lambda model: model.position is Position.rope),
     ("model.norm=rmsnorm", lambda model: model.norm is Norm.rmsnorm),
     ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
-    ("model.clip_qkv=null", lambda model: model.clip_qkv is None),
 )
+NO_CLIP: Need = ("model.clip_qkv=null", lambda model: model.clip_qkv is None)
 
 LLAMA = Family(
     model_type="llama",
@@ -232,7 +237,7 @@ LLAMA = Family(
         "ffn.v1.weight": Same("mlp.up_proj.weight"),
         "ffn.w2.weight": Same("mlp.down_proj.weight"),
     },
-    needs=(*LLAMA_NEEDS, ("model.moe=null", lambda model: model.moe is None)),
+    needs=(*LLAMA_NEEDS, NO_CLIP, PLAIN_QK, ("model.moe=null", lambda model: model.moe is None)),
     to_model=hf_config.llama_to_model,
     from_model=hf_config.llama_from_model,
     ignored=(".rotary_emb.inv_freq",),
@@ -251,6 +256,8 @@ MIXTRAL = Family(
     },
     needs=(
         *LLAMA_NEEDS,
+        NO_CLIP,
+        PLAIN_QK,
         ("model.moe", lambda model: model.moe is not None),
         (
             "model.moe.normalize_weights_p=1",
@@ -259,6 +266,32 @@ MIXTRAL = Family(
     ),
     to_model=hf_config.mixtral_to_model,
     from_model=hf_config.mixtral_from_model,
+)
+
+OLMOE = Family(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    layer="model.layers.{n}.",
+    table={
+        **LLAMA_NAMES,
+        "norm_attn_norm.attn.q_norm.weight": Same("self_attn.q_norm.weight"),
+        "norm_attn_norm.attn.k_norm.weight": Same("self_attn.k_norm.weight"),
+        "ffn.router.layer.weight": Same("mlp.gate.weight"),
+        "ffn.experts.mlp.w1": PerExpert("mlp.experts.{e}.gate_proj.weight"),
+        "ffn.experts.mlp.v1": PerExpert("mlp.experts.{e}.up_proj.weight"),
+        "ffn.experts.mlp.w2": PerExpert("mlp.experts.{e}.down_proj.weight", transposed=True),
+    },
+    needs=(
+        *LLAMA_NEEDS,
+        ("model.qk_norm", lambda model: model.qk_norm),
+        ("model.moe", lambda model: model.moe is not None),
+        (
+            "model.moe.normalize_weights_p=1 or null",
+            lambda model: model.moe is None or model.moe.normalize_weights_p in {1, None},
+        ),
+    ),
+    to_model=hf_config.olmoe_to_model,
+    from_model=hf_config.olmoe_from_model,
 )
 
 MPT = Family(
@@ -280,6 +313,7 @@ MPT = Family(
         ("model.position=alibi", lambda model: model.position is Position.alibi),
         ("model.norm=layernorm", lambda model: model.norm is Norm.layernorm),
         ("model.ffn=mlp", lambda model: model.ffn is Ffn.mlp),
+        PLAIN_QK,
         ("model.n_kv_heads=n_heads", lambda model: model.n_kv_heads == model.n_heads),
         (
             "model.ffn_hidden_size=4 x d_model",
@@ -291,4 +325,4 @@ MPT = Family(
     from_model=hf_config.mpt_from_model,
 )
 
-FAMILIES = (DBRX, LLAMA, MIXTRAL, MPT)
+FAMILIES = (DBRX, LLAMA, MIXTRAL, OLMOE, MPT)

@@ -166,6 +166,9 @@ class Model:
     """Added to the variance. DBRX, MPT, LLaMA 2: 1e-5."""
     clip_qkv: Optional[float] = None
     """Queries, keys and values are clipped to [-c, c]. DBRX: 8. null: not clipped."""
+    qk_norm: bool = False
+    """Queries and keys are RMS-normalised over all their heads, before clipping (Muennighoff et al. 2024,
+    OLMoE, section 4.2.5). DBRX: false."""
     tie_embeddings: bool = False
     """Output projection shares the embedding's weights. DBRX: false; MPT: true."""
     init_std: float = 0.02

@@ -52,6 +52,9 @@ def layer_weights(model: Model, layer: int) -> Iterator[Weight]:
     prefix = f"transformer.blocks.{layer}"
     yield Weight(f"{prefix}.norm_attn_norm.norm_1.weight", (D,))
     yield Weight(f"{prefix}.norm_attn_norm.attn.Wqkv.weight", (D + 2 * model.n_kv_heads * head, D))
+    if model.qk_norm:
+        yield Weight(f"{prefix}.norm_attn_norm.attn.q_norm.weight", (D,))
+        yield Weight(f"{prefix}.norm_attn_norm.attn.k_norm.weight", (model.n_kv_heads * head,))
     yield Weight(f"{prefix}.norm_attn_norm.attn.out_proj.weight", (D, D))
     yield Weight(f"{prefix}.norm_attn_norm.norm_2.weight", (D,))
     if model.moe:

@@ -40,6 +40,11 @@ MODELS = {
     "llama": (LLAMA, "LlamaForCausalLM"),
     "llama, tied": (replace(LLAMA, tie_embeddings=True), "LlamaForCausalLM"),
     "mixtral": (replace(LLAMA, moe=Moe(experts=4, top_k=2)), "MixtralForCausalLM"),
+    "olmoe": (
+        replace(LLAMA, qk_norm=True, clip_qkv=0.5, moe=Moe(experts=8, top_k=3, normalize_weights_p=None)),
+        "OlmoeForCausalLM",
+    ),
+    "olmoe, normalised": (replace(LLAMA, qk_norm=True, moe=Moe(experts=4, top_k=2)), "OlmoeForCausalLM"),
     "mpt": (
         replace(
             DBRX,
@@ -142,6 +147,7 @@ def test_shards_index_and_dtype(shards: Path, tmp_path: Path, make_run: MakeRun)
     ("model", "words"),
     [
         (replace(DBRX, norm=Norm.rmsnorm, clip_qkv=8.0), "llama needs model.clip_qkv=null"),
+        (replace(DBRX, qk_norm=True), "dbrx needs model.qk_norm=false"),
         (replace(DBRX, position=Position.alibi), "dbrx needs model.position=rope"),
         (replace(DBRX, moe=Moe(experts=4, top_k=2, balance=Balance.bias)), "balance=bias"),
     ],

@@ -39,6 +39,8 @@ def _model(kind: str, dtype: torch.dtype) -> Any:
             attn_config={"clip_qkv": 0.1, "kv_n_heads": 2, "rope_theta": 500000},
             ffn_config={"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0},
         )
+    elif kind == "olmoe":
+        config = transformers.OlmoeConfig(**LLAMA, num_experts=8, num_experts_per_tok=3, clip_qkv=0.5)
     elif kind == "llama":
         config = transformers.LlamaConfig(**LLAMA)
     else:
@@ -58,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
-@pytest.mark.parametrize("kind", ["dbrx", "llama", "mixtral"])
+@pytest.mark.parametrize("kind", ["dbrx", "llama", "mixtral", "olmoe"])
 def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, tmp_path: Path) -> None:
     theirs = _model(kind, torch.float32)
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")

@@ -26,6 +26,9 @@ def decoder(
 MPT = replace(
     decoder(4096, 32, (32, 32), 16384, 50432), ffn=Ffn.mlp, position=Position.alibi, tie_embeddings=True
 )
+OLMOE = replace(
+    decoder(2048, 16, (16, 16), 1024, 50304, moe=Moe(experts=64, top_k=8)), norm=Norm.rmsnorm, qk_norm=True
+)
 LLAMA = replace(decoder(5120, 40, (40, 40), 13824, 32000), norm=Norm.rmsnorm)
 
 
@@ -38,6 +41,7 @@ LLAMA = replace(decoder(5120, 40, (40, 40), 13824, 32000), norm=Norm.rmsnorm)
         pytest.param(decoder(3072, 28, (24, 8), 5376, moe=Moe()), 23_519_013_888, 6_563_539_968, id="moe-b"),
         pytest.param(decoder(2048, 20, (16, 8), 3584, moe=Moe()), 7_709_870_080, 2_219_526_144, id="moe-a"),
         pytest.param(MPT, 6_649_286_656, 6_649_286_656, id="mpt-7b"),
+        pytest.param(OLMOE, 6_919_161_856, 1_178_994_688, id="olmoe-1b-7b"),
         pytest.param(LLAMA, 13_015_864_320, 12_852_024_320, id="llama2-13b"),
     ],
 )
@@ -46,7 +50,9 @@ def test_published_table_to_the_last_digit(model: Model, total: int, active: int
     assert sizing.active_parameters(model) == active
 
 
-@pytest.mark.parametrize("model", [MPT, LLAMA, decoder(64, 3, (4, 2), 112, 512, moe=Moe(experts=8, top_k=2))])
+@pytest.mark.parametrize(
+    "model", [MPT, LLAMA, OLMOE, decoder(64, 3, (4, 2), 112, 512, moe=Moe(experts=8, top_k=2))]
+)
 def test_listed_weights_add_up_to_the_total(model: Model) -> None:
     listed = list(sizing.weights(model))
     assert sum(weight.elements for weight in listed) == sizing.total_parameters(model)
