@@ -1,5 +1,6 @@
 """One run, from a checked recipe to a trained model and its report. Read `run` first."""
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +75,6 @@ class Job:
 
 def run(recipe: Recipe, topology: Topology) -> int:
     """Trains, or goes on training, and leaves the run's folder; returns the exit status."""
-    hush_known_warnings()
     machine = start_processes(recipe, topology)
     claim = on_main(topology, lambda: claim_run_folder(recipe))
     if claim.is_complete:
@@ -84,6 +84,7 @@ def run(recipe: Recipe, topology: Topology) -> int:
     say(topology, f"run folder {folder}")
     shards = on_main(topology, lambda: ensure_shards(recipe))
     on_main(topology, lambda: require_same_data(folder, shards.digest))
+    hush_libraries()
     uploader = MlflowUploader(folder, recipe, dataset_inputs(recipe, shards)) if topology.is_main else None
     if uploader:
         uploader.start()
@@ -111,8 +112,9 @@ def run(recipe: Recipe, topology: Topology) -> int:
     return 0
 
 
-def hush_known_warnings() -> None:
-    """Leaves out what torch.distributed.checkpoint warns of at each save, and what is as it should be."""
+def hush_libraries() -> None:
+    """Leaves out warnings of what is as it should be: of checkpoints at each save, of forked loaders."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for message in ("torch.distributed is disabled", "TypedStorage is deprecated"):
         warnings.filterwarnings("ignore", message=message)
 
