@@ -31,7 +31,7 @@ bench: install ## speed and memory against the peers, both sides in one run
 
 lock: install ## resolve requirements.lock anew from pyproject.toml
 	@uv=$$(command -v uv || echo .cache/tools/bin/uv); $$uv pip compile pyproject.toml --group dev --group fast-tokenizer \
-	    --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 -q -o requirements.lock
+	    --generate-hashes --no-annotate --no-header --python-version 3.11 -q -o requirements.lock
 
 clean: ## remove what was installed and cached; runs/ stays
 	rm -rf .venv .cache

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -200,7 +201,7 @@ class _Figures(LoggerDestination):
         self.latest |= {key: float(value) for key, value in metrics.items()}
 
 
-class _Watcher(Callback):
+class _Watcher(Callback, ABC):
     """Sees every step's scalars, gradients before clipping and weights after the update."""
 
     def __init__(self) -> None:
@@ -218,17 +219,17 @@ class _Watcher(Callback):
         self.see_figures(step, figures, state.model.last_counts_LE)
         self.see_weights(step, _whole(_parameters(state)))
 
+    @abstractmethod
     def see_figures(self, step: int, figures: dict[str, float], choices_LE: Tensor | None) -> None:
         """Losses, norm before clipping, and tokens of each expert over all ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def see_gradients(self, step: int, gradients: Iterable[tuple[str, Tensor]]) -> None:
         """Gradients of the whole batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def see_weights(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Weights after the step."""
-        raise NotImplementedError
 
 
 _LOSSES = {"loss": "language", "balance": "balance", "z": "z"}
