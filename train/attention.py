@@ -60,7 +60,9 @@ def plan_attention(
     """
     cos_SR = sin_SR = None
     if model.position is Position.rope:
-        cos_SR, sin_SR = _rotations(model, past_length, length, device)
+        # In the queries' precision from here: FSDP2 casts what a layer is given to bf16 in the forward pass,
+        # but not when the layer is computed again, and the two must save the same.
+        cos_SR, sin_SR = (table.to(dtype) for table in _rotations(model, past_length, length, device))
     alibi = model.position is Position.alibi
     if document_ids_BS is None and not alibi and (past_length == 0 or length == 1):
         return AttentionPlan(cos_SR, sin_SR)

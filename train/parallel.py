@@ -9,6 +9,7 @@ gradient is the mean over all ranks.
 Shapes: E experts, F expert hidden size, D model width.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -117,7 +118,9 @@ def build_sharded(decoder: Decoder, mesh: DeviceMesh, precision: Precision, seed
     over_experts = _sharding_mesh(mesh, SHARD)
     over_all = _sharding_mesh(mesh, DENSE)
     for moe in moes:
-        fully_shard(moe.experts, mesh=over_experts, mp_policy=cast)
+        # What experts are given is cast by the layer itself. FSDP2 would round the routing weights too, and
+        # only in the forward pass: a recomputed layer would not match.
+        fully_shard(moe.experts, mesh=over_experts, mp_policy=replace(cast, cast_forward_inputs=False))
         # The router stays fp32: rounded weights would send near-ties to other experts.
         fully_shard(moe.router, mesh=over_all, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     for module in decoder.modules():

@@ -16,7 +16,7 @@ from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint
 from train.checkpoint_saver import CheckpointSaver
 from train.init import initialize
 from train.model import Decoder
-from train.optim import build_optimizer
+from train.optim import build_optimizer, clip_gradients
 from train.parallel import build_mesh, build_sharded
 from train.schema import Checkpoint, Model, Moe, Optimizer, Parallelism, Precision
 from train.topology import Topology
@@ -149,3 +149,22 @@ def test_a_rank_that_hangs_is_killed() -> None:
         with pytest.raises(RankError, match="took over"):
             ranks.results(timeout_seconds=1.0)
         assert not ranks.are_running
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+def test_recomputed_layers_give_the_kept_ones_gradients_when_sharded(precision: Precision) -> None:
+    """FSDP2 casts what a layer is given in the forward pass, but not when it is computed again."""
+
+    def work(topology: Topology) -> list[float]:
+        norms = []
+        for recomputed in (False, True):
+            decoder = Decoder(CFG, device="meta", activation_checkpointing=recomputed)
+            build_sharded(decoder, build_mesh(Parallelism(expert=2), 2, "cpu"), precision, 17)
+            ids_BS = torch.arange(8).view(1, 8) % CFG.vocab_size
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.bf16):
+                decoder(ids_BS, None, ids_BS).loss_sum.backward()
+            norms.append(clip_gradients(decoder.parameters(), None).item())
+        return norms
+
+    for kept, recomputed in run_ranks(2, work):
+        assert recomputed == pytest.approx(kept, rel=1e-6) and kept > 0
