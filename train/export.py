@@ -18,10 +18,10 @@ def main(arguments: list[str]) -> int:
     print(f"export: opening {options.source}; importing torch first", file=sys.stderr, flush=True)
     import torch
 
-    from train.hf_folder import write_folder
-    from train.interchange import InterchangeError
+    from train.interchange.folders import InterchangeError
+    from train.interchange.hf_folder import write_folder
+    from train.interchange.weights import open_weights
     from train.recipe import RecipeError
-    from train.weights import open_weights
 
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
     try:

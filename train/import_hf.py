@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from train.weights_folder import Written
+    from train.interchange.weights_folder import Written
 
 USAGE_STATUS = 2
 
@@ -22,8 +22,8 @@ def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status (2: a mistake of the user)."""
     options = parse(arguments)
     print(f"import: opening {options.source}; importing torch first", file=sys.stderr, flush=True)
-    from train.interchange import InterchangeError
-    from train.weights_folder import verify_weights_folder
+    from train.interchange.folders import InterchangeError
+    from train.interchange.weights_folder import verify_weights_folder
 
     try:
         if options.verify:
@@ -47,14 +47,14 @@ def import_folder(source: Path, out: Path, shard_gb: float = 5.0) -> "Written":
     """Checks and streams a Hugging Face folder into a folder of weights under our names.
 
     Args:
-        source: `config.json` and safetensors, of an architecture in :mod:`train.hf_mapping`.
+        source: `config.json` and safetensors, of an architecture in :mod:`train.interchange.hf_mapping`.
         out: new, empty, or left unfinished by the same call.
         shard_gb: most gigabytes (1e9 bytes) per file.
 
     Raises:
         InterchangeError: if the source cannot be expressed, is damaged or holds NaN.
     """
-    from train.interchange import (
+    from train.interchange.folders import (
         CONFIG_FILE,
         HEADERS_FILE,
         MODEL_FILE,
@@ -62,9 +62,9 @@ def import_folder(source: Path, out: Path, shard_gb: float = 5.0) -> "Written":
         InterchangeError,
         read_json,
     )
-    from train.model_card import texts_of
-    from train.weights import HuggingFaceWeights, open_weights
-    from train.weights_folder import write_weights_folder
+    from train.interchange.model_card import texts_of
+    from train.interchange.weights import HuggingFaceWeights, open_weights
+    from train.interchange.weights_folder import write_weights_folder
 
     if (out / MODEL_FILE).is_file():
         raise InterchangeError(f"{out}: is a complete import already; name a new folder")

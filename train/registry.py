@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.interchange import InterchangeError, read_json
+from train.interchange.folders import InterchangeError, read_json
 from train.recipe import RecipeError, load_recipe
 from train.schema import Recipe, Registry
 
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from mlflow.exceptions import MlflowException
 
-    from train.mlflow_upload import UploadError
+    from train.tracking.mlflow_upload import UploadError
 
     try:
         registered = register(options.folder, options.run, options.name)
@@ -74,7 +74,7 @@ def register(folder: Path, run: Path | None = None, name: str | None = None) -> 
         InterchangeError: if the folder was not exported from a run, or that run is gone.
         MlflowException: if the server refuses.
     """
-    from train.lineage import PROVENANCE_FILE
+    from train.interchange.lineage import PROVENANCE_FILE
 
     provenance = read_json(folder / PROVENANCE_FILE)
     tags = {str(key): str(value) for key, value in provenance.get("lineage", {}).items()}
@@ -93,7 +93,7 @@ def _log_and_register(folder: Path, run: Path, recipe: Recipe, name: str, tags: 
     import mlflow
     from huggingface_hub import ModelCard
 
-    from train.mlflow_upload import RunFacts, Upload, public_uri, store_uri
+    from train.tracking.mlflow_upload import RunFacts, Upload, public_uri, store_uri
 
     tracking_uri = store_uri(run, RunFacts.read(run).uri)
     registry_uri = tracking_uri
@@ -126,7 +126,7 @@ def _log_and_register(folder: Path, run: Path, recipe: Recipe, name: str, tags: 
 
 def _data_tags(run: Path) -> dict[str, str]:
     """What the run was trained on, by digest."""
-    from train.mlflow_upload import RunFacts
+    from train.tracking.mlflow_upload import RunFacts
 
     datasets = RunFacts.read(run).datasets
     return {f"data.{dataset.name}": f"sha256:{dataset.digest}" for dataset in datasets}

@@ -30,21 +30,21 @@ from train.callbacks.update import BeforeUpdate
 from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint
 from train.composer_model import LanguageModel
 from train.device import describe_hardware, measured_peak_flops, supports_bf16
-from train.generation import OwnText
+from train.generate.generation import OwnText
+from train.generate.sample_text import write_sample
 from train.init import initialize
-from train.initial_weights import find_start, freeze, start_from
-from train.interchange import InterchangeError
+from train.interchange.folders import InterchangeError
+from train.interchange.initial_weights import find_start, freeze, start_from
 from train.model import Decoder
 from train.optim import build_optimizer
 from train.parallel import build_mesh, build_sharded
 from train.recipe import RecipeError
-from train.report import write_report
+from train.report.page import write_report
 from train.run_folder import CHECKPOINTS_FOLDER, REPORT_FILE, claim_run_folder, require_same_data
-from train.sample_text import write_sample
 from train.schema import Balance, Precision, Recipe
 from train.summary import DatasetInput, Summary, write_summary
 from train.topology import Topology
-from train.tracking import MlflowUploader
+from train.tracking.uploader import MlflowUploader
 from train.trainer import build_trainer
 
 Result = TypeVar("Result")

@@ -16,11 +16,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.interchange import InterchangeError
+from train.interchange.folders import InterchangeError
 from train.schema import Balance, Ffn, Model, Moe
 
 if TYPE_CHECKING:
-    from train.weights_folder import Written
+    from train.interchange.weights_folder import Written
 
 USAGE_STATUS = 2
 
@@ -64,9 +64,9 @@ def upcycle(source: Path, out: Path, moe: Moe, granularity: int = 1, seed: int =
     Raises:
         InterchangeError: if the numbers do not go together, or the source is no dense GLU model.
     """
-    from train.upcycled_weights import UpcycledWeights
-    from train.weights import open_weights
-    from train.weights_folder import write_weights_folder
+    from train.interchange.upcycled_weights import UpcycledWeights
+    from train.interchange.weights import open_weights
+    from train.interchange.weights_folder import write_weights_folder
 
     opened = open_weights(source)
     model = mixture_of(opened.model, replace(moe, normalize_weights_p=1), granularity)

@@ -45,7 +45,7 @@ class MlflowServer:
 @pytest.fixture(scope="session")
 def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An embedded store as it is after its first migration, which takes seconds."""
-    from train.mlflow_upload import connect
+    from train.tracking.mlflow_upload import connect
 
     store = tmp_path_factory.mktemp("store") / "mlflow.db"
     connect(f"sqlite:///{store}", store.parent / "mlflow-artifacts")

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from train.export import main as export
 from train.import_hf import import_folder, main
-from train.initial_weights import load_initial_weights
-from train.interchange import InterchangeError
+from train.interchange.folders import InterchangeError
+from train.interchange.initial_weights import load_initial_weights
+from train.interchange.safetensors_io import SafetensorsFolder
+from train.interchange.weights import Weights, open_weights
+from train.interchange.weights_folder import verify_weights_folder, write_weights_folder
 from train.model import Decoder
-from train.safetensors_io import SafetensorsFolder
-from train.weights import Weights, open_weights
-from train.weights_folder import verify_weights_folder, write_weights_folder
 
 SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA = SIZES | {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}

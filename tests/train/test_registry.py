@@ -11,13 +11,13 @@ import pytest
 
 from data.bpe import train_bpe
 from train.export import main as export
-from train.lineage import parent_tags
-from train.mlflow_upload import RunFacts, Upload
+from train.interchange.lineage import parent_tags
 from train.model import Decoder
 from train.recipe import load_recipe
 from train.registry import main
 from train.schema import Model, Moe, Recipe, Registry, Start, Tokenizer, TokenizerKind, Tracking
 from train.summary import DatasetInput
+from train.tracking.mlflow_upload import RunFacts, Upload
 
 MakeRun = Callable[[Recipe], tuple[Path, Decoder]]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from train.interchange import write_model
+from train.interchange.folders import write_model
 from train.recipe import RecipeError, load_recipe, to_yaml
 from train.schema import OptimizerKind, OptimizerStart, Recipe, Registry, Start
 from train.start import check_start
@@ -138,7 +138,8 @@ def test_frozen_routers_are_valid(parent: Recipe) -> None:
 
 def test_no_torch(run: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from train.interchange import model_at; import train.start; "
+        "import sys; from pathlib import Path; import train.start; "
+        "from train.interchange.folders import model_at; "
         f"model_at(Path({str(run)!r})); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.initial_weights import load_initial_weights
-from train.interchange import read_model
+from train.interchange.folders import read_model
+from train.interchange.initial_weights import load_initial_weights
+from train.interchange.weights import open_weights
 from train.model import Decoder
 from train.optim import build_optimizer
 from train.recipe import load_recipe
 from train.schema import Balance, Model, Optimizer, Recipe
 from train.upcycle import main
-from train.weights import open_weights
 
 MakeRun = Callable[[Recipe], tuple[Path, Decoder]]
 
@@ -106,7 +106,7 @@ def test_what_does_not_divide_is_a_line(
 
 
 def test_bf16_sources_stay_bf16(dense: tuple[Path, Decoder]) -> None:
-    from train.hf_folder import write_folder
+    from train.interchange.hf_folder import write_folder
 
     run, _ = dense
     source = open_weights(run)

@@ -1,0 +1,108 @@
+"""What a recipe will cost before it runs: `python -m launch.plan yamls/X.yaml --gpus 3072 --gpu h100`.
+
+Needs no GPU and no torch. Nothing that it says of a GPU was measured by us on one; where its figures
+come from is in docs/planner.md.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launch.plan.hardware import GPUS, gpu_named
+from launch.plan.page import write_html
+from launch.plan.published import format_published, published_figures
+from launch.plan.search import remedies, search
+from launch.plan.step import make_plan
+from launch.plan.table5 import format_table5, table5
+from launch.plan.text import format_plan, format_search, plan_figures
+from train.recipe import RecipeError, load_recipe
+
+USAGE_STATUS = 2
+DOES_NOT_FIT_STATUS = 1
+SHOWN = 10
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; status 1 for a plan that does not fit, 2 for a mistake."""
+    options = parse(arguments)
+    try:
+        if options.table5:
+            rows = table5()
+            print(format_table5(rows))
+            return _write_json(options.json, [asdict(row) for row in rows])
+        if options.published:
+            print(format_published(gpu_named(options.gpu)))
+            return _write_json(options.json, published_figures(gpu_named(options.gpu)))
+        return plan_recipe(options)
+    except RecipeError as error:
+        print(error.at(options.recipe or "command line"), file=sys.stderr)
+        return USAGE_STATUS
+
+
+def plan_recipe(options: argparse.Namespace) -> int:
+    """Plans one recipe, or searches its layouts."""
+    if not options.recipe:
+        raise RecipeError("is missing", key="RECIPE", remedy="give a YAML file, --table5 or --published")
+    if options.gpus < 1:
+        raise RecipeError(
+            f"is {options.gpus}", key="--gpus", remedy="give the number of GPUs, for example 64"
+        )
+    recipe, gpu = load_recipe(options.recipe, options.overrides), gpu_named(options.gpu)
+    prices = {"imbalance": options.imbalance, "dollars_per_gpu_hour": options.price}
+    if options.search:
+        plans = search(recipe, options.gpus, gpu, **prices)
+        print(format_search(plans, SHOWN))
+        if plans and options.html:
+            write_html(Path(options.html), plans[0])
+        _write_json(options.json, [plan_figures(plan) for plan in plans])
+        return 0 if plans else DOES_NOT_FIT_STATUS
+    plan = make_plan(recipe, options.gpus, gpu, file=options.recipe, **prices)
+    print(format_plan(plan))
+    if options.html:
+        write_html(Path(options.html), plan)
+    _write_json(options.json, plan_figures(plan))
+    if plan.fits:
+        return 0
+    print("\nto make it fit:\n" + "\n".join(f"  {line}" for line in remedies(plan)))
+    return DOES_NOT_FIT_STATUS
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.plan",
+        description="Memory, traffic, time and money of a recipe on GPUs, without a GPU.",
+    )
+    parser.add_argument("recipe", nargs="?", help="YAML file, for example yamls/dbrx.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
+    parser.add_argument("--gpus", type=int, default=8, help="how many (default 8)")
+    parser.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (default h100)")
+    parser.add_argument(
+        "--imbalance", type=float, default=1.0, help="rows of the busiest experts over the mean"
+    )
+    parser.add_argument("--price", type=float, default=0.0, help="dollars per GPU-hour")
+    parser.add_argument(
+        "--search", action="store_true", help="try layouts and microbatches, rank those that fit"
+    )
+    parser.add_argument("--table5", action="store_true", help="the announcement's table 5 from the recipes")
+    parser.add_argument(
+        "--published", action="store_true", help="predicted against published training speeds"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON too")
+    parser.add_argument(
+        "--html", metavar="FILE", help="write the plan as a page: memory bars, timeline of a step"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def _write_json(file: str | None, figures: Any) -> int:
+    if file:
+        Path(file).write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,171 @@
+"""Where a GPU's memory goes at the worst moment of a step.
+
+Weights, gradients and optimizer state are exact; activations and loss follow
+:mod:`launch.plan.activations`; gathered weights and exchanged tokens follow what FSDP2 and MegaBlocks
+allocate. None of it was measured on a GPU yet.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+from launch.plan.activations import (
+    CPU_FP32,
+    FP32,
+    GPU_BF16,
+    Microbatch,
+    Numerics,
+    backward_bytes,
+    kept_bytes,
+    layer_bytes,
+    layer_gradient_elements,
+    loss_bytes,
+    norm_bytes,
+)
+from launch.plan.hardware import GIB, Gpu
+from train import sizing
+from train.schema import Model, OptimizerKind, Parallelism, Precision, Recipe
+
+FRAGMENTATION_SHARE = 0.05
+"""Picked: of all that the allocator hands out, with expandable segments."""
+RESERVED_BYTES = 2 * GIB
+"""Picked: the CUDA context, cuBLAS' workspace and NCCL's buffers, which no allocator of ours sees."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the busiest rank at the worst moment of its step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept for the backward pass, and what is computed again and needed beside it."""
+    loss: int
+    """Logits of a chunk and gradients that the loss makes."""
+    gathered: int
+    """Whole weights that are gathered at the time, whole gradients, and what they are reduced from."""
+    exchanged: int
+    """Tokens on their way to experts on other ranks and back."""
+    fragmentation: int
+    reserved: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+    @staticmethod
+    def parts() -> list[str]:
+        """Names of the parts, in order."""
+        return [part.name for part in fields(Memory)]
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of what a rank holds between steps, and of its gradients."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def states(model: Model, layout: Parallelism, world_size: int, rank: int, optimizer: OptimizerKind) -> States:
+    """Bytes of one rank's shards, all fp32: AdamW has two moments and a counter per weight, Lion a moment."""
+    held = sizing.rank_weights(model, layout, world_size, rank)
+    elements = sum(held.values())
+    moments = 2 * elements * FP32 + len(held) * FP32 if optimizer is OptimizerKind.adamw else elements * FP32
+    return States(elements * FP32, elements * FP32, moments)
+
+
+def numerics_of(recipe: Recipe) -> Numerics:
+    """Of a run on GPUs."""
+    return CPU_FP32 if recipe.training.precision is Precision.fp32 else GPU_BF16
+
+
+def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 0) -> Memory:
+    """Memory of one rank; of rank 0, whose shards are the fullest, unless told otherwise.
+
+    Args:
+        recipe: a valid recipe.
+        world_size: ranks.
+        imbalance: rows of this rank's experts over the mean; counts with expert parallelism alone.
+        rank: which rank.
+    """
+    model, training, layout = recipe.model, recipe.training, recipe.parallelism
+    batch = Microbatch(
+        training.microbatch_sequences,
+        recipe.data.sequence_tokens,
+        masked=training.document_masking,
+        imbalance=imbalance if layout.expert > 1 else 1.0,
+    )
+    held = states(model, layout, world_size, rank, recipe.optimizer.kind)
+    moments = _moments(recipe, world_size, batch)
+    activations, loss, gathered, exchanged = max(moments, key=sum)
+    handed_out = sum((held.weights, held.gradients, held.optimizer, activations, loss, gathered, exchanged))
+    return Memory(
+        weights=held.weights,
+        gradients=held.gradients,
+        optimizer=held.optimizer,
+        activations=activations,
+        loss=loss,
+        gathered=gathered,
+        exchanged=exchanged,
+        fragmentation=round(handed_out * FRAGMENTATION_SHARE),
+        reserved=RESERVED_BYTES,
+    )
+
+
+def _moments(recipe: Recipe, world_size: int, batch: Microbatch) -> list[tuple[int, int, int, int]]:
+    """Activations, loss, gathered weights and exchanged tokens: in the loss, in the backward pass of the
+    last layer, and at its end, when the embeddings' gradients are reduced.
+    """
+    model, training, layout = recipe.model, recipe.training, recipe.parallelism
+    numerics = numerics_of(recipe)
+    checkpointing = training.activation_checkpointing
+    kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
+    loss = loss_bytes(model, batch, numerics, training.loss_chunk_tokens)
+    whole = _Whole.of(model, layout, numerics.compute)
+    again = layer_bytes(model, batch, numerics) if checkpointing else 0
+    stream = batch.tokens * model.d_model * numerics.stream
+    head_gradient = loss.weight_gradient * numerics.compute // FP32
+    exchanged = 0
+    if model.moe and layout.expert > 1:
+        rows = batch.tokens * model.moe.top_k * model.d_model * numerics.compute
+        exchanged = rows + round(rows * batch.imbalance)
+    return [
+        (kept + norm_bytes(model, batch, numerics), loss.total, whole.outside, 0),
+        (
+            kept + again + backward_bytes(model, batch, numerics),
+            head_gradient,
+            whole.outside + whole.in_backward,
+            exchanged,
+        ),
+        (stream, 0, whole.outside * (2 + FP32 // numerics.compute), 0),
+    ]
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Bytes of gathered weights."""
+
+    outside: int
+    """Embeddings, gathered from the first layer to the last gradient."""
+    in_backward: int
+    """A layer, the next one gathered ahead (once as it arrives, once unpacked), the layer's gradients, and
+    the fp32 copy that is reduced."""
+
+    @classmethod
+    def of(cls, model: Model, layout: Parallelism, compute_bytes: int) -> "_Whole":
+        layer, made_first = layer_gradient_elements(model)
+        experts = sum(w.elements for w in sizing.layer_weights(model, 0) if w.is_expert)
+        own = layer - experts + experts // layout.expert
+        largest = made_first // layout.expert if experts else layer
+        outside = sum(w.elements for w in sizing.weights(model) if ".blocks." not in w.name)
+        return cls(
+            outside=outside * compute_bytes,
+            in_backward=(own + own + largest) * compute_bytes + largest * (compute_bytes + FP32),
+        )
+
+
+def fits(memory_of_rank: Memory, gpu: Gpu) -> bool:
+    """Whether a rank's worst moment is within its GPU's memory."""
+    return memory_of_rank.total <= gpu.memory_bytes

@@ -1,0 +1,144 @@
+"""Tries layouts, microbatch sizes and recomputation, and says what would make an impossible plan fit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from launch.plan.hardware import Gpu
+from launch.plan.step import Plan, make_plan
+from train.recipe import RecipeError
+from train.schema import Parallelism, Recipe
+
+MOST_GPUS = 2**17
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the search varies."""
+
+    replicate: int
+    expert: int
+    microbatch_sequences: int
+    activation_checkpointing: bool
+
+    def applied(self, recipe: Recipe) -> Recipe:
+        """The recipe with this choice."""
+        return replace(
+            recipe,
+            parallelism=Parallelism(replicate=self.replicate, expert=self.expert),
+            training=replace(
+                recipe.training,
+                microbatch_sequences=self.microbatch_sequences,
+                activation_checkpointing=self.activation_checkpointing,
+            ),
+        )
+
+    def overrides(self) -> str:
+        """As arguments of a command line."""
+        return (
+            f"parallelism.replicate={self.replicate} parallelism.expert={self.expert} "
+            f"training.microbatch_sequences={self.microbatch_sequences} "
+            f"training.activation_checkpointing={str(self.activation_checkpointing).lower()}"
+        )
+
+
+def choice_of(recipe: Recipe) -> Choice:
+    """The recipe's own."""
+    return Choice(
+        recipe.parallelism.replicate,
+        recipe.parallelism.expert,
+        recipe.training.microbatch_sequences,
+        recipe.training.activation_checkpointing,
+    )
+
+
+def choices(recipe: Recipe, world_size: int) -> Iterator[Choice]:
+    """All that the arithmetic of batch and ranks allows."""
+    per_rank = recipe.training.global_batch_sequences // world_size
+    experts = recipe.model.moe.experts if recipe.model.moe else 1
+    for expert in divisors(experts):
+        if world_size % expert:
+            continue
+        for copies in divisors(world_size // expert):
+            for microbatch in divisors(per_rank):
+                for recomputes in (False, True):
+                    yield Choice(copies, expert, microbatch, recomputes)
+
+
+def search(
+    recipe: Recipe, world_size: int, gpu: Gpu, *, imbalance: float = 1.0, dollars_per_gpu_hour: float = 0.0
+) -> list[Plan]:
+    """All plans that fit, the fastest first.
+
+    Raises:
+        RecipeError: if the batch cannot be split over the GPUs.
+    """
+    if recipe.training.global_batch_sequences % world_size:
+        make_plan(recipe, world_size, gpu)  # says so
+    found = []
+    for choice in choices(recipe, world_size):
+        try:
+            plan = make_plan(
+                choice.applied(recipe),
+                world_size,
+                gpu,
+                imbalance=imbalance,
+                dollars_per_gpu_hour=dollars_per_gpu_hour,
+            )
+        except RecipeError:
+            continue
+        if plan.fits:
+            found.append(plan)
+    return sorted(found, key=lambda plan: plan.step_seconds)
+
+
+def remedies(plan: Plan) -> list[str]:
+    """What would make a plan fit that does not: each change that does so alone, then the fastest of all."""
+    recipe, own = plan.recipe, choice_of(plan.recipe)
+    alone = []
+    for choice in choices(recipe, plan.world_size):
+        changed = [name for name in vars(own) if getattr(own, name) != getattr(choice, name)]
+        if len(changed) == 1 and _fits(choice.applied(recipe), plan.world_size, plan):
+            alone.append((changed[0], choice))
+    lines = []
+    for name, key in (
+        ("activation_checkpointing", "training.activation_checkpointing"),
+        ("microbatch_sequences", "training.microbatch_sequences"),
+        ("replicate", "parallelism.replicate"),
+        ("expert", "parallelism.expert"),
+    ):
+        values = [getattr(choice, name) for changed, choice in alone if changed == name]
+        if values:
+            lines.append(f"{key}={str(max(values)).lower()} alone makes it fit")
+    best = search(recipe, plan.world_size, plan.gpu, imbalance=plan.imbalance)
+    if best:
+        return [*lines, f"fastest that fits: {choice_of(best[0].recipe).overrides()}"]
+    more = _gpus_needed(plan)
+    if more:
+        return [f"nothing fits {plan.world_size} GPUs: use {more}"]
+    return ["nothing fits any number of GPUs: shorten data.sequence_tokens"]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _fits(recipe: Recipe, world_size: int, like: Plan) -> bool:
+    try:
+        return make_plan(recipe, world_size, like.gpu, imbalance=like.imbalance).fits
+    except RecipeError:
+        return False
+
+
+def _gpus_needed(plan: Plan) -> int | None:
+    """The fewest GPUs, doubling, on which one sequence at a time fits with everything sharded."""
+    world_size = plan.world_size * 2
+    while world_size <= MOST_GPUS:
+        batch = -(-plan.recipe.training.global_batch_sequences // world_size) * world_size
+        training = replace(plan.recipe.training, global_batch_sequences=batch)
+        recipe = replace(plan.recipe, training=training)
+        experts = divisors(recipe.model.moe.experts) if recipe.model.moe else [1]
+        if any(_fits(Choice(1, e, 1, True).applied(recipe), world_size, plan) for e in experts):
+            return world_size
+        world_size *= 2
+    return None

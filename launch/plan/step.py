@@ -1,0 +1,228 @@
+"""The plan of a recipe on a number of GPUs: memory, traffic, time and money."""
+
+from dataclasses import dataclass
+
+from launch.plan.hardware import Gpu
+from launch.plan.memory import Memory, memory, numerics_of
+from launch.plan.step_time import (
+    FITTED,
+    Efficiency,
+    Seconds,
+    Split,
+    compute_seconds,
+    head_work,
+    layer_work,
+    link_seconds,
+    update_work,
+)
+from launch.plan.traffic import Collective, Kind, collectives
+from train import sizing
+from train.recipe import RecipeError
+from train.schema import OptimizerKind, Recipe
+from train.topology import Topology
+from train.validate import validate
+
+HOUR_SECONDS = 3600
+DAY_SECONDS = 24 * HOUR_SECONDS
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a step, as it appears on the timeline."""
+
+    name: str
+    seconds: Seconds
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will cost."""
+
+    recipe: Recipe
+    gpu: Gpu
+    world_size: int
+    imbalance: float
+    dollars_per_gpu_hour: float
+    memory: Memory
+    collectives: list[Collective]
+    """Of one microbatch."""
+    microbatches: int
+    phases: list[Phase]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the worst moment is within the GPU's memory."""
+        return self.memory.total <= self.gpu.memory_bytes
+
+    @property
+    def seconds(self) -> Seconds:
+        """Of a step, by what it goes to."""
+        total = Seconds()
+        for phase in self.phases:
+            total += phase.seconds.times(phase.repeats)
+        return total
+
+    @property
+    def step_seconds(self) -> float:
+        """Predicted time of an optimizer step."""
+        return self.seconds.total
+
+    @property
+    def step_seconds_if_hidden(self) -> float:
+        """The same if traffic of weights and gradients hid behind arithmetic: a bound, no prediction."""
+        exchange = [c for c in self.collectives if c.kind is Kind.all_to_all]
+        hidden = [c for c in self.collectives if c.kind is not Kind.all_to_all]
+        compute = self.step_seconds - self.seconds.links
+        open_seconds = self.microbatches * link_seconds(exchange, self.gpu).links
+        return max(compute, self.microbatches * link_seconds(hidden, self.gpu).links) + open_seconds
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        """Throughput of a GPU."""
+        return sizing.tokens_per_batch(self.recipe) / self.step_seconds / self.world_size
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs, attention over all positions included, as a share of the peak (PaLM, appendix B)."""
+        token = sizing.flops_per_token_training(self.recipe.model, self.recipe.data.sequence_tokens)
+        return token.total * self.tokens_per_second_per_gpu / self.gpu.matrix_flops
+
+    @property
+    def utilisation_of_weights(self) -> float:
+        """6 x active parameters x tokens alone, as a share of the peak."""
+        token = sizing.flops_per_token_training(self.recipe.model, self.recipe.data.sequence_tokens)
+        return token.weights * self.tokens_per_second_per_gpu / self.gpu.matrix_flops
+
+    @property
+    def days(self) -> float:
+        """Of the whole run, without interruptions and evaluations."""
+        return sizing.batches(self.recipe) * self.step_seconds / DAY_SECONDS
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the whole run."""
+        return self.days * DAY_SECONDS / HOUR_SECONDS * self.world_size
+
+    @property
+    def dollars(self) -> float:
+        """Of the whole run."""
+        return self.gpu_hours * self.dollars_per_gpu_hour
+
+
+def make_plan(
+    recipe: Recipe,
+    world_size: int,
+    gpu: Gpu,
+    *,
+    imbalance: float = 1.0,
+    dollars_per_gpu_hour: float = 0.0,
+    file: str = "",
+    efficiency: Efficiency = FITTED,
+) -> Plan:
+    """Plans a recipe.
+
+    Args:
+        recipe: the recipe.
+        world_size: GPUs.
+        gpu: which.
+        imbalance: rows of the busiest expert rank over the mean, at least 1.
+        dollars_per_gpu_hour: price.
+        file: the recipe's file, for errors.
+        efficiency: shares of the GPU's rates.
+
+    Raises:
+        RecipeError: one line, if the recipe or the layout is impossible.
+    """
+    validate(recipe, Topology(0, world_size, 0, 1), file)
+    refuse_uneven_experts(recipe, world_size, file)
+    if imbalance < 1:
+        raise RecipeError(f"is {imbalance}", key="--imbalance", remedy="the busiest is at least the mean: 1")
+    training = recipe.training
+    tokens = training.microbatch_sequences * recipe.data.sequence_tokens
+    traffic = collectives(
+        recipe.model,
+        recipe.parallelism,
+        world_size,
+        tokens=tokens,
+        compute_bytes=numerics_of(recipe).compute,
+        checkpointing=training.activation_checkpointing,
+    )
+    microbatches = sizing.microbatches_per_rank(recipe, world_size)
+    return Plan(
+        recipe=recipe,
+        gpu=gpu,
+        world_size=world_size,
+        imbalance=imbalance,
+        dollars_per_gpu_hour=dollars_per_gpu_hour,
+        memory=memory(recipe, world_size, imbalance),
+        collectives=traffic,
+        microbatches=microbatches,
+        phases=_phases(recipe, world_size, gpu, traffic, imbalance, efficiency),
+    )
+
+
+def refuse_uneven_experts(recipe: Recipe, world_size: int, file: str) -> None:
+    """Raises where FSDP2 would: rows spread over experts' ranks must also shard evenly (torch 2.7)."""
+    layout, model = recipe.parallelism, recipe.model
+    if not model.moe or layout.expert == 1:
+        return
+    rows = model.moe.experts * model.ffn_hidden_size
+    ranks = sizing.shard_degree(layout, world_size) * layout.expert
+    if rows % ranks:
+        raise RecipeError(
+            f"experts x ffn_hidden_size = {rows} rows do not shard evenly over {ranks} ranks",
+            key="parallelism.replicate",
+            remedy=f"make {world_size} / replicate a divisor of {rows}",
+            file=file,
+        )
+
+
+def _phases(
+    recipe: Recipe,
+    world_size: int,
+    gpu: Gpu,
+    traffic: list[Collective],
+    imbalance: float,
+    efficiency: Efficiency,
+) -> list[Phase]:
+    """Forward and backward passes of a microbatch, repeated, and the optimizer's step."""
+    model, training, layout = recipe.model, recipe.training, recipe.parallelism
+    microbatches = sizing.microbatches_per_rank(recipe, world_size)
+    tokens = training.microbatch_sequences * recipe.data.sequence_tokens
+    split = Split(expert=layout.expert, imbalance=imbalance if layout.expert > 1 else 1.0)
+    forward = layer_work(model, tokens, recipe.data.sequence_tokens, split).times(model.n_layers)
+    head = head_work(model, tokens)
+    again = forward if training.activation_checkpointing else forward.times(0)
+    # The loss makes its gradients in the forward pass.
+    ahead = compute_seconds(forward + head + head.backward(), gpu, efficiency)
+    back = compute_seconds(forward.backward() + again, gpu, efficiency)
+    links = link_seconds(traffic, gpu, efficiency)
+    share = _forward_share(traffic, gpu)
+    held = sum(sizing.rank_weights(model, layout, world_size, 0).values())
+    moments = 8 if recipe.optimizer.kind is OptimizerKind.adamw else 4
+    update = update_work(held, moments, clips=training.clip_norm is not None)
+    return [
+        Phase("forward", ahead + links.times(share), microbatches),
+        Phase("backward", back + links.times(1 - share), microbatches),
+        Phase("optimizer", compute_seconds(update, gpu, efficiency)),
+    ]
+
+
+def _forward_share(traffic: list[Collective], gpu: Gpu) -> float:
+    """Share of the traffic's time in the forward pass: one gathering, and half of the exchanges."""
+    total = ahead = 0.0
+    for collective in traffic:
+        seconds = collective.seconds(gpu)
+        total += collective.calls * seconds
+        if collective.kind is Kind.all_gather:
+            layers = 1 if collective.calls == 1 else _layers_of(traffic, collective)
+            ahead += layers * seconds
+        elif collective.kind is Kind.all_to_all:
+            ahead += collective.calls * seconds / 2
+    return ahead / total if total else 0.0
+
+
+def _layers_of(traffic: list[Collective], gathered: Collective) -> int:
+    """Units of that kind: each has its gradients reduced once."""
+    return next(c.calls for c in traffic if c.what == gathered.what and c.kind is Kind.reduce_scatter)

@@ -1,0 +1,184 @@
+"""How long a step takes: arithmetic, traffic with a GPU's own memory, traffic between GPUs.
+
+Time = FLOPs / (share x peak) + bytes / (share x bandwidth), summed over all three kinds. Two shares are
+fitted on published runs and predict the others (:mod:`launch.plan.published`); the rest is counted.
+That the kinds add up, rather than hide behind each other, is what the published runs show: collectives
+that could run behind arithmetic take processors and memory bandwidth from it.
+
+Legend: T tokens, S tokens of a sequence, D d_model, G key-value width, F hidden size, K experts of a token.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from launch.plan.hardware import Gpu
+from launch.plan.traffic import Collective
+from train.schema import Ffn, Model
+
+BF16 = 2
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the data sheet's rates that runs reach."""
+
+    matrix: float = 0.61
+    """Fitted: of the peak of matrix products."""
+    links: float = 1.09
+    """Fitted: of a link's rate, hiding behind arithmetic included, which is why it may exceed 1."""
+    memory: float = 0.85
+    """Picked: of memory bandwidth, what copies of large tensors reach."""
+    attention: float = 0.35
+    """Published: of the peak, FlashAttention-2 on an H100 (Shah et al. 2024, arXiv 2407.08608, abstract)."""
+
+
+FITTED = Efficiency()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one GPU computes."""
+
+    matrix_flops: float = 0.0
+    """Products with weights."""
+    attention_flops: float = 0.0
+    """Scores and values, the masked half left out."""
+    memory_bytes: float = 0.0
+    """Read and written: operands of products, and everything element by element."""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.matrix_flops + other.matrix_flops,
+            self.attention_flops + other.attention_flops,
+            self.memory_bytes + other.memory_bytes,
+        )
+
+    def times(self, count: float) -> "Work":
+        """The same, ``count`` times."""
+        return Work(self.matrix_flops * count, self.attention_flops * count, self.memory_bytes * count)
+
+    def backward(self) -> "Work":
+        """Of the backward pass of this forward pass: gradients of inputs and of weights.
+
+        Attention's takes 5 products where the forward pass has 2, for the scores are made again (Dao et
+        al. 2022, arXiv 2205.14135, algorithm 4).
+        """
+        return Work(2 * self.matrix_flops, 2.5 * self.attention_flops, 2 * self.memory_bytes)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time by what it goes to."""
+
+    matrix: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    links: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.matrix + self.attention + self.memory + self.links
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(
+            self.matrix + other.matrix,
+            self.attention + other.attention,
+            self.memory + other.memory,
+            self.links + other.links,
+        )
+
+    def times(self, count: float) -> "Seconds":
+        """The same, ``count`` times."""
+        return Seconds(*(count * value for value in (self.matrix, self.attention, self.memory, self.links)))
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a layer's work is divided among GPUs; Finegrain itself has no tensor parallelism."""
+
+    tensor: int = 1
+    """GPUs that share each matrix outside of the experts."""
+    expert: int = 1
+    """GPUs that the experts are spread over."""
+    imbalance: float = 1.0
+    """Rows of the busiest GPU's experts over the mean."""
+
+
+def layer_work(
+    model: Model, tokens: int, sequence_tokens: int, split: Split = Split(), shared_ffn: int = 0
+) -> Work:
+    """Forward pass of one layer for T tokens of one GPU, or of the GPUs that share its matrices.
+
+    Passes over memory element by element are counted as written in :mod:`train.model`: two norms, two
+    residual sums and their casts (12 D); clipping and rotation of queries, keys and values (4 D); gate,
+    SiLU and product (5 F), or GELU (2 F); gathering and scattering routed rows (6 D for each).
+
+    Args:
+        model: the decoder.
+        tokens: T.
+        sequence_tokens: S.
+        split: how many GPUs share the work.
+        shared_ffn: hidden size of a GLU beside the experts that every token takes; published models only.
+    """
+    T, D, F = tokens, model.d_model, model.ffn_hidden_size
+    G = D // model.n_heads * model.n_kv_heads
+    own = T / split.tensor
+    work = _product(T, D, (D + 2 * G) / split.tensor) + _product(T, D / split.tensor, D)
+    work += Work(attention_flops=2 * own * sequence_tokens * D)
+    elements = 12 * own * D + 4 * own * D
+    gated = model.ffn is Ffn.glu
+    if model.moe is None:
+        work += _product(T, D, F / split.tensor).times(3 if gated else 2)
+        elements += own * F * (5 if gated else 2)
+    else:
+        # With expert parallelism a GPU has fewer experts, each with the tokens of more GPUs.
+        rows = own * model.moe.top_k * split.imbalance
+        experts = model.moe.experts / split.expert
+        work += _product(rows / experts, D, F).times(3 * experts)
+        elements += rows * (6 * D + 5 * F)
+    if shared_ffn:
+        work += _product(T, D, shared_ffn / split.tensor).times(3)
+        elements += 5 * own * shared_ffn
+    return work + Work(memory_bytes=BF16 * elements)
+
+
+def head_work(model: Model, tokens: int, split: Split = Split()) -> Work:
+    """Forward pass of the output projection and the loss: logits are passed over twice in fp32."""
+    logits = tokens * model.vocab_size / split.tensor
+    product = _product(tokens, model.d_model, model.vocab_size / split.tensor)
+    return product + Work(memory_bytes=2 * FP32 * logits)
+
+
+def update_work(elements: float, optimizer_bytes_per_element: int, clips: bool) -> Work:
+    """The optimizer's step over one GPU's weights: weight and moments read and written, gradient read.
+
+    Args:
+        elements: weights of one GPU.
+        optimizer_bytes_per_element: of the moments.
+        clips: gradients are read for their norm, then read and written to scale them.
+    """
+    passes = 3 * FP32 + 2 * optimizer_bytes_per_element + (3 * FP32 if clips else 0)
+    return Work(memory_bytes=elements * passes)
+
+
+def compute_seconds(work: Work, gpu: Gpu, efficiency: Efficiency = FITTED) -> Seconds:
+    """Time of work on one GPU."""
+    return Seconds(
+        matrix=work.matrix_flops / (gpu.matrix_flops * efficiency.matrix),
+        attention=work.attention_flops / (gpu.matrix_flops * efficiency.attention),
+        memory=work.memory_bytes / (gpu.memory_bandwidth * efficiency.memory),
+    )
+
+
+def link_seconds(collectives: Iterable[Collective], gpu: Gpu, efficiency: Efficiency = FITTED) -> Seconds:
+    """Time that collectives take out of a microbatch."""
+    total = sum(collective.calls * collective.seconds(gpu) for collective in collectives)
+    return Seconds(links=total / efficiency.links)
+
+
+def _product(rows: float, inner: float, columns: float) -> Work:
+    """[rows, inner] x [inner, columns] in bf16."""
+    operands = rows * inner + inner * columns + rows * columns
+    return Work(matrix_flops=2 * rows * inner * columns, memory_bytes=BF16 * operands)

@@ -1,0 +1,109 @@
+"""Table 5 of the DBRX announcement, computed from the recipes: how many FLOPs each model took to train.
+
+Relative FLOPs are 6 x active parameters x tokens (Kaplan et al. 2020, section 2.1), the announcement's
+way of counting, with the attention term beside it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from train import sizing
+from train.recipe import load_recipe
+
+YAMLS = Path(__file__).resolve().parents[2] / "yamls"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the table: a recipe, the line that it is compared with, and where its tokens come from."""
+
+    title: str
+    recipe: str
+    compared_with: str
+    tokens: str
+    """`published`, or `inferred` from the published ratio."""
+    published_relative: str
+
+
+ENTRIES = (
+    Entry("DBRX MoE-A", "dbrx-moe-a", "dbrx-moe-a", "inferred", "1x"),
+    Entry("MPT-7B (1T tokens)", "mpt-7b", "dbrx-moe-a", "published", "3.7x"),
+    Entry("DBRX Dense-A (1T tokens)", "dbrx-dense-a", "dbrx-moe-a", "published", "3.7x"),
+    Entry("DBRX Dense-A (500B tokens)", "dbrx-dense-a-500b", "dbrx-moe-a", "published", "1.85x"),
+    Entry("DBRX MoE-B", "dbrx-moe-b", "dbrx-moe-b", "inferred", "1x"),
+    Entry("LLaMA2-13B", "llama2-13b", "dbrx-moe-b", "published", "1.7x"),
+    Entry("DBRX", "dbrx", "dbrx", "published", ""),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line with its figures."""
+
+    title: str
+    recipe: str
+    total_parameters: int
+    active_parameters: int
+    """Without the input embedding."""
+    tokens: int
+    tokens_source: str
+    flops: int
+    """6 x active x tokens."""
+    attention_flops: int
+    """12 L D S more per token."""
+    relative_flops: float
+    relative_flops_with_attention: float
+    published_relative: str
+
+
+def table5() -> list[Row]:
+    """The table's rows, from the recipes in ``yamls/``."""
+    weights: dict[str, int] = {}
+    attention: dict[str, int] = {}
+    recipes = {entry.recipe: load_recipe(YAMLS / f"{entry.recipe}.yaml") for entry in ENTRIES}
+    for name, recipe in recipes.items():
+        per_token = sizing.flops_per_token_training(recipe.model, recipe.data.sequence_tokens)
+        weights[name] = per_token.weights * recipe.training.duration_tokens
+        attention[name] = per_token.attention * recipe.training.duration_tokens
+    return [
+        Row(
+            title=entry.title,
+            recipe=entry.recipe,
+            total_parameters=sizing.total_parameters(recipes[entry.recipe].model),
+            active_parameters=sizing.active_parameters(recipes[entry.recipe].model),
+            tokens=recipes[entry.recipe].training.duration_tokens,
+            tokens_source=entry.tokens,
+            flops=weights[entry.recipe],
+            attention_flops=attention[entry.recipe],
+            relative_flops=weights[entry.recipe] / weights[entry.compared_with],
+            relative_flops_with_attention=(weights[entry.recipe] + attention[entry.recipe])
+            / (weights[entry.compared_with] + attention[entry.compared_with]),
+            published_relative=entry.published_relative,
+        )
+        for entry in ENTRIES
+    ]
+
+
+def format_table5(rows: list[Row]) -> str:
+    """The table for a terminal."""
+    lines = [
+        f"{'model':28}{'total':>9}{'active':>9}{'tokens':>9}  {'FLOPs':>9}{'relative':>10}"
+        f"{'published':>11}{'with attention':>22}"
+    ]
+    for row in rows:
+        digits = 2 if row.published_relative == "1.85x" else 1
+        mark = "*" if row.tokens_source == "inferred" else " "
+        lines.append(
+            f"{row.title:28}{row.total_parameters / 1e9:>8.2f}B{row.active_parameters / 1e9:>8.2f}B"
+            f"{row.tokens / 1e12:>8.3g}T{mark} {row.flops:>9.3g}{row.relative_flops:>9.{digits}f}x"
+            f"{row.published_relative:>11}"
+            f"{row.flops + row.attention_flops:>13.3g}{row.relative_flops_with_attention:>8.{digits}f}x"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "active: without the input embedding. FLOPs: 6 x active x tokens; attention: 12 L D S per token.",
+            "* tokens inferred from the announcement's ratio; all other tokens are published.",
+        ]
+    )

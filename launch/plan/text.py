@@ -1,0 +1,212 @@
+"""A plan as lines for a terminal and as plain values for JSON."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from launch.plan.hardware import GIB
+from launch.plan.memory import Memory, memory
+from launch.plan.search import choice_of
+from launch.plan.step import Plan
+from launch.plan.traffic import Collective
+from train import sizing
+from train.number_text import duration, short_number
+from train.schema import Recipe
+
+IMBALANCES = (1.0, 1.25, 1.5, 2.0)
+EXPLANATIONS = {
+    "weights": "fp32 shards",
+    "gradients": "fp32 shards",
+    "optimizer": "moments, fp32 shards",
+    "activations": "kept for the backward pass, and its own",
+    "loss": "logits of a chunk, gradients",
+    "gathered": "whole weights and gradients of the layers at hand",
+    "exchanged": "tokens on their way between experts",
+    "fragmentation": "margin of 5%",
+    "reserved": "CUDA, cuBLAS, NCCL",
+}
+
+
+def format_plan(plan: Plan) -> str:
+    """The whole plan for a terminal."""
+    parts = [_headline(plan), _memory_table(plan), _imbalance_table(plan), _traffic_table(plan)]
+    return "\n\n".join([*parts, _time_table(plan), _verdict(plan)])
+
+
+def format_search(plans: list[Plan], show: int) -> str:
+    """The fastest plans that fit."""
+    lines = [
+        f"{len(plans)} layouts fit; the fastest:",
+        f"{'replicate':>9}{'shard':>7}{'expert':>7}{'micro':>7}{'recompute':>10}"
+        f"{'memory':>10}{'step':>9}{'tok/s/GPU':>11}{'util':>7}{'days':>8}",
+    ]
+    for plan in plans[:show]:
+        layout, training = plan.recipe.parallelism, plan.recipe.training
+        lines.append(
+            f"{layout.replicate:>9}{sizing.shard_degree(layout, plan.world_size):>7}{layout.expert:>7}"
+            f"{training.microbatch_sequences:>7}{'yes' if training.activation_checkpointing else 'no':>10}"
+            f"{plan.memory.total / GIB:>6.1f} GiB{plan.step_seconds:>7.2f} s"
+            f"{plan.tokens_per_second_per_gpu:>11.0f}{plan.utilisation:>7.1%}{plan.days:>8.1f}"
+        )
+    if plans:
+        lines += ["", f"to use the first: {choice_of(plans[0].recipe).overrides()}"]
+    return "\n".join(lines)
+
+
+def plan_figures(plan: Plan) -> dict[str, Any]:
+    """All figures of a plan as plain values, in units that the keys name."""
+    layout = plan.recipe.parallelism
+    return {
+        "recipe": plan.recipe.name,
+        "gpu": plan.gpu.name,
+        "gpus": plan.world_size,
+        "layout": {
+            "replicate": layout.replicate,
+            "shard": sizing.shard_degree(layout, plan.world_size),
+            "expert": layout.expert,
+        },
+        "microbatches": plan.microbatches,
+        "microbatch_sequences": plan.recipe.training.microbatch_sequences,
+        "activation_checkpointing": plan.recipe.training.activation_checkpointing,
+        "imbalance": plan.imbalance,
+        "memory_bytes": {**asdict(plan.memory), "total": plan.memory.total, "limit": plan.gpu.memory_bytes},
+        "fits": plan.fits,
+        "traffic_bytes_per_step_and_gpu": [_traffic_figures(plan, c) for c in plan.collectives],
+        "step_seconds": plan.step_seconds,
+        "step_seconds_by_kind": asdict(plan.seconds),
+        "step_seconds_if_weights_traffic_hid": plan.step_seconds_if_hidden,
+        "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu,
+        "utilisation": plan.utilisation,
+        "utilisation_of_weights": plan.utilisation_of_weights,
+        "batches": sizing.batches(plan.recipe),
+        "days": plan.days,
+        "gpu_hours": plan.gpu_hours,
+        "dollars": plan.dollars,
+        "dollars_per_gpu_hour": plan.dollars_per_gpu_hour,
+        "nearest_to_limit": nearest_to_limit(plan),
+    }
+
+
+def nearest_to_limit(plan: Plan) -> str:
+    """Memory if it is nearly full, or else what most of the step's time goes to."""
+    filled = plan.memory.total / plan.gpu.memory_bytes
+    seconds = plan.seconds
+    kinds = {
+        "matrix products": seconds.matrix,
+        "attention": seconds.attention,
+        "memory bandwidth": seconds.memory,
+        "links between GPUs": seconds.links,
+    }
+    name, most = max(kinds.items(), key=lambda item: item[1])
+    time = f"{name} take {most / plan.step_seconds:.0%} of the step"
+    return f"memory is {filled:.0%} full" if filled > 0.9 else time
+
+
+def _headline(plan: Plan) -> str:
+    recipe, layout = plan.recipe, plan.recipe.parallelism
+    training = recipe.training
+    shard = sizing.shard_degree(layout, plan.world_size)
+    plural = "" if plan.microbatches == 1 else "es"
+    recomputes = "with" if training.activation_checkpointing else "without"
+    return "\n".join(
+        [
+            f"{recipe.name}: {sizing.total_parameters(recipe.model) / 1e9:.2f}B parameters, "
+            f"{sizing.active_parameters(recipe.model) / 1e9:.2f}B active, "
+            f"{short_number(training.duration_tokens)} tokens on {plan.world_size} x {plan.gpu.name}",
+            f"layout: replicate {layout.replicate} x shard {shard} x expert {layout.expert}; "
+            f"{plan.microbatches} microbatch{plural} of {training.microbatch_sequences} x "
+            f"{recipe.data.sequence_tokens} tokens per GPU, {recomputes} recomputation",
+        ]
+    )
+
+
+def _memory_table(plan: Plan) -> str:
+    lines = ["memory of the fullest GPU at its worst moment, GiB"]
+    for name in Memory.parts():
+        lines.append(f"  {name:16}{getattr(plan.memory, name) / GIB:>8.2f}  {EXPLANATIONS[name]}")
+    limit = plan.gpu.memory_bytes
+    verdict = "fits" if plan.fits else "does NOT fit"
+    lines.append(f"  {'total':16}{plan.memory.total / GIB:>8.2f}  of {limit / GIB:.1f}: {verdict}")
+    return "\n".join(lines)
+
+
+def _imbalance_table(plan: Plan) -> str:
+    both = {again: _with_checkpointing(plan.recipe, again) for again in (False, True)}
+    lines = ["activations, GiB, by rows of the busiest expert rank over the mean"]
+    lines.append("  " + " " * 24 + "".join(f"{imbalance:>8.2f}" for imbalance in IMBALANCES))
+    for again, recipe in both.items():
+        cells = [memory(recipe, plan.world_size, imbalance).activations / GIB for imbalance in IMBALANCES]
+        title = "with recomputation" if again else "without recomputation"
+        lines.append(f"  {title:24}" + "".join(f"{cell:>8.2f}" for cell in cells))
+    if plan.recipe.parallelism.expert == 1:
+        lines.append("  (no difference: every GPU has all experts)")
+    return "\n".join(lines)
+
+
+def _with_checkpointing(recipe: Recipe, again: bool) -> Recipe:
+    return replace(recipe, training=replace(recipe.training, activation_checkpointing=again))
+
+
+def _traffic_table(plan: Plan) -> str:
+    lines = [
+        "sent by each GPU per step, GB",
+        f"  {'what':28}{'collective':16}{'over':>6}{'calls':>8}{'NVLink':>10}{'InfiniBand':>12}"
+        f"{'full rate':>11}",
+    ]
+    total = {"nvlink": 0.0, "network": 0.0}
+    for collective in plan.collectives:
+        if collective.ranks == 1:
+            continue
+        figures = _traffic_figures(plan, collective)
+        total["nvlink"] += figures["nvlink"]
+        total["network"] += figures["network"]
+        lines.append(
+            f"  {collective.what:28}{collective.kind.value:16}{collective.ranks:>6}{figures['calls']:>8}"
+            f"{figures['nvlink'] / 1e9:>10.2f}{figures['network'] / 1e9:>12.2f}"
+            f"{figures['seconds_at_full_rate']:>9.3f} s"
+        )
+    lines.append(f"  {'total':58}{total['nvlink'] / 1e9:>10.2f}{total['network'] / 1e9:>12.2f}")
+    return "\n".join(lines)
+
+
+def _traffic_figures(plan: Plan, collective: Collective) -> dict[str, Any]:
+    links = collective.link_bytes(plan.gpu.gpus_per_node)
+    calls = collective.calls * plan.microbatches
+    return {
+        "what": collective.what,
+        "collective": collective.kind.value,
+        "ranks": collective.ranks,
+        "calls": calls,
+        "nvlink": links.nvlink * calls,
+        "network": links.network * calls,
+        "seconds_at_full_rate": collective.seconds(plan.gpu) * calls,
+    }
+
+
+def _time_table(plan: Plan) -> str:
+    lines = [
+        "time of a step, seconds",
+        f"  {'':12}{'matrix':>9}{'attention':>11}{'memory':>9}{'links':>9}{'total':>9}",
+    ]
+    rows = [(phase.name, phase.seconds.times(phase.repeats)) for phase in plan.phases]
+    for name, seconds in [*rows, ("step", plan.seconds)]:
+        lines.append(
+            f"  {name:12}{seconds.matrix:>9.3f}{seconds.attention:>11.3f}{seconds.memory:>9.3f}"
+            f"{seconds.links:>9.3f}{seconds.total:>9.3f}"
+        )
+    lines.append(
+        f"  ({plan.step_seconds_if_hidden:.3f} if all traffic of weights hid behind arithmetic, "
+        "which published runs do not reach)"
+    )
+    return "\n".join(lines)
+
+
+def _verdict(plan: Plan) -> str:
+    lines = [
+        f"{plan.tokens_per_second_per_gpu:,.0f} tokens/s per GPU, utilisation {plan.utilisation:.1%} "
+        f"({plan.utilisation_of_weights:.1%} by 6 x active)",
+        f"{duration(plan.days * 86400)} for {sizing.batches(plan.recipe):,} steps; "
+        f"{plan.gpu_hours:,.0f} GPU-hours"
+        + (f"; ${plan.dollars:,.0f} at ${plan.dollars_per_gpu_hour:g}" if plan.dollars_per_gpu_hour else ""),
+        f"nearest to its limit: {nearest_to_limit(plan)}",
+    ]
+    return "\n".join(lines)

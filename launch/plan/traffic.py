@@ -1,0 +1,198 @@
+"""What ranks send each other in one microbatch, collective by collective, and over which links.
+
+Bytes are those that :mod:`train.parallel` really moves: FSDP2 pads every weight to equal shards, gathers
+bf16 and reduces fp32, and does so for every microbatch. Held to counted collectives of real gloo runs.
+Left out: collectives of a few bytes (the gradients' norm, counts of tokens).
+
+Legend: T tokens of a rank's microbatch, K experts per token, D d_model, L layers, n ranks of a group.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from launch.plan.hardware import Gpu
+from train import sizing
+from train.schema import Model, Parallelism
+
+FP32 = 4
+INT32 = 4
+
+
+class Kind(str, Enum):
+    """Which collective."""
+
+    all_gather = "all-gather"
+    reduce_scatter = "reduce-scatter"
+    all_reduce = "all-reduce"
+    all_to_all = "all-to-all"
+
+
+@dataclass(frozen=True)
+class LinkBytes:
+    """Bytes that one GPU sends, by link."""
+
+    nvlink: float
+    network: float
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of collective of a step, and how often it is called."""
+
+    what: str
+    kind: Kind
+    payload_bytes: float
+    """The whole: what an all-gather gives, a reduce-scatter takes, an all-reduce adds, and of an all-to-all
+    what each rank holds for all ranks together, itself included."""
+    ranks: int
+    """n, the size of the group."""
+    stride: int
+    """Distance between neighbours of the group: 1 where they are neighbouring ranks."""
+    calls: int
+    """Per microbatch and rank."""
+
+    def sent_bytes(self) -> float:
+        """Bytes that one rank sends per call, with ring algorithms (Patarasuk and Yuan 2009)."""
+        rounds = 2 if self.kind is Kind.all_reduce else 1
+        return rounds * self.payload_bytes * (self.ranks - 1) / self.ranks
+
+    def members_per_node(self, gpus_per_node: int) -> int:
+        """Ranks of the group that share a node."""
+        return max(1, min(self.ranks, gpus_per_node // self.stride))
+
+    def link_bytes(self, gpus_per_node: int) -> LinkBytes:
+        """Bytes that one GPU sends per call by link.
+
+        A ring leaves each node once, and its parallel rings take turns over the members' network cards.
+        An all-to-all sends an equal share to every rank.
+        """
+        members, sent = self.members_per_node(gpus_per_node), self.sent_bytes()
+        if members == self.ranks:
+            return LinkBytes(sent, 0.0)
+        if self.kind is Kind.all_to_all:
+            share = self.payload_bytes / self.ranks
+            return LinkBytes(share * (members - 1), share * (self.ranks - members))
+        return LinkBytes(sent * (members - 1) / members, sent / members)
+
+    def seconds(self, gpu: Gpu) -> float:
+        """Time of one call at the links' full rates: the slower link, and a hop for every round of a ring."""
+        if self.ranks == 1:
+            return 0.0
+        members, links = self.members_per_node(gpu.gpus_per_node), self.link_bytes(gpu.gpus_per_node)
+        one_node = members == self.ranks
+        if self.kind is Kind.all_to_all:
+            transfer = max(links.nvlink / gpu.nvlink_bandwidth, links.network / gpu.network_bandwidth)
+            return transfer + (gpu.nvlink_hop_seconds if one_node else gpu.network_hop_seconds)
+        # Every byte passes every link of the ring, so the slowest kind of link sets the pace.
+        rate = gpu.nvlink_bandwidth
+        hop = gpu.nvlink_hop_seconds
+        if not one_node:
+            rate = min(gpu.nvlink_bandwidth if members > 1 else rate, members * gpu.network_bandwidth)
+            hop = ((members - 1) * gpu.nvlink_hop_seconds + gpu.network_hop_seconds) / members
+        rounds = (2 if self.kind is Kind.all_reduce else 1) * (self.ranks - 1)
+        return self.sent_bytes() / rate + rounds * hop
+
+
+def collectives(
+    model: Model,
+    layout: Parallelism,
+    world_size: int,
+    *,
+    tokens: int,
+    compute_bytes: int,
+    checkpointing: bool,
+) -> list[Collective]:
+    """All collectives of one microbatch (forward and backward) of one rank.
+
+    Args:
+        model: the recipe's model.
+        layout: degrees of the mesh.
+        world_size: ranks.
+        tokens: T, of one rank's microbatch.
+        compute_bytes: bytes per element that weights and activations travel in; 2 for bf16.
+        checkpointing: layers are computed again in the backward pass.
+    """
+    found = []
+    for unit in _units(model, layout, world_size):
+        gathers = _gathers(unit, model.n_layers)
+        found += _sharding_collectives(unit, layout, world_size, gathers, compute_bytes)
+    if model.moe and layout.expert > 1:
+        passes = 3 if checkpointing else 2
+        rows = tokens * model.moe.top_k * model.d_model * compute_bytes
+        exchange = ("tokens to experts and back", rows, 2 * passes)
+        counts = ("counts of tokens", model.moe.experts * INT32, passes - 1)
+        for what, payload, calls in (exchange, counts):
+            group = (layout.expert, 1)
+            found.append(Collective(what, Kind.all_to_all, payload, *group, calls * model.n_layers))
+    return found
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Weights that FSDP2 gathers as one; one layer's stand for all layers'."""
+
+    what: str
+    weights: tuple[sizing.Weight, ...]
+    placement: sizing.Placement
+    count: int
+
+    @property
+    def padded_elements(self) -> int:
+        """Elements on the fullest rank, to which all are padded."""
+        return sum(
+            self.placement.rows_at_most(weight) * (weight.elements // weight.shape[0])
+            for weight in self.weights
+        )
+
+
+def _units(model: Model, layout: Parallelism, world_size: int) -> list[_Unit]:
+    one_layer = list(sizing.layer_weights(model, 0))
+    outside = [weight for weight in sizing.weights(model) if ".blocks." not in weight.name]
+    groups: dict[str, list[sizing.Weight]] = {}
+    for weight in one_layer + outside:
+        groups.setdefault(sizing.placement(weight, layout, world_size).unit, []).append(weight)
+    return [
+        _Unit(
+            what=_unit_name(members[0]),
+            weights=tuple(members),
+            placement=sizing.placement(members[0], layout, world_size),
+            count=model.n_layers if ".blocks." in members[0].name else 1,
+        )
+        for members in groups.values()
+    ]
+
+
+def _unit_name(weight: sizing.Weight) -> str:
+    if weight.is_expert:
+        return "experts"
+    if ".router." in weight.name:
+        return "routers"
+    return "layers" if ".blocks." in weight.name else "embeddings"
+
+
+def _gathers(unit: _Unit, layers: int) -> int:
+    """All-gathers of all units of this kind in one microbatch.
+
+    Weights are gathered for the forward and again for the backward pass, which recomputation shares
+    (:func:`train.parallel.keep_recomputed_weights`); what is outside of the layers stays gathered.
+    """
+    if unit.count == 1 and unit.what == "embeddings":
+        return 1
+    return 2 * layers
+
+
+def _sharding_collectives(
+    unit: _Unit, layout: Parallelism, world_size: int, gathers: int, compute_bytes: int
+) -> list[Collective]:
+    placement = unit.placement
+    gathered_bytes = FP32 if placement.stays_fp32 else compute_bytes
+    elements = unit.padded_elements * placement.rows_over
+    group = (placement.rows_over, placement.experts_over)
+    found = [
+        Collective(unit.what, Kind.all_gather, elements * gathered_bytes, *group, gathers),
+        Collective(unit.what, Kind.reduce_scatter, elements * FP32, *group, unit.count),
+    ]
+    if layout.replicate > 1:
+        copies = (layout.replicate, world_size // layout.replicate)
+        found.append(Collective(unit.what, Kind.all_reduce, unit.padded_elements * FP32, *copies, unit.count))
+    return found

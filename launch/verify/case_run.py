@@ -1,0 +1,355 @@
+"""Runs one case of the parity gate through the real trainer, and holds it to the reference.
+
+The reference is one process that is not sharded at all and writes what it saw to a file. Every rank of
+a layout compares what it holds with that file, parameter by parameter and expert by expert: replicas
+that drift apart are seen too.
+"""
+
+import contextlib
+import importlib
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger, LoggerDestination
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from launch.ranks import run_ranks
+from launch.verify.cases import Case, idle_experts, make_batches, steer_router
+from train import leaf_ops
+from train.checkpoint import Progress
+from train.composer_model import Batch, LanguageModel
+from train.metrics import GRADIENT_NORM
+from train.moe import Router, Routing
+from train.run import Machine, build_model, update_callbacks
+from train.schema import Precision, Recipe
+from train.topology import Topology
+from train.trainer import build_trainer
+
+BOUNDS = {
+    "loss": 1e-5,
+    "balance": 1e-5,
+    "z": 1e-5,
+    "choices": 0.0,
+    "gradients": 1e-5,
+    "norm": 1e-5,
+    "weights": 1e-5,
+}
+"""Largest relative error that passes, by quantity. `choices` are the experts' token counts."""
+FLOOR = 1e-4
+"""A gradient that is noise by itself is measured against this share of the whole gradient's rms."""
+LEAST_GAP = 2e-7
+"""Scores of the last chosen and the first refused expert: nearer ones could swap by rounding alone."""
+SEEDS = 50
+
+Fault = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Breaks something in a rank's process; for the tests of the gate itself."""
+
+
+@dataclass
+class Deviation:
+    """How far a quantity is from the reference."""
+
+    worst: float = 0.0
+    at: str = ""
+    first: str = ""
+    """Step and name of the first value over the bound; empty if none is."""
+
+    def see(self, error: float, at: str, bound: float) -> None:
+        """Takes one comparison into account."""
+        if math.isnan(error):
+            error = math.inf
+        if error > self.worst:
+            self.worst, self.at = error, at
+        if error > bound and not self.first:
+            self.first = at
+
+    def merge(self, other: "Deviation") -> None:
+        """Takes another rank's into account."""
+        if other.worst > self.worst:
+            self.worst, self.at = other.worst, other.at
+        self.first = self.first or other.first
+
+
+@dataclass
+class Outcome:
+    """A case with its deviations by quantity."""
+
+    case: Case
+    deviations: dict[str, Deviation] = field(default_factory=dict)
+    error: str = ""
+    """What stopped the case, if it did not run to its end."""
+    seconds: float = 0.0
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether everything is within its bound."""
+        return not self.error and not any(d.first for d in self.deviations.values())
+
+
+@dataclass
+class Record:
+    """What the reference saw: per step, scalars and whole tensors by parameter."""
+
+    figures: list[dict[str, float]] = field(default_factory=list)
+    choices: list[Tensor | None] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+    least_gap: float = math.inf
+
+
+def import_optimizers() -> None:
+    """Imports what an optimizer would import when it is built, so that forked ranks find it imported."""
+    leaf_ops.install()
+    importlib.import_module("llmfoundry.optim.lion")
+
+
+def make_reference(case: Case, file: Path) -> int:
+    """Runs the case on one process and writes its record; returns the seed of the data.
+
+    Data under which some token's choice of experts hangs on the last bits is passed over.
+
+    Raises:
+        RankError: if the reference does not train, or an input does not do what it is for.
+    """
+
+    def work(_: Topology) -> int:
+        for seed in range(SEEDS):
+            record = Record()
+            _train(case, Topology(), seed, _Writer(record))
+            if record.least_gap > LEAST_GAP:
+                _check_input(case, record)
+                torch.save(record.__dict__, file)
+                return seed
+        raise AssertionError(f"{SEEDS} seeds, and in each some token is undecided between experts")
+
+    return run_ranks(1, work, output=Path(os.devnull))[0]
+
+
+def run_case(
+    case: Case, seed: int, file: Path, fault: Fault = contextlib.nullcontext
+) -> dict[str, Deviation]:
+    """Runs the case under its layout and returns the deviations over all ranks."""
+
+    def work(topology: Topology) -> dict[str, Deviation]:
+        record = Record(**torch.load(file, mmap=True, weights_only=True))
+        comparer = _Comparer(record, case.recipe)
+        with fault():
+            _train(case, topology, seed, comparer)
+        return comparer.deviations
+
+    merged: dict[str, Deviation] = {}
+    for deviations in run_ranks(case.layout.world_size, work, output=Path(os.devnull)):
+        for quantity, deviation in deviations.items():
+            merged.setdefault(quantity, Deviation()).merge(deviation)
+    return merged
+
+
+def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> None:
+    """A few steps of the real trainer on this rank's share of the case's batches."""
+    recipe, rows = case.recipe, list(range(case.recipe.training.global_batch_sequences))
+    if isinstance(watcher, _Writer):
+        training = replace(recipe.training, microbatch_sequences=case.reference_microbatch)
+        recipe, rows = replace(recipe, training=training), list(case.rows)
+    model, optimizer = build_model(recipe, Machine(topology, "cpu", Precision.fp32))
+    steer_router(model.decoder, recipe, case.input)
+    share = len(rows) // topology.world_size
+    mine = rows[topology.rank * share : (topology.rank + 1) * share]
+    batches = [
+        {key: value[mine] for key, value in batch.items()} for batch in make_batches(recipe, case.input, seed)
+    ]
+    trainer = build_trainer(
+        recipe,
+        model,
+        optimizer,
+        DataLoader(_Batches(batches), batch_size=None),
+        {},
+        # Gradients are seen before clipping and weights after the step.
+        [watcher, *update_callbacks(recipe, model, topology)],
+        [watcher.figures],
+        Progress(0, 0, 0, 0.0),
+    )
+    trainer.fit()
+    trainer.close()
+
+
+class _Batches(IterableDataset[Batch]):
+    """This rank's batches as they are; Composer refuses a sized data set that is the same on all ranks."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+class _Figures(LoggerDestination):
+    """Keeps the newest value of every key."""
+
+    def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.latest |= {key: float(value) for key, value in metrics.items()}
+
+
+class _Watcher(Callback, ABC):
+    """Sees every step's scalars, gradients before clipping and weights after the update."""
+
+    def __init__(self) -> None:
+        self.figures = _Figures()
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        self.see_gradients(_step(state), _whole((n, p.grad) for n, p in _parameters(state)))
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        latest = self.figures.latest
+        figures = {key: latest[f"loss/train/{name}"] for key, name in _LOSSES.items()}
+        figures["norm"] = latest[GRADIENT_NORM]
+        assert isinstance(state.model, LanguageModel)
+        step = _step(state) - 1
+        self.see_figures(step, figures, state.model.last_counts_LE)
+        self.see_weights(step, _whole(_parameters(state)))
+
+    @abstractmethod
+    def see_figures(self, step: int, figures: dict[str, float], choices_LE: Tensor | None) -> None:
+        """Losses, norm before clipping, and tokens of each expert over all ranks."""
+
+    @abstractmethod
+    def see_gradients(self, step: int, gradients: Iterable[tuple[str, Tensor]]) -> None:
+        """Gradients of the whole batch."""
+
+    @abstractmethod
+    def see_weights(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Weights after the step."""
+
+
+_LOSSES = {"loss": "language", "balance": "balance", "z": "z"}
+
+
+class _Writer(_Watcher):
+    """Writes the reference's record."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        for module in state.model.modules():
+            if isinstance(module, Router):
+                module.register_forward_hook(self._see_gap)
+
+    def see_figures(self, step: int, figures: dict[str, float], choices_LE: Tensor | None) -> None:
+        self.record.figures.append(figures)
+        self.record.choices.append(None if choices_LE is None else choices_LE.clone())
+
+    def see_gradients(self, step: int, gradients: Iterable[tuple[str, Tensor]]) -> None:
+        self.record.gradients.append({name: gradient.clone() for name, gradient in gradients})
+
+    def see_weights(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.record.weights.append({name: weight.clone() for name, weight in weights})
+
+    def _see_gap(self, router: nn.Module, _inputs: Any, routing: Routing) -> None:
+        assert isinstance(router, Router)
+        K = router.moe.top_k
+        if router.moe.experts == K:
+            return
+        scores_TE = routing.scores_TE.detach()
+        if router.expert_bias is not None:
+            scores_TE = scores_TE + router.expert_bias
+        ranked = scores_TE.topk(K + 1, dim=-1).values
+        self.record.least_gap = min(self.record.least_gap, (ranked[:, K - 1] - ranked[:, K]).min().item())
+
+
+class _Comparer(_Watcher):
+    """Compares with the reference's record."""
+
+    def __init__(self, record: Record, recipe: Recipe) -> None:
+        super().__init__()
+        self.record, self.recipe = record, recipe
+        self.deviations = {quantity: Deviation() for quantity in BOUNDS}
+
+    def see_figures(self, step: int, figures: dict[str, float], choices_LE: Tensor | None) -> None:
+        for quantity, expected in self.record.figures[step].items():
+            error = abs(figures[quantity] - expected) / (abs(expected) or 1.0)
+            self._see(quantity, error, step, quantity)
+        expected_LE = self.record.choices[step]
+        if expected_LE is not None:
+            assert choices_LE is not None
+            for layer, (ours, theirs) in enumerate(zip(choices_LE, expected_LE, strict=True)):
+                self._see("choices", float((ours - theirs).abs().max()), step, f"layer {layer}")
+
+    def see_gradients(self, step: int, gradients: Iterable[tuple[str, Tensor]]) -> None:
+        expected = self.record.gradients[step]
+        elements = sum(gradient.numel() for gradient in expected.values())
+        square = sum(float(gradient.double().square().sum()) for gradient in expected.values())
+        self._see_tensors("gradients", step, gradients, expected, FLOOR * math.sqrt(square / elements))
+
+    def see_weights(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._see_tensors("weights", step, weights, self.record.weights[step], 0.0)
+
+    def _see_tensors(
+        self,
+        quantity: str,
+        step: int,
+        found: Iterable[tuple[str, Tensor]],
+        expected: dict[str, Tensor],
+        floor_rms: float,
+    ) -> None:
+        """Euclidean norm of the difference, relative to the reference's, for each parameter or expert."""
+        for name, tensor in found:
+            for label, ours, theirs in self._split(name, tensor, expected[name]):
+                least = floor_rms * math.sqrt(theirs.numel())
+                scale = max(float(torch.linalg.vector_norm(theirs)), least) or 1.0
+                self._see(quantity, float(torch.linalg.vector_norm(ours - theirs)) / scale, step, label)
+
+    def _split(self, name: str, ours: Tensor, theirs: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """One pair for each expert, or the pair itself."""
+        if ".experts." not in name:
+            yield name, ours, theirs
+            return
+        rows = self.recipe.model.ffn_hidden_size
+        pairs = zip(ours.split(rows), theirs.split(rows), strict=True)
+        for expert, (part, expected) in enumerate(pairs):
+            yield f"{name} of expert {expert}", part, expected
+
+    def _see(self, quantity: str, error: float, step: int, at: str) -> None:
+        self.deviations[quantity].see(error, f"step {step + 1}: {at}", BOUNDS[quantity])
+
+
+def _check_input(case: Case, record: Record) -> None:
+    """That the reference saw what the input promises, and clipped every gradient."""
+    clip = case.recipe.training.clip_norm
+    assert clip is not None and all(figures["norm"] > clip for figures in record.figures), "nothing clipped"
+    for choices_LE in record.choices:
+        if choices_LE is None:
+            continue
+        if case.input.idle:
+            idle = idle_experts(case.recipe)
+            assert not choices_LE[:, len(choices_LE[0]) - idle :].any(), "experts meant to be idle are not"
+        if case.input.crowded:
+            assert (choices_LE.max(dim=1).values == choices_LE.sum(dim=1)).all(), "no expert has it all"
+
+
+def _parameters(state: State) -> list[tuple[str, nn.Parameter]]:
+    assert isinstance(state.model, LanguageModel)
+    return list(state.model.decoder.named_parameters())
+
+
+def _whole(tensors: Iterable[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor gathered from all its shards, one at a time; every rank gets it."""
+    for name, tensor in tensors:
+        assert tensor is not None, f"{name} has no gradient"
+        yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _step(state: State) -> int:
+    return state.timestamp.batch.value

@@ -1,0 +1,176 @@
+"""The planner's command line: figures, files, errors, speed."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.plan import __main__ as plan
+from launch.plan.hardware import GPUS
+from launch.plan.search import choice_of, remedies, search
+from launch.plan.step import make_plan
+from launch.plan.step_time import Efficiency
+from launch.plan.table5 import table5
+from train import sizing
+from train.recipe import RecipeError, load_recipe
+from train.schema import Parallelism, Recipe
+
+ROOT = Path(__file__).resolve().parents[3]
+YAMLS = ROOT / "yamls"
+H100 = GPUS["h100"]
+
+
+def recipe(stem: str, *overrides: str) -> Recipe:
+    return load_recipe(YAMLS / f"{stem}.yaml", list(overrides))
+
+
+def test_table5_gives_the_announcements_ratios() -> None:
+    rows = {row.recipe: row for row in table5()}
+    assert {name: f"{row.relative_flops:.1f}x" for name, row in rows.items() if row.published_relative} == {
+        "dbrx-moe-a": "1.0x",
+        "mpt-7b": "3.7x",
+        "dbrx-dense-a": "3.7x",
+        "dbrx-dense-a-500b": "1.9x",
+        "dbrx-moe-b": "1.0x",
+        "llama2-13b": "1.7x",
+    }
+    assert f"{rows['dbrx-dense-a-500b'].relative_flops:.2f}x" == "1.85x"
+    assert {row.recipe for row in rows.values() if row.tokens_source == "inferred"} == {
+        "dbrx-moe-a",
+        "dbrx-moe-b",
+    }
+    assert f"{rows['dbrx'].flops:.3g}" == "2.58e+24"
+
+
+def test_a_plan_from_the_command_line_is_quick_and_needs_no_torch() -> None:
+    code = (
+        "import sys; from launch.plan.__main__ import main; "
+        f"status = main([{str(YAMLS / 'dbrx.yaml')!r}, '--gpus', '3072']); "
+        "assert 'torch' not in sys.modules; sys.exit(status)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 10
+    for part in (
+        "memory of the fullest GPU",
+        "InfiniBand",
+        "time of a step",
+        "GPU-hours",
+        "nearest to its limit",
+    ):
+        assert part in done.stdout
+
+
+def test_json_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    arguments = [str(YAMLS / "dbrx-moe-a.yaml"), "--gpus", "64", "--price", "2"]
+    assert plan.main([*arguments, "--json", str(figures), "--html", str(page)]) == 0
+    read = json.loads(figures.read_text())
+    assert read["dollars"] == pytest.approx(2 * read["gpu_hours"])
+    assert read["memory_bytes"]["total"] == sum(
+        size for part, size in read["memory_bytes"].items() if part not in ("total", "limit")
+    )
+    assert f"{read['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU" in capsys.readouterr().out
+    html = page.read_text()
+    assert html.count("<svg") == 2
+    assert "rank 7" in html
+    assert not re.search(r"(?:src|href)\s*=", html), "the page must need nothing else"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["yamls/dbrx.yaml", "--gpus", "100"], "training.global_batch_sequences"),
+        (["yamls/dbrx.yaml", "--gpus", "0"], "--gpus"),
+        (["yamls/dbrx.yaml", "--gpus", "3072", "--gpu", "tpu"], "one of h100"),
+        (["yamls/dbrx.yaml", "--gpus", "3072", "--imbalance", "0.5"], "--imbalance"),
+        (["yamls/dbrx.yaml", "parallelism.expert=3", "--gpus", "3072"], "parallelism"),
+        (
+            ["yamls/dbrx-35b.yaml", "parallelism.expert=8", "parallelism.replicate=1", "--gpus", "768"],
+            "training",
+        ),
+        (["yamls/dbrx.yml", "--gpus", "8"], "did you mean"),
+        ([], "RECIPE"),
+    ],
+)
+def test_mistakes_take_one_line(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert plan.main(arguments) == plan.USAGE_STATUS
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert line in error
+
+
+def test_an_impossible_plan_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(YAMLS / "dbrx.yaml"), "training.activation_checkpointing=false", "--gpus", "3072"]
+    assert plan.main(arguments) == plan.DOES_NOT_FIT_STATUS
+    told = capsys.readouterr().out
+    assert "does NOT fit" in told
+    assert "training.activation_checkpointing=true alone makes it fit" in told
+    fastest = re.search(r"fastest that fits: (.*)", told)
+    assert fastest
+    changed = recipe("dbrx", *fastest.group(1).split())
+    assert make_plan(changed, 3072, H100).fits
+
+
+def test_too_few_gpus_name_a_number_that_is_enough() -> None:
+    small = recipe(
+        "dbrx", "training.global_batch_sequences=8", "parallelism.replicate=1", "parallelism.expert=8"
+    )
+    told = remedies(
+        make_plan(replace(small, training=replace(small.training, microbatch_sequences=1)), 8, H100)
+    )
+    assert told[-1].startswith("nothing fits 8 GPUs: use ")
+
+
+def test_rows_that_fsdp_cannot_split_evenly_are_refused() -> None:
+    uneven = recipe("dbrx-moe-a", "parallelism.expert=4", "training.global_batch_sequences=1056")
+    with pytest.raises(RecipeError, match="do not shard evenly"):
+        make_plan(uneven, 132, H100)
+
+
+def test_search_ranks_what_fits_by_speed() -> None:
+    plans = search(recipe("dbrx-moe-a"), 64, H100)
+    assert all(found.fits for found in plans)
+    times = [found.step_seconds for found in plans]
+    assert times == sorted(times)
+    own = make_plan(recipe("dbrx-moe-a"), 64, H100)
+    assert times[0] <= own.step_seconds
+    assert choice_of(own.recipe) in [choice_of(found.recipe) for found in plans]
+
+
+def test_a_step_takes_longer_with_less_of_anything() -> None:
+    base = make_plan(recipe("dbrx"), 3072, H100)
+    slower = [
+        make_plan(recipe("dbrx"), 3072, replace(H100, matrix_flops=H100.matrix_flops / 2)),
+        make_plan(recipe("dbrx"), 3072, replace(H100, memory_bandwidth=H100.memory_bandwidth / 2)),
+        make_plan(recipe("dbrx"), 3072, replace(H100, network_bandwidth=H100.network_bandwidth / 2)),
+        make_plan(recipe("dbrx"), 3072, H100, imbalance=1.5),
+        make_plan(recipe("dbrx"), 3072, H100, efficiency=Efficiency(matrix=0.3)),
+    ]
+    assert all(found.step_seconds > base.step_seconds for found in slower)
+    assert base.step_seconds_if_hidden < base.step_seconds
+
+
+def test_time_of_a_run_follows_from_its_step() -> None:
+    found = make_plan(recipe("mpt-7b"), 64, H100, dollars_per_gpu_hour=3.0)
+    steps = sizing.batches(found.recipe)
+    assert found.gpu_hours == pytest.approx(steps * found.step_seconds * 64 / 3600)
+    assert found.dollars == pytest.approx(3 * found.gpu_hours)
+    tokens = found.tokens_per_second_per_gpu * 64 * found.days * 86400
+    assert tokens == pytest.approx(sizing.trained_tokens(found.recipe))
+
+
+def test_a_lone_gpu_sends_nothing() -> None:
+    alone = replace(recipe("smoke"), parallelism=Parallelism())
+    found = make_plan(alone, 1, H100)
+    assert found.seconds.links == 0
+    assert found.fits

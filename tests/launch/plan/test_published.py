@@ -1,0 +1,58 @@
+"""The time model against published training speeds."""
+
+import pytest
+
+from launch.plan.hardware import GPUS
+from launch.plan.published import (
+    MPT,
+    QWEN2,
+    QWEN2_SHARED,
+    WITHIN,
+    fit,
+    format_published,
+    published_figures,
+    published_systems,
+)
+from launch.plan.step_time import FITTED
+from train import sizing
+
+H100 = GPUS["h100"]
+
+
+def test_constants_are_the_fit() -> None:
+    assert fit(published_systems(), H100) == FITTED
+
+
+def test_five_rows_fit_and_the_others_are_predicted() -> None:
+    systems = published_systems()
+    assert sum(system.fits for system in systems) == 5
+    assert not any(system.fits for system in systems if system.model.moe), "no mixture of experts was fitted"
+    figures = [row for row in published_figures() if not row["fitted"]]
+    near = [row for row in figures if abs(float(row["error"])) <= WITHIN]
+    assert len(near) >= 0.9 * len(figures)
+
+
+@pytest.mark.parametrize(
+    "name", ["MPT-7b", "MPT-13b", "MPT-70b", "Mixtral 8x22B, folding", "Qwen2-57B-A14B, folding"]
+)
+def test_named_systems_within_the_bound(name: str) -> None:
+    rows = [row for row in published_figures() if str(row["system"]).startswith(name)]
+    assert rows
+    assert all(abs(float(row["error"])) <= WITHIN for row in rows)
+
+
+def test_models_have_the_published_sizes() -> None:
+    # NumParams of LLM Foundry's table at 2048 tokens, learned positions and biases included.
+    for size, published in {
+        "3b": 2_651_837_440,
+        "7b": 6_658_859_008,
+        "13b": 12_853_954_560,
+        "30b": 29_975_214_080,
+    }.items():
+        assert sizing.total_parameters(MPT[size]) == pytest.approx(published, rel=0.01)
+    shared = 3 * QWEN2.d_model * QWEN2_SHARED * QWEN2.n_layers
+    assert sizing.total_parameters(QWEN2) + shared == pytest.approx(57.4e9, rel=0.01)
+
+
+def test_table_names_fitted_rows() -> None:
+    assert format_published().count("  fitted\n") == 5

@@ -1,0 +1,146 @@
+"""The planner's bytes against collectives counted on real gloo ranks."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from launch.plan.hardware import GPUS
+from launch.plan.traffic import Collective, Kind, collectives
+from launch.ranks import run_ranks
+from train import parallel
+from train.model import Decoder
+from train.schema import Model, Moe, Parallelism, Precision
+from train.topology import Topology
+
+SEQUENCES, SEQUENCE_TOKENS = 2, 32
+MOE = Model(
+    d_model=48,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_hidden_size=36,
+    vocab_size=101,
+    max_sequence_tokens=64,
+    moe=Moe(experts=8, top_k=2),
+)
+DENSE = Model(
+    d_model=48,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=4,
+    ffn_hidden_size=37,
+    vocab_size=101,
+    max_sequence_tokens=64,
+    tie_embeddings=True,
+)
+KINDS = {
+    "_allgather_base_": Kind.all_gather,
+    "_reduce_scatter_base_": Kind.reduce_scatter,
+    "allreduce_": Kind.all_reduce,
+    "alltoall_base_": Kind.all_to_all,
+}
+
+
+class Counting(TorchDispatchMode):
+    """Adds up the payload of every collective, in bytes, and the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.payloads: Counter[Kind] = Counter()
+        self.calls: Counter[Kind] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            kind = KINDS[func._schema.name.split("::")[1]]
+            # Arguments are (output, input, ...); an all-reduce has its tensors in a list.
+            tensor = args[0][0] if kind is Kind.all_reduce else args[0 if kind is Kind.all_gather else 1]
+            assert isinstance(tensor, Tensor)
+            self.payloads[kind] += tensor.numel() * tensor.element_size()
+            self.calls[kind] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(
+    cfg: Model, layout: Parallelism, precision: Precision, checkpointing: bool, rank: Topology
+) -> Counting:
+    """Collectives of one forward and backward pass: of the second, for the first one sets things up."""
+    decoder = Decoder(cfg, device="meta", activation_checkpointing=checkpointing, loss_chunk_tokens=64)
+    mesh = parallel.build_mesh(layout, rank.world_size, "cpu")
+    parallel.build_sharded(decoder, mesh, precision, seed=0)
+    generator = torch.Generator().manual_seed(rank.rank)
+    ids = torch.randint(cfg.vocab_size, (SEQUENCES, SEQUENCE_TOKENS), generator=generator)
+
+    def forward_and_backward() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.bf16):
+            output = decoder(ids, None, ids)
+        (output.loss_sum / ids.numel() + output.balance_loss).backward()
+
+    forward_and_backward()
+    with Counting() as counting:
+        forward_and_backward()
+    return counting
+
+
+@pytest.mark.parametrize(
+    ("cfg", "layout", "world", "precision", "checkpointing"),
+    [
+        pytest.param(MOE, Parallelism(), 2, Precision.bf16, False, id="sharded"),
+        pytest.param(MOE, Parallelism(expert=2), 4, Precision.bf16, False, id="experts"),
+        pytest.param(MOE, Parallelism(expert=4), 4, Precision.fp32, True, id="experts-recomputed"),
+        pytest.param(MOE, Parallelism(replicate=2, expert=2), 4, Precision.fp32, True, id="copies"),
+        pytest.param(DENSE, Parallelism(replicate=2), 4, Precision.bf16, False, id="dense"),
+        pytest.param(DENSE, Parallelism(), 3, Precision.fp32, True, id="dense-recomputed"),
+    ],
+)
+def test_bytes_are_those_counted_on_gloo(
+    cfg: Model, layout: Parallelism, world: int, precision: Precision, checkpointing: bool
+) -> None:
+    ranks = run_ranks(world, lambda rank: count(cfg, layout, precision, checkpointing, rank))
+    predicted_bytes: Counter[Kind] = Counter()
+    predicted_calls: Counter[Kind] = Counter()
+    for collective in collectives(
+        cfg,
+        layout,
+        world,
+        tokens=SEQUENCES * SEQUENCE_TOKENS,
+        compute_bytes=2 if precision is Precision.bf16 else 4,
+        checkpointing=checkpointing,
+    ):
+        predicted_bytes[collective.kind] += round(collective.payload_bytes) * collective.calls
+        predicted_calls[collective.kind] += collective.calls
+    # Tokens come back from experts in unequal shares, so that only the sum over ranks is fixed.
+    counted_bytes = sum((rank.payloads for rank in ranks), Counter())
+    assert counted_bytes == Counter({kind: world * n for kind, n in predicted_bytes.items()})
+    assert ranks[0].calls == predicted_calls
+
+
+def collective(kind: Kind, ranks: int, stride: int = 1) -> Collective:
+    return Collective("test", kind, 800.0, ranks, stride, calls=1)
+
+
+def test_a_ring_sends_all_but_its_own_share() -> None:
+    assert collective(Kind.all_gather, 8).sent_bytes() == 700
+    assert collective(Kind.all_reduce, 8).sent_bytes() == 1400
+    assert collective(Kind.all_gather, 1).sent_bytes() == 0
+
+
+@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize(("ranks", "stride"), [(8, 1), (16, 1), (4, 8), (16, 4), (2, 64)])
+def test_links_carry_what_is_sent(kind: Kind, ranks: int, stride: int) -> None:
+    found = collective(kind, ranks, stride)
+    links = found.link_bytes(8)
+    assert links.nvlink + links.network == pytest.approx(found.sent_bytes())
+    assert (links.network == 0) == (ranks * stride <= 8)
+
+
+def test_neighbours_share_network_cards_and_strangers_do_not() -> None:
+    assert collective(Kind.all_gather, 16).link_bytes(8).network == pytest.approx(750 / 8)
+    assert collective(Kind.all_gather, 16, stride=8).link_bytes(8).network == pytest.approx(750)
+    slow, fast = collective(Kind.all_gather, 16, stride=8), collective(Kind.all_gather, 16)
+    assert slow.seconds(GPUS["h100"]) > fast.seconds(GPUS["h100"])

@@ -1,0 +1,111 @@
+"""The parity gate passes where layouts are right, and fails for every fault that is put in."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.verify.__main__ import main, with_global_scope
+from launch.verify.case_run import Outcome, import_optimizers, make_reference, run_case
+from launch.verify.cases import Case, find_case, layouts
+from launch.verify.faults import FAULTS
+from train.recipe import load_recipe
+from train.topology import Topology
+from train.validate import validate
+
+YAMLS = Path(__file__).resolve().parents[3] / "yamls"
+GLOBAL = ["model.moe.balance_scope=global_batch"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    import_optimizers()
+
+
+@functools.cache
+def _reference(case_key: tuple[str, str, bool], folder: Path) -> tuple[Case, int, Path]:
+    """The case of a fault with its reference, made once for faults that share it."""
+    name, layout, needs_global_scope = case_key
+    recipe = load_recipe(YAMLS / "smoke.yaml")
+    if needs_global_scope:
+        recipe = with_global_scope(recipe)
+    case = find_case(recipe, next(each for each in layouts(recipe) if str(each) == layout), name)
+    file = folder / f"{layout}-{name}-{needs_global_scope}.pt"
+    return case, make_reference(case, file), file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("references")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_gate_sees_the_fault(name: str, folder: Path) -> None:
+    fault = FAULTS[name]
+    case, seed, file = _reference((fault.input, str(fault.layout), fault.needs_global_scope), folder)
+    outcome = Outcome(case, run_case(case, seed, file, fault.put_in))
+    assert not outcome.has_passed
+    deviation = outcome.deviations[fault.shows_in]
+    assert deviation.first, f"not in {fault.shows_in}: {outcome.deviations}"
+    assert deviation.worst > 1e-4, "a fault is far above rounding"
+
+
+@pytest.mark.parametrize(("layout", "needs_global_scope"), [("(2,1,2)", False), ("(1,2,1)", True)])
+def test_gate_passes_the_same_cases_without_a_fault(
+    layout: str, needs_global_scope: bool, folder: Path
+) -> None:
+    case, seed, file = _reference(("accumulated", layout, needs_global_scope), folder)
+    outcome = Outcome(case, run_case(case, seed, file))
+    assert outcome.has_passed, outcome.deviations
+
+
+@pytest.mark.parametrize(
+    ("stem", "options"),
+    [
+        ("smoke", ["--worlds", "4", "--inputs", "accumulated", "idle", "crowded"]),
+        ("dbrx-moe-a", ["--worlds", "1", "2", "--inputs", "plain", "recomputed"]),
+        ("smoke", [*GLOBAL, "model.moe.jitter_eps=0.1", "--worlds", "2", "--inputs", "plain", "recomputed"]),
+        ("smoke", ["model.moe.balance=bias", "--worlds", "2", "--inputs", "accumulated"]),
+    ],
+)
+def test_command_passes_a_recipe_and_writes_its_tables(
+    stem: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, figures = tmp_path / "parity.html", tmp_path / "parity.json"
+    written = ["--html", str(page), "--json", str(figures)]
+    assert main([str(YAMLS / f"{stem}.yaml"), *options, *written]) == 0, capsys.readouterr().err
+    told = json.loads(figures.read_text())
+    assert told["passed"] and not told["first_difference"]
+    for case in told["cases"]:
+        errors = case["largest_relative_error"]
+        assert all(errors[quantity] <= bound for quantity, bound in told["bounds"].items()), case
+        assert case["layout"] in page.read_text()
+
+
+def test_a_failure_has_status_1_and_names_what_differs_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "parity.html"
+    recipe = str(YAMLS / "smoke.yaml")
+    assert main([recipe, "--inject", "experts-over-degree", "--html", str(page)]) == 1
+    complaint = capsys.readouterr().err
+    assert "step 1" in complaint and ".experts." in complaint and "expert 0" in complaint
+    assert "0 of 1 cases passed" in page.read_text()
+
+
+def test_a_mistake_in_the_recipe_has_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(YAMLS / "smoke.yaml"), "model.moe.top_k=99"]) == 2
+    assert "top_k" in capsys.readouterr().err
+
+
+def test_layouts_are_all_that_the_recipe_allows() -> None:
+    recipe = load_recipe(YAMLS / "smoke.yaml")
+    found = {str(layout) for layout in layouts(recipe)}
+    assert found >= {"(1,1,1)", "(1,2,1)", "(1,1,2)", "(2,1,1)", "(1,4,1)", "(1,2,2)", "(1,1,4)", "(2,1,2)"}
+    assert len(found) == len(layouts(recipe)) == 9
+    dense = load_recipe(YAMLS / "mpt-7b.yaml")
+    assert all(layout.expert == 1 for layout in layouts(dense))
+    for layout in layouts(recipe, worlds=(4,)):
+        case = find_case(recipe, layout, "accumulated")
+        validate(case.recipe, Topology(0, layout.world_size, 0, 1), "smoke")

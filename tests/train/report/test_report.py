@@ -1,0 +1,211 @@
+"""The page about a run: every section from real files, nothing from outside, unfinished runs too."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import metrics
+from train.recipe import load_recipe, to_yaml
+from train.report.__main__ import main
+from train.report.page import key_figures, write_report
+from train.report.plots import smoothed, thinned
+from train.report.run_record import Series, read_run
+from train.step_log import EXPERT_LOAD_FILE, StepLog
+from train.summary import DatasetInput, Summary, read_summary, write_summary
+
+SMOKE = Path(__file__).parents[3] / "yamls" / "smoke.yaml"
+LAYERS, EXPERTS, STEPS = 2, 4, 30
+SUMMARY = Summary(
+    name="toy",
+    batches=STEPS,
+    tokens=STEPS * 1000,
+    seconds=75.0,
+    validation_loss={"code": 3.0, "prose": 4.0},
+    unigram_entropy={"code": 6.5, "prose": 7.0},
+    parameters_total=7_400_000,
+    parameters_active=3_100_000,
+    flops_per_token=2e7,
+    peak_flops=1.7e12,
+    precision="bf16",
+    devices=1,
+    hardware="2 cores of Some <Processor>",
+    git_commit="0123abcd",
+    packages={"torch": "2.7.0"},
+    datasets=[DatasetInput("code/train", "ab" * 32, "shards/code", 900_000)],
+)
+SECTIONS = [
+    "Loss",
+    "Throughput",
+    "Step time",
+    "Optimisation",
+    "Expert load",
+    "A sample of text",
+    "Origin",
+    "Recipe",
+]
+
+
+def leave_run(run_dir: Path, *, steps: int = STEPS, experts: bool = True, summary: bool = True) -> Path:
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text(to_yaml(load_recipe(SMOKE, ["name=toy"])))
+    record, load = StepLog(run_dir / "metrics.jsonl"), StepLog(run_dir / EXPERT_LOAD_FILE)
+    for step in range(1, steps + 1):
+        plain = {metric.key for metric in metrics.METRICS if metric.key.islower()}
+        record.write(step, {"tokens": 1000 * step, "time": 1e9, **dict.fromkeys(plain, 1 / step)})
+        if experts:
+            for layer in range(LAYERS):
+                for key in (metrics.EXPERT_BUSIEST, metrics.EXPERT_IDLEST, metrics.EXPERT_ENTROPY):
+                    record.write(step, {metrics.of_layer(key, layer): 0.25})
+                record.write(step, {metrics.of_layer(metrics.EXPERT_DEAD, layer): 1})
+            load.write(step, {"shares": [[0.5, 0.25, 0.25, 0.0]] * LAYERS})
+        if step % 10 == 0:
+            record.write(step, {metrics.validation_loss("code"): 3.0, metrics.bits_per_byte("code"): 1.25})
+            record.write(step, {metrics.validation_loss("prose"): 4.0})
+    if summary:
+        write_summary(run_dir, SUMMARY)
+        (run_dir / "sample.txt").write_text("if a < b & c:")
+    return run_dir
+
+
+class Links(HTMLParser):
+    """Collects whatever a page would load, and its headings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.headings: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "data", "action")]
+        assert tag not in ("script", "link", "iframe", "object", "embed")
+        if tag not in ("meta", "br", "path", "use", "image"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["h2"]:
+            self.headings.append(data)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    run_dir = leave_run(tmp_path_factory.mktemp("runs") / "toy")
+    return write_report(run_dir).read_text()
+
+
+def test_every_section_is_there(page: str) -> None:
+    links = Links()
+    links.feed(page)
+    assert links.headings == SECTIONS
+    assert page.count("<svg") == 6
+
+
+def test_nothing_is_loaded_from_outside(page: str) -> None:
+    links = Links()
+    links.feed(page)
+    assert links.addresses
+    assert all(address.startswith(("#", "data:")) for address in links.addresses)
+    assert not re.search(r"https?:|//\w+\.\w+|@import|url\((?!#)", page)
+
+
+def test_figures_take_the_pages_ink(page: str) -> None:
+    assert "prefers-color-scheme: dark" in page
+    assert "currentColor" in page
+    assert "#0a0b0c" not in page
+    assert not re.search(r"fill: #ffffff|fill: white", page)
+
+
+def test_ids_of_figures_do_not_clash(page: str) -> None:
+    clips = re.findall(r'<clipPath id="(\w+)"', page)
+    assert len(clips) == len(set(clips))
+
+
+def test_figures_and_texts_of_the_run(page: str) -> None:
+    for text in (
+        "3.500",  # mean validation loss
+        "6.750",  # mean unigram entropy
+        "1 min 15 s",
+        "7.40M",
+        "Some &lt;Processor&gt;",
+        "if a &lt; b &amp; c:",
+        "unigram entropy, prose: 7.00",
+        "ab" * 32,
+        "n_kv_heads: 2",
+        "1.70 TFLOP/s",
+        "In the last batch 2 of 8 experts took none",
+    ):
+        assert text in page
+
+
+def test_unfinished_run_has_a_page(tmp_path: Path) -> None:
+    page = write_report(leave_run(tmp_path / "toy", summary=False)).read_text()
+    assert "not complete" in page
+    assert "Origin" not in page
+    assert "Expert load" in page
+
+
+def test_dense_run_has_no_experts(tmp_path: Path) -> None:
+    assert "Expert load" not in write_report(leave_run(tmp_path / "toy", experts=False)).read_text()
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_hardly_begun_run_has_a_page(tmp_path: Path, steps: int) -> None:
+    assert (
+        "<h2>Recipe</h2>" in write_report(leave_run(tmp_path / "toy", steps=steps, summary=False)).read_text()
+    )
+
+
+def test_diverged_run_has_a_page(tmp_path: Path) -> None:
+    run_dir = leave_run(tmp_path / "toy", summary=False)
+    record = StepLog(run_dir / "metrics.jsonl")
+    record.drop_after(STEPS)
+    for step in range(STEPS + 1, STEPS + 5):
+        lost = {metrics.LOSS: float("nan"), metrics.GRADIENT_NORM: float("inf")}
+        record.write(step, {"tokens": 1000 * step, "time": 1e9, **lost})
+    assert "<h2>Loss</h2>" in write_report(run_dir).read_text()
+
+
+def test_summary_comes_back_equal(tmp_path: Path) -> None:
+    write_summary(tmp_path, SUMMARY)
+    assert read_summary(tmp_path) == SUMMARY
+    assert SUMMARY.mean_validation_loss == 3.5
+
+
+def test_command_prints_and_writes_key_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = leave_run(tmp_path / "toy")
+    figures = tmp_path / "figures.json"
+    assert main([str(run_dir), "--json", str(figures)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"validation loss, mean +3\.5000\n", shown)
+    assert shown.endswith(f"{run_dir}/report.html\n")
+    assert json.loads(figures.read_text()) == key_figures(read_run(run_dir))
+
+
+def test_other_folders_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"{tmp_path}: has no recipe.yaml; give the folder of a run, runs/NAME\n"
+
+
+def test_thinning_keeps_means_and_order() -> None:
+    series = Series(np.arange(10_000.0), np.arange(10_000.0) * 2)
+    thin = thinned(series, points=100)
+    assert len(thin) == 100
+    assert np.allclose(thin.values, thin.tokens * 2)
+    assert thin.values.mean() == pytest.approx(series.values.mean())
+
+
+def test_smoothing_bends_no_line_and_passes_over_gaps() -> None:
+    line = np.linspace(5.0, 1.0, 500)
+    assert np.allclose(smoothed(line), line)
+    line[100:110] = np.nan
+    assert np.isfinite(smoothed(line, share=0.1)).all()
+    rough = np.random.default_rng(0).normal(size=500)
+    assert smoothed(rough)[50:-50].std() < rough.std() / 2

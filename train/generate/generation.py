@@ -1,0 +1,175 @@
+"""Text from a decoder: prompts in, pieces of text out, as they come.
+
+Shapes: B prompts, S tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from data.tokenizer import TokenizerHandle, open_tokenizer
+from train.generate.kv_cache import CachedDecoder, flush_right
+from train.generate.sampling import Sampling, next_tokens
+from train.interchange.folders import SOURCE_FOLDER, InterchangeError
+from train.interchange.weights import Source
+from train.model import Decoder
+
+TOKENIZER_FILE = "tokenizer.json"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Text(Protocol):
+    """Text to ids and back."""
+
+    end_ids: frozenset[int]
+    """Tokens that end a text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+
+
+class OwnText:
+    """The tokenizer that a run was trained with."""
+
+    def __init__(self, handle: TokenizerHandle) -> None:
+        self._handle = handle
+        self.end_ids = frozenset({handle.eos_id})
+        self._special = frozenset(handle.special_ids.values())
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, in which nothing is special."""
+        return [int(i) for i in self._handle.encode_documents([text])[0]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+        return self._handle.decode(i for i in ids if i not in self._special)
+
+
+class HuggingFaceText:
+    """The tokenizer of a Hugging Face folder; its own code, if it has any, is not run."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ends = {"<|im_end|>", self._tokenizer.eos_token}
+        ids = (self._tokenizer.convert_tokens_to_ids(end) for end in ends if end)
+        self.end_ids = frozenset(i for i in ids if i is not None and i != self._tokenizer.unk_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; marks such as ChatML's are single tokens where the tokenizer has them."""
+        return [int(i) for i in self._tokenizer(text)["input_ids"]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def text_of(source: Source) -> Text:
+    """The tokenizer that belongs to weights.
+
+    Raises:
+        InterchangeError: if none came with them.
+    """
+    if source.recipe is not None:
+        return OwnText(open_tokenizer(source.recipe.tokenizer, Path(source.recipe.data.shards)))
+    for folder in (source.path / SOURCE_FOLDER, source.path):
+        if (folder / TOKENIZER_FILE).is_file():
+            return HuggingFaceText(folder)
+    raise InterchangeError(f"{source.path}: came without {TOKENIZER_FILE}")
+
+
+@dataclass
+class Answer:
+    """One prompt's continuation so far."""
+
+    prompt_tokens: int
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    ending: str = ""
+    """`end of text`, `stop`, `length`; empty while it goes on."""
+
+
+def generate(
+    decoder: Decoder,
+    text: Text,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    max_tokens: int,
+    stop: Sequence[str] = (),
+    use_cache: bool = True,
+) -> Iterator[list[Answer]]:
+    """Continues prompts, one token each at a time.
+
+    Args:
+        decoder: whole on one device.
+        text: its tokenizer.
+        prompts: none of them empty of tokens.
+        sampling: how tokens are drawn.
+        max_tokens: most tokens of each answer.
+        stop: texts that end an answer and are not part of it.
+        use_cache: False recomputes everything for each token.
+
+    Yields:
+        All answers after each token; the same objects every time. Text grows by whole characters and is
+        final up to the point where a stop text might have begun.
+
+    Raises:
+        InterchangeError: if prompt and answer do not fit the model's sequence length.
+    """
+    ids = [text.encode(prompt) for prompt in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if not tokens:
+            raise InterchangeError(f"prompt {prompt!r} has no tokens")
+    longest, limit = max(map(len, ids)) + max_tokens, decoder.cfg.max_sequence_tokens
+    if longest > limit:
+        raise InterchangeError(
+            f"prompt and answer of {longest} tokens exceed the model's {limit}; lower --max-tokens"
+        )
+    generator = torch.Generator().manual_seed(sampling.seed)
+    answers = [Answer(len(tokens)) for tokens in ids]
+    cached = CachedDecoder(decoder, use_cache=use_cache)
+    fed_BS = flush_right(ids, next(decoder.parameters()).device)
+    for _ in range(max_tokens):
+        logits_BV = cached.feed(fed_BS)
+        assert cached.tokens_BN is not None
+        drawn_B = next_tokens(logits_BV, cached.tokens_BN, sampling, generator)
+        for answer, token in zip(answers, drawn_B.tolist(), strict=True):
+            _extend(answer, token, text, stop)
+        for answer in answers:
+            if not answer.ending and len(answer.ids) == max_tokens:
+                answer.ending = "length"
+                answer.text = text.decode(answer.ids)
+        yield answers
+        if all(answer.ending for answer in answers):
+            return
+        fed_BS = drawn_B[:, None]
+
+
+def _extend(answer: Answer, token: int, text: Text, stop: Sequence[str]) -> None:
+    """Adds a token to an answer that has not ended."""
+    if answer.ending:
+        return
+    if token in text.end_ids:
+        answer.ending = "end of text"
+        answer.text = text.decode(answer.ids)
+        return
+    answer.ids.append(token)
+    said = text.decode(answer.ids)
+    for end in stop:
+        if end in said:
+            answer.ending, answer.text = "stop", said[: said.index(end)]
+            return
+    # The last character may still lack bytes, and a stop text may have begun.
+    said = said.rstrip(REPLACEMENT)
+    held = max((k for end in stop for k in range(1, len(end)) if said.endswith(end[:k])), default=0)
+    said = said[: len(said) - held]
+    if said.startswith(answer.text):
+        answer.text = said

@@ -1,0 +1,211 @@
+"""Weights by our names, wherever they are: a run, a checkpoint, an imported folder, Hugging Face's form.
+
+Whatever reads weights (export, generation, continued training, upcycling) asks for rows of a tensor, so
+that none of them knows where they come from, and none needs a model in memory.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from train import sizing
+from train.checkpoint import newest_whole_checkpoint
+from train.interchange.folders import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    STATE_FOLDER,
+    InterchangeError,
+    model_at,
+    read_json,
+)
+from train.interchange.hf_mapping import Family, Link, family_of
+from train.interchange.safetensors_io import SafetensorsFolder, TensorInfo
+from train.run_folder import CHECKPOINTS_FOLDER
+from train.schema import Model, Recipe
+
+BALANCING_BIAS = "router.expert_bias"
+"""A buffer that some models have beside their weights."""
+WRAPPER = "model.decoder."
+"""What begins the decoder's names in a checkpoint of a run."""
+
+
+class Weights(Protocol):
+    """Tensors under our names, read by rows."""
+
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows ``first`` up to ``last`` (the end, if None) of a tensor."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights with what is known about them."""
+
+    path: Path
+    """The run's checkpoint or the folder that they were found in."""
+    model: Model
+    weights: Weights
+    recipe: Recipe | None = None
+    """The recipe of the run that made them; None for weights from elsewhere."""
+
+
+class CheckpointWeights:
+    """The decoder's tensors in a checkpoint of a run, whatever its layout was; one is held at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = dcp.FileSystemReader(folder / STATE_FOLDER)
+        entries = self._reader.read_metadata().state_dict_metadata
+        self._keys = {key.removeprefix(WRAPPER): key for key in entries if key.startswith(WRAPPER)}
+        if not self._keys:
+            raise InterchangeError(f"{folder}: holds no decoder")
+        self.tensors = {}
+        for name, key in self._keys.items():
+            entry = entries[key]
+            assert isinstance(entry, dcp.metadata.TensorStorageMetadata), key
+            self.tensors[name] = TensorInfo(name, entry.properties.dtype, tuple(entry.size))
+        self._held: tuple[str, Tensor] | None = None
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of a tensor; it is read whole, as its parts lie where the run's ranks wrote them."""
+        if self._held is None or self._held[0] != name:
+            self._held = None
+            info = self.tensors[name]
+            whole = torch.empty(info.shape, dtype=info.dtype)
+            dcp.load({self._keys[name]: whole}, storage_reader=self._reader, no_dist=True)
+            self._held = name, whole
+        return self._held[1][first:last]
+
+
+class HuggingFaceWeights:
+    """A folder in Hugging Face's form under our names, put together from its tensors as they are read.
+
+    Raises:
+        InterchangeError: for a tensor that is missing, of another shape, or one too many.
+    """
+
+    def __init__(self, folder: SafetensorsFolder, family: Family, model: Model) -> None:
+        self.folder = folder
+        self._links: dict[str, list[Link]] = {}
+        expected: set[str] = set()
+        for link in family.links(model):
+            expected.add(link.theirs)
+            self._check(link)
+            if link.ours is not None:
+                self._links.setdefault(link.ours, []).append(link)
+        for name in folder.tensors:
+            if name not in expected and not name.endswith(family.ignored or ("\0",)):
+                raise InterchangeError(f"{folder.folder}: {name} is no tensor of a {family.model_type} model")
+        self.tensors = {}
+        for weight in sizing.weights(model):
+            dtypes = {folder.tensors[link.theirs].dtype for link in self._links[weight.name]}
+            if len(dtypes) > 1:
+                raise InterchangeError(f"{folder.folder}: parts of {weight.name} are of different types")
+            self.tensors[weight.name] = TensorInfo(weight.name, dtypes.pop(), weight.shape)
+        self._turned: tuple[str, Tensor] | None = None
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of a tensor of ours; a transposed part is held until the next one is read."""
+        last = self.tensors[name].shape[0] if last is None else last
+        parts = []
+        for link in self._links[name]:
+            start, end = max(first - link.first, 0), min(last - link.first, link.rows)
+            if start >= end:
+                continue
+            if link.transposed:
+                parts.append(self._transposed(link.theirs)[start:end])
+            else:
+                parts.append(self.folder.read(link.theirs, start, end))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _transposed(self, theirs: str) -> Tensor:
+        if self._turned is None or self._turned[0] != theirs:
+            self._turned = None
+            self._turned = theirs, self.folder.read(theirs).t()
+        return self._turned[1]
+
+    def _check(self, link: Link) -> None:
+        info = self.folder.tensors.get(link.theirs)
+        if info is None:
+            raise InterchangeError(f"{self.folder.folder}: {link.theirs} is missing")
+        if info.shape != link.shape:
+            raise InterchangeError(
+                f"{self.folder.folder}: {link.theirs} is of shape {info.shape} instead of {link.shape}"
+            )
+
+
+def open_weights(path: Path, checkpoint: str | None = None) -> Source:
+    """Opens weights wherever they are; nothing but headers and metadata is read.
+
+    Args:
+        path: a run's folder, one of its checkpoints, a folder that `train.import_hf` or `train.upcycle`
+            wrote, or a folder in Hugging Face's form.
+        checkpoint: for a run: which checkpoint, by the folder's name; None takes the newest whole one.
+
+    Raises:
+        InterchangeError: if there is nothing of these kinds, or it is damaged.
+    """
+    model, recipe = model_at(path)
+    if recipe is None and checkpoint is not None:
+        raise InterchangeError(f"{path}: is not a run, so that it has no checkpoint {checkpoint}")
+    weights: Weights
+    if recipe is not None:
+        if (path / CHECKPOINTS_FOLDER).is_dir():
+            path = path / CHECKPOINTS_FOLDER / checkpoint if checkpoint else newest(path)
+        if not (path / STATE_FOLDER).is_dir():
+            raise InterchangeError(f"{path}: is no checkpoint")
+        weights = CheckpointWeights(path)
+    elif (path / MODEL_FILE).is_file():
+        weights = SafetensorsFolder(path)
+    else:
+        family = family_of(read_json(path / CONFIG_FILE))
+        weights = HuggingFaceWeights(SafetensorsFolder(path), family, model)
+    source = Source(path, model, weights, recipe)
+    check_complete(source)
+    return source
+
+
+def newest(run: Path) -> Path:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        InterchangeError: if there is none.
+    """
+    found, complaints = newest_whole_checkpoint(run / CHECKPOINTS_FOLDER)
+    if found is None:
+        raise InterchangeError(f"{run}: has no whole checkpoint {'; '.join(complaints)}".strip())
+    return found
+
+
+def check_complete(source: Source) -> None:
+    """Compares names and shapes with those of the model.
+
+    Raises:
+        InterchangeError: for the first tensor that is missing, of another shape, or one too many.
+    """
+    expected = list(sizing.weights(source.model))
+    surplus = source.weights.tensors.keys() - {weight.name for weight in expected}
+    for name in sorted(surplus):
+        if not name.endswith(BALANCING_BIAS):
+            raise InterchangeError(f"{source.path}: {name} is no tensor of its model")
+    for weight in expected:
+        info = source.weights.tensors.get(weight.name)
+        if info is None:
+            raise InterchangeError(f"{source.path}: {weight.name} is missing")
+        if info.shape != weight.shape:
+            raise InterchangeError(
+                f"{source.path}: {weight.name} is of shape {info.shape} instead of {weight.shape}"
+            )
+
+
+def row_blocks(weights: Weights, name: str, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
+    """Consecutive rows of a tensor in blocks of some megabytes."""
+    info = weights.tensors[name]
+    last = info.shape[0] if last is None else last
+    for start in range(first, last, info.block_rows):
+        yield weights.read(name, start, min(start + info.block_rows, last))

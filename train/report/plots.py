@@ -1,0 +1,324 @@
+"""The report's figures, each as an inline SVG that is read in light and in dark.
+
+Ink is the page's own text colour; curves have colours of middle brightness.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from train import metrics
+from train.report.run_record import RunRecord, Series
+
+# Shapes: N recorded steps, L layers, E experts.
+
+COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#0ea5a4", "#d4a017", "#ec4899")
+INK = "#0a0b0c"
+"""Stands for the page's text colour until the SVG is written."""
+WIDTH_INCHES = 9.0
+POINTS = 800
+HEAT_MAP_LAYERS = 12
+LOAD_OCTAVES = 2
+"""The heat map's colours end at a quarter and at four times the balanced load."""
+
+STYLE = {
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+}
+
+
+def loss_figure(run: RunRecord) -> str:
+    """Training and validation loss over tokens, and the unigram entropy that context has to beat."""
+
+    def draw(axes: Sequence[Any]) -> None:
+        (axis,) = axes
+        training = thinned(run.series(metrics.LOSS))
+        axis.plot(millions(training), training.values, color=COLOURS[0], alpha=0.25, linewidth=0.8)
+        axis.plot(millions(training), smoothed(training.values), color=COLOURS[0], label="training, smoothed")
+        for colour, (domain, key) in zip(
+            COLOURS[1:], metrics.match_names(metrics.LOSS_VALIDATION, run.keys).items(), strict=False
+        ):
+            losses = run.series(key)
+            axis.plot(
+                millions(losses),
+                losses.values,
+                "o-",
+                markersize=4,
+                color=colour,
+                label=f"validation, {domain}",
+            )
+            if run.summary and domain in run.summary.unigram_entropy:
+                entropy = run.summary.unigram_entropy[domain]
+                axis.axhline(entropy, color=colour, linestyle=":", linewidth=1.2)
+                axis.annotate(
+                    f"unigram entropy, {domain}: {entropy:.2f}",
+                    (1, entropy),
+                    xycoords=("axes fraction", "data"),
+                    xytext=(-4, 3),
+                    textcoords="offset points",
+                    ha="right",
+                    color=colour,
+                )
+        axis.set_ylabel("nats per token")
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+
+    return render("Loss over tokens", draw, heights=(3.8,))
+
+
+def throughput_figure(run: RunRecord) -> str:
+    """Tokens per second and utilisation of the measured peak over tokens."""
+
+    def draw(axes: Sequence[Any]) -> None:
+        for axis, key, label, scale, colour in (
+            (axes[0], metrics.TOKENS_PER_SECOND, "tokens/s", 1.0, COLOURS[0]),
+            (axes[1], metrics.FLOP_UTILISATION, "% of peak FLOP/s", 100.0, COLOURS[2]),
+        ):
+            series = thinned(run.series(key))
+            values = series.values * scale
+            axis.plot(millions(series), values, color=colour, alpha=0.35, linewidth=0.8)
+            axis.plot(millions(series), smoothed(values), color=colour)
+            axis.set_ylabel(label)
+            axis.set_ylim(0, None)
+            axis.yaxis.set_major_formatter("{x:,.0f}" if np.nanmax(values) > 5 else "{x:g}")
+
+    return render("Throughput and FLOP utilisation over tokens", draw, heights=(2.0, 2.0))
+
+
+def optimisation_figure(run: RunRecord) -> str:
+    """Learning rate and gradient norm over tokens."""
+
+    def draw(axes: Sequence[Any]) -> None:
+        rate = thinned(run.series(metrics.LEARNING_RATE))
+        axes[0].plot(millions(rate), rate.values, color=COLOURS[3])
+        axes[0].set_ylabel("learning rate")
+        axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+        axes[0].set_ylim(0, None)
+        norm = thinned(run.series(metrics.GRADIENT_NORM))
+        axes[1].plot(millions(norm), norm.values, color=COLOURS[1], alpha=0.35, linewidth=0.8)
+        axes[1].set_ylabel("gradient norm")
+        if np.nanmin(norm.values, initial=np.inf) > 0:
+            # Means of logarithms: one spike lifts an ordinary mean over its whole window.
+            axes[1].plot(millions(norm), np.exp(smoothed(np.log(norm.values))), color=COLOURS[1])
+            log_scale(axes[1])
+
+    return render("Learning rate and gradient norm over tokens", draw, heights=(1.8, 2.0))
+
+
+def router_figure(run: RunRecord) -> str:
+    """Router losses, and the load of each layer's busiest and idlest expert, over tokens."""
+    experts = run.load_shares.shape[2]
+
+    def draw(axes: Sequence[Any]) -> None:
+        for key, label, colour in (
+            (metrics.LOSS_BALANCE, "balance loss", COLOURS[0]),
+            (metrics.LOSS_Z, "z-loss", COLOURS[3]),
+        ):
+            series = thinned(run.series(key))
+            if len(series) and np.nanmax(series.values) > 0:
+                axes[0].plot(millions(series), smoothed(series.values), color=colour, label=label)
+        if axes[0].lines:
+            log_scale(axes[0])
+            axes[0].legend()
+        axes[0].set_ylabel("router losses")
+        layers = range(run.load_shares.shape[1])
+        for key, label, colour in (
+            (metrics.EXPERT_BUSIEST, "busiest expert", COLOURS[4]),
+            (metrics.EXPERT_IDLEST, "idlest expert", COLOURS[0]),
+        ):
+            for layer in layers:
+                series = thinned(run.series(metrics.of_layer(key, layer)))
+                shown = label if layer == 0 else None
+                axes[1].plot(
+                    millions(series),
+                    smoothed(series.values * experts),
+                    color=colour,
+                    alpha=0.4 + 0.6 * (layer + 1) / len(layers),
+                    linewidth=1.0,
+                    label=shown,
+                )
+        axes[1].axhline(1, color=INK, linewidth=0.8, linestyle=":")
+        axes[1].set_ylabel("load / balanced load")
+        axes[1].set_ylim(0, None)
+        axes[1].legend(ncols=2)
+
+    return render("Router losses and extreme loads over tokens", draw, heights=(1.8, 2.2))
+
+
+def entropy_figure(run: RunRecord) -> str:
+    """Evenness of each layer's load over tokens: a row per layer, a column per moment."""
+    layers = run.load_shares.shape[1]
+    rows = [thinned(run.series(metrics.of_layer(metrics.EXPERT_ENTROPY, layer))) for layer in range(layers)]
+
+    def draw(axes: Sequence[Any]) -> None:
+        (axis,) = axes
+        grid_LN = np.stack([row.values for row in rows])
+        low = min(0.9, float(np.nanmin(grid_LN)))
+        image = axis.imshow(
+            grid_LN,
+            aspect="auto",
+            cmap="viridis",
+            vmin=low,
+            vmax=1,
+            interpolation="nearest",
+            extent=(*span(rows[0]), layers - 0.5, -0.5),
+        )
+        axis.set_ylabel("layer")
+        axis.set_yticks(range(0, layers, max(1, layers // 10)))
+        axis.grid(visible=False)
+        bar = axis.figure.colorbar(image, ax=axis, pad=0.01, label="entropy (1: balanced)")
+        bar.outline.set_visible(False)
+
+    return render(
+        "Evenness of expert load over layers and tokens", draw, heights=(max(1.6, min(5, 0.28 * layers)),)
+    )
+
+
+def load_figure(run: RunRecord) -> str:
+    """Heat map of every expert's load over tokens, a panel per layer (at most 12, evenly spread)."""
+    _, layers, experts = run.load_shares.shape
+    shown = np.unique(np.linspace(0, layers - 1, min(layers, HEAT_MAP_LAYERS)).round().astype(int))
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    tokens = Series(run.load_tokens, run.load_tokens)
+    # Octaves above and below the balanced load; an expert without tokens is at the bottom.
+    octaves_NLE = np.log2(np.maximum(run.load_shares * experts, 2.0**-LOAD_OCTAVES))
+
+    def draw(axes: Sequence[Any]) -> None:
+        image = None
+        for place, axis in enumerate(axes):
+            if place >= len(shown):
+                axis.axis("off")
+                continue
+            image = axis.imshow(
+                octaves_NLE[:, shown[place]].T,
+                aspect="auto",
+                cmap="RdBu_r",
+                vmin=-LOAD_OCTAVES,
+                vmax=LOAD_OCTAVES,
+                interpolation="nearest",
+                extent=(*span(tokens), experts - 0.5, -0.5),
+            )
+            axis.set_title(f"layer {shown[place]}", fontsize=9.5)
+            axis.grid(visible=False)
+            axis.set_yticks([0, experts - 1])
+            if place % columns == 0:
+                axis.set_ylabel("expert")
+            if place >= len(shown) - columns:
+                axis.set_xlabel("million tokens")
+        octaves = range(-LOAD_OCTAVES, LOAD_OCTAVES + 1)
+        bar = axes[0].figure.colorbar(
+            image, ax=list(axes), pad=0.012, ticks=list(octaves), label="load / balanced load"
+        )
+        bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
+        bar.outline.set_visible(False)
+
+    return render("Expert load over layers and tokens", draw, heights=(1.9,) * rows, columns=columns)
+
+
+def render(
+    title: str, draw: Callable[[Sequence[Any]], None], heights: tuple[float, ...], columns: int = 1
+) -> str:
+    """Draws on fresh axes and returns inline SVG without any outside reference.
+
+    Args:
+        title: told to those who cannot see the figure.
+        draw: gets the axes, row by row.
+        heights: height of each row in inches.
+        columns: axes in a row.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
+        figure = Figure(figsize=(WIDTH_INCHES, sum(heights) + 0.35), layout="constrained")
+        FigureCanvasSVG(figure)
+        grid = figure.subplots(
+            len(heights), columns, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+        )
+        draw(list(grid.ravel()))
+        if columns == 1:
+            grid[-1, 0].set_xlabel("million tokens")
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    return inline_svg(stream.getvalue(), title)
+
+
+def inline_svg(svg: str, title: str) -> str:
+    """An SVG file as an element of a page: no prologue, no namespaces, the page's ink."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = (
+        re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href").replace(INK, "currentColor")
+    )
+    svg = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", svg, count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+
+
+def millions(series: Series) -> np.ndarray:
+    """Tokens in millions, for the axis."""
+    return series.tokens / 1e6
+
+
+def span(series: Series) -> tuple[float, float]:
+    """First and last million tokens of a heat map's columns."""
+    ends = millions(series)
+    return float(ends[0]), float(ends[-1]) if ends[-1] > ends[0] else float(ends[0]) + 1e-6
+
+
+def thinned(series: Series, points: int = POINTS) -> Series:
+    """At most so many points, each the mean of its neighbours."""
+    if len(series) <= points:
+        return series
+    parts = np.array_split(np.arange(len(series)), points)
+    means = np.array([finite_mean(series.values[part]) for part in parts])
+    return Series(np.array([series.tokens[part].mean() for part in parts]), means)
+
+
+def finite_mean(values: np.ndarray) -> float:
+    """Mean of the finite values; not-a-number if there is none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+def smoothed(values: np.ndarray, share: float = 0.03) -> np.ndarray:
+    """Mean over a window of a thirtieth of the run around each point, shorter at the ends."""
+    half = int(share * len(values) / 2)
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    at = np.arange(len(values))
+    # Near an end the window shrinks on both sides, so that a slope there is not bent.
+    reach = np.minimum(half, np.minimum(at, len(values) - 1 - at))
+    first, last = at - reach, at + reach + 1
+    known = counts[last] - counts[first]
+    return np.where(known > 0, (sums[last] - sums[first]) / np.maximum(known, 1), np.nan)
+
+
+def log_scale(axis: Any) -> None:
+    """A logarithmic y axis with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
