@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     print(f"export: opening {options.source}; importing torch first", file=sys.stderr, flush=True)
     import torch
 
-    from train.interchange.folders import InterchangeError
+    from train.interchange.errors import InterchangeError
     from train.interchange.hf_folder import write_folder
     from train.interchange.weights import open_weights
     from train.recipe import RecipeError

@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status (2: a mistake of the user)."""
     options = parse(arguments)
     print(f"import: opening {options.source}; importing torch first", file=sys.stderr, flush=True)
-    from train.interchange.folders import InterchangeError
+    from train.interchange.errors import InterchangeError
     from train.interchange.weights_folder import verify_weights_folder
 
     try:
@@ -54,14 +54,8 @@ def import_folder(source: Path, out: Path, shard_gb: float = 5.0) -> "Written":
     Raises:
         InterchangeError: if the source cannot be expressed, is damaged or holds NaN.
     """
-    from train.interchange.folders import (
-        CONFIG_FILE,
-        HEADERS_FILE,
-        MODEL_FILE,
-        SOURCE_FOLDER,
-        InterchangeError,
-        read_json,
-    )
+    from train.interchange.errors import InterchangeError
+    from train.interchange.folders import CONFIG_FILE, HEADERS_FILE, MODEL_FILE, SOURCE_FOLDER, read_json
     from train.interchange.model_card import texts_of
     from train.interchange.weights import HuggingFaceWeights, open_weights
     from train.interchange.weights_folder import write_weights_folder

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.interchange.folders import InterchangeError, read_json
+from train.interchange.errors import InterchangeError
+from train.interchange.folders import read_json
 from train.recipe import RecipeError, load_recipe
 from train.schema import Recipe, Registry
 

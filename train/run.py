@@ -33,7 +33,7 @@ from train.device import describe_hardware, measured_peak_flops, supports_bf16
 from train.generate.generation import OwnText
 from train.generate.sample_text import write_sample
 from train.init import initialize
-from train.interchange.folders import InterchangeError
+from train.interchange.errors import InterchangeError
 from train.interchange.initial_weights import find_start, freeze, start_from
 from train.model import Decoder
 from train.optim import build_optimizer

@@ -4,7 +4,8 @@ import filecmp
 from dataclasses import fields
 from pathlib import Path
 
-from train.interchange.folders import InterchangeError, model_at
+from train.interchange.errors import InterchangeError
+from train.interchange.folders import model_at
 from train.recipe import RecipeError
 from train.schema import Model, OptimizerStart, Recipe, Tokenizer, TokenizerKind
 

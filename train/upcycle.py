@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.interchange.folders import InterchangeError
+from train.interchange.errors import InterchangeError
 from train.schema import Balance, Ffn, Model, Moe
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from train.export import main as export
 from train.import_hf import import_folder, main
-from train.interchange.folders import InterchangeError
+from train.interchange.errors import InterchangeError
 from train.interchange.initial_weights import load_initial_weights
 from train.interchange.safetensors_io import SafetensorsFolder
 from train.interchange.weights import Weights, open_weights

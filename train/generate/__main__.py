@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status (2: a mistake of the user)."""
     options = parse(arguments)
     print(f"generate: loading {options.source}; importing torch first", file=sys.stderr, flush=True)
-    from train.interchange.folders import InterchangeError
+    from train.interchange.errors import InterchangeError
     from train.recipe import RecipeError
 
     try:

@@ -13,7 +13,8 @@ import torch
 from data.tokenizer import TokenizerHandle, open_tokenizer
 from train.generate.kv_cache import CachedDecoder, flush_right
 from train.generate.sampling import Sampling, next_tokens
-from train.interchange.folders import SOURCE_FOLDER, InterchangeError
+from train.interchange.errors import InterchangeError
+from train.interchange.folders import SOURCE_FOLDER
 from train.interchange.weights import Source
 from train.model import Decoder
 

@@ -8,6 +8,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from train.interchange.errors import InterchangeError
+from train.interchange.hf_mapping import family_of
 from train.recipe import load_recipe, to_yaml
 from train.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE
 from train.schema import Model, Recipe
@@ -22,10 +24,6 @@ SOURCE_FOLDER = "source"
 """Of an imported folder: what the Hugging Face folder held beside the weights."""
 HEADERS_FILE = "headers.json"
 """In it: the headers of the files of weights, byte for byte."""
-
-
-class InterchangeError(ValueError):
-    """Weights that cannot be taken or given, said in one line."""
 
 
 def recipe_file_of(path: Path) -> Path | None:
@@ -50,8 +48,6 @@ def model_at(path: Path) -> tuple[Model, Recipe | None]:
     if (path / MODEL_FILE).is_file():
         return read_model(path / MODEL_FILE), None
     if (path / CONFIG_FILE).is_file():
-        from train.interchange.hf_mapping import family_of
-
         config = read_json(path / CONFIG_FILE)
         try:
             return family_of(config).to_model(config), None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from train.interchange.folders import InterchangeError
+from train.interchange.errors import InterchangeError
 from train.schema import Ffn, Model, Moe, Norm, Position
 
 Config = Mapping[str, Any]

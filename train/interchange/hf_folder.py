@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.interchange import model_card
-from train.interchange.folders import HEADERS_FILE, SOURCE_FOLDER, InterchangeError, read_json
+from train.interchange.errors import InterchangeError
+from train.interchange.folders import HEADERS_FILE, SOURCE_FOLDER, read_json
 from train.interchange.hf_mapping import Link, family_for
 from train.interchange.lineage import write_provenance
 from train.interchange.safetensors_io import (

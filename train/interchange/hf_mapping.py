@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from train import sizing
 from train.interchange import hf_config
-from train.interchange.folders import InterchangeError
+from train.interchange.errors import InterchangeError
 from train.interchange.hf_config import Config
 from train.schema import Balance, Ffn, Model, Norm, Position
 

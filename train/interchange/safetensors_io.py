@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.interchange.folders import InterchangeError, read_json
+from train.interchange.errors import InterchangeError
+from train.interchange.folders import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

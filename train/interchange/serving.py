@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from train.interchange.folders import CONFIG_FILE, InterchangeError, model_at, read_json
+from train.interchange.errors import InterchangeError
+from train.interchange.folders import CONFIG_FILE, model_at, read_json
 from train.schema import Model
 
 USAGE_STATUS = 2

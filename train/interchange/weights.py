@@ -15,14 +15,8 @@ from torch import Tensor
 
 from train import sizing
 from train.checkpoint import newest_whole_checkpoint
-from train.interchange.folders import (
-    CONFIG_FILE,
-    MODEL_FILE,
-    STATE_FOLDER,
-    InterchangeError,
-    model_at,
-    read_json,
-)
+from train.interchange.errors import InterchangeError
+from train.interchange.folders import CONFIG_FILE, MODEL_FILE, STATE_FOLDER, model_at, read_json
 from train.interchange.hf_mapping import Family, Link, family_of
 from train.interchange.safetensors_io import SafetensorsFolder, TensorInfo
 from train.run_folder import CHECKPOINTS_FOLDER

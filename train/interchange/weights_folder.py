@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train import sizing
-from train.interchange.folders import MODEL_FILE, InterchangeError, read_json, write_model
+from train.interchange.errors import InterchangeError
+from train.interchange.folders import MODEL_FILE, read_json, write_model
 from train.interchange.safetensors_io import (
     BLOCK_BYTES,
     TensorInfo,

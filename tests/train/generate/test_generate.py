@@ -17,7 +17,7 @@ from train.generate.generation import OwnText, generate, text_of
 from train.generate.kv_cache import CachedDecoder, flush_right
 from train.generate.sampling import Sampling, next_tokens
 from train.init import initialize
-from train.interchange.folders import InterchangeError
+from train.interchange.errors import InterchangeError
 from train.interchange.weights import open_weights
 from train.model import Decoder
 from train.recipe import load_recipe

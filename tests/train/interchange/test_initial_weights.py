@@ -12,7 +12,7 @@ from launch.ranks import run_ranks
 from train.checkpoint import Progress
 from train.checkpoint_saver import CheckpointSaver
 from train.export import main as export
-from train.interchange.folders import InterchangeError
+from train.interchange.errors import InterchangeError
 from train.interchange.initial_weights import freeze, load_initial_weights, restore_optimizer
 from train.interchange.weights import open_weights
 from train.model import Decoder
