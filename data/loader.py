@@ -224,7 +224,7 @@ def build_validation_loaders(
     manifest = _open_manifest(recipe, tokenizer)
     wanted = recipe.data.validation_sequences
     loaders = {}
-    for index, domain in enumerate(sorted(recipe.data.domains)):
+    for index, domain in enumerate(validated_domains(recipe)):
         there = manifest.domains[domain].splits["validation"].samples
         if there < wanted:
             raise RecipeError(
@@ -245,6 +245,11 @@ def build_validation_loaders(
             dataset, batch_size=None, pin_memory=torch.cuda.is_available(), generator=torch.Generator()
         )
     return loaders
+
+
+def validated_domains(recipe: Recipe) -> list[str]:
+    """Names of the domains that have a validation loss, sorted: those trained on, and those named beside."""
+    return sorted({*recipe.data.domains, *recipe.data.validation_domains})
 
 
 def build_plan(recipe: Recipe, manifest: Manifest) -> Plan:

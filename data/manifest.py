@@ -194,11 +194,11 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
     ):
         what = f"is {data.corpus_bytes}, but {data.shards} was built with {manifest.corpus_bytes}"
         raise RecipeError(what, key="data.corpus_bytes", remedy=other_place)
-    for domain in data.domains:
+    keys = {domain: f"data.domains.{domain}" for domain in data.domains}
+    for domain, key in (keys | dict.fromkeys(data.validation_domains, "data.validation_domains")).items():
         if domain not in manifest.domains:
             there = ", ".join(manifest.domains)
-            what = f"{data.shards} has no such domain"
-            raise RecipeError(what, key=f"data.domains.{domain}", remedy=f"it has {there}")
+            raise RecipeError(f"{data.shards} has no domain {domain}", key=key, remedy=f"it has {there}")
 
 
 def unigram_entropy(tokens: NDArray[np.integer[Any]]) -> float:

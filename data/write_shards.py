@@ -117,10 +117,10 @@ def _gather(documents: Iterator[Document], recipe: Recipe) -> dict[str, list[Doc
         for document in documents:
             by_domain.setdefault(document.domain, []).append(document)
             bar.update(len(document.text))
-    for domain in recipe.data.domains:
+    for domain in [*recipe.data.domains, *recipe.data.validation_domains]:
         if len(by_domain.get(domain, [])) < 2:
-            what = f"has {len(by_domain.get(domain, []))} documents, too few for two splits"
-            raise RecipeError(what, key=f"data.domains.{domain}", remedy="raise data.corpus_bytes")
+            what = f"{domain} has {len(by_domain.get(domain, []))} documents, too few for two splits"
+            raise RecipeError(what, key="data.domains", remedy="raise data.corpus_bytes")
     return by_domain
 
 

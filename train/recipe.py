@@ -11,10 +11,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from train.schema import Recipe
+
+MIXTURE = "data.domains"
+"""Shares have to add up to 1, so that a mixture replaces that of the layer below as a whole;
+`data.domains.X=0.5` on the command line changes one share."""
 
 
 class RecipeError(ValueError):
@@ -46,8 +50,13 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     merged = OmegaConf.structured(Recipe)
     given: dict[str, tuple[int, str]] = {}
-    for depth, (file, layer) in enumerate([*_layers(Path(path), ()), *_override_layers(overrides or [])]):
+    files, overrides = _layers(Path(path), ()), overrides or []
+    parts = {n for n, text in enumerate(overrides, len(files)) if text.startswith(f"{MIXTURE}.")}
+    for depth, (file, layer) in enumerate([*files, *_override_layers(overrides)]):
         try:
+            if OmegaConf.select(layer, MIXTURE) and depth not in parts:
+                with read_write(merged.data):
+                    merged.data.domains = {}
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise _explain(error, file) from None

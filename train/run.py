@@ -291,16 +291,17 @@ def unwrap(trainer: Trainer) -> LanguageModel:
 def dataset_inputs(recipe: Recipe, shards: Manifest) -> list[DatasetInput]:
     """The splits that a run reads, with the hash of their content."""
     contexts = {"train": "training", "validation": "validation"}
+    read = [(domain, split) for domain in recipe.data.domains for split in contexts]
+    read += [(domain, "validation") for domain in recipe.data.validation_domains]
     return [
         DatasetInput(
             name=f"{domain}/{split}",
             digest=shards.domains[domain].splits[split].content_sha256,
             source=recipe.data.shards,
             tokens=shards.domains[domain].splits[split].tokens,
-            context=context,
+            context=contexts[split],
         )
-        for domain in recipe.data.domains
-        for split, context in contexts.items()
+        for domain, split in read
     ]
 
 

@@ -203,6 +203,9 @@ class Data:
     """Upper bound of the text, in bytes per domain, that the corpus takes."""
     sequence_tokens: int = MISSING
     """Length S of a training sequence in tokens; documents are packed and masked from each other."""
+    validation_domains: list[str] = field(default_factory=list)
+    """Domains that are validated though nothing of them is trained on: the old ones of continued
+    pretraining, say, whose loss shows what is forgotten. Those of `domains` are validated in any case."""
     validation_sequences: int = 64
     """Validation sequences per domain that each evaluation reads."""
     workers: int = 1

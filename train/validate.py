@@ -159,10 +159,14 @@ def _data(recipe: Recipe, _: Topology) -> Iterator[Fault]:
     for name, share in data.domains.items():
         if not share > 0:
             yield Fault(f"data.domains.{name}", f"is {share}", "must be above 0, or leave the domain out")
+    for name in data.validation_domains:
+        if name in data.domains:
+            yield Fault("data.validation_domains", f"{name} is in data.domains", "name it once, there")
+    named = {name: f"data.domains.{name}" for name in data.domains}
+    named |= {name: "data.validation_domains" for name in data.validation_domains}
+    for name, key in named.items():
         if data.corpus == "installed" and name not in INSTALLED_DOMAINS:
-            yield Fault(
-                f"data.domains.{name}", "is not in the installed corpus", f"it has {INSTALLED_DOMAINS}"
-            )
+            yield Fault(key, f"{name} is not in the installed corpus", f"it has {INSTALLED_DOMAINS}")
     total = math.fsum(data.domains.values())
     if data.domains and abs(total - 1) > 1e-6:
         yield Fault("data.domains", f"shares add up to {total:g}", "must add up to 1")

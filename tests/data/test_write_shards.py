@@ -106,7 +106,7 @@ def test_a_build_that_fails_leaves_nothing(make_recipe: Callable[..., Recipe], t
 
     with pytest.raises(OSError, match="disk"):
         build_shards(recipe, documents=broken)
-    with pytest.raises(RecipeError, match=r"data.domains.prose: has 0 documents"):
+    with pytest.raises(RecipeError, match=r"data.domains: prose has 0 documents"):
         build_shards(recipe, documents=lambda: iter(list(small_documents())[:60]))
     assert [path.name for path in tmp_path.iterdir()] == [".shards.lock"]
 
@@ -164,9 +164,10 @@ def test_shards_that_the_recipe_does_not_mean_are_refused(built: Recipe, make_re
     shards = Path(built.data.shards)
     cases = {
         r"data.sequence_tokens: is 64, but .* has sequences of 32": make_recipe(shards, sequence_tokens=64),
-        r"data.domains.music: .* has no such domain; it has code, prose": make_recipe(
+        r"data.domains.music: .* has no domain music; it has code, prose": make_recipe(
             shards, domains={"music": 1.0}
         ),
+        r"data.validation_domains: .* has no domain music": make_recipe(shards, validation_domains=["music"]),
         r"data.corpus_bytes: is 7, but": make_recipe(shards, corpus="installed", corpus_bytes=7),
         r"tokenizer.kind: is bpe-512, but .* was made with bpe-300": dataclasses.replace(
             built, tokenizer=dataclasses.replace(built.tokenizer, vocab_size=512)

@@ -40,6 +40,14 @@ def test_extends_merges_over_the_base_and_the_command_line_wins(tmp_path: Path) 
     assert load_recipe(tmp_path / "child.yaml", ["model.moe=null"]).model.moe is None
 
 
+def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
+    (tmp_path / "child.yaml").write_text(f"extends: {SMOKE}\ndata: {{domains: {{prose: 1.0}}}}\n")
+    assert load_recipe(tmp_path / "child.yaml").data.domains == {"prose": 1.0}
+    assert load_recipe(SMOKE, ["data.domains={code: 1.0}"]).data.domains == {"code": 1.0}
+    one = ["data.domains.code=0.3", "data.domains.prose=0.7"]
+    assert load_recipe(SMOKE, one).data.domains == {"code": 0.3, "prose": 0.7}
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -71,6 +79,11 @@ def test_extends_merges_over_the_base_and_the_command_line_wins(tmp_path: Path) 
             f"{SMOKE}: model.vocab_size: 1000 rows, but the tokenizer makes ids up to 4095",
         ),
         ("data.domains.code=0.6", f"{SMOKE}: data.domains: shares add up to 1.1"),
+        (
+            "data.validation_domains=[music]",
+            f"{SMOKE}: data.validation_domains: music is not in the installed corpus",
+        ),
+        ("data.validation_domains=[code]", f"{SMOKE}: data.validation_domains: code is in data.domains"),
         (
             "data.sequence_tokens=1024",
             f"{SMOKE}: data.sequence_tokens: 1024 exceeds model.max_sequence_tokens=512",

@@ -118,3 +118,27 @@ def test_what_a_run_leaves_and_that_it_learns(
     before = (folder / "metrics.jsonl").read_bytes()
     assert _run(recipe) == steps
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_goes_on_from_another_and_validates_what_it_does_not_train_on(
+    tmp_path: Path, shards: Path
+) -> None:
+    only_code = ("data.domains={code: 1.0}", "data.validation_domains=[prose]")
+    old = _run(_recipe(tmp_path, shards, "old", *only_code))[-1]
+    # Steps of next to nothing leave the weights of step 0, so that their losses are the old run's.
+    new = (
+        "data.domains={prose: 1.0}",
+        "data.validation_domains=[code]",
+        f"start.weights={tmp_path / 'old'}",
+        "training.duration_tokens=512",
+        "optimizer.learning_rate=1e-12",
+        "schedule.warmup_tokens=0",
+    )
+    for moments in ("fresh", "restored"):
+        recipe = _recipe(tmp_path, shards, f"new-{moments}", *new, f"start.optimizer={moments}")
+        now = _run(recipe)[-1]
+        for domain in ("code", "prose"):
+            key = f"loss/validation/{domain}"
+            assert now[key] == pytest.approx(old[key], abs=1e-6)
+    read = json.loads((tmp_path / "old" / "summary.json").read_text())["datasets"]
+    assert [dataset["name"] for dataset in read] == ["code/train", "code/validation", "prose/validation"]
