@@ -25,6 +25,7 @@ TIME_OPTIMIZER = "time/optimizer"
 TIME_OTHER = "time/other"
 TIME_EVALUATION = "time/evaluation"
 TIME_CHECKPOINT = "time/checkpoint"
+SLOWEST_RANK = "time/slowest_rank"
 EXPERT_BUSIEST = "experts/LAYER/busiest"
 EXPERT_IDLEST = "experts/LAYER/idlest"
 EXPERT_ENTROPY = "experts/LAYER/entropy"
@@ -62,6 +63,7 @@ METRICS = (
     Metric(TIME_OTHER, "s", "the rest of time/step"),
     Metric(TIME_EVALUATION, "s", "evaluation before the step, outside time/step"),
     Metric(TIME_CHECKPOINT, "s", "checkpoints and records before the step, outside time/step"),
+    Metric(SLOWEST_RANK, "1", "the slowest rank's own time per step over the median rank's"),
     Metric(EXPERT_BUSIEST, "1", "share of the layer's token assignments that its busiest expert took"),
     Metric(EXPERT_IDLEST, "1", "share of the layer's token assignments that its idlest expert took"),
     Metric(EXPERT_ENTROPY, "1", "entropy of the layer's shares over that of equal shares: 1 is balanced"),

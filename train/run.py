@@ -46,6 +46,8 @@ from train.summary import DatasetInput, Summary, write_summary
 from train.topology import Topology
 from train.tracking.uploader import MlflowUploader
 from train.trainer import build_trainer
+from train.watch.records import clear_records, records_folder
+from train.watch.watched import Watched, watched
 
 Result = TypeVar("Result")
 
@@ -82,6 +84,7 @@ def run(recipe: Recipe, topology: Topology) -> int:
         return 0
     recipe, folder = claim.recipe, claim.folder
     say(topology, f"run folder {folder}")
+    on_main(topology, lambda: clear_records(records_folder(folder)))
     shards = on_main(topology, lambda: ensure_shards(recipe))
     on_main(topology, lambda: require_same_data(folder, shards.digest))
     hush_libraries()
@@ -90,14 +93,17 @@ def run(recipe: Recipe, topology: Topology) -> int:
         uploader.start()
     status = "FAILED"
     try:
-        model, optimizer = build_model(recipe, machine)
-        checkpoint, progress = resume(recipe, folder, model, optimizer, topology)
-        job = assemble(recipe, folder, machine, shards, model, optimizer, checkpoint, progress)
-        if progress.batch < sizing.batches(recipe):
-            job.trainer.fit()
-        else:
-            job.trainer.eval()
-        losses = final_losses(job)
+        with watched(recipe, folder, topology) as watch:
+            model, optimizer = build_model(recipe, machine)
+            watch.move("loading the checkpoint")
+            checkpoint, progress = resume(recipe, folder, model, optimizer, topology)
+            watch.move("opening shards")
+            job = assemble(recipe, folder, machine, shards, model, optimizer, checkpoint, progress, watch)
+            if progress.batch < sizing.batches(recipe):
+                job.trainer.fit()
+            else:
+                job.trainer.eval()
+            losses = final_losses(job)
         if topology.is_main:
             finish(recipe, folder, machine, shards, job, losses)
         job.trainer.close()
@@ -128,7 +134,10 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
     device = get_device(None)
     device_type = "cuda" if device.name == "gpu" else "cpu"
     if topology.world_size > 1:
-        dist.initialize_dist(device, timeout=600.0)
+        # Longer than the watchdog's patience: it knows more than a collective that gives up.
+        watch = recipe.watch
+        longest = max(watch.hang_seconds or 0.0, watch.start_seconds)
+        dist.initialize_dist(device, timeout=2 * longest)
     precision = recipe.training.precision
     if precision is Precision.auto:
         precision = Precision.bf16 if supports_bf16(device_type) else Precision.fp32
@@ -202,6 +211,7 @@ def assemble(
     optimizer: Optimizer,
     checkpoint: Path | None,
     progress: Progress,
+    watch: Watched,
 ) -> Job:
     """The Trainer with its loaders, records and checkpoints."""
     topology, batches = machine.topology, sizing.batches(recipe)
@@ -209,6 +219,7 @@ def assemble(
     callbacks: list[Callback] = [
         *update_callbacks(recipe, model, topology),
         Checkpointing(folder / CHECKPOINTS_FOLDER, recipe.checkpoint, topology, checkpoint),
+        *watch.callbacks(),
     ]
     loggers: list[LoggerDestination] = []
     if topology.is_main:

@@ -15,7 +15,16 @@ SAMPLE_FILE = "sample.txt"
 REPORT_FILE = "report.html"
 CHECKPOINTS_FOLDER = "checkpoints"
 
-FREE_TO_CHANGE = ("on_existing", "tracking", "parallelism", "checkpoint", "data.workers", "runs_dir", "name")
+FREE_TO_CHANGE = (
+    "on_existing",
+    "tracking",
+    "parallelism",
+    "checkpoint",
+    "data.workers",
+    "runs_dir",
+    "name",
+    "watch",
+)
 """Keys that may differ when a run is resumed: they do not change what is trained."""
 
 

@@ -328,6 +328,22 @@ class Tracking:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """Hangs and stragglers; docs/faults.md."""
+
+    hang_seconds: Optional[float] = 600.0
+    """Seconds without any movement after which a rank is taken to hang: longer than the longest pause
+    between two microbatches, two evaluation batches, or a save that is waited for. The job then names the
+    rank and ends with status 76, to be restarted. null: nothing is watched."""
+    start_seconds: float = 1800.0
+    """The same before the first batch is trained, while weights are made or loaded."""
+    straggler_interval_batches: Optional[int] = 50
+    """Batches between comparisons of the ranks' own time per step; null: none."""
+    straggler_factor: float = 1.3
+    """A rank is named slow from this many times the median rank's own time per step."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run."""
 
@@ -352,3 +368,4 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
+    watch: Watch = field(default_factory=Watch)

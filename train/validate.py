@@ -42,7 +42,17 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
     Raises:
         RecipeError: one line that names file, key and remedy.
     """
-    for check in (_positive, _model, _data, _start, _training, _optimizer, _batch_and_layout, _registry):
+    for check in (
+        _positive,
+        _model,
+        _data,
+        _start,
+        _training,
+        _optimizer,
+        _batch_and_layout,
+        _registry,
+        _watch,
+    ):
         fault = next(iter(check(recipe, topology)), None)
         if fault:
             raise RecipeError(fault.what, key=fault.key, remedy=fault.remedy, file=file)
@@ -79,6 +89,9 @@ def _positive(recipe: Recipe, _: Topology) -> Iterator[Fault]:
         "checkpoint.interval_minutes": recipe.checkpoint.interval_minutes,
         "checkpoint.keep_last": recipe.checkpoint.keep_last,
         "tracking.console_interval_batches": tracking.console_interval_batches,
+        "watch.hang_seconds": recipe.watch.hang_seconds,
+        "watch.start_seconds": recipe.watch.start_seconds,
+        "watch.straggler_interval_batches": recipe.watch.straggler_interval_batches,
     }
     if model.moe:
         numbers |= {
@@ -248,6 +261,12 @@ def _optimizer(recipe: Recipe, _: Topology) -> Iterator[Fault]:
     betas = recipe.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield Fault("optimizer.betas", f"is {betas}", "two numbers in [0, 1), for example [0.9, 0.95]")
+
+
+def _watch(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    factor = recipe.watch.straggler_factor
+    if not 1 < factor < math.inf:
+        yield Fault("watch.straggler_factor", f"is {factor}", "must be above 1; 1.3 names what is 30% slow")
 
 
 def _batch_and_layout(recipe: Recipe, topology: Topology) -> Iterator[Fault]:
