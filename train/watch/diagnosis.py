@@ -30,12 +30,7 @@ def diagnose(
     suspects = _odd_ones(stuck) or _sinks(stuck, beats, silent)
     if not waiting and not suspects:
         suspects = [_suspect(rank, stuck, beats, silent) for rank in sorted(stuck)]
-    names = "; ".join(f"rank {suspect.rank} on {suspect.host} {suspect.why}" for suspect in suspects)
-    if not names:
-        names = "every rank is in the same collective: look at the network between them"
-    held = f", held up in {collective}: ranks {_ranges(waiting)}" if waiting else ""
-    line = f"HANG: nothing has moved for {seconds:.0f} s after batch {batch}: {names}{held}"
-    return Finding(now, batch, seconds, line, collective, waiting, suspects)
+    return Finding(now, batch, seconds, collective, waiting, suspects)
 
 
 def _sinks(stuck: Mapping[int, Stuck], beats: Mapping[int, Beat], silent: set[int]) -> list[Suspect]:
@@ -102,14 +97,3 @@ def _oldest(stuck: Mapping[int, Stuck]) -> str:
         f"{first['operation']} of {first['size_bytes']:,} bytes "
         f"(number {first['number']} of group {first['group']})"
     )
-
-
-def _ranges(ranks: list[int]) -> str:
-    """`0-3, 5` for 0, 1, 2, 3, 5."""
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and parts[-1][-1] == rank - 1:
-            parts[-1] = [parts[-1][0], rank]
-        else:
-            parts.append([rank])
-    return ", ".join("-".join(map(str, part)) for part in parts)

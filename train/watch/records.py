@@ -97,13 +97,20 @@ class Finding:
     batch: int
     seconds: float
     """How long nothing had moved."""
-    line: str
-    """All of it in one line."""
     collective: str
     """What the others wait in; empty if nobody waits."""
     waiting: list[int]
     """Ranks that wait."""
     suspects: list[Suspect] = field(default_factory=list)
+
+    @property
+    def line(self) -> str:
+        """All of it in one line."""
+        names = "; ".join(f"rank {each.rank} on {each.host} {each.why}" for each in self.suspects)
+        if not names:
+            names = "every rank is in the same collective: look at the network between them"
+        held = f", held up in {self.collective}: ranks {_ranges(self.waiting)}" if self.waiting else ""
+        return f"HANG: nothing has moved for {self.seconds:.0f} s after batch {self.batch}: {names}{held}"
 
 
 def records_folder(run_folder: Path) -> Path:
@@ -171,3 +178,14 @@ def record_failure(folder: Path, topology: Topology, batch: int, error: BaseExce
     trace = "".join(traceback.format_exception(error))[-8000:]
     failure = Failure(topology.rank, socket.gethostname(), time.time(), batch, line, trace)
     write_record(failure_file(folder, topology.rank), failure)
+
+
+def _ranges(ranks: list[int]) -> str:
+    """`0-3, 5` for 0, 1, 2, 3, 5."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and parts[-1][-1] == rank - 1:
+            parts[-1] = [parts[-1][0], rank]
+        else:
+            parts.append([rank])
+    return ", ".join("-".join(map(str, part)) for part in parts)

@@ -168,7 +168,8 @@ class Watchdog:
             return None
         known = {record.rank: record for record in read_records(self.folder, "stuck-*.json", Stuck)}
         if min(known, default=rank) != rank:
-            # The lowest writes; it is given as long again.
+            # The lowest writes; it is given as long again, and the time for stacks.
+            time.sleep(STACK_SECONDS)
             self._rest((self.folder / FINDING_FILE).exists)
             found = read_record(self.folder / FINDING_FILE, Finding)
             if found is not None:
@@ -201,13 +202,13 @@ class Watchdog:
             return suspect
         state = _state(beat.pid)
         why = suspect.why + (" and is stopped (SIGSTOP or a debugger)" if state in "tT" else "")
+        file = stacks_file(self.folder, suspect.rank)
         with contextlib.suppress(OSError):
             os.kill(beat.pid, signal.SIGUSR2)
             os.kill(beat.pid, signal.SIGCONT)
-            time.sleep(STACK_SECONDS)
+            _await_text(file)
             # It must not train on by itself.
             os.kill(beat.pid, signal.SIGKILL)
-        file = stacks_file(self.folder, suspect.rank)
         return replace(suspect, why=why, stacks=file.read_text() if file.is_file() else "")
 
 
@@ -228,6 +229,17 @@ def say_finding(finding: Finding) -> None:
     for suspect in finding.suspects:
         print(f"stacks of rank {suspect.rank}:\n{suspect.stacks or '(out of reach)'}", file=sys.stderr)
     sys.stderr.flush()
+
+
+def _await_text(file: Path) -> None:
+    """Waits until a file has text that grows no more, a second at most."""
+    end, before = time.monotonic() + STACK_SECONDS, 0
+    while time.monotonic() < end:
+        time.sleep(0.02)
+        size = file.stat().st_size
+        if size and size == before:
+            return
+        before = size
 
 
 def _is_rank(pid: int) -> bool:
