@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data.manifest import Manifest, read_manifest, require_match, unigram_entropy
 from data.packing import PADDING, Sample
 from data.plan import Plan
+from data.shard_cache import fetch_indices, open_cache
 from data.streams import ShardFolder
 from data.tokenizer import TokenizerHandle
 from train.recipe import RecipeError
@@ -49,7 +50,7 @@ BLOCK_BATCHES = 16
 PREFETCHED_BLOCKS = 2
 
 
-class TrainSequences(IterableDataset[Tensor]):
+class TrainSequences(IterableDataset[Tensor | RecipeError]):
     """One rank's batches from a position on, without end, as blocks of one or more batches."""
 
     def __init__(
@@ -74,8 +75,8 @@ class TrainSequences(IterableDataset[Tensor]):
         batch_tokens = self.sequences * folders[0][0].tokens.size
         self._batches_per_block = min(BLOCK_BATCHES, max(1, BLOCK_TOKENS // batch_tokens))
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """Blocks of this rank, or of one of its workers."""
+    def __iter__(self) -> Iterator[Tensor | RecipeError]:
+        """Blocks of this rank, or of one of its workers; an error is the last that comes."""
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for block in itertools.count(number, workers):
@@ -84,7 +85,14 @@ class TrainSequences(IterableDataset[Tensor]):
             picks = [self.plan.samples(int(start), self.sequences) for start in starts]
             domains = np.concatenate([pick.domain for pick in picks])
             numbers = np.concatenate([pick.sample for pick in picks])
-            samples = [self._folders[domain][sample] for domain, sample in zip(domains, numbers, strict=True)]
+            try:
+                samples = [
+                    self._folders[domain][sample] for domain, sample in zip(domains, numbers, strict=True)
+                ]
+            except RecipeError as error:
+                # Handed over, since what a worker raises reaches the trainer as a page of traceback.
+                yield error
+                return
             yield make_block(samples, (starts[:, None] + np.arange(self.sequences)).ravel(), domains)
 
 
@@ -94,9 +102,15 @@ class TrainLoader(DataLoader[Any]):
     dataset: TrainSequences
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """Batches of named tensors, views of the blocks that workers send."""
+        """Batches of named tensors, views of the blocks that workers send.
+
+        Raises:
+            RecipeError: one line that names a shard that is missing, cut short or altered.
+        """
         size = self.dataset.sequences
         for block in super().__iter__():
+            if isinstance(block, RecipeError):
+                raise block
             tensors = open_block(block)
             for begin in range(0, tensors["input_ids"].shape[0], size):
                 yield {key: tensor[begin : begin + size] for key, tensor in tensors.items()}
@@ -189,7 +203,7 @@ def build_train_loader(
     root = Path(recipe.data.shards)
     dataset = TrainSequences(
         plan,
-        [ShardFolder(root / domain / "train") for domain in plan.domains],
+        [ShardFolder(root / domain / "train", open_cache(recipe)) for domain in plan.domains],
         rank=rank,
         world_size=world_size,
         batch=recipe.training.global_batch_sequences,
@@ -233,7 +247,7 @@ def build_validation_loaders(
                 remedy=f"set it to {there} at most, or build from more text",
             )
         dataset = ValidationSequences(
-            ShardFolder(Path(recipe.data.shards) / domain / "validation"),
+            ShardFolder(Path(recipe.data.shards) / domain / "validation", open_cache(recipe)),
             domain=index,
             sequences=wanted,
             rank=rank,
@@ -320,6 +334,7 @@ class _Layout:
 
 
 def _open_manifest(recipe: Recipe, tokenizer: TokenizerHandle) -> Manifest:
+    fetch_indices(recipe)
     manifest = read_manifest(Path(recipe.data.shards))
     require_match(manifest, recipe, tokenizer)
     return manifest

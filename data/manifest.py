@@ -6,7 +6,6 @@ manifest vouches for every byte. It is written last, and without it a folder is 
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,16 @@ HASHED_BYTES = 512_000_000
 """Shards up to this size in all are hashed at every start, in under a second; larger ones on demand."""
 
 REBUILD = "`python -m data.write_shards RECIPE --rebuild` makes them anew"
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard as its index describes it."""
+
+    path: Path
+    bytes: int
+    sha256: str | None
+    """None where the index of a folder from elsewhere has none: such a file is held to its size alone."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +108,17 @@ class Manifest:
         return json.dumps(asdict(self) | {"digest": self.digest}, indent=1, sort_keys=True) + "\n"
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(root: Path, name: str = MANIFEST_FILE) -> Manifest:
     """The manifest of a folder of shards; nothing else is looked at.
+
+    Args:
+        root: the folder.
+        name: of the file, where it has not got its own yet.
 
     Raises:
         RecipeError: if there is none, or none that this version reads.
     """
-    path = root / MANIFEST_FILE
+    path = root / name
     try:
         tree: dict[str, Any] = json.loads(path.read_text())
         if tree["format"] != FORMAT:
@@ -145,21 +158,18 @@ def check_shards(root: Path, *, every_byte: bool = False) -> Manifest:
         RecipeError: one line that names the first file that is missing, cut short or altered.
     """
     manifest = read_manifest(root)
-    shards: list[tuple[Path, int, str]] = []
+    shards: list[ShardFile] = []
     for name, domain in manifest.domains.items():
-        _check_hash(root / name / DOCUMENTS_FILE, domain.documents_sha256)
+        _require_sound(root / name / DOCUMENTS_FILE, domain.documents_sha256)
         for side, split in domain.splits.items():
             folder = root / name / side
-            _check_hash(folder / INDEX_FILE, split.index_sha256)
-            shards += _shard_files(folder)
-    for path, size, _ in shards:
-        actual = path.stat().st_size if path.is_file() else None
-        if actual != size:
-            fault = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-            raise RecipeError(f"shard {path} {fault}", key="data.shards", remedy=REBUILD)
-    if every_byte or sum(size for _, size, _ in shards) <= HASHED_BYTES:
-        for path, _, sha256 in shards:
-            _check_hash(path, sha256)
+            _require_sound(folder / INDEX_FILE, split.index_sha256)
+            shards += shard_files(folder)
+    for shard in shards:
+        _require_sound(shard.path, None, shard.bytes)
+    if every_byte or sum(shard.bytes for shard in shards) <= HASHED_BYTES:
+        for shard in shards:
+            _require_sound(shard.path, shard.sha256)
     return manifest
 
 
@@ -216,17 +226,42 @@ def _digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _shard_files(folder: Path) -> Iterator[tuple[Path, int, str]]:
-    """Path, size and SHA-256 of each shard that an index lists."""
-    for shard in json.loads((folder / INDEX_FILE).read_text())["shards"]:
-        file = shard["raw_data"]
-        yield folder / file["basename"], file["bytes"], file["hashes"]["sha256"]
+def shard_files(folder: Path) -> list[ShardFile]:
+    """The shards that the index of a folder lists, in its order."""
+    shards = json.loads((folder / INDEX_FILE).read_text())["shards"]
+    return [
+        ShardFile(
+            folder / shard["raw_data"]["basename"],
+            shard["raw_data"]["bytes"],
+            shard["raw_data"]["hashes"].get("sha256"),
+        )
+        for shard in shards
+    ]
 
 
-def _check_hash(path: Path, sha256: str) -> None:
-    if not path.is_file():
-        raise RecipeError(f"{path} is missing", key="data.shards", remedy=REBUILD)
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if actual != sha256:
-        raise RecipeError(f"{path} is altered: its SHA-256 differs", key="data.shards", remedy=REBUILD)
+def file_fault(path: Path, size: int | None, sha256: str | None) -> str:
+    """What is wrong with a file, to be put after its name; empty if nothing.
+
+    Args:
+        path: the file.
+        size: its bytes; None: not compared.
+        sha256: of its content; None: not compared, and nothing is read.
+    """
+    try:
+        actual = path.stat().st_size
+        if size is not None and actual != size:
+            return f"has {actual} bytes instead of {size}"
+        if sha256 is not None:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    return "is altered: its SHA-256 differs"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"can't be read ({error.strerror})"
+    return ""
+
+
+def _require_sound(path: Path, sha256: str | None, size: int | None = None) -> None:
+    if fault := file_fault(path, size, sha256):
+        raise RecipeError(f"{path} {fault}", key="data.shards", remedy=REBUILD)

@@ -1,7 +1,8 @@
 """Samples by number from a folder of MDS shards, through Streaming's own readers.
 
 Streaming knows the format: it reads the index and decodes samples. Where a sample lies, this module
-takes from a memory map of the shard, not from a file opened anew for each sample.
+takes from a memory map of the shard, not from a file opened anew for each sample. A shard is held to
+its SHA-256 before its first sample is read, once in each process.
 """
 
 import json
@@ -15,22 +16,31 @@ import numpy as np
 from streaming.base.format import reader_from_json
 from streaming.base.format.mds import MDSReader
 
-from data.manifest import INDEX_FILE
+from data.manifest import INDEX_FILE, REBUILD, ShardFile, file_fault, shard_files
 from data.packing import Sample
+from data.shard_cache import ShardCache
+from train.recipe import RecipeError
 
 OPEN_SHARDS = 256
 """Memory maps kept at once; each holds a file descriptor."""
+OPENINGS = 5
+"""Tries to open a shard that other processes evict as soon as it has been fetched."""
 
 
 class ShardFolder:
     """Random access to the samples of one split of one domain."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cache: ShardCache | None = None) -> None:
         """Reads the index; no shard is opened.
 
         Args:
             folder: holds ``index.json`` and the shards.
+            cache: where shards that are missing or altered come from; None: that is an error.
         """
+        self.folder, self._cache = folder, cache
+        self._files = shard_files(folder)
+        self._sound: dict[int, tuple[int, ...]] = {}
+        """Inode, time and size of each shard when its content was compared."""
         shards = json.loads((folder / INDEX_FILE).read_text())["shards"]
         self._readers: list[MDSReader] = [reader_from_json(str(folder), None, shard) for shard in shards]
         for reader in self._readers:
@@ -57,14 +67,62 @@ class ShardFolder:
         begin, end = np.frombuffer(mapped, np.uint32, count=2, offset=4 * (1 + within))
         return Sample(**self._readers[shard].decode_sample(mapped[begin:end]))
 
+    def file_of(self, number: int) -> ShardFile:
+        """The shard that holds a sample."""
+        return self._files[bisect_right(self._ends, number)]
+
     def _map(self, shard: int) -> mmap.mmap:
         if shard in self._maps:
             self._maps.move_to_end(shard)
             return self._maps[shard]
-        reader = self._readers[shard]
-        with Path(reader.dirname, reader.split, reader.raw_data.basename).open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._maps[shard] = mapped
-        if len(self._maps) > OPEN_SHARDS:
+        self._maps[shard] = mapped = self._open(shard)
+        while len(self._maps) > OPEN_SHARDS:
             self._maps.popitem(last=False)[1].close()
         return mapped
+
+    def _open(self, shard: int) -> mmap.mmap:
+        """Maps a shard whose content is what its index says.
+
+        Raises:
+            RecipeError: one line that names the shard.
+        """
+        file, fault = self._files[shard], ""
+        for _ in range(OPENINGS):
+            fault = self._fault(shard)
+            if not fault:
+                try:
+                    with file.path.open("rb") as stream:
+                        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                except FileNotFoundError:
+                    continue
+            if self._cache is None:
+                break
+            self._cache.fetch(file)
+            self._let_go_of_evicted()
+        raise RecipeError(
+            f"shard {file.path} {fault or 'is evicted faster than it is read'}",
+            key="data.shards" if self._cache is None else "data.cache_bytes",
+            remedy=f"{REBUILD}, or data.remote names a store to fetch it from"
+            if self._cache is None
+            else "raise it",
+        )
+
+    def _fault(self, shard: int) -> str:
+        file = self._files[shard]
+        try:
+            status = file.path.stat()
+        except FileNotFoundError:
+            return "is missing"
+        mark = status.st_ino, status.st_mtime_ns, status.st_size
+        if self._sound.get(shard) != mark:
+            if fault := file_fault(file.path, file.bytes, file.sha256):
+                return fault
+            self._sound[shard] = mark
+        if self._cache is not None:
+            self._cache.note_use(file)
+        return ""
+
+    def _let_go_of_evicted(self) -> None:
+        """Closes maps of shards that were evicted, since the disk has their room back only then."""
+        for shard in [shard for shard in self._maps if not self._files[shard].path.exists()]:
+            self._maps.pop(shard).close()

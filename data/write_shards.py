@@ -38,6 +38,7 @@ from data.manifest import (
     require_match,
 )
 from data.packing import PADDING, pack
+from data.shard_cache import open_cache
 from data.split import SPLITS, split_documents
 from data.tokenizer import TokenizerHandle, open_tokenizer
 from train.recipe import RecipeError, load_recipe
@@ -56,11 +57,16 @@ def ensure_shards(recipe: Recipe) -> Manifest:
     """The recipe's shards, checked; built first where they are missing and the recipe names a corpus.
 
     One rank calls it before any opens the shards. Another process that builds the same is waited for.
+    Of shards in a store only the manifest is fetched; every file is held to its hash when it is read.
 
     Raises:
         RecipeError: if they are missing, damaged, or not those that the recipe means.
     """
     root = Path(recipe.data.shards)
+    if (cache := open_cache(recipe)) is not None:
+        manifest = cache.fetch_manifest()
+        require_match(manifest, recipe)
+        return manifest
     if recipe.data.corpus == "installed" and not (root / MANIFEST_FILE).exists():
         build_shards(recipe)
     manifest = check_shards(root)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from data.loader import ValidationSequences, build_train_loader, build_validation_loaders
 from data.manifest import Manifest
+from data.shard_cache import fetch_indices
 from data.tokenizer import open_tokenizer
 from data.write_shards import ensure_shards
 from train import provenance, sizing
@@ -86,6 +87,7 @@ def run(recipe: Recipe, topology: Topology) -> int:
     say(topology, f"run folder {folder}")
     on_main(topology, lambda: clear_records(records_folder(folder)))
     shards = on_main(topology, lambda: ensure_shards(recipe))
+    fetch_indices(recipe)
     on_main(topology, lambda: require_same_data(folder, shards.digest))
     hush_libraries()
     uploader = MlflowUploader(folder, recipe, dataset_inputs(recipe, shards)) if topology.is_main else None

@@ -24,6 +24,8 @@ FREE_TO_CHANGE = (
     "runs_dir",
     "name",
     "watch",
+    "data.remote",
+    "data.cache_bytes",
 )
 """Keys that may differ when a run is resumed: they do not change what is trained."""
 

@@ -194,6 +194,12 @@ class Data:
 
     shards: str = MISSING
     """Folder with one folder per domain of MDS shards: DOMAIN/train and DOMAIN/validation."""
+    remote: Optional[str] = None
+    """Address of the shards in a store that Streaming reads (s3://, gs://, azure://, hf://,
+    dbfs:/Volumes/..., a path); `shards` is then their cache on each node. null: they lie in `shards`."""
+    cache_bytes: Optional[int] = None
+    """Bound on the shards that a node's cache keeps of `remote`; those read longest ago go first. null: as
+    many as the disk holds."""
     domains: dict[str, float] = field(default_factory=dict)
     """Share of the training tokens per domain; must add up to 1."""
     corpus: Optional[str] = None

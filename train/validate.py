@@ -75,6 +75,7 @@ def _positive(recipe: Recipe, _: Topology) -> Iterator[Fault]:
         "data.sequence_tokens": data.sequence_tokens,
         "data.validation_sequences": data.validation_sequences,
         "data.corpus_bytes": data.corpus_bytes,
+        "data.cache_bytes": data.cache_bytes,
         "training.duration_tokens": training.duration_tokens,
         "training.global_batch_sequences": training.global_batch_sequences,
         "training.microbatch_sequences": training.microbatch_sequences,
@@ -183,6 +184,10 @@ def _data(recipe: Recipe, _: Topology) -> Iterator[Fault]:
     total = math.fsum(data.domains.values())
     if data.domains and abs(total - 1) > 1e-6:
         yield Fault("data.domains", f"shares add up to {total:g}", "must add up to 1")
+    if data.remote is None and data.cache_bytes is not None:
+        yield Fault("data.cache_bytes", "bounds the cache of data.remote, which is null", "remove it")
+    if data.remote is not None and data.corpus is not None:
+        yield Fault("data.corpus", "builds shards, but data.remote says where they are", "remove either")
     if data.corpus not in (None, "installed"):
         yield Fault("data.corpus", f"{data.corpus!r} is unknown", "`installed` or null")
     if data.sequence_tokens < 2:
