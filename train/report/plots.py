@@ -234,7 +234,11 @@ def load_figure(run: RunRecord) -> str:
 
 
 def render(
-    title: str, draw: Callable[[Sequence[Any]], None], heights: tuple[float, ...], columns: int = 1
+    title: str,
+    draw: Callable[[Sequence[Any]], None],
+    heights: tuple[float, ...],
+    columns: int = 1,
+    bottom: str = "million tokens",
 ) -> str:
     """Draws on fresh axes and returns inline SVG without any outside reference.
 
@@ -243,6 +247,7 @@ def render(
         draw: gets the axes, row by row.
         heights: height of each row in inches.
         columns: axes in a row.
+        bottom: label of the x axis at the bottom of a single column.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -256,7 +261,7 @@ def render(
         )
         draw(list(grid.ravel()))
         if columns == 1:
-            grid[-1, 0].set_xlabel("million tokens")
+            grid[-1, 0].set_xlabel(bottom)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     return inline_svg(stream.getvalue(), title)

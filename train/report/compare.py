@@ -1,0 +1,370 @@
+"""Runs held against each other: loss at equal FLOPs, FLOPs at equal loss, as tables, plots and a page.
+
+Runs that share the values of the grouping keys are a family; runs of a family with equal training
+FLOPs differ in their seed alone. What the figures can't tell apart is said to be not significant.
+"""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from train import metrics
+from train.number_text import short_number
+from train.recipe import RecipeError, load_recipe
+from train.report.run_record import RunRecord, read_run
+from train.report.scaling import CONFIDENCE, Advantage, Curve, Runs, ScalingError, advantages, fit_curves
+from train.run_folder import RECIPE_FILE
+from train.schema import Model, Recipe
+
+Row = tuple[str, ...]
+Table = tuple[Row, list[Row]]
+"""Heads and rows."""
+
+UNITS = {"nats": "nats/token", "bits_per_byte": "bits/byte"}
+SAME_FLOPS = 0.03
+"""Budgets that differ by less count as equal: families are matched to whole heads and experts."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One complete run."""
+
+    name: str
+    family: str
+    seed: int
+    parameters_total: int
+    parameters_active: int
+    tokens: int
+    flops: float
+    """Training FLOPs, attention included."""
+    losses: dict[str, float]
+    """Held-out loss by domain, in the comparison's unit."""
+    seconds: float
+    git_commit: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one family at one budget, and what they differ by from the baseline's."""
+
+    family: str
+    parameters_total: int
+    parameters_active: int
+    tokens: int
+    flops: float
+    relative_flops: float
+    """FLOPs over those of the comparison's smallest budget."""
+    seeds: int
+    loss: float
+    """Mean over domains and seeds."""
+    loss_error: float
+    """Standard error over seeds; not-a-number for one seed."""
+    by_domain: dict[str, float]
+    difference: float | None
+    """Loss less the baseline's at equal FLOPs; None where the baseline has no such budget."""
+    interval: tuple[float, float] | None
+    """Of the difference (Welch's t over seeds); None where either side has one seed."""
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of the difference."""
+        if self.difference is None:
+            return ""
+        if self.interval is None:
+            return "one seed: no interval"
+        low, high = self.interval
+        return "not significant" if low <= 0 <= high else "lower loss" if high < 0 else "higher loss"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that follows from a set of runs."""
+
+    metric: str
+    baseline: str
+    cells: list[Cell]
+    curves: dict[str, Curve]
+    """Empty where there are too few budgets for curves."""
+    advantages: list[Advantage]
+    notes: list[str]
+    entries: list[Entry]
+
+    @property
+    def unit(self) -> str:
+        """Of every loss."""
+        return UNITS[self.metric]
+
+
+def read_entries(run_dirs: Sequence[Path], *, group: Sequence[str] = (), metric: str = "nats") -> list[Entry]:
+    """Reads complete runs.
+
+    Args:
+        run_dirs: folders of runs.
+        group: recipe keys whose values name a family; none: the kind of feed-forward.
+        metric: `nats` per token, or `bits_per_byte`.
+
+    Raises:
+        RecipeError: for a folder that is no complete run, or runs that cannot be compared.
+    """
+    entries, tokenizers, domains = [], {}, {}
+    for run_dir in run_dirs:
+        run = read_run(run_dir)
+        recipe = load_recipe(run_dir / RECIPE_FILE)
+        if run.summary is None:
+            raise RecipeError("is not complete", file=str(run_dir), remedy="finish it, or leave it out")
+        losses = run.summary.validation_loss if metric == "nats" else _bits_per_byte(run)
+        if not losses:
+            raise RecipeError(f"has no held-out loss in {UNITS[metric]}", file=str(run_dir))
+        tokenizers[run.name], domains[run.name] = repr(recipe.tokenizer), tuple(sorted(losses))
+        summary = run.summary
+        entries.append(
+            Entry(
+                name=run.name,
+                family=_family(recipe, group, run_dir),
+                seed=recipe.seed,
+                parameters_total=summary.parameters_total,
+                parameters_active=summary.parameters_active,
+                tokens=summary.tokens,
+                flops=summary.flops_per_token * summary.tokens,
+                losses=dict(sorted(losses.items())),
+                seconds=summary.seconds,
+                git_commit=summary.git_commit,
+            )
+        )
+    _refuse_unequal(domains, "held-out domains", "give runs that were validated on the same domains")
+    if metric == "nats":
+        _refuse_unequal(tokenizers, "tokenizers", "compare them with --metric bits_per_byte")
+    return entries
+
+
+def compare(entries: Sequence[Entry], *, baseline: str | None = None, metric: str = "nats") -> Comparison:
+    """Tables, curves and FLOP ratios of runs.
+
+    Args:
+        entries: the runs.
+        baseline: family that the others are held against; None: the first in the order of names that
+            begins with `dense`, else the first.
+        metric: that the entries were read in.
+
+    Raises:
+        RecipeError: if there is no such family, or only one.
+    """
+    families = sorted({entry.family for entry in entries})
+    if baseline is None:
+        baseline = next((family for family in families if family.startswith("dense")), families[0])
+    if baseline not in families or len(families) < 2:
+        there = ", ".join(families)
+        raise RecipeError(f"families are {there}", key="--baseline", remedy="give one of two or more of them")
+    ordered = sorted(entries, key=lambda entry: (entry.family != baseline, entry.family, entry.flops))
+    runs = Runs(
+        tuple(entry.family for entry in ordered),
+        np.array([entry.flops for entry in ordered]),
+        np.array([list(entry.losses.values()) for entry in ordered]),
+    )
+    notes = []
+    if min(len(members) for members in runs.cells().values()) < 2:
+        notes.append("Some budgets have one seed: intervals there are those of the domains alone.")
+    if runs.losses.shape[1] < 5:
+        notes.append(f"{runs.losses.shape[1]} held-out domains: their share of an interval is coarse.")
+    try:
+        curves = fit_curves(runs)
+        found = advantages(runs, _pairs(curves, baseline))
+    except ScalingError as error:
+        curves, found = {}, []
+        notes.append(f"No curves: {error}.")
+    return Comparison(metric, baseline, _cells(ordered, runs, baseline), curves, found, notes, list(ordered))
+
+
+def write_csv(comparison: Comparison, path: Path) -> None:
+    """A line per run."""
+    domains = list(comparison.entries[0].losses)
+    heads: Row = ("run", "family", "seed", "parameters_total", "parameters_active", "tokens", "flops")
+    heads += (*(f"{comparison.metric}_{domain}" for domain in domains), "seconds", "commit")
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(heads)
+        for entry in comparison.entries:
+            who = (entry.name, entry.family, entry.seed, entry.parameters_total, entry.parameters_active)
+            losses = (f"{entry.losses[domain]:.6f}" for domain in domains)
+            cost = (f"{entry.seconds:.1f}", entry.git_commit)
+            rows.writerow((*who, entry.tokens, f"{entry.flops:.6g}", *losses, *cost))
+
+
+def as_json(comparison: Comparison) -> str:
+    """All figures."""
+    tree = asdict(comparison)
+    tree["cells"] = [asdict(cell) | {"verdict": cell.verdict} for cell in comparison.cells]
+    tree["advantages"] = [asdict(it) | {"verdict": it.verdict} for it in comparison.advantages]
+    return json.dumps(_finite(tree), indent=1) + "\n"
+
+
+def cell_rows(comparison: Comparison) -> Table:
+    """Heads and rows of the table of runs, in the form of the announcement's Table 5."""
+    heads: Row = ("model", "total", "active", "tokens", "FLOPs", "relative", "seeds", comparison.unit)
+    heads += (f"less {comparison.baseline}", f"{CONFIDENCE:.0%} interval", "")
+    rows: list[Row] = []
+    for cell in comparison.cells:
+        spread = "" if np.isnan(cell.loss_error) else f" ± {cell.loss_error:.4f}"
+        interval = f"{cell.interval[0]:+.4f} to {cell.interval[1]:+.4f}" if cell.interval else ""
+        rows.append(
+            (
+                cell.family,
+                short_number(cell.parameters_total),
+                short_number(cell.parameters_active),
+                short_number(cell.tokens),
+                f"{cell.flops:.3g}",
+                f"{cell.relative_flops:.2f}x",
+                str(cell.seeds),
+                f"{cell.loss:.4f}{spread}",
+                "" if cell.difference is None else f"{cell.difference:+.4f}",
+                interval,
+                cell.verdict,
+            )
+        )
+    return heads, rows
+
+
+def advantage_rows(comparison: Comparison) -> Table:
+    """Heads and rows of the table of FLOP ratios."""
+    heads: Row = (
+        "family",
+        "against",
+        f"at {comparison.unit}",
+        "FLOPs fewer by",
+        f"{CONFIDENCE:.0%} interval",
+        "",
+    )
+    rows: list[Row] = [
+        (
+            it.family,
+            it.baseline,
+            f"{it.level:.4f}",
+            f"{it.ratio:.2f}x",
+            f"{it.low:.2f}x to {it.high:.2f}x",
+            it.verdict + (", extrapolated" if it.is_extrapolated else ""),
+        )
+        for it in comparison.advantages
+    ]
+    return heads, rows
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """Both tables for a terminal."""
+    parts = [_columns(*cell_rows(comparison))]
+    if comparison.advantages:
+        parts.append(_columns(*advantage_rows(comparison)))
+        lines = [
+            f"{family}: L(C) = {curve.irreducible:.4f} + {curve.amplitude:.4f} (C / {curve.unit:.3g})"
+            f"^-{curve.exponent:.4f}"
+            for family, curve in comparison.curves.items()
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join([*parts, *comparison.notes])
+
+
+def _columns(heads: Row, rows: list[Row]) -> str:
+    widths = [max(len(row[place]) for row in [heads, *rows]) for place in range(len(heads))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [heads, *rows]
+    )
+
+
+def _cells(ordered: list[Entry], runs: Runs, baseline: str) -> list[Cell]:
+    members = {key: [ordered[run] for run in chosen] for key, chosen in runs.cells().items()}
+    smallest = min(entry.flops for entry in ordered)
+    cells = []
+    for (family, flops), these in members.items():
+        means = np.array([np.mean(list(entry.losses.values())) for entry in these])
+        others = next(
+            (
+                np.array([np.mean(list(entry.losses.values())) for entry in them])
+                for (other, at), them in members.items()
+                if other == baseline != family and abs(at / flops - 1) < SAME_FLOPS
+            ),
+            None,
+        )
+        interval = None
+        if others is not None and len(means) > 1 and len(others) > 1:
+            test = stats.ttest_ind(means, others, equal_var=False).confidence_interval(CONFIDENCE)
+            interval = (float(test.low), float(test.high))
+        cells.append(
+            Cell(
+                family=family,
+                parameters_total=these[0].parameters_total,
+                parameters_active=these[0].parameters_active,
+                tokens=these[0].tokens,
+                flops=flops,
+                relative_flops=flops / smallest,
+                seeds=len(these),
+                loss=float(means.mean()),
+                loss_error=float(stats.sem(means)) if len(means) > 1 else float("nan"),
+                by_domain={
+                    domain: float(np.mean([entry.losses[domain] for entry in these]))
+                    for domain in these[0].losses
+                },
+                difference=None if others is None else float(means.mean() - others.mean()),
+                interval=interval,
+            )
+        )
+    return cells
+
+
+def _pairs(curves: dict[str, Curve], baseline: str) -> list[tuple[str, str]]:
+    """Each family against the baseline, the best first, then each against the next best."""
+    level = float(curves[baseline].loss(curves[baseline].range_flops[1]))
+    ranked = sorted((family for family in curves if family != baseline), key=lambda f: curves[f].flops(level))
+    return [(family, baseline) for family in ranked] + list(pairwise(ranked))
+
+
+def _family(recipe: Recipe, group: Sequence[str], run_dir: Path) -> str:
+    if not group:
+        return family_of(recipe.model)
+    try:
+        values = [reduce(getattr, key.split("."), recipe) for key in group]
+    except AttributeError as error:
+        raise RecipeError(f"its recipe has no such key ({error})", key="--group", file=str(run_dir)) from None
+    return ", ".join(
+        f"{key.rsplit('.', 1)[-1]}={_plain(value)}" for key, value in zip(group, values, strict=True)
+    )
+
+
+def family_of(model: Model) -> str:
+    """The kind of a model's feed-forward: `dense`, or `16 experts, top-4`."""
+    return f"{model.moe.experts} experts, top-{model.moe.top_k}" if model.moe else "dense"
+
+
+def _plain(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+def _bits_per_byte(run: RunRecord) -> dict[str, float]:
+    keys = metrics.match_names(metrics.BITS_PER_BYTE, run.keys)
+    return {domain: float(run.series(key).values[-1]) for domain, key in keys.items()}
+
+
+def _refuse_unequal(values: dict[str, Any], what: str, remedy: str) -> None:
+    first = next(iter(values), None)
+    for name, value in values.items():
+        if first is not None and value != values[first]:
+            raise RecipeError(f"{first} and {name} have different {what}", key="--compare", remedy=remedy)
+
+
+def _finite(tree: Any) -> Any:
+    """JSON has no infinity and no not-a-number."""
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not np.isfinite(tree) else tree

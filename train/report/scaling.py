@@ -1,0 +1,254 @@
+"""Loss against training FLOPs: saturating power laws, and how many FLOPs one family saves over another.
+
+A family's curve is L(C) = E + A C^-alpha (Hoffmann et al. 2022, section 3.3, along the line of sizes and
+tokens that the runs stand on). E, the entropy of the text, is a property of the held-out data and
+not of a model, so all families share it; three sizes then leave a degree of freedom for the misfit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+# Shapes: R runs, G families, D held-out domains, B bootstrap draws.
+
+Floats = NDArray[np.float64]
+
+HUBER_DELTA = 1e-3
+"""Residuals of the logarithm beyond this weigh linearly (Hoffmann et al. 2022, appendix D.2)."""
+START_SHARES = (0.0, 0.3, 0.6, 0.8, 0.9)
+"""Where the search for E begins, as shares of the lowest loss."""
+START_EXPONENTS = (0.05, 0.15, 0.3, 0.6)
+REFERENCE_FLOPS_SHARE = 0.5
+"""Quantile of the FLOPs that stand for one in the fit, so that A is a loss near the data."""
+CONFIDENCE = 0.95
+DRAWS = 1000
+
+
+class ScalingError(ValueError):
+    """Runs from which no curve follows."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the fit needs to know of R runs."""
+
+    family: tuple[str, ...]
+    """Family of each run."""
+    flops: Floats
+    """Training FLOPs [R]."""
+    losses: Floats
+    """Held-out loss by domain [R, D]."""
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Names in the order of their first appearance."""
+        return tuple(dict.fromkeys(self.family))
+
+    def cells(self) -> dict[tuple[str, float], list[int]]:
+        """The runs that differ in their seed alone: by family and FLOPs."""
+        cells: dict[tuple[str, float], list[int]] = {}
+        for run, (family, flops) in enumerate(zip(self.family, self.flops, strict=True)):
+            cells.setdefault((family, float(f"{flops:.6g}")), []).append(run)
+        return cells
+
+
+@dataclass(frozen=True)
+class Curve:
+    """L(C) = E + A (C / unit)^-alpha of one family."""
+
+    irreducible: float
+    """E, in the unit of the losses."""
+    amplitude: float
+    """A: what is above E at ``unit`` FLOPs."""
+    exponent: float
+    """alpha."""
+    unit: float
+    """FLOPs that count as one."""
+    range_flops: tuple[float, float]
+    """Fewest and most FLOPs of the runs behind it."""
+
+    def loss(self, flops: Floats | float) -> Floats | float:
+        """The loss after so many training FLOPs."""
+        return self.irreducible + self.amplitude * (flops / self.unit) ** -self.exponent
+
+    def flops(self, loss: float) -> float:
+        """The FLOPs that reach a loss; infinite at or below E."""
+        if loss <= self.irreducible:
+            return float("inf")
+        return self.unit * ((loss - self.irreducible) / self.amplitude) ** (-1 / self.exponent)
+
+    def is_within(self, flops: float) -> bool:
+        """Whether so many FLOPs lie between the runs, where the curve interpolates."""
+        low, high = self.range_flops
+        return low * (1 - 1e-9) <= flops <= high * (1 + 1e-9)
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """How many times fewer FLOPs a family takes to the loss that another reaches with its most."""
+
+    family: str
+    baseline: str
+    level: float
+    """The loss: that of the baseline's curve at its most FLOPs."""
+    ratio: float
+    """FLOPs of the baseline over FLOPs of the family at that loss."""
+    low: float
+    """Lower end of the interval."""
+    high: float
+    """Upper end of the interval."""
+    is_extrapolated: bool
+    """Whether the family's runs do not reach that far on either side."""
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the interval excludes 1."""
+        return self.low > 1 or self.high < 1
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of it."""
+        if not self.is_significant:
+            return "not significant"
+        return "fewer FLOPs" if self.ratio > 1 else "more FLOPs"
+
+
+def fit_curves(runs: Runs, *, start: "dict[str, Curve] | None" = None) -> dict[str, Curve]:
+    """Fits all families' curves at once, with one E, to the mean loss over domains.
+
+    Huber loss of the residuals of log L, minimised by L-BFGS from a grid of starts (Hoffmann et al.
+    2022, appendix D.2).
+
+    Args:
+        runs: at least two FLOP budgets per family, and three in one of them.
+        start: curves of similar data, where the search begins in place of the grid.
+
+    Raises:
+        ScalingError: if there are too few FLOP budgets, or a loss is not finite.
+    """
+    families = runs.families
+    budgets = {family: len({cell for cell in runs.cells() if cell[0] == family}) for family in families}
+    short = [family for family, count in budgets.items() if count < 2]
+    if short or max(budgets.values(), default=0) < 3:
+        counts = ", ".join(f"{family} {count}" for family, count in budgets.items())
+        raise ScalingError(
+            f"a curve needs two FLOP budgets per family and three in one of them; there are {counts}"
+        )
+    losses = runs.losses.mean(axis=1)
+    if not np.isfinite(losses).all():
+        raise ScalingError(f"{int((~np.isfinite(losses)).sum())} runs have no finite held-out loss")
+    unit = float(np.quantile(runs.flops, REFERENCE_FLOPS_SHARE, method="nearest"))
+    log_flops, log_losses = np.log(runs.flops / unit), np.log(losses)
+    which = np.array([families.index(family) for family in runs.family])
+
+    def objective(parameters: Floats) -> tuple[float, Floats]:
+        log_e, log_a, alpha = parameters[0], parameters[1::2], parameters[2::2]
+        term = log_a[which] - alpha[which] * log_flops
+        predicted = np.logaddexp(log_e, term)
+        residual = predicted - log_losses
+        is_small = np.abs(residual) <= HUBER_DELTA
+        cost = np.where(is_small, residual**2 / 2, HUBER_DELTA * (np.abs(residual) - HUBER_DELTA / 2))
+        slope = np.clip(residual, -HUBER_DELTA, HUBER_DELTA)
+        of_term = slope * np.exp(term - predicted)
+        gradient = np.empty_like(parameters)
+        gradient[0] = (slope * np.exp(log_e - predicted)).sum()
+        gradient[1::2] = np.bincount(which, of_term, len(families))
+        gradient[2::2] = np.bincount(which, -of_term * log_flops, len(families))
+        # Scaled so that the stopping rule, made for sums near one, sees differences this small.
+        return float(cost.sum()) / HUBER_DELTA**2, gradient / HUBER_DELTA**2
+
+    lowest = float(losses.min())
+    bounds = [(np.log(lowest) - 12, np.log(lowest) - 1e-4)] + [(None, None), (1e-4, 5.0)] * len(families)
+    best = None
+    for guess in _starts(lowest, losses, families, start, unit):
+        found = minimize(objective, guess, jac=True, method="L-BFGS-B", bounds=bounds)
+        if best is None or found.fun < best.fun:
+            best = found
+    assert best is not None
+    return {
+        family: Curve(
+            irreducible=float(np.exp(best.x[0])),
+            amplitude=float(np.exp(best.x[1 + 2 * place])),
+            exponent=float(best.x[2 + 2 * place]),
+            unit=unit,
+            range_flops=(float(runs.flops[which == place].min()), float(runs.flops[which == place].max())),
+        )
+        for place, family in enumerate(families)
+    }
+
+
+def advantages(
+    runs: Runs, pairs: Sequence[tuple[str, str]], *, draws: int = DRAWS, seed: int = 0
+) -> list[Advantage]:
+    """The FLOP ratio at equal loss for each pair, with a bootstrap interval.
+
+    A draw takes seeds anew, with replacement, within each family and FLOP budget, and held-out domains
+    anew, the same for all runs (percentile interval; Efron and Tibshirani 1993, chapter 13).
+
+    Args:
+        runs: at least two runs per cell or two domains; the interval is empty of meaning otherwise.
+        pairs: (family, baseline) of each comparison.
+        draws: bootstrap draws B.
+        seed: of the draws.
+    """
+    curves = fit_curves(runs)
+    point = {pair: _ratio(curves, *pair) for pair in pairs}
+    generator = np.random.default_rng(seed)
+    cells = [np.array(members) for members in runs.cells().values()]
+    domains = runs.losses.shape[1]
+    drawn: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
+    for _ in range(draws):
+        chosen = np.concatenate([generator.choice(members, len(members)) for members in cells])
+        columns = generator.integers(domains, size=domains)
+        again = Runs(
+            tuple(runs.family[run] for run in chosen),
+            runs.flops[chosen],
+            runs.losses[np.ix_(chosen, columns)],
+        )
+        fitted = fit_curves(again, start=curves)
+        for pair in pairs:
+            drawn[pair].append(_ratio(fitted, *pair)[0])
+    tail = (1 - CONFIDENCE) / 2
+    return [
+        Advantage(
+            family=family,
+            baseline=baseline,
+            level=point[family, baseline][1],
+            ratio=point[family, baseline][0],
+            # "lower" and "higher": an infinite draw must not turn its neighbours into not-a-number.
+            low=float(np.quantile(drawn[family, baseline], tail, method="lower")),
+            high=float(np.quantile(drawn[family, baseline], 1 - tail, method="higher")),
+            is_extrapolated=not curves[family].is_within(curves[family].flops(point[family, baseline][1])),
+        )
+        for family, baseline in pairs
+    ]
+
+
+def _ratio(curves: dict[str, Curve], family: str, baseline: str) -> tuple[float, float]:
+    """The FLOP ratio, and the loss at which it is taken."""
+    most = curves[baseline].range_flops[1]
+    level = float(curves[baseline].loss(most))
+    return most / curves[family].flops(level), level
+
+
+def _starts(
+    lowest: float, losses: Floats, families: tuple[str, ...], start: dict[str, Curve] | None, unit: float
+) -> list[Floats]:
+    if start is not None:
+        one = next(iter(start.values()))
+        guess = [np.log(min(one.irreducible, 0.999 * lowest))]
+        for family in families:
+            curve = start[family]
+            guess += [np.log(curve.amplitude) - curve.exponent * np.log(unit / curve.unit), curve.exponent]
+        return [np.array(guess)]
+    middle = float(np.median(losses))
+    return [
+        np.array(
+            [np.log(max(share, 1e-4) * lowest)] + [np.log(middle - share * lowest), alpha] * len(families)
+        )
+        for share in START_SHARES
+        for alpha in START_EXPONENTS
+    ]
