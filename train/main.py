@@ -12,12 +12,11 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.describe import describe_run
+from train.exit_status import USAGE_STATUS
 from train.recipe import RecipeError, describe_keys, load_recipe, to_yaml
 from train.start import check_start
 from train.topology import Topology
 from train.validate import validate
-
-USAGE_STATUS = 2
 
 
 def main(arguments: list[str]) -> int:

@@ -1,6 +1,5 @@
 """Saves by batches or minutes, at the end, and before the machine is taken away."""
 
-import os
 import signal
 import sys
 import threading
@@ -15,11 +14,9 @@ from composer.loggers import Logger
 
 from train.checkpoint import Progress, restore_random_states
 from train.checkpoint_saver import CheckpointSaver, Saved
+from train.exit_status import PREEMPTED_STATUS
 from train.schema import Checkpoint
 from train.topology import Topology
-
-PREEMPTED_STATUS = os.EX_TEMPFAIL
-"""Exit status 75 after SIGTERM: everything is saved, the same command goes on from here."""
 
 
 class Checkpointing(Callback):

@@ -18,10 +18,6 @@ from train.topology import Topology
 RECORDS_VARIABLE = "FINEGRAIN_RECORDS"
 RECORDS_FOLDER = "faults"
 FINDING_FILE = "hang.json"
-HANG_STATUS = 76
-"""Exit status of a rank that ends a hang; the same command goes on from the newest checkpoint."""
-REPLAY_STATUS = 77
-"""Exit status of a run that wants its last steps trained again: a gradient was not finite."""
 
 Kind = TypeVar("Kind")
 

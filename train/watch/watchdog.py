@@ -23,13 +23,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
+from train.exit_status import HANG_STATUS
 from train.schema import Watch
 from train.topology import Topology
 from train.watch.collectives import CollectiveRecorder, nccl_trace
 from train.watch.diagnosis import diagnose
 from train.watch.records import (
     FINDING_FILE,
-    HANG_STATUS,
     Beat,
     Finding,
     Stuck,

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 
 from launch.ranks import Ranks
+from train.exit_status import HANG_STATUS
 from train.schema import Watch
 from train.topology import Topology
 from train.watch.collectives import CollectiveRecorder, record_collectives
 from train.watch.diagnosis import diagnose
-from train.watch.records import FINDING_FILE, HANG_STATUS, Beat, Finding, Stuck, beat_file, read_record
+from train.watch.records import FINDING_FILE, Beat, Finding, Stuck, beat_file, read_record
 from train.watch.watchdog import Watchdog
 
 LIMIT_SECONDS = 2.0

@@ -1,0 +1,216 @@
+"""Keeps a job running: `python -m launch.restart -- composer -n 8 train/main.py yamls/dbrx.yaml`."""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from launch.restart.supervisor import LOG_FILE, Policy, Supervisor, read_log
+from train.exit_status import PREEMPTED_STATUS, USAGE_STATUS
+from train.recipe import RecipeError, load_recipe
+from train.watch.records import RECORDS_VARIABLE, Beat, read_records
+
+EPILOG = """
+Any failure, an exception, a kill, a lost node or a hang, is followed by another try, which resumes from the
+newest whole checkpoint. Exit status: 0 done, 2 a mistake in the recipe, 70 another try would not help, 75
+told to end (SIGTERM) with everything saved. {hosts} and {nodes} in COMMAND stand for the hosts of a try:
+
+  python -m launch.restart --hosts n1,n2,n3 --nodes 2 -- srun --nodelist={hosts} --nodes={nodes} job.sh
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    options = parse(arguments)
+    try:
+        folder = Path(options.records) if options.records else _folder_of(options.command)
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        return USAGE_STATUS
+    if options.show:
+        return show(folder, options.json)
+    hosts = tuple(filter(None, (options.hosts or "").split(",")))
+    nodes = options.nodes or len(hosts)
+    if nodes > len(hosts) and hosts:
+        print(f"--nodes: {nodes} nodes of {len(hosts)} hosts; name more with --hosts", file=sys.stderr)
+        return USAGE_STATUS
+    policy = Policy(options.restarts, options.same_batch, options.backoff, options.longest_backoff)
+    command = Command(options.command, folder, options.grace)
+    supervisor = Supervisor(command.run, policy, folder, hosts, nodes, _say)
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        supervisor.is_told_to_end = True
+        command.end(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    return supervisor.run()
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.restart",
+        description="Starts a training command again after any failure, within limits.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    policy = Policy()
+    parser.add_argument("command", nargs="*", metavar="COMMAND", help="the training command, after --")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=policy.restarts,
+        metavar="N",
+        help="failures in a row that gain no batch (default %(default)s)",
+    )
+    parser.add_argument(
+        "--same-batch",
+        type=int,
+        default=policy.same_batch,
+        metavar="N",
+        help="failures in a row at one batch that stop the job (default %(default)s)",
+    )
+    parser.add_argument(
+        "--backoff",
+        type=float,
+        default=policy.backoff_seconds,
+        metavar="SECONDS",
+        help="wait before a restart, doubled while nothing is gained (default %(default)s)",
+    )
+    parser.add_argument(
+        "--longest-backoff",
+        type=float,
+        default=policy.longest_backoff_seconds,
+        metavar="SECONDS",
+        help="upper bound of that wait (default %(default)s)",
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="time to save in after SIGTERM (default %(default)s)",
+    )
+    parser.add_argument(
+        "--records",
+        metavar="DIR",
+        help="folder of the ranks' records and of the log, on a file system that all nodes "
+        "share (default: RUNS_DIR/NAME.restarts of the recipe in COMMAND)",
+    )
+    parser.add_argument("--hosts", metavar="A,B,...", help="hosts to choose from, spare ones included")
+    parser.add_argument("--nodes", type=int, metavar="N", help="hosts that a try takes (default: all)")
+    parser.add_argument("--show", action="store_true", help="print the log of tries and end")
+    parser.add_argument("--json", metavar="FILE", help="with --show: write the log as JSON too")
+    options = parser.parse_args(arguments)
+    if not options.command and not (options.show and options.records):
+        parser.error("no COMMAND: write it after --, for example -- composer -n 8 train/main.py RECIPE.yaml")
+    return options
+
+
+class Command:
+    """The training command, run once per try in a session of its own."""
+
+    def __init__(self, words: list[str], folder: Path, grace_seconds: float) -> None:
+        self.words, self.folder, self.grace_seconds = words, folder, grace_seconds
+        self._is_told_to_end = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, hosts: tuple[str, ...]) -> int:
+        """Runs it on some hosts and returns its exit status, negative for a signal."""
+        places = {"{hosts}": ",".join(hosts), "{nodes}": str(len(hosts))}
+        words = []
+        for word in self.words:
+            for name, value in places.items():
+                word = word.replace(name, value)  # noqa: PLW2901
+            words.append(word)
+        environment = os.environ | {RECORDS_VARIABLE: str(self.folder.resolve())}
+        try:
+            self._process = subprocess.Popen(words, env=environment, start_new_session=True)
+        except OSError as error:
+            print(f"{words[0]}: {error.strerror}; give a command that can be started", file=sys.stderr)
+            return USAGE_STATUS
+        status = self._process.wait()
+        if self._is_told_to_end and self._have_all_ended() and status == -signal.SIGTERM:
+            # A launcher that dies of SIGTERM leaves ranks that save and end by themselves.
+            status = PREEMPTED_STATUS
+        self.signal(signal.SIGKILL)
+        end_leftovers(self.folder)
+        return status
+
+    def end(self, number: int) -> None:
+        """Tells the job to save and to end."""
+        self._is_told_to_end = True
+        self.signal(number)
+
+    def _have_all_ended(self) -> bool:
+        """Waits until no process of the command is left, for as long as a save may take."""
+        assert self._process is not None
+        end = time.monotonic() + self.grace_seconds
+        while time.monotonic() < end:
+            try:
+                os.killpg(self._process.pid, 0)
+            except ProcessLookupError:
+                return True
+            time.sleep(0.2)
+        return False
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to all of its processes on this host."""
+        if self._process is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+
+
+def end_leftovers(folder: Path) -> None:
+    """Kills ranks of this job that still live on this host, stopped ones for example."""
+    mark = f"{RECORDS_VARIABLE}={folder.resolve()}".encode()
+    for beat in read_records(folder, "beat-*.json", Beat):
+        if beat.host != socket.gethostname():
+            continue
+        # The process's own environment says that it is ours and not another's with the same number.
+        with suppress(OSError):
+            if mark in Path(f"/proc/{beat.pid}/environ").read_bytes().split(b"\0"):
+                os.kill(beat.pid, signal.SIGKILL)
+
+
+def show(folder: Path, json_file: str | None) -> int:
+    """Prints the log of tries."""
+    log = read_log(folder)
+    for line in log:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["begun"]))
+        print(
+            f"{when}  try {line['try']:3d}  {line['seconds']:8.0f} s  {line['kind']:<9}"
+            f"  batch {line['batch']:6d}  {line['line']}"
+            + (f"; {line['excluded']} left out" if line["excluded"] else "")
+        )
+    if not log:
+        print(f"{folder / LOG_FILE}: no tries yet")
+    if json_file:
+        Path(json_file).write_text(json.dumps(log, indent=1))
+    return 0
+
+
+def _folder_of(command: list[str]) -> Path:
+    """The records' folder beside the run of the recipe that a command names."""
+    recipes = [word for word in command if word.endswith((".yaml", ".yml"))]
+    if not recipes:
+        raise RecipeError("COMMAND names no recipe", key="--records", remedy="give the folder with --records")
+    after = command[command.index(recipes[0]) + 1 :]
+    recipe = load_recipe(recipes[0], [word for word in after if "=" in word and not word.startswith("-")])
+    return Path(recipe.runs_dir) / f"{recipe.name}.restarts"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

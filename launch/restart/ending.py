@@ -1,0 +1,129 @@
+"""Why a try of a job ended, from its exit status and from what its ranks left. Needs no torch."""
+
+import json
+import os
+import re
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.exit_status import HANG_STATUS, PREEMPTED_STATUS, REPLAY_STATUS, UNFIT_STATUS, USAGE_STATUS
+from train.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
+from train.step_log import STEP
+from train.watch.records import (
+    FINDING_FILE,
+    Beat,
+    Failure,
+    Finding,
+    read_record,
+    read_records,
+)
+
+TAIL_BYTES = 1 << 16
+PEER_LOST = re.compile(
+    r"closed by peer|reset by peer|connection (refused|lost)|broken pipe|socket timeout|timed out waiting|"
+    r"remote process exited|nccl.*(remote|unhandled system) error",
+    re.IGNORECASE,
+)
+"""What a rank says when another has gone: a consequence, and not the cause."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a try ended."""
+
+    status: int
+    """Exit status; negative for a signal."""
+    kind: str
+    """finished, preempted, recipe, hang, unfit, replay, exception, killed or unknown."""
+    line: str
+    """The reason in one line."""
+    batch: int
+    """Batches that the run's record holds."""
+    checkpoint: int
+    """Batches of the newest checkpoint; 0 for none."""
+    rank: int | None = None
+    host: str | None = None
+    """Of the rank that the reason names."""
+
+
+def explain(status: int, folder: Path) -> Ending:
+    """Names the cause.
+
+    Args:
+        status: the command's exit status; negative for a signal.
+        folder: the ranks' records.
+    """
+    beats = read_records(folder, "beat-*.json", Beat)
+    failures = read_records(folder, "failed-*.json", Failure)
+    finding = read_record(folder / FINDING_FILE, Finding)
+    batch, checkpoint = _progress(beats)
+
+    def ending(kind: str, line: str, rank: int | None = None, host: str | None = None) -> Ending:
+        return Ending(status, kind, line, batch, checkpoint, rank, host)
+
+    if status == 0:
+        return ending("finished", "finished")
+    if status == USAGE_STATUS:
+        return ending("recipe", _first_words(failures) or "a mistake in the recipe: see the output")
+    if finding is not None:
+        first = finding.suspects[0] if finding.suspects else None
+        return ending("hang", finding.line, first.rank if first else None, first.host if first else None)
+    causes = [failure for failure in failures if not PEER_LOST.search(failure.error)]
+    if causes:
+        first_failure = min(causes, key=lambda failure: failure.time)
+        kind = {REPLAY_STATUS: "replay", UNFIT_STATUS: "unfit"}.get(status, "exception")
+        line = f"rank {first_failure.rank} on {first_failure.host}: {first_failure.error}"
+        return ending(kind, line, first_failure.rank, first_failure.host)
+    if status == PREEMPTED_STATUS:
+        return ending("preempted", "told to end (SIGTERM); everything is saved")
+    if status == HANG_STATUS:
+        return ending("hang", "a rank ended a hang; its finding was not written")
+    wordless = [beat for beat in beats if beat.rank not in {failure.rank for failure in failures}]
+    if wordless:
+        gone = min(wordless, key=lambda beat: beat.time)
+        line = (
+            f"rank {gone.rank} on {gone.host} left no word: killed (out of memory?), or its node is gone "
+            f"(last seen in: {gone.where}); {_status_text(status)}"
+        )
+        return ending("killed", line, gone.rank, gone.host)
+    return ending("unknown", f"{_status_text(status)}, and no rank left a record: see the output")
+
+
+def _progress(beats: list[Beat]) -> tuple[int, int]:
+    """Batches in the run's record, and those of its newest checkpoint."""
+    if not beats:
+        return 0, 0
+    run = Path(beats[0].run)
+    newest = max((int(folder.name[6:]) for folder in _checkpoints(run)), default=0)
+    return last_step(run / METRICS_FILE), newest
+
+
+def last_step(file: Path) -> int:
+    """The step of a log's last whole line, from its end alone; 0 without one."""
+    if not file.is_file():
+        return 0
+    with file.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL_BYTES))
+        lines = stream.read().splitlines(keepends=True)
+    for line in reversed(lines):
+        if line.endswith(b"\n"):
+            try:
+                return int(json.loads(line)[STEP])
+            except (ValueError, KeyError, TypeError):
+                continue
+    return 0
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return [path for path in (run / CHECKPOINTS_FOLDER).glob("batch-*") if path.name[6:].isdecimal()]
+
+
+def _first_words(failures: list[Failure]) -> str:
+    return min(failures, key=lambda failure: failure.time).error if failures else ""
+
+
+def _status_text(status: int) -> str:
+    if status < 0:
+        return f"the command was ended by {signal.Signals(-status).name}"
+    return f"the command ended with status {status}"

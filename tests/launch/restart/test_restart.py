@@ -1,0 +1,199 @@
+"""Endings are named by their cause; tries go on, stop, wait and leave out hosts as they must."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.restart.__main__ import main
+from launch.restart.ending import explain, last_step
+from launch.restart.supervisor import STOPPED_STATUS, Policy, Supervisor, read_log
+from train.exit_status import HANG_STATUS, PREEMPTED_STATUS
+from train.watch.records import (
+    FINDING_FILE,
+    Beat,
+    Failure,
+    Finding,
+    Suspect,
+    beat_file,
+    failure_file,
+    write_record,
+)
+
+FAILED = 1
+
+
+class Job:
+    """Tries that end as they are told, each with the records that such a try leaves."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run = folder / "records", folder / "run"
+        self.run.mkdir()
+        self.tries: list[Callable[[], int]] = []
+        self.hosts: list[tuple[str, ...]] = []
+        self.waits: list[float] = []
+        self.said: list[str] = []
+
+    def supervise(self, policy: Policy | None = None, hosts: tuple[str, ...] = (), nodes: int = 0) -> int:
+        def start(chosen: tuple[str, ...]) -> int:
+            self.hosts.append(chosen)
+            return self.tries.pop(0)()
+
+        waits, said = self.waits.append, self.said.append
+        return Supervisor(start, policy or Policy(), self.folder, hosts, nodes, said, waits).run()
+
+    def beat(self, rank: int, host: str = "n1", when: float = 0.0) -> None:
+        beat = Beat(rank, host, 1 << 30, "", 3, when or time.time(), "forward pass", 5, str(self.run))
+        write_record(beat_file(self.folder, rank), beat)
+
+    def fails(self, batch: int, error: str = "ValueError: no", rank: int = 0) -> Callable[[], int]:
+        def attempt() -> int:
+            (self.run / "metrics.jsonl").write_text(f'{{"step":{batch}}}\n')
+            self.beat(rank)
+            record = Failure(rank, "n1", time.time(), batch, error)
+            write_record(failure_file(self.folder, rank), record)
+            return FAILED
+
+        return attempt
+
+    def hangs(self, batch: int, host: str) -> Callable[[], int]:
+        def attempt() -> int:
+            (self.run / "metrics.jsonl").write_text(f'{{"step":{batch}}}\n')
+            self.beat(1, host)
+            finding = Finding(0.0, batch, 60.0, "", [0], [Suspect(1, host, "is stopped")])
+            write_record(self.folder / FINDING_FILE, finding)
+            return HANG_STATUS
+
+        return attempt
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+def test_a_job_is_started_again_until_it_is_done(job: Job) -> None:
+    job.tries = [job.fails(3), job.hangs(7, "n1"), lambda: 0]
+    assert job.supervise() == 0
+    log = read_log(job.folder)
+    assert [line["kind"] for line in log] == ["exception", "hang", "finished"]
+    assert [line["batch"] for line in log[:2]] == [3, 7]
+    assert "rank 0 on n1: ValueError: no" in log[0]["line"]
+    assert [line["next"] for line in log] == ["restart", "restart", "end"]
+
+
+def test_a_failure_that_repeats_at_the_same_batch_stops_with_a_diagnosis(job: Job) -> None:
+    job.tries = [job.fails(3), job.fails(9), job.fails(9), job.fails(9), lambda: 0]
+    assert job.supervise() == STOPPED_STATUS
+    assert len(job.tries) == 1, "the try after the third failure at batch 9 must not be made"
+    assert "3 failures in a row after batch 9" in job.said[-1] and "same error" in job.said[-1]
+
+
+def test_waits_double_while_nothing_is_gained_and_the_limit_holds(job: Job) -> None:
+    policy = Policy(restarts=3, same_batch=99, backoff_seconds=5, longest_backoff_seconds=15)
+    job.tries = [job.fails(9), job.fails(3), job.fails(5), job.fails(10), *[job.fails(8)] * 9]
+    assert job.supervise(policy) == STOPPED_STATUS
+    assert job.waits == [5, 10, 15, 5, 10, 15, 15]
+    assert "gained no batch" in job.said[-1]
+
+
+def test_a_recipe_that_is_wrong_is_not_tried_again(job: Job) -> None:
+    job.tries = [lambda: 2, lambda: 0]
+    assert job.supervise() == 2
+    assert len(job.tries) == 1
+
+
+def test_a_bad_host_is_left_out_while_there_is_a_spare_one(job: Job) -> None:
+    job.tries = [job.hangs(3, "n2"), job.hangs(5, "n1"), job.fails(6), lambda: 0]
+    assert job.supervise(hosts=("n1", "n2", "n3"), nodes=2) == 0
+    assert job.hosts == [("n1", "n2"), ("n1", "n3"), ("n1", "n3"), ("n1", "n3")]
+    assert any("no spare host" in line for line in job.said)
+    job.hosts, job.tries = [], [lambda: 0]
+    assert job.supervise(hosts=("n1", "n2", "n3"), nodes=2) == 0
+    assert job.hosts == [("n1", "n3")], "a later supervisor remembers"
+
+
+def test_the_cause_is_named_and_not_the_consequence(job: Job) -> None:
+    job.folder.mkdir()
+    peer = "RuntimeError: Connection closed by peer [127.0.0.1]:3"
+    job.fails(4, peer, rank=0)()
+    job.beat(1, "n2", when=1.0)
+    ending = explain(FAILED, job.folder)
+    assert (ending.kind, ending.rank, ending.host) == ("killed", 1, "n2")
+    job.fails(4, "OutOfMemoryError: CUDA", rank=1)()
+    ending = explain(FAILED, job.folder)
+    assert (ending.kind, ending.rank) == ("exception", 1) and "OutOfMemory" in ending.line
+
+
+def test_the_last_step_is_read_from_the_end(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    assert last_step(log) == 0
+    lines = [f'{{"step":{step},"loss":"{"x" * 50}"}}\n' for step in range(1, 3000)]
+    log.write_text("".join(lines) + '{"step":3000,"lo')
+    assert last_step(log) == 2999
+
+
+COMMAND = """
+import os, pathlib, signal, sys, time
+from train.exit_status import HANG_STATUS, PREEMPTED_STATUS
+from train.watch.records import Beat, beat_file, write_record
+folder = pathlib.Path(os.environ["FINEGRAIN_RECORDS"])
+tries = folder / "tries"
+count = int(tries.read_text()) if tries.exists() else 0
+tries.write_text(str(count + 1))
+if count == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "save":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    (folder / "ready").touch()
+    time.sleep(60)
+"""
+
+
+def test_the_command_is_started_again_after_a_kill(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--records", str(tmp_path), "--backoff", "0", "--"]
+    assert main([*options, sys.executable, "-c", COMMAND, "end"]) == 0
+    assert [line["status"] for line in read_log(tmp_path)] == [-signal.SIGKILL, 0]
+    assert "ended by SIGKILL" in capfd.readouterr().err
+    assert main(["--show", "--records", str(tmp_path)]) == 0
+    assert "finished" in capfd.readouterr().out
+
+
+def test_sigterm_is_passed_on_and_ends_the_job_as_saved(tmp_path: Path) -> None:
+    words = ["-m", "launch.restart", "--records", str(tmp_path), "--backoff", "0", "--"]
+    process = subprocess.Popen([sys.executable, *words, sys.executable, "-c", COMMAND, "save"])
+    end = time.monotonic() + 30
+    while not (tmp_path / "ready").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=30) == PREEMPTED_STATUS
+
+
+def test_a_stopped_rank_does_not_outlive_its_job(tmp_path: Path) -> None:
+    from launch.restart.__main__ import end_leftovers
+
+    environment = os.environ | {"FINEGRAIN_RECORDS": str(tmp_path.resolve())}
+    ours = subprocess.Popen(["sleep", "60"], env=environment)
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        os.kill(ours.pid, signal.SIGSTOP)
+        import socket
+
+        for rank, process in enumerate((ours, other)):
+            beat = Beat(rank, socket.gethostname(), process.pid, "", 1, 0.0, "", 0, "")
+            write_record(beat_file(tmp_path, rank), beat)
+        threading.Timer(10, other.kill).start()
+        end_leftovers(tmp_path)
+        assert ours.wait(timeout=5) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        ours.kill()
+        other.kill()
+        ours.wait()
+        other.wait()
