@@ -1,0 +1,241 @@
+"""A ladder: families of recipes at several sizes and seeds, and the runs that follow from it."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train import sizing
+from train.recipe import RecipeError, load_recipe
+from train.schema import OnExisting, Recipe, Tracking
+from train.topology import Topology
+from train.validate import validate
+
+
+@dataclass(frozen=True)
+class Family:
+    """Recipes that stand for one idea."""
+
+    recipe: str = MISSING
+    """Path from the ladder's file; `{size}` stands for a size."""
+    overrides: list[str] = field(default_factory=list)
+    """`key=value` on top of the recipe."""
+    sizes: Optional[list[str]] = None
+    """Sizes that this family is run at; null: all."""
+    rate_of: Optional[str] = None
+    """Family whose learning rate this one takes; null: its own, from the search."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How each family's learning rate is chosen: at one size, for all."""
+
+    size: str = MISSING
+    seed: int = 100
+    """Not one of the ladder's: a chosen run must not be counted among the results."""
+    multipliers: list[float] = MISSING
+    """Of each recipe's own learning rate; the one with the lowest mean held-out loss is taken."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A file in `yamls/` that `python -m launch.ladder` takes."""
+
+    name: str = MISSING
+    families: dict[str, Family] = MISSING
+    sizes: list[str] = field(default_factory=lambda: ["one"])
+    """Names that the recipes' paths have; one size without a name where they have none."""
+    seeds: list[int] = MISSING
+    baseline: str = MISSING
+    """Family that the others are compared with."""
+    metric: str = "nats"
+    """Unit of the comparison: `nats` per token, or `bits_per_byte` where tokenizers differ."""
+    matched: Optional[float] = 0.02
+    """Most that FLOPs per token may differ from the baseline's at a size; null: not compared."""
+    search: Optional[Search] = None
+    """null: the recipes' own learning rates."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the ladder."""
+
+    family: str
+    size: str
+    seed: int
+    multiplier: float
+    recipe: Recipe
+    is_search: bool
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs, attention included."""
+        return float(sizing.training_flops(self.recipe).total)
+
+
+class LadderPlan:
+    """The runs of a ladder.
+
+    Args:
+        path: the ladder's file.
+        scale: of every run's length; runs of another scale have names of their own.
+        overrides: `key=value` on top of every recipe.
+
+    Raises:
+        RecipeError: one line, for whatever is wrong with the ladder or a recipe of it.
+    """
+
+    def __init__(self, path: Path, *, scale: float = 1.0, overrides: list[str] | None = None) -> None:
+        self.path, self.scale = path, scale
+        self.ladder = read_ladder(path)
+        self._overrides = overrides or []
+        self._recipes: dict[tuple[str, str], Recipe] = {}
+        self.label = self.ladder.name + (f"-x{scale:g}" if scale != 1 else "")
+        """Name of the ladder at this scale."""
+        self._check()
+
+    def search_runs(self) -> list[Run]:
+        """The runs that choose learning rates; none without a search."""
+        search = self.ladder.search
+        if search is None:
+            return []
+        return [
+            self._run(family, self._search_size(family), search.seed, multiplier, is_search=True)
+            for family, entry in self.ladder.families.items()
+            if entry.rate_of is None
+            for multiplier in search.multipliers
+        ]
+
+    def runs(self, multipliers: dict[str, float] | None = None) -> list[Run]:
+        """The runs that count, the smallest first.
+
+        Args:
+            multipliers: of each family's learning rate, from the search; None: 1.
+        """
+        return [
+            self._run(family, size, seed, (multipliers or {}).get(entry.rate_of or family, 1.0))
+            for size in self.ladder.sizes
+            for seed in self.ladder.seeds
+            for family, entry in self.ladder.families.items()
+            if size in self._sizes(family)
+        ]
+
+    def _run(self, family: str, size: str, seed: int, multiplier: float, *, is_search: bool = False) -> Run:
+        recipe = self._recipe(family, size)
+        place = [self.label, family] + ([size] if size != "one" else [])
+        name = "-".join([*place, f"rate{multiplier:g}" if is_search else f"seed{seed}"])
+        training, schedule = recipe.training, recipe.schedule
+        recipe = dataclasses.replace(
+            recipe,
+            name=name,
+            seed=seed,
+            on_existing=OnExisting.resume,
+            training=dataclasses.replace(
+                training, duration_tokens=round(training.duration_tokens * self.scale)
+            ),
+            optimizer=dataclasses.replace(
+                recipe.optimizer, learning_rate=recipe.optimizer.learning_rate * multiplier
+            ),
+            schedule=dataclasses.replace(
+                schedule,
+                warmup_tokens=round(schedule.warmup_tokens * self.scale),
+                decay_tokens=round(schedule.decay_tokens * self.scale),
+            ),
+            # Sent by the ladder, run by run: an uploader each would take the cores from the training.
+            tracking=_tracking(recipe, self.label),
+        )
+        return Run(family, size, seed, multiplier, recipe, is_search)
+
+    def _recipe(self, family: str, size: str) -> Recipe:
+        """A family's recipe at a size, read and checked once."""
+        if (family, size) not in self._recipes:
+            entry = self.ladder.families[family]
+            file = self.path.parent / entry.recipe.format(size=size)
+            recipe = load_recipe(file, [*entry.overrides, *self._overrides])
+            validate(recipe, Topology(), str(file))
+            self._recipes[family, size] = recipe
+        return self._recipes[family, size]
+
+    def _sizes(self, family: str) -> list[str]:
+        sizes = self.ladder.families[family].sizes
+        return self.ladder.sizes if sizes is None else sizes
+
+    def _search_size(self, family: str) -> str:
+        assert self.ladder.search is not None
+        there = self._sizes(family)
+        return self.ladder.search.size if self.ladder.search.size in there else there[0]
+
+    def _check(self) -> None:
+        ladder, file = self.ladder, str(self.path)
+        if ladder.baseline not in ladder.families:
+            there = ", ".join(ladder.families)
+            raise RecipeError(
+                f"is {ladder.baseline}", key="baseline", remedy=f"name one of {there}", file=file
+            )
+        for name, family in ladder.families.items():
+            if family.rate_of not in (None, *ladder.families):
+                there = ", ".join(ladder.families)
+                key = f"families.{name}.rate_of"
+                raise RecipeError(f"is {family.rate_of}", key=key, remedy=f"name one of {there}", file=file)
+            for size in family.sizes or []:
+                if size not in ladder.sizes:
+                    there = ", ".join(ladder.sizes)
+                    key = f"families.{name}.sizes"
+                    raise RecipeError(f"has {size}", key=key, remedy=f"sizes are {there}", file=file)
+        if ladder.search and ladder.search.size not in ladder.sizes:
+            there = ", ".join(ladder.sizes)
+            raise RecipeError(
+                f"is {ladder.search.size}", key="search.size", remedy=f"name one of {there}", file=file
+            )
+        if ladder.search and ladder.search.seed in ladder.seeds:
+            raise RecipeError(
+                f"is {ladder.search.seed}, one of the ladder's",
+                key="search.seed",
+                remedy="give another: a run that was chosen for its loss is no fair sample",
+                file=file,
+            )
+        if ladder.matched is not None:
+            self._require_matched(ladder.matched)
+
+    def _require_matched(self, most: float) -> None:
+        seed = self.ladder.seeds[0]
+        for size in self.ladder.sizes:
+            if size not in self._sizes(self.ladder.baseline):
+                continue
+            baseline = self._run(self.ladder.baseline, size, seed, 1.0).flops
+            for family in self.ladder.families:
+                if size not in self._sizes(family):
+                    continue
+                off = self._run(family, size, seed, 1.0).flops / baseline - 1
+                if abs(off) > most:
+                    raise RecipeError(
+                        f"trains with {off:+.1%} of {self.ladder.baseline}'s FLOPs at size {size}",
+                        key=f"families.{family}",
+                        remedy=f"change its hidden size, or matched (now {most:.0%})",
+                        file=str(self.path),
+                    )
+
+
+def read_ladder(path: Path) -> Ladder:
+    """Reads a ladder's file.
+
+    Raises:
+        RecipeError: one line that names file and key.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Ladder), OmegaConf.load(path))
+        found: Any = OmegaConf.to_object(merged)
+    except OSError as error:
+        raise RecipeError(f"cannot be read ({error.strerror})", file=str(path)) from None
+    except OmegaConfBaseException as error:
+        what = str(error).splitlines()[0]
+        raise RecipeError(what, key=str(error.full_key or ""), file=str(path)) from None
+    assert isinstance(found, Ladder)
+    return found
+
+
+def _tracking(recipe: Recipe, experiment: str) -> Tracking:
+    return dataclasses.replace(recipe.tracking, mlflow=False, experiment=experiment)

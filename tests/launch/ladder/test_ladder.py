@@ -1,0 +1,160 @@
+"""Ladders: what they make of their file, and one that is run to its end, cut off in between."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.ladder import __main__ as ladder
+from launch.ladder.plan import LadderPlan
+from launch.ladder.runner import OVERHEAD_SECONDS, Timing, Timings
+from train import sizing
+from train.recipe import RecipeError
+
+YAMLS = Path(__file__).parents[3] / "yamls"
+LADDERS = sorted([YAMLS / "ladder.yaml", *YAMLS.glob("ablations/*.yaml")])
+
+TINY = """
+name: tiny
+families:
+  dense: {{ recipe: {recipe}, overrides: [model.moe=null, model.ffn_hidden_size=64] }}
+  fine: {{ recipe: {recipe} }}
+seeds: [1, 2]
+baseline: dense
+matched: 0.2
+search: {{ size: one, seed: 9, multipliers: [0.5, 1] }}
+"""
+SMALL = """
+extends: {smoke}
+model:
+  d_model: 32
+  n_layers: 1
+  n_heads: 2
+  n_kv_heads: 1
+  ffn_hidden_size: 16
+  vocab_size: 512
+  max_sequence_tokens: 64
+tokenizer:
+  vocab_size: 512
+data:
+  shards: {shards}
+  corpus_bytes: 2000000
+  sequence_tokens: 64
+  validation_sequences: 8
+  workers: 0
+training:
+  duration_tokens: 2048
+  loss_chunk_tokens: 64
+schedule:
+  warmup_tokens: 512
+evaluation:
+  interval_batches: null
+checkpoint:
+  interval_batches: null
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(SMALL.format(smoke=YAMLS / "smoke.yaml", shards=".cache/shrunken-shards-512-64"))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(recipe=recipe))
+    return path
+
+
+@pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.stem)
+def test_ladders_that_come_with_the_project_are_sound(path: Path) -> None:
+    plan = LadderPlan(path)
+    runs = [*plan.search_runs(), *plan.runs()]
+    assert len({run.recipe.name for run in runs}) == len(runs) > 3
+
+
+def test_families_train_with_equal_flops_on_equal_data() -> None:
+    plan = LadderPlan(YAMLS / "ladder.yaml")
+    for size in plan.ladder.sizes:
+        runs = [run for run in plan.runs() if run.size == size]
+        flops = {run.family: sizing.flops_per_token_training(run.recipe.model, 256).total for run in runs}
+        assert max(flops.values()) / min(flops.values()) < 1.02
+        assert len({repr((run.recipe.data, run.recipe.tokenizer, run.recipe.schedule)) for run in runs}) == 1
+        assert len({(run.recipe.training.duration_tokens, run.recipe.seed) for run in runs}) == 3
+    finest = {run.size for run in plan.runs() if run.family == "finest"}
+    assert finest == {"l"}
+
+
+def test_a_ladder_is_climbed_cut_off_and_finished(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tiny), f"runs_dir={tmp_path}/runs", "--json", str(tmp_path / "figures.json")]
+    # The search and one family alone; then the rest, without training anything again.
+    assert ladder.main([*arguments, "--only", "*dense*", "--no-mlflow"]) == ladder.INCOMPLETE_STATUS
+    assert "2 of 4 runs are missing" in capsys.readouterr().out
+    folder = tmp_path / "runs/tiny"
+    before = (folder / "timings.jsonl").read_text()
+    assert ladder.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 4 runs to train" in printed and "fine: learning rate" in printed
+    assert (folder / "timings.jsonl").read_text().startswith(before)
+    assert len(before.splitlines()) == 6 and len((folder / "timings.jsonl").read_text().splitlines()) == 8
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {(cell["family"], cell["seeds"]) for cell in figures["cells"]} == {("dense", 2), ("fine", 2)}
+    assert_sent(tmp_path / "runs")
+    assert ladder.main([*arguments, "--no-mlflow"]) == 0
+
+
+def assert_sent(runs: Path) -> None:
+    """One experiment, its parent, and each run below it with its losses."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{runs / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = found.pop("tiny")
+    assert parent.info.status == "FINISHED"
+    assert "comparison.html" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert len(found) == 8
+    for run in found.values():
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.metrics["loss/validation/code"] > 0
+
+
+def test_time_is_predicted_from_the_nearest_run_of_the_family(tmp_path: Path) -> None:
+    plan = LadderPlan(YAMLS / "ladder.yaml")
+    timings = Timings(tmp_path / "timings.jsonl")
+    large = next(run for run in plan.runs() if (run.family, run.size) == ("fine", "l"))
+    for family, flops, training in (("fine", 1e12, 50), ("fine", 1e13, 300), ("dense", 8e13, 10)):
+        timings.add(Timing("r", family, flops, 1.0, OVERHEAD_SECONDS + training))
+    assert timings.predict(large) == pytest.approx(OVERHEAD_SECONDS + large.flops / 1e13 * 300)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("baseline: dense", "baseline: sparse", "baseline: is sparse; name one of dense, fine"),
+        ("matched: 0.2", "matched: 0.0001", "FLOPs at size one"),
+        ("seed: 9", "seed: 2", "search.seed: is 2, one of the ladder's"),
+        ("seeds: [1, 2]", "seedz: [1, 2]", "seedz"),
+        ("size: one", "size: two", "search.size"),
+    ],
+)
+def test_mistakes_take_one_line(
+    tiny: Path, before: str, after: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tiny.read_text()
+    assert before in text
+    tiny.write_text(text.replace(before, after))
+    assert ladder.main([str(tiny), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and str(tiny) in error and error.count("\n") == 1
+
+
+def test_a_run_that_fails_is_named(tiny: Path, tmp_path: Path) -> None:
+    plan = LadderPlan(tiny, overrides=[f"runs_dir={tmp_path}/runs"])
+    folder = tmp_path / "runs/tiny-dense-rate0.5"
+    folder.mkdir(parents=True)
+    (folder / "something").touch()
+    from launch.ladder.runner import train_missing
+
+    with pytest.raises(RecipeError, match=r"tiny-dense-rate0.5: ended early: .*logs/tiny-dense-rate0.5.log"):
+        train_missing(plan.search_runs(), tmp_path / "ladder", workers=1, deadline=None)
