@@ -1,0 +1,97 @@
+"""Bring-up of a machine: `python -m launch.gpu_check` proves kernels, numerics, memory and speed of its GPU.
+
+Under 10 minutes, by intention: not yet run on a GPU. Without one it says so and ends with status 0.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launch.gpu_check.rows import Row
+
+NUMERICS_RECIPE = "yamls/smoke.yaml"
+SPEED_RECIPE = "yamls/dbrx-moe-a.yaml"
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; status 1 where something fails."""
+    options = parse(arguments)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu-check: this machine has no NVIDIA GPU that torch sees: nothing to check")
+        return 0
+    print("gpu-check: importing Composer and MegaBlocks", flush=True)
+    from launch.gpu_check.rows import Row, table
+    from train.device import describe_hardware
+    from train.provenance import git_commit
+
+    rows: list[Row] = []
+    begun = time.monotonic()
+    for name, check in parts().items():
+        print(f"gpu-check: {name}", flush=True)
+        try:
+            rows += check()
+        except Exception as error:  # One part that breaks must not hide what the others find.
+            rows.append(Row(name, "raised", f"{type(error).__name__}: {error}".split("\n")[0], "", False))
+    about = (
+        f"{describe_hardware('cuda')}; torch {torch.__version__}, CUDA {torch.version.cuda}; commit "
+        f"{git_commit()}; {datetime.date.today().isoformat()}; {time.monotonic() - begun:.0f} s"
+    )
+    text = f"`make gpu-check` on {about}:\n\n{table(rows)}\n"
+    print(f"\n{text}")
+    Path(options.output).write_text(text)
+    if options.json:
+        Path(options.json).write_text(
+            json.dumps({"about": about, "rows": [asdict(r) for r in rows]}, indent=1)
+        )
+    failed = sum(not row.passed for row in rows)
+    print(f"gpu-check: {len(rows) - failed} of {len(rows)} passed; the table is in {options.output}")
+    return 1 if failed else 0
+
+
+def parts() -> "dict[str, Callable[[], list[Row]]]":
+    """The checks by name, in order, for the GPU of this machine."""
+    import torch
+
+    from launch.gpu_check.kernels import check_kernels
+    from launch.gpu_check.numerics import check_numerics
+    from launch.gpu_check.step import check_step, gpu_of, slice_of
+    from train.recipe import load_recipe
+    from train.schema import Precision
+
+    root = Path(__file__).resolve().parents[2]
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "kernels": lambda: check_kernels("cuda"),
+        "numerics": lambda: check_numerics(
+            "cuda", load_recipe(root / NUMERICS_RECIPE), (Precision.fp32, Precision.bf16)
+        ),
+        "memory and speed": lambda: check_step(
+            "cuda",
+            slice_of(load_recipe(root / SPEED_RECIPE), properties.total_memory),
+            gpu_of(properties.name),
+        ),
+    }
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.gpu_check",
+        description="Proves kernels, numerics, memory and speed on this GPU, in a table for the docs.",
+    )
+    parser.add_argument("--output", default="gpu-check.md", help="file of the table (default %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,66 @@
+"""The same model, weights and batches on the CPU and on the device: losses, gradients and weights agree.
+
+The input, the shrunken recipe and the clipping are the parity gate's (launch/verify), on one process.
+"""
+
+from torch import Tensor
+
+from launch.gpu_check.kernels import relative_error
+from launch.gpu_check.rows import Row, deviation_row
+from launch.verify.cases import INPUTS, STEPS, Layout, make_batches, make_case
+from train.optim import clip_gradients
+from train.run import Machine, build_model
+from train.schema import Precision, Recipe
+from train.shrink import shrink
+from train.topology import Topology
+
+BOUNDS = {
+    Precision.fp32: {"loss": 1e-5, "expert choices": 0.0, "gradients": 1e-4, "weights": 1e-4},
+    # bf16 rounds each product to 3 digits; experts that are nearly tied may be chosen otherwise.
+    Precision.bf16: {"loss": 1e-2, "expert choices": 0.05, "gradients": 0.2, "weights": 0.2},
+}
+"""Largest deviation; of choices, the share of tokens that went to another expert."""
+
+Record = dict[str, list[Tensor]]
+
+
+def check_numerics(device: str, recipe: Recipe, precisions: tuple[Precision, ...]) -> list[Row]:
+    """Trains the shrunken recipe for a few clipped steps on both, and compares."""
+    rows = []
+    expected = train_steps("cpu", recipe, Precision.fp32)
+    for precision in precisions:
+        found = train_steps(device, recipe, precision)
+        for quantity, bound in BOUNDS[precision].items():
+            pairs = zip(found[quantity], expected[quantity], strict=True)
+            compare = _moved_share if quantity == "expert choices" else relative_error
+            worst = max(compare(ours, theirs) for ours, theirs in pairs)
+            what = f"{quantity} over {STEPS} steps in {precision.value} against fp32 on the CPU"
+            rows.append(deviation_row("numerics", what, worst, bound))
+    return rows
+
+
+def train_steps(device: str, recipe: Recipe, precision: Precision) -> Record:
+    """What a few steps saw: per step and tensor, on the CPU."""
+    plain = INPUTS[0]
+    small = make_case(shrink(recipe, steps=STEPS), Layout(1, 1, 1), plain).recipe
+    model, optimizer = build_model(small, Machine(Topology(), device, precision))
+    record: Record = {"loss": [], "expert choices": [], "gradients": [], "weights": []}
+    for batch in make_batches(small, plain, seed=0):
+        moved = {key: value.to(device) for key, value in batch.items()}
+        optimizer.zero_grad(set_to_none=True)
+        outputs = model(moved)
+        loss = model.loss(outputs, moved)["total"]
+        loss.backward()
+        clip_gradients(model.parameters(), small.training.clip_norm)
+        record["loss"].append(loss.detach().cpu())
+        record["expert choices"].append(outputs.expert_tokens_LE.cpu())
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        record["gradients"] += [gradient.cpu().clone() for gradient in gradients]
+        optimizer.step()
+    record["weights"] = [parameter.detach().cpu() for parameter in model.parameters()]
+    return record
+
+
+def _moved_share(ours: Tensor, theirs: Tensor) -> float:
+    """Share of choices that fell on another expert."""
+    return float((ours - theirs).abs().sum() / (2 * theirs.sum()))

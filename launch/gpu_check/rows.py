@@ -1,0 +1,31 @@
+"""A finding of the bring-up check, and the table of them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that was checked."""
+
+    part: str
+    """kernels, numerics, memory or speed."""
+    what: str
+    found: str
+    wanted: str
+    """The bound, or what was expected; empty where a figure is only reported."""
+    passed: bool = True
+
+
+def table(rows: list[Row]) -> str:
+    """The findings as a Markdown table."""
+    lines = ["| part | what | found | wanted | |", "|---|---|---:|---:|---|"]
+    lines += [
+        f"| {row.part} | {row.what} | {row.found} | {row.wanted} | {'ok' if row.passed else '**FAIL**'} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def deviation_row(part: str, what: str, deviation: float, bound: float) -> Row:
+    """A relative error against its bound; not-a-number fails."""
+    return Row(part, what, f"{deviation:.1e}", f"<= {bound:.0e}", deviation <= bound)

@@ -1,0 +1,178 @@
+"""Sends a recipe to a cluster: `python -m launch.submit yamls/X.yaml --on slurm --nodes 384 [--render]`.
+
+Not yet run on a GPU. SLURM's script has run on a real SLURM with CPU ranks (docs/cluster.md).
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from launch.submit import hosts, kubernetes, mcli, skypilot, slurm
+from launch.submit.environment import describe
+from launch.submit.job import Device, Job, check_job
+from launch.submit.placement import check_placement
+from train.recipe import RecipeError
+
+USAGE_STATUS = 2
+IMAGE_WORKDIR = "/finegrain"
+
+
+@dataclass(frozen=True)
+class System:
+    """A system that runs jobs."""
+
+    render: Callable[[Job], str]
+    suffix: str
+    submit: tuple[str, ...]
+    """The command that takes the file, which is its last word."""
+    needs_image: bool = False
+    needs_hosts: bool = False
+
+
+SYSTEMS = {
+    "slurm": System(slurm.render, ".sbatch", ("sbatch",)),
+    "kubernetes": System(kubernetes.render, ".yaml", ("kubectl", "apply", "-f"), needs_image=True),
+    "mcli": System(mcli.render, ".yaml", ("mcli", "run", "-f"), needs_image=True),
+    "skypilot": System(skypilot.render, ".yaml", ("sky", "jobs", "launch", "--yes")),
+    "composer": System(partial(hosts.render, launcher="composer"), ".sh", ("bash",), needs_hosts=True),
+    "torchrun": System(partial(hosts.render, launcher="torchrun"), ".sh", ("bash",), needs_hosts=True),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; status 2 for a mistake."""
+    options = parse(arguments)
+    if options.environment_table:
+        print(describe())
+        return 0
+    try:
+        system, job = SYSTEMS[options.on], job_from(options)
+        _check_system(options.on, system, job)
+        lines = check_placement(job, check_job(job))
+        text = system.render(job)
+    except RecipeError as error:
+        print(error.at(options.recipe or "command line"), file=sys.stderr)
+        return USAGE_STATUS
+    for line in lines:
+        print(line, file=sys.stderr)
+    if options.render:
+        print(text, end="")
+        return 0
+    return submit(system, job, text)
+
+
+def submit(system: System, job: Job, text: str) -> int:
+    """Keeps the file, and hands it to the system; returns its command's status."""
+    program = system.submit[0]
+    if shutil.which(program) is None:
+        print(
+            f"{program}: not found on this machine; install it, or print the file with --render",
+            file=sys.stderr,
+        )
+        return USAGE_STATUS
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    file = Path("runs/submitted") / f"{job.name}-{stamp}{system.suffix}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("x") as stream:
+        stream.write(text)
+    print(f"{' '.join(system.submit)} {file}", flush=True)
+    return subprocess.run([*system.submit, str(file)], check=False).returncode
+
+
+def job_from(options: argparse.Namespace) -> Job:
+    """The description of the job that the command line gives.
+
+    Raises:
+        RecipeError: for what is missing or malformed.
+    """
+    if not options.recipe:
+        raise RecipeError("is missing", key="RECIPE", remedy="give a YAML file, for example yamls/dbrx.yaml")
+    environment = dict[str, str]()
+    for text in options.env:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"{text!r} has no value", key="--env", remedy="write NAME=value")
+        environment[name] = value
+    in_image = options.image and options.on != "slurm"
+    return Job(
+        recipe_file=options.recipe,
+        overrides=tuple(options.overrides),
+        name=options.name or Path(options.recipe).stem.lower().replace("_", "-"),
+        nodes=options.nodes,
+        spare_nodes=options.spare_nodes,
+        gpus_per_node=options.gpus_per_node,
+        device=Device(options.device),
+        hours=options.hours,
+        image=options.image,
+        mounts=tuple(options.mount),
+        environment=environment,
+        interface=options.interface,
+        workdir=options.workdir or (IMAGE_WORKDIR if in_image else str(Path.cwd())),
+        hosts=tuple(filter(None, options.hosts.split(","))),
+        partition=options.partition,
+        account=options.account,
+        cluster=options.cluster,
+        gpu_type=options.gpu_type,
+        restarts=options.restarts,
+    )
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parses the command line."""
+    job = Job("")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.submit",
+        description="Checks a recipe against a cluster, writes the system's own file, and submits it.",
+    )
+    parser.add_argument("recipe", nargs="?", help="YAML file, for example yamls/dbrx.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
+    add = parser.add_argument
+    add("--on", choices=SYSTEMS, default="slurm", help="the system (default slurm)")
+    add("--render", action="store_true", help="print the file and submit nothing")
+    add("--nodes", type=int, default=job.nodes, help="nodes that train (default %(default)s)")
+    add(
+        "--spare-nodes",
+        type=int,
+        default=0,
+        help="held to replace one that fails (slurm, composer, torchrun)",
+    )
+    add("--gpus-per-node", type=int, default=job.gpus_per_node, help="ranks of a node (default %(default)s)")
+    add("--device", choices=[d.value for d in Device], default="cuda", help="cpu: to try a scheduler")
+    add("--gpu-type", default=job.gpu_type, help="to ask for (mcli, skypilot; default %(default)s)")
+    add("--hours", type=float, default=job.hours, help="time limit (default %(default)s)")
+    add("--name", default="", help="of the job (default: the recipe's file name)")
+    add("--image", default="", help="container image; none: the checkout's .venv")
+    add("--mount", action="append", default=[], metavar="DIR", help="folder that containers see too")
+    add(
+        "--workdir",
+        default="",
+        help=f"checkout on the nodes (default: this one; {IMAGE_WORKDIR} in an image)",
+    )
+    add("--env", action="append", default=[], metavar="NAME=VALUE", help="variable of every rank")
+    add("--interface", default="", help="network interface of the rendezvous, for example eth0")
+    add("--hosts", default="", metavar="A,B,...", help="hosts, spare ones included (composer, torchrun)")
+    add("--partition", default="", help="SLURM's")
+    add("--account", default="", help="SLURM's")
+    add("--cluster", default="", help="mcli's")
+    add("--restarts", type=int, default=job.restarts, help="of the whole job (default %(default)s)")
+    add("--environment-table", action="store_true", help="print every variable with its reason and end")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _check_system(name: str, system: System, job: Job) -> None:
+    if system.needs_image and not job.image:
+        raise RecipeError(f"{name} runs containers", key="--image", remedy="give the image's name")
+    if system.needs_hosts and not job.hosts:
+        raise RecipeError(f"{name} needs hosts", key="--hosts", remedy="give --hosts A,B,...")
+    if job.spare_nodes and name not in ("slurm", "composer", "torchrun"):
+        raise RecipeError(f"{name} replaces nodes by itself", key="--spare-nodes", remedy="remove the option")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""A job as a shell script that reaches hosts by ssh and starts `composer` or `torchrun` on each."""
+
+import shlex
+
+from launch.submit.environment import environment
+from launch.submit.job import Job
+
+MASTER_PORT = 29500
+SCRIPT = """#!/usr/bin/env bash
+# Run: bash FILE, in the checkout, on a machine that reaches every host by ssh without a password.
+set -u
+cd {workdir} || exit 2
+export RANKS_PER_NODE={ranks} MASTER_PORT={port} LAUNCHER={launcher} WORKDIR=$PWD
+export VARIABLES={variables}
+exec .venv/bin/python -m launch.restart --hosts {hosts} --nodes {nodes} -- \\
+    bash launch/submit/ssh_step.sh '{{hosts}}' {arguments}
+"""
+
+
+def render(job: Job, launcher: str) -> str:
+    """The script; `launcher` is composer or torchrun."""
+    words = [f"{name}={shlex.quote(value)}" for name, value in environment(job).items()]
+    return SCRIPT.format(
+        workdir=shlex.quote(job.workdir),
+        ranks=job.gpus_per_node,
+        port=MASTER_PORT,
+        launcher=launcher,
+        variables=shlex.quote(" ".join(words)),
+        hosts=",".join(job.hosts),
+        nodes=job.nodes,
+        arguments=shlex.join(job.arguments),
+    )

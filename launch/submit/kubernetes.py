@@ -1,0 +1,111 @@
+"""A job as a Kubernetes JobSet: one indexed Job of as many pods as nodes, restarted as a whole.
+
+Fields are those of JobSet's jobset.x-k8s.io/v1alpha2 and of batch/v1.
+"""
+
+from typing import Any
+
+import yaml
+
+from launch.submit.environment import environment
+from launch.submit.job import Device, Job
+from train.exit_status import USAGE_STATUS
+
+REPLICATED_JOB = "node"
+MASTER_PORT = 29500
+SHARED_MEMORY = "64Gi"
+
+
+def render(job: Job) -> str:
+    """The JobSet and nothing else, as YAML for kubectl apply."""
+    return yaml.safe_dump(manifest(job), sort_keys=False, width=110)
+
+
+def manifest(job: Job) -> dict[str, Any]:
+    """The JobSet as nested values."""
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": job.name},
+        "spec": {
+            "network": {"enableDNSHostnames": True, "subdomain": job.name},
+            "failurePolicy": {
+                "maxRestarts": job.restarts,
+                # A mistake in the recipe would only come back.
+                "rules": [
+                    {
+                        "name": "mistake",
+                        "action": "FailJobSet",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                        "targetReplicatedJobs": [REPLICATED_JOB],
+                    }
+                ],
+            },
+            "replicatedJobs": [
+                {"name": REPLICATED_JOB, "replicas": 1, "template": {"spec": job_spec(job)}},
+            ],
+        },
+    }
+
+
+def job_spec(job: Job) -> dict[str, Any]:
+    """The indexed Job (batch/v1 JobSpec): a pod per node, and none restarted alone."""
+    return {
+        "completionMode": "Indexed",
+        "completions": job.nodes,
+        "parallelism": job.nodes,
+        "backoffLimit": 0,
+        "activeDeadlineSeconds": round(job.hours * 3600),
+        "podFailurePolicy": {
+            "rules": [
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {"containerName": "ranks", "operator": "In", "values": [USAGE_STATUS]},
+                }
+            ]
+        },
+        "template": {"spec": pod_spec(job)},
+    }
+
+
+def pod_spec(job: Job) -> dict[str, Any]:
+    """The pod of one node."""
+    master = f"{job.name}-{REPLICATED_JOB}-0-0.{job.name}"
+    variables: dict[str, str] = environment(job) | {
+        "NODES": str(job.nodes),
+        "RANKS_PER_NODE": str(job.gpus_per_node),
+        "MASTER_ADDR": master,
+        "MASTER_PORT": str(MASTER_PORT),
+    }
+    index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
+    container: dict[str, Any] = {
+        "name": "ranks",
+        "image": job.image,
+        "workingDir": job.workdir,
+        "command": ["bash", "launch/submit/node.sh", *job.arguments],
+        "env": [
+            {"name": "NODE_RANK", "valueFrom": index},
+            *({"name": name, "value": value} for name, value in variables.items()),
+        ],
+        "volumeMounts": [
+            {"name": "shared-memory", "mountPath": "/dev/shm"},
+            *({"name": f"mount-{n}", "mountPath": mount} for n, mount in enumerate(job.mounts)),
+        ],
+        # RDMA pins the memory that it sends from.
+        "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
+    }
+    if job.device is Device.cuda:
+        container["resources"] = {"limits": {"nvidia.com/gpu": str(job.gpus_per_node)}}
+    return {
+        "restartPolicy": "Never",
+        # Time for ranks to save after SIGTERM.
+        "terminationGracePeriodSeconds": job.save_seconds,
+        "containers": [container],
+        "volumes": [
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
+            *(
+                {"name": f"mount-{n}", "hostPath": {"path": mount, "type": "Directory"}}
+                for n, mount in enumerate(job.mounts)
+            ),
+        ],
+    }

@@ -1,0 +1,45 @@
+"""A job as a run configuration of Databricks' mcli (mcli run -f FILE).
+
+The platform sets NODE_RANK, MASTER_ADDR and MASTER_PORT on each node.
+"""
+
+import shlex
+from typing import Any
+
+import yaml
+
+from launch.submit.environment import environment
+from launch.submit.job import Device, Job
+
+
+def render(job: Job) -> str:
+    """The run configuration as YAML."""
+    return yaml.safe_dump(configuration(job), sort_keys=False, width=110)
+
+
+def configuration(job: Job) -> dict[str, Any]:
+    """The run configuration; keys are those of mcli's RunConfig."""
+    compute: dict[str, Any] = {"nodes": job.nodes}
+    if job.cluster:
+        compute["cluster"] = job.cluster
+    if job.device is Device.cuda:
+        compute |= {"gpus": job.world_size, "gpu_type": f"{job.gpu_type.lower()}_80gb"}
+    variables = {"NODES": str(job.nodes), "RANKS_PER_NODE": str(job.gpus_per_node)}
+    return {
+        "name": job.name,
+        "image": job.image,
+        "compute": compute,
+        "scheduling": {
+            "preemptible": True,
+            "retry_on_system_failure": True,
+            "max_retries": job.restarts,
+            "max_duration": job.hours,
+        },
+        "env_variables": environment(job) | variables,
+        "command": command(job),
+    }
+
+
+def command(job: Job) -> str:
+    """What each node runs."""
+    return f"cd {shlex.quote(job.workdir)} && exec bash launch/submit/node.sh {shlex.join(job.arguments)}\n"

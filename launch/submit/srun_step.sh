@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# One try of a job on SLURM: bash launch/submit/srun_step.sh HOST,HOST,... RECIPE.yaml [key=value ...]
+# Reads RANKS_PER_NODE and, for containers, CONTAINER_ARGUMENTS. srun starts the ranks itself, one task each.
+# SIGTERM is passed to the ranks, which save and end with 75; srun alone would kill them.
+set -um
+hosts=$1
+shift
+commas=${hosts//[^,]/}
+first=$(scontrol show node "${hosts%%,*}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+export MASTER_ADDR=$first RANKS_PER_NODE
+
+# shellcheck disable=SC2016,SC2086  # expanded by each task; the container's arguments are several words
+srun --nodelist="$hosts" --nodes=$((${#commas} + 1)) --ntasks-per-node="$RANKS_PER_NODE" --distribution=block \
+    --kill-on-bad-exit=1 --unbuffered ${CONTAINER_ARGUMENTS:-} \
+    bash -c 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+        export LOCAL_WORLD_SIZE=$RANKS_PER_NODE NODE_RANK=$SLURM_NODEID
+        [ -d .venv ] && PATH=$PWD/.venv/bin:$PATH
+        exec python train/main.py "$@"' rank "$@" &
+step=$!
+trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+wait "$step"
+# A trapped signal ends `wait`, not the process.
+while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+wait "$step"
+status=$?
+exit "$status"

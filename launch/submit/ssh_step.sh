@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# One try of a job on hosts that ssh reaches: bash launch/submit/ssh_step.sh HOST,HOST,... RECIPE.yaml [key=value ...]
+# Reads RANKS_PER_NODE, MASTER_PORT, LAUNCHER, WORKDIR, and VARIABLES, the ranks' environment in shell's words.
+# The first host that fails ends the others; SIGTERM goes to all.
+set -u
+IFS=, read -ra hosts <<<"$1"
+shift
+pid_file=/tmp/finegrain-$MASTER_PORT.pid
+signal_all() {
+    for host in "${hosts[@]}"; do
+        # shellcheck disable=SC2029  # meant to be expanded here
+        ssh -o BatchMode=yes "$host" "kill -$1 \$(cat $pid_file)" 2>/dev/null &
+    done
+}
+words=$(printf ' %q' "$@")
+running=()
+for rank in "${!hosts[@]}"; do
+    # shellcheck disable=SC2029
+    ssh -o BatchMode=yes -o ServerAliveInterval=30 "${hosts[$rank]}" "cd $(printf %q "$WORKDIR") && env $VARIABLES \
+        NODES=${#hosts[@]} NODE_RANK=$rank RANKS_PER_NODE=$RANKS_PER_NODE MASTER_ADDR=${hosts[0]} \
+        MASTER_PORT=$MASTER_PORT LAUNCHER=$LAUNCHER PID_FILE=$pid_file bash launch/submit/node.sh$words" &
+    running+=($!)
+done
+trap 'signal_all TERM' TERM
+status=0
+while [ ${#running[@]} -gt 0 ]; do
+    ended=
+    wait -n -p ended "${running[@]}"
+    this=$?
+    [ -n "${ended:-}" ] || continue # a trapped signal ended the wait
+    left=()
+    for pid in "${running[@]}"; do [ "$pid" = "$ended" ] || left+=("$pid"); done
+    running=("${left[@]}")
+    if [ "$this" -ne 0 ] && [ "$status" -eq 0 ]; then
+        status=$this
+        signal_all TERM
+    fi
+done
+exit "$status"

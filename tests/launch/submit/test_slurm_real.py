@@ -1,0 +1,242 @@
+"""The rendered script on a real SLURM: slurmctld and several slurmd on loopback, ranks on CPUs.
+
+Needs Debian's slurm-wlm and munge and root; skipped, saying so, elsewhere. A run that is told to save, and
+one of whose nodes is then killed, is requeued both times and ends with the uninterrupted run's losses.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.submit import slurm
+from launch.submit.job import Device, Job
+from train.metrics import LOSS
+from train.run_folder import METRICS_FILE
+from train.step_log import STEP
+
+ROOT = Path(__file__).resolve().parents[3]
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
+MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
+NODES = ("n1", "n2", "n3")
+FIRST_PORT = 17010
+BATCHES = 60
+BATCH_TOKENS = 4 * 128
+PATIENCE_SECONDS = 240
+
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (slurm-wlm, munge)"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="slurmd starts jobs as root alone"),
+]
+
+CONF = """
+ClusterName=loopback
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=2
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/ctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/ctld.log
+SlurmdLogFile={folder}/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/linear
+SlurmdParameters=config_overrides
+SlurmctldTimeout=10
+SlurmdTimeout=10
+KillWait=5
+ReturnToService=0
+SchedulerParameters=sched_interval=2
+{nodes}
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+class Cluster:
+    """A SLURM of this machine alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        nodes = [
+            f"NodeName={node} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 "
+            f"Port={FIRST_PORT + number} CPUs=2"
+            for number, node in enumerate(NODES, 1)
+        ]
+        conf = folder / "slurm.conf"
+        conf.write_text(
+            CONF.format(host=socket.gethostname(), port=FIRST_PORT, folder=folder, nodes="\n".join(nodes))
+        )
+        self.environment = os.environ | {"SLURM_CONF": str(conf)}
+
+    def start(self) -> None:
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        (self.folder / "state").mkdir()
+        munge = [f"--{kind}={self.folder}/munge.{kind}" for kind in ("socket", "pid-file", "log-file")]
+        seed = f"--seed-file={self.folder}/munge.seed"
+        self._daemon("munged", "--foreground", "--force", f"--key-file={key}", seed, *munge)
+        wait_for((self.folder / "munge.socket").exists, "munged")
+        self._daemon("slurmctld", "-D", "-c")
+        for node in NODES:
+            self._daemon("slurmd", "-D", "-N", node, name=node)
+        wait_for(lambda: self.call("sinfo", "-h", "-o", "%T").stdout.strip() == "idle", "idle nodes")
+
+    def _daemon(self, *command: str, name: str = "") -> None:
+        name = name or command[0]
+        with (self.folder / f"{name}.out").open("wb") as output:
+            self.daemons[name] = subprocess.Popen(
+                command, env=self.environment, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder
+            )
+
+    def call(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+
+    def submit(self, job: Job) -> str:
+        script = self.folder / f"{job.name}.sbatch"
+        script.write_text(slurm.render(job))
+        sent = self.call("sbatch", "--parsable", f"--chdir={self.folder}", str(script))
+        assert sent.returncode == 0, sent.stderr
+        return sent.stdout.strip()
+
+    def of_job(self, number: str) -> dict[str, str]:
+        words = self.call("scontrol", "--oneliner", "show", "job", number).stdout.split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def kill_node(self, node: str) -> None:
+        """Kills a node's daemon, its job steps and everything below them at once."""
+        self.daemons[node].kill()
+        self.daemons[node].wait()
+        for pid in processes_with(f"SLURMD_NODENAME={node}"):
+            os.kill(pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        self.call("scancel", "--user=root")
+        for daemon in reversed(self.daemons.values()):
+            daemon.terminate()
+        for daemon in self.daemons.values():
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        for pid in processes_with(f"SLURM_CONF={self.environment['SLURM_CONF']}"):
+            os.kill(pid, signal.SIGKILL)
+
+
+def processes_with(variable: str) -> list[int]:
+    """Processes other than this one in whose environment a variable has this value."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.3)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def job(name: str, folder: Path) -> Job:
+    small = {
+        "name": name,
+        "runs_dir": folder,
+        "model.d_model": 64,
+        "model.n_layers": 2,
+        "model.ffn_hidden_size": 112,
+        "model.vocab_size": 512,
+        "model.max_sequence_tokens": 128,
+        "tokenizer.vocab_size": 512,
+        "data.shards": ROOT / ".cache/slurm-shards",
+        "data.corpus_bytes": 2_000_000,
+        "data.sequence_tokens": 128,
+        "data.validation_sequences": 4,
+        "training.duration_tokens": BATCHES * BATCH_TOKENS,
+        "training.global_batch_sequences": 4,
+        "training.microbatch_sequences": 2,
+        "schedule.warmup_tokens": 0,
+        "evaluation.interval_batches": "null",
+        "checkpoint.interval_batches": 4,
+        "tracking.mlflow": "false",
+        "on_existing": "resume",
+    }
+    return Job(
+        "yamls/smoke.yaml",
+        overrides=tuple(f"{key}={value}" for key, value in small.items()),
+        name=name,
+        nodes=2,
+        gpus_per_node=1,
+        device=Device.cpu,
+        hours=0.5,
+        interface="lo",
+        workdir=str(ROOT),
+    )
+
+
+def losses(folder: Path, name: str) -> dict[int, float]:
+    file = folder / name / METRICS_FILE
+    lines = file.read_text().splitlines() if file.is_file() else []
+    found = {}
+    for line in lines:
+        try:
+            figures = json.loads(line)
+        except ValueError:  # being written
+            continue
+        if LOSS in figures:
+            found[figures[STEP]] = figures[LOSS]
+    return found
+
+
+def test_a_run_that_is_preempted_and_loses_a_node_is_requeued_to_the_same_losses(cluster: Cluster) -> None:
+    folder = cluster.folder
+    undisturbed = cluster.submit(job("undisturbed", folder))
+    wait_for(lambda: cluster.of_job(undisturbed).get("JobState") == "COMPLETED", "the undisturbed run")
+    expected = losses(folder, "undisturbed")
+    assert len(expected) == BATCHES
+
+    disturbed = cluster.submit(job("disturbed", folder))
+    wait_for(lambda: len(losses(folder, "disturbed")) >= 5, "batch 5")
+    # What SLURM sends before the time limit.
+    cluster.call("scancel", "--batch", "--signal=TERM", disturbed)
+    wait_for(lambda: cluster.of_job(disturbed).get("Restarts") == "1", "a requeue after SIGTERM")
+    after_signal = max(losses(folder, "disturbed"))
+    assert after_signal < BATCHES
+    assert (folder / "disturbed/checkpoints" / f"batch-{after_signal:08d}").is_dir()
+
+    wait_for(lambda: len(losses(folder, "disturbed")) >= after_signal + 5, "batches after the requeue")
+    assert cluster.of_job(disturbed)["NodeList"] == "n[1-2]"
+    cluster.kill_node("n2")
+    wait_for(lambda: cluster.of_job(disturbed).get("Restarts") == "2", "a requeue after the node's death")
+    wait_for(lambda: cluster.of_job(disturbed).get("JobState") == "COMPLETED", "the end")
+    assert cluster.of_job(disturbed)["NodeList"] == "n[1,3]"
+    assert losses(folder, "disturbed") == expected

@@ -1,0 +1,252 @@
+"""Rendered jobs: against the systems' own parsers, against shellcheck, and run where they can run."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.submit import hosts, kubernetes, mcli, skypilot, slurm
+from launch.submit.__main__ import main
+from launch.submit.environment import TABLE, describe, environment
+from launch.submit.job import Device, Job, check_job
+from launch.submit.placement import check_placement
+from train.exit_status import HANG_STATUS, PREEMPTED_STATUS, USAGE_STATUS
+from train.recipe import RecipeError, load_recipe
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPE = str(ROOT / "yamls/dbrx-moe-a.yaml")
+AWKWARD = "start.weights=/data/it's here/$HOME"
+JOB = Job(
+    RECIPE,
+    overrides=("training.clip_norm=0.5", AWKWARD),
+    name="moe-a",
+    nodes=8,
+    image="example/finegrain:1",
+    mounts=("/data", "/runs"),
+    environment={"SITE": 'it\'s "quoted" $here'},
+    interface="eth0",
+    workdir="/finegrain",
+    hosts=tuple(f"h{n}" for n in range(8)),
+)
+
+
+def last_words(text: str) -> list[str]:
+    """The recipe and its overrides as a shell would read them from a rendered line."""
+    line = next(line for line in text.splitlines() if RECIPE in line)
+    return shlex.split(line.removesuffix("&").strip())[-3:]
+
+
+@pytest.mark.parametrize("render", [slurm.render, lambda job: hosts.render(job, "torchrun")])
+def test_scripts_are_sound_shell_and_keep_every_word(render: Any, tmp_path: Path) -> None:
+    text = render(JOB)
+    assert last_words(text) == JOB.arguments
+    script = tmp_path / "script.sh"
+    script.write_text(text)
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "--severity=warning", script], check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_steps_pass_shellcheck() -> None:
+    subprocess.run(["shellcheck", *(ROOT / "launch/submit").glob("*.sh")], check=True)
+
+
+def test_slurm_asks_for_what_the_job_says() -> None:
+    text = slurm.render(replace(JOB, spare_nodes=2, hours=1.5, partition="gpu"))
+    directives = {line.split(" ", 1)[1] for line in text.splitlines() if line.startswith("#SBATCH")}
+    assert {
+        "--nodes=10",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--time=01:30:00",
+        "--signal=B:TERM@300",
+        "--requeue",
+        "--no-kill",
+        "--partition=gpu",
+    } <= directives
+    assert "--nodes 8 --" in text  # of 10, the supervisor takes 8
+    without = slurm.render(replace(JOB, device=Device.cpu))
+    assert "--gpus-per-node" not in without and "--no-kill" not in without and "NCCL_DEBUG" not in without
+
+
+@pytest.mark.parametrize("device", Device)
+def test_kubernetes_knows_every_field(device: Device) -> None:
+    client = pytest.importorskip("kubernetes.client")
+    job = replace(JOB, device=device)
+    api = client.ApiClient()
+
+    # The client drops what its models do not know, so that what comes back shows it.
+    parsed = api.deserialize(json.dumps(kubernetes.job_spec(job)), "V1JobSpec", "application/json")
+    assert api.sanitize_for_serialization(parsed) == kubernetes.job_spec(job)
+    assert yaml.safe_load(kubernetes.render(job)) == kubernetes.manifest(job)
+
+
+def test_kubernetes_names_the_first_pod_as_master_and_stops_at_a_mistake() -> None:
+    spec = kubernetes.manifest(JOB)["spec"]
+    pod = spec["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    variables = {v["name"]: v.get("value") for v in pod["containers"][0]["env"]}
+    # JobSet names pods JOBSET-REPLICATEDJOB-JOBINDEX-PODINDEX.SUBDOMAIN
+    assert variables["MASTER_ADDR"] == "moe-a-node-0-0.moe-a" and spec["network"]["subdomain"] == "moe-a"
+    assert pod["containers"][0]["command"][-3:] == JOB.arguments
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    assert job["completions"] == job["parallelism"] == 8 and job["backoffLimit"] == 0
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [USAGE_STATUS]
+
+
+def test_mcli_knows_every_field() -> None:
+    """In an environment with mosaicml-cli beside PyYAML and OmegaConf; it is not locked."""
+    models = pytest.importorskip("mcli", reason="mosaicml-cli is not installed: not part of the lock")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = models.RunConfig.from_dict(yaml.safe_load(mcli.render(JOB)))
+    assert config.compute["gpus"] == 64 and config.compute["nodes"] == 8
+    assert last_words(config.command) == JOB.arguments
+
+
+def test_skypilot_knows_every_field() -> None:
+    """In an environment with skypilot; it is not locked."""
+    sky = pytest.importorskip("sky", reason="skypilot is not installed: not part of the lock")
+    task = sky.Task.from_yaml_config(yaml.safe_load(skypilot.render(JOB)))
+    assert task.num_nodes == 8
+    (resources,) = task.resources
+    assert resources.accelerators == {"H100": 8}
+    assert {PREEMPTED_STATUS, HANG_STATUS} <= set(resources.job_recovery["recover_on_exit_codes"])
+    assert last_words(task.run) == JOB.arguments
+
+
+def test_environment_has_a_reason_each_and_the_users_wins() -> None:
+    assert all(v.reason for v in TABLE)
+    for device in Device:
+        names = [v.name for v in TABLE if v.device in (None, device)]
+        assert len(names) == len(set(names))
+    found = environment(replace(JOB, environment={"NCCL_DEBUG": "INFO"}))
+    assert found["NCCL_DEBUG"] == "INFO" and found["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert not any("NCCL" in name for name in environment(Job(RECIPE, device=Device.cpu)))
+    assert describe() in (ROOT / "docs/cluster.md").read_text(), "python -m launch.submit --environment-table"
+
+
+def test_placement_by_counting_nodes() -> None:
+    """The arithmetic against a count over the mesh that the ranks build."""
+    from train.sizing import shard_degree
+
+    recipe = load_recipe(RECIPE, ["training.global_batch_sequences=6144", "training.microbatch_sequences=1"])
+    for gpus in (4, 6, 8):
+        for expert in (2, 4, 8, 16):
+            layout = replace(recipe.parallelism, replicate=1, expert=expert)
+            job, world = replace(JOB, nodes=8, gpus_per_node=gpus), 8 * gpus
+            if world % expert:
+                continue
+            shard = shard_degree(layout, world)
+            mesh = [[s * expert + e for e in range(expert)] for s in range(shard)]
+            spans = {len({rank // gpus for rank in group}) for group in mesh}
+            placed = replace(recipe, parallelism=layout)
+            if spans == {1}:
+                assert "inside a node" in check_placement(job, placed)[0]
+            elif len(spans) == 1:
+                assert f"span {max(spans)} nodes" in check_placement(job, placed)[0]
+            else:
+                with pytest.raises(RecipeError, match=r"parallelism\.expert.*border"):
+                    check_placement(job, placed)
+
+
+@pytest.mark.parametrize(
+    "changed,key",
+    [
+        ({"nodes": 0}, "--nodes"),
+        ({"hours": 0}, "--hours"),
+        ({"name": "A_b"}, "--name"),
+        ({"environment": {"a-b": "1"}}, "--env"),
+        ({"nodes": 9}, "--hosts"),
+        ({"mounts": ("data",)}, "--mount"),
+        ({"nodes": 5, "hosts": ()}, "training.global_batch_sequences"),
+    ],
+)
+def test_mistakes_are_named(changed: dict[str, Any], key: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        check_job(replace(JOB, overrides=(), **changed))
+    assert error.value.key == key and error.value.remedy
+
+
+def test_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([RECIPE, "--on", "kubernetes", "--nodes", "8", "--render"]) == USAGE_STATUS
+    assert "--image" in capsys.readouterr().err
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text('#!/bin/bash\ncat "$1" >got\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    assert main([RECIPE, "--nodes", "8"]) == 0
+    (kept,) = (tmp_path / "runs/submitted").glob("dbrx-moe-a-*.sbatch")
+    assert kept.read_text() == (tmp_path / "got").read_text()
+    capsys.readouterr()
+    assert main([RECIPE, "--nodes", "8", "--render"]) == 0
+    assert capsys.readouterr().out == kept.read_text()
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert main([RECIPE, "--nodes", "8", "--on", "skypilot"]) == USAGE_STATUS
+    assert "sky: not found" in capsys.readouterr().err
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout whose launchers and train/main.py are stand-ins that say what they were given."""
+    folder = tmp_path / "a checkout"
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / "train").mkdir()
+    (folder / "launch").mkdir()
+    shutil.copytree(ROOT / "launch/submit", folder / "launch/submit")
+    rank = 'trap "sleep 1; echo saved >>log; exit 75" TERM; echo ready >>log; while :; do sleep 0.1; done'
+    for name in ("composer", "torchrun"):
+        launcher = folder / ".venv/bin" / name
+        # As the real ones: they do not pass SIGTERM on, and torchrun knows no status but 1.
+        lost = "1" if name == "torchrun" else "$?"
+        launcher.write_text(
+            f'#!/bin/bash\nprintf "%s\\n" "$@" >args\n[ -n "$FAIL" ] && exit $FAIL\n'
+            f"bash -c '{rank}' &\nwait $!; [ $? -eq 0 ] || exit {lost}\n"
+        )
+        launcher.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("launcher", ["composer", "torchrun"])
+def test_node_passes_sigterm_to_the_ranks_and_ends_with_75(checkout: Path, launcher: str) -> None:
+    variables = {
+        "NODES": "3",
+        "NODE_RANK": "2",
+        "RANKS_PER_NODE": "4",
+        "MASTER_ADDR": "h0",
+        "MASTER_PORT": "29500",
+        "LAUNCHER": launcher,
+        "RANK": "17",  # a scheduler's, which must not reach the launcher
+        "FAIL": "",
+    }
+    command = ["bash", str(checkout / "launch/submit/node.sh"), "yamls/x.yaml", "a=it's $b"]
+    process = subprocess.Popen(command, env=os.environ | variables)
+    log = checkout / "log"
+    for _ in range(100):
+        if log.exists():
+            break
+        process.poll()
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(20) == PREEMPTED_STATUS
+    assert log.read_text() == "ready\nsaved\n"
+    words = (checkout / "args").read_text().splitlines()
+    assert words[-3:] == ["train/main.py", "yamls/x.yaml", "a=it's $b"]
+    assert words[words.index("--node_rank" if launcher == "composer" else "--node-rank") + 1] == "2"
+    if launcher == "composer":
+        assert words[words.index("--world_size") + 1] == "12" and words[words.index("--base_rank") + 1] == "8"
+    failed = subprocess.run(command, env=os.environ | variables | {"FAIL": "2"}, check=False)
+    assert failed.returncode == USAGE_STATUS
