@@ -1,14 +1,17 @@
 # For nodes of H100s on InfiniBand (not yet run on a GPU). Build: docker build -t finegrain .
-# CUDA 12.6 and Python 3.11, as the locked torch 2.7.0 wants them; -devel has the compiler that Triton and
-# a compiled MegaBlocks extension need.
+# CUDA 12.6 and Python 3.11, as the locked torch 2.7.0 wants them; -devel has the compilers that Triton and
+# MegaBlocks' extension need. Checked by hadolint and tests/test_dockerfile.py.
 FROM pytorch/pytorch:2.7.0-cuda12.6-cudnn9-devel
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# InfiniBand's user-space libraries (NCCL loads libibverbs when it starts), and what set-up calls.
+# InfiniBand's user-space libraries (NCCL loads libibverbs when it starts) and the tools that name a bad port or
+# link; pkill for launch/submit/node.sh. Versions are the base image's distribution's, which keeps only the newest.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-        git make libibverbs1 ibverbs-providers librdmacm1 rdma-core infiniband-diags perftest openssh-client \
+        git make procps openssh-client iproute2 \
+        libibverbs1 ibverbs-providers librdmacm1 rdma-core infiniband-diags perftest \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /finegrain
@@ -18,11 +21,20 @@ COPY requirements.lock requirements-megablocks.lock ./
 COPY launch/install.sh launch/install.sh
 RUN PYTHON=$(command -v python3.11 || command -v python3) bash launch/install.sh
 
+# --build-arg COMPILED_MEGABLOCKS=yes compiles MegaBlocks' own sort, histogram and cumulative sums for H100s in
+# place of PyTorch's (train/leaf_ops.py). They are a small share of a step: the default needs no compiler to work.
+ARG COMPILED_MEGABLOCKS=no
+RUN if [ "$COMPILED_MEGABLOCKS" = yes ]; then \
+        export TORCH_CUDA_ARCH_LIST=9.0 PATH="$PWD/.cache/tools/bin:$PATH" \
+        && uv pip install --no-cache --python .venv/bin/python --reinstall-package megablocks --no-deps \
+            --no-build-isolation --require-hashes -r requirements-megablocks.lock \
+        && .venv/bin/python -c "import torch, megablocks_ops"; \
+    fi
+
 COPY . .
 
+# What ranks need beside this is in launch/submit/environment.py, for every launcher.
 ENV PATH=/finegrain/.venv/bin:$PATH \
-    PYTHONUNBUFFERED=1 \
-    OMP_NUM_THREADS=8 \
-    TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+    PYTHONUNBUFFERED=1
 
 CMD ["composer", "train/main.py", "yamls/smoke-gpu.yaml"]

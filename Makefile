@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 RUN ?= $(shell ls -td runs/*/ 2>/dev/null | head -1)
 
-.PHONY: help install smoke test check format ui bench lock clean
+.PHONY: help install smoke test check format ui bench gpu-check lock clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ ui: install ## MLflow's page on the runs made here
 
 bench: install ## speed and memory against the peers, both sides in one run
 	@$(PY) -m launch.bench $(ARGS)
+
+gpu-check: install ## prove kernels, numerics, memory and speed of this machine's GPU
+	@$(PY) -m launch.gpu_check $(ARGS)
 
 lock: install ## resolve requirements.lock anew from pyproject.toml
 	@uv=$$(command -v uv || echo .cache/tools/bin/uv); $$uv pip compile pyproject.toml --group dev --group fast-tokenizer \

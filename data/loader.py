@@ -15,6 +15,7 @@ must be restored before ``fit``; iterating these loaders draws nothing from the 
 
 import itertools
 import math
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,11 @@ def build_train_loader(
     workers: dict[str, Any] = {}
     if recipe.data.workers:
         # Forked workers have everything imported; spawned ones would import it all again.
-        workers = {"multiprocessing_context": "fork", "prefetch_factor": PREFETCHED_BLOCKS}
+        workers = {
+            "multiprocessing_context": "fork",
+            "prefetch_factor": PREFETCHED_BLOCKS,
+            "worker_init_fn": outlive_first_sigterm,
+        }
     return TrainLoader(
         dataset,
         batch_size=None,
@@ -222,6 +227,15 @@ def build_train_loader(
         generator=torch.Generator(),
         **workers,
     )
+
+
+def outlive_first_sigterm(_worker: int = 0) -> None:
+    """Lets this process survive one SIGTERM; the second ends it, as the end of the loader wants it.
+
+    Schedulers send SIGTERM to every process of a job (SLURM does), and a rank that is to save after its
+    batch must not lose the worker that reads it.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def build_validation_loaders(

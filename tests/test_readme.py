@@ -24,7 +24,7 @@ def test_readme_names_every_folder() -> None:
 
 def test_every_command_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:^|`)make (\w+)", README, flags=re.MULTILINE):
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", README, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
     for module in re.findall(r"python -m ([\w.]+)", README):
         place = ROOT / module.replace(".", "/")

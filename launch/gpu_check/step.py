@@ -20,7 +20,7 @@ from train.topology import Topology
 MEMORY_BOUND = 0.15
 """Largest error of the plan's peak, as a share of what was measured."""
 WARMUP_STEPS, TIMED_STEPS = 3, 10
-MOST_SHARE = 0.85
+MOST_SHARE = 0.9
 """Of the device's memory that a slice may take by its plan."""
 
 

@@ -17,10 +17,13 @@ srun --nodelist="$hosts" --nodes=$((${#commas} + 1)) --ntasks-per-node="$RANKS_P
         [ -d .venv ] && PATH=$PWD/.venv/bin:$PATH
         exec python train/main.py "$@"' rank "$@" &
 step=$!
-trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+is_told_to_end=
+trap 'is_told_to_end=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 wait "$step"
 # A trapped signal ends `wait`, not the process.
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step"
 status=$?
+# srun ends ranks that leave a moment after the first with 75; the checkpoint is whole before any leaves.
+[ -n "$is_told_to_end" ] && [ "$status" -ne 0 ] && status=75
 exit "$status"

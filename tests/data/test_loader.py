@@ -1,4 +1,8 @@
 import dataclasses
+import gc
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -196,3 +200,20 @@ def test_blocks_open_to_views_of_every_shape(sequences: int):
     assert batch["document_ids"].tolist() == [[0, 0, 0, 1, 1, 1, 1]] * sequences
     assert batch["sample_positions"].tolist() == list(range(50, 50 + sequences))
     assert batch["domain_ids"].tolist() == list(range(sequences))
+
+
+def test_a_worker_survives_the_schedulers_sigterm_and_ends_with_the_loader(
+    built: Recipe, tokenizer: TokenizerHandle, whole: list[Batch]
+):
+    loader = build_train_loader(with_workers(built, 1), tokenizer, rank=0, world_size=1)
+    batches = iter(loader)
+    first = next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    # More than what was read ahead.
+    assert_equal([first, *islice(batches, 59)], whole[:60])
+    assert worker.is_alive()
+    del batches, loader
+    gc.collect()
+    worker.join(10)
+    assert not worker.is_alive()

@@ -40,15 +40,12 @@ def test_kernels_agree_with_their_definitions() -> None:
 
 
 def test_a_kernel_that_forgets_the_weights_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    leaf_ops.install()
-    from megablocks.backend import kernels
+    right = leaf_ops._weighted_sums
 
-    right = kernels.scatter
+    def forgetful(rows: Tensor, places: Tensor, _weights: Tensor | None) -> Tensor:
+        return right(rows, places, None)
 
-    def forgetful(x: Tensor, indices: Tensor, bin_ids: Tensor, _weights: Tensor, *rest: Any) -> Tensor:
-        return right(x, indices, bin_ids, None, *rest)
-
-    monkeypatch.setattr(kernels, "scatter", forgetful)
+    monkeypatch.setattr(leaf_ops, "_weighted_sums", forgetful)
     found = failures(check_kernels("cpu", TOKENS, WIDTH))
     assert "scatter (float32" in found and "grouped product" not in found
 
@@ -100,7 +97,7 @@ def test_the_slice_fits_and_is_the_largest() -> None:
     recipe = load_recipe(ROOT / "yamls/dbrx-moe-a.yaml")
     for gib in (24, 40, 80):
         found = slice_of(recipe, gib * 2**30)
-        assert memory(found, 1).total < 0.85 * gib * 2**30
+        assert memory(found, 1).total < 0.9 * gib * 2**30
     assert slice_of(recipe, 80 * 2**30).model.n_layers > slice_of(recipe, 24 * 2**30).model.n_layers
     with pytest.raises(ValueError, match="do not fit"):
         slice_of(recipe, 2**30)
