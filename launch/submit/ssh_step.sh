@@ -5,11 +5,11 @@
 set -u
 IFS=, read -ra hosts <<<"$1"
 shift
-pid_file=/tmp/finegrain-$MASTER_PORT.pid
-signal_all() {
-    for host in "${hosts[@]}"; do
+pid_file=/tmp/finegrain-$MASTER_PORT
+terminate_all() {
+    for rank in "${!hosts[@]}"; do
         # shellcheck disable=SC2029  # meant to be expanded here
-        ssh -o BatchMode=yes "$host" "kill -$1 \$(cat $pid_file)" 2>/dev/null &
+        ssh -o BatchMode=yes "${hosts[$rank]}" "kill -TERM \$(cat $pid_file-$rank.pid)" 2>/dev/null &
     done
 }
 words=$(printf ' %q' "$@")
@@ -18,10 +18,10 @@ for rank in "${!hosts[@]}"; do
     # shellcheck disable=SC2029
     ssh -o BatchMode=yes -o ServerAliveInterval=30 "${hosts[$rank]}" "cd $(printf %q "$WORKDIR") && env $VARIABLES \
         NODES=${#hosts[@]} NODE_RANK=$rank RANKS_PER_NODE=$RANKS_PER_NODE MASTER_ADDR=${hosts[0]} \
-        MASTER_PORT=$MASTER_PORT LAUNCHER=$LAUNCHER PID_FILE=$pid_file bash launch/submit/node.sh$words" &
+        MASTER_PORT=$MASTER_PORT LAUNCHER=$LAUNCHER PID_FILE=$pid_file-$rank.pid bash launch/submit/node.sh$words" &
     running+=($!)
 done
-trap 'signal_all TERM' TERM
+trap terminate_all TERM
 status=0
 while [ ${#running[@]} -gt 0 ]; do
     ended=
@@ -33,7 +33,7 @@ while [ ${#running[@]} -gt 0 ]; do
     running=("${left[@]}")
     if [ "$this" -ne 0 ] && [ "$status" -eq 0 ]; then
         status=$this
-        signal_all TERM
+        terminate_all
     fi
 done
 exit "$status"

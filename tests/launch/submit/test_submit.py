@@ -250,3 +250,38 @@ def test_node_passes_sigterm_to_the_ranks_and_ends_with_75(checkout: Path, launc
         assert words[words.index("--world_size") + 1] == "12" and words[words.index("--base_rank") + 1] == "8"
     failed = subprocess.run(command, env=os.environ | variables | {"FAIL": "2"}, check=False)
     assert failed.returncode == USAGE_STATUS
+
+
+@pytest.fixture
+def by_ssh(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command of a try on two hosts, where ssh runs everything on this machine."""
+    ssh = checkout / "bin/ssh"
+    ssh.parent.mkdir()
+    ssh.write_text('#!/bin/bash\nwhile [ "$1" = -o ]; do shift 2; done\nexec bash -c "HOST=$1; $2"\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ssh.parent}:{os.environ['PATH']}")
+    variables = {"RANKS_PER_NODE": "1", "MASTER_PORT": "29517", "LAUNCHER": "composer"}
+    for name, value in (variables | {"WORKDIR": str(checkout), "VARIABLES": "A='b c'", "FAIL": ""}).items():
+        monkeypatch.setenv(name, value)
+    return ["bash", str(ROOT / "launch/submit/ssh_step.sh"), "h0,h1", "yamls/x.yaml", "a=it's $b"]
+
+
+def test_sigterm_reaches_the_ranks_of_every_host(checkout: Path, by_ssh: list[str]) -> None:
+    process = subprocess.Popen(by_ssh)
+    log = checkout / "log"
+    for _ in range(100):
+        if log.exists() and log.read_text().count("ready") == 2:
+            break
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(20) == PREEMPTED_STATUS
+    assert log.read_text().count("saved") == 2
+    assert (checkout / "args").read_text().splitlines()[-2:] == ["yamls/x.yaml", "a=it's $b"]
+
+
+def test_a_host_that_fails_ends_the_others_and_gives_its_status(checkout: Path, by_ssh: list[str]) -> None:
+    launcher = checkout / ".venv/bin/composer"
+    fails = 'case "$*" in *"--node_rank 1"*) sleep 1; exit 76 ;; esac'
+    launcher.write_text(launcher.read_text().replace("#!/bin/bash\n", f"#!/bin/bash\n{fails}\n"))
+    assert subprocess.run(by_ssh, check=False, timeout=30).returncode == HANG_STATUS
+    assert (checkout / "log").read_text().count("saved") == 1
