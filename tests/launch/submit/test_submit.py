@@ -213,7 +213,8 @@ def checkout(tmp_path: Path) -> Path:
         # As the real ones: they do not pass SIGTERM on, and torchrun knows no status but 1.
         lost = "1" if name == "torchrun" else "$?"
         launcher.write_text(
-            f'#!/bin/bash\nprintf "%s\\n" "$@" >args\n[ -n "$FAIL" ] && exit $FAIL\n'
+            '#!/bin/bash\nprintf "%s\\n" "$@" >args\n'
+            '[ -n "$FAIL" ] && exit $FAIL\n[ -z "$RANK" ] || exit 9\n'
             f"bash -c '{rank}' &\nwait $!; [ $? -eq 0 ] || exit {lost}\n"
         )
         launcher.chmod(0o755)
