@@ -1,10 +1,11 @@
 """Batches of token ids for one rank, in an order that the recipe alone decides.
 
-Position n of training is one sequence, see :mod:`data.plan`. Batch b of the run holds the positions
-``b * global_batch_sequences`` and on; rank r takes the r-th contiguous part of them. Worker processes
-take runs of whole batches in turn, and the loader hands them out in order, so that nothing depends on them.
+Position n of training is one sample, a sequence of the shards' length; see :mod:`data.plan`. The stages
+of :mod:`data.curriculum` say which positions a batch holds and how many of them make up a sequence; rank r
+takes the r-th contiguous part of a batch. Worker processes take runs of whole batches in turn, and the
+loader hands them out in order, so that nothing depends on them.
 
-**Resuming.** The loader has no state: it begins at ``start_sample``. A trainer saves how many sequences
+**Resuming.** The loader has no state: it begins at ``start_sample``. A trainer saves how many samples
 it has trained on, over all ranks (Composer's ``timestamp.sample``), and builds the loader anew with
 that number. Nothing is read and thrown away, nothing is skipped, and ranks, workers or batch size may
 differ from before. With Composer: the loader never ends, so that a run is one epoch, and has no length;
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data.curriculum import Curriculum, Stage, domains_of, plan_stages
 from data.manifest import Manifest, read_manifest, require_match, unigram_entropy
 from data.packing import PADDING, Sample
 from data.plan import Plan
@@ -49,52 +51,78 @@ BLOCK_TOKENS = 1 << 17
 BLOCK_BATCHES = 16
 """... and this many batches, so that the first of small ones does not wait for many others."""
 PREFETCHED_BLOCKS = 2
+HEADER = 3
+"""Words at the beginning of a block: its sequences, their length, and the sequences of each batch."""
 
 
 class TrainSequences(IterableDataset[Tensor | RecipeError]):
     """One rank's batches from a position on, without end, as blocks of one or more batches."""
 
     def __init__(
-        self, plan: Plan, folders: list[ShardFolder], *, rank: int, world_size: int, batch: int, start: int
+        self,
+        plan: Plan,
+        folders: list[ShardFolder],
+        curriculum: Curriculum,
+        *,
+        rank: int,
+        world_size: int,
+        start: int,
     ) -> None:
-        """Reads one sample, for its length.
+        """Reads nothing yet.
 
         Args:
             plan: the order of the run.
             folders: shards of each of the plan's domains.
+            curriculum: the stages that the plan was made of.
             rank: of this process.
-            world_size: number of ranks; divides ``batch``.
-            batch: sequences of a global batch.
-            start: first position.
+            world_size: number of ranks; divides the batch of every stage from ``start`` on.
+            start: first position; a batch's beginning.
         """
-        assert batch % world_size == 0 and 0 <= rank < world_size
-        self.plan, self._folders = plan, folders
-        self.sequences = batch // world_size
-        """Sequences of a batch of this rank."""
-        self._first = start + rank * self.sequences
-        self._global_batch = batch
-        batch_tokens = self.sequences * folders[0][0].tokens.size
-        self._batches_per_block = min(BLOCK_BATCHES, max(1, BLOCK_TOKENS // batch_tokens))
+        assert 0 <= rank < world_size
+        self.plan, self._folders, self._curriculum = plan, folders, curriculum
+        self._rank, self._world_size, self._start = rank, world_size, start
 
     def __iter__(self) -> Iterator[Tensor | RecipeError]:
         """Blocks of this rank, or of one of its workers; an error is the last that comes."""
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        for block in itertools.count(number, workers):
-            batches = block * self._batches_per_block + np.arange(self._batches_per_block)
-            starts = self._first + batches * self._global_batch
-            picks = [self.plan.samples(int(start), self.sequences) for start in starts]
-            domains = np.concatenate([pick.domain for pick in picks])
-            numbers = np.concatenate([pick.sample for pick in picks])
+        for stage, batches in itertools.islice(self._blocks(), number, None, workers):
             try:
-                samples = [
-                    self._folders[domain][sample] for domain, sample in zip(domains, numbers, strict=True)
-                ]
+                yield self._read(stage, batches)
             except RecipeError as error:
                 # Handed over, since what a worker raises reaches the trainer as a page of traceback.
                 yield error
                 return
-            yield make_block(samples, (starts[:, None] + np.arange(self.sequences)).ravel(), domains)
+
+    def _blocks(self) -> Iterator[tuple[Stage, range]]:
+        """The run's batches in groups that are handed over together, each of one stage; without end."""
+        batch = self._curriculum.batch_at(self._start)
+        while True:
+            stage = self._curriculum.stage_of(batch)
+            tokens = stage.batch_samples * self._curriculum.sample_tokens // self._world_size
+            end = batch + min(BLOCK_BATCHES, max(1, BLOCK_TOKENS // tokens))
+            if batch < stage.end_batch:
+                end = min(end, stage.end_batch)
+            yield stage, range(batch, end)
+            batch = end
+
+    def _read(self, stage: Stage, batches: range) -> Tensor:
+        """This rank's part of some batches as a block."""
+        step, mine = stage.sequence_samples, stage.batch_sequences // self._world_size
+        starts = stage.first_sample + (np.array(batches) - stage.first_batch) * stage.batch_samples
+        starts += self._rank * mine * step
+        positions = (starts[:, None] + np.arange(mine * step)).ravel()
+        picks = self.plan.pick(positions)
+        samples = [
+            self._folders[domain][sample]
+            for domain, sample in zip(picks.domain.tolist(), picks.sample.tolist(), strict=True)
+        ]
+        follows = np.zeros(positions.size, bool)
+        follows[1:] = np.diff(picks.sample) == 1
+        follows[::step] = False
+        return make_block(
+            samples, positions[::step], picks.domain[::step], follows=follows, step=step, batch=mine
+        )
 
 
 class TrainLoader(DataLoader[Any]):
@@ -108,11 +136,10 @@ class TrainLoader(DataLoader[Any]):
         Raises:
             RecipeError: one line that names a shard that is missing, cut short or altered.
         """
-        size = self.dataset.sequences
         for block in super().__iter__():
             if isinstance(block, RecipeError):
                 raise block
-            tensors = open_block(block)
+            tensors, size = open_block(block), batch_of_block(block)
             for begin in range(0, tensors["input_ids"].shape[0], size):
                 yield {key: tensor[begin : begin + size] for key, tensor in tensors.items()}
 
@@ -179,14 +206,21 @@ class ValidationSequences(IterableDataset[Batch]):
 
 
 def build_train_loader(
-    recipe: Recipe, tokenizer: TokenizerHandle, *, rank: int, world_size: int, start_sample: int = 0
+    recipe: Recipe,
+    tokenizer: TokenizerHandle,
+    *,
+    rank: int,
+    world_size: int,
+    start_sample: int = 0,
+    curriculum: Curriculum | None = None,
 ) -> TrainLoader:
     """The training batches of a rank; see the module's description for resuming.
 
     A batch has ``input_ids`` int64 [B, S], ``document_ids`` int32 [B, S] (the place of each token's
     document in its sequence), ``targets`` int64 [B, S] (the next token, also where it begins another
-    document; -100 at the end of a sequence and before padding), ``sample_positions`` int64 [B] (the
-    position in the run) and ``domain_ids`` int64 [B] (indices into the sorted names of the domains).
+    document; -100 at the end of a sequence, before padding, and where pieces are joined that are no
+    neighbours), ``sample_positions`` int64 [B] (the position in the run of the sequence's first sample)
+    and ``domain_ids`` int64 [B] (indices into the sorted names of the domains).
     Beside a GPU the batches lie in pinned memory (not yet run on a GPU).
 
     Args:
@@ -194,20 +228,22 @@ def build_train_loader(
         tokenizer: the recipe's; its fingerprint is compared with the shards'.
         rank: of this process.
         world_size: number of ranks; divides the global batch.
-        start_sample: sequences trained on before, over all ranks.
+        start_sample: samples trained on before, over all ranks; a batch's beginning.
+        curriculum: the run's stages; None: those of a new run.
 
     Raises:
         RecipeError: if the shards are not those that the recipe means.
     """
-    manifest = _open_manifest(recipe, tokenizer)
-    plan = build_plan(recipe, manifest)
-    root = Path(recipe.data.shards)
+    _open_manifest(recipe, tokenizer)
+    curriculum = curriculum or plan_stages(recipe)
+    folders = {domain: train_shards(recipe, domain) for domain in domains_of(recipe)}
+    plan = _plan(recipe, curriculum, folders)
     dataset = TrainSequences(
         plan,
-        [ShardFolder(root / domain / "train", open_cache(recipe)) for domain in plan.domains],
+        [folders[domain] for domain in plan.domains],
+        curriculum,
         rank=rank,
         world_size=world_size,
-        batch=recipe.training.global_batch_sequences,
         start=start_sample,
     )
     workers: dict[str, Any] = {}
@@ -277,13 +313,32 @@ def build_validation_loaders(
 
 def validated_domains(recipe: Recipe) -> list[str]:
     """Names of the domains that have a validation loss, sorted: those trained on, and those named beside."""
-    return sorted({*recipe.data.domains, *recipe.data.validation_domains})
+    return sorted({*domains_of(recipe), *recipe.data.validation_domains})
 
 
-def build_plan(recipe: Recipe, manifest: Manifest) -> Plan:
-    """The order of a run's samples."""
-    samples = {name: manifest.domains[name].splits["train"].samples for name in recipe.data.domains}
-    return Plan(recipe.data.domains, samples, recipe.seed)
+def train_shards(recipe: Recipe, domain: str) -> ShardFolder:
+    """The training shards of a domain; its index is read."""
+    return ShardFolder(Path(recipe.data.shards) / domain / "train", open_cache(recipe))
+
+
+def build_plan(recipe: Recipe, curriculum: Curriculum | None = None) -> Plan:
+    """The order of a run's samples; reads the indexes of its shards.
+
+    Args:
+        recipe: the run.
+        curriculum: its stages; None: those of a new run.
+    """
+    folders = {domain: train_shards(recipe, domain) for domain in domains_of(recipe)}
+    return _plan(recipe, curriculum or plan_stages(recipe), folders)
+
+
+def _plan(recipe: Recipe, curriculum: Curriculum, folders: dict[str, ShardFolder]) -> Plan:
+    return Plan(
+        curriculum.stretches(),
+        {domain: folder.shard_samples for domain, folder in folders.items()},
+        seed=recipe.seed,
+        window_shards=recipe.data.window_shards,
+    )
 
 
 def make_batch(samples: list[Sample], positions: Positions, domains: Positions) -> Batch:
@@ -297,24 +352,54 @@ def make_batch(samples: list[Sample], positions: Positions, domains: Positions) 
     return open_block(make_block(samples, positions, domains))
 
 
-def make_block(samples: list[Sample], positions: Positions, domains: Positions) -> Tensor:
-    """One or more batches as one int64 tensor, which begins with B and S.
+def make_block(
+    samples: list[Sample],
+    positions: Positions,
+    domains: Positions,
+    *,
+    follows: NDArray[np.bool_] | None = None,
+    step: int = 1,
+    batch: int = 0,
+) -> Tensor:
+    """One or more batches as one int64 tensor, which begins with B, S and the sequences of each batch.
 
     Handing a tensor from a worker to the trainer takes longer than filling it, whatever its size, so it
     is done seldom.
+
+    Args:
+        samples: N samples of S / step tokens, ``step`` of them in a row for each of the B sequences.
+        positions: [B], passed on.
+        domains: [B], passed on.
+        follows: [N], whether a sample is the neighbour of the one before in the same sequence.
+        step: samples of a sequence.
+        batch: sequences of a batch; 0: all are one.
     """
-    shape = len(samples), samples[0].tokens.size
+    count, size = len(samples), samples[0].tokens.size
+    shape = count // step, size * step
     block = np.empty(_Layout(*shape).words, np.int64)
-    block[:2] = shape
+    block[:HEADER] = *shape, batch or shape[0]
     views = open_block(torch.from_numpy(block))
     input_ids_BS, targets_BS = views["input_ids"].numpy(), views["targets"].numpy()
-    np.stack([sample.tokens for sample in samples], out=input_ids_BS, casting="safe")
+    np.stack([sample.tokens for sample in samples], out=input_ids_BS.reshape(count, size), casting="safe")
     lengths = np.concatenate([sample.lengths for sample in samples])
-    places = np.concatenate([np.arange(sample.lengths.size, dtype=np.int32) for sample in samples])
+    documents = np.concatenate([sample.documents for sample in samples])
+    ends = np.cumsum([sample.lengths.size for sample in samples])
+    firsts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+    is_new = np.ones(lengths.size, np.int32)
+    if follows is not None:
+        # A document that goes on in the neighbour is one document.
+        goes_on = firsts[follows]
+        is_new[goes_on[documents[goes_on] == documents[goes_on - 1]]] = 0
+    places = np.cumsum(is_new, dtype=np.int32)
+    places -= np.repeat(places[firsts[::step]], np.diff(np.append(firsts[::step], lengths.size)))
     views["document_ids"].numpy()[:] = np.repeat(places, lengths).reshape(shape)
     targets_BS[:, :-1] = input_ids_BS[:, 1:]
-    targets_BS[:, -1] = NO_TARGET
-    is_padding = np.concatenate([sample.documents == PADDING for sample in samples])
+    last_of_sample = targets_BS.reshape(count, size)[:, -1]
+    if follows is None or not follows.any():
+        last_of_sample[:] = NO_TARGET
+    else:
+        last_of_sample[~np.append(follows[1:], False)] = NO_TARGET
+    is_padding = documents == PADDING
     if is_padding.any():
         padded_BS = np.repeat(is_padding, lengths).reshape(shape)
         targets_BS[:, :-1][padded_BS[:, 1:]] = NO_TARGET
@@ -323,11 +408,16 @@ def make_block(samples: list[Sample], positions: Positions, domains: Positions) 
     return torch.from_numpy(block)
 
 
+def batch_of_block(block: Tensor) -> int:
+    """Sequences of each batch of a block."""
+    return int(block[HEADER - 1])
+
+
 def open_block(block: Tensor) -> Batch:
     """The tensors of a batch as views of the block that :func:`make_block` made."""
-    sequences, length = block[:2].tolist()
+    sequences, length = block[: HEADER - 1].tolist()
     layout = _Layout(sequences, length)
-    rows = block[2 : layout.token_end].view(-1, length)
+    rows = block[HEADER : layout.token_end].view(-1, length)
     documents = block[layout.token_end : layout.document_end].view(torch.int32)
     return {
         "input_ids": rows[:sequences],
@@ -342,7 +432,7 @@ class _Layout:
     """Where the tensors of a batch lie in its block, in words of 8 bytes."""
 
     def __init__(self, sequences: int, length: int) -> None:
-        self.token_end = 2 + 2 * sequences * length
+        self.token_end = HEADER + 2 * sequences * length
         self.document_end = self.token_end + math.ceil(sequences * length / 2)
         self.words = self.document_end + 2 * sequences
 

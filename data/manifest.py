@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.curriculum import domains_of
 from data.tokenizer import TokenizerHandle, bpe_name
 from train.recipe import RecipeError
 from train.schema import Recipe, TokenizerKind
@@ -204,7 +205,8 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
     ):
         what = f"is {data.corpus_bytes}, but {data.shards} was built with {manifest.corpus_bytes}"
         raise RecipeError(what, key="data.corpus_bytes", remedy=other_place)
-    keys = {domain: f"data.domains.{domain}" for domain in data.domains}
+    where = "data.phases" if data.phases else "data.domains"
+    keys = dict.fromkeys(domains_of(recipe), where)
     for domain, key in (keys | dict.fromkeys(data.validation_domains, "data.validation_domains")).items():
         if domain not in manifest.domains:
             there = ", ".join(manifest.domains)

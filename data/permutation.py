@@ -46,6 +46,16 @@ class KeyedPermutation:
             images[outside] = self._encipher(images[outside])
         return images.astype(np.int64)
 
+    def inverse(self, images: Indices) -> Indices:
+        """The indices whose images are given, each in 0..size-1; int64 [N] to int64 [N]."""
+        points = images.astype(np.uint64)
+        assert not points.size or int(points.max()) < self.size
+        indices = self._decipher(points)
+        size = np.uint64(self.size)
+        while (outside := np.flatnonzero(indices >= size)).size:
+            indices[outside] = self._decipher(indices[outside])
+        return indices.astype(np.int64)
+
     def _encipher(self, points: NDArray[np.uint64]) -> NDArray[np.uint64]:
         row, column = points % self._rows, points // self._rows
         half = np.uint64(32)
@@ -53,6 +63,17 @@ class KeyedPermutation:
             # 32 bits of noise: adding a coordinate cannot overflow.
             row = (row + (_mix(column + self._keys[key]) >> half)) % self._rows
             column = (column + (_mix(row + self._keys[key + 1]) >> half)) % self._columns
+        return column * self._rows + row
+
+    def _decipher(self, points: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        row, column = points % self._rows, points // self._rows
+        half = np.uint64(32)
+        for key in range(2 * ROUNDS - 2, -1, -2):
+            # Noise is taken modulo first: a difference below 0 would wrap around 2^64.
+            noise = (_mix(row + self._keys[key + 1]) >> half) % self._columns
+            column = (column + self._columns - noise) % self._columns
+            noise = (_mix(column + self._keys[key]) >> half) % self._rows
+            row = (row + self._rows - noise) % self._rows
         return column * self._rows + row
 
 

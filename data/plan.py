@@ -1,156 +1,74 @@
 """Which sample of which domain stands at each position of training: a function, not a table.
 
-Position n is the n-th sample of the run in global order. It says nothing of ranks, workers, batches or
-microbatches: those take their parts of it. Any position costs the same, the first or the 10^10-th.
+Position n is the n-th sample of the run in global order, a sample being a sequence of the shards' length;
+a phase of longer sequences takes several positions for each. It says nothing of ranks, workers, batches
+or microbatches: those take their parts of it. Any position costs the same, the first or the 10^10-th.
 
-Two functions make it up. :class:`Mixture` says which domain a position belongs to and how many of that
-domain came before: cumulated quotas are rounded, so that the error is carried over and never drawn at
-random. :class:`data.permutation.KeyedPermutation` says which sample of the domain that is; every
-sample is read once before any is read twice, and each epoch has an order of its own.
+Two functions make it up. :class:`data.mixture.Mixture` says which domain a position belongs to and how
+many of that domain came before. :class:`data.shard_order.ShardOrder` says which sample of the domain that
+is; it goes on through all phases, so that every sample is read once before any is read twice.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data.permutation import Indices, KeyedPermutation
-
-
-@dataclass(frozen=True)
-class _Branch:
-    """Two groups of domains; the lighter one gets ``share`` of what arrives here, at most a half."""
-
-    share: float
-    light: "_Branch | int"
-    heavy: "_Branch | int"
-
-
-class _Subtree(NamedTuple):
-    """A tree over some of the domains."""
-
-    weight: float
-    slack: float
-    node: "_Branch | int"
+from data.curriculum import Stretch
+from data.mixture import Mixture
+from data.permutation import Indices
+from data.shard_order import Grouping, ShardOrder, ShardSizes
 
 
 class Picks(NamedTuple):
-    """What stands at consecutive positions, each int64 [N]."""
+    """What stands at some positions, each int64 [N]."""
 
     domain: Indices
     """Index into the plan's ``domains``."""
     sample: Indices
-    """Sample of that domain."""
+    """Sample of that domain, counted through its shards in the index's order."""
     epoch: Indices
     """How often the domain had been read to its end before."""
-
-
-class Mixture:
-    """Positions to domains in proportion to constant weights, in closed form.
-
-    The domains are the leaves of a binary tree. At every node the first m arrivals give
-    ``floor(share * m + 1/2)`` to the lighter side and the rest to the other, so that both sides are
-    within half a sample of their quota at every m. Deviations add up along a path, each weakened by
-    the share that passes on: :attr:`worst_error` is their sum.
-    """
-
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        """Builds the tree.
-
-        Args:
-            weights: share of the samples per domain, each above 0; they are normalised.
-        """
-        assert weights and all(weight > 0 for weight in weights.values()), weights
-        self.domains = tuple(sorted(weights))
-        """Names in alphabetical order, so that the recipe's order of keys changes nothing."""
-        total = sum(weights[name] for name in self.domains)
-        self._weights = [weights[name] / total for name in self.domains]
-        self._root = _best_tree(self._weights)
-
-    @property
-    def worst_error(self) -> float:
-        """Bound on ``|samples of a domain - weight * n|`` over all domains and all n.
-
-        A path's sum over its nodes, the root left out, of leaf weight / (2 * node weight). 1/2 for two
-        domains, below 1 for three and four, seldom above 1 for more (1.6 for extreme weights).
-        """
-
-        def bound(node: _Branch | int, inverse_weights: float) -> float:
-            weight = self._weight(node)
-            here = inverse_weights + 1 / weight
-            if isinstance(node, int):
-                return 0.5 * weight * here
-            return max(bound(node.light, here), bound(node.heavy, here))
-
-        if isinstance(self._root, int):
-            return 0.0
-        return max(bound(self._root.light, 0.0), bound(self._root.heavy, 0.0))
-
-    def assign(self, start: int, count: int) -> tuple[Indices, Indices]:
-        """The domain of each position and the number of that domain's samples before it.
-
-        Args:
-            start: first position.
-            count: number of positions N.
-
-        Returns:
-            Domain indices and ordinals, both int64 [N].
-        """
-        domain = np.empty(count, np.int64)
-        ordinal = np.empty(count, np.int64)
-
-        def descend(node: _Branch | int, slots: Indices, arrivals: Indices) -> None:
-            if isinstance(node, int):
-                domain[slots], ordinal[slots] = node, arrivals
-                return
-            before = _light_part(node.share, arrivals)
-            is_light = _light_part(node.share, arrivals + 1) > before
-            descend(node.light, slots[is_light], before[is_light])
-            descend(node.heavy, slots[~is_light], (arrivals - before)[~is_light])
-
-        descend(self._root, np.arange(count), np.arange(start, start + count))
-        return domain, ordinal
-
-    def consumed(self, position: int) -> dict[str, int]:
-        """Samples of each domain among the first ``position`` positions."""
-        counts: dict[str, int] = {}
-
-        def descend(node: _Branch | int, arrivals: int) -> None:
-            if isinstance(node, int):
-                counts[self.domains[node]] = arrivals
-                return
-            light = int(_light_part(node.share, np.array([arrivals]))[0])
-            descend(node.light, light)
-            descend(node.heavy, arrivals - light)
-
-        descend(self._root, position)
-        return dict(sorted(counts.items()))
-
-    def _weight(self, node: _Branch | int) -> float:
-        if isinstance(node, int):
-            return self._weights[node]
-        return self._weight(node.light) + self._weight(node.heavy)
 
 
 class Plan:
     """The order of all samples, from weights, sizes and a seed alone."""
 
     def __init__(
-        self, weights: Mapping[str, float], samples_per_domain: Mapping[str, int], seed: int
+        self,
+        stretches: Sequence[Stretch],
+        shard_samples: Mapping[str, Sequence[int]],
+        *,
+        seed: int,
+        window_shards: int,
     ) -> None:
         """Prepares the plan; nothing grows with the sizes.
 
         Args:
-            weights: share of the samples per domain, each above 0.
-            samples_per_domain: size of each of these domains in samples, above 0.
+            stretches: weights over the positions, see :class:`data.mixture.Mixture`.
+            shard_samples: samples of each shard of these domains, each above 0.
             seed: selects the order within every domain and epoch.
+            window_shards: shards of a domain whose samples are shuffled among each other.
         """
-        self.mixture = Mixture(weights)
-        self.sizes = tuple(samples_per_domain[name] for name in self.mixture.domains)
-        assert all(size > 0 for size in self.sizes), samples_per_domain
-        self.seed = seed
+        self.mixture = Mixture(stretches)
+        changes = [(s.first, s.step) for s in stretches]
+        changes = [c for n, c in enumerate(changes) if not n or c[1] != changes[n - 1][1]]
+        before = [self.mixture.consumed(first) for first, _ in changes]
+        self._orders = {
+            name: ShardOrder(
+                name,
+                ShardSizes.of(shard_samples[name]),
+                seed=seed,
+                window_shards=window_shards,
+                groupings=[
+                    Grouping(counts[name], step) for counts, (_, step) in zip(before, changes, strict=True)
+                ],
+            )
+            for name in self.mixture.domains
+        }
+        self.sizes = tuple(self._orders[name].sizes.total for name in self.domains)
+        """Samples of each domain."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -159,52 +77,36 @@ class Plan:
 
     def samples(self, start: int, count: int) -> Picks:
         """What stands at positions ``start`` to ``start + count``; O(count) time and memory."""
-        domain, ordinal = self.mixture.assign(start, count)
-        sample = np.empty(count, np.int64)
-        epoch = np.empty(count, np.int64)
-        for index, (name, size) in enumerate(zip(self.domains, self.sizes, strict=True)):
+        return self.pick(np.arange(start, start + count))
+
+    def pick(self, positions: Indices) -> Picks:
+        """What stands at ascending positions [N]; O(N) time and memory."""
+        domain, ordinal = self.mixture.assign(positions)
+        sample, epoch = np.empty_like(domain), np.empty_like(domain)
+        for index, name in enumerate(self.domains):
             slots = np.flatnonzero(domain == index)
-            epoch[slots], within = np.divmod(ordinal[slots], size)
-            for turn in np.unique(epoch[slots]):
-                these = epoch[slots] == turn
-                # The domain's name, not its index: a domain that joins later leaves the others' order.
-                permute = KeyedPermutation(size, self.seed, name, int(turn))
-                sample[slots[these]] = permute(within[these])
+            if slots.size:
+                sample[slots], epoch[slots] = self._orders[name].samples(ordinal[slots])
         return Picks(domain, sample, epoch)
 
+    def consumed(self, position: int) -> dict[str, int]:
+        """Samples of each domain among the first ``position`` positions, in the order of ``domains``."""
+        return self.mixture.consumed(position)
 
-def _best_tree(weights: list[float]) -> _Branch | int:
-    """The tree in which every domain stays nearest to its quota.
+    def positions_of(self, domain: str, sample: int, end: int) -> list[int]:
+        """The positions below ``end`` at which a sample stands, one for each epoch; nothing is searched."""
+        order = self._orders[domain]
+        read = self.consumed(end)[domain]
+        ordinals = (order.ordinal_of(sample, epoch) for epoch in range(-(-read // order.sizes.total)))
+        return [self.mixture.position_of(domain, ordinal) for ordinal in ordinals if ordinal < read]
 
-    A leaf of weight w stays within one sample if w times the sum of 1/weight over the inner nodes
-    above it, the root left out, is at most 1. So a subtree has a slack, the sum that it tolerates from
-    above: 1/w for a leaf, and for a node the smaller of its sides' less the node's own 1/weight. Of
-    all splits the one with the greatest slack is taken; beyond 8 subtrees the lightest are joined first.
-    """
-    trees: list[_Subtree] = [_Subtree(w, 1 / w, leaf) for leaf, w in enumerate(weights)]
-    while len(trees) > 8:
-        trees.sort(key=lambda tree: -tree.weight)
-        trees.append(_join(trees.pop(), trees.pop()))
-    known: dict[int, _Subtree] = {1 << bit: tree for bit, tree in enumerate(trees)}
-    for mask in range(1, 1 << len(trees)):
-        if mask in known:
-            continue
-        part = (mask - 1) & mask
-        joined = []
-        while part > mask ^ part:
-            joined.append(_join(known[part], known[mask ^ part]))
-            part = (part - 1) & mask
-        known[mask] = max(joined, key=lambda tree: tree.slack)
-    return known[(1 << len(trees)) - 1].node
+    def order(self, domain: str) -> ShardOrder:
+        """The order of one domain."""
+        return self._orders[domain]
 
-
-def _join(one: _Subtree, other: _Subtree) -> _Subtree:
-    light, heavy = sorted((one, other), key=lambda tree: tree.weight)
-    weight = one.weight + other.weight
-    node = _Branch(light.weight / weight, light.node, heavy.node)
-    return _Subtree(weight, min(one.slack, other.slack) - 1 / weight, node)
-
-
-def _light_part(share: float, arrivals: NDArray[np.int64]) -> Indices:
-    """How many of the first ``arrivals`` go to the lighter side."""
-    return np.floor(share * arrivals + 0.5).astype(np.int64)
+    def runs_dry(self, domain: str, epochs: float, end: int) -> int | None:
+        """The first position below ``end`` that would read a domain beyond ``epochs`` times; None: none."""
+        most = int(epochs * self._orders[domain].sizes.total)
+        if self.consumed(end)[domain] <= most:
+            return None
+        return bisect_left(range(end), most + 1, key=lambda at: self.consumed(at + 1)[domain])

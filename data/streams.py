@@ -49,6 +49,11 @@ class ShardFolder:
         self._ends = list(accumulate(reader.samples for reader in self._readers))
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
 
+    @property
+    def shard_samples(self) -> list[int]:
+        """Samples of each shard, in the index's order."""
+        return [reader.samples for reader in self._readers]
+
     def __len__(self) -> int:
         """Samples in all shards."""
         return self._ends[-1] if self._ends else 0

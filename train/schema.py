@@ -92,6 +92,13 @@ class Registry(str, Enum):
     unity_catalog = "unity_catalog"
 
 
+class Interpolation(str, Enum):
+    """How weights go from those of a phase's beginning to those of its end."""
+
+    linear = "linear"
+    cosine = "cosine"
+
+
 class OnExisting(str, Enum):
     """What happens where ``runs_dir/name`` exists already."""
 
@@ -189,6 +196,33 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of the curriculum. Domains go on through all phases where the phase before left them."""
+
+    tokens: int = MISSING
+    """Length in tokens; the phase ends with the batch in which they are reached."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of the phase's tokens per domain, at its beginning where end_weights are given; adds up to 1."""
+    end_weights: dict[str, float] = field(default_factory=dict)
+    """Shares at the phase's end; empty: the weights are constant. A domain that is left out has 0 there."""
+    interpolation: Interpolation = Interpolation.linear
+    """`linear` or `cosine` (half a cosine) from weights to end_weights."""
+    stop_after_tokens: Optional[int] = None
+    """Ends the phase earlier, with its weights as they are by then: for an edit in the middle of it."""
+    sequence_tokens: Optional[int] = None
+    """Length of a sequence, a multiple of data.sequence_tokens; null: as in the phase before."""
+    global_batch_sequences: Optional[int] = None
+    """Sequences per optimizer step; null: as many tokens as training.global_batch_sequences has."""
+    microbatch_sequences: Optional[int] = None
+    """Sequences per pass of a rank; null: as many tokens as training.microbatch_sequences has, at least
+    one sequence."""
+    learning_rate_scale: float = 1.0
+    """Factor of the scheduled learning rate during the phase."""
+    rope_theta: Optional[float] = None
+    """Base of RoPE's wavelengths from this phase on; null: as in the phase before, at first the model's."""
+
+
+@dataclass(frozen=True)
 class Data:
     """Where tokens come from and in what proportion."""
 
@@ -201,14 +235,24 @@ class Data:
     """Bound on the shards that a node's cache keeps of `remote`; those read longest ago go first. null: as
     many as the disk holds."""
     domains: dict[str, float] = field(default_factory=dict)
-    """Share of the training tokens per domain; must add up to 1."""
+    """Share of the training tokens per domain; must add up to 1. For one phase; else `phases`."""
+    phases: list[Phase] = field(default_factory=list)
+    """The curriculum, phase by phase, in place of `domains`; in all they are training.duration_tokens."""
+    max_epochs: float = 4.0
+    """How often a domain may be read; the run is refused where it would be more. Four epochs are nearly
+    as good as new text (Muennighoff et al. 2023, arXiv 2305.16264)."""
+    domain_max_epochs: dict[str, float] = field(default_factory=dict)
+    """The same for single domains, by name."""
+    window_shards: int = 32
+    """Shards of a domain whose samples are shuffled among each other. A node's cache needs two windows of
+    each domain; 32 shards of 64 MB hold 262,144 samples of 2048 tokens, as many as Streaming's py1e mixes."""
     corpus: Optional[str] = None
     """`installed`: builds the shards, where missing, from the text that every installation has (code
     and prose of the standard library and the installed packages). null: the shards must exist."""
     corpus_bytes: int = read_when("data.corpus == installed", 64_000_000)
     """Upper bound of the text, in bytes per domain, that the corpus takes."""
     sequence_tokens: int = MISSING
-    """Length S of a training sequence in tokens; documents are packed and masked from each other."""
+    """Length S of the shards' sequences in tokens; documents are packed and masked from each other."""
     validation_domains: list[str] = field(default_factory=list)
     """Domains that are validated though nothing of them is trained on: the old ones of continued
     pretraining, say, whose loss shows what is forgotten. Those of `domains` are validated in any case."""
