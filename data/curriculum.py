@@ -75,12 +75,25 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Edit:
+    """What a change of the recipe replaced when a run went on."""
+
+    batch: int
+    """The first batch under the new stages."""
+    sample: int
+    replaced: tuple[Stage, ...]
+    """The stages that were planned from there on before."""
+
+
+@dataclass(frozen=True)
 class Curriculum:
     """All stages of a run, in order and without gaps."""
 
     stages: tuple[Stage, ...]
     sample_tokens: int
     """Tokens of a sample."""
+    edits: tuple[Edit, ...] = ()
+    """Every edit so far, in order; never shortened."""
 
     @property
     def batches(self) -> int:
@@ -101,9 +114,9 @@ class Curriculum:
         """The stage of a batch; the last one goes on beyond its end."""
         return next((stage for stage in self.stages if batch < stage.end_batch), self.stages[-1])
 
-    def tokens_at(self, batch: int) -> int:
-        """Tokens before a batch."""
-        stage = self.stage_of(batch)
+    def tokens_after(self, batch: int) -> int:
+        """Tokens up to the end of a batch."""
+        stage, batch = self.stage_of(batch), batch + 1
         return (stage.first_sample + (batch - stage.first_batch) * stage.batch_samples) * self.sample_tokens
 
     def batch_at(self, sample: int) -> int:
@@ -180,7 +193,7 @@ def continue_stages(past: Curriculum, recipe: Recipe, sample: int) -> Curriculum
     if not done:
         return plan_stages(recipe)
     last = done.pop()
-    for stage, following in zip(done, [*done[1:], last], strict=True):
+    for stage, following in itertools.pairwise([*done, last]):
         _require_same(stage, recipe, is_over=True, sample=stage.end_sample)
         if following.phase != stage.phase and _end_sample(recipe, stage.phase) > stage.end_sample:
             raise RecipeError(
@@ -204,7 +217,12 @@ def continue_stages(past: Curriculum, recipe: Recipe, sample: int) -> Curriculum
         done.append(
             replace(last, first_batch=first, first_sample=sample, end_sample=end, batch_sequences=batch)
         )
-    return Curriculum(tuple(_append(recipe, done, phases_from=last.phase + 1)), past.sample_tokens)
+    stages = tuple(_append(recipe, done, phases_from=last.phase + 1))
+    if stages == past.stages:
+        return past
+    replaced = tuple(stage for stage in past.stages if stage.end_sample > sample)
+    edit = Edit(past.batch_at(sample), sample, replaced)
+    return Curriculum(stages, past.sample_tokens, (*past.edits, edit))
 
 
 def to_json(curriculum: Curriculum) -> dict[str, Any]:
@@ -214,7 +232,11 @@ def to_json(curriculum: Curriculum) -> dict[str, Any]:
 
 def from_json(tree: Mapping[str, Any]) -> Curriculum:
     """The stages that :func:`to_json` wrote."""
-    return Curriculum(tuple(Stage(**stage) for stage in tree["stages"]), tree["sample_tokens"])
+    edits = tuple(
+        Edit(edit["batch"], edit["sample"], tuple(Stage(**stage) for stage in edit["replaced"]))
+        for edit in tree["edits"]
+    )
+    return Curriculum(tuple(Stage(**stage) for stage in tree["stages"]), tree["sample_tokens"], edits)
 
 
 def _append(recipe: Recipe, stages: list[Stage], *, phases_from: int) -> list[Stage]:

@@ -208,11 +208,11 @@ class ValidationSequences(IterableDataset[Batch]):
 def build_train_loader(
     recipe: Recipe,
     tokenizer: TokenizerHandle,
+    curriculum: Curriculum | None = None,
     *,
     rank: int,
     world_size: int,
     start_sample: int = 0,
-    curriculum: Curriculum | None = None,
 ) -> TrainLoader:
     """The training batches of a rank; see the module's description for resuming.
 

@@ -46,6 +46,8 @@ class Progress:
     samples: int
     tokens: int
     seconds: float
+    curriculum: dict[str, Any] | None = None
+    """The stages of the run and the edits of them so far, see :func:`data.curriculum.to_json`."""
 
 
 def load_checkpoint(
@@ -59,6 +61,11 @@ def load_checkpoint(
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=folder / STATE_FOLDER, no_dist=topology.world_size == 1)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return read_progress(folder)
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far a run had come at a checkpoint."""
     return Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
 
 

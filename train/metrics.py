@@ -14,6 +14,7 @@ LOSS_Z = "loss/z"
 LOSS_VALIDATION = "loss/validation/DOMAIN"
 BITS_PER_BYTE = "bits_per_byte/validation/DOMAIN"
 LEARNING_RATE = "learning_rate"
+PHASE = "phase"
 GRADIENT_NORM = "gradient_norm"
 TOKENS_PER_SECOND = "throughput/tokens_per_second"
 FLOP_UTILISATION = "throughput/flop_utilisation"
@@ -52,6 +53,7 @@ METRICS = (
     Metric(LOSS_VALIDATION, "nats/token", "cross entropy of a domain's validation set"),
     Metric(BITS_PER_BYTE, "bits/byte", "cross entropy of a domain's validation set, tokenizer-free"),
     Metric(LEARNING_RATE, "1", "learning rate of the step"),
+    Metric(PHASE, "1", "number of the curriculum's phase, from 0"),
     Metric(GRADIENT_NORM, "1", "global L2 norm of the gradients before clipping"),
     Metric(TOKENS_PER_SECOND, "tokens/s", "tokens of the step over time/step, all ranks together"),
     Metric(FLOP_UTILISATION, "1", "the model's FLOP/s over the measured matrix-product peak"),

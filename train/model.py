@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, T = B x S tokens, D model, F hidden, V vocabulary, 
 
 # ruff: noqa: N815  (shape suffixes)
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -161,6 +162,10 @@ class Decoder(nn.Module):
         self.lm_head: LanguageModelHead | None = None
         if not cfg.tie_embeddings:
             self.lm_head = LanguageModelHead(cfg.d_model, cfg.vocab_size, bias=False, device=device)
+
+    def set_rope_theta(self, theta: float) -> None:
+        """Changes the base of RoPE's wavelengths from the next batch on; no weight depends on it."""
+        self.cfg = self.transformer.model = dataclasses.replace(self.cfg, rope_theta=theta)
 
     def forward(
         self,

@@ -7,10 +7,12 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -19,6 +21,10 @@ from train.schema import Recipe
 MIXTURE = "data.domains"
 """Shares have to add up to 1, so that a mixture replaces that of the layer below as a whole;
 `data.domains.X=0.5` on the command line changes one share."""
+PHASES = "data.phases"
+"""The other form of a mixture: each form replaces the other of a layer below.
+`data.phases[0].tokens=1e9` on the command line changes one phase."""
+_ONE_PHASE = re.compile(r"data\.phases[\[.]\d")
 
 
 class RecipeError(ValueError):
@@ -54,9 +60,17 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     parts = {n for n, text in enumerate(overrides, len(files)) if text.startswith(f"{MIXTURE}.")}
     for depth, (file, layer) in enumerate([*files, *_override_layers(overrides)]):
         try:
-            if OmegaConf.select(layer, MIXTURE) and depth not in parts:
-                with read_write(merged.data):
+            if isinstance(layer, str):
+                key, _, value = layer.partition("=")
+                OmegaConf.update(merged, key, OmegaConf.create({"value": yaml.safe_load(value)}).value)
+                given[key] = depth, file
+                continue
+            has_phases = bool(OmegaConf.select(layer, PHASES))
+            with read_write(merged.data):
+                if has_phases or (OmegaConf.select(layer, MIXTURE) and depth not in parts):
                     merged.data.domains = {}
+                if not has_phases and OmegaConf.select(layer, MIXTURE):
+                    merged.data.phases = []
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise _explain(error, file) from None
@@ -121,7 +135,8 @@ def walk_schema(schema: type = Recipe, prefix: str = "") -> list[tuple[str, data
         if docs.get(schema_field.name):
             rows.append((key, schema_field, docs[schema_field.name]))
         if section is not None:
-            rows += walk_schema(section, f"{key}.")
+            many = "[]" if getattr(schema_field.type, "__origin__", None) is list else ""
+            rows += walk_schema(section, f"{key}{many}.")
     return rows
 
 
@@ -139,17 +154,24 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
         raise RecipeError(f"is not YAML: {error}", remedy="correct the syntax", file=str(path)) from None
     if not isinstance(config, DictConfig):
         raise RecipeError("is not a mapping of keys", remedy="write `key: value` lines", file=str(path))
-    base = config.pop("extends", None)
-    below = _layers(path.parent / str(base), (*seen, path.resolve())) if base else []
+    bases = config.pop("extends", None) or []
+    below = [
+        layer
+        for base in ([bases] if isinstance(bases, str) else bases)
+        for layer in _layers(path.parent / str(base), (*seen, path.resolve()))
+    ]
     return [*below, (str(path), config)]
 
 
 def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
-    layers = []
+    layers: list[tuple[str, Any]] = []
     for text in overrides:
         key, equals, _ = text.partition("=")
         if not equals or not key.strip():
             raise RecipeError(f"`{text}` is not key=value", remedy="write for example training.clip_norm=0.5")
+        if _ONE_PHASE.match(text):
+            layers.append(("command line", text))
+            continue
         try:
             layers.append(("command line", OmegaConf.from_dotlist([text])))
         except Exception as error:
@@ -163,15 +185,20 @@ def _explain(error: OmegaConfBaseException, file: str) -> RecipeError:
     """OmegaConf's error as one line of ours."""
     text = str(error).split("\n")[0]
     key = str(error.full_key or error.key or "")
+    in_schema = re.sub(r"\[\d+\]", "[]", key)
     if isinstance(error, ConfigKeyError):
         names = [known for known, _, _ in walk_schema()]
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.5) or difflib.get_close_matches(
+        near = difflib.get_close_matches(in_schema, names, n=1, cutoff=0.5) or difflib.get_close_matches(
             key.rsplit(".", 1)[-1], [n.rsplit(".", 1)[-1] for n in names], n=1, cutoff=0.6
         )
         remedy = f"did you mean `{near[0]}`?" if near else "remove it; --help lists every key"
         return RecipeError("unknown key", key=key, remedy=remedy, file=file)
     docs = {known: doc for known, _, doc in walk_schema()}
-    remedy = f"it means: {docs[key].split('.')[0]}" if key in docs else "--help lists every key and its type"
+    remedy = (
+        f"it means: {docs[in_schema].split('.')[0]}"
+        if in_schema in docs
+        else "--help lists every key and its type"
+    )
     return RecipeError(text, key=key, remedy=remedy, file=file)
 
 

@@ -14,9 +14,11 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist, get_device
 from torch.optim import Optimizer
 
+from data.curriculum import Curriculum, continue_stages, domains_of, from_json, plan_stages
 from data.loader import ValidationSequences, build_train_loader, build_validation_loaders
 from data.manifest import Manifest
 from data.shard_cache import fetch_indices
+from data.supply import require_supply
 from data.tokenizer import open_tokenizer
 from data.write_shards import ensure_shards
 from train import provenance, sizing
@@ -25,10 +27,11 @@ from train.callbacks.checkpointing import Checkpointing
 from train.callbacks.console import Console
 from train.callbacks.expert_load import ExpertLoad
 from train.callbacks.learning_rate import LearningRate
+from train.callbacks.phases import Phases
 from train.callbacks.run_tracker import RunTracker
 from train.callbacks.throughput import Throughput
 from train.callbacks.update import BeforeUpdate
-from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint
+from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint, read_progress
 from train.composer_model import LanguageModel
 from train.device import describe_hardware, measured_peak_flops, supports_bf16
 from train.generate.generation import OwnText
@@ -41,7 +44,13 @@ from train.optim import build_optimizer
 from train.parallel import build_mesh, build_sharded
 from train.recipe import RecipeError
 from train.report.page import write_report
-from train.run_folder import CHECKPOINTS_FOLDER, REPORT_FILE, claim_run_folder, require_same_data
+from train.run_folder import (
+    CHECKPOINTS_FOLDER,
+    REPORT_FILE,
+    claim_run_folder,
+    keep_recipe,
+    require_same_data,
+)
 from train.schema import Balance, Precision, Recipe
 from train.summary import DatasetInput, Summary, write_summary
 from train.topology import Topology
@@ -76,6 +85,16 @@ class Job:
     """Entropy of the validation targets of each domain, in nats per token."""
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """Where the run goes on."""
+
+    checkpoint: Path | None
+    """None: at its beginning."""
+    progress: Progress
+    curriculum: Curriculum
+
+
 def run(recipe: Recipe, topology: Topology) -> int:
     """Trains, or goes on training, and leaves the run's folder; returns the exit status."""
     machine = start_processes(recipe, topology)
@@ -88,8 +107,9 @@ def run(recipe: Recipe, topology: Topology) -> int:
     on_main(topology, lambda: clear_records(records_folder(folder)))
     shards = on_main(topology, lambda: ensure_shards(recipe))
     fetch_indices(recipe)
-    on_main(topology, lambda: require_same_data(folder, shards.digest))
     hush_libraries()
+    resumed = find_checkpoint(recipe, folder, topology)
+    on_main(topology, lambda: accept(recipe, folder, shards, resumed.curriculum))
     uploader = MlflowUploader(folder, recipe, dataset_inputs(recipe, shards)) if topology.is_main else None
     if uploader:
         uploader.start()
@@ -98,10 +118,10 @@ def run(recipe: Recipe, topology: Topology) -> int:
         with watched(recipe, folder, topology) as watch:
             model, optimizer = build_model(recipe, machine)
             watch.move("loading the checkpoint")
-            checkpoint, progress = resume(recipe, folder, model, optimizer, topology)
+            load_weights(recipe, resumed, model, optimizer, topology)
             watch.move("opening shards")
-            job = assemble(recipe, folder, machine, shards, model, optimizer, checkpoint, progress, watch)
-            if progress.batch < sizing.batches(recipe):
+            job = assemble(recipe, folder, machine, shards, model, optimizer, resumed, watch)
+            if resumed.progress.batch < resumed.curriculum.batches:
                 job.trainer.fit()
             else:
                 job.trainer.eval()
@@ -171,17 +191,49 @@ def build_model(recipe: Recipe, machine: Machine) -> tuple[LanguageModel, Optimi
     return model, build_optimizer(model, recipe.optimizer)
 
 
-def resume(
-    recipe: Recipe, folder: Path, model: LanguageModel, optimizer: Optimizer, topology: Topology
-) -> tuple[Path | None, Progress]:
-    """Loads the run's newest whole checkpoint; without one, the weights that the recipe starts from."""
+def find_checkpoint(recipe: Recipe, folder: Path, topology: Topology) -> Resumed:
+    """The run's newest whole checkpoint, and the stages from there on as the recipe has them now.
+
+    Raises:
+        RecipeError: if the recipe would rewrite what the run has read.
+    """
     found, complaints = newest_whole_checkpoint(folder / CHECKPOINTS_FOLDER, topology)
     for complaint in complaints:
         say(topology, complaint)
-    if found is not None:
-        progress = load_checkpoint(found, model, optimizer, topology)
-        say(topology, f"resumed from {found}, {progress.tokens:,} tokens")
-        return found, progress
+    if found is None:
+        return Resumed(None, Progress(0, 0, 0, 0.0), plan_stages(recipe))
+    progress = read_progress(found)
+    past = from_json(progress.curriculum) if progress.curriculum else plan_stages(recipe)
+    curriculum = continue_stages(past, recipe, progress.samples)
+    if len(curriculum.edits) > len(past.edits):
+        say(topology, f"the curriculum is edited from token {progress.tokens:,} on")
+    return Resumed(found, progress, curriculum)
+
+
+def accept(recipe: Recipe, folder: Path, shards: Manifest, curriculum: Curriculum) -> None:
+    """Notes recipe and shards that the run goes on with, after they were found possible.
+
+    Raises:
+        RecipeError: if a domain runs dry, or the shards are not those that were read.
+    """
+    require_supply(recipe, curriculum)
+    splits = {
+        f"{domain}/{split}": record.index_sha256
+        for domain in {*domains_of(recipe), *recipe.data.validation_domains}
+        for split, record in shards.domains[domain].splits.items()
+    }
+    require_same_data(folder, splits)
+    keep_recipe(recipe, folder)
+
+
+def load_weights(
+    recipe: Recipe, resumed: Resumed, model: LanguageModel, optimizer: Optimizer, topology: Topology
+) -> None:
+    """Loads the run's checkpoint; without one, the weights that the recipe starts from."""
+    if resumed.checkpoint is not None:
+        load_checkpoint(resumed.checkpoint, model, optimizer, topology)
+        say(topology, f"resumed from {resumed.checkpoint}, {resumed.progress.tokens:,} tokens")
+        return
     try:
         start = on_main(topology, lambda: find_start(recipe))
         if start is not None:
@@ -191,15 +243,16 @@ def resume(
         raise RecipeError(
             str(error), key="start.weights", remedy="name whole weights of this model"
         ) from None
-    return None, Progress(0, 0, 0, 0.0)
 
 
-def update_callbacks(recipe: Recipe, model: LanguageModel, topology: Topology) -> list[Callback]:
-    """What takes part in every step: the learning rate, the balance loss's counts, clipping."""
+def update_callbacks(
+    recipe: Recipe, model: LanguageModel, topology: Topology, curriculum: Curriculum
+) -> list[Callback]:
+    """What takes part in every step: phase, learning rate, the balance loss's counts, clipping."""
     moe = recipe.model.moe
-    callbacks: list[Callback] = [LearningRate(recipe)]
+    callbacks: list[Callback] = [Phases(recipe, curriculum), LearningRate(recipe, curriculum)]
     if moe is not None and moe.balance is Balance.loss:
-        microbatches = sizing.microbatches_per_rank(recipe, topology.world_size)
+        microbatches = sizing.most_microbatches(recipe, topology.world_size)
         callbacks.append(CountChoices(model, moe.balance_scope, microbatches))
     return [*callbacks, BeforeUpdate(moe, recipe.training.clip_norm)]
 
@@ -211,16 +264,20 @@ def assemble(
     shards: Manifest,
     model: LanguageModel,
     optimizer: Optimizer,
-    checkpoint: Path | None,
-    progress: Progress,
+    resumed: Resumed,
     watch: Watched,
 ) -> Job:
     """The Trainer with its loaders, records and checkpoints."""
-    topology, batches = machine.topology, sizing.batches(recipe)
+    topology, curriculum, progress = machine.topology, resumed.curriculum, resumed.progress
+    batches = curriculum.batches
+    # Evaluation alone is of the last phase that was trained.
+    model.decoder.set_rope_theta(curriculum.stage_of(max(0, progress.batch - 1)).rope_theta)
     tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
     callbacks: list[Callback] = [
-        *update_callbacks(recipe, model, topology),
-        Checkpointing(folder / CHECKPOINTS_FOLDER, recipe.checkpoint, topology, checkpoint),
+        *update_callbacks(recipe, model, topology, curriculum),
+        Checkpointing(
+            folder / CHECKPOINTS_FOLDER, recipe.checkpoint, topology, resumed.checkpoint, curriculum
+        ),
         *watch.callbacks(),
     ]
     loggers: list[LoggerDestination] = []
@@ -239,10 +296,12 @@ def assemble(
             Console(batches, recipe.tracking.console_interval_batches),
         ]
     place = {"rank": topology.rank, "world_size": topology.world_size}
-    train_loader = build_train_loader(recipe, tokenizer, **place, start_sample=progress.samples)
+    train_loader = build_train_loader(
+        recipe, tokenizer, curriculum=curriculum, start_sample=progress.samples, **place
+    )
     validation_loaders = build_validation_loaders(recipe, tokenizer, **place)
     trainer = build_trainer(
-        recipe, model, optimizer, train_loader, validation_loaders, callbacks, loggers, progress
+        recipe, model, optimizer, train_loader, validation_loaders, callbacks, loggers, progress, curriculum
     )
     entropy = {}
     for domain, loader in validation_loaders.items():
@@ -304,7 +363,7 @@ def unwrap(trainer: Trainer) -> LanguageModel:
 def dataset_inputs(recipe: Recipe, shards: Manifest) -> list[DatasetInput]:
     """The splits that a run reads, with the hash of their content."""
     contexts = {"train": "training", "validation": "validation"}
-    read = [(domain, split) for domain in recipe.data.domains for split in contexts]
+    read = [(domain, split) for domain in domains_of(recipe) for split in contexts]
     read += [(domain, "validation") for domain in recipe.data.validation_domains]
     return [
         DatasetInput(

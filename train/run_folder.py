@@ -1,13 +1,14 @@
 """The folder of a run: claimed once, resumed by the same recipe, never overwritten unless asked."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 from train.recipe import RecipeError, load_recipe, to_dict, to_yaml
 from train.schema import OnExisting, Recipe
 
-DATA_FILE = "data.sha256"
+DATA_FILE = "data.json"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -28,6 +29,19 @@ FREE_TO_CHANGE = (
     "data.cache_bytes",
 )
 """Keys that may differ when a run is resumed: they do not change what is trained."""
+
+EDITABLE = (
+    "data.phases",
+    "data.domains",
+    "data.max_epochs",
+    "data.domain_max_epochs",
+    "data.shards",
+    "training.duration_tokens",
+    "training.global_batch_sequences",
+    "training.microbatch_sequences",
+)
+"""Keys that may differ for what is still to come: :func:`data.curriculum.continue_stages` refuses what
+would rewrite the past, and :func:`require_same_data` other shards than were read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,28 +78,35 @@ def claim_run_folder(recipe: Recipe) -> Claim:
         _refuse_other_recipe(recipe, folder)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE_FILE).write_text(to_yaml(recipe))
+        keep_recipe(recipe, folder)
     return Claim(folder, recipe, (folder / SUMMARY_FILE).exists())
 
 
-def require_same_data(folder: Path, digest: str) -> None:
-    """Notes which shards a run reads, and refuses others when it is resumed.
+def keep_recipe(recipe: Recipe, folder: Path) -> None:
+    """Writes the recipe that the run goes on with, once it is accepted."""
+    (folder / RECIPE_FILE).write_text(to_yaml(recipe))
+
+
+def require_same_data(folder: Path, digests: dict[str, str]) -> None:
+    """Notes which shards a run reads, and refuses others when it is resumed; domains may join.
 
     Args:
         folder: of the run.
-        digest: hash of everything in the shards.
+        digests: hash of everything in the shards of each domain and split, by their names.
 
     Raises:
         RecipeError: if the run was begun with other shards.
     """
     file = folder / DATA_FILE
-    if file.is_file() and (before := file.read_text().strip()) != digest:
-        raise RecipeError(
-            f"holds {digest[:12]}, but {folder} was begun with {before[:12]}",
-            key="data.shards",
-            remedy="put the old shards back, or give the run another name",
-        )
-    file.write_text(digest + "\n")
+    before: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    for name, digest in digests.items():
+        if before.get(name, digest) != digest:
+            raise RecipeError(
+                f"holds {digest[:12]} for {name}, but {folder} was begun with {before[name][:12]}",
+                key="data.shards",
+                remedy="put the old shards back, or give the run another name",
+            )
+    file.write_text(json.dumps(before | digests, indent=1, sort_keys=True) + "\n")
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -100,7 +121,7 @@ def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
     before = _flat(to_dict(load_recipe(folder / RECIPE_FILE)))
     now = _flat(to_dict(recipe))
     for key in sorted(before.keys() | now.keys()):
-        free = any(key == name or key.startswith(f"{name}.") for name in FREE_TO_CHANGE)
+        free = any(key == name or key.startswith(f"{name}.") for name in (*FREE_TO_CHANGE, *EDITABLE))
         if not free and before.get(key) != now.get(key):
             raise RecipeError(
                 f"is {now.get(key)}, but {folder} was begun with {before.get(key)}",

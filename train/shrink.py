@@ -56,6 +56,8 @@ def shrink(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) -> Re
             corpus="installed",
             corpus_bytes=2_000_000,
             domains={"code": 0.5, "prose": 0.5},
+            phases=[],
+            domain_max_epochs={},
             sequence_tokens=SEQUENCE_TOKENS,
             workers=0,
         ),

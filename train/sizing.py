@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from data.curriculum import batch_sequences, microbatch_sequences, phases_of, plan_stages
 from train.schema import Ffn, Model, Parallelism, Recipe
 
 
@@ -201,18 +202,18 @@ def flops_per_token_training(model: Model, sequence_tokens: int, *, causal: bool
 
 
 def tokens_per_batch(recipe: Recipe) -> int:
-    """Tokens per optimizer step, over all ranks."""
+    """Tokens per optimizer step, over all ranks; a phase may have another batch."""
     return recipe.training.global_batch_sequences * recipe.data.sequence_tokens
 
 
 def batches(recipe: Recipe) -> int:
-    """Optimizer steps of the run: its tokens in batches, the last one filled up."""
-    return -(-recipe.training.duration_tokens // tokens_per_batch(recipe))
+    """Optimizer steps of the run: the tokens of each phase in batches, the last one filled up."""
+    return plan_stages(recipe).batches
 
 
 def trained_tokens(recipe: Recipe) -> int:
     """Tokens that the run trains on: whole batches."""
-    return batches(recipe) * tokens_per_batch(recipe)
+    return plan_stages(recipe).tokens
 
 
 def microbatches_per_rank(recipe: Recipe, world_size: int) -> int:
@@ -228,7 +229,20 @@ def microbatches_per_rank(recipe: Recipe, world_size: int) -> int:
 
 
 def training_flops(recipe: Recipe, *, causal: bool = False) -> Flops:
-    """FLOPs of the whole run: :func:`flops_per_token_training` x :func:`trained_tokens`."""
-    token = flops_per_token_training(recipe.model, recipe.data.sequence_tokens, causal=causal)
-    tokens = trained_tokens(recipe)
-    return Flops(token.weights * tokens, token.attention * tokens)
+    """FLOPs of the whole run: :func:`flops_per_token_training` x tokens, stage by stage."""
+    weights = attention = 0
+    curriculum = plan_stages(recipe)
+    for stage in curriculum.stages:
+        length = stage.sequence_samples * curriculum.sample_tokens
+        token = flops_per_token_training(recipe.model, length, causal=causal)
+        tokens = (stage.end_sample - stage.first_sample) * curriculum.sample_tokens
+        weights, attention = weights + token.weights * tokens, attention + token.attention * tokens
+    return Flops(weights, attention)
+
+
+def most_microbatches(recipe: Recipe, world_size: int) -> int:
+    """Forward and backward passes of each rank per optimizer step, in the phase that has the most."""
+    return max(
+        batch_sequences(recipe, phase) // world_size // microbatch_sequences(recipe, phase)
+        for phase in phases_of(recipe)
+    )

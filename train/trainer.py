@@ -8,7 +8,7 @@ from composer.loggers import LoggerDestination
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from train import sizing
+from data.curriculum import Curriculum
 from train.checkpoint import Progress
 from train.composer_model import Batch, LanguageModel
 from train.schema import Recipe
@@ -23,23 +23,25 @@ def build_trainer(
     callbacks: list[Callback],
     loggers: list[LoggerDestination],
     progress: Progress,
+    curriculum: Curriculum,
 ) -> Trainer:
     """Composer's Trainer for a run that has come as far as ``progress``.
 
     Model and optimizer are on their device, sharded and loaded; the training loader begins at the next
-    batch. The whole run is one epoch of Composer's.
+    batch. The whole run is one epoch of Composer's, and its samples are the curriculum's: sequences of
+    the shards' length, several of which make up a sequence of a longer phase.
     """
-    batches = sizing.batches(recipe)
+    batches, sample_tokens = curriculum.batches, curriculum.sample_tokens
     trainer = Trainer(
         model=model,
         optimizers=optimizer,
         max_duration=Time.from_batch(batches),
-        train_dataloader=_data_spec(train_loader),
+        train_dataloader=_data_spec(train_loader, sample_tokens),
         spin_dataloaders=False,
         eval_dataloader=[
             Evaluator(
                 label=f"validation/{domain}",
-                dataloader=_data_spec(loader),
+                dataloader=_data_spec(loader, sample_tokens),
                 metric_names=["token_loss"],
                 eval_interval=Time.from_batch(min(recipe.evaluation.interval_batches or batches, batches)),
                 device_eval_microbatch_size=recipe.training.microbatch_sequences,
@@ -70,11 +72,11 @@ def build_trainer(
     return trainer
 
 
-def _data_spec(loader: DataLoader[Batch]) -> DataSpec:
+def _data_spec(loader: DataLoader[Batch], sample_tokens: int) -> DataSpec:
     """Tells Composer how to count and to split a batch."""
     return DataSpec(
         loader,
-        get_num_samples_in_batch=lambda batch: batch["input_ids"].shape[0],
+        get_num_samples_in_batch=lambda batch: batch["input_ids"].numel() // sample_tokens,
         get_num_tokens_in_batch=lambda batch: batch["input_ids"].numel(),
         split_batch=_split,
     )

@@ -4,9 +4,10 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from data.curriculum import domains_of
 from train import sizing
+from train.fault import Fault
 from train.recipe import RecipeError
 from train.schema import (
     Ffn,
@@ -19,21 +20,13 @@ from train.schema import (
     TokenizerKind,
 )
 from train.topology import Topology
+from train.validate_phases import check_phases
 
 CL100K_TOKENS = 100_278
 """Ids of cl100k_base with DBRX's padding token (100277) included."""
 
 INSTALLED_DOMAINS = ("code", "prose")
 """Domains of the corpus that every installation has."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A rule that is broken: the key to change, what is wrong, and the remedy."""
-
-    key: str
-    what: str
-    remedy: str
 
 
 def validate(recipe: Recipe, topology: Topology, file: str) -> None:
@@ -46,6 +39,7 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
         _positive,
         _model,
         _data,
+        check_phases,
         _start,
         _training,
         _optimizer,
@@ -76,6 +70,8 @@ def _positive(recipe: Recipe, _: Topology) -> Iterator[Fault]:
         "data.validation_sequences": data.validation_sequences,
         "data.corpus_bytes": data.corpus_bytes,
         "data.cache_bytes": data.cache_bytes,
+        "data.max_epochs": data.max_epochs,
+        "data.window_shards": data.window_shards,
         "training.duration_tokens": training.duration_tokens,
         "training.global_batch_sequences": training.global_batch_sequences,
         "training.microbatch_sequences": training.microbatch_sequences,
@@ -100,6 +96,8 @@ def _positive(recipe: Recipe, _: Topology) -> Iterator[Fault]:
             "model.moe.top_k": model.moe.top_k,
             "model.moe.normalize_weights_p": model.moe.normalize_weights_p,
         }
+    for name, epochs in data.domain_max_epochs.items():
+        numbers[f"data.domain_max_epochs.{name}"] = epochs
     for key, number in numbers.items():
         if number is not None and not (number > 0 and math.isfinite(number)):
             yield Fault(key, f"is {number}", "must be above 0")
@@ -165,18 +163,24 @@ def _moe(model: Model) -> Iterator[Fault]:
 
 
 def _data(recipe: Recipe, _: Topology) -> Iterator[Fault]:
-    data = recipe.data
-    if not data.domains:
+    data, domains = recipe.data, domains_of(recipe)
+    mixture = "data.phases" if data.phases else "data.domains"
+    if data.domains and data.phases:
+        yield Fault("data.domains", "is given beside data.phases", "give one of them")
+    if not domains:
         yield Fault(
-            "data.domains", "is empty", "name each domain and its share, for example {code: 0.5, prose: 0.5}"
+            mixture, "is empty", "name each domain and its share, for example {code: 0.5, prose: 0.5}"
         )
     for name, share in data.domains.items():
         if not share > 0:
             yield Fault(f"data.domains.{name}", f"is {share}", "must be above 0, or leave the domain out")
     for name in data.validation_domains:
-        if name in data.domains:
-            yield Fault("data.validation_domains", f"{name} is in data.domains", "name it once, there")
-    named = {name: f"data.domains.{name}" for name in data.domains}
+        if name in domains:
+            yield Fault("data.validation_domains", f"{name} is in {mixture}", "name it once, there")
+    for name in data.domain_max_epochs:
+        if name not in domains:
+            yield Fault(f"data.domain_max_epochs.{name}", "is no domain", f"{mixture} has {domains}")
+    named = {name: f"data.domains.{name}" if data.domains else mixture for name in domains}
     named |= {name: "data.validation_domains" for name in data.validation_domains}
     for name, key in named.items():
         if data.corpus == "installed" and name not in INSTALLED_DOMAINS:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from data.curriculum import plan_stages
 from launch.ranks import run_ranks
 from launch.verify.cases import Case, idle_experts, make_batches, steer_router
 from train import leaf_ops
@@ -166,6 +167,7 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
     batches = [
         {key: value[mine] for key, value in batch.items()} for batch in make_batches(recipe, case.input, seed)
     ]
+    curriculum = plan_stages(recipe)
     trainer = build_trainer(
         recipe,
         model,
@@ -173,9 +175,10 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
         DataLoader(_Batches(batches), batch_size=None),
         {},
         # Gradients are seen before clipping and weights after the step.
-        [watcher, *update_callbacks(recipe, model, topology)],
+        [watcher, *update_callbacks(recipe, model, topology, curriculum)],
         [watcher.figures],
         Progress(0, 0, 0, 0.0),
+        curriculum,
     )
     trainer.fit()
     trainer.close()

@@ -9,8 +9,10 @@ from data.permutation import KeyedPermutation
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**63))
 def test_it_is_a_bijection(size: int, seed: int):
-    images = KeyedPermutation(size, seed)(np.arange(size))
+    permute = KeyedPermutation(size, seed)
+    images = permute(np.arange(size))
     assert np.array_equal(np.sort(images), np.arange(size))
+    assert np.array_equal(permute.inverse(images), np.arange(size))
 
 
 def test_a_part_equals_the_whole_of_it():

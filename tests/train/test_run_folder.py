@@ -55,8 +55,10 @@ def test_overwrite_removes_a_run_but_never_a_folder_that_is_none(tmp_path: Path)
 
 
 def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path) -> None:
-    require_same_data(tmp_path, "a" * 64)
-    require_same_data(tmp_path, "a" * 64)
-    with pytest.raises(RecipeError, match=r"data\.shards: holds bbbb.* begun with aaaa"):
-        require_same_data(tmp_path, "b" * 64)
-    require_same_data(tmp_path, "a" * 64)
+    require_same_data(tmp_path, {"code/train": "a" * 64})
+    require_same_data(tmp_path, {"code/train": "a" * 64, "new/train": "c" * 64})
+    with pytest.raises(RecipeError, match=r"data\.shards: holds bbbb.* for code/train, .* begun with aaaa"):
+        require_same_data(tmp_path, {"code/train": "b" * 64})
+    with pytest.raises(RecipeError, match="for new/train"):
+        require_same_data(tmp_path, {"new/train": "b" * 64})
+    require_same_data(tmp_path, {"code/train": "a" * 64})

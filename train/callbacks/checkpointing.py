@@ -12,6 +12,7 @@ import torch.distributed as dist
 from composer.core import Callback, State
 from composer.loggers import Logger
 
+from data.curriculum import Curriculum, to_json
 from train.checkpoint import Progress, restore_random_states
 from train.checkpoint_saver import CheckpointSaver, Saved
 from train.exit_status import PREEMPTED_STATUS
@@ -31,10 +32,19 @@ class Checkpointing(Callback):
         recipe: intervals and how many are kept.
         topology: this rank.
         resumed_from: checkpoint whose random-number states are restored before the first batch.
+        curriculum: the run's stages and edits, which every checkpoint keeps.
     """
 
-    def __init__(self, root: Path, recipe: Checkpoint, topology: Topology, resumed_from: Path | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        recipe: Checkpoint,
+        topology: Topology,
+        resumed_from: Path | None,
+        curriculum: Curriculum,
+    ) -> None:
         self.recipe, self.topology, self.resumed_from = recipe, topology, resumed_from
+        self.curriculum = curriculum
         self.saver = CheckpointSaver(root, topology, recipe.keep_last)
         # Of its own, since the saver's thread uses the saver's; gloo, so that nothing waits for a GPU.
         self._group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
@@ -101,6 +111,7 @@ class Checkpointing(Callback):
             samples=stamp.sample.value,
             tokens=stamp.token.value,
             seconds=stamp.total_wct.total_seconds() if stamp.total_wct else 0.0,
+            curriculum=to_json(self.curriculum),
         )
         self.last_save, self.last_batch = time.monotonic(), progress.batch
         self._tell(self.saver.start(state.model, state.optimizers[0], progress))

@@ -7,7 +7,7 @@ is one more thing that a resumed run could get wrong. A function of the step has
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from train import sizing
+from data.curriculum import Curriculum
 from train.metrics import LEARNING_RATE
 from train.optim import learning_rate_share
 from train.schema import Recipe
@@ -16,16 +16,16 @@ from train.schema import Recipe
 class LearningRate(Callback):
     """Sets each parameter group's rate before the batch is trained on."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.batch_tokens = sizing.tokens_per_batch(recipe)
-        self.duration_tokens = sizing.trained_tokens(recipe)
+    def __init__(self, recipe: Recipe, curriculum: Curriculum) -> None:
+        self.recipe, self.curriculum = recipe, curriculum
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Sets and logs the rate of the batch, which is the schedule's at the batch's end."""
-        seen = (state.timestamp.batch.value + 1) * self.batch_tokens
-        share = learning_rate_share(seen, self.duration_tokens, self.recipe.schedule)
-        rate = self.recipe.optimizer.learning_rate * share
+        """Sets and logs the rate of the batch: the schedule's at the batch's end times the phase's scale."""
+        batch = state.timestamp.batch.value
+        seen = self.curriculum.tokens_after(batch)
+        share = learning_rate_share(seen, self.curriculum.tokens, self.recipe.schedule)
+        scale = self.curriculum.stage_of(batch).learning_rate_scale
+        rate = self.recipe.optimizer.learning_rate * share * scale
         for group in state.optimizers[0].param_groups:
             group["lr"] = rate
         logger.log_metrics({LEARNING_RATE: rate})
