@@ -205,8 +205,7 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
     ):
         what = f"is {data.corpus_bytes}, but {data.shards} was built with {manifest.corpus_bytes}"
         raise RecipeError(what, key="data.corpus_bytes", remedy=other_place)
-    where = "data.phases" if data.phases else "data.domains"
-    keys = dict.fromkeys(domains_of(recipe), where)
+    keys = {name: f"data.domains.{name}" if data.domains else "data.phases" for name in domains_of(recipe)}
     for domain, key in (keys | dict.fromkeys(data.validation_domains, "data.validation_domains")).items():
         if domain not in manifest.domains:
             there = ", ".join(manifest.domains)
