@@ -12,18 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from data.batch import NO_TARGET, Batch, make_batch, make_block, open_block
 from data.curriculum import continue_stages, plan_stages
-from data.loader import (
-    NO_POSITION,
-    NO_TARGET,
-    Batch,
-    build_plan,
-    build_train_loader,
-    build_validation_loaders,
-    make_batch,
-    make_block,
-    open_block,
-)
+from data.loader import NO_POSITION, build_plan, build_train_loader, build_validation_loaders
 from data.manifest import unigram_entropy
 from data.packing import PADDING, Sample, pack
 from data.streams import ShardFolder

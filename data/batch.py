@@ -1,0 +1,116 @@
+"""Samples as the tensors of a batch, in blocks that pass from a worker to the trainer as one tensor."""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.packing import PADDING, Sample
+
+# B sequences of a rank's batch, S tokens per sequence.
+
+Batch = dict[str, Tensor]
+Positions = NDArray[np.int64]
+
+NO_TARGET = -100
+"""Target of a position that has no loss."""
+HEADER = 3
+"""Words at the beginning of a block: its sequences, their length, and the sequences of each batch."""
+
+
+def make_batch(samples: list[Sample], positions: Positions, domains: Positions) -> Batch:
+    """Samples as the tensors of a batch.
+
+    Args:
+        samples: B samples of S tokens.
+        positions: [B], passed on.
+        domains: [B], passed on.
+    """
+    return open_block(make_block(samples, positions, domains))
+
+
+def make_block(
+    samples: list[Sample],
+    positions: Positions,
+    domains: Positions,
+    *,
+    follows: NDArray[np.bool_] | None = None,
+    step: int = 1,
+    batch: int = 0,
+) -> Tensor:
+    """One or more batches as one int64 tensor, which begins with B, S and the sequences of each batch.
+
+    Handing a tensor from a worker to the trainer takes longer than filling it, whatever its size, so it
+    is done seldom.
+
+    Args:
+        samples: N samples of S / step tokens, ``step`` of them in a row for each of the B sequences.
+        positions: [B], passed on.
+        domains: [B], passed on.
+        follows: [N], whether a sample is the neighbour of the one before in the same sequence.
+        step: samples of a sequence.
+        batch: sequences of a batch; 0: all are one.
+    """
+    count, size = len(samples), samples[0].tokens.size
+    shape = count // step, size * step
+    block = np.empty(_Layout(*shape).words, np.int64)
+    block[:HEADER] = *shape, batch or shape[0]
+    views = open_block(torch.from_numpy(block))
+    input_ids_BS, targets_BS = views["input_ids"].numpy(), views["targets"].numpy()
+    np.stack([sample.tokens for sample in samples], out=input_ids_BS.reshape(count, size), casting="safe")
+    lengths = np.concatenate([sample.lengths for sample in samples])
+    documents = np.concatenate([sample.documents for sample in samples])
+    ends = np.cumsum([sample.lengths.size for sample in samples])
+    firsts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+    is_new = np.ones(lengths.size, np.int32)
+    if follows is not None:
+        # A document that goes on in the neighbour is one document.
+        goes_on = firsts[follows]
+        is_new[goes_on[documents[goes_on] == documents[goes_on - 1]]] = 0
+    places = np.cumsum(is_new, dtype=np.int32)
+    places -= np.repeat(places[firsts[::step]], np.diff(np.append(firsts[::step], lengths.size)))
+    views["document_ids"].numpy()[:] = np.repeat(places, lengths).reshape(shape)
+    targets_BS[:, :-1] = input_ids_BS[:, 1:]
+    last_of_sample = targets_BS.reshape(count, size)[:, -1]
+    if follows is None or not follows.any():
+        last_of_sample[:] = NO_TARGET
+    else:
+        last_of_sample[~np.append(follows[1:], False)] = NO_TARGET
+    is_padding = documents == PADDING
+    if is_padding.any():
+        padded_BS = np.repeat(is_padding, lengths).reshape(shape)
+        targets_BS[:, :-1][padded_BS[:, 1:]] = NO_TARGET
+    views["sample_positions"].numpy()[:] = positions
+    views["domain_ids"].numpy()[:] = domains
+    return torch.from_numpy(block)
+
+
+def batch_of_block(block: Tensor) -> int:
+    """Sequences of each batch of a block."""
+    return int(block[HEADER - 1])
+
+
+def open_block(block: Tensor) -> Batch:
+    """The tensors of a batch as views of the block that :func:`make_block` made."""
+    sequences, length = block[: HEADER - 1].tolist()
+    layout = _Layout(sequences, length)
+    rows = block[HEADER : layout.token_end].view(-1, length)
+    documents = block[layout.token_end : layout.document_end].view(torch.int32)
+    return {
+        "input_ids": rows[:sequences],
+        "document_ids": documents[: sequences * length].view(sequences, length),
+        "targets": rows[sequences:],
+        "sample_positions": block[layout.document_end : layout.document_end + sequences],
+        "domain_ids": block[layout.document_end + sequences :],
+    }
+
+
+class _Layout:
+    """Where the tensors of a batch lie in its block, in words of 8 bytes."""
+
+    def __init__(self, sequences: int, length: int) -> None:
+        self.token_end = HEADER + 2 * sequences * length
+        self.document_end = self.token_end + math.ceil(sequences * length / 2)
+        self.words = self.document_end + 2 * sequences
