@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +48,8 @@ class Progress:
     seconds: float
     curriculum: dict[str, Any] | None = None
     """The stages of the run and the edits of them so far, see :func:`data.curriculum.to_json`."""
+    recent: list[list[float]] = field(default_factory=list)
+    """Loss and gradient norm of the last steps, which the guard compares the next with."""
 
 
 def load_checkpoint(

@@ -30,10 +30,11 @@ from train.callbacks.learning_rate import LearningRate
 from train.callbacks.phases import Phases
 from train.callbacks.run_tracker import RunTracker
 from train.callbacks.throughput import Throughput
-from train.callbacks.update import BeforeUpdate
+from train.callbacks.update import BeforeUpdate, NotFiniteError
 from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint, read_progress
 from train.composer_model import LanguageModel
 from train.device import describe_hardware, measured_peak_flops, supports_bf16
+from train.exit_status import REPLAY_STATUS
 from train.generate.generation import OwnText
 from train.generate.sample_text import write_sample
 from train.init import initialize
@@ -56,6 +57,7 @@ from train.summary import DatasetInput, Summary, write_summary
 from train.topology import Topology
 from train.tracking.uploader import MlflowUploader
 from train.trainer import build_trainer
+from train.watch.guard import Guard
 from train.watch.records import clear_records, records_folder
 from train.watch.watched import Watched, watched
 
@@ -130,6 +132,9 @@ def run(recipe: Recipe, topology: Topology) -> int:
             finish(recipe, folder, machine, shards, job, losses)
         job.trainer.close()
         status = "FINISHED"
+    except NotFiniteError as error:
+        say(topology, f"{error}; ended with status {REPLAY_STATUS}: the same command trains it again")
+        return REPLAY_STATUS
     except SystemExit:
         status = "KILLED"
         raise
@@ -246,15 +251,20 @@ def load_weights(
 
 
 def update_callbacks(
-    recipe: Recipe, model: LanguageModel, topology: Topology, curriculum: Curriculum
+    recipe: Recipe,
+    model: LanguageModel,
+    topology: Topology,
+    curriculum: Curriculum,
+    guard: Guard | None = None,
+    run_folder: Path | None = None,
 ) -> list[Callback]:
-    """What takes part in every step: phase, learning rate, the balance loss's counts, clipping."""
+    """What takes part in every step: phase, learning rate, the balance loss's counts, guard and clipping."""
     moe = recipe.model.moe
     callbacks: list[Callback] = [Phases(recipe, curriculum), LearningRate(recipe, curriculum)]
     if moe is not None and moe.balance is Balance.loss:
         microbatches = sizing.most_microbatches(recipe, topology.world_size)
         callbacks.append(CountChoices(model, moe.balance_scope, microbatches))
-    return [*callbacks, BeforeUpdate(moe, recipe.training.clip_norm)]
+    return [*callbacks, BeforeUpdate(moe, recipe.training.clip_norm, guard, run_folder)]
 
 
 def assemble(
@@ -273,10 +283,13 @@ def assemble(
     # Evaluation alone is of the last phase that was trained.
     model.decoder.set_rope_theta(curriculum.stage_of(max(0, progress.batch - 1)).rope_theta)
     tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
+    guard = Guard(recipe.guard, progress.recent)
     callbacks: list[Callback] = [
-        *update_callbacks(recipe, model, topology, curriculum),
+        *update_callbacks(
+            recipe, model, topology, curriculum, guard, folder if topology.is_main else None
+        ),
         Checkpointing(
-            folder / CHECKPOINTS_FOLDER, recipe.checkpoint, topology, resumed.checkpoint, curriculum
+            folder / CHECKPOINTS_FOLDER, recipe.checkpoint, topology, resumed.checkpoint, curriculum, guard
         ),
         *watch.callbacks(),
     ]

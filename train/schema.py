@@ -107,6 +107,21 @@ class OnExisting(str, Enum):
     overwrite = "overwrite"
 
 
+class OnNonfinite(str, Enum):
+    """What becomes of a step whose loss or gradient is not finite."""
+
+    replay = "replay"
+    skip = "skip"
+    stop = "stop"
+
+
+class OnSpike(str, Enum):
+    """What becomes of a step whose loss or gradient norm is a spike."""
+
+    alarm = "alarm"
+    skip = "skip"
+
+
 def read_when(condition: str, default: Any) -> Any:
     """A field that is read only while ``condition`` (``some.key == value``) holds."""
     return field(default=default, metadata={"read_when": condition})
@@ -378,6 +393,37 @@ class Tracking:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """Which updates are applied; docs/faults.md. Alarms go to the screen and to `alarms.jsonl`."""
+
+    nonfinite: OnNonfinite = OnNonfinite.replay
+    """Of a step that is not finite no update is ever applied. `replay` ends the run with status 77, to be
+    resumed from the newest checkpoint: a passing fault of a machine does not come back. `skip` goes on with
+    the next batch; `stop` ends the run."""
+    on_spike: OnSpike = OnSpike.alarm
+    """`alarm` says so and applies the update; `skip` leaves it out (Chowdhery et al. 2022, PaLM, section 5.1,
+    skip the data around a spike)."""
+    window_batches: int = 128
+    """Applied steps whose median and median absolute deviation a step is compared with."""
+    loss_deviations: Optional[float] = 8.0
+    """A loss this many deviations above the median is a spike; null: never."""
+    norm_deviations: Optional[float] = 20.0
+    """The same of the gradient norm, which has a longer tail; null: never."""
+    most_skips: int = 10
+    """Updates that may be skipped in a row; one more ends the run."""
+    least_entropy: float = 0.3
+    """A layer's router has collapsed below this entropy of its experts' shares over that of equal ones."""
+    most_dead_share: float = 0.5
+    """... or when more than this share of its experts gets no token of a batch."""
+    most_busiest_over_mean: float = 8.0
+    """... or when an expert takes more than this many times the mean load."""
+    collapse_batches: int = 20
+    """Batches in a row after which a collapse raises an alarm."""
+    stop_on_collapse: bool = False
+    """End the run at that alarm."""
+
+
+@dataclass(frozen=True)
 class Watch:
     """Hangs and stragglers; docs/faults.md."""
 
@@ -418,4 +464,5 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
+    guard: Guard = field(default_factory=Guard)
     watch: Watch = field(default_factory=Watch)

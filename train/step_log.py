@@ -31,6 +31,9 @@ class StepLog:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._last: dict[str, Any] = {}
         self._start = self._end = os.fstat(self._file).st_size
+        self._tail: list[bytes] = []
+        """The last line, and before it those that a full disk has refused."""
+        self._is_written = True
 
     def drop_after(self, step: int) -> int:
         """Cuts off every line of a later step, and what a killed process left half written.
@@ -39,6 +42,7 @@ class StepLog:
             The number of whole lines that were cut off.
         """
         self._last, self._start, self._end = {}, 0, 0
+        self._tail, self._is_written = [], True
         dropped = 0
         for start, end, fields in lines_from(self.path, 0):
             if fields[STEP] > step:
@@ -49,19 +53,29 @@ class StepLog:
         return dropped
 
     def write(self, step: int, fields: dict[str, Any]) -> None:
-        """Appends a step; fields of the step that is the last one already are added to its line."""
+        """Appends a step; fields of the step that is the last one already are added to its line.
+
+        Raises:
+            OSError: if the disk has no room; the line is kept and written with the next one.
+        """
         if self._last.get(STEP) == step:
             self._last |= fields
+            del self._tail[-1:]
         else:
             assert step > self._last.get(STEP, -1), f"{self.path}: step {step} after {self._last[STEP]}"
-            self._last, self._start = {STEP: step, **fields}, self._end
-        line = (json.dumps(_finite(self._last), separators=(",", ":")) + "\n").encode()
+            self._last = {STEP: step, **fields}
+            if self._is_written:
+                self._start, self._tail = self._end, []
+        self._tail.append((json.dumps(_finite(self._last), separators=(",", ":")) + "\n").encode())
+        text = b"".join(self._tail)
+        self._is_written = False
         # The beginning stays and the line grows: who reads meanwhile finds the old one or the new.
-        if os.pwrite(self._file, line, self._start) < len(line):
+        if os.pwrite(self._file, text, self._start) < len(text):
             raise OSError(f"{self.path}: no room for another line")
-        if self._start + len(line) < self._end:
-            os.ftruncate(self._file, self._start + len(line))
-        self._end = self._start + len(line)
+        self._is_written = True
+        if self._start + len(text) < self._end:
+            os.ftruncate(self._file, self._start + len(text))
+        self._end = self._start + len(text)
 
     def close(self) -> None:
         """Closes the file."""

@@ -86,6 +86,11 @@ def _positive(recipe: Recipe, _: Topology) -> Iterator[Fault]:
         "checkpoint.interval_minutes": recipe.checkpoint.interval_minutes,
         "checkpoint.keep_last": recipe.checkpoint.keep_last,
         "tracking.console_interval_batches": tracking.console_interval_batches,
+        "guard.window_batches": recipe.guard.window_batches,
+        "guard.loss_deviations": recipe.guard.loss_deviations,
+        "guard.norm_deviations": recipe.guard.norm_deviations,
+        "guard.most_busiest_over_mean": recipe.guard.most_busiest_over_mean,
+        "guard.collapse_batches": recipe.guard.collapse_batches,
         "watch.hang_seconds": recipe.watch.hang_seconds,
         "watch.start_seconds": recipe.watch.start_seconds,
         "watch.straggler_interval_batches": recipe.watch.straggler_interval_batches,
@@ -273,6 +278,9 @@ def _optimizer(recipe: Recipe, _: Topology) -> Iterator[Fault]:
 
 
 def _watch(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    for key in ("least_entropy", "most_dead_share"):
+        if not 0 <= (share := getattr(recipe.guard, key)) <= 1:
+            yield Fault(f"guard.{key}", f"is {share}", "must lie in [0, 1]")
     factor = recipe.watch.straggler_factor
     if not 1 < factor < math.inf:
         yield Fault("watch.straggler_factor", f"is {factor}", "must be above 1; 1.3 names what is 30% slow")

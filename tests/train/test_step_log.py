@@ -67,3 +67,25 @@ def test_later_steps_are_dropped(tmp_path: Path) -> None:
 
 def test_no_file_is_no_steps(tmp_path: Path) -> None:
     assert read_steps(tmp_path / "absent.jsonl") == []
+
+
+def test_lines_that_a_full_disk_refused_are_written_with_the_next(tmp_path: Path) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = StepLog(tmp_path / "log.jsonl")
+    log.write(1, {"a": 1})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+        for step in (2, 3):
+            with pytest.raises(OSError):
+                log.write(step, {"a": step})
+        with pytest.raises(OSError):
+            log.write(3, {"b": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [line["step"] for line in read_steps(log.path)] == [1]
+    log.write(4, {"a": 4})
+    log.write(4, {"b": 4})
+    found = [(line["step"], line["a"], line.get("b")) for line in read_steps(log.path)]
+    assert found == [(1, 1, None), (2, 2, None), (3, 3, 3), (4, 4, 4)]

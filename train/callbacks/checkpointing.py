@@ -18,6 +18,7 @@ from train.checkpoint_saver import CheckpointSaver, Saved
 from train.exit_status import PREEMPTED_STATUS
 from train.schema import Checkpoint
 from train.topology import Topology
+from train.watch.guard import Guard
 
 
 class Checkpointing(Callback):
@@ -33,6 +34,7 @@ class Checkpointing(Callback):
         topology: this rank.
         resumed_from: checkpoint whose random-number states are restored before the first batch.
         curriculum: the run's stages and edits, which every checkpoint keeps.
+        guard: whose memory is saved too.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class Checkpointing(Callback):
         topology: Topology,
         resumed_from: Path | None,
         curriculum: Curriculum,
+        guard: Guard | None = None,
     ) -> None:
+        self.guard = guard
         self.recipe, self.topology, self.resumed_from = recipe, topology, resumed_from
         self.curriculum = curriculum
         self.saver = CheckpointSaver(root, topology, recipe.keep_last)
@@ -112,6 +116,7 @@ class Checkpointing(Callback):
             tokens=stamp.token.value,
             seconds=stamp.total_wct.total_seconds() if stamp.total_wct else 0.0,
             curriculum=to_json(self.curriculum),
+            recent=self.guard.recent if self.guard is not None else [],
         )
         self.last_save, self.last_batch = time.monotonic(), progress.batch
         self._tell(self.saver.start(state.model, state.optimizers[0], progress))
