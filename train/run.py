@@ -34,7 +34,7 @@ from train.callbacks.update import BeforeUpdate, NotFiniteError
 from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint, read_progress
 from train.composer_model import LanguageModel
 from train.device import describe_hardware, measured_peak_flops, supports_bf16
-from train.exit_status import REPLAY_STATUS
+from train.exit_status import REPLAY_STATUS, UNFIT_STATUS
 from train.generate.generation import OwnText
 from train.generate.sample_text import write_sample
 from train.init import initialize
@@ -43,6 +43,7 @@ from train.interchange.initial_weights import find_start, freeze, start_from
 from train.model import Decoder
 from train.optim import build_optimizer
 from train.parallel import build_mesh, build_sharded
+from train.preflight.together import is_wanted, preflight
 from train.recipe import RecipeError
 from train.report.page import write_report
 from train.run_folder import (
@@ -58,7 +59,7 @@ from train.topology import Topology
 from train.tracking.uploader import MlflowUploader
 from train.trainer import build_trainer
 from train.watch.guard import Guard
-from train.watch.records import clear_records, records_folder
+from train.watch.records import clear_records, record_failure, records_folder
 from train.watch.watched import Watched, watched
 
 Result = TypeVar("Result")
@@ -110,6 +111,8 @@ def run(recipe: Recipe, topology: Topology) -> int:
     shards = on_main(topology, lambda: ensure_shards(recipe))
     fetch_indices(recipe)
     hush_libraries()
+    if is_wanted(recipe.preflight, topology) and not is_fit(recipe, folder, machine):
+        return UNFIT_STATUS
     resumed = find_checkpoint(recipe, folder, topology)
     on_main(topology, lambda: accept(recipe, folder, shards, resumed.curriculum))
     uploader = MlflowUploader(folder, recipe, dataset_inputs(recipe, shards)) if topology.is_main else None
@@ -143,6 +146,23 @@ def run(recipe: Recipe, topology: Topology) -> int:
             uploader.finish(status)
     say(topology, f"everything of this run is in {folder}; open {folder / REPORT_FILE}")
     return 0
+
+
+def is_fit(recipe: Recipe, folder: Path, machine: Machine) -> bool:
+    """Checks nodes and links; tells what was found and returns whether the run may start."""
+    topology = machine.topology
+    findings = preflight(recipe, folder, topology, torch.device(machine.device_type))
+    for _, line in findings.warnings:
+        say(topology, f"preflight: {line}")
+    for ranks, line in findings.faults:
+        say(topology, f"preflight: UNFIT: {line}")
+        if topology.rank in ranks:
+            record_failure(records_folder(folder), topology, 0, UnfitError(line))
+    return not findings.faults
+
+
+class UnfitError(RuntimeError):
+    """A machine that must not take part."""
 
 
 def hush_libraries() -> None:

@@ -25,6 +25,7 @@ FREE_TO_CHANGE = (
     "runs_dir",
     "name",
     "watch",
+    "preflight",
     "data.remote",
     "data.cache_bytes",
 )

@@ -122,6 +122,14 @@ class OnSpike(str, Enum):
     skip = "skip"
 
 
+class PreflightWhen(str, Enum):
+    """Which runs check their machines before they start."""
+
+    multi_node = "multi_node"
+    always = "always"
+    never = "never"
+
+
 def read_when(condition: str, default: Any) -> Any:
     """A field that is read only while ``condition`` (``some.key == value``) holds."""
     return field(default=default, metadata={"read_when": condition})
@@ -393,6 +401,24 @@ class Tracking:
 
 
 @dataclass(frozen=True)
+class Preflight:
+    """The check of nodes and links before a run; also `python -m launch.preflight`; docs/faults.md."""
+
+    when: PreflightWhen = PreflightWhen.multi_node
+    """`multi_node`: runs over several nodes begin with it; `always` or `never`."""
+    least_disk_bytes: int = 10_000_000_000
+    """Room that the folder of runs must have."""
+    most_skew_seconds: float = 2.0
+    """Largest difference of a rank's clock from the median rank's."""
+    slow_factor: float = 3.0
+    """A rank or pair is slow from this many times the median of the others."""
+    expected_gigabits: Optional[float] = None
+    """Bus bandwidth of collectives in Gbit/s; slow is less than this over slow_factor. null: only told."""
+    stop_on_slow: bool = False
+    """Do not start where a rank or pair is slow; otherwise it is only named."""
+
+
+@dataclass(frozen=True)
 class Guard:
     """Which updates are applied; docs/faults.md. Alarms go to the screen and to `alarms.jsonl`."""
 
@@ -464,5 +490,6 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
+    preflight: Preflight = field(default_factory=Preflight)
     guard: Guard = field(default_factory=Guard)
     watch: Watch = field(default_factory=Watch)

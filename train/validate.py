@@ -278,6 +278,10 @@ def _optimizer(recipe: Recipe, _: Topology) -> Iterator[Fault]:
 
 
 def _watch(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    if not recipe.preflight.slow_factor > 1:
+        yield Fault(
+            "preflight.slow_factor", f"is {recipe.preflight.slow_factor}", "must be above 1; 3 is usual"
+        )
     for key in ("least_entropy", "most_dead_share"):
         if not 0 <= (share := getattr(recipe.guard, key)) <= 1:
             yield Fault(f"guard.{key}", f"is {share}", "must lie in [0, 1]")

@@ -110,7 +110,7 @@ def _rows(small: Recipe, kills: int) -> Iterator[Row]:
     pair = next(layout for layout in (Layout(1, 1, 2), Layout(1, 2, 1)) if str(layout) in possible)
     whole = {}
     for layout in (Layout(1, 1, 1), pair):
-        whole[layout] = _uninterrupted(small, layout)
+        whole[layout] = uninterrupted(small, layout)
         generator = random.Random(small.seed)
         yield kill_and_resume(small, layout, whole[layout], (kills + 1) // 2, generator)
     yield from reshard(small, chain, whole[Layout(1, 1, 1)])
@@ -121,14 +121,14 @@ def kill_and_resume(small: Recipe, layout: Layout, whole: Path, kills: int, gene
     spent = mid_save = runs = 0
     faults: list[str] = []
     while spent < kills:
-        recipe = _named(small, layout, f"killed-{layout.world_size}-{runs}")
+        recipe = named(small, layout, f"killed-{layout.world_size}-{runs}")
         runs += 1
         folder = Path(recipe.runs_dir) / recipe.name
         while True:
             begun = time.time()
-            with Ranks(layout.world_size, _trainer(recipe), folder.with_suffix(".log")) as ranks:
-                after = _steps(folder) + generator.randint(1, 6)
-                is_over = spent >= kills or not _wait(ranks, _moment(folder, after, generator))
+            with Ranks(layout.world_size, trainer(recipe), folder.with_suffix(".log")) as ranks:
+                after = steps(folder) + generator.randint(1, 6)
+                is_over = spent >= kills or not await_moment(ranks, _moment(folder, after, generator))
                 if is_over:
                     codes = ranks.exit_codes(PATIENCE_SECONDS)
                     break
@@ -137,9 +137,9 @@ def kill_and_resume(small: Recipe, layout: Layout, whole: Path, kills: int, gene
             cut_off = (folder / CHECKPOINTS_FOLDER).glob(f"*{PARTIAL}")
             mid_save += any(part.stat().st_mtime > begun for part in cut_off)
         if any(codes):
-            faults.append(f"{recipe.name} ended with {codes}: {_tail(folder)}")
+            faults.append(f"{recipe.name} ended with {codes}: {tail(folder)}")
         else:
-            faults += [f"{recipe.name}: {fault}" for fault in _differences(whole, folder, 0.0)]
+            faults += [f"{recipe.name}: {fault}" for fault in differences(whole, folder, 0.0)]
     figures = f"{spent} kills, {mid_save} of them in a save, over {runs} runs; all equal bit for bit"
     if faults:
         figures = f"{spent} kills, {mid_save} of them in a save, over {runs} runs"
@@ -150,19 +150,19 @@ def reshard(small: Recipe, chain: list[Layout], whole: Path) -> Iterator[Row]:
     """One run that is preempted and goes on under the next layout of the chain, until its end."""
     folder = Path(small.runs_dir) / "chain"
     for place, layout in enumerate(chain):
-        recipe = _named(small, layout, "chain")
+        recipe = named(small, layout, "chain")
         faults = [] if place == 0 else _loading_faults(recipe, layout, folder)
-        first = _steps(folder) + 1
+        first = steps(folder) + 1
         is_last = place == len(chain) - 1
         until = STEPS * (place + 1) // len(chain)
-        with Ranks(layout.world_size, _trainer(recipe), folder.with_suffix(".log")) as ranks:
+        with Ranks(layout.world_size, trainer(recipe), folder.with_suffix(".log")) as ranks:
             if not is_last:
-                _wait(ranks, functools.partial(_has_step, folder, until))
+                await_moment(ranks, functools.partial(_has_step, folder, until))
                 # One rank's signal must count for all.
                 ranks.processes[-1].terminate()
             codes = ranks.exit_codes(PATIENCE_SECONDS)
         if set(codes) != {0 if is_last else PREEMPTED_STATUS}:
-            faults.append(f"ended with {codes}: {_tail(folder)}")
+            faults.append(f"ended with {codes}: {tail(folder)}")
         errors = list(_loss_errors(whole, folder, first))
         if not errors or max(errors) > BOUND:
             faults.append(f"losses of steps {first} on differ by {max(errors, default=float('nan')):.1e}")
@@ -170,18 +170,19 @@ def reshard(small: Recipe, chain: list[Layout], whole: Path) -> Iterator[Row]:
         yield Row(
             "reshard",
             str(layout),
-            f"steps {first} to {_steps(folder)}, losses within {max(errors, default=0):.1e}{loaded}",
+            f"steps {first} to {steps(folder)}, losses within {max(errors, default=0):.1e}{loaded}",
             faults,
         )
 
 
-def _named(small: Recipe, layout: Layout, name: str) -> Recipe:
+def named(small: Recipe, layout: Layout, name: str) -> Recipe:
+    """The small recipe under a layout and another name."""
     return replace(
         small, name=name, parallelism=Parallelism(replicate=layout.replicate, expert=layout.expert)
     )
 
 
-def _trainer(recipe: Recipe) -> Callable[[Topology], None]:
+def trainer(recipe: Recipe) -> Callable[[Topology], None]:
     """The whole run, as the main job does it; its exit status is the rank's."""
 
     def work(topology: Topology) -> None:
@@ -191,12 +192,13 @@ def _trainer(recipe: Recipe) -> Callable[[Topology], None]:
     return work
 
 
-def _uninterrupted(small: Recipe, layout: Layout) -> Path:
-    recipe = _named(small, layout, f"whole-{layout.world_size}")
+def uninterrupted(small: Recipe, layout: Layout) -> Path:
+    """The folder of a run that nothing disturbed."""
+    recipe = named(small, layout, f"whole-{layout.world_size}")
     folder = Path(recipe.runs_dir) / recipe.name
-    with Ranks(layout.world_size, _trainer(recipe), folder.with_suffix(".log")) as ranks:
+    with Ranks(layout.world_size, trainer(recipe), folder.with_suffix(".log")) as ranks:
         codes = ranks.exit_codes(PATIENCE_SECONDS)
-    assert not any(codes), f"the uninterrupted run ended with {codes}: {_tail(folder)}"
+    assert not any(codes), f"the uninterrupted run ended with {codes}: {tail(folder)}"
     return folder
 
 
@@ -206,7 +208,7 @@ def _moment(folder: Path, after: int, generator: random.Random) -> Callable[[], 
     until = [float("inf")]
 
     def has_come() -> bool:
-        if _steps(folder) >= after:
+        if steps(folder) >= after:
             if in_save:
                 return any((folder / CHECKPOINTS_FOLDER).glob(f"*{PARTIAL}"))
             until[0] = min(until[0], time.monotonic() + delay)
@@ -215,7 +217,7 @@ def _moment(folder: Path, after: int, generator: random.Random) -> Callable[[], 
     return has_come
 
 
-def _wait(ranks: Ranks[None], has_come: Callable[[], bool]) -> bool:
+def await_moment(ranks: Ranks[None], has_come: Callable[[], bool]) -> bool:
     """Waits for a moment; False if the ranks ended before."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while ranks.are_running and time.monotonic() < deadline:
@@ -226,10 +228,10 @@ def _wait(ranks: Ranks[None], has_come: Callable[[], bool]) -> bool:
 
 
 def _has_step(folder: Path, step: int) -> bool:
-    return _steps(folder) >= step
+    return steps(folder) >= step
 
 
-def _steps(folder: Path) -> int:
+def steps(folder: Path) -> int:
     """Batches that the run's record holds."""
     return max(_record(folder), default=0)
 
@@ -249,7 +251,7 @@ def _loss_errors(whole: Path, folder: Path, first: int) -> Iterator[float]:
             yield abs(row[metrics.LOSS] - expected[step][metrics.LOSS]) / abs(expected[step][metrics.LOSS])
 
 
-def _differences(whole: Path, folder: Path, bound: float) -> Iterator[str]:
+def differences(whole: Path, folder: Path, bound: float) -> Iterator[str]:
     """What a run that was interrupted has otherwise than one that was not."""
     expected, found = _record(whole), _record(folder)
     if expected.keys() != found.keys():
@@ -318,6 +320,7 @@ def _flatten(tree: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
         yield prefix[:-1], (tree.full_tensor() if isinstance(tree, DTensor) else tree).detach()
 
 
-def _tail(folder: Path) -> str:
+def tail(folder: Path) -> str:
+    """The last lines that a run printed."""
     log = folder.with_suffix(".log")
     return " | ".join(log.read_text().strip().splitlines()[-3:]) if log.exists() else "no output"

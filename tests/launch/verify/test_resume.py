@@ -22,7 +22,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 @pytest.fixture(scope="module")
 def whole(small: Recipe) -> Path:
-    return resume._uninterrupted(small, ONE)
+    return resume.uninterrupted(small, ONE)
 
 
 def test_killed_runs_go_on_bit_for_bit(small: Recipe, whole: Path) -> None:
@@ -43,5 +43,5 @@ def test_a_preempted_run_goes_on_under_other_layouts(small: Recipe, whole: Path)
 def test_a_run_of_another_seed_is_noticed(small: Recipe, whole: Path) -> None:
     other = replace(small, seed=small.seed + 1, runs_dir=f"{small.runs_dir}/other")
     Path(other.runs_dir).mkdir()
-    found = resume._uninterrupted(other, ONE)
-    assert any("step 1" in fault for fault in resume._differences(whole, found, 0.0))
+    found = resume.uninterrupted(other, ONE)
+    assert any("step 1" in fault for fault in resume.differences(whole, found, 0.0))

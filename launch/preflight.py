@@ -1,0 +1,69 @@
+"""Checks nodes and links before a job: `python -m launch.preflight yamls/dbrx.yaml`.
+
+Started through `composer`, torchrun or srun it checks all of their ranks; alone, this node, or with
+--ranks as many forked ranks of it. Exit status: 0 fit, 2 a mistake in the recipe, 78 unfit.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from train.exit_status import UNFIT_STATUS, USAGE_STATUS
+from train.recipe import RecipeError, load_recipe
+from train.topology import Topology
+from train.validate import validate
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.preflight", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("recipe", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
+    parser.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="fork N ranks over gloo on this node"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the findings as JSON too")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        topology = Topology.from_environment()
+        recipe = load_recipe(options.recipe, options.overrides)
+        validate(recipe, topology, options.recipe)
+    except RecipeError as error:
+        print(error.at(options.recipe), file=sys.stderr)
+        return USAGE_STATUS
+    if topology.is_main:
+        print("preflight: importing torch", file=sys.stderr, flush=True)
+    import torch
+
+    from launch.ranks import run_ranks
+    from train.preflight.together import Findings, preflight
+    from train.run import start_processes
+
+    folder = Path(recipe.runs_dir)
+
+    def check(topology: Topology) -> Findings:
+        return preflight(recipe, folder, topology, torch.device("cpu"))
+
+    if options.ranks > 1:
+        findings = run_ranks(options.ranks, check)[0]
+    else:
+        machine = start_processes(recipe, topology)
+        findings = preflight(recipe, folder, topology, torch.device(machine.device_type))
+    if topology.is_main:
+        for name, where, found in findings.rows:
+            print(f"{name:<18} {where:<20} {found}")
+        for word, lines in (("slow", findings.warnings), ("UNFIT", findings.faults)):
+            for _, line in lines:
+                print(f"{word}: {line}")
+        print("unfit" if findings.faults else "fit")
+        if options.json:
+            Path(options.json).write_text(json.dumps(asdict(findings), indent=1))
+    return UNFIT_STATUS if findings.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
