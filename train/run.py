@@ -305,9 +305,7 @@ def assemble(
     tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
     guard = Guard(recipe.guard, progress.recent)
     callbacks: list[Callback] = [
-        *update_callbacks(
-            recipe, model, topology, curriculum, guard, folder if topology.is_main else None
-        ),
+        *update_callbacks(recipe, model, topology, curriculum, guard, folder if topology.is_main else None),
         Checkpointing(
             folder / CHECKPOINTS_FOLDER, recipe.checkpoint, topology, resumed.checkpoint, curriculum, guard
         ),
