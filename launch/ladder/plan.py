@@ -127,15 +127,12 @@ class LadderPlan:
         recipe = self._recipe(family, size)
         place = [self.label, family] + ([size] if size != "one" else [])
         name = "-".join([*place, f"rate{multiplier:g}" if is_search else f"seed{seed}"])
-        training, schedule = recipe.training, recipe.schedule
+        schedule = recipe.schedule
         recipe = dataclasses.replace(
-            recipe,
+            _scaled(recipe, self.scale),
             name=name,
             seed=seed,
             on_existing=OnExisting.resume,
-            training=dataclasses.replace(
-                training, duration_tokens=round(training.duration_tokens * self.scale)
-            ),
             optimizer=dataclasses.replace(
                 recipe.optimizer, learning_rate=recipe.optimizer.learning_rate * multiplier
             ),
@@ -235,6 +232,17 @@ def read_ladder(path: Path) -> Ladder:
         raise RecipeError(what, key=str(error.full_key or ""), file=str(path)) from None
     assert isinstance(found, Ladder)
     return found
+
+
+def _scaled(recipe: Recipe, scale: float) -> Recipe:
+    """The recipe with its length, and that of its phases, times ``scale``."""
+    phases = [dataclasses.replace(phase, tokens=round(phase.tokens * scale)) for phase in recipe.data.phases]
+    whole = sum(phase.tokens for phase in phases) or round(recipe.training.duration_tokens * scale)
+    return dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, phases=phases),
+        training=dataclasses.replace(recipe.training, duration_tokens=whole),
+    )
 
 
 def _tracking(recipe: Recipe, experiment: str) -> Tracking:
