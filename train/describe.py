@@ -1,5 +1,8 @@
-"""What a recipe amounts to, before anything is built: sizes, FLOPs, batches, layout."""
+"""What a recipe amounts to, before anything is built: sizes, FLOPs, batches, phases, layout."""
 
+from dataclasses import asdict
+
+from data.curriculum import plan_stages
 from train import sizing
 from train.recipe import to_dict
 from train.schema import Recipe
@@ -27,6 +30,7 @@ def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, obj
         "shard": shard,
         "expert": layout.expert,
         "microbatches_per_rank": microbatches,
+        "phases": [asdict(stage) for stage in plan_stages(recipe).stages],
     }
     per_rank = training.global_batch_sequences // topology.world_size
     rows = [
@@ -46,6 +50,30 @@ def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, obj
             f"{training.global_batch_sequences} sequences = {topology.world_size} ranks x {microbatches} "
             f"microbatches x {training.microbatch_sequences} sequences ({per_rank} per rank)",
         ),
+        *_phase_rows(recipe),
         ("layout", f"replicate {layout.replicate} x shard {shard} x expert {layout.expert}"),
     ]
     return "\n".join(f"{name:18}{value}" for name, value in rows), {**figures, "recipe": to_dict(recipe)}
+
+
+def _phase_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    """A line for each phase of the curriculum; none for a single mixture."""
+    curriculum, rows = plan_stages(recipe), []
+    for stage in curriculum.stages if recipe.data.phases else ():
+        tokens = (stage.end_sample - stage.first_sample) * curriculum.sample_tokens
+        shares = _shares(stage.weights)
+        if stage.end_weights:
+            shares = f"{shares} -> {_shares(stage.end_weights)} ({stage.interpolation})"
+        rows.append(
+            (
+                f"phase {stage.phase}",
+                f"{tokens:,} tokens in {stage.batches:,} batches of {stage.batch_sequences} x "
+                f"{stage.sequence_samples * curriculum.sample_tokens}: {shares}; learning rate x "
+                f"{stage.learning_rate_scale:g}, RoPE theta {stage.rope_theta:g}",
+            )
+        )
+    return rows
+
+
+def _shares(weights: dict[str, float]) -> str:
+    return ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
