@@ -13,6 +13,9 @@ LOSS_BALANCE = "loss/balance"
 LOSS_Z = "loss/z"
 LOSS_VALIDATION = "loss/validation/DOMAIN"
 BITS_PER_BYTE = "bits_per_byte/validation/DOMAIN"
+EVALUATION_TASK = "evaluation/task/TASK"
+EVALUATION_CATEGORY = "evaluation/category/CATEGORY"
+EVALUATION_AVERAGE = "evaluation/average"
 LEARNING_RATE = "learning_rate"
 PHASE = "phase"
 GRADIENT_NORM = "gradient_norm"
@@ -52,6 +55,9 @@ METRICS = (
     Metric(LOSS_Z, "1", "z-loss of the router, averaged over layers, without its weight"),
     Metric(LOSS_VALIDATION, "nats/token", "cross entropy of a domain's validation set"),
     Metric(BITS_PER_BYTE, "bits/byte", "cross entropy of a domain's validation set, tokenizer-free"),
+    Metric(EVALUATION_TASK, "1", "score of a task of the suite: 0 is guessing, 1 is perfect"),
+    Metric(EVALUATION_CATEGORY, "1", "mean score of a category's tasks"),
+    Metric(EVALUATION_AVERAGE, "1", "mean score of the suite's categories"),
     Metric(LEARNING_RATE, "1", "learning rate of the step"),
     Metric(PHASE, "1", "number of the curriculum's phase, from 0"),
     Metric(GRADIENT_NORM, "1", "global L2 norm of the gradients before clipping"),

@@ -363,10 +363,20 @@ class Parallelism:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Validation loss during and after training."""
+    """Validation loss, and a suite of tasks, during and after training."""
 
     interval_batches: Optional[int] = None
     """Batches between evaluations; null: only at the end."""
+    suite: Optional[str] = None
+    """Suite of in-context-learning tasks, for example yamls/gauntlet.yaml; null: none."""
+    suite_data: Optional[str] = None
+    """Folder of the suite's task files."""
+    suite_tasks: list[str] = field(default_factory=list)
+    """Tasks of the suite that are put to the model; empty: all."""
+    suite_questions: Optional[int] = None
+    """Questions per task, the first of its file; null: all."""
+    suite_interval_batches: Optional[int] = None
+    """Batches between evaluations of the suite, a multiple of interval_batches; null: only at the end."""
 
 
 @dataclass(frozen=True)

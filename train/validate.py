@@ -46,6 +46,7 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
         _batch_and_layout,
         _registry,
         _watch,
+        _evaluation,
     ):
         fault = next(iter(check(recipe, topology)), None)
         if fault:
@@ -82,6 +83,8 @@ def _positive(recipe: Recipe, _: Topology) -> Iterator[Fault]:
         "parallelism.replicate": recipe.parallelism.replicate,
         "parallelism.expert": recipe.parallelism.expert,
         "evaluation.interval_batches": recipe.evaluation.interval_batches,
+        "evaluation.suite_interval_batches": recipe.evaluation.suite_interval_batches,
+        "evaluation.suite_questions": recipe.evaluation.suite_questions,
         "checkpoint.interval_batches": recipe.checkpoint.interval_batches,
         "checkpoint.interval_minutes": recipe.checkpoint.interval_minutes,
         "checkpoint.keep_last": recipe.checkpoint.keep_last,
@@ -288,6 +291,24 @@ def _watch(recipe: Recipe, _: Topology) -> Iterator[Fault]:
     factor = recipe.watch.straggler_factor
     if not 1 < factor < math.inf:
         yield Fault("watch.straggler_factor", f"is {factor}", "must be above 1; 1.3 names what is 30% slow")
+
+
+def _evaluation(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    evaluation = recipe.evaluation
+    if evaluation.suite is None:
+        for key in ("suite_data", "suite_questions", "suite_interval_batches", "suite_tasks"):
+            if getattr(evaluation, key):
+                yield Fault(f"evaluation.{key}", "is set, but no suite", "set evaluation.suite, or remove it")
+        return
+    if evaluation.suite_data is None:
+        yield Fault("evaluation.suite_data", "is null", "name the folder of the suite's task files")
+    every, interval = evaluation.suite_interval_batches, evaluation.interval_batches
+    if every is not None and (interval is None or every % interval):
+        yield Fault(
+            "evaluation.suite_interval_batches",
+            f"{every} is no multiple of evaluation.interval_batches={interval}",
+            "the suite is put to the model after a validation",
+        )
 
 
 def _batch_and_layout(recipe: Recipe, topology: Topology) -> Iterator[Fault]:

@@ -75,18 +75,10 @@ def load(options: argparse.Namespace) -> "tuple[Decoder, Text]":
     import torch
 
     from train.generate.generation import text_of
-    from train.interchange.initial_weights import load_initial_weights
-    from train.interchange.weights import open_weights
-    from train.model import Decoder
+    from train.interchange.open_decoder import open_decoder
 
-    source = open_weights(options.source, options.checkpoint)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    decoder = Decoder(source.model, device="meta")
-    decoder.to(torch.bfloat16 if options.dtype == "bf16" else torch.float32)
-    decoder.to_empty(device=device)
-    for buffer in decoder.buffers():
-        buffer.zero_()
-    load_initial_weights(decoder, source.path)
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    decoder, source = open_decoder(options.source, options.checkpoint, options.device, dtype)
     return decoder, text_of(source)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from train.provenance import git_commit, package_versions
 from train.recipe import to_dict
-from train.run_folder import METRICS_FILE, RECIPE_FILE, REPORT_FILE, SAMPLE_FILE, SUMMARY_FILE
+from train.run_folder import EVALUATION_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE, SAMPLE_FILE, SUMMARY_FILE
 from train.schema import Recipe
 from train.summary import DatasetInput
 from train.tracking.mlflow_upload import (
@@ -29,7 +29,7 @@ from train.tracking.mlflow_upload import (
 
 CHECKOUT = str(Path(__file__).resolve().parents[2])
 REQUEST_SECONDS = 10
-ARTIFACTS = (REPORT_FILE, RECIPE_FILE, SUMMARY_FILE, SAMPLE_FILE, METRICS_FILE)
+ARTIFACTS = (REPORT_FILE, RECIPE_FILE, SUMMARY_FILE, SAMPLE_FILE, EVALUATION_FILE, METRICS_FILE)
 
 
 class MlflowUploader:

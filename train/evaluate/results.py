@@ -1,0 +1,71 @@
+"""Results of evaluations in a run's folder: one file, one record per kind, name and checkpoint. Needs no torch."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from train import metrics
+from train.evaluate.suite import Scores
+from train.run_folder import EVALUATION_FILE, METRICS_FILE
+from train.step_log import STEP, StepLog, read_steps
+
+SUITE, HARNESS, RETRIEVAL, BITS = "suite", "harness", "retrieval", "bits_per_byte"
+"""Kinds of records."""
+KEY = ("kind", "name", "batch")
+
+
+def read_results(run_dir: Path) -> list[dict[str, Any]]:
+    """All records, in the order in which they were first written; none if there is no file."""
+    path = run_dir / EVALUATION_FILE
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def add_result(run_dir: Path, kind: str, name: str, batch: int | None, fields: Mapping[str, Any]) -> Path:
+    """Adds a record, in the place of one of the same kind, name and checkpoint; whole or not at all.
+
+    Args:
+        run_dir: folder of the run.
+        kind: one of the kinds above.
+        name: of the suite, say.
+        batch: batches that the model was trained for; None where that is not known.
+        fields: what is to be kept.
+    """
+    record = {"kind": kind, "name": name, "batch": batch, **fields}
+    kept = [r for r in read_results(run_dir) if any(r[key] != record[key] for key in KEY)]
+    path = run_dir / EVALUATION_FILE
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps([*kept, record], indent=1) + "\n")
+    partial.replace(path)
+    return path
+
+
+def drop_results_after(run_dir: Path, batch: int) -> None:
+    """Removes what was found with later checkpoints than the one that the run goes on from."""
+    records = read_results(run_dir)
+    kept = [r for r in records if r["batch"] is None or r["batch"] <= batch]
+    if len(kept) < len(records):
+        (run_dir / EVALUATION_FILE).write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def as_metrics(scores: Scores) -> dict[str, float]:
+    """Scores under the keys of the run's record."""
+    found = {metrics.EVALUATION_TASK.replace("TASK", name): value for name, value in scores.tasks.items()}
+    for name, value in scores.categories.items():
+        found[metrics.EVALUATION_CATEGORY.replace("CATEGORY", name)] = value
+    if scores.average is not None:
+        found[metrics.EVALUATION_AVERAGE] = scores.average
+    return found
+
+
+def add_metrics(run_dir: Path, batch: int | None, figures: Mapping[str, float]) -> bool:
+    """Adds figures to the last step of a run's record; returns whether they are of that step."""
+    path = run_dir / METRICS_FILE
+    steps = read_steps(path)
+    if not steps or batch != steps[-1][STEP]:
+        return False
+    log = StepLog(path)
+    log.drop_after(batch)
+    log.write(batch, dict(figures))
+    log.close()
+    return True

@@ -1,0 +1,91 @@
+"""What evaluation asks of a decoder: logits of token ids, and greedy text; sharded or whole.
+
+Every rank calls these equally often: a sharded model gathers its weights in each forward pass.
+
+Shapes: B sequences, S tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.generate.kv_cache import CachedDecoder, flush_right
+from train.model import Decoder
+from train.schema import Precision
+from train.topology import Topology
+
+
+class Scorer:
+    """A decoder in evaluation.
+
+    Args:
+        decoder: on its device, whole or sharded.
+        precision: of matrix products.
+        topology: this rank.
+        limit: longest sequence that is fed, in tokens.
+    """
+
+    def __init__(self, decoder: Decoder, precision: Precision, topology: Topology, limit: int) -> None:
+        self.decoder, self.topology, self.limit = decoder, topology, limit
+        self.device = next(decoder.parameters()).device
+        self._is_bf16 = precision is Precision.bf16
+
+    def _cast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_bf16)
+
+    @torch.no_grad()
+    def logits(self, ids_BS: Tensor) -> Tensor:
+        """Logits [B, S, V] in fp32; what follows a token does not change its logits."""
+        with self._cast():
+            logits_BSV = self.decoder(ids_BS.to(self.device)).logits_BSV
+        assert logits_BSV is not None
+        return logits_BSV.float()
+
+    @torch.no_grad()
+    def continue_greedily(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, is_done: Callable[[list[int]], bool]
+    ) -> list[list[int]]:
+        """The likeliest next tokens, one at a time, until all answers of all ranks are done.
+
+        Args:
+            prompts: token ids, none of them empty.
+            max_tokens: most tokens of an answer.
+            is_done: whether an answer needs no more tokens.
+        """
+        answers: list[list[int]] = [[] for _ in prompts]
+        cached = CachedDecoder(self.decoder) if self.topology.world_size == 1 else None
+        new_BS = flush_right(prompts, self.device)
+        for _ in range(max_tokens):
+            if cached is not None:
+                with self._cast():
+                    next_B = cached.feed(new_BS).argmax(dim=-1)
+                new_BS = next_B[:, None]
+            else:
+                next_B = self._next([[*prompt, *a] for prompt, a in zip(prompts, answers, strict=True)])
+            for answer, token in zip(answers, next_B.tolist(), strict=True):
+                if not is_done(answer):
+                    answer.append(token)
+            if self._all_done(all(is_done(answer) for answer in answers)):
+                break
+        return answers
+
+    def _next(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The likeliest token after each row, everything computed anew: keys and values of a sharded
+        model are not kept."""
+        lengths = [len(row) for row in rows]
+        ids_BS = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+        for number, row in enumerate(rows):
+            ids_BS[number, : len(row)] = torch.tensor(row)
+        last = torch.tensor(lengths, device=self.device) - 1
+        return self.logits(ids_BS)[torch.arange(len(rows), device=self.device), last].argmax(dim=-1)
+
+    def _all_done(self, is_done: bool) -> bool:
+        if self.topology.world_size == 1:
+            return is_done
+        done = torch.tensor(int(is_done), device=self.device)
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        return bool(done.item())

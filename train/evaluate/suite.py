@@ -1,0 +1,185 @@
+"""A suite of in-context-learning tasks and its score, Mosaic's Gauntlet above all. Needs no torch.
+
+A task's accuracy is rescaled so that guessing gives 0 and perfection 1; tasks weigh the same within their
+category, and categories within the average (LLM Foundry's Gauntlet with EQUAL weighting). A category that
+lacks a task has no score: LLM Foundry leaves such a category out and averages the rest.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train.recipe import RecipeError
+
+
+class Kind(str, Enum):
+    """What a task asks for."""
+
+    multiple_choice = "multiple_choice"
+    schema = "schema"
+    language_modeling = "language_modeling"
+    generation = "generation"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark."""
+
+    category: str = MISSING
+    """Category that it counts for; empty: none, the task is only reported."""
+    kind: Kind = MISSING
+    """`multiple_choice`: the likeliest per token of several continuations; `schema`: of several contexts;
+    `language_modeling`: the continuation is what greedy decoding gives; `generation`: greedy text begins
+    with an answer."""
+    file: str = MISSING
+    """JSON lines below the data's folder, in LLM Foundry's form."""
+    shots: int = MISSING
+    """Examples with answers before each question, drawn from the same file."""
+    baseline: float = MISSING
+    """Accuracy of guessing."""
+    continuation_delimiter: str = " "
+    """Between question and answer."""
+    prelimiter: str = ""
+    """Before each question."""
+    cot_delimiter: str = ""
+    """Between reasoning and answer, in answers that have both."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a generated answer."""
+    normalize: bool = True
+    """Compare generated answers in lower case, without articles and punctuation."""
+    by_category: bool = False
+    """The file's `category` splits it; shots come from the same one, and they weigh the same."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks under one name."""
+
+    name: str = MISSING
+    tasks: dict[str, Task] = field(default_factory=dict)
+
+    @property
+    def categories(self) -> dict[str, list[str]]:
+        """Names of the tasks of each category, in the file's order."""
+        found: dict[str, list[str]] = {}
+        for name, task in self.tasks.items():
+            if task.category:
+                found.setdefault(task.category, []).append(name)
+        return found
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a suite came to."""
+
+    tasks: dict[str, float]
+    """Rescaled accuracy of each task."""
+    categories: dict[str, float]
+    """Mean of each category that is whole."""
+    average: float | None
+    """Mean of all categories; None if one of them is not whole."""
+    missing: dict[str, list[str]]
+    """Tasks that a category lacks."""
+
+
+def load_suite(path: Path) -> Suite:
+    """Reads a suite.
+
+    Raises:
+        RecipeError: for an unknown key, a wrong type, or an impossible number.
+    """
+    if not path.is_file():
+        raise RecipeError("no such suite", remedy="yamls/gauntlet.yaml is one", file=str(path))
+    try:
+        suite = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Suite), OmegaConf.load(path)))
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or error.key or "")
+        what = str(error).split("\n")[0]
+        raise RecipeError(what, key=key, remedy="see train/evaluate/suite.py", file=str(path)) from None
+    assert isinstance(suite, Suite)
+    if not suite.tasks:
+        raise RecipeError("is empty", key="tasks", remedy="name at least one task", file=str(path))
+    for name, task in suite.tasks.items():
+        if not 0 <= task.baseline < 1:
+            raise RecipeError(
+                f"is {task.baseline}", key=f"tasks.{name}.baseline", remedy="must lie in [0, 1)", file=str(path)
+            )
+        if task.shots < 0:
+            raise RecipeError(
+                f"is {task.shots}", key=f"tasks.{name}.shots", remedy="must not be negative", file=str(path)
+            )
+    return suite
+
+
+def select(suite: Suite, names: Sequence[str]) -> list[str]:
+    """Names of the chosen tasks, in the suite's order; all, where none is named.
+
+    Raises:
+        RecipeError: for a name that the suite does not have.
+    """
+    for name in names:
+        if name not in suite.tasks:
+            raise RecipeError(f"has no task {name!r}", key=suite.name, remedy=f"one of {', '.join(suite.tasks)}")
+    return [name for name in suite.tasks if not names or name in names]
+
+
+def missing_files(suite: Suite, names: Sequence[str], data: Path) -> list[str]:
+    """The tasks whose file is not in the data's folder."""
+    return [name for name in names if not (data / suite.tasks[name].file).is_file()]
+
+
+def require_files(suite: Suite, names: Sequence[str], data: Path) -> None:
+    """Raises for tasks without a file, before any model is built.
+
+    Raises:
+        RecipeError: one line with every such task and its category.
+    """
+    lacking = missing_files(suite, names, data)
+    if lacking:
+        listed = ", ".join(f"{name} ({suite.tasks[name].category}: {suite.tasks[name].file})" for name in lacking)
+        raise RecipeError(
+            f"lacks {listed}",
+            key=str(data),
+            remedy="add them, or choose tasks by name: a category that lacks one has no score",
+        )
+
+
+def score(suite: Suite, accuracies: Mapping[str, float]) -> Scores:
+    """Scores of tasks, categories and the whole.
+
+    Args:
+        suite: what was asked for.
+        accuracies: share of right answers by task.
+    """
+    tasks = {
+        name: (accuracies[name] - task.baseline) / (1 - task.baseline)
+        for name, task in suite.tasks.items()
+        if name in accuracies
+    }
+    missing = {
+        category: lacking
+        for category, names in suite.categories.items()
+        if (lacking := [name for name in names if name not in tasks])
+    }
+    categories = {
+        category: sum(tasks[name] for name in names) / len(names)
+        for category, names in suite.categories.items()
+        if category not in missing
+    }
+    average = sum(categories.values()) / len(categories) if categories and not missing else None
+    return Scores(tasks, categories, average, missing)
+
+
+def as_dict(scores: Scores) -> dict[str, Any]:
+    """Scores as plain values."""
+    return {
+        "tasks": scores.tasks,
+        "categories": scores.categories,
+        "average": scores.average,
+        "missing": scores.missing,
+    }

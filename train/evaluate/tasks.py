@@ -1,0 +1,138 @@
+"""Tasks of a suite as LLM Foundry's in-context-learning datasets, tokenised with the run's tokenizer."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from data.tokenizer import TokenizerHandle
+from train.evaluate.suite import Kind, Task
+from train.recipe import RecipeError
+from train.topology import Topology
+
+
+FOUNDRY_TYPES = {Kind.generation: "generation_task_with_answers"}
+"""LLM Foundry's names of its task types, where they are not ours."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions that share their shots: a task, or one category of its file."""
+
+    category: str
+    """Empty where the file is not split."""
+    dataset: Any
+    """LLM Foundry's InContextLearningDataset."""
+    examples: list[dict[str, Any]]
+    """Tokenised, with shots, in the file's order; the same on every rank."""
+
+
+def hugging_face_tokenizer(handle: TokenizerHandle) -> Any:
+    """A run's tokenizer as LLM Foundry's datasets want it."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+        handle.to_hugging_face(Path(folder))
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@contextmanager
+def scratch_folder(topology: Topology) -> Iterator[Path]:
+    """A folder that every rank names alike, for the copies that LLM Foundry makes; gone afterwards.
+
+    Its local rank 0 writes them there on each node, and the others wait for them.
+    """
+    with tempfile.TemporaryDirectory(prefix="evaluation-") as own:
+        name: list[Any] = [own]
+        if topology.world_size > 1:
+            dist.broadcast_object_list(name, src=0)
+        folder = Path(name[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        with _datasets_cache(Path(own) / f"cache-{topology.rank}"):
+            yield folder
+        if topology.world_size > 1:
+            dist.barrier()
+
+
+def open_tasks(
+    name: str, task: Task, data: Path, tokenizer: Any, limit: int, scratch: Path, most: int | None
+) -> list[Questions]:
+    """Tokenises the questions of a task.
+
+    Args:
+        name: of the task.
+        task: its settings.
+        data: folder of the task files.
+        tokenizer: in Hugging Face's form, with a padding token.
+        limit: longest sequence in tokens; longer contexts lose their beginning.
+        scratch: see :func:`scratch_folder`.
+        most: questions of each category that are taken, from the first; None: all. Shots are drawn from
+            the whole file in either case, so that these are questions of the full task.
+
+    Raises:
+        RecipeError: if the file is not one of this kind of task.
+    """
+    from llmfoundry.eval.datasets.in_context_learning_evaluation import get_icl_task_dataloader
+
+    settings: dict[str, Any] = {
+        "max_seq_len": limit,
+        "pad_tok_id": tokenizer.pad_token_id,
+        "num_fewshot": task.shots,
+        "continuation_delimiter": task.continuation_delimiter,
+        "prelimiter": task.prelimiter,
+    }
+    if task.kind is Kind.generation:
+        settings |= {"cot_delimiter": task.cot_delimiter, "do_normalization": task.normalize}
+        settings["early_stopping_criteria"] = list(task.stop) or None
+    try:
+        loaders = get_icl_task_dataloader(
+            FOUNDRY_TYPES.get(task.kind, task.kind.value),
+            str((data / task.file).resolve()),
+            tokenizer,
+            batch_size=1,
+            has_categories=task.by_category,
+            destination_path=str(scratch / f"{name}.jsonl"),
+            kwargs=settings,
+        )
+        parts = loaders if isinstance(loaders, dict) else {"": loaders}
+        return [
+            Questions(category, loader.dataloader.dataset, _prepare(loader.dataloader.dataset, task.shots, most))
+            for category, loader in parts.items()
+        ]
+    except Exception as error:  # LLM Foundry and datasets raise unrelated classes for a wrong file.
+        raise RecipeError(
+            f"cannot be read as {task.kind.value}: {type(error).__name__}: {error}",
+            key=name,
+            remedy="see docs/evaluation.md for the form of a task file",
+            file=str(data / task.file),
+        ) from error
+
+
+def _prepare(dataset: Any, shots: int, most: int | None) -> list[dict[str, Any]]:
+    """What the dataset's own preparation gives, for the first questions alone and without its files."""
+    count = len(dataset) if most is None else min(most, len(dataset))
+    return [
+        dataset._prep_example(dataset.dataset[i], i, shots, dataset.prompt_string, dataset.fewshot_rng)
+        for i in range(count)
+    ]
+
+
+@contextmanager
+def _datasets_cache(folder: Path) -> Iterator[None]:
+    """Has the datasets library keep its copies here, and be quiet."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    had_bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.config.HF_DATASETS_CACHE = folder
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
+        if had_bars:
+            datasets.enable_progress_bars()
