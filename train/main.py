@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.describe import describe_run
+from train.evaluate.suite import check_suite
 from train.exit_status import USAGE_STATUS
 from train.recipe import RecipeError, describe_keys, load_recipe, to_yaml
 from train.start import check_start
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         validate(recipe, topology, options.recipe)
         changes = check_start(recipe, options.recipe)
+        check_suite(recipe, options.recipe)
         if options.dry_run:
             if topology.is_main:
                 text, figures = describe_run(recipe, topology)

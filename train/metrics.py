@@ -4,6 +4,7 @@ Callbacks log under these keys, the run's record keeps no others, and console, M
 them. A part in capitals stands for a name or a number: ``loss/validation/DOMAIN``.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -98,6 +99,11 @@ def validation_loss(domain: str) -> str:
 def bits_per_byte(domain: str) -> str:
     """Key of a domain's validation loss in bits per byte."""
     return BITS_PER_BYTE.replace("DOMAIN", domain)
+
+
+def in_bits_per_byte(token_loss: float, bytes_per_token: float) -> float:
+    """A loss in nats per token as bits per byte of text, by which tokenizers can be compared."""
+    return token_loss / math.log(2) / bytes_per_token
 
 
 def of_layer(key: str, layer: int) -> str:

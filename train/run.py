@@ -29,11 +29,15 @@ from train.callbacks.expert_load import ExpertLoad
 from train.callbacks.learning_rate import LearningRate
 from train.callbacks.phases import Phases
 from train.callbacks.run_tracker import RunTracker
+from train.callbacks.suite_evaluation import SuiteEvaluation
 from train.callbacks.throughput import Throughput
 from train.callbacks.update import BeforeUpdate, NotFiniteError
 from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint, read_progress
 from train.composer_model import LanguageModel
 from train.device import describe_hardware, measured_peak_flops, supports_bf16
+from train.evaluate.scorer import Scorer
+from train.evaluate.suite import load_suite
+from train.evaluate.tasks import hugging_face_tokenizer
 from train.exit_status import REPLAY_STATUS, UNFIT_STATUS
 from train.generate.generation import OwnText
 from train.generate.sample_text import write_sample
@@ -311,6 +315,13 @@ def assemble(
         ),
         *watch.callbacks(),
     ]
+    if recipe.evaluation.suite is not None:
+        scorer = Scorer(model.decoder, machine.precision, topology, recipe.model.max_sequence_tokens)
+        suite = load_suite(Path(recipe.evaluation.suite))
+        bridge = hugging_face_tokenizer(tokenizer)
+        callbacks.append(
+            SuiteEvaluation(scorer, suite, recipe.evaluation, bridge, folder, batches, watch.move)
+        )
     loggers: list[LoggerDestination] = []
     if topology.is_main:
         flops = sizing.flops_per_token_training(recipe.model, recipe.data.sequence_tokens).total

@@ -5,7 +5,6 @@ batch is trained and written at its end; those of an evaluation are added to the
 it follows.
 """
 
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -77,7 +76,10 @@ class RunTracker(LoggerDestination):
         self._pending[ours] = self.latest[ours] = value
         for domain in metrics.match_names(metrics.LOSS_VALIDATION, [ours]):
             if domain in self.bytes_per_token:
-                self._keep(metrics.bits_per_byte(domain), value / math.log(2) / self.bytes_per_token[domain])
+                self._keep(
+                    metrics.bits_per_byte(domain),
+                    metrics.in_bits_per_byte(value, self.bytes_per_token[domain]),
+                )
 
     def _write(self, state: State) -> None:
         if not self._pending:

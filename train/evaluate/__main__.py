@@ -66,31 +66,53 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     suite.add_argument("--suite", type=Path, help="for example yamls/gauntlet.yaml")
     suite.add_argument("--data", type=Path, help="folder of its task files")
     suite.add_argument(
-        "--task", action="append", default=[], help="only this task; repeatable. Categories must be whole to score"
+        "--task",
+        action="append",
+        default=[],
+        help="only this task; repeatable. Categories must be whole to score",
     )
     suite.add_argument(
-        "--available", action="store_true", help="only tasks whose file is there; broken categories get no score"
+        "--available",
+        action="store_true",
+        help="only tasks whose file is there; broken categories get no score",
     )
-    suite.add_argument("--answers", type=Path, metavar="FILE", help="write each question's outcome as JSON lines")
+    suite.add_argument(
+        "--answers", type=Path, metavar="FILE", help="write each question's outcome as JSON lines"
+    )
     harness = parser.add_argument_group("lm-eval, on the exported model")
     harness.add_argument(
-        "--harness", metavar="TASKS", help="names with commas, or a file such as yamls/open-llm-leaderboard.yaml"
+        "--harness",
+        metavar="TASKS",
+        help="names with commas, or a file such as yamls/open-llm-leaderboard.yaml",
     )
     harness.add_argument(
-        "--harness-data", type=Path, metavar="DIR", help="local datasets, OWNER/NAME/CONFIG/SPLIT.jsonl; no network"
+        "--harness-data",
+        type=Path,
+        metavar="DIR",
+        help="local datasets, OWNER/NAME/CONFIG/SPLIT.jsonl; no network",
     )
-    harness.add_argument("--harness-tasks", type=Path, metavar="DIR", help="task files of your own, lm-eval's form")
+    harness.add_argument(
+        "--harness-tasks", type=Path, metavar="DIR", help="task files of your own, lm-eval's form"
+    )
     retrieval = parser.add_argument_group("key-value retrieval")
     retrieval.add_argument("--retrieval", action="store_true", help="accuracy at each depth and length")
-    retrieval.add_argument("--lengths", type=_numbers(int), default=LENGTHS, help=f"tokens (default: {LENGTHS})")
+    retrieval.add_argument(
+        "--lengths", type=_numbers(int), default=LENGTHS, help=f"tokens (default: {LENGTHS})"
+    )
     retrieval.add_argument("--depths", type=_numbers(float), default=DEPTHS, help=f"default: {DEPTHS}")
     retrieval.add_argument("--trials", type=_positive, default=10, help="prompts per cell (default: 10)")
     parser.add_argument(
-        "--bits-per-byte", action="store_true", help="loss on the validation set of each domain of a run's shards"
+        "--bits-per-byte",
+        action="store_true",
+        help="loss on the validation set of each domain of a run's shards",
     )
-    parser.add_argument("--questions", type=_positive, metavar="N", help="per task, the first N (default: all)")
+    parser.add_argument(
+        "--questions", type=_positive, metavar="N", help="per task, the first N (default: all)"
+    )
     parser.add_argument("--sequences", type=_positive, default=8, help="of a forward pass (default: 8)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of matrix products (default: fp32)")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of matrix products (default: fp32)"
+    )
     parser.add_argument(
         "--device", help="cpu or cuda (default: cuda where there is one; not yet run on a GPU)"
     )

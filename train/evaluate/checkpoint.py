@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import torch
 from tqdm import tqdm
 
 from data.loader import build_validation_loaders
-from data.manifest import read_manifest
 from data.tokenizer import open_tokenizer
+from data.write_shards import ensure_shards
+from train import metrics
 from train.evaluate import results
 from train.evaluate.harness import headline, read_tasks, run_harness
 from train.evaluate.retrieval import retrieval
@@ -65,7 +65,7 @@ def evaluate_source(path: Path, options: argparse.Namespace) -> dict[str, Any]:
         RecipeError: for data that is not what it should be.
     """
     opened = open_model(path, options)
-    print(f"{opened.source.path}: {opened.source.model.n_layers} layers, sequences of {opened.scorer.limit} tokens")
+    print(f"{opened.source.path}: sequences of {opened.scorer.limit} tokens")
     found: dict[str, Any] = {"batch": opened.batch}
     if options.suite:
         found[results.SUITE] = evaluate_suite(opened, options)
@@ -76,8 +76,13 @@ def evaluate_source(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     if options.harness:
         found[results.HARNESS] = evaluate_harness(opened, options)
     if opened.run_dir is not None and (opened.run_dir / CHECKPOINTS_FOLDER).is_dir():
-        print(f"{write_report(opened.run_dir)}; `python -m train.tracking upload {opened.run_dir}` sends it to MLflow")
+        page = write_report(opened.run_dir)
+        print(f"{page}; `python -m train.tracking upload {opened.run_dir}` sends it to MLflow")
     return found
+
+
+def _advance(bar: Any) -> None:
+    bar.update()
 
 
 def open_model(path: Path, options: argparse.Namespace) -> Opened:
@@ -126,9 +131,8 @@ def evaluate_suite(opened: Opened, options: argparse.Namespace) -> dict[str, Any
     for name, found in result.results.items():
         task = suite.tasks[name]
         score = result.scores.tasks[name]
-        print(
-            f"{name:28} {task.category:26} {task.shots:5} {found.questions:9,} {found.accuracy:8.4f} {score:7.4f}"
-        )
+        asked = f"{name:28} {task.category:26} {task.shots:5} {found.questions:9,}"
+        print(f"{asked} {found.accuracy:8.4f} {score:7.4f}")
     for category, score in result.scores.categories.items():
         print(f"{category:82} {score:7.4f}")
     for category, lacking in result.scores.missing.items():
@@ -160,7 +164,7 @@ def evaluate_retrieval(opened: Opened, options: argparse.Namespace) -> dict[str,
 
     with tqdm(total=len(lengths) * len(options.depths), desc="retrieval", unit="cell") as bar:
         cells = retrieval(
-            opened.scorer, encode, lengths, options.depths, options.trials, progress=lambda *_: bar.update()
+            opened.scorer, encode, lengths, options.depths, options.trials, progress=lambda *_: _advance(bar)
         )
     print("depth    " + "".join(f"{f'{length:,}':>10}" for length in lengths) + "  tokens; accuracy")
     for depth in options.depths:
@@ -181,9 +185,8 @@ def evaluate_bits(opened: Opened) -> dict[str, Any]:
     recipe = opened.source.recipe
     if recipe is None:
         raise RecipeError("is no run, so that it has no shards", key="--bits-per-byte", remedy="give a run")
-    shards = Path(recipe.data.shards)
-    handle = open_tokenizer(recipe.tokenizer, shards)
-    manifest = read_manifest(shards)
+    manifest = ensure_shards(recipe)
+    handle = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
     domains = {}
     for domain, loader in build_validation_loaders(recipe, handle, rank=0, world_size=1).items():
         loss, tokens = 0.0, 0
@@ -193,17 +196,12 @@ def evaluate_bits(opened: Opened) -> dict[str, Any]:
             loss += float(outputs.loss_sum.double())
             tokens += int(outputs.target_tokens)
         size = manifest.domains[domain].splits["validation"].bytes_per_token
-        bits = bits_per_byte(loss / tokens, size)
+        bits = metrics.in_bits_per_byte(loss / tokens, size)
         domains[domain] = {"loss": loss / tokens, "bits_per_byte": bits, "tokens": tokens}
         print(f"{domain:20} {loss / tokens:8.4f} nats/token {bits:8.4f} bits/byte {tokens:12,} tokens")
     fields = {"domains": domains}
     opened.keep(results.BITS, "validation", fields)
     return fields
-
-
-def bits_per_byte(token_loss: float, bytes_per_token: float) -> float:
-    """A loss in nats per token as bits per byte of text, which tokenizers can be compared by."""
-    return token_loss / math.log(2) / bytes_per_token
 
 
 def evaluate_harness(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.recipe import RecipeError
@@ -24,8 +24,8 @@ class HarnessTask:
 
     shots: int | None = None
     """Examples before each question; None: as lm-eval's task says."""
-    metric: str = MISSING
-    """The metric that is shown first, by lm-eval's name; missing: its first."""
+    metric: str = ""
+    """The metric that is shown, by lm-eval's name; empty: its first."""
 
 
 def read_tasks(text: str) -> dict[str, HarnessTask]:
@@ -38,20 +38,18 @@ def read_tasks(text: str) -> dict[str, HarnessTask]:
         return {name: HarnessTask() for name in text.split(",") if name}
     try:
         tree = OmegaConf.load(text)
+        if not isinstance(tree, DictConfig):
+            raise RecipeError("is no mapping of tasks", remedy="write `task: {shots: N}` lines", file=text)
         found = {}
         for name, fields in tree.items():
-            found[str(name)] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_TaskFile), fields))
-    except (OmegaConfBaseException, OSError, AttributeError) as error:
+            task = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(HarnessTask), fields))
+            assert isinstance(task, HarnessTask)
+            found[str(name)] = task
+    except (OmegaConfBaseException, OSError) as error:
         raise RecipeError(
             str(error).split("\n")[0], remedy="write `task: {shots: N, metric: NAME}` lines", file=text
         ) from None
-    return {name: HarnessTask(item.shots, item.metric) for name, item in found.items()}
-
-
-@dataclass
-class _TaskFile:
-    shots: int | None = None
-    metric: str = ""
+    return found
 
 
 def run_harness(
@@ -108,8 +106,8 @@ def run_harness(
                 bootstrap_iters=1000,
             )
             assert found is not None
-            for key, part in merged.items():
-                part |= found.get(key, {})
+            for key in merged:
+                merged[key] |= found.get(key, {})
     return merged
 
 
@@ -125,7 +123,7 @@ def headline(name: str, task: HarnessTask, results: Mapping[str, Any]) -> tuple[
         for key, value in figures.items()
         if isinstance(value, int | float) and "," in key and "_stderr" not in key
     }
-    metric = task.metric if task.metric not in ("", MISSING) else next(iter(known), "")
+    metric = task.metric or next(iter(known), "")
     if metric not in known:
         raise RecipeError(f"has no metric {metric!r}", key=name, remedy=f"one of {', '.join(known)}")
     return metric, float(known[metric])
@@ -138,6 +136,20 @@ def local_datasets(data: Path | None) -> Iterator[None]:
         yield
         return
     import datasets
+
+    class _Splits(datasets.DatasetDict):  # type: ignore[misc]
+        """Splits by name; lm-eval wants the one that shots come from even where there are none."""
+
+        def __init__(self, folder: Path, splits: Any) -> None:
+            super().__init__(splits)
+            self.folder = folder
+
+        def __missing__(self, split: str) -> Any:
+            raise RecipeError(
+                "lacks this split, which lm-eval's task reads",
+                remedy="put it there as JSON lines",
+                file=str(self.folder / f"{split}.jsonl"),
+            )
 
     original = datasets.load_dataset
 
@@ -152,7 +164,7 @@ def local_datasets(data: Path | None) -> Iterator[None]:
                 remedy="put the dataset's splits there as JSON lines",
                 file=str(folder),
             )
-        return original("json", data_files=files)
+        return _Splits(folder, original("json", data_files=files))
 
     variables = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     before = {key: os.environ.get(key) for key in variables}

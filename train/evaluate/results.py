@@ -1,4 +1,7 @@
-"""Results of evaluations in a run's folder: one file, one record per kind, name and checkpoint. Needs no torch."""
+"""Results of evaluations in a run's folder: one file, a record per kind, name and checkpoint.
+
+Needs no torch.
+"""
 
 import json
 from collections.abc import Mapping
@@ -62,7 +65,7 @@ def add_metrics(run_dir: Path, batch: int | None, figures: Mapping[str, float]) 
     """Adds figures to the last step of a run's record; returns whether they are of that step."""
     path = run_dir / METRICS_FILE
     steps = read_steps(path)
-    if not steps or batch != steps[-1][STEP]:
+    if batch is None or not steps or batch != steps[-1][STEP]:
         return False
     log = StepLog(path)
     log.drop_after(batch)

@@ -59,7 +59,9 @@ def retrieval(
     """
     for length in lengths:
         if length > scorer.limit:
-            raise RecipeError(f"{length} tokens exceed the model's {scorer.limit}", key="--lengths", remedy="lower it")
+            raise RecipeError(
+                f"{length} tokens exceed the model's {scorer.limit}", key="--lengths", remedy="lower it"
+            )
     cells = []
     for length in lengths:
         for depth in depths:

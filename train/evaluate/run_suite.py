@@ -217,7 +217,8 @@ def _generate(
     quoted = batch | {"stopping_criteria": [re.escape(stop) for stop in stops] or None}
     outcome = metric.update(quoted, texts, batch["labels"])
     return [
-        {"is_correct": bool(right), "text": text} for right, text in zip(outcome["result"], texts, strict=True)
+        {"is_correct": bool(right), "text": text}
+        for right, text in zip(outcome["result"], texts, strict=True)
     ]
 
 
@@ -229,6 +230,8 @@ def _gather(answers: list[Answered], scorer: Scorer) -> list[Answered]:
     dist.gather_object(answers, gathered, dst=0)
     if gathered is None:
         return answers
-    order = {name: place for place, name in enumerate(dict.fromkeys(a.task for part in gathered for a in part))}
+    order = {
+        name: place for place, name in enumerate(dict.fromkeys(a.task for part in gathered for a in part))
+    }
     merged = [answer for part in gathered for answer in part]
     return sorted(merged, key=lambda a: (order[a.task], a.category, a.index))

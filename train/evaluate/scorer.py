@@ -75,7 +75,8 @@ class Scorer:
 
     def _next(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """The likeliest token after each row, everything computed anew: keys and values of a sharded
-        model are not kept."""
+        model are not kept.
+        """
         lengths = [len(row) for row in rows]
         ids_BS = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
         for number, row in enumerate(rows):

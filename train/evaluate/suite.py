@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.recipe import RecipeError
+from train.schema import Recipe
 
 
 class Kind(str, Enum):
@@ -107,7 +108,10 @@ def load_suite(path: Path) -> Suite:
     for name, task in suite.tasks.items():
         if not 0 <= task.baseline < 1:
             raise RecipeError(
-                f"is {task.baseline}", key=f"tasks.{name}.baseline", remedy="must lie in [0, 1)", file=str(path)
+                f"is {task.baseline}",
+                key=f"tasks.{name}.baseline",
+                remedy="must lie in [0, 1)",
+                file=str(path),
             )
         if task.shots < 0:
             raise RecipeError(
@@ -124,7 +128,9 @@ def select(suite: Suite, names: Sequence[str]) -> list[str]:
     """
     for name in names:
         if name not in suite.tasks:
-            raise RecipeError(f"has no task {name!r}", key=suite.name, remedy=f"one of {', '.join(suite.tasks)}")
+            raise RecipeError(
+                f"has no task {name!r}", key=suite.name, remedy=f"one of {', '.join(suite.tasks)}"
+            )
     return [name for name in suite.tasks if not names or name in names]
 
 
@@ -141,12 +147,33 @@ def require_files(suite: Suite, names: Sequence[str], data: Path) -> None:
     """
     lacking = missing_files(suite, names, data)
     if lacking:
-        listed = ", ".join(f"{name} ({suite.tasks[name].category}: {suite.tasks[name].file})" for name in lacking)
+        listed = ", ".join(
+            f"{name} ({suite.tasks[name].category}: {suite.tasks[name].file})" for name in lacking
+        )
         raise RecipeError(
             f"lacks {listed}",
             key=str(data),
             remedy="add them, or choose tasks by name: a category that lacks one has no score",
         )
+
+
+def check_suite(recipe: Recipe, file: str) -> None:
+    """Raises where the suite that a recipe evaluates cannot be, or lacks a file.
+
+    Raises:
+        RecipeError: one line that names file, key and remedy.
+    """
+    evaluation = recipe.evaluation
+    if evaluation.suite is None:
+        return
+    assert evaluation.suite_data is not None, "validate() was to be called first"
+    suite = load_suite(Path(evaluation.suite))
+    try:
+        require_files(suite, select(suite, evaluation.suite_tasks), Path(evaluation.suite_data))
+    except RecipeError as error:
+        raise RecipeError(
+            f"{error.key} {error.what}", key="evaluation.suite_tasks", remedy=error.remedy, file=file
+        ) from None
 
 
 def score(suite: Suite, accuracies: Mapping[str, float]) -> Scores:

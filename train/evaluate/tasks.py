@@ -14,7 +14,6 @@ from train.evaluate.suite import Kind, Task
 from train.recipe import RecipeError
 from train.topology import Topology
 
-
 FOUNDRY_TYPES = {Kind.generation: "generation_task_with_answers"}
 """LLM Foundry's names of its task types, where they are not ours."""
 
@@ -100,7 +99,9 @@ def open_tasks(
         )
         parts = loaders if isinstance(loaders, dict) else {"": loaders}
         return [
-            Questions(category, loader.dataloader.dataset, _prepare(loader.dataloader.dataset, task.shots, most))
+            Questions(
+                category, loader.dataloader.dataset, _prepare(loader.dataloader.dataset, task.shots, most)
+            )
             for category, loader in parts.items()
         ]
     except Exception as error:  # LLM Foundry and datasets raise unrelated classes for a wrong file.

@@ -69,6 +69,7 @@ def write_report(run_dir: Path) -> Path:
         step_time_section,
         optimisation_section,
         expert_section,
+        evaluation_section,
         sample_section,
         origin_section,
         recipe_section,
@@ -237,6 +238,14 @@ def expert_section(run: RunRecord) -> str:
         + figure(router_figure(run), "Pale lines are the first layers.")
     )
     return section("Expert load", f"<p>{text}</p>{panels}")
+
+
+def evaluation_section(run: RunRecord) -> str:
+    """Scores of suites and of lm-eval, retrieval, bits per byte; of the newest checkpoint each."""
+    from train.report.evaluation import evaluation_tables
+
+    body = evaluation_tables(run)
+    return section("Evaluation", body) if body else ""
 
 
 def sample_section(run: RunRecord) -> str:

@@ -16,7 +16,14 @@ from pathlib import Path
 
 from train.provenance import git_commit, package_versions
 from train.recipe import to_dict
-from train.run_folder import EVALUATION_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE, SAMPLE_FILE, SUMMARY_FILE
+from train.run_folder import (
+    EVALUATION_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    SAMPLE_FILE,
+    SUMMARY_FILE,
+)
 from train.schema import Recipe
 from train.summary import DatasetInput
 from train.tracking.mlflow_upload import (
