@@ -103,7 +103,8 @@ def run_harness(
                 batch_size=batch_size,
                 device=device,
                 task_manager=manager,
-                bootstrap_iters=1000,
+                # Its bootstrap starts a pool whose processes inherit Composer's SIGTERM handler and hang.
+                bootstrap_iters=0,
             )
             assert found is not None
             for key in merged:
@@ -137,7 +138,7 @@ def local_datasets(data: Path | None) -> Iterator[None]:
         return
     import datasets
 
-    class _Splits(datasets.DatasetDict):  # type: ignore[misc]
+    class _Splits(datasets.DatasetDict):
         """Splits by name; lm-eval wants the one that shots come from even where there are none."""
 
         def __init__(self, folder: Path, splits: Any) -> None:
