@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from train.evaluate.suite import load_suite, missing_files, require_files, select
+from train.exit_status import USAGE_STATUS
 from train.recipe import RecipeError
 
-USAGE_STATUS = 2
 LENGTHS = "128,256,512"
 DEPTHS = "0,0.25,0.5,0.75,1"
 
