@@ -5,7 +5,7 @@ that none of them knows where they come from, and none needs a model in memory.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,8 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from data.curriculum import from_json
 from train import sizing
-from train.checkpoint import newest_whole_checkpoint
+from train.checkpoint import newest_whole_checkpoint, read_progress
 from train.interchange.errors import InterchangeError
 from train.interchange.folders import CONFIG_FILE, MODEL_FILE, STATE_FOLDER, model_at, read_json
 from train.interchange.hf_mapping import Family, Link, family_of
@@ -154,6 +155,7 @@ def open_weights(path: Path, checkpoint: str | None = None) -> Source:
         if not (path / STATE_FOLDER).is_dir():
             raise InterchangeError(f"{path}: is no checkpoint")
         weights = CheckpointWeights(path)
+        model = replace(model, rope_theta=rope_theta_at(path, model))
     elif (path / MODEL_FILE).is_file():
         weights = SafetensorsFolder(path)
     else:
@@ -162,6 +164,14 @@ def open_weights(path: Path, checkpoint: str | None = None) -> Source:
     source = Source(path, model, weights, recipe)
     check_complete(source)
     return source
+
+
+def rope_theta_at(checkpoint: Path, model: Model) -> float:
+    """RoPE's base in the phase that a checkpoint was saved in; the model's, if there were no phases."""
+    progress = read_progress(checkpoint)
+    if progress.curriculum is None:
+        return model.rope_theta
+    return from_json(progress.curriculum).stage_of(max(0, progress.batch - 1)).rope_theta
 
 
 def newest(run: Path) -> Path:
