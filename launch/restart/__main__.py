@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from types import FrameType
 from launch.restart.supervisor import LOG_FILE, Policy, Supervisor, read_log
 from train.exit_status import PREEMPTED_STATUS, USAGE_STATUS
 from train.recipe import RecipeError, load_recipe
-from train.watch.records import RECORDS_VARIABLE, Beat, read_records
+from train.watch.records import RECORDS_VARIABLE, Beat, host_name, read_records
 
 EPILOG = """
 Any failure, an exception, a kill, a lost node or a hang, is followed by another try, which resumes from the
@@ -173,7 +172,7 @@ def end_leftovers(folder: Path) -> None:
     """Kills ranks of this job that still live on this host, stopped ones for example."""
     mark = f"{RECORDS_VARIABLE}={folder.resolve()}".encode()
     for beat in read_records(folder, "beat-*.json", Beat):
-        if beat.host != socket.gethostname():
+        if beat.host != host_name():
             continue
         # The process's own environment says that it is ours and not another's with the same number.
         with suppress(OSError):

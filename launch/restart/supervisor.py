@@ -7,7 +7,6 @@ and stops the job with a diagnosis. A host that hangs or vanishes is left out wh
 """
 
 import json
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 
 from launch.restart.ending import Ending, explain
 from train.exit_status import PREEMPTED_STATUS
-from train.watch.records import clear_records
+from train.watch.records import clear_records, host_name
 
 LOG_FILE = "restarts.jsonl"
 STOPPED_STATUS = 70
@@ -151,7 +150,7 @@ class Supervisor:
     def _log(self, ending: Ending, begun: float, verdict: int | None, bad: str | None, wait: float) -> None:
         line = {
             "try": len(self.endings),
-            "supervisor": socket.gethostname(),
+            "supervisor": host_name(),
             "begun": round(begun, 3),
             "seconds": round(time.time() - begun, 3),
             **asdict(ending),

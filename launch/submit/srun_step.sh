@@ -5,12 +5,20 @@
 set -um
 hosts=$1
 shift
+# The supervisor leaves a bad host out while there is a spare one: a host that is down has none left.
+if sinfo --noheader --Node --nodes="$hosts" --states=down | grep -q .; then
+    echo "srun_step.sh: a node of $hosts is down and no spare one is left: requeued" >&2
+    scontrol requeue "$SLURM_JOB_ID" && sleep 600
+fi
 commas=${hosts//[^,]/}
+nodes=$((${#commas} + 1))
 first=$(scontrol show node "${hosts%%,*}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR=$first RANKS_PER_NODE
 
+# --ntasks, since the allocation's own number counts the spare nodes.
 # shellcheck disable=SC2016,SC2086  # expanded by each task; the container's arguments are several words
-srun --nodelist="$hosts" --nodes=$((${#commas} + 1)) --ntasks-per-node="$RANKS_PER_NODE" --distribution=block \
+srun --nodelist="$hosts" --nodes="$nodes" --ntasks=$((nodes * RANKS_PER_NODE)) \
+    --ntasks-per-node="$RANKS_PER_NODE" --distribution=block \
     --kill-on-bad-exit=1 --unbuffered ${CONTAINER_ARGUMENTS:-} \
     bash -c 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
         export LOCAL_WORLD_SIZE=$RANKS_PER_NODE NODE_RANK=$SLURM_NODEID

@@ -109,6 +109,11 @@ class Finding:
         return f"HANG: nothing has moved for {self.seconds:.0f} s after batch {self.batch}: {names}{held}"
 
 
+def host_name() -> str:
+    """This machine's name as lists of hosts have it: SLURM's for the node, which may not be the machine's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def records_folder(run_folder: Path) -> Path:
     """Where this run's ranks leave their records."""
     return Path(os.environ.get(RECORDS_VARIABLE) or run_folder / RECORDS_FOLDER)
@@ -172,7 +177,7 @@ def record_failure(folder: Path, topology: Topology, batch: int, error: BaseExce
     """Leaves word of the error that ends this rank."""
     line = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
     trace = "".join(traceback.format_exception(error))[-8000:]
-    failure = Failure(topology.rank, socket.gethostname(), time.time(), batch, line, trace)
+    failure = Failure(topology.rank, host_name(), time.time(), batch, line, trace)
     write_record(failure_file(folder, topology.rank), failure)
 
 

@@ -13,7 +13,6 @@ import contextlib
 import faulthandler
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -35,6 +34,7 @@ from train.watch.records import (
     Stuck,
     Suspect,
     beat_file,
+    host_name,
     read_record,
     read_records,
     stacks_file,
@@ -130,7 +130,7 @@ class Watchdog:
         rank = self.topology.rank
         beat = Beat(
             rank=rank,
-            host=socket.gethostname(),
+            host=host_name(),
             pid=os.getpid(),
             namespace=self._namespace,
             count=self._count,
@@ -149,7 +149,7 @@ class Watchdog:
         rank = self.topology.rank
         stuck = Stuck(
             rank=rank,
-            host=socket.gethostname(),
+            host=host_name(),
             batch=self.batch,
             where=self._where,
             issued=dict(self.recorder.issued),
@@ -197,7 +197,7 @@ class Watchdog:
     def _with_stacks(self, suspect: Suspect, beats: dict[int, Beat]) -> Suspect:
         """The suspect with the stacks that it could not write, if it is a process that can be reached."""
         beat = beats.get(suspect.rank)
-        is_here = beat and (beat.host, beat.namespace) == (socket.gethostname(), self._namespace)
+        is_here = beat and (beat.host, beat.namespace) == (host_name(), self._namespace)
         if suspect.stacks or beat is None or not is_here or not _is_rank(beat.pid):
             return suspect
         state = _state(beat.pid)

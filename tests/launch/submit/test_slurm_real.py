@@ -1,7 +1,8 @@
 """The rendered script on a real SLURM: slurmctld and several slurmd on loopback, ranks on CPUs.
 
-Needs Debian's slurm-wlm and munge and root; skipped, saying so, elsewhere. A run that is told to save, and
-one of whose nodes is then killed, is requeued both times and ends with the uninterrupted run's losses.
+Needs Debian's slurm-wlm and munge and root; skipped, saying so, elsewhere. A run that is told to save is
+requeued; a node that is killed is replaced by the spare one, the next by a requeue; the losses are the
+undisturbed run's.
 """
 
 import json
@@ -25,9 +26,9 @@ from train.step_log import STEP
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
 MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
-NODES = ("n1", "n2", "n3")
+NODES = ("n1", "n2", "n3", "n4", "n5")
 FIRST_PORT = 17010
-BATCHES = 60
+BATCHES = 80
 BATCH_TOKENS = 4 * 128
 PATIENCE_SECONDS = 240
 
@@ -195,6 +196,7 @@ def job(name: str, folder: Path) -> Job:
         overrides=tuple(f"{key}={value}" for key, value in small.items()),
         name=name,
         nodes=2,
+        spare_nodes=1,
         gpus_per_node=1,
         device=Device.cpu,
         hours=0.5,
@@ -217,7 +219,7 @@ def losses(folder: Path, name: str) -> dict[int, float]:
     return found
 
 
-def test_a_run_that_is_preempted_and_loses_a_node_is_requeued_to_the_same_losses(cluster: Cluster) -> None:
+def test_a_run_that_is_preempted_and_loses_nodes_ends_with_the_same_losses(cluster: Cluster) -> None:
     folder = cluster.folder
     undisturbed = cluster.submit(job("undisturbed", folder))
     wait_for(lambda: cluster.of_job(undisturbed).get("JobState") == "COMPLETED", "the undisturbed run")
@@ -233,10 +235,20 @@ def test_a_run_that_is_preempted_and_loses_a_node_is_requeued_to_the_same_losses
     assert after_signal < BATCHES
     assert (folder / "disturbed/checkpoints" / f"batch-{after_signal:08d}").is_dir()
 
-    wait_for(lambda: len(losses(folder, "disturbed")) >= after_signal + 5, "batches after the requeue")
-    assert cluster.of_job(disturbed)["NodeList"] == "n[1-2]"
+    reach(cluster, after_signal + 5)
+    assert cluster.of_job(disturbed)["NodeList"] == "n[1-3]"
     cluster.kill_node("n2")
-    wait_for(lambda: cluster.of_job(disturbed).get("Restarts") == "2", "a requeue after the node's death")
+    reach(cluster, max(losses(folder, "disturbed")) + 5)
+    # The spare node took its place, in the same allocation.
+    assert cluster.of_job(disturbed)["Restarts"] == "1"
+    assert "n2 is left out" in (folder / f"disturbed-{disturbed}.log").read_text()
+
+    cluster.kill_node("n3")
+    wait_for(lambda: cluster.of_job(disturbed).get("Restarts") == "2", "a requeue without spare nodes")
     wait_for(lambda: cluster.of_job(disturbed).get("JobState") == "COMPLETED", "the end")
-    assert cluster.of_job(disturbed)["NodeList"] == "n[1,3]"
+    assert cluster.of_job(disturbed)["NodeList"] == "n[1,4-5]"
     assert losses(folder, "disturbed") == expected
+
+
+def reach(cluster: Cluster, batch: int) -> None:
+    wait_for(lambda: max(losses(cluster.folder, "disturbed")) >= batch, f"batch {batch}")
