@@ -211,9 +211,13 @@ def peak_memory(folder: Path, operations: Mapping[str, Work]) -> Iterator[Peak]:
     for name, work in operations.items():
         if name == "copy":
             continue
-        (peak,) = run_ranks(1, lambda _, work=work: _peak_of(work, folder / "out"))
+        (peak,) = run_ranks(1, _measuring(work, folder / "out"))
         shutil.rmtree(folder / "out")
         yield Peak(_bytes(theirs) / 1e9, name, peak / 1e6, peak / largest)
+
+
+def _measuring(work: Work, out: Path) -> Callable[[Topology], int]:
+    return lambda topology: _peak_of(work, out)
 
 
 def _peak_of(work: Work, out: Path) -> int:
