@@ -368,7 +368,7 @@ class Evaluation:
     interval_batches: Optional[int] = None
     """Batches between evaluations; null: only at the end."""
     suite: Optional[str] = None
-    """Suite of in-context-learning tasks, for example yamls/gauntlet.yaml; null: none."""
+    """Suite of in-context-learning tasks, for example yamls/suites/gauntlet.yaml; null: none."""
     suite_data: Optional[str] = None
     """Folder of the suite's task files."""
     suite_tasks: list[str] = field(default_factory=list)

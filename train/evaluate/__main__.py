@@ -1,4 +1,4 @@
-"""Evaluates checkpoints: `python -m train.evaluate runs/NAME --suite yamls/gauntlet.yaml --data FOLDER`.
+"""Evaluates checkpoints: `python -m train.evaluate RUN --suite yamls/suites/gauntlet.yaml --data FOLDER`.
 
 A suite of in-context-learning tasks (the Gauntlet), tasks of lm-eval on the exported model, key-value
 retrieval at depth x length, bits per byte of each domain. Results go into the run's folder and its report.
@@ -63,7 +63,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", help="of a run: batch-..., instead of the newest whole one")
     suite = parser.add_argument_group("a suite of tasks")
-    suite.add_argument("--suite", type=Path, help="for example yamls/gauntlet.yaml")
+    suite.add_argument("--suite", type=Path, help="for example yamls/suites/gauntlet.yaml")
     suite.add_argument("--data", type=Path, help="folder of its task files")
     suite.add_argument(
         "--task",
@@ -83,7 +83,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     harness.add_argument(
         "--harness",
         metavar="TASKS",
-        help="names with commas, or a file such as yamls/open-llm-leaderboard.yaml",
+        help="names with commas, or a file such as yamls/suites/open-llm-leaderboard.yaml",
     )
     harness.add_argument(
         "--harness-data",

@@ -95,7 +95,7 @@ def load_suite(path: Path) -> Suite:
         RecipeError: for an unknown key, a wrong type, or an impossible number.
     """
     if not path.is_file():
-        raise RecipeError("no such suite", remedy="yamls/gauntlet.yaml is one", file=str(path))
+        raise RecipeError("no such suite", remedy="yamls/suites/gauntlet.yaml is one", file=str(path))
     try:
         suite = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Suite), OmegaConf.load(path)))
     except OmegaConfBaseException as error:

@@ -8,7 +8,7 @@ from train.evaluate.suite import Kind, Suite, Task, load_suite, missing_files, r
 from train.recipe import RecipeError
 
 ROOT = Path(__file__).resolve().parents[3]
-GAUNTLET = ROOT / "yamls/gauntlet.yaml"
+GAUNTLET = ROOT / "yamls/suites/gauntlet.yaml"
 DATA = ROOT.parent / "shared/gauntlet"
 
 
