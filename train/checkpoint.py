@@ -50,6 +50,8 @@ class Progress:
     """The stages of the run and the edits of them so far, see :func:`data.curriculum.to_json`."""
     recent: list[list[float]] = field(default_factory=list)
     """Loss and gradient norm of the last steps, which the guard compares the next with."""
+    consumed: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Samples and tokens of each domain so far, see :class:`train.callbacks.ledger.Ledger`."""
 
 
 def load_checkpoint(

@@ -17,6 +17,11 @@ BITS_PER_BYTE = "bits_per_byte/validation/DOMAIN"
 EVALUATION_TASK = "evaluation/task/TASK"
 EVALUATION_CATEGORY = "evaluation/category/CATEGORY"
 EVALUATION_AVERAGE = "evaluation/average"
+LOSS_DOMAIN = "loss/domain/DOMAIN"
+BITS_PER_BYTE_DOMAIN = "bits_per_byte/domain/DOMAIN"
+DOMAIN_TOKENS = "data/DOMAIN/tokens"
+DOMAIN_SAMPLES = "data/DOMAIN/samples"
+DOMAIN_EPOCHS = "data/DOMAIN/epochs"
 LEARNING_RATE = "learning_rate"
 PHASE = "phase"
 GRADIENT_NORM = "gradient_norm"
@@ -59,6 +64,11 @@ METRICS = (
     Metric(EVALUATION_TASK, "1", "score of a task of the suite: 0 is guessing, 1 is perfect"),
     Metric(EVALUATION_CATEGORY, "1", "mean score of a category's tasks"),
     Metric(EVALUATION_AVERAGE, "1", "mean score of the suite's categories"),
+    Metric(LOSS_DOMAIN, "nats/token", "cross entropy of a domain's part of the training batch"),
+    Metric(BITS_PER_BYTE_DOMAIN, "bits/byte", "the same, tokenizer-free"),
+    Metric(DOMAIN_TOKENS, "tokens", "tokens of a domain trained on so far"),
+    Metric(DOMAIN_SAMPLES, "samples", "samples of a domain trained on so far"),
+    Metric(DOMAIN_EPOCHS, "epochs", "samples of a domain trained on so far over those that there are"),
     Metric(LEARNING_RATE, "1", "learning rate of the step"),
     Metric(PHASE, "1", "number of the curriculum's phase, from 0"),
     Metric(GRADIENT_NORM, "1", "global L2 norm of the gradients before clipping"),
@@ -93,12 +103,17 @@ _PATTERNS = [
 
 def validation_loss(domain: str) -> str:
     """Key of a domain's validation loss."""
-    return LOSS_VALIDATION.replace("DOMAIN", domain)
+    return of_domain(LOSS_VALIDATION, domain)
 
 
 def bits_per_byte(domain: str) -> str:
     """Key of a domain's validation loss in bits per byte."""
-    return BITS_PER_BYTE.replace("DOMAIN", domain)
+    return of_domain(BITS_PER_BYTE, domain)
+
+
+def of_domain(key: str, domain: str) -> str:
+    """A key that holds DOMAIN for one domain."""
+    return key.replace("DOMAIN", domain)
 
 
 def in_bits_per_byte(token_loss: float, bytes_per_token: float) -> float:

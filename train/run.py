@@ -15,7 +15,7 @@ from composer.utils import dist, get_device
 from torch.optim import Optimizer
 
 from data.curriculum import Curriculum, continue_stages, domains_of, from_json, plan_stages
-from data.loader import ValidationSequences, build_train_loader, build_validation_loaders
+from data.loader import TrainLoader, ValidationSequences, build_train_loader, build_validation_loaders
 from data.manifest import Manifest
 from data.shard_cache import fetch_indices
 from data.supply import require_supply
@@ -28,6 +28,7 @@ from train.callbacks.console import Console
 from train.callbacks.expert_load import ExpertLoad
 from train.callbacks.learning_rate import LearningRate
 from train.callbacks.phases import Phases
+from train.callbacks.ledger import Domain, Ledger
 from train.callbacks.run_tracker import RunTracker
 from train.callbacks.suite_evaluation import SuiteEvaluation
 from train.callbacks.throughput import Throughput
@@ -307,11 +308,23 @@ def assemble(
     # Evaluation alone is of the last phase that was trained.
     model.decoder.set_rope_theta(curriculum.stage_of(max(0, progress.batch - 1)).rope_theta)
     tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
+    place = {"rank": topology.rank, "world_size": topology.world_size}
+    train_loader = build_train_loader(
+        recipe, tokenizer, curriculum=curriculum, start_sample=progress.samples, **place
+    )
     guard = Guard(recipe.guard, progress.recent)
+    ledger = open_ledger(folder, topology, train_loader, shards, progress)
     callbacks: list[Callback] = [
         *update_callbacks(recipe, model, topology, curriculum, guard, folder if topology.is_main else None),
+        ledger,
         Checkpointing(
-            folder / CHECKPOINTS_FOLDER, recipe.checkpoint, topology, resumed.checkpoint, curriculum, guard
+            folder / CHECKPOINTS_FOLDER,
+            recipe.checkpoint,
+            topology,
+            resumed.checkpoint,
+            curriculum,
+            guard,
+            ledger,
         ),
         *watch.callbacks(),
     ]
@@ -330,17 +343,10 @@ def assemble(
             Throughput(flops, peak, topology.world_size, machine.device_type == "cuda"),
             ExpertLoad(folder, batches),
         ]
-        bytes_per_token = {
-            name: domain.splits["validation"].bytes_per_token for name, domain in shards.domains.items()
-        }
         loggers = [
-            RunTracker(folder, bytes_per_token),
+            RunTracker(folder, bytes_per_token(shards, "validation"), bytes_per_token(shards, "train")),
             Console(batches, recipe.tracking.console_interval_batches),
         ]
-    place = {"rank": topology.rank, "world_size": topology.world_size}
-    train_loader = build_train_loader(
-        recipe, tokenizer, curriculum=curriculum, start_sample=progress.samples, **place
-    )
     validation_loaders = build_validation_loaders(recipe, tokenizer, **place)
     trainer = build_trainer(
         recipe, model, optimizer, train_loader, validation_loaders, callbacks, loggers, progress, curriculum
@@ -350,6 +356,20 @@ def assemble(
         assert isinstance(loader.dataset, ValidationSequences)
         entropy[domain] = loader.dataset.unigram_entropy()
     return Job(trainer, entropy)
+
+
+def open_ledger(
+    folder: Path, topology: Topology, loader: TrainLoader, shards: Manifest, progress: Progress
+) -> Ledger:
+    """The books of what the run reads, going on from the checkpoint's."""
+    plan = loader.dataset.plan
+    domains = [Domain(name, size) for name, size in zip(plan.domains, plan.sizes, strict=True)]
+    return Ledger(folder if topology.is_main else None, domains, shards.sequence_tokens, progress.consumed)
+
+
+def bytes_per_token(shards: Manifest, split: str) -> dict[str, float]:
+    """Mean bytes of a token of each domain, which take nats per token to bits per byte."""
+    return {name: domain.splits[split].bytes_per_token for name, domain in shards.domains.items()}
 
 
 def final_losses(job: Job) -> dict[str, float]:

@@ -11,6 +11,7 @@ from train.schema import OnExisting, Recipe
 DATA_FILE = "data.json"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
+LEDGER_FILE = "ledger.jsonl"
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
 SAMPLE_FILE = "sample.txt"

@@ -1,5 +1,6 @@
 """Saves by batches or minutes, at the end, and before the machine is taken away."""
 
+import copy
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from data.curriculum import Curriculum, to_json
+from train.callbacks.ledger import Ledger
 from train.checkpoint import Progress, restore_random_states
 from train.checkpoint_saver import CheckpointSaver, Saved
 from train.exit_status import PREEMPTED_STATUS
@@ -35,6 +37,7 @@ class Checkpointing(Callback):
         resumed_from: checkpoint whose random-number states are restored before the first batch.
         curriculum: the run's stages and edits, which every checkpoint keeps.
         guard: whose memory is saved too.
+        ledger: whose sums every checkpoint keeps; None: none is kept.
     """
 
     def __init__(
@@ -45,10 +48,11 @@ class Checkpointing(Callback):
         resumed_from: Path | None,
         curriculum: Curriculum,
         guard: Guard | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.guard = guard
         self.recipe, self.topology, self.resumed_from = recipe, topology, resumed_from
-        self.curriculum = curriculum
+        self.curriculum, self.ledger = curriculum, ledger
         self.saver = CheckpointSaver(root, topology, recipe.keep_last)
         # Of its own, since the saver's thread uses the saver's; gloo, so that nothing waits for a GPU.
         self._group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
@@ -117,6 +121,7 @@ class Checkpointing(Callback):
             seconds=stamp.total_wct.total_seconds() if stamp.total_wct else 0.0,
             curriculum=to_json(self.curriculum),
             recent=self.guard.recent if self.guard is not None else [],
+            consumed=copy.deepcopy(self.ledger.totals) if self.ledger else {},
         )
         self.last_save, self.last_batch = time.monotonic(), progress.batch
         self._tell(self.saver.start(state.model, state.optimizers[0], progress))

@@ -29,11 +29,21 @@ class RunTracker(LoggerDestination):
         run_dir: folder of the run.
         bytes_per_token: mean bytes of a validation token by domain; where given, bits per byte are
             recorded next to the validation loss.
+        train_bytes_per_token: the same of training tokens, for the domains' training losses.
     """
 
-    def __init__(self, run_dir: Path, bytes_per_token: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        bytes_per_token: Mapping[str, float] | None = None,
+        train_bytes_per_token: Mapping[str, float] | None = None,
+    ) -> None:
         self.log = StepLog(run_dir / METRICS_FILE)
-        self.bytes_per_token = dict(bytes_per_token or {})
+        self.bytes_per_token = {
+            metrics.LOSS_VALIDATION: (metrics.BITS_PER_BYTE, dict(bytes_per_token or {})),
+            metrics.LOSS_DOMAIN: (metrics.BITS_PER_BYTE_DOMAIN, dict(train_bytes_per_token or {})),
+        }
+        """For losses in nats per token: the key in bits per byte, and bytes per token by domain."""
         self.latest: dict[str, float] = {}
         """The newest value of every key."""
         self._pending: dict[str, float] = {}
@@ -74,12 +84,11 @@ class RunTracker(LoggerDestination):
         if ours is None:
             return
         self._pending[ours] = self.latest[ours] = value
-        for domain in metrics.match_names(metrics.LOSS_VALIDATION, [ours]):
-            if domain in self.bytes_per_token:
-                self._keep(
-                    metrics.bits_per_byte(domain),
-                    metrics.in_bits_per_byte(value, self.bytes_per_token[domain]),
-                )
+        for loss_key, (bits_key, bytes_per_token) in self.bytes_per_token.items():
+            for domain in metrics.match_names(loss_key, [ours]):
+                if domain in bytes_per_token:
+                    bits = metrics.in_bits_per_byte(value, bytes_per_token[domain])
+                    self._keep(metrics.of_domain(bits_key, domain), bits)
 
     def _write(self, state: State) -> None:
         if not self._pending:
