@@ -27,8 +27,8 @@ from train.callbacks.checkpointing import Checkpointing
 from train.callbacks.console import Console
 from train.callbacks.expert_load import ExpertLoad
 from train.callbacks.learning_rate import LearningRate
-from train.callbacks.phases import Phases
 from train.callbacks.ledger import Domain, Ledger
+from train.callbacks.phases import Phases
 from train.callbacks.run_tracker import RunTracker
 from train.callbacks.suite_evaluation import SuiteEvaluation
 from train.callbacks.throughput import Throughput

@@ -1,4 +1,4 @@
-"""The books of a batch: the same however it is split over ranks and microbatches, another for another batch."""
+"""The books of a batch: equal however it is split over ranks and microbatches, others for another batch."""
 
 from pathlib import Path
 
