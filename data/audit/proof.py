@@ -1,0 +1,161 @@
+"""The proof from the records that a run skipped nothing and read nothing twice.
+
+Four things are compared. The ledger's lines with themselves: every step is there once, and the positions of
+one begin where those of the step before end. Each line with the plan: as many sequences of each domain as
+it has at those positions. Each line with the shards: the digest that the ranks made of the tokens they were
+fed, with the digest of what the shards hold there, every shard held to its own hash. And the plan with
+itself: over all positions, no sample of a domain is read again before all of them were read as often.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data.audit.records import LedgerStep, RunBooks
+from data.digest import MASK, digest_sequences
+from train.recipe import RecipeError
+
+CHUNK = 1 << 20
+"""Positions whose picks are computed at once."""
+MOST_FAULTS = 50
+
+
+@dataclass
+class Proof:
+    """What was compared, and what does not hold."""
+
+    steps: int = 0
+    positions: int = 0
+    steps_read: int = 0
+    """Steps whose tokens were compared with the shards."""
+    consumed: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Samples of each domain, and epochs."""
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing was found."""
+        return not self.faults
+
+
+def prove(books: RunBooks, steps_read: int | None = None, progress: bool = False) -> Proof:
+    """Compares a run's records with its plan and its shards.
+
+    Args:
+        books: the run's.
+        steps_read: steps, evenly spread, whose tokens are compared with the shards; None: all.
+        progress: show a bar.
+    """
+    from tqdm import tqdm
+
+    proof = Proof(steps=len(books.steps))
+    proof.faults += _faults_of_lines(books)
+    chosen = _spread(len(books.steps), steps_read)
+    for number, step in enumerate(tqdm(books.steps, "steps", disable=not progress, mininterval=1)):
+        if len(proof.faults) >= MOST_FAULTS:
+            proof.faults.append("further faults are not listed")
+            return proof
+        if step.first is None:
+            continue
+        proof.positions += step.samples
+        faults = list(_faults_of_counts(books, step))
+        if number in chosen:
+            faults += _faults_of_tokens(books, step)
+            proof.steps_read += 1
+        proof.faults += faults
+    proof.faults += _faults_of_plan(books, proof)
+    proof.faults += _faults_of_checkpoint(books)
+    return proof
+
+
+def _faults_of_lines(books: RunBooks) -> Iterator[str]:
+    expected_step, expected_first = 1, 0
+    for step in books.steps:
+        if step.step != expected_step:
+            yield f"steps {expected_step} to {step.step - 1} are missing from the ledger"
+            expected_first = books.first_sample(step.step)
+        if step.first is None:
+            yield f"step {step.step}: the positions of its sequences are no range: some are missing or twice"
+        elif step.first < expected_first:
+            yield f"step {step.step}: positions {step.first} to {expected_first - 1} were read again"
+        elif step.first > expected_first:
+            yield f"step {step.step}: positions {expected_first} to {step.first - 1} were skipped before it"
+        expected_first = (expected_first if step.first is None else step.first) + step.samples
+        expected_step = step.step + 1
+
+
+def _faults_of_counts(books: RunBooks, step: LedgerStep) -> Iterator[str]:
+    assert step.first is not None
+    picks = books.plan.samples(step.first, step.samples)
+    planned = np.bincount(picks.domain, minlength=len(books.plan.domains)) // step.stride
+    there = dict(zip(books.plan.domains, planned.tolist(), strict=True))
+    for name in sorted({*there, *step.domains}):
+        has = step.domains[name].sequences if name in step.domains else 0
+        if has != there.get(name, 0):
+            yield f"step {step.step}: {has} sequences of {name}, where the plan has {there.get(name, 0)}"
+
+
+def _faults_of_tokens(books: RunBooks, step: LedgerStep) -> Iterator[str]:
+    assert step.first is not None
+    picks = books.plan.samples(step.first, step.samples)
+    for index, name in enumerate(books.plan.domains):
+        slots = np.flatnonzero(picks.domain == index)
+        if not slots.size:
+            continue
+        try:
+            tokens = np.stack([books.shards[name][int(number)].tokens for number in picks.sample[slots]])
+        except RecipeError as error:
+            yield f"step {step.step}, {name}: can't be compared: {error.what}"
+            continue
+        tokens = tokens.reshape(slots.size // step.stride, -1)
+        digest = digest_sequences(tokens, step.first + slots[:: step.stride])
+        if name in step.domains and digest & MASK != step.domains[name].digest:
+            yield (
+                f"step {step.step}, {name}: fed with other tokens than the shards have at positions "
+                f"{step.first} to {step.first + step.samples - 1}"
+            )
+
+
+def _faults_of_plan(books: RunBooks, proof: Proof) -> Iterator[str]:
+    end = max(((step.first or 0) + step.samples for step in books.steps), default=0)
+    reads = [np.zeros(size, np.uint16) for size in books.plan.sizes]
+    for first in range(0, end, CHUNK):
+        picks = books.plan.samples(first, min(CHUNK, end - first))
+        for index, counts in enumerate(reads):
+            np.add.at(counts, picks.sample[picks.domain == index], 1)
+    for name, counts in zip(books.plan.domains, reads, strict=True):
+        proof.consumed[name] = int(counts.sum()), float(counts.sum() / counts.size)
+        if counts.max() - counts.min() > 1:
+            often, seldom = int(counts.argmax()), int(counts.argmin())
+            yield (
+                f"{name}: sample {often} was read {counts.max()} times before sample {seldom} was read "
+                f"{counts.min() + 1} times"
+            )
+
+
+def _faults_of_checkpoint(books: RunBooks) -> Iterator[str]:
+    batch = books.progress.get("batch")
+    if batch is None:
+        return
+    if not books.steps or books.steps[-1].step < batch:
+        last = books.steps[-1].step if books.steps else 0
+        yield f"the newest checkpoint is of step {batch}, but the ledger ends with step {last}"
+        return
+    counted: dict[str, int] = {}
+    for step in books.steps:
+        if step.step <= batch:
+            for name, entry in step.domains.items():
+                counted[name] = counted.get(name, 0) + entry.sequences * step.stride
+    for name, total in books.progress.get("consumed", {}).items():
+        if total["samples"] != counted.get(name, 0):
+            yield (
+                f"the checkpoint of step {batch} counts {total['samples']} samples of {name}, the ledger "
+                f"{counted.get(name, 0)}"
+            )
+
+
+def _spread(count: int, wanted: int | None) -> set[int]:
+    if wanted is None or wanted >= count:
+        return set(range(count))
+    return {number * count // wanted for number in range(wanted)}

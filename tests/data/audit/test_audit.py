@@ -1,0 +1,125 @@
+"""The audit of a run whose ledger is made from the loader's batches, and of the same with faults planted."""
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.audit.__main__ import main
+from data.audit.lookup import documents_of_step, steps_of_document
+from data.audit.proof import prove
+from data.audit.records import RunBooks
+from data.digest import digest_sequences
+from data.loader import build_train_loader
+from data.tokenizer import open_tokenizer
+from data.write_shards import build_shards
+from tests.data.conftest import small_documents
+from train.recipe import RecipeError, to_yaml
+from train.schema import Recipe
+
+STEPS = 40
+DOMAINS = ("code", "prose")
+
+Lines = list[dict[str, Any]]
+
+
+def line_of(step: int, batch: dict[str, Any]) -> dict[str, Any]:
+    """What the ledger's callback writes of a batch."""
+    domains = {}
+    for index, name in enumerate(DOMAINS):
+        mine = (batch["domain_ids"] == index).numpy()
+        ids, positions = batch["input_ids"].numpy()[mine], batch["sample_positions"].numpy()[mine]
+        domains[name] = [int(mine.sum()), 0, f"{digest_sequences(ids, positions):016x}"]
+    first = int(batch["sample_positions"][0])
+    return {"step": step, "first": first, "length": batch["input_ids"].shape[1], "domains": domains}
+
+
+@pytest.fixture
+def run(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> tuple[Path, Lines]:
+    recipe = make_recipe(tmp_path / "shards")
+    build_shards(recipe, documents=small_documents)
+    tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
+    batches = islice(build_train_loader(recipe, tokenizer, rank=0, world_size=1), STEPS)
+    lines = [line_of(number + 1, batch) for number, batch in enumerate(batches)]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    text = to_yaml(recipe)
+    for key in ("d_model", "n_layers", "n_heads", "n_kv_heads", "ffn_hidden_size", "vocab_size"):
+        text = text.replace(f"{key}: ???", f"{key}: 8")
+    text = text.replace("max_sequence_tokens: ???", "max_sequence_tokens: 64")
+    (folder / "recipe.yaml").write_text(text.replace("learning_rate: ???", "learning_rate: 0.1"))
+    return folder, lines
+
+
+def faults(folder: Path, lines: Lines) -> list[str]:
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return prove(RunBooks(folder)).faults
+
+
+def test_a_sound_run_is_proven(run: tuple[Path, Lines], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, lines = run
+    assert faults(folder, lines) == []
+    assert main([str(folder)]) == 0
+    assert "nothing was skipped or read twice; the tokens of 40 steps" in capsys.readouterr().out
+
+
+def test_each_fault_is_named(run: tuple[Path, Lines]) -> None:
+    folder, lines = run
+    missing = lines[:6] + lines[7:]
+    assert faults(folder, missing)[0] == "steps 7 to 7 are missing from the ledger"
+    again = [line | {"step": n + 1} for n, line in enumerate([*lines[:6], *lines[5:]])]
+    assert "step 7: positions 40 to 47 were read again" in faults(folder, again)
+    skipped = [line | {"step": n + 1} for n, line in enumerate(missing)]
+    assert faults(folder, skipped) == ["step 7: positions 48 to 55 were skipped before it"]
+    # The batch of another step under this one's positions: what a loader that repeats itself would train on.
+    foreign = [*lines]
+    foreign[9] = lines[9] | {"domains": lines[8]["domains"]}
+    assert any(fault.startswith("step 10, prose: fed with other tokens") for fault in faults(folder, foreign))
+    swapped = [*lines]
+    (code, prose) = (lines[9]["domains"][name] for name in DOMAINS)
+    swapped[9] = lines[9] | {"domains": {"code": prose, "prose": code}}
+    assert any(
+        "step 10: 2 sequences of code" in f or "step 10: 3 sequences of code" in f
+        for f in faults(folder, swapped)
+    )
+    scattered = [*lines]
+    scattered[3] = lines[3] | {"first": None}
+    assert any(fault.startswith("step 4: the positions") for fault in faults(folder, scattered))
+
+
+def test_an_altered_shard_is_named(run: tuple[Path, Lines]) -> None:
+    folder, lines = run
+    shard = folder.parent / "shards/code/train/shard.00000.mds"
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    assert all("code: can't be compared" in fault and str(shard) in fault for fault in faults(folder, lines))
+
+
+def test_documents_and_steps_are_each_others_inverse(run: tuple[Path, Lines]) -> None:
+    folder, lines = run
+    faults(folder, lines)
+    books = RunBooks(folder)
+    seen = [sight for line in lines for sight in documents_of_step(books, line["step"])]
+    for name in ("code/3.txt", "prose/11.txt", "prose/50.txt"):
+        mine = {
+            (sight.step, sight.position, sight.sample, sight.epoch)
+            for sight in seen
+            if sight.document == name
+        }
+        found = steps_of_document(books, name)
+        assert {(sight.step, sight.position, sight.sample, sight.epoch) for sight in found} == mine
+    assert sum(bool(steps_of_document(books, f"prose/{n}.txt")) for n in range(60)) > 30
+    with pytest.raises(RecipeError, match="no domain has a document"):
+        steps_of_document(books, "nowhere")
+    with pytest.raises(RecipeError, match="it has steps 1 to 40"):
+        documents_of_step(books, 41)
+
+
+def test_the_digest_is_of_tokens_and_places() -> None:
+    tokens = np.arange(12).reshape(3, 4)
+    assert digest_sequences(tokens, np.arange(3)) != digest_sequences(tokens[::-1].copy(), np.arange(3))
