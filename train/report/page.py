@@ -65,6 +65,7 @@ def write_report(run_dir: Path) -> Path:
     sections: Sequence[Callable[[RunRecord], str]] = (
         header,
         loss_section,
+        domain_section,
         throughput_section,
         step_time_section,
         optimisation_section,
@@ -172,6 +173,24 @@ def loss_section(run: RunRecord) -> str:
         "validation text and nothing of its context.</p>"
     )
     return section("Loss", figure(loss_figure(run)) + note + (table(heads, rows) if rows else ""))
+
+
+def domain_section(run: RunRecord) -> str:
+    """What was read of each domain, and what its part of the last batch cost."""
+    rows = []
+    for domain, key in metrics.match_names(metrics.DOMAIN_TOKENS, run.keys).items():
+        row = [domain, f"{run.series(key).values[-1]:,.0f}"]
+        for other, form in (
+            (metrics.DOMAIN_SAMPLES, "{:,.0f}"),
+            (metrics.DOMAIN_EPOCHS, "{:,.4f}"),
+            (metrics.LOSS_DOMAIN, "{:.4f}"),
+            (metrics.BITS_PER_BYTE_DOMAIN, "{:.4f}"),
+        ):
+            values = run.series(metrics.of_domain(other, domain)).values
+            row.append(form.format(values[-1]) if len(values) else "")
+        rows.append(row)
+    heads = ("domain", "tokens", "samples", "epochs", "last training loss (nats/token)", "bits per byte")
+    return section("Domains", table(heads, rows)) if rows else ""
 
 
 def throughput_section(run: RunRecord) -> str:

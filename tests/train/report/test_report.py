@@ -39,10 +39,12 @@ SUMMARY = Summary(
 )
 SECTIONS = [
     "Loss",
+    "Domains",
     "Throughput",
     "Step time",
     "Optimisation",
     "Expert load",
+    "Evaluation",
     "A sample of text",
     "Origin",
     "Recipe",
@@ -65,6 +67,7 @@ def leave_run(run_dir: Path, *, steps: int = STEPS, experts: bool = True, summar
         if step % 10 == 0:
             record.write(step, {metrics.validation_loss("code"): 3.0, metrics.bits_per_byte("code"): 1.25})
             record.write(step, {metrics.validation_loss("prose"): 4.0})
+            record.write(step, {"data/code/tokens": 5.12e5, "data/code/epochs": 0.625})
     if summary:
         write_summary(run_dir, SUMMARY)
         (run_dir / "sample.txt").write_text("if a < b & c:")
