@@ -24,6 +24,7 @@ from tqdm import tqdm
 from data import corpus
 from data.bpe import train_bpe
 from data.corpus import Document, installed_corpus
+from data.curriculum import domains_of
 from data.manifest import (
     DOCUMENTS_FILE,
     FORMAT,
@@ -123,7 +124,7 @@ def _gather(documents: Iterator[Document], recipe: Recipe) -> dict[str, list[Doc
         for document in documents:
             by_domain.setdefault(document.domain, []).append(document)
             bar.update(len(document.text))
-    for domain in [*recipe.data.domains, *recipe.data.validation_domains]:
+    for domain in [*domains_of(recipe), *recipe.data.validation_domains]:
         if len(by_domain.get(domain, [])) < 2:
             what = f"{domain} has {len(by_domain.get(domain, []))} documents, too few for two splits"
             raise RecipeError(what, key="data.domains", remedy="raise data.corpus_bytes")

@@ -1,4 +1,4 @@
-"""For tests: a migrated MLflow store to copy, its real server in a thread, the folder of a run."""
+"""For tests: tiny recipes, a migrated MLflow store to copy, its real server in a thread, a run's folder."""
 
 import os
 import shutil
@@ -10,11 +10,52 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from train.recipe import to_yaml
+from train.recipe import load_recipe, to_yaml
 from train.schema import Recipe
 
 if TYPE_CHECKING:
     from train.model import Decoder
+
+
+SMOKE = Path(__file__).resolve().parents[2] / "yamls/smoke.yaml"
+TinyRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> TinyRecipe:
+    """Makes recipes of 12 batches of 8 sequences of 64 tokens; further overrides win."""
+
+    def make(runs: Path, shards: Path, name: str, *overrides: str) -> Recipe:
+        return load_recipe(
+            SMOKE,
+            [
+                f"runs_dir={runs}",
+                f"name={name}",
+                f"data.shards={shards}",
+                "on_existing=resume",
+                "data.corpus_bytes=400000",
+                "data.sequence_tokens=64",
+                "data.validation_sequences=8",
+                "tokenizer.vocab_size=512",
+                "model.vocab_size=512",
+                "model.d_model=32",
+                "model.n_layers=2",
+                "model.ffn_hidden_size=24",
+                "model.moe.jitter_eps=0.01",
+                "training.global_batch_sequences=8",
+                "training.microbatch_sequences=4",
+                "training.duration_tokens=6144",
+                "training.precision=fp32",
+                "schedule.warmup_tokens=1024",
+                "optimizer.learning_rate=0.01",
+                "checkpoint.interval_batches=4",
+                "evaluation.interval_batches=6",
+                "tracking.mlflow=false",
+                *overrides,
+            ],
+        )
+
+    return make
 
 
 class MlflowServer:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from train.schema import Recipe
 from train.step_log import read_steps
 from train.topology import Topology
 
-SMOKE = Path(__file__).resolve().parents[2] / "yamls/smoke.yaml"
+TinyRecipe = Callable[..., Recipe]
 
 
 class CutOffError(Exception):
@@ -22,37 +23,6 @@ class CutOffError(Exception):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shards") / "tiny"
-
-
-def _recipe(runs: Path, shards: Path, name: str, *overrides: str) -> Recipe:
-    return load_recipe(
-        SMOKE,
-        [
-            f"runs_dir={runs}",
-            f"name={name}",
-            f"data.shards={shards}",
-            "on_existing=resume",
-            "data.corpus_bytes=400000",
-            "data.sequence_tokens=64",
-            "data.validation_sequences=8",
-            "tokenizer.vocab_size=512",
-            "model.vocab_size=512",
-            "model.d_model=32",
-            "model.n_layers=2",
-            "model.ffn_hidden_size=24",
-            "model.moe.jitter_eps=0.01",
-            "training.global_batch_sequences=8",
-            "training.microbatch_sequences=4",
-            "training.duration_tokens=6144",
-            "training.precision=fp32",
-            "schedule.warmup_tokens=1024",
-            "optimizer.learning_rate=0.01",
-            "checkpoint.interval_batches=4",
-            "evaluation.interval_batches=6",
-            "tracking.mlflow=false",
-            *overrides,
-        ],
-    )
 
 
 def _run(recipe: Recipe) -> list[dict[str, Any]]:
@@ -72,19 +42,19 @@ def _trained(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("balance", ["loss", "bias"])
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(
-    tmp_path: Path, shards: Path, balance: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shards: Path, tiny_recipe: TinyRecipe, balance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from train.callbacks.console import Console
 
     choice = f"model.moe.balance={balance}"
-    whole = _run(_recipe(tmp_path, shards, "whole", choice))
+    whole = _run(tiny_recipe(tmp_path, shards, "whole", choice))
     assert [step["step"] for step in whole] == list(range(1, 13))
 
     def cut_off(self: Console, state: Any, logger: Any) -> None:
         if state.timestamp.batch.value == 7:
             raise CutOffError
 
-    cut = _recipe(tmp_path, shards, "cut", choice)
+    cut = tiny_recipe(tmp_path, shards, "cut", choice)
     with monkeypatch.context() as patch, pytest.raises(CutOffError):
         patch.setattr(Console, "batch_end", cut_off)
         _run(cut)
@@ -95,9 +65,9 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(
 
 
 def test_what_a_run_leaves_and_that_it_learns(
-    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, shards: Path, tiny_recipe: TinyRecipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = _recipe(tmp_path, shards, "learns", "training.duration_tokens=61440")
+    recipe = tiny_recipe(tmp_path, shards, "learns", "training.duration_tokens=61440")
     steps = _run(recipe)
     printed = capsys.readouterr().out
     folder = tmp_path / "learns"
@@ -121,10 +91,10 @@ def test_what_a_run_leaves_and_that_it_learns(
 
 
 def test_a_run_goes_on_from_another_and_validates_what_it_does_not_train_on(
-    tmp_path: Path, shards: Path
+    tmp_path: Path, shards: Path, tiny_recipe: TinyRecipe
 ) -> None:
     only_code = ("data.domains={code: 1.0}", "data.validation_domains=[prose]")
-    old = _run(_recipe(tmp_path, shards, "old", *only_code))[-1]
+    old = _run(tiny_recipe(tmp_path, shards, "old", *only_code))[-1]
     # Steps of next to nothing leave the weights of step 0, so that their losses are the old run's.
     new = (
         "data.domains={prose: 1.0}",
@@ -135,7 +105,7 @@ def test_a_run_goes_on_from_another_and_validates_what_it_does_not_train_on(
         "schedule.warmup_tokens=0",
     )
     for moments in ("fresh", "restored"):
-        recipe = _recipe(tmp_path, shards, f"new-{moments}", *new, f"start.optimizer={moments}")
+        recipe = tiny_recipe(tmp_path, shards, f"new-{moments}", *new, f"start.optimizer={moments}")
         now = _run(recipe)[-1]
         for domain in ("code", "prose"):
             key = f"loss/validation/{domain}"

@@ -1,0 +1,116 @@
+"""A run of three phases goes on exactly from anywhere, on one process and on two ranks."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.ranks import Ranks
+from train import metrics
+from train.exit_status import PREEMPTED_STATUS
+from train.schema import Recipe
+from train.step_log import read_steps
+from train.topology import Topology
+from train.validate import validate
+
+TinyRecipe = Callable[..., Recipe]
+
+# Batches 1 to 4, 5 to 8 and 9 to 12, of 512 tokens each; sequences of 64 tokens, then of 128.
+PHASES = (
+    "data.phases=["
+    "{tokens: 2048, weights: {code: 0.75, prose: 0.25}},"
+    "{tokens: 2048, weights: {code: 0.2, prose: 0.8}, sequence_tokens: 128,"
+    " rope_theta: 100, learning_rate_scale: 0.5},"
+    "{tokens: 2048, weights: {code: 0.2, prose: 0.8}, end_weights: {code: 1.0, prose: 0.0}}]",
+    "data.window_shards=1",
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the first run builds shards of 27 samples, so that some longer sequences are of neighbours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.write_shards.SHARD_BYTES", 1 << 13)
+        yield tmp_path_factory.mktemp("shards") / "tiny"
+
+
+def _trained(recipe: Recipe) -> list[dict[str, Any]]:
+    """What each step of a run computed, without what the clock said."""
+    return [
+        {k: v for k, v in step.items() if k != "time" and not k.startswith(("time/", "throughput/"))}
+        for step in read_steps(Path(recipe.runs_dir) / recipe.name / "metrics.jsonl")
+    ]
+
+
+def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0) -> None:
+    """Trains in forked ranks; the last one gets a SIGTERM in the batch after which all are to end."""
+    from train.callbacks.phases import Phases
+    from train.run import run
+
+    validate(recipe, Topology(0, ranks, 0, ranks), recipe.name)
+
+    def work(topology: Topology) -> None:
+        begin = Phases.batch_start
+
+        def preempted(self: Phases, state: Any, logger: Any) -> None:
+            begin(self, state, logger)
+            if state.timestamp.batch.value + 1 == stop_after and topology.rank == ranks - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Phases.batch_start = preempted  # type: ignore[method-assign]
+        if status := run(recipe, topology):
+            raise SystemExit(status)
+
+    log = Path(recipe.runs_dir) / f"{recipe.name}.log"
+    with Ranks(ranks, work, log) as processes:
+        codes = processes.exit_codes(240)
+    assert set(codes) == {PREEMPTED_STATUS if stop_after else 0}, log.read_text()[-2000:]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_recipe: TinyRecipe, shards: Path) -> Recipe:
+    """A run on one process that nothing disturbed."""
+    recipe: Recipe = tiny_recipe(shards.parent, shards, "whole", *PHASES)
+    _run(recipe)
+    return recipe
+
+
+def test_each_phase_takes_effect_at_its_first_batch(
+    tiny_recipe: TinyRecipe, shards: Path, whole: Recipe
+) -> None:
+    steps = _trained(whole)
+    assert [step[metrics.PHASE] for step in steps] == [0] * 4 + [1] * 4 + [2] * 4
+    without = [part.replace("rope_theta: 100, learning_rate_scale: 0.5", "") for part in PHASES]
+    assert without != list(PHASES)
+    recipe = tiny_recipe(shards.parent, shards, "without", *without)
+    _run(recipe, stop_after=5)
+    *before, last = _trained(recipe)
+    assert before == steps[:4]
+    # The rate counts after the batch, so that the base of RoPE alone makes this difference.
+    assert last[metrics.LOSS] != steps[4][metrics.LOSS]
+    assert steps[4][metrics.LEARNING_RATE] == 0.5 * last[metrics.LEARNING_RATE]
+
+
+def test_a_run_cut_off_at_a_boundary_and_inside_a_phase_goes_on_bit_for_bit(
+    tiny_recipe: TinyRecipe, shards: Path, whole: Recipe
+) -> None:
+    recipe = tiny_recipe(shards.parent, shards, "cut", *PHASES)
+    for stop_after in (4, 6, 0):
+        _run(recipe, stop_after=stop_after)
+    assert _trained(recipe) == _trained(whole)
+
+
+def test_the_same_on_two_ranks_with_experts_apart(
+    tiny_recipe: TinyRecipe, shards: Path, whole: Recipe
+) -> None:
+    recipe = tiny_recipe(shards.parent, shards, "two", *PHASES, "parallelism.expert=2")
+    for stop_after in (4, 6, 0):
+        _run(recipe, ranks=2, stop_after=stop_after)
+    for found, expected in zip(_trained(recipe), _trained(whole), strict=True):
+        assert found[metrics.PHASE] == expected[metrics.PHASE]
+        for key, value in expected.items():
+            if key.startswith("loss/"):
+                assert found[key] == pytest.approx(value, rel=1e-5), (found["step"], key)
