@@ -108,7 +108,7 @@ def test_every_section_is_there(page: str) -> None:
     links = Links()
     links.feed(page)
     assert links.headings == SECTIONS
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 7
 
 
 def test_nothing_is_loaded_from_outside(page: str) -> None:
