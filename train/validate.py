@@ -342,3 +342,20 @@ def _batch_and_layout(recipe: Recipe, topology: Topology) -> Iterator[Fault]:
                 f"{experts=} is not divisible by {expert_degree=}",
                 f"take a divisor of {experts}",
             )
+        else:
+            yield from _uneven_experts(recipe, ranks)
+
+
+def _uneven_experts(recipe: Recipe, ranks: int) -> Iterator[Fault]:
+    """FSDP2 (torch 2.7) shards rows that are spread over experts' ranks only if they divide evenly."""
+    layout, moe = recipe.parallelism, recipe.model.moe
+    assert moe is not None
+    if ranks % (layout.replicate * layout.expert):
+        return
+    rows, over = moe.experts * recipe.model.ffn_hidden_size, ranks // layout.replicate
+    if rows % over:
+        yield Fault(
+            "parallelism.replicate",
+            f"experts x ffn_hidden_size = {rows} rows do not shard evenly over {over} ranks",
+            f"make {ranks} / replicate a divisor of {rows}",
+        )

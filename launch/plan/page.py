@@ -22,13 +22,15 @@ COLOURS = {
     "attention": "#a855f7",
     "memory": "#f97316",
     "links": "#ef4444",
+    "hidden": "#fca5a5",
 }
 KINDS = {
     "matrix": "matrix products",
     "attention": "attention",
     "memory": "memory bandwidth",
-    "links": "links between GPUs",
+    "links": "links between GPUs, open",
 }
+HIDDEN = {"hidden": "traffic between GPUs that runs behind arithmetic"}
 WIDTH, BAR, GAP, LEFT = 900, 22, 8, 90
 SHOWN_MICROBATCHES = 4
 PAGE = """<!doctype html>
@@ -69,7 +71,7 @@ def write_html(file: Path, plan: Plan) -> None:
         memory_key=_key({name: EXPLANATIONS[name] for name in Memory.parts()}),
         memory_bars=_memory_bars(plan),
         step_seconds=plan.step_seconds,
-        time_key=_key(KINDS),
+        time_key=_key(KINDS | HIDDEN),
         timeline=_timeline(plan),
         text=escape(format_plan(plan)),
     )
@@ -108,10 +110,8 @@ def _timeline(plan: Plan) -> str:
     total = sum(phase.seconds.total for phase in drawn)
     scale = (WIDTH - LEFT) / total
     rows = list(KINDS)
-    shapes = [
-        f'<text x="0" y="{35 + row * (BAR + GAP)}">{KINDS[kind].split()[0]}</text>'
-        for row, kind in enumerate(rows)
-    ]
+    names = [*(KINDS[kind].split()[0] for kind in rows), "overlap"]
+    shapes = [f'<text x="0" y="{35 + row * (BAR + GAP)}">{name}</text>' for row, name in enumerate(names)]
     left = float(LEFT)
     for phase in drawn:
         width = phase.seconds.total * scale
@@ -123,9 +123,12 @@ def _timeline(plan: Plan) -> str:
             title = f"{phase.name}, {KINDS[kind]}: {seconds:.3f} s"
             shapes.append(_box(at, top, seconds * scale, kind, title))
             at += seconds * scale
+        hidden = plan.hidden_seconds(phase.seconds)
+        title = f"{phase.name}, traffic behind arithmetic: {hidden:.3f} s"
+        shapes.append(_box(left, 20 + len(rows) * (BAR + GAP), hidden * scale, "hidden", title))
         left += width
     more = plan.microbatches - shown
-    height = 30 + len(rows) * (BAR + GAP)
+    height = 30 + len(names) * (BAR + GAP)
     if more:
         shapes.append(f'<text x="{LEFT}" y="{height + 8}">and {more} more microbatches like these</text>')
         height += 14

@@ -49,6 +49,7 @@ class Plan:
     """Of one microbatch."""
     microbatches: int
     phases: list[Phase]
+    efficiency: Efficiency
 
     @property
     def fits(self) -> bool:
@@ -68,14 +69,21 @@ class Plan:
         """Predicted time of an optimizer step."""
         return self.seconds.total
 
+    def hidden_seconds(self, seconds: Seconds) -> float:
+        """Traffic that hides behind arithmetic: at the links' full rate it takes longer than it is open."""
+        return max(0.0, self.efficiency.links - 1) * seconds.links
+
     @property
     def step_seconds_if_hidden(self) -> float:
         """The same if traffic of weights and gradients hid behind arithmetic: a bound, no prediction."""
         exchange = [c for c in self.collectives if c.kind is Kind.all_to_all]
         hidden = [c for c in self.collectives if c.kind is not Kind.all_to_all]
         compute = self.step_seconds - self.seconds.links
-        open_seconds = self.microbatches * link_seconds(exchange, self.gpu).links
-        return max(compute, self.microbatches * link_seconds(hidden, self.gpu).links) + open_seconds
+        open_seconds, hidden_seconds = (
+            self.microbatches * link_seconds(part, self.gpu, self.efficiency).links
+            for part in (exchange, hidden)
+        )
+        return max(compute, hidden_seconds) + open_seconds
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
@@ -135,7 +143,6 @@ def make_plan(
         RecipeError: one line, if the recipe or the layout is impossible.
     """
     validate(recipe, Topology(0, world_size, 0, 1), file)
-    refuse_uneven_experts(recipe, world_size, file)
     if imbalance < 1:
         raise RecipeError(f"is {imbalance}", key="--imbalance", remedy="the busiest is at least the mean: 1")
     training = recipe.training
@@ -159,23 +166,8 @@ def make_plan(
         collectives=traffic,
         microbatches=microbatches,
         phases=_phases(recipe, world_size, gpu, traffic, imbalance, efficiency),
+        efficiency=efficiency,
     )
-
-
-def refuse_uneven_experts(recipe: Recipe, world_size: int, file: str) -> None:
-    """Raises where FSDP2 would: rows spread over experts' ranks must also shard evenly (torch 2.7)."""
-    layout, model = recipe.parallelism, recipe.model
-    if not model.moe or layout.expert == 1:
-        return
-    rows = model.moe.experts * model.ffn_hidden_size
-    ranks = sizing.shard_degree(layout, world_size) * layout.expert
-    if rows % ranks:
-        raise RecipeError(
-            f"experts x ffn_hidden_size = {rows} rows do not shard evenly over {ranks} ranks",
-            key="parallelism.replicate",
-            remedy=f"make {world_size} / replicate a divisor of {rows}",
-            file=file,
-        )
 
 
 def _phases(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.recipe import RecipeError, load_recipe
-from train.schema import Balance, BalanceScope, Recipe
+from train.schema import Balance, BalanceScope, Precision, Recipe
 from train.topology import Topology
 from train.validate import validate
 
@@ -46,7 +46,8 @@ def gate(recipe: Recipe, options: argparse.Namespace) -> int:
     from launch.verify import report
 
     begun = time.monotonic()
-    outcomes = run_gate(recipe, tuple(options.worlds), tuple(options.inputs), options.inject)
+    precisions = tuple(Precision(name) for name in options.precision) or precisions_of(recipe)
+    outcomes = run_gate(recipe, tuple(options.worlds), tuple(options.inputs), precisions, options.inject)
     summary = describe(recipe, outcomes, time.monotonic() - begun)
     file = Path(options.html or f"parity-{recipe.name}.html")
     report.write_html(file, summary, outcomes)
@@ -60,8 +61,18 @@ def gate(recipe: Recipe, options: argparse.Namespace) -> int:
     return 1 if difference else 0
 
 
+def precisions_of(recipe: Recipe) -> tuple[Precision, ...]:
+    """fp32, where nothing hides behind rounding, and bf16 unless the recipe never uses it."""
+    fp32 = recipe.training.precision is Precision.fp32
+    return (Precision.fp32,) if fp32 else (Precision.fp32, Precision.bf16)
+
+
 def run_gate(
-    recipe: Recipe, worlds: tuple[int, ...], inputs: tuple[str, ...], inject: str | None = None
+    recipe: Recipe,
+    worlds: tuple[int, ...],
+    inputs: tuple[str, ...],
+    precisions: tuple[Precision, ...],
+    inject: str | None = None,
 ) -> "list[Outcome]":
     """Every case with its outcome, printed as it comes.
 
@@ -69,6 +80,7 @@ def run_gate(
         recipe: the whole recipe.
         worlds: numbers of ranks.
         inputs: names of inputs; all where empty.
+        precisions: fp32, bf16 or both.
         inject: a fault of :mod:`launch.verify.faults` to put in; its layout and input are run alone.
     """
     from launch.ranks import RankError
@@ -80,12 +92,13 @@ def run_gate(
     import_optimizers()
 
     if inject is None:
-        todo, fault = list(cases(recipe, worlds, inputs)), None
+        fault = None
+        todo = [case for each in precisions for case in cases(recipe, worlds, inputs, each)]
     else:
         fault = FAULTS[inject]
         if fault.needs_global_scope:
             recipe = with_global_scope(recipe)
-        todo = [find_case(recipe, fault.layout, fault.input)]
+        todo = [find_case(recipe, fault.layout, fault.input, fault.precision)]
     print(report.header(), flush=True)
     outcomes: list[Outcome] = []
     seen, seed = None, 0
@@ -95,7 +108,7 @@ def run_gate(
             begun = time.monotonic()
             outcome = Outcome(case)
             try:
-                reference = (case.input, case.reference_microbatch, case.rows)
+                reference = (case.precision, case.input, case.reference_microbatch, case.rows)
                 if reference != seen:
                     seed, seen = make_reference(case, file), reference
                 outcome.deviations = run_case(case, seed, file, *([fault.put_in] if fault else []))
@@ -128,7 +141,7 @@ def describe(recipe: Recipe, outcomes: "list[Outcome]", seconds: float) -> dict[
         f"{whole.d_model} to {model.d_model}, layers {whole.n_layers} to {model.n_layers}, vocabulary "
         f"{whole.vocab_size} to {model.vocab_size}, sequence {recipe.data.sequence_tokens} to "
         f"{small.data.sequence_tokens}; features, losses, optimizer and schedule as in the recipe",
-        "steps": "3, fp32, clipped to a norm that every gradient exceeds",
+        "steps": "3, clipped to a norm that every gradient exceeds",
         "seconds": round(seconds),
     }
 
@@ -152,6 +165,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--worlds", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="numbers of ranks"
     )
     parser.add_argument("--inputs", nargs="+", default=[], metavar="NAME", help="inputs; all by default")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        default=[],
+        choices=["fp32", "bf16"],
+        help="default: fp32, and bf16 too unless the recipe says fp32",
+    )
     parser.add_argument("--inject", metavar="FAULT", help="put a known fault in, to see the gate fail")
     parser.add_argument("--json", metavar="FILE", help="write every figure")
     parser.add_argument("--html", metavar="FILE", help="default parity-NAME.html or resume-NAME.html")

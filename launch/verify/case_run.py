@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
 from torch import Tensor, nn
@@ -24,31 +25,22 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from data.curriculum import plan_stages
 from launch.ranks import run_ranks
-from launch.verify.cases import Case, idle_experts, make_batches, steer_router
+from launch.verify.bounds import BOUNDS, FLOOR, LEAST_CHANGE, LEAST_GAP
+from launch.verify.cases import Case, idle_experts, make_batches, own_rows, steer_router
 from train import leaf_ops
 from train.checkpoint import Progress
 from train.composer_model import Batch, LanguageModel
+from train.interchange.initial_weights import freeze
 from train.metrics import GRADIENT_NORM
+from train.model import Decoder
 from train.moe import Router, Routing
+from train.optim import build_optimizer
+from train.parallel import build_mesh, build_sharded
 from train.run import Machine, build_model, update_callbacks
-from train.schema import Precision, Recipe
+from train.schema import Parallelism, Precision, Recipe
 from train.topology import Topology
 from train.trainer import build_trainer
 
-BOUNDS = {
-    "loss": 1e-5,
-    "balance": 1e-5,
-    "z": 1e-5,
-    "choices": 0.0,
-    "gradients": 1e-5,
-    "norm": 1e-5,
-    "weights": 1e-5,
-}
-"""Largest relative error that passes, by quantity. `choices` are the experts' token counts."""
-FLOOR = 1e-4
-"""A gradient that is noise by itself is measured against this share of the whole gradient's rms."""
-LEAST_GAP = 2e-7
-"""Scores of the last chosen and the first refused expert: nearer ones could swap by rounding alone."""
 SEEDS = 50
 
 Fault = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -104,6 +96,7 @@ class Record:
     choices: list[Tensor | None] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: list[dict[str, Tensor]] = field(default_factory=list)
+    """Of the start, then after each step."""
     least_gap: float = math.inf
 
 
@@ -142,7 +135,7 @@ def run_case(
 
     def work(topology: Topology) -> dict[str, Deviation]:
         record = Record(**torch.load(file, mmap=True, weights_only=True))
-        comparer = _Comparer(record, case.recipe)
+        comparer = _Comparer(record, case)
         with fault():
             _train(case, topology, seed, comparer)
         return comparer.deviations
@@ -160,7 +153,10 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
     if isinstance(watcher, _Writer):
         training = replace(recipe.training, microbatch_sequences=case.reference_microbatch)
         recipe, rows = replace(recipe, training=training), list(case.rows)
-    model, optimizer = build_model(recipe, Machine(topology, "cpu", Precision.fp32))
+    if isinstance(watcher, _Writer) and case.precision is Precision.bf16:
+        model, optimizer = _build_rounding_reference(recipe)
+    else:
+        model, optimizer = build_model(recipe, Machine(topology, "cpu", case.precision))
     steer_router(model.decoder, recipe, case.input)
     share = len(rows) // topology.world_size
     mine = rows[topology.rank * share : (topology.rank + 1) * share]
@@ -182,6 +178,17 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
     )
     trainer.fit()
     trainer.close()
+
+
+def _build_rounding_reference(recipe: Recipe) -> tuple[LanguageModel, torch.optim.Optimizer]:
+    """One process that rounds where FSDP2 does, and computes nothing twice."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    decoder = Decoder(recipe.model, device="meta", loss_chunk_tokens=recipe.training.loss_chunk_tokens)
+    build_sharded(decoder, build_mesh(Parallelism(), 1, "cpu"), Precision.bf16, recipe.seed)
+    freeze(decoder, recipe.training.frozen)
+    model = LanguageModel(decoder, recipe, Precision.bf16)
+    return model, build_optimizer(model, recipe.optimizer)
 
 
 class _Batches(IterableDataset[Batch]):
@@ -220,7 +227,7 @@ class _Watcher(Callback, ABC):
         assert isinstance(state.model, LanguageModel)
         step = _step(state) - 1
         self.see_figures(step, figures, state.model.last_counts_LE)
-        self.see_weights(step, _whole(_parameters(state)))
+        self.see_weights(step, _whole(_weights(state)))
 
     @abstractmethod
     def see_figures(self, step: int, figures: dict[str, float], choices_LE: Tensor | None) -> None:
@@ -246,6 +253,7 @@ class _Writer(_Watcher):
         self.record = record
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        self.see_weights(-1, _whole(_weights(state)))
         for module in state.model.modules():
             if isinstance(module, Router):
                 module.register_forward_hook(self._see_gap)
@@ -275,10 +283,11 @@ class _Writer(_Watcher):
 class _Comparer(_Watcher):
     """Compares with the reference's record."""
 
-    def __init__(self, record: Record, recipe: Recipe) -> None:
+    def __init__(self, record: Record, case: Case) -> None:
         super().__init__()
-        self.record, self.recipe = record, recipe
-        self.deviations = {quantity: Deviation() for quantity in BOUNDS}
+        self.record, self.case = record, case
+        self.bounds = BOUNDS[case.precision]
+        self.deviations = {quantity: Deviation() for quantity in self.bounds}
 
     def see_figures(self, step: int, figures: dict[str, float], choices_LE: Tensor | None) -> None:
         for quantity, expected in self.record.figures[step].items():
@@ -294,38 +303,40 @@ class _Comparer(_Watcher):
         expected = self.record.gradients[step]
         elements = sum(gradient.numel() for gradient in expected.values())
         square = sum(float(gradient.double().square().sum()) for gradient in expected.values())
-        self._see_tensors("gradients", step, gradients, expected, FLOOR * math.sqrt(square / elements))
+        floor_rms = FLOOR * math.sqrt(square / elements)
+        for label, ours, theirs in self._split(gradients, expected):
+            least = floor_rms * math.sqrt(theirs.numel())
+            scale = max(float(torch.linalg.vector_norm(theirs)), least) or 1.0
+            self._see("gradients", float(torch.linalg.vector_norm(ours - theirs)) / scale, step, label)
 
     def see_weights(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self._see_tensors("weights", step, weights, self.record.weights[step], 0.0)
+        before, after = self.record.weights[step : step + 2]
+        for label, ours, theirs, old in self._split(weights, after, before):
+            scale = float(torch.linalg.vector_norm(theirs))
+            if self.case.precision is Precision.bf16:
+                scale = max(float(torch.linalg.vector_norm(theirs - old)), LEAST_CHANGE * scale)
+            self._see("weights", float(torch.linalg.vector_norm(ours - theirs)) / (scale or 1.0), step, label)
 
-    def _see_tensors(
-        self,
-        quantity: str,
-        step: int,
-        found: Iterable[tuple[str, Tensor]],
-        expected: dict[str, Tensor],
-        floor_rms: float,
-    ) -> None:
-        """Euclidean norm of the difference, relative to the reference's, for each parameter or expert."""
+    def batch_end(self, state: State, logger: Logger) -> None:
+        super().batch_end(state, logger)
+        if self.case.precision is Precision.bf16:
+            _set_weights(_weights(state), self.record.weights[_step(state)])
+
+    def _split(
+        self, found: Iterable[tuple[str, Tensor]], *expected: dict[str, Tensor]
+    ) -> Iterator[tuple[Any, ...]]:
+        """For each parameter, or each expert of it: its label, ours, and what is expected of it."""
+        rows = self.case.recipe.model.ffn_hidden_size
         for name, tensor in found:
-            for label, ours, theirs in self._split(name, tensor, expected[name]):
-                least = floor_rms * math.sqrt(theirs.numel())
-                scale = max(float(torch.linalg.vector_norm(theirs)), least) or 1.0
-                self._see(quantity, float(torch.linalg.vector_norm(ours - theirs)) / scale, step, label)
-
-    def _split(self, name: str, ours: Tensor, theirs: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """One pair for each expert, or the pair itself."""
-        if ".experts." not in name:
-            yield name, ours, theirs
-            return
-        rows = self.recipe.model.ffn_hidden_size
-        pairs = zip(ours.split(rows), theirs.split(rows), strict=True)
-        for expert, (part, expected) in enumerate(pairs):
-            yield f"{name} of expert {expert}", part, expected
+            tensors = [tensor, *(each[name] for each in expected)]
+            if ".experts." not in name:
+                yield name, *tensors
+                continue
+            for expert, parts in enumerate(zip(*(each.split(rows) for each in tensors), strict=True)):
+                yield f"{name} of expert {expert}", *parts
 
     def _see(self, quantity: str, error: float, step: int, at: str) -> None:
-        self.deviations[quantity].see(error, f"step {step + 1}: {at}", BOUNDS[quantity])
+        self.deviations[quantity].see(error, f"step {step + 1}: {at}", self.bounds[quantity])
 
 
 def _check_input(case: Case, record: Record) -> None:
@@ -345,6 +356,21 @@ def _check_input(case: Case, record: Record) -> None:
 def _parameters(state: State) -> list[tuple[str, nn.Parameter]]:
     assert isinstance(state.model, LanguageModel)
     return list(state.model.decoder.named_parameters())
+
+
+def _weights(state: State) -> list[tuple[str, Tensor]]:
+    """Parameters, and the routers' balancing bias, which is a buffer."""
+    assert isinstance(state.model, LanguageModel)
+    buffers = state.model.decoder.named_buffers()
+    return [*_parameters(state), *((name, buffer) for name, buffer in buffers if "expert_bias" in name)]
+
+
+@torch.no_grad()
+def _set_weights(parameters: list[tuple[str, Tensor]], whole: dict[str, Tensor]) -> None:
+    """Gives every rank its rows of these weights."""
+    for name, parameter in parameters:
+        local, first_row = own_rows(parameter)
+        local.copy_(whole[name][first_row : first_row + len(local)])
 
 
 def _whole(tensors: Iterable[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:

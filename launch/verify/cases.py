@@ -13,7 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from train.composer_model import Batch
 from train.loss import IGNORE
-from train.schema import BalanceScope, OptimizerKind, Parallelism, Recipe
+from train.schema import BalanceScope, OptimizerKind, Parallelism, Precision, Recipe
 from train.shrink import shrink
 
 STEPS = 3
@@ -88,6 +88,8 @@ class Case:
     """Order in which the reference takes the global batch's sequences."""
     reference_microbatch: int
     """Sequences of the reference's microbatches: those whose tokens the balance loss takes together."""
+    precision: Precision
+    """fp32 or bf16."""
 
 
 def layouts(recipe: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[Layout]:
@@ -102,29 +104,37 @@ def layouts(recipe: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[Layout]
     return found
 
 
-def cases(recipe: Recipe, worlds: tuple[int, ...] = (1, 2, 4), names: tuple[str, ...] = ()) -> Iterator[Case]:
+def cases(
+    recipe: Recipe,
+    worlds: tuple[int, ...] = (1, 2, 4),
+    names: tuple[str, ...] = (),
+    precision: Precision = Precision.fp32,
+) -> Iterator[Case]:
     """Every input under every layout, cases that share a reference next to each other.
 
     Args:
         recipe: the whole recipe; it is shrunken here.
         worlds: numbers of ranks.
         names: inputs to run; all of them where empty.
+        precision: fp32 or bf16.
     """
     small = shrink(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
     for each in INPUTS:
         if (names and each.name not in names) or (each.crowded and small.model.moe is None):
             continue
-        found = [make_case(small, layout, each) for layout in layouts(recipe, worlds)]
+        if precision is Precision.bf16:
+            worlds = tuple(world for world in worlds if world > 1)
+        found = [make_case(small, layout, each, precision) for layout in layouts(recipe, worlds)]
         yield from sorted(found, key=lambda case: (case.reference_microbatch, case.rows))
 
 
-def find_case(recipe: Recipe, layout: Layout, name: str) -> Case:
+def find_case(recipe: Recipe, layout: Layout, name: str, precision: Precision = Precision.fp32) -> Case:
     """One case of a recipe, by its input's name."""
     small = shrink(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
-    return make_case(small, layout, next(each for each in INPUTS if each.name == name))
+    return make_case(small, layout, next(each for each in INPUTS if each.name == name), precision)
 
 
-def make_case(small: Recipe, layout: Layout, each: Input) -> Case:
+def make_case(small: Recipe, layout: Layout, each: Input, precision: Precision) -> Case:
     """The recipe of one case and how the reference is to group the same sequences."""
     share = SEQUENCES // layout.world_size
     microbatch = 1 if each.is_accumulated else share
@@ -152,7 +162,11 @@ def make_case(small: Recipe, layout: Layout, each: Input) -> Case:
         ),
     )
     rows, reference_microbatch = _grouping(recipe, layout, microbatch, share)
-    return Case(layout, each, recipe, rows, reference_microbatch)
+    if precision is Precision.bf16 and reference_microbatch == SEQUENCES:
+        reference_microbatch = (
+            microbatch  # Gradients are rounded once a microbatch: as often as the layout does.
+        )
+    return Case(layout, each, recipe, rows, reference_microbatch, precision)
 
 
 def _grouping(recipe: Recipe, layout: Layout, microbatch: int, share: int) -> tuple[tuple[int, ...], int]:
@@ -232,14 +246,14 @@ def steer_router(decoder: nn.Module, recipe: Recipe, each: Input) -> None:
     if each.crowded:
         scores_E[1] = 4.0
     for name, parameter in decoder.named_parameters():
-        local, first_row = _own_rows(parameter)
+        local, first_row = own_rows(parameter)
         if name.endswith("wte.weight"):
             local += COMMON_PART * direction_D
         elif name.endswith("router.layer.weight"):
             local += scores_E[first_row : first_row + local.shape[0], None] * direction_D / D
 
 
-def _own_rows(parameter: nn.Parameter) -> tuple[Tensor, int]:
+def own_rows(parameter: Tensor) -> tuple[Tensor, int]:
     """This rank's rows, and the place of the first of them."""
     if not isinstance(parameter, DTensor):
         return parameter, 0

@@ -20,10 +20,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from launch.verify.cases import Layout
-from train import parallel, run
+from train import model, parallel, run
+from train.attention import AttentionPlan
 from train.callbacks import balance, update
 from train.composer_model import LanguageModel
 from train.moe import MoE
+from train.schema import Precision
 
 Build = Callable[..., None]
 FOUR = Layout(2, 1, 2)
@@ -37,11 +39,13 @@ class Fault:
     what: str
     put_in: Callable[[], AbstractContextManager[Any]]
     shows_in: str
-    """The quantity of the gate that must be over its bound."""
+    """The quantity of the gate that must be over its bound; empty for a case that stops with an error."""
     layout: Layout = FOUR
     input: str = "accumulated"
     needs_global_scope: bool = False
     """Whether it can only go wrong where the balance loss is one over the global batch."""
+    precision: Precision = Precision.fp32
+    """The precision that it shows in."""
 
 
 @contextlib.contextmanager
@@ -147,6 +151,22 @@ def _count_microbatch_alone() -> AbstractContextManager[Any]:
     return mock.patch.object(balance, "_given", lambda _batch_counts_E, counts_E: counts_E)
 
 
+@contextlib.contextmanager
+def _round_in_forward_alone() -> Iterator[None]:
+    """FSDP2 casts what layers and experts are given; not when they are computed again."""
+    original = model.plan_attention
+
+    def plan(*args: Any, **kwargs: Any) -> AttentionPlan:
+        exact = original(*args, **kwargs | {"dtype": torch.float32})
+        return original(*args, **kwargs)._replace(cos_SR=exact.cos_SR, sin_SR=exact.sin_SR)
+
+    with (
+        mock.patch.object(model, "plan_attention", plan),
+        mock.patch.object(parallel, "replace", lambda policy, **_changes: policy),
+    ):
+        yield
+
+
 def _moes(decoder: nn.Module) -> list[MoE]:
     return [module for module in decoder.modules() if isinstance(module, MoE)]
 
@@ -199,5 +219,12 @@ FAULTS = {
     ),
     "gradient-dropped": Fault(
         "the gradient of one expert dropped", lambda: after_building(_drop_gradient), "gradients"
+    ),
+    "rounded-in-forward-alone": Fault(
+        "rotations and routing weights rounded to bf16, but not when a layer is computed again",
+        _round_in_forward_alone,
+        "",
+        input="recomputed",
+        precision=Precision.bf16,
     ),
 }

@@ -4,7 +4,8 @@ import html
 from pathlib import Path
 from typing import Any
 
-from launch.verify.case_run import BOUNDS, Outcome
+from launch.verify.bounds import BOUNDS, QUANTITIES
+from launch.verify.case_run import Outcome
 from launch.verify.cases import INPUTS
 
 STYLE = """
@@ -16,12 +17,11 @@ caption { text-align: left; padding-bottom: .5em }
 @media (prefers-color-scheme: dark) { body { background: #0d1117; color: #e6edf3 } .pass { color: #56d364 }
  td { border-color: #30363d } }
 """
-QUANTITIES = tuple(BOUNDS)
 
 
 def header() -> str:
     """The table's first line."""
-    return f"{'layout':<9} {'input':<12}" + "".join(f"{q:>11}" for q in QUANTITIES) + "   verdict"
+    return f"{'layout':<9} {'input':<12}{'':<5}" + "".join(f"{q:>11}" for q in QUANTITIES) + "   verdict"
 
 
 def line(outcome: Outcome) -> str:
@@ -32,14 +32,16 @@ def line(outcome: Outcome) -> str:
     )
     verdict = "pass" if outcome.has_passed else "FAIL"
     return (
-        f"{outcome.case.layout!s:<9} {outcome.case.input.name:<12}{cells}   {verdict} {outcome.seconds:.1f} s"
+        f"{outcome.case.layout!s:<9} {outcome.case.input.name:<12}{outcome.case.precision.value:<5}{cells}"
+        f"   {verdict} {outcome.seconds:.1f} s"
     )
 
 
 def first_difference(outcomes: list[Outcome]) -> str:
     """The first value of the first failed case that is over its bound; empty if all passed."""
     for outcome in outcomes:
-        where = f"layout {outcome.case.layout}, input {outcome.case.input.name}"
+        case = outcome.case
+        where = f"layout {case.layout}, input {case.input.name}, {case.precision.value}"
         if outcome.error:
             return f"{where}: did not run: {outcome.error.strip().splitlines()[-1]}"
         for quantity in ("gradients", "weights", *QUANTITIES):
@@ -54,12 +56,13 @@ def as_figures(summary: dict[str, Any], outcomes: list[Outcome]) -> dict[str, An
     return {
         **summary,
         "passed": all(outcome.has_passed for outcome in outcomes),
-        "bounds": BOUNDS,
+        "bounds": {precision.value: bounds for precision, bounds in BOUNDS.items()},
         "first_difference": first_difference(outcomes),
         "cases": [
             {
                 "layout": str(outcome.case.layout),
                 "input": outcome.case.input.name,
+                "precision": outcome.case.precision.value,
                 "passed": outcome.has_passed,
                 "seconds": round(outcome.seconds, 2),
                 "error": outcome.error,
@@ -77,7 +80,12 @@ def write_html(file: Path, summary: dict[str, Any], outcomes: list[Outcome]) -> 
     passed = sum(outcome.has_passed for outcome in outcomes)
     verdict = "pass" if passed == len(outcomes) else "fail"
     head = "".join(f"<th>{html.escape(q)}</th>" for q in QUANTITIES)
-    bounds = "".join(f"<td>{BOUNDS[q]:g}</td>" for q in QUANTITIES)
+    bounds = "".join(
+        f"<tr><td class=text colspan=2>bound</td><td class=text>{precision.value}</td>"
+        + "".join(f"<td>{limits[q]:.1e}</td>" for q in QUANTITIES)
+        + "<td></td></tr>"
+        for precision, limits in BOUNDS.items()
+    )
     facts = "".join(
         f"<tr><td class=text>{html.escape(key)}</td><td class=text>{html.escape(str(value))}</td></tr>"
         for key, value in summary.items()
@@ -89,7 +97,9 @@ def write_html(file: Path, summary: dict[str, Any], outcomes: list[Outcome]) -> 
         f"<style>{STYLE}</style><h1>Parity of {html.escape(str(summary['recipe']))}</h1>"
         f"<p><b class={verdict}>{passed} of {len(outcomes)} cases passed.</b> {html.escape(difference)}</p>"
         "<p>Largest relative error of each quantity against one process without sharding, over all steps, "
-        "parameters, experts and ranks; a tensor's error is the Euclidean norm of its difference.</p>"
+        "parameters, experts and ranks; a tensor's error is the Euclidean norm of its difference. In bf16 "
+        "the process rounds where FSDP2 does, "
+        "every step begins from its weights, and weights are measured against the change of a step.</p>"
         f"<table>{facts}</table><ul>{inputs}</ul>"
         "<table><caption>A layout is (replicate, shard, expert).</caption>"
         f"<tr><th class=text>layout</th><th class=text>input</th>{head}<th>verdict</th></tr>"
@@ -131,7 +141,8 @@ def _html_row(outcome: Outcome) -> str:
     )
     verdict = "pass" if outcome.has_passed else "fail"
     return (
-        f"<tr><td class=text>{outcome.case.layout}</td><td class=text>{outcome.case.input.name}</td>{cells}"
+        f"<tr><td class=text>{outcome.case.layout}</td><td class=text>{outcome.case.input.name}</td>"
+        f"<td class=text>{outcome.case.precision.value}</td>{cells}"
         f'<td class={verdict} title="{html.escape(outcome.error)}">{verdict}</td></tr>'
     )
 

@@ -111,6 +111,18 @@ def test_a_mistake_is_one_line_with_file_key_and_remedy(override: str, expected:
     assert expected in line
 
 
+@pytest.mark.parametrize(("ranks", "is_refused"), [(18, True), (16, False)])
+def test_experts_whose_rows_do_not_shard_evenly_are_refused(ranks: int, is_refused: bool) -> None:
+    """Before FSDP2 does, in the middle of a start on all GPUs."""
+    overrides = ["parallelism.expert=2", f"training.global_batch_sequences={ranks}"]
+    recipe = load_recipe(SMOKE, [*overrides, "training.microbatch_sequences=1"])
+    if not is_refused:
+        validate(recipe, Topology(0, ranks, 0, 1), SMOKE)
+        return
+    with pytest.raises(RecipeError, match=r"parallelism\.replicate: .* do not shard evenly over 18 ranks"):
+        validate(recipe, Topology(0, ranks, 0, 1), SMOKE)
+
+
 def test_a_base_recipes_key_is_let_go_when_a_later_layer_chooses_otherwise(tmp_path: Path) -> None:
     (tmp_path / "wsd.yaml").write_text(f"extends: {SMOKE}\nschedule: {{kind: wsd, decay_tokens: 1000}}\n")
     assert load_recipe(tmp_path / "wsd.yaml", ["schedule.kind=cosine"]).schedule.kind.value == "cosine"

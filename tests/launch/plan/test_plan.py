@@ -160,6 +160,13 @@ def test_a_step_takes_longer_with_less_of_anything() -> None:
     assert base.step_seconds_if_hidden < base.step_seconds
 
 
+def test_overlap_is_what_full_rate_takes_beyond_what_is_open() -> None:
+    found = make_plan(recipe("dbrx"), 3072, H100)
+    alone = make_plan(recipe("dbrx"), 3072, H100, efficiency=Efficiency(links=1.0))
+    assert alone.hidden_seconds(alone.seconds) == 0
+    assert found.seconds.links + found.hidden_seconds(found.seconds) == pytest.approx(alone.seconds.links)
+
+
 def test_time_of_a_run_follows_from_its_step() -> None:
     found = make_plan(recipe("mpt-7b"), 64, H100, dollars_per_gpu_hour=3.0)
     steps = sizing.batches(found.recipe)

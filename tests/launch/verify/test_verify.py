@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from launch.ranks import RankError
 from launch.verify.__main__ import main, with_global_scope
 from launch.verify.case_run import Outcome, import_optimizers, make_reference, run_case
 from launch.verify.cases import Case, find_case, layouts
 from launch.verify.faults import FAULTS
 from train.recipe import load_recipe
+from train.schema import Precision
 from train.topology import Topology
 from train.validate import validate
 
@@ -24,14 +26,14 @@ def _imported() -> None:
 
 
 @functools.cache
-def _reference(case_key: tuple[str, str, bool], folder: Path) -> tuple[Case, int, Path]:
+def _reference(case_key: tuple[str, str, bool, Precision], folder: Path) -> tuple[Case, int, Path]:
     """The case of a fault with its reference, made once for faults that share it."""
-    name, layout, needs_global_scope = case_key
+    name, layout, needs_global_scope, precision = case_key
     recipe = load_recipe(YAMLS / "smoke.yaml")
     if needs_global_scope:
         recipe = with_global_scope(recipe)
-    case = find_case(recipe, next(each for each in layouts(recipe) if str(each) == layout), name)
-    file = folder / f"{layout}-{name}-{needs_global_scope}.pt"
+    case = find_case(recipe, next(each for each in layouts(recipe) if str(each) == layout), name, precision)
+    file = folder / f"{layout}-{name}-{needs_global_scope}-{precision.value}.pt"
     return case, make_reference(case, file), file
 
 
@@ -40,10 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("references")
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_gate_sees_the_fault(name: str, folder: Path) -> None:
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.shows_in])
+def test_gate_sees_the_fault(name: str, precision: Precision, folder: Path) -> None:
     fault = FAULTS[name]
-    case, seed, file = _reference((fault.input, str(fault.layout), fault.needs_global_scope), folder)
+    key = (fault.input, str(fault.layout), fault.needs_global_scope, precision)
+    case, seed, file = _reference(key, folder)
     outcome = Outcome(case, run_case(case, seed, file, fault.put_in))
     assert not outcome.has_passed
     deviation = outcome.deviations[fault.shows_in]
@@ -51,11 +55,25 @@ def test_gate_sees_the_fault(name: str, folder: Path) -> None:
     assert deviation.worst > 1e-4, "a fault is far above rounding"
 
 
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+def test_a_recomputation_that_rounds_otherwise_is_seen_in_bf16_alone(
+    precision: Precision, folder: Path
+) -> None:
+    fault = FAULTS["rounded-in-forward-alone"]
+    case, seed, file = _reference((fault.input, str(fault.layout), False, precision), folder)
+    if precision is Precision.fp32:
+        assert Outcome(case, run_case(case, seed, file, fault.put_in)).has_passed
+        return
+    with pytest.raises(RankError, match="recomputed metadata"):
+        run_case(case, seed, file, fault.put_in)
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 @pytest.mark.parametrize(("layout", "needs_global_scope"), [("(2,1,2)", False), ("(1,2,1)", True)])
 def test_gate_passes_the_same_cases_without_a_fault(
-    layout: str, needs_global_scope: bool, folder: Path
+    layout: str, needs_global_scope: bool, precision: Precision, folder: Path
 ) -> None:
-    case, seed, file = _reference(("accumulated", layout, needs_global_scope), folder)
+    case, seed, file = _reference(("accumulated", layout, needs_global_scope, precision), folder)
     outcome = Outcome(case, run_case(case, seed, file))
     assert outcome.has_passed, outcome.deviations
 
@@ -63,9 +81,23 @@ def test_gate_passes_the_same_cases_without_a_fault(
 @pytest.mark.parametrize(
     ("stem", "options"),
     [
-        ("smoke", ["--worlds", "4", "--inputs", "accumulated", "idle", "crowded"]),
+        ("smoke", ["--precision", "fp32", "--worlds", "4", "--inputs", "accumulated", "idle", "crowded"]),
+        ("smoke", ["--precision", "bf16", "--worlds", "4", "--inputs", "recomputed", "idle"]),
         ("dbrx-moe-a", ["--worlds", "1", "2", "--inputs", "plain", "recomputed"]),
-        ("smoke", [*GLOBAL, "model.moe.jitter_eps=0.1", "--worlds", "2", "--inputs", "plain", "recomputed"]),
+        (
+            "smoke",
+            [
+                *GLOBAL,
+                "model.moe.jitter_eps=0.1",
+                "--precision",
+                "fp32",
+                "--worlds",
+                "2",
+                "--inputs",
+                "plain",
+                "recomputed",
+            ],
+        ),
         ("smoke", ["model.moe.balance=bias", "--worlds", "2", "--inputs", "accumulated"]),
     ],
 )
@@ -79,7 +111,9 @@ def test_command_passes_a_recipe_and_writes_its_tables(
     assert told["passed"] and not told["first_difference"]
     for case in told["cases"]:
         errors = case["largest_relative_error"]
-        assert all(errors[quantity] <= bound for quantity, bound in told["bounds"].items()), case
+        assert all(
+            errors[quantity] <= bound for quantity, bound in told["bounds"][case["precision"]].items()
+        ), case
         assert case["layout"] in page.read_text()
 
 
