@@ -44,7 +44,7 @@ def check_numerics(device: str, recipe: Recipe, precisions: tuple[Precision, ...
 def train_steps(device: str, recipe: Recipe, precision: Precision) -> Record:
     """What a few steps saw: per step and tensor, on the CPU."""
     plain = INPUTS[0]
-    small = make_case(shrink(recipe, steps=STEPS), Layout(1, 1, 1), plain).recipe
+    small = make_case(shrink(recipe, steps=STEPS), Layout(1, 1, 1), plain, precision).recipe
     model, optimizer = build_model(small, Machine(Topology(), device, precision))
     record: Record = {"loss": [], "expert choices": [], "gradients": [], "whole gradient": []}
     for batch in make_batches(small, plain, seed=0):
