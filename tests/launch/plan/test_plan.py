@@ -86,7 +86,7 @@ def test_json_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["yamls/dbrx.yaml", "--gpus", "100"], "training.global_batch_sequences"),
+        (["yamls/dbrx.yaml", "--gpus", "100"], "data.phases[0].global_batch_sequences"),
         (["yamls/dbrx.yaml", "--gpus", "0"], "--gpus"),
         (["yamls/dbrx.yaml", "--gpus", "3072", "--gpu", "tpu"], "one of h100"),
         (["yamls/dbrx.yaml", "--gpus", "3072", "--imbalance", "0.5"], "--imbalance"),
