@@ -6,7 +6,7 @@ manifest vouches for every byte. It is written last, and without it a folder is 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 
 from data.curriculum import domains_of
 from data.tokenizer import TokenizerHandle, bpe_name
-from train.recipe import RecipeError
+from train.recipe import RecipeError, to_dict
 from train.schema import Recipe, TokenizerKind
 
 MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.jsonl"
 INDEX_FILE = "index.json"
-FORMAT = 1
+REJECTED_FILE = "rejected.jsonl"
+FORMAT = 2
+READABLE = (1, 2)
+"""In format 1 ``content_sha256`` was the hash of the samples themselves rather than of their hashes."""
 
 HASHED_BYTES = 512_000_000
 """Shards up to this size in all are hashed at every start, in under a second; larger ones on demand."""
@@ -53,7 +56,7 @@ class SplitRecord:
     unigram_entropy: float
     """Entropy of the token frequencies in nats per token: the loss of knowing them and no context."""
     content_sha256: str
-    """Hash over tokens, lengths and documents of the samples in order, whatever the shard size."""
+    """Hash over the hash of documents, lengths and tokens of each sample, whatever the shard size."""
     index_sha256: str
     """Hash of the index, which holds the hash of each shard file."""
 
@@ -61,6 +64,17 @@ class SplitRecord:
     def bytes_per_token(self) -> float:
         """Bits per byte are nats per token / ln 2 / this."""
         return self.text_bytes / self.tokens
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """A dataset that a domain's documents come from."""
+
+    name: str
+    version: str
+    source: str
+    """Where it was published."""
+    licence: str
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,22 @@ class DomainRecord:
     documents_sha256: str
     """Hash of the list of documents."""
     splits: dict[str, SplitRecord]
+    datasets: list[DatasetRecord] = field(default_factory=list)
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Records and documents that were left out, by reason; each is listed in ``rejected.jsonl``."""
+    rejected_sha256: str | None = None
+    """Hash of that list."""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What governance asks for, as one text each."""
+        return {
+            "dataset": "; ".join(dict.fromkeys(it.name for it in self.datasets)),
+            "version": "; ".join(dict.fromkeys(it.version for it in self.datasets)),
+            "origin": self.source,
+            "licence": self.licence,
+            "transformation": self.transformation,
+        }
 
 
 @dataclass(frozen=True)
@@ -98,6 +128,8 @@ class Manifest:
     corpus_bytes: int | None
     """Bound on the text per domain that it was built with."""
     domains: dict[str, DomainRecord]
+    preparation_sha256: str | None = None
+    """Digest of the recipe's sources and their preparation, :func:`preparation_digest`."""
 
     @property
     def digest(self) -> str:
@@ -122,18 +154,13 @@ def read_manifest(root: Path, name: str = MANIFEST_FILE) -> Manifest:
     path = root / name
     try:
         tree: dict[str, Any] = json.loads(path.read_text())
-        if tree["format"] != FORMAT:
+        if tree["format"] not in READABLE:
             raise RecipeError(
                 f"{path} has format {tree['format']}, not {FORMAT}", key="data.shards", remedy=REBUILD
             )
         if tree.pop("digest") != _digest(tree):
             raise ValueError("its digest differs")
-        domains = {
-            name: DomainRecord(
-                **(entry | {"splits": {side: SplitRecord(**it) for side, it in entry["splits"].items()}})
-            )
-            for name, entry in tree["domains"].items()
-        }
+        domains = {name: _domain_record(entry) for name, entry in tree["domains"].items()}
         return Manifest(**(tree | {"tokenizer": TokenizerRecord(**tree["tokenizer"]), "domains": domains}))
     except OSError as error:
         raise RecipeError(
@@ -162,6 +189,8 @@ def check_shards(root: Path, *, every_byte: bool = False) -> Manifest:
     shards: list[ShardFile] = []
     for name, domain in manifest.domains.items():
         _require_sound(root / name / DOCUMENTS_FILE, domain.documents_sha256)
+        if domain.rejected_sha256 is not None:
+            _require_sound(root / name / REJECTED_FILE, domain.rejected_sha256)
         for side, split in domain.splits.items():
             folder = root / name / side
             _require_sound(folder / INDEX_FILE, split.index_sha256)
@@ -205,11 +234,33 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
     ):
         what = f"is {data.corpus_bytes}, but {data.shards} was built with {manifest.corpus_bytes}"
         raise RecipeError(what, key="data.corpus_bytes", remedy=other_place)
+    if data.sources and preparation_digest(recipe) != manifest.preparation_sha256:
+        what = f"are not those that {data.shards} was made of, or their preparation is another"
+        raise RecipeError(what, key="data.sources", remedy=other_place)
     keys = {name: f"data.domains.{name}" if data.domains else "data.phases" for name in domains_of(recipe)}
     for domain, key in (keys | dict.fromkeys(data.validation_domains, "data.validation_domains")).items():
         if domain not in manifest.domains:
             there = ", ".join(manifest.domains)
             raise RecipeError(f"{data.shards} has no domain {domain}", key=key, remedy=f"it has {there}")
+
+
+def preparation_digest(recipe: Recipe) -> str | None:
+    """Digest of what the recipe says of its sources; None without sources.
+
+    Where files lie and how they are cut into tasks is no part of it.
+    """
+    if not recipe.data.sources:
+        return None
+    data = to_dict(recipe)["data"]
+    sources = [{key: value for key, value in source.items() if key != "path"} for source in data["sources"]]
+    apart = ("chunk_bytes", "evaluation_texts")
+    return _digest(
+        {
+            "sources": sources,
+            "preparation": {key: value for key, value in data["preparation"].items() if key not in apart},
+            "removes_evaluation_text": bool(data["preparation"]["evaluation_texts"]),
+        }
+    )
 
 
 def unigram_entropy(tokens: NDArray[np.integer[Any]]) -> float:
@@ -221,6 +272,12 @@ def entropy(counts: NDArray[np.integer[Any]]) -> float:
     """Entropy of a distribution given by counts, in nats; 0 for none."""
     shares = counts[counts > 0] / max(counts.sum(), 1)
     return float(-(shares * np.log(shares)).sum())
+
+
+def _domain_record(entry: dict[str, Any]) -> DomainRecord:
+    splits = {side: SplitRecord(**it) for side, it in entry["splits"].items()}
+    datasets = [DatasetRecord(**it) for it in entry.get("datasets", [])]
+    return DomainRecord(**(entry | {"splits": splits, "datasets": datasets}))
 
 
 def _digest(tree: dict[str, Any]) -> str:

@@ -25,7 +25,11 @@ class Sample:
 
 
 def pack(
-    documents: Iterable[tuple[int, NDArray[np.int32]]], *, sequence_tokens: int, eos_id: int, pad_id: int
+    documents: Iterable[tuple[int, NDArray[np.int32]]],
+    *,
+    sequence_tokens: int,
+    eos_id: int | None,
+    pad_id: int,
 ) -> Iterator[Sample]:
     """Joins documents, each ended by the end-of-text token, and cuts the stream into sequences.
 
@@ -34,7 +38,7 @@ def pack(
     Args:
         documents: place in the domain's list and token ids of each.
         sequence_tokens: S.
-        eos_id: ends each document.
+        eos_id: ends each document; None: they are ended already, or only parts of documents.
         pad_id: fills the last sequence.
     """
     tokens: list[NDArray[np.int32]] = []
@@ -42,7 +46,7 @@ def pack(
     ordinals: list[int] = []
     free = sequence_tokens
     for ordinal, ids in documents:
-        rest = np.append(ids, np.int32(eos_id))
+        rest = ids if eos_id is None else np.append(ids, np.int32(eos_id))
         while rest.size:
             piece, rest = rest[:free], rest[free:]
             tokens.append(piece)

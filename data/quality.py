@@ -1,6 +1,7 @@
-"""Which files are worth learning from: published heuristics, each with its source."""
+"""Which documents are worth learning from: published heuristics, each with its source."""
 
 import re
+from collections import Counter
 
 LONGEST_BYTES = 200_000
 """Larger files are tables and generated code more often than not."""
@@ -12,20 +13,30 @@ _BULLETS = ("-", "*", "•", "+")
 
 
 def is_good_code(text: str) -> bool:
-    """Whether source code is written by hand and readable.
+    """Whether source code is written by hand and readable: :func:`fault_of_code`."""
+    return not fault_of_code(text)
+
+
+def is_good_prose(text: str) -> bool:
+    """Whether text is running text for people: :func:`fault_of_prose`."""
+    return not fault_of_prose(text)
+
+
+def fault_of_code(text: str) -> str:
+    """The first rule that source code breaks; empty if none.
 
     Lines of at most 100 characters on average and 1000 at most, a quarter of letters and digits (Chen
     et al. 2021, "Evaluating Large Language Models Trained on Code", section 3.1); not made by a
     generator (as Lozhkov et al. 2024, "StarCoder 2 and The Stack v2").
     """
     if not 200 <= len(text) <= LONGEST_BYTES:
-        return False
+        return "code: length"
     lines = text.split("\n")
     if len(text) > 100 * len(lines) or max(map(len, lines)) > 1000:
-        return False
+        return "code: long lines"
     if is_generated(text):
-        return False
-    return 4 * sum(map(len, re.findall(r"[^\W_]+", text))) >= len(text)
+        return "code: generated"
+    return "" if 4 * sum(map(len, re.findall(r"[^\W_]+", text))) >= len(text) else "code: few letters"
 
 
 def is_generated(text: str) -> bool:
@@ -33,8 +44,8 @@ def is_generated(text: str) -> bool:
     return _GENERATED.search(text[:1000]) is not None
 
 
-def is_good_prose(text: str) -> bool:
-    """Whether text is running text for people.
+def fault_of_prose(text: str) -> str:
+    """The first rule that running text for people breaks; empty if none.
 
     The quality rules of Rae et al. 2021 ("Scaling Language Models: Gopher", section A.1.1): 50 to
     100,000 words of 3 to 10 characters on average, four of five with a letter, two of eight stop words,
@@ -42,17 +53,42 @@ def is_good_prose(text: str) -> bool:
     of ten ending in an ellipsis.
     """
     if len(text) > LONGEST_BYTES:
-        return False
+        return "prose: length"
     words = text.split()
-    if not 50 <= len(words) <= 100_000 or not 3 <= sum(map(len, words)) / len(words) <= 10:
-        return False
+    if not 50 <= len(words) <= 100_000:
+        return "prose: number of words"
+    if not 3 <= sum(map(len, words)) / len(words) <= 10:
+        return "prose: length of words"
     if sum(1 for word in words if word[0].isalpha() or _LETTER.search(word)) < 0.8 * len(words):
-        return False
+        return "prose: words without letters"
     if len(_STOP_WORDS.intersection(words)) < 2:
-        return False
+        return "prose: stop words"
     if text.count("#") + text.count("...") + text.count("…") > 0.1 * len(words):
-        return False
+        return "prose: symbols"
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if sum(line.startswith(_BULLETS) for line in lines) > 0.9 * len(lines):
-        return False
-    return sum(line.endswith(("...", "…")) for line in lines) <= 0.3 * len(lines)
+        return "prose: bullets"
+    if sum(line.endswith(("...", "…")) for line in lines) > 0.3 * len(lines):
+        return "prose: ellipses"
+    return ""
+
+
+def fault_of_repetition(text: str) -> str:
+    """The first rule on repetition that running text breaks; empty if none.
+
+    Rae et al. 2021, table A1, the rules on lines and on the most frequent n-grams: at most 30% of the lines,
+    and lines of 20% of the characters, came before; the most frequent 2-gram of words covers at most 20% of
+    the characters, 3-gram 18%, 4-gram 16%.
+    """
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    repeated = [line for line, count in Counter(lines).items() for _ in range(count - 1)]
+    if len(repeated) > 0.3 * len(lines) or sum(map(len, repeated)) > 0.2 * len(text):
+        return "prose: repeated lines"
+    words = text.split()
+    for n, share in ((2, 0.20), (3, 0.18), (4, 0.16)):
+        grams = Counter(zip(*(words[at:] for at in range(n)), strict=False))
+        if grams:
+            gram, count = grams.most_common(1)[0]
+            if count > 1 and count * sum(map(len, gram)) > share * len(text):
+                return f"prose: repeated {n}-grams"
+    return ""

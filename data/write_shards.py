@@ -2,56 +2,27 @@
 
 A folder of shards holds ``manifest.json``, ``tokenizer.json`` where the tokenizer was trained, and per
 domain ``documents.jsonl`` (one line per document, its place being the number that samples refer to) and
-MDS shards in ``train/`` and ``validation/``. It is built beside its place and renamed when whole, and
-the same documents give the same bytes.
+MDS shards in ``train/`` and ``validation/``, and ``rejected.jsonl``, what was left out and why. It is built
+beside its place and renamed when whole; the same documents give the same bytes, whoever does the work.
 """
 
 import argparse
 import fcntl
-import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from tqdm import tqdm
-
-from data import corpus
-from data.bpe import train_bpe
 from data.corpus import Document, installed_corpus
-from data.curriculum import domains_of
-from data.manifest import (
-    DOCUMENTS_FILE,
-    FORMAT,
-    INDEX_FILE,
-    MANIFEST_FILE,
-    DomainRecord,
-    Manifest,
-    SplitRecord,
-    TokenizerRecord,
-    check_shards,
-    entropy,
-    require_match,
-)
-from data.packing import PADDING, pack
+from data.manifest import MANIFEST_FILE, REJECTED_FILE, Manifest, check_shards, require_match
+from data.prepare.build import build_into
+from data.prepare.engines import Engine, Processes, open_engine
+from data.prepare.job import OUT
 from data.shard_cache import open_cache
-from data.split import SPLITS, split_documents
-from data.tokenizer import TokenizerHandle, open_tokenizer
+from data.tokenizer import usable_cores
 from train.recipe import RecipeError, load_recipe
-from train.schema import Recipe, TokenizerKind
-
-COLUMNS = {"documents": "ndarray:int64", "lengths": "ndarray:int32", "tokens": "ndarray:int32"}
-SHARD_BYTES = 1 << 26
-"""Size of a shard file: small enough to fetch at once, large enough to read on."""
-BPE_TEXT_BYTES = 16_000_000
-"""Text that a tokenizer is trained on; more of it no longer changes a small vocabulary."""
-CHUNK_BYTES = 4_000_000
-"""Text that is tokenised at once, on all cores."""
+from train.schema import Recipe
 
 
 def ensure_shards(recipe: Recipe) -> Manifest:
@@ -80,22 +51,25 @@ def build_shards(
     *,
     rebuild: bool = False,
     documents: Callable[[], Iterator[Document]] | None = None,
+    engine: Engine | None = None,
 ) -> Manifest:
-    """Builds the recipe's shards from the installed corpus, or from documents that are given.
+    """Builds the recipe's shards from its sources, the installed corpus, or documents that are given.
 
     Args:
         recipe: says where, with which tokenizer and length, and how much text.
         rebuild: replace shards that are there; they are used as they are otherwise.
-        documents: makes the documents in place of the installed corpus.
+        documents: makes the documents in place of the recipe's.
+        engine: does the work; None: all cores of this machine.
 
     Raises:
         RecipeError: if the place holds something else, or a domain has too little text.
     """
     root = Path(recipe.data.shards)
-    if documents is None and recipe.data.corpus is None:
-        raise RecipeError(
-            "is null, which leaves nothing to build from", key="data.corpus", remedy="set it to `installed`"
-        )
+    if documents is None and recipe.data.corpus is None and not recipe.data.sources:
+        remedy = "set it to `installed`, or give data.sources"
+        raise RecipeError("is null, which leaves nothing to build from", key="data.corpus", remedy=remedy)
+    if documents is not None or not recipe.data.sources:
+        documents = documents or (lambda: installed_corpus(recipe.data.corpus_bytes))
     root.parent.mkdir(parents=True, exist_ok=True)
     with _lock(root):
         if (root / MANIFEST_FILE).exists() and not rebuild:
@@ -103,164 +77,22 @@ def build_shards(
         if root.exists() and any(root.iterdir()) and not (root / MANIFEST_FILE).exists():
             what = f"{root} exists and holds no shards"
             raise RecipeError(what, key="data.shards", remedy="give another folder, or empty it")
-        partial = root.with_name(f".{root.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        work = root.resolve().with_name(f".{root.name}.partial")
+        if documents is not None:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(exist_ok=True)
         try:
-            source = documents or (lambda: installed_corpus(recipe.data.corpus_bytes))
-            manifest = _build_into(partial, recipe, _gather(source(), recipe))
-            (partial / MANIFEST_FILE).write_text(manifest.to_json())
+            engine = engine or Processes(usable_cores())
+            manifest = build_into(work, recipe, engine, documents() if documents is not None else None)
+            (work / OUT / MANIFEST_FILE).write_text(manifest.to_json())
             shutil.rmtree(root, ignore_errors=True)
-            partial.rename(root)
+            (work / OUT).rename(root)
+            shutil.rmtree(work)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            # The same sources are gone on with; documents that a program gives are not known again.
+            if documents is not None:
+                shutil.rmtree(work, ignore_errors=True)
     return manifest
-
-
-def _gather(documents: Iterator[Document], recipe: Recipe) -> dict[str, list[Document]]:
-    """All documents by domain, with a bar that counts their bytes."""
-    by_domain: dict[str, list[Document]] = {}
-    with tqdm(desc="reading text", unit="B", unit_scale=True, mininterval=1) as bar:
-        for document in documents:
-            by_domain.setdefault(document.domain, []).append(document)
-            bar.update(len(document.text))
-    for domain in [*domains_of(recipe), *recipe.data.validation_domains]:
-        if len(by_domain.get(domain, [])) < 2:
-            what = f"{domain} has {len(by_domain.get(domain, []))} documents, too few for two splits"
-            raise RecipeError(what, key="data.domains", remedy="raise data.corpus_bytes")
-    return by_domain
-
-
-def _build_into(folder: Path, recipe: Recipe, by_domain: dict[str, list[Document]]) -> Manifest:
-    print("telling near-identical documents apart; importing Streaming", file=sys.stderr, flush=True)
-    sides = {domain: split_documents(documents) for domain, documents in by_domain.items()}
-    import_module("streaming")
-    tokenizer = _make_tokenizer(recipe, by_domain, sides)
-    if recipe.tokenizer.kind is TokenizerKind.bpe:
-        tokenizer.to_hugging_face(folder)
-    total = sum(len(document.text.encode()) for documents in by_domain.values() for document in documents)
-    records = {}
-    with tqdm(desc="tokenising", total=total, unit="B", unit_scale=True, mininterval=1) as bar:
-        for domain, documents in by_domain.items():
-            records[domain] = _write_domain(
-                folder / domain, documents, sides[domain], tokenizer, recipe, advance=bar.update
-            )
-    return Manifest(
-        format=FORMAT,
-        tokenizer=TokenizerRecord(
-            tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id
-        ),
-        sequence_tokens=recipe.data.sequence_tokens,
-        corpus=recipe.data.corpus,
-        corpus_bytes=recipe.data.corpus_bytes if recipe.data.corpus else None,
-        domains=records,
-    )
-
-
-def _make_tokenizer(
-    recipe: Recipe, by_domain: dict[str, list[Document]], sides: dict[str, list[str]]
-) -> TokenizerHandle:
-    if recipe.tokenizer.kind is not TokenizerKind.bpe:
-        return open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
-    texts = [
-        document.text
-        for domain, documents in by_domain.items()
-        for document, side in zip(documents, sides[domain], strict=True)
-        if side == "train"
-    ]
-    stride = -(-sum(map(len, texts)) // BPE_TEXT_BYTES)
-    print(f"training a tokenizer of {recipe.tokenizer.vocab_size} tokens", file=sys.stderr, flush=True)
-    return train_bpe(recipe.tokenizer, iter(texts[::stride]))
-
-
-def _write_domain(
-    folder: Path,
-    documents: list[Document],
-    sides: list[str],
-    tokenizer: TokenizerHandle,
-    recipe: Recipe,
-    *,
-    advance: Callable[[int], object],
-) -> DomainRecord:
-    folder.mkdir()
-    lines = [
-        {"name": document.name, "sha256": hashlib.sha256(document.text.encode()).hexdigest(), "split": side}
-        for document, side in zip(documents, sides, strict=True)
-    ]
-    listing = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
-    (folder / DOCUMENTS_FILE).write_text(listing)
-    splits = {}
-    for split in SPLITS:
-        chosen = [(n, documents[n].text) for n, side in enumerate(sides) if side == split]
-        splits[split] = _write_split(
-            folder / split, chosen, tokenizer, recipe.data.sequence_tokens, advance=advance
-        )
-    return DomainRecord(
-        source=corpus.SOURCE,
-        licence=corpus.LICENCE,
-        transformation=corpus.TRANSFORMATION,
-        documents_sha256=hashlib.sha256(listing.encode()).hexdigest(),
-        splits=splits,
-    )
-
-
-def _write_split(
-    folder: Path,
-    documents: list[tuple[int, str]],
-    tokenizer: TokenizerHandle,
-    sequence_tokens: int,
-    *,
-    advance: Callable[[int], object],
-) -> SplitRecord:
-    """Writes the MDS shards of one split and says what is in them."""
-    from streaming import MDSWriter
-
-    digest = hashlib.sha256()
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
-    samples = padding = 0
-    # A fixed shape per column: readers need no shape in each sample.
-    columns = COLUMNS | {"tokens": f"ndarray:int32:{sequence_tokens}"}
-    with MDSWriter(columns=columns, out=str(folder), hashes=["sha256"], size_limit=SHARD_BYTES) as writer:
-        for sample in pack(
-            _encode(documents, tokenizer, advance),
-            sequence_tokens=sequence_tokens,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-        ):
-            writer.write(vars(sample))
-            for column in (sample.documents, sample.lengths, sample.tokens):
-                digest.update(column.tobytes())
-            filling = int(sample.lengths[sample.documents == PADDING].sum())
-            counts += np.bincount(sample.tokens[: sequence_tokens - filling], minlength=counts.size)
-            padding += filling
-            samples += 1
-    return SplitRecord(
-        documents=len(documents),
-        samples=samples,
-        tokens=int(counts.sum()),
-        padding_tokens=padding,
-        text_bytes=sum(len(text.encode()) for _, text in documents),
-        unigram_entropy=entropy(counts),
-        content_sha256=digest.hexdigest(),
-        index_sha256=hashlib.sha256((folder / INDEX_FILE).read_bytes()).hexdigest(),
-    )
-
-
-def _encode(
-    documents: list[tuple[int, str]], tokenizer: TokenizerHandle, advance: Callable[[int], object]
-) -> Iterator[tuple[int, NDArray[np.int32]]]:
-    """Token ids of each document, made in chunks."""
-    chunk: list[tuple[int, str]] = []
-    size = 0
-    for document in [*documents, None]:
-        if document is not None:
-            chunk.append(document)
-            size += len(document[1].encode())
-        if size >= CHUNK_BYTES or document is None:
-            encoded = tokenizer.encode_documents([text for _, text in chunk])
-            yield from zip([ordinal for ordinal, _ in chunk], encoded, strict=True)
-            advance(size)
-            chunk, size = [], 0
 
 
 @contextmanager
@@ -275,11 +107,13 @@ def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status (2: a mistake in the recipe)."""
     parser = argparse.ArgumentParser(
         prog="python -m data.write_shards",
-        description="Builds a recipe's shards from the text that every installation has, or checks them.",
+        description="Builds a recipe's shards from its sources or the installed corpus, or checks them.",
     )
     parser.add_argument("recipe", help="YAML file, for example yamls/smoke.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
     parser.add_argument("--rebuild", action="store_true", help="replace shards that are there")
+    parser.add_argument("--engine", choices=("local", "spark"), default="local", help="who does the work")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes of this machine (default: cores)")
     parser.add_argument("--check", action="store_true", help="hash every byte of the shards; build nothing")
     parser.add_argument("--json", metavar="FILE", help="write the manifest there too")
     options = parser.parse_intermixed_args(arguments)
@@ -289,9 +123,11 @@ def main(arguments: list[str]) -> int:
         if options.check:
             manifest = check_shards(root, every_byte=True)
             require_match(manifest, recipe)
-        elif options.rebuild:
-            manifest = build_shards(recipe, rebuild=True)
         else:
+            can_build = bool(recipe.data.corpus or recipe.data.sources) and recipe.data.remote is None
+            if options.rebuild or (can_build and not (root / MANIFEST_FILE).exists()):
+                engine = open_engine(options.engine, options.workers)
+                build_shards(recipe, rebuild=options.rebuild, engine=engine)
             manifest = ensure_shards(recipe)
     except RecipeError as error:
         print(error.at(options.recipe), file=sys.stderr)
@@ -315,6 +151,10 @@ def describe(manifest: Manifest, root: Path) -> str:
                 f"{name + '/' + side:24}{split.documents:>11,}{split.samples:>9,}{split.tokens:>13,}"
                 f"{split.bytes_per_token:>13.2f}{split.unigram_entropy:>9.2f}"
             )
+    for name, domain in manifest.domains.items():
+        if domain.rejected:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in domain.rejected.items())
+            rows.append(f"{name}: left out {reasons}; each is listed in {root / name / REJECTED_FILE}")
     return "\n".join(rows)
 
 

@@ -434,6 +434,7 @@ def dataset_inputs(recipe: Recipe, shards: Manifest) -> list[DatasetInput]:
             source=recipe.data.shards,
             tokens=shards.domains[domain].splits[split].tokens,
             context=contexts[split],
+            facts=shards.domains[domain].facts,
         )
         for domain, split in read
     ]

@@ -11,6 +11,8 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from train.preparation_schema import Preparation, Source
+
 
 class Balance(str, Enum):
     """How tokens are spread over experts."""
@@ -274,6 +276,11 @@ class Data:
     and prose of the standard library and the installed packages). null: the shards must exist."""
     corpus_bytes: int = read_when("data.corpus == installed", 64_000_000)
     """Upper bound of the text, in bytes per domain, that the corpus takes."""
+    sources: list[Source] = field(default_factory=list)
+    """Text that `python -m data.write_shards` makes the shards of; empty: the installed corpus, or shards
+    that exist."""
+    preparation: Preparation = field(default_factory=Preparation)
+    """How."""
     sequence_tokens: int = MISSING
     """Length S of the shards' sequences in tokens; documents are packed and masked from each other."""
     validation_domains: list[str] = field(default_factory=list)

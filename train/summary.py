@@ -21,6 +21,8 @@ class DatasetInput:
     """Tokens in it."""
     context: str = "training"
     """`training` or `validation`."""
+    facts: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What governance asks for: dataset, version, origin, licence, transformation."""
 
 
 @dataclasses.dataclass(frozen=True)

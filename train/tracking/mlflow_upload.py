@@ -34,6 +34,8 @@ RUNNING = "RUNNING"
 METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
 PARAM_CHARACTERS = 6000
+TAG_CHARACTERS = 500
+"""MLflow's bound on the value of an input's tag."""
 DIGEST_CHARACTERS = 36
 
 
@@ -350,7 +352,10 @@ def _mlflow_input(dataset: DatasetInput) -> Any:
             source=json.dumps({"uri": dataset.source, "sha256": dataset.digest}),
             profile=json.dumps({"num_tokens": dataset.tokens}),
         ),
-        tags=[InputTag("mlflow.data.context", dataset.context)],
+        tags=[
+            InputTag("mlflow.data.context", dataset.context),
+            *(InputTag(f"data.{key}", fact[:TAG_CHARACTERS]) for key, fact in dataset.facts.items() if fact),
+        ],
     )
 
 

@@ -1,0 +1,57 @@
+"""Words of a text as numbers, and n-grams of them: what likeness of texts is measured by."""
+
+import re
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+# W words, G n-grams.
+
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+# Languages without spaces: each character is a word, else a sentence would be one.
+_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
+_REMEMBERED = 500_000
+
+
+class _Hashes(dict[str, int]):
+    """CRC-32 of words, remembered; the same on every machine, which Python's own hash is not."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= _REMEMBERED:
+            self.clear()
+        value = self[word] = zlib.crc32(word.encode())
+        return value
+
+
+_hashes = _Hashes()
+
+
+def hash_words(text: str) -> NDArray[np.uint64]:
+    """Hashes [W] of the words of a text, in order; case and punctuation don't count."""
+    return np.array([_hashes[word] for word in _WORD.findall(text.lower())], np.uint64)
+
+
+def hash_ngrams(words: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
+    """Hashes [G = W - n + 1] of the n-grams of words; a text of fewer words is one n-gram.
+
+    Args:
+        words: hashes [W].
+        n: words of an n-gram.
+    """
+    if not words.size:
+        return words
+    n = min(n, words.size)
+    length = words.size - n + 1
+    hashes = np.zeros(length, np.uint64)
+    for at in range(n):
+        hashes = mix(hashes * _FACTOR + words[at : at + length])
+    return hashes
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Spreads each value over all 64 bits (a step of SplitMix64; Steele et al. 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * _MIX
+    return values ^ (values >> np.uint64(27))

@@ -1,0 +1,109 @@
+"""Parts of the preparation against references: Streaming's writer, Jaccard similarity, real sentences."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.packing import pack
+from data.prepare.clean import normalise
+from data.prepare.duplicates import resolve, sketch
+from data.prepare.evaluation_overlap import EvaluationTexts
+from data.prepare.language import language_of
+from data.prepare.mds import encode_shard, index_entry, index_text, shard_name
+from data.prepare.words import hash_ngrams, hash_words
+from data.quality import fault_of_repetition
+
+
+@pytest.mark.parametrize("sequence_tokens", [8, 700])
+def test_shards_are_those_of_streamings_writer(tmp_path: Path, sequence_tokens: int):
+    from streaming import MDSWriter
+
+    rng = np.random.default_rng(0)
+    documents = [
+        (n, rng.integers(0, 99, length).astype(np.int32)) for n, length in enumerate([5, 1, 900, *[0] * 400])
+    ]
+    samples = list(pack(documents, sequence_tokens=sequence_tokens, eos_id=100, pad_id=101))
+    columns = {
+        "documents": "ndarray:int64",
+        "lengths": "ndarray:int32",
+        "tokens": f"ndarray:int32:{sequence_tokens}",
+    }  # fmt: skip
+    with MDSWriter(columns=columns, out=str(tmp_path / "theirs"), hashes=["sha256"]) as writer:
+        for sample in samples:
+            writer.write(vars(sample))
+    content = encode_shard(samples, sequence_tokens)
+    assert content == (tmp_path / "theirs" / shard_name(0)).read_bytes()
+    index = index_text([index_entry(0, content, len(samples), sequence_tokens)])
+    assert index == (tmp_path / "theirs/index.json").read_text()
+
+
+def texts(count: int, seed: int = 0) -> list[list[str]]:
+    rng = np.random.default_rng(seed)
+    return [[f"w{n}" for n in rng.integers(0, 5000, 400)] for _ in range(count)]
+
+
+def resolved(documents: list[str], near: float | None):
+    words = [hash_words(text) for text in documents]
+    digests = np.array([[hash(text) & 2**63 - 1, 7] for text in documents], np.uint64)
+    return resolve(digests, np.array([sketch(it) for it in words]), near)
+
+
+def test_copies_and_near_copies_are_found_and_the_first_is_kept():
+    originals = texts(40)
+    near = [*originals[3][:-10], "other", "end"]
+    like = [*originals[5][:330], *texts(1, seed=9)[0][:70]]
+    documents = [" ".join(words) for words in [*originals, originals[1], near, like]]
+    found = resolved(documents, 0.8)
+    assert found.keeper[:40].tolist() == list(range(40)) and found.keeper[40:42].tolist() == [1, 3]
+    assert found.is_exact[40] and not found.is_exact[41]
+    # Alike: kept, but on the same side.
+    assert found.keeper[42] == 42 and found.group[42] == found.group[5] and found.group[6] != found.group[5]
+    assert resolved(documents, None).keeper[41] == 41 and resolved(documents, None).keeper[40] == 1
+
+
+def test_signatures_estimate_the_similarity():
+    first, second = texts(2)
+    mixed = first[:200] + second[:200]
+    grams = [set(hash_ngrams(hash_words(" ".join(words)), 5).tolist()) for words in (first, mixed)]
+    exact = len(grams[0] & grams[1]) / len(grams[0] | grams[1])
+    estimate = (sketch(hash_words(" ".join(first))) == sketch(hash_words(" ".join(mixed)))).mean()
+    assert estimate == pytest.approx(exact, abs=0.15) and exact > 0.2
+
+
+def test_evaluation_text_is_found_whatever_its_case_and_signs(tmp_path: Path):
+    question = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    (tmp_path / "a.txt").write_text(f"{question}\nalpha beta gamma delta epsilon zeta eta theta\ntoo short\n")
+    known = EvaluationTexts((str(tmp_path / "a.txt"),), 13)
+    assert known.touches(hash_words("It said: " + question.upper().replace(" ", ", ") + "!"))
+    assert known.touches(hash_words("x alpha, beta gamma delta epsilon zeta eta theta y"))
+    assert not known.touches(hash_words(" ".join(question.split()[:12]) + " and so on"))
+    assert not known.touches(hash_words("too short")) and not known.touches(hash_words(""))
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("en", "The house that we saw was not as large as it is in the picture, but it is old."),
+        ("de", "Das Haus ist nicht so groß wie auf dem Bild, aber es wird von den Leuten auch geliebt."),
+        ("fr", "La maison que nous avons vue est dans la rue et elle n'est pas plus grande que les autres."),
+        ("es", "La casa que vimos no es tan grande como en la foto, pero los vecinos se quedan en ella."),
+        ("ja", "私たちが見た家は写真ほど大きくありません。"),
+        ("zh", "我们看到的房子没有照片上那么大。"),
+        ("ru", "Дом, который мы видели, не такой большой, как на картинке."),
+        ("und", "0x3f 0x4a 0x5b == != 17"),
+        ("und", "xq zv kkp wwt rrm jjl"),
+    ],
+)
+def test_languages(language: str, text: str):
+    assert language_of(text) == language
+
+
+def test_normalised_text():
+    assert normalise(" e\u0301\r\nb\rc\x00\x07\td \n") == "é\nb\nc\td\n"
+
+
+def test_repetition():
+    assert fault_of_repetition("a line that comes again\n" * 9) == "prose: repeated lines"
+    assert fault_of_repetition("buy now " * 60) == "prose: repeated 2-grams"
+    assert not fault_of_repetition(" ".join(texts(1)[0]))
