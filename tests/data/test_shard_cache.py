@@ -85,7 +85,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, make_recipe: Callable[..., 
     """Shards of a few samples each."""
     recipe = make_recipe(tmp_path_factory.mktemp("source") / "shards")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.write_shards.SHARD_BYTES", 2000)
+        patch.setattr("data.prepare.mds.SHARD_BYTES", 2000)
         build_shards(recipe, documents=small_documents)
     assert len(list(Path(recipe.data.shards).glob("*/train/*.mds"))) > 10
     return recipe
