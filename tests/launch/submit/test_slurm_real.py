@@ -1,8 +1,8 @@
 """The rendered script on a real SLURM: slurmctld and several slurmd on loopback, ranks on CPUs.
 
-Needs Debian's slurm-wlm and munge and root; skipped, saying so, elsewhere. A run that is told to save is
-requeued; a node that is killed is replaced by the spare one, the next by a requeue; the losses are the
-undisturbed run's.
+Needs Debian's slurm-wlm and munge, root, and FINEGRAIN_SLURM=1; skipped, saying so, elsewhere. A run that
+is told to save is requeued; a node that is killed is replaced by the spare one, the next by a requeue; the
+losses are the undisturbed run's.
 """
 
 import json
@@ -32,7 +32,11 @@ BATCHES = 80
 BATCH_TOKENS = 4 * 128
 PATIENCE_SECONDS = 240
 
+ASKED = "FINEGRAIN_SLURM" in os.environ
+"""Five starts of a job and SLURM's own waits take minutes: not in every test run."""
+
 pytestmark = [
+    pytest.mark.skipif(not ASKED, reason="takes minutes; FINEGRAIN_SLURM=1 asks for it"),
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (slurm-wlm, munge)"),
     pytest.mark.skipif(os.geteuid() != 0, reason="slurmd starts jobs as root alone"),
 ]
