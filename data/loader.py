@@ -239,10 +239,15 @@ def build_train_loader(
         world_size=world_size,
         start=start_sample,
     )
-    workers: dict[str, Any] = {}
-    if recipe.data.workers:
+    return open_loader(dataset, recipe.data.workers)
+
+
+def open_loader(dataset: TrainSequences, workers: int) -> TrainLoader:
+    """The batches of a rank, read in ``workers`` processes or, with 0, in this one."""
+    options: dict[str, Any] = {}
+    if workers:
         # Forked workers have everything imported; spawned ones would import it all again.
-        workers = {
+        options = {
             "multiprocessing_context": "fork",
             "prefetch_factor": PREFETCHED_BLOCKS,
             "worker_init_fn": outlive_first_sigterm,
@@ -250,11 +255,11 @@ def build_train_loader(
     return TrainLoader(
         dataset,
         batch_size=None,
-        num_workers=recipe.data.workers,
+        num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         # Else each iterator would draw its seed from the global generator.
         generator=torch.Generator(),
-        **workers,
+        **options,
     )
 
 

@@ -1,0 +1,134 @@
+"""Starting anywhere in twelve trillion tokens, beside what Streaming plans before its first batch."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+
+from data.curriculum import Curriculum, domains_of, plan_stages
+from data.mixture import Mixture
+from data.plan import Plan
+from launch.bench.data.figures import Figure
+from train.recipe import load_recipe
+
+MIXTURE = Path(__file__).resolve().parents[3] / "yamls/dbrx.yaml"
+"""Takes yamls/mixtures/12t.yaml."""
+SHARD_SAMPLES = 4096
+"""Of 4096 tokens each: a shard of 64 MB."""
+STARTS = 6
+STREAMING_SAMPLES = (1_000_000, 3_000_000, 10_000_000)
+ASKED = 100_000_000
+
+
+def start() -> list[Figure]:
+    """Seconds and peak memory of plan and first batch, each in a fresh process."""
+    batches = plan_stages(load_recipe(MIXTURE)).batches
+    places = [0, *sorted(np.random.default_rng(0).integers(1, batches, STARTS - 1).tolist())]
+    ours = [_measured("ours", place) for place in places]
+    figures = [
+        Figure("start", f"12T tokens, slowest of {STARTS} places", max(s for s, _ in ours), "s", "<= 1"),
+        Figure(
+            "start", f"12T tokens, most of {STARTS} places", max(b for _, b in ours) / 1e6, "MB", "<= 100"
+        ),
+    ]
+    theirs = [_measured("streaming", samples) for samples in STREAMING_SAMPLES]
+    for samples, (seconds, size) in zip(STREAMING_SAMPLES, theirs, strict=True):
+        figures += [
+            Figure("start", f"Streaming, an epoch of {samples:.0e} samples", seconds, "s"),
+            Figure("start", f"Streaming, an epoch of {samples:.0e} samples", size / 1e6, "MB"),
+        ]
+    for values, unit, scale in ((0, "s", 1.0), (1, "MB", 1e-6)):
+        slope, constant = np.polyfit(STREAMING_SAMPLES, [pair[values] * scale for pair in theirs], 1)
+        what = f"Streaming, {ASKED:.0e} samples, extrapolated linearly"
+        figures.append(Figure("start", what, float(constant + slope * ASKED), unit))
+    return figures
+
+
+def _measured(side: str, number: int) -> tuple[float, int]:
+    """Seconds and bytes of peak memory above the imports, in a Python of its own."""
+    call = "import sys; from launch.bench.data.start import measure; measure(sys.argv[1], int(sys.argv[2]))"
+    command = [sys.executable, "-c", call, side, str(number)]
+    root = Path(__file__).resolve().parents[3]
+    out = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+    seconds, size = json.loads(out.splitlines()[-1])
+    return seconds, size
+
+
+def measure(side: str, number: int) -> None:
+    """Prints seconds and bytes of a start at batch ``number``, or of Streaming's with as many samples."""
+    work = {"ours": _ours, "streaming": _streaming}[side](number)
+    # The high-water mark is set back, so that it holds nothing of the imports.
+    Path("/proc/self/clear_refs").write_text("5")
+    before, begin = _memory("VmRSS"), time.perf_counter()
+    work()
+    print(json.dumps([time.perf_counter() - begin, _memory("VmHWM") - before]))
+
+
+def _memory(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+def _ours(batch: int) -> Callable[[], None]:
+    """To be measured: a start at a batch of the 12T tokens, over shards that last one epoch."""
+    recipe = load_recipe(MIXTURE)
+    curriculum = plan_stages(recipe)
+    taken = Mixture(curriculum.stretches()).consumed(curriculum.samples)
+    return partial(_start_ours, curriculum, {name: taken[name] for name in domains_of(recipe)}, batch)
+
+
+def _start_ours(curriculum: Curriculum, samples: dict[str, int], batch: int) -> None:
+    """The plan, and all ranks' first batch."""
+    shards = {
+        name: np.full(-(-count // SHARD_SAMPLES), SHARD_SAMPLES, np.int64) for name, count in samples.items()
+    }
+    for sizes in shards.values():
+        sizes[-1] = SHARD_SAMPLES // 2
+    plan = Plan(curriculum.stretches(), cast(Any, shards), seed=17, window_shards=32)
+    stage = curriculum.stage_of(batch)
+    first = stage.first_sample + (batch - stage.first_batch) * stage.batch_samples
+    assert plan.samples(first, stage.batch_samples).sample.size == stage.batch_samples
+
+
+def _streaming(samples: int) -> Callable[[], None]:
+    """To be measured: how StreamingDataset plans an epoch on each of 64 nodes of 8 ranks."""
+    from streaming.base.batching import generate_work
+    from streaming.base.dataset import StreamingDataset
+    from streaming.base.world import World
+
+    sizes = np.full(samples // SHARD_SAMPLES, SHARD_SAMPLES, np.int64)
+    dataset = SimpleNamespace(
+        num_canonical_nodes=64,
+        partition_algo="relaxed",
+        epoch_size=int(sizes.sum()),
+        batch_size=8,
+        initial_physical_nodes=64,
+        shuffle=True,
+        shuffle_algo="py1e",
+        shuffle_seed=9176,
+        shuffle_block_size=1 << 18,
+        epoch_seed_change=True,
+        sampling_method="balanced",
+        sampling_granularity=1,
+        num_streams=1,
+        streams=[SimpleNamespace(choose=int(sizes.sum()))],
+        shard_offset_per_stream=np.zeros(1, np.int64),
+        shards_per_stream=np.array([sizes.size]),
+        samples_per_shard=sizes,
+        sample_offset_per_shard=sizes.cumsum() - sizes,
+    )
+    dataset.resample_streams = partial(StreamingDataset.resample_streams, cast(Any, dataset))
+    world = World(num_nodes=64, ranks_per_node=8, workers_per_rank=1, worker=0)
+
+    def start() -> None:
+        work = generate_work("random", cast(Any, dataset), world, 0, 0)
+        assert work.size >= dataset.epoch_size
+
+    return start
