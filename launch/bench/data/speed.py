@@ -24,7 +24,7 @@ from launch.bench.data.figures import Figure
 
 SAMPLES, TOKENS, BATCH = 8192, 2048, 8
 BATCHES = SAMPLES // BATCH - 1
-ROUNDS = 5
+ROUNDS = 3
 
 
 def one_stage(sequences: int, weights: dict[str, float], *, batch: int, tokens: int) -> Curriculum:
