@@ -31,9 +31,9 @@ PHASES = (
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the first run builds shards of 27 samples, so that some longer sequences are of neighbours."""
+    """Where the first run builds shards of 25 samples, so that some longer sequences are of neighbours."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.write_shards.SHARD_BYTES", 1 << 13)
+        patch.setattr("data.prepare.mds.SHARD_BYTES", 1 << 13)
         yield tmp_path_factory.mktemp("shards") / "tiny"
 
 

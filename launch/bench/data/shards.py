@@ -8,14 +8,15 @@ from numpy.typing import NDArray
 from streaming import MDSWriter
 
 from data.packing import pack
-from data.write_shards import COLUMNS
+from data.prepare.mds import column_config
 
 VOCABULARY = 100_277
 
 
 def write(folder: Path, *, samples: int, tokens: int, shard_bytes: int, seed: int) -> None:
     """Writes about ``samples`` sequences of ``tokens`` tokens as the shards of one domain."""
-    columns = COLUMNS | {"tokens": f"ndarray:int32:{tokens}"}
+    config = column_config(tokens)
+    columns = dict(zip(config["column_names"], config["column_encodings"], strict=True))
     documents = _documents(samples * tokens, np.random.default_rng(seed))
     with MDSWriter(columns=columns, out=str(folder), hashes=["sha256"], size_limit=shard_bytes) as writer:
         for sample in pack(documents, sequence_tokens=tokens, eos_id=VOCABULARY - 1, pad_id=VOCABULARY - 1):
