@@ -5,7 +5,7 @@
 set -u
 IFS=, read -ra hosts <<<"$1"
 shift
-pid_file=/tmp/finegrain-$MASTER_PORT
+pid_file=$(printf %q "$WORKDIR")/.cache/job-$MASTER_PORT
 terminate_all() {
     for rank in "${!hosts[@]}"; do
         # shellcheck disable=SC2029  # meant to be expanded here
@@ -16,7 +16,7 @@ words=$(printf ' %q' "$@")
 running=()
 for rank in "${!hosts[@]}"; do
     # shellcheck disable=SC2029
-    ssh -o BatchMode=yes -o ServerAliveInterval=30 "${hosts[$rank]}" "cd $(printf %q "$WORKDIR") && env $VARIABLES \
+    ssh -o BatchMode=yes -o ServerAliveInterval=30 "${hosts[$rank]}" "cd $(printf %q "$WORKDIR") && mkdir -p .cache && env $VARIABLES \
         NODES=${#hosts[@]} NODE_RANK=$rank RANKS_PER_NODE=$RANKS_PER_NODE MASTER_ADDR=${hosts[0]} \
         MASTER_PORT=$MASTER_PORT LAUNCHER=$LAUNCHER PID_FILE=$pid_file-$rank.pid bash launch/submit/node.sh$words" &
     running+=($!)
