@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from data.curriculum import plan_stages
 from train import sizing
 from train.recipe import load_recipe
 from train.schema import Precision, Recipe
@@ -89,6 +90,16 @@ def test_shrunken_form_is_valid_and_keeps_the_features(path: Path) -> None:
     for feature in ("moe", "ffn", "position", "norm", "clip_qkv", "tie_embeddings"):
         assert getattr(small.model, feature) == getattr(recipe.model, feature)
     assert small.model.n_heads * recipe.model.n_kv_heads == recipe.model.n_heads * small.model.n_kv_heads
+
+
+def test_shrunken_form_of_a_curriculum_has_its_change_of_length() -> None:
+    recipe = load_recipe(YAMLS / "dbrx.yaml", ["data.phases[3].rope_theta=1e6"])
+    small = shrink(recipe, steps=3)
+    assert [phase.sequence_tokens for phase in small.data.phases] == [64, 128]
+    assert [phase.rope_theta for phase in small.data.phases] == [None, 1e6]
+    assert [stage.batches for stage in plan_stages(small).stages] == [1, 2]
+    assert small.model.max_sequence_tokens == 128
+    assert not shrink(load_recipe(YAMLS / "smoke.yaml"), steps=3).data.phases
 
 
 def test_shrunken_form_trains_two_steps(path: Path) -> None:

@@ -4,6 +4,7 @@ Every mistake is a :class:`RecipeError` of one line, raised before torch is impo
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf, read_write
+from omegaconf import MISSING, Container, DictConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from train.schema import Recipe
@@ -23,7 +24,7 @@ MIXTURE = "data.domains"
 `data.domains.X=0.5` on the command line changes one share."""
 PHASES = "data.phases"
 """The other form of a mixture: each form replaces the other of a layer below.
-`data.phases[0].tokens=1e9` on the command line changes one phase."""
+`data.phases[0].tokens=1000000000` on the command line changes one phase."""
 _ONE_PHASE = re.compile(r"data\.phases[\[.]\d")
 
 
@@ -62,7 +63,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         try:
             if isinstance(layer, str):
                 key, _, value = layer.partition("=")
-                OmegaConf.update(merged, key, OmegaConf.create({"value": yaml.safe_load(value)}).value)
+                phase = OmegaConf.select(merged, key.rpartition(".")[0])
+                with read_write(phase) if isinstance(phase, Container) else contextlib.nullcontext():
+                    OmegaConf.update(merged, key, OmegaConf.create({"value": yaml.safe_load(value)}).value)
                 given[key] = depth, file
                 continue
             has_phases = bool(OmegaConf.select(layer, PHASES))

@@ -1,5 +1,6 @@
 """One run, from a checked recipe to a trained model and its report. Read `run` first."""
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -337,7 +338,7 @@ def assemble(
         )
     loggers: list[LoggerDestination] = []
     if topology.is_main:
-        flops = sizing.flops_per_token_training(recipe.model, recipe.data.sequence_tokens).total
+        flops = functools.partial(sizing.batch_flops_per_token, recipe.model, curriculum)
         peak = measured_peak_flops(machine.device_type, machine.matrix_dtype)
         callbacks += [
             Throughput(flops, peak, topology.world_size, machine.device_type == "cuda"),
@@ -400,7 +401,7 @@ def finish(
         unigram_entropy=job.unigram_entropy,
         parameters_total=sizing.total_parameters(recipe.model),
         parameters_active=sizing.active_parameters(recipe.model),
-        flops_per_token=sizing.flops_per_token_training(recipe.model, recipe.data.sequence_tokens).total,
+        flops_per_token=sizing.training_flops(recipe).total / sizing.trained_tokens(recipe),
         peak_flops=measured_peak_flops(machine.device_type, machine.matrix_dtype),
         precision=machine.precision.value,
         devices=machine.topology.world_size,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data.curriculum import batch_sequences, microbatch_sequences, phases_of, plan_stages
+from data.curriculum import Curriculum, batch_sequences, microbatch_sequences, phases_of, plan_stages
 from train.schema import Ffn, Model, Parallelism, Recipe
 
 
@@ -238,6 +238,12 @@ def training_flops(recipe: Recipe, *, causal: bool = False) -> Flops:
         tokens = (stage.end_sample - stage.first_sample) * curriculum.sample_tokens
         weights, attention = weights + token.weights * tokens, attention + token.attention * tokens
     return Flops(weights, attention)
+
+
+def batch_flops_per_token(model: Model, curriculum: Curriculum, batch: int) -> int:
+    """Training FLOPs of one token of a batch, attention over the sequences of the batch's phase."""
+    length = curriculum.stage_of(batch).sequence_samples * curriculum.sample_tokens
+    return flops_per_token_training(model, length).total
 
 
 def most_microbatches(recipe: Recipe, world_size: int) -> int:

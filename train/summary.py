@@ -42,7 +42,7 @@ class Summary:
     parameters_active: int
     """Parameters that a token meets, without the input embedding."""
     flops_per_token: float
-    """Training FLOPs per token."""
+    """Training FLOPs per token, the mean of the run: a phase of longer sequences has more."""
     peak_flops: float
     """Measured matrix-product peak of one device in the run's precision, FLOP/s."""
     precision: str

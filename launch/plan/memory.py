@@ -16,7 +16,6 @@ from launch.plan.activations import (
     backward_bytes,
     kept_bytes,
     layer_bytes,
-    layer_gradient_elements,
     loss_bytes,
     norm_bytes,
 )
@@ -123,7 +122,7 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch) -> list[tuple[i
     checkpointing = training.activation_checkpointing
     kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
     loss = loss_bytes(model, batch, numerics, training.loss_chunk_tokens)
-    whole = _Whole.of(model, layout, numerics.compute)
+    whole = _Whole.of(model, layout, world_size, numerics.compute)
     again = layer_bytes(model, batch, numerics) if checkpointing else 0
     stream = batch.tokens * model.d_model * numerics.stream
     head_gradient = loss.weight_gradient * numerics.compute // FP32
@@ -143,6 +142,24 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch) -> list[tuple[i
     ]
 
 
+def gathered_bytes(model: Model, layout: Parallelism, world_size: int, compute_bytes: int) -> dict[str, int]:
+    """Bytes of every unit's weights once FSDP2 has gathered them, by the unit's module, shards padded.
+
+    Args:
+        model: the decoder.
+        layout: degrees of the mesh.
+        world_size: ranks.
+        compute_bytes: bytes per element of all that is not kept in fp32.
+    """
+    found: dict[str, int] = {}
+    for weight in sizing.weights(model):
+        place = sizing.placement(weight, layout, world_size)
+        rows = place.rows_at_most(weight) * place.rows_over
+        size = rows * (weight.elements // weight.shape[0]) * (FP32 if place.stays_fp32 else compute_bytes)
+        found[place.unit] = found.get(place.unit, 0) + size
+    return found
+
+
 @dataclass(frozen=True)
 class _Whole:
     """Bytes of gathered weights."""
@@ -154,16 +171,15 @@ class _Whole:
     the fp32 copy that is reduced."""
 
     @classmethod
-    def of(cls, model: Model, layout: Parallelism, compute_bytes: int) -> "_Whole":
-        layer, made_first = layer_gradient_elements(model)
-        experts = sum(w.elements for w in sizing.layer_weights(model, 0) if w.is_expert)
-        own = layer - experts + experts // layout.expert
-        largest = made_first // layout.expert if experts else layer
-        outside = sum(w.elements for w in sizing.weights(model) if ".blocks." not in w.name)
-        return cls(
-            outside=outside * compute_bytes,
-            in_backward=(own + own + largest) * compute_bytes + largest * (compute_bytes + FP32),
-        )
+    def of(cls, model: Model, layout: Parallelism, world_size: int, compute_bytes: int) -> "_Whole":
+        outside, layer, largest = 0, 0, 0
+        for unit, size in gathered_bytes(model, layout, world_size, compute_bytes).items():
+            if ".blocks." not in unit:
+                outside += size
+            elif ".blocks.0" in unit:
+                layer, largest = layer + size, max(largest, size)
+        reduced = largest // compute_bytes * (compute_bytes + FP32)
+        return cls(outside=outside, in_backward=2 * layer + largest + reduced)
 
 
 def fits(memory_of_rank: Memory, gpu: Gpu) -> bool:

@@ -63,7 +63,8 @@ def write_html(file: Path, plan: Plan) -> None:
     verdict = "fits" if plan.fits else "does not fit"
     summary = (
         f"{plan.tokens_per_second_per_gpu:,.0f} tokens per second and GPU, {plan.days:.1f} days; "
-        f"the fullest GPU {verdict}: {plan.memory.total / GIB:.1f} of {plan.gpu.memory_bytes / GIB:.1f} GiB."
+        f"the fullest GPU {verdict}: {plan.fullest.memory.total / GIB:.1f} of "
+        f"{plan.gpu.memory_bytes / GIB:.1f} GiB."
     )
     page = PAGE.format(
         title=escape(title),
@@ -82,7 +83,7 @@ def write_html(file: Path, plan: Plan) -> None:
 def _memory_bars(plan: Plan) -> str:
     """A bar of all parts for each GPU of the first node, and a line at the GPU's memory."""
     ranks = range(min(plan.gpu.gpus_per_node, plan.world_size))
-    of_ranks = [memory(plan.recipe, plan.world_size, plan.imbalance, rank) for rank in ranks]
+    of_ranks = [memory(plan.fullest.form.recipe, plan.world_size, plan.imbalance, rank) for rank in ranks]
     scale = (WIDTH - LEFT) / max(plan.gpu.memory_bytes, *(found.total for found in of_ranks)) / 1.08
     shapes = []
     for row, (rank, found) in enumerate(zip(ranks, of_ranks, strict=True)):
@@ -104,27 +105,27 @@ def _memory_bars(plan: Plan) -> str:
 
 def _timeline(plan: Plan) -> str:
     """The first microbatches and the optimizer's step, by what their time goes to."""
-    forward, backward, optimizer = plan.phases
+    forward, backward, optimizer = plan.parts
     shown = min(plan.microbatches, SHOWN_MICROBATCHES)
-    drawn = [phase for _ in range(shown) for phase in (forward, backward)] + [optimizer]
-    total = sum(phase.seconds.total for phase in drawn)
+    drawn = [part for _ in range(shown) for part in (forward, backward)] + [optimizer]
+    total = sum(part.seconds.total for part in drawn)
     scale = (WIDTH - LEFT) / total
     rows = list(KINDS)
     names = [*(KINDS[kind].split()[0] for kind in rows), "overlap"]
     shapes = [f'<text x="0" y="{35 + row * (BAR + GAP)}">{name}</text>' for row, name in enumerate(names)]
     left = float(LEFT)
-    for phase in drawn:
-        width = phase.seconds.total * scale
-        shapes.append(f'<text x="{left + 2:.1f}" y="12">{phase.name if width > 60 else ""}</text>')
+    for part in drawn:
+        width = part.seconds.total * scale
+        shapes.append(f'<text x="{left + 2:.1f}" y="12">{part.name if width > 60 else ""}</text>')
         at = left
         for row, kind in enumerate(rows):
-            seconds = getattr(phase.seconds, kind)
+            seconds = getattr(part.seconds, kind)
             top = 20 + row * (BAR + GAP)
-            title = f"{phase.name}, {KINDS[kind]}: {seconds:.3f} s"
+            title = f"{part.name}, {KINDS[kind]}: {seconds:.3f} s"
             shapes.append(_box(at, top, seconds * scale, kind, title))
             at += seconds * scale
-        hidden = plan.hidden_seconds(phase.seconds)
-        title = f"{phase.name}, traffic behind arithmetic: {hidden:.3f} s"
+        hidden = plan.hidden_seconds(part.seconds)
+        title = f"{part.name}, traffic behind arithmetic: {hidden:.3f} s"
         shapes.append(_box(left, 20 + len(rows) * (BAR + GAP), hidden * scale, "hidden", title))
         left += width
     more = plan.microbatches - shown

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from data.curriculum import batch_sequences, phases_of
 from launch.plan.hardware import Gpu
 from launch.plan.step import Plan, make_plan
 from train.recipe import RecipeError
@@ -70,11 +71,9 @@ def search(
     """All plans that fit, the fastest first.
 
     Raises:
-        RecipeError: if the batch cannot be split over the GPUs.
+        RecipeError: if no layout is possible, such as for a batch that cannot be split over the GPUs.
     """
-    if recipe.training.global_batch_sequences % world_size:
-        make_plan(recipe, world_size, gpu)  # says so
-    found = []
+    found, is_possible = [], False
     for choice in choices(recipe, world_size):
         try:
             plan = make_plan(
@@ -86,9 +85,12 @@ def search(
             )
         except RecipeError:
             continue
+        is_possible = True
         if plan.fits:
             found.append(plan)
-    return sorted(found, key=lambda plan: plan.step_seconds)
+    if not is_possible:
+        make_plan(recipe, world_size, gpu)  # says why
+    return sorted(found, key=lambda plan: plan.days)
 
 
 def remedies(plan: Plan) -> list[str]:
@@ -134,11 +136,28 @@ def _gpus_needed(plan: Plan) -> int | None:
     """The fewest GPUs, doubling, on which one sequence at a time fits with everything sharded."""
     world_size = plan.world_size * 2
     while world_size <= MOST_GPUS:
-        batch = -(-plan.recipe.training.global_batch_sequences // world_size) * world_size
-        training = replace(plan.recipe.training, global_batch_sequences=batch)
-        recipe = replace(plan.recipe, training=training)
+        recipe = _divisible(plan.recipe, world_size)
         experts = divisors(recipe.model.moe.experts) if recipe.model.moe else [1]
         if any(_fits(Choice(1, e, 1, True).applied(recipe), world_size, plan) for e in experts):
             return world_size
         world_size *= 2
     return None
+
+
+def _divisible(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe with batches rounded up to a multiple of the GPUs, one sequence a microbatch."""
+
+    def rounded(batch: int) -> int:
+        return -(-batch // world_size) * world_size
+
+    phases = [
+        replace(
+            phase,
+            global_batch_sequences=rounded(batch_sequences(recipe, whole)),
+            microbatch_sequences=1,
+        )
+        for phase, whole in zip(recipe.data.phases, phases_of(recipe), strict=False)
+    ]
+    training = recipe.training
+    training = replace(training, global_batch_sequences=rounded(training.global_batch_sequences))
+    return replace(recipe, training=training, data=replace(recipe.data, phases=phases))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from launch.plan.forms import Form, forms
 from launch.plan.hardware import Gpu
 from launch.plan.memory import Memory, memory, numerics_of
 from launch.plan.step_time import (
@@ -27,7 +28,7 @@ DAY_SECONDS = 24 * HOUR_SECONDS
 
 
 @dataclass(frozen=True)
-class Phase:
+class Part:
     """A part of a step, as it appears on the timeline."""
 
     name: str
@@ -37,9 +38,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will cost."""
+    """What a recipe will cost. The figures of a step are those of one form of its steps."""
 
     recipe: Recipe
+    form: Form
     gpu: Gpu
     world_size: int
     imbalance: float
@@ -48,20 +50,32 @@ class Plan:
     collectives: list[Collective]
     """Of one microbatch."""
     microbatches: int
-    phases: list[Phase]
+    parts: list[Part]
     efficiency: Efficiency
+    others: tuple["Plan", ...] = ()
+    """Of the run's other forms, such as longer sequences in a later phase."""
+
+    @property
+    def forms(self) -> tuple["Plan", ...]:
+        """This plan and those of the other forms."""
+        return (self, *self.others)
+
+    @property
+    def fullest(self) -> "Plan":
+        """The form that needs the most memory."""
+        return max(self.forms, key=lambda plan: plan.memory.total)
 
     @property
     def fits(self) -> bool:
-        """Whether the worst moment is within the GPU's memory."""
-        return self.memory.total <= self.gpu.memory_bytes
+        """Whether the worst moment of the whole run is within the GPU's memory."""
+        return self.fullest.memory.total <= self.gpu.memory_bytes
 
     @property
     def seconds(self) -> Seconds:
         """Of a step, by what it goes to."""
         total = Seconds()
-        for phase in self.phases:
-            total += phase.seconds.times(phase.repeats)
+        for part in self.parts:
+            total += part.seconds.times(part.repeats)
         return total
 
     @property
@@ -88,24 +102,30 @@ class Plan:
     @property
     def tokens_per_second_per_gpu(self) -> float:
         """Throughput of a GPU."""
-        return sizing.tokens_per_batch(self.recipe) / self.step_seconds / self.world_size
+        return sizing.tokens_per_batch(self.form.recipe) / self.step_seconds / self.world_size
 
     @property
     def utilisation(self) -> float:
         """Model FLOPs, attention over all positions included, as a share of the peak (PaLM, appendix B)."""
-        token = sizing.flops_per_token_training(self.recipe.model, self.recipe.data.sequence_tokens)
+        token = sizing.flops_per_token_training(self.recipe.model, self.form.recipe.data.sequence_tokens)
         return token.total * self.tokens_per_second_per_gpu / self.gpu.matrix_flops
 
     @property
     def utilisation_of_weights(self) -> float:
         """6 x active parameters x tokens alone, as a share of the peak."""
-        token = sizing.flops_per_token_training(self.recipe.model, self.recipe.data.sequence_tokens)
+        token = sizing.flops_per_token_training(self.recipe.model, self.form.recipe.data.sequence_tokens)
         return token.weights * self.tokens_per_second_per_gpu / self.gpu.matrix_flops
 
     @property
     def days(self) -> float:
-        """Of the whole run, without interruptions and evaluations."""
-        return sizing.batches(self.recipe) * self.step_seconds / DAY_SECONDS
+        """Of the whole run, all forms, without interruptions and evaluations."""
+        return sum(plan.form.batches * plan.step_seconds for plan in self.forms) / DAY_SECONDS
+
+    @property
+    def flops(self) -> sizing.Flops:
+        """Of the whole run, attention at each form's length."""
+        each = [plan.form.flops for plan in self.forms]
+        return sizing.Flops(sum(flops.weights for flops in each), sum(flops.attention for flops in each))
 
     @property
     def gpu_hours(self) -> float:
@@ -128,7 +148,7 @@ def make_plan(
     file: str = "",
     efficiency: Efficiency = FITTED,
 ) -> Plan:
-    """Plans a recipe.
+    """Plans a recipe: every form of its steps, the one with the most tokens first.
 
     Args:
         recipe: the recipe.
@@ -145,39 +165,48 @@ def make_plan(
     validate(recipe, Topology(0, world_size, 0, 1), file)
     if imbalance < 1:
         raise RecipeError(f"is {imbalance}", key="--imbalance", remedy="the busiest is at least the mean: 1")
-    training = recipe.training
-    tokens = training.microbatch_sequences * recipe.data.sequence_tokens
-    traffic = collectives(
+
+    def plan_of(form: Form, others: tuple[Plan, ...] = ()) -> Plan:
+        shaped = form.recipe
+        traffic = _traffic(shaped, world_size)
+        return Plan(
+            recipe=recipe,
+            form=form,
+            gpu=gpu,
+            world_size=world_size,
+            imbalance=imbalance,
+            dollars_per_gpu_hour=dollars_per_gpu_hour,
+            memory=memory(shaped, world_size, imbalance),
+            collectives=traffic,
+            microbatches=sizing.microbatches_per_rank(shaped, world_size),
+            parts=_parts(shaped, world_size, gpu, traffic, imbalance, efficiency),
+            efficiency=efficiency,
+            others=others,
+        )
+
+    main, *others = forms(recipe)
+    return plan_of(main, tuple(plan_of(form) for form in others))
+
+
+def _traffic(recipe: Recipe, world_size: int) -> list[Collective]:
+    return collectives(
         recipe.model,
         recipe.parallelism,
         world_size,
-        tokens=tokens,
+        tokens=recipe.training.microbatch_sequences * recipe.data.sequence_tokens,
         compute_bytes=numerics_of(recipe).compute,
-        checkpointing=training.activation_checkpointing,
-    )
-    microbatches = sizing.microbatches_per_rank(recipe, world_size)
-    return Plan(
-        recipe=recipe,
-        gpu=gpu,
-        world_size=world_size,
-        imbalance=imbalance,
-        dollars_per_gpu_hour=dollars_per_gpu_hour,
-        memory=memory(recipe, world_size, imbalance),
-        collectives=traffic,
-        microbatches=microbatches,
-        phases=_phases(recipe, world_size, gpu, traffic, imbalance, efficiency),
-        efficiency=efficiency,
+        checkpointing=recipe.training.activation_checkpointing,
     )
 
 
-def _phases(
+def _parts(
     recipe: Recipe,
     world_size: int,
     gpu: Gpu,
     traffic: list[Collective],
     imbalance: float,
     efficiency: Efficiency,
-) -> list[Phase]:
+) -> list[Part]:
     """Forward and backward passes of a microbatch, repeated, and the optimizer's step."""
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     microbatches = sizing.microbatches_per_rank(recipe, world_size)
@@ -195,9 +224,9 @@ def _phases(
     moments = 8 if recipe.optimizer.kind is OptimizerKind.adamw else 4
     update = update_work(held, moments, clips=training.clip_norm is not None)
     return [
-        Phase("forward", ahead + links.times(share), microbatches),
-        Phase("backward", back + links.times(1 - share), microbatches),
-        Phase("optimizer", compute_seconds(update, gpu, efficiency)),
+        Part("forward", ahead + links.times(share), microbatches),
+        Part("backward", back + links.times(1 - share), microbatches),
+        Part("optimizer", compute_seconds(update, gpu, efficiency)),
     ]
 
 

@@ -7,6 +7,7 @@ way of counting, with the attention term beside it.
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.curriculum import phase_tokens, phases_of
 from train import sizing
 from train.recipe import load_recipe
 
@@ -50,7 +51,7 @@ class Row:
     flops: int
     """6 x active x tokens."""
     attention_flops: int
-    """12 L D S more per token."""
+    """12 L D S more per token, S the length in its phase."""
     relative_flops: float
     relative_flops_with_attention: float
     published_relative: str
@@ -62,9 +63,12 @@ def table5() -> list[Row]:
     attention: dict[str, int] = {}
     recipes = {entry.recipe: load_recipe(YAMLS / f"{entry.recipe}.yaml") for entry in ENTRIES}
     for name, recipe in recipes.items():
-        per_token = sizing.flops_per_token_training(recipe.model, recipe.data.sequence_tokens)
-        weights[name] = per_token.weights * recipe.training.duration_tokens
-        attention[name] = per_token.attention * recipe.training.duration_tokens
+        weights[name] = attention[name] = 0
+        for phase in phases_of(recipe):
+            assert phase.sequence_tokens is not None
+            per_token = sizing.flops_per_token_training(recipe.model, phase.sequence_tokens)
+            weights[name] += per_token.weights * phase_tokens(phase)
+            attention[name] += per_token.attention * phase_tokens(phase)
     return [
         Row(
             title=entry.title,

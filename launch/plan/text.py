@@ -6,7 +6,7 @@ from typing import Any
 from launch.plan.hardware import GIB
 from launch.plan.memory import Memory, memory
 from launch.plan.search import choice_of
-from launch.plan.step import Plan
+from launch.plan.step import DAY_SECONDS, Plan
 from launch.plan.traffic import Collective
 from train import sizing
 from train.number_text import duration, short_number
@@ -29,7 +29,10 @@ EXPLANATIONS = {
 def format_plan(plan: Plan) -> str:
     """The whole plan for a terminal."""
     parts = [_headline(plan), _memory_table(plan), _imbalance_table(plan), _traffic_table(plan)]
-    return "\n\n".join([*parts, _time_table(plan), _verdict(plan)])
+    parts.append(_time_table(plan))
+    if plan.others:
+        parts.append(_forms_table(plan))
+    return "\n\n".join([*parts, _verdict(plan)])
 
 
 def format_search(plans: list[Plan], show: int) -> str:
@@ -44,7 +47,7 @@ def format_search(plans: list[Plan], show: int) -> str:
         lines.append(
             f"{layout.replicate:>9}{sizing.shard_degree(layout, plan.world_size):>7}{layout.expert:>7}"
             f"{training.microbatch_sequences:>7}{'yes' if training.activation_checkpointing else 'no':>10}"
-            f"{plan.memory.total / GIB:>6.1f} GiB{plan.step_seconds:>7.2f} s"
+            f"{plan.fullest.memory.total / GIB:>6.1f} GiB{plan.step_seconds:>7.2f} s"
             f"{plan.tokens_per_second_per_gpu:>11.0f}{plan.utilisation:>7.1%}{plan.days:>8.1f}"
         )
     if plans:
@@ -65,10 +68,14 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
             "expert": layout.expert,
         },
         "microbatches": plan.microbatches,
-        "microbatch_sequences": plan.recipe.training.microbatch_sequences,
+        "microbatch_sequences": plan.form.recipe.training.microbatch_sequences,
         "activation_checkpointing": plan.recipe.training.activation_checkpointing,
         "imbalance": plan.imbalance,
-        "memory_bytes": {**asdict(plan.memory), "total": plan.memory.total, "limit": plan.gpu.memory_bytes},
+        "memory_bytes": {
+            **asdict(plan.fullest.memory),
+            "total": plan.fullest.memory.total,
+            "limit": plan.gpu.memory_bytes,
+        },
         "fits": plan.fits,
         "traffic_bytes_per_step_and_gpu": [_traffic_figures(plan, c) for c in plan.collectives],
         "step_seconds": plan.step_seconds,
@@ -78,6 +85,8 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu,
         "utilisation": plan.utilisation,
         "utilisation_of_weights": plan.utilisation_of_weights,
+        "forms": [_form_figures(each) for each in plan.forms],
+        "training_flops": asdict(plan.flops),
         "batches": sizing.batches(plan.recipe),
         "days": plan.days,
         "gpu_hours": plan.gpu_hours,
@@ -89,7 +98,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
 
 def nearest_to_limit(plan: Plan) -> str:
     """Memory if it is nearly full, or else what most of the step's time goes to."""
-    filled = plan.memory.total / plan.gpu.memory_bytes
+    filled = plan.fullest.memory.total / plan.gpu.memory_bytes
     seconds = plan.seconds
     kinds = {
         "matrix products": seconds.matrix,
@@ -104,7 +113,7 @@ def nearest_to_limit(plan: Plan) -> str:
 
 def _headline(plan: Plan) -> str:
     recipe, layout = plan.recipe, plan.recipe.parallelism
-    training = recipe.training
+    training, shape = recipe.training, plan.form.recipe
     shard = sizing.shard_degree(layout, plan.world_size)
     plural = "" if plan.microbatches == 1 else "es"
     recomputes = "with" if training.activation_checkpointing else "without"
@@ -114,24 +123,26 @@ def _headline(plan: Plan) -> str:
             f"{sizing.active_parameters(recipe.model) / 1e9:.2f}B active, "
             f"{short_number(training.duration_tokens)} tokens on {plan.world_size} x {plan.gpu.name}",
             f"layout: replicate {layout.replicate} x shard {shard} x expert {layout.expert}; "
-            f"{plan.microbatches} microbatch{plural} of {training.microbatch_sequences} x "
-            f"{recipe.data.sequence_tokens} tokens per GPU, {recomputes} recomputation",
+            f"{plan.microbatches} microbatch{plural} of {shape.training.microbatch_sequences} x "
+            f"{shape.data.sequence_tokens} tokens per GPU, {recomputes} recomputation",
         ]
     )
 
 
 def _memory_table(plan: Plan) -> str:
-    lines = ["memory of the fullest GPU at its worst moment, GiB"]
+    fullest = plan.fullest
+    where = f", with {fullest.form.recipe.data.sequence_tokens} tokens a sequence" if plan.others else ""
+    lines = [f"memory of the fullest GPU at its worst moment{where}, GiB"]
     for name in Memory.parts():
-        lines.append(f"  {name:16}{getattr(plan.memory, name) / GIB:>8.2f}  {EXPLANATIONS[name]}")
+        lines.append(f"  {name:16}{getattr(fullest.memory, name) / GIB:>8.2f}  {EXPLANATIONS[name]}")
     limit = plan.gpu.memory_bytes
     verdict = "fits" if plan.fits else "does NOT fit"
-    lines.append(f"  {'total':16}{plan.memory.total / GIB:>8.2f}  of {limit / GIB:.1f}: {verdict}")
+    lines.append(f"  {'total':16}{fullest.memory.total / GIB:>8.2f}  of {limit / GIB:.1f}: {verdict}")
     return "\n".join(lines)
 
 
 def _imbalance_table(plan: Plan) -> str:
-    both = {again: _with_checkpointing(plan.recipe, again) for again in (False, True)}
+    both = {again: _with_checkpointing(plan.fullest.form.recipe, again) for again in (False, True)}
     lines = ["activations, GiB, by rows of the busiest expert rank over the mean"]
     lines.append("  " + " " * 24 + "".join(f"{imbalance:>8.2f}" for imbalance in IMBALANCES))
     for again, recipe in both.items():
@@ -188,7 +199,7 @@ def _time_table(plan: Plan) -> str:
         "time of a step, seconds",
         f"  {'':12}{'matrix':>9}{'attention':>11}{'memory':>9}{'links':>9}{'total':>9}",
     ]
-    rows = [(phase.name, phase.seconds.times(phase.repeats)) for phase in plan.phases]
+    rows = [(part.name, part.seconds.times(part.repeats)) for part in plan.parts]
     for name, seconds in [*rows, ("step", plan.seconds)]:
         lines.append(
             f"  {name:12}{seconds.matrix:>9.3f}{seconds.attention:>11.3f}{seconds.memory:>9.3f}"
@@ -204,6 +215,43 @@ def _time_table(plan: Plan) -> str:
         "which published runs do not reach)"
     )
     return "\n".join(lines)
+
+
+def _forms_table(plan: Plan) -> str:
+    lines = [
+        "phases, by what their steps are made of (above: a step of the first line)",
+        f"  {'phases':10}{'sequence':>9}{'batch':>7}{'micro':>6}{'steps':>11}{'memory':>11}{'step':>9}"
+        f"{'tok/s/GPU':>11}{'util':>7}{'days':>8}{'FLOPs':>11}",
+    ]
+    for each in plan.forms:
+        shape, form = each.form.recipe, each.form
+        lines.append(
+            f"  {', '.join(str(number + 1) for number in form.phases):10}{shape.data.sequence_tokens:>9}"
+            f"{shape.training.global_batch_sequences:>7}{shape.training.microbatch_sequences:>6}"
+            f"{form.batches:>11,}{each.memory.total / GIB:>7.1f} GiB{each.step_seconds:>7.2f} s"
+            f"{each.tokens_per_second_per_gpu:>11.0f}{each.utilisation:>7.1%}"
+            f"{form.batches * each.step_seconds / DAY_SECONDS:>8.1f}{form.flops.total:>11.4g}"
+        )
+    lines.append(f"  {'total':43}{'':30}{'':7}{plan.days:>8.1f}{plan.flops.total:>11.4g}")
+    return "\n".join(lines)
+
+
+def _form_figures(plan: Plan) -> dict[str, Any]:
+    shape = plan.form.recipe
+    return {
+        "phases": list(plan.form.phases),
+        "sequence_tokens": shape.data.sequence_tokens,
+        "global_batch_sequences": shape.training.global_batch_sequences,
+        "microbatch_sequences": shape.training.microbatch_sequences,
+        "batches": plan.form.batches,
+        "tokens": plan.form.tokens,
+        "training_flops": asdict(plan.form.flops),
+        "memory_bytes": plan.memory.total,
+        "step_seconds": plan.step_seconds,
+        "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu,
+        "utilisation": plan.utilisation,
+        "days": plan.form.batches * plan.step_seconds / DAY_SECONDS,
+    }
 
 
 def _verdict(plan: Plan) -> str:

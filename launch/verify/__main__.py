@@ -134,13 +134,15 @@ def describe(recipe: Recipe, outcomes: "list[Outcome]", seconds: float) -> dict[
 
     small = outcomes[0].case.recipe
     model, whole = small.model, recipe.model
+    phases = [str(phase.sequence_tokens) for phase in small.data.phases]
+    lengths = f" (phases of {' and '.join(phases)})" if phases else ""
     return {
         "recipe": recipe.name,
         "commit": git_commit(),
         "shrunken": f"{total_parameters(whole):,} parameters to {total_parameters(model):,}: width "
         f"{whole.d_model} to {model.d_model}, layers {whole.n_layers} to {model.n_layers}, vocabulary "
         f"{whole.vocab_size} to {model.vocab_size}, sequence {recipe.data.sequence_tokens} to "
-        f"{small.data.sequence_tokens}; features, losses, optimizer and schedule as in the recipe",
+        f"{small.data.sequence_tokens}{lengths}; features, losses, optimizer and schedule as in the recipe",
         "steps": "3, clipped to a norm that every gradient exceeds",
         "seconds": round(seconds),
     }

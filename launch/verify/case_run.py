@@ -11,7 +11,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from data.curriculum import plan_stages
 from launch.ranks import run_ranks
 from launch.verify.bounds import BOUNDS, FLOOR, LEAST_CHANGE, LEAST_GAP
-from launch.verify.cases import Case, idle_experts, make_batches, own_rows, steer_router
+from launch.verify.cases import Case, idle_experts, make_batches, own_rows, steer_router, with_microbatch
 from train import leaf_ops
 from train.checkpoint import Progress
 from train.composer_model import Batch, LanguageModel
@@ -151,8 +151,7 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
     """A few steps of the real trainer on this rank's share of the case's batches."""
     recipe, rows = case.recipe, list(range(case.recipe.training.global_batch_sequences))
     if isinstance(watcher, _Writer):
-        training = replace(recipe.training, microbatch_sequences=case.reference_microbatch)
-        recipe, rows = replace(recipe, training=training), list(case.rows)
+        recipe, rows = with_microbatch(recipe, case.reference_microbatch), list(case.rows)
     if isinstance(watcher, _Writer) and case.precision is Precision.bf16:
         model, optimizer = _build_rounding_reference(recipe)
     else:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from data.curriculum import plan_stages
 from train.composer_model import Batch
 from train.loss import IGNORE
 from train.schema import BalanceScope, OptimizerKind, Parallelism, Precision, Recipe
@@ -156,17 +157,24 @@ def make_case(small: Recipe, layout: Layout, each: Input, precision: Precision) 
         parallelism=Parallelism(replicate=layout.replicate, expert=layout.expert),
         training=replace(
             small.training,
-            microbatch_sequences=microbatch,
             activation_checkpointing=each.recompute,
             clip_norm=min(small.training.clip_norm or MOST_CLIP_NORM, MOST_CLIP_NORM),
         ),
     )
+    recipe = with_microbatch(recipe, microbatch)
     rows, reference_microbatch = _grouping(recipe, layout, microbatch, share)
     if precision is Precision.bf16 and reference_microbatch == SEQUENCES:
         reference_microbatch = (
             microbatch  # Gradients are rounded once a microbatch: as often as the layout does.
         )
     return Case(layout, each, recipe, rows, reference_microbatch, precision)
+
+
+def with_microbatch(recipe: Recipe, sequences: int) -> Recipe:
+    """The recipe with this microbatch in every phase."""
+    phases = [replace(phase, microbatch_sequences=sequences) for phase in recipe.data.phases]
+    training = replace(recipe.training, microbatch_sequences=sequences)
+    return replace(recipe, training=training, data=replace(recipe.data, phases=phases))
 
 
 def _grouping(recipe: Recipe, layout: Layout, microbatch: int, share: int) -> tuple[tuple[int, ...], int]:
@@ -197,12 +205,14 @@ def _grouping(recipe: Recipe, layout: Layout, microbatch: int, share: int) -> tu
 def make_batches(recipe: Recipe, each: Input, seed: int) -> list[Batch]:
     """A global batch for every step: input_ids, document_ids and targets [B, S], sample_positions [B].
 
-    Documents are from one token to a whole sequence long; a document's last token has no target.
+    S is the length of the step's phase. Documents are from one token to a whole sequence long; a document's
+    last token has no target.
     """
-    S = recipe.data.sequence_tokens
+    curriculum = plan_stages(recipe)
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for step in range(STEPS):
+        S = curriculum.stage_of(step).sequence_samples * curriculum.sample_tokens
         ids_BS = torch.randint(recipe.model.vocab_size, (SEQUENCES, S), generator=generator)
         begins_BS = torch.rand((SEQUENCES, S), generator=generator) < 4 / S
         begins_BS[0] = False

@@ -182,3 +182,12 @@ def test_help_describes_every_key() -> None:
     text = describe_keys()
     assert all(f"  {key}  (" in text for key, _, _ in walk_schema())
     assert len(walk_schema()) > 50
+
+
+def test_one_phase_is_changed_on_the_command_line() -> None:
+    dbrx = Path(__file__).resolve().parents[2] / "yamls/dbrx.yaml"
+    before, after = (load_recipe(dbrx, given) for given in ([], ["data.phases[1].tokens=1000000000"]))
+    assert [phase.tokens for phase in after.data.phases[::2]] == [
+        phase.tokens for phase in before.data.phases[::2]
+    ]
+    assert after.data.phases[1].tokens == 1_000_000_000 != before.data.phases[1].tokens

@@ -1,10 +1,13 @@
 """Closed forms against the published table (design.md, section 9) and against each other."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from data.curriculum import plan_stages
 from train import sizing
+from train.recipe import load_recipe
 from train.schema import Data, Ffn, Model, Moe, Norm, Position, Recipe, Training
 
 
@@ -100,3 +103,19 @@ def test_training_flops_cover_whole_batches() -> None:
     run = recipe(4097)
     token = sizing.flops_per_token_training(run.model, 128)
     assert sizing.training_flops(run).total == 8192 * token.total
+
+
+def test_flops_of_a_batch_are_those_of_its_phases_length() -> None:
+    run = load_recipe(Path(__file__).resolve().parents[2] / "yamls/dbrx.yaml")
+    curriculum = plan_stages(run)
+    # mixtures/12t.yaml: 4,096 tokens a sequence, 32,768 in the last phase.
+    for batch, length in ((0, 4096), (curriculum.batches - 1, 32768)):
+        token = sizing.flops_per_token_training(run.model, length)
+        assert sizing.batch_flops_per_token(run.model, curriculum, batch) == token.total
+    summed = sum(
+        sizing.batch_flops_per_token(run.model, curriculum, stage.first_batch)
+        * (stage.end_sample - stage.first_sample)
+        * curriculum.sample_tokens
+        for stage in curriculum.stages
+    )
+    assert summed == sizing.training_flops(run).total

@@ -1,6 +1,7 @@
 """Where the time of a step goes, tokens per second, and utilisation of the measured peak."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,20 +46,27 @@ class Throughput(Callback):
     between steps and have keys of their own. The update ends in a hook of the optimizer.
 
     Args:
-        flops_per_token: FLOPs of training on one token (:mod:`train.sizing`).
+        flops_per_token: FLOPs of training on one token of a batch (:mod:`train.sizing`), by the batch's
+            number from 0: attention's depend on the length of the phase's sequences.
         peak_flops: measured peak of one device in FLOP/s (:mod:`train.device`).
         devices: ranks of the run.
         on_gpu: whether the model runs on a GPU.
     """
 
-    def __init__(self, flops_per_token: float, peak_flops: float, devices: int, on_gpu: bool = False) -> None:
+    def __init__(
+        self,
+        flops_per_token: Callable[[int], float],
+        peak_flops: float,
+        devices: int,
+        on_gpu: bool = False,
+    ) -> None:
         self.flops_per_token = flops_per_token
         self.run_peak_flops = peak_flops * devices
         self.clock = StepClock(on_gpu)
         self._parts: dict[str, list[tuple[Any, Any]]] = {}
         self._begun: Any = None
         self._phase: Any = None
-        self._tokens_before = 0
+        self._tokens_before = self._batch = 0
         self._rest_begun: float | None = None
         self._evaluation_begun = 0.0
         self._evaluation_seconds = 0.0
@@ -72,7 +80,7 @@ class Throughput(Callback):
         """A step begins."""
         self._parts = {}
         self._begun = self._phase = self.clock.now()
-        self._tokens_before = state.timestamp.token.value
+        self._tokens_before, self._batch = state.timestamp.token.value, state.timestamp.batch.value
         if self._rest_begun is not None:
             rest = time.perf_counter() - self._rest_begun
             logger.log_metrics(
@@ -112,7 +120,8 @@ class Throughput(Callback):
         figures[metrics.TIME_OTHER] = max(0.0, step - sum(figures[part] for part in metrics.STEP_PARTS))
         tokens_per_second = (state.timestamp.token.value - self._tokens_before) / step
         figures[metrics.TOKENS_PER_SECOND] = tokens_per_second
-        figures[metrics.FLOP_UTILISATION] = tokens_per_second * self.flops_per_token / self.run_peak_flops
+        flops_per_second = tokens_per_second * self.flops_per_token(self._batch)
+        figures[metrics.FLOP_UTILISATION] = flops_per_second / self.run_peak_flops
         logger.log_metrics(figures)
         self._rest_begun = time.perf_counter()
 

@@ -1,5 +1,7 @@
 """The planner's bytes against real modules: states to the byte, activations and loss to 10%."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import _mesh_resources
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -25,7 +28,7 @@ from launch.plan.activations import (
     weight_copies,
 )
 from launch.plan.hardware import GPUS
-from launch.plan.memory import Memory, memory, states
+from launch.plan.memory import Memory, gathered_bytes, memory, states
 from train import parallel, sizing
 from train.init import initialize
 from train.model import Decoder
@@ -35,10 +38,25 @@ from train.schema import Ffn, Model, Moe, Norm, Optimizer, OptimizerKind, Parall
 from train.shrink import shrink
 
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
+RECIPES = sorted(path for path in YAMLS.glob("*.yaml") if path.stem != "ladder")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[Decoder]:
+    """The decoder as one rank of a world that is not there holds it."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        decoder = Decoder(cfg, device="meta")
+        parallel.build_sharded(decoder, parallel.build_mesh(layout, world, "cpu"), Precision.bf16, seed=0)
+        yield decoder
+    finally:
+        dist.destroy_process_group()
+        _mesh_resources.root_to_flatten_mapping.clear()
+        _mesh_resources.child_to_root_mapping.clear()
 
 
 def real_states(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
@@ -59,18 +77,50 @@ def real_states(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[i
 def test_states_of_shrunken_recipes_to_the_byte(stem: str, rank: int, kind: OptimizerKind) -> None:
     cfg = shrink(load_recipe(YAMLS / f"{stem}.yaml"), steps=2).model
     layout, world = Parallelism(replicate=2, expert=4 if cfg.moe else 1), 24
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        decoder = Decoder(cfg, device="meta")
-        parallel.build_sharded(decoder, parallel.build_mesh(layout, world, "cpu"), Precision.bf16, seed=0)
+    with sharded(cfg, layout, world, rank) as decoder:
         optimizer = build_optimizer(decoder, Optimizer(kind=kind, learning_rate=1e-3))
         real = real_states(decoder, optimizer)
-    finally:
-        dist.destroy_process_group()
-        _mesh_resources.root_to_flatten_mapping.clear()
-        _mesh_resources.child_to_root_mapping.clear()
     planned = states(cfg, layout, world, rank, kind)
     assert (planned.weights, planned.gradients, planned.optimizer) == real
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_states_of_every_recipe_to_the_byte(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full size, on the meta device: a step of the recipe's own optimizer makes every state."""
+    monkeypatch.setattr(parallel, "initialize", lambda *_: None)
+    monkeypatch.setattr(Decoder, "to_empty", lambda *_, **__: None)
+    recipe = load_recipe(path)
+    layout = recipe.parallelism
+    world = 8 * layout.replicate * layout.expert
+    with sharded(recipe.model, layout, world, rank=world - 1) as decoder:
+        optimizer = build_optimizer(decoder, recipe.optimizer)
+        for group in optimizer.param_groups:
+            group["fused"] = False  # the fused step refuses the meta device; its states are the same
+        real = real_states(decoder, optimizer)
+        assert all(local(p).is_meta for p in decoder.parameters())
+    planned = states(recipe.model, layout, world, world - 1, recipe.optimizer.kind)
+    assert (planned.weights, planned.gradients, planned.optimizer) == real
+
+
+@pytest.mark.parametrize("expert", [1, 4])
+@pytest.mark.parametrize("stem", ["dbrx", "dbrx-dense-a", "mpt-7b", "llama2-13b"])
+def test_gathered_weights_are_what_fsdp_allocates(stem: str, expert: int) -> None:
+    """Every unit is gathered for real (the fake group sends nothing, but the buffers are FSDP2's own)."""
+    cfg = shrink(load_recipe(YAMLS / f"{stem}.yaml"), steps=2).model
+    layout = Parallelism(replicate=2, expert=expert if cfg.moe else 1)
+    real: dict[str, int] = {}
+    with sharded(cfg, layout, 24, rank=5) as decoder:
+        for name, module in decoder.named_modules():
+            if not isinstance(module, FSDPModule):
+                continue
+            module.unshard()
+            group = module._get_fsdp_state()._fsdp_param_group
+            assert group is not None
+            gathered = [buffer for p in group.fsdp_params for buffer in p.all_gather_outputs]
+            # Before resharding, which resizes them to nothing.
+            real[name] = sum(buffer.untyped_storage().nbytes() for buffer in gathered)
+            module.reshard()
+    assert real == gathered_bytes(cfg, layout, 24, compute_bytes=2)
 
 
 @dataclass(frozen=True)

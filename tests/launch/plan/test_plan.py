@@ -181,3 +181,58 @@ def test_a_lone_gpu_sends_nothing() -> None:
     found = make_plan(alone, 1, H100)
     assert found.seconds.links == 0
     assert found.fits
+
+
+PHASES = [
+    "data.phases[0].tokens=1000000000",
+    "data.phases[1].tokens=1000000000",
+    "data.phases[2].tokens=1000000000",
+    "data.phases[3].tokens=600000000",
+    "training.duration_tokens=3600000000",
+    "schedule.warmup_tokens=0",
+]
+
+
+def test_each_form_of_a_run_is_planned_as_a_run_of_its_own() -> None:
+    whole = recipe("dbrx", *PHASES)
+    plan_of_run = make_plan(whole, 3072, H100)
+    assert [plan.form.phases for plan in plan_of_run.forms] == [(0, 1, 2), (3,)]
+    for plan_of_form, length, batch, microbatch in zip(
+        plan_of_run.forms, (4096, 32768), (6144, 3072), (2, 1), strict=True
+    ):
+        training = replace(whole.training, global_batch_sequences=batch, microbatch_sequences=microbatch)
+        tokens = plan_of_form.form.tokens
+        alone = replace(
+            whole,
+            data=replace(whole.data, phases=[], domains={"web": 1.0}, sequence_tokens=length),
+            training=replace(training, duration_tokens=tokens),
+        )
+        expected = make_plan(alone, 3072, H100)
+        assert tokens == plan_of_form.form.batches * batch * length
+        for quantity in ("memory", "collectives", "microbatches", "parts", "step_seconds", "utilisation"):
+            assert getattr(plan_of_form, quantity) == getattr(expected, quantity), quantity
+    days = [plan.form.batches * plan.step_seconds / 86400 for plan in plan_of_run.forms]
+    assert plan_of_run.days == pytest.approx(sum(days))
+    assert plan_of_run.flops == sizing.training_flops(whole)
+    assert sum(plan.form.batches for plan in plan_of_run.forms) == sizing.batches(whole)
+
+
+def test_a_run_fits_only_if_its_longest_phase_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "plan.json"
+    # 65,536 tokens a sequence: the bulk of the run fits, the last phase does not.
+    arguments = ["model.max_sequence_tokens=65536", "data.phases[3].sequence_tokens=65536"]
+    command = [str(YAMLS / "dbrx.yaml"), *arguments, "--gpus", "3072", "--json", str(figures)]
+    assert plan.main(command) == plan.DOES_NOT_FIT_STATUS
+    told = json.loads(figures.read_text())
+    short, long = told["forms"]
+    assert short["memory_bytes"] < told["memory_bytes"]["limit"] < long["memory_bytes"]
+    assert told["memory_bytes"]["total"] == long["memory_bytes"]
+    assert told["days"] == pytest.approx(short["days"] + long["days"])
+    assert "with 65536 tokens a sequence" in capsys.readouterr().out
+
+
+def test_search_says_why_no_layout_is_possible() -> None:
+    with pytest.raises(RecipeError, match=r"data\.phases\[3\]\.global_batch_sequences"):
+        search(recipe("dbrx", "training.microbatch_sequences=1"), 6144, H100)

@@ -82,8 +82,10 @@ def test_gate_passes_the_same_cases_without_a_fault(
     ("stem", "options"),
     [
         ("smoke", ["--precision", "fp32", "--worlds", "4", "--inputs", "accumulated", "idle", "crowded"]),
-        ("smoke", ["--precision", "bf16", "--worlds", "4", "--inputs", "recomputed", "idle"]),
-        ("dbrx-moe-a", ["--worlds", "1", "2", "--inputs", "plain", "recomputed"]),
+        ("smoke", ["--precision", "bf16", "--worlds", "4", "--inputs", "recomputed"]),
+        ("dbrx-moe-a", ["--worlds", "2", "--inputs", "recomputed"]),
+        # Two phases: sequences grow after the first step.
+        ("dbrx", ["--precision", "fp32", "--worlds", "2", "--inputs", "accumulated"]),
         (
             "smoke",
             [
