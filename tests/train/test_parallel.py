@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from data.curriculum import Curriculum
 from launch.ranks import RankError, Ranks, run_ranks
 from train import sizing
 from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint
@@ -101,12 +102,16 @@ def test_ranks_find_damage_together_and_agree_on_the_checkpoint(tmp_path: Path) 
         assert len(complaints) == 1 and "__3_0.distcp" in complaints[0]
 
 
+STAGES = Curriculum((), 64)
+"""Of no matter to what decides when a checkpoint is due."""
+
+
 @pytest.mark.parametrize("late_rank", [0, 1])
 def test_the_main_ranks_clock_decides_for_all(late_rank: int, tmp_path: Path) -> None:
     from train.callbacks.checkpointing import Checkpointing
 
     def work(topology: Topology) -> tuple[bool, bool]:
-        callback = Checkpointing(tmp_path, Checkpoint(interval_minutes=1.0), topology, None)
+        callback = Checkpointing(tmp_path, Checkpoint(interval_minutes=1.0), topology, None, STAGES)
         callback.last_save -= 3600.0 if topology.rank == late_rank else 0.0
         return callback._ask_all()
 
@@ -118,7 +123,7 @@ def test_a_signal_to_one_rank_counts_for_all(told_rank: int, tmp_path: Path) -> 
     from train.callbacks.checkpointing import Checkpointing
 
     def work(topology: Topology) -> tuple[bool, bool]:
-        callback = Checkpointing(tmp_path, Checkpoint(), topology, None)
+        callback = Checkpointing(tmp_path, Checkpoint(), topology, None, STAGES)
         signal.signal(signal.SIGTERM, callback._terminate)
         if topology.rank == told_rank:
             os.kill(os.getpid(), signal.SIGTERM)
