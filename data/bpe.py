@@ -1,6 +1,7 @@
 """Trains a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) with Hugging Face ``tokenizers``."""
 
 import json
+import os
 from collections.abc import Iterator
 
 from data.hugging_face_form import from_letters
@@ -48,6 +49,9 @@ def train_bpe(cfg: Tokenizer, texts: Iterator[str]) -> TokenizerHandle:
         show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)
+    # Training used all cores. Processes that are forked from here on, for tasks and for loading, would each
+    # warn of that unless it is settled now that they tokenise on one core.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     vocabulary = json.loads(learner.to_str())["model"]["vocab"]
     ranks = {from_letters(letters): rank for letters, rank in vocabulary.items()}
     return TokenizerHandle(bpe_name(cfg), PATTERN, ranks, {EOS: len(ranks), PAD: len(ranks) + 1})

@@ -95,6 +95,11 @@ def to_yaml(recipe: Recipe) -> str:
 
     Keys that this recipe's choices leave unread are left out.
     """
+    return OmegaConf.to_yaml(OmegaConf.create(to_read_dict(recipe)))
+
+
+def to_read_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested plain values, without the keys that its choices leave unread."""
     tree = to_dict(recipe)
     for key, (condition, _) in _conditional_fields().items():
         if not _holds(recipe, condition):
@@ -102,7 +107,7 @@ def to_yaml(recipe: Recipe) -> str:
             branch = _dig(tree, parent)
             if branch is not None:
                 del branch[leaf]
-    return OmegaConf.to_yaml(OmegaConf.create(tree))
+    return tree
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-from train.recipe import RecipeError, load_recipe, to_dict, to_yaml
+from train.recipe import RecipeError, load_recipe, to_read_dict, to_yaml
 from train.schema import OnExisting, Recipe
 
 DATA_FILE = "data.json"
@@ -121,8 +121,9 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
     """Raises where the folder's recipe would train something else."""
-    before = _flat(to_dict(load_recipe(folder / RECIPE_FILE)))
-    now = _flat(to_dict(recipe))
+    # A key that is not read is not kept with the run either, so that it must not be compared.
+    before = _flat(to_read_dict(load_recipe(folder / RECIPE_FILE)))
+    now = _flat(to_read_dict(recipe))
     for key in sorted(before.keys() | now.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in (*FREE_TO_CHANGE, *EDITABLE))
         if not free and before.get(key) != now.get(key):

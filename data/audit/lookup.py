@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data.audit.records import RunBooks
+from data.explore.sample import samples_of
 from data.packing import PADDING
-from data.streams import ShardFolder
 from train.recipe import RecipeError
 
 
@@ -78,27 +78,13 @@ def steps_of_document(books: RunBooks, name: str) -> list[Sight]:
 
 def _sights(books: RunBooks, domain: str, ordinal: int, name: str, end: int) -> Iterator[Sight]:
     folder = books.shards[domain]
-    for number in _samples_of(folder, ordinal):
+    for number in samples_of(folder, ordinal):
         sample = folder[number]
         tokens = int(sample.lengths[sample.documents == ordinal].sum())
         for epoch, position in enumerate(books.plan.positions_of(domain, number, end)):
             step = books.step_at(position)
             if step is not None:
                 yield Sight(step, position, domain, number, epoch, name, tokens)
-
-
-def _samples_of(folder: ShardFolder, ordinal: int) -> Iterator[int]:
-    """The samples that hold a document: documents ascend through a split, so that halving finds the first."""
-    low, high = 0, len(folder)
-    while low < high:
-        middle = (low + high) // 2
-        if int(folder[middle].documents.max()) < ordinal:
-            low = middle + 1
-        else:
-            high = middle
-    while low < len(folder) and ordinal in folder[low].documents:
-        yield low
-        low += 1
 
 
 def _lines(books: RunBooks, domain: str) -> Iterator[dict[str, str]]:

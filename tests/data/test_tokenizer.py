@@ -1,4 +1,5 @@
 import hashlib
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,18 @@ def test_training_is_deterministic_and_fills_the_vocabulary(bpe: TokenizerHandle
     assert train_bpe(SMALL, iter(["abc abd"])).vocab_size < 270
     # All 256 bytes are there, so that any text can be written.
     assert all(bytes([byte]) in bpe.ranks for byte in range(256))
+
+
+def test_processes_forked_after_training_do_not_warn(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    train_bpe(SMALL, iter(texts()))
+    child = multiprocessing.get_context("fork").Process(target=int)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert "parallelism" not in capfd.readouterr().err
 
 
 def test_fingerprint_tells_tokenizers_apart(bpe: TokenizerHandle, cl100k: TokenizerHandle):

@@ -7,7 +7,7 @@ import pytest
 
 from train.recipe import RecipeError, load_recipe
 from train.run_folder import SUMMARY_FILE, claim_run_folder, require_same_data
-from train.schema import OnExisting, Recipe
+from train.schema import Data, OnExisting, Recipe
 
 SMOKE = Path(__file__).resolve().parents[2] / "yamls/smoke.yaml"
 
@@ -31,6 +31,17 @@ def test_another_recipe_is_refused_by_the_key_that_differs(tmp_path: Path) -> No
         claim_run_folder(_recipe(tmp_path, "optimizer.learning_rate=0.5"))
     assert (folder / "recipe.yaml").read_text() == before
     claim_run_folder(_recipe(tmp_path, "data.workers=0", "checkpoint.keep_last=5"))
+
+
+def test_a_key_that_is_not_read_refuses_no_resume(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    assert recipe.data.corpus_bytes != Data().corpus_bytes
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, corpus=None))
+    folder = claim_run_folder(recipe).folder
+    assert claim_run_folder(recipe).folder == folder
+    other = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, corpus="installed"))
+    with pytest.raises(RecipeError, match=r"data\.corpus: is installed, but .* begun with None"):
+        claim_run_folder(other)
 
 
 def test_new_leaves_complete_runs_and_resumes_an_unfinished_one(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ class Step:
         self.forward().backward()
         for parameter in self.decoder.parameters():
             parameter.grad = None
-        gc.collect()  # tensors of earlier tests that only the collector frees would count as freed by the step
+        gc.collect()  # Tensors that only the collector frees would count as freed by the step.
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             self.forward().backward()
         events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,0 +1,111 @@
+"""Looks into shards: draws documents, measures them, lays them out as a map. Read `explore` first."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data.explore.clusters import DocumentMap, map_documents
+from data.explore.measure import DomainMeasures, Measures, measure_documents, measure_domains
+from data.explore.sample import Document, Shards, draw_documents, draw_lines
+from data.manifest import REJECTED_FILE
+from train.recipe import RecipeError
+
+DOCUMENTS = 1500
+"""Drawn where nobody says how many: a page of some 2 MB."""
+SEED = 0
+SHOWN_COPIES = 12
+"""Removed copies that are shown for each domain."""
+COPIES = ("exact duplicate", "near duplicate")
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What was found in shards."""
+
+    shards: Shards
+    documents: list[Document]
+    measures: Measures
+    domains: dict[str, DomainMeasures]
+    map: DocumentMap
+    removed_copies: dict[str, list[dict[str, str]]]
+    """Of each domain, some of the documents that preparation removed, with the one that stayed."""
+
+    def to_json(self) -> str:
+        """Figures of the domains and clusters, without the documents."""
+        tree = {
+            "shards": str(self.shards.root),
+            "digest": self.shards.manifest.digest,
+            "domains": {
+                name: {
+                    "splits": {side: asdict(split) for side, split in record.splits.items()},
+                    "left_out": record.rejected,
+                    "sampled": asdict(self.domains[name]) if name in self.domains else None,
+                }
+                for name, record in self.shards.domains.items()
+            },
+            "clusters": self.map.labels,
+        }
+        return json.dumps(tree, indent=1) + "\n"
+
+
+def explore(place: Path, count: int = DOCUMENTS, progress: bool = False) -> Exploration:
+    """Explores a folder of shards.
+
+    Args:
+        place: the folder of a mixture's shards, of one of its domains, or of a run.
+        count: documents to draw, as many from each domain.
+        progress: show a bar.
+
+    Raises:
+        RecipeError: if there are no shards, or one that is needed is missing or altered.
+    """
+    shards = Shards.open(place)
+    if count < len(shards.domains):
+        remedy = f"give {len(shards.domains)} or more, one for each domain"
+        raise RecipeError(f"is {count}", key="--sample", remedy=remedy)
+    tokenizer = shards.open_tokenizer()
+    share = count // len(shards.domains)
+    documents: list[Document] = []
+    for domain in tqdm(shards.domains, "drawing documents", disable=not progress, unit="domain"):
+        documents += draw_documents(shards, domain, share, SEED)
+    if not documents:
+        raise RecipeError(f"{shards.root} holds no documents", remedy="give another folder")
+    measures = measure_documents(documents, tokenizer)
+    return Exploration(
+        shards,
+        documents,
+        measures,
+        measure_domains(documents, measures, tokenizer),
+        map_documents(measures.texts, SEED),
+        {domain: _removed_copies(shards, domain) for domain in shards.domains},
+    )
+
+
+def describe(found: Exploration) -> str:
+    """The domains as a table for a terminal."""
+    rows = [
+        f"{len(found.documents):,} documents drawn",
+        f"{'domain':20}{'of':>12}{'median length':>15}{'copies':>8}{'seen once':>11}  languages",
+    ]
+    for name, domain in found.domains.items():
+        languages: list[Any] = list(domain.languages.items())[:4]
+        rows.append(
+            f"{name:20}{found.shards.documents(name):>12,}{domain.length_percentiles['50']:>15,}"
+            f"{domain.exact_copies + domain.near_copies:>8,}{domain.tokens_seen_once:>11,}  "
+            + ", ".join(f"{language} {count / domain.documents:.0%}" for language, count in languages)
+        )
+    return "\n".join(rows)
+
+
+def _removed_copies(shards: Shards, domain: str) -> list[dict[str, str]]:
+    record = shards.domains[domain]
+    if not any(record.rejected.get(reason) for reason in COPIES):
+        return []
+    # What is no copy is drawn too, and dropped: the list is read once, whatever its length.
+    every = sum(record.rejected.values())
+    share = sum(record.rejected.get(reason, 0) for reason in COPIES) / every
+    lines = draw_lines(shards.file(domain, REJECTED_FILE), int(4 * SHOWN_COPIES / share), SEED)
+    return [line for line in lines if line["reason"] in COPIES][:SHOWN_COPIES]

@@ -1,0 +1,127 @@
+"use strict";
+// Draws the map and the list of documents. What is asked for stands in the address after `#`, so that a view
+// can be bookmarked and sent.
+const data = JSON.parse(document.getElementById("data").textContent);
+const controls = Object.fromEntries(
+  ["q", "domain", "cluster", "language", "order", "colour"].map((id) => [id, document.getElementById(id)]));
+const map = document.getElementById("map"), list = document.getElementById("list");
+const PAGE_ROWS = 20, SVG = "http://www.w3.org/2000/svg", WIDTH = 900, HEIGHT = 540, MARGIN = 16;
+const haystack = data.documents.map((it) => (it.name + "\n" + it.text).toLowerCase());
+const orders = {
+  drawn: () => 0,
+  rarest: (a, b) => data.documents[b].surprisal - data.documents[a].surprisal,
+  plainest: (a, b) => data.documents[a].surprisal - data.documents[b].surprisal,
+  longest: (a, b) => data.documents[b].tokens - data.documents[a].tokens,
+  shortest: (a, b) => data.documents[a].tokens - data.documents[b].tokens,
+};
+let shown = PAGE_ROWS, chosen = -1;
+
+function element(tag, text, parent, name) {
+  const made = document.createElement(tag);
+  if (text) made.textContent = text;
+  if (name) made.className = name;
+  if (parent) parent.append(made);
+  return made;
+}
+
+function colour(kind, value) {
+  const at = data.values[kind].indexOf(value);
+  return at < 0 ? "currentColor" : `hsl(${(at * 137.5 + 215) % 360} 65% ${at % 2 ? 62 : 50}%)`;
+}
+
+function place(it) {
+  return [MARGIN + it.x * (WIDTH - 2 * MARGIN), MARGIN + it.y * (HEIGHT - 2 * MARGIN)];
+}
+
+// As much of the text as matters, with what was searched for marked; only ever text, never markup.
+function marked(text, words, parent) {
+  const lower = text.toLowerCase();
+  for (let at = 0; at < text.length;) {
+    let next = text.length, size = 0;
+    for (const word of words) {
+      const found = lower.indexOf(word, at);
+      if (found >= 0 && found < next) [next, size] = [found, word.length];
+    }
+    parent.append(text.slice(at, next));
+    if (size) element("mark", text.slice(next, next + size), parent);
+    at = next + size;
+  }
+}
+
+function row(number, words) {
+  const it = data.documents[number], made = element("article", "", list);
+  const head = element("header", "", made);
+  element("i", "", head).style.background = colour(controls.colour.value, it[controls.colour.value]);
+  marked(it.name, words, element("b", "", head));
+  const copy = it.copy_of === null ? "" : `, copy of ${data.documents[it.copy_of].name}`;
+  element("span", ` ${it.domain}/${it.split} · ${it.tokens.toLocaleString()} tokens · ${it.language} · ` +
+    `${it.surprisal.toFixed(2)} nats per token · ${it.cluster}${copy}`, head);
+  marked(it.text + (it.is_cut ? " …" : ""), words, element("pre", "", made));
+}
+
+function draw() {
+  const words = controls.q.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const wanted = ["domain", "cluster", "language"].filter((key) => controls[key].value);
+  const matches = data.documents.map((it, n) =>
+    wanted.every((key) => it[key] === controls[key].value) && words.every((word) => haystack[n].includes(word)));
+  const kind = controls.colour.value;
+  [...map.querySelectorAll("circle")].forEach((dot, n) => {
+    dot.setAttribute("fill", colour(kind, data.documents[n][kind]));
+    dot.setAttribute("class", (matches[n] ? "" : "off") + (n === chosen ? " chosen" : ""));
+  });
+  const key = document.getElementById("key");
+  key.replaceChildren();
+  for (const value of data.values[kind]) {
+    const entry = element("button", "", key);
+    element("i", "", entry).style.background = colour(kind, value);
+    entry.append(`${value} ${data.documents.filter((it) => it[kind] === value).length}`);
+    entry.onclick = () => {
+      controls[kind].value = controls[kind].value === value ? "" : value;
+      changed();
+    };
+  }
+  const numbers = [...data.documents.keys()].filter((n) => matches[n] && n !== chosen).sort(orders[controls.order.value]);
+  document.getElementById("count").textContent =
+    `${numbers.length + (chosen >= 0 && matches[chosen] ? 1 : 0)} of ${data.documents.length} documents`;
+  list.replaceChildren();
+  if (chosen >= 0) row(chosen, words);
+  numbers.slice(0, shown).forEach((number) => row(number, words));
+  document.getElementById("more").hidden = numbers.length <= shown;
+}
+
+function changed() {
+  shown = PAGE_ROWS;
+  const set = Object.entries(controls).filter(([id, it]) => it.value && it.value !== it.dataset.usual);
+  history.replaceState(null, "", "#" + new URLSearchParams(set.map(([id, it]) => [id, it.value])));
+  draw();
+}
+
+function read() {
+  const asked = new URLSearchParams(location.hash.slice(1));
+  for (const [id, it] of Object.entries(controls)) it.value = asked.get(id) ?? it.dataset.usual ?? "";
+  draw();
+}
+
+for (const kind of ["domain", "cluster", "language"])
+  for (const value of data.values[kind]) element("option", value, controls[kind]).value = value;
+data.documents.forEach((it, n) => {
+  const dot = document.createElementNS(SVG, "circle"), [x, y] = place(it);
+  for (const [key, value] of Object.entries({ cx: x.toFixed(1), cy: y.toFixed(1), r: 3.4 })) dot.setAttribute(key, value);
+  dot.append(document.createElementNS(SVG, "title"));
+  dot.firstChild.textContent = `${it.name}\n${it.cluster}\n${it.text.slice(0, 160)}`;
+  dot.onclick = () => { chosen = chosen === n ? -1 : n; draw(); };
+  map.append(dot);
+});
+for (const it of data.labels) {
+  const label = document.createElementNS(SVG, "text"), [x, y] = place(it);
+  label.setAttribute("x", x.toFixed(1));
+  label.setAttribute("y", y.toFixed(1));
+  // Near an edge a label grows inwards.
+  label.style.textAnchor = it.x < 0.15 ? "start" : it.x > 0.85 ? "end" : "middle";
+  label.textContent = it.label;
+  map.append(label);
+}
+for (const it of Object.values(controls)) it.oninput = changed;
+document.getElementById("more").onclick = () => { shown += PAGE_ROWS; draw(); };
+window.onhashchange = read;
+read();

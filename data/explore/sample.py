@@ -1,0 +1,168 @@
+"""Documents of a folder of shards, drawn at random from each domain, with their tokens."""
+
+import itertools
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.manifest import (
+    DOCUMENTS_FILE,
+    MANIFEST_FILE,
+    REJECTED_FILE,
+    DomainRecord,
+    Manifest,
+    read_manifest,
+)
+from data.packing import PADDING
+from data.shard_cache import ShardCache, fetch_indices, open_cache
+from data.split import SPLITS
+from data.streams import ShardFolder
+from data.tokenizer import TokenizerHandle, open_tokenizer
+from train.recipe import RecipeError, load_recipe
+from train.run_folder import RECIPE_FILE
+from train.schema import Tokenizer, TokenizerKind
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document of the shards."""
+
+    domain: str
+    name: str
+    split: str
+    tokens: NDArray[np.int32]
+    """Its token ids, without the one that ends it."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A folder of shards, or one domain of it, opened for reading."""
+
+    root: Path
+    manifest: Manifest
+    domains: dict[str, DomainRecord]
+    """Those that were asked for."""
+    cache: ShardCache | None = None
+    """Where files come from that are not there; None: they all are."""
+
+    @classmethod
+    def open(cls, place: Path) -> "Shards":
+        """Opens the shards of a mixture, of one of its domains, or of a run.
+
+        Args:
+            place: folder with ``manifest.json``, a domain's folder within such a one, or ``runs/NAME``.
+
+        Raises:
+            RecipeError: if it is none of these.
+        """
+        place = place.resolve()
+        if (place / RECIPE_FILE).is_file():
+            recipe = load_recipe(place / RECIPE_FILE)
+            fetch_indices(recipe)
+            root = Path(recipe.data.shards)
+            manifest = read_manifest(root)
+            return cls(root, manifest, manifest.domains, open_cache(recipe))
+        if not (place / MANIFEST_FILE).is_file() and (place.parent / MANIFEST_FILE).is_file():
+            manifest = read_manifest(place.parent)
+            if place.name in manifest.domains:
+                return cls(place.parent, manifest, {place.name: manifest.domains[place.name]})
+        manifest = read_manifest(place)
+        return cls(place, manifest, manifest.domains)
+
+    def open_tokenizer(self) -> TokenizerHandle:
+        """The tokenizer that made the shards."""
+        made_by = self.manifest.tokenizer
+        if made_by.name == TokenizerKind.cl100k_base.value:
+            return open_tokenizer(Tokenizer(TokenizerKind.cl100k_base), self.root)
+        size = int(made_by.name.rpartition("-")[2])
+        return open_tokenizer(Tokenizer(TokenizerKind.bpe, size), self.root)
+
+    def file(self, domain: str, name: str) -> Path:
+        """A list of a domain, fetched where it lies in a store."""
+        path, record = self.root / domain / name, self.domains[domain]
+        if self.cache is not None:
+            hashes = {DOCUMENTS_FILE: record.documents_sha256, REJECTED_FILE: record.rejected_sha256}
+            self.cache.require(path, hashes[name])
+        return path
+
+    def documents(self, domain: str) -> int:
+        """Documents of a domain, both splits."""
+        return sum(split.documents for split in self.domains[domain].splits.values())
+
+
+def draw_documents(shards: Shards, domain: str, count: int, seed: int) -> list[Document]:
+    """Documents of a domain at random, each as likely as any other; all of them if there are no more.
+
+    Only the list of documents is read whole. A document is found in the shards by halving.
+
+    Args:
+        shards: where from.
+        domain: its name.
+        count: how many.
+        seed: the same one draws the same documents.
+
+    Raises:
+        RecipeError: if a shard is missing or altered.
+    """
+    total = shards.documents(domain)
+    rng = np.random.default_rng([seed, zlib.crc32(domain.encode())])
+    wanted = np.sort(rng.choice(total, min(count, total), replace=False))
+    folders = {side: ShardFolder(shards.root / domain / side, shards.cache) for side in SPLITS}
+    drawn = []
+    for ordinal, line in _lines_at(shards.file(domain, DOCUMENTS_FILE), wanted.tolist()):
+        split = line.get("split", "train")
+        tokens = tokens_of(folders[split], ordinal)
+        if tokens.size:
+            drawn.append(Document(domain, line["name"], split, tokens[:-1]))
+    return drawn
+
+
+def draw_lines(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """Lines of a JSONL file at random, in their order, in one pass (reservoir sampling, Vitter 1985)."""
+    rng = np.random.default_rng(seed)
+    kept: list[tuple[int, str]] = []
+    with path.open() as file:
+        for number, line in enumerate(file):
+            if number < count:
+                kept.append((number, line))
+            elif (place := int(rng.integers(number + 1))) < count:
+                kept[place] = number, line
+    return [json.loads(line) for _, line in sorted(kept)]
+
+
+def samples_of(folder: ShardFolder, ordinal: int) -> list[int]:
+    """The samples that hold a document: documents ascend through a split, so that halving finds the first."""
+    low, high = 0, len(folder)
+    while low < high:
+        middle = (low + high) // 2
+        if int(folder[middle].documents.max()) < ordinal:
+            low = middle + 1
+        else:
+            high = middle
+    holds = itertools.takewhile(lambda n: ordinal in folder[n].documents, range(low, len(folder)))
+    return list(holds)
+
+
+def tokens_of(folder: ShardFolder, ordinal: int) -> NDArray[np.int32]:
+    """Token ids of a document, its end included; none if the folder lacks it."""
+    pieces = [np.empty(0, np.int32)]
+    for number in samples_of(folder, ordinal):
+        sample = folder[number]
+        owner = np.repeat(sample.documents, sample.lengths)
+        pieces.append(sample.tokens[(owner == ordinal) & (owner != PADDING)])
+    return np.concatenate(pieces)
+
+
+def _lines_at(path: Path, numbers: list[int]) -> list[tuple[int, dict[str, Any]]]:
+    wanted = set(numbers)
+    with path.open() as file:
+        found = [(n, json.loads(line)) for n, line in enumerate(file) if n in wanted]
+    if len(found) != len(wanted):
+        remedy = "`python -m data.write_shards RECIPE --rebuild` makes the shards anew"
+        raise RecipeError(f"{path} has fewer lines than the manifest has documents", remedy=remedy)
+    return found

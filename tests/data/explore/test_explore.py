@@ -1,0 +1,190 @@
+"""What exploration finds in shards whose content is known, and its page in a browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.audit.__main__ import main
+from data.explore.exploration import Exploration, explore
+from data.explore.measure import typical_ids
+from data.explore.page import write_page
+from data.explore.sample import Shards, draw_documents, draw_lines
+from data.write_shards import build_shards
+from train.preparation_schema import Source, SourceKind
+from train.recipe import RecipeError
+from train.schema import Recipe
+
+TOPICS = {
+    "sea": "ship sail harbour wave captain storm anchor island tide sailor",
+    "kitchen": "bread oven butter flour spoon kettle pepper onion recipe salt",
+    "garden": "rose hedge spade tulip seed lawn gardener apple tree soil",
+}
+ENGLISH = "the of and to in that is was for with"
+GERMAN = "der die und das nicht mit ist von sich auf"
+TEXTS_PER_TOPIC = 12
+
+
+def tale(topic: str, number: int, small_words: str = ENGLISH) -> str:
+    rng = np.random.default_rng([number, len(topic)])
+    words = rng.choice(TOPICS[topic].split(), 40), rng.choice(small_words.split(), 40)
+    return " ".join(f"{small} {word}" for word, small in zip(*words, strict=True)) + f" {number}.\n"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, make_recipe: Callable[..., Recipe]) -> Recipe:
+    """Two domains of three topics: one English with copies, one that is German in part."""
+    folder = tmp_path_factory.mktemp("explore")
+    code = [tale(topic, n) for topic in TOPICS for n in range(TEXTS_PER_TOPIC)]
+    code += [code[0], code[1] + " Truly so.", "zq%! " * 30 + "</script><b>bold</b>\n"]
+    prose = [tale(topic, 100 + n, GERMAN if n % 3 == 0 else ENGLISH) for topic in TOPICS for n in range(12)]
+    facts = {"dataset": "tales", "version": "1", "origin": "https://example.org", "licence": "CC0-1.0"}
+    sources = []
+    for domain, texts in (("code", code), ("prose", prose)):
+        path = folder / f"{domain}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        sources.append(Source(domain, SourceKind.jsonl, str(path), **facts))  # type: ignore[arg-type]
+    made = make_recipe(folder / "shards", sources=sources)
+    build_shards(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(recipe: Recipe) -> Exploration:
+    return explore(Path(recipe.data.shards))
+
+
+def test_documents_are_those_of_the_sources(recipe: Recipe, found: Exploration) -> None:
+    given = set()
+    for source in recipe.data.sources:
+        given |= {json.loads(line)["text"] for line in Path(source.path).read_text().splitlines()}
+    assert len(found.documents) == 36 + 1 + 36
+    assert {text.strip() for text in found.measures.texts} <= {text.strip() for text in given}
+    assert len(set(found.measures.texts)) == len(found.documents)
+    assert {document.split for document in found.documents} == {"train", "validation"}
+
+
+def test_fewer_documents_are_drawn_at_random_from_a_seed(recipe: Recipe, found: Exploration) -> None:
+    shards = Shards.open(Path(recipe.data.shards))
+    whole = {it.name: it.tokens.tolist() for it in found.documents}
+    drawn = draw_documents(shards, "prose", 9, seed=1)
+    assert len(drawn) == 9 and all(whole[it.name] == it.tokens.tolist() for it in drawn)
+    assert [it.name for it in drawn] == [it.name for it in draw_documents(shards, "prose", 9, seed=1)]
+    assert [it.name for it in drawn] != [it.name for it in draw_documents(shards, "prose", 9, seed=2)]
+    alone = Shards.open(Path(recipe.data.shards) / "prose")
+    assert list(alone.domains) == ["prose"] and len(draw_documents(alone, "prose", 10**6, 0)) == 36
+
+
+def test_languages_copies_and_rarity_are_found(found: Exploration) -> None:
+    assert found.domains["prose"].languages == {"en": 24, "de": 12}
+    removed = [(line["reason"], line["of"]) for line in found.removed_copies["code"]]
+    assert sorted(reason for reason, _ in removed) == ["exact duplicate", "near duplicate"]
+    assert found.removed_copies["prose"] == [] and found.domains["code"].near_copies == 0
+    rarest = int(np.argmax(found.measures.surprisal))
+    assert found.measures.texts[rarest].startswith("zq%!")
+    # Ids 1 and 3 are as frequent in both; 0 is here alone, 2 elsewhere alone.
+    assert typical_ids(np.array([50, 20, 0, 9]), np.array([0, 20, 50, 9])) == [0]
+
+
+def test_clusters_are_the_topics_and_the_page_is_the_same_again(
+    recipe: Recipe, found: Exploration, tmp_path: Path
+) -> None:
+    topics = [
+        next((t for t, words in TOPICS.items() if words.split()[0] in text), "")
+        for text in found.measures.texts
+    ]
+    for cluster in range(len(found.map.labels)):
+        inside = [topics[n] for n in np.flatnonzero(found.map.cluster == cluster) if topics[n]]
+        assert len(set(inside)) <= 1
+    words = set(" ".join(TOPICS.values()).split())
+    assert sum(bool(words & set(label.split())) for label in found.map.labels) >= len(TOPICS)
+    for name, exploration in (("one", found), ("two", explore(Path(recipe.data.shards)))):
+        write_page(exploration, tmp_path / name)
+    assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
+
+
+def test_lines_are_drawn_evenly(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(f'{{"n": {n}}}\n' for n in range(200)))
+    assert [line["n"] for line in draw_lines(path, 500, 0)] == list(range(200))
+    means = [np.mean([line["n"] for line in draw_lines(path, 50, seed)]) for seed in range(40)]
+    assert abs(np.mean(means) - 99.5) < 5
+
+
+def browser() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    pytest.skip("no Chromium here to open the page in")
+
+
+def opened(page: Path, view: str = "") -> tuple[str, str]:
+    """The page as the browser has it after its scripts, and what it complains of."""
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--virtual-time-budget=5000",
+    ]
+    options += ["--enable-logging=stderr", f"--user-data-dir={page.parent / 'profile'}", "--dump-dom"]
+    done = subprocess.run(
+        [browser(), *options, f"{page.as_uri()}{view}"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+def test_the_page_is_searched_in_a_browser(found: Exploration, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_page(found, page)
+    text = page.read_text()
+    assert not re.findall(r"""(?:src|href)=["']?(?!#|["'])|@import|url\((?!["']?#)""", text)
+    whole, complaints = opened(page)
+    assert complaints == ""
+    assert '<p id="count" role="status">73 of 73 documents</p>' in whole
+    assert whole.count("<circle") == 73 and "<b>bold</b>" not in whole
+    hits = sum("kettle" in text[:600].lower() for text in found.measures.texts)
+    searched, complaints = opened(page, "#q=kettle&colour=domain")
+    assert complaints == "" and 0 < hits < 73
+    assert f'<p id="count" role="status">{hits} of 73 documents</p>' in searched
+    assert searched.count('class="off"') == 73 - hits and "<mark>kettle</mark>" in searched
+    label = f"2: {found.map.labels[1]}"
+    inside = int((found.map.cluster == 1).sum())
+    filtered, _ = opened(page, f"#cluster={label.replace(' ', '+')}")
+    assert f"{inside} of 73 documents" in filtered and html.escape(label) in filtered
+
+
+def test_the_command_writes_the_page_and_says_what_is_wrong(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, page, figures = recipe.data.shards, tmp_path / "page.html", tmp_path / "figures.json"
+    assert main([shards, "--html", str(page), "--sample", "20", "--json", str(figures)]) == 0
+    assert "20 documents drawn" in capsys.readouterr().out and page.is_file()
+    tree = json.loads(figures.read_text())["domains"]["code"]
+    assert tree["sampled"]["documents"] == 10 and tree["left_out"]["exact duplicate"] == 1
+    for arguments, complaint in {
+        (shards, "--html", str(page), "--sample", "1"): "--sample: is 1; give 2 or more, one for each domain",
+        (shards, "--html", str(tmp_path / "none/page.html")): "--html: .*none/page.html can't be written",
+        (str(tmp_path), "--html"): "data.shards: no shards at ",
+        (shards,): "has no ledger.jsonl; give the folder of a run",
+    }.items():
+        assert main(list(arguments)) == 2
+        assert re.search(complaint, capsys.readouterr().err), complaint
+
+
+def test_too_few_documents_have_no_map(tmp_path: Path, built: Recipe) -> None:
+    with pytest.raises(RecipeError, match="no shards"):
+        explore(tmp_path)
+    few = explore(Path(built.data.shards), 6)
+    assert few.map.labels == ["all"] and len(few.documents) == 6
+    write_page(few, tmp_path / "few.html")
