@@ -86,7 +86,7 @@ def run_gate(
     from launch.ranks import RankError
     from launch.verify import report
     from launch.verify.case_run import Outcome, import_optimizers, make_reference, run_case
-    from launch.verify.cases import cases, find_case
+    from launch.verify.cases import cases, find_case, reference_of
     from launch.verify.faults import FAULTS
 
     import_optimizers()
@@ -101,16 +101,16 @@ def run_gate(
         todo = [find_case(recipe, fault.layout, fault.input, fault.precision)]
     print(report.header(), flush=True)
     outcomes: list[Outcome] = []
-    seen, seed = None, 0
+    seen: tuple[object, ...] = ()
+    seed = 0
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         file = Path(folder) / "reference.pt"
         for case in todo:
             begun = time.monotonic()
             outcome = Outcome(case)
             try:
-                reference = (case.precision, case.input, case.reference_microbatch, case.rows)
-                if reference != seen:
-                    seed, seen = make_reference(case, file), reference
+                if reference_of(case) != seen:
+                    seed, seen = make_reference(case, file), reference_of(case)
                 outcome.deviations = run_case(case, seed, file, *([fault.put_in] if fault else []))
             except RankError as error:
                 outcome.error = str(error)

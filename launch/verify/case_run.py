@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
 from torch import Tensor, nn
@@ -26,18 +25,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from data.curriculum import plan_stages
 from launch.ranks import run_ranks
 from launch.verify.bounds import BOUNDS, FLOOR, LEAST_CHANGE, LEAST_GAP
-from launch.verify.cases import Case, idle_experts, make_batches, own_rows, steer_router, with_microbatch
+from launch.verify.cases import Case, idle_experts, make_batches, own_rows, steer_router
+from launch.verify.reference import CountTogether, build_rounding_reference, reference_recipe
 from train import leaf_ops
 from train.checkpoint import Progress
 from train.composer_model import Batch, LanguageModel
-from train.interchange.initial_weights import freeze
 from train.metrics import GRADIENT_NORM
-from train.model import Decoder
 from train.moe import Router, Routing
-from train.optim import build_optimizer
-from train.parallel import build_mesh, build_sharded
 from train.run import Machine, build_model, update_callbacks
-from train.schema import Parallelism, Precision, Recipe
+from train.schema import Precision
 from train.topology import Topology
 from train.trainer import build_trainer
 
@@ -151,9 +147,9 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
     """A few steps of the real trainer on this rank's share of the case's batches."""
     recipe, rows = case.recipe, list(range(case.recipe.training.global_batch_sequences))
     if isinstance(watcher, _Writer):
-        recipe, rows = with_microbatch(recipe, case.reference_microbatch), list(case.rows)
+        recipe, rows = reference_recipe(case), list(case.rows)
     if isinstance(watcher, _Writer) and case.precision is Precision.bf16:
-        model, optimizer = _build_rounding_reference(recipe)
+        model, optimizer = build_rounding_reference(recipe)
     else:
         model, optimizer = build_model(recipe, Machine(topology, "cpu", case.precision))
     steer_router(model.decoder, recipe, case.input)
@@ -163,6 +159,8 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
         {key: value[mine] for key, value in batch.items()} for batch in make_batches(recipe, case.input, seed)
     ]
     curriculum = plan_stages(recipe)
+    is_split = isinstance(watcher, _Writer) and case.balance_microbatches > 1
+    together = [CountTogether(model, case.balance_microbatches)] if is_split else []
     trainer = build_trainer(
         recipe,
         model,
@@ -170,24 +168,13 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
         DataLoader(_Batches(batches), batch_size=None),
         {},
         # Gradients are seen before clipping and weights after the step.
-        [watcher, *update_callbacks(recipe, model, topology, curriculum)],
+        [watcher, *update_callbacks(recipe, model, topology, curriculum), *together],
         [watcher.figures],
         Progress(0, 0, 0, 0.0),
         curriculum,
     )
     trainer.fit()
     trainer.close()
-
-
-def _build_rounding_reference(recipe: Recipe) -> tuple[LanguageModel, torch.optim.Optimizer]:
-    """One process that rounds where FSDP2 does, and computes nothing twice."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    decoder = Decoder(recipe.model, device="meta", loss_chunk_tokens=recipe.training.loss_chunk_tokens)
-    build_sharded(decoder, build_mesh(Parallelism(), 1, "cpu"), Precision.bf16, recipe.seed)
-    freeze(decoder, recipe.training.frozen)
-    model = LanguageModel(decoder, recipe, Precision.bf16)
-    return model, build_optimizer(model, recipe.optimizer)
 
 
 class _Batches(IterableDataset[Batch]):

@@ -88,7 +88,9 @@ class Case:
     rows: tuple[int, ...]
     """Order in which the reference takes the global batch's sequences."""
     reference_microbatch: int
-    """Sequences of the reference's microbatches: those whose tokens the balance loss takes together."""
+    """Sequences of the reference's microbatches."""
+    balance_microbatches: int
+    """Of the reference's microbatches, how many in a row the balance loss takes together."""
     precision: Precision
     """fp32 or bf16."""
 
@@ -99,7 +101,7 @@ def layouts(recipe: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[Layout]
     found = []
     for world in worlds:
         for replicate in (1, 2):
-            for expert in (1, 2, 4):
+            for expert in range(1, world + 1):
                 if world % (replicate * expert) == 0 and experts % expert == 0:
                     found.append(Layout(replicate, world // (replicate * expert), expert))
     return found
@@ -126,7 +128,18 @@ def cases(
         if precision is Precision.bf16:
             worlds = tuple(world for world in worlds if world > 1)
         found = [make_case(small, layout, each, precision) for layout in layouts(recipe, worlds)]
-        yield from sorted(found, key=lambda case: (case.reference_microbatch, case.rows))
+        yield from sorted(found, key=reference_of)
+
+
+def reference_of(case: Case) -> tuple[object, ...]:
+    """What distinguishes the references of one recipe's and one input's cases."""
+    return (
+        case.precision.value,
+        case.input.name,
+        case.reference_microbatch,
+        case.balance_microbatches,
+        case.rows,
+    )
 
 
 def find_case(recipe: Recipe, layout: Layout, name: str, precision: Precision = Precision.fp32) -> Case:
@@ -162,12 +175,11 @@ def make_case(small: Recipe, layout: Layout, each: Input, precision: Precision) 
         ),
     )
     recipe = with_microbatch(recipe, microbatch)
-    rows, reference_microbatch = _grouping(recipe, layout, microbatch, share)
-    if precision is Precision.bf16 and reference_microbatch == SEQUENCES:
-        reference_microbatch = (
-            microbatch  # Gradients are rounded once a microbatch: as often as the layout does.
-        )
-    return Case(layout, each, recipe, rows, reference_microbatch, precision)
+    rows, together = _grouping(recipe, layout, microbatch, share)
+    if precision is Precision.bf16:
+        # Gradients are rounded once a microbatch: the reference must do so as often as the layout does.
+        return Case(layout, each, recipe, rows, microbatch, together // microbatch, precision)
+    return Case(layout, each, recipe, rows, together, 1, precision)
 
 
 def with_microbatch(recipe: Recipe, sequences: int) -> Recipe:
@@ -178,10 +190,10 @@ def with_microbatch(recipe: Recipe, sequences: int) -> Recipe:
 
 
 def _grouping(recipe: Recipe, layout: Layout, microbatch: int, share: int) -> tuple[tuple[int, ...], int]:
-    """The sequences that one balance loss takes together, as a single process must group them.
+    """An order of the sequences, and how many in a row one balance loss takes together.
 
     Only over the global batch is the balance loss the same for every layout; for a narrower scope the
-    reference gets microbatches that are exactly the scope's sequences.
+    reference takes together exactly the sequences that the layout's ranks and microbatches do.
     """
     in_order = tuple(range(SEQUENCES))
     moe = recipe.model.moe

@@ -53,14 +53,16 @@ class CountChoices(Callback):
         if not self.needs_first_pass:
             return
         assert isinstance(state.model, LanguageModel)
-        counts_LE = torch.stack([state.model.count_choices(part) for part in _microbatches(state)]).sum(dim=0)
+        counts_LE = torch.stack([state.model.count_choices(part) for part in microbatches_of(state)]).sum(
+            dim=0
+        )
         if self.scope is BalanceScope.global_batch and dist.is_initialized():
             dist.all_reduce(counts_LE)
         for layer, counts_E in zip(self.layers, counts_LE, strict=True):
             layer.reduce_counts = functools.partial(_given, counts_E)
 
 
-def _microbatches(state: State) -> list[dict[str, Tensor]]:
+def microbatches_of(state: State) -> list[dict[str, Tensor]]:
     """The batch in the parts that Composer is about to train on, on the device."""
     assert state.dataloader is not None and state.device_train_microbatch_size is not None
     size = int(state.device_train_microbatch_size)

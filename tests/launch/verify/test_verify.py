@@ -9,7 +9,7 @@ import pytest
 from launch.ranks import RankError
 from launch.verify.__main__ import main, with_global_scope
 from launch.verify.case_run import Outcome, import_optimizers, make_reference, run_case
-from launch.verify.cases import Case, find_case, layouts
+from launch.verify.cases import Case, Layout, find_case, layouts
 from launch.verify.faults import FAULTS
 from train.recipe import load_recipe
 from train.schema import Precision
@@ -100,6 +100,8 @@ def test_gate_passes_the_same_cases_without_a_fault(
                 "recomputed",
             ],
         ),
+        ("smoke", ["model.moe.balance_scope=rank", "--worlds", "2", "--inputs", "accumulated"]),
+        ("smoke", ["model.moe.balance_scope=expert_group", "--worlds", "2", "--inputs", "accumulated"]),
         ("smoke", ["model.moe.balance=bias", "--worlds", "2", "--inputs", "accumulated"]),
     ],
 )
@@ -140,6 +142,7 @@ def test_layouts_are_all_that_the_recipe_allows() -> None:
     found = {str(layout) for layout in layouts(recipe)}
     assert found >= {"(1,1,1)", "(1,2,1)", "(1,1,2)", "(2,1,1)", "(1,4,1)", "(1,2,2)", "(1,1,4)", "(2,1,2)"}
     assert len(found) == len(layouts(recipe)) == 9
+    assert Layout(1, 1, 8) in layouts(recipe, worlds=(8,)), "experts over all ranks there are"
     dense = load_recipe(YAMLS / "mpt-7b.yaml")
     assert all(layout.expert == 1 for layout in layouts(dense))
     for layout in layouts(recipe, worlds=(4,)):

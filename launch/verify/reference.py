@@ -1,0 +1,63 @@
+"""The one process that the parity gate holds every layout to: how it groups tokens and where it rounds."""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from composer.core import Callback, State
+from composer.loggers import Logger
+
+from launch.verify.cases import Case, with_microbatch
+from train.callbacks.balance import microbatches_of
+from train.composer_model import LanguageModel
+from train.interchange.initial_weights import freeze
+from train.model import Decoder
+from train.moe import MoE
+from train.optim import build_optimizer
+from train.parallel import build_mesh, build_sharded
+from train.schema import BalanceScope, Parallelism, Precision, Recipe
+
+
+def reference_recipe(case: Case) -> Recipe:
+    """The case's recipe on one process, whose microbatches are what its balance loss takes together.
+
+    Where those must be smaller, :class:`CountTogether` does it. So no scope's own code makes the reference.
+    """
+    recipe = with_microbatch(case.recipe, case.reference_microbatch)
+    if recipe.model.moe is None:
+        return recipe
+    moe = replace(recipe.model.moe, balance_scope=BalanceScope.microbatch)
+    return replace(recipe, model=replace(recipe.model, moe=moe))
+
+
+class CountTogether(Callback):
+    """The balance loss of the reference over so many of its microbatches at a time."""
+
+    def __init__(self, model: LanguageModel, microbatches: int) -> None:
+        self.layers = [module for module in model.decoder.modules() if isinstance(module, MoE)]
+        self.microbatches = microbatches
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Counts all microbatches, and gives each the sum of those that it is taken together with."""
+        if not self.layers:
+            return
+        for layer in self.layers:
+            layer.reduce_counts = None
+        assert isinstance(state.model, LanguageModel)
+        counts_NLE = torch.stack([state.model.count_choices(part) for part in microbatches_of(state)])
+        sums = [part.sum(dim=0) for part in counts_NLE.split(self.microbatches) for _ in part]
+        for layer, counts_NE in zip(self.layers, torch.stack(sums, dim=1), strict=True):
+            # Each microbatch goes forward once: the reference recomputes nothing where it rounds.
+            turns = iter(counts_NE)
+            layer.reduce_counts = lambda _, turns=turns: next(turns)
+
+
+def build_rounding_reference(recipe: Recipe) -> tuple[LanguageModel, torch.optim.Optimizer]:
+    """One process that rounds where FSDP2 does, and computes nothing twice."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    decoder = Decoder(recipe.model, device="meta", loss_chunk_tokens=recipe.training.loss_chunk_tokens)
+    build_sharded(decoder, build_mesh(Parallelism(), 1, "cpu"), Precision.bf16, recipe.seed)
+    freeze(decoder, recipe.training.frozen)
+    model = LanguageModel(decoder, recipe, Precision.bf16)
+    return model, build_optimizer(model, recipe.optimizer)
