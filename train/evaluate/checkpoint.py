@@ -192,9 +192,8 @@ def evaluate_bits(opened: Opened) -> dict[str, Any]:
         loss, tokens = 0.0, 0
         for batch in tqdm(loader, desc=domain, unit="batch", leave=False):
             documents = batch["document_ids"] if recipe.training.document_masking else None
-            outputs = opened.scorer.decoder(batch["input_ids"], documents, batch["targets"])
-            loss += float(outputs.loss_sum.double())
-            tokens += int(outputs.target_tokens)
+            of_batch, targets = opened.scorer.loss(batch["input_ids"], documents, batch["targets"])
+            loss, tokens = loss + of_batch, tokens + targets
         size = manifest.domains[domain].splits["validation"].bytes_per_token
         bits = metrics.in_bits_per_byte(loss / tokens, size)
         domains[domain] = {"loss": loss / tokens, "bits_per_byte": bits, "tokens": tokens}

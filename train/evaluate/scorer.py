@@ -46,6 +46,14 @@ class Scorer:
         return logits_BSV.float()
 
     @torch.no_grad()
+    def loss(self, ids_BS: Tensor, documents_BS: Tensor | None, targets_BS: Tensor) -> tuple[float, int]:
+        """Sum of the cross entropy over all targets, in nats, and their number."""
+        documents_BS = None if documents_BS is None else documents_BS.to(self.device)
+        with self._cast():
+            outputs = self.decoder(ids_BS.to(self.device), documents_BS, targets_BS.to(self.device))
+        return float(outputs.loss_sum.double()), int(outputs.target_tokens)
+
+    @torch.no_grad()
     def continue_greedily(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, is_done: Callable[[list[int]], bool]
     ) -> list[list[int]]:
