@@ -7,6 +7,7 @@ beside its place and renamed when whole; the same documents give the same bytes,
 """
 
 import argparse
+import dataclasses
 import fcntl
 import shutil
 import sys
@@ -21,6 +22,7 @@ from data.prepare.engines import Engine, Processes, open_engine
 from data.prepare.job import OUT
 from data.shard_cache import open_cache
 from data.tokenizer import usable_cores
+from data.upload import upload_shards
 from train.recipe import RecipeError, load_recipe
 from train.schema import Recipe
 
@@ -115,11 +117,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--engine", choices=("local", "spark"), default="local", help="who does the work")
     parser.add_argument("--workers", type=int, metavar="N", help="processes of this machine (default: cores)")
     parser.add_argument("--check", action="store_true", help="hash every byte of the shards; build nothing")
+    parser.add_argument(
+        "--upload",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="copy the shards to an object store then, the manifest last (default: data.remote)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the manifest there too")
     options = parser.parse_intermixed_args(arguments)
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         root = Path(recipe.data.shards)
+        address = "" if options.upload is None else options.upload or recipe.data.remote
+        if address is None:
+            remedy = "give one, or set data.remote"
+            raise RecipeError("no address to send the shards to", key="--upload", remedy=remedy)
+        if address:  # The folder is then where the shards are made, not a cache of the store.
+            here = dataclasses.replace(recipe.data, remote=None, cache_bytes=None)
+            recipe = dataclasses.replace(recipe, data=here)
         if options.check:
             manifest = check_shards(root, every_byte=True)
             require_match(manifest, recipe)
@@ -129,6 +145,8 @@ def main(arguments: list[str]) -> int:
                 engine = open_engine(options.engine, options.workers)
                 build_shards(recipe, rebuild=options.rebuild, engine=engine)
             manifest = ensure_shards(recipe)
+        if address:
+            upload_shards(root, address)
     except RecipeError as error:
         print(error.at(options.recipe), file=sys.stderr)
         return 2

@@ -154,9 +154,10 @@ def _run_rank(
             )
         result = work(topology)
         if topology.world_size > 1:
-            # No rank leaves while another may still need it.
+            # No rank leaves while another may still need it. The group is not destroyed, since the process
+            # ends right away: gloo's destructor waits, with Python's lock held, for threads that may need
+            # that lock to let go of the last collective's tensors; then neither moves (torch 2.7.0).
             dist.barrier()
-            dist.destroy_process_group()
     except SystemExit:
         raise
     except BaseException:  # A rank's failure, whatever it is, is the parent's to report.

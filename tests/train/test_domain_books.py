@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from data.digest import digest_sequences
+from launch.ranks import run_ranks
 from train.domain_books import DomainBooks, DomainEntry
+from train.topology import Topology
 
 # B sequences of a batch, S tokens per sequence.
 B, S = 12, 16
@@ -47,6 +49,21 @@ def test_microbatches_change_nothing(microbatch: int) -> None:
     for entry, other in zip(close(batch(), microbatch), whole_batch(), strict=True):
         assert entry.loss_sum == pytest.approx(other.loss_sum, rel=1e-12)
         assert dataclasses.replace(entry, loss_sum=0.0) == dataclasses.replace(other, loss_sum=0.0)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_change_nothing(world_size: int) -> None:
+    def work(topology: Topology) -> list[DomainEntry]:
+        mine = slice(topology.rank, None, topology.world_size)
+        books = DomainBooks(3, torch.device("cpu"))
+        books.clear()
+        books.add({key: value[mine] for key, value in batch().items()}, losses()[mine])
+        return books.close()
+
+    for entries in run_ranks(world_size, work):
+        for entry, other in zip(entries, whole_batch(), strict=True):
+            assert entry.loss_sum == pytest.approx(other.loss_sum, rel=1e-12)
+            assert dataclasses.replace(entry, loss_sum=0.0) == dataclasses.replace(other, loss_sum=0.0)
 
 
 def test_sums_are_those_of_the_batch() -> None:

@@ -1,4 +1,4 @@
-"""A run of three phases goes on exactly from anywhere, on one process and on two ranks."""
+"""A run of three phases goes on exactly from anywhere, on one process and several ranks, as do its books."""
 
 import os
 import signal
@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from data.audit.proof import prove
+from data.audit.records import RunBooks
 from launch.ranks import Ranks
 from train import metrics
 from train.exit_status import PREEMPTED_STATUS
@@ -45,8 +47,15 @@ def _trained(recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
-def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0) -> None:
-    """Trains in forked ranks; the last one gets a SIGTERM in the batch after which all are to end."""
+def _books(recipe: Recipe) -> list[dict[str, Any]]:
+    """The lines of a run's ledger, which its audit has nothing against."""
+    folder = Path(recipe.runs_dir) / recipe.name
+    assert prove(RunBooks(folder)).faults == []
+    return [{k: v for k, v in line.items() if k != "time"} for line in read_steps(folder / "ledger.jsonl")]
+
+
+def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0, by: signal.Signals = signal.SIGTERM) -> None:
+    """Trains in forked ranks; the last one gets a signal in the batch after which all are to end."""
     from train.callbacks.phases import Phases
     from train.run import run
 
@@ -58,7 +67,7 @@ def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0) -> None:
         def preempted(self: Phases, state: Any, logger: Any) -> None:
             begin(self, state, logger)
             if state.timestamp.batch.value + 1 == stop_after and topology.rank == ranks - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), by)
 
         Phases.batch_start = preempted  # type: ignore[method-assign]
         if status := run(recipe, topology):
@@ -67,7 +76,8 @@ def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0) -> None:
     log = Path(recipe.runs_dir) / f"{recipe.name}.log"
     with Ranks(ranks, work, log) as processes:
         codes = processes.exit_codes(240)
-    assert set(codes) == {PREEMPTED_STATUS if stop_after else 0}, log.read_text()[-2000:]
+    ending = 0 if not stop_after else PREEMPTED_STATUS if by is signal.SIGTERM else -by
+    assert set(codes) == {ending}, log.read_text()[-2000:]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +111,19 @@ def test_a_run_cut_off_at_a_boundary_and_inside_a_phase_goes_on_bit_for_bit(
     for stop_after in (4, 6, 0):
         _run(recipe, stop_after=stop_after)
     assert _trained(recipe) == _trained(whole)
+    assert _books(recipe) == _books(whole)
+
+
+def test_a_run_that_was_thrown_back_counts_no_step_twice(
+    tiny_recipe: TinyRecipe, shards: Path, whole: Recipe
+) -> None:
+    recipe = tiny_recipe(shards.parent, shards, "killed", *PHASES)
+    _run(recipe, stop_after=7, by=signal.SIGKILL)
+    # Two steps have no checkpoint yet: they are in the books, and will be trained again.
+    assert _books(recipe) == _books(whole)[:6]
+    assert RunBooks(Path(recipe.runs_dir) / recipe.name).progress["batch"] == 4
+    _run(recipe)
+    assert _books(recipe) == _books(whole)
 
 
 def test_the_same_on_two_ranks_with_experts_apart(
@@ -114,3 +137,12 @@ def test_the_same_on_two_ranks_with_experts_apart(
         for key, value in expected.items():
             if key.startswith("loss/"):
                 assert found[key] == pytest.approx(value, rel=1e-5), (found["step"], key)
+    assert _books(recipe) == _books(whole)
+
+
+def test_four_ranks_have_the_books_of_one(tiny_recipe: TinyRecipe, shards: Path, whole: Recipe) -> None:
+    recipe = tiny_recipe(
+        shards.parent, shards, "four", *PHASES, "parallelism.expert=2", "training.microbatch_sequences=2"
+    )
+    _run(recipe, ranks=4)
+    assert _books(recipe) == _books(whole)

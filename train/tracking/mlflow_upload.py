@@ -348,7 +348,7 @@ def _mlflow_input(dataset: DatasetInput) -> Any:
             name=dataset.name,
             # MLflow keeps 36 characters of a digest; all of them stand in the source.
             digest=dataset.digest[:DIGEST_CHARACTERS],
-            source_type="local" if "://" not in dataset.source else dataset.source.split("://", 1)[0],
+            source_type=urlsplit(dataset.source).scheme or "local",
             source=json.dumps({"uri": dataset.source, "sha256": dataset.digest}),
             profile=json.dumps({"num_tokens": dataset.tokens}),
         ),

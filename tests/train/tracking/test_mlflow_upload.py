@@ -16,7 +16,13 @@ from train.summary import DatasetInput
 from train.tracking.mlflow_upload import RunFacts, Upload, UploadError, public_uri
 
 DATASETS = [
-    DatasetInput("code/train", "ab" * 32, ".cache/shards/code", 1000),
+    DatasetInput(
+        "code/train",
+        "ab" * 32,
+        "dbfs:/Volumes/main/pretraining/shards/code",
+        1000,
+        facts={"dataset": "my-code", "version": "3", "licence": "various " * 99, "origin": ""},
+    ),
     DatasetInput("code/validation", "cd" * 32, ".cache/shards/code", 100, context="validation"),
 ]
 
@@ -89,6 +95,12 @@ def test_everything_arrives_once(run_dir: Path) -> None:
     assert inputs["code/train"].dataset.digest == "ab" * 18
     assert json.loads(inputs["code/train"].dataset.source)["sha256"] == "ab" * 32
     assert json.loads(inputs["code/train"].dataset.profile) == {"num_tokens": 1000}
+    assert inputs["code/train"].dataset.source_type == "dbfs"
+    tags = {tag.key: tag.value for tag in inputs["code/train"].tags}
+    licence = tags.pop("data.licence")
+    assert len(licence) == 500 and licence == ("various " * 99)[:500]
+    assert tags == {"mlflow.data.context": "training", "data.dataset": "my-code", "data.version": "3"}
+    assert inputs["code/validation"].dataset.source_type == "local"
     assert inputs["code/validation"].tags[0].value == "validation"
     assert [f.path for f in upload._client.list_artifacts(upload.state.run_id)] == ["report.html"]
     assert not (run_dir.parent / "mlruns").exists()

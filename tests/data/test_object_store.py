@@ -1,0 +1,172 @@
+"""Sources and shards in an object store: moto's S3, and a stand-in for Unity Catalog's files API."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.loader import build_train_loader
+from data.manifest import check_shards
+from data.shard_cache import ShardCache
+from data.tokenizer import open_tokenizer
+from data.upload import upload_shards
+from data.write_shards import build_shards, ensure_shards, main
+from tests.data.conftest import small_documents
+from train.preparation_schema import Source, SourceKind
+from train.recipe import RecipeError
+from train.schema import Recipe
+
+FACTS = {"dataset": "tales", "version": "1", "origin": "https://example.org", "licence": "CC0-1.0"}
+VOLUME = "/Volumes/main/pretraining/shards"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Any]:
+    """A client of an S3 server that Streaming finds too; it has the bucket `store`."""
+    pytest.importorskip("flask")
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("S3_ENDPOINT_URL", address)
+        client = boto3.client("s3", endpoint_url=address)
+        client.create_bucket(Bucket="store")
+        yield client
+    server.stop()
+
+
+def sources_of(folder: str) -> list[Source]:
+    return [
+        Source("code", SourceKind.jsonl, f"{folder}/code", **FACTS),  # type: ignore[arg-type]
+        Source("prose", SourceKind.jsonl, f"{folder}/prose-*.jsonl", **FACTS),  # type: ignore[arg-type]
+    ]
+
+
+def test_sources_in_a_store_give_the_shards_of_the_same_files_here(
+    s3: Any, tmp_path: Path, make_recipe: Callable[..., Recipe]
+) -> None:
+    texts: dict[str, list[str]] = {"code/a.jsonl": [], "code/deep/b.jsonl": [], "prose-1.jsonl": []}
+    for number, document in enumerate(small_documents()):
+        name = (
+            "prose-1.jsonl"
+            if document.domain == "prose"
+            else ("code/a.jsonl", "code/deep/b.jsonl")[number % 2]
+        )
+        texts[name].append(json.dumps({"text": document.text}) + "\n")
+    texts["prose-notes.txt"] = ["not asked for"]
+    for name, lines in texts.items():
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text("".join(lines))
+        s3.put_object(Bucket="store", Key=f"texts/{name}", Body="".join(lines).encode())
+    here = make_recipe(tmp_path / "here", sources=sources_of(str(tmp_path / "texts")))
+    there = make_recipe(tmp_path / "there", sources=sources_of("s3://store/texts"))
+    assert build_shards(there).digest == build_shards(here).digest
+    missing = make_recipe(tmp_path / "none", sources=sources_of("s3://store/nowhere"))
+    with pytest.raises(RecipeError, match=r"data\.sources\[0\]\.path: s3://store/nowhere/code has no file"):
+        build_shards(missing)
+
+
+def test_uploaded_shards_are_trained_on_as_those_here(
+    s3: Any, tmp_path: Path, built: Recipe, make_recipe: Callable[..., Recipe]
+) -> None:
+    root = Path(built.data.shards)
+    manifest = upload_shards(root, "s3://store/shards/")
+    objects = s3.list_objects_v2(Bucket="store", Prefix="shards/")["Contents"]
+    times = {it["Key"].removeprefix("shards/"): it["LastModified"] for it in objects}
+    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    assert times.keys() == files and times["manifest.json"] == max(times.values())
+    recipe = make_recipe(tmp_path / "cache", remote="s3://store/shards")
+    assert ensure_shards(recipe).digest == manifest.digest
+    tokenizer = open_tokenizer(built.tokenizer, root)
+    ours, theirs = (build_train_loader(it, tokenizer, rank=0, world_size=1) for it in (built, recipe))
+    for one, other, _ in zip(ours, theirs, range(20), strict=False):
+        assert one["input_ids"].tolist() == other["input_ids"].tolist()
+    assert upload_shards(root, "s3://store/shards").digest == manifest.digest  # Nothing is sent again.
+    check_shards(root)
+
+
+def test_other_shards_in_the_store_are_never_overwritten(
+    s3: Any, tmp_path: Path, built: Recipe, make_recipe: Callable[..., Recipe]
+) -> None:
+    root = Path(built.data.shards)
+    upload_shards(root, "s3://store/mine")
+    other = make_recipe(tmp_path / "other", sequence_tokens=64)
+    build_shards(other, documents=small_documents)
+    with pytest.raises(RecipeError, match="--upload: s3://store/mine holds other shards"):
+        upload_shards(Path(other.data.shards), "s3://store/mine")
+    with pytest.raises(RecipeError, match="--upload: s3://nowhere/x does not take the shards"):
+        upload_shards(root, "s3://nowhere/x")
+    # A path, for a store that is mounted.
+    upload_shards(root, str(tmp_path / "mounted/shards"))
+    assert check_shards(tmp_path / "mounted/shards").digest == check_shards(root).digest
+
+
+def test_the_command_uploads(
+    s3: Any, tmp_path: Path, built: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    smoke = Path(__file__).parents[2] / "yamls/smoke.yaml"
+    tokenizer = "tokenizer: { vocab_size: 300 }\nmodel: { vocab_size: 300 }\n"
+    data = f"data: {{ corpus: null, shards: {built.data.shards}, sequence_tokens: 32 }}\n"
+    recipe.write_text(f"extends: {smoke}\n{tokenizer}{data}")
+    assert main([str(recipe), "--upload"]) == 2
+    assert (
+        "--upload: no address to send the shards to; give one, or set data.remote" in capsys.readouterr().err
+    )
+    assert main([str(recipe), "data.remote=s3://store/by-command", "--upload"]) == 0
+    assert ShardCache(tmp_path / "c", "s3://store/by-command").fetch_manifest() == check_shards(
+        Path(built.data.shards)
+    )
+
+
+@pytest.fixture
+def volume(built: Recipe, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A server of Databricks' files API over the shards; what was asked for, in order."""
+    pytest.importorskip("databricks.sdk")
+    root, asked = Path(built.data.shards), list[str]()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            file = root / self.path.removeprefix(f"/api/2.0/fs/files{VOLUME}/")
+            is_there = self.path.startswith("/api/2.0/fs/files") and file.is_file()
+            body = file.read_bytes() if is_there else b'{"error_code": "NOT_FOUND", "message": "none"}'
+            self.send_response(200 if is_there else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "application/octet-stream" if is_there else "application/json")
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_HEAD = do_GET  # noqa: N815
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    monkeypatch.setenv("DATABRICKS_HOST", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("DATABRICKS_TOKEN", "secret")
+    yield asked
+    server.shutdown()
+
+
+def test_shards_in_a_volume_of_unity_catalog_are_read(
+    volume: list[str], tmp_path: Path, built: Recipe, make_recipe: Callable[..., Recipe]
+) -> None:
+    recipe = make_recipe(tmp_path / "cache", remote=f"dbfs:{VOLUME}")
+    assert ensure_shards(recipe).digest == check_shards(Path(built.data.shards)).digest
+    tokenizer = open_tokenizer(built.tokenizer, Path(built.data.shards))
+    ours, theirs = (build_train_loader(it, tokenizer, rank=0, world_size=1) for it in (built, recipe))
+    for one, other, _ in zip(ours, theirs, range(5), strict=False):
+        assert one["input_ids"].tolist() == other["input_ids"].tolist()
+    assert any(path.endswith("shard.00000.mds") for path in volume)
