@@ -1,9 +1,9 @@
 """A drill: `python -m launch.drill yamls/smoke.yaml --faults 50`: what is done to a run changes nothing.
 
 The recipe's shrunken form trains on two forked ranks below the real supervisor, watchdog and guard. Faults
-are drawn at random and put in one by one, several per run; every run must end with the record, the weights,
-the optimizer and the random numbers of one that nothing disturbed, bit for bit, and every fault must have
-been called by its name.
+are drawn at random and put in one by one, several per run; every run must end with the losses, the ledger,
+the weights, the optimizer and the random numbers of one that nothing disturbed, bit for bit, and every fault
+must have been called by its name.
 """
 
 import argparse

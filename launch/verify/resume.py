@@ -6,6 +6,7 @@ preempted with SIGTERM.
 
 import functools
 import importlib
+import itertools
 import json
 import random
 import tempfile
@@ -29,9 +30,10 @@ from train import metrics
 from train.callbacks.checkpointing import PREEMPTED_STATUS
 from train.checkpoint import PARTIAL, STATE_FOLDER, load_checkpoint, newest_whole_checkpoint
 from train.run import Machine, build_model, run
-from train.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
+from train.run_folder import CHECKPOINTS_FOLDER, LEDGER_FILE, METRICS_FILE
 from train.schema import BalanceScope, Checkpoint, OnExisting, Parallelism, Precision, Recipe
 from train.shrink import shrink
+from train.step_log import read_steps
 from train.topology import Topology
 
 STEPS = 20
@@ -262,6 +264,12 @@ def differences(whole: Path, folder: Path, bound: float) -> Iterator[str]:
             if key in row and abs(row[key] - found[step][key]) > bound:
                 yield f"step {step}: {key} is {found[step][key]!r}, not {row[key]!r}"
                 return
+    for line, other in itertools.zip_longest(
+        read_steps(whole / LEDGER_FILE), read_steps(folder / LEDGER_FILE)
+    ):
+        if line != other:
+            yield f"the ledger has {other}, not {line}"
+            return
     states = []
     for each in (whole, folder):
         checkpoint, _ = newest_whole_checkpoint(each / CHECKPOINTS_FOLDER)
