@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from train.recipe import RecipeError
@@ -86,6 +87,16 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Skip:
+    """Positions that are left out: every batch that holds one of them is passed over, not trained."""
+
+    first_sample: int
+    end_sample: int
+    """Position after the last."""
+    reason: str
+
+
+@dataclass(frozen=True)
 class Curriculum:
     """All stages of a run, in order and without gaps."""
 
@@ -94,11 +105,45 @@ class Curriculum:
     """Tokens of a sample."""
     edits: tuple[Edit, ...] = ()
     """Every edit so far, in order; never shortened."""
+    skips: tuple[Skip, ...] = ()
+    """What is left out by declaration; numbers of batches, positions and the learning rate go on over it."""
 
     @property
     def batches(self) -> int:
-        """Optimizer steps of the run."""
-        return self.stages[-1].end_batch
+        """Number of the run's last step: what is left out counts, unless nothing is trained behind it."""
+        end = self.stages[-1].end_batch
+        return next((first for first, after in self.skipped if first < end <= after), end)
+
+    @cached_property
+    def skipped(self) -> tuple[tuple[int, int], ...]:
+        """The batches that are left out, as ascending ranges (first, after the last) that do not touch."""
+        found: list[tuple[int, int]] = []
+        for skip in sorted(self.skips, key=lambda skip: skip.first_sample):
+            first, after = self._batch_of(skip.first_sample), self._batch_of(skip.end_sample - 1) + 1
+            if found and first <= found[-1][1]:
+                found[-1] = found[-1][0], max(after, found[-1][1])
+            else:
+                found.append((first, after))
+        return tuple(found)
+
+    def skipped_before(self, batch: int) -> list[tuple[int, int]]:
+        """The ranges of :attr:`skipped` as far as they lie before a batch."""
+        return [(first, min(after, batch)) for first, after in self.skipped if first < batch]
+
+    def trained_from(self, batch: int) -> int:
+        """The first batch, from this one on, that is not left out."""
+        return next((after for first, after in self.skipped if first <= batch < after), batch)
+
+    def trained_before(self, batch: int) -> Iterator[int]:
+        """The batches before one that are not left out."""
+        at = 0
+        for first, after in [*self.skipped_before(batch), (batch, batch)]:
+            yield from range(at, first)
+            at = after
+
+    def samples_before(self, batch: int) -> int:
+        """The position at which a batch begins."""
+        return 0 if batch == 0 else self.tokens_after(batch - 1) // self.sample_tokens
 
     @property
     def samples(self) -> int:
@@ -121,10 +166,14 @@ class Curriculum:
 
     def batch_at(self, sample: int) -> int:
         """The batch that begins at a sample."""
+        batch = self._batch_of(sample)
+        assert self.samples_before(batch) == sample, (sample, batch)
+        return batch
+
+    def _batch_of(self, sample: int) -> int:
+        """The batch that holds a sample."""
         stage = next((stage for stage in self.stages if sample < stage.end_sample), self.stages[-1])
-        batch, within = divmod(sample - stage.first_sample, stage.batch_samples)
-        assert not within, (sample, stage)
-        return stage.first_batch + batch
+        return stage.first_batch + (sample - stage.first_sample) // stage.batch_samples
 
     def stretches(self) -> list[Stretch]:
         """The weights of all stages, ramps cut into pieces."""
@@ -177,7 +226,8 @@ def plan_stages(recipe: Recipe) -> Curriculum:
     Raises:
         RecipeError: for a phase that is over before its first batch.
     """
-    return Curriculum(tuple(_append(recipe, [], phases_from=0)), recipe.data.sequence_tokens)
+    skips = tuple(Skip(skip.first_position, skip.end_position, skip.reason) for skip in recipe.data.skips)
+    return Curriculum(tuple(_append(recipe, [], phases_from=0)), recipe.data.sequence_tokens, skips=skips)
 
 
 def continue_stages(past: Curriculum, recipe: Recipe, sample: int) -> Curriculum:
@@ -222,7 +272,7 @@ def continue_stages(past: Curriculum, recipe: Recipe, sample: int) -> Curriculum
         return past
     replaced = tuple(stage for stage in past.stages if stage.end_sample > sample)
     edit = Edit(past.batch_at(sample), sample, replaced)
-    return Curriculum(stages, past.sample_tokens, (*past.edits, edit))
+    return Curriculum(stages, past.sample_tokens, (*past.edits, edit), past.skips)
 
 
 def to_json(curriculum: Curriculum) -> dict[str, Any]:
@@ -236,7 +286,8 @@ def from_json(tree: Mapping[str, Any]) -> Curriculum:
         Edit(edit["batch"], edit["sample"], tuple(Stage(**stage) for stage in edit["replaced"]))
         for edit in tree["edits"]
     )
-    return Curriculum(tuple(Stage(**stage) for stage in tree["stages"]), tree["sample_tokens"], edits)
+    skips = tuple(Skip(**skip) for skip in tree.get("skips", []))
+    return Curriculum(tuple(Stage(**stage) for stage in tree["stages"]), tree["sample_tokens"], edits, skips)
 
 
 def _append(recipe: Recipe, stages: list[Stage], *, phases_from: int) -> list[Stage]:

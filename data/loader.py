@@ -49,7 +49,10 @@ PREFETCHED_BLOCKS = 2
 
 
 class TrainSequences(IterableDataset[Tensor | RecipeError]):
-    """One rank's batches from a position on, without end, as blocks of one or more batches."""
+    """One rank's batches from a position on, without end, as blocks of one or more batches.
+
+    Batches that the curriculum leaves out are passed over; nothing of them is read.
+    """
 
     def __init__(
         self,
@@ -72,7 +75,7 @@ class TrainSequences(IterableDataset[Tensor | RecipeError]):
             start: first position; a batch's beginning.
         """
         assert 0 <= rank < world_size
-        self.plan, self._folders, self._curriculum = plan, folders, curriculum
+        self.plan, self.folders, self._curriculum = plan, folders, curriculum
         self._rank, self._world_size, self._start = rank, world_size, start
 
     def __iter__(self) -> Iterator[Tensor | RecipeError]:
@@ -91,11 +94,13 @@ class TrainSequences(IterableDataset[Tensor | RecipeError]):
         """The run's batches in groups that are handed over together, each of one stage; without end."""
         batch = self._curriculum.batch_at(self._start)
         while True:
+            batch = self._curriculum.trained_from(batch)
             stage = self._curriculum.stage_of(batch)
             tokens = stage.batch_samples * self._curriculum.sample_tokens // self._world_size
             end = batch + min(BLOCK_BATCHES, max(1, BLOCK_TOKENS // tokens))
             if batch < stage.end_batch:
                 end = min(end, stage.end_batch)
+            end = next((first for first, _ in self._curriculum.skipped if batch < first < end), end)
             yield stage, range(batch, end)
             batch = end
 
@@ -107,7 +112,7 @@ class TrainSequences(IterableDataset[Tensor | RecipeError]):
         positions = (starts[:, None] + np.arange(mine * step)).ravel()
         picks = self.plan.pick(positions)
         samples = [
-            self._folders[domain][sample]
+            self.folders[domain][sample]
             for domain, sample in zip(picks.domain.tolist(), picks.sample.tolist(), strict=True)
         ]
         follows = np.zeros(positions.size, bool)

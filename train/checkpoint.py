@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,8 @@ MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
 STATE_FOLDER = "state"
 PARTIAL = ".partial"
+ASIDE = "rolled-back-"
+"""Beginning of the names of checkpoints that were trained on what is left out now."""
 BLOCK_BYTES = 1 << 22
 ALONE = Topology()
 
@@ -50,6 +53,8 @@ class Progress:
     """The stages of the run and the edits of them so far, see :func:`data.curriculum.to_json`."""
     recent: list[list[float]] = field(default_factory=list)
     """Loss and gradient norm of the last steps, which the guard compares the next with."""
+    counts: list[int] = field(default_factory=lambda: [0, 0])
+    """Of the guard, see :attr:`train.watch.guard.Guard.counts`."""
     consumed: dict[str, dict[str, int]] = field(default_factory=dict)
     """Samples and tokens of each domain so far, see :class:`train.callbacks.ledger.Ledger`."""
 
@@ -87,10 +92,17 @@ def restore_random_states(folder: Path, topology: Topology) -> bool:
     return True
 
 
-def newest_whole_checkpoint(root: Path, topology: Topology = ALONE) -> tuple[Path | None, list[str]]:
+def newest_whole_checkpoint(
+    root: Path, topology: Topology = ALONE, refuse: Callable[[Path], str] = lambda _: ""
+) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and one line for each newer one that is not.
 
     With a topology of several ranks all of them call it, and each reads its part of the files.
+
+    Args:
+        root: folder of the checkpoints.
+        topology: this rank.
+        refuse: why a whole one does not serve nevertheless; empty if it does. Alike on all ranks.
     """
     complaints: list[str] = []
     for folder in _agree([str(path) for path in sorted(root.glob("batch-*"), reverse=True)], topology)[0]:
@@ -101,7 +113,7 @@ def newest_whole_checkpoint(root: Path, topology: Topology = ALONE) -> tuple[Pat
             check_checkpoint(Path(folder), topology=topology)
         except CheckpointError as error:
             complaint = str(error)
-        found = next(filter(None, _agree(complaint, topology)), "")
+        found = next(filter(None, _agree(complaint, topology)), "") or refuse(Path(folder))
         if not found:
             return Path(folder), complaints
         complaints.append(f"{found}; an older checkpoint is used instead")
@@ -135,7 +147,8 @@ def check_checkpoint(folder: Path, *, content: bool = True, topology: Topology =
 
 
 def keep_newest(root: Path, count: int) -> None:
-    """Removes older checkpoints than the newest ``count``, and leftovers of saves that were cut off.
+    """Removes older checkpoints than the newest ``count``, leftovers of saves that were cut off, and what was
+    set aside and is no longer needed.
 
     What lacks a file or part of one does not count among the ``count``; so the only whole checkpoint is
     never removed. To be called after a save, whose checksums have just been taken from its files.
@@ -143,7 +156,12 @@ def keep_newest(root: Path, count: int) -> None:
     for leftover in root.glob(f"batch-*{PARTIAL}"):
         shutil.rmtree(leftover, ignore_errors=True)
     kept = 0
-    for manifest in sorted(root.glob(f"batch-*/{MANIFEST_FILE}"), reverse=True):
+    whole = sorted(root.glob(f"batch-*/{MANIFEST_FILE}"), reverse=True)
+    for aside in root.glob(f"{ASIDE}*"):
+        # The run has come as far again without what this one was trained on.
+        if whole and aside.name.removeprefix(ASIDE) <= whole[0].parent.name.removeprefix("batch-"):
+            shutil.rmtree(aside, ignore_errors=True)
+    for manifest in whole:
         if kept >= count:
             # Without its manifest it no longer counts, even if the removal is cut off here.
             manifest.unlink()
@@ -154,6 +172,17 @@ def keep_newest(root: Path, count: int) -> None:
         except CheckpointError:
             continue
         kept += 1
+
+
+def set_aside(folders: Sequence[Path]) -> None:
+    """Gives checkpoints that the run goes back before another name, under which none is looked for.
+
+    They are removed when the run has a checkpoint as far along (:func:`keep_newest`).
+    """
+    for folder in folders:
+        aside = folder.with_name(ASIDE + folder.name.removeprefix("batch-"))
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
 
 
 def random_states() -> dict[str, Any]:

@@ -3,10 +3,8 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from composer import Trainer
@@ -15,11 +13,10 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist, get_device
 from torch.optim import Optimizer
 
-from data.curriculum import Curriculum, continue_stages, domains_of, from_json, plan_stages
+from data.curriculum import Curriculum, domains_of
 from data.loader import TrainLoader, ValidationSequences, build_train_loader, build_validation_loaders
 from data.manifest import Manifest
 from data.shard_cache import fetch_indices
-from data.supply import require_supply
 from data.tokenizer import open_tokenizer
 from data.write_shards import ensure_shards
 from train import provenance, sizing
@@ -31,10 +28,11 @@ from train.callbacks.learning_rate import LearningRate
 from train.callbacks.ledger import Domain, Ledger
 from train.callbacks.phases import Phases
 from train.callbacks.run_tracker import RunTracker
+from train.callbacks.skips import PassOver
 from train.callbacks.suite_evaluation import SuiteEvaluation
 from train.callbacks.throughput import Throughput
-from train.callbacks.update import BeforeUpdate, NotFiniteError
-from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint, read_progress
+from train.callbacks.update import BeforeUpdate
+from train.checkpoint import Progress
 from train.composer_model import LanguageModel
 from train.device import describe_hardware, measured_peak_flops, supports_bf16
 from train.evaluate.scorer import Scorer
@@ -44,31 +42,30 @@ from train.exit_status import REPLAY_STATUS, UNFIT_STATUS
 from train.generate.generation import OwnText
 from train.generate.sample_text import write_sample
 from train.init import initialize
-from train.interchange.errors import InterchangeError
-from train.interchange.initial_weights import find_start, freeze, start_from
+from train.interchange.initial_weights import freeze
 from train.model import Decoder
+from train.on_main import on_main, say
 from train.optim import build_optimizer
 from train.parallel import build_mesh, build_sharded
 from train.preflight.together import is_wanted, preflight
 from train.recipe import RecipeError
 from train.report.page import write_report
+from train.resume import Resumed, accept, find_checkpoint, load_weights
 from train.run_folder import (
     CHECKPOINTS_FOLDER,
     REPORT_FILE,
     claim_run_folder,
-    keep_recipe,
-    require_same_data,
 )
 from train.schema import Balance, Precision, Recipe
 from train.summary import DatasetInput, Summary, write_summary
 from train.topology import Topology
 from train.tracking.uploader import MlflowUploader
 from train.trainer import build_trainer
+from train.watch.alarms import Alarms, NotFiniteError
 from train.watch.guard import Guard
 from train.watch.records import clear_records, record_failure, records_folder
+from train.watch.rollback import Rollback, RollbackError, documents_of
 from train.watch.watched import Watched, watched
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -92,16 +89,6 @@ class Job:
     trainer: Trainer
     unigram_entropy: dict[str, float]
     """Entropy of the validation targets of each domain, in nats per token."""
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Where the run goes on."""
-
-    checkpoint: Path | None
-    """None: at its beginning."""
-    progress: Progress
-    curriculum: Curriculum
 
 
 def run(recipe: Recipe, topology: Topology) -> int:
@@ -141,7 +128,7 @@ def run(recipe: Recipe, topology: Topology) -> int:
             finish(recipe, folder, machine, shards, job, losses)
         job.trainer.close()
         status = "FINISHED"
-    except NotFiniteError as error:
+    except (NotFiniteError, RollbackError) as error:
         say(topology, f"{error}; ended with status {REPLAY_STATUS}: the same command trains it again")
         return REPLAY_STATUS
     except SystemExit:
@@ -222,75 +209,24 @@ def build_model(recipe: Recipe, machine: Machine) -> tuple[LanguageModel, Optimi
     return model, build_optimizer(model, recipe.optimizer)
 
 
-def find_checkpoint(recipe: Recipe, folder: Path, topology: Topology) -> Resumed:
-    """The run's newest whole checkpoint, and the stages from there on as the recipe has them now.
-
-    Raises:
-        RecipeError: if the recipe would rewrite what the run has read.
-    """
-    found, complaints = newest_whole_checkpoint(folder / CHECKPOINTS_FOLDER, topology)
-    for complaint in complaints:
-        say(topology, complaint)
-    if found is None:
-        return Resumed(None, Progress(0, 0, 0, 0.0), plan_stages(recipe))
-    progress = read_progress(found)
-    past = from_json(progress.curriculum) if progress.curriculum else plan_stages(recipe)
-    curriculum = continue_stages(past, recipe, progress.samples)
-    if len(curriculum.edits) > len(past.edits):
-        say(topology, f"the curriculum is edited from token {progress.tokens:,} on")
-    return Resumed(found, progress, curriculum)
-
-
-def accept(recipe: Recipe, folder: Path, shards: Manifest, curriculum: Curriculum) -> None:
-    """Notes recipe and shards that the run goes on with, after they were found possible.
-
-    Raises:
-        RecipeError: if a domain runs dry, or the shards are not those that were read.
-    """
-    require_supply(recipe, curriculum)
-    splits = {
-        f"{domain}/{split}": record.index_sha256
-        for domain in {*domains_of(recipe), *recipe.data.validation_domains}
-        for split, record in shards.domains[domain].splits.items()
-    }
-    require_same_data(folder, splits)
-    keep_recipe(recipe, folder)
-
-
-def load_weights(
-    recipe: Recipe, resumed: Resumed, model: LanguageModel, optimizer: Optimizer, topology: Topology
-) -> None:
-    """Loads the run's checkpoint; without one, the weights that the recipe starts from."""
-    if resumed.checkpoint is not None:
-        load_checkpoint(resumed.checkpoint, model, optimizer, topology)
-        say(topology, f"resumed from {resumed.checkpoint}, {resumed.progress.tokens:,} tokens")
-        return
-    try:
-        start = on_main(topology, lambda: find_start(recipe))
-        if start is not None:
-            start_from(start, recipe, model, optimizer, topology)
-            say(topology, f"weights of step 0 from {start}")
-    except InterchangeError as error:
-        raise RecipeError(
-            str(error), key="start.weights", remedy="name whole weights of this model"
-        ) from None
-
-
 def update_callbacks(
     recipe: Recipe,
     model: LanguageModel,
     topology: Topology,
     curriculum: Curriculum,
-    guard: Guard | None = None,
-    run_folder: Path | None = None,
+    alarms: Alarms | None = None,
 ) -> list[Callback]:
     """What takes part in every step: phase, learning rate, the balance loss's counts, guard and clipping."""
     moe = recipe.model.moe
-    callbacks: list[Callback] = [Phases(recipe, curriculum), LearningRate(recipe, curriculum)]
+    callbacks: list[Callback] = [
+        PassOver(curriculum, topology.is_main),
+        Phases(recipe, curriculum),
+        LearningRate(recipe, curriculum),
+    ]
     if moe is not None and moe.balance is Balance.loss:
         microbatches = sizing.most_microbatches(recipe, topology.world_size)
         callbacks.append(CountChoices(model, moe.balance_scope, microbatches))
-    return [*callbacks, BeforeUpdate(moe, recipe.training.clip_norm, guard, run_folder)]
+    return [*callbacks, BeforeUpdate(moe, recipe.training.clip_norm, alarms, curriculum.sample_tokens)]
 
 
 def assemble(
@@ -313,20 +249,27 @@ def assemble(
     train_loader = build_train_loader(
         recipe, tokenizer, curriculum=curriculum, start_sample=progress.samples, **place
     )
-    guard = Guard(recipe.guard, progress.recent)
-    ledger = open_ledger(folder, topology, train_loader, shards, progress)
-    callbacks: list[Callback] = [
-        *update_callbacks(recipe, model, topology, curriculum, guard, folder if topology.is_main else None),
+    guard = Guard(recipe.guard, progress.recent, progress.counts)
+    ledger = open_ledger(folder, topology, train_loader, shards, progress, curriculum)
+    checkpointing = Checkpointing(
+        folder / CHECKPOINTS_FOLDER,
+        recipe.checkpoint,
+        topology,
+        resumed.checkpoint,
+        curriculum,
+        guard,
         ledger,
-        Checkpointing(
-            folder / CHECKPOINTS_FOLDER,
-            recipe.checkpoint,
-            topology,
-            resumed.checkpoint,
-            curriculum,
-            guard,
-            ledger,
-        ),
+    )
+    alarms = Alarms(
+        guard,
+        Rollback(folder, recipe.guard, curriculum, topology, checkpointing.wait),
+        documents_of(recipe, shards, train_loader.dataset),
+        folder if topology.is_main else None,
+    )
+    callbacks: list[Callback] = [
+        *update_callbacks(recipe, model, topology, curriculum, alarms),
+        ledger,
+        checkpointing,
         *watch.callbacks(),
     ]
     if recipe.evaluation.suite is not None:
@@ -360,12 +303,18 @@ def assemble(
 
 
 def open_ledger(
-    folder: Path, topology: Topology, loader: TrainLoader, shards: Manifest, progress: Progress
+    folder: Path,
+    topology: Topology,
+    loader: TrainLoader,
+    shards: Manifest,
+    progress: Progress,
+    curriculum: Curriculum,
 ) -> Ledger:
     """The books of what the run reads, going on from the checkpoint's."""
     plan = loader.dataset.plan
     domains = [Domain(name, size) for name, size in zip(plan.domains, plan.sizes, strict=True)]
-    return Ledger(folder if topology.is_main else None, domains, shards.sequence_tokens, progress.consumed)
+    run_dir = folder if topology.is_main else None
+    return Ledger(run_dir, domains, shards.sequence_tokens, progress.consumed, curriculum)
 
 
 def bytes_per_token(shards: Manifest, split: str) -> dict[str, float]:
@@ -439,25 +388,3 @@ def dataset_inputs(recipe: Recipe, shards: Manifest) -> list[DatasetInput]:
         )
         for domain, split in read
     ]
-
-
-def on_main(topology: Topology, work: Callable[[], Result]) -> Result:
-    """Does something on rank 0 alone and gives every rank its result, or its error."""
-    if topology.world_size == 1:
-        return work()
-    outcome: list[Any] = [None, None]
-    if topology.is_main:
-        try:
-            outcome[0] = work()
-        except (RecipeError, InterchangeError) as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def say(topology: Topology, line: str) -> None:
-    """Prints a line, once."""
-    if topology.is_main:
-        print(line, flush=True)

@@ -12,6 +12,7 @@ DATA_FILE = "data.json"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 LEDGER_FILE = "ledger.jsonl"
+SKIPS_FILE = "skips.json"
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
 SAMPLE_FILE = "sample.txt"
@@ -35,6 +36,7 @@ FREE_TO_CHANGE = (
 
 EDITABLE = (
     "data.phases",
+    "data.skips",
     "data.domains",
     "data.max_epochs",
     "data.domain_max_epochs",

@@ -113,6 +113,7 @@ class OnNonfinite(str, Enum):
     """What becomes of a step whose loss or gradient is not finite."""
 
     replay = "replay"
+    rollback = "rollback"
     skip = "skip"
     stop = "stop"
 
@@ -121,7 +122,16 @@ class OnSpike(str, Enum):
     """What becomes of a step whose loss or gradient norm is a spike."""
 
     alarm = "alarm"
+    rollback = "rollback"
     skip = "skip"
+
+
+class OnCollapse(str, Enum):
+    """What becomes of a run whose routers have collapsed."""
+
+    alarm = "alarm"
+    rollback = "rollback"
+    stop = "stop"
 
 
 class PreflightWhen(str, Enum):
@@ -248,6 +258,18 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class DataSkip:
+    """Positions of training that are left out, as `alarms.jsonl`, the ledger and `data.audit` name them."""
+
+    first_position: int = MISSING
+    """A position is one sequence of data.sequence_tokens; every batch that holds one of these is left out."""
+    end_position: int = MISSING
+    """Position after the last."""
+    reason: str = "declared by the recipe"
+    """Kept with the run's records."""
+
+
+@dataclass(frozen=True)
 class Data:
     """Where tokens come from and in what proportion."""
 
@@ -263,6 +285,9 @@ class Data:
     """Share of the training tokens per domain; must add up to 1. For one phase; else `phases`."""
     phases: list[Phase] = field(default_factory=list)
     """The curriculum, phase by phase, in place of `domains`; in all they are training.duration_tokens."""
+    skips: list[DataSkip] = field(default_factory=list)
+    """Batches that are passed over, not trained: steps, positions and the learning rate go on over them. In a
+    run that has trained on them already, it goes back to a checkpoint from before."""
     max_epochs: float = 4.0
     """How often a domain may be read; the run is refused where it would be more. Four epochs are nearly
     as good as new text (Muennighoff et al. 2023, arXiv 2305.16264)."""
@@ -441,11 +466,19 @@ class Guard:
 
     nonfinite: OnNonfinite = OnNonfinite.replay
     """Of a step that is not finite no update is ever applied. `replay` ends the run with status 77, to be
-    resumed from the newest checkpoint: a passing fault of a machine does not come back. `skip` goes on with
-    the next batch; `stop` ends the run."""
+    resumed from the newest checkpoint: a passing fault of a machine does not come back. `rollback` as below;
+    `skip` goes on with the next batch; `stop` ends the run."""
     on_spike: OnSpike = OnSpike.alarm
-    """`alarm` says so and applies the update; `skip` leaves it out (Chowdhery et al. 2022, PaLM, section 5.1,
-    skip the data around a spike)."""
+    """`alarm` says so and applies the update; `skip` leaves it out; `rollback` ends the run with status 77,
+    to be resumed from a checkpoint before the spike with the data around it left out (Chowdhery et al. 2022,
+    PaLM, arXiv 2204.02311, section 5.1)."""
+    rollback_before_batches: int = 100
+    """Batches before the one of the alarm that a rollback leaves out with it, as far as checkpoints reach
+    (checkpoint.keep_last). PaLM went back roughly 100 steps ..."""
+    rollback_after_batches: int = 100
+    """... and behind it. PaLM left out roughly 200 to 500 batches in all."""
+    most_rollbacks: int = 10
+    """Of a run; one more ends it."""
     window_batches: int = 128
     """Applied steps whose median and median absolute deviation a step is compared with."""
     loss_deviations: Optional[float] = 8.0
@@ -462,8 +495,8 @@ class Guard:
     """... or when an expert takes more than this many times the mean load."""
     collapse_batches: int = 20
     """Batches in a row after which a collapse raises an alarm."""
-    stop_on_collapse: bool = False
-    """End the run at that alarm."""
+    on_collapse: OnCollapse = OnCollapse.alarm
+    """At that alarm: `alarm` goes on, `stop` ends the run, `rollback` goes back to before it began."""
 
 
 @dataclass(frozen=True)

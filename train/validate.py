@@ -94,6 +94,7 @@ def _positive(recipe: Recipe, _: Topology) -> Iterator[Fault]:
         "guard.norm_deviations": recipe.guard.norm_deviations,
         "guard.most_busiest_over_mean": recipe.guard.most_busiest_over_mean,
         "guard.collapse_batches": recipe.guard.collapse_batches,
+        "guard.most_rollbacks": recipe.guard.most_rollbacks,
         "watch.hang_seconds": recipe.watch.hang_seconds,
         "watch.start_seconds": recipe.watch.start_seconds,
         "watch.straggler_interval_batches": recipe.watch.straggler_interval_batches,
@@ -115,6 +116,8 @@ def _positive(recipe: Recipe, _: Topology) -> Iterator[Fault]:
         "schedule.warmup_tokens": recipe.schedule.warmup_tokens,
         "schedule.decay_tokens": recipe.schedule.decay_tokens,
         "optimizer.weight_decay": recipe.optimizer.weight_decay,
+        "guard.rollback_before_batches": recipe.guard.rollback_before_batches,
+        "guard.rollback_after_batches": recipe.guard.rollback_after_batches,
     }
     if model.moe:
         not_negative |= {
@@ -193,6 +196,10 @@ def _data(recipe: Recipe, _: Topology) -> Iterator[Fault]:
     for name, key in named.items():
         if data.corpus == "installed" and name not in INSTALLED_DOMAINS:
             yield Fault(key, f"{name} is not in the installed corpus", f"it has {INSTALLED_DOMAINS}")
+    for index, skip in enumerate(data.skips):
+        if not 0 <= skip.first_position < skip.end_position:
+            what = f"leaves out positions {skip.first_position} up to {skip.end_position}, which are none"
+            yield Fault(f"data.skips[{index}]", what, "end_position is the one after the last, from 0 on")
     total = math.fsum(data.domains.values())
     if data.domains and abs(total - 1) > 1e-6:
         yield Fault("data.domains", f"shares add up to {total:g}", "must add up to 1")

@@ -20,8 +20,8 @@ def main(arguments: list[str]) -> int:
     """Runs the command line; returns 0 if the books are in order, 1 if not, 2 for a mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m data.audit",
-        description="Proves from a run's ledger, plan and shards that nothing was skipped or read twice; "
-        "with --html shows what shards hold.",
+        description="Proves from a run's ledger, plan and shards that nothing was skipped, but what was "
+        "declared to be, or read twice; with --html shows what shards hold.",
     )
     parser.add_argument(
         "folder", help="of a run, runs/NAME; for --html also of shards, whole or one domain's folder"
@@ -88,11 +88,11 @@ def describe_proof(proof: Proof, books: RunBooks) -> str:
         f"  {name:20} {samples:>12,} samples  {epochs:8.3f} epochs"
         for name, (samples, epochs) in proof.consumed.items()
     ]
+    lines += [f"  skipped by declaration: {declared}" for declared in proof.declared]
     lines += [f"  FAULT {fault}" for fault in proof.faults]
     if proof.holds:
-        lines.append(
-            f"nothing was skipped or read twice; the tokens of {proof.steps_read:,} steps are the shards'"
-        )
+        what = "nothing else was skipped, nothing" if proof.declared else "nothing was skipped or"
+        lines.append(f"{what} read twice; the tokens of {proof.steps_read:,} steps are the shards'")
     return "\n".join(lines)
 
 

@@ -1,13 +1,29 @@
 """Which documents a step saw, and which steps saw a document."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from data.audit.records import RunBooks
 from data.explore.sample import samples_of
 from data.packing import PADDING
+from data.plan import Plan
+from data.streams import ShardFolder
 from train.recipe import RecipeError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a document at a position of training."""
+
+    position: int
+    domain: str
+    sample: int
+    """Number in the domain's training shards."""
+    epoch: int
+    document: str
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -34,24 +50,45 @@ def documents_of_step(books: RunBooks, step: int) -> list[Sight]:
     if line is None or line.first is None:
         last = books.steps[-1].step if books.steps else 0
         raise RecipeError(f"the ledger has no sound line of step {step}", remedy=f"it has steps 1 to {last}")
-    picks = books.plan.samples(line.first, line.samples)
-    pieces: list[tuple[int, str, int, int, int, int]] = []
-    for offset in range(line.samples):
-        domain = books.plan.domains[int(picks.domain[offset])]
-        number = int(picks.sample[offset])
-        sample = books.shards[domain][number]
+    pieces = documents_at(books.plan, books.shards, books.documents_file, line.first, line.samples)
+    return [Sight(step, **asdict(piece)) for piece in pieces]
+
+
+def documents_at(
+    plan: Plan,
+    shards: Mapping[str, ShardFolder],
+    documents_file: Callable[[str], Path | None],
+    first: int,
+    samples: int,
+) -> list[Piece]:
+    """Every piece of a document that stands at some positions, in their order.
+
+    Args:
+        plan: the order of the run.
+        shards: of each domain.
+        documents_file: the list of a domain's documents, which is read up to the last that is looked for;
+            where it is None, documents are called by their place in it, `#7`.
+        first: position.
+        samples: how many positions from there on.
+
+    Raises:
+        RecipeError: one line that names a shard or a list that is missing or altered.
+    """
+    picks = plan.samples(first, samples)
+    found: list[tuple[int, str, int, int, int, int]] = []
+    for offset in range(samples):
+        domain, number = plan.domains[int(picks.domain[offset])], int(picks.sample[offset])
+        sample = shards[domain][number]
         for document, tokens in zip(sample.documents.tolist(), sample.lengths.tolist(), strict=True):
             if document != PADDING:
-                pieces.append(
-                    (line.first + offset, domain, number, int(picks.epoch[offset]), document, tokens)
-                )
+                found.append((first + offset, domain, number, int(picks.epoch[offset]), document, tokens))
     names = {
-        domain: _names(books, domain, {piece[4] for piece in pieces if piece[1] == domain})
-        for domain in {piece[1] for piece in pieces}
+        domain: _names(documents_file(domain), {piece[4] for piece in found if piece[1] == domain})
+        for domain in {piece[1] for piece in found}
     }
     return [
-        Sight(step, position, domain, number, epoch, names[domain][document], tokens)
-        for position, domain, number, epoch, document, tokens in pieces
+        Piece(position, domain, number, epoch, names[domain][document], tokens)
+        for position, domain, number, epoch, document, tokens in found
     ]
 
 
@@ -63,7 +100,7 @@ def steps_of_document(books: RunBooks, name: str) -> list[Sight]:
     """
     found, is_known, end = [], False, max(((s.first or 0) + s.samples for s in books.steps), default=0)
     for domain in books.plan.domains:
-        for ordinal, line in enumerate(_lines(books, domain)):
+        for ordinal, line in enumerate(_lines(books.documents_file(domain))):
             if line["name"] != name:
                 continue
             is_known = True
@@ -87,11 +124,14 @@ def _sights(books: RunBooks, domain: str, ordinal: int, name: str, end: int) -> 
                 yield Sight(step, position, domain, number, epoch, name, tokens)
 
 
-def _lines(books: RunBooks, domain: str) -> Iterator[dict[str, str]]:
-    with books.documents_file(domain).open() as file:
-        for line in file:
+def _lines(file: Path) -> Iterator[dict[str, str]]:
+    with file.open() as lines:
+        for line in lines:
             yield json.loads(line)
 
 
-def _names(books: RunBooks, domain: str, ordinals: set[int]) -> dict[int, str]:
-    return {n: line["name"] for n, line in enumerate(_lines(books, domain)) if n in ordinals}
+def _names(file: Path | None, ordinals: set[int]) -> dict[int, str]:
+    if file is None:
+        return {ordinal: f"#{ordinal}" for ordinal in ordinals}
+    last = max(ordinals, default=-1)
+    return {n: line["name"] for n, line in zip(range(last + 1), _lines(file), strict=False) if n in ordinals}

@@ -1,7 +1,8 @@
-"""The proof from the records that a run skipped nothing and read nothing twice.
+"""The proof from the records that a run skipped nothing undeclared and read nothing twice.
 
 Four things are compared. The ledger's lines with themselves: every step is there once, and the positions of
-one begin where those of the step before end. Each line with the plan: as many sequences of each domain as
+one begin where those of the step before end; what recipe or guard declared to be left out (:mod:`data.skips`)
+is passed over, and must not have been read. Each line with the plan: as many sequences of each domain as
 it has at those positions. Each line with the shards: the digest that the ranks made of the tokens they were
 fed, with the digest of what the shards hold there, every shard held to its own hash. And the plan with
 itself: over all positions, no sample of a domain is read again before all of them were read as often.
@@ -31,6 +32,8 @@ class Proof:
     """Steps whose tokens were compared with the shards."""
     consumed: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Samples of each domain, and epochs."""
+    declared: list[str] = field(default_factory=list)
+    """What was left out by declaration."""
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -49,7 +52,7 @@ def prove(books: RunBooks, steps_read: int | None = None, progress: bool = False
     """
     from tqdm import tqdm
 
-    proof = Proof(steps=len(books.steps))
+    proof = Proof(steps=len(books.steps), declared=list(_declared(books)))
     proof.faults += _faults_of_lines(books)
     chosen = _spread(len(books.steps), steps_read)
     for number, step in enumerate(tqdm(books.steps, "steps", disable=not progress, mininterval=1)):
@@ -70,11 +73,17 @@ def prove(books: RunBooks, steps_read: int | None = None, progress: bool = False
 
 
 def _faults_of_lines(books: RunBooks) -> Iterator[str]:
-    expected_step, expected_first = 1, 0
+    curriculum, trained = books.curriculum, 0
+    expected_first = 0
     for step in books.steps:
-        if step.step != expected_step:
-            yield f"steps {expected_step} to {step.step - 1} are missing from the ledger"
-            expected_first = books.first_sample(step.step)
+        batch = step.step - 1
+        expected = curriculum.trained_from(trained)
+        if curriculum.trained_from(batch) != batch:
+            yield f"step {step.step} was trained, although its positions are declared to be left out"
+        elif batch != expected:
+            yield f"steps {expected + 1} to {batch} are missing from the ledger"
+        if batch != trained:
+            expected_first = curriculum.samples_before(batch)
         if step.first is None:
             yield f"step {step.step}: the positions of its sequences are no range: some are missing or twice"
         elif step.first < expected_first:
@@ -82,7 +91,20 @@ def _faults_of_lines(books: RunBooks) -> Iterator[str]:
         elif step.first > expected_first:
             yield f"step {step.step}: positions {expected_first} to {step.first - 1} were skipped before it"
         expected_first = (expected_first if step.first is None else step.first) + step.samples
-        expected_step = step.step + 1
+        trained = step.step
+
+
+def _declared(books: RunBooks) -> Iterator[str]:
+    """The ranges that are left out before the ledger's end, with their reasons."""
+    curriculum = books.curriculum
+    end = books.steps[-1].step if books.steps else 0
+    for first, after in curriculum.skipped_before(end):
+        begin, stop = curriculum.samples_before(first), curriculum.samples_before(after)
+        reasons = [s.reason for s in curriculum.skips if s.first_sample < stop and s.end_sample > begin]
+        yield (
+            f"steps {first + 1} to {after}, positions {begin} to {stop - 1}: "
+            f"{'; '.join(dict.fromkeys(reasons))}"
+        )
 
 
 def _faults_of_counts(books: RunBooks, step: LedgerStep) -> Iterator[str]:
@@ -119,13 +141,20 @@ def _faults_of_tokens(books: RunBooks, step: LedgerStep) -> Iterator[str]:
 
 def _faults_of_plan(books: RunBooks, proof: Proof) -> Iterator[str]:
     end = max(((step.first or 0) + step.samples for step in books.steps), default=0)
+    left_out = [0] * len(books.plan.sizes)
+    for first, after in books.curriculum.skipped_before(books.steps[-1].step if books.steps else 0):
+        begin, stop = books.curriculum.samples_before(first), books.curriculum.samples_before(after)
+        before = books.plan.consumed(begin)
+        for index, (name, count) in enumerate(books.plan.consumed(stop).items()):
+            left_out[index] += count - before[name]
     reads = [np.zeros(size, np.uint16) for size in books.plan.sizes]
     for first in range(0, end, CHUNK):
         picks = books.plan.samples(first, min(CHUNK, end - first))
         for index, counts in enumerate(reads):
             np.add.at(counts, picks.sample[picks.domain == index], 1)
-    for name, counts in zip(books.plan.domains, reads, strict=True):
-        proof.consumed[name] = int(counts.sum()), float(counts.sum() / counts.size)
+    for name, counts, less in zip(books.plan.domains, reads, left_out, strict=True):
+        trained = int(counts.sum()) - less
+        proof.consumed[name] = trained, trained / counts.size
         if counts.max() - counts.min() > 1:
             often, seldom = int(counts.argmax()), int(counts.argmin())
             yield (

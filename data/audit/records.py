@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from data.loader import build_plan, train_shards
 from data.manifest import DOCUMENTS_FILE, Manifest, read_manifest
 from data.plan import Plan
 from data.shard_cache import fetch_indices, open_cache
+from data.skips import declared_skips
 from data.streams import ShardFolder
 from train.recipe import RecipeError, load_recipe
 from train.run_folder import CHECKPOINTS_FOLDER, LEDGER_FILE, RECIPE_FILE
@@ -70,9 +71,10 @@ class RunBooks:
     def curriculum(self) -> Curriculum:
         """The stages that the run was trained in, and will be."""
         past = self.progress.get("curriculum")
-        if not past:
-            return plan_stages(self.recipe)
-        return continue_stages(from_json(past), self.recipe, self.progress["samples"])
+        stages = plan_stages(self.recipe)
+        if past:
+            stages = continue_stages(from_json(past), self.recipe, self.progress["samples"])
+        return replace(stages, skips=declared_skips(self.recipe, self.folder))
 
     @cached_property
     def plan(self) -> Plan:
@@ -84,18 +86,9 @@ class RunBooks:
         """The training shards of each domain."""
         return {domain: train_shards(self.recipe, domain) for domain in self.plan.domains}
 
-    def first_sample(self, step: int) -> int:
-        """Samples before a step, which is counted from 1."""
-        if step == 1:
-            return 0
-        return self.curriculum.tokens_after(step - 2) // self.curriculum.sample_tokens
-
     def documents_file(self, domain: str) -> Path:
         """The list of a domain's documents, fetched where it lies in a store."""
-        path = self.root / domain / DOCUMENTS_FILE
-        if (cache := open_cache(self.recipe)) is not None:
-            cache.require(path, self.manifest.domains[domain].documents_sha256)
-        return path
+        return documents_file(self.recipe, self.manifest, domain)
 
     def step_at(self, position: int) -> int | None:
         """The step that trained on a position; None if none did."""
@@ -104,6 +97,18 @@ class RunBooks:
         if place < 0 or position >= (known[place].first or 0) + known[place].samples:
             return None
         return known[place].step
+
+
+def documents_file(recipe: Recipe, manifest: Manifest, domain: str) -> Path:
+    """The list of a domain's documents, fetched where it lies in a store.
+
+    Raises:
+        RecipeError: if the store's is not the one that the manifest means.
+    """
+    path = Path(recipe.data.shards) / domain / DOCUMENTS_FILE
+    if (cache := open_cache(recipe)) is not None:
+        cache.require(path, manifest.domains[domain].documents_sha256)
+    return path
 
 
 def _step(line: dict[str, Any], sample_tokens: int) -> LedgerStep:

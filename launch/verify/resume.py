@@ -235,11 +235,11 @@ def _has_step(folder: Path, step: int) -> bool:
 
 def steps(folder: Path) -> int:
     """Batches that the run's record holds."""
-    return max(_record(folder), default=0)
+    return max(record(folder), default=0)
 
 
-def _record(folder: Path) -> dict[int, dict[str, float]]:
-    """The record by step; a last line that is being written is left out."""
+def record(folder: Path) -> dict[int, dict[str, float]]:
+    """A run's metrics by step; a last line that is being written is left out."""
     file = folder / METRICS_FILE
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -247,15 +247,15 @@ def _record(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def _loss_errors(whole: Path, folder: Path, first: int) -> Iterator[float]:
-    expected = _record(whole)
-    for step, row in _record(folder).items():
+    expected = record(whole)
+    for step, row in record(folder).items():
         if step >= first:
             yield abs(row[metrics.LOSS] - expected[step][metrics.LOSS]) / abs(expected[step][metrics.LOSS])
 
 
 def differences(whole: Path, folder: Path, bound: float) -> Iterator[str]:
     """What a run that was interrupted has otherwise than one that was not."""
-    expected, found = _record(whole), _record(folder)
+    expected, found = record(whole), record(folder)
     if expected.keys() != found.keys():
         yield f"has steps {sorted(found)}"
         return

@@ -94,10 +94,14 @@ class Checkpointing(Callback):
 
     def close(self, state: State, logger: Logger) -> None:
         """Waits for a save that is being written; SIGTERM is again what it was."""
-        self._tell(self.saver.wait())
+        self.wait()
         if self._handler_before is not None:
             signal.signal(signal.SIGTERM, self._handler_before)
             self._handler_before = None
+
+    def wait(self) -> None:
+        """Waits for a save that is being written; on all ranks."""
+        self._tell(self.saver.wait())
 
     def _terminate(self, _number: int, _frame: FrameType | None) -> None:
         self._is_terminated = True
@@ -121,6 +125,7 @@ class Checkpointing(Callback):
             seconds=stamp.total_wct.total_seconds() if stamp.total_wct else 0.0,
             curriculum=to_json(self.curriculum),
             recent=self.guard.recent if self.guard is not None else [],
+            counts=self.guard.counts if self.guard is not None else [0, 0],
             consumed=copy.deepcopy(self.ledger.totals) if self.ledger else {},
         )
         self.last_save, self.last_batch = time.monotonic(), progress.batch

@@ -39,7 +39,7 @@ class Console(LoggerDestination):
         self._gathered: dict[str, list[float]] = defaultdict(list)
         self._validation: dict[str, float] = {}
         self._begun = 0.0
-        self._first_batch = self._tokens_printed = 0
+        self._first_batch = 0
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Gathers figures; Composer calls this."""
@@ -50,7 +50,6 @@ class Console(LoggerDestination):
         """Starts clock and bar."""
         self._begun = time.monotonic()
         self._first_batch = state.timestamp.batch.value
-        self._tokens_printed = state.timestamp.token.value
         if self._bar_stream is not None:
             self._bar = tqdm(
                 total=self.total,
@@ -65,17 +64,19 @@ class Console(LoggerDestination):
         """Moves the bar; prints a line when it is due."""
         batch = state.timestamp.batch.value
         if self._bar is not None:
-            self._bar.update(1)
+            self._bar.update(batch - self._bar.n)
         if batch % self.interval and batch not in (self._first_batch + 1, self.total):
             return
-        tokens = state.timestamp.token.value
         figures = {key: sum(values) / len(values) for key, values in self._gathered.items()}
         step_seconds = sum(self._gathered[metrics.TIME_STEP])
         if step_seconds > 0:
-            figures[metrics.TOKENS_PER_SECOND] = (tokens - self._tokens_printed) / step_seconds
+            rates = zip(
+                self._gathered[metrics.TOKENS_PER_SECOND], self._gathered[metrics.TIME_STEP], strict=True
+            )
+            figures[metrics.TOKENS_PER_SECOND] = sum(rate * took for rate, took in rates) / step_seconds
         self._gathered.clear()
-        self._tokens_printed = tokens
         pace = (time.monotonic() - self._begun) / (batch - self._first_batch)
+        tokens = state.timestamp.token.value
         self._print(format_batch(batch, self.total, tokens, figures, pace * (self.total - batch)))
 
     def eval_after_all(self, state: State, logger: Logger) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from composer.core import Callback, State
 from composer.loggers import Logger
 
+from data.curriculum import Curriculum
 from train import metrics
 from train.composer_model import LanguageModel
 from train.domain_books import DomainBooks, DomainEntry
@@ -45,6 +46,7 @@ class Ledger(Callback):
         domains: in the order that ``domain_ids`` index.
         sample_tokens: tokens of a sample of the shards.
         totals: sums of the checkpoint that the run goes on from; empty at its beginning.
+        curriculum: the run's stages, and what is left out.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Ledger(Callback):
         domains: Sequence[Domain],
         sample_tokens: int,
         totals: Mapping[str, Mapping[str, int]],
+        curriculum: Curriculum,
     ) -> None:
+        self.curriculum = curriculum
         self.log = StepLog(run_dir / LEDGER_FILE) if run_dir else None
         self.domains, self.sample_tokens = tuple(domains), sample_tokens
         empty = {"samples": 0, "tokens": 0}
@@ -70,9 +74,10 @@ class Ledger(Callback):
             batch = state.timestamp.batch.value
             self.log.drop_after(batch)
             lines = read_steps(self.log.path)
-            if [line[STEP] for line in lines] != list(range(1, batch + 1)):
+            steps = [trained + 1 for trained in self.curriculum.trained_before(batch)]
+            if [line[STEP] for line in lines] != steps:
                 print(
-                    f"{self.log.path} has {len(lines)} of the {batch} steps so far; "
+                    f"{self.log.path} has {len(lines)} of the {len(steps)} steps so far; "
                     "`python -m data.audit` will name those that are missing",
                     file=sys.stderr,
                     flush=True,

@@ -80,7 +80,6 @@ class Throughput(Callback):
         """A step begins."""
         self._parts = {}
         self._begun = self._phase = self.clock.now()
-        self._tokens_before, self._batch = state.timestamp.token.value, state.timestamp.batch.value
         if self._rest_begun is not None:
             rest = time.perf_counter() - self._rest_begun
             logger.log_metrics(
@@ -94,6 +93,10 @@ class Throughput(Callback):
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """The batch is there."""
         self._end(metrics.TIME_LOADER)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Where the batch stands is known: those before it may have been left out."""
+        self._tokens_before, self._batch = state.timestamp.token.value, state.timestamp.batch.value
 
     def before_forward(self, state: State, logger: Logger) -> None:
         """A microbatch begins."""

@@ -1,8 +1,5 @@
 """What happens between the last backward pass of a batch and the optimizer's step."""
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from composer.core import Callback, State
@@ -15,10 +12,8 @@ from train.metrics import GRADIENT_NORM
 from train.moe import update_bias
 from train.optim import clip_gradients
 from train.schema import Balance, Moe
-from train.step_log import StepLog
-from train.watch.guard import Action, Guard, RouterLoad, Verdict
-
-ALARMS_FILE = "alarms.jsonl"
+from train.watch.alarms import Alarms
+from train.watch.guard import RouterLoad
 
 
 class BeforeUpdate(Callback):
@@ -29,38 +24,32 @@ class BeforeUpdate(Callback):
     Args:
         moe: of the recipe; None for a dense model.
         clip_norm: largest norm; None: gradients are not clipped.
-        guard: judges each step, on every rank alike; None: every update is applied.
-        run_folder: on the main rank, where ``alarms.jsonl`` is written.
+        alarms: judge each step, on every rank alike; None: every update is applied.
+        sample_tokens: length of a position's sample.
     """
 
     def __init__(
-        self,
-        moe: Moe | None,
-        clip_norm: float | None,
-        guard: Guard | None = None,
-        run_folder: Path | None = None,
+        self, moe: Moe | None, clip_norm: float | None, alarms: Alarms | None, sample_tokens: int
     ) -> None:
-        self.moe = moe
-        self.clip_norm = clip_norm
-        self.guard = guard
-        self.log = StepLog(run_folder / ALARMS_FILE) if run_folder is not None else None
+        self.moe, self.clip_norm, self.alarms = moe, clip_norm, alarms
+        self.sample_tokens = sample_tokens
         self._losses: list[Tensor] = []
-        self._sequences = 0
+        self._positions = 0
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drops alarms of batches that will be trained again."""
-        if self.log is not None:
-            self.log.drop_after(state.timestamp.batch.value)
+        if self.alarms is not None:
+            self.alarms.drop_after(state.timestamp.batch.value)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Starts the books of a batch."""
         _model(state).expert_tokens_LE = None
         self._losses = []
-        self._sequences = state.batch["input_ids"].shape[0]
+        self._positions = state.batch["input_ids"].numel() // self.sample_tokens
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Keeps a microbatch's loss."""
-        if self.guard is not None:
+        if self.alarms is not None:
             assert isinstance(state.loss, dict)
             self._losses.append(state.loss["language"].detach())
 
@@ -83,58 +72,21 @@ class BeforeUpdate(Callback):
 
     def close(self, state: State, logger: Logger) -> None:
         """Closes the file."""
-        if self.log is not None:
-            self.log.close()
+        if self.alarms is not None:
+            self.alarms.close()
 
     def _is_applied(self, state: State, norm: float, counts_LE: Tensor | None) -> bool:
         """Whether the guard lets the update through; raises where it ends the run."""
-        if self.guard is None:
+        if self.alarms is None:
             return True
-        loss = torch.stack(self._losses).double().mean()
+        loss, ranks = torch.stack(self._losses).double().mean(), 1
         if dist.is_initialized():
+            ranks = dist.get_world_size()
             dist.all_reduce(loss)
-            loss /= dist.get_world_size()
-        verdict = self.guard.judge(loss.item(), norm, _load(counts_LE))
-        if verdict.alarms:
-            self._tell(state, verdict)
-        if verdict.action is Action.replay:
-            raise NotFiniteError(f"batch {_place(state)}: {verdict.alarms[-1]}")
-        if verdict.action is Action.stop:
-            raise GuardError(f"batch {_place(state)}: {'; '.join(verdict.alarms)}")
-        return verdict.action is Action.apply
-
-    def _tell(self, state: State, verdict: Verdict) -> None:
-        """Prints and records an alarm with the positions that the step read; on the main rank."""
-        if self.log is None:
-            return
-        batch = state.timestamp.batch.value + 1
-        first = state.timestamp.sample.value
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        fields = {
-            "alarms": verdict.alarms,
-            "action": verdict.action.value,
-            "first_position": first,
-            "positions": self._sequences * ranks,
-        }
-        self.log.write(batch, fields)
-        print(
-            f"ALARM batch {_place(state)}: {'; '.join(verdict.alarms)}: {verdict.action.value}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-class GuardError(RuntimeError):
-    """The guard ended the run."""
-
-
-class NotFiniteError(GuardError):
-    """A step was not finite and is to be trained again from the newest checkpoint."""
-
-
-def _place(state: State) -> str:
-    """The batch that is being trained, and the first position that it reads."""
-    return f"{state.timestamp.batch.value + 1} (from position {state.timestamp.sample.value})"
+            loss /= ranks
+        batch, first = state.timestamp.batch.value, state.timestamp.sample.value
+        positions = self._positions * ranks
+        return self.alarms.is_applied(batch, first, positions, loss.item(), norm, _load(counts_LE))
 
 
 def _load(counts_LE: Tensor | None) -> RouterLoad | None:

@@ -1,10 +1,11 @@
 """How fast ranks reach each other, and which rank or pair is slow.
 
 Pairs take turns as in a tournament, all ranks at once: in each round everybody exchanges a message with one
-other, there and back, several times. A link's time is the lower quartile of its exchanges: noise of a moment
-only adds. A rank's time is the median over its links, so that a slow partner does not accuse it. A rank or
-pair is slow if it takes several times as long as the median of the others, twice: who is suspect is measured
-again, and only what is found both times is named.
+other, there and back, a few times. The tournament is held several times over, so that the measurements of a
+link lie apart. A link's time is the median over the tournaments of the shortest exchange in each: noise only
+adds, and a burst of it spoils one tournament of several. A rank's time is the median over its links, so that
+a slow partner does not accuse it. A rank or pair is slow if it takes several times as long as the median of
+the others, and is so each time: who is suspect is measured again, and only what is found every time is named.
 """
 
 import statistics
@@ -20,7 +21,13 @@ MESSAGE_BYTES = 1 << 18
 COLLECTIVE_BYTES = 1 << 24
 MOST_ROUNDS = 16
 """Partners of each rank; all of them up to 17 ranks."""
+TOURNAMENTS = 5
+EXCHANGES = 3
+"""Of a pair in a tournament."""
+CONFIRMATIONS = 2
+"""Measurements more that a suspect has to be found in."""
 REPEATS = 7
+"""Of a collective."""
 LEAST_SECONDS = {"cpu": 0.01, "cuda": 0.0005}
 """Links that are slower by less than this are let go: a host's scheduler does as much where ranks share
 cores. The GPU's not yet run on one."""
@@ -36,34 +43,48 @@ class Links:
     slow_pairs: list[tuple[int, int]]
     """Slow pairs of ranks that are not slow themselves."""
 
-
-def measure_links(device: torch.device, factor: float, repeats: int = REPEATS) -> Links:
-    """Measures pairs of ranks; every rank calls it and gets the same answer."""
-    first = _measure_once(device, factor, repeats)
-    if not first.slow_ranks and not first.slow_pairs:
-        return first
-    again = _measure_once(device, factor, repeats)
-    return Links(
-        again.seconds,
-        [rank for rank in again.slow_ranks if rank in first.slow_ranks],
-        [pair for pair in again.slow_pairs if pair in first.slow_pairs],
-    )
+    @property
+    def usual(self) -> float:
+        """The median link between ranks that are not slow."""
+        sound = [took for pair, took in self.seconds.items() if not set(pair) & set(self.slow_ranks)]
+        return statistics.median(sound or self.seconds.values())
 
 
-def _measure_once(device: torch.device, factor: float, repeats: int) -> Links:
+def measure_links(device: torch.device, factor: float) -> Links:
+    """Measures pairs of ranks; every rank calls it and gets the same answer.
+
+    Args:
+        device: that the messages lie on.
+        factor: over the median of the others from which something is slow.
+    """
+    found = _measure_once(device, factor)
+    for _ in range(CONFIRMATIONS):
+        if not found.slow_ranks and not found.slow_pairs:
+            break
+        again = _measure_once(device, factor)
+        found = Links(
+            again.seconds,
+            [rank for rank in again.slow_ranks if rank in found.slow_ranks],
+            [pair for pair in again.slow_pairs if pair in found.slow_pairs],
+        )
+    return found
+
+
+def _measure_once(device: torch.device, factor: float) -> Links:
     rank, world = dist.get_rank(), dist.get_world_size()
     message = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8, device=device)
-    mine: dict[tuple[int, int], float] = {}
-    for pairs in rounds(world):
-        partner = pairs.get(rank)
-        if partner is not None:
-            times = [_exchange(message, rank, partner) for _ in range(repeats)]
-            if rank < partner:
-                mine[rank, partner] = sorted(times)[repeats // 4]
-        dist.barrier()
-    everybody: list[dict[tuple[int, int], float]] = [{} for _ in range(world)]
+    mine: dict[tuple[int, int], list[float]] = {}
+    for _ in range(TOURNAMENTS):
+        for pairs in rounds(world):
+            partner = pairs.get(rank)
+            if partner is not None:
+                times = [_exchange(message, rank, partner) for _ in range(EXCHANGES)]
+                if rank < partner:
+                    mine.setdefault((rank, partner), []).append(min(times))
+            dist.barrier()
+    everybody: list[dict[tuple[int, int], list[float]]] = [{} for _ in range(world)]
     dist.all_gather_object(everybody, mine)
-    seconds = {pair: took for part in everybody for pair, took in part.items()}
+    seconds = {pair: statistics.median(times) for part in everybody for pair, times in part.items()}
     return Links(seconds, *find_slow(seconds, factor, LEAST_SECONDS[device.type]))
 
 

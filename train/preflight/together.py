@@ -145,7 +145,7 @@ def _compare_clocks(findings: Findings, limits: Preflight, topology: Topology, s
 
 def _compare_links(findings: Findings, limits: Preflight, device: torch.device, said: list[Any]) -> None:
     links = measure_links(device, limits.slow_factor)
-    usual = statistics.median(links.seconds.values())
+    usual = links.usual
     findings.rows.append(("links", f"{len(links.seconds)} pairs", f"{1e3 * usual:.2f} ms there and back"))
     place = findings.faults if limits.stop_on_slow else findings.warnings
     for rank in links.slow_ranks:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from train.schema import Guard as GuardRecipe
-from train.schema import OnSpike
+from train.schema import OnCollapse, OnSpike
 
 DEVIATIONS_PER_MAD = 1.4826
 """Standard deviations of a normal distribution in one median absolute deviation."""
@@ -27,6 +27,7 @@ class Action(str, Enum):
 
     apply = "apply"
     skip = "skip"
+    rollback = "rollback"
     replay = "replay"
     stop = "stop"
 
@@ -38,6 +39,8 @@ class Verdict:
     action: Action
     alarms: list[str] = field(default_factory=list)
     """One line each; empty for an ordinary step."""
+    batches: int = 1
+    """Batches up to this one that are at fault: more than 1 for a collapse, seen only when it has lasted."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +61,28 @@ class Guard:
     Args:
         recipe: bounds and actions.
         recent: loss and gradient norm of the last applied steps, from a checkpoint.
+        counts: updates left out in a row, and batches in a row of collapsed routers, from a checkpoint.
     """
 
-    def __init__(self, recipe: GuardRecipe, recent: Sequence[Sequence[float]] = ()) -> None:
+    def __init__(
+        self,
+        recipe: GuardRecipe,
+        recent: Sequence[Sequence[float]] = (),
+        counts: Sequence[int] = (0, 0),
+    ) -> None:
         self.recipe = recipe
         self._recent = deque(((pair[0], pair[1]) for pair in recent), maxlen=recipe.window_batches)
-        self._skips = self._collapsed = 0
+        self._skips, self._collapsed = counts
 
     @property
     def recent(self) -> list[list[float]]:
         """Loss and gradient norm of the last applied steps, for a checkpoint."""
         return [list(pair) for pair in self._recent]
+
+    @property
+    def counts(self) -> list[int]:
+        """Updates left out in a row, and batches in a row of collapsed routers, for a checkpoint."""
+        return [self._skips, self._collapsed]
 
     def judge(self, loss: float, norm: float, load: RouterLoad | None = None) -> Verdict:
         """Judges a step before its update.
@@ -95,12 +109,14 @@ class Guard:
             ),
         ]
         alarms += spikes
-        if spikes and self.recipe.on_spike is OnSpike.skip:
-            return self._skipping(Action.skip, alarms)
+        if spikes and self.recipe.on_spike is not OnSpike.alarm:
+            return self._skipping(Action(self.recipe.on_spike.value), alarms)
         self._skips = 0
         self._recent.append((loss, norm))
-        is_stopped = self._collapsed >= self.recipe.collapse_batches and self.recipe.stop_on_collapse
-        return Verdict(Action.stop if is_stopped else Action.apply, alarms)
+        has_lasted = self._collapsed >= self.recipe.collapse_batches
+        if has_lasted and self.recipe.on_collapse is not OnCollapse.alarm:
+            return Verdict(Action(self.recipe.on_collapse.value), alarms, self._collapsed)
+        return Verdict(Action.apply, alarms)
 
     @property
     def _least(self) -> int:

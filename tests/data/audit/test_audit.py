@@ -15,6 +15,7 @@ from data.audit.proof import prove
 from data.audit.records import RunBooks
 from data.digest import digest_sequences
 from data.loader import build_train_loader
+from data.skips import Decision, write_decisions
 from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards
 from tests.data.conftest import small_documents
@@ -65,6 +66,25 @@ def test_a_sound_run_is_proven(run: tuple[Path, Lines], capsys: pytest.CaptureFi
     assert faults(folder, lines) == []
     assert main([str(folder)]) == 0
     assert "nothing was skipped or read twice; the tokens of 40 steps" in capsys.readouterr().out
+
+
+def test_what_is_declared_is_listed_and_must_not_have_been_read(
+    run: tuple[Path, Lines], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, lines = run
+    write_decisions(folder, [Decision(76, 84, 12, ["spike: loss 9"])])
+    left = [line for line in lines if line["step"] not in (10, 11)]
+    assert faults(folder, left) == []
+    proof = prove(RunBooks(folder))
+    assert proof.declared == ["steps 10 to 11, positions 72 to 87: rolled back at step 12: spike: loss 9"]
+    assert sum(samples for samples, _ in proof.consumed.values()) == 8 * (STEPS - 2)
+    assert main([str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "skipped by declaration: steps 10 to 11" in shown and "nothing else was skipped" in shown
+    assert "step 10 was trained, although" in faults(folder, lines)[0]
+    assert faults(folder, left[:8] + left[9:])[0] == "steps 9 to 11 are missing from the ledger"
+    shifted = [line | {"first": line["first"] - 16} if line["step"] > 11 else line for line in left]
+    assert "step 12: positions 72 to 87 were read again" in faults(folder, shifted)
 
 
 def test_each_fault_is_named(run: tuple[Path, Lines]) -> None:

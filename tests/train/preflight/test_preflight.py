@@ -1,46 +1,32 @@
 """Slow ranks and pairs are named and no healthy one accused; what is wrong with a node is one line."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from launch.preflight_trials import try_ranks
 from launch.ranks import run_ranks
-from train.preflight.links import find_slow, measure_links, rounds
+from train.preflight.links import find_slow, rounds
 from train.preflight.node import check_disk, check_gpus, check_infiniband, check_nvlink, check_shared_memory
 from train.preflight.together import preflight
 from train.recipe import load_recipe
 from train.topology import Topology
 
-TRIALS, WORLD, DELAY_SECONDS = 20, 4, 0.03
+TRIALS, WORLD = 6, 4
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 CPU = torch.device("cpu")
 
 
 def test_the_slow_rank_is_named_and_no_healthy_run_accused() -> None:
-    def work(topology: Topology) -> tuple[list[list[int]], list[list[int]], int]:
-        send = dist.send
-
-        def late(tensor: torch.Tensor, dst: int) -> None:
-            time.sleep(DELAY_SECONDS)
-            send(tensor, dst)
-
-        healthy, delayed = [], []
-        pairs = 0
-        for trial in range(TRIALS):
-            links = measure_links(CPU, 3.0)
-            healthy.append(links.slow_ranks)
-            pairs += len(links.slow_pairs)
-            with mock.patch.object(dist, "send", late if topology.rank == trial % WORLD else send):
-                delayed.append(measure_links(CPU, 3.0).slow_ranks)
-        return healthy, delayed, pairs
-
-    healthy, delayed, pairs = run_ranks(WORLD, work)[0]
-    assert delayed == [[trial % WORLD] for trial in range(TRIALS)]
-    assert healthy == [[]] * TRIALS and pairs == 0
+    trials = list(try_ranks(WORLD, TRIALS, 3.0))
+    assert [trial.named for trial in trials if trial.slow is not None] == [[n % WORLD] for n in range(TRIALS)]
+    assert [trial.named + trial.pairs for trial in trials if trial.slow is None] == [[]] * TRIALS
+    assert all(trial.has_passed for trial in trials)
+    assert not replace(trials[1], named=[]).has_passed and not replace(trials[0], pairs=[(0, 1)]).has_passed
 
 
 def test_a_slow_pair_is_named_and_not_its_ranks() -> None:

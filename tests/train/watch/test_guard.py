@@ -6,7 +6,7 @@ import random
 import pytest
 
 from train.schema import Guard as GuardRecipe
-from train.schema import OnNonfinite, OnSpike
+from train.schema import OnCollapse, OnNonfinite, OnSpike
 from train.watch.guard import Action, Guard, RouterLoad
 
 WINDOW = 32
@@ -56,8 +56,29 @@ def test_a_resumed_guard_decides_as_the_one_before() -> None:
     assert found == expected and Action.skip in expected[90:]
 
 
+def test_a_rollback_has_the_batches_at_fault() -> None:
+    recipe = GuardRecipe(
+        on_spike=OnSpike.rollback,
+        nonfinite=OnNonfinite.rollback,
+        on_collapse=OnCollapse.rollback,
+        window_batches=WINDOW,
+        collapse_batches=3,
+    )
+    guard = Guard(recipe)
+    for loss, norm in steps(WINDOW):
+        guard.judge(loss, norm)
+    assert guard.judge(7.0, 1.0).action is guard.judge(math.nan, 1.0).action is Action.rollback
+    bad = RouterLoad(entropy=0.1, dead_share=0.0, busiest_over_mean=1.0)
+    guard.judge(4.0, 1.0, bad)
+    # Half way through a collapse the run is resumed.
+    resumed = Guard(recipe, guard.recent, guard.counts)
+    assert resumed.judge(4.0, 1.0, bad).action is Action.apply
+    verdict = resumed.judge(4.0, 1.0, bad)
+    assert verdict.action is Action.rollback and verdict.batches == 3
+
+
 def test_a_collapse_raises_one_alarm_when_it_has_lasted() -> None:
-    guard = Guard(GuardRecipe(collapse_batches=3, stop_on_collapse=True))
+    guard = Guard(GuardRecipe(collapse_batches=3, on_collapse=OnCollapse.stop))
     bad = RouterLoad(entropy=0.1, dead_share=0.8, busiest_over_mean=12.0)
     good = RouterLoad(entropy=0.9, dead_share=0.0, busiest_over_mean=1.5)
     loads = [bad, bad, good, bad, bad, bad]

@@ -1,0 +1,75 @@
+"""A run goes on from the newest checkpoint that was trained on nothing that is left out now."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from data.curriculum import Skip, plan_stages, to_json
+from data.skips import Decision, write_decisions
+from train.checkpoint import Progress, keep_newest
+from train.recipe import RecipeError
+from train.resume import find_checkpoint
+from train.run_folder import CHECKPOINTS_FOLDER
+from train.schema import Data, DataSkip, Recipe, Training
+from train.topology import Topology
+
+ALONE = Topology()
+RECIPE = Recipe(data=Data(domains={"a": 1.0}, sequence_tokens=32), training=Training(10240, 8, 4))
+"""40 batches of 8 positions."""
+
+
+def save(folder: Path, batch: int, *skips: Skip) -> Path:
+    """A checkpoint of nothing but its progress."""
+    import torch
+
+    from train.checkpoint_saver import CheckpointSaver
+
+    model = torch.nn.Linear(2, 2)
+    curriculum = dataclasses.replace(plan_stages(RECIPE), skips=skips)
+    saver = CheckpointSaver(folder / CHECKPOINTS_FOLDER, ALONE, keep_last=9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    saver.start(model, optimizer, Progress(batch, batch * 8, batch * 256, 1.0, to_json(curriculum)))
+    saved = saver.wait()
+    assert saved is not None and saved.folder is not None, saved
+    return saved.folder
+
+
+def declaring(first: int, end: int) -> Recipe:
+    return dataclasses.replace(
+        RECIPE, data=dataclasses.replace(RECIPE.data, skips=[DataSkip(first, end, "bad")])
+    )
+
+
+def test_it_goes_back_before_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for batch in (10, 20, 30):
+        save(tmp_path, batch)
+    assert find_checkpoint(RECIPE, tmp_path, ALONE).progress.batch == 30
+    # Positions from the 21st batch on were trained in the third checkpoint, and in no other.
+    resumed = find_checkpoint(declaring(160, 200), tmp_path, ALONE)
+    assert resumed.progress.batch == 20 and resumed.curriculum.skipped == ((20, 25),)
+    assert "batch-00000030: was trained on other positions than are left out now" in capsys.readouterr().out
+    root = tmp_path / CHECKPOINTS_FOLDER
+    assert sorted(path.name for path in root.iterdir()) == [
+        "batch-00000010",
+        "batch-00000020",
+        "rolled-back-00000030",
+    ]
+    # What knows of it serves; what was set aside goes when the run has come as far again.
+    save(tmp_path, 26, Skip(160, 200, "bad"))
+    assert (root / "rolled-back-00000030").is_dir()
+    save(tmp_path, 34, Skip(160, 200, "bad"))
+    assert not (root / "rolled-back-00000030").exists()
+    assert find_checkpoint(declaring(160, 200), tmp_path, ALONE).progress.batch == 34
+    keep_newest(root, 2)
+    with pytest.raises(RecipeError, match=r"data.skips: .*no whole checkpoint from before"):
+        find_checkpoint(RECIPE, tmp_path, ALONE)
+    assert find_checkpoint(declaring(160, 200), tmp_path, ALONE).progress.batch == 34
+
+
+def test_what_the_guard_decided_counts_as_what_the_recipe_declares(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    write_decisions(tmp_path, [Decision(152, 168, 21, ["spike"])])
+    resumed = find_checkpoint(declaring(240, 248), tmp_path, ALONE)
+    assert resumed.progress.batch == 10 and resumed.curriculum.skipped == ((19, 21), (30, 31))

@@ -1,0 +1,106 @@
+"""Where a run goes on: its newest checkpoint that serves, and the stages from there on."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch.optim import Optimizer
+
+from data.curriculum import Curriculum, continue_stages, domains_of, from_json, plan_stages
+from data.manifest import Manifest
+from data.skips import declared_skips
+from data.supply import require_supply
+from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint, read_progress, set_aside
+from train.composer_model import LanguageModel
+from train.interchange.errors import InterchangeError
+from train.interchange.initial_weights import find_start, start_from
+from train.on_main import on_main, say
+from train.recipe import RecipeError
+from train.run_folder import CHECKPOINTS_FOLDER, keep_recipe, require_same_data
+from train.schema import Recipe
+from train.topology import Topology
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where the run goes on."""
+
+    checkpoint: Path | None
+    """None: at its beginning."""
+    progress: Progress
+    curriculum: Curriculum
+
+
+def find_checkpoint(recipe: Recipe, folder: Path, topology: Topology) -> Resumed:
+    """The run's newest whole checkpoint, and the stages from there on as the recipe has them now.
+
+    A checkpoint that was trained on what recipe or guard leave out now is set aside for an older one.
+
+    Raises:
+        RecipeError: if the recipe would rewrite what the run has read, or no checkpoint is as old as what is
+            to be left out.
+    """
+    skips = declared_skips(recipe, folder)
+    refused: list[Path] = []
+
+    def refuse(checkpoint: Path) -> str:
+        progress = read_progress(checkpoint)
+        past = from_json(progress.curriculum) if progress.curriculum else plan_stages(recipe)
+        now = replace(past, skips=skips)
+        if past.skipped_before(progress.batch) == now.skipped_before(progress.batch):
+            return ""
+        refused.append(checkpoint)
+        return f"{checkpoint}: was trained on other positions than are left out now"
+
+    found, complaints = newest_whole_checkpoint(folder / CHECKPOINTS_FOLDER, topology, refuse)
+    for complaint in complaints:
+        say(topology, complaint)
+    if refused and found is None:
+        raise RecipeError(
+            f"{folder} has no whole checkpoint from before what is to be left out, or taken in again",
+            key="data.skips",
+            remedy="name later positions, or give the run another name",
+        )
+    on_main(topology, lambda: set_aside(refused))
+    if found is None:
+        return Resumed(None, Progress(0, 0, 0, 0.0), replace(plan_stages(recipe), skips=skips))
+    progress = read_progress(found)
+    past = from_json(progress.curriculum) if progress.curriculum else plan_stages(recipe)
+    curriculum = replace(continue_stages(past, recipe, progress.samples), skips=skips)
+    if len(curriculum.edits) > len(past.edits):
+        say(topology, f"the curriculum is edited from token {progress.tokens:,} on")
+    return Resumed(found, progress, curriculum)
+
+
+def accept(recipe: Recipe, folder: Path, shards: Manifest, curriculum: Curriculum) -> None:
+    """Notes recipe and shards that the run goes on with, after they were found possible.
+
+    Raises:
+        RecipeError: if a domain runs dry, or the shards are not those that were read.
+    """
+    require_supply(recipe, curriculum)
+    splits = {
+        f"{domain}/{split}": record.index_sha256
+        for domain in {*domains_of(recipe), *recipe.data.validation_domains}
+        for split, record in shards.domains[domain].splits.items()
+    }
+    require_same_data(folder, splits)
+    keep_recipe(recipe, folder)
+
+
+def load_weights(
+    recipe: Recipe, resumed: Resumed, model: LanguageModel, optimizer: Optimizer, topology: Topology
+) -> None:
+    """Loads the run's checkpoint; without one, the weights that the recipe starts from."""
+    if resumed.checkpoint is not None:
+        load_checkpoint(resumed.checkpoint, model, optimizer, topology)
+        say(topology, f"resumed from {resumed.checkpoint}, {resumed.progress.tokens:,} tokens")
+        return
+    try:
+        start = on_main(topology, lambda: find_start(recipe))
+        if start is not None:
+            start_from(start, recipe, model, optimizer, topology)
+            say(topology, f"weights of step 0 from {start}")
+    except InterchangeError as error:
+        raise RecipeError(
+            str(error), key="start.weights", remedy="name whole weights of this model"
+        ) from None
