@@ -99,6 +99,12 @@ def job_from(options: argparse.Namespace) -> Job:
         if not equals:
             raise RecipeError(f"{text!r} has no value", key="--env", remedy="write NAME=value")
         environment[name] = value
+    claims = dict[str, str]()
+    for text in options.claim:
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise RecipeError(f"{text!r} has no folder", key="--claim", remedy="write NAME=/folder")
+        claims[name] = path
     in_image = options.image and options.on != "slurm"
     return Job(
         recipe_file=options.recipe,
@@ -111,10 +117,12 @@ def job_from(options: argparse.Namespace) -> Job:
         hours=options.hours,
         image=options.image,
         mounts=tuple(options.mount),
+        claims=claims,
         environment=environment,
         interface=options.interface,
         workdir=options.workdir or (IMAGE_WORKDIR if in_image else str(Path.cwd())),
         hosts=tuple(filter(None, options.hosts.split(","))),
+        remote_shell=options.remote_shell,
         partition=options.partition,
         account=options.account,
         cluster=options.cluster,
@@ -150,6 +158,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--image", default="", help="container image; none: the checkout's .venv")
     add("--mount", action="append", default=[], metavar="DIR", help="folder that containers see too")
     add(
+        "--claim",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="persistent volume claim, mounted there: shards, runs (kubernetes)",
+    )
+    add(
         "--workdir",
         default="",
         help=f"checkout on the nodes (default: this one; {IMAGE_WORKDIR} in an image)",
@@ -157,6 +172,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--env", action="append", default=[], metavar="NAME=VALUE", help="variable of every rank")
     add("--interface", default="", help="network interface of the rendezvous, for example eth0")
     add("--hosts", default="", metavar="A,B,...", help="hosts, spare ones included (composer, torchrun)")
+    add(
+        "--remote-shell",
+        default=job.remote_shell,
+        metavar="COMMAND",
+        help="gets a host and a line for a shell on it (default %(default)s; `bash launch/submit/here.sh`: "
+        "every host is this machine)",
+    )
     add("--partition", default="", help="SLURM's")
     add("--account", default="", help="SLURM's")
     add("--cluster", default="", help="mcli's")
@@ -170,6 +192,8 @@ def _check_system(name: str, system: System, job: Job) -> None:
         raise RecipeError(f"{name} runs containers", key="--image", remedy="give the image's name")
     if system.needs_hosts and not job.hosts:
         raise RecipeError(f"{name} needs hosts", key="--hosts", remedy="give --hosts A,B,...")
+    if job.claims and name != "kubernetes":
+        raise RecipeError(f"{name} has no volume claims", key="--claim", remedy="use --mount")
     if job.spare_nodes and name not in ("slurm", "composer", "torchrun"):
         raise RecipeError(f"{name} replaces nodes by itself", key="--spare-nodes", remedy="remove the option")
 

@@ -1,4 +1,4 @@
-"""A job as a shell script that reaches hosts by ssh and starts `composer` or `torchrun` on each."""
+"""A job as a shell script that starts `composer` or `torchrun` on hosts, by ssh or another remote shell."""
 
 import shlex
 
@@ -7,11 +7,11 @@ from launch.submit.job import Job
 
 MASTER_PORT = 29500
 SCRIPT = """#!/usr/bin/env bash
-# Run: bash FILE, in the checkout, on a machine that reaches every host by ssh without a password.
+# Run: bash FILE, in the checkout, on a machine that reaches every host without a password.
 set -u
 cd {workdir} || exit 2
 export RANKS_PER_NODE={ranks} MASTER_PORT={port} LAUNCHER={launcher} WORKDIR=$PWD
-export VARIABLES={variables}
+export VARIABLES={variables} REMOTE_SHELL={remote_shell}
 exec .venv/bin/python -m launch.restart --hosts {hosts} --nodes {nodes} -- \\
     bash launch/submit/ssh_step.sh '{{hosts}}' {arguments}
 """
@@ -25,6 +25,7 @@ def render(job: Job, launcher: str) -> str:
         ranks=job.gpus_per_node,
         port=MASTER_PORT,
         launcher=launcher,
+        remote_shell=shlex.quote(job.remote_shell),
         variables=shlex.quote(" ".join(words)),
         hosts=",".join(job.hosts),
         nodes=job.nodes,

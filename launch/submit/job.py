@@ -11,6 +11,7 @@ from train.topology import Topology
 from train.validate import validate
 
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+CLAIM = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
 LONGEST_NAME = 50
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -46,6 +47,8 @@ class Job:
     """Container image; none: the checkout's .venv."""
     mounts: tuple[str, ...] = ()
     """Folders that containers see: shards, runs; the same path inside and outside."""
+    claims: dict[str, str] = field(default_factory=dict)
+    """Kubernetes' persistent volume claims, ReadWriteMany, for shards and runs: name to folder inside."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables more, which win over the table's."""
     interface: str = ""
@@ -53,7 +56,9 @@ class Job:
     workdir: str = "."
     """The checkout on the nodes, on a file system that all share; /finegrain in the image."""
     hosts: tuple[str, ...] = ()
-    """Hosts that are reached by ssh."""
+    """Hosts that are reached by `remote_shell`."""
+    remote_shell: str = "ssh -o BatchMode=yes -o ServerAliveInterval=30"
+    """Command that gets a host and a line for a shell on it."""
     partition: str = ""
     """SLURM's partition."""
     account: str = ""
@@ -110,8 +115,14 @@ def check_job(job: Job) -> Recipe:
             key="--hosts",
             remedy="name more hosts, or take fewer nodes",
         )
-    for mount in job.mounts:
-        if not Path(mount).is_absolute():
-            raise RecipeError(f"{mount!r} is relative", key="--mount", remedy="give a whole path")
+    for option, folders in (("--mount", job.mounts), ("--claim", job.claims.values())):
+        for folder in folders:
+            if not Path(folder).is_absolute():
+                raise RecipeError(f"{folder!r} is relative", key=option, remedy="give a whole path")
+    for claim in job.claims:
+        if not CLAIM.fullmatch(claim):
+            raise RecipeError(f"{claim!r} is no name of a claim", key="--claim", remedy="write NAME=/folder")
+    if job.gpu_type.upper() != job.gpu_type or not job.gpu_type:
+        raise RecipeError(f"{job.gpu_type!r} is no GPU", key="--gpu-type", remedy="H100 or H200, for example")
     validate(recipe, Topology(0, job.world_size, 0, job.gpus_per_node), job.recipe_file)
     return recipe

@@ -90,6 +90,7 @@ def pod_spec(job: Job) -> dict[str, Any]:
         "volumeMounts": [
             {"name": "shared-memory", "mountPath": "/dev/shm"},
             *({"name": f"mount-{n}", "mountPath": mount} for n, mount in enumerate(job.mounts)),
+            *({"name": f"claim-{n}", "mountPath": path} for n, path in enumerate(job.claims.values())),
         ],
         # RDMA pins the memory that it sends from.
         "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
@@ -106,6 +107,10 @@ def pod_spec(job: Job) -> dict[str, Any]:
             *(
                 {"name": f"mount-{n}", "hostPath": {"path": mount, "type": "Directory"}}
                 for n, mount in enumerate(job.mounts)
+            ),
+            *(
+                {"name": f"claim-{n}", "persistentVolumeClaim": {"claimName": claim}}
+                for n, claim in enumerate(job.claims)
             ),
         ],
     }

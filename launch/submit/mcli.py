@@ -11,6 +11,9 @@ import yaml
 from launch.submit.environment import environment
 from launch.submit.job import Device, Job
 
+GPU_TYPES = {"A100": "a100_80gb", "H100": "h100_80gb", "H200": "h200_141gb"}
+"""The platform's names, with the memory; another GPU is asked for by its name in small letters."""
+
 
 def render(job: Job) -> str:
     """The run configuration as YAML."""
@@ -23,7 +26,7 @@ def configuration(job: Job) -> dict[str, Any]:
     if job.cluster:
         compute["cluster"] = job.cluster
     if job.device is Device.cuda:
-        compute |= {"gpus": job.world_size, "gpu_type": f"{job.gpu_type.lower()}_80gb"}
+        compute |= {"gpus": job.world_size, "gpu_type": GPU_TYPES.get(job.gpu_type, job.gpu_type.lower())}
     variables = {"NODES": str(job.nodes), "RANKS_PER_NODE": str(job.gpus_per_node)}
     return {
         "name": job.name,

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 import warnings
 from dataclasses import replace
@@ -32,6 +33,7 @@ JOB = Job(
     nodes=8,
     image="example/finegrain:1",
     mounts=("/data", "/runs"),
+    claims={"shards-claim": "/shards"},
     environment={"SITE": 'it\'s "quoted" $here'},
     interface="eth0",
     workdir="/finegrain",
@@ -100,6 +102,9 @@ def test_kubernetes_names_the_first_pod_as_master_and_stops_at_a_mistake() -> No
     assert pod["containers"][0]["command"][-3:] == JOB.arguments
     job = spec["replicatedJobs"][0]["template"]["spec"]
     assert job["completions"] == job["parallelism"] == 8 and job["backoffLimit"] == 0
+    (claim,) = (v for v in pod["volumes"] if "persistentVolumeClaim" in v)
+    assert claim["persistentVolumeClaim"] == {"claimName": "shards-claim"}
+    assert {"name": claim["name"], "mountPath": "/shards"} in pod["containers"][0]["volumeMounts"]
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [USAGE_STATUS]
 
 
@@ -111,6 +116,11 @@ def test_mcli_knows_every_field() -> None:
         config = models.RunConfig.from_dict(yaml.safe_load(mcli.render(JOB)))
     assert config.compute["gpus"] == 64 and config.compute["nodes"] == 8
     assert last_words(config.command) == JOB.arguments
+
+
+@pytest.mark.parametrize("gpu,name", [("H100", "h100_80gb"), ("H200", "h200_141gb"), ("L40S", "l40s")])
+def test_mcli_asks_for_the_gpu(gpu: str, name: str) -> None:
+    assert mcli.configuration(replace(JOB, gpu_type=gpu))["compute"]["gpu_type"] == name
 
 
 def test_skypilot_knows_every_field() -> None:
@@ -168,6 +178,9 @@ def test_placement_by_counting_nodes() -> None:
         ({"environment": {"a-b": "1"}}, "--env"),
         ({"nodes": 9}, "--hosts"),
         ({"mounts": ("data",)}, "--mount"),
+        ({"claims": {"shards": "data"}}, "--claim"),
+        ({"claims": {"A_b": "/data"}}, "--claim"),
+        ({"gpu_type": "h100"}, "--gpu-type"),
         ({"nodes": 5, "hosts": ()}, "training.global_batch_sequences"),
     ],
 )
@@ -262,6 +275,7 @@ def by_ssh(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", f"{ssh.parent}:{os.environ['PATH']}")
     variables = {"RANKS_PER_NODE": "1", "MASTER_PORT": "29517", "LAUNCHER": "composer"}
+    variables["REMOTE_SHELL"] = JOB.remote_shell
     for name, value in (variables | {"WORKDIR": str(checkout), "VARIABLES": "A='b c'", "FAIL": ""}).items():
         monkeypatch.setenv(name, value)
     return ["bash", str(ROOT / "launch/submit/ssh_step.sh"), "h0,h1", "yamls/x.yaml", "a=it's $b"]
@@ -278,6 +292,38 @@ def test_sigterm_reaches_the_ranks_of_every_host(checkout: Path, by_ssh: list[st
     assert process.wait(20) == PREEMPTED_STATUS
     assert log.read_text().count("saved") == 2
     assert (checkout / "args").read_text().splitlines()[-2:] == ["yamls/x.yaml", "a=it's $b"]
+
+
+@pytest.mark.parametrize("launcher", ["composer", "torchrun"])
+def test_the_rendered_script_runs_where_every_host_is_this_machine(checkout: Path, launcher: str) -> None:
+    job = replace(
+        JOB,
+        nodes=2,
+        gpus_per_node=1,
+        device=Device.cpu,
+        hosts=("127.0.0.1", "127.0.0.2", "127.0.0.3"),
+        workdir=str(checkout),
+        remote_shell="bash launch/submit/here.sh",
+        interface="lo",
+    )
+    # The script, the supervisor and the steps are the real ones; the launcher is a stand-in that fails once.
+    python = checkout / ".venv/bin/python"
+    python.write_text(f'#!/bin/bash\nPYTHONPATH={shlex.quote(str(ROOT))} exec {sys.executable} "$@"\n')
+    stand_in = checkout / ".venv/bin" / launcher
+    stand_in.write_text(
+        "#!/bin/bash\n"
+        'echo "$MASTER_ADDR $NODES $NODE_RANK $GLOO_SOCKET_IFNAME $SITE ${*: -3}" >>"said by $NODE_RANK"\n'
+        '[ "$NODE_RANK" = 1 ] && [ ! -e failed ] && touch failed && exit 76\nexit 0\n'
+    )
+    for file in (python, stand_in):
+        file.chmod(0o755)
+    script = hosts.render(job, launcher).replace("launch.restart", "launch.restart --backoff 0")
+    ended = subprocess.run(["bash", "-c", script], check=False, timeout=60, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    words = f"127.0.0.1 2 {{}} lo {JOB.environment['SITE']} {' '.join(JOB.arguments)}\n"
+    for rank in range(2):
+        assert (checkout / f"said by {rank}").read_text() == 2 * words.format(rank)
+    assert "starting again from batch 0" in ended.stderr
 
 
 def test_a_host_that_fails_ends_the_others_and_gives_its_status(checkout: Path, by_ssh: list[str]) -> None:
