@@ -12,7 +12,8 @@ from launch.submit.environment import environment
 from launch.submit.job import Device, Job
 
 GPU_TYPES = {"A100": "a100_80gb", "H100": "h100_80gb", "H200": "h200_141gb"}
-"""The platform's names, with the memory; another GPU is asked for by its name in small letters."""
+"""The platform's names, with the memory (H200's by analogy, not yet tried); any other is passed on in small
+letters, as `mcli get clusters` lists it."""
 
 
 def render(job: Job) -> str:
