@@ -181,7 +181,6 @@ def _train_tokenizer(recipe: Recipe, job: Job, chunks: list[Chunk], decision: De
                         yield text
                     seen += 1
 
-    open_once.cache_clear()
     train_bpe(recipe.tokenizer, texts()).to_hugging_face(job.out)
 
 

@@ -49,12 +49,21 @@ class Processes:
         if workers <= 1:
             yield map(task, items)
             return
+        _import_for_tasks()
         # Forked: a new interpreter would import everything again. Children open tokenizers of their own.
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
         try:
             yield pool.map(task, items)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _import_for_tasks() -> None:
+    """Imports here what tasks import when they need it, or each process of each stage would."""
+    import datasketch  # noqa: F401
+    import pyarrow.parquet
+
+    pyarrow.array([0])  # The first conversion imports pandas.
 
 
 class Spark:

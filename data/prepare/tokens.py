@@ -22,7 +22,7 @@ from data.prepare.inputs import Chunk
 from data.prepare.job import Job, Result, save_array, write_whole
 from data.prepare.mds import encode_shard, index_entry, samples_per_shard, shard_name
 from data.split import SPLITS
-from data.tokenizer import TokenizerHandle, open_tokenizer
+from data.tokenizer import TOKENIZER_FILE, TokenizerHandle, open_tokenizer
 from train.schema import Tokenizer
 
 ENCODE, WRITE = "encode", "write"
@@ -177,7 +177,16 @@ def _digest(sample: Sample) -> bytes:
     return digest.digest()
 
 
-@lru_cache(maxsize=1)
 def open_once(cfg: Tokenizer, folder: Path) -> TokenizerHandle:
-    """The tokenizer, opened and checked once in each process."""
+    """The tokenizer, opened and checked once in each process, and anew where its file is another."""
+    try:
+        status = (folder / TOKENIZER_FILE).stat()
+        return _open(cfg, folder, (status.st_ino, status.st_mtime_ns))
+    except FileNotFoundError:
+        return _open(cfg, folder, None)
+
+
+@lru_cache(maxsize=1)
+def _open(cfg: Tokenizer, folder: Path, mark: tuple[int, int] | None) -> TokenizerHandle:
+    """Mark: tells the tokenizer's file from one that took its place; processes outlive a build."""
     return open_tokenizer(cfg, folder)

@@ -5,14 +5,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.bpe import train_bpe
 from data.packing import pack
 from data.prepare.clean import normalise
 from data.prepare.duplicates import resolve, sketch
 from data.prepare.evaluation_overlap import EvaluationTexts
 from data.prepare.language import language_of
 from data.prepare.mds import encode_shard, index_entry, index_text, shard_name
+from data.prepare.tokens import open_once
 from data.prepare.words import hash_ngrams, hash_words
 from data.quality import fault_of_repetition
+from train.schema import Tokenizer, TokenizerKind
+
+
+def test_a_tokenizer_that_took_anothers_place_is_opened(tmp_path: Path):
+    # Processes of Spark outlive a build, and the next one may be made in the same folder.
+    cfg = Tokenizer(TokenizerKind.bpe, 270)
+    made = [train_bpe(cfg, iter([text * 9])) for text in ("the cat sat on the mat ", "xyz zyx yxz ")]
+    for handle in made:
+        handle.to_hugging_face(tmp_path / "new")
+        (tmp_path / "new").rename(tmp_path / "out")
+        assert open_once(cfg, tmp_path / "out").fingerprint == handle.fingerprint
+        assert open_once(cfg, tmp_path / "out") is open_once(cfg, tmp_path / "out")
+        (tmp_path / "out").rename(tmp_path / f"old-{handle.fingerprint}")
+    assert made[0].fingerprint != made[1].fingerprint
 
 
 @pytest.mark.parametrize("sequence_tokens", [8, 700])
