@@ -15,9 +15,17 @@ from train.interchange.errors import InterchangeError
 from train.interchange.initial_weights import find_start, start_from
 from train.on_main import on_main, say
 from train.recipe import RecipeError
-from train.run_folder import CHECKPOINTS_FOLDER, keep_recipe, require_same_data
+from train.run_folder import (
+    CHECKPOINTS_FOLDER,
+    LEDGER_FILE,
+    METRICS_FILE,
+    keep_recipe,
+    require_same_data,
+)
 from train.schema import Recipe
+from train.step_log import EXPERT_LOAD_FILE, StepLog
 from train.topology import Topology
+from train.watch.alarms import ALARMS_FILE
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,15 @@ def accept(recipe: Recipe, folder: Path, shards: Manifest, curriculum: Curriculu
     }
     require_same_data(folder, splits)
     keep_recipe(recipe, folder)
+
+
+def drop_after(folder: Path, batch: int) -> None:
+    """Cuts off what the run's records have of later batches; nothing may be left to train that would do it."""
+    for name in (METRICS_FILE, LEDGER_FILE, ALARMS_FILE, EXPERT_LOAD_FILE):
+        if (folder / name).exists():
+            log = StepLog(folder / name)
+            log.drop_after(batch)
+            log.close()
 
 
 def load_weights(

@@ -50,7 +50,7 @@ from train.parallel import build_mesh, build_sharded
 from train.preflight.together import is_wanted, preflight
 from train.recipe import RecipeError
 from train.report.page import write_report
-from train.resume import Resumed, accept, find_checkpoint, load_weights
+from train.resume import Resumed, accept, drop_after, find_checkpoint, load_weights
 from train.run_folder import (
     CHECKPOINTS_FOLDER,
     REPORT_FILE,
@@ -108,6 +108,7 @@ def run(recipe: Recipe, topology: Topology) -> int:
         return UNFIT_STATUS
     resumed = find_checkpoint(recipe, folder, topology)
     on_main(topology, lambda: accept(recipe, folder, shards, resumed.curriculum))
+    on_main(topology, lambda: drop_after(folder, resumed.progress.batch))
     uploader = MlflowUploader(folder, recipe, dataset_inputs(recipe, shards)) if topology.is_main else None
     if uploader:
         uploader.start()

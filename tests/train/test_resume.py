@@ -9,7 +9,7 @@ from data.curriculum import Skip, plan_stages, to_json
 from data.skips import Decision, write_decisions
 from train.checkpoint import Progress, keep_newest
 from train.recipe import RecipeError
-from train.resume import find_checkpoint
+from train.resume import drop_after, find_checkpoint
 from train.run_folder import CHECKPOINTS_FOLDER
 from train.schema import Data, DataSkip, Recipe, Training
 from train.topology import Topology
@@ -65,6 +65,15 @@ def test_it_goes_back_before_what_is_left_out(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(RecipeError, match=r"data.skips: .*no whole checkpoint from before"):
         find_checkpoint(RECIPE, tmp_path, ALONE)
     assert find_checkpoint(declaring(160, 200), tmp_path, ALONE).progress.batch == 34
+
+
+def test_records_of_later_batches_are_cut_off_though_nothing_is_left_to_train(tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "ledger.jsonl", "alarms.jsonl"):
+        (tmp_path / name).write_text('{"step":30}\n{"step":31}\n')
+    drop_after(tmp_path, 30)
+    for name in ("metrics.jsonl", "ledger.jsonl", "alarms.jsonl"):
+        assert (tmp_path / name).read_text() == '{"step":30}\n'
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_what_the_guard_decided_counts_as_what_the_recipe_declares(tmp_path: Path) -> None:
