@@ -96,7 +96,7 @@ def accept(recipe: Recipe, folder: Path, shards: Manifest, curriculum: Curriculu
 
 
 def drop_after(folder: Path, batch: int) -> None:
-    """Cuts off what the run's records have of later batches; nothing may be left to train that would do it."""
+    """Cuts off what records have of later batches: there may be nothing left to train, which would do it."""
     for name in (METRICS_FILE, LEDGER_FILE, ALARMS_FILE, EXPERT_LOAD_FILE):
         if (folder / name).exists():
             log = StepLog(folder / name)
