@@ -95,10 +95,12 @@ def _faults_of_lines(books: RunBooks) -> Iterator[str]:
 
 
 def _declared(books: RunBooks) -> Iterator[str]:
-    """The ranges that are left out before the ledger's end, with their reasons."""
+    """The ranges that are left out before the ledger's end or just behind it, with their reasons."""
     curriculum = books.curriculum
     end = books.steps[-1].step if books.steps else 0
-    for first, after in curriculum.skipped_before(end):
+    for first, after in curriculum.skipped:
+        if first > end:
+            break
         begin, stop = curriculum.samples_before(first), curriculum.samples_before(after)
         reasons = [s.reason for s in curriculum.skips if s.first_sample < stop and s.end_sample > begin]
         yield (
