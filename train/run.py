@@ -1,8 +1,6 @@
 """One run, from a checked recipe to a trained model and its report. Read `run` first."""
 
 import functools
-import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +39,7 @@ from train.evaluate.tasks import hugging_face_tokenizer
 from train.exit_status import REPLAY_STATUS, UNFIT_STATUS
 from train.generate.generation import OwnText
 from train.generate.sample_text import write_sample
+from train.hush import hush_libraries
 from train.init import initialize
 from train.interchange.initial_weights import freeze
 from train.model import Decoder
@@ -157,13 +156,6 @@ def is_fit(recipe: Recipe, folder: Path, machine: Machine) -> bool:
 
 class UnfitError(RuntimeError):
     """A machine that must not take part."""
-
-
-def hush_libraries() -> None:
-    """Leaves out warnings of what is as it should be: of checkpoints at each save, of forked loaders."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for message in ("torch.distributed is disabled", "TypedStorage is deprecated"):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def start_processes(recipe: Recipe, topology: Topology) -> Machine:

@@ -29,6 +29,7 @@ from launch.verify.report import write_certificate
 from train import metrics
 from train.callbacks.checkpointing import PREEMPTED_STATUS
 from train.checkpoint import PARTIAL, STATE_FOLDER, load_checkpoint, newest_whole_checkpoint
+from train.hush import hush_libraries
 from train.run import Machine, build_model, run
 from train.run_folder import CHECKPOINTS_FOLDER, LEDGER_FILE, METRICS_FILE
 from train.schema import BalanceScope, Checkpoint, OnExisting, Parallelism, Precision, Recipe
@@ -65,6 +66,7 @@ def certify(recipe: Recipe, json_file: str | None, html_file: str | None, kills:
     """Runs everything, prints and writes the certificate; returns the exit status."""
     begun = time.monotonic()
     importlib.import_module("llmfoundry.optim.lion")
+    hush_libraries()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="resume-") as folder:
         small = prepare(recipe, Path(folder))

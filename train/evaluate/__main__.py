@@ -35,8 +35,10 @@ def main(arguments: list[str]) -> int:
         return USAGE_STATUS
     print("evaluate: importing torch and LLM Foundry first", file=sys.stderr, flush=True)
     from train.evaluate.checkpoint import evaluate_source
+    from train.hush import hush_libraries
     from train.interchange.errors import InterchangeError
 
+    hush_libraries()
     found = []
     try:
         for source in options.source:
