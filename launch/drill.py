@@ -36,9 +36,10 @@ from train.callbacks.update import BeforeUpdate
 from train.callbacks.watch import STRAGGLERS_FILE, Moves
 from train.checkpoint import newest_whole_checkpoint
 from train.exit_status import HANG_STATUS, PREEMPTED_STATUS, REPLAY_STATUS, USAGE_STATUS
+from train.fault_schema import Watch
 from train.recipe import RecipeError, load_recipe
 from train.run_folder import CHECKPOINTS_FOLDER
-from train.schema import Data, Recipe, Watch
+from train.schema import Data, Recipe
 from train.step_log import read_steps
 from train.topology import Topology
 from train.validate import validate

@@ -31,8 +31,9 @@ from launch.restart.supervisor import Policy, Supervisor
 from launch.verify.resume import differences, named, prepare, record, tail
 from train import metrics
 from train.exit_status import USAGE_STATUS
+from train.fault_schema import Guard, OnSpike
 from train.recipe import RecipeError, load_recipe
-from train.schema import Data, DataSkip, Guard, OnSpike, Recipe
+from train.schema import Data, DataSkip, Recipe
 from train.step_log import STEP, read_steps
 from train.topology import Topology
 from train.validate import validate

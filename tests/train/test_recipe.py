@@ -171,7 +171,7 @@ def test_every_key_of_the_schema_is_read_somewhere() -> None:
     read: set[str] = set()
     for folder in ("train", "data", "launch"):
         for file in (ROOT / folder).rglob("*.py"):
-            if file.name in {"schema.py", "validate.py"}:
+            if file.name.endswith("schema.py") or file.name == "validate.py":
                 continue
             read |= {n.attr for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)}
     unread = [key for key, _, _ in walk_schema() if key.rsplit(".", 1)[-1] not in read]

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 
 from train import provenance
+from train.fault_schema import Preflight, PreflightWhen
 from train.preflight.links import measure_collectives, measure_links
 from train.preflight.node import Check, check_node
 from train.recipe import to_yaml
-from train.schema import Preflight, PreflightWhen, Recipe
+from train.schema import Recipe
 from train.topology import Topology
 
 TOKEN_FILE = ".preflight-token"

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from train.schema import Guard as GuardRecipe
-from train.schema import OnCollapse, OnSpike
+from train.fault_schema import Guard as GuardRecipe
+from train.fault_schema import OnCollapse, OnSpike
 
 DEVIATIONS_PER_MAD = 1.4826
 """Standard deviations of a normal distribution in one median absolute deviation."""

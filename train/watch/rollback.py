@@ -18,10 +18,11 @@ from data.loader import TrainSequences
 from data.manifest import Manifest
 from data.skips import Decision, read_decisions, write_decisions
 from train.checkpoint import CheckpointError, check_checkpoint
+from train.fault_schema import Guard
 from train.on_main import on_main
 from train.recipe import RecipeError
 from train.run_folder import CHECKPOINTS_FOLDER
-from train.schema import Guard, Recipe
+from train.schema import Recipe
 from train.topology import Topology
 
 Documents = Callable[[int, int], list[dict[str, Any]]]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from train.exit_status import HANG_STATUS
-from train.schema import Watch
+from train.fault_schema import Watch
 from train.topology import Topology
 from train.watch.collectives import CollectiveRecorder, nccl_trace
 from train.watch.diagnosis import diagnose

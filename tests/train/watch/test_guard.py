@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from train.schema import Guard as GuardRecipe
-from train.schema import OnCollapse, OnNonfinite, OnSpike
+from train.fault_schema import Guard as GuardRecipe
+from train.fault_schema import OnCollapse, OnNonfinite, OnSpike
 from train.watch.guard import Action, Guard, RouterLoad
 
 WINDOW = 32

@@ -8,7 +8,7 @@ import pytest
 from data.curriculum import plan_stages
 from data.skips import read_decisions
 from tests.train.test_resume import RECIPE, save
-from train.schema import Guard
+from train.fault_schema import Guard
 from train.topology import Topology
 from train.watch.rollback import Rollback, names_of
 

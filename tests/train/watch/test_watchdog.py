@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from launch.ranks import Ranks
 from train.exit_status import HANG_STATUS
-from train.schema import Watch
+from train.fault_schema import Watch
 from train.topology import Topology
 from train.watch.collectives import CollectiveRecorder, record_collectives
 from train.watch.diagnosis import diagnose
