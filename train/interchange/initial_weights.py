@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from train.checkpoint import load_checkpoint
+from train.interchange.checkpoint_weights import WRAPPER, CheckpointWeights
 from train.interchange.errors import InterchangeError
 from train.interchange.folders import STATE_FOLDER
-from train.interchange.weights import WRAPPER, CheckpointWeights, Source, newest, open_weights
+from train.interchange.weights import Source, newest, open_weights
 from train.model import Decoder
 from train.run_folder import CHECKPOINTS_FOLDER
 from train.schema import OptimizerStart, Recipe

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from data.curriculum import from_json
 from train import sizing
 from train.checkpoint import newest_whole_checkpoint, read_progress
+from train.interchange.checkpoint_weights import CheckpointWeights
 from train.interchange.errors import InterchangeError
 from train.interchange.folders import CONFIG_FILE, MODEL_FILE, STATE_FOLDER, model_at, read_json
 from train.interchange.hf_mapping import Family, Link, family_of
@@ -25,8 +25,6 @@ from train.schema import Model, Recipe
 
 BALANCING_BIAS = "router.expert_bias"
 """A buffer that some models have beside their weights."""
-WRAPPER = "model.decoder."
-"""What begins the decoder's names in a checkpoint of a run."""
 
 
 class Weights(Protocol):
@@ -48,33 +46,6 @@ class Source:
     weights: Weights
     recipe: Recipe | None = None
     """The recipe of the run that made them; None for weights from elsewhere."""
-
-
-class CheckpointWeights:
-    """The decoder's tensors in a checkpoint of a run, whatever its layout was; one is held at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self._reader = dcp.FileSystemReader(folder / STATE_FOLDER)
-        entries = self._reader.read_metadata().state_dict_metadata
-        self._keys = {key.removeprefix(WRAPPER): key for key in entries if key.startswith(WRAPPER)}
-        if not self._keys:
-            raise InterchangeError(f"{folder}: holds no decoder")
-        self.tensors = {}
-        for name, key in self._keys.items():
-            entry = entries[key]
-            assert isinstance(entry, dcp.metadata.TensorStorageMetadata), key
-            self.tensors[name] = TensorInfo(name, entry.properties.dtype, tuple(entry.size))
-        self._held: tuple[str, Tensor] | None = None
-
-    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows of a tensor; it is read whole, as its parts lie where the run's ranks wrote them."""
-        if self._held is None or self._held[0] != name:
-            self._held = None
-            info = self.tensors[name]
-            whole = torch.empty(info.shape, dtype=info.dtype)
-            dcp.load({self._keys[name]: whole}, storage_reader=self._reader, no_dist=True)
-            self._held = name, whole
-        return self._held[1][first:last]
 
 
 class HuggingFaceWeights:
