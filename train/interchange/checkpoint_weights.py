@@ -12,6 +12,7 @@ from typing import BinaryIO, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.utils import _create_file_view
 
@@ -87,8 +88,8 @@ class CheckpointWeights:
         file = self._folder / place.relative_path
         with file.open("rb") as stream:
             archive = cast(BinaryIO, _create_file_view(stream, place.offset, place.length))
-            # Its shape and strides, no data.
-            stored = torch.load(archive, map_location="meta", weights_only=True)
+            with FakeTensorMode():  # Its shape and strides; torch.load does not read the data then.
+                stored = torch.load(archive, weights_only=True)
             archive.seek(0)
             reader = torch._C.PyTorchFileReader(archive)
             first_byte = place.offset + reader.get_record_offset(STORAGE)  # type: ignore[attr-defined]
