@@ -13,7 +13,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +139,7 @@ class ShardCache:
 
     def _evict(self, excess: int) -> int:
         """Removes shards of at least ``excess`` bytes, those read longest ago first; returns the bytes."""
-        shards = [(path, path.stat()) for path in self.root.glob("*/*/*.mds")]
+        shards = _sizes(self.root.glob("*/*/*.mds"))
         freed = 0
         for path, status in sorted(shards, key=lambda it: it[1].st_atime_ns):
             if freed >= excess:
@@ -151,7 +151,7 @@ class ShardCache:
 
     def _kept_bytes(self) -> int:
         files = [*self.root.glob("*/*/*.mds"), *self.root.glob(f"*/*/*{PARTIAL}")]
-        return sum(path.stat().st_size for path in files if path.exists())
+        return sum(status.st_size for _, status in _sizes(files))
 
     def _fetch_checked(self, path: Path, size: int | None, sha256: str | None) -> Path:
         """Downloads under a name of its own and compares; a file that came altered is fetched again."""
@@ -216,6 +216,15 @@ class ShardCache:
         with (locks / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _sizes(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
+    """Files that are there; another process may remove or rename any of them at any moment."""
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found.append((path, path.stat()))
+    return found
 
 
 def open_cache(recipe: Recipe) -> ShardCache | None:
