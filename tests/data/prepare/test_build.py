@@ -1,11 +1,15 @@
 """Shards of sources: the same bytes for any engine, number of workers and cut; nothing is lost in silence."""
 
 import dataclasses
+import gc
 import gzip
 import json
+import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from zipimport import zipimporter
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +20,13 @@ from data.manifest import check_shards, require_match
 from data.packing import PADDING
 from data.prepare import build
 from data.prepare.engines import Processes, Spark
+from data.prepare.job import Job, Result
 from data.streams import ShardFolder
 from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards
 from train.preparation_schema import Preparation, Quality, Source, SourceKind
 from train.recipe import RecipeError
-from train.schema import Recipe
+from train.schema import Recipe, Tokenizer
 
 FACTS = {"dataset": "tales", "version": "1.2", "origin": "https://example.org/tales", "licence": "CC0-1.0"}
 QUESTION = (
@@ -241,11 +246,19 @@ def test_a_hugging_face_folder_is_read(corpus: Path, make_recipe: Callable[..., 
     assert sum(split.documents for split in manifest.domains["prose"].splits.values()) == 30
 
 
-@pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java")
+@pytest.fixture(scope="module")
+def spark() -> Iterator[Spark]:
+    if shutil.which("java") is None:
+        pytest.skip("Spark needs Java")
+    engine = Spark(2)
+    yield engine
+    engine.stop()
+
+
 def test_spark_gives_the_same_bytes_and_failed_tasks_leave_nothing(
-    corpus: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    corpus: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, spark: Spark
 ):
-    one, spark = (recipe_of(corpus, make_recipe, name, chunk_bytes=15_000) for name in ("one", "spark"))
+    one, other = (recipe_of(corpus, make_recipe, name, chunk_bytes=15_000) for name in ("one", "spark"))
     build_shards(one, engine=Processes(1))
     marks = corpus.parent / "marks"
     marks.mkdir()
@@ -262,9 +275,19 @@ def test_spark_gives_the_same_bytes_and_failed_tasks_leave_nothing(
         return whole(job, task)
 
     monkeypatch.setattr(build, "write_shard", fails_once)
-    engine = Spark(2)
-    try:
-        build_shards(spark, engine=engine)
-    finally:
-        engine.stop()
-    assert list(marks.iterdir()) and files(Path(spark.data.shards)) == files(Path(one.data.shards))
+    build_shards(other, engine=spark)
+    assert list(marks.iterdir()) and files(Path(other.data.shards)) == files(Path(one.data.shards))
+
+
+def test_workers_of_spark_do_not_go_through_all_their_modules_after_each_task(tmp_path: Path, spark: Spark):
+    def stage(job: Job, item: int) -> Result:
+        zips = [path for path, it in sys.path_importer_cache.items() if isinstance(it, zipimporter)]
+        return {"frozen": gc.get_freeze_count(), "zips": zips, "process": os.getpid()}
+
+    job = Job(tmp_path, (), Preparation(), (), Tokenizer(), 16, False)
+    seen: set[int] = set()
+    for result in spark.run("looking", stage, job, list(range(20))):
+        if result["process"] in seen:
+            assert result["frozen"] > 1000 and not result["zips"]
+        seen.add(result["process"])
+    assert len(seen) < 20
