@@ -7,6 +7,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 from enum import Enum
@@ -272,6 +273,7 @@ def _default_text(schema_field: dataclasses.Field[Any]) -> str:
     return str(value.value if isinstance(value, Enum) else value)
 
 
+@functools.cache
 def _field_docs(schema: type) -> dict[str, str]:
     """The string literal under each field, which Python itself does not keep."""
     body = ast.parse(inspect.getsource(schema)).body[0]

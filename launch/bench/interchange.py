@@ -53,6 +53,8 @@ LAYERS = (2, 17)
 """Of the two sizes, which differ by a factor of 8."""
 FILES = 8
 """Files that a model is split into."""
+RANKS = 2
+"""Ranks that save the checkpoint; each writes its part of the tensors to a file."""
 GOAL = 0.5
 """Least throughput, as a share of the copy's."""
 MOST_TENSORS = 3.0
@@ -136,18 +138,18 @@ def prepare(folder: Path, model: Model) -> dict[str, Work]:
         write_folder(Source(folder, model, RandomWeights(model)), theirs, shard_bytes=size // FILES)
         import_folder(theirs, imported)
     run = folder / "run"
-    run_ranks(1, lambda topology: _save_checkpoint(run, model, topology))
+    run_ranks(RANKS, lambda topology: _save_checkpoint(run, model, topology))
     return {
         "copy": lambda out: shutil.copytree(theirs, out),
-        "import": lambda out: import_folder(theirs, out),
+        "import": lambda out: import_folder(theirs, out, size / FILES / 1e9),
         "export": lambda out: write_folder(open_weights(imported), out),
-        "export of a checkpoint": lambda out: write_folder(_without_recipe(run), out),
+        "export of a checkpoint": lambda out: write_folder(_without_recipe(run), out, None, size // FILES),
     }
 
 
 def _save_checkpoint(run: Path, model: Model, topology: Topology) -> None:
     """The folder of a run with one checkpoint in bf16."""
-    run.mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(
         name="run",
         model=model,

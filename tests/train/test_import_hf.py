@@ -1,7 +1,9 @@
 """Import of folders that transformers wrote: the same function, the same bytes back, every fault found."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -92,12 +94,14 @@ def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, t
 class CutOff:
     """Weights whose reading is interrupted after some blocks."""
 
-    def __init__(self, weights: Weights, blocks: int) -> None:
-        self.weights, self.left, self.tensors = weights, blocks, weights.tensors
+    def __init__(self, weights: Weights, blocks: int, *, kill: bool = False) -> None:
+        self.weights, self.left, self.kill, self.tensors = weights, blocks, kill, weights.tensors
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         self.left -= 1
         if self.left < 0:
+            if self.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise KeyboardInterrupt
         return self.weights.read(name, first, last)
 
@@ -120,6 +124,23 @@ def test_an_import_that_was_cut_off_goes_on(folder: Path, tmp_path: Path) -> Non
     for name in source.weights.tensors:
         assert torch.equal(imported.read(name), source.weights.read(name))
     assert verify_weights_folder(out) == written.bytes
+
+
+def test_an_import_that_was_killed_goes_on(folder: Path, tmp_path: Path) -> None:
+    source, out = open_weights(folder), tmp_path / "ours"
+    child = os.fork()
+    if child == 0:
+        write_weights_folder(out, source.model, CutOff(source.weights, 12, kill=True), {}, 20_000)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert list(out.glob("*.partial")), "was not killed in the middle of a file"
+    written = write_weights_folder(out, source.model, source.weights, {}, 20_000)
+    assert 0 < written.resumed_files < written.files
+    whole = write_weights_folder(tmp_path / "at once", source.model, source.weights, {}, 20_000)
+    assert verify_weights_folder(out) == whole.bytes
+    for file in (tmp_path / "at once").iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    assert not list(out.glob("*.partial"))
 
 
 def _edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -236,7 +257,7 @@ def test_a_changed_file_is_found_by_verify(
 
 
 def test_memory_stays_flat(tmp_path: Path) -> None:
-    """A tensor of 128 MiB passes through some blocks of 8."""
+    """A tensor of 128 MiB passes through in blocks."""
     import transformers
 
     config = transformers.LlamaConfig(**(LLAMA | {"vocab_size": 1 << 20, "num_hidden_layers": 1}))

@@ -24,7 +24,7 @@ from train.interchange.safetensors_io import (
     make_header,
     parse_header,
     plan_files,
-    write_file,
+    write_files,
     write_index,
 )
 from train.interchange.weights import Source, Weights, row_blocks
@@ -81,7 +81,6 @@ def write_folder(
 def _write_weights(weights: Weights, links: Mapping[str, Link], layout: Layout, out: Path) -> dict[str, str]:
     """Streams tensors to files and returns each file's SHA-256."""
     total = sum(info.bytes for _, group in layout.values() for info in group)
-    digests = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="export", mininterval=1.0) as bar:
 
         def blocks(group: Sequence[TensorInfo]) -> Iterator[Tensor]:
@@ -92,9 +91,9 @@ def _write_weights(weights: Weights, links: Mapping[str, Link], layout: Layout, 
                     yield block
                     bar.update(block.numel() * block.element_size())
 
-        for name, (header, group) in layout.items():
-            digests[name] = write_file(out / name, header, blocks(group))
-    return digests
+        jobs = {name: (header, blocks(group)) for name, (header, group) in layout.items()}
+        digests = dict(write_files(out, jobs))
+    return {name: digests[name] for name in layout}
 
 
 def _tensor_blocks(weights: Weights, link: Link, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -9,8 +9,11 @@ a byte of weights is read.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,17 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """The types that weights may have, by the names that the format gives them."""
+BITS = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+"""The integer of each type's width, and the bits of infinity."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BLOCK_BYTES = 1 << 23
-"""Bytes read, checked and written at once."""
+BLOCK_BYTES = 1 << 21
+"""Bytes read, checked, hashed and written at once: they stay in a core's cache from one to the next."""
+MOST_THREADS = 8
+"""Most files written at a time; each thread holds a block, or a tensor that has to be transposed."""
 LONGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
 
@@ -107,6 +118,10 @@ class SafetensorsFolder:
                 done += got
         return rows
 
+    def read_transposed(self, name: str) -> Tensor:
+        """A whole matrix, its rows as columns."""
+        return self.read(name).t()
+
     def _check_index(self) -> None:
         path = self.folder / INDEX_FILE
         if not path.is_file():
@@ -120,6 +135,20 @@ class SafetensorsFolder:
         for name, placed in self._placed.items():
             if name not in listed:
                 raise InterchangeError(f"{placed.file}: holds {name}, which {path.name} does not list")
+
+
+class LastTensor(threading.local):
+    """The tensor that a thread read last, kept for its next rows."""
+
+    name: str | None = None
+    value: Tensor | None = None
+
+    def get(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """The tensor of a name, read if it is not the one that is kept; that one is let go before."""
+        if self.value is None or self.name != name:
+            self.value = None
+            self.name, self.value = name, read(name)
+        return self.value
 
 
 def read_header(file: Path) -> tuple[bytes, list[Placed]]:
@@ -177,37 +206,32 @@ def make_header(tensors: Sequence[TensorInfo]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def write_file(path: Path, header: bytes, blocks: Iterable[Tensor]) -> str:
-    """Writes a file whole or not at all; hashing and writing go on while the next block is made.
+def write_files(
+    folder: Path, files: Mapping[str, tuple[bytes, Iterable[Tensor]]]
+) -> Iterator[tuple[str, str]]:
+    """Writes files side by side, one on each core: hashing, the slowest part, cannot be shared within a file.
 
     Args:
-        path: the file.
-        header: what :func:`make_header` or another file gave.
-        blocks: the tensors' data in the header's order, cut anywhere; at most two blocks are held.
+        folder: where they go.
+        files: for each name the header, as :func:`make_header` or another file gave it, and the tensors' data
+            in the header's order, cut anywhere.
 
-    Returns:
-        SHA-256 of the file.
+    Yields:
+        Name and SHA-256 of a file as soon as it is whole; one that is not leaves nothing behind.
     """
-    digest = hashlib.sha256()
-    partial = path.with_name(path.name + ".partial")
-    start = len(header).to_bytes(8, "little") + header
-    try:
-        with partial.open("wb", buffering=0) as stream, ThreadPoolExecutor(2) as threads:
-            stream.write(start)
-            digest.update(start)
-            pending: list[Future[Any]] = []
-            for block in blocks:
-                data = _bytes_of(block.contiguous())
-                for future in pending:
-                    future.result()
-                pending = [threads.submit(digest.update, data), threads.submit(_write_all, stream, data)]
-            for future in pending:
-                future.result()
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(path)
-    return digest.hexdigest()
+    stop = threading.Event()
+    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)), len(files))
+    with _one_thread_each(), ThreadPoolExecutor(max(1, threads)) as pool:
+        names = {
+            pool.submit(_write_file, folder / name, header, blocks, stop): name
+            for name, (header, blocks) in files.items()
+        }
+        try:
+            for future in as_completed(names):
+                yield names[future], future.result()
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def plan_files(tensors: Sequence[TensorInfo], shard_bytes: int) -> dict[str, list[TensorInfo]]:
@@ -236,10 +260,15 @@ def write_index(folder: Path, files: Mapping[str, Sequence[TensorInfo]]) -> None
 
 
 def all_finite(block: Tensor) -> bool:
-    """Whether there is no NaN and no infinity; one pass, since a sum hides neither."""
-    if torch.isfinite(block.sum(dtype=torch.float32)):
-        return True
-    return bool(torch.isfinite(block).all())  # Finite numbers may have overflowed the sum.
+    """Whether there is no NaN and no infinity.
+
+    Their bits are the largest integers of each sign (IEEE 754): two maxima of integers tell, exactly.
+    """
+    integer, infinity = BITS[block.dtype]
+    bits = block.contiguous().view(integer).numpy()
+    # Read as unsigned, negative numbers come after all others, minus infinity last but for NaN.
+    largest, lowest = int(bits.max()), int(bits.view(f"u{bits.itemsize}").max())
+    return largest < infinity and lowest < infinity + (1 << (8 * bits.itemsize - 1))
 
 
 def _files_of(folder: Path) -> Iterator[str]:
@@ -266,6 +295,39 @@ def _placed(file: Path, start: int, name: str, entry: Mapping[str, Any]) -> Plac
     if not shape or min(shape) < 1 or last - first != info.bytes:
         raise InterchangeError(f"{file}: {name} of shape {shape} has {last - first} bytes")
     return Placed(info, file, start + first)
+
+
+def _write_file(path: Path, header: bytes, blocks: Iterable[Tensor], stop: threading.Event) -> str:
+    """Writes a file whole or not at all; returns its SHA-256."""
+    digest = hashlib.sha256()
+    partial = path.with_name(path.name + ".partial")
+    start = len(header).to_bytes(8, "little") + header
+    try:
+        with partial.open("wb", buffering=0) as stream:
+            stream.write(start)
+            digest.update(start)
+            for block in blocks:
+                if stop.is_set():
+                    raise InterchangeError(f"{path}: was not finished")
+                data = _bytes_of(block.contiguous())
+                digest.update(data)
+                _write_all(stream, data)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(path)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """PyTorch's own threads, times those that write, would be more than there are cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

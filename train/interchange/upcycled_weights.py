@@ -9,7 +9,7 @@ from torch import Tensor
 
 from train import sizing
 from train.init import fill_rows
-from train.interchange.safetensors_io import TensorInfo
+from train.interchange.safetensors_io import LastTensor, TensorInfo
 from train.interchange.weights import Weights
 from train.schema import Model
 
@@ -18,7 +18,7 @@ EXPERTS = "ffn.experts.mlp."
 
 
 class UpcycledWeights:
-    """The mixture's tensors, made as they are read; one dense matrix is held at a time."""
+    """The mixture's tensors, made as they are read; a thread holds one dense matrix at a time."""
 
     def __init__(self, dense: Weights, before: Model, after: Model, granularity: int, seed: int) -> None:
         self._dense, self._granularity, self._seed = dense, granularity, seed
@@ -27,7 +27,7 @@ class UpcycledWeights:
             weight.name: TensorInfo(weight.name, dense.tensors[_source(weight.name)].dtype, weight.shape)
             for weight in sizing.weights(after)
         }
-        self._turned: tuple[str, Tensor] | None = None
+        self._turned = LastTensor()
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows of a tensor of the mixture."""
@@ -51,10 +51,8 @@ class UpcycledWeights:
         source = _source(name)
         if not name.endswith("w2"):
             return self._dense.read(source, first, last)
-        if self._turned is None or self._turned[0] != source:
-            self._turned = None
-            self._turned = source, self._dense.read(source).t()
-        return self._turned[1][first:last] * self._granularity
+        turned = self._turned.get(source, lambda name: self._dense.read(name).t())
+        return turned[first:last] * self._granularity
 
     def _router(self, name: str) -> Tensor:
         """N rows drawn as for any router, each repeated for the slices of its copy."""

@@ -19,7 +19,7 @@ from train.interchange.checkpoint_weights import CheckpointWeights
 from train.interchange.errors import InterchangeError
 from train.interchange.folders import CONFIG_FILE, MODEL_FILE, STATE_FOLDER, model_at, read_json
 from train.interchange.hf_mapping import Family, Link, family_of
-from train.interchange.safetensors_io import SafetensorsFolder, TensorInfo
+from train.interchange.safetensors_io import LastTensor, SafetensorsFolder, TensorInfo
 from train.run_folder import CHECKPOINTS_FOLDER
 from train.schema import Model, Recipe
 
@@ -73,7 +73,7 @@ class HuggingFaceWeights:
             if len(dtypes) > 1:
                 raise InterchangeError(f"{folder.folder}: parts of {weight.name} are of different types")
             self.tensors[weight.name] = TensorInfo(weight.name, dtypes.pop(), weight.shape)
-        self._turned: tuple[str, Tensor] | None = None
+        self._turned = LastTensor()
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows of a tensor of ours; a transposed part is held until the next one is read."""
@@ -84,16 +84,11 @@ class HuggingFaceWeights:
             if start >= end:
                 continue
             if link.transposed:
-                parts.append(self._transposed(link.theirs)[start:end])
+                turned = self._turned.get(link.theirs, self.folder.read_transposed)
+                parts.append(turned[start:end])
             else:
                 parts.append(self.folder.read(link.theirs, start, end))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _transposed(self, theirs: str) -> Tensor:
-        if self._turned is None or self._turned[0] != theirs:
-            self._turned = None
-            self._turned = theirs, self.folder.read(theirs).t()
-        return self._turned[1]
 
     def _check(self, link: Link) -> None:
         info = self.folder.tensors.get(link.theirs)

@@ -5,7 +5,6 @@ manifest of its own name, and the model's description, without which the folder 
 comes when everything is there.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train import sizing
+from train.checkpoint import sha256
 from train.interchange.errors import InterchangeError
 from train.interchange.folders import MODEL_FILE, read_json, write_model
 from train.interchange.safetensors_io import (
-    BLOCK_BYTES,
     TensorInfo,
     all_finite,
     make_header,
     plan_files,
-    write_file,
+    write_files,
     write_index,
 )
 from train.interchange.weights import Weights, row_blocks
@@ -78,8 +77,8 @@ def write_weights_folder(
     left = {name: group for name, group in files.items() if name not in done}
     total = sum(info.bytes for group in left.values() for info in group)
     with tqdm(total=total, unit="B", unit_scale=True, desc=out.name, mininterval=1.0) as bar:
-        for name, group in left.items():
-            digest = write_file(out / name, make_header(group), _blocks(weights, group, bar))
+        jobs = {name: (make_header(group), _blocks(weights, group, bar)) for name, group in left.items()}
+        for name, digest in write_files(out, jobs):
             done[name] = {"bytes": (out / name).stat().st_size, "sha256": digest}
             _write_json(out / UNFINISHED_FILE, identity | {"files": done})
     for path, content in (beside or {}).items():
@@ -104,11 +103,7 @@ def verify_weights_folder(folder: Path) -> int:
         file = folder / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             raise InterchangeError(f"{file}: is missing or not {entry['bytes']} bytes long")
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(BLOCK_BYTES):
-                digest.update(block)
-        if digest.hexdigest() != entry["sha256"]:
+        if sha256(file) != entry["sha256"]:
             raise InterchangeError(f"{file}: its content is not what was written (SHA-256 differs)")
         total += entry["bytes"]
     return total

@@ -1,0 +1,67 @@
+"""Files of safetensors: what counts as a number, and several files at a time."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from train.interchange.errors import InterchangeError
+from train.interchange.safetensors_io import TensorInfo, all_finite, make_header, write_files
+
+INFOS = [TensorInfo(f"t{number}", torch.float32, (40, 3)) for number in range(6)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_finite_agrees_with_torch_for_every_number_of_16_bits(dtype: torch.dtype) -> None:
+    numbers = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    told = torch.tensor([all_finite(number.view(1)) for number in numbers])
+    assert torch.equal(told, torch.isfinite(numbers))
+
+
+def test_all_finite_of_32_bits() -> None:
+    huge = torch.finfo(torch.float32).max
+    block = torch.tensor([[huge, huge], [-huge, -0.0]])
+    assert all_finite(block) and all_finite(block.t())
+    for bad in (float("inf"), -float("inf"), float("nan"), -float("nan")):
+        for row, column in ((0, 0), (1, 1)):
+            spoiled = block.clone()
+            spoiled[row, column] = bad
+            assert not all_finite(spoiled)
+
+
+def _value(number: int) -> Tensor:
+    return torch.full((40, 3), float(number))
+
+
+def test_files_written_side_by_side_are_each_whole(tmp_path: Path) -> None:
+    jobs = {
+        f"{number}.safetensors": (make_header([info]), _value(number).split(7))
+        for number, info in enumerate(INFOS)
+    }
+    digests = dict(write_files(tmp_path, jobs))
+    assert len(digests) == len(INFOS)
+    for number, info in enumerate(INFOS):
+        file = tmp_path / f"{number}.safetensors"
+        assert digests[file.name] == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert torch.equal(load_file(file)[info.name], _value(number))
+
+
+def test_an_error_in_one_file_leaves_nothing_half_written(tmp_path: Path) -> None:
+    def failing() -> Iterator[Tensor]:
+        yield _value(0)[:5]
+        raise InterchangeError("broken")
+
+    def endless() -> Iterator[Tensor]:
+        while True:
+            yield _value(1)[:5]
+
+    jobs = {
+        name: (make_header(INFOS[:1]), blocks) for name, blocks in {"a": failing(), "b": endless()}.items()
+    }
+    with pytest.raises(InterchangeError, match="broken"):
+        list(write_files(tmp_path, jobs))
+    assert not list(tmp_path.iterdir())
