@@ -14,7 +14,7 @@ from types import FrameType
 from launch.restart.supervisor import LOG_FILE, Policy, Supervisor, read_log
 from train.exit_status import PREEMPTED_STATUS, USAGE_STATUS
 from train.recipe import RecipeError, load_recipe
-from train.watch.records import RECORDS_VARIABLE, Beat, host_name, read_records
+from train.watch.records import RECORDS_VARIABLE, Beat, pid_space, read_records
 
 EPILOG = """
 Any failure, an exception, a kill, a lost node or a hang, is followed by another try, which resumes from the
@@ -44,9 +44,9 @@ def main(arguments: list[str]) -> int:
     command = Command(options.command, folder, options.grace)
     supervisor = Supervisor(command.run, policy, folder, hosts, nodes, _say)
 
-    def end(number: int, _frame: FrameType | None) -> None:
+    def end(_number: int, _frame: FrameType | None) -> None:
         supervisor.is_told_to_end = True
-        command.end(number)
+        command.end()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
@@ -144,10 +144,10 @@ class Command:
         end_leftovers(self.folder)
         return status
 
-    def end(self, number: int) -> None:
-        """Tells the job to save and to end."""
+    def end(self) -> None:
+        """Tells the job to save and to end: by SIGTERM, whatever the supervisor was told by."""
         self._is_told_to_end = True
-        self.signal(number)
+        self.signal(signal.SIGTERM)
 
     def _have_all_ended(self) -> bool:
         """Waits until no process of the command is left, for as long as a save may take."""
@@ -170,9 +170,9 @@ class Command:
 
 def end_leftovers(folder: Path) -> None:
     """Kills ranks of this job that still live on this host, stopped ones for example."""
-    mark = f"{RECORDS_VARIABLE}={folder.resolve()}".encode()
+    mark, here = f"{RECORDS_VARIABLE}={folder.resolve()}".encode(), pid_space()
     for beat in read_records(folder, "beat-*.json", Beat):
-        if beat.host != host_name():
+        if beat.pid_space != here:
             continue
         # The process's own environment says that it is ours and not another's with the same number.
         with suppress(OSError):

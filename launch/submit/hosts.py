@@ -10,7 +10,7 @@ SCRIPT = """#!/usr/bin/env bash
 # Run: bash FILE, in the checkout, on a machine that reaches every host without a password.
 set -u
 cd {workdir} || exit 2
-export RANKS_PER_NODE={ranks} MASTER_PORT={port} LAUNCHER={launcher} WORKDIR=$PWD
+export RANKS_PER_NODE={ranks} MASTER_PORT={port} LAUNCHER={launcher} SAVE_SECONDS={save_seconds} WORKDIR=$PWD
 export VARIABLES={variables} REMOTE_SHELL={remote_shell}
 exec .venv/bin/python -m launch.restart --hosts {hosts} --nodes {nodes} -- \\
     bash launch/submit/ssh_step.sh '{{hosts}}' {arguments}
@@ -25,6 +25,7 @@ def render(job: Job, launcher: str) -> str:
         ranks=job.gpus_per_node,
         port=MASTER_PORT,
         launcher=launcher,
+        save_seconds=job.save_seconds,
         remote_shell=shlex.quote(job.remote_shell),
         variables=shlex.quote(" ".join(words)),
         hosts=",".join(job.hosts),

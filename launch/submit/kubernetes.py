@@ -10,6 +10,7 @@ import yaml
 from launch.submit.environment import environment
 from launch.submit.job import Device, Job
 from train.exit_status import USAGE_STATUS
+from train.watch.records import HOST_VARIABLE
 
 REPLICATED_JOB = "node"
 MASTER_PORT = 29500
@@ -85,6 +86,8 @@ def pod_spec(job: Job) -> dict[str, Any]:
         "command": ["bash", "launch/submit/node.sh", *job.arguments],
         "env": [
             {"name": "NODE_RANK", "valueFrom": index},
+            # What ranks say names the node, and not the pod.
+            {"name": HOST_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
             *({"name": name, "value": value} for name, value in variables.items()),
         ],
         "volumeMounts": [

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The ranks of one node: bash launch/submit/node.sh RECIPE.yaml [key=value ...]
 # Reads NODES, NODE_RANK, RANKS_PER_NODE, MASTER_ADDR, MASTER_PORT; LAUNCHER is composer (default) or torchrun.
-# SIGTERM goes on to the ranks alone: the launchers would not pass it on, or kill what saves. Status 75: told to
-# end, start the same command again.
+# SIGTERM goes on to the ranks alone: the launchers would not pass it on, or kill what saves. What has not ended
+# SAVE_SECONDS (default 300) later, a stopped rank for example, is killed. Status 75: told to end, start the same
+# command again.
 set -u
 cd "$(dirname "$0")/../.." || exit 2
 export PATH=$PWD/.venv/bin:$PATH
@@ -18,15 +19,33 @@ torchrun) launcher=(torchrun --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE
 *) echo "node.sh: LAUNCHER=$LAUNCHER is not known; use composer or torchrun" >&2 && exit 2 ;;
 esac
 
+kill_launcher() { # and the ranks below it
+    pkill -KILL -P "$1"
+    kill -KILL "$1" 2>/dev/null
+}
+# A try whose connection was lost may still run here and hold the port and the GPUs.
+if [ -n "${PID_FILE:-}" ] && before=$(cat "$PID_FILE" 2>/dev/null) && grep -qs node.sh "/proc/$before/cmdline"; then
+    echo "node.sh: an earlier try still runs here: it is ended" >&2
+    for pid in $(pgrep -P "$before"); do kill_launcher "$pid"; done
+    kill -KILL "$before" 2>/dev/null
+fi
+
 "${launcher[@]}" train/main.py "$@" &
 running=$!
 [ -n "${PID_FILE:-}" ] && echo $$ >"$PID_FILE"
-is_told_to_end=
-trap 'is_told_to_end=1; pkill -TERM -P "$running"' TERM
+deadline=
+trap 'deadline=${deadline:-$((SECONDS + ${SAVE_SECONDS:-300}))}; pkill -TERM -P "$running"' TERM
 wait "$running"
 # A trapped signal ends `wait`, not the process.
-while kill -0 "$running" 2>/dev/null; do wait "$running"; done
+while kill -0 "$running" 2>/dev/null; do
+    if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then
+        echo "node.sh: not ended ${SAVE_SECONDS:-300} s after SIGTERM: killed" >&2
+        kill_launcher "$running"
+        deadline= # not everything is saved
+    fi
+    sleep 0.5
+done
 wait "$running"
 status=$?
-[ -n "$is_told_to_end" ] && [ "$status" -ne 0 ] && status=75
+[ -n "$deadline" ] && [ "$status" -ne 0 ] && status=75
 exit "$status"

@@ -1,24 +1,30 @@
 #!/usr/bin/env bash
 # One try of a job on hosts that a remote shell reaches: bash launch/submit/ssh_step.sh HOST,HOST,... RECIPE.yaml [key=value ...]
-# Reads RANKS_PER_NODE, MASTER_PORT, LAUNCHER, WORKDIR, VARIABLES, the ranks' environment in shell's words, and
-# REMOTE_SHELL, the words of a command that gets a host and a line for a shell on it.
-# The first host that fails ends the others; SIGTERM goes to all.
-set -u
+# Reads RANKS_PER_NODE, MASTER_PORT, LAUNCHER, WORKDIR, SAVE_SECONDS, VARIABLES, the ranks' environment in shell's
+# words, REMOTE_SHELL, the words of a command that gets a host and a line for a shell on it, and FINEGRAIN_RECORDS,
+# the supervisor's. A remote shell passes no variable on: what ranks need is in the line.
+# The first host that fails ends the others; SIGTERM goes to all. With -m each remote shell is a process group of its
+# own: the supervisor signals this one's, and a remote shell that died of it would say nothing of what is saved.
+set -um
 IFS=, read -ra hosts <<<"$1"
 shift
 read -ra shell <<<"$REMOTE_SHELL"
-pid_file=$(printf %q "$WORKDIR")/.cache/job-$MASTER_PORT
+# One for each host: jobs on other hosts may share the checkout.
+pid_file() { printf %q "$WORKDIR/.cache/job-$MASTER_PORT-$1.pid"; }
 terminate_all() {
-    for rank in "${!hosts[@]}"; do
-        "${shell[@]}" "${hosts[$rank]}" "kill -TERM \$(cat $pid_file-$rank.pid)" 2>/dev/null &
+    for host in "${hosts[@]}"; do
+        "${shell[@]}" "$host" "kill -TERM \$(cat $(pid_file "$host"))" 2>/dev/null &
     done
 }
 words=$(printf ' %q' "$@")
 running=()
 for rank in "${!hosts[@]}"; do
-    "${shell[@]}" "${hosts[$rank]}" "cd $(printf %q "$WORKDIR") && mkdir -p .cache && env $VARIABLES \
+    host=${hosts[$rank]}
+    "${shell[@]}" "$host" "cd $(printf %q "$WORKDIR") && mkdir -p .cache && env $VARIABLES \
         NODES=${#hosts[@]} NODE_RANK=$rank RANKS_PER_NODE=$RANKS_PER_NODE MASTER_ADDR=${hosts[0]} \
-        MASTER_PORT=$MASTER_PORT LAUNCHER=$LAUNCHER PID_FILE=$pid_file-$rank.pid bash launch/submit/node.sh$words" &
+        MASTER_PORT=$MASTER_PORT LAUNCHER=$LAUNCHER SAVE_SECONDS=$SAVE_SECONDS PID_FILE=$(pid_file "$host") \
+        FINEGRAIN_HOST=$host FINEGRAIN_RECORDS=$(printf %q "${FINEGRAIN_RECORDS:-}") \
+        bash launch/submit/node.sh$words" &
     running+=($!)
 done
 trap terminate_all TERM

@@ -2,7 +2,6 @@
 
 import hashlib
 import secrets
-import socket
 import statistics
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from train.preflight.node import Check, check_node
 from train.recipe import to_yaml
 from train.schema import Recipe
 from train.topology import Topology
+from train.watch.records import host_name
 
 TOKEN_FILE = ".preflight-token"
 
@@ -49,7 +49,7 @@ def preflight(recipe: Recipe, run_folder: Path, topology: Topology, device: torc
     gpus = topology.local_world_size if device.type == "cuda" else 0
     # One rank of a node looks at the node.
     checks = check_node(recipe, run_folder, gpus) if topology.local_rank == 0 else []
-    host = socket.gethostname()
+    host = host_name()
     token = secrets.token_hex(8)
     said = gather({"host": host, "checks": checks, "token": token}, topology)
     for rank, one in enumerate(said):

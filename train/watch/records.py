@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 from train.topology import Topology
 
 RECORDS_VARIABLE = "FINEGRAIN_RECORDS"
+HOST_VARIABLE = "FINEGRAIN_HOST"
+"""The node's name in the job's list of hosts, from the launcher: its own may be another, as a pod's is."""
 RECORDS_FOLDER = "faults"
 FINDING_FILE = "hang.json"
 
@@ -29,8 +31,8 @@ class Beat:
     rank: int
     host: str
     pid: int
-    namespace: str
-    """Of process ids: a pid means the same process only within it."""
+    pid_space: str
+    """Where the pid means this process: see :func:`pid_space`."""
     count: int
     """Rises with every sign; what has the same count later has not lived in between."""
     time: float
@@ -110,8 +112,15 @@ class Finding:
 
 
 def host_name() -> str:
-    """This machine's name as lists of hosts have it: SLURM's for the node, which may not be the machine's."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    """This machine's name as lists of hosts have it: the launcher's or SLURM's, which may not be its own."""
+    return os.environ.get(HOST_VARIABLE) or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def pid_space() -> str:
+    """Where a process id means the same process: this boot of this machine, and a container of it."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    parts = [boot.read_text().strip() if boot.is_file() else socket.gethostname()]
+    return " ".join([*parts, str(namespace.readlink())] if namespace.is_symlink() else parts)
 
 
 def records_folder(run_folder: Path) -> Path:

@@ -35,6 +35,7 @@ from train.watch.records import (
     Suspect,
     beat_file,
     host_name,
+    pid_space,
     read_record,
     read_records,
     stacks_file,
@@ -82,8 +83,7 @@ class Watchdog:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._stacks: IO[str] | None = None
-        namespace = Path("/proc/self/ns/pid")
-        self._namespace = str(namespace.readlink()) if namespace.is_symlink() else ""
+        self._pid_space = pid_space()
 
     def start(self) -> None:
         """Begins to watch."""
@@ -132,7 +132,7 @@ class Watchdog:
             rank=rank,
             host=host_name(),
             pid=os.getpid(),
-            namespace=self._namespace,
+            pid_space=self._pid_space,
             count=self._count,
             time=time.time(),
             where=self._where,
@@ -197,7 +197,7 @@ class Watchdog:
     def _with_stacks(self, suspect: Suspect, beats: dict[int, Beat]) -> Suspect:
         """The suspect with the stacks that it could not write, if it is a process that can be reached."""
         beat = beats.get(suspect.rank)
-        is_here = beat and (beat.host, beat.namespace) == (host_name(), self._namespace)
+        is_here = beat is not None and beat.pid_space == self._pid_space
         if suspect.stacks or beat is None or not is_here or not _is_rank(beat.pid):
             return suspect
         state = _state(beat.pid)

@@ -23,6 +23,7 @@ from train.watch.records import (
     Suspect,
     beat_file,
     failure_file,
+    pid_space,
     write_record,
 )
 
@@ -183,10 +184,8 @@ def test_a_stopped_rank_does_not_outlive_its_job(tmp_path: Path) -> None:
     other = subprocess.Popen(["sleep", "60"])
     try:
         os.kill(ours.pid, signal.SIGSTOP)
-        import socket
-
         for rank, process in enumerate((ours, other)):
-            beat = Beat(rank, socket.gethostname(), process.pid, "", 1, 0.0, "", 0, "")
+            beat = Beat(rank, "any", process.pid, pid_space(), 1, 0.0, "", 0, "")
             write_record(beat_file(tmp_path, rank), beat)
         threading.Timer(10, other.kill).start()
         end_leftovers(tmp_path)
