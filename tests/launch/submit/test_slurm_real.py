@@ -5,7 +5,6 @@ is told to save is requeued; a node that is killed is replaced by the spare one,
 losses are the undisturbed run's.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -18,18 +17,13 @@ from pathlib import Path
 import pytest
 
 from launch.submit import slurm
-from launch.submit.job import Device, Job
-from train.metrics import LOSS
-from train.run_folder import METRICS_FILE
-from train.step_log import STEP
+from launch.submit.job import Job
+from tests.launch.submit.conftest import RealRuns
 
-ROOT = Path(__file__).resolve().parents[3]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
 MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
 NODES = ("n1", "n2", "n3", "n4", "n5")
 FIRST_PORT = 17010
-BATCHES = 80
-BATCH_TOKENS = 4 * 128
 PATIENCE_SECONDS = 240
 
 ASKED = "FINEGRAIN_SLURM" in os.environ
@@ -172,77 +166,28 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         cluster.stop()
 
 
-def job(name: str, folder: Path) -> Job:
-    small = {
-        "name": name,
-        "runs_dir": folder,
-        "model.d_model": 64,
-        "model.n_layers": 2,
-        "model.ffn_hidden_size": 112,
-        "model.vocab_size": 512,
-        "model.max_sequence_tokens": 128,
-        "tokenizer.vocab_size": 512,
-        "data.shards": ROOT / ".cache/slurm-shards",
-        "data.corpus_bytes": 2_000_000,
-        "data.sequence_tokens": 128,
-        "data.validation_sequences": 4,
-        "training.duration_tokens": BATCHES * BATCH_TOKENS,
-        "training.global_batch_sequences": 4,
-        "training.microbatch_sequences": 2,
-        "schedule.warmup_tokens": 0,
-        "evaluation.interval_batches": "null",
-        "checkpoint.interval_batches": 4,
-        "tracking.mlflow": "false",
-        "on_existing": "resume",
-    }
-    return Job(
-        "yamls/smoke.yaml",
-        overrides=tuple(f"{key}={value}" for key, value in small.items()),
-        name=name,
-        nodes=2,
-        spare_nodes=1,
-        gpus_per_node=1,
-        device=Device.cpu,
-        hours=0.5,
-        interface="lo",
-        workdir=str(ROOT),
-    )
-
-
-def losses(folder: Path, name: str) -> dict[int, float]:
-    file = folder / name / METRICS_FILE
-    lines = file.read_text().splitlines() if file.is_file() else []
-    found = {}
-    for line in lines:
-        try:
-            figures = json.loads(line)
-        except ValueError:  # being written
-            continue
-        if LOSS in figures:
-            found[figures[STEP]] = figures[LOSS]
-    return found
-
-
-def test_a_run_that_is_preempted_and_loses_nodes_ends_with_the_same_losses(cluster: Cluster) -> None:
-    folder = cluster.folder
-    undisturbed = cluster.submit(job("undisturbed", folder))
+def test_a_run_that_is_preempted_and_loses_nodes_ends_with_the_same_losses(
+    cluster: Cluster, real_runs: RealRuns
+) -> None:
+    folder, losses = real_runs.folder, real_runs.losses
+    undisturbed = cluster.submit(real_runs.job("undisturbed"))
     wait_for(lambda: cluster.of_job(undisturbed).get("JobState") == "COMPLETED", "the undisturbed run")
-    expected = losses(folder, "undisturbed")
-    assert len(expected) == BATCHES
+    expected = losses("undisturbed")
+    assert len(expected) == real_runs.batches
 
-    disturbed = cluster.submit(job("disturbed", folder))
-    wait_for(lambda: len(losses(folder, "disturbed")) >= 5, "batch 5")
+    disturbed = cluster.submit(real_runs.job("disturbed"))
+    wait_for(lambda: len(losses("disturbed")) >= 5, "batch 5")
     # What SLURM sends before the time limit.
     cluster.call("scancel", "--batch", "--signal=TERM", disturbed)
     wait_for(lambda: cluster.of_job(disturbed).get("Restarts") == "1", "a requeue after SIGTERM")
-    after_signal = max(losses(folder, "disturbed"))
-    assert after_signal < BATCHES
+    after_signal = max(losses("disturbed"))
+    assert after_signal < real_runs.batches
     assert (folder / "disturbed/checkpoints" / f"batch-{after_signal:08d}").is_dir()
 
-    reach(cluster, after_signal + 5)
+    reach(real_runs, after_signal + 5)
     assert cluster.of_job(disturbed)["NodeList"] == "n[1-3]"
     cluster.kill_node("n2")
-    reach(cluster, max(losses(folder, "disturbed")) + 5)
+    reach(real_runs, max(losses("disturbed")) + 5)
     # The spare node took its place, in the same allocation.
     assert cluster.of_job(disturbed)["Restarts"] == "1"
     assert "n2 is left out" in (folder / f"disturbed-{disturbed}.log").read_text()
@@ -251,8 +196,8 @@ def test_a_run_that_is_preempted_and_loses_nodes_ends_with_the_same_losses(clust
     wait_for(lambda: cluster.of_job(disturbed).get("Restarts") == "2", "a requeue without spare nodes")
     wait_for(lambda: cluster.of_job(disturbed).get("JobState") == "COMPLETED", "the end")
     assert cluster.of_job(disturbed)["NodeList"] == "n[1,4-5]"
-    assert losses(folder, "disturbed") == expected
+    assert losses("disturbed") == expected
 
 
-def reach(cluster: Cluster, batch: int) -> None:
-    wait_for(lambda: max(losses(cluster.folder, "disturbed")) >= batch, f"batch {batch}")
+def reach(real_runs: RealRuns, batch: int) -> None:
+    wait_for(lambda: max(real_runs.losses("disturbed")) >= batch, f"batch {batch}")

@@ -5,8 +5,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from launch.submit.job import Device, Job, check_job
 from launch.submit.placement import check_placement
 from train.exit_status import HANG_STATUS, PREEMPTED_STATUS, USAGE_STATUS
 from train.recipe import RecipeError, load_recipe
+from train.watch.records import HOST_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = str(ROOT / "yamls/dbrx-moe-a.yaml")
@@ -100,6 +99,9 @@ def test_kubernetes_names_the_first_pod_as_master_and_stops_at_a_mistake() -> No
     # JobSet names pods JOBSET-REPLICATEDJOB-JOBINDEX-PODINDEX.SUBDOMAIN
     assert variables["MASTER_ADDR"] == "moe-a-node-0-0.moe-a" and spec["network"]["subdomain"] == "moe-a"
     assert pod["containers"][0]["command"][-3:] == JOB.arguments
+    # Records and messages name the node that a pod is on.
+    (host,) = (v["valueFrom"] for v in pod["containers"][0]["env"] if v["name"] == HOST_VARIABLE)
+    assert host == {"fieldRef": {"fieldPath": "spec.nodeName"}}
     job = spec["replicatedJobs"][0]["template"]["spec"]
     assert job["completions"] == job["parallelism"] == 8 and job["backoffLimit"] == 0
     (claim,) = (v for v in pod["volumes"] if "persistentVolumeClaim" in v)
@@ -212,125 +214,3 @@ def test_command_line(
     monkeypatch.setenv("PATH", "/nonexistent")
     assert main([RECIPE, "--nodes", "8", "--on", "skypilot"]) == USAGE_STATUS
     assert "sky: not found" in capsys.readouterr().err
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A checkout whose launchers and train/main.py are stand-ins that say what they were given."""
-    folder = tmp_path / "a checkout"
-    (folder / ".venv/bin").mkdir(parents=True)
-    (folder / "train").mkdir()
-    (folder / "launch").mkdir()
-    shutil.copytree(ROOT / "launch/submit", folder / "launch/submit")
-    rank = 'trap "sleep 1; echo saved >>log; exit 75" TERM; echo ready >>log; while :; do sleep 0.1; done'
-    for name in ("composer", "torchrun"):
-        launcher = folder / ".venv/bin" / name
-        # As the real ones: they do not pass SIGTERM on, and torchrun knows no status but 1.
-        lost = "1" if name == "torchrun" else "$?"
-        launcher.write_text(
-            '#!/bin/bash\nprintf "%s\\n" "$@" >args\n'
-            '[ -n "$FAIL" ] && exit $FAIL\n[ -z "$RANK" ] || exit 9\n'
-            f"bash -c '{rank}' &\nwait $!; [ $? -eq 0 ] || exit {lost}\n"
-        )
-        launcher.chmod(0o755)
-    return folder
-
-
-@pytest.mark.parametrize("launcher", ["composer", "torchrun"])
-def test_node_passes_sigterm_to_the_ranks_and_ends_with_75(checkout: Path, launcher: str) -> None:
-    variables = {
-        "NODES": "3",
-        "NODE_RANK": "2",
-        "RANKS_PER_NODE": "4",
-        "MASTER_ADDR": "h0",
-        "MASTER_PORT": "29500",
-        "LAUNCHER": launcher,
-        "RANK": "17",  # a scheduler's, which must not reach the launcher
-        "FAIL": "",
-    }
-    command = ["bash", str(checkout / "launch/submit/node.sh"), "yamls/x.yaml", "a=it's $b"]
-    process = subprocess.Popen(command, env=os.environ | variables)
-    log = checkout / "log"
-    for _ in range(100):
-        if log.exists():
-            break
-        process.poll()
-        time.sleep(0.1)
-    process.terminate()
-    assert process.wait(20) == PREEMPTED_STATUS
-    assert log.read_text() == "ready\nsaved\n"
-    words = (checkout / "args").read_text().splitlines()
-    assert words[-3:] == ["train/main.py", "yamls/x.yaml", "a=it's $b"]
-    assert words[words.index("--node_rank" if launcher == "composer" else "--node-rank") + 1] == "2"
-    if launcher == "composer":
-        assert words[words.index("--world_size") + 1] == "12" and words[words.index("--base_rank") + 1] == "8"
-    failed = subprocess.run(command, env=os.environ | variables | {"FAIL": "2"}, check=False)
-    assert failed.returncode == USAGE_STATUS
-
-
-@pytest.fixture
-def by_ssh(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The command of a try on two hosts, where ssh runs everything on this machine."""
-    ssh = checkout / "bin/ssh"
-    ssh.parent.mkdir()
-    ssh.write_text('#!/bin/bash\nwhile [ "$1" = -o ]; do shift 2; done\nexec bash -c "HOST=$1; $2"\n')
-    ssh.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{ssh.parent}:{os.environ['PATH']}")
-    variables = {"RANKS_PER_NODE": "1", "MASTER_PORT": "29517", "LAUNCHER": "composer"}
-    variables["REMOTE_SHELL"] = JOB.remote_shell
-    for name, value in (variables | {"WORKDIR": str(checkout), "VARIABLES": "A='b c'", "FAIL": ""}).items():
-        monkeypatch.setenv(name, value)
-    return ["bash", str(ROOT / "launch/submit/ssh_step.sh"), "h0,h1", "yamls/x.yaml", "a=it's $b"]
-
-
-def test_sigterm_reaches_the_ranks_of_every_host(checkout: Path, by_ssh: list[str]) -> None:
-    process = subprocess.Popen(by_ssh)
-    log = checkout / "log"
-    for _ in range(100):
-        if log.exists() and log.read_text().count("ready") == 2:
-            break
-        time.sleep(0.1)
-    process.terminate()
-    assert process.wait(20) == PREEMPTED_STATUS
-    assert log.read_text().count("saved") == 2
-    assert (checkout / "args").read_text().splitlines()[-2:] == ["yamls/x.yaml", "a=it's $b"]
-
-
-@pytest.mark.parametrize("launcher", ["composer", "torchrun"])
-def test_the_rendered_script_runs_where_every_host_is_this_machine(checkout: Path, launcher: str) -> None:
-    job = replace(
-        JOB,
-        nodes=2,
-        gpus_per_node=1,
-        device=Device.cpu,
-        hosts=("127.0.0.1", "127.0.0.2", "127.0.0.3"),
-        workdir=str(checkout),
-        remote_shell="bash launch/submit/here.sh",
-        interface="lo",
-    )
-    # The script, the supervisor and the steps are the real ones; the launcher is a stand-in that fails once.
-    python = checkout / ".venv/bin/python"
-    python.write_text(f'#!/bin/bash\nPYTHONPATH={shlex.quote(str(ROOT))} exec {sys.executable} "$@"\n')
-    stand_in = checkout / ".venv/bin" / launcher
-    stand_in.write_text(
-        "#!/bin/bash\n"
-        'echo "$MASTER_ADDR $NODES $NODE_RANK $GLOO_SOCKET_IFNAME $SITE ${*: -3}" >>"said by $NODE_RANK"\n'
-        '[ "$NODE_RANK" = 1 ] && [ ! -e failed ] && touch failed && exit 76\nexit 0\n'
-    )
-    for file in (python, stand_in):
-        file.chmod(0o755)
-    script = hosts.render(job, launcher).replace("launch.restart", "launch.restart --backoff 0")
-    ended = subprocess.run(["bash", "-c", script], check=False, timeout=60, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    words = f"127.0.0.1 2 {{}} lo {JOB.environment['SITE']} {' '.join(JOB.arguments)}\n"
-    for rank in range(2):
-        assert (checkout / f"said by {rank}").read_text() == 2 * words.format(rank)
-    assert "starting again from batch 0" in ended.stderr
-
-
-def test_a_host_that_fails_ends_the_others_and_gives_its_status(checkout: Path, by_ssh: list[str]) -> None:
-    launcher = checkout / ".venv/bin/composer"
-    fails = 'case "$*" in *"--node_rank 1"*) sleep 1; exit 76 ;; esac'
-    launcher.write_text(launcher.read_text().replace("#!/bin/bash\n", f"#!/bin/bash\n{fails}\n"))
-    assert subprocess.run(by_ssh, check=False, timeout=30).returncode == HANG_STATUS
-    assert (checkout / "log").read_text().count("saved") == 1

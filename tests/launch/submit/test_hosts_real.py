@@ -1,0 +1,65 @@
+"""The rendered script with real launchers and ranks, on hosts that are all this machine.
+
+Skipped unless FINEGRAIN_HOSTS=1 asks for it: four starts of a job take minutes. FINEGRAIN_REMOTE_SHELL is the
+command that reaches 127.0.0.1, .2 and .3, an ssh for example; without it launch/submit/here.sh is.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import replace
+
+import pytest
+
+from launch.restart.supervisor import read_log
+from launch.submit import hosts
+from tests.launch.submit.conftest import RealRuns
+from train.exit_status import PREEMPTED_STATUS
+from train.watch.records import Beat, beat_file, read_record
+
+PATIENCE_SECONDS = 600
+
+pytestmark = pytest.mark.skipif(
+    "FINEGRAIN_HOSTS" not in os.environ, reason="takes minutes; FINEGRAIN_HOSTS=1 asks for it"
+)
+
+
+def start(real_runs: RealRuns, name: str, launcher: str) -> subprocess.Popen[bytes]:
+    shell = os.environ.get("FINEGRAIN_REMOTE_SHELL", "bash launch/submit/here.sh")
+    job = replace(real_runs.job(name), hosts=("127.0.0.1", "127.0.0.2", "127.0.0.3"), remote_shell=shell)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = hosts.render(job, launcher).replace(f"MASTER_PORT={hosts.MASTER_PORT}", f"MASTER_PORT={port}")
+    return subprocess.Popen(["bash", "-c", script])
+
+
+def reach(real_runs: RealRuns, job: subprocess.Popen[bytes], batch: int) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while len(real_runs.losses("disturbed")) < batch:
+        assert job.poll() is None and time.monotonic() < end, f"waited for batch {batch}"
+        time.sleep(0.1)
+
+
+def test_a_run_that_loses_a_host_and_is_told_to_end_goes_on_to_the_same_losses(real_runs: RealRuns) -> None:
+    assert start(real_runs, "undisturbed", "composer").wait(PATIENCE_SECONDS) == 0
+    expected = real_runs.losses("undisturbed")
+    assert len(expected) == real_runs.batches
+
+    job = start(real_runs, "disturbed", "torchrun")
+    reach(real_runs, job, 6)
+    records = real_runs.folder / "disturbed.restarts"
+    beat = read_record(beat_file(records, 1), Beat)
+    assert beat is not None
+    os.kill(beat.pid, signal.SIGKILL)
+    reach(real_runs, job, len(real_runs.losses("disturbed")) + 6)
+    job.terminate()
+    assert job.wait(PATIENCE_SECONDS) == PREEMPTED_STATUS
+
+    assert start(real_runs, "disturbed", "composer").wait(PATIENCE_SECONDS) == 0
+    log = read_log(records)
+    assert [line["kind"] for line in log] == ["killed", "preempted", "finished"]
+    assert [line["excluded"] for line in log] == ["127.0.0.2", None, None]
+    assert real_runs.losses("disturbed") == expected
