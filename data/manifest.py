@@ -40,6 +40,19 @@ class ShardFile:
     bytes: int
     sha256: str | None
     """None where the index of a folder from elsewhere has none: such a file is held to its size alone."""
+    packed: "PackedFile | None" = None
+    """What a store holds in its place; None: itself."""
+
+
+@dataclass(frozen=True)
+class PackedFile:
+    """A shard's compressed form as its index describes it."""
+
+    path: Path
+    bytes: int
+    sha256: str | None
+    compression: str
+    """As Streaming names it, for example ``zstd:3``."""
 
 
 @dataclass(frozen=True)
@@ -247,13 +260,13 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
 def preparation_digest(recipe: Recipe) -> str | None:
     """Digest of what the recipe says of its sources; None without sources.
 
-    Where files lie and how they are cut into tasks is no part of it.
+    Where files lie, how they are cut into tasks and shards compressed is no part of it.
     """
     if not recipe.data.sources:
         return None
     data = to_dict(recipe)["data"]
     sources = [{key: value for key, value in source.items() if key != "path"} for source in data["sources"]]
-    apart = ("chunk_bytes", "evaluation_texts")
+    apart = ("chunk_bytes", "evaluation_texts", "zstd_level")
     return _digest(
         {
             "sources": sources,
@@ -287,11 +300,14 @@ def _digest(tree: dict[str, Any]) -> str:
 def shard_files(folder: Path) -> list[ShardFile]:
     """The shards that the index of a folder lists, in its order."""
     shards = json.loads((folder / INDEX_FILE).read_text())["shards"]
+
+    def facts(entry: dict[str, Any]) -> tuple[Path, int, str | None]:
+        return folder / entry["basename"], entry["bytes"], entry["hashes"].get("sha256")
+
     return [
         ShardFile(
-            folder / shard["raw_data"]["basename"],
-            shard["raw_data"]["bytes"],
-            shard["raw_data"]["hashes"].get("sha256"),
+            *facts(shard["raw_data"]),
+            PackedFile(*facts(shard["zip_data"]), shard["compression"]) if shard["zip_data"] else None,
         )
         for shard in shards
     ]

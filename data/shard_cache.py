@@ -1,10 +1,10 @@
 """Shards in an object store, and a bounded cache of them on the node's disk.
 
 Streaming's downloaders speak to the store: ``s3://``, ``gs://``, ``azure://``, ``hf://``, ``dbfs:/Volumes``,
-a path and others. What they leave to chance is done here: every file is held to its
-SHA-256 before it is given its name, failures and stalls are tried again with growing pauses, a full disk
-or a full cache gives up the shards that were read longest ago. Processes of a node share the cache:
-a file is fetched by one of them while the others wait for it.
+a path and others; its decompression unpacks shards that the store has compressed. What they leave to chance
+is done here: every file is held to its SHA-256 before it is given its name, failures and stalls are tried
+again with growing pauses, a full disk or a full cache gives up the shards that were read longest ago.
+Processes of a node share the cache: a file is fetched by one of them while the others wait for it.
 """
 
 import errno
@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.manifest import INDEX_FILE, MANIFEST_FILE, Manifest, ShardFile, file_fault, read_manifest
+from data.manifest import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    Manifest,
+    PackedFile,
+    ShardFile,
+    file_fault,
+    read_manifest,
+)
 from data.tokenizer import TOKENIZER_FILE
 from train.recipe import RecipeError
 from train.schema import Recipe, TokenizerKind
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 
 LOCKS_FOLDER = ".locks"
 PARTIAL = ".partial"
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 ABSENT = {"403", "404", "NoSuchKey", "NoSuchBucket", "AccessDenied"}
 """Answers of a store that another try would not change."""
 
@@ -112,8 +121,13 @@ class ShardCache:
             if not file_fault(shard.path, shard.bytes, shard.sha256):
                 return
             shard.path.unlink(missing_ok=True)
-            self.make_room(shard.bytes)
-            self._fetch_checked(shard.path, shard.bytes, shard.sha256).replace(shard.path)
+            if (packed := shard.packed) is None:
+                self.make_room(shard.bytes)
+                whole = self._fetch_checked(shard.path, shard.bytes, shard.sha256)
+            else:
+                self.make_room(shard.bytes + packed.bytes)
+                whole = self._unpack(shard, packed)
+            whole.replace(shard.path)
 
     def note_use(self, shard: ShardFile) -> None:
         """Puts a shard last in the order of eviction; its modification time stays."""
@@ -162,11 +176,42 @@ class ShardCache:
             if not fault:
                 return partial
             partial.unlink()
-        raise RecipeError(
-            f"{self._address(path)} {fault}, also when fetched again",
-            key="data.remote",
-            remedy="write that file to the store anew",
-        )
+        raise _damaged(f"{self._address(path)} {fault}, also when fetched again")
+
+    def _unpack(self, shard: ShardFile, packed: PackedFile) -> Path:
+        """Fetches a shard's compressed form and unpacks it beside the shard's place."""
+        from streaming.base.compression import decompress
+
+        source = self._fetch_checked(packed.path, packed.bytes, packed.sha256)
+        address, partial = self._address(packed.path), _partial_name(shard.path)
+        try:
+            content = decompress(packed.compression, source.read_bytes())
+        except Exception as error:  # Each kind of compression has failures of its own.
+            raise _damaged(f"{address} can't be unpacked ({_line(error)})") from None
+        finally:
+            source.unlink()
+        while True:
+            try:
+                partial.write_bytes(content)
+                break
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                if error.errno not in DISK_IS_FULL:
+                    raise
+                self._evict_one(address)
+        if fault := file_fault(partial, shard.bytes, shard.sha256):
+            partial.unlink()
+            raise _damaged(f"what {address} holds {fault}")
+        return partial
+
+    def _evict_one(self, address: str) -> None:
+        """Gives up a shard where the disk is full.
+
+        Raises:
+            RecipeError: if there is none.
+        """
+        if not self._evict(1):
+            raise _gave_up(address, f"{self.root} is full and holds no shard to evict")
 
     def _download(self, path: Path) -> Path:
         """A file of the store under a name of its own beside ``path``, with retries.
@@ -175,7 +220,7 @@ class ShardCache:
             RecipeError: one line that names the file and the last failure.
         """
         address, failures = self._address(path), 0
-        partial = path.with_name(f".{path.name}{PARTIAL}")
+        partial = _partial_name(path)
         while True:
             partial.unlink(missing_ok=True)
             try:
@@ -184,10 +229,9 @@ class ShardCache:
             except Exception as error:  # Each store's client has failures of its own.
                 self._client = None
                 partial.unlink(missing_ok=True)
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    if self._evict(1):
-                        continue
-                    raise _gave_up(address, f"{self.root} is full and holds no shard to evict") from None
+                if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+                    self._evict_one(address)
+                    continue
                 failures += 1
                 if _is_final(error) or failures >= self.patience.attempts:
                     raise _gave_up(address, f"{_line(error)} (tried {failures} times)") from None
@@ -216,6 +260,10 @@ class ShardCache:
         with (locks / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _partial_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}{PARTIAL}")
 
 
 def _sizes(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
@@ -252,6 +300,10 @@ def fetch_indices(recipe: Recipe) -> None:
     for name, domain in manifest.domains.items():
         for side, split in domain.splits.items():
             cache.require(cache.root / name / side / INDEX_FILE, split.index_sha256)
+
+
+def _damaged(what: str) -> RecipeError:
+    return RecipeError(what, key="data.remote", remedy="write that file to the store anew")
 
 
 def _gave_up(address: str, what: str) -> RecipeError:

@@ -6,7 +6,15 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from data.manifest import MANIFEST_FILE, Manifest, check_shards, read_manifest
+from data.manifest import (
+    MANIFEST_FILE,
+    REBUILD,
+    Manifest,
+    check_shards,
+    file_fault,
+    read_manifest,
+    shard_files,
+)
 from data.shard_cache import Patience, ShardCache
 from train.recipe import RecipeError
 
@@ -16,8 +24,9 @@ KEY = "--upload"
 def upload_shards(root: Path, remote: str) -> Manifest:
     """Copies a folder of shards to where ``data.remote`` finds it; what is there already is left alone.
 
-    Every file is held to its hash before anything is sent; Streaming's uploaders try each twice. After a
-    failure the same call sends them again; until then there is no manifest, and so no folder of shards.
+    Of a shard that has a compressed form that form alone is sent. Every file is held to its hash before
+    anything is sent; Streaming's uploaders try each twice. After a failure the same call sends them again;
+    until then there is no manifest, and so no folder of shards.
 
     Args:
         root: the folder on this machine.
@@ -34,9 +43,7 @@ def upload_shards(root: Path, remote: str) -> Manifest:
     if there is not None:
         what = f"{remote} holds other shards ({there[:12]}) than {root} ({manifest.digest[:12]})"
         raise RecipeError(what, key=KEY, remedy="give another address, or empty that one")
-    files = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
-    files = [it for it in files if not any(part.startswith(".") for part in it.parts)]
-    ordered = [*(it for it in files if it != Path(MANIFEST_FILE)), Path(MANIFEST_FILE)]
+    ordered = [*_files_before_the_manifest(root, manifest), Path(MANIFEST_FILE)]
     if not urlsplit(remote).scheme:  # Streaming's uploader of paths makes no folders.
         for name in ordered:
             (Path(remote) / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +61,24 @@ def upload_shards(root: Path, remote: str) -> Manifest:
             f"{remote} does not give back what was sent", key=KEY, remedy="the same command sends it again"
         )
     return manifest
+
+
+def _files_before_the_manifest(root: Path, manifest: Manifest) -> list[Path]:
+    """What the store needs, below ``root``.
+
+    Raises:
+        RecipeError: if a shard's compressed form is not what its index says.
+    """
+    splits = [root / name / side for name, domain in manifest.domains.items() for side in domain.splits]
+    packed = [shard for folder in splits for shard in shard_files(folder) if shard.packed]
+    for shard in packed:
+        assert shard.packed is not None
+        if fault := file_fault(shard.packed.path, shard.packed.bytes, shard.packed.sha256):
+            raise RecipeError(f"{shard.packed.path} {fault}", key="data.shards", remedy=REBUILD)
+    left_out = {root / MANIFEST_FILE, *(shard.path for shard in packed)}
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and path not in left_out]
+    names = [path.relative_to(root) for path in files]
+    return [name for name in names if not any(part.startswith(".") for part in name.parts)]
 
 
 def _digest_at(remote: str) -> str | None:

@@ -71,3 +71,6 @@ class Preparation:
     """Larger documents are rejected: more often than not they are no documents."""
     chunk_bytes: int = 8_000_000
     """Input that one task reads; a row group, record batch or compressed file is never cut."""
+    zstd_level: Optional[int] = None
+    """Each shard is compressed too, at this level of Zstandard (1 to 22), and `--upload` sends that in its
+    place: less to store and to fetch. Nodes unpack what they fetch. null: shards are sent as they are."""

@@ -36,7 +36,7 @@ from data.prepare.decide import STAGE as DECIDE
 from data.prepare.decide import TRAIN, Decision, decide
 from data.prepare.engines import Engine
 from data.prepare.evaluation_overlap import list_evaluation_files
-from data.prepare.inputs import WHOLE, Chunk, Input, check_sources, cut, list_inputs
+from data.prepare.inputs import WHOLE, Chunk, Input, check_preparation, check_sources, cut, list_inputs
 from data.prepare.job import Job, Result
 from data.prepare.mds import index_text
 from data.prepare.remote_inputs import fetch_source
@@ -64,8 +64,9 @@ def build_into(work: Path, recipe: Recipe, engine: Engine, documents: Iterator[D
         documents: in place of the recipe's sources.
 
     Raises:
-        RecipeError: if a source is missing, or a domain has too little text.
+        RecipeError: if a source is missing, a key means nothing, or a domain has too little text.
     """
+    check_preparation(recipe.data.preparation)
     job, chunks = _spool(work, recipe, documents) if documents is not None else _list(work, recipe)
     cleaned = engine.run("reading and filtering", clean, job, chunks)
     print("telling copies apart", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.curriculum import domains_of
 from data.prepare.language import LANGUAGES
-from train.preparation_schema import Source, SourceKind
+from train.preparation_schema import Preparation, Source, SourceKind
 from train.recipe import RecipeError
 from train.schema import Recipe
 
@@ -65,7 +65,7 @@ def check_sources(recipe: Recipe) -> None:
     Raises:
         RecipeError: one line that names the key.
     """
-    data, preparation = recipe.data, recipe.data.preparation
+    data = recipe.data
     if data.corpus is not None:
         raise RecipeError("builds shards, and so do data.sources", key="data.corpus", remedy="remove either")
     there = {source.domain for source in data.sources}
@@ -86,6 +86,14 @@ def check_sources(recipe: Recipe) -> None:
             raise RecipeError(
                 f"{source.domain!r} is no folder's name", key=key, remedy="use letters and digits"
             )
+
+
+def check_preparation(preparation: Preparation) -> None:
+    """Refuses numbers that mean nothing.
+
+    Raises:
+        RecipeError: one line that names the key.
+    """
     similarity = preparation.near_duplicates
     if similarity is not None and not 0.5 <= similarity <= 1:
         key = "data.preparation.near_duplicates"
@@ -94,6 +102,11 @@ def check_sources(recipe: Recipe) -> None:
         if getattr(preparation, name) < least:
             what = f"is {getattr(preparation, name)}"
             raise RecipeError(what, key=f"data.preparation.{name}", remedy=f"set it to at least {least}")
+    level = preparation.zstd_level
+    if level is not None and not 1 <= level <= 22:
+        raise RecipeError(
+            f"is {level}", key="data.preparation.zstd_level", remedy="give a level from 1 to 22"
+        )
 
 
 def list_inputs(n: int, source: Source, fetch: Callable[[int, Source], Path]) -> list[Input]:

@@ -20,7 +20,14 @@ from data.prepare.decide import REMOVED, TRAIN, VALIDATION
 from data.prepare.decide import STAGE as DECIDE
 from data.prepare.inputs import Chunk
 from data.prepare.job import Job, Result, save_array, write_whole
-from data.prepare.mds import encode_shard, index_entry, samples_per_shard, shard_name
+from data.prepare.mds import (
+    compress_shard,
+    encode_shard,
+    index_entry,
+    packed_name,
+    samples_per_shard,
+    shard_name,
+)
 from data.split import SPLITS
 from data.tokenizer import TOKENIZER_FILE, TokenizerHandle, open_tokenizer
 from train.schema import Tokenizer
@@ -67,7 +74,7 @@ def encode(job: Job, chunk: Chunk) -> Result:
 
 
 def write_shard(job: Job, task: ShardTask) -> Result:
-    """Writes one shard, how often each token is in it, and the hashes of its samples.
+    """Writes one shard, compressed too if asked for, how often each token is in it, and its samples' hashes.
 
     Returns:
         Its entry in the index, samples, padding.
@@ -139,16 +146,20 @@ def _write(job: Job, task: ShardTask) -> Result:
     samples = list(
         pack(_pieces(job, task), sequence_tokens=job.sequence_tokens, eos_id=None, pad_id=tokenizer.pad_id)
     )
-    content = encode_shard(samples, job.sequence_tokens)
+    level = job.preparation.zstd_level
+    content = encode_shard(samples, job.sequence_tokens, level)
+    packed = None if level is None else (level, compress_shard(content, level))
     folder = job.out / task.domain / task.split
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / shard_name(task.shard), content)
+    if packed is not None:
+        write_whole(folder / packed_name(task.shard), packed[1])
     padding = sum(int(sample.lengths[sample.documents == PADDING].sum()) for sample in samples[-1:])
     tokens = np.concatenate([sample.tokens for sample in samples])
     counts = np.bincount(tokens[: tokens.size - padding], minlength=tokenizer.vocab_size)
     save_array(job.file(WRITE, task.number, "counts.npy"), counts)
     write_whole(job.file(WRITE, task.number, "digests"), b"".join(map(_digest, samples)))
-    entry = index_entry(task.shard, content, len(samples), job.sequence_tokens)
+    entry = index_entry(task.shard, content, len(samples), job.sequence_tokens, packed)
     return {"entry": entry, "samples": len(samples), "padding": padding}
 
 

@@ -1,6 +1,8 @@
 """Sources and shards in an object store: moto's S3, and a stand-in for Unity Catalog's files API."""
 
 import json
+import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,11 +14,12 @@ import pytest
 from data.loader import build_train_loader
 from data.manifest import check_shards
 from data.shard_cache import ShardCache
+from data.streams import ShardFolder
 from data.tokenizer import open_tokenizer
 from data.upload import upload_shards
 from data.write_shards import build_shards, ensure_shards, main
 from tests.data.conftest import small_documents
-from train.preparation_schema import Source, SourceKind
+from train.preparation_schema import Preparation, Source, SourceKind
 from train.recipe import RecipeError
 from train.schema import Recipe
 
@@ -82,9 +85,8 @@ def test_uploaded_shards_are_trained_on_as_those_here(
     root = Path(built.data.shards)
     manifest = upload_shards(root, "s3://store/shards/")
     objects = s3.list_objects_v2(Bucket="store", Prefix="shards/")["Contents"]
-    times = {it["Key"].removeprefix("shards/"): it["LastModified"] for it in objects}
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    assert times.keys() == files and times["manifest.json"] == max(times.values())
+    assert {it["Key"].removeprefix("shards/") for it in objects} == files
     recipe = make_recipe(tmp_path / "cache", remote="s3://store/shards")
     assert ensure_shards(recipe).digest == manifest.digest
     tokenizer = open_tokenizer(built.tokenizer, root)
@@ -109,6 +111,87 @@ def test_other_shards_in_the_store_are_never_overwritten(
     # A path, for a store that is mounted.
     upload_shards(root, str(tmp_path / "mounted/shards"))
     assert check_shards(tmp_path / "mounted/shards").digest == check_shards(root).digest
+
+
+def test_a_store_without_a_manifest_holds_no_shards(
+    s3: Any, tmp_path: Path, built: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streaming.base.storage.upload import S3Uploader
+
+    root = tmp_path / "shards"
+    shutil.copytree(built.data.shards, root)
+    (root / ".locks").mkdir()
+    (root / ".locks/mine").touch()
+    sends, fails_at = S3Uploader.upload_file, "prose/validation/index.json"
+
+    def failing(self: Any, name: str) -> None:
+        if name == fails_at:
+            raise OSError("cable")
+        if name != loses:
+            sends(self, name)
+
+    monkeypatch.setattr(S3Uploader, "upload_file", failing)
+    loses = ""
+    with pytest.raises(RecipeError, match=r"--upload: s3://store/cut does not take the shards .*cable"):
+        upload_shards(root, "s3://store/cut")
+    names = {it["Key"] for it in s3.list_objects_v2(Bucket="store", Prefix="cut/")["Contents"]}
+    assert "cut/code/train/shard.00000.mds" in names and "cut/manifest.json" not in names
+    fails_at, loses = "", "manifest.json"
+    with pytest.raises(RecipeError, match="--upload: s3://store/cut does not give back what was sent"):
+        upload_shards(root, "s3://store/cut")
+    loses = ""
+    upload_shards(root, "s3://store/cut")
+    names = {it["Key"] for it in s3.list_objects_v2(Bucket="store", Prefix="cut/")["Contents"]}
+    assert "cut/manifest.json" in names and not any(".locks" in name for name in names)
+
+
+def test_altered_shards_are_not_sent(s3: Any, tmp_path: Path, built: Recipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("data.manifest.HASHED_BYTES", 0)
+    root = tmp_path / "shards"
+    shutil.copytree(built.data.shards, root)
+    shard = root / "code/train/shard.00000.mds"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RecipeError, match=re.escape(f"{shard} is altered")):
+        upload_shards(root, "s3://store/altered")
+    assert "Contents" not in s3.list_objects_v2(Bucket="store", Prefix="altered/")
+
+
+def test_compressed_shards_are_sent_in_place_of_the_others_and_unpacked_by_each_node(
+    s3: Any, tmp_path: Path, built: Recipe, make_recipe: Callable[..., Recipe]
+) -> None:
+    from streaming import StreamingDataset
+
+    made = make_recipe(tmp_path / "made", preparation=Preparation(zstd_level=3))
+    root = Path(made.data.shards)
+    manifest = build_shards(made, documents=small_documents)
+    before = check_shards(Path(built.data.shards)).domains
+    for name, domain in manifest.domains.items():
+        for side, split in domain.splits.items():
+            assert split.content_sha256 == before[name].splits[side].content_sha256
+    upload_shards(root, "s3://store/packed")
+    names = [it["Key"] for it in s3.list_objects_v2(Bucket="store", Prefix="packed/")["Contents"]]
+    assert "packed/code/train/shard.00000.mds.zstd" in names
+    assert not any(name.endswith(".mds") for name in names)
+    # Shards are the same whether a recipe asks for their compressed form or not.
+    recipe = make_recipe(tmp_path / "cache", remote="s3://store/packed")
+    assert ensure_shards(recipe).digest == manifest.digest
+    tokenizer = open_tokenizer(built.tokenizer, Path(built.data.shards))
+    ours, theirs = (build_train_loader(it, tokenizer, rank=0, world_size=1) for it in (built, recipe))
+    for one, other, _ in zip(ours, theirs, range(20), strict=False):
+        assert one["input_ids"].tolist() == other["input_ids"].tolist()
+    assert {path.suffix for path in (tmp_path / "cache/code/train").iterdir()} == {".mds", ".json"}
+    # Streaming reads them too.
+    streamed = StreamingDataset(
+        remote="s3://store/packed/code/train", local=str(tmp_path / "streamed"), batch_size=1
+    )
+    folder = ShardFolder(root / "code/train")
+    assert len(streamed) == len(folder)
+    assert streamed[1]["tokens"].tolist() == folder[1].tokens.tolist()
+    packed = root / "code/train/shard.00000.mds.zstd"
+    packed.write_bytes(packed.read_bytes()[:-1])
+    with pytest.raises(RecipeError, match=re.escape(f"{packed} has ") + ".* instead of"):
+        upload_shards(root, "s3://store/packed-again")
 
 
 def test_the_command_uploads(

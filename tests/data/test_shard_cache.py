@@ -1,5 +1,6 @@
 """Shards in a store that fails, stalls and lies, and a cache that is smaller than they are."""
 
+import dataclasses
 import errno
 import http.client
 import os
@@ -15,13 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
 from data.loader import build_train_loader
 from data.shard_cache import Patience, ShardCache, fetch_indices
 from data.streams import ShardFolder
 from data.tokenizer import open_tokenizer
+from data.upload import upload_shards
 from data.write_shards import build_shards, ensure_shards
 from tests.data.conftest import small_documents
+from train.preparation_schema import Preparation
 from train.recipe import RecipeError
 from train.schema import Recipe
 
@@ -235,6 +239,87 @@ def test_a_full_disk_evicts(tmp_path: Path, source: Recipe, monkeypatch: pytest.
     monkeypatch.setattr("tests.data.test_shard_cache.ShardCache._evict", lambda *_: 0)
     with pytest.raises(RecipeError, match="is full and holds no shard to evict"):
         ShardFolder(root / "prose/train", cache)[0]
+
+
+def test_shards_that_other_processes_remove_meanwhile_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "code/train"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        path = folder / f"shard.{number:05}.mds"
+        path.write_bytes(b"x" * 100)
+        os.utime(path, (number, number))
+    listed = Path.glob
+
+    def racing(self: Path, pattern: str) -> Iterator[Path]:
+        found = sorted(listed(self, pattern))
+        if found:
+            found[0].unlink()  # By another process, between this one's look at the folder and at the file.
+        return iter(found)
+
+    monkeypatch.setattr(Path, "glob", racing)
+    ShardCache(tmp_path, "", limit_bytes=300).make_room(100)
+    monkeypatch.undo()
+    # The first and the second went while they were counted, the third had to.
+    assert [path.name for path in folder.iterdir()] == ["shard.00003.mds"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory, make_recipe: Callable[..., Recipe]) -> str:
+    """A store of the same shards, compressed."""
+    folder = tmp_path_factory.mktemp("packed")
+    recipe = make_recipe(folder / "shards", preparation=Preparation(zstd_level=3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.prepare.mds.SHARD_BYTES", 2000)
+        build_shards(recipe, documents=small_documents)
+    upload_shards(folder / "shards", str(folder / "store"))
+    return str(folder / "store")
+
+
+def test_compressed_shards_stay_within_the_limit_and_the_disk(
+    tmp_path: Path, packed: str, whole: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    limit = 8000
+    cache, folder = cached(tmp_path / "cache", packed, limit)
+    for number in np.random.default_rng(3).permutation(len(folder)).tolist():
+        assert folder[number].tokens.tolist() == whole[number]
+        assert cache._kept_bytes() <= limit
+    assert not [path for path in (tmp_path / "cache").rglob("*.zstd*") if path.parent.name != ".locks"]
+    writes, cache = Path.write_bytes, ShardCache(tmp_path / "cache", packed, None, HURRIED)
+
+    def onto_small_disk(self: Path, content: bytes) -> int:
+        if cache._kept_bytes() + len(content) > limit:
+            writes(self, content[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return writes(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", onto_small_disk)
+    assert all_tokens(ShardFolder(tmp_path / "cache/prose/train", cache)) == whole
+    monkeypatch.setattr(ShardCache, "_evict", lambda *_: 0)
+    with pytest.raises(RecipeError, match="is full and holds no shard to evict"):
+        all_tokens(ShardFolder(tmp_path / "cache/prose/train", cache))
+
+
+def test_a_compressed_shard_that_is_altered_or_another_is_named(tmp_path: Path, packed: str):
+    shutil.copytree(packed, tmp_path / "store")
+    path = tmp_path / "store/prose/train/shard.00000.mds.zstd"
+    _, folder = cached(tmp_path / "cache", str(tmp_path / "store"))
+    file, content = folder.file_of(0), path.read_bytes()
+    assert file.packed is not None
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RecipeError, match=r"shard\.00000\.mds\.zstd is altered: .*, also when fetched again"):
+        folder[0]
+    cache = ShardCache(tmp_path / "cache", str(tmp_path / "store"), None, HURRIED)
+    for wrong, complaint in (
+        (b"no zstd", "can't be unpacked"),
+        (zstandard.compress(b"another"), "has 7 bytes instead of"),
+    ):
+        path.write_bytes(wrong)
+        listed = dataclasses.replace(file.packed, bytes=len(wrong), sha256=None)
+        with pytest.raises(RecipeError, match=rf"shard\.00000\.mds\.zstd .*{complaint}"):
+            cache.fetch(dataclasses.replace(file, packed=listed))
+        assert [it.name for it in (tmp_path / "cache/prose/train").iterdir()] == ["index.json"]
 
 
 def test_processes_share_a_cache(tmp_path: Path, store: FaultyStore, whole: list[list[int]]):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data.audit.__main__ import main
+from data.corpus import Document
 from data.explore.exploration import Exploration, explore
 from data.explore.measure import typical_ids
 from data.explore.page import write_page
@@ -42,7 +43,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, make_recipe: Callable[..., 
     """Two domains of three topics: one English with copies, one that is German in part."""
     folder = tmp_path_factory.mktemp("explore")
     code = [tale(topic, n) for topic in TOPICS for n in range(TEXTS_PER_TOPIC)]
-    code += [code[0], code[1] + " Truly so.", "zq%! " * 30 + "</script><b>bold</b>\n"]
+    code += [code[0], code[1] + " Truly so.", " ", "zq%! " * 30 + "</script><b>bold</b>\n"]
     prose = [tale(topic, 100 + n, GERMAN if n % 3 == 0 else ENGLISH) for topic in TOPICS for n in range(12)]
     facts = {"dataset": "tales", "version": "1", "origin": "https://example.org", "licence": "CC0-1.0"}
     sources = []
@@ -65,7 +66,7 @@ def test_documents_are_those_of_the_sources(recipe: Recipe, found: Exploration) 
     for source in recipe.data.sources:
         given |= {json.loads(line)["text"] for line in Path(source.path).read_text().splitlines()}
     assert len(found.documents) == 36 + 1 + 36
-    assert {text.strip() for text in found.measures.texts} <= {text.strip() for text in given}
+    assert set(found.measures.texts) <= {text.strip() + "\n" for text in given}
     assert len(set(found.measures.texts)) == len(found.documents)
     assert {document.split for document in found.documents} == {"train", "validation"}
 
@@ -88,8 +89,25 @@ def test_languages_copies_and_rarity_are_found(found: Exploration) -> None:
     assert found.removed_copies["prose"] == [] and found.domains["code"].near_copies == 0
     rarest = int(np.argmax(found.measures.surprisal))
     assert found.measures.texts[rarest].startswith("zq%!")
-    # Ids 1 and 3 are as frequent in both; 0 is here alone, 2 elsewhere alone.
-    assert typical_ids(np.array([50, 20, 0, 9]), np.array([0, 20, 50, 9])) == [0]
+    # Ids 1 and 4 are as frequent in both; 0 is here alone, 2 elsewhere alone, 3 is more frequent here.
+    assert typical_ids(np.array([50, 20, 0, 30, 9]), np.array([0, 20, 75, 5, 9])) == [0, 3]
+
+
+def test_copies_that_are_still_there_are_found(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> None:
+    texts = [tale(topic, n) for topic in TOPICS for n in range(3)]
+    texts += [texts[0], texts[1] + "Truly so.\n", texts[1] + "Truly so, so.\n"]
+    recipe = make_recipe(tmp_path / "shards", domains={"prose": 1.0})
+    # What a program gives is kept as it is.
+    given = [Document("prose", f"{n}.txt", text) for n, text in enumerate(texts)]
+    build_shards(recipe, documents=lambda: iter(given))
+    found = explore(tmp_path / "shards")
+    assert (found.domains["prose"].exact_copies, found.domains["prose"].near_copies) == (1, 2)
+    of = {found.documents[n].name: found.documents[it].name for n, it in enumerate(found.measures.copy_of)}
+    assert {name: first for name, first in of.items() if name != first} == {
+        "9.txt": "0.txt",
+        "10.txt": "1.txt",
+        "11.txt": "1.txt",
+    }
 
 
 def test_clusters_are_the_topics_and_the_page_is_the_same_again(

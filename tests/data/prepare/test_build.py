@@ -159,10 +159,11 @@ def test_the_tokens_are_the_documents(corpus: Path, make_recipe: Callable[..., R
 
 def test_neither_workers_nor_cut_change_a_byte(corpus: Path, make_recipe: Callable[..., Recipe], monkeypatch):
     monkeypatch.setattr("data.prepare.mds.SHARD_BYTES", 3000)
-    one = recipe_of(corpus, make_recipe, "one")
+    one = recipe_of(corpus, make_recipe, "one", zstd_level=1)
     build_shards(one, engine=Processes(1))
-    assert len(list((Path(one.data.shards) / "prose/train").glob("*.mds"))) > 3
-    other = recipe_of(corpus, make_recipe, "other", chunk_bytes=900)
+    for pattern in ("*.mds", "*.mds.zstd"):
+        assert len(list((Path(one.data.shards) / "prose/train").glob(pattern))) > 3
+    other = recipe_of(corpus, make_recipe, "other", chunk_bytes=900, zstd_level=1)
     build_shards(other, engine=Processes(3))
     assert files(Path(other.data.shards)) == files(Path(one.data.shards))
     assert not list(corpus.parent.glob(".*.partial"))
@@ -218,6 +219,7 @@ def test_other_sources_than_those_of_the_shards_are_refused(corpus: Path, make_r
     other = recipe_of(corpus, make_recipe, "one", near_duplicates=0.9)
     with pytest.raises(RecipeError, match=r"data.sources: are not those"):
         require_match(manifest, other)
+    require_match(manifest, recipe_of(corpus, make_recipe, "one", zstd_level=3))
     moved = [dataclasses.replace(it, path="/elsewhere") for it in recipe.data.sources]
     require_match(manifest, dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=moved)))
 
@@ -231,6 +233,8 @@ def test_a_missing_source_is_one_line(corpus: Path, make_recipe: Callable[..., R
     broken = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=sources))
     with pytest.raises(RecipeError, match=r"data.sources\[0\].path: .* has no file that ends in"):
         build_shards(broken, engine=Processes(1))
+    with pytest.raises(RecipeError, match=r"data.preparation.zstd_level: is 23; give a level from 1 to 22"):
+        build_shards(recipe_of(corpus, make_recipe, "one", zstd_level=23), engine=Processes(1))
 
 
 def test_a_hugging_face_folder_is_read(corpus: Path, make_recipe: Callable[..., Recipe]):

@@ -11,7 +11,14 @@ from data.prepare.clean import normalise
 from data.prepare.duplicates import resolve, sketch
 from data.prepare.evaluation_overlap import EvaluationTexts
 from data.prepare.language import language_of
-from data.prepare.mds import encode_shard, index_entry, index_text, shard_name
+from data.prepare.mds import (
+    compress_shard,
+    encode_shard,
+    index_entry,
+    index_text,
+    packed_name,
+    shard_name,
+)
 from data.prepare.tokens import open_once
 from data.prepare.words import hash_ngrams, hash_words
 from data.quality import fault_of_repetition
@@ -31,9 +38,10 @@ def test_a_tokenizer_that_took_anothers_place_is_opened(tmp_path: Path):
     assert made[0].fingerprint != made[1].fingerprint
 
 
-@pytest.mark.parametrize("sequence_tokens", [8, 700])
-def test_shards_are_those_of_streamings_writer(tmp_path: Path, sequence_tokens: int):
+@pytest.mark.parametrize("sequence_tokens, level", [(8, None), (700, None), (8, 5)])
+def test_shards_are_those_of_streamings_writer(tmp_path: Path, sequence_tokens: int, level: int | None):
     from streaming import MDSWriter
+    from streaming.base.compression import decompress
 
     rng = np.random.default_rng(0)
     documents = [
@@ -45,13 +53,21 @@ def test_shards_are_those_of_streamings_writer(tmp_path: Path, sequence_tokens: 
         "lengths": "ndarray:int32",
         "tokens": f"ndarray:int32:{sequence_tokens}",
     }  # fmt: skip
-    with MDSWriter(columns=columns, out=str(tmp_path / "theirs"), hashes=["sha256"]) as writer:
+    name = level and f"zstd:{level}"
+    with MDSWriter(
+        columns=columns, out=str(tmp_path / "theirs"), hashes=["sha256"], compression=name
+    ) as writer:
         for sample in samples:
             writer.write(vars(sample))
-    content = encode_shard(samples, sequence_tokens)
-    assert content == (tmp_path / "theirs" / shard_name(0)).read_bytes()
-    index = index_text([index_entry(0, content, len(samples), sequence_tokens)])
-    assert index == (tmp_path / "theirs/index.json").read_text()
+    content = encode_shard(samples, sequence_tokens, level)
+    if level is None:
+        assert content == (tmp_path / "theirs" / shard_name(0)).read_bytes()
+        entry = index_entry(0, content, len(samples), sequence_tokens)
+    else:
+        theirs = (tmp_path / "theirs" / packed_name(0)).read_bytes()
+        assert content == decompress(name, theirs) == decompress(name, compress_shard(content, level))
+        entry = index_entry(0, content, len(samples), sequence_tokens, (level, theirs))
+    assert index_text([entry]) == (tmp_path / "theirs/index.json").read_text()
 
 
 def texts(count: int, seed: int = 0) -> list[list[str]]:
