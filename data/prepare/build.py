@@ -39,7 +39,8 @@ from data.prepare.evaluation_overlap import list_evaluation_files
 from data.prepare.inputs import WHOLE, Chunk, Input, check_preparation, check_sources, cut, list_inputs
 from data.prepare.job import Job, Result
 from data.prepare.mds import index_text
-from data.prepare.remote_inputs import fetch_source
+from data.prepare.remote_inputs import FOLDER as FETCHED
+from data.prepare.remote_inputs import fetch_sources
 from data.prepare.tokens import ENCODE, WRITE, ShardTask, encode, open_once, plan_shards, write_shard
 from data.split import SPLITS
 from train.preparation_schema import Preparation, Quality, Source, SourceKind
@@ -67,7 +68,7 @@ def build_into(work: Path, recipe: Recipe, engine: Engine, documents: Iterator[D
         RecipeError: if a source is missing, a key means nothing, or a domain has too little text.
     """
     check_preparation(recipe.data.preparation)
-    job, chunks = _spool(work, recipe, documents) if documents is not None else _list(work, recipe)
+    job, chunks = _spool(work, recipe, documents) if documents is not None else _list(work, recipe, engine)
     cleaned = engine.run("reading and filtering", clean, job, chunks)
     print("telling copies apart", file=sys.stderr, flush=True)
     decision = decide(job, chunks, cleaned)
@@ -80,17 +81,14 @@ def build_into(work: Path, recipe: Recipe, engine: Engine, documents: Iterator[D
     return _assemble(recipe, job, chunks, decision, (cleaned, encoded, tasks, written))
 
 
-def _list(work: Path, recipe: Recipe) -> tuple[Job, list[Chunk]]:
+def _list(work: Path, recipe: Recipe, engine: Engine) -> tuple[Job, list[Chunk]]:
     """The job of the recipe's sources; results of another job in the work folder are removed."""
     check_sources(recipe)
     data = recipe.data
     evaluation = list_evaluation_files(data.preparation.evaluation_texts)
-    fetched = work / "inputs"
-    inputs = [
-        list_inputs(n, source, lambda n, it: fetch_source(fetched / str(n), n, it))
-        for n, source in enumerate(data.sources)
-    ]
     job = _job(work, recipe, data.sources, evaluation)
+    fetched = fetch_sources(job, engine)
+    inputs = [list_inputs(n, source, fetched.get(n)) for n, source in enumerate(data.sources)]
     texts = [[file, hashlib.sha256(Path(file).read_bytes()).hexdigest()] for file in evaluation]
     files = [[asdict(file) for file in of] for of in inputs]
     section = to_dict(recipe)
@@ -108,7 +106,7 @@ def _list(work: Path, recipe: Recipe) -> tuple[Job, list[Chunk]]:
         print(f"going on with what {work} holds", file=sys.stderr, flush=True)
     else:
         for place in work.iterdir():
-            if place.is_dir() and place != fetched:
+            if place.is_dir() and place.name != FETCHED:
                 shutil.rmtree(place)
         record.write_text(mark)
     return job, cut(inputs, [source.kind for source in data.sources], data.preparation.chunk_bytes)

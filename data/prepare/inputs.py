@@ -6,7 +6,7 @@ batches of an Arrow file, or of the list of a source's text files.
 
 import fnmatch
 import glob
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,34 +109,25 @@ def check_preparation(preparation: Preparation) -> None:
         )
 
 
-def list_inputs(n: int, source: Source, fetch: Callable[[int, Source], Path]) -> list[Input]:
+def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list[Input]:
     """The files of a source, by name.
 
     Args:
         n: its place in the recipe.
         source: what the recipe says of it.
-        fetch: brings a source from a store and returns the folder on this machine.
+        fetched: files of a source in a store, here, by their names below its folder.
 
     Raises:
         RecipeError: if there are none.
     """
-    path = str(fetch(n, source)) if is_remote(source.path) else source.path
-    found = [Path(it) for it in glob.glob(path, recursive=True)]  # noqa: PTH207  (may be absolute)
-    named: dict[str, Path] = {}
-    for place in found:
-        if place.is_dir():
-            named |= {str(file.relative_to(place)): file for file in place.rglob("*") if file.is_file()}
-        else:
-            named[place.name if len(found) == 1 else str(place.relative_to(_fixed_part(path)))] = place
-    suffixes = SUFFIXES.get(source.kind)
+    named = _files_of(source.path) if fetched is None else fetched
     chosen = [
         Input(n, name, str(file), file.stat().st_size, file.stat().st_mtime_ns)
         for name, file in sorted(named.items())
-        if not any(part.startswith(".") for part in Path(name).parts)
-        and Path(name).name not in BOOKKEEPING
-        and (suffixes is None or name.endswith(suffixes))
+        if is_wanted(name, source.kind)
     ]
     if not chosen:
+        suffixes = SUFFIXES.get(source.kind)
         wanted = f" that ends in {', '.join(suffixes)}" if suffixes else ""
         raise RecipeError(
             f"{source.path} has no file{wanted}",
@@ -144,6 +135,13 @@ def list_inputs(n: int, source: Source, fetch: Callable[[int, Source], Path]) ->
             remedy="correct the path or the kind",
         )
     return chosen
+
+
+def is_wanted(name: str, kind: SourceKind) -> bool:
+    """Whether a source of this kind reads a file: none that is hidden, of bookkeeping or of another form."""
+    path, suffixes = Path(name), SUFFIXES.get(kind)
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    return not is_hidden and path.name not in BOOKKEEPING and (suffixes is None or name.endswith(suffixes))
 
 
 def cut(inputs: list[list[Input]], kinds: list[SourceKind], chunk_bytes: int) -> list[Chunk]:
@@ -165,6 +163,18 @@ def cut(inputs: list[list[Input]], kinds: list[SourceKind], chunk_bytes: int) ->
 def match(name: str, path: str) -> bool:
     """Whether an object's address is what a source's path means: itself, below it, or its pattern."""
     return name == path or name.startswith(path.rstrip("/") + "/") or fnmatch.fnmatch(name, path)
+
+
+def _files_of(path: str) -> dict[str, Path]:
+    """Files that a path on this machine means, by their names below its folder."""
+    found = [Path(it) for it in glob.glob(path, recursive=True)]  # noqa: PTH207  (may be absolute)
+    named: dict[str, Path] = {}
+    for place in found:
+        if place.is_dir():
+            named |= {str(file.relative_to(place)): file for file in place.rglob("*") if file.is_file()}
+        else:
+            named[place.name if len(found) == 1 else str(place.relative_to(_fixed_part(path)))] = place
+    return named
 
 
 def _spans(file: Input, chunk_bytes: int) -> Iterator[tuple[int, int]]:

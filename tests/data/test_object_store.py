@@ -1,5 +1,6 @@
 """Sources and shards in an object store: moto's S3, and a stand-in for Unity Catalog's files API."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -66,7 +67,7 @@ def test_sources_in_a_store_give_the_shards_of_the_same_files_here(
             else ("code/a.jsonl", "code/deep/b.jsonl")[number % 2]
         )
         texts[name].append(json.dumps({"text": document.text}) + "\n")
-    texts["prose-notes.txt"] = ["not asked for"]
+    texts["prose-notes.txt"] = texts["code/notes.txt"] = ["not asked for"]
     for name, lines in texts.items():
         (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "texts" / name).write_text("".join(lines))
@@ -77,6 +78,40 @@ def test_sources_in_a_store_give_the_shards_of_the_same_files_here(
     missing = make_recipe(tmp_path / "none", sources=sources_of("s3://store/nowhere"))
     with pytest.raises(RecipeError, match=r"data\.sources\[0\]\.path: s3://store/nowhere/code has no file"):
         build_shards(missing)
+    sources = sources_of("s3://store/texts")
+    sources[1] = dataclasses.replace(sources[1], path="s3://store/texts/prose-2.jsonl")
+    with pytest.raises(
+        RecipeError, match=r"data\.sources\[1\]\.path: s3://store/texts/prose-2\.jsonl .*not found"
+    ):
+        build_shards(make_recipe(tmp_path / "none", sources=sources))
+
+
+def test_a_job_that_was_cut_off_fetches_no_source_again_and_reads_no_other_jobs_sources(
+    s3: Any, tmp_path: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [json.dumps({"text": document.text}) for document in small_documents()]
+    for name, part in {"one/a": lines[:60], "one/b": lines[60:], "two/c": lines[::2]}.items():
+        s3.put_object(Bucket="store", Key=f"cut-off/{name}.jsonl", Body="\n".join(part).encode())
+
+    def recipe_of(folder: str, shards: str) -> Recipe:
+        source = Source("code", SourceKind.jsonl, f"s3://store/cut-off/{folder}", **FACTS)  # type: ignore[arg-type]
+        return make_recipe(tmp_path / shards, sources=[source], domains={"code": 1.0})
+
+    def failing(*_: object) -> None:
+        raise OSError("power")
+
+    wanted = {folder: build_shards(recipe_of(folder, f"whole-{folder}")).digest for folder in ("one", "two")}
+    for folder in ("two", "one"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="power"):
+            patch.setattr("data.prepare.build.decide", failing)
+            build_shards(recipe_of(folder, "shards"))
+    fetched = {
+        path.name: path.stat().st_ino for path in (tmp_path / ".shards.partial/inputs").rglob("*.jsonl")
+    }
+    assert fetched.keys() >= {"a.jsonl", "b.jsonl", "c.jsonl"}
+    s3.delete_object(Bucket="store", Key="cut-off/one/a.jsonl")
+    s3.put_object(Bucket="store", Key="cut-off/one/a.jsonl", Body=b"not read again")
+    assert build_shards(recipe_of("one", "shards")).digest == wanted["one"] != wanted["two"]
 
 
 def test_uploaded_shards_are_trained_on_as_those_here(

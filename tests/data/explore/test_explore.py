@@ -13,6 +13,7 @@ import pytest
 
 from data.audit.__main__ import main
 from data.corpus import Document
+from data.explore.clusters import map_documents
 from data.explore.exploration import Exploration, explore
 from data.explore.measure import typical_ids
 from data.explore.page import write_page
@@ -180,6 +181,14 @@ def test_the_page_is_searched_in_a_browser(found: Exploration, tmp_path: Path) -
     inside = int((found.map.cluster == 1).sum())
     filtered, _ = opened(page, f"#cluster={label.replace(' ', '+')}")
     assert f"{inside} of 73 documents" in filtered and html.escape(label) in filtered
+    # Colours are of domains, whose key names both; the longest document comes first.
+    ordered, _ = opened(page, "#order=longest&colour=domain")
+    fills = re.findall(r'<circle [^>]*fill="([^"]+)"', ordered)
+    domains = [it.domain for it in found.documents]
+    assert len(set(fills)) == 2 and len(set(zip(fills, domains, strict=True))) == 2
+    lengths = [int(text) for text in re.findall(r"· (\d+) tokens ·", ordered)]
+    assert lengths == sorted((it.tokens.size for it in found.documents), reverse=True)[: len(lengths)]
+    assert len(lengths) == 20
 
 
 def test_the_command_writes_the_page_and_says_what_is_wrong(
@@ -203,6 +212,9 @@ def test_the_command_writes_the_page_and_says_what_is_wrong(
 def test_too_few_documents_have_no_map(tmp_path: Path, built: Recipe) -> None:
     with pytest.raises(RecipeError, match="no shards"):
         explore(tmp_path)
+    words = [f"{topic} {word}" for topic in TOPICS for word in ("ship bread rose", "sail oven tulip")]
+    assert map_documents(words * 2, 0).labels != ["all"]
+    assert map_documents(words, 0).labels == ["all"]
     few = explore(Path(built.data.shards), 6)
     assert few.map.labels == ["all"] and len(few.documents) == 6
     write_page(few, tmp_path / "few.html")
