@@ -9,13 +9,18 @@ Exit status: 0 fit, 1 a trial failed, 2 a mistake, 78 unfit.
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.exit_status import UNFIT_STATUS, USAGE_STATUS
 from train.recipe import RecipeError, load_recipe
 from train.topology import Topology
 from train.validate import validate
+
+if TYPE_CHECKING:
+    from train.preflight.together import Findings, Row
 
 
 def main(arguments: list[str]) -> int:
@@ -67,15 +72,49 @@ def main(arguments: list[str]) -> int:
         machine = start_processes(recipe, topology)
         findings = preflight(recipe, folder, topology, torch.device(machine.device_type))
     if topology.is_main:
-        for name, where, found in findings.rows:
-            print(f"{name:<18} {where:<20} {found}")
-        for word, lines in (("slow", findings.warnings), ("UNFIT", findings.faults)):
-            for _, line in lines:
-                print(f"{word}: {line}")
-        print("unfit" if findings.faults else "fit")
+        ranks = options.ranks if options.ranks > 1 else topology.world_size
+        print("\n".join(describe(findings, ranks)))
         if options.json:
             Path(options.json).write_text(json.dumps(asdict(findings), indent=1))
     return UNFIT_STATUS if findings.faults else 0
+
+
+def describe(findings: "Findings", ranks: int) -> Iterator[str]:
+    """The findings as a table, what is wrong, and the verdict: lines."""
+    table = [("check", "where", "found", "wanted", ""), *map(_cells, _by_check(findings.rows))]
+    widths = [max(len(row[column]) for row in table) for column in range(5)]
+    for row in table:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield ""
+    for word, lines in (("slow", findings.warnings), ("UNFIT", findings.faults)):
+        yield from (f"{word}: {line}" for _, line in lines)
+    job = f"a job of {ranks} rank{'s' * (ranks > 1)}"
+    if findings.faults:
+        count = len(findings.faults)
+        yield f"UNFIT: {count} fault{'s' * (count > 1)}; {job} must not start here"
+    elif findings.warnings:
+        yield f"FIT, but slow: {job} may start; what is named above holds it up"
+    else:
+        yield f"FIT: {job} may start"
+
+
+def _by_check(rows: "list[Row]") -> "Iterator[Row]":
+    """The rows; of what was looked at on several nodes, how many are alike, or the worst of them."""
+    seen = set()
+    for row in rows:
+        alike = [each for each in rows if each.is_of_node and each.check == row.check]
+        if not row.is_of_node or len(alike) == 1:
+            yield row
+        elif row.check not in seen:
+            seen.add(row.check)
+            worst = min(alike, key=lambda each: (not each.is_bad, each.level))
+            are_equal = len({each.found for each in alike}) == 1
+            where = f"{len(alike)} nodes" if are_equal else f"worst of {len(alike)} nodes: {worst.where}"
+            yield replace(worst, where=where)
+
+
+def _cells(row: "Row") -> tuple[str, ...]:
+    return row.check, row.where, row.found, row.wanted, row.verdict
 
 
 if __name__ == "__main__":

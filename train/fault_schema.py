@@ -46,6 +46,8 @@ class Preflight:
     """`multi_node`: runs over several nodes begin with it; `always` or `never`."""
     least_disk_bytes: int = 10_000_000_000
     """Room that the folder of runs must have."""
+    least_disk_speed: float = 0.0
+    """Bytes per second that it must take; 0: only told."""
     most_skew_seconds: float = 2.0
     """Largest difference of a rank's clock from the median rank's."""
     slow_factor: float = 3.0

@@ -151,6 +151,8 @@ def is_fit(recipe: Recipe, folder: Path, machine: Machine) -> bool:
         say(topology, f"preflight: UNFIT: {line}")
         if topology.rank in ranks:
             record_failure(records_folder(folder), topology, 0, UnfitError(line))
+    if not findings.faults:
+        say(topology, f"preflight: fit; {findings.speed}")
     return not findings.faults
 
 

@@ -292,6 +292,9 @@ def _watch(recipe: Recipe, _: Topology) -> Iterator[Fault]:
         yield Fault(
             "preflight.slow_factor", f"is {recipe.preflight.slow_factor}", "must be above 1; 3 is usual"
         )
+    for key in ("least_disk_bytes", "least_disk_speed", "most_skew_seconds"):
+        if (limit := getattr(recipe.preflight, key)) < 0:
+            yield Fault(f"preflight.{key}", f"is {limit}", "must be 0 or more")
     for key in ("least_entropy", "most_dead_share"):
         if not 0 <= (share := getattr(recipe.guard, key)) <= 1:
             yield Fault(f"guard.{key}", f"is {share}", "must lie in [0, 1]")

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.manifest import read_manifest
+from data.manifest import read_manifest, shard_files
 from train.recipe import RecipeError
 from train.schema import Recipe
 
@@ -16,6 +17,7 @@ WRITTEN_BYTES = 1 << 24
 LEAST_SHARED_MEMORY_BYTES = 1 << 28
 """Loader workers hand batches over through it; a container's default of 64 MB is too little."""
 COMMAND_SECONDS = 30
+SHARDS = "shards"
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,12 @@ class Check:
 
     name: str
     found: str
+    wanted: str = ""
+    """The limit, in words."""
     fault: str = ""
     """What is wrong and what to do, in one line; empty if nothing is."""
+    level: float = 0.0
+    """By which nodes are compared: the least is the worst."""
 
 
 def check_node(recipe: Recipe, run_folder: Path, gpus: int) -> list[Check]:
@@ -37,7 +43,7 @@ def check_node(recipe: Recipe, run_folder: Path, gpus: int) -> list[Check]:
         gpus: that the job wants on each node; 0 for a run on CPUs, where no GPU or InfiniBand is looked for.
     """
     checks = [
-        check_disk(run_folder, recipe.preflight.least_disk_bytes),
+        check_disk(run_folder, recipe.preflight.least_disk_bytes, recipe.preflight.least_disk_speed),
         check_shared_memory(Path("/dev/shm")),
         check_shards(recipe),
     ]
@@ -50,8 +56,14 @@ def check_node(recipe: Recipe, run_folder: Path, gpus: int) -> list[Check]:
     return checks
 
 
-def check_disk(folder: Path, least_bytes: int) -> Check:
-    """Room for checkpoints, and how fast 16 MiB get there."""
+def check_disk(folder: Path, least_bytes: int, least_speed: float = 0.0) -> Check:
+    """Room for checkpoints, and how fast 16 MiB get there.
+
+    Args:
+        folder: of runs.
+        least_bytes: that must be free.
+        least_speed: bytes per second that it must take.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stat = os.statvfs(folder)
@@ -65,16 +77,21 @@ def check_disk(folder: Path, least_bytes: int) -> Check:
         speed = WRITTEN_BYTES / (time.perf_counter() - begun)
         probe.unlink()
     except OSError as error:
-        return Check(
-            "disk", "not writable", f"{folder}: {error.strerror}; mount it, or give another runs_dir"
-        )
+        remedy = f"{folder}: {error.strerror}; mount it, or give another runs_dir"
+        return Check("disk", "not writable", fault=remedy, level=-1.0)
     found = f"{free / 1e9:,.0f} GB free, {speed / 1e6:,.0f} MB/s"
+    wanted = f"{least_bytes / 1e9:,.0f} GB" + (f", {least_speed / 1e6:,.0f} MB/s" if least_speed else "")
     fault = ""
     if free < least_bytes:
         fault = (
             f"{folder} has {free:,} bytes free, below preflight.least_disk_bytes={least_bytes:,}; make room"
         )
-    return Check("disk", found, fault)
+    elif speed < least_speed:
+        fault = (
+            f"{folder} takes {speed:,.0f} bytes/s, below preflight.least_disk_speed={least_speed:,.0f}; "
+            "look for a full or failing disk, or a mount over another network"
+        )
+    return Check("disk", found, wanted, fault, speed)
 
 
 def check_shared_memory(folder: Path) -> Check:
@@ -84,31 +101,55 @@ def check_shared_memory(folder: Path) -> Check:
     fault = ""
     if free < LEAST_SHARED_MEMORY_BYTES:
         fault = f"{folder} has {free / 1e6:.0f} MB free; start the container with --ipc=host or --shm-size=1g"
-    return Check("shared memory", f"{free / 1e9:.1f} GB", fault)
+    wanted = f"{LEAST_SHARED_MEMORY_BYTES / 1e9:.1f} GB"
+    return Check("shared memory", f"{free / 1e9:.1f} GB free", wanted, fault, free)
 
 
 def check_shards(recipe: Recipe) -> Check:
-    """Whether this node reads the shards; those that are still to be built or fetched are no fault."""
+    """Whether this node reads the shards; those that are still to be built or fetched are no fault.
+
+    The main rank has compared every file with the manifest; here one file of each folder is opened.
+    """
     root = Path(recipe.data.shards)
     try:
         manifest = read_manifest(root)
     except RecipeError as error:
         is_made_later = recipe.data.corpus is not None or recipe.data.remote is not None
-        return Check("shards", "not there yet", "" if is_made_later and not root.exists() else str(error))
-    return Check("shards", f"{manifest.digest[:12]}")
+        fault = "" if is_made_later and not root.exists() else str(error)
+        return Check(SHARDS, "not there yet", fault=fault, level=-1.0)
+    try:
+        for name, domain in manifest.domains.items():
+            # Those of an object store come when they are read.
+            for split in domain.splits if recipe.data.remote is None else ():
+                for shard in shard_files(root / name / split)[:1]:
+                    with shard.path.open("rb") as stream:
+                        stream.read(1)
+    except (OSError, ValueError, LookupError) as error:
+        fault = f"{error}; mount {root} on this node so that it can be read"
+        return Check(SHARDS, "not readable", fault=fault, level=-1.0)
+    return Check(SHARDS, manifest.digest[:12], "the same everywhere")
 
 
 def check_gpus(listing: str, wanted: int) -> Iterator[Check]:
     """Number, ECC errors and clocks, from nvidia-smi's list (not yet run on a GPU)."""
     rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines() if line.strip()]
     fault = f"{len(rows)} GPUs answer, {wanted} are wanted; drain the node" if len(rows) < wanted else ""
-    yield Check("GPUs", str(len(rows)), fault)
+    yield Check("GPUs", str(len(rows)), str(wanted), fault, len(rows))
     bad = [f"GPU {row[0]}" for row in rows if len(row) > 3 and row[1] not in ("0", "[N/A]")]
     fault = f"{', '.join(bad)}: uncorrected ECC errors; reset the GPU or drain the node" if bad else ""
-    yield Check("ECC", f"{len(bad)} with errors", fault)
+    yield Check("ECC", f"{len(bad)} with errors", "0", fault, -len(bad))
     slow = [f"GPU {row[0]}" for row in rows if len(row) > 3 and row[3] == "Active"]
     fault = f"{', '.join(slow)}: slowed down by its hardware (heat, power); check cooling" if slow else ""
-    yield Check("clocks", f"{len(slow)} slowed down", fault)
+    yield Check("slowed down", f"{len(slow)} by heat or power", "0", fault, -len(slow))
+    yield _check_clocks([(row[0], row[2]) for row in rows if len(row) > 3])
+
+
+def _check_clocks(clocks: list[tuple[str, str]]) -> Check:
+    """GPUs whose highest clock is not that of the node's others."""
+    usual = Counter(clock for _, clock in clocks).most_common(1)[0][0] if clocks else "none"
+    odd = [f"GPU {index} ({clock})" for index, clock in clocks if clock != usual]
+    remedy = f"the others have {usual}; another model or a limited one: drain the node"
+    return Check("GPU clocks", usual, "all equal", f"{', '.join(odd)}: {remedy}" if odd else "", -len(odd))
 
 
 def check_nvlink(status: str) -> Check:
@@ -116,7 +157,8 @@ def check_nvlink(status: str) -> Check:
     links = [line for line in status.splitlines() if line.strip().startswith("Link")]
     down = [line.strip() for line in links if "inactive" in line.lower()]
     fault = f"{len(down)} of {len(links)} links are down ({down[0]}); drain the node" if down else ""
-    return Check("NVLink", f"{len(links) - len(down)} links up", fault)
+    up = len(links) - len(down)
+    return Check("NVLink", f"{up} links up", "none down", fault, up)
 
 
 def check_infiniband(root: Path) -> Check:
@@ -127,7 +169,8 @@ def check_infiniband(root: Path) -> Check:
     }
     down = [port for port, state in states.items() if "ACTIVE" not in state]
     fault = f"{', '.join(down)}: down; check cable and switch, or drain the node" if down else ""
-    return Check("InfiniBand", f"{len(states) - len(down)} ports up", fault)
+    up = len(states) - len(down)
+    return Check("InfiniBand", f"{up} ports up", "none down", fault, up)
 
 
 def _output(command: list[str]) -> str:

@@ -5,7 +5,8 @@ import secrets
 import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,56 @@ import torch.distributed as dist
 
 from train import provenance
 from train.fault_schema import Preflight, PreflightWhen
-from train.preflight.links import measure_collectives, measure_links
-from train.preflight.node import Check, check_node
+from train.preflight.links import COLLECTIVES, MESSAGE_BYTES, measure_collectives, measure_links
+from train.preflight.node import SHARDS, Check, check_node
 from train.recipe import to_yaml
 from train.schema import Recipe
 from train.topology import Topology
 from train.watch.records import host_name
 
 TOKEN_FILE = ".preflight-token"
+FIT, SLOW, UNFIT = "ok", "slow", "UNFIT"
+LINKS = "links"
+SPEEDS = (LINKS, *COLLECTIVES)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that was looked at, and where."""
+
+    check: str
+    where: str
+    """A node, or which ranks together."""
+    found: str
+    wanted: str = ""
+    """The limit, in words; empty: only told."""
+    verdict: str = FIT
+    """FIT, SLOW, UNFIT; empty where nothing was looked at."""
+    is_of_node: bool = False
+    """Looked at on one node, and on the others alike."""
+    level: float = 0.0
+    """By which nodes are compared: the least is the worst."""
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the limit is broken."""
+        return self.verdict in (SLOW, UNFIT)
 
 
 @dataclass
 class Findings:
     """What preflight came to, equal on all ranks."""
 
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
-    """Check, where, what was found."""
+    rows: list[Row] = field(default_factory=list)
     faults: list[tuple[list[int], str]] = field(default_factory=list)
     """Ranks that are to blame, and why in one line: the job must not start."""
     warnings: list[tuple[list[int], str]] = field(default_factory=list)
     """The same for what only slows it down."""
+
+    @property
+    def speed(self) -> str:
+        """What the links carry, in a line."""
+        return "; ".join(f"{row.check} {row.found}" for row in self.rows if row.check in SPEEDS)
 
 
 def is_wanted(recipe: Preflight, topology: Topology) -> bool:
@@ -49,20 +80,23 @@ def preflight(recipe: Recipe, run_folder: Path, topology: Topology, device: torc
     gpus = topology.local_world_size if device.type == "cuda" else 0
     # One rank of a node looks at the node.
     checks = check_node(recipe, run_folder, gpus) if topology.local_rank == 0 else []
-    host = host_name()
-    token = secrets.token_hex(8)
-    said = gather({"host": host, "checks": checks, "token": token}, topology)
-    for rank, one in enumerate(said):
-        for check in one["checks"]:
-            assert isinstance(check, Check)
-            findings.rows.append((check.name, one["host"], check.found))
-            if check.fault:
-                findings.faults.append(([rank], f"{one['host']}: {check.name}: {check.fault}"))
+    mine = {"host": host_name(), "checks": checks, "token": secrets.token_hex(8)}
+    said = gather(mine, topology)
+    of_nodes = [(rank, one["host"], check) for rank, one in enumerate(said) for check in one["checks"]]
+    for rank, host, check in _same_shards(of_nodes):
+        verdict = UNFIT if check.fault else FIT
+        findings.rows.append(Row(check.name, host, check.found, check.wanted, verdict, True, check.level))
+        if check.fault:
+            findings.faults.append(([rank], f"{host}: {check.name}: {check.fault}"))
+    if not gpus:
+        findings.rows.append(Row("GPUs, InfiniBand", "no node", "not looked at: ranks on CPUs", verdict=""))
     _agree(findings, recipe, topology, said)
     _share_folder(findings, run_folder, topology, said)
     if topology.world_size > 1:
         _compare_clocks(findings, limits, topology, said)
         _compare_links(findings, limits, device, said)
+    else:
+        findings.rows.append(Row(LINKS, "one rank", "not measured: nobody to send to", verdict=""))
     return findings
 
 
@@ -75,6 +109,21 @@ def gather(mine: Any, topology: Topology) -> list[Any]:
     return said
 
 
+def _same_shards(checks: list[tuple[int, str, Check]]) -> Iterator[tuple[int, str, Check]]:
+    """The nodes' checks, with a fault where a node has other shards than most: rank, node, check."""
+    seen = Counter(check.found for _, _, check in checks if _has_shards(check))
+    for rank, host, check in checks:
+        usual = seen.most_common(1)[0][0] if _has_shards(check) else check.found
+        if check.found != usual:
+            fault = f"{check.found}, elsewhere {usual}; mount the same folder everywhere"
+            check = replace(check, fault=fault)  # noqa: PLW2901
+        yield rank, host, check
+
+
+def _has_shards(check: Check) -> bool:
+    return check.name == SHARDS and check.level >= 0
+
+
 def _agree(findings: Findings, recipe: Recipe, topology: Topology, said: list[Any]) -> None:
     """Recipe, code and packages must be the same on all ranks."""
     mine = {
@@ -83,16 +132,20 @@ def _agree(findings: Findings, recipe: Recipe, topology: Topology, said: list[An
         **provenance.package_versions(),
     }
     everybody = gather(mine, topology)
+    is_odd_package = False
     for name in mine:
         values = Counter(one.get(name) for one in everybody)
         usual = values.most_common(1)[0][0]
         odd = [rank for rank, one in enumerate(everybody) if one.get(name) != usual]
         if name in ("recipe", "code"):
-            findings.rows.append((name, "all ranks", str(usual)))
+            findings.rows.append(Row(name, "all ranks", str(usual)[:12], "all equal", UNFIT if odd else FIT))
+        is_odd_package |= bool(odd) and name not in ("recipe", "code")
         if odd:
             where = f"rank {odd[0]} on {said[odd[0]]['host']}"
             line = f"{where}: {name} is {everybody[odd[0]].get(name)}, elsewhere {usual}; install the same"
             findings.faults.append((odd, line))
+    packages = Row("packages", "all ranks", f"{len(mine) - 2} versions", "all equal")
+    findings.rows.append(replace(packages, verdict=UNFIT if is_odd_package else FIT))
 
 
 def _share_folder(findings: Findings, run_folder: Path, topology: Topology, said: list[Any]) -> None:
@@ -107,9 +160,8 @@ def _share_folder(findings: Findings, run_folder: Path, topology: Topology, said
     gather(True, topology)
     sees = gather(_reads(file, token), topology)
     blind = [rank for rank, does in enumerate(sees) if not does]
-    findings.rows.append(
-        ("checkpoint folder", "all ranks", f"seen by {len(sees) - len(blind)} of {len(sees)}")
-    )
+    seen_by = f"seen by {len(sees) - len(blind)} of {len(sees)}"
+    findings.rows.append(Row("checkpoint folder", "all ranks", seen_by, "all", UNFIT if blind else FIT))
     if blind:
         where = f"rank {blind[0]} on {said[blind[0]]['host']}"
         line = f"{where}: does not see what rank 0 wrote to {run_folder}; mount one file system on all nodes"
@@ -137,28 +189,47 @@ def _compare_clocks(findings: Findings, limits: Preflight, topology: Topology, s
         statistics.median(one - middle for one, middle in zip(mine, usual, strict=True)) for mine in everybody
     ]
     worst = max(range(len(skews)), key=lambda rank: abs(skews[rank]))
-    findings.rows.append(("clocks", "all ranks", f"within {abs(skews[worst]):.3f} s"))
     late = [rank for rank, skew in enumerate(skews) if abs(skew) > limits.most_skew_seconds]
+    findings.rows.append(
+        Row(
+            "clocks",
+            "all ranks",
+            f"within {abs(skews[worst]):.3f} s",
+            f"{limits.most_skew_seconds:g} s",
+            UNFIT if late else FIT,
+        )
+    )
     if late:
         where = f"rank {late[0]} on {said[late[0]]['host']}"
         findings.faults.append((late, f"{where}: its clock is {skews[late[0]]:+.1f} s off; start NTP"))
 
 
 def _compare_links(findings: Findings, limits: Preflight, device: torch.device, said: list[Any]) -> None:
-    links = measure_links(device, limits.slow_factor)
-    usual = links.usual
-    findings.rows.append(("links", f"{len(links.seconds)} pairs", f"{1e3 * usual:.2f} ms there and back"))
-    place = findings.faults if limits.stop_on_slow else findings.warnings
+    links = measure_links(device, limits.slow_factor, [one["host"] for one in said])
+    place, bad = (findings.faults, UNFIT) if limits.stop_on_slow else (findings.warnings, SLOW)
+    wanted = f"none {limits.slow_factor:g} times the others'"
+    verdict = bad if links.slow_ranks or links.slow_pairs else FIT
+    for where, usual in (("inside nodes", links.usual_inside), ("between nodes", links.usual_between)):
+        if usual is not None:
+            gigabits = 8e-9 * 2 * MESSAGE_BYTES[device.type] / usual
+            found = f"{1e3 * usual:.2f} ms there and back, {gigabits:.2f} Gbit/s"
+            findings.rows.append(Row(LINKS, where, found, wanted, verdict))
     for rank in links.slow_ranks:
         took = statistics.median(s for pair, s in links.seconds.items() if rank in pair)
         place.append(
-            ([rank], f"rank {rank} on {said[rank]['host']}: {took / usual:.1f} times as slow as usual")
+            ([rank], f"rank {rank} on {said[rank]['host']}: {took / links.usual:.1f} times as slow as usual")
         )
     for one, other in links.slow_pairs:
-        times = links.seconds[one, other] / usual
+        times = links.seconds[one, other] / links.usual
         where = f"rank {one} on {said[one]['host']} and rank {other} on {said[other]['host']}"
         place.append(([one, other], f"between {where}: {times:.1f} times as slow as usual"))
+    least = limits.expected_gigabits and limits.expected_gigabits / limits.slow_factor
     for name, gigabits in measure_collectives(device).items():
-        findings.rows.append((name, "all ranks", f"{gigabits:.2f} Gbit/s"))
-        if limits.expected_gigabits is not None and gigabits < limits.expected_gigabits / limits.slow_factor:
+        found = f"{gigabits:.2f} Gbit/s"
+        if least is None:
+            findings.rows.append(Row(name, "all ranks", found, verdict=""))
+            continue
+        verdict = bad if gigabits < least else FIT
+        findings.rows.append(Row(name, "all ranks", found, f"{least:g} Gbit/s", verdict))
+        if verdict is bad:
             place.append(([], f"{name}: {gigabits:.2f} Gbit/s, expected {limits.expected_gigabits:g}"))

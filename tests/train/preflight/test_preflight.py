@@ -1,5 +1,7 @@
 """Slow ranks and pairs are named and no healthy one accused; what is wrong with a node is one line."""
 
+import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +10,26 @@ from unittest import mock
 import pytest
 import torch
 
+from data.write_shards import build_shards
+from launch.preflight import describe
 from launch.preflight_trials import try_ranks
 from launch.ranks import run_ranks
-from train.preflight.links import find_slow, rounds
-from train.preflight.node import check_disk, check_gpus, check_infiniband, check_nvlink, check_shared_memory
-from train.preflight.together import preflight
+from tests.data.conftest import small_documents
+from train.preflight import together
+from train.preflight.links import by_kind, find_slow, rounds
+from train.preflight.node import (
+    Check,
+    check_disk,
+    check_gpus,
+    check_infiniband,
+    check_nvlink,
+    check_shards,
+    check_shared_memory,
+)
+from train.preflight.together import SLOW, UNFIT, Findings, Row, preflight
 from train.recipe import load_recipe
 from train.topology import Topology
+from train.watch.records import HOST_VARIABLE
 
 TRIALS, WORLD = 6, 4
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
@@ -36,6 +51,20 @@ def test_a_slow_pair_is_named_and_not_its_ranks() -> None:
     assert find_slow({(0, 1): 1.0}, 3.0) == ([], [])
 
 
+def test_links_are_held_to_their_own_kind() -> None:
+    """Two nodes of four: between them a link takes ten times as long as inside, and nobody is slow."""
+    pairs = [(one, other) for one in range(8) for other in range(one + 1, 8)]
+    inside = {pair: 0.001 for pair in pairs if pair[0] // 4 == pair[1] // 4}
+    between = {pair: 0.01 for pair in pairs if pair not in inside}
+    # A link inside that is as slow as one between nodes: only its kind gives it away.
+    odd = inside | {(0, 1): 0.01}
+    assert find_slow(odd | between, 3.0) == ([], [])
+    assert find_slow(by_kind(odd, between), 3.0) == ([], [(0, 1)])
+    assert find_slow(by_kind(inside, between), 3.0) == ([], [])
+    slow = [{p: took * (10 if 5 in p else 1) for p, took in kind.items()} for kind in (inside, between)]
+    assert find_slow(by_kind(*slow), 3.0) == ([5], [])
+
+
 @pytest.mark.parametrize("world", [2, 3, 4, 7, 16])
 def test_everybody_meets_everybody_once(world: int) -> None:
     met = [tuple(sorted(pair)) for pairs in rounds(world) for pair in pairs.items()]
@@ -45,42 +74,95 @@ def test_everybody_meets_everybody_once(world: int) -> None:
 
 
 def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
-    recipe = load_recipe(YAMLS / "smoke.yaml", [f"data.shards={tmp_path / 'none'}"])
+    overrides = [f"data.shards={tmp_path / 'none'}", "preflight.expected_gigabits=1e9"]
+    recipe = load_recipe(YAMLS / "smoke.yaml", overrides)
 
-    def work(topology: Topology) -> list[tuple[list[int], str]]:
+    def work(topology: Topology) -> Findings:
         from train import provenance
 
         versions = provenance.package_versions() | ({"torch": "0.1"} if topology.rank == 2 else {})
         clock = time.time
+        digest = "b" if topology.rank == 1 else "a"
         with (
             mock.patch.object(provenance, "package_versions", lambda: versions),
             mock.patch.object(time, "time", lambda: clock() + (60 if topology.rank == 1 else 0)),
+            mock.patch.dict(os.environ, {HOST_VARIABLE: f"n{topology.rank}"}),
+            mock.patch.object(together, "check_node", lambda *_: [Check("shards", digest)]),
         ):
             folder = tmp_path / ("elsewhere" if topology.rank == 0 else "shared")
-            return preflight(recipe, folder, topology, CPU).faults
+            folder.mkdir(exist_ok=True)
+            # Each rank is alone on its node.
+            alone = replace(topology, local_rank=0, local_world_size=1)
+            return preflight(recipe, folder, alone, CPU)
 
-    faults = run_ranks(3, work)[1]
+    findings = run_ranks(3, work)[1]
     by_word = {
         word: ranks
-        for ranks, line in faults
-        for word in ("torch is", "clock", "does not see")
+        for ranks, line in findings.faults
+        for word in ("torch is", "clock", "does not see", "n1: shards: b, elsewhere a")
         if word in line
     }
-    assert by_word == {"torch is": [2], "clock": [1], "does not see": [1, 2]}
+    assert by_word == {
+        "torch is": [2],
+        "clock": [1],
+        "does not see": [1, 2],
+        "n1: shards: b, elsewhere a": [1],
+    }
+    bad = {row.check: row.verdict for row in findings.rows if row.is_bad}
+    assert bad == dict.fromkeys(("shards", "packages", "checkpoint folder", "clocks"), UNFIT) | dict.fromkeys(
+        ("all-reduce", "all-gather", "all-to-all"), SLOW
+    )
+    assert {row.where for row in findings.rows if row.check == "links"} == {"between nodes"}
+
+
+def test_the_table_has_a_line_for_many_nodes_and_one_verdict() -> None:
+    rows = [Row("disk", f"n{node}", f"{node} MB/s", is_of_node=True, level=node) for node in range(3, 300)]
+    rows += [Row("GPUs", f"n{node}", "8", "8", is_of_node=True) for node in range(3, 300)]
+    lines = list(describe(Findings(rows), 2376))
+    assert len(lines) == 5 and lines[-1] == "FIT: a job of 2376 ranks may start"
+    assert "worst of 297 nodes: n3  3 MB/s" in lines[1] and "297 nodes " in lines[2]
+    # What is wrong is shown before what is worst.
+    rows[100] = replace(rows[100], verdict=UNFIT)
+    lines = list(describe(Findings(rows, faults=[([824], "n103: disk: full")]), 2376))
+    assert "worst of 297 nodes: n103" in lines[1] and lines[1].endswith(UNFIT)
+    assert lines[-2:] == [
+        "UNFIT: n103: disk: full",
+        "UNFIT: 1 fault; a job of 2376 ranks must not start here",
+    ]
+    (*_, last) = describe(Findings(rows[:1], warnings=[([1], "rank 1 on n1: 4.0 times as slow")]), 2)
+    assert last.startswith("FIT, but slow")
+
+
+def test_shards_are_opened_and_not_only_listed(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        YAMLS / "smoke.yaml", [f"data.shards={tmp_path / 'shards'}", "data.corpus_bytes=1000000"]
+    )
+    build_shards(recipe, documents=small_documents)
+    assert not check_shards(recipe).fault
+    (shard, *_) = sorted((tmp_path / "shards/code/train").glob("shard.*"))
+    shard.unlink()
+    assert str(shard) in check_shards(recipe).fault
+    shutil.rmtree(tmp_path / "shards")
+    # To be built when the run starts.
+    assert not check_shards(recipe).fault
+    assert "no shards at" in check_shards(replace(recipe, data=replace(recipe.data, corpus=None))).fault
 
 
 def test_what_a_node_lacks_is_said(tmp_path: Path) -> None:
     assert not check_disk(tmp_path, 1).fault
     assert "make room" in check_disk(tmp_path, 1 << 60).fault
+    assert "preflight.least_disk_speed" in check_disk(tmp_path, 1, 1e15).fault
     blocked = tmp_path / "file"
     blocked.touch()
     assert "not writable" in check_disk(blocked / "below", 1).found
     assert "--shm-size" in check_shared_memory(tmp_path / "none").fault
     listing = "0, 0, 1980, Not Active\n1, 3, 1980, Not Active\n2, 0, 1980, Active\n"
-    count, ecc, clocks = check_gpus(listing, 4)
+    count, ecc, slowed, clocks = check_gpus(listing, 4)
     assert "3 GPUs answer, 4 are wanted" in count.fault
-    assert ecc.fault.startswith("GPU 1:") and clocks.fault.startswith("GPU 2:")
-    assert [check.fault for check in check_gpus(listing.splitlines()[0], 1)] == ["", "", ""]
+    assert ecc.fault.startswith("GPU 1:") and slowed.fault.startswith("GPU 2:") and not clocks.fault
+    (*_, clocks) = check_gpus(listing + "3, 0, 1410, Not Active\n", 4)
+    assert clocks.fault.startswith("GPU 3 (1410): the others have 1980")
+    assert [check.fault for check in check_gpus(listing.splitlines()[0], 1)] == ["", "", "", ""]
     links = "GPU 0: H100\n\t Link 0: 26.5 GB/s\n\t Link 1: <inactive>\n"
     assert "1 of 2 links are down" in check_nvlink(links).fault
     for port, state in (("mlx5_0/ports/1", "4: ACTIVE"), ("mlx5_1/ports/1", "1: DOWN")):
