@@ -162,22 +162,28 @@ def test_a_store_without_a_manifest_holds_no_shards(
     def failing(self: Any, name: str) -> None:
         if name == fails_at:
             raise OSError("cable")
+        sent.append(name)
         if name != loses:
             sends(self, name)
 
     monkeypatch.setattr(S3Uploader, "upload_file", failing)
-    loses = ""
+    monkeypatch.setattr("data.upload.AT_ONCE", 1)
+    sent, loses = list[str](), ""
     with pytest.raises(RecipeError, match=r"--upload: s3://store/cut does not take the shards .*cable"):
         upload_shards(root, "s3://store/cut")
     names = {it["Key"] for it in s3.list_objects_v2(Bucket="store", Prefix="cut/")["Contents"]}
     assert "cut/code/train/shard.00000.mds" in names and "cut/manifest.json" not in names
-    fails_at, loses = "", "manifest.json"
+    s3.delete_object(Bucket="store", Key="cut/code/train/index.json")
+    before, fails_at, loses = [*sent], "", "manifest.json"
     with pytest.raises(RecipeError, match="--upload: s3://store/cut does not give back what was sent"):
         upload_shards(root, "s3://store/cut")
+    again = set(sent[len(before) :]) & set(before)
+    assert len(before) > 5 and again == {"code/train/index.json"}  # Nothing else was sent twice.
     loses = ""
     upload_shards(root, "s3://store/cut")
     names = {it["Key"] for it in s3.list_objects_v2(Bucket="store", Prefix="cut/")["Contents"]}
-    assert "cut/manifest.json" in names and not any(".locks" in name for name in names)
+    wanted = {path for path in root.rglob("*") if path.is_file() and ".locks" not in path.parts}
+    assert names == {f"cut/{path.relative_to(root).as_posix()}" for path in wanted}
 
 
 def test_altered_shards_are_not_sent(s3: Any, tmp_path: Path, built: Recipe, monkeypatch: pytest.MonkeyPatch):
