@@ -87,6 +87,20 @@ def claim_run_folder(recipe: Recipe) -> Claim:
     return Claim(folder, recipe, (folder / SUMMARY_FILE).exists())
 
 
+def require_resumption(recipe: Recipe) -> None:
+    """Refuses to start a run again and again that would begin anew each time.
+
+    Raises:
+        RecipeError: if the recipe says `on_existing: overwrite`.
+    """
+    if recipe.on_existing is OnExisting.overwrite:
+        raise RecipeError(
+            "is overwrite: a restart would throw away what the try before has trained",
+            key="on_existing",
+            remedy="use resume; to begin anew, remove the run's folder or give another name",
+        )
+
+
 def keep_recipe(recipe: Recipe, folder: Path) -> None:
     """Writes the recipe that the run goes on with, once it is accepted."""
     (folder / RECIPE_FILE).write_text(to_yaml(recipe))

@@ -14,6 +14,7 @@ from types import FrameType
 from launch.restart.supervisor import LOG_FILE, Policy, Supervisor, read_log
 from train.exit_status import PREEMPTED_STATUS, USAGE_STATUS
 from train.recipe import RecipeError, load_recipe
+from train.run_folder import require_resumption
 from train.watch.records import RECORDS_VARIABLE, Beat, pid_space, read_records
 
 EPILOG = """
@@ -204,6 +205,10 @@ def _folder_of(command: list[str]) -> Path:
         raise RecipeError("COMMAND names no recipe", key="--records", remedy="give the folder with --records")
     after = command[command.index(recipes[0]) + 1 :]
     recipe = load_recipe(recipes[0], [word for word in after if "=" in word and not word.startswith("-")])
+    try:
+        require_resumption(recipe)
+    except RecipeError as error:
+        raise error.at(recipes[0]) from None
     return Path(recipe.runs_dir) / f"{recipe.name}.restarts"
 
 

@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 
 from train.recipe import RecipeError, load_recipe
+from train.run_folder import require_resumption
 from train.schema import Recipe
 from train.topology import Topology
 from train.validate import validate
@@ -122,5 +123,6 @@ def check_job(job: Job) -> Recipe:
     for claim in job.claims:
         if not CLAIM.fullmatch(claim):
             raise RecipeError(f"{claim!r} is no name of a claim", key="--claim", remedy="write NAME=/folder")
+    require_resumption(recipe)
     validate(recipe, Topology(0, job.world_size, 0, job.gpus_per_node), job.recipe_file)
     return recipe

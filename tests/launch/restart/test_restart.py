@@ -166,6 +166,12 @@ def test_the_command_is_started_again_after_a_kill(tmp_path: Path, capfd: pytest
     assert "finished" in capfd.readouterr().out
 
 
+def test_a_run_that_would_begin_anew_at_each_try_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    smoke = str(Path(__file__).resolve().parents[3] / "yamls/smoke.yaml")
+    assert main(["--", "false", smoke, "on_existing=overwrite"]) == 2
+    assert f"{smoke}: on_existing: is overwrite" in capfd.readouterr().err
+
+
 def test_sigterm_is_passed_on_and_ends_the_job_as_saved(tmp_path: Path) -> None:
     words = ["-m", "launch.restart", "--records", str(tmp_path), "--backoff", "0", "--"]
     process = subprocess.Popen([sys.executable, *words, sys.executable, "-c", COMMAND, "save"])

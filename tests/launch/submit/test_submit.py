@@ -186,11 +186,12 @@ def test_placement_by_counting_nodes() -> None:
         ({"claims": {"shards": "data"}}, "--claim"),
         ({"claims": {"A_b": "/data"}}, "--claim"),
         ({"nodes": 5, "hosts": ()}, "training.global_batch_sequences"),
+        ({"overrides": ("on_existing=overwrite",)}, "on_existing"),
     ],
 )
 def test_mistakes_are_named(changed: dict[str, Any], key: str) -> None:
     with pytest.raises(RecipeError) as error:
-        check_job(replace(JOB, overrides=(), **changed))
+        check_job(replace(JOB, **({"overrides": ()} | changed)))
     assert error.value.key == key and error.value.remedy
 
 
