@@ -28,7 +28,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from launch.ranks import Ranks
-from launch.restart.supervisor import Policy, Supervisor, read_log
+from launch.restart.history import Policy, read_log
+from launch.restart.supervisor import Supervisor
 from launch.verify.cases import Layout
 from launch.verify.report import write_certificate
 from launch.verify.resume import differences, named, prepare, steps, tail, trainer, uninterrupted

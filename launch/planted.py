@@ -27,7 +27,8 @@ from data.corpus import Document, installed_corpus
 from data.skips import Decision, read_decisions
 from data.write_shards import build_shards
 from launch.drill import LAYOUT, one_try
-from launch.restart.supervisor import Policy, Supervisor
+from launch.restart.history import Policy
+from launch.restart.supervisor import Supervisor
 from launch.verify.resume import differences, named, prepare, record, tail
 from train import metrics
 from train.exit_status import USAGE_STATUS

@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from launch.restart.supervisor import LOG_FILE, Policy, Supervisor, read_log
+from launch.restart.history import LOG_FILE, Policy, read_log
+from launch.restart.look_back import look_back
+from launch.restart.supervisor import Supervisor
 from train.exit_status import PREEMPTED_STATUS, USAGE_STATUS
 from train.recipe import RecipeError, load_recipe
 from train.run_folder import require_resumption
@@ -34,14 +36,16 @@ def main(arguments: list[str]) -> int:
     except RecipeError as error:
         print(error, file=sys.stderr)
         return USAGE_STATUS
+    policy = Policy(options.restarts, options.same_batch, options.backoff, options.longest_backoff)
     if options.show:
         return show(folder, options.json)
+    if options.look_back:
+        return look_back(folder, policy, _say)
     hosts = tuple(filter(None, (options.hosts or "").split(",")))
     nodes = options.nodes or len(hosts)
     if nodes > len(hosts) and hosts:
         print(f"--nodes: {nodes} nodes of {len(hosts)} hosts; name more with --hosts", file=sys.stderr)
         return USAGE_STATUS
-    policy = Policy(options.restarts, options.same_batch, options.backoff, options.longest_backoff)
     command = Command(options.command, folder, options.grace)
     supervisor = Supervisor(command.run, policy, folder, hosts, nodes, _say)
 
@@ -108,9 +112,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--hosts", metavar="A,B,...", help="hosts to choose from, spare ones included")
     parser.add_argument("--nodes", type=int, metavar="N", help="hosts that a try takes (default: all)")
     parser.add_argument("--show", action="store_true", help="print the log of tries and end")
+    parser.add_argument(
+        "--look-back",
+        action="store_true",
+        help="for systems that restart jobs by themselves: log how the last try ended, wait, and end with "
+        "0, or with 70 if another would not help",
+    )
     parser.add_argument("--json", metavar="FILE", help="with --show: write the log as JSON too")
     options = parser.parse_args(arguments)
-    if not options.command and not (options.show and options.records):
+    if not options.command and not ((options.show or options.look_back) and options.records):
         parser.error("no COMMAND: write it after --, for example -- composer -n 8 train/main.py RECIPE.yaml")
     return options
 

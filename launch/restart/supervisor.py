@@ -6,35 +6,15 @@ nothing wait longer each time and are counted; a failure that comes back at the 
 and stops the job with a diagnosis. A host that hangs or vanishes is left out where there is a spare one.
 """
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launch.restart.ending import Ending, explain
+from launch.restart.history import BLAMES_HOST, LOG_FILE, History, Policy, read_log, write_log
 from train.exit_status import PREEMPTED_STATUS
-from train.watch.records import clear_records, host_name
-
-LOG_FILE = "restarts.jsonl"
-STOPPED_STATUS = 70
-"""Exit status (EX_SOFTWARE) of a job that another try would not help."""
-BLAMES_HOST = ("hang", "killed", "unfit")
-"""Endings after which the host of the named rank is left out."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How long a supervisor goes on."""
-
-    restarts: int = 10
-    """Restarts in a row after which none has trained a batch more than the ones before."""
-    same_batch: int = 3
-    """Failures in a row at the same batch that stop the job."""
-    backoff_seconds: float = 10.0
-    """Wait before a restart; doubled for each in a row that gained nothing."""
-    longest_backoff_seconds: float = 600.0
+from train.watch.records import clear_records
 
 
 @dataclass
@@ -60,10 +40,9 @@ class Supervisor:
     sleep: Callable[[float], object] = time.sleep
     is_told_to_end: bool = False
     """Set by a signal handler: the job was told to end, and is not started again."""
-    endings: list[Ending] = field(default_factory=list)
-    _furthest: int = -1
-    _idle: int = 0
-    """Failures in a row that gained nothing."""
+
+    def __post_init__(self) -> None:
+        self.history = History(self.policy, self.say)
 
     def run(self) -> int:
         """Tries until the job is done or another try would not help; returns the exit status."""
@@ -74,13 +53,14 @@ class Supervisor:
             begun = time.time()
             clear_records(self.folder)
             ending = explain(self.start(chosen), self.folder)
-            self.endings.append(ending)
             verdict = self._judge(ending)
             bad = self._bad_host(ending, excluded) if verdict is None else None
             if bad is not None:
                 excluded.append(bad)
-            wait = 0.0 if verdict is not None or ending.kind == "preempted" else self._backoff()
-            self._log(ending, begun, verdict, bad, wait)
+            wait = 0.0 if verdict is not None else self.history.wait_seconds()
+            number = len(self.history.endings)
+            is_last = verdict is not None
+            write_log(self.folder, number, ending, begun, is_last, excluded=bad, wait_seconds=wait)
             if verdict is not None:
                 return verdict
             left_out = f"; {bad} is left out from now on" if bad else ""
@@ -92,40 +72,10 @@ class Supervisor:
 
     def _judge(self, ending: Ending) -> int | None:
         """The exit status if this was the last try, else None."""
-        if ending.kind == "finished":
-            return 0
-        if ending.kind == "recipe":
-            self.say(f"restart: not tried again, the recipe must be corrected: {ending.line}")
-            return ending.status
-        if self.is_told_to_end:
+        if self.is_told_to_end and ending.kind not in ("finished", "recipe"):
+            self.history.endings.append(ending)
             return PREEMPTED_STATUS if ending.kind == "preempted" else ending.status
-        if ending.kind == "preempted":
-            return None
-        self._idle = 0 if ending.batch > self._furthest else self._idle + 1
-        self._furthest = max(self._furthest, ending.batch)
-        same = self._same_batch()
-        if len(same) >= self.policy.same_batch:
-            self.say(f"restart: stopped: {diagnosis(same)}")
-            return STOPPED_STATUS
-        if self._idle > self.policy.restarts:
-            self.say(
-                f"restart: stopped: {self._idle} failures in a row gained no batch; the last: {ending.line}"
-            )
-            return STOPPED_STATUS
-        return None
-
-    def _same_batch(self) -> list[Ending]:
-        """The last failures, as far as they were at one batch."""
-        failures = [ending for ending in self.endings if ending.kind != "preempted"]
-        same: list[Ending] = []
-        for ending in reversed(failures):
-            if same and ending.batch != same[0].batch:
-                break
-            same.append(ending)
-        return same
-
-    def _backoff(self) -> float:
-        return min(self.policy.longest_backoff_seconds, self.policy.backoff_seconds * 2.0**self._idle)
+        return self.history.judge(ending)
 
     def _bad_host(self, ending: Ending, excluded: list[str]) -> str | None:
         """The host to leave out from now on, if there is a spare one in its place."""
@@ -146,40 +96,3 @@ class Supervisor:
             self.say(f"restart: too few hosts are left: {excluded[0]} is taken back")
             excluded.pop(0)
         return excluded
-
-    def _log(self, ending: Ending, begun: float, verdict: int | None, bad: str | None, wait: float) -> None:
-        line = {
-            "try": len(self.endings),
-            "supervisor": host_name(),
-            "begun": round(begun, 3),
-            "seconds": round(time.time() - begun, 3),
-            **asdict(ending),
-            "excluded": bad,
-            "next": "restart" if verdict is None else "end",
-            "wait_seconds": wait,
-        }
-        with (self.folder / LOG_FILE).open("a") as log:
-            log.write(json.dumps(line) + "\n")
-
-
-def diagnosis(same: list[Ending]) -> str:
-    """What several failures at one batch have in common, newest first, and what to do about it."""
-    newest = same[0]
-    lines = {ending.line for ending in same}
-    hosts = {ending.host for ending in same}
-    where = f"{len(same)} failures in a row after batch {newest.batch}"
-    if len(hosts) == 1 and None not in hosts and newest.kind in BLAMES_HOST:
-        remedy = f"every time on {newest.host}: take it out of the job and check it"
-    elif newest.kind == "replay":
-        remedy = "no passing fault of a machine: read the batch's documents, or set guard.nonfinite=skip"
-    elif len(lines) == 1:
-        remedy = "the same error every time: the code or the data of this batch, not the machines"
-    else:
-        remedy = "different errors: look at what the batch, the file system and the network have in common"
-    return f"{where}: {newest.line}; {remedy}"
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Every try that the log holds, oldest first."""
-    file = folder / LOG_FILE
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +54,9 @@ def main(arguments: list[str]) -> int:
     try:
         system, job = SYSTEMS[options.on], job_from(options)
         _check_system(options.on, system, job)
-        lines = check_placement(job, check_job(job))
+        recipe = check_job(job)
+        lines = check_placement(job, recipe)
+        job = replace(job, records=f"{recipe.runs_dir}/{recipe.name}.restarts")
         text = system.render(job)
     except RecipeError as error:
         print(error.at(options.recipe or "command line"), file=sys.stderr)

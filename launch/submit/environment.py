@@ -7,6 +7,7 @@ ProcessGroupNCCL and of the caching allocator. What is not here is left at its d
 from dataclasses import dataclass
 
 from launch.submit.job import Device, Job
+from train.watch.records import RECORDS_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ def environment(job: Job) -> dict[str, str]:
         # Rendezvous and gloo: a host name that resolves to 127.0.1.1 would keep nodes from meeting.
         found |= {"NCCL_SOCKET_IFNAME": job.interface, "GLOO_SOCKET_IFNAME": job.interface}
     return found | job.environment
+
+
+def look_back_environment(job: Job) -> dict[str, str]:
+    """What launch/submit/node.sh reads under systems that restart jobs by themselves."""
+    return {"LOOK_BACK": "yes", RECORDS_VARIABLE: job.records} if job.records else {}
 
 
 def describe() -> str:

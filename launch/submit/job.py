@@ -70,6 +70,8 @@ class Job:
     """Name of the GPU to ask for."""
     restarts: int = 20
     """Restarts of the whole job by the system that runs it."""
+    records: str = ""
+    """Folder of the ranks' records, where the system itself restarts jobs (launch/restart/look_back.py)."""
     save_seconds: int = 300
     """Warning before the time limit, in which ranks save."""
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from launch.submit.environment import environment
+from launch.restart.history import STOPPED_STATUS
+from launch.submit.environment import environment, look_back_environment
 from launch.submit.job import Device, Job
 from train.exit_status import USAGE_STATUS
 from train.watch.records import HOST_VARIABLE
@@ -15,6 +16,8 @@ from train.watch.records import HOST_VARIABLE
 REPLICATED_JOB = "node"
 MASTER_PORT = 29500
 SHARED_MEMORY = "64Gi"
+FINAL_STATUSES = [USAGE_STATUS, STOPPED_STATUS]
+"""Of a pod, at which the job is not started again."""
 
 
 def render(job: Job) -> str:
@@ -32,6 +35,8 @@ def manifest(job: Job) -> dict[str, Any]:
             "network": {"enableDNSHostnames": True, "subdomain": job.name},
             "failurePolicy": {
                 "maxRestarts": job.restarts,
+                # Ranks of the last try that still save must not write beside the next.
+                "restartStrategy": "BlockingRecreate",
                 # A mistake in the recipe would only come back.
                 "rules": [
                     {
@@ -61,7 +66,7 @@ def job_spec(job: Job) -> dict[str, Any]:
             "rules": [
                 {
                     "action": "FailJob",
-                    "onExitCodes": {"containerName": "ranks", "operator": "In", "values": [USAGE_STATUS]},
+                    "onExitCodes": {"containerName": "ranks", "operator": "In", "values": FINAL_STATUSES},
                 }
             ]
         },
@@ -72,12 +77,16 @@ def job_spec(job: Job) -> dict[str, Any]:
 def pod_spec(job: Job) -> dict[str, Any]:
     """The pod of one node."""
     master = f"{job.name}-{REPLICATED_JOB}-0-0.{job.name}"
-    variables: dict[str, str] = environment(job) | {
-        "NODES": str(job.nodes),
-        "RANKS_PER_NODE": str(job.gpus_per_node),
-        "MASTER_ADDR": master,
-        "MASTER_PORT": str(MASTER_PORT),
-    }
+    variables: dict[str, str] = (
+        environment(job)
+        | look_back_environment(job)
+        | {
+            "NODES": str(job.nodes),
+            "RANKS_PER_NODE": str(job.gpus_per_node),
+            "MASTER_ADDR": master,
+            "MASTER_PORT": str(MASTER_PORT),
+        }
+    )
     index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
     container: dict[str, Any] = {
         "name": "ranks",

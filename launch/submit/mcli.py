@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from launch.submit.environment import environment
+from launch.submit.environment import environment, look_back_environment
 from launch.submit.job import Device, Job
 
 GPU_TYPES = {"A100": "a100_80gb", "H100": "h100_80gb", "H200": "h200_141gb"}
@@ -39,7 +39,7 @@ def configuration(job: Job) -> dict[str, Any]:
             "max_retries": job.restarts,
             "max_duration": job.hours,
         },
-        "env_variables": environment(job) | variables,
+        "env_variables": environment(job) | look_back_environment(job) | variables,
         "command": command(job),
     }
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The ranks of one node: bash launch/submit/node.sh RECIPE.yaml [key=value ...]
-# Reads NODES, NODE_RANK, RANKS_PER_NODE, MASTER_ADDR, MASTER_PORT; LAUNCHER is composer (default) or torchrun.
+# Reads NODES, NODE_RANK, RANKS_PER_NODE, MASTER_ADDR, MASTER_PORT; LAUNCHER is composer (default) or torchrun;
+# LOOK_BACK and FINEGRAIN_RECORDS where no supervisor keeps the job running (launch/restart/look_back.py).
 # SIGTERM goes on to the ranks alone: the launchers would not pass it on, or kill what saves. What has not ended
 # SAVE_SECONDS (default 300) later, a stopped rank for example, is killed. Status 75: told to end, start the same
 # command again.
@@ -18,6 +19,11 @@ torchrun) launcher=(torchrun --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE
     --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT") ;;
 *) echo "node.sh: LAUNCHER=$LAUNCHER is not known; use composer or torchrun" >&2 && exit 2 ;;
 esac
+
+# A system that restarts jobs by itself keeps no account of them: the first node does, and may stop the job (70).
+if [ "${LOOK_BACK:-}" = yes ] && [ "$NODE_RANK" = 0 ]; then
+    python -m launch.restart --look-back --records "$FINEGRAIN_RECORDS" || exit
+fi
 
 kill_launcher() { # and the ranks below it
     pkill -KILL -P "$1"

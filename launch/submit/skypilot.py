@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from launch.submit.environment import environment
+from launch.submit.environment import environment, look_back_environment
 from launch.submit.job import Device, Job
 from train.exit_status import HANG_STATUS, PREEMPTED_STATUS, REPLAY_STATUS, UNFIT_STATUS
 
@@ -35,7 +35,7 @@ def task(job: Job) -> dict[str, Any]:
         "name": job.name,
         "num_nodes": job.nodes,
         "resources": resources,
-        "envs": environment(job),
+        "envs": environment(job) | look_back_environment(job),
         **setup,
         "run": (
             f"cd {shlex.quote(job.workdir)}\n"

@@ -20,6 +20,7 @@ HOST_VARIABLE = "FINEGRAIN_HOST"
 """The node's name in the job's list of hosts, from the launcher: its own may be another, as a pod's is."""
 RECORDS_FOLDER = "faults"
 FINDING_FILE = "hang.json"
+ENDED_FILE = "ended.json"
 
 Kind = TypeVar("Kind")
 
@@ -111,6 +112,14 @@ class Finding:
         return f"HANG: nothing has moved for {self.seconds:.0f} s after batch {self.batch}: {names}{held}"
 
 
+@dataclass(frozen=True)
+class Ended:
+    """That all ranks left together, of their own will."""
+
+    status: int
+    """Exit status."""
+
+
 def host_name() -> str:
     """This machine's name as lists of hosts have it: the launcher's or SLURM's, which may not be its own."""
     return os.environ.get(HOST_VARIABLE) or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -130,7 +139,7 @@ def records_folder(run_folder: Path) -> Path:
 
 def clear_records(folder: Path) -> None:
     """Removes what an earlier try left; one process calls it, before any rank writes."""
-    for pattern in ("beat-*.json", "failed-*.json", "stuck-*.json", "stacks-*.txt", FINDING_FILE):
+    for pattern in ("beat-*.json", "failed-*.json", "stuck-*.json", "stacks-*.txt", FINDING_FILE, ENDED_FILE):
         for file in folder.glob(pattern):
             file.unlink(missing_ok=True)
 

@@ -11,7 +11,7 @@ from train.callbacks.watch import Moves, Stragglers
 from train.schema import Recipe
 from train.topology import Topology
 from train.watch.collectives import CollectiveRecorder, record_collectives
-from train.watch.records import record_failure, records_folder
+from train.watch.records import ENDED_FILE, Ended, record_failure, records_folder, write_record
 from train.watch.watchdog import Watchdog
 
 
@@ -68,6 +68,10 @@ def watched(recipe: Recipe, run_folder: Path, topology: Topology) -> Iterator[Wa
     except Exception as error:
         batch = watchdog.batch if watchdog is not None else watch.batch
         record_failure(folder, topology, batch, error)
+        raise
+    except SystemExit as end:
+        if topology.is_main and isinstance(end.code, int):
+            write_record(folder / ENDED_FILE, Ended(end.code))
         raise
     finally:
         if watchdog is not None:

@@ -13,11 +13,16 @@ import pytest
 
 from launch.restart.__main__ import main
 from launch.restart.ending import explain, last_step
-from launch.restart.supervisor import STOPPED_STATUS, Policy, Supervisor, read_log
+from launch.restart.history import LOG_FILE, STOPPED_STATUS, Policy, read_log
+from launch.restart.look_back import look_back
+from launch.restart.supervisor import Supervisor
 from train.exit_status import HANG_STATUS, PREEMPTED_STATUS
+from train.run_folder import SUMMARY_FILE
 from train.watch.records import (
+    ENDED_FILE,
     FINDING_FILE,
     Beat,
+    Ended,
     Failure,
     Finding,
     Suspect,
@@ -138,6 +143,49 @@ def test_the_last_step_is_read_from_the_end(tmp_path: Path) -> None:
     lines = [f'{{"step":{step},"loss":"{"x" * 50}"}}\n' for step in range(1, 3000)]
     log.write_text("".join(lines) + '{"step":3000,"lo')
     assert last_step(log) == 2999
+
+
+def test_a_system_that_restarts_by_itself_gets_a_log_and_a_limit(job: Job) -> None:
+    """What each try leaves is read by the next, as by a supervisor that saw it end."""
+    waits: list[float] = []
+
+    def next_try(left_by_the_last: Callable[[], int] | None) -> int:
+        if left_by_the_last is not None:
+            left_by_the_last()
+        return look_back(job.folder, Policy(backoff_seconds=5.0), job.said.append, waits.append)
+
+    def saves(batch: int) -> Callable[[], int]:
+        def attempt() -> int:
+            job.fails(batch)()
+            failure_file(job.folder, 0).unlink()
+            write_record(job.folder / ENDED_FILE, Ended(PREEMPTED_STATUS))
+            return PREEMPTED_STATUS
+
+        return attempt
+
+    def dies_at_once() -> int:
+        return FAILED
+
+    assert next_try(None) == 0 and read_log(job.folder) == []
+    unfit = job.fails(7, "UnfitError: n3: GPUs: 7 answer")
+    for attempt in (job.fails(3), job.hangs(7, "n2"), saves(9), unfit, dies_at_once):
+        assert next_try(attempt) == 0
+    log = read_log(job.folder)
+    assert [line["kind"] for line in log] == ["exception", "hang", "preempted", "unfit", "unknown"]
+    assert [line["host"] for line in log] == ["n1", "n2", None, "n1", None]
+    assert waits == [0.0, 5.0, 5.0, 0.0, 10.0, 20.0]
+
+    replays = job.fails(11, "NotFiniteError: batch 12")
+    assert next_try(replays) == 0 and read_log(job.folder)[-1]["kind"] == "replay"
+    assert next_try(replays) == 0
+    assert next_try(replays) == STOPPED_STATUS
+    assert "3 failures in a row after batch 11" in job.said[-1]
+    # Whoever starts it all the same is told what to do about it.
+    assert next_try(None) == STOPPED_STATUS and "remove" in job.said[-1]
+    (job.folder / LOG_FILE).unlink()
+    job.fails(11)()
+    (job.run / SUMMARY_FILE).touch()
+    assert next_try(None) == 0 and read_log(job.folder)[-1]["kind"] == "finished"
 
 
 COMMAND = """

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.restart.history import STOPPED_STATUS, read_log
 from launch.submit import hosts
 from launch.submit.job import Device, Job
 from train.exit_status import HANG_STATUS, PREEMPTED_STATUS, USAGE_STATUS
@@ -215,6 +216,26 @@ def test_a_try_whose_connection_was_lost_is_ended_by_the_next(checkout: Path) ->
     assert ended.returncode == 0
     assert lost.wait(10) == -signal.SIGKILL
     assert (checkout / "left").read_text() == "", "a rank of the lost try still runs"
+
+
+def test_the_first_node_stops_a_job_that_a_system_would_restart_for_ever(
+    checkout: Path, on_this_machine: Job
+) -> None:
+    assert on_this_machine.workdir == str(checkout), "its Python is needed"
+    script = checkout / "launch/submit/node.sh"
+    script.write_text(script.read_text().replace("--look-back", "--look-back --backoff 0"))
+    launcher = checkout / ".venv/bin/composer"
+    launcher.write_text("#!/bin/bash\necho started >>log; exit 1\n")
+    records = {"LOOK_BACK": "yes", "FINEGRAIN_RECORDS": "runs/x.restarts"}
+
+    def start(rank: int) -> int:
+        environment = os.environ | NODE | records | {"NODE_RANK": str(rank)}
+        return subprocess.run(["bash", str(script), "x.yaml"], env=environment, check=False).returncode
+
+    assert [start(0) for _ in range(4)] == [1, 1, 1, STOPPED_STATUS]
+    assert (checkout / "log").read_text().count("started") == 3
+    assert [line["kind"] for line in read_log(checkout / "runs/x.restarts")] == 3 * ["unknown"]
+    assert start(1) == 1, "the others wait for the first node, which decides"
 
 
 def test_a_host_that_fails_ends_the_others_and_gives_its_status(checkout: Path, by_ssh: list[str]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch.restart.supervisor import read_log
+from launch.restart.history import read_log
 from launch.submit import hosts
 from tests.launch.submit.conftest import RealRuns
 from train.exit_status import PREEMPTED_STATUS

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
+from launch.restart.history import STOPPED_STATUS
 from launch.submit import hosts, kubernetes, mcli, skypilot, slurm
 from launch.submit.__main__ import main
 from launch.submit.environment import TABLE, describe, environment
@@ -107,7 +109,33 @@ def test_kubernetes_names_the_first_pod_as_master_and_stops_at_a_mistake() -> No
     (claim,) = (v for v in pod["volumes"] if "persistentVolumeClaim" in v)
     assert claim["persistentVolumeClaim"] == {"claimName": "shards-claim"}
     assert {"name": claim["name"], "mountPath": "/shards"} in pod["containers"][0]["volumeMounts"]
-    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [USAGE_STATUS]
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [USAGE_STATUS, STOPPED_STATUS]
+
+
+@pytest.mark.skipif(
+    "FINEGRAIN_JOBSET_CRD" not in os.environ, reason="FINEGRAIN_JOBSET_CRD names no file of JobSet's CRD"
+)
+@pytest.mark.parametrize("device", Device)
+def test_jobset_knows_every_field(device: Device) -> None:
+    """Against config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml of kubernetes-sigs/jobset."""
+    crd = yaml.safe_load(Path(os.environ["FINEGRAIN_JOBSET_CRD"]).read_text())
+    manifest = yaml.safe_load(kubernetes.render(replace(JOB, device=device, records="/runs/a.restarts")))
+    group, version = manifest["apiVersion"].split("/")
+    assert (crd["spec"]["group"], crd["spec"]["names"]["kind"]) == (group, manifest["kind"])
+    (found,) = (each for each in crd["spec"]["versions"] if each["name"] == version)
+    assert list(Draft202012Validator(strict(found["schema"]["openAPIV3Schema"])).iter_errors(manifest)) == []
+
+
+def strict(schema: Any) -> Any:
+    """A CRD's schema, in which a field that is not listed is an error: the server would drop it."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: strict(value) for key, value in schema.items()}
+    if "properties" in found:
+        found.setdefault("additionalProperties", False)
+    return found
 
 
 def test_mcli_knows_every_field() -> None:
@@ -137,6 +165,27 @@ def test_skypilot_knows_every_field() -> None:
     assert resources.accelerators == {"H100": 8}
     assert {PREEMPTED_STATUS, HANG_STATUS} <= set(resources.job_recovery["recover_on_exit_codes"])
     assert last_words(task.run) == JOB.arguments
+
+
+@pytest.mark.parametrize("system", ["kubernetes", "mcli", "skypilot"])
+def test_systems_that_restart_by_themselves_are_told_where_the_log_is(
+    system: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        RECIPE,
+        "name=mine",
+        "runs_dir=/runs",
+        "--on",
+        system,
+        "--nodes",
+        "8",
+        "--image",
+        "i",
+        "--render",
+    ]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "/runs/mine.restarts" in text and "LOOK_BACK" in text
 
 
 def test_environment_has_a_reason_each_and_the_users_wins() -> None:

@@ -12,13 +12,26 @@ import torch
 import torch.distributed as dist
 
 from launch.ranks import Ranks
-from train.exit_status import HANG_STATUS
+from train.exit_status import HANG_STATUS, PREEMPTED_STATUS
 from train.fault_schema import Watch
+from train.schema import Recipe
 from train.topology import Topology
 from train.watch.collectives import CollectiveRecorder, record_collectives
 from train.watch.diagnosis import diagnose
-from train.watch.records import FINDING_FILE, Beat, Finding, Stuck, beat_file, read_record
+from train.watch.records import (
+    ENDED_FILE,
+    FINDING_FILE,
+    RECORDS_FOLDER,
+    Beat,
+    Ended,
+    Finding,
+    Stuck,
+    beat_file,
+    failure_file,
+    read_record,
+)
 from train.watch.watchdog import Watchdog
+from train.watch.watched import watched
 
 LIMIT_SECONDS = 2.0
 STEPS = 8
@@ -98,6 +111,14 @@ def test_a_healthy_run_is_left_alone(tmp_path: Path) -> None:
     assert watch_steps(tmp_path, 2, rest, tmp_path / "out") == [0, 0]
     assert not (tmp_path / FINDING_FILE).exists()
     assert read_record(beat_file(tmp_path, 1), Beat) is not None
+
+
+def test_a_run_that_leaves_of_its_own_will_says_with_which_status(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit), watched(Recipe(), tmp_path, Topology()):
+        raise SystemExit(PREEMPTED_STATUS)
+    folder = tmp_path / RECORDS_FOLDER
+    assert read_record(folder / ENDED_FILE, Ended) == Ended(PREEMPTED_STATUS)
+    assert not failure_file(folder, 0).exists()
 
 
 def stuck(rank: int, issued: dict[str, int], *waits: tuple[str, int, str]) -> Stuck:
