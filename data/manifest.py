@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.curriculum import domains_of
+from data.shard_index import INDEX_FILE, ShardFile, open_index
 from data.tokenizer import TokenizerHandle, bpe_name
 from train.recipe import RecipeError, to_dict
 from train.schema import Recipe, TokenizerKind
 
 MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.jsonl"
-INDEX_FILE = "index.json"
 REJECTED_FILE = "rejected.jsonl"
 FORMAT = 2
 READABLE = (1, 2)
@@ -30,29 +30,6 @@ HASHED_BYTES = 512_000_000
 """Shards up to this size in all are hashed at every start, in under a second; larger ones on demand."""
 
 REBUILD = "`python -m data.write_shards RECIPE --rebuild` makes them anew"
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """One shard as its index describes it."""
-
-    path: Path
-    bytes: int
-    sha256: str | None
-    """None where the index of a folder from elsewhere has none: such a file is held to its size alone."""
-    packed: "PackedFile | None" = None
-    """What a store holds in its place; None: itself."""
-
-
-@dataclass(frozen=True)
-class PackedFile:
-    """A shard's compressed form as its index describes it."""
-
-    path: Path
-    bytes: int
-    sha256: str | None
-    compression: str
-    """As Streaming names it, for example ``zstd:3``."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +184,7 @@ def check_shards(root: Path, *, every_byte: bool = False) -> Manifest:
         for side, split in domain.splits.items():
             folder = root / name / side
             _require_sound(folder / INDEX_FILE, split.index_sha256)
-            shards += shard_files(folder)
+            shards += open_index(folder)
     for shard in shards:
         _require_sound(shard.path, None, shard.bytes)
     if every_byte or sum(shard.bytes for shard in shards) <= HASHED_BYTES:
@@ -295,22 +272,6 @@ def _domain_record(entry: dict[str, Any]) -> DomainRecord:
 
 def _digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
-def shard_files(folder: Path) -> list[ShardFile]:
-    """The shards that the index of a folder lists, in its order."""
-    shards = json.loads((folder / INDEX_FILE).read_text())["shards"]
-
-    def facts(entry: dict[str, Any]) -> tuple[Path, int, str | None]:
-        return folder / entry["basename"], entry["bytes"], entry["hashes"].get("sha256")
-
-    return [
-        ShardFile(
-            *facts(shard["raw_data"]),
-            PackedFile(*facts(shard["zip_data"]), shard["compression"]) if shard["zip_data"] else None,
-        )
-        for shard in shards
-    ]
 
 
 def file_fault(path: Path, size: int | None, sha256: str | None) -> str:

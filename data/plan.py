@@ -38,7 +38,7 @@ class Plan:
     def __init__(
         self,
         stretches: Sequence[Stretch],
-        shard_samples: Mapping[str, Sequence[int]],
+        shard_samples: Mapping[str, Sequence[int] | Indices],
         *,
         seed: int,
         window_shards: int,

@@ -19,15 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.manifest import (
-    INDEX_FILE,
-    MANIFEST_FILE,
-    Manifest,
-    PackedFile,
-    ShardFile,
-    file_fault,
-    read_manifest,
-)
+from data.manifest import MANIFEST_FILE, Manifest, file_fault, read_manifest
+from data.shard_index import INDEX_FILE, PackedFile, ShardFile
 from data.tokenizer import TOKENIZER_FILE
 from train.recipe import RecipeError
 from train.schema import Recipe, TokenizerKind

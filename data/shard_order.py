@@ -46,7 +46,7 @@ class ShardSizes:
         """Samples of all shards."""
 
     @classmethod
-    def of(cls, samples: Sequence[int]) -> "ShardSizes":
+    def of(cls, samples: Sequence[int] | Indices) -> "ShardSizes":
         """From the samples of each shard; the most frequent size is the common one."""
         sizes = np.asarray(samples, np.int64)
         assert sizes.size and sizes.min() > 0, "a shard is empty"

@@ -5,20 +5,19 @@ takes from a memory map of the shard, not from a file opened anew for each sampl
 its SHA-256 before its first sample is read, once in each process.
 """
 
-import json
 import mmap
-from bisect import bisect_right
 from collections import OrderedDict
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from streaming.base.format import reader_from_json
 from streaming.base.format.mds import MDSReader
 
-from data.manifest import INDEX_FILE, REBUILD, ShardFile, file_fault, shard_files
+from data.manifest import REBUILD, file_fault
 from data.packing import Sample
 from data.shard_cache import ShardCache
+from data.shard_index import ShardFile, open_index
 from train.recipe import RecipeError
 
 OPEN_SHARDS = 256
@@ -38,25 +37,28 @@ class ShardFolder:
             cache: where shards that are missing or altered come from; None: that is an error.
         """
         self.folder, self._cache = folder, cache
-        self._files = shard_files(folder)
+        self._index = open_index(folder)
         self._sound: dict[int, tuple[int, ...]] = {}
         """Inode, time and size of each shard when its content was compared."""
-        shards = json.loads((folder / INDEX_FILE).read_text())["shards"]
-        self._readers: list[MDSReader] = [reader_from_json(str(folder), None, shard) for shard in shards]
+        # What a reader decodes depends on the columns alone, which most shards have in common.
+        configs = range(len(self._index.configs))
+        self._readers: list[MDSReader] = [
+            reader_from_json(str(folder), None, self._index.entry(config)) for config in configs
+        ]
         for reader in self._readers:
             # Pickled columns would run code from the shard.
             reader.validate(allow_unsafe_types=False)
-        self._ends = list(accumulate(reader.samples for reader in self._readers))
+        self._ends = np.cumsum(self._index.samples)
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
 
     @property
-    def shard_samples(self) -> list[int]:
+    def shard_samples(self) -> NDArray[np.int64]:
         """Samples of each shard, in the index's order."""
-        return [reader.samples for reader in self._readers]
+        return self._index.samples
 
     def __len__(self) -> int:
         """Samples in all shards."""
-        return self._ends[-1] if self._ends else 0
+        return int(self._ends[-1]) if self._ends.size else 0
 
     def __getitem__(self, number: int) -> Sample:
         """Reads one sample.
@@ -65,16 +67,20 @@ class ShardFolder:
             number: in 0..len-1, counted through the shards in the index's order.
         """
         assert 0 <= number < len(self), number
-        shard = bisect_right(self._ends, number)
-        within = number - (self._ends[shard] - self._readers[shard].samples)
+        shard = self._shard_of(number)
+        within = number - int(self._ends[shard] - self._index.samples[shard])
         mapped = self._map(shard)
         # An MDS file begins with the number of its samples and the offsets of each, and of the end.
         begin, end = np.frombuffer(mapped, np.uint32, count=2, offset=4 * (1 + within))
-        return Sample(**self._readers[shard].decode_sample(mapped[begin:end]))
+        reader = self._readers[self._index.config_of(shard)]
+        return Sample(**reader.decode_sample(mapped[begin:end]))
 
     def file_of(self, number: int) -> ShardFile:
         """The shard that holds a sample."""
-        return self._files[bisect_right(self._ends, number)]
+        return self._index[self._shard_of(number)]
+
+    def _shard_of(self, number: int) -> int:
+        return int(np.searchsorted(self._ends, number, "right"))
 
     def _map(self, shard: int) -> mmap.mmap:
         if shard in self._maps:
@@ -91,7 +97,7 @@ class ShardFolder:
         Raises:
             RecipeError: one line that names the shard.
         """
-        file, fault = self._files[shard], ""
+        file, fault = self._index[shard], ""
         for _ in range(OPENINGS):
             fault = self._fault(shard)
             if not fault:
@@ -113,7 +119,7 @@ class ShardFolder:
         )
 
     def _fault(self, shard: int) -> str:
-        file = self._files[shard]
+        file = self._index[shard]
         try:
             status = file.path.stat()
         except FileNotFoundError:
@@ -129,5 +135,5 @@ class ShardFolder:
 
     def _let_go_of_evicted(self) -> None:
         """Closes maps of shards that were evicted, since the disk has their room back only then."""
-        for shard in [shard for shard in self._maps if not self._files[shard].path.exists()]:
+        for shard in [shard for shard in self._maps if not self._index[shard].path.exists()]:
             self._maps.pop(shard).close()

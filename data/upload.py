@@ -17,9 +17,9 @@ from data.manifest import (
     check_shards,
     file_fault,
     read_manifest,
-    shard_files,
 )
 from data.shard_cache import Patience, ShardCache
+from data.shard_index import open_index
 from train.recipe import RecipeError
 
 KEY = "--upload"
@@ -76,7 +76,7 @@ def _files_before_the_manifest(root: Path, manifest: Manifest) -> list[Path]:
         RecipeError: if a shard's compressed form is not what its index says.
     """
     splits = [root / name / side for name, domain in manifest.domains.items() for side in domain.splits]
-    packed = [shard for folder in splits for shard in shard_files(folder) if shard.packed]
+    packed = [shard for folder in splits for shard in open_index(folder) if shard.packed]
     for shard in packed:
         assert shard.packed is not None
         if fault := file_fault(shard.packed.path, shard.packed.bytes, shard.packed.sha256):

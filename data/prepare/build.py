@@ -20,7 +20,6 @@ from data.curriculum import domains_of
 from data.manifest import (
     DOCUMENTS_FILE,
     FORMAT,
-    INDEX_FILE,
     REJECTED_FILE,
     DatasetRecord,
     DomainRecord,
@@ -42,6 +41,7 @@ from data.prepare.mds import index_text
 from data.prepare.remote_inputs import FOLDER as FETCHED
 from data.prepare.remote_inputs import fetch_sources
 from data.prepare.tokens import ENCODE, WRITE, ShardTask, encode, open_once, plan_shards, write_shard
+from data.shard_index import INDEX_FILE
 from data.split import SPLITS
 from train.preparation_schema import Preparation, Quality, Source, SourceKind
 from train.recipe import RecipeError, to_dict

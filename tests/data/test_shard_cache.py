@@ -216,7 +216,7 @@ def test_the_cache_stays_within_its_limit_and_keeps_what_is_read(
         assert folder[number].tokens.tolist() == whole[number]
         assert cache._kept_bytes() <= limit
         # Nothing that was evicted stays open, or its room would never be free.
-        assert all(folder._files[shard].path.exists() for shard in folder._maps)
+        assert all(folder._index[shard].path.exists() for shard in folder._maps)
     assert folder.file_of(number).path.exists(), "the shard read last was evicted"
     with pytest.raises(RecipeError, match="cache_bytes: is 100, less than one shard"):
         cached(tmp_path / "tiny", source.data.shards, 100)[1][0]

@@ -33,7 +33,11 @@ def same(sample: Sample, expected: dict[str, np.ndarray]) -> bool:
     return all(np.array_equal(getattr(sample, name), value) for name, value in expected.items())
 
 
-def test_any_order_over_many_shards(many_shards: tuple[Path, list[dict[str, np.ndarray]]]):
+@pytest.mark.parametrize("small_bytes", [0, 1_000_000])
+def test_any_order_over_many_shards(
+    many_shards: tuple[Path, list[dict[str, np.ndarray]]], small_bytes: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("data.shard_index.SMALL_BYTES", small_bytes)
     path, samples = many_shards
     folder = ShardFolder(path)
     assert len(folder) == 30

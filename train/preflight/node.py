@@ -1,5 +1,6 @@
 """What one node must have before a job starts on it: GPUs, links, disk, memory, folders. Needs no torch."""
 
+import itertools
 import os
 import subprocess
 import time
@@ -8,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.manifest import read_manifest, shard_files
+from data.manifest import read_manifest
+from data.shard_index import open_index
 from train.recipe import RecipeError
 from train.schema import Recipe
 
@@ -121,7 +123,7 @@ def check_shards(recipe: Recipe) -> Check:
         for name, domain in manifest.domains.items():
             # Those of an object store come when they are read.
             for split in domain.splits if recipe.data.remote is None else ():
-                for shard in shard_files(root / name / split)[:1]:
+                for shard in itertools.islice(open_index(root / name / split), 1):
                     with shard.path.open("rb") as stream:
                         stream.read(1)
     except (OSError, ValueError, LookupError) as error:

@@ -1,9 +1,9 @@
 """The order, the loader and the cache against Streaming: `python -m launch.bench.data`.
 
-start: seconds and memory until the first batch, anywhere in yamls/mixtures/12t.yaml; reading the indexes
-of the shards is left out on both sides. loader: tokens a second, one worker. fetches: a simulated epoch on
-64 nodes. shuffle: quality of the order. resume: random places of five phases on other worlds. Shards are
-synthetic, in a temporary folder that is removed.
+start: seconds and memory until the first batch, anywhere in yamls/mixtures/12t.yaml, with the indexes of its
+shards, which are left out on Streaming's side. loader: tokens a second, one worker. fetches: a simulated
+epoch on 64 nodes. shuffle: quality of the order. resume: random places of five phases on other worlds.
+Shards are synthetic, in a temporary folder that is removed.
 """
 
 import argparse

@@ -1,8 +1,10 @@
 """Starting anywhere in twelve trillion tokens, beside what Streaming plans before its first batch."""
 
+import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,8 +15,12 @@ from typing import Any, cast
 import numpy as np
 
 from data.curriculum import Curriculum, domains_of, plan_stages
+from data.manifest import file_fault
 from data.mixture import Mixture
 from data.plan import Plan
+from data.prepare.mds import column_config, shard_name
+from data.shard_index import INDEX_FILE
+from data.streams import ShardFolder
 from launch.bench.data.figures import Figure
 from train.recipe import load_recipe
 
@@ -28,17 +34,22 @@ ASKED = 100_000_000
 
 
 def start() -> list[Figure]:
-    """Seconds and peak memory of plan and first batch, each in a fresh process."""
+    """Seconds and peak memory of indexes, plan and first batch, each in a fresh process."""
     batches = plan_stages(load_recipe(MIXTURE)).batches
     places = [0, *sorted(np.random.default_rng(0).integers(1, batches, STARTS - 1).tolist())]
-    ours = [_measured("ours", place) for place in places]
+    with tempfile.TemporaryDirectory() as folder:
+        shards = _write_indexes(Path(folder))
+        first_seconds, first_bytes = _measured("ours", 0, folder)
+        ours = [_measured("ours", place, folder) for place in places]
     figures = [
+        Figure("start", f"12T tokens, a node's first start: {shards:,} shards listed", first_seconds, "s"),
+        Figure("start", "12T tokens, a node's first start", first_bytes / 1e6, "MB"),
         Figure("start", f"12T tokens, slowest of {STARTS} places", max(s for s, _ in ours), "s", "<= 1"),
         Figure(
             "start", f"12T tokens, most of {STARTS} places", max(b for _, b in ours) / 1e6, "MB", "<= 100"
         ),
     ]
-    theirs = [_measured("streaming", samples) for samples in STREAMING_SAMPLES]
+    theirs = [_measured("streaming", samples, "") for samples in STREAMING_SAMPLES]
     for samples, (seconds, size) in zip(STREAMING_SAMPLES, theirs, strict=True):
         figures += [
             Figure("start", f"Streaming, an epoch of {samples:.0e} samples", seconds, "s"),
@@ -51,19 +62,38 @@ def start() -> list[Figure]:
     return figures
 
 
-def _measured(side: str, number: int) -> tuple[float, int]:
+def _write_indexes(folder: Path) -> int:
+    """Indexes of shards that last the 12T tokens one epoch, without the shards; returns how many they list."""
+    total, config = 0, column_config(4096)
+    for name, count in _samples().items():
+        (folder / name).mkdir()
+        shards = -(-count // SHARD_SAMPLES)
+        with (folder / name / INDEX_FILE).open("w") as file:
+            file.write('{"shards": [')
+            for n in range(shards):
+                sha256 = hashlib.sha256(f"{name} {n}".encode()).hexdigest()
+                raw = {"basename": shard_name(n), "bytes": 67_000_000, "hashes": {"sha256": sha256}}
+                samples = SHARD_SAMPLES if n + 1 < shards else SHARD_SAMPLES // 2
+                entry = config | {"raw_data": raw, "samples": samples, "zip_data": None}
+                file.write(", " * (n > 0) + json.dumps(entry))
+            file.write('], "version": 2}')
+        total += shards
+    return total
+
+
+def _measured(side: str, number: int, folder: str) -> tuple[float, int]:
     """Seconds and bytes of peak memory above the imports, in a Python of its own."""
-    call = "import sys; from launch.bench.data.start import measure; measure(sys.argv[1], int(sys.argv[2]))"
-    command = [sys.executable, "-c", call, side, str(number)]
+    call = "import sys; from launch.bench.data.start import measure; measure(*sys.argv[1:])"
+    command = [sys.executable, "-c", call, side, str(number), folder]
     root = Path(__file__).resolve().parents[3]
     out = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
     seconds, size = json.loads(out.splitlines()[-1])
     return seconds, size
 
 
-def measure(side: str, number: int) -> None:
+def measure(side: str, number: str, folder: str) -> None:
     """Prints seconds and bytes of a start at batch ``number``, or of Streaming's with as many samples."""
-    work = {"ours": _ours, "streaming": _streaming}[side](number)
+    work = _ours(int(number), Path(folder)) if side == "ours" else _streaming(int(number))
     # The high-water mark is set back, so that it holds nothing of the imports.
     Path("/proc/self/clear_refs").write_text("5")
     before, begin = _memory("VmRSS"), time.perf_counter()
@@ -76,22 +106,28 @@ def _memory(key: str) -> int:
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
-def _ours(batch: int) -> Callable[[], None]:
-    """To be measured: a start at a batch of the 12T tokens, over shards that last one epoch."""
+def _samples() -> dict[str, int]:
+    """Samples of each domain that the 12T tokens take."""
     recipe = load_recipe(MIXTURE)
     curriculum = plan_stages(recipe)
     taken = Mixture(curriculum.stretches()).consumed(curriculum.samples)
-    return partial(_start_ours, curriculum, {name: taken[name] for name in domains_of(recipe)}, batch)
+    return {name: taken[name] for name in domains_of(recipe)}
 
 
-def _start_ours(curriculum: Curriculum, samples: dict[str, int], batch: int) -> None:
-    """The plan, and all ranks' first batch."""
-    shards = {
-        name: np.full(-(-count // SHARD_SAMPLES), SHARD_SAMPLES, np.int64) for name, count in samples.items()
-    }
-    for sizes in shards.values():
-        sizes[-1] = SHARD_SAMPLES // 2
-    plan = Plan(curriculum.stretches(), cast(Any, shards), seed=17, window_shards=32)
+def _ours(batch: int, folder: Path) -> Callable[[], None]:
+    """To be measured: a start at a batch of the 12T tokens, over shards that last one epoch."""
+    recipe = load_recipe(MIXTURE)
+    return partial(
+        _start_ours, plan_stages(recipe), {name: folder / name for name in domains_of(recipe)}, batch
+    )
+
+
+def _start_ours(curriculum: Curriculum, folders: dict[str, Path], batch: int) -> None:
+    """Indexes, hashed as a run does and opened; the plan; and all ranks' first batch."""
+    for folder in folders.values():
+        assert file_fault(folder / INDEX_FILE, None, "another hash")
+    shards = {name: ShardFolder(folder).shard_samples for name, folder in folders.items()}
+    plan = Plan(curriculum.stretches(), shards, seed=17, window_shards=32)
     stage = curriculum.stage_of(batch)
     first = stage.first_sample + (batch - stage.first_batch) * stage.batch_samples
     assert plan.samples(first, stage.batch_samples).sample.size == stage.batch_samples

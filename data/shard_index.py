@@ -1,0 +1,199 @@
+"""The shards that the index of a folder lists, opened in a moment however many there are.
+
+Streaming's ``index.json`` has some 450 bytes of text for each shard. Twelve trillion tokens are 720,000
+shards of 64 MB: to parse that and keep it as objects takes a process most of a minute and 2.6 GB. So the
+first process that opens a large index writes what it says as a table beside it, which all processes then map.
+"""
+
+import fcntl
+import json
+import mmap
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from json.decoder import WHITESPACE  # type: ignore[attr-defined]
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+INDEX_FILE = "index.json"
+TABLE = ".index-{size}-{modified_ns}.table"
+SMALL_BYTES = 4_000_000
+"""Smaller indexes, of 9,000 shards, are parsed at each start, in a tenth of a second."""
+HAS_HASH, IS_PACKED, PACKED_HAS_HASH = 1, 2, 4
+
+# N shards.
+
+Columns = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class PackedFile:
+    """A shard's compressed form as its index describes it."""
+
+    path: Path
+    bytes: int
+    sha256: str | None
+    compression: str
+    """As Streaming names it, for example ``zstd:3``."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard as its index describes it."""
+
+    path: Path
+    bytes: int
+    sha256: str | None
+    """None where the index of a folder from elsewhere has none: such a file is held to its size alone."""
+    packed: PackedFile | None = None
+    """What a store holds in its place; None: itself."""
+
+
+class ShardIndex:
+    """The shards of a folder, in the index's order.
+
+    Args:
+        folder: of the shards.
+        configs: what the index says of a shard but for its files and samples; once for all that are alike.
+        columns: the rest, of every shard [N].
+    """
+
+    def __init__(self, folder: Path, configs: list[dict[str, Any]], columns: Columns) -> None:
+        self.folder, self.configs = folder, configs
+        self.samples: NDArray[np.int64] = columns["samples"]
+        """Samples of each shard [N]."""
+        self._columns = columns
+
+    def __len__(self) -> int:
+        """N."""
+        return self.samples.size
+
+    def __iter__(self) -> Iterator[ShardFile]:
+        """Every shard."""
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> ShardFile:
+        """One shard, of 0..N-1."""
+        flags = int(self._columns["flags"][number])
+        packed = None
+        if flags & IS_PACKED:
+            compression = self.configs[self.config_of(number)]["compression"]
+            packed = PackedFile(*self._file("packed_", number, bool(flags & PACKED_HAS_HASH)), compression)
+        return ShardFile(*self._file("", number, bool(flags & HAS_HASH)), packed)
+
+    def config_of(self, number: int) -> int:
+        """Which of the configs is a shard's."""
+        return int(self._columns["config"][number])
+
+    def entry(self, config: int) -> dict[str, Any]:
+        """What Streaming makes a reader of: an entry with this config and a file without content."""
+        return self.configs[config] | {
+            "raw_data": {"basename": "", "bytes": 0, "hashes": {}},
+            "samples": 0,
+            "zip_data": None,
+        }
+
+    def _file(self, kind: str, number: int, has_hash: bool) -> tuple[Path, int, str | None]:
+        name, sha256 = (self._columns[f"{kind}{it}"][number] for it in ("name", "sha256"))
+        size = int(self._columns[f"{kind}bytes"][number])
+        return self.folder / name.decode(), size, sha256.tobytes().hex() if has_hash else None
+
+
+def open_index(folder: Path) -> ShardIndex:
+    """The index of a folder; writes its table where it is large and has none."""
+    path = folder / INDEX_FILE
+    status = path.stat()
+    if status.st_size <= SMALL_BYTES:
+        return _parsed(folder, path.read_text())
+    table = folder / TABLE.format(size=status.st_size, modified_ns=status.st_mtime_ns)
+    if not table.is_file():
+        try:
+            with (folder / ".index.lock").open("w") as lock:
+                fcntl.flock(
+                    lock, fcntl.LOCK_EX
+                )  # One process of a node parses, the others wait for its table.
+                if not table.is_file():
+                    _write(table, _parsed(folder, path.read_text()))
+        except OSError:  # A folder that can't be written to.
+            return _parsed(folder, path.read_text())
+    return _mapped(folder, table)
+
+
+def _entries(text: str) -> Iterator[dict[str, Any]]:
+    """What an index says of each shard, one at a time: as objects all of it is six times the text."""
+    decoder = json.JSONDecoder()
+    start = at = text.index("[", text.index('"shards"')) + 1
+    while text[at := WHITESPACE.match(text, at).end()] != "]":
+        entry, at = decoder.raw_decode(text, at)
+        yield entry
+        at = WHITESPACE.match(text, at).end()
+        at += text[at] == ","
+    json.loads(text[:start] + text[at:])  # The rest is JSON too, or this is no index.
+
+
+def _parsed(folder: Path, text: str) -> ShardIndex:
+    configs: dict[str, int] = {}
+    samples, sizes, packed_sizes = array("q"), array("q"), array("q")
+    hashes, packed_hashes, flags, numbers = bytearray(), bytearray(), bytearray(), array("i")
+    names: list[bytes] = []
+    packed_names: list[bytes] = []
+    for entry in _entries(text):
+        raw, zipped, count = (entry.pop(key) for key in ("raw_data", "zip_data", "samples"))
+        numbers.append(configs.setdefault(json.dumps(entry, sort_keys=True), len(configs)))
+        samples.append(count)
+        flag = IS_PACKED if zipped else 0
+        for file, to_sizes, to_names, to_hashes, bit in (
+            (raw, sizes, names, hashes, HAS_HASH),
+            (zipped or {}, packed_sizes, packed_names, packed_hashes, PACKED_HAS_HASH),
+        ):
+            sha256 = file.get("hashes", {}).get("sha256")
+            to_sizes.append(file.get("bytes", 0))
+            to_names.append(file.get("basename", "").encode())
+            to_hashes.extend(bytes.fromhex(sha256 or "00" * 32))
+            flag |= bit if sha256 else 0
+        flags.append(flag)
+    columns: Columns = {
+        "samples": np.array(samples, np.int64),
+        "bytes": np.array(sizes, np.int64),
+        "sha256": np.frombuffer(bytes(hashes), "V32"),
+        "name": np.array(names, "S"),
+        "packed_bytes": np.array(packed_sizes, np.int64),
+        "packed_sha256": np.frombuffer(bytes(packed_hashes), "V32"),
+        "packed_name": np.array(packed_names, "S"),
+        "flags": np.frombuffer(bytes(flags), np.uint8),
+        "config": np.array(numbers, np.int32),
+    }
+    return ShardIndex(folder, [json.loads(config) for config in configs], columns)
+
+
+def _write(table: Path, index: ShardIndex) -> None:
+    """A line of JSON that says what follows, and the columns; what was made of an older index goes."""
+    columns = index._columns
+    ends = list(accumulate(column.nbytes for column in columns.values()))
+    kinds = {
+        name: [column.dtype.str, end - column.nbytes]
+        for (name, column), end in zip(columns.items(), ends, strict=True)
+    }
+    head = json.dumps({"shards": len(index), "configs": index.configs, "columns": kinds}).encode() + b"\n"
+    head = head[:-1] + b" " * (-len(head) % 64) + b"\n"
+    partial = table.with_name(f"{table.name}.partial")
+    partial.write_bytes(head + b"".join(column.tobytes() for column in columns.values()))
+    for old in table.parent.glob(".index-*.table"):
+        old.unlink(missing_ok=True)
+    partial.replace(table)
+
+
+def _mapped(folder: Path, table: Path) -> ShardIndex:
+    with table.open("rb") as file:
+        head = file.readline()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    tree = json.loads(head)
+    columns = {
+        name: np.frombuffer(mapped, kind, tree["shards"], len(head) + start)
+        for name, (kind, start) in tree["columns"].items()
+    }
+    return ShardIndex(folder, tree["configs"], columns)
