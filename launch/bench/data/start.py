@@ -63,7 +63,7 @@ def start() -> list[Figure]:
 
 
 def _write_indexes(folder: Path) -> int:
-    """Indexes of shards that last the 12T tokens one epoch, without the shards; returns how many they list."""
+    """Indexes of shards that last 12T tokens one epoch, without the shards; returns how many they list."""
     total, config = 0, column_config(4096)
     for name, count in _samples().items():
         (folder / name).mkdir()
