@@ -27,6 +27,19 @@ told to end (SIGTERM) with everything saved. {hosts} and {nodes} in COMMAND stan
   python -m launch.restart --hosts n1,n2,n3 --nodes 2 -- srun --nodelist={hosts} --nodes={nodes} job.sh
 """
 
+LIMITS: tuple[tuple[str, float, str, str], ...] = (
+    ("--restarts", Policy.restarts, "N", "failures in a row that gain no batch"),
+    ("--same-batch", Policy.same_batch, "N", "failures in a row at one batch that stop the job"),
+    (
+        "--backoff",
+        Policy.backoff_seconds,
+        "SECONDS",
+        "wait before a restart, doubled while nothing is gained",
+    ),
+    ("--longest-backoff", Policy.longest_backoff_seconds, "SECONDS", "upper bound of that wait"),
+    ("--grace", 300.0, "SECONDS", "time to save in after SIGTERM"),
+)
+
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
@@ -66,43 +79,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    policy = Policy()
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="the training command, after --")
-    parser.add_argument(
-        "--restarts",
-        type=int,
-        default=policy.restarts,
-        metavar="N",
-        help="failures in a row that gain no batch (default %(default)s)",
-    )
-    parser.add_argument(
-        "--same-batch",
-        type=int,
-        default=policy.same_batch,
-        metavar="N",
-        help="failures in a row at one batch that stop the job (default %(default)s)",
-    )
-    parser.add_argument(
-        "--backoff",
-        type=float,
-        default=policy.backoff_seconds,
-        metavar="SECONDS",
-        help="wait before a restart, doubled while nothing is gained (default %(default)s)",
-    )
-    parser.add_argument(
-        "--longest-backoff",
-        type=float,
-        default=policy.longest_backoff_seconds,
-        metavar="SECONDS",
-        help="upper bound of that wait (default %(default)s)",
-    )
-    parser.add_argument(
-        "--grace",
-        type=float,
-        default=300.0,
-        metavar="SECONDS",
-        help="time to save in after SIGTERM (default %(default)s)",
-    )
+    for option, default, unit, meaning in LIMITS:
+        kind = type(default)
+        parser.add_argument(
+            option, type=kind, default=default, metavar=unit, help=f"{meaning} (default {default:g})"
+        )
     parser.add_argument(
         "--records",
         metavar="DIR",

@@ -95,18 +95,6 @@ def job_from(options: argparse.Namespace) -> Job:
     """
     if not options.recipe:
         raise RecipeError("is missing", key="RECIPE", remedy="give a YAML file, for example yamls/dbrx.yaml")
-    environment = dict[str, str]()
-    for text in options.env:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise RecipeError(f"{text!r} has no value", key="--env", remedy="write NAME=value")
-        environment[name] = value
-    claims = dict[str, str]()
-    for text in options.claim:
-        name, equals, path = text.partition("=")
-        if not equals:
-            raise RecipeError(f"{text!r} has no folder", key="--claim", remedy="write NAME=/folder")
-        claims[name] = path
     in_image = options.image and options.on != "slurm"
     return Job(
         recipe_file=options.recipe,
@@ -119,8 +107,8 @@ def job_from(options: argparse.Namespace) -> Job:
         hours=options.hours,
         image=options.image,
         mounts=tuple(options.mount),
-        claims=claims,
-        environment=environment,
+        claims=_pairs(options.claim, "--claim", "folder", "NAME=/folder"),
+        environment=_pairs(options.env, "--env", "value", "NAME=value"),
         interface=options.interface,
         workdir=options.workdir or (IMAGE_WORKDIR if in_image else str(Path.cwd())),
         hosts=tuple(filter(None, options.hosts.split(","))),
@@ -131,6 +119,16 @@ def job_from(options: argparse.Namespace) -> Job:
         gpu_type=options.gpu_type,
         restarts=options.restarts,
     )
+
+
+def _pairs(texts: list[str], option: str, what: str, form: str) -> dict[str, str]:
+    found = dict[str, str]()
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"{text!r} has no {what}", key=option, remedy=f"write {form}")
+        found[name] = value
+    return found
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
