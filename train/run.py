@@ -8,7 +8,7 @@ import torch
 from composer import Trainer
 from composer.core import Callback
 from composer.loggers import LoggerDestination
-from composer.utils import dist, get_device
+from composer.utils import get_device
 from torch.optim import Optimizer
 
 from data.curriculum import Curriculum, domains_of
@@ -62,6 +62,7 @@ from train.tracking.uploader import MlflowUploader
 from train.trainer import build_trainer
 from train.watch.alarms import Alarms, NotFiniteError
 from train.watch.guard import Guard
+from train.watch.joining import join, outlast_watchdog
 from train.watch.records import clear_records, record_failure, records_folder
 from train.watch.rollback import Rollback, RollbackError, documents_of
 from train.watch.watched import Watched, watched
@@ -144,7 +145,9 @@ def run(recipe: Recipe, topology: Topology) -> int:
 def is_fit(recipe: Recipe, folder: Path, machine: Machine) -> bool:
     """Checks nodes and links; tells what was found and returns whether the run may start."""
     topology = machine.topology
-    findings = preflight(recipe, folder, topology, torch.device(machine.device_type))
+    with watched(recipe, folder, topology) as watch:
+        watch.move("preflight")
+        findings = preflight(recipe, folder, topology, torch.device(machine.device_type))
     for _, line in findings.warnings:
         say(topology, f"preflight: {line}")
     for ranks, line in findings.faults:
@@ -169,10 +172,8 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
     device = get_device(None)
     device_type = "cuda" if device.name == "gpu" else "cpu"
     if topology.world_size > 1:
-        # Longer than the watchdog's patience: it knows more than a collective that gives up.
-        watch = recipe.watch
-        longest = max(watch.hang_seconds or 0.0, watch.start_seconds)
-        dist.initialize_dist(device, timeout=2 * longest)
+        join(recipe, device, topology)
+        outlast_watchdog(recipe)
     precision = recipe.training.precision
     if precision is Precision.auto:
         precision = Precision.bf16 if supports_bf16(device_type) else Precision.fp32
@@ -195,6 +196,7 @@ def build_model(recipe: Recipe, machine: Machine) -> tuple[LanguageModel, Optimi
     if topology.world_size > 1:
         mesh = build_mesh(recipe.parallelism, topology.world_size, machine.device_type)
         build_sharded(decoder, mesh, machine.precision, recipe.seed)
+        outlast_watchdog(recipe)
     else:
         decoder.to_empty(device=machine.device_type)
         initialize(decoder, recipe.model, recipe.seed)

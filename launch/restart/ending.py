@@ -12,6 +12,7 @@ from train.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
 from train.step_log import STEP
 from train.watch.records import (
     FINDING_FILE,
+    LOST_HOST_FILE,
     Beat,
     Failure,
     Finding,
@@ -22,7 +23,7 @@ from train.watch.records import (
 TAIL_BYTES = 1 << 16
 PEER_LOST = re.compile(
     r"closed by peer|reset by peer|connection (refused|lost)|broken pipe|socket timeout|timed out waiting|"
-    r"remote process exited|nccl.*(remote|unhandled system) error",
+    r"remote process exited|ranks have come within|nccl.*(remote|unhandled system) error",
     re.IGNORECASE,
 )
 """What a rank says when another has gone: a consequence, and not the cause."""
@@ -47,12 +48,13 @@ class Ending:
     """Of the rank that the reason names."""
 
 
-def explain(status: int, folder: Path) -> Ending:
+def explain(status: int, folder: Path, hosts: tuple[str, ...] = ()) -> Ending:
     """Names the cause.
 
     Args:
         status: the command's exit status; negative for a signal.
         folder: the ranks' records.
+        hosts: that the try was on, as far as known.
     """
     beats = read_records(folder, "beat-*.json", Beat)
     failures = read_records(folder, "failed-*.json", Failure)
@@ -79,6 +81,14 @@ def explain(status: int, folder: Path) -> Ending:
         return ending("preempted", "told to end (SIGTERM); everything is saved")
     if status == HANG_STATUS:
         return ending("hang", "a rank ended a hang; its finding was not written")
+    lost = folder / LOST_HOST_FILE
+    if lost.is_file():
+        host = lost.read_text().strip()
+        return ending("killed", f"the connection to {host} was lost or never came about", host=host)
+    absent = [host for host in hosts if host not in {beat.host for beat in beats}]
+    if absent and beats:
+        line = f"no rank on {absent[0]} has begun: it is down, or does not reach the others"
+        return ending("killed", line, host=absent[0])
     wordless = [beat for beat in beats if beat.rank not in {failure.rank for failure in failures}]
     if wordless:
         gone = min(wordless, key=lambda beat: beat.time)
@@ -87,6 +97,8 @@ def explain(status: int, folder: Path) -> Ending:
             f"(last seen in: {gone.where}); {_status_text(status)}"
         )
         return ending("killed", line, gone.rank, gone.host)
+    if failures:
+        return ending("exception", _first_words(failures))
     return ending("unknown", f"{_status_text(status)}, and no rank left a record: see the output")
 
 

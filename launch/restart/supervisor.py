@@ -52,7 +52,7 @@ class Supervisor:
             chosen = tuple(host for host in self.hosts if host not in excluded)[: self.nodes]
             begun = time.time()
             clear_records(self.folder)
-            ending = explain(self.start(chosen), self.folder)
+            ending = explain(self.start(chosen), self.folder, chosen)
             verdict = self._judge(ending)
             bad = self._bad_host(ending, excluded) if verdict is None else None
             if bad is not None:

@@ -38,9 +38,19 @@ fi
 
 "${launcher[@]}" train/main.py "$@" &
 running=$!
-[ -n "${PID_FILE:-}" ] && echo $$ >"$PID_FILE"
+if [ -n "${PID_FILE:-}" ]; then
+    echo $$ >"$PID_FILE"
+    trap 'rm -f "$PID_FILE"' EXIT
+fi
 deadline=
-trap 'deadline=${deadline:-$((SECONDS + ${SAVE_SECONDS:-300}))}; pkill -TERM -P "$running"' TERM
+# Once: ranks that have saved would die of another.
+# shellcheck disable=SC2317  # called by the trap
+terminate() {
+    [ -n "$deadline" ] && return
+    deadline=$((SECONDS + ${SAVE_SECONDS:-300}))
+    pkill -TERM -P "$running"
+}
+trap terminate TERM
 wait "$running"
 # A trapped signal ends `wait`, not the process.
 while kill -0 "$running" 2>/dev/null; do

@@ -11,13 +11,17 @@ shift
 read -ra shell <<<"$REMOTE_SHELL"
 # One for each host: jobs on other hosts may share the checkout.
 pid_file() { printf %q "$WORKDIR/.cache/job-$MASTER_PORT-$1.pid"; }
+is_ending=
 terminate_all() {
-    for host in "${hosts[@]}"; do
+    is_ending=1
+    for pid in "${running[@]}"; do
+        host=${host_of[$pid]}
         "${shell[@]}" "$host" "kill -TERM \$(cat $(pid_file "$host"))" 2>/dev/null &
     done
 }
 words=$(printf ' %q' "$@")
 running=()
+declare -A host_of
 for rank in "${!hosts[@]}"; do
     host=${hosts[$rank]}
     "${shell[@]}" "$host" "cd $(printf %q "$WORKDIR") && mkdir -p .cache && env $VARIABLES \
@@ -26,20 +30,37 @@ for rank in "${!hosts[@]}"; do
         FINEGRAIN_HOST=$host FINEGRAIN_RECORDS=$(printf %q "${FINEGRAIN_RECORDS:-}") \
         bash launch/submit/node.sh$words" &
     running+=($!)
+    host_of[$!]=$host
 done
 trap terminate_all TERM
-status=0
+status=0 waker=
 while [ ${#running[@]} -gt 0 ]; do
+    # Told again and again: a host may not have come so far that its process can be told.
+    if [ -n "$is_ending" ] && [ -z "$waker" ]; then
+        sleep 5 &
+        waker=$!
+    fi
     ended=
-    wait -n -p ended "${running[@]}"
+    wait -n -p ended "${running[@]}" ${waker:+"$waker"}
     this=$?
     [ -n "${ended:-}" ] || continue # a trapped signal ended the wait
+    if [ "$ended" = "$waker" ]; then
+        waker=
+        terminate_all
+        continue
+    fi
     left=()
     for pid in "${running[@]}"; do [ "$pid" = "$ended" ] || left+=("$pid"); done
     running=("${left[@]}")
     if [ "$this" -ne 0 ] && [ "$status" -eq 0 ]; then
         status=$this
+        echo "ssh_step.sh: ${host_of[$ended]} ended with $this: the others are ended" >&2
+        # 255 is the remote shell's own failure: the supervisor is told which host it was.
+        if [ "$this" -eq 255 ] && [ -n "${FINEGRAIN_RECORDS:-}" ]; then
+            echo "${host_of[$ended]}" >"$FINEGRAIN_RECORDS/lost-host"
+        fi
         terminate_all
     fi
 done
+[ -n "$waker" ] && kill "$waker" 2>/dev/null
 exit "$status"

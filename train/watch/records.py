@@ -21,6 +21,8 @@ HOST_VARIABLE = "FINEGRAIN_HOST"
 RECORDS_FOLDER = "faults"
 FINDING_FILE = "hang.json"
 ENDED_FILE = "ended.json"
+LOST_HOST_FILE = "lost-host"
+"""The host whose connection a launcher lost first: launch/submit/ssh_step.sh writes its name."""
 
 Kind = TypeVar("Kind")
 
@@ -108,7 +110,7 @@ class Finding:
         names = "; ".join(f"rank {each.rank} on {each.host} {each.why}" for each in self.suspects)
         if not names:
             names = "every rank is in the same collective: look at the network between them"
-        held = f", held up in {self.collective}: ranks {_ranges(self.waiting)}" if self.waiting else ""
+        held = f", held up in {self.collective}: ranks {ranges(self.waiting)}" if self.waiting else ""
         return f"HANG: nothing has moved for {self.seconds:.0f} s after batch {self.batch}: {names}{held}"
 
 
@@ -139,7 +141,15 @@ def records_folder(run_folder: Path) -> Path:
 
 def clear_records(folder: Path) -> None:
     """Removes what an earlier try left; one process calls it, before any rank writes."""
-    for pattern in ("beat-*.json", "failed-*.json", "stuck-*.json", "stacks-*.txt", FINDING_FILE, ENDED_FILE):
+    for pattern in (
+        "beat-*.json",
+        "failed-*.json",
+        "stuck-*.json",
+        "stacks-*.txt",
+        FINDING_FILE,
+        ENDED_FILE,
+        LOST_HOST_FILE,
+    ):
         for file in folder.glob(pattern):
             file.unlink(missing_ok=True)
 
@@ -199,8 +209,8 @@ def record_failure(folder: Path, topology: Topology, batch: int, error: BaseExce
     write_record(failure_file(folder, topology.rank), failure)
 
 
-def _ranges(ranks: list[int]) -> str:
-    """`0-3, 5` for 0, 1, 2, 3, 5."""
+def ranges(ranks: list[int]) -> str:
+    """Ranks in words: `0-3, 5` for 0, 1, 2, 3, 5."""
     parts: list[list[int]] = []
     for rank in ranks:
         if parts and parts[-1][-1] == rank - 1:

@@ -16,7 +16,7 @@ from launch.restart.ending import explain, last_step
 from launch.restart.history import LOG_FILE, STOPPED_STATUS, Policy, read_log
 from launch.restart.look_back import look_back
 from launch.restart.supervisor import Supervisor
-from train.exit_status import HANG_STATUS, PREEMPTED_STATUS
+from train.exit_status import HANG_STATUS, PREEMPTED_STATUS, UNFIT_STATUS
 from train.run_folder import SUMMARY_FILE
 from train.watch.records import (
     ENDED_FILE,
@@ -135,6 +135,22 @@ def test_the_cause_is_named_and_not_the_consequence(job: Job) -> None:
     job.fails(4, "OutOfMemoryError: CUDA", rank=1)()
     ending = explain(FAILED, job.folder)
     assert (ending.kind, ending.rank) == ("exception", 1) and "OutOfMemory" in ending.line
+
+
+def test_a_host_whose_ranks_never_came_is_named(job: Job) -> None:
+    def joins_alone() -> int:
+        job.beat(0, "n1")
+        line = "JoinError: not all 2 ranks have come within 9 s: ranks 1; look at their nodes"
+        write_record(failure_file(job.folder, 0), Failure(0, "n1", time.time(), 0, line))
+        return UNFIT_STATUS
+
+    job.tries = [joins_alone, lambda: 0]
+    assert job.supervise(hosts=("n1", "n2", "n3"), nodes=2) == 0
+    assert job.hosts == [("n1", "n2"), ("n1", "n3")] and "no rank on n2 has begun" in job.said[0]
+    # Where the hosts are not known, what the ranks said is the best there is.
+    joins_alone()
+    ending = explain(UNFIT_STATUS, job.folder)
+    assert ending.kind == "exception" and "ranks 1" in ending.line
 
 
 def test_the_last_step_is_read_from_the_end(tmp_path: Path) -> None:

@@ -238,6 +238,19 @@ def test_the_first_node_stops_a_job_that_a_system_would_restart_for_ever(
     assert start(1) == 1, "the others wait for the first node, which decides"
 
 
+def test_a_host_that_cannot_be_reached_is_replaced_by_the_spare_one(
+    checkout: Path, on_this_machine: Job, by_ssh: list[str]
+) -> None:
+    ssh = checkout / "bin/ssh"
+    ssh.write_text(ssh.read_text().replace("setsid", '[ "$1" = 127.0.0.1 ] && exit 255\nsetsid'))
+    script = script_of(replace(on_this_machine, remote_shell=JOB.remote_shell), "composer")
+    (checkout / ".venv/bin/composer").write_text('#!/bin/bash\nsleep 1\necho "$MASTER_ADDR" >>log\n')
+    ended = subprocess.run(["bash", "-c", script], check=False, timeout=60, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "the connection to 127.0.0.1 was lost or never came about; 127.0.0.1 is left out" in ended.stderr
+    assert (checkout / "log").read_text().endswith("127.0.0.2\n127.0.0.2\n")
+
+
 def test_a_host_that_fails_ends_the_others_and_gives_its_status(checkout: Path, by_ssh: list[str]) -> None:
     launcher = checkout / ".venv/bin/composer"
     fails = 'case "$*" in *"--node_rank 1"*) sleep 1; exit 76 ;; esac'

@@ -13,8 +13,10 @@ import torch
 from data.write_shards import build_shards
 from launch.preflight import describe
 from launch.preflight_trials import try_ranks
-from launch.ranks import run_ranks
+from launch.ranks import Ranks, run_ranks
 from tests.data.conftest import small_documents
+from train.exit_status import HANG_STATUS
+from train.fault_schema import Watch
 from train.preflight import together
 from train.preflight.links import by_kind, find_slow, rounds
 from train.preflight.node import (
@@ -28,8 +30,10 @@ from train.preflight.node import (
 )
 from train.preflight.together import SLOW, UNFIT, Findings, Row, preflight
 from train.recipe import load_recipe
+from train.run import Machine, is_fit
+from train.schema import Precision
 from train.topology import Topology
-from train.watch.records import HOST_VARIABLE
+from train.watch.records import FINDING_FILE, HOST_VARIABLE, RECORDS_FOLDER, Finding, read_record
 
 TRIALS, WORLD = 6, 4
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
@@ -113,6 +117,26 @@ def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
         ("all-reduce", "all-gather", "all-to-all"), SLOW
     )
     assert {row.where for row in findings.rows if row.check == "links"} == {"between nodes"}
+
+
+def test_a_rank_that_hangs_in_preflight_is_named(tmp_path: Path) -> None:
+    limits = Watch(hang_seconds=2.0, start_seconds=2.0)
+    recipe = replace(load_recipe(YAMLS / "smoke.yaml", [f"data.shards={tmp_path / 'none'}"]), watch=limits)
+
+    def work(topology: Topology) -> None:
+        def hang(*_: object) -> list[Check]:
+            time.sleep(60 if topology.rank == 1 else 0)
+            return []
+
+        alone = replace(topology, local_rank=0, local_world_size=1)
+        with mock.patch.object(together, "check_node", hang):
+            is_fit(recipe, tmp_path, Machine(alone, "cpu", Precision.fp32))
+
+    with Ranks(3, work, tmp_path / "out") as ranks:
+        assert HANG_STATUS in ranks.exit_codes(60)
+    finding = read_record(tmp_path / RECORDS_FOLDER / FINDING_FILE, Finding)
+    assert finding is not None and [suspect.rank for suspect in finding.suspects] == [1]
+    assert "preflight" in finding.line and "in hang" in finding.suspects[0].stacks
 
 
 def test_the_table_has_a_line_for_many_nodes_and_one_verdict() -> None:
