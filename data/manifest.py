@@ -6,7 +6,7 @@ manifest vouches for every byte. It is written last, and without it a folder is 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,29 @@ def read_manifest(root: Path, name: str = MANIFEST_FILE) -> Manifest:
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(f"{path} is damaged ({error})", key="data.shards", remedy=REBUILD) from None
+
+
+def join_manifests(one: Manifest, other: Manifest) -> Manifest:
+    """The manifest of a folder that holds the domains of both.
+
+    Raises:
+        RecipeError: if they are of another tokenizer or length, or have a domain in common that differs.
+    """
+    for what, mine, theirs in (
+        ("tokenizer", one.tokenizer.fingerprint[:12], other.tokenizer.fingerprint[:12]),
+        ("sequence_tokens", one.sequence_tokens, other.sequence_tokens),
+    ):
+        if mine != theirs:
+            raise RecipeError(f"is {theirs} there, and {mine} here", key=what, remedy="prepare both alike")
+    for name in one.domains.keys() & other.domains.keys():
+        if one.domains[name] != other.domains[name]:
+            remedy = "give the domain of each part a name of its own"
+            raise RecipeError(f"{name} is another there than here", key="data.domains", remedy=remedy)
+    domains = dict(sorted({**other.domains, **one.domains}.items()))
+    # What the whole was made of is no longer one recipe's sources; each domain says what its own were.
+    return replace(
+        one, format=FORMAT, domains=domains, corpus=None, corpus_bytes=None, preparation_sha256=None
+    )
 
 
 def check_shards(root: Path, *, every_byte: bool = False) -> Manifest:

@@ -31,8 +31,13 @@ if TYPE_CHECKING:
 LOCKS_FOLDER = ".locks"
 PARTIAL = ".partial"
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-ABSENT = {"403", "404", "NoSuchKey", "NoSuchBucket", "AccessDenied"}
-"""Answers of a store that another try would not change."""
+ABSENT = {"404", "NoSuchKey", "NoSuchBucket"}
+REFUSED = {"403", "AccessDenied"}
+"""Answers of a store that another try would not change, as those above."""
+
+
+class AbsentError(RecipeError):
+    """The store has no such file, and said so."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class ShardCache:
         self._client: tuple[int, CloudDownloader] | None = None
 
     def fetch_manifest(self) -> Manifest:
-        """The store's manifest, brought into the cache.
+        """The store's manifest, brought into the cache; domains may have joined since it was.
 
         Raises:
             RecipeError: if the cache holds other shards, or the store has none.
@@ -82,7 +87,8 @@ class ShardCache:
         with self._locked(path):
             fresh = self._download(path)
             manifest = read_manifest(self.root, fresh.name)
-            if path.is_file() and (before := read_manifest(self.root)).digest != manifest.digest:
+            before = read_manifest(self.root) if path.is_file() else manifest
+            if not before.domains.items() <= manifest.domains.items():
                 fresh.unlink()
                 raise RecipeError(
                     f"{self.root} caches other shards ({before.digest[:12]}) than {self.remote} holds "
@@ -226,7 +232,9 @@ class ShardCache:
                     self._evict_one(address)
                     continue
                 failures += 1
-                if _is_final(error) or failures >= self.patience.attempts:
+                if _is_absent(error):
+                    raise _gave_up(address, f"{_line(error)} (not there)", AbsentError) from None
+                if _answers(error) & REFUSED or failures >= self.patience.attempts:
                     raise _gave_up(address, f"{_line(error)} (tried {failures} times)") from None
                 pause = self.patience.pause_seconds(failures)
                 print(f"{address}: {_line(error)}; tried again in {pause:.1f} s", file=sys.stderr, flush=True)
@@ -299,17 +307,22 @@ def _damaged(what: str) -> RecipeError:
     return RecipeError(what, key="data.remote", remedy="write that file to the store anew")
 
 
-def _gave_up(address: str, what: str) -> RecipeError:
-    return RecipeError(
+def _gave_up(address: str, what: str, kind: type[RecipeError] = RecipeError) -> RecipeError:
+    return kind(
         f"{address} {what}", key="data.remote", remedy="the same command goes on from the last checkpoint"
     )
 
 
-def _is_final(error: Exception) -> bool:
-    """Whether another try can't help: no such file, no right to it, no such kind of store."""
+def _is_absent(error: Exception) -> bool:
+    """Whether there is no such file, bucket or kind of store."""
+    return bool(_answers(error) & ABSENT) or isinstance(error, FileNotFoundError | ValueError | ImportError)
+
+
+def _answers(error: Exception) -> set[str]:
+    """What a store's client says of a failure: botocore's code, or the status of Google's or Azure's."""
     answer = getattr(error, "response", None)
     code = answer.get("Error", {}).get("Code") if isinstance(answer, dict) else None
-    return code in ABSENT or isinstance(error, FileNotFoundError | ValueError | ImportError)
+    return {str(it) for it in (code, getattr(error, "code", None), getattr(error, "status_code", None))}
 
 
 def _line(error: Exception) -> str:

@@ -16,9 +16,9 @@ from data.manifest import (
     Manifest,
     check_shards,
     file_fault,
-    read_manifest,
+    join_manifests,
 )
-from data.shard_cache import Patience, ShardCache
+from data.shard_cache import AbsentError, Patience, ShardCache
 from data.shard_index import open_index
 from train.recipe import RecipeError
 
@@ -27,7 +27,7 @@ AT_ONCE = 16
 """Files that are on their way: a store gives one connection little of what it can take."""
 
 
-def upload_shards(root: Path, remote: str) -> Manifest:
+def upload_shards(root: Path, remote: str, join: bool = False) -> Manifest:
     """Copies a folder of shards to where ``data.remote`` finds it; what is there already is left alone.
 
     Of a shard that has a compressed form that form alone is sent. Every file is held to its hash before
@@ -37,18 +37,23 @@ def upload_shards(root: Path, remote: str) -> Manifest:
     Args:
         root: the folder on this machine.
         remote: address as ``data.remote`` takes it: ``s3://``, ``gs://``, ``dbfs:/Volumes/...``, a path.
+        join: the domains join those that are there, and the store's manifest is of all of them.
+
+    Returns:
+        The store's manifest.
 
     Raises:
         RecipeError: if the store holds other shards, or does not take these.
     """
     manifest = check_shards(root, every_byte=True)
     remote = remote.rstrip("/")
-    there = _digest_at(remote)
-    if there == manifest.digest:
-        return manifest
-    if there is not None:
-        what = f"{remote} holds other shards ({there[:12]}) than {root} ({manifest.digest[:12]})"
-        raise RecipeError(what, key=KEY, remedy="give another address, or empty that one")
+    there = _manifest_at(remote)
+    whole = join_manifests(manifest, there) if join and there else manifest
+    if there is not None and there.digest == whole.digest:
+        return there
+    if there is not None and not join:
+        what = f"{remote} holds other shards ({there.digest[:12]}) than {root} ({manifest.digest[:12]})"
+        raise RecipeError(what, key=KEY, remedy="give another address, or --join if these are other domains")
     files = _files_before_the_manifest(root, manifest)
     if not urlsplit(remote).scheme:  # Streaming's uploader of paths makes no folders.
         for name in files:
@@ -58,15 +63,18 @@ def upload_shards(root: Path, remote: str) -> Manifest:
     try:
         uploader = CloudUploader.get((str(root), remote), keep_local=True, exist_ok=True)
         _send(root, remote, uploader, files, manifest.digest)
-        uploader.upload_file(MANIFEST_FILE)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / MANIFEST_FILE).write_text(whole.to_json())
+            last = CloudUploader.get((folder, remote), keep_local=True, exist_ok=True)
+            last.upload_file(MANIFEST_FILE)
     except Exception as error:  # Each store's client has failures of its own.
         what = f"{remote} does not take the shards ({' '.join(str(error).split())[:200]})"
         raise RecipeError(what, key=KEY, remedy="the same command goes on") from None
-    if _digest_at(remote) != manifest.digest:
+    if _manifest_at(remote) != whole:
         raise RecipeError(
             f"{remote} does not give back what was sent", key=KEY, remedy="the same command sends it again"
         )
-    return manifest
+    return whole
 
 
 def _files_before_the_manifest(root: Path, manifest: Manifest) -> list[Path]:
@@ -112,19 +120,22 @@ def _send(root: Path, remote: str, uploader: Any, names: list[Path], digest: str
         def send(name: str) -> str:
             if is_over.is_set():
                 return ""
-            uploader.upload_file(name)
+            try:
+                uploader.upload_file(name)
+            except BaseException:
+                is_over.set()  # What is on its way arrives and is noted; nothing else is begun.
+                raise
             return name
 
         try:
             for done in as_completed([pool.submit(send, name) for name in sizes if name not in sent]):
                 if (fault := done.exception()) is not None:
                     faults.append(fault)
-                    is_over.set()  # What is on its way arrives and is noted; nothing else is begun.
                 elif name := done.result():
                     record.write(f"{name}\n")
                     record.flush()
                     bar.update(sizes[name])
-        finally:
+        finally:  # Of an interrupt.
             is_over.set()
     if faults:
         raise faults[0]
@@ -141,11 +152,14 @@ def _listed(remote: str, uploader: Any) -> set[str]:
     return {key.removeprefix(f"{folder}/") for key in keys}
 
 
-def _digest_at(remote: str) -> str | None:
-    """Digest of the manifest in a store; None where there is none."""
+def _manifest_at(remote: str) -> Manifest | None:
+    """The manifest in a store; None where there is none.
+
+    Raises:
+        RecipeError: if that can't be told, or it is damaged: what is there must not be overwritten.
+    """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            ShardCache(Path(folder), remote, patience=Patience(attempts=2)).fetch_manifest()
-        except RecipeError:
+            return ShardCache(Path(folder), remote, patience=Patience(attempts=2)).fetch_manifest()
+        except AbsentError:
             return None
-        return read_manifest(Path(folder)).digest

@@ -124,6 +124,7 @@ def main(arguments: list[str]) -> int:
         metavar="ADDRESS",
         help="copy the shards to an object store then, the manifest last (default: data.remote)",
     )
+    parser.add_argument("--join", action="store_true", help="--upload adds the domains to those in the store")
     parser.add_argument("--json", metavar="FILE", help="write the manifest there too")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -133,6 +134,8 @@ def main(arguments: list[str]) -> int:
         if address is None:
             remedy = "give one, or set data.remote"
             raise RecipeError("no address to send the shards to", key="--upload", remedy=remedy)
+        if options.join and not address:
+            raise RecipeError("joins nothing without --upload", key="--join", remedy="give --upload ADDRESS")
         if address:  # The folder is then where the shards are made, not a cache of the store.
             here = dataclasses.replace(recipe.data, remote=None, cache_bytes=None)
             recipe = dataclasses.replace(recipe, data=here)
@@ -146,7 +149,7 @@ def main(arguments: list[str]) -> int:
                 build_shards(recipe, rebuild=options.rebuild, engine=engine)
             manifest = ensure_shards(recipe)
         if address:
-            upload_shards(root, address)
+            upload_shards(root, address, join=options.join)
     except RecipeError as error:
         print(error.at(options.recipe), file=sys.stderr)
         return 2

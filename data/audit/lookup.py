@@ -100,9 +100,7 @@ def steps_of_document(books: RunBooks, name: str) -> list[Sight]:
     """
     found, is_known, end = [], False, max(((s.first or 0) + s.samples for s in books.steps), default=0)
     for domain in books.plan.domains:
-        for ordinal, line in enumerate(_lines(books.documents_file(domain))):
-            if line["name"] != name:
-                continue
+        for ordinal, line in _lines_of(books.documents_file(domain), name):
             is_known = True
             if line.get("split", "train") == "train":
                 found += list(_sights(books, domain, ordinal, name, end))
@@ -124,14 +122,19 @@ def _sights(books: RunBooks, domain: str, ordinal: int, name: str, end: int) -> 
                 yield Sight(step, position, domain, number, epoch, name, tokens)
 
 
-def _lines(file: Path) -> Iterator[dict[str, str]]:
-    with file.open() as lines:
-        for line in lines:
-            yield json.loads(line)
+def _lines_of(file: Path, name: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Places and lines of the documents of a name; others are not parsed, since there may be billions."""
+    needle = json.dumps(name).encode()
+    with file.open("rb") as lines:
+        for ordinal, text in enumerate(lines):
+            if needle in text and (line := json.loads(text))["name"] == name:
+                yield ordinal, line
 
 
 def _names(file: Path | None, ordinals: set[int]) -> dict[int, str]:
     if file is None:
         return {ordinal: f"#{ordinal}" for ordinal in ordinals}
     last = max(ordinals, default=-1)
-    return {n: line["name"] for n, line in zip(range(last + 1), _lines(file), strict=False) if n in ordinals}
+    with file.open("rb") as lines:
+        wanted = ((n, line) for n, line in zip(range(last + 1), lines, strict=False) if n in ordinals)
+        return {n: json.loads(line)["name"] for n, line in wanted}

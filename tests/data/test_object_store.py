@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from data.corpus import Document
 from data.loader import build_train_loader
 from data.manifest import check_shards
 from data.shard_cache import ShardCache
@@ -22,7 +23,7 @@ from data.write_shards import build_shards, ensure_shards, main
 from tests.data.conftest import small_documents
 from train.preparation_schema import Preparation, Source, SourceKind
 from train.recipe import RecipeError
-from train.schema import Recipe
+from train.schema import Recipe, Tokenizer, TokenizerKind
 
 FACTS = {"dataset": "tales", "version": "1", "origin": "https://example.org", "licence": "CC0-1.0"}
 VOLUME = "/Volumes/main/pretraining/shards"
@@ -171,6 +172,7 @@ def test_a_store_without_a_manifest_holds_no_shards(
         upload_shards(root, "s3://store/cut")
     names = {it["Key"] for it in s3.list_objects_v2(Bucket="store", Prefix="cut/")["Contents"]}
     assert "cut/code/train/shard.00000.mds" in names and "cut/manifest.json" not in names
+    assert "cut/prose/validation/shard.00000.mds" not in names  # Nothing was begun after the failure.
     s3.delete_object(Bucket="store", Key="cut/code/train/index.json")
     before, fails_at, loses = [*sent], "", "manifest.json"
     with pytest.raises(RecipeError, match="--upload: s3://store/cut does not give back what was sent"):
@@ -182,6 +184,57 @@ def test_a_store_without_a_manifest_holds_no_shards(
     names = {it["Key"] for it in s3.list_objects_v2(Bucket="store", Prefix="cut/")["Contents"]}
     wanted = {path for path in root.rglob("*") if path.is_file() and ".locks" not in path.parts}
     assert names == {f"cut/{path.relative_to(root).as_posix()}" for path in wanted}
+
+
+def test_domains_join_those_in_the_store(
+    s3: Any,
+    tmp_path: Path,
+    built: Recipe,
+    make_recipe: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from streaming.base.storage.download import S3Downloader
+
+    def made(name: str, domains: dict[str, str], **changes: Any) -> Path:
+        """Shards with some of the domains, by the names that the texts know them by."""
+        recipe = make_recipe(tmp_path / name, domains=dict.fromkeys(domains.values(), 1.0), **changes)
+        renamed = [
+            Document(domains[it.domain], it.name, it.text) for it in small_documents() if it.domain in domains
+        ]
+        recipe = dataclasses.replace(recipe, tokenizer=Tokenizer(TokenizerKind.cl100k_base))
+        build_shards(recipe, documents=lambda: iter(renamed))
+        return Path(recipe.data.shards)
+
+    both = make_recipe(tmp_path / "cache", remote="s3://store/parts")
+    both = dataclasses.replace(both, tokenizer=Tokenizer(TokenizerKind.cl100k_base))
+    upload_shards(made("first", {"code": "code"}), "s3://store/parts", join=True)
+    alone = dataclasses.replace(both, data=dataclasses.replace(both.data, domains={"code": 1.0}))
+    ensure_shards(alone)
+    second = made("second", {"prose": "prose"})
+    with pytest.raises(RecipeError, match=r"holds other shards .* or --join if these are other domains"):
+        upload_shards(second, "s3://store/parts")
+
+    def failing(*_: object) -> None:
+        raise OSError("cable")
+
+    with monkeypatch.context() as patch, pytest.raises(RecipeError, match=r"manifest\.json .*cable"):
+        patch.setattr(S3Downloader, "_download_file_impl", failing)
+        upload_shards(second, "s3://store/parts", join=True)
+    manifest = upload_shards(second, "s3://store/parts", join=True)
+    assert sorted(manifest.domains) == ["code", "prose"]
+    assert upload_shards(second, "s3://store/parts", join=True) == manifest
+    # A cache that was filled before goes on; the shards are those of one that was made at once.
+    assert ensure_shards(both) == manifest
+    at_once = make_recipe(made("at-once", {"code": "code", "prose": "prose"}))
+    at_once = dataclasses.replace(at_once, tokenizer=both.tokenizer)
+    tokenizer = open_tokenizer(both.tokenizer, tmp_path)
+    ours, theirs = (build_train_loader(it, tokenizer, rank=0, world_size=1) for it in (at_once, both))
+    for one, other, _ in zip(ours, theirs, range(20), strict=False):
+        assert one["input_ids"].tolist() == other["input_ids"].tolist()
+    with pytest.raises(RecipeError, match=r"data\.domains: code is another there than here; give the domain"):
+        upload_shards(made("third", {"prose": "code"}), "s3://store/parts", join=True)
+    with pytest.raises(RecipeError, match="sequence_tokens: is 32 there, and 64 here"):
+        upload_shards(made("longer", {"prose": "x"}, sequence_tokens=64), "s3://store/parts", join=True)
 
 
 def test_altered_shards_are_not_sent(s3: Any, tmp_path: Path, built: Recipe, monkeypatch: pytest.MonkeyPatch):
@@ -245,6 +298,8 @@ def test_the_command_uploads(
     assert (
         "--upload: no address to send the shards to; give one, or set data.remote" in capsys.readouterr().err
     )
+    assert main([str(recipe), "--join"]) == 2
+    assert "--join: joins nothing without --upload" in capsys.readouterr().err
     assert main([str(recipe), "data.remote=s3://store/by-command", "--upload"]) == 0
     assert ShardCache(tmp_path / "c", "s3://store/by-command").fetch_manifest() == check_shards(
         Path(built.data.shards)
