@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.curriculum import domains_of
 from data.manifest import MANIFEST_FILE, Manifest, file_fault, read_manifest
 from data.shard_index import INDEX_FILE, PackedFile, ShardFile
 from data.tokenizer import TOKENIZER_FILE
@@ -296,6 +297,8 @@ def fetch_indices(recipe: Recipe) -> None:
         return
     is_there = (cache.root / MANIFEST_FILE).is_file()
     manifest = read_manifest(cache.root) if is_there else cache.fetch_manifest()
+    if not {*domains_of(recipe), *recipe.data.validation_domains} <= manifest.domains.keys():
+        manifest = cache.fetch_manifest()  # Domains have joined since this node fetched it.
     if recipe.tokenizer.kind is TokenizerKind.bpe:
         cache.require(cache.root / TOKENIZER_FILE, None)
     for name, domain in manifest.domains.items():

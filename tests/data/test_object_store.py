@@ -15,7 +15,7 @@ import pytest
 from data.corpus import Document
 from data.loader import build_train_loader
 from data.manifest import check_shards
-from data.shard_cache import ShardCache
+from data.shard_cache import ShardCache, fetch_indices
 from data.streams import ShardFolder
 from data.tokenizer import open_tokenizer
 from data.upload import upload_shards
@@ -210,6 +210,8 @@ def test_domains_join_those_in_the_store(
     upload_shards(made("first", {"code": "code"}), "s3://store/parts", join=True)
     alone = dataclasses.replace(both, data=dataclasses.replace(both.data, domains={"code": 1.0}))
     ensure_shards(alone)
+    node = dataclasses.replace(alone, data=dataclasses.replace(alone.data, shards=str(tmp_path / "node")))
+    fetch_indices(node)
     second = made("second", {"prose": "prose"})
     with pytest.raises(RecipeError, match=r"holds other shards .* or --join if these are other domains"):
         upload_shards(second, "s3://store/parts")
@@ -228,9 +230,11 @@ def test_domains_join_those_in_the_store(
     at_once = make_recipe(made("at-once", {"code": "code", "prose": "prose"}))
     at_once = dataclasses.replace(at_once, tokenizer=both.tokenizer)
     tokenizer = open_tokenizer(both.tokenizer, tmp_path)
-    ours, theirs = (build_train_loader(it, tokenizer, rank=0, world_size=1) for it in (at_once, both))
-    for one, other, _ in zip(ours, theirs, range(20), strict=False):
-        assert one["input_ids"].tolist() == other["input_ids"].tolist()
+    # So does that of a node that has not asked for the manifest since.
+    node = dataclasses.replace(both, data=dataclasses.replace(both.data, shards=node.data.shards))
+    loaders = (build_train_loader(it, tokenizer, rank=0, world_size=1) for it in (at_once, both, node))
+    for one, other, another, _ in zip(*loaders, range(20), strict=False):
+        assert one["input_ids"].tolist() == other["input_ids"].tolist() == another["input_ids"].tolist()
     with pytest.raises(RecipeError, match=r"data\.domains: code is another there than here; give the domain"):
         upload_shards(made("third", {"prose": "code"}), "s3://store/parts", join=True)
     with pytest.raises(RecipeError, match="sequence_tokens: is 32 there, and 64 here"):
