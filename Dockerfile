@@ -33,8 +33,11 @@ RUN if [ "$COMPILED_MEGABLOCKS" = yes ]; then \
 
 COPY . .
 
+# --build-arg COMMIT=$(git rev-parse HEAD): what runs in the image call their code; .git stays outside.
+ARG COMMIT=unknown
 # What ranks need beside this is in launch/submit/environment.py, for every launcher.
 ENV PATH=/finegrain/.venv/bin:$PATH \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    FINEGRAIN_COMMIT=$COMMIT
 
 CMD ["composer", "train/main.py", "yamls/smoke-gpu.yaml"]

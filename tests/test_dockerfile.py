@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from train.provenance import COMMIT_VARIABLE, git_commit
+
 ROOT = Path(__file__).resolve().parents[1]
+APT_LISTS = Path("/var/lib/apt/lists")
 TEXT = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
 
 
@@ -34,6 +37,24 @@ def test_python_and_cuda_are_those_of_the_lock() -> None:
 def test_every_path_and_command_in_it_exists() -> None:
     for name in re.findall(r"(?:train|launch|yamls|tests)/[\w/.-]+\.(?:py|sh|yaml)", TEXT):
         assert (ROOT / name).is_file(), name
+
+
+def test_every_system_package_can_be_had() -> None:
+    """By the package lists of this machine; Debian's and Ubuntu's names are the same ones."""
+    if shutil.which("apt-cache") is None or not APT_LISTS.is_dir() or not any(APT_LISTS.glob("*_Packages*")):
+        pytest.skip("no lists of apt's here")
+    (words,) = re.findall(r"apt-get install((?: +[\w.-]+)+)", TEXT)
+    packages = [word for word in words.split() if not word.startswith("-")]
+    assert {"libibverbs1", "procps", "git"} <= set(packages)
+    known = subprocess.run(["apt-cache", "pkgnames"], capture_output=True, text=True, check=True).stdout
+    assert set(packages) <= set(known.split())
+
+
+def test_an_image_knows_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.search(r"^ARG COMMIT=unknown$", TEXT, re.MULTILINE)
+    assert re.search(rf"^ENV .*\b{COMMIT_VARIABLE}=\$COMMIT", TEXT, re.MULTILINE)
+    monkeypatch.setenv(COMMIT_VARIABLE, "0123abc")
+    assert git_commit(tmp_path) == "0123abc"
 
 
 @pytest.mark.skipif(

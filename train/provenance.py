@@ -1,9 +1,11 @@
 """Where a run came from: commit of the code, versions of the packages."""
 
+import os
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+COMMIT_VARIABLE = "FINEGRAIN_COMMIT"
 PACKAGES = (
     "torch",
     "mosaicml",
@@ -20,11 +22,14 @@ PACKAGES = (
 
 
 def git_commit(checkout: Path | None = None) -> str:
-    """The commit of the code, `-dirty` appended where tracked files differ; `unknown` outside of git."""
+    """The commit of the code, `-dirty` appended where tracked files differ.
+
+    Outside of git, in an image, it is FINEGRAIN_COMMIT's, which the image was built with; else `unknown`.
+    """
     folder = checkout or Path(__file__).resolve().parents[1]
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
-        return "unknown"
+        return os.environ.get(COMMIT_VARIABLE) or "unknown"
     return f"{commit}-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
 
 

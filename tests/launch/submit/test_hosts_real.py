@@ -1,7 +1,8 @@
 """The rendered script with real launchers and ranks, on hosts that are all this machine.
 
-Skipped unless FINEGRAIN_HOSTS=1 asks for it: four starts of a job take minutes. FINEGRAIN_REMOTE_SHELL is the
-command that reaches 127.0.0.1, .2 and .3, an ssh for example; without it launch/submit/here.sh is.
+The test with faults is skipped unless FINEGRAIN_HOSTS=1 asks for it: four starts of a job take minutes.
+FINEGRAIN_REMOTE_SHELL is the command that reaches 127.0.0.1, .2 and .3, an ssh for example; without it
+launch/submit/here.sh is.
 """
 
 import os
@@ -10,20 +11,20 @@ import socket
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from launch.ranks import Ranks
 from launch.restart.history import read_log
 from launch.submit import hosts
-from tests.launch.submit.conftest import RealRuns
+from launch.verify.resume import trainer
+from tests.launch.submit.conftest import ROOT, RealRuns
 from train.exit_status import PREEMPTED_STATUS
+from train.recipe import load_recipe
 from train.watch.records import Beat, beat_file, read_record
 
 PATIENCE_SECONDS = 600
-
-pytestmark = pytest.mark.skipif(
-    "FINEGRAIN_HOSTS" not in os.environ, reason="takes minutes; FINEGRAIN_HOSTS=1 asks for it"
-)
 
 
 def start(real_runs: RealRuns, name: str, launcher: str) -> subprocess.Popen[bytes]:
@@ -43,6 +44,21 @@ def reach(real_runs: RealRuns, job: subprocess.Popen[bytes], batch: int) -> None
         time.sleep(0.1)
 
 
+def test_two_hosts_train_what_two_ranks_of_one_machine_train(tmp_path: Path) -> None:
+    real_runs = RealRuns(tmp_path, batches=4)
+    recipe = load_recipe(ROOT / "yamls/smoke.yaml", list(real_runs.job("forked").overrides))
+    with Ranks(2, trainer(recipe), tmp_path / "forked.log") as ranks:
+        assert ranks.exit_codes(PATIENCE_SECONDS) == [0, 0]
+    assert start(real_runs, "hosts", "torchrun").wait(PATIENCE_SECONDS) == 0
+    assert len(real_runs.losses("hosts")) == real_runs.batches
+    assert real_runs.losses("hosts") == real_runs.losses("forked")
+    (line,) = read_log(tmp_path / "hosts.restarts")
+    assert line["kind"] == "finished"
+
+
+@pytest.mark.skipif(
+    "FINEGRAIN_HOSTS" not in os.environ, reason="takes minutes; FINEGRAIN_HOSTS=1 asks for it"
+)
 def test_a_run_that_loses_a_host_and_is_told_to_end_goes_on_to_the_same_losses(real_runs: RealRuns) -> None:
     assert start(real_runs, "undisturbed", "composer").wait(PATIENCE_SECONDS) == 0
     expected = real_runs.losses("undisturbed")
