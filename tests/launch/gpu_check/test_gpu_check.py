@@ -1,6 +1,7 @@
 """The bring-up check's own functions on the CPU, and that they find what is broken."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,15 @@ def test_a_part_that_breaks_does_not_hide_the_others(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("train.device.describe_hardware", lambda *_: "1 x GPU")
+
+    def endless() -> list[Row]:
+        while True:
+            time.sleep(0.01)
+
     fine = Row("numerics", "loss", "0.0e+00", "<= 1e-05")
-    monkeypatch.setattr(command, "parts", lambda: {"kernels": broken, "numerics": lambda: [fine]})
+    all_parts = {"kernels": broken, "numerics": lambda: [fine], "memory": endless}
+    monkeypatch.setattr(command, "parts", lambda: all_parts)
+    monkeypatch.setattr(command, "LIMIT_SECONDS", 2)
     monkeypatch.chdir(tmp_path)
     assert command.main(["--json", "rows.json"]) == 1
     text = (tmp_path / "gpu-check.md").read_text()
@@ -129,4 +137,5 @@ def test_a_part_that_breaks_does_not_hide_the_others(tmp_path: Path, monkeypatch
         and "**FAIL**" in text
         and "| numerics | loss | 0.0e+00 | <= 1e-05 | ok |" in text
     )
-    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
+    assert "TimeoutError: not done when 2 s were over" in text
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 3
