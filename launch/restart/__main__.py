@@ -1,4 +1,4 @@
-"""Keeps a job running: `python -m launch.restart -- composer -n 8 train/main.py yamls/dbrx.yaml`."""
+"""Keeps a job running: `python -m launch.restart -- composer -n 8 train/main.py yamls/dbrx-moe-a.yaml`."""
 
 import argparse
 import json

@@ -107,6 +107,7 @@ def job_from(options: argparse.Namespace) -> Job:
         hours=options.hours,
         image=options.image,
         mounts=tuple(options.mount),
+        resources=_pairs(options.resource, "--resource", "count", "NAME=COUNT"),
         claims=_pairs(options.claim, "--claim", "folder", "NAME=/folder"),
         environment=_pairs(options.env, "--env", "value", "NAME=value"),
         interface=options.interface,
@@ -165,6 +166,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="persistent volume claim, mounted there: shards, runs (kubernetes)",
     )
     add(
+        "--resource",
+        action="append",
+        default=[],
+        metavar="NAME=COUNT",
+        help="that each pod asks for beside its GPUs, for example rdma/ib=8 (kubernetes)",
+    )
+    add(
         "--workdir",
         default="",
         help=f"checkout on the nodes (default: this one; {IMAGE_WORKDIR} in an image)",
@@ -194,6 +202,8 @@ def _check_system(name: str, system: System, job: Job) -> None:
         raise RecipeError(f"{name} needs hosts", key="--hosts", remedy="give --hosts A,B,...")
     if job.claims and name != "kubernetes":
         raise RecipeError(f"{name} has no volume claims", key="--claim", remedy="use --mount")
+    if job.resources and name != "kubernetes":
+        raise RecipeError(f"{name} has no such resources", key="--resource", remedy="remove the option")
     if job.spare_nodes and name not in ("slurm", "composer", "torchrun"):
         raise RecipeError(f"{name} replaces nodes by itself", key="--spare-nodes", remedy="remove the option")
 

@@ -50,6 +50,8 @@ class Job:
     """Folders that containers see: shards, runs; the same path inside and outside."""
     claims: dict[str, str] = field(default_factory=dict)
     """Kubernetes' persistent volume claims, ReadWriteMany, for shards and runs: name to folder inside."""
+    resources: dict[str, str] = field(default_factory=dict)
+    """What a pod asks for beside GPUs: name to count."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables more, which win over the table's."""
     interface: str = ""

@@ -107,8 +107,9 @@ def pod_spec(job: Job) -> dict[str, Any]:
         # RDMA pins the memory that it sends from.
         "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
     }
-    if job.device is Device.cuda:
-        container["resources"] = {"limits": {"nvidia.com/gpu": str(job.gpus_per_node)}}
+    gpus = {"nvidia.com/gpu": str(job.gpus_per_node)} if job.device is Device.cuda else {}
+    if limits := gpus | job.resources:
+        container["resources"] = {"limits": limits}
     return {
         "restartPolicy": "Never",
         # Time for ranks to save after SIGTERM.

@@ -35,6 +35,7 @@ JOB = Job(
     image="example/finegrain:1",
     mounts=("/data", "/runs"),
     claims={"shards-claim": "/shards"},
+    resources={"rdma/ib": "8"},
     environment={"SITE": 'it\'s "quoted" $here'},
     interface="eth0",
     workdir="/finegrain",
@@ -101,6 +102,7 @@ def test_kubernetes_names_the_first_pod_as_master_and_stops_at_a_mistake() -> No
     # JobSet names pods JOBSET-REPLICATEDJOB-JOBINDEX-PODINDEX.SUBDOMAIN
     assert variables["MASTER_ADDR"] == "moe-a-node-0-0.moe-a" and spec["network"]["subdomain"] == "moe-a"
     assert pod["containers"][0]["command"][-3:] == JOB.arguments
+    assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": "8", "rdma/ib": "8"}
     # Records and messages name the node that a pod is on.
     (host,) = (v["valueFrom"] for v in pod["containers"][0]["env"] if v["name"] == HOST_VARIABLE)
     assert host == {"fieldRef": {"fieldPath": "spec.nodeName"}}
