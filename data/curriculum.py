@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from data.phases import batch_sequences, phase_tokens, phases_of
 from train.recipe import RecipeError
-from train.schema import Interpolation, Phase, Recipe
+from train.schema import Interpolation, Recipe
 
 RAMP_PIECES = 256
 """Pieces of constant weights that a ramp is made of, each with the ramp's mean over it."""
@@ -178,46 +179,6 @@ class Curriculum:
     def stretches(self) -> list[Stretch]:
         """The weights of all stages, ramps cut into pieces."""
         return [piece for number, stage in enumerate(self.stages) for piece in _pieces(stage, number)]
-
-
-def phases_of(recipe: Recipe) -> list[Phase]:
-    """The recipe's phases with what they take over from those before: nothing is null but the batch sizes.
-
-    ``data.domains`` is one phase.
-    """
-    data = recipe.data
-    given = data.phases or [Phase(tokens=recipe.training.duration_tokens, weights=dict(data.domains))]
-    sequence, theta = data.sequence_tokens, recipe.model.rope_theta
-    phases = []
-    for phase in given:
-        sequence, theta = phase.sequence_tokens or sequence, phase.rope_theta or theta
-        phases.append(replace(phase, sequence_tokens=sequence, rope_theta=theta))
-    return phases
-
-
-def domains_of(recipe: Recipe) -> tuple[str, ...]:
-    """Every domain that some phase reads, in alphabetical order."""
-    phases = phases_of(recipe)
-    return tuple(sorted({name for phase in phases for name in (*phase.weights, *phase.end_weights)}))
-
-
-def batch_sequences(recipe: Recipe, phase: Phase) -> int:
-    """Sequences of a global batch in a phase of :func:`phases_of`, at least one."""
-    assert phase.sequence_tokens is not None
-    of_shards = recipe.training.global_batch_sequences * recipe.data.sequence_tokens
-    return phase.global_batch_sequences or max(1, of_shards // phase.sequence_tokens)
-
-
-def microbatch_sequences(recipe: Recipe, phase: Phase) -> int:
-    """Sequences of a rank's microbatch in a phase of :func:`phases_of`, at least one."""
-    assert phase.sequence_tokens is not None
-    of_shards = recipe.training.microbatch_sequences * recipe.data.sequence_tokens
-    return phase.microbatch_sequences or max(1, of_shards // phase.sequence_tokens)
-
-
-def phase_tokens(phase: Phase) -> int:
-    """Tokens that a phase really takes."""
-    return min(phase.tokens, phase.stop_after_tokens or phase.tokens)
 
 
 def plan_stages(recipe: Recipe) -> Curriculum:

@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.batch import NO_TARGET, Batch, batch_of_block, make_batch, make_block, open_block
-from data.curriculum import Curriculum, Stage, domains_of, plan_stages
+from data.curriculum import Curriculum, Stage, plan_stages
 from data.manifest import Manifest, read_manifest, require_match, unigram_entropy
 from data.packing import PADDING, Sample
+from data.phases import domains_of
 from data.plan import Plan
 from data.shard_cache import fetch_indices, open_cache
 from data.streams import ShardFolder

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.curriculum import domains_of
+from data.phases import domains_of
 from data.shard_index import INDEX_FILE, ShardFile, open_index
 from data.tokenizer import TokenizerHandle, bpe_name
 from train.recipe import RecipeError, to_dict

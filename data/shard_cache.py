@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.curriculum import domains_of
 from data.manifest import MANIFEST_FILE, Manifest, file_fault, read_manifest
+from data.phases import domains_of
 from data.shard_index import INDEX_FILE, PackedFile, ShardFile
 from data.tokenizer import TOKENIZER_FILE
 from train.recipe import RecipeError

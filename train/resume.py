@@ -5,8 +5,9 @@ from pathlib import Path
 
 from torch.optim import Optimizer
 
-from data.curriculum import Curriculum, continue_stages, domains_of, from_json, plan_stages
+from data.curriculum import Curriculum, continue_stages, from_json, plan_stages
 from data.manifest import Manifest
+from data.phases import domains_of
 from data.skips import declared_skips
 from data.supply import require_supply
 from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint, read_progress, set_aside

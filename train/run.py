@@ -11,9 +11,10 @@ from composer.loggers import LoggerDestination
 from composer.utils import get_device
 from torch.optim import Optimizer
 
-from data.curriculum import Curriculum, domains_of
+from data.curriculum import Curriculum
 from data.loader import TrainLoader, ValidationSequences, build_train_loader, build_validation_loaders
 from data.manifest import Manifest
+from data.phases import domains_of
 from data.shard_cache import fetch_indices
 from data.tokenizer import open_tokenizer
 from data.write_shards import ensure_shards

@@ -10,7 +10,7 @@ of one rank.
 
 from dataclasses import replace
 
-from data.curriculum import phases_of
+from data.phases import phases_of
 from train import sizing
 from train.schema import Parallelism, Phase, Recipe, Start, TokenizerKind
 

@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data.curriculum import Curriculum, batch_sequences, microbatch_sequences, phases_of, plan_stages
+from data.curriculum import Curriculum, plan_stages
+from data.phases import batch_sequences, microbatch_sequences, phases_of
 from train.schema import Ffn, Model, Parallelism, Recipe
 
 

@@ -5,7 +5,7 @@ import fnmatch
 import math
 from collections.abc import Iterator
 
-from data.curriculum import domains_of
+from data.phases import domains_of
 from train import sizing
 from train.fault import Fault
 from train.recipe import RecipeError

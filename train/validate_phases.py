@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping
 
-from data.curriculum import batch_sequences, microbatch_sequences, phase_tokens, phases_of, plan_stages
+from data.curriculum import plan_stages
+from data.phases import batch_sequences, microbatch_sequences, phase_tokens, phases_of
 from train.fault import Fault
 from train.recipe import RecipeError
 from train.schema import Phase, Position, Recipe

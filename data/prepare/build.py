@@ -16,7 +16,6 @@ from tqdm import tqdm
 from data import corpus
 from data.bpe import train_bpe
 from data.corpus import Document
-from data.curriculum import domains_of
 from data.manifest import (
     DOCUMENTS_FILE,
     FORMAT,
@@ -29,6 +28,7 @@ from data.manifest import (
     entropy,
     preparation_digest,
 )
+from data.phases import domains_of
 from data.prepare.clean import STAGE as CLEAN
 from data.prepare.clean import clean, read_documents, write_texts
 from data.prepare.decide import STAGE as DECIDE

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.curriculum import domains_of
+from data.phases import domains_of
 from data.prepare.language import LANGUAGES
 from train.preparation_schema import Preparation, Source, SourceKind
 from train.recipe import RecipeError

@@ -6,7 +6,8 @@ nothing. Phases that differ in these alone are one form.
 
 from dataclasses import dataclass, replace
 
-from data.curriculum import microbatch_sequences, phases_of, plan_stages
+from data.curriculum import plan_stages
+from data.phases import microbatch_sequences, phases_of
 from train import sizing
 from train.schema import Recipe
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from data.curriculum import batch_sequences, phases_of
+from data.phases import batch_sequences, phases_of
 from launch.plan.hardware import Gpu
 from launch.plan.step import Plan, make_plan
 from train.recipe import RecipeError

@@ -7,7 +7,7 @@ way of counting, with the attention term beside it.
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.curriculum import phase_tokens, phases_of
+from data.phases import phase_tokens, phases_of
 from train import sizing
 from train.recipe import load_recipe
 

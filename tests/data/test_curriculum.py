@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from data.curriculum import continue_stages, from_json, phases_of, plan_stages, to_json
+from data.curriculum import continue_stages, from_json, plan_stages, to_json
 from data.mixture import Mixture
+from data.phases import phases_of
 from train.recipe import RecipeError
 from train.schema import Data, Interpolation, Phase, Recipe, Training
 

@@ -6,7 +6,8 @@ What a phase changes is a function of the batch, not a state: a resumed run has 
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from data.curriculum import Curriculum, microbatch_sequences, phases_of
+from data.curriculum import Curriculum
+from data.phases import microbatch_sequences, phases_of
 from train.composer_model import LanguageModel
 from train.metrics import PHASE
 from train.schema import Recipe

@@ -14,9 +14,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from data.curriculum import Curriculum, domains_of, plan_stages
+from data.curriculum import Curriculum, plan_stages
 from data.manifest import file_fault
 from data.mixture import Mixture
+from data.phases import domains_of
 from data.plan import Plan
 from data.prepare.mds import column_config, shard_name
 from data.shard_index import INDEX_FILE
