@@ -144,6 +144,8 @@ def _send(root: Path, remote: str, uploader: Any, names: list[Path], digest: str
 
 def _listed(remote: str, uploader: Any) -> set[str]:
     """Names of the files below an address; none where the store can't be listed."""
+    if not urlsplit(remote).scheme:  # Streaming's uploader of paths lists where files come from.
+        return {path.relative_to(remote).as_posix() for path in Path(remote).rglob("*")}
     try:
         keys = uploader.list_objects("") or []
     except NotImplementedError:

@@ -142,9 +142,34 @@ def test_other_shards_in_the_store_are_never_overwritten(
         upload_shards(Path(other.data.shards), "s3://store/mine")
     with pytest.raises(RecipeError, match="--upload: s3://nowhere/x does not take the shards"):
         upload_shards(root, "s3://nowhere/x")
-    # A path, for a store that is mounted.
-    upload_shards(root, str(tmp_path / "mounted/shards"))
-    assert check_shards(tmp_path / "mounted/shards").digest == check_shards(root).digest
+
+
+def test_shards_are_copied_to_a_path_and_what_is_missing_there_again(
+    tmp_path: Path, built: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streaming.base.storage.upload import LocalUploader
+
+    root, mounted = tmp_path / "shards", tmp_path / "mounted/shards"
+    shutil.copytree(built.data.shards, root)
+    copies, copied = LocalUploader.upload_file, list[str]()
+
+    def failing(self: Any, name: str) -> None:
+        if name == "prose/validation/index.json" and name not in copied:
+            copied.append(name)
+            raise OSError("cable")
+        copied.append(name)
+        copies(self, name)
+
+    monkeypatch.setattr(LocalUploader, "upload_file", failing)
+    monkeypatch.setattr("data.upload.AT_ONCE", 1)
+    with pytest.raises(RecipeError, match=r"mounted/shards does not take the shards .*cable"):
+        upload_shards(root, str(mounted))
+    (mounted / "code/documents.jsonl").unlink()
+    before = len(copied)
+    upload_shards(root, str(mounted))
+    again = set(copied[before:]) & set(copied[:before])
+    assert again == {"code/documents.jsonl", "prose/validation/index.json"}
+    assert check_shards(mounted).digest == check_shards(root).digest
 
 
 def test_a_store_without_a_manifest_holds_no_shards(
