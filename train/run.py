@@ -64,7 +64,7 @@ from train.trainer import build_trainer
 from train.watch.alarms import Alarms, NotFiniteError
 from train.watch.guard import Guard
 from train.watch.joining import join, outlast_watchdog
-from train.watch.records import clear_records, record_failure, records_folder
+from train.watch.records import clear_records, is_supervised, record_failure, records_folder
 from train.watch.rollback import Rollback, RollbackError, documents_of
 from train.watch.watched import Watched, watched
 
@@ -101,7 +101,8 @@ def run(recipe: Recipe, topology: Topology) -> int:
         return 0
     recipe, folder = claim.recipe, claim.folder
     say(topology, f"run folder {folder}")
-    on_main(topology, lambda: clear_records(records_folder(folder)))
+    if not is_supervised():
+        on_main(topology, lambda: clear_records(records_folder(folder)))
     shards = on_main(topology, lambda: ensure_shards(recipe))
     fetch_indices(recipe)
     hush_libraries()
@@ -293,6 +294,7 @@ def assemble(
     trainer = build_trainer(
         recipe, model, optimizer, train_loader, validation_loaders, callbacks, loggers, progress, curriculum
     )
+    outlast_watchdog(recipe)  # The callbacks have groups of their own.
     entropy = {}
     for domain, loader in validation_loaders.items():
         assert isinstance(loader.dataset, ValidationSequences)

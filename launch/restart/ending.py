@@ -85,8 +85,10 @@ def explain(status: int, folder: Path, hosts: tuple[str, ...] = ()) -> Ending:
     if lost.is_file():
         host = lost.read_text().strip()
         return ending("killed", f"the connection to {host} was lost or never came about", host=host)
-    absent = [host for host in hosts if host not in {beat.host for beat in beats}]
-    if absent and beats:
+    seen = {beat.host for beat in beats}
+    absent = [host for host in hosts if host not in seen]
+    # Where no name is known, the ranks call their hosts otherwise than the list does.
+    if absent and len(absent) < len(hosts):
         line = f"no rank on {absent[0]} has begun: it is down, or does not reach the others"
         return ending("killed", line, host=absent[0])
     wordless = [beat for beat in beats if beat.rank not in {failure.rank for failure in failures}]

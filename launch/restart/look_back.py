@@ -75,10 +75,11 @@ def look_back(
         clear_records(folder)
         if verdict == STOPPED_STATUS:
             return verdict
-        say(
-            f"restart: {ending.kind} after batch {ending.batch}: {ending.line}; starting again from batch "
-            f"{ending.checkpoint} in {wait:.0f} s"
-        )
+        if verdict is None:
+            say(
+                f"restart: {ending.kind} after batch {ending.batch}: {ending.line}; starting again from "
+                f"batch {ending.checkpoint} in {wait:.0f} s"
+            )
     sleep(wait)
     mark.touch()
     return 0

@@ -38,10 +38,6 @@ fi
 
 "${launcher[@]}" train/main.py "$@" &
 running=$!
-if [ -n "${PID_FILE:-}" ]; then
-    echo $$ >"$PID_FILE"
-    trap 'rm -f "$PID_FILE"' EXIT
-fi
 deadline=
 # Once: ranks that have saved would die of another.
 # shellcheck disable=SC2317  # called by the trap
@@ -51,6 +47,10 @@ terminate() {
     pkill -TERM -P "$running"
 }
 trap terminate TERM
+if [ -n "${PID_FILE:-}" ]; then # from here on it can be told to end
+    echo $$ >"$PID_FILE"
+    trap 'rm -f "$PID_FILE"' EXIT
+fi
 wait "$running"
 # A trapped signal ends `wait`, not the process.
 while kill -0 "$running" 2>/dev/null; do

@@ -16,7 +16,7 @@ terminate_all() {
     is_ending=1
     for pid in "${running[@]}"; do
         host=${host_of[$pid]}
-        "${shell[@]}" "$host" "kill -TERM \$(cat $(pid_file "$host"))" 2>/dev/null &
+        "${shell[@]}" "$host" "kill -TERM \$(cat $(pid_file "$host"))" </dev/null 2>/dev/null &
     done
 }
 words=$(printf ' %q' "$@")
@@ -28,7 +28,7 @@ for rank in "${!hosts[@]}"; do
         NODES=${#hosts[@]} NODE_RANK=$rank RANKS_PER_NODE=$RANKS_PER_NODE MASTER_ADDR=${hosts[0]} \
         MASTER_PORT=$MASTER_PORT LAUNCHER=$LAUNCHER SAVE_SECONDS=$SAVE_SECONDS PID_FILE=$(pid_file "$host") \
         FINEGRAIN_HOST=$host FINEGRAIN_RECORDS=$(printf %q "${FINEGRAIN_RECORDS:-}") \
-        bash launch/submit/node.sh$words" &
+        bash launch/submit/node.sh$words" </dev/null &
     running+=($!)
     host_of[$!]=$host
 done

@@ -14,18 +14,24 @@ from train.exit_status import UNFIT_STATUS
 from train.schema import Recipe
 from train.topology import Topology
 from train.watch.records import (
-    RECORDS_VARIABLE,
     Beat,
-    Failure,
     beat_file,
-    failure_file,
     host_name,
+    is_supervised,
     pid_space,
     ranges,
     read_records,
+    record_failure,
     records_folder,
     write_record,
 )
+
+SHARE_OF_PATIENCE = 0.9
+"""What fails before this share of the time is over is no waiting: a port that is taken, for example."""
+
+
+class JoinError(RuntimeError):
+    """Ranks of the job have not come."""
 
 
 def join(recipe: Recipe, device: Device, topology: Topology) -> None:
@@ -35,31 +41,39 @@ def join(recipe: Recipe, device: Device, topology: Topology) -> None:
 
     Raises:
         SystemExit: with status 78 if ranks have not come within `watch.start_seconds`.
+        RuntimeError: for what fails at once.
     """
-    folder = records_folder(Path(recipe.runs_dir) / recipe.name)
-    is_supervised = bool(os.environ.get(RECORDS_VARIABLE))
-    if is_supervised:
+    run = Path(recipe.runs_dir) / recipe.name
+    folder, seconds = records_folder(run), recipe.watch.start_seconds
+    if is_supervised():
         folder.mkdir(parents=True, exist_ok=True)
-        run, now = str(Path(recipe.runs_dir) / recipe.name), time.time()
-        beat = Beat(topology.rank, host_name(), os.getpid(), pid_space(), 0, now, "joining the job", 0, run)
+        host, pid, where = host_name(), os.getpid(), "joining the job"
+        beat = Beat(topology.rank, host, pid, pid_space(), 0, time.time(), where, 0, str(run))
         write_record(beat_file(folder, topology.rank), beat)
-    seconds = recipe.watch.start_seconds
+    begun = time.monotonic()
     try:
         composer_dist.initialize_dist(device, timeout=seconds)
     except RuntimeError as error:
-        came = {beat.rank for beat in read_records(folder, "beat-*.json", Beat)}
-        missing = [rank for rank in range(topology.world_size) if rank not in came]
-        who = f": ranks {ranges(missing)}" if is_supervised and missing else ""
-        address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        line = (
-            f"JoinError: not all {topology.world_size} ranks have come within {seconds:.0f} s{who}; look at "
-            f"the logs of their nodes, and whether all nodes reach {address} (--interface)"
-        )
-        print(f"{line} ({' '.join(str(error).split())[:200]})", file=sys.stderr, flush=True)
-        if is_supervised:
-            failure = Failure(topology.rank, host_name(), time.time(), 0, line)
-            write_record(failure_file(folder, topology.rank), failure)
+        has_waited = time.monotonic() - begun > SHARE_OF_PATIENCE * seconds
+        failure = JoinError(missing_line(folder, topology, seconds)) if has_waited else error
+        if is_supervised():
+            record_failure(folder, topology, 0, failure)
+        if not has_waited:
+            raise
+        print(f"{failure} ({' '.join(str(error).split())[:200]})", file=sys.stderr, flush=True)
         raise SystemExit(UNFIT_STATUS) from None
+
+
+def missing_line(folder: Path, topology: Topology, seconds: float) -> str:
+    """Who has not come, as far as the records know."""
+    came = {beat.rank for beat in read_records(folder, "beat-*.json", Beat)}
+    missing = [rank for rank in range(topology.world_size) if rank not in came]
+    who = f": ranks {ranges(missing)}" if is_supervised() and missing else ""
+    address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return (
+        f"not all {topology.world_size} ranks have come within {seconds:.0f} s{who}; look at the logs of "
+        f"their nodes, and whether all nodes reach {address} (--interface)"
+    )
 
 
 def outlast_watchdog(recipe: Recipe) -> None:

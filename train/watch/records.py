@@ -134,6 +134,11 @@ def pid_space() -> str:
     return " ".join([*parts, str(namespace.readlink())] if namespace.is_symlink() else parts)
 
 
+def is_supervised() -> bool:
+    """Whether somebody else reads the records, and has removed those of the try before."""
+    return bool(os.environ.get(RECORDS_VARIABLE))
+
+
 def records_folder(run_folder: Path) -> Path:
     """Where this run's ranks leave their records."""
     return Path(os.environ.get(RECORDS_VARIABLE) or run_folder / RECORDS_FOLDER)

@@ -147,6 +147,8 @@ def test_a_host_whose_ranks_never_came_is_named(job: Job) -> None:
     job.tries = [joins_alone, lambda: 0]
     assert job.supervise(hosts=("n1", "n2", "n3"), nodes=2) == 0
     assert job.hosts == [("n1", "n2"), ("n1", "n3")] and "no rank on n2 has begun" in job.said[0]
+    joins_alone()
+    assert explain(UNFIT_STATUS, job.folder, ("10.0.0.1", "10.0.0.2")).host is None, "other names for them"
     # Where the hosts are not known, what the ranks said is the best there is.
     joins_alone()
     ending = explain(UNFIT_STATUS, job.folder)
