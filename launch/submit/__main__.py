@@ -21,6 +21,7 @@ from train.recipe import RecipeError
 
 USAGE_STATUS = 2
 IMAGE_WORKDIR = "/finegrain"
+HOSTS = ("composer", "torchrun")
 
 
 @dataclass(frozen=True)
@@ -200,12 +201,20 @@ def _check_system(name: str, system: System, job: Job) -> None:
         raise RecipeError(f"{name} runs containers", key="--image", remedy="give the image's name")
     if system.needs_hosts and not job.hosts:
         raise RecipeError(f"{name} needs hosts", key="--hosts", remedy="give --hosts A,B,...")
-    if job.claims and name != "kubernetes":
-        raise RecipeError(f"{name} has no volume claims", key="--claim", remedy="use --mount")
-    if job.resources and name != "kubernetes":
-        raise RecipeError(f"{name} has no such resources", key="--resource", remedy="remove the option")
-    if job.spare_nodes and name not in ("slurm", "composer", "torchrun"):
-        raise RecipeError(f"{name} replaces nodes by itself", key="--spare-nodes", remedy="remove the option")
+    for option, value, readers in (
+        ("--hosts", job.hosts, HOSTS),
+        ("--spare-nodes", job.spare_nodes, ("slurm", *HOSTS)),
+        ("--image", job.image, ("slurm", "kubernetes", "mcli", "skypilot")),
+        ("--mount", job.mounts, ("slurm", "kubernetes")),
+        ("--claim", job.claims, ("kubernetes",)),
+        ("--resource", job.resources, ("kubernetes",)),
+        ("--partition", job.partition, ("slurm",)),
+        ("--account", job.account, ("slurm",)),
+        ("--cluster", job.cluster, ("mcli",)),
+    ):
+        if value and name not in readers:
+            what = f"{name} does not read it; it is for {', '.join(readers)}"
+            raise RecipeError(what, key=option, remedy="remove the option")
 
 
 if __name__ == "__main__":

@@ -251,6 +251,10 @@ def test_command_line(
 ) -> None:
     assert main([RECIPE, "--on", "kubernetes", "--nodes", "8", "--render"]) == USAGE_STATUS
     assert "--image" in capsys.readouterr().err
+    for option, value in (("--image", "i"), ("--partition", "p"), ("--claim", "a=/b"), ("--mount", "/d")):
+        words = ["--on", "composer", "--hosts", "h", "--nodes", "1", option, value, "--render"]
+        assert main([RECIPE, *words]) == USAGE_STATUS
+        assert f"{option}: composer does not read it; it is for" in capsys.readouterr().err
     sbatch = tmp_path / "bin/sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text('#!/bin/bash\ncat "$1" >got\n')
