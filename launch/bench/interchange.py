@@ -1,9 +1,9 @@
 """Import and export against a plain copy of the same files: `python -m launch.bench.interchange`.
 
 Models of random bf16 weights in DBRX's form, 0.2 and 1.7 GB, are made in a temporary folder that is removed
-at the end. Copy, import and export run in turn, and a ratio is that of their median times. The source is in
-the page cache. `cached` times end when everything is in the page cache, `disk` ones when every file is
-synced. Peak memory is that of a process of its own, above what it held before.
+at the end. Copy, import and export run in turn, from the page cache to the disk: all of them end when every file
+is synced. A ratio is that of their median times. Peak memory is that of a process of its own, above what it held
+before.
 """
 
 import argparse
@@ -70,7 +70,6 @@ class Speed:
 
     gigabytes: float
     operation: str
-    mode: str
     gigabytes_per_second: float
     ratio: float
     """Throughput over that of the copy."""
@@ -119,8 +118,7 @@ def main(arguments: list[str]) -> int:
             folder = Path(root) / str(layers)
             operations = prepare(folder, replace(WIDE, n_layers=layers))
             peaks += peak_memory(folder, operations)
-            for mode in ("cached", "disk"):
-                speeds += throughput(folder, operations, mode, options.rounds)
+            speeds += throughput(folder, operations, options.rounds)
             shutil.rmtree(folder)
     print(table(speeds, peaks))
     if options.json:
@@ -176,31 +174,30 @@ def _without_recipe(run: Path) -> Source:
     return replace(open_weights(run), recipe=None)
 
 
-def throughput(folder: Path, operations: Mapping[str, Work], mode: str, rounds: int) -> Iterator[Speed]:
+def throughput(folder: Path, operations: Mapping[str, Work], rounds: int) -> Iterator[Speed]:
     """Each operation's throughput and its ratio to the copy's."""
     seconds: dict[str, list[float]] = {name: [] for name in operations}
     size = _bytes(folder / "hugging-face")
-    for round_number in tqdm(range(rounds + 1), desc=f"{size / 1e9:.1f} GB, {mode}", leave=False):
+    for round_number in tqdm(range(rounds + 1), desc=f"{size / 1e9:.1f} GB", leave=False):
         for name, work in operations.items():
-            elapsed = _timed(work, folder / "out", mode == "disk")
+            elapsed = _timed(work, folder / "out")
             if round_number:
                 seconds[name].append(elapsed)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, median in medians.items():
-        yield Speed(size / 1e9, name, mode, size / 1e9 / median, medians["copy"] / median)
+        yield Speed(size / 1e9, name, size / 1e9 / median, medians["copy"] / median)
 
 
-def _timed(work: Work, out: Path, to_disk: bool) -> float:
-    """Seconds of one operation; what it wrote is removed."""
+def _timed(work: Work, out: Path) -> float:
+    """Seconds until what an operation wrote is on the disk; it is removed afterwards."""
     # What others left unwritten would be written at this one's expense.
     os.sync()
     begin = time.perf_counter()
     with _quiet():
         work(out)
-    if to_disk:
-        for file in out.rglob("*.safetensors"):
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+    for file in out.rglob("*.safetensors"):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
     elapsed = time.perf_counter() - begin
     shutil.rmtree(out)
     return elapsed
@@ -249,11 +246,11 @@ def _quiet() -> Iterator[None]:
 
 def table(speeds: list[Speed], peaks: list[Peak]) -> str:
     """Throughput and memory beside their goals, and where they were measured."""
-    lines = ["| model | operation | mode | GB/s | of the copy |", "|---:|---|---|---:|---:|"]
+    lines = ["| model | operation | GB/s | of the copy |", "|---:|---|---:|---:|"]
     for one in speeds:
         missed = "" if one.ratio >= GOAL else f" (goal {GOAL})"
         lines.append(
-            f"| {one.gigabytes:.2f} GB | {one.operation} | {one.mode} | {one.gigabytes_per_second:.2f} "
+            f"| {one.gigabytes:.2f} GB | {one.operation} | {one.gigabytes_per_second:.2f} "
             f"| {one.ratio:.2f}{missed} |"
         )
     lines += ["", "| model | operation | peak memory | largest tensors |", "|---:|---|---:|---:|"]

@@ -39,6 +39,8 @@ BLOCK_BYTES = 1 << 21
 """Bytes read, checked, hashed and written at once: they stay in a core's cache from one to the next."""
 MOST_THREADS = 8
 """Most files written at a time; each thread holds a block, or a tensor that has to be transposed."""
+WAITING_THREADS = 2
+"""Threads beyond the number of cores, for those that wait for the disk."""
 LONGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
 
@@ -209,7 +211,7 @@ def make_header(tensors: Sequence[TensorInfo]) -> bytes:
 def write_files(
     folder: Path, files: Mapping[str, tuple[bytes, Iterable[Tensor]]]
 ) -> Iterator[tuple[str, str]]:
-    """Writes files side by side, one on each core: hashing, the slowest part, cannot be shared within a file.
+    """Writes files side by side: hashing takes a core longer than all else and cannot be shared within a file.
 
     Args:
         folder: where they go.
@@ -217,10 +219,10 @@ def write_files(
             in the header's order, cut anywhere.
 
     Yields:
-        Name and SHA-256 of a file as soon as it is whole; one that is not leaves nothing behind.
+        Name and SHA-256 of a file as soon as it is whole and on the disk; one that is not leaves nothing behind.
     """
     stop = threading.Event()
-    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)), len(files))
+    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) + WAITING_THREADS, len(files))
     with _one_thread_each(), ThreadPoolExecutor(max(1, threads)) as pool:
         names = {
             pool.submit(_write_file, folder / name, header, blocks, stop): name
@@ -312,6 +314,8 @@ def _write_file(path: Path, header: bytes, blocks: Iterable[Tensor], stop: threa
                 data = _bytes_of(block.contiguous())
                 digest.update(data)
                 _write_all(stream, data)
+            # What a manifest calls whole must outlast the machine.
+            os.fsync(stream.fileno())
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
