@@ -1,9 +1,9 @@
 """Import and export against a plain copy of the same files: `python -m launch.bench.interchange`.
 
 Models of random bf16 weights in DBRX's form, 0.2 and 1.7 GB, are made in a temporary folder that is removed
-at the end. Copy, import and export run in turn, from the page cache to the disk: all of them end when every file
-is synced. A ratio is that of their median times. Peak memory is that of a process of its own, above what it held
-before.
+at the end. Copy, import and export run in turn, from the page cache to the disk: each ends when all its files
+are synced. A ratio is that of their median times. Peak memory is that of a process of its own, above what it
+held before.
 """
 
 import argparse
@@ -33,9 +33,10 @@ from train.interchange.hf_folder import write_folder
 from train.interchange.safetensors_io import TensorInfo
 from train.interchange.weights import Source, open_weights
 from train.model import Decoder
+from train.parallel import build_mesh, build_sharded
 from train.recipe import to_yaml
 from train.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE
-from train.schema import Data, Model, Moe, Optimizer, Recipe, Training
+from train.schema import Data, Model, Moe, Optimizer, Precision, Recipe, Training
 from train.topology import Topology
 
 WIDE = Model(
@@ -146,7 +147,7 @@ def prepare(folder: Path, model: Model) -> dict[str, Work]:
 
 
 def _save_checkpoint(run: Path, model: Model, topology: Topology) -> None:
-    """The folder of a run with one checkpoint in bf16."""
+    """The folder of a run with one checkpoint in bf16, sharded over the ranks."""
     run.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(
         name="run",
@@ -156,13 +157,9 @@ def _save_checkpoint(run: Path, model: Model, topology: Topology) -> None:
         optimizer=Optimizer(learning_rate=1e-3),
     )
     (run / RECIPE_FILE).write_text(to_yaml(recipe))
-    decoder = Decoder(model, device="meta").bfloat16().to_empty(device="cpu")
-    noise = RandomWeights(model)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            for first in range(0, parameter.shape[0], noise.tensors[name].block_rows):
-                last = min(first + noise.tensors[name].block_rows, parameter.shape[0])
-                parameter[first:last] = noise.read(name, first, last)
+    decoder = Decoder(model, device="meta").bfloat16()
+    mesh = build_mesh(recipe.parallelism, topology.world_size, "cpu")
+    build_sharded(decoder, mesh, Precision.fp32, recipe.seed)
     saver = CheckpointSaver(run / CHECKPOINTS_FOLDER, topology, keep_last=1)
     wrapped = torch.nn.ModuleDict({"decoder": decoder})
     saver.start(wrapped, torch.optim.SGD(decoder.parameters()), Progress(1, 1, 512, 1.0))

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from train.interchange.errors import InterchangeError
 from train.interchange.initial_weights import load_initial_weights
 from train.interchange.safetensors_io import SafetensorsFolder
 from train.interchange.weights import Weights, open_weights
-from train.interchange.weights_folder import verify_weights_folder, write_weights_folder
+from train.interchange.weights_folder import UNFINISHED_FILE, verify_weights_folder, write_weights_folder
 from train.model import Decoder
 
 SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -94,15 +95,27 @@ def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, t
 class CutOff:
     """Weights whose reading is interrupted after some blocks."""
 
-    def __init__(self, weights: Weights, blocks: int, *, kill: bool = False) -> None:
-        self.weights, self.left, self.kill, self.tensors = weights, blocks, kill, weights.tensors
+    def __init__(self, weights: Weights, blocks: int) -> None:
+        self.weights, self.left, self.tensors = weights, blocks, weights.tensors
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         self.left -= 1
         if self.left < 0:
-            if self.kill:
-                os.kill(os.getpid(), signal.SIGKILL)
             raise KeyboardInterrupt
+        return self.weights.read(name, first, last)
+
+
+class Killed:
+    """Weights whose process is killed when the last of them is read, once a file has been noted as whole."""
+
+    def __init__(self, weights: Weights, out: Path) -> None:
+        self.weights, self.out, self.tensors = weights, out, weights.tensors
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        if name == "lm_head.weight":
+            while not json.loads((self.out / UNFINISHED_FILE).read_text())["files"]:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
         return self.weights.read(name, first, last)
 
 
@@ -130,7 +143,7 @@ def test_an_import_that_was_killed_goes_on(folder: Path, tmp_path: Path) -> None
     source, out = open_weights(folder), tmp_path / "ours"
     child = os.fork()
     if child == 0:
-        write_weights_folder(out, source.model, CutOff(source.weights, 12, kill=True), {}, 20_000)
+        write_weights_folder(out, source.model, Killed(source.weights, out), {}, 20_000)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert list(out.glob("*.partial")), "was not killed in the middle of a file"

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from train.interchange.errors import InterchangeError
 from train.interchange.folders import STATE_FOLDER
-from train.interchange.safetensors_io import TensorInfo
+from train.interchange.safetensors_io import TensorInfo, new_rows
 
 WRAPPER = "model.decoder."
 """What begins the decoder's names in a checkpoint of a run."""
@@ -66,7 +66,7 @@ class CheckpointWeights:
         last = info.shape[0] if last is None else last
         if name not in self._parts:
             self._parts[name] = [self._find(name, chunk) for chunk in self._chunks[name]]
-        rows = torch.empty((last - first, *info.shape[1:]), dtype=info.dtype)
+        rows = new_rows((last - first, *info.shape[1:]), info.dtype)
         filled = 0
         for part in self._parts[name]:
             start, end = max(first, part.offsets[0]), min(last, part.offsets[0] + part.sizes[0])
@@ -101,7 +101,7 @@ class CheckpointWeights:
 
 def _read_rows(part: _Part, dtype: torch.dtype, first: int, last: int) -> Tensor:
     """Rows of a part, counted from its own first."""
-    block = torch.empty((last - first, *part.sizes[1:]), dtype=dtype)
+    block = new_rows((last - first, *part.sizes[1:]), dtype)
     row_bytes = block[:1].numel() * block.itemsize
     with part.file.open("rb") as stream:
         stream.seek(part.first_byte + first * row_bytes)

@@ -9,6 +9,7 @@ a byte of weights is read.
 import hashlib
 import json
 import math
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -107,7 +108,7 @@ class SafetensorsFolder:
         info = placed.info
         last = info.shape[0] if last is None else last
         assert 0 <= first <= last <= info.shape[0], (name, first, last, info.shape)
-        rows = torch.empty((last - first, *info.shape[1:]), dtype=info.dtype)
+        rows = new_rows((last - first, *info.shape[1:]), info.dtype)
         wanted = rows.numel() * info.dtype.itemsize
         with placed.file.open("rb", buffering=0) as stream:
             stream.seek(placed.offset + first * info.row_bytes)
@@ -137,6 +138,15 @@ class SafetensorsFolder:
         for name, placed in self._placed.items():
             if name not in listed:
                 raise InterchangeError(f"{placed.file}: holds {name}, which {path.name} does not list")
+
+
+def new_rows(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for rows, straight from the system, which has it back when nobody holds it any longer.
+
+    The arenas of malloc, one for each thread, keep the room of many blocks.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=dtype, count=math.prod(shape)).view(*shape)
 
 
 class LastTensor(threading.local):
@@ -211,7 +221,7 @@ def make_header(tensors: Sequence[TensorInfo]) -> bytes:
 def write_files(
     folder: Path, files: Mapping[str, tuple[bytes, Iterable[Tensor]]]
 ) -> Iterator[tuple[str, str]]:
-    """Writes files side by side: hashing takes a core longer than all else and cannot be shared within a file.
+    """Writes files side by side: hashing takes a core longest of all and cannot be shared within a file.
 
     Args:
         folder: where they go.
@@ -219,7 +229,10 @@ def write_files(
             in the header's order, cut anywhere.
 
     Yields:
-        Name and SHA-256 of a file as soon as it is whole and on the disk; one that is not leaves nothing behind.
+        Name and SHA-256 of a file as soon as it is whole and on the disk; one that is not leaves nothing.
+
+    Raises:
+        Exception: the first that ``blocks`` raised, after all files that could be finished.
     """
     stop = threading.Event()
     threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) + WAITING_THREADS, len(files))
@@ -228,12 +241,18 @@ def write_files(
             pool.submit(_write_file, folder / name, header, blocks, stop): name
             for name, (header, blocks) in files.items()
         }
+        failure: BaseException | None = None
         try:
             for future in as_completed(names):
-                yield names[future], future.result()
+                failure = failure or future.exception()
+                if failure is None or future.exception() is None:
+                    yield names[future], future.result()
+                else:
+                    stop.set()
         finally:
             stop.set()
-            pool.shutdown(cancel_futures=True)
+        if failure is not None:
+            raise failure
 
 
 def plan_files(tensors: Sequence[TensorInfo], shard_bytes: int) -> dict[str, list[TensorInfo]]:

@@ -85,7 +85,7 @@ def write_weights_folder(
         (out / path).parent.mkdir(exist_ok=True)
         (out / path).write_bytes(content)
     write_index(out, files)
-    _write_json(out / MANIFEST_FILE, {"origin": dict(origin), "files": done})
+    _write_json(out / MANIFEST_FILE, {"origin": dict(origin), "files": {name: done[name] for name in files}})
     write_model(out / MODEL_FILE, model)
     (out / UNFINISHED_FILE).unlink(missing_ok=True)
     size = sum((out / name).stat().st_size for name in files)
