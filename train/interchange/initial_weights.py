@@ -1,7 +1,6 @@
 """Weights of step 0 from elsewhere, into any layout; freezing; an optimizer's state restored.
 
-Each rank reads the rows that it holds and no others: from safetensors by their place in the file, from
-a checkpoint the parts that overlap.
+Each rank reads the rows that it holds and no others, from safetensors and from checkpoints alike.
 """
 
 from fnmatch import fnmatchcase
@@ -15,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from train.checkpoint import load_checkpoint
-from train.interchange.checkpoint_weights import WRAPPER, CheckpointWeights
 from train.interchange.errors import InterchangeError
 from train.interchange.folders import STATE_FOLDER
 from train.interchange.weights import Source, newest, open_weights
@@ -85,10 +83,6 @@ def load_initial_weights(decoder: Decoder, path: Path) -> Source:
             raise InterchangeError(
                 f"{source.path}: {name} is of shape {info.shape}, the recipe's of {tuple(target.shape)}"
             )
-    if isinstance(source.weights, CheckpointWeights):
-        wanted = {WRAPPER + name: target for name, target in targets.items()}
-        dcp.load(wanted, checkpoint_id=source.path / STATE_FOLDER, no_dist=True)
-        return source
     for name, target in targets.items():
         first, local = _local_rows(target)
         step = source.weights.tensors[name].block_rows

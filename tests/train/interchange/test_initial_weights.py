@@ -12,9 +12,10 @@ from launch.ranks import run_ranks
 from train.checkpoint import Progress
 from train.checkpoint_saver import CheckpointSaver
 from train.export import main as export
+from train.interchange import initial_weights
 from train.interchange.errors import InterchangeError
 from train.interchange.initial_weights import freeze, load_initial_weights, restore_optimizer
-from train.interchange.weights import open_weights
+from train.interchange.weights import Weights, open_weights
 from train.model import Decoder
 from train.optim import build_optimizer
 from train.parallel import build_mesh, build_sharded
@@ -58,10 +59,27 @@ def _sharded(model: Model, layout: Parallelism, topology: Topology) -> Decoder:
     return decoder
 
 
+class Counted:
+    """Weights that count the numbers read of them."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights, self.tensors, self.count = weights, weights.tensors, 0
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        rows = self.weights.read(name, first, last)
+        self.count += rows.numel()
+        return rows
+
+
 @pytest.mark.parametrize("layout", [Parallelism(), Parallelism(expert=2), Parallelism(2, 2)], ids=str)
 @pytest.mark.parametrize("form", ["checkpoint", "hugging face"])
 def test_each_rank_gets_its_rows(
-    layout: Parallelism, form: str, recipe: Recipe, make_run: MakeRun, tmp_path: Path
+    layout: Parallelism,
+    form: str,
+    recipe: Recipe,
+    make_run: MakeRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     moe = MODEL.moe
     assert moe is not None
@@ -73,9 +91,15 @@ def test_each_rank_gets_its_rows(
         path = tmp_path / "hf"
     expected = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
 
+    source = open_weights(path)
+    counted = Counted(source.weights)
+    monkeypatch.setattr(initial_weights, "open_weights", lambda _: replace(source, weights=counted))
+
     def work(topology: Topology) -> tuple[int, int]:
         sharded = _sharded(recipe.model, layout, topology)
         load_initial_weights(sharded, path)
+        parts = [t.to_local() if isinstance(t, DTensor) else t for t in sharded.state_dict().values()]
+        assert counted.count == sum(part.numel() for part in parts), "reads what other ranks hold"
         local = 0
         for name, tensor in sharded.state_dict().items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
