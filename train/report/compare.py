@@ -174,9 +174,15 @@ def compare(entries: Sequence[Entry], *, baseline: str | None = None, metric: st
         notes.append("Some budgets have one seed: intervals there are those of the domains alone.")
     if runs.losses.shape[1] < 5:
         notes.append(f"{runs.losses.shape[1]} held-out domains: their share of an interval is coarse.")
+    single = [family for family, count in runs.budgets().items() if count < 2]
+    on_curves = runs.of(set(runs.families) - set(single))
+    if baseline in on_curves.families and len(on_curves.families) > 1:
+        notes += [f"{family}: one FLOP budget, so that it has no curve." for family in single]
+    else:
+        on_curves = runs
     try:
-        curves = fit_curves(runs)
-        found = advantages(runs, _pairs(curves, baseline))
+        curves = fit_curves(on_curves)
+        found = advantages(on_curves, _pairs(curves, baseline))
     except ScalingError as error:
         curves, found = {}, []
         notes.append(f"No curves: {error}.")

@@ -5,7 +5,7 @@ tokens that the runs stand on). E, the entropy of the text, is a property of the
 not of a model, so all families share it; three sizes then leave a degree of freedom for the misfit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,15 @@ class Runs:
     def families(self) -> tuple[str, ...]:
         """Names in the order of their first appearance."""
         return tuple(dict.fromkeys(self.family))
+
+    def budgets(self) -> dict[str, int]:
+        """How many FLOP budgets each family was trained at."""
+        return {name: len({cell for cell in self.cells() if cell[0] == name}) for name in self.families}
+
+    def of(self, families: Collection[str]) -> "Runs":
+        """The runs of some families."""
+        kept = [run for run, family in enumerate(self.family) if family in families]
+        return Runs(tuple(self.family[run] for run in kept), self.flops[kept], self.losses[kept])
 
     def cells(self) -> dict[tuple[str, float], list[int]]:
         """The runs that differ in their seed alone: by family and FLOPs."""
@@ -130,7 +139,7 @@ def fit_curves(runs: Runs, *, start: "dict[str, Curve] | None" = None) -> dict[s
         ScalingError: if there are too few FLOP budgets, or a loss is not finite.
     """
     families = runs.families
-    budgets = {family: len({cell for cell in runs.cells() if cell[0] == family}) for family in families}
+    budgets = runs.budgets()
     short = [family for family, count in budgets.items() if count < 2]
     if short or max(budgets.values(), default=0) < 3:
         counts = ", ".join(f"{family} {count}" for family, count in budgets.items())

@@ -92,6 +92,17 @@ def test_one_budget_is_compared_at_equal_flops_alone(ladder: list[Path]) -> None
     assert fine.interval is not None and fine.interval[1] < 0
 
 
+def test_a_family_of_one_budget_leaves_the_others_their_curves(ladder: list[Path], tmp_path: Path) -> None:
+    coarse = ["model.moe.experts=8", "model.moe.top_k=2"]
+    losses = {"code": 2.9, "prose": 3.5}
+    more = [leave(tmp_path, f"coarse-{seed}", BUDGETS[-1], losses, seed, coarse) for seed in range(2)]
+    comparison = compare(read_entries([*ladder, *more]))
+    alone = compare(read_entries(ladder))
+    assert comparison.curves == alone.curves and comparison.advantages == alone.advantages
+    assert any(note.startswith("8 experts, top-2: one FLOP budget") for note in comparison.notes)
+    assert {cell.family for cell in comparison.cells} == {"dense", "16 experts, top-4", "8 experts, top-2"}
+
+
 def test_what_noise_alone_parts_is_not_significant(tmp_path: Path) -> None:
     generator = np.random.default_rng(3)
     runs = []
