@@ -52,7 +52,7 @@ WIDE = Model(
 )
 LAYERS = (2, 17)
 """Of the two sizes, which differ by a factor of 8."""
-FILES = 8
+FILES = 16
 """Files that a model is split into."""
 RANKS = 2
 """Ranks that save the checkpoint; each writes its part of the tensors to a file."""

@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -42,6 +43,8 @@ MOST_THREADS = 8
 """Most files written at a time; each thread holds a block, or a tensor that has to be transposed."""
 WAITING_THREADS = 2
 """Threads beyond the number of cores, for those that wait for the disk."""
+MOST_SPARE_BLOCKS = 4
+"""Blocks that a thread keeps to read into again."""
 LONGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
 
@@ -140,13 +143,34 @@ class SafetensorsFolder:
                 raise InterchangeError(f"{placed.file}: holds {name}, which {path.name} does not list")
 
 
-def new_rows(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory for rows, straight from the system, which has it back when nobody holds it any longer.
+class _Spare(threading.local):
+    """Memory that a thread's blocks lie in, one after the other."""
 
-    The arenas of malloc, one for each thread, keep the room of many blocks.
+    def __init__(self) -> None:
+        self.blocks: list[mmap.mmap] = []
+
+
+_spare = _Spare()
+
+
+def new_rows(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for rows: up to a block, what an earlier one of this thread lay in, once no tensor holds that.
+
+    The arenas of malloc, one for each thread, would keep the room of many blocks; memory that is new for each
+    block costs hundreds of page faults.
     """
-    size = math.prod(shape) * dtype.itemsize
-    return torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=dtype, count=math.prod(shape)).view(*shape)
+    count = math.prod(shape)
+    if count * dtype.itemsize > BLOCK_BYTES:
+        memory = mmap.mmap(-1, count * dtype.itemsize)
+    else:
+        for memory in _spare.blocks:
+            if sys.getrefcount(memory) == 3:  # The list, the loop and the call; a tensor would be one more.
+                break
+        else:
+            memory = mmap.mmap(-1, BLOCK_BYTES)
+            if len(_spare.blocks) < MOST_SPARE_BLOCKS:
+                _spare.blocks.append(memory)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(*shape)
 
 
 class LastTensor(threading.local):

@@ -10,7 +10,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from train.interchange.errors import InterchangeError
-from train.interchange.safetensors_io import TensorInfo, all_finite, make_header, write_files
+from train.interchange.safetensors_io import (
+    BLOCK_BYTES,
+    MOST_SPARE_BLOCKS,
+    TensorInfo,
+    all_finite,
+    make_header,
+    new_rows,
+    write_files,
+)
 
 INFOS = [TensorInfo(f"t{number}", torch.float32, (40, 3)) for number in range(6)]
 
@@ -31,6 +39,23 @@ def test_all_finite_of_32_bits() -> None:
             spoiled = block.clone()
             spoiled[row, column] = bad
             assert not all_finite(spoiled)
+
+
+def test_memory_is_used_again_only_when_no_tensor_holds_it() -> None:
+    first = new_rows((4, 5), torch.float32)
+    part = first[1:2].view(-1)
+    part.fill_(7)
+    address = first.data_ptr()
+    del first
+    others = [new_rows((4, 5), torch.float32) for _ in range(2 * MOST_SPARE_BLOCKS)]
+    for number, other in enumerate(others):
+        other.fill_(number)
+    assert part.tolist() == [7.0] * 5, "is held by a view"
+    assert all((other == number).all() for number, other in enumerate(others))
+    del part, other, others
+    assert address in {new_rows((3,), torch.bfloat16).data_ptr() for _ in range(2)}
+    whole = new_rows((BLOCK_BYTES,), torch.float32)
+    assert whole.shape == (BLOCK_BYTES,) and not whole.any()
 
 
 def _value(number: int) -> Tensor:

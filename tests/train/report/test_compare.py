@@ -94,8 +94,10 @@ def test_one_budget_is_compared_at_equal_flops_alone(ladder: list[Path]) -> None
 
 def test_a_family_of_one_budget_leaves_the_others_their_curves(ladder: list[Path], tmp_path: Path) -> None:
     coarse = ["model.moe.experts=8", "model.moe.top_k=2"]
-    losses = {"code": 2.9, "prose": 3.5}
-    more = [leave(tmp_path, f"coarse-{seed}", BUDGETS[-1], losses, seed, coarse) for seed in range(2)]
+    more = [
+        leave(tmp_path, f"coarse-{seed}", BUDGETS[-1], {"code": 2.9, "prose": 3.5 + seed / 10}, seed, coarse)
+        for seed in range(2)
+    ]
     comparison = compare(read_entries([*ladder, *more]))
     alone = compare(read_entries(ladder))
     assert comparison.curves == alone.curves and comparison.advantages == alone.advantages
