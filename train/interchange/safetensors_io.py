@@ -45,6 +45,8 @@ WAITING_THREADS = 2
 """Threads beyond the number of cores, for those that wait for the disk."""
 MOST_SPARE_BLOCKS = 4
 """Blocks that a thread keeps to read into again."""
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+"""Memory that forked processes do not share, as mmap's own default would have it."""
 LONGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
 
@@ -161,13 +163,13 @@ def new_rows(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     count = math.prod(shape)
     if count * dtype.itemsize > BLOCK_BYTES:
-        memory = mmap.mmap(-1, count * dtype.itemsize)
+        memory = mmap.mmap(-1, count * dtype.itemsize, flags=PRIVATE)
     else:
         for memory in _spare.blocks:
             if sys.getrefcount(memory) == 3:  # The list, the loop and the call; a tensor would be one more.
                 break
         else:
-            memory = mmap.mmap(-1, BLOCK_BYTES)
+            memory = mmap.mmap(-1, BLOCK_BYTES, flags=PRIVATE)
             if len(_spare.blocks) < MOST_SPARE_BLOCKS:
                 _spare.blocks.append(memory)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(*shape)
