@@ -1,4 +1,4 @@
-"""A recipe's phases as everything reads them: what each takes over from those before, batches, tokens"""
+"""A recipe's phases as everything reads them: what each takes over from those before, batches, tokens."""
 
 from dataclasses import replace
 

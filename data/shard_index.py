@@ -113,9 +113,8 @@ def open_index(folder: Path) -> ShardIndex:
     if not table.is_file():
         try:
             with (folder / ".index.lock").open("w") as lock:
-                fcntl.flock(
-                    lock, fcntl.LOCK_EX
-                )  # One process of a node parses, the others wait for its table.
+                # One process of a node parses, the others wait for its table.
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 if not table.is_file():
                     _write(table, _parsed(folder, path.read_text()))
         except OSError:  # A folder that can't be written to.

@@ -23,6 +23,7 @@ import tiktoken
 from numpy.typing import NDArray
 
 from data.hugging_face_form import read_form, write_form
+from train.cores import usable_cores
 from train.recipe import RecipeError
 from train.schema import Tokenizer, TokenizerKind
 
@@ -193,11 +194,6 @@ def is_equal(one: BatchEncoder, other: BatchEncoder) -> bool:
     """Whether two encoders give the same ids for every probe."""
     texts = list(PROBES)
     return all(np.array_equal(a, b) for a, b in zip(one(texts), other(texts), strict=True))
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def _open_cl100k() -> TokenizerHandle:

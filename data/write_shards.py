@@ -21,8 +21,8 @@ from data.prepare.build import build_into
 from data.prepare.engines import Engine, Processes, open_engine
 from data.prepare.job import OUT
 from data.shard_cache import open_cache
-from data.tokenizer import usable_cores
 from data.upload import upload_shards
+from train.cores import usable_cores
 from train.recipe import RecipeError, load_recipe
 from train.schema import Recipe
 

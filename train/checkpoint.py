@@ -9,7 +9,6 @@ a checkpoint, and a file that is missing, cut short or altered is found before a
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from train.cores import usable_cores
 from train.topology import Topology
 
 Agreed = TypeVar("Agreed")
@@ -148,7 +148,7 @@ def check_checkpoint(folder: Path, *, content: bool = True, topology: Topology =
     if not content or not mine:
         return
     # A hash takes a core longer than the disk takes to read; hashlib lets go of the interpreter meanwhile.
-    with ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(min(MOST_THREADS, usable_cores())) as pool:
         for file, found in zip(mine, pool.map(sha256, mine), strict=True):
             if found != files[file]["sha256"]:
                 raise CheckpointError(f"{file}: its content is not what was written (SHA-256 differs)")

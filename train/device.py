@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from train.cores import usable_cores
+
 MEASURE_SECONDS = 1.0
 CPU_SIZE = 1024
 GPU_SIZE = 8192
@@ -64,11 +66,10 @@ def describe_hardware(device_type: str, devices: int = 1) -> str:
     if device_type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         return f"{devices} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB each"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     name = _cpuinfo("model name") or platform.processor() or platform.machine()
     ranks = f", {devices} processes" if devices > 1 else ""
-    return f"{cores} cores of {name}, {memory:.0f} GiB{ranks}"
+    return f"{usable_cores()} cores of {name}, {memory:.0f} GiB{ranks}"
 
 
 def _timed_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> float:

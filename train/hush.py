@@ -1,7 +1,10 @@
-"""Warnings of libraries that tell a user nothing."""
+"""What would only be noise to a user: idle warnings of libraries, bars within bars."""
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 
 
 def hush_libraries() -> None:
@@ -13,3 +16,10 @@ def hush_libraries() -> None:
         "To copy construct from a tensor",
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Lets nothing be printed to standard error, where progress bars are."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        yield

@@ -15,7 +15,7 @@ from zipimport import zipimporter
 from tqdm import tqdm
 
 from data.prepare.job import Job, Result
-from data.tokenizer import usable_cores
+from train.cores import usable_cores
 from train.recipe import RecipeError
 
 Item = TypeVar("Item")

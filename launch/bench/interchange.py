@@ -7,7 +7,6 @@ held before.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from launch.ranks import run_ranks
 from train import sizing
 from train.checkpoint import Progress
 from train.checkpoint_saver import CheckpointSaver
+from train.hush import no_bars
 from train.import_hf import import_folder
 from train.interchange.hf_folder import write_folder
 from train.interchange.safetensors_io import TensorInfo
@@ -133,7 +133,7 @@ def prepare(folder: Path, model: Model) -> dict[str, Work]:
     """Makes a model in each form; returns the operations on them, the copy first."""
     size = 2 * sizing.total_parameters(model)
     theirs, imported = folder / "hugging-face", folder / "imported"
-    with _quiet():
+    with no_bars():
         write_folder(Source(folder, model, RandomWeights(model)), theirs, shard_bytes=size // FILES)
         import_folder(theirs, imported)
     run = folder / "run"
@@ -190,7 +190,7 @@ def _timed(work: Work, out: Path) -> float:
     # What others left unwritten would be written at this one's expense.
     os.sync()
     begin = time.perf_counter()
-    with _quiet():
+    with no_bars():
         work(out)
     for file in out.rglob("*.safetensors"):
         with file.open("rb") as stream:
@@ -220,7 +220,7 @@ def _peak_of(work: Work, out: Path) -> int:
     """Bytes above those held before; the kernel's own high-water mark is set back first."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _memory("VmRSS")
-    with _quiet():
+    with no_bars():
         work(out)
     return _memory("VmHWM") - before
 
@@ -232,13 +232,6 @@ def _memory(key: str) -> int:
 
 def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the operations' own bars."""
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
-        yield
 
 
 def table(speeds: list[Speed], peaks: list[Peak]) -> str:

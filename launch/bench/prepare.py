@@ -22,8 +22,9 @@ from data.corpus import installed_corpus
 from data.manifest import Manifest
 from data.prepare.engines import Engine, Item, Processes, Spark, Stage
 from data.prepare.job import Job, Result
-from data.tokenizer import open_tokenizer, usable_cores
+from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards
+from train.cores import usable_cores
 from train.device import describe_hardware
 from train.preparation_schema import Preparation, Source, SourceKind
 from train.provenance import git_commit

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.ladder.plan import LadderPlan, Run
-from launch.ladder.runner import Timings, default_workers, missing, summary_of, train_missing
+from launch.ladder.runner import Timings, missing, summary_of, train_missing
+from train.cores import usable_cores
 from train.number_text import duration, short_number
 from train.recipe import RecipeError
 
@@ -149,9 +150,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their times; train nothing")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="train runs with such names alone")
     parser.add_argument("--hours", type=float, help="begin no run that would end later (default: no limit)")
-    parser.add_argument(
-        "--workers", type=int, default=default_workers(), help="runs at once (default: cores)"
-    )
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="runs at once (default: cores)")
     parser.add_argument("--scale", type=float, default=1.0, help="of every run's length (default: 1)")
     parser.add_argument("--no-mlflow", dest="mlflow", action="store_false", help="keep it out of MLflow")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison as JSON there too")

@@ -166,8 +166,3 @@ def _failed(run: Run, logs: Path, reason: str) -> RecipeError:
         key=run.recipe.name,
         remedy=f"see {log}; the same command goes on with what is missing",
     )
-
-
-def default_workers() -> int:
-    """A run per core."""
-    return len(os.sched_getaffinity(0))

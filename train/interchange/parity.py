@@ -6,9 +6,7 @@ fp32 on the CPU; both must fit in memory.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -105,13 +103,14 @@ def compare_all() -> Iterator[Parity]:
     """Exports, compares, imports and exports again a small random model for each architecture."""
     from tqdm import tqdm
 
+    from train.hush import no_bars
     from train.import_hf import import_folder
     from train.interchange.hf_folder import write_folder
     from train.interchange.weights import Source, open_weights
 
     for name, model in tqdm(SMALL_MODELS.items(), desc="architectures", leave=False):
         # One bar is enough.
-        with _quiet(), tempfile.TemporaryDirectory(prefix="parity-") as root:
+        with no_bars(), tempfile.TemporaryDirectory(prefix="parity-") as root:
             ours, theirs, back = (Path(root) / part for part in ("ours", "theirs", "back"))
             decoder = _random_decoder(model)
             write_folder(Source(ours, model, _DecoderWeights(decoder)), theirs, shard_bytes=100_000)
@@ -121,12 +120,6 @@ def compare_all() -> Iterator[Parity]:
             files = sorted(file.name for file in theirs.glob("*.safetensors"))
             same = all((theirs / file).read_bytes() == (back / file).read_bytes() for file in files)
         yield replace(row, same_bytes=same and len(files) > 1)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
-        yield
 
 
 def compare(source: Path, folder: Path) -> Parity:
@@ -148,17 +141,17 @@ def _compare(name: str, decoder: "Decoder", folder: Path) -> Parity:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from train.generate.kv_cache import CachedDecoder
+
     theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     length = min(64, decoder.cfg.max_sequence_tokens - NEW_TOKENS)
     ids_BS = torch.randint(0, decoder.cfg.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    text_BS = ids_BS[:1]
+    cached, fed_BS = CachedDecoder(decoder), ids_BS[:1]
     with torch.no_grad():
         ours_BSV, theirs_BSV = decoder(ids_BS).logits_BSV, theirs(ids_BS).logits
-        assert ours_BSV is not None
-        for _ in range(NEW_TOKENS):
-            logits_BSV = decoder(text_BS).logits_BSV
-            assert logits_BSV is not None
-            text_BS = torch.cat([text_BS, logits_BSV[:, -1:].argmax(-1)], dim=1)
+    assert ours_BSV is not None
+    for _ in range(NEW_TOKENS):
+        fed_BS = cached.feed(fed_BS).argmax(-1, keepdim=True)
     difference_BSV = (theirs_BSV - ours_BSV).abs()
     said = theirs.generate(
         ids_BS[:1],
@@ -168,7 +161,8 @@ def _compare(name: str, decoder: "Decoder", folder: Path) -> Parity:
         eos_token_id=None,
         pad_token_id=0,
     )
-    differing = (said != text_BS).flatten().nonzero()
+    assert cached.tokens_BN is not None
+    differing = (said != torch.cat([cached.tokens_BN, fed_BS], dim=1)).flatten().nonzero()
     return Parity(
         name,
         type(theirs).__name__,

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.cores import usable_cores
 from train.interchange.errors import InterchangeError
 from train.interchange.folders import read_json
 
@@ -162,6 +163,8 @@ def new_rows(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     block costs hundreds of page faults.
     """
     count = math.prod(shape)
+    if not count:
+        return torch.empty(tuple(shape), dtype=dtype)
     if count * dtype.itemsize > BLOCK_BYTES:
         memory = mmap.mmap(-1, count * dtype.itemsize, flags=PRIVATE)
     else:
@@ -261,7 +264,7 @@ def write_files(
         Exception: the first that ``blocks`` raised, after all files that could be finished.
     """
     stop = threading.Event()
-    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) + WAITING_THREADS, len(files))
+    threads = min(MOST_THREADS, usable_cores() + WAITING_THREADS, len(files))
     with _one_thread_each(), ThreadPoolExecutor(max(1, threads)) as pool:
         names = {
             pool.submit(_write_file, folder / name, header, blocks, stop): name

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from launch.ranks import run_ranks
 from train.interchange.errors import InterchangeError
 from train.interchange.safetensors_io import (
     BLOCK_BYTES,
@@ -19,6 +20,7 @@ from train.interchange.safetensors_io import (
     new_rows,
     write_files,
 )
+from train.topology import Topology
 
 INFOS = [TensorInfo(f"t{number}", torch.float32, (40, 3)) for number in range(6)]
 
@@ -56,6 +58,19 @@ def test_memory_is_used_again_only_when_no_tensor_holds_it() -> None:
     assert address in {new_rows((3,), torch.bfloat16).data_ptr() for _ in range(2)}
     whole = new_rows((BLOCK_BYTES,), torch.float32)
     assert whole.shape == (BLOCK_BYTES,) and not whole.any()
+    assert new_rows((0, 3), torch.bfloat16).shape == (0, 3)
+
+
+def test_forked_processes_do_not_share_it() -> None:
+    new_rows((2,), torch.int32).fill_(1)  # Memory that is there to be used again.
+
+    def work(topology: Topology) -> int:
+        mine = new_rows((2,), torch.int32)
+        mine.fill_(topology.rank)
+        torch.distributed.barrier()
+        return int(mine.sum())
+
+    assert run_ranks(2, work) == [0, 2]
 
 
 def _value(number: int) -> Tensor:
