@@ -10,6 +10,7 @@ on the same host sends it SIGUSR2, whose handler is faulthandler's (C, needs no 
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
@@ -204,7 +205,7 @@ class Watchdog:
         why = suspect.why + (" and is stopped (SIGSTOP or a debugger)" if state in "tT" else "")
         file = stacks_file(self.folder, suspect.rank)
         with contextlib.suppress(OSError):
-            os.kill(beat.pid, signal.SIGUSR2)
+            _signal_main_thread(beat.pid, signal.SIGUSR2)
             os.kill(beat.pid, signal.SIGCONT)
             _await_text(file)
             # It must not train on by itself.
@@ -229,6 +230,17 @@ def say_finding(finding: Finding) -> None:
     for suspect in finding.suspects:
         print(f"stacks of rank {suspect.rank}:\n{suspect.stacks or '(out of reach)'}", file=sys.stderr)
     sys.stderr.flush()
+
+
+def _signal_main_thread(pid: int, number: int) -> None:
+    """Signals the thread that trains, where the C library can name a thread; else the process.
+
+    A stopped process would hand the signal to whichever of its threads wakes first, and the stacks that
+    one writes may show the main thread where it has gone since.
+    """
+    tgkill = getattr(ctypes.CDLL(None), "tgkill", None)
+    if tgkill is None or tgkill(pid, pid, number) != 0:
+        os.kill(pid, number)
 
 
 def _await_text(file: Path) -> None:
