@@ -20,7 +20,17 @@ from train import metrics
 from train.number_text import short_number
 from train.recipe import RecipeError, load_recipe
 from train.report.run_record import RunRecord, read_run
-from train.report.scaling import CONFIDENCE, Advantage, Curve, Runs, ScalingError, advantages, fit_curves
+from train.report.scaling import (
+    CONFIDENCE,
+    SAME_FLOPS,
+    Advantage,
+    Curve,
+    Floats,
+    Runs,
+    ScalingError,
+    advantages,
+    fit_curves,
+)
 from train.run_folder import RECIPE_FILE
 from train.schema import Model, Recipe
 
@@ -29,8 +39,6 @@ Table = tuple[Row, list[Row]]
 """Heads and rows."""
 
 UNITS = {"nats": "nats/token", "bits_per_byte": "bits/byte"}
-SAME_FLOPS = 0.03
-"""Budgets that differ by less count as equal: families are matched to whole heads and experts."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Cell:
     difference: float | None
     """Loss less the baseline's at equal FLOPs; None where the baseline has no such budget."""
     interval: tuple[float, float] | None
-    """Of the difference (Welch's t over seeds); None where either side has one seed."""
+    """Of the difference; None where either side has one seed. See :func:`_interval`."""
 
     @property
     def verdict(self) -> str:
@@ -168,6 +176,7 @@ def compare(entries: Sequence[Entry], *, baseline: str | None = None, metric: st
         tuple(entry.family for entry in ordered),
         np.array([entry.flops for entry in ordered]),
         np.array([list(entry.losses.values()) for entry in ordered]),
+        tuple(entry.seed for entry in ordered),
     )
     notes = []
     if min(len(members) for members in runs.cells().values()) < 2:
@@ -292,19 +301,15 @@ def _cells(ordered: list[Entry], runs: Runs, baseline: str) -> list[Cell]:
     smallest = min(entry.flops for entry in ordered)
     cells = []
     for (family, flops), these in members.items():
-        means = np.array([np.mean(list(entry.losses.values())) for entry in these])
+        means = _means(these)
         others = next(
             (
-                np.array([np.mean(list(entry.losses.values())) for entry in them])
+                them
                 for (other, at), them in members.items()
                 if other == baseline != family and abs(at / flops - 1) < SAME_FLOPS
             ),
             None,
         )
-        interval = None
-        if others is not None and len(means) > 1 and len(others) > 1:
-            test = stats.ttest_ind(means, others, equal_var=False).confidence_interval(CONFIDENCE)
-            interval = (float(test.low), float(test.high))
         cells.append(
             Cell(
                 family=family,
@@ -320,11 +325,34 @@ def _cells(ordered: list[Entry], runs: Runs, baseline: str) -> list[Cell]:
                     domain: float(np.mean([entry.losses[domain] for entry in these]))
                     for domain in these[0].losses
                 },
-                difference=None if others is None else float(means.mean() - others.mean()),
-                interval=interval,
+                difference=None if others is None else float(means.mean() - _means(others).mean()),
+                interval=None if others is None else _interval(these, others),
             )
         )
     return cells
+
+
+def _means(entries: Sequence[Entry]) -> Floats:
+    """The loss of each run, over its domains, in the order of seeds."""
+    ordered = sorted(entries, key=lambda entry: entry.seed)
+    return np.array([np.mean(list(entry.losses.values())) for entry in ordered])
+
+
+def _interval(these: Sequence[Entry], others: Sequence[Entry]) -> tuple[float, float] | None:
+    """Of the difference of two cells' mean losses: Student's t over seeds.
+
+    Runs of one seed see the same data in the same order, so they are paired where both sides have the same
+    seeds; Welch's test, which takes them for independent, is for all else.
+    """
+    if min(len(these), len(others)) < 2:
+        return None
+    seeds, theirs = ({entry.seed for entry in cell} for cell in (these, others))
+    if seeds == theirs and len(seeds) == len(these) == len(others):
+        test = stats.ttest_rel(_means(these), _means(others))
+    else:
+        test = stats.ttest_ind(_means(these), _means(others), equal_var=False)
+    found = test.confidence_interval(CONFIDENCE)
+    return float(found.low), float(found.high)
 
 
 def _pairs(curves: dict[str, Curve], baseline: str) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ not of a model, so all families share it; three sizes then leave a degree of fre
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ START_EXPONENTS = (0.05, 0.15, 0.3, 0.6)
 REFERENCE_FLOPS_SHARE = 0.5
 """Quantile of the FLOPs that stand for one in the fit, so that A is a loss near the data."""
 CONFIDENCE = 0.95
+SAME_FLOPS = 0.03
+"""Budgets that differ by less count as equal: families are matched to whole heads and experts."""
 DRAWS = 1000
 
 
@@ -41,6 +43,8 @@ class Runs:
     """Training FLOPs [R]."""
     losses: Floats
     """Held-out loss by domain [R, D]."""
+    seeds: tuple[int, ...]
+    """Seed of each run, which chose the order of its data."""
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -54,7 +58,16 @@ class Runs:
     def of(self, families: Collection[str]) -> "Runs":
         """The runs of some families."""
         kept = [run for run, family in enumerate(self.family) if family in families]
-        return Runs(tuple(self.family[run] for run in kept), self.flops[kept], self.losses[kept])
+        return self.take(np.array(kept, dtype=int))
+
+    def take(self, chosen: NDArray[np.int_]) -> "Runs":
+        """Some of the runs, in this order; one may be there twice."""
+        return Runs(
+            tuple(self.family[run] for run in chosen),
+            self.flops[chosen],
+            self.losses[chosen],
+            tuple(self.seeds[run] for run in chosen),
+        )
 
     def cells(self) -> dict[tuple[str, float], list[int]]:
         """The runs that differ in their seed alone: by family and FLOPs."""
@@ -62,6 +75,35 @@ class Runs:
         for run, (family, flops) in enumerate(zip(self.family, self.flops, strict=True)):
             cells.setdefault((family, float(f"{flops:.6g}")), []).append(run)
         return cells
+
+    def draw(self, generator: np.random.Generator) -> "Runs":
+        """Runs drawn anew, as many in every cell, and domains, the same for all runs.
+
+        Cells of equal FLOPs that were trained with the same seeds draw the same ones: a seed chose the
+        order of the data for all of them, and what that does to a loss is no difference between families.
+        Losses are drawn away from their cell's mean by sqrt(n / (n - 1)), without which the variance of n
+        seeds would be too small by (n - 1) / n (the rescaled bootstrap of Rao and Wu 1988).
+        """
+        drawn: dict[tuple[object, ...], NDArray[np.int_]] = {}
+        chosen, losses = [], []
+        for (family, flops), members in self.cells().items():
+            members.sort(key=lambda run: self.seeds[run])
+            seeds = tuple(self.seeds[run] for run in members)
+            is_paired = len(set(seeds)) == len(seeds)
+            key = (self._budget(flops), seeds) if is_paired else (family, flops)
+            if key not in drawn:
+                drawn[key] = generator.integers(len(members), size=len(members))
+            cell = np.array(members)[drawn[key]]
+            mean = self.losses[members].mean(axis=0)
+            spread = np.sqrt(len(members) / max(len(members) - 1, 1))
+            chosen.append(cell)
+            losses.append(mean + spread * (self.losses[cell] - mean))
+        columns = generator.integers(self.losses.shape[1], size=self.losses.shape[1])
+        return replace(self.take(np.concatenate(chosen)), losses=np.concatenate(losses)[:, columns])
+
+    def _budget(self, flops: float) -> float:
+        """The least FLOPs of any run that count as equal to these."""
+        return float(min(self.flops[np.abs(self.flops / flops - 1) < SAME_FLOPS]))
 
 
 @dataclass(frozen=True)
@@ -194,8 +236,8 @@ def advantages(
 ) -> list[Advantage]:
     """The FLOP ratio at equal loss for each pair, with a bootstrap interval.
 
-    A draw takes seeds anew, with replacement, within each family and FLOP budget, and held-out domains
-    anew, the same for all runs (percentile interval; Efron and Tibshirani 1993, chapter 13).
+    A draw takes seeds anew, with replacement, within each FLOP budget, and held-out domains anew, the
+    same for all runs (percentile interval; Efron and Tibshirani 1993, chapter 13). See :meth:`Runs.draw`.
 
     Args:
         runs: at least two runs per cell or two domains; the interval is empty of meaning otherwise.
@@ -206,17 +248,9 @@ def advantages(
     curves = fit_curves(runs)
     point = {pair: _ratio(curves, *pair) for pair in pairs}
     generator = np.random.default_rng(seed)
-    cells = [np.array(members) for members in runs.cells().values()]
-    domains = runs.losses.shape[1]
     drawn: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
     for _ in range(draws):
-        chosen = np.concatenate([generator.choice(members, len(members)) for members in cells])
-        columns = generator.integers(domains, size=domains)
-        again = Runs(
-            tuple(runs.family[run] for run in chosen),
-            runs.flops[chosen],
-            runs.losses[np.ix_(chosen, columns)],
-        )
+        again = runs.draw(generator)
         fitted = fit_curves(again, start=curves)
         for pair in pairs:
             drawn[pair].append(_ratio(fitted, *pair)[0])

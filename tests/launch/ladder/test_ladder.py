@@ -12,7 +12,8 @@ from train import sizing
 from train.recipe import RecipeError
 
 YAMLS = Path(__file__).parents[3] / "yamls"
-LADDERS = sorted([YAMLS / "ladder.yaml", *YAMLS.glob("ablations/*.yaml")])
+OF_SIZES = sorted(YAMLS.glob("ladder*.yaml"))
+LADDERS = [*OF_SIZES, *sorted(YAMLS.glob("ablations/*.yaml"))]
 
 TINY = """
 name: tiny
@@ -70,8 +71,9 @@ def test_ladders_that_come_with_the_project_are_sound(path: Path) -> None:
     assert len({run.recipe.name for run in runs}) == len(runs) > 3
 
 
-def test_families_train_with_equal_flops_on_equal_data() -> None:
-    plan = LadderPlan(YAMLS / "ladder.yaml")
+@pytest.mark.parametrize("path", OF_SIZES, ids=lambda path: path.stem)
+def test_families_train_with_equal_flops_on_equal_data(path: Path) -> None:
+    plan = LadderPlan(path)
     for size in plan.ladder.sizes:
         runs = [run for run in plan.runs() if run.size == size]
         flops = {run.family: sizing.flops_per_token_training(run.recipe.model, 256).total for run in runs}

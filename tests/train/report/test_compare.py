@@ -118,6 +118,24 @@ def test_what_noise_alone_parts_is_not_significant(tmp_path: Path) -> None:
     assert row.verdict == "not significant"
 
 
+def test_seeds_that_both_sides_have_are_paired(tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    of_seed = generator.normal(0, 0.1, 3)
+    runs = []
+    for balance, worse in (("loss", 0.0), ("bias", 0.02)):
+        keys = [f"model.moe.balance={balance}"]
+        for seed in range(3):
+            loss = 3 + of_seed[seed] + worse + generator.normal(0, 0.002)
+            runs.append(leave(tmp_path, f"{balance}-{seed}", 1e15, {"code": loss}, seed, keys))
+    entries = read_entries(runs, group=["model.moe.balance"])
+    (row,) = [cell for cell in compare(entries, baseline="balance=loss").cells if cell.difference]
+    assert row.verdict == "higher loss"
+    # Without the pairs, what seeds do hides it: the same runs, as if of other seeds.
+    others = [replace(it, seed=it.seed + 10) if it.family == "balance=bias" else it for it in entries]
+    (row,) = [cell for cell in compare(others, baseline="balance=loss").cells if cell.difference]
+    assert row.verdict == "not significant"
+
+
 def test_one_seed_has_no_interval(ladder: list[Path]) -> None:
     comparison = compare(read_entries([run for run in ladder if run.name.endswith("-2-0")]))
     fine = next(cell for cell in comparison.cells if cell.family != "dense")
