@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch.ladder.plan import LadderPlan, Run
 from launch.ladder.runner import Timings, missing, summary_of, train_missing
+from launch.ladder.search import chosen, search_rates, told
 from train.cores import usable_cores
 from train.number_text import duration, short_number
 from train.recipe import RecipeError
@@ -37,14 +38,13 @@ def climb(plan: LadderPlan, folder: Path, options: argparse.Namespace) -> int:
     """Searches rates, trains, compares, tells MLflow."""
     deadline = time.time() + options.hours * 3600 if options.hours else None
     how = {"workers": options.workers, "deadline": deadline}
-    searched = plan.search_runs()
-    if train_missing(searched, folder, **how):
+    searched, losses = search_rates(plan, lambda runs: train_missing(runs, folder, **how))
+    if searched and not losses:
         print("the search of learning rates is not complete; the same command goes on with it")
         return INCOMPLETE_STATUS
-    multipliers = chosen(searched)
-    for line in told(plan, searched, multipliers):
+    for line in told(losses):
         print(line)
-    runs = plan.runs(multipliers)
+    runs = plan.runs(chosen(losses))
     wanted = [run for run in runs if fnmatch.fnmatch(run.recipe.name, options.only)]
     train_missing(wanted, folder, **how)
     left = missing(runs)
@@ -62,32 +62,6 @@ def climb(plan: LadderPlan, folder: Path, options: argparse.Namespace) -> int:
     if left:
         print(f"{len(left)} of {len(runs)} runs are missing; the same command goes on with them")
     return INCOMPLETE_STATUS if left else 0
-
-
-def chosen(searched: Sequence[Run]) -> dict[str, float]:
-    """Each family's multiplier with the lowest mean held-out loss."""
-    best: dict[str, tuple[float, float]] = {}
-    for run in searched:
-        summary = summary_of(run)
-        assert summary is not None, run
-        found = (summary.mean_validation_loss, run.multiplier)
-        best[run.family] = min(best.get(run.family, found), found)
-    return {family: multiplier for family, (_, multiplier) in best.items()}
-
-
-def told(plan: LadderPlan, searched: Sequence[Run], multipliers: dict[str, float]) -> list[str]:
-    """The search's result in words; a choice at the edge says that the best may lie beyond."""
-    lines = []
-    for family, multiplier in multipliers.items():
-        losses = {
-            run.multiplier: summary.mean_validation_loss
-            for run in searched
-            if run.family == family and (summary := summary_of(run))
-        }
-        tried = ", ".join(f"{key:g}x {loss:.4f}" for key, loss in sorted(losses.items()))
-        edge = "; at the edge of what was tried" if multiplier in (min(losses), max(losses)) else ""
-        lines.append(f"{family}: learning rate {multiplier:g}x the recipe's ({tried}){edge}")
-    return lines
 
 
 def compare_runs(plan: LadderPlan, folder: Path, there: Sequence[Run], options: argparse.Namespace) -> None:

@@ -31,13 +31,13 @@ class Family:
 
 @dataclass(frozen=True)
 class Search:
-    """How each family's learning rate is chosen: at one size, for all."""
+    """How each family's learning rate is chosen. Where the best is at the edge, more are tried beyond it."""
 
-    size: str = MISSING
+    multipliers: dict[str, list[float]] = MISSING
+    """By size: what is tried first, of each recipe's own learning rate. The one with the lowest mean held-out
+    loss is taken, by the sizes after it too until one with a search of its own."""
     seed: int = 100
     """Not one of the ladder's: a chosen run must not be counted among the results."""
-    multipliers: list[float] = MISSING
-    """Of each recipe's own learning rate; the one with the lowest mean held-out loss is taken."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Ladder:
     """Most that FLOPs per token may differ from the baseline's at a size; null: not compared."""
     search: Optional[Search] = None
     """null: the recipes' own learning rates."""
+
+
+Rates = dict[tuple[str, str], float]
+"""Multiplier of the learning rate by family and size that it was searched at."""
 
 
 @dataclass(frozen=True)
@@ -98,25 +102,28 @@ class LadderPlan:
         self._check()
 
     def search_runs(self) -> list[Run]:
-        """The runs that choose learning rates; none without a search."""
-        search = self.ladder.search
-        if search is None:
-            return []
+        """The runs that choose learning rates before any is tried beyond an edge; none without a search."""
         return [
-            self._run(family, self._search_size(family), search.seed, multiplier, is_search=True)
+            self.search_run(family, size, multiplier)
+            for size in self._searched()
             for family, entry in self.ladder.families.items()
-            if entry.rate_of is None
-            for multiplier in search.multipliers
+            if entry.rate_of is None and size in self._sizes(family)
+            for multiplier in self._searched()[size]
         ]
 
-    def runs(self, multipliers: dict[str, float] | None = None) -> list[Run]:
+    def search_run(self, family: str, size: str, multiplier: float) -> Run:
+        """The run that tries one learning rate."""
+        assert self.ladder.search is not None
+        return self._run(family, size, self.ladder.search.seed, multiplier, is_search=True)
+
+    def runs(self, rates: Rates | None = None) -> list[Run]:
         """The runs that count, the smallest first.
 
         Args:
-            multipliers: of each family's learning rate, from the search; None: 1.
+            rates: from the search; None: the recipes' own.
         """
         return [
-            self._run(family, size, seed, (multipliers or {}).get(entry.rate_of or family, 1.0))
+            self._run(family, size, seed, self._rate(entry.rate_of or family, size, rates or {}))
             for size in self.ladder.sizes
             for seed in self.ladder.seeds
             for family, entry in self.ladder.families.items()
@@ -160,10 +167,20 @@ class LadderPlan:
         sizes = self.ladder.families[family].sizes
         return self.ladder.sizes if sizes is None else sizes
 
-    def _search_size(self, family: str) -> str:
-        assert self.ladder.search is not None
-        there = self._sizes(family)
-        return self.ladder.search.size if self.ladder.search.size in there else there[0]
+    def _searched(self) -> dict[str, list[float]]:
+        """What is tried at each size with a search."""
+        search = self.ladder.search
+        return (
+            {size: search.multipliers[size] for size in self.ladder.sizes if size in search.multipliers}
+            if search
+            else {}
+        )
+
+    def _rate(self, family: str, size: str, rates: Rates) -> float:
+        """The multiplier found at the nearest size before this one, or else after it."""
+        place = self.ladder.sizes.index(size)
+        near = [*reversed(self.ladder.sizes[: place + 1]), *self.ladder.sizes[place + 1 :]]
+        return next((rates[family, at] for at in near if (family, at) in rates), 1.0)
 
     def _check(self) -> None:
         ladder, file = self.ladder, str(self.path)
@@ -182,11 +199,20 @@ class LadderPlan:
                     there = ", ".join(ladder.sizes)
                     key = f"families.{name}.sizes"
                     raise RecipeError(f"has {size}", key=key, remedy=f"sizes are {there}", file=file)
-        if ladder.search and ladder.search.size not in ladder.sizes:
-            there = ", ".join(ladder.sizes)
-            raise RecipeError(
-                f"is {ladder.search.size}", key="search.size", remedy=f"name one of {there}", file=file
-            )
+        for size, tried in (ladder.search.multipliers if ladder.search else {}).items():
+            key, there = f"search.multipliers.{size}", ", ".join(ladder.sizes)
+            if size not in ladder.sizes:
+                raise RecipeError("is no size", key=key, remedy=f"sizes are {there}", file=file)
+            if len(set(tried)) < 2 or min(tried) <= 0:
+                raise RecipeError(f"is {tried}", key=key, remedy="give two or more above 0", file=file)
+        for name, family in ladder.families.items():
+            if ladder.search and not family.rate_of and not set(self._sizes(name)) & set(self._searched()):
+                raise RecipeError(
+                    "is at no size with a search",
+                    key=f"families.{name}",
+                    remedy="give rate_of, or search.multipliers for a size of it",
+                    file=file,
+                )
         if ladder.search and ladder.search.seed in ladder.seeds:
             raise RecipeError(
                 f"is {ladder.search.seed}, one of the ladder's",

@@ -1,15 +1,21 @@
 """Ladders: what they make of their file, and one that is run to its end, cut off in between."""
 
 import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch.ladder import __main__ as ladder
-from launch.ladder.plan import LadderPlan
+from launch.ladder.plan import LadderPlan, Run
 from launch.ladder.runner import OVERHEAD_SECONDS, Timing, Timings
+from launch.ladder.search import MOST_TRIED, best_of, beyond, chosen, search_rates, told
+from tests.train.report.test_report import SUMMARY
 from train import sizing
 from train.recipe import RecipeError
+from train.summary import write_summary
 
 YAMLS = Path(__file__).parents[3] / "yamls"
 OF_SIZES = sorted(YAMLS.glob("ladder*.yaml"))
@@ -23,7 +29,7 @@ families:
 seeds: [1, 2]
 baseline: dense
 matched: 0.2
-search: {{ size: one, seed: 9, multipliers: [0.5, 1] }}
+search: {{ seed: 9, multipliers: {{ one: [0.5, 1] }} }}
 """
 SMALL = """
 extends: {smoke}
@@ -130,6 +136,44 @@ def test_time_is_predicted_from_the_nearest_run_of_the_family(tmp_path: Path) ->
     assert timings.predict(large) == pytest.approx(OVERHEAD_SECONDS + large.flops / 1e13 * 300)
 
 
+def test_the_search_goes_on_until_the_best_rate_lies_between_others(tiny: Path, tmp_path: Path) -> None:
+    plan = LadderPlan(tiny, overrides=[f"runs_dir={tmp_path}"])
+    best = {"dense": 4.0, "fine": 0.125}
+
+    def train(runs: Sequence[Run]) -> list[Run]:
+        for run in runs:
+            folder = tmp_path / run.recipe.name
+            folder.mkdir(exist_ok=True)
+            loss = 3 + abs(math.log2(run.multiplier / best[run.family]))
+            write_summary(folder, replace(SUMMARY, validation_loss={"code": loss}))
+        return []
+
+    runs, losses = search_rates(plan, train)
+    assert chosen(losses) == {("dense", "one"): 4.0, ("fine", "one"): 0.125}
+    assert sorted(losses["dense", "one"]) == [0.5, 1, 2, 4, 8]
+    assert sorted(losses["fine", "one"]) == [0.0625, 0.125, 0.25, 0.5, 1]
+    assert len({run.recipe.name for run in runs}) == 10
+    assert "dense: learning rate 4x the recipe's (0.5x" in told(losses)[0] and "edge" not in told(losses)[0]
+    counted = {(run.family, run.multiplier) for run in plan.runs(chosen(losses))}
+    assert counted == {("dense", 4.0), ("fine", 0.125)}
+    # A search that is cut off chooses nothing.
+    assert search_rates(plan, list)[1] == {}
+
+
+def test_a_diverged_run_is_never_the_best_and_an_end_comes() -> None:
+    assert best_of({1.0: 3.0, 2.0: math.nan}) == 1.0
+    assert beyond({1.0: 3.0, 2.0: 2.9, 4.0: math.nan}) is None
+    assert beyond({2.0**place: -place for place in range(MOST_TRIED)}) is None
+
+
+def test_a_size_without_a_search_takes_the_rate_of_the_one_before() -> None:
+    plan = LadderPlan(YAMLS / "ladder-long.yaml")
+    rates = {("dense", "s"): 8.0, ("dense", "m"): 4.0, ("fine", "s"): 2.0, ("fine", "m"): 1.0}
+    found = {(run.family, run.size): run.multiplier for run in plan.runs(rates)}
+    assert [found["dense", size] for size in "sml"] == [8, 4, 4]
+    assert found["finest", "l"] == found["fine", "l"] == 1
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
@@ -137,7 +181,8 @@ def test_time_is_predicted_from_the_nearest_run_of_the_family(tmp_path: Path) ->
         ("matched: 0.2", "matched: 0.0001", "FLOPs at size one"),
         ("seed: 9", "seed: 2", "search.seed: is 2, one of the ladder's"),
         ("seeds: [1, 2]", "seedz: [1, 2]", "seedz"),
-        ("size: one", "size: two", "search.size"),
+        ("one: [0.5, 1]", "two: [0.5, 1]", "search.multipliers.two: is no size; sizes are one"),
+        ("one: [0.5, 1]", "one: [1]", "search.multipliers.one: is [1.0]; give two or more"),
     ],
 )
 def test_mistakes_take_one_line(
