@@ -83,7 +83,8 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(noise: float, c
 
 
 def test_what_a_seed_does_to_all_families_widens_the_interval_less() -> None:
-    paired, apart = [], []
+    paired: list[float] = []
+    apart: list[float] = []
     for seed in range(4):
         runs = runs_of(TRUTH, noise=0.003, common=0.02, domains=1, seed=seed)
         unpaired = replace(runs, seeds=tuple(range(len(runs.family))))
