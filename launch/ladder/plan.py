@@ -169,12 +169,8 @@ class LadderPlan:
 
     def _searched(self) -> dict[str, list[float]]:
         """What is tried at each size with a search."""
-        search = self.ladder.search
-        return (
-            {size: search.multipliers[size] for size in self.ladder.sizes if size in search.multipliers}
-            if search
-            else {}
-        )
+        tried = self.ladder.search.multipliers if self.ladder.search else {}
+        return {size: tried[size] for size in self.ladder.sizes if size in tried}
 
     def _rate(self, family: str, size: str, rates: Rates) -> float:
         """The multiplier found at the nearest size before this one, or else after it."""
