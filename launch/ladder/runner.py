@@ -16,6 +16,7 @@ from statistics import median
 from tqdm import tqdm
 
 from launch.ladder.plan import Run
+from train.exit_status import REPLAY_STATUS
 from train.number_text import duration
 from train.recipe import RecipeError
 from train.summary import Summary, read_summary
@@ -26,6 +27,8 @@ FIRST_GUESS_FLOPS = 4e10
 OVERHEAD_SECONDS = 10.0
 """Of every run, whatever its length: building, the last validation, sample, report."""
 POLL_SECONDS = 0.5
+DIVERGED_FILE = "diverged"
+"""In the folder of a search's run that twice met a step that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,14 @@ def summary_of(run: Run) -> Summary | None:
     return read_summary(Path(run.recipe.runs_dir) / run.recipe.name)
 
 
+def has_diverged(run: Run) -> bool:
+    """Whether a search's run was given up: its learning rate is too high."""
+    return _diverged_file(run).is_file()
+
+
 def missing(runs: Sequence[Run]) -> list[Run]:
-    """The runs that are not complete."""
-    return [run for run in runs if summary_of(run) is None]
+    """The runs that are neither complete nor given up."""
+    return [run for run in runs if summary_of(run) is None and not has_diverged(run)]
 
 
 def train_missing(runs: Sequence[Run], folder: Path, *, workers: int, deadline: float | None) -> list[Run]:
@@ -108,23 +116,20 @@ def train_missing(runs: Sequence[Run], folder: Path, *, workers: int, deadline: 
     timings = Timings(folder / "timings.jsonl")
     total = sum(run.flops for run in waiting)
     with tqdm(total=total, unit="FLOP", unit_scale=True, dynamic_ncols=True) as bar:
-        for timing in _train(waiting, timings, logs, workers, deadline):
-            bar.update(timing.flops)
-            tqdm.write(
-                f"{timing.run}: {duration(timing.taken_seconds)}, "
-                f"predicted {duration(timing.predicted_seconds)}"
-            )
+        for run, words in _train(waiting, timings, logs, workers, deadline):
+            bar.update(run.flops)
+            tqdm.write(f"{run.recipe.name}: {words}")
     return missing(runs)
 
 
 def _train(
     waiting: list[Run], timings: Timings, logs: Path, workers: int, deadline: float | None
-) -> Iterator[Timing]:
-    """Keeps ``workers`` runs going and tells of each that ends."""
+) -> Iterator[tuple[Run, str]]:
+    """Keeps ``workers`` runs going and tells of each that ends how it did."""
     from launch.ranks import RankError, Ranks
     from train.run import run as train
 
-    queue = list(waiting)
+    queue, replayed = list(waiting), set[str]()
     going: list[tuple[Run, Ranks[int], float, float]] = []
     try:
         while queue or going:
@@ -149,14 +154,27 @@ def _train(
                         (status,) = ranks.results(timeout_seconds=60)
                 except RankError as error:
                     raise _failed(run, logs, str(error).strip().splitlines()[-1]) from None
-                if status != 0:
-                    raise _failed(run, logs, f"status {status}")
-                timing = Timing(run.recipe.name, run.family, run.flops, predicted, time.monotonic() - begun)
-                timings.add(timing)
-                yield timing
+                name, seconds = run.recipe.name, time.monotonic() - begun
+                if status == REPLAY_STATUS and name not in replayed:
+                    # A passing fault of the machine does not come back.
+                    replayed.add(name)
+                    queue.insert(0, run)
+                elif status == REPLAY_STATUS and run.is_search:
+                    _diverged_file(run).touch()
+                    yield run, f"diverged within {duration(seconds)}: not among the rates to choose from"
+                elif status != 0:
+                    not_finite = "a step is not finite, nor is it again"
+                    raise _failed(run, logs, not_finite if status == REPLAY_STATUS else f"status {status}")
+                else:
+                    timings.add(Timing(name, run.family, run.flops, predicted, seconds))
+                    yield run, f"{duration(seconds)}, predicted {duration(predicted)}"
     finally:
         for _, ranks, _, _ in going:
             ranks.kill()
+
+
+def _diverged_file(run: Run) -> Path:
+    return Path(run.recipe.runs_dir) / run.recipe.name / DIVERGED_FILE
 
 
 def _failed(run: Run, logs: Path, reason: str) -> RecipeError:

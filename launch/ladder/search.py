@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from launch.ladder.plan import LadderPlan, Rates, Run
-from launch.ladder.runner import summary_of
+from launch.ladder.runner import has_diverged, summary_of
 
 STEP = 2.0
 """Ratio of the next multiplier beyond an edge to the edge."""
@@ -41,12 +41,13 @@ def search_rates(plan: LadderPlan, train: Callable[[Sequence[Run]], list[Run]]) 
 
 
 def losses_of(runs: Sequence[Run]) -> Losses:
-    """What complete runs of a search came to."""
+    """What complete runs of a search came to; NaN for one that diverged."""
     losses: Losses = {}
     for run in runs:
         summary = summary_of(run)
-        assert summary is not None, run
-        losses.setdefault((run.family, run.size), {})[run.multiplier] = summary.mean_validation_loss
+        assert summary is not None or has_diverged(run), run
+        loss = summary.mean_validation_loss if summary else math.nan
+        losses.setdefault((run.family, run.size), {})[run.multiplier] = loss
     return losses
 
 
@@ -73,7 +74,10 @@ def told(losses: Losses) -> list[str]:
     lines = []
     for (family, size), tried in losses.items():
         where = family if size == "one" else f"{family} at {size}"
-        each = ", ".join(f"{key:g}x {loss:.4f}" for key, loss in sorted(tried.items()))
+        each = ", ".join(
+            f"{key:g}x {'diverged' if math.isnan(loss) else f'{loss:.4f}'}"
+            for key, loss in sorted(tried.items())
+        )
         edge = "; at the edge of what was tried" if best_of(tried) in (min(tried), max(tried)) else ""
         lines.append(f"{where}: learning rate {best_of(tried):g}x the recipe's ({each}){edge}")
     return lines

@@ -15,6 +15,7 @@ from launch.ladder.runner import OVERHEAD_SECONDS, Timing, Timings
 from launch.ladder.search import MOST_TRIED, best_of, beyond, chosen, search_rates, told
 from tests.train.report.test_report import SUMMARY
 from train import sizing
+from train.exit_status import REPLAY_STATUS
 from train.recipe import RecipeError
 from train.summary import write_summary
 
@@ -167,6 +168,28 @@ def test_a_diverged_run_is_never_the_best_and_an_end_comes() -> None:
     assert best_of({1.0: 3.0, 2.0: math.nan}) == 1.0
     assert beyond({1.0: 3.0, 2.0: 2.9, 4.0: math.nan}) is None
     assert beyond({2.0**place: -place for place in range(MOST_TRIED)}) is None
+
+
+def test_a_rate_that_makes_a_run_diverge_is_passed_over(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "MOST_TRIED", 2)
+    tiny.write_text(tiny.read_text().replace("[0.5, 1]", "[1, 1e30]"))
+    arguments = [str(tiny), f"runs_dir={tmp_path}/runs", "--only", "nothing"]
+    assert ladder.main(arguments) == ladder.INCOMPLETE_STATUS
+    printed = capfd.readouterr().out
+    assert printed.count("diverged within") == 2 and printed.count("1e+30x diverged)") == 2
+    assert "fine: learning rate 1x the recipe's" in printed
+    # Each was tried again before: a passing fault of the machine would not have come back.
+    assert printed.count(f"ended with status {REPLAY_STATUS}") == 4
+    # Given up for good, and no other run's time is predicted from theirs.
+    assert ladder.main(arguments) == ladder.INCOMPLETE_STATUS
+    assert "to train" not in capfd.readouterr().out
+    assert len(Timings(tmp_path / "runs/tiny/timings.jsonl").read()) == 2
+    # A run that counts is never given up.
+    tiny.write_text(tiny.read_text().replace("search:", "#"))
+    assert ladder.main([str(tiny), f"runs_dir={tmp_path}/high", "optimizer.learning_rate=1e30"]) == 2
+    assert "-seed1: ended early: a step is not finite, nor is it again" in capfd.readouterr().err
 
 
 def test_a_size_without_a_search_takes_the_rate_of_the_one_before() -> None:
