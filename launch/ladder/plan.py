@@ -36,8 +36,9 @@ class Search:
     multipliers: dict[str, list[float]] = MISSING
     """By size: what is tried first, of each recipe's own learning rate. The one with the lowest mean held-out
     loss is taken, by the sizes after it too until one with a search of its own."""
-    seed: int = 100
-    """Not one of the ladder's: a chosen run must not be counted among the results."""
+    seeds: list[int] = field(default_factory=lambda: [100])
+    """A rate's loss is the mean over them. None of the ladder's: a chosen run must not be counted among the
+    results."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +105,18 @@ class LadderPlan:
     def search_runs(self) -> list[Run]:
         """The runs that choose learning rates before any is tried beyond an edge; none without a search."""
         return [
-            self.search_run(family, size, multiplier)
+            run
             for size in self._searched()
             for family, entry in self.ladder.families.items()
             if entry.rate_of is None and size in self._sizes(family)
             for multiplier in self._searched()[size]
+            for run in self.search_of(family, size, multiplier)
         ]
 
-    def search_run(self, family: str, size: str, multiplier: float) -> Run:
-        """The run that tries one learning rate."""
-        assert self.ladder.search is not None
-        return self._run(family, size, self.ladder.search.seed, multiplier, is_search=True)
+    def search_of(self, family: str, size: str, multiplier: float) -> list[Run]:
+        """The runs that try one learning rate, one per seed of the search."""
+        seeds = self._search_seeds()
+        return [self._run(family, size, seed, multiplier, is_search=True) for seed in seeds]
 
     def runs(self, rates: Rates | None = None) -> list[Run]:
         """The runs that count, the smallest first.
@@ -133,11 +135,15 @@ class LadderPlan:
     def _run(self, family: str, size: str, seed: int, multiplier: float, *, is_search: bool = False) -> Run:
         recipe = self._recipe(family, size)
         place = [self.label, family] + ([size] if size != "one" else [])
-        name = "-".join([*place, f"rate{multiplier:g}" if is_search else f"seed{seed}"])
+        if is_search:
+            place.append(f"rate{multiplier:g}")
+        # The first seed of a search goes without saying, so that more can be added to one that was made.
+        if not is_search or seed != self._search_seeds()[0]:
+            place.append(f"seed{seed}")
         schedule = recipe.schedule
         recipe = dataclasses.replace(
             _scaled(recipe, self.scale),
-            name=name,
+            name="-".join(place),
             seed=seed,
             on_existing=OnExisting.resume,
             optimizer=dataclasses.replace(
@@ -171,6 +177,9 @@ class LadderPlan:
         """What is tried at each size with a search."""
         tried = self.ladder.search.multipliers if self.ladder.search else {}
         return {size: tried[size] for size in self.ladder.sizes if size in tried}
+
+    def _search_seeds(self) -> list[int]:
+        return self.ladder.search.seeds if self.ladder.search else []
 
     def _rate(self, family: str, size: str, rates: Rates) -> float:
         """The multiplier found at the nearest size before this one, or else after it."""
@@ -209,10 +218,12 @@ class LadderPlan:
                     remedy="give rate_of, or search.multipliers for a size of it",
                     file=file,
                 )
-        if ladder.search and ladder.search.seed in ladder.seeds:
+        if ladder.search and not ladder.search.seeds:
+            raise RecipeError("is empty", key="search.seeds", remedy="give one or more", file=file)
+        for seed in set(self._search_seeds()) & set(ladder.seeds):
             raise RecipeError(
-                f"is {ladder.search.seed}, one of the ladder's",
-                key="search.seed",
+                f"has {seed}, one of the ladder's",
+                key="search.seeds",
                 remedy="give another: a run that was chosen for its loss is no fair sample",
                 file=file,
             )

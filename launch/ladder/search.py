@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import mean
 
 from launch.ladder.plan import LadderPlan, Rates, Run
 from launch.ladder.runner import has_diverged, summary_of
@@ -12,7 +13,7 @@ MOST_TRIED = 10
 """Multipliers of one family at one size; a loss that still falls then is not a matter of the rate."""
 
 Losses = dict[tuple[str, str], dict[float, float]]
-"""Mean held-out loss by family and size, then by multiplier."""
+"""Mean held-out loss over domains and seeds by family and size, then by multiplier."""
 
 
 def search_rates(plan: LadderPlan, train: Callable[[Sequence[Run]], list[Run]]) -> tuple[list[Run], Losses]:
@@ -31,9 +32,10 @@ def search_rates(plan: LadderPlan, train: Callable[[Sequence[Run]], list[Run]]) 
             return runs, {}
         losses = losses_of(runs)
         more = [
-            plan.search_run(family, size, multiplier)
+            run
             for (family, size), tried in losses.items()
             if (multiplier := beyond(tried)) is not None
+            for run in plan.search_of(family, size, multiplier)
         ]
         if not more:
             return runs, losses
@@ -41,14 +43,14 @@ def search_rates(plan: LadderPlan, train: Callable[[Sequence[Run]], list[Run]]) 
 
 
 def losses_of(runs: Sequence[Run]) -> Losses:
-    """What complete runs of a search came to; NaN for one that diverged."""
-    losses: Losses = {}
+    """What complete runs of a search came to; NaN for a rate with a run that diverged."""
+    found: dict[tuple[str, str], dict[float, list[float]]] = {}
     for run in runs:
         summary = summary_of(run)
         assert summary is not None or has_diverged(run), run
         loss = summary.mean_validation_loss if summary else math.nan
-        losses.setdefault((run.family, run.size), {})[run.multiplier] = loss
-    return losses
+        found.setdefault((run.family, run.size), {}).setdefault(run.multiplier, []).append(loss)
+    return {place: {rate: mean(each) for rate, each in tried.items()} for place, tried in found.items()}
 
 
 def beyond(tried: dict[float, float]) -> float | None:

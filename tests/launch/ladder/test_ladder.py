@@ -31,7 +31,7 @@ families:
 seeds: [1, 2]
 baseline: dense
 matched: 0.2
-search: {{ seed: 9, multipliers: {{ one: [0.5, 1] }} }}
+search: {{ seeds: [9], multipliers: {{ one: [0.5, 1] }} }}
 """
 SMALL = """
 extends: {smoke}
@@ -171,6 +171,30 @@ def test_a_diverged_run_is_never_the_best_and_an_end_comes() -> None:
     assert beyond({2.0**place: -place for place in range(MOST_TRIED)}) is None
 
 
+def test_a_rate_is_judged_by_the_mean_over_the_search_s_seeds(tiny: Path, tmp_path: Path) -> None:
+    tiny.write_text(tiny.read_text().replace("seeds: [9], mult", "seeds: [9, 8], mult"))
+    plan = LadderPlan(tiny, overrides=[f"runs_dir={tmp_path}"])
+    # 1 is best with the first seed, 0.5 with both.
+    loss_of = {(0.25, 9): 3.5, (0.5, 9): 3.1, (1, 9): 3.0, (2, 9): 3.2}
+    loss_of |= {(0.25, 8): 3.5, (0.5, 8): 3.1, (1, 8): 3.4, (2, 8): 3.2}
+
+    def train(runs: Sequence[Run]) -> list[Run]:
+        for run in runs:
+            folder = tmp_path / run.recipe.name
+            folder.mkdir(exist_ok=True)
+            loss = {"code": loss_of[run.multiplier, run.recipe.seed]}
+            write_summary(folder, replace(SUMMARY, validation_loss=loss))
+        return []
+
+    runs, losses = search_rates(plan, train)
+    assert chosen(losses) == {("dense", "one"): 0.5, ("fine", "one"): 0.5}
+    assert losses["fine", "one"] == pytest.approx({0.25: 3.5, 0.5: 3.1, 1: 3.2})
+    # Those of the first seed have the names that they have without a second.
+    names = {run.recipe.name for run in runs if run.family == "fine"}
+    assert {"tiny-fine-rate1", "tiny-fine-rate1-seed8"} < names and len(names) == 6
+    assert search_rates(plan, list)[1] == {}
+
+
 def test_a_rate_that_makes_a_run_diverge_is_passed_over(
     tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +230,8 @@ def test_a_size_without_a_search_takes_the_rate_of_the_one_before() -> None:
     [
         ("baseline: dense", "baseline: sparse", "baseline: is sparse; name one of dense, fine"),
         ("matched: 0.2", "matched: 0.0001", "FLOPs at size one"),
-        ("seed: 9", "seed: 2", "search.seed: is 2, one of the ladder's"),
+        ("seeds: [9]", "seeds: [9, 2]", "search.seeds: has 2, one of the ladder's"),
+        ("seeds: [9]", "seeds: []", "search.seeds: is empty; give one or more"),
         ("seeds: [1, 2]", "seedz: [1, 2]", "seedz"),
         ("one: [0.5, 1]", "two: [0.5, 1]", "search.multipliers.two: is no size; sizes are one"),
         ("one: [0.5, 1]", "one: [1]", "search.multipliers.one: is [1.0]; give two or more"),
