@@ -1,6 +1,7 @@
 """A ladder: families of recipes at several sizes and seeds, and the runs that follow from it."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -204,31 +205,38 @@ class LadderPlan:
                     there = ", ".join(ladder.sizes)
                     key = f"families.{name}.sizes"
                     raise RecipeError(f"has {size}", key=key, remedy=f"sizes are {there}", file=file)
-        for size, tried in (ladder.search.multipliers if ladder.search else {}).items():
-            key, there = f"search.multipliers.{size}", ", ".join(ladder.sizes)
-            if size not in ladder.sizes:
-                raise RecipeError("is no size", key=key, remedy=f"sizes are {there}", file=file)
-            if len(set(tried)) < 2 or min(tried) <= 0:
-                raise RecipeError(f"is {tried}", key=key, remedy="give two or more above 0", file=file)
-        for name, family in ladder.families.items():
-            if ladder.search and not family.rate_of and not set(self._sizes(name)) & set(self._searched()):
-                raise RecipeError(
-                    "is at no size with a search",
-                    key=f"families.{name}",
-                    remedy="give rate_of, or search.multipliers for a size of it",
-                    file=file,
-                )
-        if ladder.search and not ladder.search.seeds:
-            raise RecipeError("is empty", key="search.seeds", remedy="give one or more", file=file)
-        for seed in set(self._search_seeds()) & set(ladder.seeds):
+        _require_each_once(ladder.seeds, "seeds", file)
+        _require_each_once(ladder.sizes, "sizes", file)
+        if ladder.search:
+            self._check_search(ladder.search)
+        if ladder.matched is not None:
+            self._require_matched(ladder.matched)
+
+    def _check_search(self, search: Search) -> None:
+        file = str(self.path)
+        _require_each_once(search.seeds, "search.seeds", file)
+        for seed in set(search.seeds) & set(self.ladder.seeds):
             raise RecipeError(
                 f"has {seed}, one of the ladder's",
                 key="search.seeds",
                 remedy="give another: a run that was chosen for its loss is no fair sample",
                 file=file,
             )
-        if ladder.matched is not None:
-            self._require_matched(ladder.matched)
+        for size, tried in search.multipliers.items():
+            key, there = f"search.multipliers.{size}", ", ".join(self.ladder.sizes)
+            if size not in self.ladder.sizes:
+                raise RecipeError("is no size", key=key, remedy=f"sizes are {there}", file=file)
+            _require_each_once(tried, key, file)
+            if len(tried) < 2 or min(tried) <= 0:
+                raise RecipeError(f"is {tried}", key=key, remedy="give two or more above 0", file=file)
+        for name, family in self.ladder.families.items():
+            if not family.rate_of and not set(self._sizes(name)) & set(self._searched()):
+                raise RecipeError(
+                    "is at no size with a search",
+                    key=f"families.{name}",
+                    remedy="give rate_of, or search.multipliers for a size of it",
+                    file=file,
+                )
 
     def _require_matched(self, most: float) -> None:
         seed = self.ladder.seeds[0]
@@ -265,6 +273,14 @@ def read_ladder(path: Path) -> Ladder:
         raise RecipeError(what, key=str(error.full_key or ""), file=str(path)) from None
     assert isinstance(found, Ladder)
     return found
+
+
+def _require_each_once(values: Sequence[float] | Sequence[str], key: str, file: str) -> None:
+    """Two runs of one name would train in one folder at once."""
+    if not values:
+        raise RecipeError("is empty", key=key, remedy="give one or more", file=file)
+    if len(set(values)) < len(values):
+        raise RecipeError(f"is {list(values)}", key=key, remedy="give each once", file=file)
 
 
 def _scaled(recipe: Recipe, scale: float) -> Recipe:

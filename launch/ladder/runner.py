@@ -163,8 +163,8 @@ def _train(
                     _diverged_file(run).touch()
                     yield run, f"diverged within {duration(seconds)}: not among the rates to choose from"
                 elif status != 0:
-                    not_finite = "a step is not finite, nor is it again"
-                    raise _failed(run, logs, not_finite if status == REPLAY_STATUS else f"status {status}")
+                    why = "a step is not finite, twice" if status == REPLAY_STATUS else f"status {status}"
+                    raise _failed(run, logs, why)
                 else:
                     timings.add(Timing(name, run.family, run.flops, predicted, seconds))
                     yield run, f"{duration(seconds)}, predicted {duration(predicted)}"

@@ -20,15 +20,7 @@ from train.number_text import short_number
 from train.recipe import RecipeError, load_recipe
 from train.report.cells import Cell, Entry, cells_of
 from train.report.run_record import RunRecord, read_run
-from train.report.scaling import (
-    CONFIDENCE,
-    Advantage,
-    Curve,
-    Runs,
-    ScalingError,
-    advantages,
-    fit_curves,
-)
+from train.report.scaling import CONFIDENCE, Advantage, Curve, Runs, ScalingError, advantages, fit_curves
 from train.run_folder import RECIPE_FILE
 from train.schema import Model, Recipe
 

@@ -214,7 +214,7 @@ def test_a_rate_that_makes_a_run_diverge_is_passed_over(
     # A run that counts is never given up.
     tiny.write_text(tiny.read_text().replace("search:", "#"))
     assert ladder.main([str(tiny), f"runs_dir={tmp_path}/high", "optimizer.learning_rate=1e30"]) == 2
-    assert "-seed1: ended early: a step is not finite, nor is it again" in capfd.readouterr().err
+    assert "-seed1: ended early: a step is not finite, twice" in capfd.readouterr().err
 
 
 def test_a_size_without_a_search_takes_the_rate_of_the_one_before() -> None:
@@ -232,6 +232,9 @@ def test_a_size_without_a_search_takes_the_rate_of_the_one_before() -> None:
         ("matched: 0.2", "matched: 0.0001", "FLOPs at size one"),
         ("seeds: [9]", "seeds: [9, 2]", "search.seeds: has 2, one of the ladder's"),
         ("seeds: [9]", "seeds: []", "search.seeds: is empty; give one or more"),
+        ("seeds: [1, 2]", "seeds: [1, 1]", "seeds: is [1, 1]; give each once"),
+        ("seeds: [1, 2]", "sizes: [one, one]\nseeds: [1, 2]", "sizes: is ['one', 'one']; give each once"),
+        ("one: [0.5, 1]", "one: [1, 1, 2]", "search.multipliers.one: is [1.0, 1.0, 2.0]; give each once"),
         ("seeds: [1, 2]", "seedz: [1, 2]", "seedz"),
         ("one: [0.5, 1]", "two: [0.5, 1]", "search.multipliers.two: is no size; sizes are one"),
         ("one: [0.5, 1]", "one: [1]", "search.multipliers.one: is [1.0]; give two or more"),
