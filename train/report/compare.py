@@ -107,9 +107,15 @@ def compare(entries: Sequence[Entry], *, baseline: str | None = None, metric: st
     families = sorted({entry.family for entry in entries})
     if baseline is None:
         baseline = next((family for family in families if family.startswith("dense")), families[0])
-    if baseline not in families or len(families) < 2:
+    if len(families) < 2:
+        raise RecipeError(
+            f"all runs are of one family, {families[0]}",
+            key="--group",
+            remedy="name a key of the recipe that sets them apart, for example optimizer.kind",
+        )
+    if baseline not in families:
         there = ", ".join(families)
-        raise RecipeError(f"families are {there}", key="--baseline", remedy="give one of two or more of them")
+        raise RecipeError(f"families are {there}", key="--baseline", remedy="give one of them")
     ordered = sorted(entries, key=lambda entry: (entry.family != baseline, entry.family, entry.flops))
     runs = Runs(
         tuple(entry.family for entry in ordered),
