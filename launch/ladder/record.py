@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from launch.ladder.plan import Ladder, Run
 from train.provenance import git_commit
 from train.report.compare import Comparison, as_json, write_csv
@@ -37,7 +39,7 @@ def send(ladder: Ladder, label: str, folder: Path, runs: Sequence[Run], *, is_co
     # MLflow tells of every migration of a new store, forty lines.
     logging.disable(logging.INFO)
     parent = _send_parent(ladder, label, folder, is_complete=is_complete)
-    for run in runs:
+    for run in tqdm(runs, desc="MLflow", unit="run", dynamic_ncols=True):
         run_dir = Path(run.recipe.runs_dir) / run.recipe.name
         facts = RunFacts.read(run_dir)
         tags = facts.tags | {
