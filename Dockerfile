@@ -22,7 +22,7 @@ COPY launch/install.sh launch/install.sh
 RUN PYTHON=$(command -v python3.11 || command -v python3) bash launch/install.sh
 
 # --build-arg COMPILED_MEGABLOCKS=yes compiles MegaBlocks' own sort, histogram and cumulative sums for H100s in
-# place of PyTorch's (train/leaf_ops.py). They are a small share of a step: the default needs no compiler to work.
+# place of PyTorch's (train/model/megablocks_ops.py). They are a small share of a step: the default needs no compiler to work.
 ARG COMPILED_MEGABLOCKS=no
 RUN if [ "$COMPILED_MEGABLOCKS" = yes ]; then \
         export TORCH_CUDA_ARCH_LIST=9.0 PATH="$PWD/.cache/tools/bin:$PATH" \

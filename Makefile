@@ -28,7 +28,7 @@ ui: install ## MLflow's page on the runs made here
 	@$(PY) -m train.tracking ui
 
 bench: install ## speed and memory against the peers, both sides in one run
-	@$(PY) -m launch.bench $(ARGS)
+	@$(PY) -m launch.experiments.bench $(ARGS)
 
 gpu-check: install ## prove kernels, numerics, memory and speed of this machine's GPU
 	@$(PY) -m launch.gpu_check $(ARGS)

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.packing import PADDING, Sample
+from data.shards.packing import PADDING, Sample
 
 # B sequences of a rank's batch, S tokens per sequence.
 

@@ -1,9 +1,9 @@
 """Batches of token ids for one rank, in an order that the recipe alone decides.
 
-Position n of training is one sample, a sequence of the shards' length; see :mod:`data.plan`. The stages
-of :mod:`data.curriculum` say which positions a batch holds and how many of them make up a sequence; rank r
-takes the r-th contiguous part of a batch. Worker processes take runs of whole batches in turn, and the
-loader hands them out in order, so that nothing depends on them.
+Position n of training is one sample, a sequence of the shards' length; see :mod:`data.order.plan`. The stages
+of :mod:`train.recipe.curriculum` say which positions a batch holds and how many of them make up a sequence;
+rank r takes the r-th contiguous part of a batch. Worker processes take runs of whole batches in turn, and
+the loader hands them out in order, so that nothing depends on them.
 
 **Resuming.** The loader has no state: it begins at ``start_sample``. A trainer saves how many samples
 it has trained on, over all ranks (Composer's ``timestamp.sample``), and builds the loader anew with
@@ -27,16 +27,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.batch import NO_TARGET, Batch, batch_of_block, make_batch, make_block, open_block
-from data.curriculum import Curriculum, Stage, plan_stages
-from data.manifest import Manifest, read_manifest, require_match, unigram_entropy
-from data.packing import PADDING, Sample
-from data.phases import domains_of
-from data.plan import Plan
-from data.shard_cache import fetch_indices, open_cache
-from data.streams import ShardFolder
+from data.order.plan import Plan
+from data.shards.cache import fetch_indices, open_cache
+from data.shards.manifest import Manifest, read_manifest, require_match, unigram_entropy
+from data.shards.packing import PADDING, Sample
+from data.shards.streams import ShardFolder
 from data.tokenizer import TokenizerHandle
-from train.recipe import RecipeError
-from train.schema import Recipe
+from train.recipe.curriculum import Curriculum, Stage, plan_stages
+from train.recipe.phases import domains_of
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Recipe
 
 # B sequences of a rank's batch, S tokens per sequence.
 

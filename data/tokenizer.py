@@ -1,7 +1,7 @@
 """Text to token ids and back: GPT-4's cl100k_base without a network, or a byte-level BPE of our own.
 
 Both kinds are the same thing, a table of byte strings with ranks, a pattern that cuts text into pieces
-and a few special tokens; tiktoken's encoder reads it, and :mod:`data.hugging_face_form` writes it for
+and a few special tokens; tiktoken's encoder reads it, and :mod:`data.text.hugging_face_form` writes it for
 Hugging Face. Text never makes a special token: a document that contains ``<|endoftext|>`` keeps it as
 thirteen characters, since only the writer of the shards may end a document.
 """
@@ -22,10 +22,10 @@ import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
-from data.hugging_face_form import read_form, write_form
-from train.cores import usable_cores
-from train.recipe import RecipeError
-from train.schema import Tokenizer, TokenizerKind
+from data.text.hugging_face_form import read_form, write_form
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Tokenizer, TokenizerKind
+from train.record.cores import usable_cores
 
 Tokens = NDArray[np.int32]
 BatchEncoder = Callable[[list[str]], list[Tokens]]

@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.corpus import Document, installed_corpus
-from data.manifest import MANIFEST_FILE, REJECTED_FILE, Manifest, check_shards, require_match
-from data.prepare.build import build_into
-from data.prepare.engines import Engine, Processes, open_engine
-from data.prepare.job import OUT
-from data.shard_cache import open_cache
-from data.upload import upload_shards
-from train.cores import usable_cores
-from train.recipe import RecipeError, load_recipe
-from train.schema import Recipe
+from data.shards.cache import open_cache
+from data.shards.manifest import MANIFEST_FILE, REJECTED_FILE, Manifest, check_shards, require_match
+from data.shards.upload import upload_shards
+from data.text.build import build_into
+from data.text.engines import Engine, Processes, open_engine
+from data.text.installed import Document, installed_corpus
+from data.text.job import OUT
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.schema import Recipe
+from train.record.cores import usable_cores
 
 
 def ensure_shards(recipe: Recipe) -> Manifest:

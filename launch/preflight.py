@@ -14,10 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.exit_status import UNFIT_STATUS, USAGE_STATUS
-from train.recipe import RecipeError, load_recipe
-from train.topology import Topology
-from train.validate import validate
+from train.recipe.exit_status import UNFIT_STATUS, USAGE_STATUS
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.rules import validate
+from train.recipe.topology import Topology
 
 if TYPE_CHECKING:
     from train.preflight.together import Findings, Row
@@ -52,12 +52,12 @@ def main(arguments: list[str]) -> int:
         print("preflight: importing torch", file=sys.stderr, flush=True)
     import torch
 
-    from launch.ranks import run_ranks
+    from launch.verify.forked_ranks import run_ranks
     from train.preflight.together import Findings, preflight
     from train.run import start_processes
 
     if options.trials is not None:
-        from launch.preflight_trials import run_trials
+        from launch.experiments.preflight_trials import run_trials
 
         return run_trials(options.ranks, options.trials, recipe.preflight.slow_factor, options.json)
 

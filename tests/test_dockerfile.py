@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.provenance import COMMIT_VARIABLE, git_commit
+from train.record.provenance import COMMIT_VARIABLE, git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 APT_LISTS = Path("/var/lib/apt/lists")

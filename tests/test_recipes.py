@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from data.curriculum import plan_stages
-from train import sizing
-from train.recipe import load_recipe
-from train.schema import Precision, Recipe
-from train.shrink import shrink
-from train.topology import Topology
-from train.validate import validate
+from train.recipe import sizes
+from train.recipe.curriculum import plan_stages
+from train.recipe.reading import load_recipe
+from train.recipe.rules import validate
+from train.recipe.schema import Precision, Recipe
+from train.recipe.tiny import shrink
+from train.recipe.topology import Topology
 
 YAMLS = Path(__file__).resolve().parents[1] / "yamls"
 LADDERS = set(YAMLS.glob("ladder*.yaml"))  # families of recipes: tests/launch/ladder checks them
@@ -57,36 +57,36 @@ def test_recipe_is_valid_on_its_gpus(path: Path) -> None:
     ranks = GPUS.get(path.stem, 1)
     recipe = load_recipe(path)
     validate(recipe, Topology(0, ranks, 0, 1), str(path))
-    assert sizing.microbatches_per_rank(recipe, ranks) >= 1
+    assert sizes.microbatches_per_rank(recipe, ranks) >= 1
 
 
 @pytest.mark.parametrize("stem", PUBLISHED)
 def test_size_is_the_published_one(stem: str) -> None:
     model = load_recipe(YAMLS / f"{stem}.yaml").model
-    assert (sizing.total_parameters(model), sizing.active_parameters(model)) == PUBLISHED[stem]
+    assert (sizes.total_parameters(model), sizes.active_parameters(model)) == PUBLISHED[stem]
 
 
 @pytest.mark.parametrize("stem", ROUNDED)
 def test_size_is_the_published_one_in_billions(stem: str) -> None:
     model = load_recipe(YAMLS / f"{stem}.yaml").model
-    sizes = sizing.total_parameters(model), sizing.active_parameters(model)
-    assert tuple(f"{n / 1e9:.2f}" for n in sizes) == ROUNDED[stem]
+    found = sizes.total_parameters(model), sizes.active_parameters(model)
+    assert tuple(f"{n / 1e9:.2f}" for n in found) == ROUNDED[stem]
 
 
 def test_decoder_has_exactly_the_listed_weights(path: Path) -> None:
-    from train.model import Decoder
+    from train.model.decoder import Decoder
 
     cfg = load_recipe(path).model
     real = {name: tuple(p.shape) for name, p in Decoder(cfg, device="meta").named_parameters()}
-    assert real == {weight.name: weight.shape for weight in sizing.weights(cfg)}
+    assert real == {weight.name: weight.shape for weight in sizes.weights(cfg)}
 
 
 def test_shrunken_form_is_valid_and_keeps_the_features(path: Path) -> None:
     recipe = load_recipe(path)
     small = shrink(recipe, steps=2)
     validate(small, Topology(), str(path))
-    assert sizing.batches(small) == 2
-    assert sizing.total_parameters(small.model) < 1e7
+    assert sizes.batches(small) == 2
+    assert sizes.total_parameters(small.model) < 1e7
     for feature in ("moe", "ffn", "position", "norm", "clip_qkv", "tie_embeddings"):
         assert getattr(small.model, feature) == getattr(recipe.model, feature)
     assert small.model.n_heads * recipe.model.n_kv_heads == recipe.model.n_heads * small.model.n_kv_heads
@@ -111,10 +111,10 @@ def _train(recipe: Recipe) -> list[float]:
     """Two optimizer steps over the same random tokens, in microbatches, on one process."""
     import torch
 
-    from train.composer_model import LanguageModel
-    from train.init import initialize
-    from train.model import Decoder
-    from train.optim import build_optimizer, clip_gradients
+    from train.layout.optim import build_optimizer, clip_gradients
+    from train.model.decoder import Decoder
+    from train.model.init import initialize
+    from train.step.language_model import LanguageModel
 
     training = recipe.training
     decoder = Decoder(

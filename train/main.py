@@ -11,13 +11,13 @@ from pathlib import Path
 # `python train/main.py` puts train/ itself on the path, where modules would shadow others.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.describe import describe_run
 from train.evaluate.suite import check_suite
-from train.exit_status import USAGE_STATUS
-from train.recipe import RecipeError, describe_keys, load_recipe, to_yaml
-from train.start import check_start
-from train.topology import Topology
-from train.validate import validate
+from train.hf.start import check_start
+from train.recipe.describe import describe_run
+from train.recipe.exit_status import USAGE_STATUS
+from train.recipe.reading import RecipeError, describe_keys, load_recipe, to_yaml
+from train.recipe.rules import validate
+from train.recipe.topology import Topology
 
 
 def main(arguments: list[str]) -> int:

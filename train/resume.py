@@ -5,28 +5,34 @@ from pathlib import Path
 
 from torch.optim import Optimizer
 
-from data.curriculum import Curriculum, continue_stages, from_json, plan_stages
-from data.manifest import Manifest
-from data.phases import domains_of
-from data.skips import declared_skips
-from data.supply import require_supply
-from train.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint, read_progress, set_aside
-from train.composer_model import LanguageModel
-from train.interchange.errors import InterchangeError
-from train.interchange.initial_weights import find_start, start_from
-from train.on_main import on_main, say
-from train.recipe import RecipeError
-from train.run_folder import (
+from data.order.epoch_budget import require_supply
+from data.shards.manifest import Manifest
+from train.checkpoint.files import (
+    Progress,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    read_progress,
+    set_aside,
+)
+from train.hf.errors import InterchangeError
+from train.hf.initial_weights import find_start, start_from
+from train.layout.ranks import on_main, say
+from train.recipe.curriculum import Curriculum, continue_stages, from_json, plan_stages
+from train.recipe.phases import domains_of
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Recipe
+from train.recipe.topology import Topology
+from train.record.run_folder import (
     CHECKPOINTS_FOLDER,
     LEDGER_FILE,
     METRICS_FILE,
     keep_recipe,
     require_same_data,
 )
-from train.schema import Recipe
-from train.step_log import EXPERT_LOAD_FILE, StepLog
-from train.topology import Topology
-from train.watch.alarms import ALARMS_FILE
+from train.record.skips import declared_skips
+from train.record.step_log import EXPERT_LOAD_FILE, StepLog
+from train.step.alarms import ALARMS_FILE
+from train.step.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -11,62 +11,63 @@ from composer.loggers import LoggerDestination
 from composer.utils import get_device
 from torch.optim import Optimizer
 
-from data.curriculum import Curriculum
 from data.loader import TrainLoader, ValidationSequences, build_train_loader, build_validation_loaders
-from data.manifest import Manifest
-from data.phases import domains_of
-from data.shard_cache import fetch_indices
+from data.shards.cache import fetch_indices
+from data.shards.manifest import Manifest
 from data.tokenizer import open_tokenizer
 from data.write_shards import ensure_shards
-from train import provenance, sizing
-from train.callbacks.balance import CountChoices
-from train.callbacks.checkpointing import Checkpointing
-from train.callbacks.console import Console
-from train.callbacks.expert_load import ExpertLoad
-from train.callbacks.learning_rate import LearningRate
-from train.callbacks.ledger import Domain, Ledger
-from train.callbacks.phases import Phases
-from train.callbacks.run_tracker import RunTracker
-from train.callbacks.skips import PassOver
-from train.callbacks.suite_evaluation import SuiteEvaluation
-from train.callbacks.throughput import Throughput
-from train.callbacks.update import BeforeUpdate
-from train.checkpoint import Progress
-from train.composer_model import LanguageModel
-from train.device import describe_hardware, measured_peak_flops, supports_bf16
+from train.checkpoint.files import Progress
+from train.evaluate.in_training import SuiteEvaluation
 from train.evaluate.scorer import Scorer
 from train.evaluate.suite import load_suite
 from train.evaluate.tasks import hugging_face_tokenizer
-from train.exit_status import REPLAY_STATUS, UNFIT_STATUS
 from train.generate.generation import OwnText
 from train.generate.sample_text import write_sample
-from train.hush import hush_libraries
-from train.init import initialize
-from train.interchange.initial_weights import freeze
-from train.model import Decoder
-from train.on_main import on_main, say
-from train.optim import build_optimizer
-from train.parallel import build_mesh, build_sharded
+from train.health.heartbeat import clear_records, is_supervised, record_failure, records_folder
+from train.health.joining import join, outlast_watchdog
+from train.health.watched import Watched, watched
+from train.hf.initial_weights import freeze
+from train.layout.device import describe_hardware, measured_peak_flops, supports_bf16
+from train.layout.mesh import build_mesh, build_sharded
+from train.layout.optim import build_optimizer
+from train.layout.ranks import on_main, say
+from train.model.decoder import Decoder
+from train.model.init import initialize
 from train.preflight.together import is_wanted, preflight
-from train.recipe import RecipeError
-from train.report.page import write_report
-from train.resume import Resumed, accept, drop_after, find_checkpoint, load_weights
-from train.run_folder import (
+from train.recipe import sizes
+from train.recipe.curriculum import Curriculum
+from train.recipe.exit_status import REPLAY_STATUS, UNFIT_STATUS
+from train.recipe.phases import domains_of
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Balance, Precision, Recipe
+from train.recipe.topology import Topology
+from train.record import provenance
+from train.record.console import Console
+from train.record.expert_load import ExpertLoad
+from train.record.quiet import hush_libraries
+from train.record.run_folder import (
     CHECKPOINTS_FOLDER,
     REPORT_FILE,
     claim_run_folder,
 )
-from train.schema import Balance, Precision, Recipe
-from train.summary import DatasetInput, Summary, write_summary
-from train.topology import Topology
+from train.record.run_tracker import RunTracker
+from train.record.summary import DatasetInput, Summary, write_summary
+from train.record.throughput import Throughput
+from train.report.run_page import write_report
+from train.resume import Resumed, accept, drop_after, find_checkpoint, load_weights
+from train.step.alarms import Alarms, NotFiniteError
+from train.step.balance import CountChoices
+from train.step.checkpointing import Checkpointing
+from train.step.data_log import Domain, Ledger
+from train.step.guard import Guard
+from train.step.language_model import LanguageModel
+from train.step.learning_rate import LearningRate
+from train.step.phases import Phases
+from train.step.rollback import Rollback, RollbackError, documents_of
+from train.step.skips import PassOver
+from train.step.update import BeforeUpdate
 from train.tracking.uploader import MlflowUploader
 from train.trainer import build_trainer
-from train.watch.alarms import Alarms, NotFiniteError
-from train.watch.guard import Guard
-from train.watch.joining import join, outlast_watchdog
-from train.watch.records import clear_records, is_supervised, record_failure, records_folder
-from train.watch.rollback import Rollback, RollbackError, documents_of
-from train.watch.watched import Watched, watched
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def build_model(recipe: Recipe, machine: Machine) -> tuple[LanguageModel, Optimi
         initialize(decoder, recipe.model, recipe.seed)
     freeze(decoder, recipe.training.frozen)
     model = LanguageModel(decoder, recipe, machine.precision)
-    say(topology, f"model of {sizing.total_parameters(recipe.model):,} parameters, {machine.precision.value}")
+    say(topology, f"model of {sizes.total_parameters(recipe.model):,} parameters, {machine.precision.value}")
     return model, build_optimizer(model, recipe.optimizer)
 
 
@@ -223,7 +224,7 @@ def update_callbacks(
         LearningRate(recipe, curriculum),
     ]
     if moe is not None and moe.balance is Balance.loss:
-        microbatches = sizing.most_microbatches(recipe, topology.world_size)
+        microbatches = sizes.most_microbatches(recipe, topology.world_size)
         callbacks.append(CountChoices(model, moe.balance_scope, microbatches))
     return [*callbacks, BeforeUpdate(moe, recipe.training.clip_norm, alarms, curriculum.sample_tokens)]
 
@@ -280,7 +281,7 @@ def assemble(
         )
     loggers: list[LoggerDestination] = []
     if topology.is_main:
-        flops = functools.partial(sizing.batch_flops_per_token, recipe.model, curriculum)
+        flops = functools.partial(sizes.batch_flops_per_token, recipe.model, curriculum)
         peak = measured_peak_flops(machine.device_type, machine.matrix_dtype)
         callbacks += [
             Throughput(flops, peak, topology.world_size, machine.device_type == "cuda"),
@@ -348,9 +349,9 @@ def finish(
         seconds=state.timestamp.total_wct.total_seconds() if state.timestamp.total_wct else 0.0,
         validation_loss=losses,
         unigram_entropy=job.unigram_entropy,
-        parameters_total=sizing.total_parameters(recipe.model),
-        parameters_active=sizing.active_parameters(recipe.model),
-        flops_per_token=sizing.training_flops(recipe).total / sizing.trained_tokens(recipe),
+        parameters_total=sizes.total_parameters(recipe.model),
+        parameters_active=sizes.active_parameters(recipe.model),
+        flops_per_token=sizes.training_flops(recipe).total / sizes.trained_tokens(recipe),
         peak_flops=measured_peak_flops(machine.device_type, machine.matrix_dtype),
         precision=machine.precision.value,
         devices=machine.topology.world_size,

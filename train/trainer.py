@@ -8,10 +8,10 @@ from composer.loggers import LoggerDestination
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from data.curriculum import Curriculum
-from train.checkpoint import Progress
-from train.composer_model import Batch, LanguageModel
-from train.schema import Recipe
+from train.checkpoint.files import Progress
+from train.recipe.curriculum import Curriculum
+from train.recipe.schema import Recipe
+from train.step.language_model import Batch, LanguageModel
 
 
 def build_trainer(

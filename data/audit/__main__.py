@@ -8,10 +8,10 @@ from pathlib import Path
 
 from data.audit.lookup import Sight, documents_of_step, steps_of_document
 from data.audit.proof import Proof, prove
-from data.audit.records import RunBooks
+from data.audit.run_data import RunBooks
 from data.explore.exploration import DOCUMENTS, describe, explore
-from data.explore.page import write_page
-from train.recipe import RecipeError
+from data.explore.shards_page import write_page
+from train.recipe.reading import RecipeError
 
 PAGE_FILE = "shards.html"
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.audit.records import RunBooks
+from data.audit.run_data import RunBooks
 from data.explore.sample import samples_of
-from data.packing import PADDING
-from data.plan import Plan
-from data.streams import ShardFolder
-from train.recipe import RecipeError
+from data.order.plan import Plan
+from data.shards.packing import PADDING
+from data.shards.streams import ShardFolder
+from train.recipe.reading import RecipeError
 
 
 @dataclass(frozen=True)

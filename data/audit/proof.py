@@ -1,10 +1,11 @@
 """The proof from the records that a run skipped nothing undeclared and read nothing twice.
 
 Four things are compared. The ledger's lines with themselves: every step is there once, and the positions of
-one begin where those of the step before end; what recipe or guard declared to be left out (:mod:`data.skips`)
-is passed over, and must not have been read. Each line with the plan: as many sequences of each domain as
-it has at those positions. Each line with the shards: the digest that the ranks made of the tokens they were
-fed, with the digest of what the shards hold there, every shard held to its own hash. And the plan with
+one begin where those of the step before end; what recipe or guard declared to be left out
+(:mod:`train.record.skips`) is passed over, and must not have been read. Each line with the plan: as many
+sequences of each domain as it has at those positions. Each line with the shards: the digest that the ranks
+made of the tokens they were fed, with the digest of what the shards hold there, every shard held to its own
+hash. And the plan with
 itself: over all positions, no sample of a domain is read again before all of them were read as often.
 """
 
@@ -13,9 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data.audit.records import LedgerStep, RunBooks
-from data.digest import MASK, digest_sequences
-from train.recipe import RecipeError
+from data.audit.run_data import LedgerStep, RunBooks
+from data.shards.digest import MASK, digest_sequences
+from train.recipe.reading import RecipeError
 
 CHUNK = 1 << 20
 """Positions whose picks are computed at once."""

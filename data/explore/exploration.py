@@ -10,8 +10,8 @@ from tqdm import tqdm
 from data.explore.clusters import DocumentMap, map_documents
 from data.explore.measure import DomainMeasures, Measures, measure_documents, measure_domains
 from data.explore.sample import Document, Shards, draw_documents, draw_lines
-from data.manifest import REJECTED_FILE
-from train.recipe import RecipeError
+from data.shards.manifest import REJECTED_FILE
+from train.recipe.reading import RecipeError
 
 DOCUMENTS = 1500
 """Drawn where nobody says how many: a page of some 2 MB."""

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.explore.sample import Document
-from data.prepare.duplicates import PERMUTATIONS, Resolution, resolve, sketch
-from data.prepare.language import language_of
-from data.prepare.words import hash_words
+from data.text.duplicates import PERMUTATIONS, Resolution, resolve, sketch
+from data.text.language import language_of
+from data.text.words import hash_words
 from data.tokenizer import TokenizerHandle
 
 # N documents, V vocabulary.

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.manifest import (
+from data.shards.cache import ShardCache, fetch_indices, open_cache
+from data.shards.manifest import (
     DOCUMENTS_FILE,
     MANIFEST_FILE,
     REJECTED_FILE,
@@ -18,14 +19,13 @@ from data.manifest import (
     Manifest,
     read_manifest,
 )
-from data.packing import PADDING
-from data.shard_cache import ShardCache, fetch_indices, open_cache
-from data.split import SPLITS
-from data.streams import ShardFolder
+from data.shards.packing import PADDING
+from data.shards.streams import ShardFolder
+from data.text.split import SPLITS
 from data.tokenizer import TokenizerHandle, open_tokenizer
-from train.recipe import RecipeError, load_recipe
-from train.run_folder import RECIPE_FILE
-from train.schema import Tokenizer, TokenizerKind
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.schema import Tokenizer, TokenizerKind
+from train.record.run_folder import RECIPE_FILE
 
 
 @dataclass(frozen=True)

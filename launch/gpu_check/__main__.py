@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> int:
         return 0
     print("gpu-check: importing Composer and MegaBlocks", flush=True)
     from launch.gpu_check.rows import Row, table
-    from train.device import describe_hardware
-    from train.provenance import git_commit
+    from train.layout.device import describe_hardware
+    from train.record.provenance import git_commit
 
     rows: list[Row] = []
     begun = time.monotonic()
@@ -82,8 +82,8 @@ def parts() -> "dict[str, Callable[[], list[Row]]]":
     from launch.gpu_check.kernels import check_kernels
     from launch.gpu_check.numerics import check_numerics
     from launch.gpu_check.step import check_step, gpu_of, slice_of
-    from train.recipe import load_recipe
-    from train.schema import Precision
+    from train.recipe.reading import load_recipe
+    from train.recipe.schema import Precision
 
     root = Path(__file__).resolve().parents[2]
     properties = torch.cuda.get_device_properties(0)

@@ -1,7 +1,7 @@
 """The kernels that a device uses against plain definitions in float64 on the CPU.
 
 On a GPU these are MegaBlocks' Triton kernels (gather, scatter, their gradients), the grouped matrix product
-and, where it is compiled, MegaBlocks' extension. On a CPU they are those of train/leaf_ops.py.
+and, where it is compiled, MegaBlocks' extension. On a CPU they are those of train/megablocks_ops.py.
 
 Shapes: T tokens, K experts per token, R = T x K routed rows, D width, N outputs, E experts.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from launch.gpu_check.rows import Row, deviation_row
-from train import leaf_ops
+from train.model import megablocks_ops
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error as a share of the largest value: rounding of the type over sums of some hundred terms."""
@@ -22,7 +22,7 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 def check_kernels(device: str, tokens: int = 4096, width: int = 1024) -> list[Row]:
     """Every kernel in fp32 and bf16, with experts that get no token, and with one that gets them all."""
-    leaf_ops.install()
+    megablocks_ops.install()
     rows = []
     for dtype, bound in BOUNDS.items():
         for routing, busy in (("2 of 16 idle", range(14)), ("one takes all", range(1))):

@@ -9,11 +9,11 @@ from torch import Tensor
 from launch.gpu_check.kernels import relative_error
 from launch.gpu_check.rows import Row, deviation_row
 from launch.verify.cases import INPUTS, STEPS, Layout, make_batches, make_case
-from train.optim import clip_gradients
+from train.layout.optim import clip_gradients
+from train.recipe.schema import Precision, Recipe
+from train.recipe.tiny import shrink
+from train.recipe.topology import Topology
 from train.run import Machine, build_model
-from train.schema import Precision, Recipe
-from train.shrink import shrink
-from train.topology import Topology
 
 BOUNDS = {
     Precision.fp32: {"loss": 1e-5, "expert choices": 0.0, "gradients": 1e-4, "weights": 1e-4},

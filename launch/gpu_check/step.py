@@ -9,13 +9,13 @@ from launch.gpu_check.rows import Row
 from launch.plan.hardware import GPUS, Gpu
 from launch.plan.memory import memory
 from launch.plan.step import make_plan
-from train import sizing
-from train.composer_model import Batch, LanguageModel
-from train.device import measured_peak_flops
-from train.optim import clip_gradients
+from train.layout.device import measured_peak_flops
+from train.layout.optim import clip_gradients
+from train.recipe import sizes
+from train.recipe.schema import Parallelism, Precision, Recipe
+from train.recipe.topology import Topology
 from train.run import Machine, build_model
-from train.schema import Parallelism, Precision, Recipe
-from train.topology import Topology
+from train.step.language_model import Batch, LanguageModel
 
 MEMORY_BOUND = 0.15
 """Largest error of the plan's peak, as a share of what was measured."""
@@ -79,8 +79,8 @@ def check_step(device: str, recipe: Recipe, gpu: Gpu | None, steps: int = TIMED_
 
 
 def _speed(device: str, recipe: Recipe, precision: Precision, found: Measured, gpu: Gpu | None) -> list[Row]:
-    tokens = sizing.tokens_per_batch(recipe) / found.step_seconds
-    flops = sizing.flops_per_token_training(recipe.model, recipe.data.sequence_tokens).total * tokens
+    tokens = sizes.tokens_per_batch(recipe) / found.step_seconds
+    flops = sizes.flops_per_token_training(recipe.model, recipe.data.sequence_tokens).total * tokens
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
     peak = measured_peak_flops(device, dtype)
     rows = [

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.plan.hardware import GPUS, gpu_named
-from launch.plan.page import write_html
+from launch.plan.plan_page import write_html
 from launch.plan.published import format_published, published_figures
 from launch.plan.search import remedies, search
 from launch.plan.step import make_plan
 from launch.plan.table5 import format_table5, table5
 from launch.plan.text import format_plan, format_search, plan_figures
-from train.recipe import RecipeError, load_recipe
+from train.recipe.reading import RecipeError, load_recipe
 
 USAGE_STATUS = 2
 DOES_NOT_FIT_STATUS = 1

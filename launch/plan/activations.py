@@ -1,7 +1,7 @@
 """What a forward pass keeps for the backward pass, and what the backward pass and the loss need beside it.
 
-A ledger of the tensors that autograd saves in :mod:`train.model`, read off the code and held to what it
-really saves on a CPU. Needs no torch.
+A ledger of the tensors that autograd saves in :mod:`train.model.decoder`, read off the code and held to
+what it really saves on a CPU. Needs no torch.
 
 Legend: B sequences, S tokens of each, T = B x S, D d_model, H query heads, G key-value width (n_kv_heads x
 head width), F ffn_hidden_size, E experts, K top_k, V vocab_size, C loss_chunk_tokens, L layers.
@@ -9,8 +9,8 @@ head width), F ffn_hidden_size, E experts, K top_k, V vocab_size, C loss_chunk_t
 
 from dataclasses import dataclass
 
-from train import sizing
-from train.schema import Ffn, Model, Norm, Position
+from train.recipe import sizes
+from train.recipe.schema import Ffn, Model, Norm, Position
 
 FP32 = 4
 BF16 = 2
@@ -139,7 +139,7 @@ def weight_copies(model: Model, numerics: Numerics) -> WeightCopies:
     """Copies where weights are not sharded; FSDP2 gathers bf16 and needs none."""
     if not numerics.copies_weights:
         return WeightCopies(0, 0, 0)
-    cast = [w for w in sizing.layer_weights(model, 0) if len(w.shape) > 1 and ".router." not in w.name]
+    cast = [w for w in sizes.layer_weights(model, 0) if len(w.shape) > 1 and ".router." not in w.name]
     layer = sum(w.elements for w in cast) * numerics.compute
     dense = sum(w.elements for w in cast if not w.is_expert) * numerics.compute
     return WeightCopies(model.n_layers * layer, model.n_layers * dense, layer)
@@ -163,7 +163,7 @@ class LossBytes:
 
 
 def loss_bytes(model: Model, batch: Microbatch, numerics: Numerics, chunk_tokens: int) -> LossBytes:
-    """Bytes of :func:`train.loss.chunked_cross_entropy`.
+    """Bytes of :func:`train.model.loss.chunked_cross_entropy`.
 
     A chunk's logits become their own gradient; its softmax is taken in fp32, on a CPU a few rows at a time.
     """
@@ -233,6 +233,6 @@ def layer_gradient_elements(model: Model) -> tuple[int, int]:
 
     The latter are all of the experts', or the last matrix of a dense feed-forward.
     """
-    found = list(sizing.layer_weights(model, 0))
+    found = list(sizes.layer_weights(model, 0))
     experts = sum(weight.elements for weight in found if weight.is_expert)
     return sum(weight.elements for weight in found), experts or found[-1].elements

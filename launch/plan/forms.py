@@ -6,10 +6,10 @@ nothing. Phases that differ in these alone are one form.
 
 from dataclasses import dataclass, replace
 
-from data.curriculum import plan_stages
-from data.phases import microbatch_sequences, phases_of
-from train import sizing
-from train.schema import Recipe
+from train.recipe import sizes
+from train.recipe.curriculum import plan_stages
+from train.recipe.phases import microbatch_sequences, phases_of
+from train.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Form:
     """Numbers of the phases that train in this form."""
 
     @property
-    def flops(self) -> sizing.Flops:
+    def flops(self) -> sizes.Flops:
         """Of all its tokens, attention at this length."""
-        token = sizing.flops_per_token_training(self.recipe.model, self.recipe.data.sequence_tokens)
-        return sizing.Flops(token.weights * self.tokens, token.attention * self.tokens)
+        token = sizes.flops_per_token_training(self.recipe.model, self.recipe.data.sequence_tokens)
+        return sizes.Flops(token.weights * self.tokens, token.attention * self.tokens)
 
 
 def forms(recipe: Recipe) -> list[Form]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from train.recipe import RecipeError
+from train.recipe.reading import RecipeError
 
 GIB = 2**30
 

@@ -20,8 +20,8 @@ from launch.plan.activations import (
     norm_bytes,
 )
 from launch.plan.hardware import GIB, Gpu
-from train import sizing
-from train.schema import Model, OptimizerKind, Parallelism, Precision, Recipe
+from train.recipe import sizes
+from train.recipe.schema import Model, OptimizerKind, Parallelism, Precision, Recipe
 
 FRAGMENTATION_SHARE = 0.05
 """Picked: of all that the allocator hands out, with expandable segments."""
@@ -69,7 +69,7 @@ class States:
 
 def states(model: Model, layout: Parallelism, world_size: int, rank: int, optimizer: OptimizerKind) -> States:
     """Bytes of one rank's shards, all fp32: AdamW has two moments and a counter per weight, Lion a moment."""
-    held = sizing.rank_weights(model, layout, world_size, rank)
+    held = sizes.rank_weights(model, layout, world_size, rank)
     elements = sum(held.values())
     moments = 2 * elements * FP32 + len(held) * FP32 if optimizer is OptimizerKind.adamw else elements * FP32
     return States(elements * FP32, elements * FP32, moments)
@@ -152,8 +152,8 @@ def gathered_bytes(model: Model, layout: Parallelism, world_size: int, compute_b
         compute_bytes: bytes per element of all that is not kept in fp32.
     """
     found: dict[str, int] = {}
-    for weight in sizing.weights(model):
-        place = sizing.placement(weight, layout, world_size)
+    for weight in sizes.weights(model):
+        place = sizes.placement(weight, layout, world_size)
         rows = place.rows_at_most(weight) * place.rows_over
         size = rows * (weight.elements // weight.shape[0]) * (FP32 if place.stays_fp32 else compute_bytes)
         found[place.unit] = found.get(place.unit, 0) + size

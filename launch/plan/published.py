@@ -28,8 +28,8 @@ from launch.plan.step_time import (
     update_work,
 )
 from launch.plan.traffic import Collective, Kind
-from train import sizing
-from train.schema import Ffn, Model, Moe, Position
+from train.recipe import sizes
+from train.recipe.schema import Ffn, Model, Moe, Position
 
 ADAM_BYTES = 8
 WITHIN = 0.15
@@ -69,7 +69,7 @@ class System:
 
 def flops_per_token(system: System) -> float:
     """Model FLOPs of a token in training, all positions attended to, as both sources count."""
-    flops = sizing.flops_per_token_training(system.model, system.sequence_tokens)
+    flops = sizes.flops_per_token_training(system.model, system.sequence_tokens)
     shared = 6 * 3 * system.model.d_model * system.shared_ffn * system.model.n_layers
     return flops.total + shared
 
@@ -125,9 +125,9 @@ def _exchanges(system: System, tokens: int) -> Iterable[Collective]:
 def _sharded(system: System) -> list[tuple[float, int, int]]:
     """Weights of one GPU's tensor, pipeline and expert part, and the group that shards them: size, stride."""
     model = system.model
-    experts = sum(w.elements for w in sizing.layer_weights(model, 0) if w.is_expert) * model.n_layers
+    experts = sum(w.elements for w in sizes.layer_weights(model, 0) if w.is_expert) * model.n_layers
     shared = 3 * model.d_model * system.shared_ffn * model.n_layers
-    rest = sizing.total_parameters(model) - experts + shared
+    rest = sizes.total_parameters(model) - experts + shared
     parts = [(rest / system.tensor / system.pipeline, system.copies, system.tensor)]
     if experts:
         # Folded, experts are spread over neighbouring GPUs whatever shares the other matrices.

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from data.phases import batch_sequences, phases_of
 from launch.plan.hardware import Gpu
 from launch.plan.step import Plan, make_plan
-from train.recipe import RecipeError
-from train.schema import Parallelism, Recipe
+from train.recipe.phases import batch_sequences, phases_of
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Parallelism, Recipe
 
 MOST_GPUS = 2**17
 

@@ -17,11 +17,11 @@ from launch.plan.step_time import (
     update_work,
 )
 from launch.plan.traffic import Collective, Kind, collectives
-from train import sizing
-from train.recipe import RecipeError
-from train.schema import OptimizerKind, Recipe
-from train.topology import Topology
-from train.validate import validate
+from train.recipe import sizes
+from train.recipe.reading import RecipeError
+from train.recipe.rules import validate
+from train.recipe.schema import OptimizerKind, Recipe
+from train.recipe.topology import Topology
 
 HOUR_SECONDS = 3600
 DAY_SECONDS = 24 * HOUR_SECONDS
@@ -102,18 +102,18 @@ class Plan:
     @property
     def tokens_per_second_per_gpu(self) -> float:
         """Throughput of a GPU."""
-        return sizing.tokens_per_batch(self.form.recipe) / self.step_seconds / self.world_size
+        return sizes.tokens_per_batch(self.form.recipe) / self.step_seconds / self.world_size
 
     @property
     def utilisation(self) -> float:
         """Model FLOPs, attention over all positions included, as a share of the peak (PaLM, appendix B)."""
-        token = sizing.flops_per_token_training(self.recipe.model, self.form.recipe.data.sequence_tokens)
+        token = sizes.flops_per_token_training(self.recipe.model, self.form.recipe.data.sequence_tokens)
         return token.total * self.tokens_per_second_per_gpu / self.gpu.matrix_flops
 
     @property
     def utilisation_of_weights(self) -> float:
         """6 x active parameters x tokens alone, as a share of the peak."""
-        token = sizing.flops_per_token_training(self.recipe.model, self.form.recipe.data.sequence_tokens)
+        token = sizes.flops_per_token_training(self.recipe.model, self.form.recipe.data.sequence_tokens)
         return token.weights * self.tokens_per_second_per_gpu / self.gpu.matrix_flops
 
     @property
@@ -122,10 +122,10 @@ class Plan:
         return sum(plan.form.batches * plan.step_seconds for plan in self.forms) / DAY_SECONDS
 
     @property
-    def flops(self) -> sizing.Flops:
+    def flops(self) -> sizes.Flops:
         """Of the whole run, attention at each form's length."""
         each = [plan.form.flops for plan in self.forms]
-        return sizing.Flops(sum(flops.weights for flops in each), sum(flops.attention for flops in each))
+        return sizes.Flops(sum(flops.weights for flops in each), sum(flops.attention for flops in each))
 
     @property
     def gpu_hours(self) -> float:
@@ -178,7 +178,7 @@ def make_plan(
             dollars_per_gpu_hour=dollars_per_gpu_hour,
             memory=memory(shaped, world_size, imbalance),
             collectives=traffic,
-            microbatches=sizing.microbatches_per_rank(shaped, world_size),
+            microbatches=sizes.microbatches_per_rank(shaped, world_size),
             parts=_parts(shaped, world_size, gpu, traffic, imbalance, efficiency),
             efficiency=efficiency,
             others=others,
@@ -209,7 +209,7 @@ def _parts(
 ) -> list[Part]:
     """Forward and backward passes of a microbatch, repeated, and the optimizer's step."""
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
-    microbatches = sizing.microbatches_per_rank(recipe, world_size)
+    microbatches = sizes.microbatches_per_rank(recipe, world_size)
     tokens = training.microbatch_sequences * recipe.data.sequence_tokens
     split = Split(expert=layout.expert, imbalance=imbalance if layout.expert > 1 else 1.0)
     forward = layer_work(model, tokens, recipe.data.sequence_tokens, split).times(model.n_layers)
@@ -220,7 +220,7 @@ def _parts(
     back = compute_seconds(forward.backward() + again, gpu, efficiency)
     links = link_seconds(traffic, gpu, efficiency)
     share = _forward_share(traffic, gpu)
-    held = sum(sizing.rank_weights(model, layout, world_size, 0).values())
+    held = sum(sizes.rank_weights(model, layout, world_size, 0).values())
     moments = 8 if recipe.optimizer.kind is OptimizerKind.adamw else 4
     update = update_work(held, moments, clips=training.clip_norm is not None)
     return [

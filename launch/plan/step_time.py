@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from launch.plan.hardware import Gpu
 from launch.plan.traffic import Collective
-from train.schema import Ffn, Model
+from train.recipe.schema import Ffn, Model
 
 BF16 = 2
 FP32 = 4
@@ -111,7 +111,7 @@ def layer_work(
 ) -> Work:
     """Forward pass of one layer for T tokens of one GPU, or of the GPUs that share its matrices.
 
-    Passes over memory element by element are counted as written in :mod:`train.model`: two norms, two
+    Passes over memory element by element are counted as written in :mod:`train.model.decoder`: two norms, two
     residual sums and their casts (12 D); clipping and rotation of queries, keys and values (4 D); gate,
     SiLU and product (5 F), or GELU (2 F); gathering and scattering routed rows (6 D for each).
 

@@ -7,9 +7,9 @@ way of counting, with the attention term beside it.
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.phases import phase_tokens, phases_of
-from train import sizing
-from train.recipe import load_recipe
+from train.recipe import sizes
+from train.recipe.phases import phase_tokens, phases_of
+from train.recipe.reading import load_recipe
 
 YAMLS = Path(__file__).resolve().parents[2] / "yamls"
 
@@ -66,15 +66,15 @@ def table5() -> list[Row]:
         weights[name] = attention[name] = 0
         for phase in phases_of(recipe):
             assert phase.sequence_tokens is not None
-            per_token = sizing.flops_per_token_training(recipe.model, phase.sequence_tokens)
+            per_token = sizes.flops_per_token_training(recipe.model, phase.sequence_tokens)
             weights[name] += per_token.weights * phase_tokens(phase)
             attention[name] += per_token.attention * phase_tokens(phase)
     return [
         Row(
             title=entry.title,
             recipe=entry.recipe,
-            total_parameters=sizing.total_parameters(recipes[entry.recipe].model),
-            active_parameters=sizing.active_parameters(recipes[entry.recipe].model),
+            total_parameters=sizes.total_parameters(recipes[entry.recipe].model),
+            active_parameters=sizes.active_parameters(recipes[entry.recipe].model),
             tokens=recipes[entry.recipe].training.duration_tokens,
             tokens_source=entry.tokens,
             flops=weights[entry.recipe],

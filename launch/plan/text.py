@@ -8,9 +8,9 @@ from launch.plan.memory import Memory, memory
 from launch.plan.search import choice_of
 from launch.plan.step import DAY_SECONDS, Plan
 from launch.plan.traffic import Collective
-from train import sizing
-from train.number_text import duration, short_number
-from train.schema import Recipe
+from train.recipe import sizes
+from train.recipe.schema import Recipe
+from train.recipe.units import duration, short_number
 
 IMBALANCES = (1.0, 1.25, 1.5, 2.0)
 EXPLANATIONS = {
@@ -45,7 +45,7 @@ def format_search(plans: list[Plan], show: int) -> str:
     for plan in plans[:show]:
         layout, training = plan.recipe.parallelism, plan.recipe.training
         lines.append(
-            f"{layout.replicate:>9}{sizing.shard_degree(layout, plan.world_size):>7}{layout.expert:>7}"
+            f"{layout.replicate:>9}{sizes.shard_degree(layout, plan.world_size):>7}{layout.expert:>7}"
             f"{training.microbatch_sequences:>7}{'yes' if training.activation_checkpointing else 'no':>10}"
             f"{plan.fullest.memory.total / GIB:>6.1f} GiB{plan.step_seconds:>7.2f} s"
             f"{plan.tokens_per_second_per_gpu:>11.0f}{plan.utilisation:>7.1%}{plan.days:>8.1f}"
@@ -64,7 +64,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "gpus": plan.world_size,
         "layout": {
             "replicate": layout.replicate,
-            "shard": sizing.shard_degree(layout, plan.world_size),
+            "shard": sizes.shard_degree(layout, plan.world_size),
             "expert": layout.expert,
         },
         "microbatches": plan.microbatches,
@@ -87,7 +87,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "utilisation_of_weights": plan.utilisation_of_weights,
         "forms": [_form_figures(each) for each in plan.forms],
         "training_flops": asdict(plan.flops),
-        "batches": sizing.batches(plan.recipe),
+        "batches": sizes.batches(plan.recipe),
         "days": plan.days,
         "gpu_hours": plan.gpu_hours,
         "dollars": plan.dollars,
@@ -114,13 +114,13 @@ def nearest_to_limit(plan: Plan) -> str:
 def _headline(plan: Plan) -> str:
     recipe, layout = plan.recipe, plan.recipe.parallelism
     training, shape = recipe.training, plan.form.recipe
-    shard = sizing.shard_degree(layout, plan.world_size)
+    shard = sizes.shard_degree(layout, plan.world_size)
     plural = "" if plan.microbatches == 1 else "es"
     recomputes = "with" if training.activation_checkpointing else "without"
     return "\n".join(
         [
-            f"{recipe.name}: {sizing.total_parameters(recipe.model) / 1e9:.2f}B parameters, "
-            f"{sizing.active_parameters(recipe.model) / 1e9:.2f}B active, "
+            f"{recipe.name}: {sizes.total_parameters(recipe.model) / 1e9:.2f}B parameters, "
+            f"{sizes.active_parameters(recipe.model) / 1e9:.2f}B active, "
             f"{short_number(training.duration_tokens)} tokens on {plan.world_size} x {plan.gpu.name}",
             f"layout: replicate {layout.replicate} x shard {shard} x expert {layout.expert}; "
             f"{plan.microbatches} microbatch{plural} of {shape.training.microbatch_sequences} x "
@@ -258,7 +258,7 @@ def _verdict(plan: Plan) -> str:
     lines = [
         f"{plan.tokens_per_second_per_gpu:,.0f} tokens/s per GPU, utilisation {plan.utilisation:.1%} "
         f"({plan.utilisation_of_weights:.1%} by 6 x active)",
-        f"{duration(plan.days * 86400)} for {sizing.batches(plan.recipe):,} steps; "
+        f"{duration(plan.days * 86400)} for {sizes.batches(plan.recipe):,} steps; "
         f"{plan.gpu_hours:,.0f} GPU-hours"
         + (f"; ${plan.dollars:,.0f} at ${plan.dollars_per_gpu_hour:g}" if plan.dollars_per_gpu_hour else ""),
         f"nearest to its limit: {nearest_to_limit(plan)}",

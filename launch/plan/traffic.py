@@ -1,6 +1,6 @@
 """What ranks send each other in one microbatch, collective by collective, and over which links.
 
-Bytes are those that :mod:`train.parallel` really moves: FSDP2 pads every weight to equal shards, gathers
+Bytes are those that :mod:`train.layout.mesh` really moves: FSDP2 pads every weight to equal shards, gathers
 bf16 and reduces fp32, and does so for every microbatch. Held to counted collectives of real gloo runs.
 Left out: collectives of a few bytes (the gradients' norm, counts of tokens).
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from launch.plan.hardware import Gpu
-from train import sizing
-from train.schema import Model, Parallelism
+from train.recipe import sizes
+from train.recipe.schema import Model, Parallelism
 
 FP32 = 4
 INT32 = 4
@@ -132,8 +132,8 @@ class _Unit:
     """Weights that FSDP2 gathers as one; one layer's stand for all layers'."""
 
     what: str
-    weights: tuple[sizing.Weight, ...]
-    placement: sizing.Placement
+    weights: tuple[sizes.Weight, ...]
+    placement: sizes.Placement
     count: int
 
     @property
@@ -146,23 +146,23 @@ class _Unit:
 
 
 def _units(model: Model, layout: Parallelism, world_size: int) -> list[_Unit]:
-    one_layer = list(sizing.layer_weights(model, 0))
-    outside = [weight for weight in sizing.weights(model) if ".blocks." not in weight.name]
-    groups: dict[str, list[sizing.Weight]] = {}
+    one_layer = list(sizes.layer_weights(model, 0))
+    outside = [weight for weight in sizes.weights(model) if ".blocks." not in weight.name]
+    groups: dict[str, list[sizes.Weight]] = {}
     for weight in one_layer + outside:
-        groups.setdefault(sizing.placement(weight, layout, world_size).unit, []).append(weight)
+        groups.setdefault(sizes.placement(weight, layout, world_size).unit, []).append(weight)
     return [
         _Unit(
             what=_unit_name(members[0]),
             weights=tuple(members),
-            placement=sizing.placement(members[0], layout, world_size),
+            placement=sizes.placement(members[0], layout, world_size),
             count=model.n_layers if ".blocks." in members[0].name else 1,
         )
         for members in groups.values()
     ]
 
 
-def _unit_name(weight: sizing.Weight) -> str:
+def _unit_name(weight: sizes.Weight) -> str:
     if weight.is_expert:
         return "experts"
     if ".router." in weight.name:
@@ -174,7 +174,7 @@ def _gathers(unit: _Unit, layers: int) -> int:
     """All-gathers of all units of this kind in one microbatch.
 
     Weights are gathered for the forward and again for the backward pass, which recomputation shares
-    (:func:`train.parallel.keep_recomputed_weights`); what is outside of the layers stays gathered.
+    (:func:`train.layout.mesh.keep_recomputed_weights`); what is outside of the layers stays gathered.
     """
     if unit.count == 1 and unit.what == "embeddings":
         return 1

@@ -14,10 +14,10 @@ from types import FrameType
 from launch.restart.history import LOG_FILE, Policy, read_log
 from launch.restart.look_back import look_back
 from launch.restart.supervisor import Supervisor
-from train.exit_status import PREEMPTED_STATUS, USAGE_STATUS
-from train.recipe import RecipeError, load_recipe
-from train.run_folder import require_resumption
-from train.watch.records import RECORDS_VARIABLE, Beat, pid_space, read_records
+from train.health.heartbeat import RECORDS_VARIABLE, Beat, pid_space, read_records
+from train.recipe.exit_status import PREEMPTED_STATUS, USAGE_STATUS
+from train.recipe.reading import RecipeError, load_recipe
+from train.record.run_folder import require_resumption
 
 EPILOG = """
 Any failure, an exception, a kill, a lost node or a hang, is followed by another try, which resumes from the

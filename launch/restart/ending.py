@@ -7,10 +7,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.exit_status import HANG_STATUS, PREEMPTED_STATUS, REPLAY_STATUS, UNFIT_STATUS, USAGE_STATUS
-from train.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
-from train.step_log import STEP
-from train.watch.records import (
+from train.health.heartbeat import (
     FINDING_FILE,
     LOST_HOST_FILE,
     Beat,
@@ -19,6 +16,9 @@ from train.watch.records import (
     read_record,
     read_records,
 )
+from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, REPLAY_STATUS, UNFIT_STATUS, USAGE_STATUS
+from train.record.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
+from train.record.step_log import STEP
 
 TAIL_BYTES = 1 << 16
 PEER_LOST = re.compile(

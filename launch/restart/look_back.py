@@ -11,9 +11,7 @@ from pathlib import Path
 
 from launch.restart.ending import explain
 from launch.restart.history import LOG_FILE, STOPPED_STATUS, History, Policy, ending_of, read_log, write_log
-from train.exit_status import HANG_STATUS, REPLAY_STATUS, UNFIT_STATUS
-from train.run_folder import SUMMARY_FILE
-from train.watch.records import (
+from train.health.heartbeat import (
     ENDED_FILE,
     FINDING_FILE,
     Beat,
@@ -24,6 +22,8 @@ from train.watch.records import (
     read_record,
     read_records,
 )
+from train.recipe.exit_status import HANG_STATUS, REPLAY_STATUS, UNFIT_STATUS
+from train.record.run_folder import SUMMARY_FILE
 
 BEGUN_FILE = "begun"
 """Its time is when the last try began."""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from launch.restart.ending import Ending, explain
 from launch.restart.history import BLAMES_HOST, LOG_FILE, History, Policy, read_log, write_log
-from train.exit_status import PREEMPTED_STATUS
-from train.watch.records import clear_records
+from train.health.heartbeat import clear_records
+from train.recipe.exit_status import PREEMPTED_STATUS
 
 
 @dataclass

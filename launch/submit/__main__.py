@@ -17,7 +17,7 @@ from launch.submit import hosts, kubernetes, mcli, skypilot, slurm
 from launch.submit.environment import describe
 from launch.submit.job import Device, Job, check_job
 from launch.submit.placement import check_placement
-from train.recipe import RecipeError
+from train.recipe.reading import RecipeError
 
 USAGE_STATUS = 2
 IMAGE_WORKDIR = "/finegrain"

@@ -7,7 +7,7 @@ ProcessGroupNCCL and of the caching allocator. What is not here is left at its d
 from dataclasses import dataclass
 
 from launch.submit.job import Device, Job
-from train.watch.records import RECORDS_VARIABLE
+from train.health.heartbeat import RECORDS_VARIABLE
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from train.recipe import RecipeError, load_recipe
-from train.run_folder import require_resumption
-from train.schema import Recipe
-from train.topology import Topology
-from train.validate import validate
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.rules import validate
+from train.recipe.schema import Recipe
+from train.recipe.topology import Topology
+from train.record.run_folder import require_resumption
 
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 CLAIM = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")

@@ -10,8 +10,8 @@ import yaml
 from launch.restart.history import STOPPED_STATUS
 from launch.submit.environment import environment, look_back_environment
 from launch.submit.job import Device, Job
-from train.exit_status import USAGE_STATUS
-from train.watch.records import HOST_VARIABLE
+from train.health.heartbeat import HOST_VARIABLE
+from train.recipe.exit_status import USAGE_STATUS
 
 REPLICATED_JOB = "node"
 MASTER_PORT = 29500

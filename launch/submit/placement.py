@@ -1,13 +1,13 @@
 """Where the ranks of each group of a layout land on nodes, by arithmetic.
 
-Rank r is on node r // gpus_per_node. Neighbouring ranks differ in `expert` first (train/parallel.py), so
+Rank r is on node r // gpus_per_node. Neighbouring ranks differ in `expert` first (train/layout/mesh.py), so
 a group of `expert` ranks is a run of neighbours that begins at a multiple of its size: it stays inside a
 node exactly if its size divides the node's GPUs. Every launcher here numbers ranks node by node.
 """
 
 from launch.submit.job import Job
-from train.recipe import RecipeError
-from train.schema import Recipe
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Recipe
 
 
 def expert_group(rank: int, expert: int) -> range:

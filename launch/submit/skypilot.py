@@ -7,7 +7,7 @@ import yaml
 
 from launch.submit.environment import environment, look_back_environment
 from launch.submit.job import Device, Job
-from train.exit_status import HANG_STATUS, PREEMPTED_STATUS, REPLAY_STATUS, UNFIT_STATUS
+from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, REPLAY_STATUS, UNFIT_STATUS
 
 MASTER_PORT = 29500
 

@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.recipe import RecipeError, load_recipe
-from train.schema import Balance, BalanceScope, Precision, Recipe
-from train.topology import Topology
-from train.validate import validate
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.rules import validate
+from train.recipe.schema import Balance, BalanceScope, Precision, Recipe
+from train.recipe.topology import Topology
 
 if TYPE_CHECKING:
     from launch.verify.case_run import Outcome
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         return USAGE_STATUS
     print(f"{recipe.name}: recipe is sound; importing torch, Composer and MegaBlocks", flush=True)
     if options.resume:
-        from launch.verify.resume import certify
+        from launch.verify.resumption import certify
 
         return certify(recipe, options.json, options.html, options.kills)
     return gate(recipe, options)
@@ -43,17 +43,17 @@ def main(arguments: list[str]) -> int:
 
 def gate(recipe: Recipe, options: argparse.Namespace) -> int:
     """Runs every case and reports."""
-    from launch.verify import report
+    from launch.verify import parity_report
 
     begun = time.monotonic()
     precisions = tuple(Precision(name) for name in options.precision) or precisions_of(recipe)
     outcomes = run_gate(recipe, tuple(options.worlds), tuple(options.inputs), precisions, options.inject)
     summary = describe(recipe, outcomes, time.monotonic() - begun)
     file = Path(options.html or f"parity-{recipe.name}.html")
-    report.write_html(file, summary, outcomes)
+    parity_report.write_html(file, summary, outcomes)
     if options.json:
-        Path(options.json).write_text(json.dumps(report.as_figures(summary, outcomes), indent=1))
-    difference = report.first_difference(outcomes)
+        Path(options.json).write_text(json.dumps(parity_report.as_figures(summary, outcomes), indent=1))
+    difference = parity_report.first_difference(outcomes)
     passed = sum(outcome.has_passed for outcome in outcomes)
     print(f"{passed} of {len(outcomes)} cases passed in {summary['seconds']} s; {file}")
     if difference:
@@ -83,11 +83,11 @@ def run_gate(
         precisions: fp32, bf16 or both.
         inject: a fault of :mod:`launch.verify.faults` to put in; its layout and input are run alone.
     """
-    from launch.ranks import RankError
-    from launch.verify import report
+    from launch.verify import parity_report
     from launch.verify.case_run import Outcome, import_optimizers, make_reference, run_case
     from launch.verify.cases import cases, find_case, reference_of
     from launch.verify.faults import FAULTS
+    from launch.verify.forked_ranks import RankError
 
     import_optimizers()
 
@@ -99,7 +99,7 @@ def run_gate(
         if fault.needs_global_scope:
             recipe = with_global_scope(recipe)
         todo = [find_case(recipe, fault.layout, fault.input, fault.precision)]
-    print(report.header(), flush=True)
+    print(parity_report.header(), flush=True)
     outcomes: list[Outcome] = []
     seen: tuple[object, ...] = ()
     seed = 0
@@ -116,7 +116,7 @@ def run_gate(
                 outcome.error = str(error)
             outcome.seconds = time.monotonic() - begun
             outcomes.append(outcome)
-            print(report.line(outcome), flush=True)
+            print(parity_report.line(outcome), flush=True)
     return outcomes
 
 
@@ -129,8 +129,8 @@ def with_global_scope(recipe: Recipe) -> Recipe:
 
 def describe(recipe: Recipe, outcomes: "list[Outcome]", seconds: float) -> dict[str, Any]:
     """What was run, for the report."""
-    from train.provenance import git_commit
-    from train.sizing import total_parameters
+    from train.recipe.sizes import total_parameters
+    from train.record.provenance import git_commit
 
     small = outcomes[0].case.recipe
     model, whole = small.model, recipe.model

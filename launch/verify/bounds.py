@@ -19,7 +19,7 @@ A plain process rounds less than FSDP2 (norms and embeddings stay fp32), so bf16
 
 import math
 
-from train.schema import Precision
+from train.recipe.schema import Precision
 
 UNIT_ROUNDOFF = 2.0**-8
 """Of bf16, which keeps 8 bits."""

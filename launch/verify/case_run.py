@@ -22,19 +22,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from data.curriculum import plan_stages
-from launch.ranks import run_ranks
 from launch.verify.bounds import BOUNDS, FLOOR, LEAST_CHANGE, LEAST_GAP
 from launch.verify.cases import Case, idle_experts, make_batches, own_rows, steer_router
+from launch.verify.forked_ranks import run_ranks
 from launch.verify.reference import CountTogether, build_rounding_reference, reference_recipe
-from train import leaf_ops
-from train.checkpoint import Progress
-from train.composer_model import Batch, LanguageModel
-from train.metrics import GRADIENT_NORM
-from train.moe import Router, Routing
+from train.checkpoint.files import Progress
+from train.model import megablocks_ops
+from train.model.moe import Router, Routing
+from train.recipe.curriculum import plan_stages
+from train.recipe.schema import Precision
+from train.recipe.topology import Topology
+from train.record.metrics import GRADIENT_NORM
 from train.run import Machine, build_model, update_callbacks
-from train.schema import Precision
-from train.topology import Topology
+from train.step.language_model import Batch, LanguageModel
 from train.trainer import build_trainer
 
 SEEDS = 50
@@ -98,7 +98,7 @@ class Record:
 
 def import_optimizers() -> None:
     """Imports what an optimizer would import when it is built, so that forked ranks find it imported."""
-    leaf_ops.install()
+    megablocks_ops.install()
     importlib.import_module("llmfoundry.optim.lion")
 
 

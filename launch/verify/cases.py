@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from data.curriculum import plan_stages
-from train.composer_model import Batch
-from train.loss import IGNORE
-from train.schema import BalanceScope, OptimizerKind, Parallelism, Precision, Recipe
-from train.shrink import shrink
+from train.model.loss import IGNORE
+from train.recipe.curriculum import plan_stages
+from train.recipe.schema import BalanceScope, OptimizerKind, Parallelism, Precision, Recipe
+from train.recipe.tiny import shrink
+from train.step.language_model import Batch
 
 STEPS = 3
 SEQUENCES = 8

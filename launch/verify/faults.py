@@ -20,12 +20,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from launch.verify.cases import Layout
-from train import model, parallel, run
-from train.attention import AttentionPlan
-from train.callbacks import balance, update
-from train.composer_model import LanguageModel
-from train.moe import MoE
-from train.schema import Precision
+from train import run
+from train.layout import mesh
+from train.model import decoder
+from train.model.attention import AttentionPlan
+from train.model.moe import MoE
+from train.recipe.schema import Precision
+from train.step import balance, update
+from train.step.language_model import LanguageModel
 
 Build = Callable[..., None]
 FOUR = Layout(2, 1, 2)
@@ -51,7 +53,7 @@ class Fault:
 @contextlib.contextmanager
 def after_building(change: Callable[[nn.Module], None]) -> Iterator[None]:
     """Changes the sharded decoder once it is built."""
-    original = parallel.build_sharded
+    original = mesh.build_sharded
 
     def build(decoder: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(decoder, *args, **kwargs)  # type: ignore[arg-type]
@@ -74,7 +76,7 @@ def _let_replicas_drift(decoder: nn.Module) -> None:
         group = moe.router._get_fsdp_state()._fsdp_param_group
         weight = moe.router.layer.weight
         assert group is not None and isinstance(weight, DTensor) and FOUR.shard == 1
-        alone = _mesh_resources.get_root_mesh(weight.device_mesh)[parallel.SHARD].get_group()
+        alone = _mesh_resources.get_root_mesh(weight.device_mesh)[mesh.SHARD].get_group()
         group.mesh_info.replicate_process_group = alone  # type: ignore[attr-defined]
 
 
@@ -131,8 +133,8 @@ def _clipping_with(
 
 def _times_for_experts(factor: float, parameter: nn.Parameter, shard: Tensor) -> Tensor:
     """A shard's squared norm, the experts' times a factor."""
-    mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-    is_expert = mesh is not None and parallel.EXPERT in (mesh.mesh_dim_names or ())
+    placed = parameter.device_mesh if isinstance(parameter, DTensor) else None
+    is_expert = placed is not None and mesh.EXPERT in (placed.mesh_dim_names or ())
     return shard.double().square().sum() * (factor if is_expert else 1.0)
 
 
@@ -154,15 +156,15 @@ def _count_microbatch_alone() -> AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _round_in_forward_alone() -> Iterator[None]:
     """FSDP2 casts what layers and experts are given; not when they are computed again."""
-    original = model.plan_attention
+    original = decoder.plan_attention
 
     def plan(*args: Any, **kwargs: Any) -> AttentionPlan:
         exact = original(*args, **kwargs | {"dtype": torch.float32})
         return original(*args, **kwargs)._replace(cos_SR=exact.cos_SR, sin_SR=exact.sin_SR)
 
     with (
-        mock.patch.object(model, "plan_attention", plan),
-        mock.patch.object(parallel, "replace", lambda policy, **_changes: policy),
+        mock.patch.object(decoder, "plan_attention", plan),
+        mock.patch.object(mesh, "replace", lambda policy, **_changes: policy),
     ):
         yield
 

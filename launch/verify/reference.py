@@ -8,14 +8,14 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from launch.verify.cases import Case, with_microbatch
-from train.callbacks.balance import microbatches_of
-from train.composer_model import LanguageModel
-from train.interchange.initial_weights import freeze
-from train.model import Decoder
-from train.moe import MoE
-from train.optim import build_optimizer
-from train.parallel import build_mesh, build_sharded
-from train.schema import BalanceScope, Parallelism, Precision, Recipe
+from train.hf.initial_weights import freeze
+from train.layout.mesh import build_mesh, build_sharded
+from train.layout.optim import build_optimizer
+from train.model.decoder import Decoder
+from train.model.moe import MoE
+from train.recipe.schema import BalanceScope, Parallelism, Precision, Recipe
+from train.step.balance import microbatches_of
+from train.step.language_model import LanguageModel
 
 
 def reference_recipe(case: Case) -> Recipe:

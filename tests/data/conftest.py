@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.corpus import Document
+from data.text.installed import Document
 from data.write_shards import build_shards
-from train.schema import Data, Recipe, Tokenizer, TokenizerKind, Training
+from train.recipe.schema import Data, Recipe, Tokenizer, TokenizerKind, Training
 
 WORDS = [
     *("the", "be", "to", "of", "and", "that", "have", "with", "cat", "saw", "ran", "red", "sea", "old"),

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from data.batch import NO_TARGET, Batch, make_batch, make_block, open_block
-from data.curriculum import continue_stages, plan_stages
 from data.loader import NO_POSITION, build_plan, build_train_loader, build_validation_loaders
-from data.manifest import unigram_entropy
-from data.packing import PADDING, Sample, pack
-from data.streams import ShardFolder
+from data.shards.manifest import unigram_entropy
+from data.shards.packing import PADDING, Sample, pack
+from data.shards.streams import ShardFolder
 from data.tokenizer import TokenizerHandle, open_tokenizer
-from train.recipe import RecipeError
-from train.schema import Recipe
+from train.recipe.curriculum import continue_stages, plan_stages
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Recipe
 
 BATCHES = 100
 

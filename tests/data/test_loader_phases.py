@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from data.batch import NO_TARGET, Batch
-from data.curriculum import plan_stages
 from data.loader import build_plan, build_train_loader, train_shards
 from data.tokenizer import TokenizerHandle, open_tokenizer
-from train.schema import Phase, Recipe
+from train.recipe.curriculum import plan_stages
+from train.recipe.schema import Phase, Recipe
 
 S = 32
 PHASES = [

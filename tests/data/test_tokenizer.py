@@ -8,11 +8,11 @@ import pytest
 import tiktoken
 
 from data import tokenizer as module
-from data.bpe import train_bpe
-from data.hugging_face_form import read_form
+from data.text.bpe import train_bpe
+from data.text.hugging_face_form import read_form
 from data.tokenizer import PROBES, TokenizerHandle, is_equal, open_tokenizer
-from train.recipe import RecipeError
-from train.schema import Recipe, Tokenizer, TokenizerKind
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Recipe, Tokenizer, TokenizerKind
 
 SMALL = Tokenizer(TokenizerKind.bpe, 400)
 HOME = Path(__file__).parents[2]

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.manifest import check_shards, entropy, read_manifest, require_match, unigram_entropy
-from data.packing import PADDING
-from data.streams import ShardFolder
+from data.shards.manifest import check_shards, entropy, read_manifest, require_match, unigram_entropy
+from data.shards.packing import PADDING
+from data.shards.streams import ShardFolder
 from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards, ensure_shards, main
 from tests.data.conftest import small_documents
-from train.recipe import RecipeError, to_yaml
-from train.schema import Model, Recipe
+from train.recipe.reading import RecipeError, to_yaml
+from train.recipe.schema import Model, Recipe
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -148,7 +148,7 @@ def test_damage_is_named_in_one_line(copy: Recipe, damage: Callable[[Path], None
 def test_large_shards_are_hashed_on_demand_alone(copy: Recipe, monkeypatch: pytest.MonkeyPatch):
     root = Path(copy.data.shards)
     flip(root / "code/train/shard.00000.mds")
-    monkeypatch.setattr("data.manifest.HASHED_BYTES", 10)
+    monkeypatch.setattr("data.shards.manifest.HASHED_BYTES", 10)
     check_shards(root)
     with pytest.raises(RecipeError, match="altered"):
         check_shards(root, every_byte=True)

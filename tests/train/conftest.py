@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from train.recipe import load_recipe, to_yaml
-from train.schema import Recipe
+from train.recipe.reading import load_recipe, to_yaml
+from train.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from train.model import Decoder
+    from train.model.decoder import Decoder
 
 
 SMOKE = Path(__file__).resolve().parents[2] / "yamls/smoke.yaml"
@@ -128,11 +128,11 @@ def make_run(tmp_path: Path) -> MakeRun:
     def make(recipe: Recipe) -> tuple[Path, "Decoder"]:
         import torch
 
-        from train.checkpoint import Progress
-        from train.checkpoint_saver import CheckpointSaver
-        from train.init import initialize
-        from train.model import Decoder
-        from train.topology import Topology
+        from train.checkpoint.files import Progress
+        from train.checkpoint.saver import CheckpointSaver
+        from train.model.decoder import Decoder
+        from train.model.init import initialize
+        from train.recipe.topology import Topology
 
         folder = tmp_path / recipe.name
         folder.mkdir()

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from data.curriculum import Skip, plan_stages, to_json
-from data.skips import Decision, write_decisions
-from train.checkpoint import Progress, keep_newest
-from train.recipe import RecipeError
+from train.checkpoint.files import Progress, keep_newest
+from train.recipe.curriculum import Skip, plan_stages, to_json
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Data, DataSkip, Recipe, Training
+from train.recipe.topology import Topology
+from train.record.run_folder import CHECKPOINTS_FOLDER
+from train.record.skips import Decision, write_decisions
 from train.resume import drop_after, find_checkpoint
-from train.run_folder import CHECKPOINTS_FOLDER
-from train.schema import Data, DataSkip, Recipe, Training
-from train.topology import Topology
 
 ALONE = Topology()
 RECIPE = Recipe(data=Data(domains={"a": 1.0}, sequence_tokens=32), training=Training(10240, 8, 4))
@@ -23,7 +23,7 @@ def save(folder: Path, batch: int, *skips: Skip) -> Path:
     """A checkpoint of nothing but its progress."""
     import torch
 
-    from train.checkpoint_saver import CheckpointSaver
+    from train.checkpoint.saver import CheckpointSaver
 
     model = torch.nn.Linear(2, 2)
     curriculum = dataclasses.replace(plan_stages(RECIPE), skips=skips)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from train.recipe import load_recipe
-from train.schema import Recipe
-from train.step_log import read_steps
-from train.topology import Topology
+from train.recipe.reading import load_recipe
+from train.recipe.schema import Recipe
+from train.recipe.topology import Topology
+from train.record.step_log import read_steps
 
 TinyRecipe = Callable[..., Recipe]
 
@@ -44,7 +44,7 @@ def _trained(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(
     tmp_path: Path, shards: Path, tiny_recipe: TinyRecipe, balance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train.callbacks.console import Console
+    from train.record.console import Console
 
     choice = f"model.moe.balance={balance}"
     whole = _run(tiny_recipe(tmp_path, shards, "whole", choice))

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from data.audit.proof import prove
-from data.audit.records import RunBooks
-from launch.ranks import Ranks
-from train import metrics
-from train.exit_status import PREEMPTED_STATUS
-from train.schema import Recipe
-from train.step_log import read_steps
-from train.topology import Topology
-from train.validate import validate
+from data.audit.run_data import RunBooks
+from launch.verify.forked_ranks import Ranks
+from train.recipe.exit_status import PREEMPTED_STATUS
+from train.recipe.rules import validate
+from train.recipe.schema import Recipe
+from train.recipe.topology import Topology
+from train.record import metrics
+from train.record.step_log import read_steps
 
 TinyRecipe = Callable[..., Recipe]
 
@@ -35,7 +35,7 @@ PHASES = (
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the first run builds shards of 25 samples, so that some longer sequences are of neighbours."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.prepare.mds.SHARD_BYTES", 1 << 13)
+        patch.setattr("data.text.mds.SHARD_BYTES", 1 << 13)
         yield tmp_path_factory.mktemp("shards") / "tiny"
 
 
@@ -56,8 +56,8 @@ def _books(recipe: Recipe) -> list[dict[str, Any]]:
 
 def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0, by: signal.Signals = signal.SIGTERM) -> None:
     """Trains in forked ranks; the last one gets a signal in the batch after which all are to end."""
-    from train.callbacks.phases import Phases
     from train.run import run
+    from train.step.phases import Phases
 
     validate(recipe, Topology(0, ranks, 0, ranks), recipe.name)
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from train.evaluate.suite import load_suite, missing_files, require_files, select
-from train.exit_status import USAGE_STATUS
-from train.recipe import RecipeError
+from train.recipe.exit_status import USAGE_STATUS
+from train.recipe.reading import RecipeError
 
 LENGTHS = "128,256,512"
 DEPTHS = "0,0.25,0.5,0.75,1"
@@ -34,9 +34,9 @@ def main(arguments: list[str]) -> int:
         print(f"evaluate: {error}", file=sys.stderr)
         return USAGE_STATUS
     print("evaluate: importing torch and LLM Foundry first", file=sys.stderr, flush=True)
-    from train.evaluate.checkpoint import evaluate_source
-    from train.hush import hush_libraries
-    from train.interchange.errors import InterchangeError
+    from train.evaluate.evaluation import evaluate_source
+    from train.hf.errors import InterchangeError
+    from train.record.quiet import hush_libraries
 
     hush_libraries()
     found = []

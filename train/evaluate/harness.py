@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.recipe import RecipeError
+from train.recipe.reading import RecipeError
 
 
 @dataclass(frozen=True)

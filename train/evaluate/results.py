@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train import metrics
 from train.evaluate.suite import Scores
-from train.run_folder import EVALUATION_FILE, METRICS_FILE
-from train.step_log import STEP, StepLog, read_steps
+from train.record import metrics
+from train.record.run_folder import EVALUATION_FILE, METRICS_FILE
+from train.record.step_log import STEP, StepLog, read_steps
 
 SUITE, HARNESS, RETRIEVAL, BITS = "suite", "harness", "retrieval", "bits_per_byte"
 """Kinds of records."""

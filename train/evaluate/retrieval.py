@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from train.evaluate.scorer import Scorer
-from train.recipe import RecipeError
+from train.recipe.reading import RecipeError
 
 Encode = Callable[[str], list[int]]
 HEX_DIGITS = 8

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.generate.kv_cache import CachedDecoder, flush_right
-from train.model import Decoder
-from train.schema import Precision
-from train.topology import Topology
+from train.model.decoder import Decoder
+from train.recipe.schema import Precision
+from train.recipe.topology import Topology
 
 
 class Scorer:

@@ -14,8 +14,8 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.recipe import RecipeError
-from train.schema import Recipe
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Recipe
 
 
 class Kind(str, Enum):

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from data.tokenizer import TokenizerHandle
 from train.evaluate.suite import Kind, Task
-from train.recipe import RecipeError
-from train.topology import Topology
+from train.recipe.reading import RecipeError
+from train.recipe.topology import Topology
 
 FOUNDRY_TYPES = {Kind.generation: "generation_task_with_answers"}
 """LLM Foundry's names of its task types, where they are not ours."""

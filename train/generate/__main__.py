@@ -17,7 +17,7 @@ from train.generate.chat import END, Message, chatml
 
 if TYPE_CHECKING:
     from train.generate.generation import Answer, Text
-    from train.model import Decoder
+    from train.model.decoder import Decoder
 
 USAGE_STATUS = 2
 
@@ -26,8 +26,8 @@ def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status (2: a mistake of the user)."""
     options = parse(arguments)
     print(f"generate: loading {options.source}; importing torch first", file=sys.stderr, flush=True)
-    from train.interchange.errors import InterchangeError
-    from train.recipe import RecipeError
+    from train.hf.errors import InterchangeError
+    from train.recipe.reading import RecipeError
 
     try:
         prompts = prompts_of(options)
@@ -75,7 +75,7 @@ def load(options: argparse.Namespace) -> "tuple[Decoder, Text]":
     import torch
 
     from train.generate.generation import text_of
-    from train.interchange.open_decoder import open_decoder
+    from train.hf.open_decoder import open_decoder
 
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     decoder, source = open_decoder(options.source, options.checkpoint, options.device, dtype)

@@ -13,10 +13,10 @@ import torch
 from data.tokenizer import TokenizerHandle, open_tokenizer
 from train.generate.kv_cache import CachedDecoder, flush_right
 from train.generate.sampling import Sampling, next_tokens
-from train.interchange.errors import InterchangeError
-from train.interchange.folders import SOURCE_FOLDER
-from train.interchange.weights import Source
-from train.model import Decoder
+from train.hf.errors import InterchangeError
+from train.hf.folders import SOURCE_FOLDER
+from train.hf.weights import Source
+from train.model.decoder import Decoder
 
 TOKENIZER_FILE = "tokenizer.json"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from train.attention import AttentionPlan, KeyValue, plan_attention
-from train.model import Block, Decoder
+from train.model.attention import AttentionPlan, KeyValue, plan_attention
+from train.model.decoder import Block, Decoder
 
 PADDING = -1
 """Marks a place without a token."""

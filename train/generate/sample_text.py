@@ -4,8 +4,8 @@ from pathlib import Path
 
 from train.generate.generation import OwnText, generate
 from train.generate.sampling import Sampling
-from train.model import Decoder
-from train.run_folder import SAMPLE_FILE
+from train.model.decoder import Decoder
+from train.record.run_folder import SAMPLE_FILE
 
 PROMPTS = ("def ", "The ", "Returns the ", "import ")
 TOKENS = 60

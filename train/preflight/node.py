@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.manifest import read_manifest
-from data.shard_index import open_index
-from train.recipe import RecipeError
-from train.schema import Recipe
+from data.shards.index import open_index
+from data.shards.manifest import read_manifest
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Recipe
 
 GPU_QUERY = "index,ecc.errors.uncorrected.volatile.total,clocks.max.sm,clocks_throttle_reasons.hw_slowdown"
 WRITTEN_BYTES = 1 << 24

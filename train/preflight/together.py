@@ -13,14 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train import provenance
-from train.fault_schema import Preflight, PreflightWhen
+from train.health.heartbeat import host_name
 from train.preflight.links import COLLECTIVES, MESSAGE_BYTES, measure_collectives, measure_links
 from train.preflight.node import SHARDS, Check, check_node
-from train.recipe import to_yaml
-from train.schema import Recipe
-from train.topology import Topology
-from train.watch.records import host_name
+from train.recipe.reading import to_yaml
+from train.recipe.reliability import Preflight, PreflightWhen
+from train.recipe.schema import Recipe
+from train.recipe.topology import Topology
+from train.record import provenance
 
 TOKEN_FILE = ".preflight-token"
 FIT, SLOW, UNFIT = "ok", "slow", "UNFIT"

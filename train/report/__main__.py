@@ -5,8 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-from train.recipe import RecipeError
-from train.report.page import describe, key_figures, write_report
+from train.recipe.reading import RecipeError
+from train.report.run_page import describe, key_figures, write_report
 from train.report.run_record import read_run
 
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from train import metrics
-from train.number_text import short_number
-from train.recipe import RecipeError, load_recipe
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.schema import Model, Recipe
+from train.recipe.units import short_number
+from train.record import metrics
+from train.record.run_folder import RECIPE_FILE
 from train.report.cells import Cell, Entry, cells_of
 from train.report.run_record import RunRecord, read_run
 from train.report.scaling import CONFIDENCE, Advantage, Curve, Runs, ScalingError, advantages, fit_curves
-from train.run_folder import RECIPE_FILE
-from train.schema import Model, Recipe
 
 Row = tuple[str, ...]
 Table = tuple[Row, list[Row]]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from train.report.compare import Comparison, advantage_rows, cell_rows
-from train.report.page import PAGE, figure, section, table
 from train.report.plots import COLOURS, STYLE, render
+from train.report.run_page import PAGE, figure, section, table
 
 CURVE_POINTS = 200
 FLOPS = "training FLOPs"

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from train import metrics
 from train.evaluate.results import BITS, HARNESS, RETRIEVAL, SUITE, read_results
+from train.record import metrics
 from train.report.plots import COLOURS, render
 from train.report.run_record import RunRecord
 
@@ -30,7 +30,7 @@ def _title(kind: str, name: str, record: dict[str, Any]) -> str:
 
 
 def _suite(record: dict[str, Any]) -> str:
-    from train.report.page import table
+    from train.report.run_page import table
 
     scores = record["scores"]
     rows = [
@@ -46,14 +46,14 @@ def _suite(record: dict[str, Any]) -> str:
 
 
 def _harness(record: dict[str, Any]) -> str:
-    from train.report.page import table
+    from train.report.run_page import table
 
     rows = [(name, found["metric"], f"{found['value']:.4f}") for name, found in record["tasks"].items()]
     return table(("task", "metric", "value"), [*rows, ("average", "", f"{record['average']:.4f}")])
 
 
 def _bits(record: dict[str, Any]) -> str:
-    from train.report.page import table
+    from train.report.run_page import table
 
     rows = [
         (name, f"{found['loss']:.4f}", f"{found['bits_per_byte']:.4f}", f"{found['tokens']:,}")
@@ -63,7 +63,7 @@ def _bits(record: dict[str, Any]) -> str:
 
 
 def _retrieval(record: dict[str, Any]) -> str:
-    from train.report.page import figure
+    from train.report.run_page import figure
 
     cells = record["cells"]
     caption = f"Share of {record['trials']} values found, by length of the prompt and place in it."
@@ -99,7 +99,7 @@ def retrieval_figure(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def _over_time(run: RunRecord) -> str:
-    from train.report.page import figure
+    from train.report.run_page import figure
 
     keys = metrics.match_names(metrics.EVALUATION_CATEGORY, run.keys)
     shown = {name: run.series(key) for name, key in keys.items()}

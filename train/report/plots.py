@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from train import metrics
+from train.record import metrics
 from train.report.run_record import RunRecord, Series
 
 # Shapes: N recorded steps, L layers, E experts.

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from train.recipe import RecipeError
-from train.run_folder import METRICS_FILE, RECIPE_FILE, SAMPLE_FILE
-from train.step_log import EXPERT_LOAD_FILE, SHARES, STEP, TOKENS, read_steps
-from train.summary import Summary, read_summary
+from train.recipe.reading import RecipeError
+from train.record.run_folder import METRICS_FILE, RECIPE_FILE, SAMPLE_FILE
+from train.record.step_log import EXPERT_LOAD_FILE, SHARES, STEP, TOKENS, read_steps
+from train.record.summary import Summary, read_summary
 
 # Shapes: N recorded steps, L layers, E experts.
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from train.metrics import find_metric
-from train.run_folder import METRICS_FILE
-from train.step_log import STEP, TIMESTAMP, lines_from
-from train.summary import DatasetInput
+from train.record.metrics import find_metric
+from train.record.run_folder import METRICS_FILE
+from train.record.step_log import STEP, TIMESTAMP, lines_from
+from train.record.summary import DatasetInput
 
 FACTS_FILE = "tracking.json"
 STATE_FILE = "mlflow.json"

@@ -14,9 +14,10 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.provenance import git_commit, package_versions
-from train.recipe import to_dict
-from train.run_folder import (
+from train.recipe.reading import to_dict
+from train.recipe.schema import Recipe
+from train.record.provenance import git_commit, package_versions
+from train.record.run_folder import (
     EVALUATION_FILE,
     METRICS_FILE,
     RECIPE_FILE,
@@ -24,8 +25,7 @@ from train.run_folder import (
     SAMPLE_FILE,
     SUMMARY_FILE,
 )
-from train.schema import Recipe
-from train.summary import DatasetInput
+from train.record.summary import DatasetInput
 from train.tracking.mlflow_upload import (
     URI_VARIABLE,
     RunFacts,

@@ -12,15 +12,15 @@ import pytest
 from data.audit.__main__ import main
 from data.audit.lookup import documents_of_step, steps_of_document
 from data.audit.proof import prove
-from data.audit.records import RunBooks
-from data.digest import digest_sequences
+from data.audit.run_data import RunBooks
 from data.loader import build_train_loader
-from data.skips import Decision, write_decisions
+from data.shards.digest import digest_sequences
 from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards
 from tests.data.conftest import small_documents
-from train.recipe import RecipeError, to_yaml
-from train.schema import Recipe
+from train.recipe.reading import RecipeError, to_yaml
+from train.recipe.schema import Recipe
+from train.record.skips import Decision, write_decisions
 
 STEPS = 40
 DOMAINS = ("code", "prose")

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from data.audit.__main__ import main
-from data.corpus import Document
 from data.explore.clusters import map_documents
 from data.explore.exploration import Exploration, explore
 from data.explore.measure import typical_ids
-from data.explore.page import write_page
 from data.explore.sample import Shards, draw_documents, draw_lines
+from data.explore.shards_page import write_page
+from data.text.installed import Document
 from data.write_shards import build_shards
-from train.preparation_schema import Source, SourceKind
-from train.recipe import RecipeError
-from train.schema import Recipe
+from train.recipe.preparation import Source, SourceKind
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Recipe
 
 TOPICS = {
     "sea": "ship sail harbour wave captain storm anchor island tide sailor",

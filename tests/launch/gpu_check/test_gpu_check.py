@@ -17,10 +17,10 @@ from launch.gpu_check.rows import Row
 from launch.gpu_check.step import check_step, gpu_of, slice_of
 from launch.plan.hardware import GPUS
 from launch.plan.memory import memory
-from train import leaf_ops, moe
-from train.recipe import load_recipe
-from train.schema import Precision, Recipe
-from train.shrink import shrink
+from train.model import megablocks_ops, moe
+from train.recipe.reading import load_recipe
+from train.recipe.schema import Precision, Recipe
+from train.recipe.tiny import shrink
 
 ROOT = Path(__file__).resolve().parents[3]
 TOKENS, WIDTH = 24, 32
@@ -41,12 +41,12 @@ def test_kernels_agree_with_their_definitions() -> None:
 
 
 def test_a_kernel_that_forgets_the_weights_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = leaf_ops._weighted_sums
+    right = megablocks_ops._weighted_sums
 
     def forgetful(rows: Tensor, places: Tensor, _weights: Tensor | None) -> Tensor:
         return right(rows, places, None)
 
-    monkeypatch.setattr(leaf_ops, "_weighted_sums", forgetful)
+    monkeypatch.setattr(megablocks_ops, "_weighted_sums", forgetful)
     found = failures(check_kernels("cpu", TOKENS, WIDTH))
     assert "scatter (float32" in found and "grouped product" not in found
 
@@ -119,7 +119,7 @@ def test_a_part_that_breaks_does_not_hide_the_others(tmp_path: Path, monkeypatch
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("train.device.describe_hardware", lambda *_: "1 x GPU")
+    monkeypatch.setattr("train.layout.device.describe_hardware", lambda *_: "1 x GPU")
 
     def endless() -> list[Row]:
         while True:

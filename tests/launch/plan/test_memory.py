@@ -30,13 +30,24 @@ from launch.plan.activations import (
 )
 from launch.plan.hardware import GPUS
 from launch.plan.memory import Memory, gathered_bytes, memory, states
-from train import parallel, sizing
-from train.init import initialize
-from train.model import Decoder
-from train.optim import build_optimizer
-from train.recipe import load_recipe
-from train.schema import Ffn, Model, Moe, Norm, Optimizer, OptimizerKind, Parallelism, Position, Precision
-from train.shrink import shrink
+from train.layout import mesh
+from train.layout.optim import build_optimizer
+from train.model.decoder import Decoder
+from train.model.init import initialize
+from train.recipe import sizes
+from train.recipe.reading import load_recipe
+from train.recipe.schema import (
+    Ffn,
+    Model,
+    Moe,
+    Norm,
+    Optimizer,
+    OptimizerKind,
+    Parallelism,
+    Position,
+    Precision,
+)
+from train.recipe.tiny import shrink
 
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 RECIPES = sorted(set(YAMLS.glob("*.yaml")) - set(YAMLS.glob("ladder*.yaml")))
@@ -52,7 +63,7 @@ def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         decoder = Decoder(cfg, device="meta")
-        parallel.build_sharded(decoder, parallel.build_mesh(layout, world, "cpu"), Precision.bf16, seed=0)
+        mesh.build_sharded(decoder, mesh.build_mesh(layout, world, "cpu"), Precision.bf16, seed=0)
         yield decoder
     finally:
         dist.destroy_process_group()
@@ -88,7 +99,7 @@ def test_states_of_shrunken_recipes_to_the_byte(stem: str, rank: int, kind: Opti
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_states_of_every_recipe_to_the_byte(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At full size, on the meta device: a step of the recipe's own optimizer makes every state."""
-    monkeypatch.setattr(parallel, "initialize", lambda *_: None)
+    monkeypatch.setattr(mesh, "initialize", lambda *_: None)
     monkeypatch.setattr(Decoder, "to_empty", lambda *_, **__: None)
     recipe = load_recipe(path)
     layout = recipe.parallelism
@@ -226,7 +237,7 @@ def planned_peak(case: Case, checkpointing: bool, bf16: bool) -> int:
         found.loss,
         found.first_backward + made_first * FP32,
         found.last_backward + (layer * (model.n_layers - 1) + made_first) * FP32,
-        sizing.total_parameters(model) * FP32 + batch.tokens * model.d_model * numerics.stream,
+        sizes.total_parameters(model) * FP32 + batch.tokens * model.d_model * numerics.stream,
     )
 
 

@@ -16,9 +16,9 @@ from launch.plan.search import choice_of, remedies, search
 from launch.plan.step import make_plan
 from launch.plan.step_time import Efficiency
 from launch.plan.table5 import table5
-from train import sizing
-from train.recipe import RecipeError, load_recipe
-from train.schema import Parallelism, Recipe
+from train.recipe import sizes
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.schema import Parallelism, Recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 YAMLS = ROOT / "yamls"
@@ -169,11 +169,11 @@ def test_overlap_is_what_full_rate_takes_beyond_what_is_open() -> None:
 
 def test_time_of_a_run_follows_from_its_step() -> None:
     found = make_plan(recipe("mpt-7b"), 64, H100, dollars_per_gpu_hour=3.0)
-    steps = sizing.batches(found.recipe)
+    steps = sizes.batches(found.recipe)
     assert found.gpu_hours == pytest.approx(steps * found.step_seconds * 64 / 3600)
     assert found.dollars == pytest.approx(3 * found.gpu_hours)
     tokens = found.tokens_per_second_per_gpu * 64 * found.days * 86400
-    assert tokens == pytest.approx(sizing.trained_tokens(found.recipe))
+    assert tokens == pytest.approx(sizes.trained_tokens(found.recipe))
 
 
 def test_a_lone_gpu_sends_nothing() -> None:
@@ -213,8 +213,8 @@ def test_each_form_of_a_run_is_planned_as_a_run_of_its_own() -> None:
             assert getattr(plan_of_form, quantity) == getattr(expected, quantity), quantity
     days = [plan.form.batches * plan.step_seconds / 86400 for plan in plan_of_run.forms]
     assert plan_of_run.days == pytest.approx(sum(days))
-    assert plan_of_run.flops == sizing.training_flops(whole)
-    assert sum(plan.form.batches for plan in plan_of_run.forms) == sizing.batches(whole)
+    assert plan_of_run.flops == sizes.training_flops(whole)
+    assert sum(plan.form.batches for plan in plan_of_run.forms) == sizes.batches(whole)
 
 
 def test_a_run_fits_only_if_its_longest_phase_does(

@@ -14,7 +14,7 @@ from launch.plan.published import (
     published_systems,
 )
 from launch.plan.step_time import FITTED
-from train import sizing
+from train.recipe import sizes
 
 H100 = GPUS["h100"]
 
@@ -49,9 +49,9 @@ def test_models_have_the_published_sizes() -> None:
         "13b": 12_853_954_560,
         "30b": 29_975_214_080,
     }.items():
-        assert sizing.total_parameters(MPT[size]) == pytest.approx(published, rel=0.01)
+        assert sizes.total_parameters(MPT[size]) == pytest.approx(published, rel=0.01)
     shared = 3 * QWEN2.d_model * QWEN2_SHARED * QWEN2.n_layers
-    assert sizing.total_parameters(QWEN2) + shared == pytest.approx(57.4e9, rel=0.01)
+    assert sizes.total_parameters(QWEN2) + shared == pytest.approx(57.4e9, rel=0.01)
 
 
 def test_table_names_fitted_rows() -> None:

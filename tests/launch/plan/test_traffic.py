@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.plan.hardware import GPUS
 from launch.plan.traffic import Collective, Kind, collectives
-from launch.ranks import run_ranks
-from train import parallel
-from train.model import Decoder
-from train.schema import Model, Moe, Parallelism, Precision
-from train.topology import Topology
+from launch.verify.forked_ranks import run_ranks
+from train.layout.mesh import build_mesh, build_sharded
+from train.model.decoder import Decoder
+from train.recipe.schema import Model, Moe, Parallelism, Precision
+from train.recipe.topology import Topology
 
 SEQUENCES, SEQUENCE_TOKENS = 2, 32
 MOE = Model(
@@ -71,8 +71,8 @@ def count(
 ) -> Counting:
     """Collectives of one forward and backward pass: of the second, for the first one sets things up."""
     decoder = Decoder(cfg, device="meta", activation_checkpointing=checkpointing, loss_chunk_tokens=64)
-    mesh = parallel.build_mesh(layout, rank.world_size, "cpu")
-    parallel.build_sharded(decoder, mesh, precision, seed=0)
+    ranks = build_mesh(layout, rank.world_size, "cpu")
+    build_sharded(decoder, ranks, precision, seed=0)
     generator = torch.Generator().manual_seed(rank.rank)
     ids = torch.randint(cfg.vocab_size, (SEQUENCES, SEQUENCE_TOKENS), generator=generator)
 

@@ -16,9 +16,7 @@ from launch.restart.ending import explain, last_step
 from launch.restart.history import LOG_FILE, STOPPED_STATUS, Policy, read_log
 from launch.restart.look_back import look_back
 from launch.restart.supervisor import Supervisor
-from train.exit_status import HANG_STATUS, PREEMPTED_STATUS, UNFIT_STATUS
-from train.run_folder import SUMMARY_FILE
-from train.watch.records import (
+from train.health.heartbeat import (
     ENDED_FILE,
     FINDING_FILE,
     Beat,
@@ -31,6 +29,8 @@ from train.watch.records import (
     pid_space,
     write_record,
 )
+from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, UNFIT_STATUS
+from train.record.run_folder import SUMMARY_FILE
 
 FAILED = 1
 
@@ -208,8 +208,8 @@ def test_a_system_that_restarts_by_itself_gets_a_log_and_a_limit(job: Job) -> No
 
 COMMAND = """
 import os, pathlib, signal, sys, time
-from train.exit_status import HANG_STATUS, PREEMPTED_STATUS
-from train.watch.records import Beat, beat_file, write_record
+from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS
+from train.health.heartbeat import Beat, beat_file, write_record
 folder = pathlib.Path(os.environ["FINEGRAIN_RECORDS"])
 tries = folder / "tries"
 count = int(tries.read_text()) if tries.exists() else 0

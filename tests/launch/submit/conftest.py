@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from launch.submit.job import Device, Job
-from train.metrics import LOSS
-from train.run_folder import METRICS_FILE
-from train.step_log import STEP, read_steps
+from train.record.metrics import LOSS
+from train.record.run_folder import METRICS_FILE
+from train.record.step_log import STEP, read_steps
 
 ROOT = Path(__file__).resolve().parents[3]
 BATCH_TOKENS = 4 * 128

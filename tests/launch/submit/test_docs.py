@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from launch.submit.__main__ import main
-from train.recipe import load_recipe
-from train.topology import Topology
-from train.validate import validate
+from train.recipe.reading import load_recipe
+from train.recipe.rules import validate
+from train.recipe.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXT = "\n".join((ROOT / name).read_text().replace("\\\n", " ") for name in ("README.md", "docs/cluster.md"))

@@ -16,8 +16,8 @@ import pytest
 from launch.restart.history import STOPPED_STATUS, read_log
 from launch.submit import hosts
 from launch.submit.job import Device, Job
-from train.exit_status import HANG_STATUS, PREEMPTED_STATUS, USAGE_STATUS
-from train.watch.records import FINDING_FILE, Finding, Suspect
+from train.health.heartbeat import FINDING_FILE, Finding, Suspect
+from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, USAGE_STATUS
 
 ROOT = Path(__file__).resolve().parents[3]
 JOB = Job(

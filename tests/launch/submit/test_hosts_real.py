@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks import Ranks
 from launch.restart.history import read_log
 from launch.submit import hosts
-from launch.verify.resume import trainer
+from launch.verify.forked_ranks import Ranks
+from launch.verify.resumption import trainer
 from tests.launch.submit.conftest import ROOT, RealRuns
-from train.exit_status import PREEMPTED_STATUS
-from train.recipe import load_recipe
-from train.watch.records import Beat, beat_file, read_record
+from train.health.heartbeat import Beat, beat_file, read_record
+from train.recipe.exit_status import PREEMPTED_STATUS
+from train.recipe.reading import load_recipe
 
 PATIENCE_SECONDS = 600
 

@@ -20,9 +20,9 @@ from launch.submit.__main__ import main
 from launch.submit.environment import TABLE, describe, environment
 from launch.submit.job import Device, Job, check_job
 from launch.submit.placement import check_placement
-from train.exit_status import HANG_STATUS, PREEMPTED_STATUS, USAGE_STATUS
-from train.recipe import RecipeError, load_recipe
-from train.watch.records import HOST_VARIABLE
+from train.health.heartbeat import HOST_VARIABLE
+from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, USAGE_STATUS
+from train.recipe.reading import RecipeError, load_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = str(ROOT / "yamls/dbrx-moe-a.yaml")
@@ -203,7 +203,7 @@ def test_environment_has_a_reason_each_and_the_users_wins() -> None:
 
 def test_placement_by_counting_nodes() -> None:
     """The arithmetic against a count over the mesh that the ranks build."""
-    from train.sizing import shard_degree
+    from train.recipe.sizes import shard_degree
 
     recipe = load_recipe(RECIPE, ["training.global_batch_sequences=6144", "training.microbatch_sequences=1"])
     for gpus in (4, 6, 8):

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks import RankError
 from launch.verify.__main__ import main, with_global_scope
 from launch.verify.case_run import Outcome, import_optimizers, make_reference, run_case
 from launch.verify.cases import Case, Layout, find_case, layouts
 from launch.verify.faults import FAULTS
-from train.recipe import load_recipe
-from train.schema import Precision
-from train.topology import Topology
-from train.validate import validate
+from launch.verify.forked_ranks import RankError
+from train.recipe.reading import load_recipe
+from train.recipe.rules import validate
+from train.recipe.schema import Precision
+from train.recipe.topology import Topology
 
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 GLOBAL = ["model.moe.balance_scope=global_batch"]

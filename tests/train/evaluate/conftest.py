@@ -56,8 +56,8 @@ def _questions() -> list[tuple[str, list[str], int]]:
 @pytest.fixture(scope="session")
 def small_tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     """Seven questions of each kind."""
-    from data.bpe import train_bpe
-    from train.schema import Tokenizer, TokenizerKind
+    from data.text.bpe import train_bpe
+    from train.recipe.schema import Tokenizer, TokenizerKind
 
     root = tmp_path_factory.mktemp("tasks")
     data, hub, shards = root / "data", root / "hub", root / "shards"

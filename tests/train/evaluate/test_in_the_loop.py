@@ -8,10 +8,10 @@ import pytest
 
 from train.evaluate.suite import check_suite
 from train.main import main as train
-from train.recipe import RecipeError, load_recipe
-from train.step_log import read_steps
-from train.topology import Topology
-from train.validate import validate
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.rules import validate
+from train.recipe.topology import Topology
+from train.record.step_log import read_steps
 
 SMOKE = Path(__file__).resolve().parents[3] / "yamls/smoke.yaml"
 

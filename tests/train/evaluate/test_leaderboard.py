@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from train.recipe import load_recipe
-from train.schema import Model, Moe, Recipe, Tokenizer, TokenizerKind
+from train.recipe.reading import load_recipe
+from train.recipe.schema import Model, Moe, Recipe, Tokenizer, TokenizerKind
 
 if TYPE_CHECKING:
-    from train.model import Decoder
+    from train.model.decoder import Decoder
 
 YAMLS = Path(__file__).parents[3] / "yamls"
 LEADERBOARD = YAMLS / "suites/open-llm-leaderboard.yaml"
@@ -91,7 +91,7 @@ def test_the_six_tasks_run_with_their_shots_and_show_their_metrics(
     small_tasks: Any, tmp_path: Path, make_run: Callable[[Recipe], "tuple[Path, Decoder]"]
 ) -> None:
     from train.evaluate.harness import headline, read_tasks, run_harness
-    from train.export import main as export
+    from train.hf.export import main as export
 
     recipe = load_recipe(YAMLS / "smoke.yaml")
     model = Model(

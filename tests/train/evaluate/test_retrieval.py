@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from train.evaluate.retrieval import make_prompt, retrieval
-from train.recipe import RecipeError
+from train.recipe.reading import RecipeError
 
 
 def _encode(text: str) -> list[int]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from train.recipe import RecipeError, load_recipe
-from train.schema import Model, Moe, Parallelism, Precision, Recipe, Tokenizer, TokenizerKind
-from train.topology import Topology
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.schema import Model, Moe, Parallelism, Precision, Recipe, Tokenizer, TokenizerKind
+from train.recipe.topology import Topology
 
 if TYPE_CHECKING:
     from train.evaluate.run_suite import Answered, SuiteResult
-    from train.model import Decoder
+    from train.model.decoder import Decoder
 
 MakeRun = Callable[[Recipe], tuple[Path, "Decoder"]]
 
@@ -55,7 +55,7 @@ def test_a_run_and_its_export_under_lm_eval_agree_question_by_question(
 ) -> None:
     from train.evaluate.__main__ import main
     from train.evaluate.harness import HarnessTask, headline, run_harness
-    from train.export import main as export
+    from train.hf.export import main as export
 
     run, _ = make_run(_recipe(small_tasks.shards))
     answers, figures = tmp_path / "answers.jsonl", tmp_path / "figures.json"
@@ -127,8 +127,8 @@ def _evaluate(decoder: "Decoder", tasks: Any, topology: Topology) -> "SuiteResul
 
 
 def _sharded(tasks: Any, topology: Topology) -> "SuiteResult":
-    from train.model import Decoder
-    from train.parallel import build_mesh, build_sharded
+    from train.layout.mesh import build_mesh, build_sharded
+    from train.model.decoder import Decoder
 
     decoder = Decoder(MODEL, device="meta")
     mesh = build_mesh(Parallelism(expert=2), topology.world_size, "cpu")
@@ -142,9 +142,9 @@ def _places(answers: "list[Answered]") -> list[tuple[str, str, int]]:
 
 @pytest.mark.usefixtures("offline")
 def test_two_ranks_put_each_question_once_and_score_as_one(small_tasks: Any) -> None:
-    from launch.ranks import run_ranks
-    from train.init import initialize
-    from train.model import Decoder
+    from launch.verify.forked_ranks import run_ranks
+    from train.model.decoder import Decoder
+    from train.model.init import initialize
 
     decoder = Decoder(MODEL, device="cpu")
     initialize(decoder, MODEL, seed=3)

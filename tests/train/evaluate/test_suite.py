@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from train.evaluate.suite import Kind, Suite, Task, load_suite, missing_files, require_files, score, select
-from train.recipe import RecipeError
+from train.recipe.reading import RecipeError
 
 ROOT = Path(__file__).resolve().parents[3]
 GAUNTLET = ROOT / "yamls/suites/gauntlet.yaml"

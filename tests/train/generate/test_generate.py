@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.bpe import train_bpe
+from data.text.bpe import train_bpe
 from train.generate.__main__ import main
 from train.generate.chat import Message, chatml
 from train.generate.generation import OwnText, generate, text_of
 from train.generate.kv_cache import CachedDecoder, flush_right
 from train.generate.sampling import Sampling, next_tokens
-from train.init import initialize
-from train.interchange.errors import InterchangeError
-from train.interchange.weights import open_weights
-from train.model import Decoder
-from train.recipe import load_recipe
-from train.schema import Ffn, Model, Moe, Norm, Position, Recipe, Tokenizer, TokenizerKind
+from train.hf.errors import InterchangeError
+from train.hf.weights import open_weights
+from train.model.decoder import Decoder
+from train.model.init import initialize
+from train.recipe.reading import load_recipe
+from train.recipe.schema import Ffn, Model, Moe, Norm, Position, Recipe, Tokenizer, TokenizerKind
 
 MakeRun = Callable[[Recipe], tuple[Path, Decoder]]
 
@@ -268,7 +268,7 @@ def test_bf16_weights_speak_too(run: Path, capsys: pytest.CaptureFixture[str]) -
 def test_exported_folders_speak_the_same(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from train.export import main as export
+    from train.hf.export import main as export
 
     assert export([str(run), str(tmp_path / "hf")]) == 0
     capsys.readouterr()

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from data.write_shards import build_shards
+from launch.experiments.preflight_trials import try_ranks
 from launch.preflight import describe
-from launch.preflight_trials import try_ranks
-from launch.ranks import Ranks, run_ranks
+from launch.verify.forked_ranks import Ranks, run_ranks
 from tests.data.conftest import small_documents
-from train.exit_status import HANG_STATUS
-from train.fault_schema import Watch
+from train.health.heartbeat import FINDING_FILE, HOST_VARIABLE, RECORDS_FOLDER, Finding, read_record
 from train.preflight import together
 from train.preflight.links import by_kind, find_slow, rounds
 from train.preflight.node import (
@@ -29,11 +28,12 @@ from train.preflight.node import (
     check_shared_memory,
 )
 from train.preflight.together import SLOW, UNFIT, Findings, Row, preflight
-from train.recipe import load_recipe
+from train.recipe.exit_status import HANG_STATUS
+from train.recipe.reading import load_recipe
+from train.recipe.reliability import Watch
+from train.recipe.schema import Precision
+from train.recipe.topology import Topology
 from train.run import Machine, is_fit
-from train.schema import Precision
-from train.topology import Topology
-from train.watch.records import FINDING_FILE, HOST_VARIABLE, RECORDS_FOLDER, Finding, read_record
 
 TRIALS, WORLD = 6, 4
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
@@ -82,7 +82,7 @@ def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
     recipe = load_recipe(YAMLS / "smoke.yaml", overrides)
 
     def work(topology: Topology) -> Findings:
-        from train import provenance
+        from train.record import provenance
 
         versions = provenance.package_versions() | ({"torch": "0.1"} if topology.rank == 2 else {})
         clock = time.time

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.train.report.test_report import SUMMARY, Links
-from train import metrics
-from train.recipe import RecipeError, load_recipe, to_yaml
+from train.recipe.reading import RecipeError, load_recipe, to_yaml
+from train.record import metrics
+from train.record.step_log import StepLog
+from train.record.summary import write_summary
 from train.report.__main__ import main
 from train.report.compare import compare, read_entries
-from train.step_log import StepLog
-from train.summary import write_summary
 
 SMOKE = Path(__file__).parents[3] / "yamls" / "smoke.yaml"
 BUDGETS = (1e15, 3e15, 1e16)

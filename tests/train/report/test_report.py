@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import metrics
-from train.recipe import load_recipe, to_yaml
+from train.recipe.reading import load_recipe, to_yaml
+from train.record import metrics
+from train.record.step_log import EXPERT_LOAD_FILE, StepLog
+from train.record.summary import DatasetInput, Summary, read_summary, write_summary
 from train.report.__main__ import main
-from train.report.page import key_figures, write_report
 from train.report.plots import smoothed, thinned
+from train.report.run_page import key_figures, write_report
 from train.report.run_record import Series, read_run
-from train.step_log import EXPERT_LOAD_FILE, StepLog
-from train.summary import DatasetInput, Summary, read_summary, write_summary
 
 SMOKE = Path(__file__).parents[3] / "yamls" / "smoke.yaml"
 LAYERS, EXPERTS, STEPS = 2, 4, 30

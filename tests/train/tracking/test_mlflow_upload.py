@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from train import metrics
-from train.step_log import StepLog, read_steps
-from train.summary import DatasetInput
+from train.record import metrics
+from train.record.step_log import StepLog, read_steps
+from train.record.summary import DatasetInput
 from train.tracking.mlflow_upload import RunFacts, Upload, UploadError, public_uri
 
 DATASETS = [

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from train.recipe import load_recipe
-from train.schema import Recipe
-from train.step_log import StepLog, read_steps
-from train.summary import DatasetInput
+from train.recipe.reading import load_recipe
+from train.recipe.schema import Recipe
+from train.record.step_log import StepLog, read_steps
+from train.record.summary import DatasetInput
 from train.tracking.__main__ import main
 from train.tracking.mlflow_upload import RunFacts, exclusive, store_uri
 from train.tracking.uploader import MlflowUploader, flatten

@@ -1,0 +1,120 @@
+"""What a run left of its data: recipe, stages, ledger and shards, opened for reading."""
+
+import json
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data.loader import build_plan, train_shards
+from data.order.plan import Plan
+from data.shards.cache import fetch_indices, open_cache
+from data.shards.manifest import DOCUMENTS_FILE, Manifest, read_manifest
+from data.shards.streams import ShardFolder
+from train.recipe.curriculum import Curriculum, continue_stages, from_json, plan_stages
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.schema import Recipe
+from train.record.run_folder import CHECKPOINTS_FOLDER, LEDGER_FILE, RECIPE_FILE
+from train.record.skips import declared_skips
+from train.record.step_log import STEP, read_steps
+
+PROGRESS_FILE = "progress.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One domain's part of a step."""
+
+    sequences: int
+    targets: int
+    """Tokens that had a loss."""
+    digest: int
+
+
+@dataclass(frozen=True)
+class LedgerStep:
+    """One line of the ledger."""
+
+    step: int
+    first: int | None
+    """Position of the first sample; None where the positions are no range."""
+    samples: int
+    """Samples of the shards' length."""
+    stride: int
+    """Samples of a sequence."""
+    domains: dict[str, Entry]
+
+
+class RunBooks:
+    """A run's records."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads recipe, ledger and the newest checkpoint's progress.
+
+        Raises:
+            RecipeError: if the folder is not that of a run with a ledger, or its shards are gone.
+        """
+        if not (folder / LEDGER_FILE).is_file():
+            raise RecipeError(f"{folder} has no {LEDGER_FILE}", remedy="give the folder of a run, runs/NAME")
+        self.folder = folder
+        self.recipe: Recipe = load_recipe(folder / RECIPE_FILE)
+        self.root = Path(self.recipe.data.shards)
+        fetch_indices(self.recipe)
+        self.manifest: Manifest = read_manifest(self.root)
+        self.steps = [_step(line, self.manifest.sequence_tokens) for line in read_steps(folder / LEDGER_FILE)]
+        found = sorted((folder / CHECKPOINTS_FOLDER).glob(f"batch-*[0-9]/{PROGRESS_FILE}"))
+        self.progress: dict[str, Any] = json.loads(found[-1].read_text()) if found else {}
+        """Of the newest checkpoint; empty if there is none."""
+
+    @cached_property
+    def curriculum(self) -> Curriculum:
+        """The stages that the run was trained in, and will be."""
+        past = self.progress.get("curriculum")
+        stages = plan_stages(self.recipe)
+        if past:
+            stages = continue_stages(from_json(past), self.recipe, self.progress["samples"])
+        return replace(stages, skips=declared_skips(self.recipe, self.folder))
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The order of the run's samples."""
+        return build_plan(self.recipe, self.curriculum)
+
+    @cached_property
+    def shards(self) -> dict[str, ShardFolder]:
+        """The training shards of each domain."""
+        return {domain: train_shards(self.recipe, domain) for domain in self.plan.domains}
+
+    def documents_file(self, domain: str) -> Path:
+        """The list of a domain's documents, fetched where it lies in a store."""
+        return documents_file(self.recipe, self.manifest, domain)
+
+    def step_at(self, position: int) -> int | None:
+        """The step that trained on a position; None if none did."""
+        known = [step for step in self.steps if step.first is not None]
+        place = bisect_right([step.first or 0 for step in known], position) - 1
+        if place < 0 or position >= (known[place].first or 0) + known[place].samples:
+            return None
+        return known[place].step
+
+
+def documents_file(recipe: Recipe, manifest: Manifest, domain: str) -> Path:
+    """The list of a domain's documents, fetched where it lies in a store.
+
+    Raises:
+        RecipeError: if the store's is not the one that the manifest means.
+    """
+    path = Path(recipe.data.shards) / domain / DOCUMENTS_FILE
+    if (cache := open_cache(recipe)) is not None:
+        cache.require(path, manifest.domains[domain].documents_sha256)
+    return path
+
+
+def _step(line: dict[str, Any], sample_tokens: int) -> LedgerStep:
+    domains = {
+        name: Entry(n, targets, int(digest, 16)) for name, (n, targets, digest) in line["domains"].items()
+    }
+    stride = line["length"] // sample_tokens
+    samples = stride * sum(entry.sequences for entry in domains.values())
+    return LedgerStep(line[STEP], line["first"], samples, stride, domains)

@@ -1,0 +1,63 @@
+"""Whether the shards hold enough of every domain for the curriculum, before anything is trained."""
+
+from dataclasses import dataclass
+
+from data.loader import build_plan
+from data.order.plan import Plan
+from train.recipe.curriculum import Curriculum
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Supply:
+    """What a run takes of a domain, and what there is."""
+
+    domain: str
+    samples: int
+    """In the shards."""
+    consumed: int
+    """Samples that the run reads in all, repetitions included."""
+    max_epochs: float
+    dry_at: int | None
+    """Position that would read the domain more than ``max_epochs`` times; None: none."""
+
+    @property
+    def epochs(self) -> float:
+        """How often the run reads the domain."""
+        return self.consumed / self.samples
+
+
+def supplies(recipe: Recipe, curriculum: Curriculum, plan: Plan) -> list[Supply]:
+    """The account of every domain over the whole run."""
+    consumed = plan.consumed(curriculum.samples)
+    found = []
+    for domain, samples in zip(plan.domains, plan.sizes, strict=True):
+        most = recipe.data.domain_max_epochs.get(domain, recipe.data.max_epochs)
+        dry_at = plan.runs_dry(domain, most, curriculum.samples)
+        found.append(Supply(domain, samples, consumed[domain], most, dry_at))
+    return found
+
+
+def require_supply(recipe: Recipe, curriculum: Curriculum) -> None:
+    """Raises where a domain would be read more often than the recipe allows.
+
+    Raises:
+        RecipeError: one line that names the domain that runs dry first, and at which token.
+    """
+    dry = [
+        supply
+        for supply in supplies(recipe, curriculum, build_plan(recipe, curriculum))
+        if supply.dry_at is not None
+    ]
+    if not dry:
+        return
+    first = min(dry, key=lambda supply: supply.dry_at or 0)
+    assert first.dry_at is not None
+    tokens = curriculum.sample_tokens
+    raise RecipeError(
+        f"{first.domain} runs dry at token {first.dry_at * tokens:,}: the run takes {first.epochs:.3g} "
+        f"epochs of its {first.samples * tokens:,} tokens, and {first.max_epochs:g} are allowed",
+        key=f"data.domain_max_epochs.{first.domain}",
+        remedy="allow more, give the domain less weight, or add text",
+    )

@@ -1,0 +1,220 @@
+"""Which domain stands at each position of training: weights of many phases, in closed form and exactly.
+
+Weights are constant over a :class:`train.recipe.curriculum.Stretch` of positions; a ramp is many stretches.
+Within one the domains are the leaves of a binary tree, and at every node the first m arrivals give
+``floor(e + share * m + 1/2)`` to one side and the rest to the other, so that both stay within half a
+sequence of their quota. What a domain is owed at the end of a stretch goes on into the next: the error is
+carried over, never drawn at random, and all of it is arithmetic of integers, equal on every machine.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data.order.permutation import Indices
+from train.recipe.curriculum import Stretch
+
+PARTS = 1_000_000_000
+"""Weights are whole numbers of these parts of 1: decimal weights of up to nine digits are exact."""
+MOST_ARRIVALS = 1 << 33
+"""Sequences of one stretch, so that a part times an arrival fits int64."""
+EXHAUSTIVE_TREES = 8
+"""Subtrees up to which all trees over them are compared."""
+
+_Shape = tuple["_Shape", "_Shape"] | int
+"""A tree over domains, which are its leaves."""
+
+
+class _Branch(NamedTuple):
+    """Of m arrivals ``(offset + part * m) // whole`` go to ``side``, within 0 and m."""
+
+    part: int
+    whole: int
+    offset: int
+    side: "_Branch | int"
+    other: "_Branch | int"
+
+    def to_side(self, arrivals: Indices) -> Indices:
+        return np.clip((self.offset + self.part * arrivals) // self.whole, 0, arrivals)
+
+
+class _Segment(NamedTuple):
+    """A stretch with what came before it."""
+
+    first: int
+    step: int
+    root: _Branch | int
+    consumed: list[int]
+    """Samples of each domain before it."""
+
+
+class Mixture:
+    """Positions to domains, and how many samples of each domain came before.
+
+    Over one stretch a domain is within one sequence of its quota for up to four domains of any weights, and
+    seldom more than one for more (1.6 in the worst case seen); where weights change, within two.
+    """
+
+    def __init__(self, stretches: Sequence[Stretch]) -> None:
+        """Walks through the stretches; costs O(stretches x domains), whatever their lengths.
+
+        Args:
+            stretches: in order, the first from position 0; each holds whole sequences.
+        """
+        assert stretches and stretches[0].first == 0
+        self.domains = tuple(sorted({name for stretch in stretches for name in stretch.weights}))
+        """Names in alphabetical order, so that the recipe's order of keys changes nothing."""
+        self._segments: list[_Segment] = []
+        shapes: dict[tuple[int, tuple[int, ...]], _Shape] = {}
+        consumed = [0] * len(self.domains)
+        # In samples x PARTS: quota less what was given.
+        owed = [0] * len(self.domains)
+        for number, stretch in enumerate(stretches):
+            parts = _parts([stretch.weights.get(name, 0.0) for name in self.domains])
+            active = tuple(index for index, part in enumerate(parts) if part)
+            if (stretch.stage, active) not in shapes:
+                shapes[stretch.stage, active] = _best_shape({index: parts[index] for index in active})
+            root = _plant(shapes[stretch.stage, active], parts, owed, stretch.step)[0]
+            self._segments.append(_Segment(stretch.first, stretch.step, root, consumed))
+            if number + 1 < len(stretches):
+                length = stretches[number + 1].first - stretch.first
+                assert length > 0 and length % stretch.step == 0, (stretch, length)
+                after = self._consumed(self._segments[-1], stretch.first + length)
+                given = [now - before for now, before in zip(after, consumed, strict=True)]
+                owed = [o + p * length - PARTS * g for o, p, g in zip(owed, parts, given, strict=True)]
+                consumed = after
+        self._firsts = [segment.first for segment in self._segments]
+
+    def assign(self, positions: Indices) -> tuple[Indices, Indices]:
+        """The domain of each position and the number of that domain's samples before it.
+
+        Args:
+            positions: ascending, int64 [N].
+
+        Returns:
+            Domain indices and ordinals, both int64 [N].
+        """
+        domain = np.empty(positions.size, np.int64)
+        ordinal = np.empty(positions.size, np.int64)
+        cuts = np.searchsorted(positions, self._firsts)
+        for segment, begin, end in zip(self._segments, cuts, [*cuts[1:], positions.size], strict=True):
+            if begin < end:
+                sequences, within = np.divmod(positions[begin:end] - segment.first, segment.step)
+                assert sequences[-1] < MOST_ARRIVALS
+                part = domain[begin:end]
+                _descend(segment.root, np.arange(end - begin), sequences, part, ordinal[begin:end])
+                ordinal[begin:end] *= segment.step
+                ordinal[begin:end] += np.array(segment.consumed)[part] + within
+        return domain, ordinal
+
+    def consumed(self, position: int) -> dict[str, int]:
+        """Samples of each domain among the first ``position`` positions; O(log stretches + domains)."""
+        segment = self._segments[bisect_right(self._firsts, position) - 1]
+        return dict(zip(self.domains, self._consumed(segment, position), strict=True))
+
+    def position_of(self, domain: str, ordinal: int) -> int:
+        """The position of a domain's sample number ``ordinal``; it must have a weight at some time."""
+        high = 1
+        while self.consumed(high)[domain] <= ordinal:
+            high *= 2
+            assert high < 1 << 62, f"{domain} is never read so far"
+        return bisect_right(range(high), ordinal, key=lambda position: self.consumed(position)[domain]) - 1
+
+    def _consumed(self, segment: _Segment, position: int) -> list[int]:
+        counts = list(segment.consumed)
+        sequences, within = divmod(position - segment.first, segment.step)
+
+        def descend(node: _Branch | int, arrivals: int) -> None:
+            if isinstance(node, int):
+                counts[node] += arrivals * segment.step
+                return
+            to_side = min(max((node.offset + node.part * arrivals) // node.whole, 0), arrivals)
+            descend(node.side, to_side)
+            descend(node.other, arrivals - to_side)
+
+        descend(segment.root, sequences)
+        if within:
+            domain = np.empty(1, np.int64)
+            _descend(segment.root, np.arange(1), np.array([sequences]), domain, np.empty(1, np.int64))
+            counts[int(domain[0])] += within
+        return counts
+
+
+def _descend(
+    node: _Branch | int, slots: Indices, arrivals: Indices, domain: Indices, ordinal: Indices
+) -> None:
+    """Writes the domain of each arrival and how many arrivals of that domain came before."""
+    if isinstance(node, int):
+        domain[slots], ordinal[slots] = node, arrivals
+        return
+    before = node.to_side(arrivals)
+    to_side = node.to_side(arrivals + 1) > before
+    _descend(node.side, slots[to_side], before[to_side], domain, ordinal)
+    _descend(node.other, slots[~to_side], (arrivals - before)[~to_side], domain, ordinal)
+
+
+def _parts(weights: list[float]) -> list[int]:
+    """Weights as whole parts of :data:`PARTS`, by the method of largest remainders."""
+    total = sum(weights)
+    assert total > 0 and min(weights) >= 0, weights
+    shares = [weight / total * PARTS for weight in weights]
+    # Nine digits and no more: what remains of a decimal weight in binary is noise.
+    shares = [float(round(share)) if abs(share - round(share)) < 1e-6 else share for share in shares]
+    parts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(parts)), key=lambda index: parts[index] - shares[index])
+    for index in by_remainder[: PARTS - sum(parts)]:
+        parts[index] += 1
+    return parts
+
+
+def _plant(shape: _Shape, parts: list[int], owed: list[int], step: int) -> tuple[_Branch | int, int, int]:
+    """The tree of a stretch, and the parts and the debt of all its leaves."""
+    if isinstance(shape, int):
+        return shape, parts[shape], owed[shape]
+    side, side_parts, side_owed = _plant(shape[0], parts, owed, step)
+    other, other_parts, other_owed = _plant(shape[1], parts, owed, step)
+    whole, all_owed = side_parts + other_parts, side_owed + other_owed
+    # The side's debt less its share of the node's own, which the nodes above see to; in 1 / whole sequences.
+    debt = (side_owed * whole - side_parts * all_owed) // (PARTS * step)
+    return _Branch(side_parts, whole, debt + whole // 2, side, other), whole, all_owed
+
+
+class _Subtree(NamedTuple):
+    """A tree over some of the domains."""
+
+    weight: float
+    slack: float
+    shape: _Shape
+
+
+def _best_shape(parts: dict[int, int]) -> _Shape:
+    """The tree in which every domain stays nearest to its quota.
+
+    A leaf of weight w stays within one sequence if w times the sum of 1/weight over the inner nodes
+    above it, the root left out, is at most 1. So a subtree has a slack, the sum that it tolerates from
+    above: 1/w for a leaf, and for a node the smaller of its sides' less the node's own 1/weight. Of
+    all splits the one with the greatest slack is taken; beyond 8 subtrees the lightest are joined first.
+    """
+    trees = [_Subtree(part / PARTS, PARTS / part, leaf) for leaf, part in parts.items()]
+    while len(trees) > EXHAUSTIVE_TREES:
+        trees.sort(key=lambda tree: -tree.weight)
+        trees.append(_join(trees.pop(), trees.pop()))
+    known: dict[int, _Subtree] = {1 << bit: tree for bit, tree in enumerate(trees)}
+    for mask in range(1, 1 << len(trees)):
+        if mask in known:
+            continue
+        part = (mask - 1) & mask
+        joined = []
+        while part > mask ^ part:
+            joined.append(_join(known[part], known[mask ^ part]))
+            part = (part - 1) & mask
+        known[mask] = max(joined, key=lambda tree: tree.slack)
+    return known[(1 << len(trees)) - 1].shape
+
+
+def _join(one: _Subtree, other: _Subtree) -> _Subtree:
+    light, heavy = sorted((one, other), key=lambda tree: tree.weight)
+    weight = one.weight + other.weight
+    return _Subtree(weight, min(one.slack, other.slack) - 1 / weight, (light.shape, heavy.shape))

@@ -1,0 +1,332 @@
+"""Shards in an object store, and a bounded cache of them on the node's disk.
+
+Streaming's downloaders speak to the store: ``s3://``, ``gs://``, ``azure://``, ``hf://``, ``dbfs:/Volumes``,
+a path and others; its decompression unpacks shards that the store has compressed. What they leave to chance
+is done here: every file is held to its SHA-256 before it is given its name, failures and stalls are tried
+again with growing pauses, a full disk or a full cache gives up the shards that were read longest ago.
+Processes of a node share the cache: a file is fetched by one of them while the others wait for it.
+"""
+
+import errno
+import fcntl
+import os
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.shards.index import INDEX_FILE, PackedFile, ShardFile
+from data.shards.manifest import MANIFEST_FILE, Manifest, file_fault, read_manifest
+from data.tokenizer import TOKENIZER_FILE
+from train.recipe.phases import domains_of
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Recipe, TokenizerKind
+
+if TYPE_CHECKING:
+    from streaming.base.storage import CloudDownloader
+
+LOCKS_FOLDER = ".locks"
+PARTIAL = ".partial"
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+ABSENT = {"404", "NoSuchKey", "NoSuchBucket"}
+REFUSED = {"403", "AccessDenied"}
+"""Answers of a store that another try would not change, as those above."""
+
+
+class AbsentError(RecipeError):
+    """The store has no such file, and said so."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How a store that fails is treated."""
+
+    attempts: int = 7
+    first_pause_seconds: float = 0.5
+    """Doubled after each failure, up to ``longest_pause_seconds``; drawn from the upper half of it, so that
+    the nodes of a job don't all come back at once."""
+    longest_pause_seconds: float = 30.0
+    stall_seconds: float = 30.0
+    """A connection that sends nothing for so long counts as failed."""
+
+    def pause_seconds(self, failures: int) -> float:
+        """How long to wait after so many failures, from 1."""
+        longest = min(self.longest_pause_seconds, self.first_pause_seconds * 2 ** (failures - 1))
+        # A generator of its own: training's must not notice that a store failed.
+        return random.SystemRandom().uniform(longest / 2, longest)
+
+
+class ShardCache:
+    """A folder of shards that is filled from a store as it is read.
+
+    Args:
+        root: the folder on this node; it has the store's names.
+        remote: address of the folder of shards in the store.
+        limit_bytes: shards kept, in bytes; exceeded by what other processes fetch at that moment at most.
+            None: as much as the disk holds.
+        patience: with a store that fails.
+    """
+
+    def __init__(
+        self, root: Path, remote: str, limit_bytes: int | None = None, patience: Patience | None = None
+    ) -> None:
+        self.root, self.remote, self.limit_bytes = root, remote.rstrip("/"), limit_bytes
+        self.patience = patience or Patience()
+        self._client: tuple[int, CloudDownloader] | None = None
+
+    def fetch_manifest(self) -> Manifest:
+        """The store's manifest, brought into the cache; domains may have joined since it was.
+
+        Raises:
+            RecipeError: if the cache holds other shards, or the store has none.
+        """
+        path = self.root / MANIFEST_FILE
+        with self._locked(path):
+            fresh = self._download(path)
+            manifest = read_manifest(self.root, fresh.name)
+            before = read_manifest(self.root) if path.is_file() else manifest
+            if not before.domains.items() <= manifest.domains.items():
+                fresh.unlink()
+                raise RecipeError(
+                    f"{self.root} caches other shards ({before.digest[:12]}) than {self.remote} holds "
+                    f"({manifest.digest[:12]})",
+                    key="data.remote",
+                    remedy="give another folder as data.shards, or correct the address",
+                )
+            fresh.replace(path)
+        return manifest
+
+    def require(self, path: Path, sha256: str | None) -> None:
+        """Brings a file that is no shard into the cache, unless it is there and whole.
+
+        Args:
+            path: its place in the cache.
+            sha256: of its content; None where its reader compares it.
+        """
+        with self._locked(path):
+            if file_fault(path, None, sha256):
+                self._fetch_checked(path, None, sha256).replace(path)
+
+    def fetch(self, shard: ShardFile) -> None:
+        """Brings a shard into the cache, unless another process just has; makes room for it first.
+
+        Raises:
+            RecipeError: one line that names the shard, if the store does not give it whole.
+        """
+        with self._locked(shard.path):
+            if not file_fault(shard.path, shard.bytes, shard.sha256):
+                return
+            shard.path.unlink(missing_ok=True)
+            if (packed := shard.packed) is None:
+                self.make_room(shard.bytes)
+                whole = self._fetch_checked(shard.path, shard.bytes, shard.sha256)
+            else:
+                self.make_room(shard.bytes + packed.bytes)
+                whole = self._unpack(shard, packed)
+            whole.replace(shard.path)
+
+    def note_use(self, shard: ShardFile) -> None:
+        """Puts a shard last in the order of eviction; its modification time stays."""
+        with suppress(OSError):
+            os.utime(shard.path, ns=(time.time_ns(), shard.path.stat().st_mtime_ns))
+
+    def make_room(self, needed: int) -> None:
+        """Gives up the shards read longest ago until ``needed`` more bytes fit into the limit.
+
+        Raises:
+            RecipeError: if they never can.
+        """
+        if self.limit_bytes is None:
+            return
+        if needed > self.limit_bytes:
+            raise RecipeError(
+                f"is {self.limit_bytes:,}, less than one shard of {needed:,} bytes",
+                key="data.cache_bytes",
+                remedy="hold several shards per loader process in it",
+            )
+        with self._locked(self.root / "room"):
+            self._evict(self._kept_bytes() + needed - self.limit_bytes)
+
+    def _evict(self, excess: int) -> int:
+        """Removes shards of at least ``excess`` bytes, those read longest ago first; returns the bytes."""
+        shards = _sizes(self.root.glob("*/*/*.mds"))
+        freed = 0
+        for path, status in sorted(shards, key=lambda it: it[1].st_atime_ns):
+            if freed >= excess:
+                break
+            # Who has it mapped reads on; the disk has its room back when the last of them lets go.
+            path.unlink(missing_ok=True)
+            freed += status.st_size
+        return freed
+
+    def _kept_bytes(self) -> int:
+        files = [*self.root.glob("*/*/*.mds"), *self.root.glob(f"*/*/*{PARTIAL}")]
+        return sum(status.st_size for _, status in _sizes(files))
+
+    def _fetch_checked(self, path: Path, size: int | None, sha256: str | None) -> Path:
+        """Downloads under a name of its own and compares; a file that came altered is fetched again."""
+        fault = ""
+        for _ in range(2):
+            partial = self._download(path)
+            fault = file_fault(partial, size, sha256)
+            if not fault:
+                return partial
+            partial.unlink()
+        raise _damaged(f"{self._address(path)} {fault}, also when fetched again")
+
+    def _unpack(self, shard: ShardFile, packed: PackedFile) -> Path:
+        """Fetches a shard's compressed form and unpacks it beside the shard's place."""
+        from streaming.base.compression import decompress
+
+        source = self._fetch_checked(packed.path, packed.bytes, packed.sha256)
+        address, partial = self._address(packed.path), _partial_name(shard.path)
+        try:
+            content = decompress(packed.compression, source.read_bytes())
+        except Exception as error:  # Each kind of compression has failures of its own.
+            raise _damaged(f"{address} can't be unpacked ({_line(error)})") from None
+        finally:
+            source.unlink()
+        while True:
+            try:
+                partial.write_bytes(content)
+                break
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                if error.errno not in DISK_IS_FULL:
+                    raise
+                self._evict_one(address)
+        if fault := file_fault(partial, shard.bytes, shard.sha256):
+            partial.unlink()
+            raise _damaged(f"what {address} holds {fault}")
+        return partial
+
+    def _evict_one(self, address: str) -> None:
+        """Gives up a shard where the disk is full.
+
+        Raises:
+            RecipeError: if there is none.
+        """
+        if not self._evict(1):
+            raise _gave_up(address, f"{self.root} is full and holds no shard to evict")
+
+    def _download(self, path: Path) -> Path:
+        """A file of the store under a name of its own beside ``path``, with retries.
+
+        Raises:
+            RecipeError: one line that names the file and the last failure.
+        """
+        address, failures = self._address(path), 0
+        partial = _partial_name(path)
+        while True:
+            partial.unlink(missing_ok=True)
+            try:
+                self._downloader().download(address, str(partial), timeout=self.patience.stall_seconds)
+                return partial
+            except Exception as error:  # Each store's client has failures of its own.
+                self._client = None
+                partial.unlink(missing_ok=True)
+                if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+                    self._evict_one(address)
+                    continue
+                failures += 1
+                if _is_absent(error):
+                    raise _gave_up(address, f"{_line(error)} (not there)", AbsentError) from None
+                if _answers(error) & REFUSED or failures >= self.patience.attempts:
+                    raise _gave_up(address, f"{_line(error)} (tried {failures} times)") from None
+                pause = self.patience.pause_seconds(failures)
+                print(f"{address}: {_line(error)}; tried again in {pause:.1f} s", file=sys.stderr, flush=True)
+                time.sleep(pause)
+
+    def _downloader(self) -> "CloudDownloader":
+        """This process's connection to the store: a forked loader must not share its parent's."""
+        from streaming.base.storage import CloudDownloader
+
+        if self._client is None or self._client[0] != os.getpid():
+            self._client = os.getpid(), CloudDownloader.get(self.remote)
+        return self._client[1]
+
+    def _address(self, path: Path) -> str:
+        return f"{self.remote}/{path.relative_to(self.root).as_posix()}"
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """One process of this node at a time."""
+        locks = self.root / LOCKS_FOLDER
+        path.parent.mkdir(parents=True, exist_ok=True)
+        locks.mkdir(exist_ok=True)
+        name = path.relative_to(self.root).as_posix().replace("/", "-")
+        with (locks / name).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _partial_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
+def _sizes(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
+    """Files that are there; another process may remove or rename any of them at any moment."""
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found.append((path, path.stat()))
+    return found
+
+
+def open_cache(recipe: Recipe) -> ShardCache | None:
+    """The cache that a recipe asks for; None where its shards lie in ``data.shards`` for good."""
+    data = recipe.data
+    if data.remote is None:
+        return None
+    return ShardCache(Path(data.shards), data.remote, data.cache_bytes)
+
+
+def fetch_indices(recipe: Recipe) -> None:
+    """Brings manifest, tokenizer and indices to this node; to be called by every process. No-op without
+    ``data.remote``.
+
+    Raises:
+        RecipeError: one line, if the store does not give them.
+    """
+    cache = open_cache(recipe)
+    if cache is None:
+        return
+    is_there = (cache.root / MANIFEST_FILE).is_file()
+    manifest = read_manifest(cache.root) if is_there else cache.fetch_manifest()
+    if not {*domains_of(recipe), *recipe.data.validation_domains} <= manifest.domains.keys():
+        manifest = cache.fetch_manifest()  # Domains have joined since this node fetched it.
+    if recipe.tokenizer.kind is TokenizerKind.bpe:
+        cache.require(cache.root / TOKENIZER_FILE, None)
+    for name, domain in manifest.domains.items():
+        for side, split in domain.splits.items():
+            cache.require(cache.root / name / side / INDEX_FILE, split.index_sha256)
+
+
+def _damaged(what: str) -> RecipeError:
+    return RecipeError(what, key="data.remote", remedy="write that file to the store anew")
+
+
+def _gave_up(address: str, what: str, kind: type[RecipeError] = RecipeError) -> RecipeError:
+    return kind(
+        f"{address} {what}", key="data.remote", remedy="the same command goes on from the last checkpoint"
+    )
+
+
+def _is_absent(error: Exception) -> bool:
+    """Whether there is no such file, bucket or kind of store."""
+    return bool(_answers(error) & ABSENT) or isinstance(error, FileNotFoundError | ValueError | ImportError)
+
+
+def _answers(error: Exception) -> set[str]:
+    """What a store's client says of a failure: botocore's code, or the status of Google's or Azure's."""
+    answer = getattr(error, "response", None)
+    code = answer.get("Error", {}).get("Code") if isinstance(answer, dict) else None
+    return {str(it) for it in (code, getattr(error, "code", None), getattr(error, "status_code", None))}
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

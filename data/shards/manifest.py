@@ -1,0 +1,325 @@
+"""What a folder of shards holds, in `manifest.json` beside them, and whether it still holds that.
+
+The manifest has the hash of each split's ``index.json``, which has the hash of each shard file; so a
+manifest vouches for every byte. It is written last, and without it a folder is no folder of shards.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.shards.index import INDEX_FILE, ShardFile, open_index
+from data.tokenizer import TokenizerHandle, bpe_name
+from train.recipe.phases import domains_of
+from train.recipe.reading import RecipeError, to_dict
+from train.recipe.schema import Recipe, TokenizerKind
+
+MANIFEST_FILE = "manifest.json"
+DOCUMENTS_FILE = "documents.jsonl"
+REJECTED_FILE = "rejected.jsonl"
+FORMAT = 2
+READABLE = (1, 2)
+"""In format 1 ``content_sha256`` was the hash of the samples themselves rather than of their hashes."""
+
+HASHED_BYTES = 512_000_000
+"""Shards up to this size in all are hashed at every start, in under a second; larger ones on demand."""
+
+REBUILD = "`python -m data.write_shards RECIPE --rebuild` makes them anew"
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """One split of a domain."""
+
+    documents: int
+    samples: int
+    tokens: int
+    """Token ids in it, end-of-text tokens included and padding not."""
+    padding_tokens: int
+    text_bytes: int
+    """UTF-8 bytes of the documents."""
+    unigram_entropy: float
+    """Entropy of the token frequencies in nats per token: the loss of knowing them and no context."""
+    content_sha256: str
+    """Hash over the hash of documents, lengths and tokens of each sample, whatever the shard size."""
+    index_sha256: str
+    """Hash of the index, which holds the hash of each shard file."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bits per byte are nats per token / ln 2 / this."""
+        return self.text_bytes / self.tokens
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """A dataset that a domain's documents come from."""
+
+    name: str
+    version: str
+    source: str
+    """Where it was published."""
+    licence: str
+
+
+@dataclass(frozen=True)
+class DomainRecord:
+    """One domain: where it comes from, and its splits."""
+
+    source: str
+    licence: str
+    transformation: str
+    documents_sha256: str
+    """Hash of the list of documents."""
+    splits: dict[str, SplitRecord]
+    datasets: list[DatasetRecord] = field(default_factory=list)
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Records and documents that were left out, by reason; each is listed in ``rejected.jsonl``."""
+    rejected_sha256: str | None = None
+    """Hash of that list."""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What governance asks for, as one text each."""
+        return {
+            "dataset": "; ".join(dict.fromkeys(it.name for it in self.datasets)),
+            "version": "; ".join(dict.fromkeys(it.version for it in self.datasets)),
+            "origin": self.source,
+            "licence": self.licence,
+            "transformation": self.transformation,
+        }
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that made the ids."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A folder of shards."""
+
+    format: int
+    tokenizer: TokenizerRecord
+    sequence_tokens: int
+    corpus: str | None
+    """The corpus that the shards were built from by this project; null: one from elsewhere."""
+    corpus_bytes: int | None
+    """Bound on the text per domain that it was built with."""
+    domains: dict[str, DomainRecord]
+    preparation_sha256: str | None = None
+    """Digest of the recipe's sources and their preparation, :func:`preparation_digest`."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of the above: equal for equal shards, wherever they lie."""
+        return _digest(asdict(self))
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(asdict(self) | {"digest": self.digest}, indent=1, sort_keys=True) + "\n"
+
+
+def read_manifest(root: Path, name: str = MANIFEST_FILE) -> Manifest:
+    """The manifest of a folder of shards; nothing else is looked at.
+
+    Args:
+        root: the folder.
+        name: of the file, where it has not got its own yet.
+
+    Raises:
+        RecipeError: if there is none, or none that this version reads.
+    """
+    path = root / name
+    try:
+        tree: dict[str, Any] = json.loads(path.read_text())
+        if tree["format"] not in READABLE:
+            raise RecipeError(
+                f"{path} has format {tree['format']}, not {FORMAT}", key="data.shards", remedy=REBUILD
+            )
+        if tree.pop("digest") != _digest(tree):
+            raise ValueError("its digest differs")
+        domains = {name: _domain_record(entry) for name, entry in tree["domains"].items()}
+        return Manifest(**(tree | {"tokenizer": TokenizerRecord(**tree["tokenizer"]), "domains": domains}))
+    except OSError as error:
+        raise RecipeError(
+            f"no shards at {root} ({error.strerror})",
+            key="data.shards",
+            remedy="correct the path, or build them with `python -m data.write_shards RECIPE`",
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"{path} is damaged ({error})", key="data.shards", remedy=REBUILD) from None
+
+
+def join_manifests(one: Manifest, other: Manifest) -> Manifest:
+    """The manifest of a folder that holds the domains of both.
+
+    Raises:
+        RecipeError: if they are of another tokenizer or length, or have a domain in common that differs.
+    """
+    for what, mine, theirs in (
+        ("tokenizer", one.tokenizer.fingerprint[:12], other.tokenizer.fingerprint[:12]),
+        ("sequence_tokens", one.sequence_tokens, other.sequence_tokens),
+    ):
+        if mine != theirs:
+            raise RecipeError(f"is {theirs} there, and {mine} here", key=what, remedy="prepare both alike")
+    for name in one.domains.keys() & other.domains.keys():
+        if one.domains[name] != other.domains[name]:
+            remedy = "give the domain of each part a name of its own"
+            raise RecipeError(f"{name} is another there than here", key="data.domains", remedy=remedy)
+    domains = dict(sorted({**other.domains, **one.domains}.items()))
+    # What the whole was made of is no longer one recipe's sources; each domain says what its own were.
+    return replace(
+        one, format=FORMAT, domains=domains, corpus=None, corpus_bytes=None, preparation_sha256=None
+    )
+
+
+def check_shards(root: Path, *, every_byte: bool = False) -> Manifest:
+    """Compares the files of a folder of shards with its manifest.
+
+    Args:
+        root: the folder.
+        every_byte: hash the shards however large they are; sizes alone are compared otherwise where
+            they exceed :data:`HASHED_BYTES` in all.
+
+    Raises:
+        RecipeError: one line that names the first file that is missing, cut short or altered.
+    """
+    manifest = read_manifest(root)
+    shards: list[ShardFile] = []
+    for name, domain in manifest.domains.items():
+        _require_sound(root / name / DOCUMENTS_FILE, domain.documents_sha256)
+        if domain.rejected_sha256 is not None:
+            _require_sound(root / name / REJECTED_FILE, domain.rejected_sha256)
+        for side, split in domain.splits.items():
+            folder = root / name / side
+            _require_sound(folder / INDEX_FILE, split.index_sha256)
+            shards += open_index(folder)
+    for shard in shards:
+        _require_sound(shard.path, None, shard.bytes)
+    if every_byte or sum(shard.bytes for shard in shards) <= HASHED_BYTES:
+        for shard in shards:
+            _require_sound(shard.path, shard.sha256)
+    return manifest
+
+
+def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle | None = None) -> None:
+    """Raises where shards are not those that a recipe means.
+
+    Args:
+        manifest: of the shards.
+        recipe: says what they should be.
+        tokenizer: the opened tokenizer, where its fingerprint is to be compared too.
+
+    Raises:
+        RecipeError: one line that names the key and both values.
+    """
+    data, made_by = recipe.data, manifest.tokenizer
+    other_place = f"{REBUILD}, or give another data.shards"
+    is_bpe = recipe.tokenizer.kind is TokenizerKind.bpe
+    name = bpe_name(recipe.tokenizer) if is_bpe else recipe.tokenizer.kind.value
+    if name != made_by.name:
+        what = f"is {name}, but {data.shards} was made with {made_by.name}"
+        raise RecipeError(what, key="tokenizer.kind", remedy=other_place)
+    if tokenizer is not None and tokenizer.fingerprint != made_by.fingerprint:
+        ours, theirs = tokenizer.fingerprint[:12], made_by.fingerprint[:12]
+        what = f"{name} has fingerprint {ours}, but {data.shards} was made with {theirs}"
+        raise RecipeError(what, key="tokenizer", remedy=other_place)
+    if data.sequence_tokens != manifest.sequence_tokens:
+        what = f"is {data.sequence_tokens}, but {data.shards} has sequences of {manifest.sequence_tokens}"
+        raise RecipeError(what, key="data.sequence_tokens", remedy=other_place)
+    if data.corpus is not None and (data.corpus, data.corpus_bytes) != (
+        manifest.corpus,
+        manifest.corpus_bytes,
+    ):
+        what = f"is {data.corpus_bytes}, but {data.shards} was built with {manifest.corpus_bytes}"
+        raise RecipeError(what, key="data.corpus_bytes", remedy=other_place)
+    if data.sources and preparation_digest(recipe) != manifest.preparation_sha256:
+        what = f"are not those that {data.shards} was made of, or their preparation is another"
+        raise RecipeError(what, key="data.sources", remedy=other_place)
+    keys = {name: f"data.domains.{name}" if data.domains else "data.phases" for name in domains_of(recipe)}
+    for domain, key in (keys | dict.fromkeys(data.validation_domains, "data.validation_domains")).items():
+        if domain not in manifest.domains:
+            there = ", ".join(manifest.domains)
+            raise RecipeError(f"{data.shards} has no domain {domain}", key=key, remedy=f"it has {there}")
+
+
+def preparation_digest(recipe: Recipe) -> str | None:
+    """Digest of what the recipe says of its sources; None without sources.
+
+    Where files lie, how they are cut into tasks and shards compressed is no part of it.
+    """
+    if not recipe.data.sources:
+        return None
+    data = to_dict(recipe)["data"]
+    sources = [{key: value for key, value in source.items() if key != "path"} for source in data["sources"]]
+    apart = ("chunk_bytes", "evaluation_texts", "zstd_level")
+    return _digest(
+        {
+            "sources": sources,
+            "preparation": {key: value for key, value in data["preparation"].items() if key not in apart},
+            "removes_evaluation_text": bool(data["preparation"]["evaluation_texts"]),
+        }
+    )
+
+
+def unigram_entropy(tokens: NDArray[np.integer[Any]]) -> float:
+    """Entropy of the frequencies of token ids, in nats per token: the loss of knowing no context."""
+    return entropy(np.bincount(tokens))
+
+
+def entropy(counts: NDArray[np.integer[Any]]) -> float:
+    """Entropy of a distribution given by counts, in nats; 0 for none."""
+    shares = counts[counts > 0] / max(counts.sum(), 1)
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _domain_record(entry: dict[str, Any]) -> DomainRecord:
+    splits = {side: SplitRecord(**it) for side, it in entry["splits"].items()}
+    datasets = [DatasetRecord(**it) for it in entry.get("datasets", [])]
+    return DomainRecord(**(entry | {"splits": splits, "datasets": datasets}))
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def file_fault(path: Path, size: int | None, sha256: str | None) -> str:
+    """What is wrong with a file, to be put after its name; empty if nothing.
+
+    Args:
+        path: the file.
+        size: its bytes; None: not compared.
+        sha256: of its content; None: not compared, and nothing is read.
+    """
+    try:
+        actual = path.stat().st_size
+        if size is not None and actual != size:
+            return f"has {actual} bytes instead of {size}"
+        if sha256 is not None:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    return "is altered: its SHA-256 differs"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"can't be read ({error.strerror})"
+    return ""
+
+
+def _require_sound(path: Path, sha256: str | None, size: int | None = None) -> None:
+    if fault := file_fault(path, size, sha256):
+        raise RecipeError(f"{path} {fault}", key="data.shards", remedy=REBUILD)

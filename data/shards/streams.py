@@ -1,0 +1,139 @@
+"""Samples by number from a folder of MDS shards, through Streaming's own readers.
+
+Streaming knows the format: it reads the index and decodes samples. Where a sample lies, this module
+takes from a memory map of the shard, not from a file opened anew for each sample. A shard is held to
+its SHA-256 before its first sample is read, once in each process.
+"""
+
+import mmap
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from streaming.base.format import reader_from_json
+from streaming.base.format.mds import MDSReader
+
+from data.shards.cache import ShardCache
+from data.shards.index import ShardFile, open_index
+from data.shards.manifest import REBUILD, file_fault
+from data.shards.packing import Sample
+from train.recipe.reading import RecipeError
+
+OPEN_SHARDS = 256
+"""Memory maps kept at once; each holds a file descriptor."""
+OPENINGS = 5
+"""Tries to open a shard that other processes evict as soon as it has been fetched."""
+
+
+class ShardFolder:
+    """Random access to the samples of one split of one domain."""
+
+    def __init__(self, folder: Path, cache: ShardCache | None = None) -> None:
+        """Reads the index; no shard is opened.
+
+        Args:
+            folder: holds ``index.json`` and the shards.
+            cache: where shards that are missing or altered come from; None: that is an error.
+        """
+        self.folder, self._cache = folder, cache
+        self._index = open_index(folder)
+        self._sound: dict[int, tuple[int, ...]] = {}
+        """Inode, time and size of each shard when its content was compared."""
+        # What a reader decodes depends on the columns alone, which most shards have in common.
+        configs = range(len(self._index.configs))
+        self._readers: list[MDSReader] = [
+            reader_from_json(str(folder), None, self._index.entry(config)) for config in configs
+        ]
+        for reader in self._readers:
+            # Pickled columns would run code from the shard.
+            reader.validate(allow_unsafe_types=False)
+        self._ends = np.cumsum(self._index.samples)
+        self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
+
+    @property
+    def shard_samples(self) -> NDArray[np.int64]:
+        """Samples of each shard, in the index's order."""
+        return self._index.samples
+
+    def __len__(self) -> int:
+        """Samples in all shards."""
+        return int(self._ends[-1]) if self._ends.size else 0
+
+    def __getitem__(self, number: int) -> Sample:
+        """Reads one sample.
+
+        Args:
+            number: in 0..len-1, counted through the shards in the index's order.
+        """
+        assert 0 <= number < len(self), number
+        shard = self._shard_of(number)
+        within = number - int(self._ends[shard] - self._index.samples[shard])
+        mapped = self._map(shard)
+        # An MDS file begins with the number of its samples and the offsets of each, and of the end.
+        begin, end = np.frombuffer(mapped, np.uint32, count=2, offset=4 * (1 + within))
+        reader = self._readers[self._index.config_of(shard)]
+        return Sample(**reader.decode_sample(mapped[begin:end]))
+
+    def file_of(self, number: int) -> ShardFile:
+        """The shard that holds a sample."""
+        return self._index[self._shard_of(number)]
+
+    def _shard_of(self, number: int) -> int:
+        return int(np.searchsorted(self._ends, number, "right"))
+
+    def _map(self, shard: int) -> mmap.mmap:
+        if shard in self._maps:
+            self._maps.move_to_end(shard)
+            return self._maps[shard]
+        self._maps[shard] = mapped = self._open(shard)
+        while len(self._maps) > OPEN_SHARDS:
+            self._maps.popitem(last=False)[1].close()
+        return mapped
+
+    def _open(self, shard: int) -> mmap.mmap:
+        """Maps a shard whose content is what its index says.
+
+        Raises:
+            RecipeError: one line that names the shard.
+        """
+        file, fault = self._index[shard], ""
+        for _ in range(OPENINGS):
+            fault = self._fault(shard)
+            if not fault:
+                try:
+                    with file.path.open("rb") as stream:
+                        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                except FileNotFoundError:
+                    continue
+            if self._cache is None:
+                break
+            self._cache.fetch(file)
+            self._let_go_of_evicted()
+        raise RecipeError(
+            f"shard {file.path} {fault or 'is evicted faster than it is read'}",
+            key="data.shards" if self._cache is None else "data.cache_bytes",
+            remedy=f"{REBUILD}, or data.remote names a store to fetch it from"
+            if self._cache is None
+            else "raise it",
+        )
+
+    def _fault(self, shard: int) -> str:
+        file = self._index[shard]
+        try:
+            status = file.path.stat()
+        except FileNotFoundError:
+            return "is missing"
+        mark = status.st_ino, status.st_mtime_ns, status.st_size
+        if self._sound.get(shard) != mark:
+            if fault := file_fault(file.path, file.bytes, file.sha256):
+                return fault
+            self._sound[shard] = mark
+        if self._cache is not None:
+            self._cache.note_use(file)
+        return ""
+
+    def _let_go_of_evicted(self) -> None:
+        """Closes maps of shards that were evicted, since the disk has their room back only then."""
+        for shard in [shard for shard in self._maps if not self._index[shard].path.exists()]:
+            self._maps.pop(shard).close()

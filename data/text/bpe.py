@@ -1,0 +1,57 @@
+"""Trains a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) with Hugging Face ``tokenizers``."""
+
+import json
+import os
+from collections.abc import Iterator
+
+from data.text.hugging_face_form import from_letters
+from data.tokenizer import EOS, PAD, TokenizerHandle, bpe_name
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Tokenizer
+
+PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""Pieces that no token crosses: a word, up to three digits, a run of signs, each with the space before
+it; white space, whose last character goes to the word that follows."""
+
+SMALLEST = 258
+"""256 bytes and two special tokens."""
+
+
+def train_bpe(cfg: Tokenizer, texts: Iterator[str]) -> TokenizerHandle:
+    """Learns ``cfg.vocab_size`` tokens, or fewer where the text has no more pairs to join.
+
+    The same texts give the same tokenizer: ties go to the pair that was learnt first.
+
+    Args:
+        cfg: the recipe's tokenizer section, of kind ``bpe``.
+        texts: what to learn from.
+
+    Raises:
+        RecipeError: if the vocabulary cannot even hold every byte.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    if cfg.vocab_size < SMALLEST:
+        raise RecipeError(
+            f"is {cfg.vocab_size}", key="tokenizer.vocab_size", remedy=f"every byte needs {SMALLEST}"
+        )
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=cfg.vocab_size - 2,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    # Training used all cores. Processes that are forked from here on, for tasks and for loading, would each
+    # warn of that unless it is settled now that they tokenise on one core.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    vocabulary = json.loads(learner.to_str())["model"]["vocab"]
+    ranks = {from_letters(letters): rank for letters, rank in vocabulary.items()}
+    return TokenizerHandle(bpe_name(cfg), PATTERN, ranks, {EOS: len(ranks), PAD: len(ranks) + 1})

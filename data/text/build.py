@@ -1,0 +1,288 @@
+"""A recipe's documents become its shards: the stages, one after another. Read `build_into` first."""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.shards.index import INDEX_FILE
+from data.shards.manifest import (
+    DOCUMENTS_FILE,
+    FORMAT,
+    REJECTED_FILE,
+    DatasetRecord,
+    DomainRecord,
+    Manifest,
+    SplitRecord,
+    TokenizerRecord,
+    entropy,
+    preparation_digest,
+)
+from data.text import installed
+from data.text.bpe import train_bpe
+from data.text.clean import STAGE as CLEAN
+from data.text.clean import clean, read_documents, write_texts
+from data.text.decide import STAGE as DECIDE
+from data.text.decide import TRAIN, Decision, decide
+from data.text.engines import Engine
+from data.text.evaluation_overlap import list_evaluation_files
+from data.text.inputs import WHOLE, Chunk, Input, check_preparation, check_sources, cut, list_inputs
+from data.text.installed import Document
+from data.text.job import Job, Result
+from data.text.mds import index_text
+from data.text.remote_inputs import FOLDER as FETCHED
+from data.text.remote_inputs import fetch_sources
+from data.text.split import SPLITS
+from data.text.tokens import ENCODE, WRITE, ShardTask, encode, open_once, plan_shards, write_shard
+from train.recipe.phases import domains_of
+from train.recipe.preparation import Preparation, Quality, Source, SourceKind
+from train.recipe.reading import RecipeError, to_dict
+from train.recipe.schema import Recipe, TokenizerKind
+
+VERSION = 1
+"""Of the stages: raised when they give other bytes, so that no job goes on with results of older ones."""
+BPE_TEXT_BYTES = 16_000_000
+"""Text that a tokenizer is trained on; more of it no longer changes a small vocabulary."""
+SPOOL_BYTES = 4_000_000
+"""Text of the installed corpus that one task works on."""
+
+
+def build_into(work: Path, recipe: Recipe, engine: Engine, documents: Iterator[Document] | None) -> Manifest:
+    """Builds shards in ``work/out``.
+
+    Args:
+        work: folder that an earlier call may have left; what it holds of the same job is not done again.
+        recipe: says what of, and how.
+        engine: does the tasks.
+        documents: in place of the recipe's sources.
+
+    Raises:
+        RecipeError: if a source is missing, a key means nothing, or a domain has too little text.
+    """
+    check_preparation(recipe.data.preparation)
+    job, chunks = _spool(work, recipe, documents) if documents is not None else _list(work, recipe, engine)
+    cleaned = engine.run("reading and filtering", clean, job, chunks)
+    print("telling copies apart", file=sys.stderr, flush=True)
+    decision = decide(job, chunks, cleaned)
+    _require_documents(recipe, job, decision, cleaned)
+    if recipe.tokenizer.kind is TokenizerKind.bpe:
+        _train_tokenizer(recipe, job, chunks, decision)
+    encoded = engine.run("tokenising", encode, job, chunks)
+    tasks = plan_shards(job, chunks, encoded)
+    written = engine.run("writing shards", write_shard, job, tasks)
+    return _assemble(recipe, job, chunks, decision, (cleaned, encoded, tasks, written))
+
+
+def _list(work: Path, recipe: Recipe, engine: Engine) -> tuple[Job, list[Chunk]]:
+    """The job of the recipe's sources; results of another job in the work folder are removed."""
+    check_sources(recipe)
+    data = recipe.data
+    evaluation = list_evaluation_files(data.preparation.evaluation_texts)
+    job = _job(work, recipe, data.sources, evaluation)
+    fetched = fetch_sources(job, engine)
+    inputs = [list_inputs(n, source, fetched.get(n)) for n, source in enumerate(data.sources)]
+    texts = [[file, hashlib.sha256(Path(file).read_bytes()).hexdigest()] for file in evaluation]
+    files = [[asdict(file) for file in of] for of in inputs]
+    section = to_dict(recipe)
+    tree = [
+        VERSION,
+        section["data"]["sources"],
+        section["data"]["preparation"],
+        section["tokenizer"],
+        texts,
+        files,
+    ]
+    mark = json.dumps([*tree, recipe.data.sequence_tokens], sort_keys=True)
+    record = work / "job.json"
+    if record.is_file() and record.read_text() == mark:
+        print(f"going on with what {work} holds", file=sys.stderr, flush=True)
+    else:
+        for place in work.iterdir():
+            if place.is_dir() and place.name != FETCHED:
+                shutil.rmtree(place)
+        record.write_text(mark)
+    return job, cut(inputs, [source.kind for source in data.sources], data.preparation.chunk_bytes)
+
+
+def _spool(work: Path, recipe: Recipe, documents: Iterator[Document]) -> tuple[Job, list[Chunk]]:
+    """The job of documents that a program gives, written to files that tasks can read."""
+    by_domain: dict[str, list[list[tuple[str, str]]]] = {}
+    sizes: Counter[str] = Counter()
+    with tqdm(desc="reading text", unit="B", unit_scale=True, mininterval=1) as bar:
+        for document in documents:
+            chunks = by_domain.setdefault(document.domain, [[]])
+            if sizes[document.domain] > SPOOL_BYTES * len(chunks):
+                chunks.append([])
+            chunks[-1].append((document.name, document.text))
+            sizes[document.domain] += len(document.text)
+            bar.update(len(document.text))
+    made: list[Chunk] = []
+    for n, texts in enumerate(by_domain.values()):
+        for part in texts:
+            path = work / "spool" / f"{len(made):06}.arrow"
+            write_texts(path, part)
+            made.append(Chunk(len(made), n, (Input(n, path.name, str(path), 0, 0),), 0, WHOLE))
+    sources = [
+        Source(
+            domain=domain,
+            kind=SourceKind.hf,
+            path="",
+            dataset=recipe.data.corpus or "documents",
+            version="",
+            origin=installed.SOURCE,
+            licence=installed.LICENCE,
+        )
+        for domain in by_domain
+    ]
+    return _job(work, recipe, sources, ()), made
+
+
+def _job(work: Path, recipe: Recipe, sources: list[Source], evaluation: tuple[str, ...]) -> Job:
+    data = recipe.data
+    (work / "out").mkdir(parents=True, exist_ok=True)
+    spooled = not data.sources
+    return Job(
+        work, tuple(sources), data.preparation, evaluation, recipe.tokenizer, data.sequence_tokens, spooled
+    )
+
+
+def _require_documents(recipe: Recipe, job: Job, decision: Decision, cleaned: list[Result]) -> None:
+    for domain in [*domains_of(recipe), *recipe.data.validation_domains]:
+        count = decision.documents.get(domain, 0)
+        if count < 2:
+            lost = sum((Counter(result["rejected"]) for result in cleaned), sum(decision.copies, Counter()))
+            why = f" ({', '.join(f'{n} {reason}' for reason, n in lost.most_common(4))})" if lost else ""
+            what = f"{domain} has {count} documents, too few for two splits{why}"
+            remedy = "raise data.corpus_bytes" if job.spooled else "correct data.sources or their filters"
+            raise RecipeError(what, key="data.domains", remedy=remedy)
+
+
+def _train_tokenizer(recipe: Recipe, job: Job, chunks: list[Chunk], decision: Decision) -> None:
+    """Trains a BPE on every n-th document, and writes it where the tasks open it."""
+    stride = -(-decision.train_bytes // BPE_TEXT_BYTES)
+    print(f"training a tokenizer of {recipe.tokenizer.vocab_size} tokens", file=sys.stderr, flush=True)
+
+    def texts() -> Iterator[str]:
+        seen = 0
+        for chunk in chunks:
+            fate = np.load(job.file(DECIDE, chunk.number, "npy"))
+            for (_, text), side in zip(read_documents(job, chunk.number), fate, strict=True):
+                if side == TRAIN:
+                    if seen % max(stride, 1) == 0:
+                        yield text
+                    seen += 1
+
+    train_bpe(recipe.tokenizer, texts()).to_hugging_face(job.out)
+
+
+def _assemble(
+    recipe: Recipe,
+    job: Job,
+    chunks: list[Chunk],
+    decision: Decision,
+    results: tuple[list[Result], list[Result], list[ShardTask], list[Result]],
+) -> Manifest:
+    cleaned, encoded, tasks, written = results
+    tokenizer = open_once(job.tokenizer, job.out)
+    records = {}
+    for domain in dict.fromkeys(source.domain for source in job.sources):
+        folder = job.out / domain
+        folder.mkdir(exist_ok=True)
+        at = [n for n, chunk in enumerate(chunks) if job.sources[chunk.source].domain == domain]
+        numbers = [chunks[n].number for n in at]
+        listing = _join(folder / DOCUMENTS_FILE, [job.file(ENCODE, n, "documents.jsonl") for n in numbers])
+        lists = [job.file(stage, n, "rejected.jsonl") for stage in (CLEAN, DECIDE) for n in numbers]
+        rejected = _join(folder / REJECTED_FILE, lists)
+        reasons: Counter[str] = sum(
+            (Counter(cleaned[n]["rejected"]) + decision.copies[n] for n in at), Counter()
+        )
+        splits = {}
+        for split in SPLITS:
+            mine = [
+                (t, w) for t, w in zip(tasks, written, strict=True) if (t.domain, t.split) == (domain, split)
+            ]
+            splits[split] = _split_record(job, folder / split, [encoded[n][split] for n in at], mine)
+        sources = [source for source in job.sources if source.domain == domain]
+        records[domain] = DomainRecord(
+            source="; ".join(dict.fromkeys(source.origin for source in sources)),
+            licence="; ".join(dict.fromkeys(source.licence for source in sources)),
+            transformation=_transformation(job, sources),
+            documents_sha256=listing,
+            splits=splits,
+            datasets=[DatasetRecord(it.dataset, it.version, it.origin, it.licence) for it in sources],
+            rejected=dict(sorted(reasons.items())),
+            rejected_sha256=rejected,
+        )
+    made_by = TokenizerRecord(
+        tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id
+    )
+    data = recipe.data
+    return Manifest(
+        format=FORMAT,
+        tokenizer=made_by,
+        sequence_tokens=data.sequence_tokens,
+        corpus=data.corpus,
+        corpus_bytes=data.corpus_bytes if data.corpus else None,
+        domains=records,
+        preparation_sha256=preparation_digest(recipe),
+    )
+
+
+def _split_record(
+    job: Job, folder: Path, encoded: list[dict[str, int]], written: list[tuple[ShardTask, Result]]
+) -> SplitRecord:
+    folder.mkdir(exist_ok=True)
+    index = index_text([result["entry"] for _, result in written])
+    (folder / INDEX_FILE).write_text(index)
+    digest = hashlib.sha256()
+    counts: Any = np.zeros(1, np.int64)
+    for task, _ in written:
+        digest.update(job.file(WRITE, task.number, "digests").read_bytes())
+        counts = counts + np.load(job.file(WRITE, task.number, "counts.npy"))
+    return SplitRecord(
+        documents=sum(part["documents"] for part in encoded),
+        samples=sum(result["samples"] for _, result in written),
+        tokens=sum(part["tokens"] for part in encoded),
+        padding_tokens=sum(result["padding"] for _, result in written),
+        text_bytes=sum(part["text_bytes"] for part in encoded),
+        unigram_entropy=entropy(counts),
+        content_sha256=digest.hexdigest(),
+        index_sha256=hashlib.sha256(index.encode()).hexdigest(),
+    )
+
+
+def _join(path: Path, parts: list[Path]) -> str:
+    """Writes the parts one after another; returns the hash of the whole."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in parts:
+            content = part.read_bytes()
+            digest.update(content)
+            file.write(content)
+    return digest.hexdigest()
+
+
+def _transformation(job: Job, sources: list[Source]) -> str:
+    if job.spooled:
+        return installed.TRANSFORMATION
+    steps = ["UTF-8, NFC, line ends as \\n, control characters removed"]
+    for source in sources:
+        if source.languages:
+            steps.append(f"{source.dataset}: languages {', '.join(source.languages)}")
+        if source.quality is not Quality.none:
+            steps.append(f"{source.dataset}: quality heuristics for {source.quality.value}")
+    preparation: Preparation = job.preparation
+    steps.append("exact duplicates removed")
+    if preparation.near_duplicates is not None:
+        steps.append(f"near-duplicates from Jaccard similarity {preparation.near_duplicates} on removed")
+    if job.evaluation_files:
+        steps.append(f"documents sharing {preparation.evaluation_ngram}-grams with evaluation tasks removed")
+    return "; ".join([*steps, "near-identical documents on one side of the split"])

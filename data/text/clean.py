@@ -1,0 +1,123 @@
+"""First stage: a chunk's records become clean documents with signatures, or rejected ones."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.text.duplicates import PERMUTATIONS, sketch
+from data.text.evaluation_overlap import open_evaluation_texts
+from data.text.inputs import Chunk
+from data.text.job import Job, Result, save_array, write_whole
+from data.text.language import language_of
+from data.text.quality import fault_of_code, fault_of_prose, fault_of_repetition
+from data.text.source_records import Record, read_records
+from data.text.words import hash_words
+from train.recipe.preparation import Quality, Source
+
+STAGE = "clean"
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+def clean(job: Job, chunk: Chunk) -> Result:
+    """Writes the documents that pass, their digests, sizes and signatures, and the list of rejected records.
+
+    Returns:
+        Counts: ``kept`` documents, and ``rejected`` ones by reason.
+    """
+    return job.once(STAGE, chunk.number, lambda: _clean(job, chunk))
+
+
+def normalise(text: str) -> str:
+    """NFC, line feeds at line ends, no control characters, no white space at the ends but a line feed."""
+    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
+    return _CONTROL.sub("", text).strip() + "\n"
+
+
+def read_documents(job: Job, number: int) -> Iterator[tuple[str, str]]:
+    """Name and text of each clean document of a chunk."""
+    return read_texts(job.file(STAGE, number, "arrow"))
+
+
+def read_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and text of each document in a file of :func:`write_texts`."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as mapped:
+        for batch in pyarrow.ipc.open_file(mapped).read_all().to_batches(max_chunksize=256):
+            columns = (batch.column(n).to_pylist() for n in (0, 1))
+            yield from zip(*columns, strict=True)
+
+
+def write_texts(path: Path, documents: list[tuple[str, str]]) -> None:
+    """Writes names and texts."""
+    import pyarrow
+
+    schema = pyarrow.schema([("name", pyarrow.string()), ("text", pyarrow.large_string())])
+    columns = [[document[n] for document in documents] for n in (0, 1)]
+    table = pyarrow.table(columns, schema=schema)
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_file(sink, schema) as writer:
+        writer.write_table(table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, sink.getvalue().to_pybytes())
+
+
+def _clean(job: Job, chunk: Chunk) -> Result:
+    kept: list[tuple[str, str]] = []
+    signatures, rejected = [], []
+    for record, fault, words in _judged(job, chunk):
+        if fault:
+            rejected.append({"place": record.place, "reason": fault})
+        else:
+            kept.append((record.place, record.text))
+            signatures.append(sketch(words))
+    texts = [text.encode() for _, text in kept]
+    digests = b"".join(hashlib.sha256(text).digest() for text in texts)
+    write_texts(job.file(STAGE, chunk.number, "arrow"), kept)
+    made: dict[str, np.ndarray[Any, Any]] = {
+        "signatures.npy": np.array(signatures, np.uint32).reshape(-1, PERMUTATIONS),
+        "digests.npy": np.frombuffer(digests, np.uint8).reshape(-1, 32),
+        "sizes.npy": np.array([len(text) for text in texts], np.int64),
+    }
+    for suffix, array in made.items():
+        save_array(job.file(STAGE, chunk.number, suffix), array)
+    lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in rejected)
+    write_whole(job.file(STAGE, chunk.number, "rejected.jsonl"), lines.encode())
+    reasons = Counter(line["reason"].partition(": ")[0] for line in rejected)
+    return {"kept": len(kept), "rejected": dict(sorted(reasons.items()))}
+
+
+def _judged(job: Job, chunk: Chunk) -> Iterator[tuple[Record, str, np.ndarray[Any, Any]]]:
+    """Each record, normalised, with the first rule that it breaks and its words."""
+    source, preparation = job.sources[chunk.source], job.preparation
+    if job.spooled:
+        for name, text in read_texts(Path(chunk.inputs[0].path)):
+            yield Record(name, text), "", hash_words(text)
+        return
+    evaluation = open_evaluation_texts(job.evaluation_files, preparation.evaluation_ngram)
+    none = np.empty(0, np.uint64)
+    for raw in read_records(chunk, source, preparation.max_document_bytes):
+        place = f"{source.dataset}/{raw.place}"
+        text = "" if raw.reason else normalise(raw.text)
+        fault = raw.reason or ("" if text.strip() else "empty") or _fault_of_text(text, source)
+        words = none if fault else hash_words(text)
+        if not fault and evaluation.touches(words):
+            fault = "evaluation text"
+        yield Record(place, text), fault, words
+
+
+def _fault_of_text(text: str, source: Source) -> str:
+    if source.languages and (language := language_of(text)) not in source.languages:
+        return f"language: {language}"
+    if source.quality is Quality.code:
+        return fault_of_code(text)
+    if source.quality is Quality.prose:
+        return fault_of_prose(text) or fault_of_repetition(text)
+    return ""

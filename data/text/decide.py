@@ -1,0 +1,122 @@
+"""Second stage, in one process: which documents stay, and on which side. Needs 60 bytes per document."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.text.clean import STAGE as CLEAN
+from data.text.clean import read_documents
+from data.text.duplicates import PERMUTATIONS, Resolution, resolve
+from data.text.inputs import Chunk
+from data.text.job import Job, Result, save_array, write_whole
+from data.text.split import held_out
+
+# N documents of all chunks in order.
+
+STAGE = "decide"
+REMOVED, TRAIN, VALIDATION = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the later stages need to know of it."""
+
+    documents: dict[str, int]
+    """Documents that stay, by domain."""
+    train_bytes: int
+    """UTF-8 bytes of those to train on."""
+    copies: list[Counter[str]]
+    """Documents of each chunk that were removed, by reason."""
+
+
+def decide(job: Job, chunks: list[Chunk], cleaned: list[Result]) -> Decision:
+    """Writes the fate of each document, an array per chunk, and the list of those that are copies.
+
+    Args:
+        job: the job.
+        chunks: all of them.
+        cleaned: results of the first stage for each.
+    """
+    bounds = np.cumsum([0, *(result["kept"] for result in cleaned)])
+    domains = [job.sources[chunk.source].domain for chunk in chunks]
+    domain_of_N = np.repeat(np.array([*domains, ""]), [*np.diff(bounds), 0])
+    digests_N2, sizes_N, keys_N = _gather(job, chunks)
+    found = _resolve(job, chunks, bounds, digests_N2)
+    stays_N = found.keeper == np.arange(bounds[-1])
+    fate_N = np.where(stays_N, TRAIN, REMOVED).astype(np.uint8)
+    for domain in sorted(set(domains)):
+        mine = np.flatnonzero(stays_N & (domain_of_N == domain))
+        fate_N[mine[held_out(keys_N[mine], found.group[mine])]] = VALIDATION
+    (job.work / STAGE).mkdir(exist_ok=True)
+    names = _keeper_names(job, chunks, bounds, found, stays_N)
+    copies = []
+    for chunk, start, end in zip(chunks, bounds, bounds[1:], strict=False):
+        save_array(job.file(STAGE, chunk.number, "npy"), fate_N[start:end])
+        copies.append(_list_copies(job, chunk, range(start, end), found, names))
+    documents = {domain: int((stays_N & (domain_of_N == domain)).sum()) for domain in domains}
+    return Decision(documents, int(sizes_N[fate_N == TRAIN].sum()), copies)
+
+
+def _gather(
+    job: Job, chunks: list[Chunk]
+) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.uint64]]:
+    """Halves of digests [N, 2] to compare, sizes [N], and other bits of digests [N] to choose sides by."""
+    halves, sizes, keys = [np.empty((0, 2), np.uint64)], [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
+    for chunk in chunks:
+        whole = np.load(job.file(CLEAN, chunk.number, "digests.npy")).view(np.uint64).reshape(-1, 4)
+        halves.append(whole[:, :2].copy())
+        keys.append(whole[:, 2].copy())
+        sizes.append(np.load(job.file(CLEAN, chunk.number, "sizes.npy")))
+    return np.concatenate(halves), np.concatenate(sizes), np.concatenate(keys)
+
+
+def _resolve(
+    job: Job, chunks: list[Chunk], bounds: NDArray[np.int64], digests_N2: NDArray[np.uint64]
+) -> Resolution:
+    path = job.work / "signatures.npy"
+    shape = (int(bounds[-1]), PERMUTATIONS)
+    signatures = (
+        np.lib.format.open_memmap(path, "w+", np.uint32, shape) if shape[0] else np.empty(shape, "u4")
+    )
+    for chunk, start, end in zip(chunks, bounds, bounds[1:], strict=False):
+        signatures[start:end] = np.load(job.file(CLEAN, chunk.number, "signatures.npy"))
+    found = resolve(digests_N2, signatures, job.preparation.near_duplicates)
+    if job.spooled:  # The program that gave them has removed what it wanted removed.
+        return Resolution(np.arange(bounds[-1]), np.zeros(bounds[-1], bool), found.group)
+    return found
+
+
+def _keeper_names(
+    job: Job, chunks: list[Chunk], bounds: NDArray[np.int64], found: Resolution, stays_N: NDArray[np.bool_]
+) -> dict[int, str]:
+    """Names of the documents that others are copies of."""
+    wanted = np.unique(found.keeper[~stays_N])
+    names = {}
+    for chunk, start, end in zip(chunks, bounds, bounds[1:], strict=False):
+        inside = set(wanted[(wanted >= start) & (wanted < end)].tolist())
+        if inside:
+            for number, (name, _) in enumerate(read_documents(job, chunk.number), int(start)):
+                if number in inside:
+                    names[number] = name
+    return names
+
+
+def _list_copies(
+    job: Job, chunk: Chunk, numbers: range, found: Resolution, names: dict[int, str]
+) -> Counter[str]:
+    """Writes the chunk's documents that are removed as copies, and counts them by reason."""
+    reasons: Counter[str] = Counter()
+    lines = []
+    if any(found.keeper[n] != n for n in numbers):
+        for number, (name, _) in zip(numbers, read_documents(job, chunk.number), strict=True):
+            keeper = int(found.keeper[number])
+            if keeper != number:
+                reason = "exact duplicate" if found.is_exact[number] else "near duplicate"
+                reasons[reason] += 1
+                lines.append({"place": name, "reason": reason, "of": names[keeper]})
+    text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
+    write_whole(job.file(STAGE, chunk.number, "rejected.jsonl"), text.encode())
+    return reasons

@@ -1,0 +1,131 @@
+"""Which documents are copies of which, exactly or nearly: the same answer for any number of workers.
+
+MinHash (Broder 1997) over five-word sequences, as Lee et al. 2022 ("Deduplicating Training Data Makes
+Language Models Better", section 4.2); signatures and the number of bands are datasketch's. Signatures are
+made with each chunk. The look-up goes over bands one after another, in one process: documents of a bucket are
+compared with the bucket's first and with the one before, in the order of the sources, so that nothing
+depends on who was ready first. Memory: 60 bytes per document, whatever their length; the signatures, 512
+bytes each, stay on disk.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.text.words import hash_ngrams, mix
+
+# N documents, P permutations of a signature, B bands of R of them.
+
+PERMUTATIONS = 128
+SHINGLE_WORDS = 5
+SAME_SIDE = 0.5
+"""Jaccard similarity from which on documents go to the same side, train or validation."""
+_BLOCK = 8192
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What documents are to each other."""
+
+    keeper: NDArray[np.int64]
+    """The document [N] that stands for each: itself, or the first of its copies."""
+    is_exact: NDArray[np.bool_]
+    """Whether [N] the text is the keeper's, byte for byte."""
+    group: NDArray[np.int64]
+    """A number [N], equal for documents that are alike, or joined by a chain of such."""
+
+
+def sketch(words: NDArray[np.uint64]) -> NDArray[np.uint32]:
+    """The MinHash signature [P] of a text.
+
+    Args:
+        words: hashes of its words, :func:`data.text.words.hash_words`.
+    """
+    from datasketch import MinHash
+
+    shingles = np.unique(hash_ngrams(words, SHINGLE_WORDS).astype(np.uint32))
+    made = MinHash(num_perm=PERMUTATIONS, hashfunc=int, permutations=_permutations(), scheme="affine32")
+    for start in range(0, shingles.size, _BLOCK):
+        made.update_batch(shingles[start : start + _BLOCK].tolist())
+    return np.asarray(made.hashvalues, np.uint32)
+
+
+def resolve(digests: NDArray[np.uint64], signatures: NDArray[np.uint32], near: float | None) -> Resolution:
+    """Finds copies.
+
+    Args:
+        digests: the first 16 bytes of each text's SHA-256 [N, 2].
+        signatures: [N, P], on disk or not.
+        near: Jaccard similarity from which on documents are copies; None: only equal texts are.
+    """
+    count = len(digests)
+    order = np.lexsort((np.arange(count), digests[:, 1], digests[:, 0]))
+    is_new = np.r_[True, (digests[order][1:] != digests[order][:-1]).any(1)][:count]
+    first = np.empty(count, np.int64)
+    first[order] = order[np.flatnonzero(is_new)][np.cumsum(is_new) - 1]
+    distinct = np.flatnonzero(first == np.arange(count))
+    pairs, likeness = _alike(signatures, distinct)
+    is_near = likeness >= near if near is not None else np.zeros(len(pairs), bool)
+    near_first = _first_of_component(pairs[is_near], count)
+    return Resolution(near_first[first], first != np.arange(count), _first_of_component(pairs, count)[first])
+
+
+def _alike(
+    signatures: NDArray[np.uint32], distinct: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Pairs [M, 2] of documents that are alike, and how much [M]."""
+    from datasketch import MinHashLSH
+
+    index = MinHashLSH(threshold=SAME_SIDE, num_perm=PERMUTATIONS)
+    found = [np.empty((0, 2), np.int64)]
+    for band in range(index.b):
+        rows = signatures[distinct, band * index.r : (band + 1) * index.r]
+        keys = np.zeros(len(rows), np.uint64)
+        for column in rows.T:
+            keys = mix(keys * np.uint64(0x9E3779B97F4A7C15) + column)
+        order = np.argsort(keys, kind="stable")
+        follows = np.r_[False, keys[order][1:] == keys[order][:-1]][: len(order)]
+        bucket = np.maximum.accumulate(np.where(follows, 0, np.arange(len(order))))
+        at = np.flatnonzero(follows)
+        mates = [(order[bucket[at]], order[at]), (order[at - 1], order[at])]
+        found.append(np.concatenate([distinct[np.stack(pair, 1)] for pair in mates]))
+        found = [np.unique(np.concatenate(found), axis=0)]
+    pairs = found[0]
+    likeness = np.array(
+        [
+            same
+            for start in range(0, len(pairs), _BLOCK)
+            for same in _estimate(signatures, pairs[start : start + _BLOCK]).tolist()
+        ]
+    )
+    enough = likeness >= SAME_SIDE
+    return pairs[enough], likeness[enough]
+
+
+def _estimate(signatures: NDArray[np.uint32], pairs: NDArray[np.int64]) -> NDArray[np.float64]:
+    same: NDArray[np.float64] = (signatures[pairs[:, 0]] == signatures[pairs[:, 1]]).mean(1)
+    return same
+
+
+def _first_of_component(pairs: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """The least document that each is joined to."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    ones = np.ones(len(pairs), np.int8)
+    graph = coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    labels = connected_components(graph, directed=False)[1] if count else np.empty(0, np.int32)
+    least = np.full(count, count, np.int64)
+    np.minimum.at(least, labels, np.arange(count))
+    return least[labels]
+
+
+@lru_cache(maxsize=1)
+def _permutations() -> Any:
+    """Datasketch's permutations for its default seed, drawn once rather than for each document."""
+    from datasketch import MinHash
+
+    return MinHash(num_perm=PERMUTATIONS).permutations

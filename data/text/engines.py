@@ -1,0 +1,147 @@
+"""Who does the tasks of a stage: processes of this machine, or Spark. Neither changes a byte."""
+
+import gc
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+from zipimport import zipimporter
+
+from tqdm import tqdm
+
+from data.text.job import Job, Result
+from train.recipe.reading import RecipeError
+from train.record.cores import usable_cores
+
+Item = TypeVar("Item")
+Stage = Callable[[Job, Item], Result]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Engine(Protocol):
+    """Does tasks."""
+
+    def run(self, title: str, stage: Stage[Item], job: Job, items: Sequence[Item]) -> list[Result]:
+        """Results of a stage for each item, in their order."""
+
+
+class Processes:
+    """This machine's cores.
+
+    Args:
+        workers: processes; 1: this one alone.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+
+    def run(self, title: str, stage: Stage[Item], job: Job, items: Sequence[Item]) -> list[Result]:
+        """Results of a stage for each item, in their order, with a bar."""
+        with self._mapped(partial(stage, job), items) as results:
+            return list(tqdm(results, desc=title, total=len(items), unit="task", mininterval=1))
+
+    @contextmanager
+    def _mapped(self, task: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Iterator[Result]]:
+        workers = min(self._workers, len(items))
+        if workers <= 1:
+            yield map(task, items)
+            return
+        _import_for_tasks()
+        # Forked: a new interpreter would import everything again. Children open tokenizers of their own.
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+        try:
+            yield pool.map(task, items)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _import_for_tasks() -> None:
+    """Imports here what tasks import when they need it, or each process of each stage would."""
+    import datasketch  # noqa: F401
+    import pyarrow.parquet
+
+    pyarrow.array([0])  # The first conversion imports pandas.
+
+
+class Spark:
+    """A Spark cluster, or Spark in this machine's processes where none is configured.
+
+    All workers must see the folder of the shards and have this checkout at the same place. A task that
+    fails is tried again by Spark, and what the failed attempt wrote is replaced.
+
+    Args:
+        workers: cores of a local session; nothing on a cluster.
+    """
+
+    def __init__(self, workers: int) -> None:
+        try:
+            from pyspark.sql import SparkSession
+        except ImportError:
+            remedy = "install pyspark from requirements.lock, or leave --engine out"
+            raise RecipeError("pyspark is not installed", key="--engine spark", remedy=remedy) from None
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        paths = dict.fromkeys([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        builder: Any = SparkSession.builder
+        builder = builder.appName("finegrain-shards").config("spark.executorEnv.PYTHONPATH", str(ROOT))
+        # spark-submit has begun a session with a master of its own; locally a task has four tries.
+        if "PYSPARK_GATEWAY_PORT" not in os.environ and SparkSession.getActiveSession() is None:
+            builder = builder.master(f"local[{workers},4]").config("spark.ui.enabled", "false")
+        try:
+            self.context = builder.getOrCreate().sparkContext
+        except Exception as error:  # Py4J and the JVM's launcher raise unrelated classes.
+            what = f"Spark does not start ({' '.join(str(error).split())[:150]})"
+            raise RecipeError(what, key="--engine spark", remedy="it needs Java 8, 11 or 17") from None
+
+    def run(self, title: str, stage: Stage[Item], job: Job, items: Sequence[Item]) -> list[Result]:
+        """Results of a stage for each item, in their order."""
+        print(f"{title}: {len(items)} tasks on Spark", file=sys.stderr, flush=True)
+        if not items:
+            return []
+        tasks = self.context.parallelize(list(items), len(items))
+        results: list[Result] = tasks.map(partial(_on_spark, stage, job)).collect()
+        return results
+
+    def stop(self) -> None:
+        """Ends the session."""
+        self.context.stop()
+
+
+def _on_spark(stage: Stage[Item], job: Job, item: Item) -> Result:
+    """A task in Spark's Python worker, which then collects garbage and looks at every path for new modules.
+
+    Either took 0.1 to 0.3 s a task, longer than many a task itself: garbage is looked for in all that imports
+    made, and Python 3.11 reads the contents of zip files on the path anew, of which Spark's jar has 5,000.
+    """
+    result = stage(job, item)
+    _freeze(len(sys.modules))
+    for path, finder in list(sys.path_importer_cache.items()):
+        if isinstance(finder, zipimporter):  # It is made again where a module is imported from there.
+            del sys.path_importer_cache[path]
+    return result
+
+
+@lru_cache(maxsize=1)
+def _freeze(modules: int) -> None:
+    """Takes what is there out of garbage collection, anew where a task imported more.
+
+    Args:
+        modules: how many there are in this process.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def open_engine(name: str, workers: int | None) -> Engine:
+    """The engine of the command line: ``local`` or ``spark``.
+
+    Raises:
+        RecipeError: if Spark is missing or does not start.
+    """
+    count = workers or usable_cores()
+    return Spark(count) if name == "spark" else Processes(count)

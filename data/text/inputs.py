@@ -1,0 +1,216 @@
+"""The files of the recipe's sources, and how they are cut into numbered chunks, which depends on them alone.
+
+A chunk is what one task reads: a range of bytes of a JSONL file, of row groups of a Parquet file, of record
+batches of an Arrow file, or of the list of a source's text files.
+"""
+
+import fnmatch
+import glob
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.text.language import LANGUAGES
+from train.recipe.phases import domains_of
+from train.recipe.preparation import Preparation, Source, SourceKind
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Recipe
+
+COMPRESSED = (".gz", ".zst")
+JSONL = (".jsonl", ".ndjson", ".json")
+SUFFIXES = {
+    SourceKind.jsonl: tuple(s + c for s in JSONL for c in ("", *COMPRESSED)),
+    SourceKind.parquet: (".parquet",),
+    SourceKind.hf: (".arrow", ".parquet", ".jsonl"),
+}
+BOOKKEEPING = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+WHOLE = -1
+"""End of a chunk that is all of its file."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file of a source."""
+
+    source: int
+    """Its source's place in the recipe."""
+    name: str
+    """Path below the source's folder: the same wherever the folder lies."""
+    path: str
+    bytes: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one task reads."""
+
+    number: int
+    source: int
+    inputs: tuple[Input, ...]
+    """One file; of `text` sources several."""
+    start: int
+    end: int
+    """Bytes, row groups or record batches; unused for `text`."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is an address in a store."""
+    return "://" in path or path.startswith("dbfs:/")
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Refuses sources that contradict the recipe.
+
+    Raises:
+        RecipeError: one line that names the key.
+    """
+    data = recipe.data
+    if data.corpus is not None:
+        raise RecipeError("builds shards, and so do data.sources", key="data.corpus", remedy="remove either")
+    there = {source.domain for source in data.sources}
+    for domain in [*domains_of(recipe), *data.validation_domains]:
+        if domain not in there:
+            remedy = f"they have {', '.join(sorted(there))}"
+            raise RecipeError(f"no source has domain {domain}", key="data.sources", remedy=remedy)
+    for n, source in enumerate(data.sources):
+        unknown = sorted(set(source.languages) - LANGUAGES)
+        if unknown:
+            raise RecipeError(
+                f"{unknown[0]} is none of the languages that are told apart",
+                key=f"data.sources[{n}].languages",
+                remedy=f"they are {', '.join(sorted(LANGUAGES))}",
+            )
+        if not source.domain or "/" in source.domain or source.domain.startswith("."):
+            key = f"data.sources[{n}].domain"
+            raise RecipeError(
+                f"{source.domain!r} is no folder's name", key=key, remedy="use letters and digits"
+            )
+
+
+def check_preparation(preparation: Preparation) -> None:
+    """Refuses numbers that mean nothing.
+
+    Raises:
+        RecipeError: one line that names the key.
+    """
+    similarity = preparation.near_duplicates
+    if similarity is not None and not 0.5 <= similarity <= 1:
+        key = "data.preparation.near_duplicates"
+        raise RecipeError(f"is {similarity}", key=key, remedy="give a Jaccard similarity from 0.5 to 1")
+    for name, least in (("evaluation_ngram", 8), ("max_document_bytes", 1), ("chunk_bytes", 1)):
+        if getattr(preparation, name) < least:
+            what = f"is {getattr(preparation, name)}"
+            raise RecipeError(what, key=f"data.preparation.{name}", remedy=f"set it to at least {least}")
+    level = preparation.zstd_level
+    if level is not None and not 1 <= level <= 22:
+        raise RecipeError(
+            f"is {level}", key="data.preparation.zstd_level", remedy="give a level from 1 to 22"
+        )
+
+
+def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list[Input]:
+    """The files of a source, by name.
+
+    Args:
+        n: its place in the recipe.
+        source: what the recipe says of it.
+        fetched: files of a source in a store, here, by their names below its folder.
+
+    Raises:
+        RecipeError: if there are none.
+    """
+    named = _files_of(source.path) if fetched is None else fetched
+    chosen = [
+        Input(n, name, str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for name, file in sorted(named.items())
+        if is_wanted(name, source.kind)
+    ]
+    if not chosen:
+        suffixes = SUFFIXES.get(source.kind)
+        wanted = f" that ends in {', '.join(suffixes)}" if suffixes else ""
+        raise RecipeError(
+            f"{source.path} has no file{wanted}",
+            key=f"data.sources[{n}].path",
+            remedy="correct the path or the kind",
+        )
+    return chosen
+
+
+def is_wanted(name: str, kind: SourceKind) -> bool:
+    """Whether a source of this kind reads a file: none that is hidden, of bookkeeping or of another form."""
+    path, suffixes = Path(name), SUFFIXES.get(kind)
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    return not is_hidden and path.name not in BOOKKEEPING and (suffixes is None or name.endswith(suffixes))
+
+
+def cut(inputs: list[list[Input]], kinds: list[SourceKind], chunk_bytes: int) -> list[Chunk]:
+    """Chunks of all sources, numbered in their order."""
+    pieces: list[tuple[int, tuple[Input, ...], int, int]] = []
+    for n, (files, kind) in enumerate(zip(inputs, kinds, strict=True)):
+        if kind is SourceKind.text:
+            group: list[Input] = []
+            for file in files:
+                group.append(file)
+                if sum(it.bytes for it in group) >= chunk_bytes or file is files[-1]:
+                    pieces.append((n, tuple(group), 0, WHOLE))
+                    group = []
+        else:
+            pieces += [(n, (file,), *span) for file in files for span in _spans(file, chunk_bytes)]
+    return [Chunk(number, *piece) for number, piece in enumerate(pieces)]
+
+
+def match(name: str, path: str) -> bool:
+    """Whether an object's address is what a source's path means: itself, below it, or its pattern."""
+    return name == path or name.startswith(path.rstrip("/") + "/") or fnmatch.fnmatch(name, path)
+
+
+def _files_of(path: str) -> dict[str, Path]:
+    """Files that a path on this machine means, by their names below its folder."""
+    found = [Path(it) for it in glob.glob(path, recursive=True)]  # noqa: PTH207  (may be absolute)
+    named: dict[str, Path] = {}
+    for place in found:
+        if place.is_dir():
+            named |= {str(file.relative_to(place)): file for file in place.rglob("*") if file.is_file()}
+        else:
+            named[place.name if len(found) == 1 else str(place.relative_to(_fixed_part(path)))] = place
+    return named
+
+
+def _spans(file: Input, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+    if file.name.endswith((".parquet", ".arrow")):
+        try:
+            sizes = _group_bytes(file)
+        except (OSError, ValueError):  # The task that reads it says so in the list of rejected records.
+            yield 0, WHOLE
+            return
+        start = 0
+        for end in range(1, len(sizes) + 1):
+            if sum(sizes[start:end]) >= chunk_bytes or end == len(sizes):
+                yield start, end
+                start = end
+    elif file.name.endswith(COMPRESSED):
+        yield 0, WHOLE
+    else:
+        for start in range(0, file.bytes, chunk_bytes):
+            yield start, min(start + chunk_bytes, file.bytes)
+
+
+def _group_bytes(file: Input) -> list[int]:
+    """Bytes of each row group or record batch."""
+    if file.name.endswith(".parquet"):
+        from pyarrow import parquet
+
+        meta = parquet.ParquetFile(file.path).metadata
+        return [meta.row_group(n).total_byte_size for n in range(meta.num_row_groups)]
+    import pyarrow
+
+    with pyarrow.memory_map(file.path) as mapped:
+        return [batch.nbytes for batch in pyarrow.ipc.open_stream(mapped)]
+
+
+def _fixed_part(pattern: str) -> Path:
+    """The folders of a pattern before the first that varies."""
+    parts = Path(pattern).parts
+    varying = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    return Path(*parts[:varying])

@@ -1,0 +1,105 @@
+"""Brings sources from an object store to the work folder, by the downloaders that Streaming has.
+
+The files of a source are listed once; fetching them is a stage like any other, so that all processes or
+nodes fetch at once, and a job that was cut off does not fetch again what it has.
+"""
+
+import glob
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from data.shards.cache import ShardCache
+from data.text.engines import Engine
+from data.text.inputs import is_remote, is_wanted, match
+from data.text.job import Job, Result
+from train.recipe.preparation import Source
+from train.recipe.reading import RecipeError
+
+FOLDER = "inputs"
+MOST_TASKS = 10_000
+"""More files than this go several to a task."""
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Files that one task fetches."""
+
+    source: int
+    """Their source's place in the recipe."""
+    base: str
+    """Their folder in the store."""
+    names: tuple[str, ...]
+
+
+def fetch_sources(job: Job, engine: Engine) -> dict[int, dict[str, Path]]:
+    """Fetches the files of all sources that lie in a store, unless they are there.
+
+    Returns:
+        For each such source, by its place in the recipe, its files here by their names below its folder.
+
+    Raises:
+        RecipeError: if a store does not list or give them.
+    """
+    places: dict[int, dict[str, Path]] = {}
+    tasks: list[Fetch] = []
+    for n, source in enumerate(job.sources):
+        if is_remote(source.path):
+            base, names = _addresses(n, source)
+            folder = _folder(job, base)
+            places[n] = {name: folder / name for name in names}
+            size = max(1, -(-len(names) // MOST_TASKS))
+            tasks += [Fetch(n, base, tuple(names[at : at + size])) for at in range(0, len(names), size)]
+    results = engine.run("fetching sources", fetch, job, tasks) if tasks else []
+    for task, result in zip(tasks, results, strict=True):
+        if result["fault"]:
+            raise _refused(task.source, result["fault"])
+    return places
+
+
+def fetch(job: Job, task: Fetch) -> Result:
+    """Brings a task's files here, with retries.
+
+    Returns:
+        ``fault``: what the store answered where it did not give one; empty otherwise.
+    """
+    folder = _folder(job, task.base)
+    cache = ShardCache(folder, task.base)
+    try:
+        for name in task.names:
+            cache.require(folder / name, None)
+    except RecipeError as error:  # As a result, since each engine reports errors of tasks in its own way.
+        return {"fault": error.what}
+    return {"fault": ""}
+
+
+def _folder(job: Job, base: str) -> Path:
+    """Where files of a folder in a store lie here."""
+    return job.work / FOLDER / hashlib.sha256(base.encode()).hexdigest()[:12]
+
+
+def _addresses(n: int, source: Source) -> tuple[str, list[str]]:
+    """The folder in the store and the files below it that a source means."""
+    path = source.path.rstrip("/")
+    if Path(path).suffix and not glob.has_magic(path):
+        base, _, name = path.rpartition("/")
+        return base, [name]
+    from streaming.base.storage import CloudUploader
+
+    signs = [path.index(sign) for sign in "*?[" if sign in path]
+    base = (path[: min(signs)] if signs else f"{path}/").rpartition("/")[0]
+    try:
+        keys = CloudUploader.get(base, exist_ok=True).list_objects("")
+    except Exception as error:  # Each store's client has failures of its own.
+        raise _refused(n, f"{base} can't be listed ({' '.join(str(error).split())[:150]})") from None
+    if keys is None:
+        raise _refused(n, f"{base}: Streaming can't list this store; name a file in each source")
+    parts = urlsplit(base)
+    names = [f"{parts.scheme}://{parts.netloc}/{key}" for key in keys]
+    named = sorted(name.removeprefix(f"{base}/") for name in names if match(name, path))
+    return base, [name for name in named if is_wanted(name, source.kind)]
+
+
+def _refused(n: int, what: str) -> RecipeError:
+    return RecipeError(what, key=f"data.sources[{n}].path", remedy="correct the address")

@@ -1,0 +1,169 @@
+"""Records of a chunk: texts with their places, and what can't be read, with its reason."""
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from data.text.inputs import WHOLE, Chunk, Input
+from train.recipe.preparation import Source, SourceKind
+
+_SLACK = 8
+"""A line may be this much longer than the largest document: escapes and other columns."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A text, or why there is none."""
+
+    place: str
+    """File and, after a `#`, byte offset, row, or nothing: where a person finds it."""
+    text: str
+    reason: str = ""
+    """Empty for a text; `encoding`, `JSON`, `no text`, `size` or `unreadable file` otherwise."""
+
+
+def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[Record]:
+    """Every record of a chunk, in its order; what is bad comes with a reason and stops nothing.
+
+    Args:
+        chunk: what to read.
+        source: names the text column.
+        max_bytes: of a document.
+    """
+    for file in chunk.inputs:
+        try:
+            for record in _records_of(file, chunk, source, max_bytes):
+                yield record if record.reason else _checked(record, max_bytes)
+        except Exception as error:  # Readers raise unrelated classes for damaged files.
+            yield Record(file.name, "", f"unreadable file: {_line(error)}")
+
+
+def _records_of(file: Input, chunk: Chunk, source: Source, max_bytes: int) -> Iterator[Record]:
+    if source.kind is SourceKind.text:
+        yield _whole_file(file, max_bytes)
+    elif file.name.endswith((".parquet", ".arrow")):
+        yield from _rows(file, chunk, source.text_column)
+    else:
+        for offset, line in _lines(file, chunk, _SLACK * max_bytes + 65_536):
+            place = f"{file.name}#{offset}"
+            if line is None:
+                yield Record(place, "", "size")
+            elif line.strip():
+                yield _from_json(place, line, source.text_column)
+
+
+def _checked(record: Record, max_bytes: int) -> Record:
+    try:
+        size = len(record.text.encode())
+    except UnicodeEncodeError:  # Half of a surrogate pair: JSON can say it, UTF-8 can't.
+        return Record(record.place, "", "encoding")
+    return record if size <= max_bytes else Record(record.place, "", "size")
+
+
+def _whole_file(file: Input, max_bytes: int) -> Record:
+    if file.bytes > max_bytes:
+        return Record(file.name, "", "size")
+    return _decoded(file.name, Path(file.path).read_bytes())
+
+
+def _decoded(place: str, content: bytes) -> Record:
+    try:
+        return Record(place, content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return Record(place, "", "encoding")
+
+
+def _from_json(place: str, line: bytes, column: str) -> Record:
+    try:
+        tree = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return Record(place, "", "encoding")
+    except (ValueError, RecursionError):
+        return Record(place, "", "JSON")
+    text = tree.get(column) if isinstance(tree, dict) else None
+    return Record(place, text) if isinstance(text, str) else Record(place, "", "no text")
+
+
+def _rows(file: Input, chunk: Chunk, column: str) -> Iterator[Record]:
+    for first, values in _groups(file, chunk, column):
+        for row, value in enumerate(values, first):
+            place = f"{file.name}#{row}"
+            yield _decoded(place, value) if value is not None else Record(place, "", "no text")
+
+
+def _groups(file: Input, chunk: Chunk, column: str) -> Iterator[tuple[int, list[bytes | None]]]:
+    """The first row and the text column, as bytes, of each row group or record batch of the chunk."""
+    import pyarrow
+    from pyarrow import parquet
+
+    first = 0
+    if file.name.endswith(".parquet"):
+        table = parquet.ParquetFile(file.path)
+        for group in range(table.num_row_groups if chunk.end == WHOLE else chunk.end):
+            if group >= chunk.start:
+                yield first, _as_bytes(table.read_row_group(group, [column]).column(column))
+            first += table.metadata.row_group(group).num_rows
+        return
+    with pyarrow.memory_map(file.path) as mapped:
+        for group, batch in enumerate(pyarrow.ipc.open_stream(mapped)):
+            if chunk.end != WHOLE and group >= chunk.end:
+                return
+            if group >= chunk.start:
+                yield first, _as_bytes(batch.column(column))
+            first += batch.num_rows
+
+
+def _as_bytes(column: Any) -> list[bytes | None]:
+    import pyarrow
+
+    binary = pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()
+    values: list[bytes | None] = column.cast(binary).to_pylist()
+    return values
+
+
+def _lines(file: Input, chunk: Chunk, longest: int) -> Iterator[tuple[int, bytes | None]]:
+    """Lines that begin in the chunk, with their offsets; None for one that is too long to hold."""
+    with _open(file) as stream:
+        offset = chunk.start
+        if offset:
+            stream.seek(offset - 1)
+            # What begins before the chunk belongs to the chunk before.
+            skipped, _ = _next_line(stream, longest)
+            offset += skipped - 1
+        while chunk.end == WHOLE or offset < chunk.end:
+            size, line = _next_line(stream, longest)
+            if not size:
+                return
+            yield offset, line
+            offset += size
+
+
+def _next_line(stream: IO[bytes], longest: int) -> tuple[int, bytes | None]:
+    """Bytes of the next line and the line; None where it is longer than may be held."""
+    line = stream.readline(longest)
+    size = len(line)
+    if size < longest or line.endswith(b"\n"):
+        return size, line
+    while part := stream.readline(longest):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return size, None
+
+
+def _open(file: Input) -> IO[bytes]:
+    if file.name.endswith(".gz"):
+        return io.BufferedReader(gzip.open(file.path))
+    if file.name.endswith(".zst"):
+        import zstandard
+
+        return io.BufferedReader(zstandard.open(file.path, "rb"))
+    return Path(file.path).open("rb")
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

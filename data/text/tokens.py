@@ -1,0 +1,203 @@
+"""Third and fourth stage: token ids of each chunk, then each shard from the chunks that reach into it.
+
+Where a shard begins and ends follows from the numbers of tokens alone, so that shards are written side by
+side, and no token is lost at the end of a chunk.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.shards.packing import PADDING, Sample, pack
+from data.text.clean import read_documents
+from data.text.decide import REMOVED, TRAIN, VALIDATION
+from data.text.decide import STAGE as DECIDE
+from data.text.inputs import Chunk
+from data.text.job import Job, Result, save_array, write_whole
+from data.text.mds import (
+    compress_shard,
+    encode_shard,
+    index_entry,
+    packed_name,
+    samples_per_shard,
+    shard_name,
+)
+from data.text.split import SPLITS
+from data.tokenizer import TOKENIZER_FILE, TokenizerHandle, open_tokenizer
+from train.recipe.schema import Tokenizer
+
+ENCODE, WRITE = "encode", "write"
+SIDES = dict(zip(SPLITS, (TRAIN, VALIDATION), strict=True))
+BATCH = 512
+"""Documents that are tokenised in one call."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens of a chunk on one side, and where they are in the domain's stream of tokens on that side."""
+
+    chunk: int
+    first_token: int
+    first_document: int
+    """Place of the chunk's first document in the domain's list."""
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to be written."""
+
+    number: int
+    """Of the task."""
+    domain: str
+    split: str
+    shard: int
+    """Its number within the split."""
+    tokens: tuple[int, int]
+    """Its part of the stream."""
+    segments: tuple[Segment, ...]
+    """What reaches into it."""
+
+
+def encode(job: Job, chunk: Chunk) -> Result:
+    """Writes token ids, each document ended, per side, and the chunk's part of the list of documents.
+
+    Returns:
+        Per side: documents, tokens (ends of documents included), text_bytes; and the number of documents.
+    """
+    return job.once(ENCODE, chunk.number, lambda: _encode(job, chunk))
+
+
+def write_shard(job: Job, task: ShardTask) -> Result:
+    """Writes one shard, compressed too if asked for, how often each token is in it, and its samples' hashes.
+
+    Returns:
+        Its entry in the index, samples, padding.
+    """
+    return job.once(WRITE, task.number, lambda: _write(job, task))
+
+
+def plan_shards(job: Job, chunks: list[Chunk], encoded: list[Result]) -> list[ShardTask]:
+    """All shards, from the numbers of tokens of all chunks."""
+    tasks: list[ShardTask] = []
+    size = samples_per_shard(job.sequence_tokens) * job.sequence_tokens
+    for domain in dict.fromkeys(source.domain for source in job.sources):
+        mine = [
+            (c, r) for c, r in zip(chunks, encoded, strict=True) if job.sources[c.source].domain == domain
+        ]
+        for split in SPLITS:
+            segments, tokens, documents = [], 0, 0
+            for chunk, result in mine:
+                segments.append(Segment(chunk.number, tokens, documents))
+                tokens += result[split]["tokens"]
+                documents += result["documents"]
+            ends = [segment.first_token for segment in segments[1:]] + [tokens]
+            for shard, start in enumerate(range(0, tokens, size)):
+                span = start, min(start + size, tokens)
+                inside = tuple(
+                    it
+                    for it, end in zip(segments, ends, strict=True)
+                    if max(it.first_token, start) < min(end, span[1])
+                )
+                tasks.append(ShardTask(len(tasks), domain, split, shard, span, inside))
+    return tasks
+
+
+def _encode(job: Job, chunk: Chunk) -> Result:
+    tokenizer = open_once(job.tokenizer, job.out)
+    fate = np.load(job.file(DECIDE, chunk.number, "npy"))
+    kept = [(doc, f) for doc, f in zip(read_documents(job, chunk.number), fate, strict=True) if f != REMOVED]
+    lines, result = [], {"documents": len(kept)}
+    for (name, text), side in kept:
+        split = SPLITS[side - TRAIN]
+        lines.append({"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "split": split})
+    listing = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
+    write_whole(job.file(ENCODE, chunk.number, "documents.jsonl"), listing.encode())
+    end = np.array([tokenizer.eos_id], np.int32)
+    sides: dict[str, object] = {}
+    for split, side in SIDES.items():
+        places = [place for place, (_, f) in enumerate(kept) if f == side]
+        texts = [kept[place][0][1] for place in places]
+        ids = [
+            it
+            for at in range(0, len(texts), BATCH)
+            for it in tokenizer.encode_documents(texts[at : at + BATCH])
+        ]
+        tokens = np.concatenate([np.empty(0, np.int32), *(part for it in ids for part in (it, end))])
+        arrays = {
+            "tokens": tokens.astype(np.int32, copy=False),
+            "lengths": np.array([it.size + 1 for it in ids], np.int64),
+            "places": np.array(places, np.int64),
+        }
+        for name, array in arrays.items():
+            save_array(job.file(ENCODE, chunk.number, f"{split}.{name}.npy"), array)
+        text_bytes = sum(len(text.encode()) for text in texts)
+        sides[split] = {"documents": len(texts), "tokens": tokens.size, "text_bytes": text_bytes}
+    return result | sides
+
+
+def _write(job: Job, task: ShardTask) -> Result:
+    tokenizer = open_once(job.tokenizer, job.out)
+    samples = list(
+        pack(_pieces(job, task), sequence_tokens=job.sequence_tokens, eos_id=None, pad_id=tokenizer.pad_id)
+    )
+    level = job.preparation.zstd_level
+    content = encode_shard(samples, job.sequence_tokens, level)
+    packed = None if level is None else (level, compress_shard(content, level))
+    folder = job.out / task.domain / task.split
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / shard_name(task.shard), content)
+    if packed is not None:
+        write_whole(folder / packed_name(task.shard), packed[1])
+    padding = sum(int(sample.lengths[sample.documents == PADDING].sum()) for sample in samples[-1:])
+    tokens = np.concatenate([sample.tokens for sample in samples])
+    counts = np.bincount(tokens[: tokens.size - padding], minlength=tokenizer.vocab_size)
+    save_array(job.file(WRITE, task.number, "counts.npy"), counts)
+    write_whole(job.file(WRITE, task.number, "digests"), b"".join(map(_digest, samples)))
+    entry = index_entry(task.shard, content, len(samples), job.sequence_tokens, packed)
+    return {"entry": entry, "samples": len(samples), "padding": padding}
+
+
+def _pieces(job: Job, task: ShardTask) -> Iterator[tuple[int, NDArray[np.int32]]]:
+    """The documents, or parts of them, that the shard holds, with their places in the domain's list."""
+    for segment in task.segments:
+        files = {
+            name: np.load(job.file(ENCODE, segment.chunk, f"{task.split}.{name}.npy"), mmap_mode="r")
+            for name in ("tokens", "lengths", "places")
+        }
+        ends = np.cumsum(files["lengths"])
+        start = max(0, task.tokens[0] - segment.first_token)
+        stop = min(int(ends[-1]), task.tokens[1] - segment.first_token)
+        for document in range(int(np.searchsorted(ends, start, "right")), ends.size):
+            first, last = int(ends[document] - files["lengths"][document]), int(ends[document])
+            if first >= stop:
+                break
+            ids = files["tokens"][max(first, start) : min(last, stop)]
+            yield segment.first_document + int(files["places"][document]), np.asarray(ids)
+
+
+def _digest(sample: Sample) -> bytes:
+    digest = hashlib.sha256()
+    for column in (sample.documents, sample.lengths, sample.tokens):
+        digest.update(column.tobytes())
+    return digest.digest()
+
+
+def open_once(cfg: Tokenizer, folder: Path) -> TokenizerHandle:
+    """The tokenizer, opened and checked once in each process, and anew where its file is another."""
+    try:
+        status = (folder / TOKENIZER_FILE).stat()
+        return _open(cfg, folder, (status.st_ino, status.st_mtime_ns))
+    except FileNotFoundError:
+        return _open(cfg, folder, None)
+
+
+@lru_cache(maxsize=1)
+def _open(cfg: Tokenizer, folder: Path, mark: tuple[int, int] | None) -> TokenizerHandle:
+    """Mark: tells the tokenizer's file from one that took its place; processes outlive a build."""
+    return open_tokenizer(cfg, folder)

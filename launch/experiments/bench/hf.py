@@ -1,0 +1,255 @@
+"""Import and export against a plain copy of the same files: `python -m launch.experiments.bench.hf`.
+
+Models of random bf16 weights in DBRX's form, 0.2 and 1.7 GB, are made in a temporary folder that is removed
+at the end. Copy, import and export run in turn, from the page cache to the disk: each ends when all its files
+are synced. A ratio is that of their median times. Peak memory is that of a process of its own, above what it
+held before.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from launch.experiments.bench.__main__ import machine
+from launch.verify.forked_ranks import run_ranks
+from train.checkpoint.files import Progress
+from train.checkpoint.saver import CheckpointSaver
+from train.hf.hf_folder import write_folder
+from train.hf.import_hf import import_folder
+from train.hf.safetensors_io import TensorInfo
+from train.hf.weights import Source, open_weights
+from train.layout.mesh import build_mesh, build_sharded
+from train.model.decoder import Decoder
+from train.recipe import sizes
+from train.recipe.reading import to_yaml
+from train.recipe.schema import Data, Model, Moe, Optimizer, Precision, Recipe, Training
+from train.recipe.topology import Topology
+from train.record.quiet import no_bars
+from train.record.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE
+
+WIDE = Model(
+    d_model=768,
+    n_layers=2,
+    n_heads=6,
+    n_kv_heads=2,
+    ffn_hidden_size=1344,
+    vocab_size=4096,
+    max_sequence_tokens=512,
+    clip_qkv=8.0,
+    moe=Moe(experts=16, top_k=4),
+)
+LAYERS = (2, 17)
+"""Of the two sizes, which differ by a factor of 8."""
+FILES = 16
+"""Files that a model is split into."""
+RANKS = 2
+"""Ranks that save the checkpoint; each writes its part of the tensors to a file."""
+GOAL = 0.5
+"""Least throughput, as a share of the copy's."""
+MOST_TENSORS = 3.0
+"""Most peak memory, as a multiple of the largest tensor."""
+
+Work = Callable[[Path], object]
+"""Writes into a folder that does not exist yet."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """An operation beside the copy of the same files."""
+
+    gigabytes: float
+    operation: str
+    gigabytes_per_second: float
+    ratio: float
+    """Throughput over that of the copy."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Memory of an operation."""
+
+    gigabytes: float
+    operation: str
+    peak_megabytes: float
+    tensors: float
+    """The same as a multiple of the largest tensor."""
+
+
+class RandomWeights:
+    """Tensors of any size out of one block of noise."""
+
+    def __init__(self, model: Model) -> None:
+        self.tensors = {
+            weight.name: TensorInfo(weight.name, torch.bfloat16, weight.shape)
+            for weight in sizes.weights(model)
+        }
+        rows = max(info.block_rows * info.row_bytes for info in self.tensors.values())
+        self._noise = torch.randn(rows, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16()
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of a tensor."""
+        info = self.tensors[name]
+        shape = ((info.shape[0] if last is None else last) - first, *info.shape[1:])
+        return self._noise[: torch.Size(shape).numel()].view(shape)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; exit status 1 if a goal is missed."""
+    parser = argparse.ArgumentParser(prog="python -m launch.experiments.bench.hf", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
+    parser.add_argument("--folder", type=Path, help="disk to write to; default: a temporary folder")
+    parser.add_argument("--json", metavar="FILE", help="write the figures")
+    options = parser.parse_args(arguments)
+    speeds: list[Speed] = []
+    peaks: list[Peak] = []
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder) as root:
+        for layers in tqdm(LAYERS, desc="sizes"):
+            folder = Path(root) / str(layers)
+            operations = prepare(folder, replace(WIDE, n_layers=layers))
+            peaks += peak_memory(folder, operations)
+            speeds += throughput(folder, operations, options.rounds)
+            shutil.rmtree(folder)
+    print(table(speeds, peaks))
+    if options.json:
+        figures = {"speeds": [asdict(s) for s in speeds], "peaks": [asdict(p) for p in peaks]}
+        Path(options.json).write_text(json.dumps(figures | {"machine": machine()}, indent=1) + "\n")
+    reached = all(speed.ratio >= GOAL for speed in speeds)
+    return 0 if reached and all(peak.tensors < MOST_TENSORS for peak in peaks) else 1
+
+
+def prepare(folder: Path, model: Model) -> dict[str, Work]:
+    """Makes a model in each form; returns the operations on them, the copy first."""
+    size = 2 * sizes.total_parameters(model)
+    theirs, imported = folder / "hugging-face", folder / "imported"
+    with no_bars():
+        write_folder(Source(folder, model, RandomWeights(model)), theirs, shard_bytes=size // FILES)
+        import_folder(theirs, imported)
+    run = folder / "run"
+    run_ranks(RANKS, lambda topology: _save_checkpoint(run, model, topology))
+    return {
+        "copy": lambda out: shutil.copytree(theirs, out),
+        "import": lambda out: import_folder(theirs, out, size / FILES / 1e9),
+        "export": lambda out: write_folder(open_weights(imported), out),
+        "export of a checkpoint": lambda out: write_folder(_without_recipe(run), out, None, size // FILES),
+    }
+
+
+def _save_checkpoint(run: Path, model: Model, topology: Topology) -> None:
+    """The folder of a run with one checkpoint in bf16, sharded over the ranks."""
+    run.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(
+        name="run",
+        model=model,
+        data=Data(shards="none", domains={"code": 1.0}, sequence_tokens=512),
+        training=Training(duration_tokens=512, global_batch_sequences=1, microbatch_sequences=1),
+        optimizer=Optimizer(learning_rate=1e-3),
+    )
+    (run / RECIPE_FILE).write_text(to_yaml(recipe))
+    decoder = Decoder(model, device="meta").bfloat16()
+    mesh = build_mesh(recipe.parallelism, topology.world_size, "cpu")
+    build_sharded(decoder, mesh, Precision.fp32, recipe.seed)
+    saver = CheckpointSaver(run / CHECKPOINTS_FOLDER, topology, keep_last=1)
+    wrapped = torch.nn.ModuleDict({"decoder": decoder})
+    saver.start(wrapped, torch.optim.SGD(decoder.parameters()), Progress(1, 1, 512, 1.0))
+    saver.wait()
+
+
+def _without_recipe(run: Path) -> Source:
+    """A run's weights; its tokenizer, which this one has none of, is not asked for."""
+    return replace(open_weights(run), recipe=None)
+
+
+def throughput(folder: Path, operations: Mapping[str, Work], rounds: int) -> Iterator[Speed]:
+    """Each operation's throughput and its ratio to the copy's."""
+    seconds: dict[str, list[float]] = {name: [] for name in operations}
+    size = _bytes(folder / "hugging-face")
+    for round_number in tqdm(range(rounds + 1), desc=f"{size / 1e9:.1f} GB", leave=False):
+        for name, work in operations.items():
+            elapsed = _timed(work, folder / "out")
+            if round_number:
+                seconds[name].append(elapsed)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    for name, median in medians.items():
+        yield Speed(size / 1e9, name, size / 1e9 / median, medians["copy"] / median)
+
+
+def _timed(work: Work, out: Path) -> float:
+    """Seconds until what an operation wrote is on the disk; it is removed afterwards."""
+    # What others left unwritten would be written at this one's expense.
+    os.sync()
+    begin = time.perf_counter()
+    with no_bars():
+        work(out)
+    for file in out.rglob("*.safetensors"):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    elapsed = time.perf_counter() - begin
+    shutil.rmtree(out)
+    return elapsed
+
+
+def peak_memory(folder: Path, operations: Mapping[str, Work]) -> Iterator[Peak]:
+    """Peak memory of each operation but the copy, in a forked process of its own."""
+    theirs = folder / "hugging-face"
+    largest = max(info.bytes for info in open_weights(theirs).weights.tensors.values())
+    for name, work in operations.items():
+        if name == "copy":
+            continue
+        (peak,) = run_ranks(1, _measuring(work, folder / "out"))
+        shutil.rmtree(folder / "out")
+        yield Peak(_bytes(theirs) / 1e9, name, peak / 1e6, peak / largest)
+
+
+def _measuring(work: Work, out: Path) -> Callable[[Topology], int]:
+    return lambda topology: _peak_of(work, out)
+
+
+def _peak_of(work: Work, out: Path) -> int:
+    """Bytes above those held before; the kernel's own high-water mark is set back first."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _memory("VmRSS")
+    with no_bars():
+        work(out)
+    return _memory("VmHWM") - before
+
+
+def _memory(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def table(speeds: list[Speed], peaks: list[Peak]) -> str:
+    """Throughput and memory beside their goals, and where they were measured."""
+    lines = ["| model | operation | GB/s | of the copy |", "|---:|---|---:|---:|"]
+    for one in speeds:
+        missed = "" if one.ratio >= GOAL else f" (goal {GOAL})"
+        lines.append(
+            f"| {one.gigabytes:.2f} GB | {one.operation} | {one.gigabytes_per_second:.2f} "
+            f"| {one.ratio:.2f}{missed} |"
+        )
+    lines += ["", "| model | operation | peak memory | largest tensors |", "|---:|---|---:|---:|"]
+    lines += [
+        f"| {one.gigabytes:.2f} GB | {one.operation} | {one.peak_megabytes:.0f} MB | {one.tensors:.2f} |"
+        for one in peaks
+    ]
+    return "\n".join([*lines, "", *(f"{key}: {value}" for key, value in machine().items())])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,179 @@
+"""Speed of making shards beside LLM Foundry's and Spark's: ``python -m launch.experiments.bench.prepare``.
+
+All sides read the same text files, on all cores, and write MDS shards of cl100k_base's tokens; they take
+turns, and a figure is the ratio of medians. Ours is measured twice: tokenising and writing, which is what the
+converter does, and the whole job with signatures and near-duplicate removal.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data.shards.manifest import Manifest
+from data.text.engines import Engine, Item, Processes, Spark, Stage
+from data.text.installed import installed_corpus
+from data.text.job import Job, Result
+from data.tokenizer import open_tokenizer
+from data.write_shards import build_shards
+from train.layout.device import describe_hardware
+from train.recipe.preparation import Preparation, Source, SourceKind
+from train.recipe.schema import Data, Recipe, Tokenizer, TokenizerKind
+from train.record.cores import usable_cores
+from train.record.provenance import git_commit
+
+SEQUENCE_TOKENS = 2048
+GOALS = {"vs_llmfoundry": 5.0, "spark_vs_processes": 0.7}
+TOKENISING = ("tokenising", "writing shards")
+"""Titles of the stages that the converter has too."""
+
+
+class Timed:
+    """An engine that notes how long each stage took."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.seconds = engine, dict[str, float]()
+
+    def run(self, title: str, stage: Stage[Item], job: Job, items: Sequence[Item]) -> list[Result]:
+        """As the engine does."""
+        start = time.perf_counter()
+        results = self._engine.run(title, stage, job, items)
+        self.seconds[title] = time.perf_counter() - start
+        return results
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the benchmark and prints its table."""
+    parser = argparse.ArgumentParser(prog="python -m launch.experiments.bench.prepare", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default 3)")
+    parser.add_argument("--megabytes", type=int, default=16, help="text per domain, at most (default 16)")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(Path(folder), options.rounds, options.megabytes * 1_000_000)
+    print(table(figures))
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def measure(folder: Path, rounds: int, max_bytes: int) -> dict[str, Any]:
+    """Figures of all sides, in tokens per second, and their ratios."""
+    text_bytes = write_texts(folder / "text", max_bytes)
+    processes = Processes(usable_cores())
+    recipe = recipe_of(folder)
+    start = time.perf_counter()
+    spark = Spark(usable_cores())
+    spark_start_seconds = time.perf_counter() - start
+    peer = foundry_converter(folder, recipe)
+    seconds: dict[str, list[float]] = {}
+    tokens = 0
+    for _ in range(rounds + 1):  # The first warms caches, Spark's workers among them, and does not count.
+        for name, engine in (("processes", processes), ("spark", spark)):
+            timed = Timed(engine)
+            manifest, total = _timed(partial(build_shards, recipe, rebuild=True, engine=timed))
+            seconds.setdefault(name, []).append(total)
+            tokenising = sum(timed.seconds[title] for title in TOKENISING)
+            seconds.setdefault(f"{name}, tokenise and write", []).append(tokenising)
+            tokens = tokens_of(manifest)
+        seconds.setdefault("llmfoundry", []).append(_timed(peer)[1])
+    spark.stop()
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return {
+        "vs_llmfoundry": medians["llmfoundry"] / medians["processes, tokenise and write"],
+        "whole_vs_llmfoundry": medians["llmfoundry"] / medians["processes"],
+        "spark_vs_processes": medians["processes"] / medians["spark"],
+        "tokens": tokens,
+        "text_bytes": text_bytes,
+        "spark_start_seconds": spark_start_seconds,
+        "tokens_per_second": {name: tokens / median for name, median in medians.items()},
+        "machine": {"hardware": describe_hardware("cpu"), "commit": git_commit()},
+    }
+
+
+def write_texts(folder: Path, max_bytes: int) -> int:
+    """The installed corpus as text files; returns their bytes."""
+    folder.mkdir()
+    total = 0
+    for number, document in enumerate(installed_corpus(max_bytes)):
+        (folder / f"{number:06}.txt").write_text(document.text)
+        total += len(document.text.encode())
+    return total
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """A recipe whose one source is the text files."""
+    facts = {"dataset": "installed", "version": "0", "origin": "this machine", "licence": "various"}
+    source = Source("all", SourceKind.text, str(folder / "text"), **facts)  # type: ignore[arg-type]
+    data = Data(
+        shards=str(folder / "shards"),
+        domains={"all": 1.0},
+        sources=[source],
+        preparation=Preparation(chunk_bytes=2_000_000),
+        sequence_tokens=SEQUENCE_TOKENS,
+    )
+    return dataclasses.replace(Recipe(), tokenizer=Tokenizer(TokenizerKind.cl100k_base), data=data)
+
+
+def foundry_converter(folder: Path, recipe: Recipe) -> Callable[[], object]:
+    """LLM Foundry's converter of text files, with the same tokenizer in Hugging Face's form."""
+    from train.model import megablocks_ops
+
+    megablocks_ops.install()
+    from llmfoundry.command_utils.data_prep.convert_text_to_mds import convert_text_to_mds
+
+    open_tokenizer(recipe.tokenizer, folder).to_hugging_face(folder / "tokenizer")
+
+    def convert() -> None:
+        shutil.rmtree(folder / "theirs", ignore_errors=True)
+        convert_text_to_mds(
+            tokenizer_name=str(folder / "tokenizer"),
+            output_folder=str(folder / "theirs"),
+            input_folder=str(folder / "text"),
+            concat_tokens=SEQUENCE_TOKENS,
+            eos_text="<|endoftext|>",
+            bos_text="",
+            no_wrap=False,
+            compression="",
+            processes=usable_cores(),
+            args_str="{}",
+            reprocess=True,
+            trust_remote_code=False,
+        )
+
+    return convert
+
+
+def tokens_of(manifest: Manifest) -> int:
+    """Tokens of all splits."""
+    return sum(split.tokens for domain in manifest.domains.values() for split in domain.splits.values())
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures for people."""
+    rows = [f"{figures['text_bytes']:,} bytes of text, {figures['tokens']:,} tokens"]
+    rows += [f"{name:40}{speed:>14,.0f} tokens/s" for name, speed in figures["tokens_per_second"].items()]
+    for key, goal in GOALS.items():
+        met = "reached" if figures[key] >= goal else "NOT reached"
+        rows.append(f"{key:40}{figures[key]:>14.2f}  goal {goal} {met}")
+    rows.append(f"{'whole_vs_llmfoundry':40}{figures['whole_vs_llmfoundry']:>14.2f}")
+    rows.append(f"{'Spark session starts in':40}{figures['spark_start_seconds']:>14.1f} s, not counted above")
+    return "\n".join(rows)
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

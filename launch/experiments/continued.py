@@ -1,0 +1,290 @@
+"""What continued pretraining wins and forgets, by replay share: `python -m launch.experiments.continued`.
+
+For each seed a model is trained on the old domain; from its weights one run per replay share goes on with
+the new domain, which the share of old text is mixed into (Ibrahim et al. 2024, arXiv 2403.08763). Every
+run validates both domains. Runs of a seed share the old run and the order of samples, so that shares are
+compared in pairs. The same command goes on with what was cut off.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from scipy import stats
+from tqdm import tqdm
+
+from train.hf.start import check_start
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.rules import validate
+from train.recipe.schema import OnExisting, Recipe
+from train.recipe.topology import Topology
+from train.record.run_folder import SUMMARY_FILE
+from train.record.summary import read_summary
+
+RECIPE = Path(__file__).resolve().parents[2] / "yamls" / "continue-small.yaml"
+CONFIDENCE = 0.95
+USAGE_STATUS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared."""
+
+    recipe: Recipe
+    """Of the old runs, but for the seed."""
+    old: str
+    new: str
+    seeds: int
+    shares: tuple[float, ...]
+    """Of old text in the new mixture."""
+    new_tokens: int
+    """Length of each new run."""
+    rate: float
+    """Peak of the new learning rate, as a share of the old peak."""
+
+    def old_run(self, seed: int) -> Recipe:
+        """The run that new ones start from."""
+        data = replace(self.recipe.data, domains={self.old: 1.0}, validation_domains=[self.new])
+        return replace(self.recipe, name=f"old-{seed}", seed=seed, data=data, on_existing=OnExisting.resume)
+
+    def new_run(self, seed: int, share: float) -> Recipe:
+        """The run that goes on from it: warmed up again over a tenth of its tokens, decayed again."""
+        old = self.old_run(seed)
+        mixture = {self.new: 1.0 - share} | ({self.old: share} if share else {})
+        return replace(
+            old,
+            name=f"new-{seed}-replay-{share:g}",
+            data=replace(old.data, domains=mixture, validation_domains=[] if share else [self.old]),
+            start=replace(old.start, weights=str(Path(old.runs_dir) / old.name)),
+            training=replace(old.training, duration_tokens=self.new_tokens),
+            optimizer=replace(old.optimizer, learning_rate=self.rate * old.optimizer.learning_rate),
+            schedule=replace(old.schedule, warmup_tokens=self.new_tokens // 10),
+        )
+
+    def runs(self) -> list[Recipe]:
+        """All runs, each after the one that it starts from."""
+        return [
+            run
+            for seed in range(1, self.seeds + 1)
+            for run in (self.old_run(seed), *(self.new_run(seed, share) for share in self.shares))
+        ]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One new run: validation loss of both domains in nats per token, before and after it."""
+
+    seed: int
+    replay: float
+    old_before: float
+    old_after: float
+    new_before: float
+    new_after: float
+
+    @property
+    def forgetting(self) -> float:
+        """By how much the old domain's loss rose."""
+        return self.old_after - self.old_before
+
+    @property
+    def gain(self) -> float:
+        """By how much the new domain's loss fell."""
+        return self.new_before - self.new_after
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean with Student's interval of 95%; two values or more, each of its own seed."""
+    assert len(values) > 1, values
+    mean, error = float(stats.tmean(values)), float(stats.sem(values))
+    half = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def against_none(rows: Iterable[Row], share: float) -> tuple[Estimate, Estimate]:
+    """What a share changes against no replay, seed by seed: forgetting, and the new domain's loss."""
+    by_seed = {(row.seed, row.replay): row for row in rows}
+    pairs = [(row, by_seed[seed, 0.0]) for (seed, replay), row in by_seed.items() if replay == share]
+    forgetting = estimate([row.forgetting - none.forgetting for row, none in pairs])
+    return forgetting, estimate([row.new_after - none.new_after for row, none in pairs])
+
+
+def main(arguments: list[str]) -> int:
+    """Runs what is missing and prints the table; exit status 2: a mistake of the user."""
+    options = parse(arguments)
+    try:
+        plan = make_plan(options)
+        for run in plan.runs():
+            validate(run, Topology(), options.recipe)
+        train_missing(plan.runs(), Path(plan.recipe.runs_dir))
+    except RecipeError as error:
+        print(error.at(str(options.recipe)), file=sys.stderr)
+        return USAGE_STATUS
+    rows = read_rows(plan)
+    print(table(plan, rows))
+    out = Path(plan.recipe.runs_dir) / "continued.csv"
+    write_csv(out, rows)
+    print(f"\nevery run: {out}")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 0
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """The command line's comparison.
+
+    Raises:
+        RecipeError: if the recipe is faulty, or the numbers do not go together.
+    """
+    recipe = load_recipe(options.recipe, [f"runs_dir={options.out}", *options.overrides])
+    if options.old == options.new:
+        raise RecipeError(f"is {options.new}, the old one", key="--new", remedy="name another domain")
+    if options.seeds < 2:
+        raise RecipeError(f"is {options.seeds}", key="--seeds", remedy="an interval needs at least 2")
+    if not all(0 <= share < 1 for share in options.replay):
+        raise RecipeError(f"is {options.replay}", key="--replay", remedy="shares from 0 up to below 1")
+    return Plan(
+        recipe,
+        options.old,
+        options.new,
+        options.seeds,
+        tuple(sorted({0.0, *options.replay})),
+        options.new_tokens or recipe.training.duration_tokens // 2,
+        options.rate,
+    )
+
+
+def train_missing(runs: Sequence[Recipe], folder: Path) -> None:
+    """Trains the runs that are not complete; what each says goes to a file beside them."""
+    missing = [run for run in runs if not (folder / run.name / SUMMARY_FILE).is_file()]
+    if not missing:
+        return
+    print(f"{len(missing)} of {len(runs)} runs to train; importing torch and Composer", flush=True)
+    from train.run import run as train
+
+    folder.mkdir(parents=True, exist_ok=True)
+    total = sum(run.training.duration_tokens for run in missing)
+    with tqdm(total=total, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
+        for run in missing:
+            bar.set_description(run.name)
+            check_start(run, run.name)
+            with (folder / "console.log").open("a") as log, contextlib.redirect_stdout(log):
+                train(run, Topology())
+            bar.update(run.training.duration_tokens)
+
+
+def read_rows(plan: Plan) -> list[Row]:
+    """The new runs' losses beside those of the old run that each started from."""
+    rows = []
+    for seed in range(1, plan.seeds + 1):
+        before = _losses(plan.old_run(seed))
+        for share in plan.shares:
+            after = _losses(plan.new_run(seed, share))
+            losses = before[plan.old], after[plan.old], before[plan.new], after[plan.new]
+            rows.append(Row(seed, share, *losses))
+    return rows
+
+
+def _losses(run: Recipe) -> dict[str, float]:
+    summary = read_summary(Path(run.runs_dir) / run.name)
+    assert summary is not None, run.name
+    return summary.validation_loss
+
+
+def table(plan: Plan, rows: Sequence[Row]) -> str:
+    """Means over seeds by replay share, then what each share changes against none."""
+    lines = [
+        f"{plan.old} (old, {plan.recipe.training.duration_tokens:,} tokens) -> {plan.new} (new, "
+        f"{plan.new_tokens:,} tokens), {plan.seeds} seeds; validation loss, nats per token",
+        "",
+        f"| replay | {plan.old} before | {plan.old} after | forgetting | {plan.new} before "
+        f"| {plan.new} after | gain |",
+        "|---:|---:|---:|---|---:|---:|---|",
+    ]
+    for share in plan.shares:
+        chosen = [row for row in rows if row.replay == share]
+        means = [
+            f"{stats.tmean([getattr(row, key) for row in chosen]):.3f}"
+            for key in ("old_before", "old_after", "new_before", "new_after")
+        ]
+        forgetting = estimate([row.forgetting for row in chosen])
+        gain = estimate([row.gain for row in chosen])
+        cells = [f"{share:.0%}", *means[:2], str(forgetting), *means[2:], str(gain)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Against no replay, seed by seed (mean [95% interval]):", ""]
+    lines += ["| replay | forgetting | loss of the new domain |", "|---:|---|---|"]
+    for share in plan.shares[1:]:
+        cells = [f"{share:.0%}", *(_verdict(change) for change in against_none(rows, share))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _verdict(change: Estimate) -> str:
+    if not change.is_significant:
+        return f"{change}, not significant"
+    return f"{change}, {'more' if change.mean > 0 else 'less'}"
+
+
+def write_csv(file: Path, rows: Sequence[Row]) -> None:
+    """One line per new run."""
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(asdict(rows[0])), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" for k, v in asdict(row).items()})
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.experiments.continued",
+        description="Trains on an old domain, goes on with a new one with and without replay, over seeds, "
+        "and prints what is won and what is forgotten.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the recipe")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help=f"default: yamls/{RECIPE.name}")
+    parser.add_argument("--old", default="code", metavar="DOMAIN", help="default: code")
+    parser.add_argument("--new", default="prose", metavar="DOMAIN", help="default: prose")
+    parser.add_argument("--seeds", type=int, default=3, help="default: 3")
+    parser.add_argument(
+        "--replay",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.05, 0.25, 0.5],
+        metavar="SHARE",
+        help="of old text in the new mixture; none is always among them (default: 0.05 0.25 0.5)",
+    )
+    parser.add_argument("--new-tokens", type=int, help="of each new run (default: half of the old run's)")
+    parser.add_argument(
+        "--rate", type=float, default=0.5, help="new peak of the learning rate over the old (default: 0.5)"
+    )
+    parser.add_argument(
+        "--out", default="runs/continued", help="folder of the runs (default: runs/continued)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON too")
+    return parser.parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

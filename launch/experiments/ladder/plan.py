@@ -1,0 +1,298 @@
+"""A ladder: families of recipes at several sizes and seeds, and the runs that follow from it."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train.recipe import sizes
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.rules import validate
+from train.recipe.schema import OnExisting, Recipe, Tracking
+from train.recipe.topology import Topology
+
+
+@dataclass(frozen=True)
+class Family:
+    """Recipes that stand for one idea."""
+
+    recipe: str = MISSING
+    """Path from the ladder's file; `{size}` stands for a size."""
+    overrides: list[str] = field(default_factory=list)
+    """`key=value` on top of the recipe."""
+    sizes: Optional[list[str]] = None
+    """Sizes that this family is run at; null: all."""
+    rate_of: Optional[str] = None
+    """Family whose learning rate this one takes; null: its own, from the search."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How each family's learning rate is chosen. Where the best is at the edge, more are tried beyond it."""
+
+    multipliers: dict[str, list[float]] = MISSING
+    """By size: what is tried first, of each recipe's own learning rate. The one with the lowest mean held-out
+    loss is taken, by the sizes after it too until one with a search of its own."""
+    seeds: list[int] = field(default_factory=lambda: [100])
+    """A rate's loss is the mean over them. None of the ladder's: a chosen run must not be counted among the
+    results."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A file in `yamls/` that `python -m launch.experiments.ladder` takes."""
+
+    name: str = MISSING
+    families: dict[str, Family] = MISSING
+    sizes: list[str] = field(default_factory=lambda: ["one"])
+    """Names that the recipes' paths have; one size without a name where they have none."""
+    seeds: list[int] = MISSING
+    baseline: str = MISSING
+    """Family that the others are compared with."""
+    metric: str = "nats"
+    """Unit of the comparison: `nats` per token, or `bits_per_byte` where tokenizers differ."""
+    matched: Optional[float] = 0.02
+    """Most that FLOPs per token may differ from the baseline's at a size; null: not compared."""
+    search: Optional[Search] = None
+    """null: the recipes' own learning rates."""
+
+
+Rates = dict[tuple[str, str], float]
+"""Multiplier of the learning rate by family and size that it was searched at."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the ladder."""
+
+    family: str
+    size: str
+    seed: int
+    multiplier: float
+    recipe: Recipe
+    is_search: bool
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs, attention included."""
+        return float(sizes.training_flops(self.recipe).total)
+
+
+class LadderPlan:
+    """The runs of a ladder.
+
+    Args:
+        path: the ladder's file.
+        scale: of every run's length; runs of another scale have names of their own.
+        overrides: `key=value` on top of every recipe.
+
+    Raises:
+        RecipeError: one line, for whatever is wrong with the ladder or a recipe of it.
+    """
+
+    def __init__(self, path: Path, *, scale: float = 1.0, overrides: list[str] | None = None) -> None:
+        self.path, self.scale = path, scale
+        self.ladder = read_ladder(path)
+        self._overrides = overrides or []
+        self._recipes: dict[tuple[str, str], Recipe] = {}
+        self.label = self.ladder.name + (f"-x{scale:g}" if scale != 1 else "")
+        """Name of the ladder at this scale."""
+        self._check()
+
+    def search_runs(self) -> list[Run]:
+        """The runs that choose learning rates before any is tried beyond an edge; none without a search."""
+        return [
+            run
+            for size in self._searched()
+            for family, entry in self.ladder.families.items()
+            if entry.rate_of is None and size in self._sizes(family)
+            for multiplier in self._searched()[size]
+            for run in self.search_of(family, size, multiplier)
+        ]
+
+    def search_of(self, family: str, size: str, multiplier: float) -> list[Run]:
+        """The runs that try one learning rate, one per seed of the search."""
+        seeds = self._search_seeds()
+        return [self._run(family, size, seed, multiplier, is_search=True) for seed in seeds]
+
+    def runs(self, rates: Rates | None = None) -> list[Run]:
+        """The runs that count, the smallest first.
+
+        Args:
+            rates: from the search; None: the recipes' own.
+        """
+        return [
+            self._run(family, size, seed, self._rate(entry.rate_of or family, size, rates or {}))
+            for size in self.ladder.sizes
+            for seed in self.ladder.seeds
+            for family, entry in self.ladder.families.items()
+            if size in self._sizes(family)
+        ]
+
+    def _run(self, family: str, size: str, seed: int, multiplier: float, *, is_search: bool = False) -> Run:
+        recipe = self._recipe(family, size)
+        place = [self.label, family] + ([size] if size != "one" else [])
+        if is_search:
+            place.append(f"rate{multiplier:g}")
+        # The first seed of a search goes without saying, so that more can be added to one that was made.
+        if not is_search or seed != self._search_seeds()[0]:
+            place.append(f"seed{seed}")
+        schedule = recipe.schedule
+        recipe = dataclasses.replace(
+            _scaled(recipe, self.scale),
+            name="-".join(place),
+            seed=seed,
+            on_existing=OnExisting.resume,
+            optimizer=dataclasses.replace(
+                recipe.optimizer, learning_rate=recipe.optimizer.learning_rate * multiplier
+            ),
+            schedule=dataclasses.replace(
+                schedule,
+                warmup_tokens=round(schedule.warmup_tokens * self.scale),
+                decay_tokens=round(schedule.decay_tokens * self.scale),
+            ),
+            # Sent by the ladder, run by run: an uploader each would take the cores from the training.
+            tracking=_tracking(recipe, self.label),
+        )
+        return Run(family, size, seed, multiplier, recipe, is_search)
+
+    def _recipe(self, family: str, size: str) -> Recipe:
+        """A family's recipe at a size, read and checked once."""
+        if (family, size) not in self._recipes:
+            entry = self.ladder.families[family]
+            file = self.path.parent / entry.recipe.format(size=size)
+            recipe = load_recipe(file, [*entry.overrides, *self._overrides])
+            validate(recipe, Topology(), str(file))
+            self._recipes[family, size] = recipe
+        return self._recipes[family, size]
+
+    def _sizes(self, family: str) -> list[str]:
+        sizes = self.ladder.families[family].sizes
+        return self.ladder.sizes if sizes is None else sizes
+
+    def _searched(self) -> dict[str, list[float]]:
+        """What is tried at each size with a search."""
+        tried = self.ladder.search.multipliers if self.ladder.search else {}
+        return {size: tried[size] for size in self.ladder.sizes if size in tried}
+
+    def _search_seeds(self) -> list[int]:
+        return self.ladder.search.seeds if self.ladder.search else []
+
+    def _rate(self, family: str, size: str, rates: Rates) -> float:
+        """The multiplier found at the nearest size before this one, or else after it."""
+        place = self.ladder.sizes.index(size)
+        near = [*reversed(self.ladder.sizes[: place + 1]), *self.ladder.sizes[place + 1 :]]
+        return next((rates[family, at] for at in near if (family, at) in rates), 1.0)
+
+    def _check(self) -> None:
+        ladder, file = self.ladder, str(self.path)
+        if ladder.baseline not in ladder.families:
+            there = ", ".join(ladder.families)
+            raise RecipeError(
+                f"is {ladder.baseline}", key="baseline", remedy=f"name one of {there}", file=file
+            )
+        for name, family in ladder.families.items():
+            if family.rate_of not in (None, *ladder.families):
+                there = ", ".join(ladder.families)
+                key = f"families.{name}.rate_of"
+                raise RecipeError(f"is {family.rate_of}", key=key, remedy=f"name one of {there}", file=file)
+            for size in family.sizes or []:
+                if size not in ladder.sizes:
+                    there = ", ".join(ladder.sizes)
+                    key = f"families.{name}.sizes"
+                    raise RecipeError(f"has {size}", key=key, remedy=f"sizes are {there}", file=file)
+        _require_each_once(ladder.seeds, "seeds", file)
+        _require_each_once(ladder.sizes, "sizes", file)
+        if ladder.search:
+            self._check_search(ladder.search)
+        if ladder.matched is not None:
+            self._require_matched(ladder.matched)
+
+    def _check_search(self, search: Search) -> None:
+        file = str(self.path)
+        _require_each_once(search.seeds, "search.seeds", file)
+        for seed in set(search.seeds) & set(self.ladder.seeds):
+            raise RecipeError(
+                f"has {seed}, one of the ladder's",
+                key="search.seeds",
+                remedy="give another: a run that was chosen for its loss is no fair sample",
+                file=file,
+            )
+        for size, tried in search.multipliers.items():
+            key, there = f"search.multipliers.{size}", ", ".join(self.ladder.sizes)
+            if size not in self.ladder.sizes:
+                raise RecipeError("is no size", key=key, remedy=f"sizes are {there}", file=file)
+            _require_each_once(tried, key, file)
+            if len(tried) < 2 or min(tried) <= 0:
+                raise RecipeError(f"is {tried}", key=key, remedy="give two or more above 0", file=file)
+        for name, family in self.ladder.families.items():
+            if not family.rate_of and not set(self._sizes(name)) & set(self._searched()):
+                raise RecipeError(
+                    "is at no size with a search",
+                    key=f"families.{name}",
+                    remedy="give rate_of, or search.multipliers for a size of it",
+                    file=file,
+                )
+
+    def _require_matched(self, most: float) -> None:
+        seed = self.ladder.seeds[0]
+        for size in self.ladder.sizes:
+            if size not in self._sizes(self.ladder.baseline):
+                continue
+            baseline = self._run(self.ladder.baseline, size, seed, 1.0).flops
+            for family in self.ladder.families:
+                if size not in self._sizes(family):
+                    continue
+                off = self._run(family, size, seed, 1.0).flops / baseline - 1
+                if abs(off) > most:
+                    raise RecipeError(
+                        f"trains with {off:+.1%} of {self.ladder.baseline}'s FLOPs at size {size}",
+                        key=f"families.{family}",
+                        remedy=f"change its hidden size, or matched (now {most:.0%})",
+                        file=str(self.path),
+                    )
+
+
+def read_ladder(path: Path) -> Ladder:
+    """Reads a ladder's file.
+
+    Raises:
+        RecipeError: one line that names file and key.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Ladder), OmegaConf.load(path))
+        found: Any = OmegaConf.to_object(merged)
+    except OSError as error:
+        raise RecipeError(f"cannot be read ({error.strerror})", file=str(path)) from None
+    except OmegaConfBaseException as error:
+        what = str(error).splitlines()[0]
+        raise RecipeError(what, key=str(error.full_key or ""), file=str(path)) from None
+    assert isinstance(found, Ladder)
+    return found
+
+
+def _require_each_once(values: Sequence[float] | Sequence[str], key: str, file: str) -> None:
+    """Two runs of one name would train in one folder at once."""
+    if not values:
+        raise RecipeError("is empty", key=key, remedy="give one or more", file=file)
+    if len(set(values)) < len(values):
+        raise RecipeError(f"is {list(values)}", key=key, remedy="give each once", file=file)
+
+
+def _scaled(recipe: Recipe, scale: float) -> Recipe:
+    """The recipe with its length, and that of its phases, times ``scale``."""
+    phases = [dataclasses.replace(phase, tokens=round(phase.tokens * scale)) for phase in recipe.data.phases]
+    whole = sum(phase.tokens for phase in phases) or round(recipe.training.duration_tokens * scale)
+    return dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, phases=phases),
+        training=dataclasses.replace(recipe.training, duration_tokens=whole),
+    )
+
+
+def _tracking(recipe: Recipe, experiment: str) -> Tracking:
+    return dataclasses.replace(recipe.tracking, mlflow=False, experiment=experiment)

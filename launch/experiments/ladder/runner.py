@@ -1,0 +1,186 @@
+"""Runs what is missing of a ladder, several at once, and keeps predicted and taken times.
+
+A run is forked from a process that has imported everything and computes on one core; the same ladder
+started again goes on with what was cut off.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from tqdm import tqdm
+
+from launch.experiments.ladder.plan import Run
+from train.recipe.exit_status import REPLAY_STATUS
+from train.recipe.reading import RecipeError
+from train.recipe.topology import Topology
+from train.recipe.units import duration
+from train.record.summary import Summary, read_summary
+
+FIRST_GUESS_FLOPS = 4e10
+"""FLOP/s of a core in training, for the first run's predicted time; later ones are told by the runs."""
+OVERHEAD_SECONDS = 10.0
+"""Of every run, whatever its length: building, the last validation, sample, report."""
+POLL_SECONDS = 0.5
+DIVERGED_FILE = "diverged"
+"""In the folder of a search's run that twice met a step that is not finite."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a run was thought to take, and took."""
+
+    run: str
+    family: str
+    flops: float
+    predicted_seconds: float
+    taken_seconds: float
+
+
+class Timings:
+    """The record of predicted and taken times, a line per run, in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def read(self) -> list[Timing]:
+        """All lines."""
+        if not self.file.is_file():
+            return []
+        return [Timing(**json.loads(line)) for line in self.file.read_text().splitlines()]
+
+    def predict(self, run: Run) -> float:
+        """Seconds that a run will take, from the runs of its family, or of any, before it."""
+        known = self.read()
+        own = [it for it in known if it.family == run.family] or known
+        if not own:
+            return OVERHEAD_SECONDS + run.flops / FIRST_GUESS_FLOPS
+        # The nearest in size: small models use a core less well than large ones.
+        nearest = min(own, key=lambda it: abs(math.log(it.flops / run.flops))).flops
+        training = [max(it.taken_seconds - OVERHEAD_SECONDS, 0.1) for it in own if it.flops == nearest]
+        return OVERHEAD_SECONDS + run.flops / nearest * median(training)
+
+    def add(self, timing: Timing) -> None:
+        """Appends a line."""
+        with self.file.open("a") as file:
+            file.write(json.dumps(vars(timing)) + "\n")
+
+
+def summary_of(run: Run) -> Summary | None:
+    """What a run came to; None while it is not complete."""
+    return read_summary(Path(run.recipe.runs_dir) / run.recipe.name)
+
+
+def has_diverged(run: Run) -> bool:
+    """Whether a search's run was given up: its learning rate is too high."""
+    return _diverged_file(run).is_file()
+
+
+def missing(runs: Sequence[Run]) -> list[Run]:
+    """The runs that are neither complete nor given up."""
+    return [run for run in runs if summary_of(run) is None and not has_diverged(run)]
+
+
+def train_missing(runs: Sequence[Run], folder: Path, *, workers: int, deadline: float | None) -> list[Run]:
+    """Trains the runs that are not complete.
+
+    Args:
+        runs: in the order in which they begin.
+        folder: of the ladder; gets what each run says, and the timings.
+        workers: runs at once.
+        deadline: time (`time.time`) by which a run must be predicted to end, or it is not begun.
+
+    Returns:
+        The runs that are still not complete.
+
+    Raises:
+        RecipeError: for the first run that fails.
+    """
+    waiting = missing(runs)
+    if not waiting:
+        return []
+    print(f"{len(waiting)} of {len(runs)} runs to train; importing torch and Composer", flush=True)
+    from data.write_shards import ensure_shards
+
+    for recipe in {run.recipe.data.shards: run.recipe for run in waiting}.values():
+        ensure_shards(recipe)
+    # Tokenizers warns of every fork after it has been used, and is not used again by runs.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    timings = Timings(folder / "timings.jsonl")
+    total = sum(run.flops for run in waiting)
+    with tqdm(total=total, unit="FLOP", unit_scale=True, dynamic_ncols=True) as bar:
+        for run, words in _train(waiting, timings, logs, workers, deadline):
+            bar.update(run.flops)
+            tqdm.write(f"{run.recipe.name}: {words}")
+    return missing(runs)
+
+
+def _train(
+    waiting: list[Run], timings: Timings, logs: Path, workers: int, deadline: float | None
+) -> Iterator[tuple[Run, str]]:
+    """Keeps ``workers`` runs going and tells of each that ends how it did."""
+    from launch.verify.forked_ranks import RankError, Ranks
+    from train.run import run as train
+
+    queue, replayed = list(waiting), set[str]()
+    going: list[tuple[Run, Ranks[int], float, float]] = []
+    try:
+        while queue or going:
+            while queue and len(going) < workers:
+                run = queue.pop(0)
+                predicted = timings.predict(run)
+                if deadline is not None and time.time() + predicted > deadline:
+                    continue
+                recipe = run.recipe
+
+                def work(_: Topology, recipe: object = recipe) -> int:
+                    return train(recipe, Topology())  # type: ignore[arg-type]
+
+                output = logs / f"{recipe.name}.log"
+                going.append((run, Ranks(1, work, output), time.monotonic(), predicted))
+            time.sleep(POLL_SECONDS)
+            for entry in [entry for entry in going if not entry[1].are_running]:
+                going.remove(entry)
+                run, ranks, begun, predicted = entry
+                try:
+                    with ranks:
+                        (status,) = ranks.results(timeout_seconds=60)
+                except RankError as error:
+                    raise _failed(run, logs, str(error).strip().splitlines()[-1]) from None
+                name, seconds = run.recipe.name, time.monotonic() - begun
+                if status == REPLAY_STATUS and name not in replayed:
+                    # A passing fault of the machine does not come back.
+                    replayed.add(name)
+                    queue.insert(0, run)
+                elif status == REPLAY_STATUS and run.is_search:
+                    _diverged_file(run).touch()
+                    yield run, f"diverged within {duration(seconds)}: not among the rates to choose from"
+                elif status != 0:
+                    why = "a step is not finite, twice" if status == REPLAY_STATUS else f"status {status}"
+                    raise _failed(run, logs, why)
+                else:
+                    timings.add(Timing(name, run.family, run.flops, predicted, seconds))
+                    yield run, f"{duration(seconds)}, predicted {duration(predicted)}"
+    finally:
+        for _, ranks, _, _ in going:
+            ranks.kill()
+
+
+def _diverged_file(run: Run) -> Path:
+    return Path(run.recipe.runs_dir) / run.recipe.name / DIVERGED_FILE
+
+
+def _failed(run: Run, logs: Path, reason: str) -> RecipeError:
+    log = logs / f"{run.recipe.name}.log"
+    return RecipeError(
+        f"ended early: {reason}",
+        key=run.recipe.name,
+        remedy=f"see {log}; the same command goes on with what is missing",
+    )

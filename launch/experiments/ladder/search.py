@@ -1,0 +1,85 @@
+"""The search of learning rates: what is tried, what is tried beyond an edge, what is chosen."""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import mean
+
+from launch.experiments.ladder.plan import LadderPlan, Rates, Run
+from launch.experiments.ladder.runner import has_diverged, summary_of
+
+STEP = 2.0
+"""Ratio of the next multiplier beyond an edge to the edge."""
+MOST_TRIED = 10
+"""Multipliers of one family at one size; a loss that still falls then is not a matter of the rate."""
+
+Losses = dict[tuple[str, str], dict[float, float]]
+"""Mean held-out loss over domains and seeds by family and size, then by multiplier."""
+
+
+def search_rates(plan: LadderPlan, train: Callable[[Sequence[Run]], list[Run]]) -> tuple[list[Run], Losses]:
+    """Tries multipliers until the best of each family lies between two others.
+
+    Args:
+        plan: the ladder.
+        train: trains the runs that are missing, and returns those that still are.
+
+    Returns:
+        All runs of the search, and the losses; no losses if the search is not complete.
+    """
+    runs = plan.search_runs()
+    while True:
+        if train(runs):
+            return runs, {}
+        losses = losses_of(runs)
+        more = [
+            run
+            for (family, size), tried in losses.items()
+            if (multiplier := beyond(tried)) is not None
+            for run in plan.search_of(family, size, multiplier)
+        ]
+        if not more:
+            return runs, losses
+        runs += more
+
+
+def losses_of(runs: Sequence[Run]) -> Losses:
+    """What complete runs of a search came to; NaN for a rate with a run that diverged."""
+    found: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for run in runs:
+        summary = summary_of(run)
+        assert summary is not None or has_diverged(run), run
+        loss = summary.mean_validation_loss if summary else math.nan
+        found.setdefault((run.family, run.size), {}).setdefault(run.multiplier, []).append(loss)
+    return {place: {rate: mean(each) for rate, each in tried.items()} for place, tried in found.items()}
+
+
+def beyond(tried: dict[float, float]) -> float | None:
+    """The multiplier to try next; None if the best lies between others, or enough were tried."""
+    best = best_of(tried)
+    if len(tried) >= MOST_TRIED or min(tried) < best < max(tried):
+        return None
+    return best * STEP if best == max(tried) else best / STEP
+
+
+def best_of(tried: dict[float, float]) -> float:
+    """The multiplier with the lowest loss; one whose run diverged is never it."""
+    return min(tried, key=lambda multiplier: (math.isnan(tried[multiplier]), tried[multiplier], multiplier))
+
+
+def chosen(losses: Losses) -> Rates:
+    """Each family's best multiplier at each size."""
+    return {place: best_of(tried) for place, tried in losses.items()}
+
+
+def told(losses: Losses) -> list[str]:
+    """The search's result in words."""
+    lines = []
+    for (family, size), tried in losses.items():
+        where = family if size == "one" else f"{family} at {size}"
+        each = ", ".join(
+            f"{key:g}x {'diverged' if math.isnan(loss) else f'{loss:.4f}'}"
+            for key, loss in sorted(tried.items())
+        )
+        edge = "; at the edge of what was tried" if best_of(tried) in (min(tried), max(tried)) else ""
+        lines.append(f"{where}: learning rate {best_of(tried):g}x the recipe's ({each}){edge}")
+    return lines

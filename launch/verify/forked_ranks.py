@@ -1,0 +1,166 @@
+"""Ranks on this machine, forked from a process that has imported everything: no rank waits for imports.
+
+For the parity gate, the resume certificate and the tests. A rank computes on one thread: the parent's
+thread pools do not survive a fork, and ranks share the cores anyway.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from train.recipe.topology import Topology
+
+Result = TypeVar("Result")
+
+
+class RankError(RuntimeError):
+    """A rank failed, was killed, or took too long; carries its traceback."""
+
+
+class Ranks(Generic[Result]):
+    """Forked processes that each do the same work, joined in a gloo process group if there are several.
+
+    Args:
+        world_size: number of processes.
+        work: what each does; called with its topology. Closures are welcome, nothing is pickled but the
+            result.
+        output: file that standard output and error of all ranks are appended to; None: the parent's.
+    """
+
+    def __init__(
+        self, world_size: int, work: Callable[[Topology], Result], output: Path | None = None
+    ) -> None:
+        context = multiprocessing.get_context("fork")
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self.processes: list[ForkProcess] = []
+        self._pipes: list[Connection] = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe(duplex=False)
+            topology = Topology(rank, world_size, rank, world_size)
+            store = Path(self._folder.name) / "store"
+            process = context.Process(target=_run_rank, args=(topology, store, work, theirs, output))
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self._pipes.append(ours)
+
+    def __enter__(self) -> "Ranks[Result]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        self._folder.cleanup()
+
+    @property
+    def are_running(self) -> bool:
+        """Whether any rank still runs."""
+        return any(process.is_alive() for process in self.processes)
+
+    def kill(self) -> None:
+        """Ends every rank at once with SIGKILL."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def exit_codes(self, timeout_seconds: float) -> list[int | None]:
+        """Waits for the ranks to end; None for one that has not, negative for one that a signal ended."""
+        deadline = time.monotonic() + timeout_seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def results(self, timeout_seconds: float) -> list[Result]:
+        """Waits for every rank's result, by rank.
+
+        Raises:
+            RankError: as soon as one fails; the others are killed.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        found: dict[int, Result] = {}
+        while len(found) < len(self._pipes):
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in found}
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.kill()
+                raise RankError(f"ranks {sorted(waiting.values())} took over {timeout_seconds:.0f} s")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting[pipe]
+                try:
+                    is_sound, value = pipe.recv()
+                except EOFError:
+                    self.processes[rank].join()
+                    is_sound, value = False, f"ended with status {self.processes[rank].exitcode}"
+                if not is_sound:
+                    self.kill()
+                    raise RankError(f"rank {rank} of {len(self._pipes)}: {value}")
+                found[rank] = value
+        for process in self.processes:
+            process.join()
+        return [found[rank] for rank in range(len(self._pipes))]
+
+
+def run_ranks(
+    world_size: int,
+    work: Callable[[Topology], Result],
+    timeout_seconds: float = 180.0,
+    output: Path | None = None,
+) -> list[Result]:
+    """Does ``work`` on ``world_size`` forked ranks and returns their results; see :class:`Ranks`.
+
+    Raises:
+        RankError: if a rank fails or the time runs out.
+    """
+    with Ranks(world_size, work, output) as ranks:
+        return ranks.results(timeout_seconds)
+
+
+def _run_rank(
+    topology: Topology,
+    store: Path,
+    work: Callable[[Topology], Result],
+    pipe: Connection,
+    output: Path | None,
+) -> None:
+    if output is not None:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+    torch.set_num_threads(1)
+    rank, size = str(topology.rank), str(topology.world_size)
+    os.environ |= {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {"NODE_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    try:
+        if topology.world_size > 1:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(str(store), topology.world_size),
+                rank=topology.rank,
+                world_size=topology.world_size,
+            )
+        result = work(topology)
+        if topology.world_size > 1:
+            # No rank leaves while another may still need it. The group is not destroyed, since the process
+            # ends right away: gloo's destructor waits, with Python's lock held, for threads that may need
+            # that lock to let go of the last collective's tensors; then neither moves (torch 2.7.0).
+            dist.barrier()
+    except SystemExit:
+        raise
+    except BaseException:  # A rank's failure, whatever it is, is the parent's to report.
+        pipe.send((False, traceback.format_exc()))
+        return
+    pipe.send((True, result))

@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.shards.packing import Sample
+from data.shards.streams import ShardFolder
+from train.recipe.schema import Recipe
+
+
+@pytest.fixture
+def many_shards(tmp_path: Path) -> tuple[Path, list[dict[str, np.ndarray]]]:
+    """30 samples in shards of a few."""
+    from streaming import MDSWriter
+
+    columns = {"documents": "ndarray:int64", "lengths": "ndarray:int32", "tokens": "ndarray:int32:16"}
+    rng = np.random.default_rng(0)
+    samples = []
+    with MDSWriter(
+        columns=columns, out=str(tmp_path / "shards"), hashes=["sha256"], size_limit=700
+    ) as writer:
+        for number in range(30):
+            tokens = rng.integers(0, 2**31 - 1, 16).astype(np.int32)
+            pieces = 1 + number % 3
+            lengths = np.array([16 - pieces + 1] + [1] * (pieces - 1), np.int32)
+            samples.append({"tokens": tokens, "lengths": lengths, "documents": np.arange(pieces) + number})
+            writer.write(samples[-1])
+    assert len(list((tmp_path / "shards").glob("*.mds"))) > 5
+    return tmp_path / "shards", samples
+
+
+def same(sample: Sample, expected: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(getattr(sample, name), value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("small_bytes", [0, 1_000_000])
+def test_any_order_over_many_shards(
+    many_shards: tuple[Path, list[dict[str, np.ndarray]]], small_bytes: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("data.shards.index.SMALL_BYTES", small_bytes)
+    path, samples = many_shards
+    folder = ShardFolder(path)
+    assert len(folder) == 30
+    for number in [*np.random.default_rng(1).permutation(30).tolist(), 0, 29]:
+        assert same(folder[number], samples[number])
+
+
+def test_few_shards_stay_open(
+    many_shards: tuple[Path, list[dict[str, np.ndarray]]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("data.shards.streams.OPEN_SHARDS", 2)
+    path, samples = many_shards
+    folder = ShardFolder(path)
+    for number in [0, 29, 15, 0, 1, 29]:
+        assert same(folder[number], samples[number])
+        assert len(folder._maps) <= 2
+
+
+def test_streaming_itself_reads_our_shards(built: Recipe):
+    from streaming import StreamingDataset
+
+    path = Path(built.data.shards) / "prose/train"
+    theirs = StreamingDataset(local=str(path), shuffle=False, batch_size=1)
+    ours = ShardFolder(path)
+    assert len(theirs) == len(ours)
+    for number in range(0, len(ours), 7):
+        assert same(ours[number], theirs[number])
+
+
+def test_pickles_are_refused(tmp_path: Path):
+    from streaming import MDSWriter
+
+    with MDSWriter(columns={"tokens": "pkl"}, out=str(tmp_path / "shards")) as writer:
+        writer.write({"tokens": [1, 2]})
+    with pytest.raises(ValueError, match="unsafe type"):
+        ShardFolder(tmp_path / "shards")

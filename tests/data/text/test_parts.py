@@ -1,0 +1,141 @@
+"""Parts of the preparation against references: Streaming's writer, Jaccard similarity, real sentences."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.shards.packing import pack
+from data.text.bpe import train_bpe
+from data.text.clean import normalise
+from data.text.duplicates import resolve, sketch
+from data.text.evaluation_overlap import EvaluationTexts
+from data.text.language import language_of
+from data.text.mds import (
+    compress_shard,
+    encode_shard,
+    index_entry,
+    index_text,
+    packed_name,
+    shard_name,
+)
+from data.text.quality import fault_of_repetition
+from data.text.tokens import open_once
+from data.text.words import hash_ngrams, hash_words
+from train.recipe.schema import Tokenizer, TokenizerKind
+
+
+def test_a_tokenizer_that_took_anothers_place_is_opened(tmp_path: Path):
+    # Processes of Spark outlive a build, and the next one may be made in the same folder.
+    cfg = Tokenizer(TokenizerKind.bpe, 270)
+    made = [train_bpe(cfg, iter([text * 9])) for text in ("the cat sat on the mat ", "xyz zyx yxz ")]
+    for handle in made:
+        handle.to_hugging_face(tmp_path / "new")
+        (tmp_path / "new").rename(tmp_path / "out")
+        assert open_once(cfg, tmp_path / "out").fingerprint == handle.fingerprint
+        assert open_once(cfg, tmp_path / "out") is open_once(cfg, tmp_path / "out")
+        (tmp_path / "out").rename(tmp_path / f"old-{handle.fingerprint}")
+    assert made[0].fingerprint != made[1].fingerprint
+
+
+@pytest.mark.parametrize("sequence_tokens, level", [(8, None), (700, None), (8, 5)])
+def test_shards_are_those_of_streamings_writer(tmp_path: Path, sequence_tokens: int, level: int | None):
+    from streaming import MDSWriter
+    from streaming.base.compression import decompress
+
+    rng = np.random.default_rng(0)
+    documents = [
+        (n, rng.integers(0, 99, length).astype(np.int32)) for n, length in enumerate([5, 1, 900, *[0] * 400])
+    ]
+    samples = list(pack(documents, sequence_tokens=sequence_tokens, eos_id=100, pad_id=101))
+    columns = {
+        "documents": "ndarray:int64",
+        "lengths": "ndarray:int32",
+        "tokens": f"ndarray:int32:{sequence_tokens}",
+    }  # fmt: skip
+    name = level and f"zstd:{level}"
+    with MDSWriter(
+        columns=columns, out=str(tmp_path / "theirs"), hashes=["sha256"], compression=name
+    ) as writer:
+        for sample in samples:
+            writer.write(vars(sample))
+    content = encode_shard(samples, sequence_tokens, level)
+    if level is None:
+        assert content == (tmp_path / "theirs" / shard_name(0)).read_bytes()
+        entry = index_entry(0, content, len(samples), sequence_tokens)
+    else:
+        theirs = (tmp_path / "theirs" / packed_name(0)).read_bytes()
+        assert content == decompress(name, theirs) == decompress(name, compress_shard(content, level))
+        entry = index_entry(0, content, len(samples), sequence_tokens, (level, theirs))
+    assert index_text([entry]) == (tmp_path / "theirs/index.json").read_text()
+
+
+def texts(count: int, seed: int = 0) -> list[list[str]]:
+    rng = np.random.default_rng(seed)
+    return [[f"w{n}" for n in rng.integers(0, 5000, 400)] for _ in range(count)]
+
+
+def resolved(documents: list[str], near: float | None):
+    words = [hash_words(text) for text in documents]
+    digests = np.array([[hash(text) & 2**63 - 1, 7] for text in documents], np.uint64)
+    return resolve(digests, np.array([sketch(it) for it in words]), near)
+
+
+def test_copies_and_near_copies_are_found_and_the_first_is_kept():
+    originals = texts(40)
+    near = [*originals[3][:-10], "other", "end"]
+    like = [*originals[5][:330], *texts(1, seed=9)[0][:70]]
+    documents = [" ".join(words) for words in [*originals, originals[1], near, like]]
+    found = resolved(documents, 0.8)
+    assert found.keeper[:40].tolist() == list(range(40)) and found.keeper[40:42].tolist() == [1, 3]
+    assert found.is_exact[40] and not found.is_exact[41]
+    # Alike: kept, but on the same side.
+    assert found.keeper[42] == 42 and found.group[42] == found.group[5] and found.group[6] != found.group[5]
+    assert resolved(documents, None).keeper[41] == 41 and resolved(documents, None).keeper[40] == 1
+
+
+def test_signatures_estimate_the_similarity():
+    first, second = texts(2)
+    mixed = first[:200] + second[:200]
+    grams = [set(hash_ngrams(hash_words(" ".join(words)), 5).tolist()) for words in (first, mixed)]
+    exact = len(grams[0] & grams[1]) / len(grams[0] | grams[1])
+    estimate = (sketch(hash_words(" ".join(first))) == sketch(hash_words(" ".join(mixed)))).mean()
+    assert estimate == pytest.approx(exact, abs=0.15) and exact > 0.2
+
+
+def test_evaluation_text_is_found_whatever_its_case_and_signs(tmp_path: Path):
+    question = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    (tmp_path / "a.txt").write_text(f"{question}\nalpha beta gamma delta epsilon zeta eta theta\ntoo short\n")
+    known = EvaluationTexts((str(tmp_path / "a.txt"),), 13)
+    assert known.touches(hash_words("It said: " + question.upper().replace(" ", ", ") + "!"))
+    assert known.touches(hash_words("x alpha, beta gamma delta epsilon zeta eta theta y"))
+    assert not known.touches(hash_words(" ".join(question.split()[:12]) + " and so on"))
+    assert not known.touches(hash_words("too short")) and not known.touches(hash_words(""))
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("en", "The house that we saw was not as large as it is in the picture, but it is old."),
+        ("de", "Das Haus ist nicht so groß wie auf dem Bild, aber es wird von den Leuten auch geliebt."),
+        ("fr", "La maison que nous avons vue est dans la rue et elle n'est pas plus grande que les autres."),
+        ("es", "La casa que vimos no es tan grande como en la foto, pero los vecinos se quedan en ella."),
+        ("ja", "私たちが見た家は写真ほど大きくありません。"),
+        ("zh", "我们看到的房子没有照片上那么大。"),
+        ("ru", "Дом, который мы видели, не такой большой, как на картинке."),
+        ("und", "0x3f 0x4a 0x5b == != 17"),
+        ("und", "xq zv kkp wwt rrm jjl"),
+    ],
+)
+def test_languages(language: str, text: str):
+    assert language_of(text) == language
+
+
+def test_normalised_text():
+    assert normalise(" e\u0301\r\nb\rc\x00\x07\td \n") == "é\nb\nc\td\n"
+
+
+def test_repetition():
+    assert fault_of_repetition("a line that comes again\n" * 9) == "prose: repeated lines"
+    assert fault_of_repetition("buy now " * 60) == "prose: repeated 2-grams"
+    assert not fault_of_repetition(" ".join(texts(1)[0]))

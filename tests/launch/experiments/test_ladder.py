@@ -1,0 +1,262 @@
+"""Ladders: what they make of their file, and one that is run to its end, cut off in between."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.experiments.ladder import __main__ as ladder
+from launch.experiments.ladder import search
+from launch.experiments.ladder.plan import LadderPlan, Run
+from launch.experiments.ladder.runner import OVERHEAD_SECONDS, Timing, Timings
+from launch.experiments.ladder.search import MOST_TRIED, best_of, beyond, chosen, search_rates, told
+from tests.train.report.test_report import SUMMARY
+from train.recipe import sizes
+from train.recipe.exit_status import REPLAY_STATUS
+from train.recipe.reading import RecipeError
+from train.record.summary import write_summary
+
+YAMLS = Path(__file__).parents[3] / "yamls"
+OF_SIZES = sorted(YAMLS.glob("ladder*.yaml"))
+LADDERS = [*OF_SIZES, *sorted(YAMLS.glob("ablations/*.yaml"))]
+
+TINY = """
+name: tiny
+families:
+  dense: {{ recipe: {recipe}, overrides: [model.moe=null, model.ffn_hidden_size=64] }}
+  fine: {{ recipe: {recipe} }}
+seeds: [1, 2]
+baseline: dense
+matched: 0.2
+search: {{ seeds: [9], multipliers: {{ one: [0.5, 1] }} }}
+"""
+SMALL = """
+extends: {smoke}
+model:
+  d_model: 32
+  n_layers: 1
+  n_heads: 2
+  n_kv_heads: 1
+  ffn_hidden_size: 16
+  vocab_size: 512
+  max_sequence_tokens: 64
+tokenizer:
+  vocab_size: 512
+data:
+  shards: {shards}
+  corpus_bytes: 2000000
+  sequence_tokens: 64
+  validation_sequences: 8
+  workers: 0
+training:
+  duration_tokens: 2048
+  loss_chunk_tokens: 64
+schedule:
+  warmup_tokens: 512
+evaluation:
+  interval_batches: null
+checkpoint:
+  interval_batches: null
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(SMALL.format(smoke=YAMLS / "smoke.yaml", shards=".cache/shrunken-shards-512-64"))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(recipe=recipe))
+    return path
+
+
+@pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.stem)
+def test_ladders_that_come_with_the_project_are_sound(path: Path) -> None:
+    plan = LadderPlan(path)
+    runs = [*plan.search_runs(), *plan.runs()]
+    assert len({run.recipe.name for run in runs}) == len(runs) > 3
+
+
+@pytest.mark.parametrize("path", OF_SIZES, ids=lambda path: path.stem)
+def test_families_train_with_equal_flops_on_equal_data(path: Path) -> None:
+    plan = LadderPlan(path)
+    for size in plan.ladder.sizes:
+        runs = [run for run in plan.runs() if run.size == size]
+        flops = {run.family: sizes.flops_per_token_training(run.recipe.model, 256).total for run in runs}
+        assert max(flops.values()) / min(flops.values()) < 1.02
+        assert len({repr((run.recipe.data, run.recipe.tokenizer, run.recipe.schedule)) for run in runs}) == 1
+        assert len({run.recipe.training.duration_tokens for run in runs}) == 1
+        assert sorted({run.recipe.seed for run in runs}) == plan.ladder.seeds
+    finest = {run.size for run in plan.runs() if run.family == "finest"}
+    assert finest == {"l"}
+
+
+def test_a_ladder_is_climbed_cut_off_and_finished(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two rates are tried of each family; where the best lies is another test's.
+    monkeypatch.setattr(search, "MOST_TRIED", 2)
+    arguments = [str(tiny), f"runs_dir={tmp_path}/runs", "--json", str(tmp_path / "figures.json")]
+    # The search and one family alone; then the rest, without training anything again.
+    assert ladder.main([*arguments, "--only", "*dense*", "--no-mlflow"]) == ladder.INCOMPLETE_STATUS
+    assert "2 of 4 runs are missing" in capsys.readouterr().out
+    folder = tmp_path / "runs/tiny"
+    before = (folder / "timings.jsonl").read_text()
+    assert ladder.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 4 runs to train" in printed and "fine: learning rate" in printed
+    assert (folder / "timings.jsonl").read_text().startswith(before)
+    assert len(before.splitlines()) == 6 and len((folder / "timings.jsonl").read_text().splitlines()) == 8
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {(cell["family"], cell["seeds"]) for cell in figures["cells"]} == {("dense", 2), ("fine", 2)}
+    assert_sent(tmp_path / "runs")
+    assert ladder.main([*arguments, "--no-mlflow"]) == 0
+
+
+def assert_sent(runs: Path) -> None:
+    """One experiment, its parent, and each run below it with its losses."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{runs / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = found.pop("tiny")
+    assert parent.info.status == "FINISHED"
+    assert "comparison.html" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert len(found) == 8
+    for run in found.values():
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.metrics["loss/validation/code"] > 0
+
+
+def test_time_is_predicted_from_the_nearest_run_of_the_family(tmp_path: Path) -> None:
+    plan = LadderPlan(YAMLS / "ladder.yaml")
+    timings = Timings(tmp_path / "timings.jsonl")
+    large = next(run for run in plan.runs() if (run.family, run.size) == ("fine", "l"))
+    for family, flops, training in (("fine", 1e12, 50), ("fine", 1e13, 300), ("dense", 8e13, 10)):
+        timings.add(Timing("r", family, flops, 1.0, OVERHEAD_SECONDS + training))
+    assert timings.predict(large) == pytest.approx(OVERHEAD_SECONDS + large.flops / 1e13 * 300)
+
+
+def test_the_search_goes_on_until_the_best_rate_lies_between_others(tiny: Path, tmp_path: Path) -> None:
+    plan = LadderPlan(tiny, overrides=[f"runs_dir={tmp_path}"])
+    best = {"dense": 4.0, "fine": 0.125}
+
+    def train(runs: Sequence[Run]) -> list[Run]:
+        for run in runs:
+            folder = tmp_path / run.recipe.name
+            folder.mkdir(exist_ok=True)
+            loss = 3 + abs(math.log2(run.multiplier / best[run.family]))
+            write_summary(folder, replace(SUMMARY, validation_loss={"code": loss}))
+        return []
+
+    runs, losses = search_rates(plan, train)
+    assert chosen(losses) == {("dense", "one"): 4.0, ("fine", "one"): 0.125}
+    assert sorted(losses["dense", "one"]) == [0.5, 1, 2, 4, 8]
+    assert sorted(losses["fine", "one"]) == [0.0625, 0.125, 0.25, 0.5, 1]
+    assert len({run.recipe.name for run in runs}) == 10
+    assert "dense: learning rate 4x the recipe's (0.5x" in told(losses)[0] and "edge" not in told(losses)[0]
+    counted = {(run.family, run.multiplier) for run in plan.runs(chosen(losses))}
+    assert counted == {("dense", 4.0), ("fine", 0.125)}
+    # A search that is cut off chooses nothing.
+    assert search_rates(plan, list)[1] == {}
+
+
+def test_a_diverged_run_is_never_the_best_and_an_end_comes() -> None:
+    assert best_of({1.0: 3.0, 2.0: math.nan}) == 1.0
+    assert beyond({1.0: 3.0, 2.0: 2.9, 4.0: math.nan}) is None
+    assert beyond({2.0**place: -place for place in range(MOST_TRIED)}) is None
+
+
+def test_a_rate_is_judged_by_the_mean_over_the_search_s_seeds(tiny: Path, tmp_path: Path) -> None:
+    tiny.write_text(tiny.read_text().replace("seeds: [9], mult", "seeds: [9, 8], mult"))
+    plan = LadderPlan(tiny, overrides=[f"runs_dir={tmp_path}"])
+    # 1 is best with the first seed, 0.5 with both.
+    loss_of = {(0.25, 9): 3.5, (0.5, 9): 3.1, (1, 9): 3.0, (2, 9): 3.2}
+    loss_of |= {(0.25, 8): 3.5, (0.5, 8): 3.1, (1, 8): 3.4, (2, 8): 3.2}
+
+    def train(runs: Sequence[Run]) -> list[Run]:
+        for run in runs:
+            folder = tmp_path / run.recipe.name
+            folder.mkdir(exist_ok=True)
+            loss = {"code": loss_of[run.multiplier, run.recipe.seed]}
+            write_summary(folder, replace(SUMMARY, validation_loss=loss))
+        return []
+
+    runs, losses = search_rates(plan, train)
+    assert chosen(losses) == {("dense", "one"): 0.5, ("fine", "one"): 0.5}
+    assert losses["fine", "one"] == pytest.approx({0.25: 3.5, 0.5: 3.1, 1: 3.2})
+    # Those of the first seed have the names that they have without a second.
+    names = {run.recipe.name for run in runs if run.family == "fine"}
+    assert {"tiny-fine-rate1", "tiny-fine-rate1-seed8"} < names and len(names) == 6
+    assert search_rates(plan, list)[1] == {}
+
+
+def test_a_rate_that_makes_a_run_diverge_is_passed_over(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "MOST_TRIED", 2)
+    tiny.write_text(tiny.read_text().replace("[0.5, 1]", "[1, 1e30]"))
+    arguments = [str(tiny), f"runs_dir={tmp_path}/runs", "--only", "nothing"]
+    assert ladder.main(arguments) == ladder.INCOMPLETE_STATUS
+    printed = capfd.readouterr().out
+    assert printed.count("diverged within") == 2 and printed.count("1e+30x diverged)") == 2
+    assert "fine: learning rate 1x the recipe's" in printed
+    # Each was tried again before: a passing fault of the machine would not have come back.
+    assert printed.count(f"ended with status {REPLAY_STATUS}") == 4
+    # Given up for good, and no other run's time is predicted from theirs.
+    assert ladder.main(arguments) == ladder.INCOMPLETE_STATUS
+    assert "to train" not in capfd.readouterr().out
+    assert len(Timings(tmp_path / "runs/tiny/timings.jsonl").read()) == 2
+    # A run that counts is never given up.
+    tiny.write_text(tiny.read_text().replace("search:", "#"))
+    assert ladder.main([str(tiny), f"runs_dir={tmp_path}/high", "optimizer.learning_rate=1e30"]) == 2
+    assert "-seed1: ended early: a step is not finite, twice" in capfd.readouterr().err
+
+
+def test_a_size_without_a_search_takes_the_rate_of_the_one_before() -> None:
+    plan = LadderPlan(YAMLS / "ladder-long.yaml")
+    rates = {("dense", "s"): 8.0, ("dense", "m"): 4.0, ("fine", "s"): 2.0, ("fine", "m"): 1.0}
+    found = {(run.family, run.size): run.multiplier for run in plan.runs(rates)}
+    assert [found["dense", size] for size in "sml"] == [8, 4, 4]
+    assert found["finest", "l"] == found["fine", "l"] == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("baseline: dense", "baseline: sparse", "baseline: is sparse; name one of dense, fine"),
+        ("matched: 0.2", "matched: 0.0001", "FLOPs at size one"),
+        ("seeds: [9]", "seeds: [9, 2]", "search.seeds: has 2, one of the ladder's"),
+        ("seeds: [9]", "seeds: []", "search.seeds: is empty; give one or more"),
+        ("seeds: [1, 2]", "seeds: [1, 1]", "seeds: is [1, 1]; give each once"),
+        ("seeds: [1, 2]", "sizes: [one, one]\nseeds: [1, 2]", "sizes: is ['one', 'one']; give each once"),
+        ("one: [0.5, 1]", "one: [1, 1, 2]", "search.multipliers.one: is [1.0, 1.0, 2.0]; give each once"),
+        ("seeds: [1, 2]", "seedz: [1, 2]", "seedz"),
+        ("one: [0.5, 1]", "two: [0.5, 1]", "search.multipliers.two: is no size; sizes are one"),
+        ("one: [0.5, 1]", "one: [1]", "search.multipliers.one: is [1.0]; give two or more"),
+    ],
+)
+def test_mistakes_take_one_line(
+    tiny: Path, before: str, after: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tiny.read_text()
+    assert before in text
+    tiny.write_text(text.replace(before, after))
+    assert ladder.main([str(tiny), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and str(tiny) in error and error.count("\n") == 1
+
+
+def test_a_run_that_fails_is_named(tiny: Path, tmp_path: Path) -> None:
+    plan = LadderPlan(tiny, overrides=[f"runs_dir={tmp_path}/runs"])
+    folder = tmp_path / "runs/tiny-dense-rate0.5"
+    folder.mkdir(parents=True)
+    (folder / "something").touch()
+    from launch.experiments.ladder.runner import train_missing
+
+    with pytest.raises(RecipeError, match=r"tiny-dense-rate0.5: ended early: .*logs/tiny-dense-rate0.5.log"):
+        train_missing(plan.search_runs(), tmp_path / "ladder", workers=1, deadline=None)

@@ -1,0 +1,196 @@
+"""A rank that hangs is found in time and named, with its stacks and what the others wait in."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch.verify.forked_ranks import Ranks
+from train.health.collectives import CollectiveRecorder, record_collectives
+from train.health.diagnosis import diagnose
+from train.health.heartbeat import (
+    ENDED_FILE,
+    FINDING_FILE,
+    RECORDS_FOLDER,
+    Beat,
+    Ended,
+    Finding,
+    Stuck,
+    beat_file,
+    failure_file,
+    read_record,
+)
+from train.health.watchdog import Watchdog
+from train.health.watched import watched
+from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS
+from train.recipe.reliability import Watch
+from train.recipe.schema import Recipe
+from train.recipe.topology import Topology
+
+LIMIT_SECONDS = 2.0
+STEPS = 8
+HUNG_STEP = 3
+Hang = Callable[[Topology], None]
+
+
+def watch_steps(folder: Path, world_size: int, hang: Hang, output: Path) -> list[int | None]:
+    """Ranks that add up a tensor step by step; ``hang`` is called in the middle. Returns exit codes."""
+
+    def work(topology: Topology) -> None:
+        recorder = record_collectives()
+        recipe = Watch(hang_seconds=LIMIT_SECONDS, start_seconds=LIMIT_SECONDS)
+        watchdog = Watchdog(recipe, folder, folder, topology, recorder)
+        watchdog.start()
+        for step in range(STEPS):
+            watchdog.move("step", step)
+            if step == HUNG_STEP:
+                hang(topology)
+            dist.all_reduce(torch.ones(4))
+        watchdog.stop()
+
+    with Ranks(world_size, work, output) as ranks:
+        return ranks.exit_codes(30)
+
+
+def all_ended(codes: list[int | None]) -> bool:
+    """No rank is left, and the watchdog ended one; another may have met the end of its peer first."""
+    return HANG_STATUS in codes and None not in codes
+
+
+def stop_process(topology: Topology) -> None:
+    if topology.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def wait_for_a_lock(topology: Topology) -> None:
+    if topology.rank == 2:
+        lock = threading.Lock()
+        lock.acquire()
+        lock.acquire()
+
+
+def call_another_collective(topology: Topology) -> None:
+    if topology.rank == 0:
+        dist.all_gather([torch.ones(4) for _ in range(3)], torch.ones(4))
+
+
+def test_a_stopped_rank_is_named_with_the_stack_that_it_could_not_write(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    codes = watch_steps(tmp_path, 3, stop_process, tmp_path / "out")
+    assert time.monotonic() - begun < 15 * LIMIT_SECONDS
+    assert all_ended(codes) and codes[1] == -signal.SIGKILL
+    finding = read_record(tmp_path / FINDING_FILE, Finding)
+    assert finding is not None
+    assert [suspect.rank for suspect in finding.suspects] == [1]
+    assert "is stopped" in finding.suspects[0].why
+    assert "stop_process" in finding.suspects[0].stacks
+    assert finding.waiting == [0, 2] and "allreduce of 16 bytes (number 4" in finding.collective
+    assert "rank 1" in finding.line and finding.line.endswith("ranks 0, 2")
+
+
+def test_a_rank_that_is_busy_elsewhere_is_named_with_its_stack(tmp_path: Path) -> None:
+    codes = watch_steps(tmp_path, 3, wait_for_a_lock, tmp_path / "out")
+    assert all_ended(codes)
+    finding = read_record(tmp_path / FINDING_FILE, Finding)
+    assert finding is not None
+    assert [suspect.rank for suspect in finding.suspects] == [2]
+    assert "thread MainThread" in finding.suspects[0].stacks
+    assert "wait_for_a_lock" in finding.suspects[0].stacks
+
+
+def test_a_healthy_run_is_left_alone(tmp_path: Path) -> None:
+    def rest(topology: Topology) -> None:
+        time.sleep(LIMIT_SECONDS / 2)
+
+    assert watch_steps(tmp_path, 2, rest, tmp_path / "out") == [0, 0]
+    assert not (tmp_path / FINDING_FILE).exists()
+    assert read_record(beat_file(tmp_path, 1), Beat) is not None
+
+
+def test_a_run_that_leaves_of_its_own_will_says_with_which_status(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit), watched(Recipe(), tmp_path, Topology()):
+        raise SystemExit(PREEMPTED_STATUS)
+    folder = tmp_path / RECORDS_FOLDER
+    assert read_record(folder / ENDED_FILE, Ended) == Ended(PREEMPTED_STATUS)
+    assert not failure_file(folder, 0).exists()
+
+
+def stuck(rank: int, issued: dict[str, int], *waits: tuple[str, int, str]) -> Stuck:
+    waiting = [
+        {"group": group, "number": number, "operation": operation, "size_bytes": 8, "since": float(rank)}
+        for group, number, operation in waits
+    ]
+    groups = {"all": [0, 1, 2, 3], "pair": [2, 3]}
+    return Stuck(rank, f"host{rank}", 7, "update", issued, groups, waiting, f"stack of {rank}")
+
+
+def test_the_chain_of_waiting_is_followed_to_its_end() -> None:
+    records = {
+        0: stuck(0, {"all": 9}, ("all", 9, "allreduce")),
+        1: stuck(1, {"all": 9}, ("all", 9, "allreduce")),
+        # Rank 2 has not come to number 9 because it waits for rank 3 in a group of their own.
+        2: stuck(2, {"all": 8, "pair": 5}, ("pair", 5, "alltoall")),
+        3: stuck(3, {"all": 8, "pair": 4}),
+    }
+    finding = diagnose(records, {}, set(), 0.0, 10.0)
+    assert [(suspect.rank, suspect.host) for suspect in finding.suspects] == [(3, "host3")]
+    assert finding.suspects[0].stacks == "stack of 3"
+    assert finding.waiting == [0, 1, 2]
+
+
+def test_a_rank_that_calls_something_else_is_named() -> None:
+    records = {rank: stuck(rank, {"all": 9}, ("all", 9, "allreduce")) for rank in (0, 1, 3)}
+    records[2] = stuck(2, {"all": 9}, ("all", 9, "broadcast"))
+    finding = diagnose(records, {}, set(), 0.0, 10.0)
+    assert [suspect.rank for suspect in finding.suspects] == [2]
+    assert "calls broadcast where others call allreduce" in finding.suspects[0].why
+
+
+def test_nobody_is_named_where_all_wait_in_the_same_collective() -> None:
+    records = {rank: stuck(rank, {"all": 9}, ("all", 9, "allreduce")) for rank in range(4)}
+    finding = diagnose(records, {}, set(), 0.0, 10.0)
+    assert finding.suspects == [] and "network" in finding.line
+
+
+def test_recorder_counts_by_group_and_forgets_what_is_complete() -> None:
+    def work(topology: Topology) -> tuple[CollectiveRecorder, int, bool]:
+        recorder = record_collectives()
+        for _ in range(3):
+            dist.all_reduce(torch.ones(2))
+        before = len(recorder.waiting())
+        if topology.rank == 1:
+            time.sleep(0.5)
+        handle = dist.all_gather_into_tensor(torch.empty(4), torch.ones(2), async_op=True)
+        last = recorder.last(1)[0]
+        assert (last.operation, last.number, last.size_bytes) == ("allgather_base", 4, 16)
+        is_waiting = bool(recorder.waiting())
+        handle.wait()
+        assert recorder.waiting() == []
+        return list(recorder.issued.values()), before, is_waiting
+
+    with Ranks(2, work) as ranks:
+        found = ranks.results(30)
+    assert [issued for issued, _, _ in found] == [[4], [4]]
+    assert [before for _, before, _ in found] == [0, 0]
+    assert found[0][2], "rank 0 must be seen to wait for rank 1"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slow"),
+    [
+        ([1.0, 1.01, 1.5, 0.99], [2]),
+        ([1.0, 1.2, 1.1, 1.05], []),
+        ([1.0, 1.9], [1]),
+        ([1.0, 2.0, 2.2, 1.1, 0.9, 1.9, 1.5, 1.0], []),
+    ],
+)
+def test_slow_ranks_stand_out_of_the_others_spread(seconds: list[float], slow: list[int]) -> None:
+    from train.health.stragglers import slow_ranks
+
+    assert slow_ranks(seconds, 1.3) == slow

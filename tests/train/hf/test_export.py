@@ -1,0 +1,177 @@
+"""Exported folders: transformers loads them offline and computes what our decoder computes."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from data.tokenizer import open_tokenizer
+from train.hf.export import main
+from train.model.decoder import Decoder
+from train.recipe.reading import load_recipe
+from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position, Recipe, Tokenizer, TokenizerKind
+
+MakeRun = Callable[[Recipe], tuple[Path, Decoder]]
+
+DBRX = Model(
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_hidden_size=40,
+    vocab_size=300,
+    max_sequence_tokens=64,
+    clip_qkv=0.1,
+    moe=Moe(experts=4, top_k=2),
+)
+LLAMA = replace(DBRX, norm=Norm.rmsnorm, clip_qkv=None, moe=None)
+MODELS = {
+    "dbrx": (DBRX, "DbrxForCausalLM"),
+    "dbrx without clipping or normalised weights": (
+        replace(DBRX, clip_qkv=None, moe=Moe(experts=8, top_k=3, normalize_weights_p=None)),
+        "DbrxForCausalLM",
+    ),
+    "dense dbrx, tied": (replace(DBRX, moe=None, tie_embeddings=True), "DbrxForCausalLM"),
+    "llama": (LLAMA, "LlamaForCausalLM"),
+    "llama, tied": (replace(LLAMA, tie_embeddings=True), "LlamaForCausalLM"),
+    "mixtral": (replace(LLAMA, moe=Moe(experts=4, top_k=2)), "MixtralForCausalLM"),
+    "olmoe": (
+        replace(LLAMA, qk_norm=True, clip_qkv=0.5, moe=Moe(experts=8, top_k=3, normalize_weights_p=None)),
+        "OlmoeForCausalLM",
+    ),
+    "olmoe, normalised": (replace(LLAMA, qk_norm=True, moe=Moe(experts=4, top_k=2)), "OlmoeForCausalLM"),
+    "mpt": (
+        replace(
+            DBRX,
+            position=Position.alibi,
+            ffn=Ffn.mlp,
+            moe=None,
+            n_heads=2,
+            ffn_hidden_size=128,
+            tie_embeddings=True,
+        ),
+        "MptForCausalLM",
+    ),
+}
+
+
+def recipe_of(model: Model, shards: Path) -> Recipe:
+    recipe = load_recipe(Path(__file__).parents[3] / "yamls" / "smoke.yaml")
+    return replace(
+        recipe,
+        name="small",
+        model=model,
+        data=replace(recipe.data, shards=str(shards)),
+        tokenizer=Tokenizer(kind=TokenizerKind.bpe, vocab_size=model.vocab_size),
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards with nothing but a tokenizer trained on this file."""
+    from data.text.bpe import train_bpe
+
+    folder = tmp_path_factory.mktemp("shards")
+    cfg = Tokenizer(kind=TokenizerKind.bpe, vocab_size=300)
+    train_bpe(cfg, iter([Path(__file__).read_text()])).to_hugging_face(folder)
+    return folder
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("kind", MODELS)
+def test_transformers_computes_the_same(kind: str, shards: Path, tmp_path: Path, make_run: MakeRun) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, architecture = MODELS[kind]
+    run, decoder = make_run(recipe_of(model, shards))
+    assert main([str(run), str(tmp_path / "out")]) == 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(theirs).__name__ == architecture and theirs.dtype is torch.float32
+    torch.manual_seed(0)
+    ids = torch.randint(0, model.vocab_size, (2, 24))
+    with torch.no_grad():
+        ours = decoder(ids).logits_BSV
+        assert ours is not None
+        torch.testing.assert_close(theirs(ids).logits, ours, atol=1e-5, rtol=1e-5)
+        assert ours.std() > 1e-2, "logits this small would agree whatever the weights"
+        text = ids[:1]
+        for _ in range(8):
+            logits = decoder(text).logits_BSV
+            assert logits is not None
+            text = torch.cat([text, logits[:, -1:].argmax(-1)], dim=1)
+    said = theirs.generate(ids[:1], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert said.tolist() == text.tolist()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    handle = open_tokenizer(Tokenizer(TokenizerKind.bpe, 300), shards)
+    sample = "def export(checkpoint): return 'Straße'"
+    np.testing.assert_array_equal(tokenizer(sample)["input_ids"], handle.encode_documents([sample])[0])
+    assert tokenizer.eos_token_id == theirs.generation_config.eos_token_id == handle.eos_id
+
+
+def test_shards_index_and_dtype(shards: Path, tmp_path: Path, make_run: MakeRun) -> None:
+    run, decoder = make_run(recipe_of(DBRX, shards))
+    arguments = ["--shard-gb", "2e-5", "--dtype", "bf16", "--json", str(tmp_path / "figures.json")]
+    assert main([str(run), str(tmp_path / "out"), "--checkpoint", "batch-00000007", *arguments]) == 0
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    state = decoder.state_dict()
+    assert index["weight_map"].keys() == state.keys()
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 3 and json.loads((tmp_path / "figures.json").read_text())["files"].keys() == set(
+        files
+    )
+    for file in files:
+        size = (tmp_path / "out" / file).stat().st_size
+        with safe_open(tmp_path / "out" / file, "pt") as stored:
+            names = list(stored.keys())
+            assert size < 2e-5 * 1e9 + 2000 or len(names) == 1
+            for name in names:
+                assert index["weight_map"][name] == file
+                assert torch.equal(stored.get_tensor(name), state[name].bfloat16())
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+    card = (tmp_path / "out/README.md").read_text()
+    assert "448 tokens" in card and "4 experts, 2 per token" in card
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (replace(DBRX, norm=Norm.rmsnorm, clip_qkv=8.0), "llama needs model.clip_qkv=null"),
+        (replace(DBRX, qk_norm=True), "dbrx needs model.qk_norm=false"),
+        (replace(DBRX, position=Position.alibi), "dbrx needs model.position=rope"),
+        (replace(DBRX, moe=Moe(experts=4, top_k=2, balance=Balance.bias)), "balance=bias"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_in_a_line(
+    model: Model,
+    words: str,
+    shards: Path,
+    make_run: MakeRun,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, _ = make_run(recipe_of(model, shards))
+    assert main([str(run), str(run / "out")]) == 2
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    assert complaint.startswith("export: ") and words in complaint
+    assert not (run / "out").exists()
+
+
+def test_nan_is_refused_and_leaves_no_file(shards: Path, tmp_path: Path, make_run: MakeRun) -> None:
+    run, _ = make_run(recipe_of(DBRX, shards))
+    assert main([str(run), str(tmp_path / "out")]) == 0
+    exported = tmp_path / "out" / "model.safetensors"
+    content = bytearray(exported.read_bytes())
+    content[-4:] = b"\x00\x00\xc0\x7f"
+    exported.write_bytes(content)
+    assert main([str(tmp_path / "out"), str(tmp_path / "again")]) == 2
+    assert not list((tmp_path / "again").glob("*.safetensors*"))

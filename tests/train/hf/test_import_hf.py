@@ -1,0 +1,310 @@
+"""Import of folders that transformers wrote: the same function, the same bytes back, every fault found."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from train.hf.errors import InterchangeError
+from train.hf.export import main as export
+from train.hf.import_hf import import_folder, main
+from train.hf.initial_weights import load_initial_weights
+from train.hf.safetensors_io import SafetensorsFolder
+from train.hf.weights import Weights, open_weights
+from train.hf.weights_folder import UNFINISHED_FILE, verify_weights_folder, write_weights_folder
+from train.model.decoder import Decoder
+
+SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA = SIZES | {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+
+
+def _model(kind: str, dtype: torch.dtype) -> Any:
+    import transformers
+
+    torch.manual_seed(5)
+    if kind == "dbrx":
+        config = transformers.DbrxConfig(
+            d_model=32,
+            n_heads=4,
+            n_layers=2,
+            max_seq_len=64,
+            vocab_size=96,
+            attn_config={"clip_qkv": 0.1, "kv_n_heads": 2, "rope_theta": 500000},
+            ffn_config={"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0},
+        )
+    elif kind == "olmoe":
+        config = transformers.OlmoeConfig(**LLAMA, num_experts=8, num_experts_per_tok=3, clip_qkv=0.5)
+    elif kind == "llama":
+        config = transformers.LlamaConfig(**LLAMA)
+    else:
+        config = transformers.MixtralConfig(**LLAMA, num_local_experts=4, sliding_window=None)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if "router" in name or "gate.weight" in name else 0.05
+            parameter.copy_(torch.randn(parameter.shape) * scale + (parameter.ndim == 1))
+    return model.to(dtype).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A DBRX in several files, as transformers writes it."""
+    _model("dbrx", torch.bfloat16).save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("kind", ["dbrx", "llama", "mixtral", "olmoe"])
+def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, tmp_path: Path) -> None:
+    theirs = _model(kind, torch.float32)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    (tmp_path / "hf" / "modeling.py").write_text("raise SystemError")
+    assert main([str(tmp_path / "hf"), str(tmp_path / "ours"), "--shard-gb", "3e-5"]) == 0
+    source = open_weights(tmp_path / "ours")
+    assert len(SafetensorsFolder(tmp_path / "ours").headers) > 2
+    for start in (tmp_path / "ours", tmp_path / "hf"):  # Imported, or read where it lies.
+        decoder = Decoder(source.model, device="cpu")
+        load_initial_weights(decoder, start)
+        ids = torch.randint(0, 96, (2, 20))
+        with torch.no_grad():
+            logits = decoder(ids).logits_BSV
+            assert logits is not None and logits.std() > 0.01
+            torch.testing.assert_close(logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    assert export([str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir() if file.suffix != ".py"}
+    after = {file.name: file.read_bytes() for file in (tmp_path / "back").iterdir()}
+    after.pop("README.md")
+    assert json.loads(after.pop("provenance.json"))["lineage"]["weights"] == str(tmp_path / "ours")
+    assert {k: v for k, v in after.items() if "index" not in k} == {
+        k: v for k, v in before.items() if "index" not in k
+    }
+    index = "model.safetensors.index.json"
+    assert json.loads(after[index])["weight_map"] == json.loads(before[index])["weight_map"]
+
+
+class CutOff:
+    """Weights whose reading is interrupted after some blocks."""
+
+    def __init__(self, weights: Weights, blocks: int) -> None:
+        self.weights, self.left, self.tensors = weights, blocks, weights.tensors
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.weights.read(name, first, last)
+
+
+class Killed:
+    """Weights whose process is killed when the last of them is read, once a file has been noted as whole."""
+
+    def __init__(self, weights: Weights, out: Path) -> None:
+        self.weights, self.out, self.tensors = weights, out, weights.tensors
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        if name == "lm_head.weight":
+            while not json.loads((self.out / UNFINISHED_FILE).read_text())["files"]:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.weights.read(name, first, last)
+
+
+def test_an_import_that_was_cut_off_goes_on(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ours"
+    source = open_weights(folder)
+    with pytest.raises(KeyboardInterrupt):
+        write_weights_folder(out, source.model, CutOff(source.weights, 12), {"of": "it"}, 20_000)
+    with pytest.raises(InterchangeError, match="neither"):
+        open_weights(out)
+    whole = {file: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
+    assert len(whole) > 1
+    with pytest.raises(InterchangeError, match="another source"):
+        write_weights_folder(out, source.model, source.weights, {"of": "something else"}, 20_000)
+    written = write_weights_folder(out, source.model, source.weights, {"of": "it"}, 20_000)
+    assert written.resumed_files == len(whole) < written.files
+    assert all(file.stat().st_mtime_ns == time for file, time in whole.items())
+    imported = open_weights(out).weights
+    for name in source.weights.tensors:
+        assert torch.equal(imported.read(name), source.weights.read(name))
+    assert verify_weights_folder(out) == written.bytes
+
+
+def test_an_import_that_was_killed_goes_on(folder: Path, tmp_path: Path) -> None:
+    source, out = open_weights(folder), tmp_path / "ours"
+    child = os.fork()
+    if child == 0:
+        write_weights_folder(out, source.model, Killed(source.weights, out), {}, 20_000)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert list(out.glob("*.partial")), "was not killed in the middle of a file"
+    written = write_weights_folder(out, source.model, source.weights, {}, 20_000)
+    assert 0 < written.resumed_files < written.files
+    whole = write_weights_folder(tmp_path / "at once", source.model, source.weights, {}, 20_000)
+    assert verify_weights_folder(out) == whole.bytes
+    for file in (tmp_path / "at once").iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    assert not list(out.glob("*.partial"))
+
+
+def _edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Rewrites a folder as one file with changed tensors."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+W1 = "transformer.blocks.1.ffn.experts.mlp.w1"
+TENSOR_FAULTS: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    f"{W1} is missing": lambda tensors: tensors.pop(W1),
+    f"{W1} is of shape": lambda tensors: tensors.update({W1: tensors[W1][:-1].contiguous()}),
+    f"{W1} is F8_E4M3": lambda tensors: tensors.update({W1: tensors[W1].to(torch.float8_e4m3fn)}),
+    "surplus is no tensor": lambda tensors: tensors.update({"surplus": torch.zeros(2)}),
+    f"{W1}: holds NaN": lambda tensors: tensors[W1][3].fill_(float("nan")),
+    "wte.weight: holds NaN or infinity": lambda tensors: tensors["transformer.wte.weight"][95, 31].fill_(
+        float("inf")
+    ),
+}
+
+
+@pytest.mark.parametrize("words", TENSOR_FAULTS)
+def test_every_fault_of_a_tensor_is_found(
+    words: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _edit(folder, TENSOR_FAULTS[words])
+    assert main([str(folder), str(tmp_path / "ours")]) == 2
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    assert complaint.startswith("import: ") and words in complaint
+    assert not (tmp_path / "ours" / "model.yaml").exists()
+
+
+def _truncate(folder: Path) -> None:
+    file = sorted(folder.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+def _pickles_only(folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def _outside(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+
+
+def _config(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+FOLDER_FAULTS: dict[str, Callable[[Path], object]] = {
+    "its header describes": _truncate,
+    "pickles are not read": _pickles_only,
+    "is not a file of the folder": _outside,
+    "lists transformer": lambda folder: (
+        shutil.copy(sorted(folder.glob("*.safetensors"))[0], sorted(folder.glob("*.safetensors"))[1]) and None
+    ),
+    "model_type 'gpt2' is not one of": _config(model_type="gpt2"),
+    "resid_pdrop is 0.1; only 0": _config(resid_pdrop=0.1),
+    "n_layers is None": _config(n_layers=None),
+}
+
+
+@pytest.mark.parametrize("words", FOLDER_FAULTS)
+def test_every_fault_of_a_folder_is_found(
+    words: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FOLDER_FAULTS[words](folder)
+    assert main([str(folder), str(tmp_path / "ours")]) == 2
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    assert complaint.startswith("import: ") and (words in complaint or "is in two files" in complaint)
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling is"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"head_dim": 16}, "head_dim is 16; only 8"),
+    ],
+)
+def test_what_cannot_be_expressed_is_named(
+    change: dict[str, object], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _model("llama", torch.float32).save_pretrained(tmp_path / "hf")
+    _config(**change)(tmp_path / "hf")
+    assert main([str(tmp_path / "hf"), str(tmp_path / "ours")]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_changed_file_is_found_by_verify(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(folder), str(tmp_path / "ours")]) == 0
+    assert main([str(tmp_path / "ours"), "--verify"]) == 0
+    file = tmp_path / "ours" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert main([str(tmp_path / "ours"), "--verify"]) == 2
+    assert "SHA-256 differs" in capsys.readouterr().err
+
+
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    """A tensor of 128 MiB passes through in blocks."""
+    import transformers
+
+    config = transformers.LlamaConfig(**(LLAMA | {"vocab_size": 1 << 20, "num_hidden_layers": 1}))
+    with torch.device("meta"):
+        state = transformers.AutoModelForCausalLM.from_config(config).state_dict()
+    (tmp_path / "hf").mkdir()
+    save_file(
+        {name: torch.ones(tensor.shape) for name, tensor in state.items()}, tmp_path / "hf/model.safetensors"
+    )
+    config.save_pretrained(tmp_path / "hf")
+    edited = json.loads((tmp_path / "hf/config.json").read_text()) | {"model_type": "llama"}
+    (tmp_path / "hf/config.json").write_text(json.dumps(edited))
+    before = _reset_peak()
+    assert import_folder(tmp_path / "hf", tmp_path / "ours").bytes > 2 * 128 * 2**20
+    assert _peak() - before < 128 * 2**20, "less than the tensor itself"
+
+
+def _reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _peak() -> int:
+    return _memory("VmHWM")
+
+
+def _memory(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def test_a_model_of_another_shape_is_refused(folder: Path) -> None:
+    decoder = Decoder(replace(open_weights(folder).model, vocab_size=97), device="cpu")
+    with pytest.raises(
+        InterchangeError, match=r"wte.weight is of shape \(96, 32\), the recipe's of \(97, 32\)"
+    ):
+        load_initial_weights(decoder, folder)

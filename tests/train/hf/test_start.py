@@ -1,0 +1,145 @@
+"""What a recipe may start from: checked before torch is imported, told in words."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from train.hf.folders import write_model
+from train.hf.start import check_start
+from train.recipe.reading import RecipeError, load_recipe, to_yaml
+from train.recipe.rules import validate
+from train.recipe.schema import OptimizerKind, OptimizerStart, Recipe, Registry, Start
+from train.recipe.topology import Topology
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def parent() -> Recipe:
+    return load_recipe(ROOT / "yamls" / "smoke.yaml")
+
+
+@pytest.fixture
+def run(parent: Recipe, tmp_path: Path) -> Path:
+    """Folder of the parent's run."""
+    folder = tmp_path / "parent"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(to_yaml(parent))
+    return folder
+
+
+def _from(parent: Recipe, weights: Path, optimizer: OptimizerStart = OptimizerStart.fresh) -> Recipe:
+    return replace(parent, name="child", start=Start(str(weights), optimizer))
+
+
+def test_nothing_to_say_where_weights_are_drawn(parent: Recipe) -> None:
+    assert check_start(parent, "x.yaml") == []
+
+
+def test_what_changes_is_told(parent: Recipe, run: Path) -> None:
+    recipe = _from(parent, run)
+    recipe = replace(
+        recipe,
+        model=replace(recipe.model, rope_theta=8e6, max_sequence_tokens=4096),
+        optimizer=replace(recipe.optimizer, learning_rate=parent.optimizer.learning_rate / 2),
+    )
+    told = "\n".join(check_start(recipe, "x.yaml"))
+    assert "rope_theta: 500000.0 before, 8000000.0 now" in told
+    assert "max_sequence_tokens: 512 before, 4096 now" in told
+    assert f"0.5 x the old peak, 5 x the old end; {recipe.schedule.warmup_tokens:,} tokens of warm-up" in told
+
+
+def test_weights_alone_will_do(parent: Recipe, tmp_path: Path) -> None:
+    write_model(tmp_path / "model.yaml", parent.model)
+    assert "weights of step 0" in check_start(_from(parent, tmp_path), "x.yaml")[0]
+    with pytest.raises(RecipeError, match=r"start.optimizer: is restored, but .* holds weights alone"):
+        check_start(_from(parent, tmp_path, OptimizerStart.restored), "x.yaml")
+
+
+def test_misfits_are_refused(parent: Recipe, run: Path, tmp_path: Path) -> None:
+    recipe = _from(parent, run, OptimizerStart.restored)
+    check_start(recipe, "x.yaml")
+    moe = recipe.model.moe
+    assert moe is not None
+    misfits = {
+        "model.d_model: is 256, but the weights": replace(recipe, model=replace(recipe.model, d_model=256)),
+        "model.moe.experts: is 8": replace(recipe, model=replace(recipe.model, moe=replace(moe, experts=8))),
+        "model.moe: the weights are of a mixture": replace(recipe, model=replace(recipe.model, moe=None)),
+        "tokenizer: .*4000 ids is not": replace(recipe, tokenizer=replace(recipe.tokenizer, vocab_size=4000)),
+        "start.optimizer: .*trained with adamw": replace(
+            recipe, optimizer=replace(recipe.optimizer, kind=OptimizerKind.lion)
+        ),
+        "start.weights: .*no run, no checkpoint": replace(recipe, start=Start(str(tmp_path / "nowhere"))),
+    }
+    for words, wrong in misfits.items():
+        with pytest.raises(RecipeError, match=f"x.yaml: {words}"):
+            check_start(wrong, "x.yaml")
+    write_model(tmp_path / "model.yaml", replace(parent.model, moe=None))
+    with pytest.raises(RecipeError, match=r"train.hf.upcycle makes experts of a dense model"):
+        check_start(_from(parent, tmp_path), "x.yaml")
+
+
+def test_trained_tokenizers_are_compared(parent: Recipe, run: Path, tmp_path: Path) -> None:
+    parent = replace(parent, data=replace(parent.data, shards=str(tmp_path / "old")))
+    (run / "recipe.yaml").write_text(to_yaml(parent))
+    recipe = _from(replace(parent, data=replace(parent.data, shards=str(tmp_path / "new"))), run)
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text("{}")
+    check_start(recipe, "x.yaml")
+    (tmp_path / "new" / "tokenizer.json").write_text("{ }")
+    with pytest.raises(RecipeError, match="tokenizer"):
+        check_start(recipe, "x.yaml")
+
+
+def _frozen(*patterns: str) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: replace(recipe, training=replace(recipe.training, frozen=list(patterns)))
+
+
+def _catalog(name: str | None) -> Callable[[Recipe], Recipe]:
+    def change(recipe: Recipe) -> Recipe:
+        tracking = replace(recipe.tracking, registry=Registry.unity_catalog, registered_model=name)
+        return replace(recipe, tracking=tracking)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda recipe: replace(recipe, start=Start(None, OptimizerStart.restored)),
+            "start.optimizer: is restored, but start.weights",
+        ),
+        (_frozen("*.ruter.*"), r"training.frozen: '\*.ruter.\*' matches no weight"),
+        (_frozen("*"), "training.frozen: freezes every weight"),
+        (_catalog(None), "tracking.registered_model: is null"),
+        (_catalog("a.b"), "tracking.registered_model: is a.b"),
+    ],
+)
+def test_validation(parent: Recipe, change: Callable[[Recipe], Recipe], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        validate(change(parent), Topology(), "x.yaml")
+
+
+def test_frozen_routers_are_valid(parent: Recipe) -> None:
+    frozen = replace(
+        parent, training=replace(parent.training, frozen=["*.router.*", "transformer.wte.weight"])
+    )
+    validate(frozen, Topology(), "x.yaml")
+    dense = replace(frozen, model=replace(parent.model, moe=None))
+    with pytest.raises(RecipeError, match="matches no weight"):
+        validate(dense, Topology(), "x.yaml")
+
+
+def test_no_torch(run: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; import train.hf.start; "
+        "from train.hf.folders import model_at; "
+        f"model_at(Path({str(run)!r})); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

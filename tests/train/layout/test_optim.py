@@ -1,0 +1,96 @@
+"""Optimizers against their formulas, schedules at their corners, clipping against PyTorch's."""
+
+import pytest
+import torch
+from torch import nn
+
+from train.layout.optim import build_optimizer, clip_gradients, learning_rate_share
+from train.recipe.schema import Optimizer, OptimizerKind, Schedule, ScheduleKind
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    # float64: gradients through a norm are small differences, whose rounding Adam would magnify.
+    return nn.Sequential(nn.Linear(4, 3, bias=False), nn.LayerNorm(3, bias=False)).double()
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.arange(8.0).double().view(2, 4)).square().sum().backward()
+    optimizer.step()
+
+
+def test_adamw_follows_its_paper() -> None:
+    lr, wd, b1, b2, eps = 0.01, 0.1, 0.9, 0.95, 1e-8
+    model, reference = _model(), _model()
+    optimizer = build_optimizer(model, Optimizer(learning_rate=lr, weight_decay=wd, eps=eps))
+    moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in reference.named_parameters()}
+    for t in range(1, 4):
+        _step(model, optimizer)
+        reference.zero_grad()
+        reference(torch.arange(8.0).double().view(2, 4)).square().sum().backward()
+        with torch.no_grad():
+            for name, p in reference.named_parameters():
+                assert p.grad is not None
+                m, v = moments[name]
+                m.lerp_(p.grad, 1 - b1)
+                v.lerp_(p.grad**2, 1 - b2)
+                decay = wd if p.ndim > 1 else 0.0
+                p.mul_(1 - lr * decay).sub_(lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps))
+    torch.testing.assert_close(list(model.parameters()), list(reference.parameters()))
+
+
+def test_lion_follows_its_paper_and_decays_as_adamw_does() -> None:
+    lr, wd, b1, b2 = 0.01, 0.1, 0.9, 0.95
+    model, reference = _model(), _model()
+    optimizer = build_optimizer(
+        model, Optimizer(kind=OptimizerKind.lion, learning_rate=lr, weight_decay=wd, betas=[b1, b2])
+    )
+    momentum = {n: torch.zeros_like(p) for n, p in reference.named_parameters()}
+    for share in (1.0, 0.5):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * share
+        _step(model, optimizer)
+        reference.zero_grad()
+        reference(torch.arange(8.0).double().view(2, 4)).square().sum().backward()
+        with torch.no_grad():
+            for name, p in reference.named_parameters():
+                assert p.grad is not None
+                decay = wd if p.ndim > 1 else 0.0
+                update = (b1 * momentum[name] + (1 - b1) * p.grad).sign()
+                p.mul_(1 - lr * share * decay).sub_(lr * share * update)
+                momentum[name].lerp_(p.grad, 1 - b2)
+    torch.testing.assert_close(list(model.parameters()), list(reference.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "expected"),
+    [
+        (ScheduleKind.cosine, 0, 0.0),
+        (ScheduleKind.cosine, 50, 0.5),
+        (ScheduleKind.cosine, 100, 1.0),
+        (ScheduleKind.cosine, 550, 0.55),
+        (ScheduleKind.cosine, 1000, 0.1),
+        (ScheduleKind.wsd, 50, 0.5),
+        (ScheduleKind.wsd, 100, 1.0),
+        (ScheduleKind.wsd, 800, 1.0),
+        (ScheduleKind.wsd, 900, 0.55),
+        (ScheduleKind.wsd, 1000, 0.1),
+    ],
+)
+def test_schedule_at_its_corners(kind: ScheduleKind, tokens: int, expected: float) -> None:
+    schedule = Schedule(kind=kind, warmup_tokens=100, decay_tokens=200, final_share=0.1)
+    assert learning_rate_share(tokens, 1000, schedule) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1, 1e6])
+def test_clipping_equals_pytorchs_on_one_process(max_norm: float | None) -> None:
+    models = _model(), _model()
+    for model in models:
+        model(torch.arange(8.0).double().view(2, 4)).square().sum().backward()
+    norm = clip_gradients(models[0].parameters(), max_norm)
+    expected = torch.nn.utils.clip_grad_norm_(models[1].parameters(), max_norm or float("inf"))
+    torch.testing.assert_close(norm.double(), expected)
+    torch.testing.assert_close(
+        [p.grad for p in models[0].parameters()], [p.grad for p in models[1].parameters()]
+    )

@@ -1,0 +1,185 @@
+"""The decoder as a whole: names, documents, checkpointing, losses, dense relatives."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.model.decoder import Decoder, DecoderOutput
+from train.model.init import initialize
+from train.model.moe import MoE
+from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position
+
+# Shapes: B batch, S sequence, V vocabulary, L layers, E experts.
+B, S, V = 2, 16, 61
+CFG = Model(
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_hidden_size=40,
+    vocab_size=V,
+    max_sequence_tokens=S,
+    clip_qkv=1.0,
+    init_std=0.2,
+    moe=Moe(experts=4, top_k=2, jitter_eps=0.1),
+)
+DENSE = {
+    "llama": replace(CFG, moe=None, norm=Norm.rmsnorm, clip_qkv=None),
+    "mpt": replace(CFG, moe=None, ffn=Ffn.mlp, position=Position.alibi, tie_embeddings=True, n_kv_heads=4),
+}
+
+
+def make(cfg: Model = CFG, **options: bool | int) -> Decoder:
+    model = Decoder(cfg, device="cpu", **options)
+    initialize(model, cfg, seed=1)
+    return model
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, V, (B, S), generator=generator)
+    documents = torch.tensor([[0] * 6 + [1] * 10, [2] * 15 + [3]], dtype=torch.int32)
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = -100
+    targets[0, 5] = -100
+    return ids, documents, targets
+
+
+def total(out: DecoderOutput) -> Tensor:
+    return out.loss_sum / out.target_tokens + 0.3 * out.balance_loss + 0.1 * out.z_loss
+
+
+def test_names_are_hugging_faces() -> None:
+    block = {
+        "norm_attn_norm.norm_1.weight",
+        "norm_attn_norm.attn.Wqkv.weight",
+        "norm_attn_norm.attn.out_proj.weight",
+        "norm_attn_norm.norm_2.weight",
+        "ffn.router.layer.weight",
+        "ffn.experts.mlp.w1",
+        "ffn.experts.mlp.v1",
+        "ffn.experts.mlp.w2",
+    }
+    expected = {f"transformer.blocks.{layer}.{name}" for layer in range(2) for name in block}
+    expected |= {"transformer.wte.weight", "transformer.norm_f.weight", "lm_head.weight"}
+    assert set(Decoder(CFG, device="meta").state_dict()) == expected
+
+
+def test_losses_are_those_of_the_logits() -> None:
+    model, (ids, documents, targets) = make().eval(), batch()
+    out = model(ids, documents, targets)
+    plain = model(ids, documents)
+    assert out.logits_BSV is None
+    expected = torch.nn.functional.cross_entropy(
+        plain.logits_BSV.flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    torch.testing.assert_close(out.token_losses_BS.flatten(), expected)
+    torch.testing.assert_close(out.loss_sum, expected.sum())
+    assert out.target_tokens == (targets != -100).sum() == 2 * S - 3
+    assert plain.loss_sum == plain.target_tokens == 0
+    assert plain.token_losses_BS is None
+    assert out.expert_tokens_LE.dtype == torch.int64
+    assert out.expert_tokens_LE.sum(dim=1).tolist() == [B * S * 2] * 2
+
+
+def test_balance_and_z_loss_are_means_over_layers() -> None:
+    model, (ids, documents, targets) = make().eval(), batch()
+    seen = []
+    for block in model.transformer.blocks:
+        block.ffn.register_forward_hook(lambda _module, _inputs, result: seen.append(result[1]))
+    out = model(ids, documents, targets)
+    assert len(seen) == 2
+    torch.testing.assert_close(out.balance_loss, (seen[0].balance_loss + seen[1].balance_loss) / 2)
+    torch.testing.assert_close(out.z_loss, (seen[0].z_loss + seen[1].z_loss) / 2)
+    assert torch.equal(out.expert_tokens_LE, torch.stack([aux.expert_tokens_E for aux in seen]))
+
+
+@pytest.mark.parametrize("cfg", [CFG, DENSE["mpt"]], ids=["rope", "alibi"])
+def test_packed_documents_equal_separate_ones(cfg: Model) -> None:
+    model, (ids, documents, targets) = make(cfg).eval(), batch()
+    packed = model(ids, documents, targets).token_losses_BS
+    unmasked = model(ids, None, targets).token_losses_BS
+    for document in documents.unique():
+        own = documents == document
+        alone = model(ids[own][None], None, targets[own][None]).token_losses_BS
+        torch.testing.assert_close(packed[own], alone[0], rtol=1e-4, atol=1e-5)
+    assert (packed - unmasked)[0, 7:-1].abs().min() > 1e-4, "the documents would have seen each other"
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_activation_checkpointing_changes_nothing(precision: torch.dtype) -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = make(activation_checkpointing=checkpointing)
+        torch.manual_seed(5)  # the jitter's draws, which the second pass must repeat
+        with torch.autocast("cpu", precision, enabled=precision is torch.bfloat16):
+            out = model(*batch())
+        total(out).backward()
+        results.append((out, {name: p.grad for name, p in model.named_parameters()}))
+    (plain, plain_grads), (checkpointed, checkpointed_grads) = results
+    assert torch.equal(plain.loss_sum, checkpointed.loss_sum)
+    assert torch.equal(plain.expert_tokens_LE, checkpointed.expert_tokens_LE)
+    for name, grad in plain_grads.items():
+        assert grad.any(), name
+        assert torch.equal(grad, checkpointed_grads[name]), name
+
+
+def test_activation_checkpointing_keeps_fewer_tensors() -> None:
+    kept = []
+    for checkpointing in (False, True):
+        model, sizes = make(activation_checkpointing=checkpointing), []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(*batch())
+        kept.append(sum(sizes))
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_bf16_is_near_fp32() -> None:
+    model = make()
+    exact = model.eval()(*batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(*batch())
+    torch.testing.assert_close(rounded.loss_sum, exact.loss_sum, rtol=2e-2, atol=0)
+    assert rounded.balance_loss.dtype == rounded.loss_sum.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_relatives_learn_and_have_no_experts(name: str) -> None:
+    model = make(DENSE[name])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        out = model(*batch())
+        losses.append(total(out).item())
+        total(out).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]
+    assert out.balance_loss == out.z_loss == 0
+    assert out.expert_tokens_LE.numel() == 0
+    assert not any(isinstance(module, MoE) for module in model.modules())
+
+
+def test_tied_embeddings_have_both_gradients() -> None:
+    cfg = DENSE["mpt"]
+    tied, (ids, documents, targets) = make(cfg), batch()
+    untied = make(replace(cfg, tie_embeddings=False))
+    untied.load_state_dict(tied.state_dict() | {"lm_head.weight": tied.transformer.wte.weight})
+    for model in (tied, untied):
+        model(ids, documents, targets).loss_sum.backward()
+    both = untied.transformer.wte.weight.grad + untied.lm_head.weight.grad
+    torch.testing.assert_close(tied.transformer.wte.weight.grad, both)
+
+
+def test_meta_allocates_nothing() -> None:
+    cfg = replace(CFG, d_model=6144, n_heads=48, n_kv_heads=8, ffn_hidden_size=10752, vocab_size=100352)
+    model = Decoder(replace(cfg, n_layers=40, moe=Moe(balance=Balance.bias)), device="meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 131_596_523_520
+    assert all(tensor.is_meta for tensor in model.state_dict().values())

@@ -1,0 +1,217 @@
+"""The MoE layer against a dense reference in float64; its losses, balancing and jitter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from train.model.init import initialize
+from train.model.moe import MoE, MoEAux, update_bias
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Balance, Model, Moe
+
+# Shapes: B batch, S sequence, T tokens, D model, F hidden, E experts, K experts per token.
+B, S, D, F, E, K = 2, 9, 16, 24, 8, 3
+SETTINGS = Moe(experts=E, top_k=K)
+MODEL = Model(
+    d_model=D, n_layers=1, n_heads=1, n_kv_heads=1, ffn_hidden_size=F, vocab_size=8, max_sequence_tokens=S
+)
+
+
+def make_layer(moe: Moe = SETTINGS, dtype: torch.dtype = torch.float64) -> MoE:
+    layer = MoE(D, F, moe, "cpu")
+    initialize(layer, replace(MODEL, moe=moe, init_std=0.5), seed=1)
+    return layer.to(dtype)
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(B, S, D, generator=torch.Generator().manual_seed(2), dtype=dtype, requires_grad=True)
+
+
+def dense_reference(layer: MoE, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every expert on every token, weighted by 0 where it was not chosen."""
+    x_TD = x_BSD.reshape(-1, D)
+    logits_TE = x_TD @ layer.router.layer.weight.t()
+    scores_TE = logits_TE.exp() / logits_TE.exp().sum(dim=1, keepdim=True)
+    kept_TE = scores_TE * (scores_TE >= scores_TE.sort(dim=1, descending=True).values[:, K - 1 : K])
+    weights_TE = kept_TE / kept_TE.sum(dim=1, keepdim=True)
+    w1, v1, w2 = (getattr(layer.experts.mlp, name).view(E, F, D) for name in ("w1", "v1", "w2"))
+    gate_ETF, up_ETF = (torch.einsum("td,efd->etf", x_TD, w) for w in (w1, v1))
+    out_ETD = torch.einsum("etf,efd->etd", gate_ETF * torch.sigmoid(gate_ETF) * up_ETF, w2)
+    out_BSD = torch.einsum("te,etd->td", weights_TE, out_ETD).view_as(x_BSD)
+    chosen_E = (kept_TE > 0).sum(dim=0)
+    balance = E / (B * S * K) * (chosen_E * scores_TE.mean(dim=0)).sum()
+    return out_BSD, balance, logits_TE.exp().sum(dim=1).log().square().mean()
+
+
+def test_layer_and_its_gradients_equal_a_dense_reference() -> None:
+    layer, x = make_layer(), inputs()
+    out, aux = layer(x)
+    expected, balance, z = dense_reference(layer, x)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close((aux.balance_loss, aux.z_loss), (balance, z))
+    assert aux.expert_tokens_E.sum() == B * S * K
+    weights = {"x": x, "router": layer.router.layer.weight} | dict(layer.experts.mlp.named_parameters())
+    coefficients = torch.randn_like(out)
+    ours = torch.autograd.grad((out * coefficients).sum() + balance_and_z(aux), list(weights.values()))
+    theirs = torch.autograd.grad((expected * coefficients).sum() + 3 * balance + z, list(weights.values()))
+    for name, mine, other in zip(weights, ours, theirs, strict=True):
+        if name in {"w1", "v1", "w2"}:
+            for expert in range(E):
+                torch.testing.assert_close(
+                    mine.view(E, F, D)[expert], other.view(E, F, D)[expert], msg=f"{name}, expert {expert}"
+                )
+                assert other.view(E, F, D)[expert].any()
+        else:
+            torch.testing.assert_close(mine, other, msg=name)
+
+
+def balance_and_z(aux: MoEAux) -> Tensor:
+    return 3 * aux.balance_loss + aux.z_loss
+
+
+@pytest.mark.parametrize("favourites", [(0,), (6, 7)])
+def test_experts_without_tokens_and_experts_that_take_all(favourites: tuple[int, ...]) -> None:
+    layer, x = make_layer(replace(SETTINGS, top_k=len(favourites))), inputs()
+    with torch.no_grad():
+        layer.router.layer.weight.zero_()
+        layer.router.layer.weight[list(favourites)] = 9.0
+        x.abs_()
+    out, aux = layer(x)
+    assert aux.expert_tokens_E.nonzero().flatten().tolist() == list(favourites)
+    out.sum().backward()
+    for weight in layer.experts.mlp.parameters():
+        busy = weight.grad.view(E, -1).any(dim=1)
+        assert busy.nonzero().flatten().tolist() == list(favourites)
+
+
+@pytest.mark.parametrize("loss", ["balance_loss", "z_loss"])
+def test_each_loss_moves_the_router_and_nothing_piles_up(loss: str) -> None:
+    from megablocks.layers import moe as megablocks_moe
+    from megablocks.layers import router as megablocks_router
+
+    layer = make_layer(dtype=torch.float32)
+    gradients, values = [], []
+    for _ in range(3):
+        _, aux = layer(inputs(torch.float32))
+        values.append(getattr(aux, loss))
+        gradients.append(torch.autograd.grad(values[-1], layer.router.layer.weight)[0])
+    assert gradients[0].abs().max() > 1e-4
+    for value, gradient in zip(values, gradients, strict=True):
+        assert torch.equal(value, values[0])
+        assert torch.equal(gradient, gradients[0])
+    assert not megablocks_moe.get_load_balancing_loss()
+    assert not megablocks_router._ROUTER_LOGITS
+
+
+def test_balance_loss_is_one_when_even_and_e_over_k_when_on_k_experts() -> None:
+    layer, x = make_layer(), inputs()
+    with torch.no_grad():
+        layer.router.layer.weight.zero_()
+        assert layer(x)[1].balance_loss == pytest.approx(1.0)
+        layer.router.layer.weight[:K] = 50.0
+        x.abs_()
+        assert layer(x)[1].balance_loss == pytest.approx(E / K)
+
+
+def test_balance_loss_sees_the_counts_of_a_layouts_ranks() -> None:
+    layer, x = make_layer(), inputs()
+    other_rank_E = torch.arange(E) * 5
+    layer.reduce_counts = lambda counts_E: counts_E + other_rank_E
+    _, aux = layer(x)
+    counts_E = aux.expert_tokens_E + other_rank_E
+    assert aux.expert_tokens_E.sum() == B * S * K, "the layer's own counts stay the rank's"
+    scores_E = layer.router(x.view(-1, D)).scores_TE.mean(dim=0)
+    torch.testing.assert_close(aux.balance_loss, E * (counts_E / counts_E.sum() * scores_E).sum())
+
+
+def test_bias_evens_a_skewed_router_and_enters_no_weight() -> None:
+    layer = make_layer(replace(SETTINGS, balance=Balance.bias))
+    x = torch.randn(1, 512, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.5
+    with torch.no_grad():
+        layer.router.layer.weight[0] += 0.3
+
+    def loads() -> Tensor:
+        return layer(x)[1].expert_tokens_E
+
+    assert loads().max() > 1.5 * 512 * K / E
+    for step in range(60):
+        update_bias(layer, loads()[None], rate=0.05 * 0.95**step)
+    assert loads().max() < 1.1 * 512 * K / E
+    assert loads().min() > 0.9 * 512 * K / E
+    routing = layer.router(x.view(-1, D))
+    unbiased_TK = routing.scores_TE.gather(1, routing.experts_TK)
+    torch.testing.assert_close(routing.weights_TK, unbiased_TK / unbiased_TK.sum(dim=1, keepdim=True))
+    assert "router.expert_bias" in layer.state_dict()
+
+
+def test_bias_steps_by_its_rate_towards_the_mean() -> None:
+    moe = replace(SETTINGS, balance=Balance.bias)
+    layer = make_layer(moe)
+    update_bias(layer, torch.tensor([[9, 1, 5, 5, 5, 5, 5, 5]]), 0.25)
+    assert layer.router.expert_bias is not None
+    assert layer.router.expert_bias.tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0]
+
+
+def test_balancing_by_loss_keeps_no_bias() -> None:
+    assert "router.expert_bias" not in make_layer().state_dict()
+
+
+def test_jitter_moves_the_choice_in_training_alone() -> None:
+    layer, x = make_layer(replace(SETTINGS, jitter_eps=0.3)), inputs().view(-1, D)
+    plain = make_layer().router(x)
+    assert torch.equal(layer.eval().router(x).logits_TE, plain.logits_TE)
+    noisy = layer.train().router(x)
+    assert not torch.equal(noisy.logits_TE, plain.logits_TE)
+    one_TD = torch.ones_like(x)
+    with torch.no_grad():
+        layer.router.layer.weight.copy_(torch.eye(E, D))
+    noise_TE = layer.router(one_TD).logits_TE
+    assert 0.7 <= noise_TE.min() < 0.8
+    assert 1.2 < noise_TE.max() <= 1.3
+
+
+@pytest.mark.parametrize("order", [None, 1.0, 2.0])
+def test_weights_are_divided_by_their_norm(order: float | None) -> None:
+    layer, x = make_layer(replace(SETTINGS, normalize_weights_p=order)), inputs()
+    routing = layer.router(x.view(-1, D))
+    chosen_TK = routing.scores_TE.sort(dim=1, descending=True).values[:, :K]
+    expected_TK = chosen_TK if order is None else chosen_TK / chosen_TK.norm(p=order, dim=1, keepdim=True)
+    torch.testing.assert_close(routing.weights_TK, expected_TK)
+
+
+def test_router_stays_fp32_under_autocast_and_experts_do_not() -> None:
+    layer, x = make_layer(dtype=torch.float32), inputs(torch.float32)
+    routing = layer.router(x.view(-1, D))
+    expected, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast_routing = layer.router(x.view(-1, D))
+        out, aux = layer(x)
+    assert torch.equal(cast_routing.logits_TE, routing.logits_TE)
+    assert cast_routing.weights_TK.dtype == aux.balance_loss.dtype == aux.z_loss.dtype == torch.float32
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+def test_meta_allocates_nothing_and_names_are_hugging_faces() -> None:
+    layer = MoE(6144, 10752, Moe(experts=16), "meta")
+    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    rows = 16 * 10752
+    assert shapes == {
+        "router.layer.weight": (16, 6144),
+        "experts.mlp.w1": (rows, 6144),
+        "experts.mlp.v1": (rows, 6144),
+        "experts.mlp.w2": (rows, 6144),
+    }
+    assert all(parameter.is_meta for parameter in layer.parameters())
+
+
+def test_too_small_a_layer_is_the_recipes_mistake() -> None:
+    with pytest.raises(RecipeError, match=r"model.ffn_hidden_size.*at least 16"):
+        MoE(D, 15, SETTINGS, "cpu")
+
+
+def test_silu_is_the_experts_activation() -> None:
+    assert make_layer().experts.mlp.args.activation_fn is functional.silu

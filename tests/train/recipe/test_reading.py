@@ -1,0 +1,193 @@
+"""Recipes: merging, one-line errors, and that every key is read."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from train.recipe.reading import RecipeError, describe_keys, load_recipe, to_yaml, walk_schema
+from train.recipe.rules import validate
+from train.recipe.schema import Balance
+from train.recipe.topology import Topology
+
+ROOT = Path(__file__).resolve().parents[3]
+SMOKE = str(ROOT / "yamls/smoke.yaml")
+
+
+def test_resolved_recipe_reads_back_to_itself(tmp_path: Path) -> None:
+    overrides = [
+        "schedule.kind=wsd",
+        "schedule.decay_tokens=1000",
+        "model.moe.balance=bias",
+        "optimizer.betas=[0.8,0.9]",
+    ]
+    recipe = load_recipe(SMOKE, overrides)
+    (tmp_path / "again.yaml").write_text(to_yaml(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    assert recipe.model.moe is not None and recipe.model.moe.balance is Balance.bias
+
+
+def test_extends_merges_over_the_base_and_the_command_line_wins(tmp_path: Path) -> None:
+    (tmp_path / "child.yaml").write_text(
+        f"extends: {SMOKE}\nname: child\nmodel: {{n_layers: 7, moe: {{top_k: 2}}}}\n"
+    )
+    base, child = load_recipe(SMOKE), load_recipe(tmp_path / "child.yaml", ["model.moe.top_k=3"])
+    assert (child.name, child.model.n_layers, child.model.d_model) == ("child", 7, base.model.d_model)
+    assert child.model.moe is not None and child.model.moe.top_k == 3
+    assert load_recipe(tmp_path / "child.yaml", ["model.moe=null"]).model.moe is None
+
+
+def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
+    (tmp_path / "child.yaml").write_text(f"extends: {SMOKE}\ndata: {{domains: {{prose: 1.0}}}}\n")
+    assert load_recipe(tmp_path / "child.yaml").data.domains == {"prose": 1.0}
+    assert load_recipe(SMOKE, ["data.domains={code: 1.0}"]).data.domains == {"code": 1.0}
+    one = ["data.domains.code=0.3", "data.domains.prose=0.7"]
+    assert load_recipe(SMOKE, one).data.domains == {"code": 0.3, "prose": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.moe.topk=2", "command line: model.moe.topk: unknown key; did you mean `model.moe.top_k`?"),
+        ("optimizer.betas=[0.9]", f"{SMOKE}: optimizer.betas: is [0.9]; two numbers in [0, 1)"),
+        ("model.d_model=wide", "command line: model.d_model: Value 'wide' of type 'str'"),
+        (
+            "optimizer.kind=sgd",
+            "command line: optimizer.kind: Invalid value 'sgd', expected one of [adamw, lion]",
+        ),
+        (
+            "schedule.decay_tokens=5",
+            "command line: schedule.decay_tokens: nothing reads this key unless schedule.kind == wsd",
+        ),
+        (
+            "model.moe.bias_update_rate=1",
+            "command line: model.moe.bias_update_rate: nothing reads this key unless",
+        ),
+        ("clip_norm", "`clip_norm` is not key=value"),
+        ("model.moe.top_k=17", f"{SMOKE}: model.moe.top_k: top_k=17 exceeds experts=16"),
+        (
+            "training.microbatch_sequences=5",
+            f"{SMOKE}: training.microbatch_sequences: 8 sequences of each rank",
+        ),
+        ("model.n_heads=3", f"{SMOKE}: model.n_heads: d_model=128 is not divisible by n_heads=3"),
+        ("model.n_kv_heads=3", f"{SMOKE}: model.n_kv_heads: n_heads=4 is not divisible by n_kv_heads=3"),
+        (
+            "model.vocab_size=1000",
+            f"{SMOKE}: model.vocab_size: 1000 rows, but the tokenizer makes ids up to 4095",
+        ),
+        ("data.domains.code=0.6", f"{SMOKE}: data.domains: shares add up to 1.1"),
+        (
+            "data.validation_domains=[music]",
+            f"{SMOKE}: data.validation_domains: music is not in the installed corpus",
+        ),
+        ("data.validation_domains=[code]", f"{SMOKE}: data.validation_domains: code is in data.domains"),
+        ("data.cache_bytes=9", f"{SMOKE}: data.cache_bytes: bounds the cache of data.remote, which is null"),
+        ("data.remote=s3://x", f"{SMOKE}: data.corpus: builds shards, but data.remote says where they are"),
+        (
+            "data.sequence_tokens=1024",
+            f"{SMOKE}: data.sequence_tokens: 1024 exceeds model.max_sequence_tokens=512",
+        ),
+        ("training.duration_tokens=100", f"{SMOKE}: training.duration_tokens: 100 is less than one batch"),
+        ("schedule.warmup_tokens=99000000", f"{SMOKE}: schedule.warmup_tokens: 99000000 exceeds"),
+        ("optimizer.learning_rate=-1", f"{SMOKE}: optimizer.learning_rate: is -1.0; must be above 0"),
+        ("training.clip_norm=.nan", f"{SMOKE}: training.clip_norm: is nan; must be above 0"),
+        ("model.ffn=mlp", f"{SMOKE}: model.ffn: experts are GLUs"),
+        (
+            "parallelism.expert=2",
+            f"{SMOKE}: parallelism: 1 ranks are not divisible by replicate=1 x expert=2",
+        ),
+        ("name=a/b", f"{SMOKE}: name: 'a/b' is no folder's name"),
+    ],
+)
+def test_a_mistake_is_one_line_with_file_key_and_remedy(override: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe = load_recipe(SMOKE, [override])
+        validate(recipe, Topology(), SMOKE)
+    line = str(caught.value.at(SMOKE))
+    assert "\n" not in line
+    assert expected in line
+
+
+@pytest.mark.parametrize(("ranks", "is_refused"), [(18, True), (16, False)])
+def test_experts_whose_rows_do_not_shard_evenly_are_refused(ranks: int, is_refused: bool) -> None:
+    """Before FSDP2 does, in the middle of a start on all GPUs."""
+    overrides = ["parallelism.expert=2", f"training.global_batch_sequences={ranks}"]
+    recipe = load_recipe(SMOKE, [*overrides, "training.microbatch_sequences=1"])
+    if not is_refused:
+        validate(recipe, Topology(0, ranks, 0, 1), SMOKE)
+        return
+    with pytest.raises(RecipeError, match=r"parallelism\.replicate: .* do not shard evenly over 18 ranks"):
+        validate(recipe, Topology(0, ranks, 0, 1), SMOKE)
+
+
+def test_a_base_recipes_key_is_let_go_when_a_later_layer_chooses_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "wsd.yaml").write_text(f"extends: {SMOKE}\nschedule: {{kind: wsd, decay_tokens: 1000}}\n")
+    assert load_recipe(tmp_path / "wsd.yaml", ["schedule.kind=cosine"]).schedule.kind.value == "cosine"
+    with pytest.raises(RecipeError, match="nothing reads"):
+        load_recipe(tmp_path / "wsd.yaml", ["schedule.kind=cosine", "schedule.decay_tokens=9"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: [", "is not YAML"),
+        ("- a\n- b\n", "is not a mapping"),
+        ("extends: other.yaml\n", "no such recipe"),
+        ("extends: self.yaml\n", "extends itself"),
+        ("seed: 1\n", "name: is missing"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "self.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "self.yaml")
+    assert (
+        expected in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    )
+
+
+def test_the_command_line_answers_within_seconds_and_without_torch() -> None:
+    begin = time.monotonic()
+    code = (
+        "import sys; sys.argv = ['train/main.py', 'yamls/smoke.yaml', 'model.moe.top_k=99'];"
+        "import runpy\n"
+        "try: runpy.run_path('train/main.py', run_name='__main__')\n"
+        "except SystemExit as e: print('status', e.code, 'torch' in sys.modules)"
+    )
+    # runpy leaves sys.path[0] alone, which main.py replaces as it would the script's own folder.
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.stdout.strip() == "status 2 False"
+    assert result.stderr.strip().count("\n") == 0 and "top_k=99 exceeds" in result.stderr
+    assert time.monotonic() - begin < 30  # A bound on hanging, not a figure.
+
+
+def test_every_key_of_the_schema_is_read_somewhere() -> None:
+    """A key that no code reads would be accepted and ignored."""
+    read: set[str] = set()
+    for folder in ("train", "data", "launch"):
+        for file in (ROOT / folder).rglob("*.py"):
+            if file.name.endswith("schema.py") or file.name == "validate.py":
+                continue
+            read |= {n.attr for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)}
+    unread = [key for key, _, _ in walk_schema() if key.rsplit(".", 1)[-1] not in read]
+    assert unread == []
+
+
+def test_help_describes_every_key() -> None:
+    text = describe_keys()
+    assert all(f"  {key}  (" in text for key, _, _ in walk_schema())
+    assert len(walk_schema()) > 50
+
+
+def test_one_phase_is_changed_on_the_command_line() -> None:
+    dbrx = Path(__file__).resolve().parents[3] / "yamls/dbrx.yaml"
+    before, after = (load_recipe(dbrx, given) for given in ([], ["data.phases[1].tokens=1000000000"]))
+    assert [phase.tokens for phase in after.data.phases[::2]] == [
+        phase.tokens for phase in before.data.phases[::2]
+    ]
+    assert after.data.phases[1].tokens == 1_000_000_000 != before.data.phases[1].tokens

@@ -1,0 +1,89 @@
+"""The closed form of who holds what, against the real modules sharded under a fake process group."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import _mesh_resources
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from train.layout import mesh
+from train.model.decoder import Decoder
+from train.recipe import sizes
+from train.recipe.reading import load_recipe
+from train.recipe.schema import Model, Moe, Parallelism, Precision
+
+YAMLS = Path(__file__).resolve().parents[3] / "yamls"
+TINY = Model(
+    d_model=48,
+    n_layers=2,
+    n_heads=3,
+    n_kv_heads=1,
+    ffn_hidden_size=36,
+    vocab_size=100,
+    max_sequence_tokens=64,
+    moe=Moe(experts=8, top_k=2),
+)
+
+
+@contextmanager
+def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[Decoder]:
+    """The decoder as one rank of a world that is not there holds it."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        decoder = Decoder(cfg, device="meta")
+        mesh.build_sharded(decoder, mesh.build_mesh(layout, world, "cpu"), Precision.bf16, seed=0)
+        yield decoder
+    finally:
+        dist.destroy_process_group()
+        # Torch remembers flattened meshes by shape, with the process groups of the world that is gone.
+        _mesh_resources.root_to_flatten_mapping.clear()
+        _mesh_resources.child_to_root_mapping.clear()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize(
+    ("layout", "world", "ranks"),
+    [
+        (Parallelism(), 2, (0, 1)),
+        (Parallelism(), 7, (0, 5, 6)),
+        (Parallelism(expert=4), 4, (0, 3)),
+        (Parallelism(expert=2), 12, (0, 1, 9, 11)),
+        (Parallelism(replicate=2, expert=4), 24, (0, 11, 12, 23)),
+    ],
+)
+def test_every_rank_holds_what_the_closed_form_says(
+    layout: Parallelism, world: int, ranks: tuple[int, ...]
+) -> None:
+    for rank in ranks:
+        with sharded(TINY, layout, world, rank) as decoder:
+            real = {name: local(p).numel() for name, p in decoder.named_parameters()}
+        assert real == sizes.rank_weights(TINY, layout, world, rank)
+
+
+def test_shards_add_up_to_the_model() -> None:
+    layout, world = Parallelism(replicate=2, expert=4), 24
+    copies = [sum(sizes.rank_weights(TINY, layout, world, rank).values()) for rank in range(world)]
+    assert sum(copies) == layout.replicate * sizes.total_parameters(TINY)
+
+
+RECIPES = sorted(set(YAMLS.glob("*.yaml")) - set(YAMLS.glob("ladder*.yaml")))  # families of recipes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_weights_of_every_recipe_to_the_byte(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh, "initialize", lambda *_: None)  # values do not matter here
+    recipe = load_recipe(path)
+    world = 8 * recipe.parallelism.replicate * recipe.parallelism.expert
+    expected = sizes.rank_weights(recipe.model, recipe.parallelism, world, rank=world - 1)
+    with sharded(recipe.model, recipe.parallelism, world, rank=world - 1) as decoder:
+        real = {name: local(p) for name, p in decoder.named_parameters()}
+        assert {name: shard.numel() for name, shard in real.items()} == expected
+        assert all(shard.dtype is torch.float32 for shard in real.values())

@@ -1,0 +1,75 @@
+"""A run's folder is claimed, resumed or renamed, and never overwritten unless asked."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.schema import Data, OnExisting, Recipe
+from train.record.run_folder import SUMMARY_FILE, claim_run_folder, require_same_data
+
+SMOKE = Path(__file__).resolve().parents[3] / "yamls/smoke.yaml"
+
+
+def _recipe(runs: Path, *overrides: str) -> Recipe:
+    return load_recipe(SMOKE, [f"runs_dir={runs}", "name=r", "on_existing=resume", *overrides])
+
+
+def test_an_unfinished_run_is_resumed_and_a_complete_one_left(tmp_path: Path) -> None:
+    first = claim_run_folder(_recipe(tmp_path))
+    assert first.folder == tmp_path / "r" and not first.is_complete
+    assert claim_run_folder(_recipe(tmp_path)).folder == first.folder
+    (first.folder / SUMMARY_FILE).write_text("{}")
+    assert claim_run_folder(_recipe(tmp_path)).is_complete
+
+
+def test_another_recipe_is_refused_by_the_key_that_differs(tmp_path: Path) -> None:
+    folder = claim_run_folder(_recipe(tmp_path)).folder
+    before = (folder / "recipe.yaml").read_text()
+    with pytest.raises(RecipeError, match=r"optimizer.learning_rate: is 0.5, but .* begun with 0.003"):
+        claim_run_folder(_recipe(tmp_path, "optimizer.learning_rate=0.5"))
+    assert (folder / "recipe.yaml").read_text() == before
+    claim_run_folder(_recipe(tmp_path, "data.workers=0", "checkpoint.keep_last=5"))
+
+
+def test_a_key_that_is_not_read_refuses_no_resume(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    assert recipe.data.corpus_bytes != Data().corpus_bytes
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, corpus=None))
+    folder = claim_run_folder(recipe).folder
+    assert claim_run_folder(recipe).folder == folder
+    other = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, corpus="installed"))
+    with pytest.raises(RecipeError, match=r"data\.corpus: is installed, but .* begun with None"):
+        claim_run_folder(other)
+
+
+def test_new_leaves_complete_runs_and_resumes_an_unfinished_one(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(_recipe(tmp_path), on_existing=OnExisting.new)
+    for expected in ("r", "r-2", "r-3"):
+        claim = claim_run_folder(recipe)
+        assert claim.folder.name == expected == claim.recipe.name
+        assert claim_run_folder(recipe).folder == claim.folder
+        (claim.folder / SUMMARY_FILE).write_text("{}")
+
+
+def test_overwrite_removes_a_run_but_never_a_folder_that_is_none(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(_recipe(tmp_path), on_existing=OnExisting.overwrite)
+    folder = claim_run_folder(recipe).folder
+    (folder / "metrics.jsonl").write_text("old")
+    assert not (claim_run_folder(recipe).folder / "metrics.jsonl").exists()
+    (folder / "recipe.yaml").unlink()
+    (folder / "letters.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="is not a run"):
+        claim_run_folder(recipe)
+    assert (folder / "letters.txt").read_text() == "mine"
+
+
+def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path) -> None:
+    require_same_data(tmp_path, {"code/train": "a" * 64})
+    require_same_data(tmp_path, {"code/train": "a" * 64, "new/train": "c" * 64})
+    with pytest.raises(RecipeError, match=r"data\.shards: holds bbbb.* for code/train, .* begun with aaaa"):
+        require_same_data(tmp_path, {"code/train": "b" * 64})
+    with pytest.raises(RecipeError, match="for new/train"):
+        require_same_data(tmp_path, {"new/train": "b" * 64})
+    require_same_data(tmp_path, {"code/train": "a" * 64})

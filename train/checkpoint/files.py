@@ -1,0 +1,219 @@
+"""Checkpoints: sharded files and, written last, a manifest without which they do not count.
+
+A checkpoint is a folder ``batch-00000100`` of torch.distributed.checkpoint files (model and optimizer,
+each rank its shards), one ``rank-N.json`` of random-number states per rank and ``progress.json``. It is
+written (:mod:`train.checkpoint.saver`) under a name that ends in ``.partial``; the manifest with every
+file's size and SHA-256 comes last and the rename after it. So a save that was cut off is never taken for
+a checkpoint, and a file that is missing, cut short or altered is found before anything is loaded.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from train.recipe.topology import Topology
+from train.record.cores import usable_cores
+
+Agreed = TypeVar("Agreed")
+
+MANIFEST_FILE = "manifest.json"
+PROGRESS_FILE = "progress.json"
+STATE_FOLDER = "state"
+PARTIAL = ".partial"
+ASIDE = "rolled-back-"
+"""Beginning of the names of checkpoints that were trained on what is left out now."""
+MOST_THREADS = 8
+"""Most files that a rank reads at a time."""
+ALONE = Topology()
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is not whole, said in one line."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    batch: int
+    samples: int
+    tokens: int
+    seconds: float
+    curriculum: dict[str, Any] | None = None
+    """The stages of the run and the edits of them so far, see :func:`train.recipe.curriculum.to_json`."""
+    recent: list[list[float]] = field(default_factory=list)
+    """Loss and gradient norm of the last steps, which the guard compares the next with."""
+    counts: list[int] = field(default_factory=lambda: [0, 0])
+    """Of the guard, see :attr:`train.step.guard.Guard.counts`."""
+    consumed: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Samples and tokens of each domain so far, see :class:`train.step.data_log.Ledger`."""
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology
+) -> Progress:
+    """Loads model and optimizer in place, on this run's own layout, and returns the progress.
+
+    Random-number states are restored by :func:`restore_random_states`, just before training goes on.
+    """
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder / STATE_FOLDER, no_dist=topology.world_size == 1)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return read_progress(folder)
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far a run had come at a checkpoint."""
+    return Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
+
+
+def restore_random_states(folder: Path, topology: Topology) -> bool:
+    """Restores this rank's generators; False where the checkpoint is of another number of ranks."""
+    world_size = json.loads((folder / MANIFEST_FILE).read_text())["world_size"]
+    if world_size != topology.world_size:
+        return False
+    states = json.loads((folder / f"rank-{topology.rank}.json").read_text())
+    random.setstate((states["python"][0], tuple(states["python"][1]), states["python"][2]))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
+    return True
+
+
+def newest_whole_checkpoint(
+    root: Path, topology: Topology = ALONE, refuse: Callable[[Path], str] = lambda _: ""
+) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and one line for each newer one that is not.
+
+    With a topology of several ranks all of them call it, and each reads its part of the files.
+
+    Args:
+        root: folder of the checkpoints.
+        topology: this rank.
+        refuse: why a whole one does not serve nevertheless; empty if it does. Alike on all ranks.
+    """
+    complaints: list[str] = []
+    for folder in _agree([str(path) for path in sorted(root.glob("batch-*"), reverse=True)], topology)[0]:
+        if folder.endswith(PARTIAL):
+            continue
+        complaint = ""
+        try:
+            check_checkpoint(Path(folder), topology=topology)
+        except CheckpointError as error:
+            complaint = str(error)
+        found = next(filter(None, _agree(complaint, topology)), "") or refuse(Path(folder))
+        if not found:
+            return Path(folder), complaints
+        complaints.append(f"{found}; an older checkpoint is used instead")
+    return None, complaints
+
+
+def check_checkpoint(folder: Path, *, content: bool = True, topology: Topology = ALONE) -> None:
+    """Compares every file with the manifest.
+
+    Args:
+        folder: the checkpoint.
+        content: compare checksums too, which reads every byte.
+        topology: of several ranks, each reads one file in ``world_size``.
+
+    Raises:
+        CheckpointError: for the first file that is missing, cut short or altered.
+    """
+    try:
+        entries = json.loads((folder / MANIFEST_FILE).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: has no readable {MANIFEST_FILE} ({type(error).__name__})") from None
+    files = {folder / name: entry for name, entry in sorted(entries.items())}
+    for file, entry in files.items():
+        if not file.is_file():
+            raise CheckpointError(f"{file}: is missing")
+        if file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{file}: has {file.stat().st_size} bytes instead of {entry['bytes']}")
+    mine = [file for number, file in enumerate(files) if number % topology.world_size == topology.rank]
+    if not content or not mine:
+        return
+    # A hash takes a core longer than the disk takes to read; hashlib lets go of the interpreter meanwhile.
+    with ThreadPoolExecutor(min(MOST_THREADS, usable_cores())) as pool:
+        for file, found in zip(mine, pool.map(sha256, mine), strict=True):
+            if found != files[file]["sha256"]:
+                raise CheckpointError(f"{file}: its content is not what was written (SHA-256 differs)")
+
+
+def keep_newest(root: Path, count: int) -> None:
+    """Removes older checkpoints than the newest ``count``, leftovers of saves that were cut off, and what was
+    set aside and is no longer needed.
+
+    What lacks a file or part of one does not count among the ``count``; so the only whole checkpoint is
+    never removed. To be called after a save, whose checksums have just been taken from its files.
+    """
+    for leftover in root.glob(f"batch-*{PARTIAL}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    kept = 0
+    whole = sorted(root.glob(f"batch-*/{MANIFEST_FILE}"), reverse=True)
+    for aside in root.glob(f"{ASIDE}*"):
+        # The run has come as far again without what this one was trained on.
+        if whole and aside.name.removeprefix(ASIDE) <= whole[0].parent.name.removeprefix("batch-"):
+            shutil.rmtree(aside, ignore_errors=True)
+    for manifest in whole:
+        if kept >= count:
+            # Without its manifest it no longer counts, even if the removal is cut off here.
+            manifest.unlink()
+            shutil.rmtree(manifest.parent)
+            continue
+        try:
+            check_checkpoint(manifest.parent, content=False)
+        except CheckpointError:
+            continue
+        kept += 1
+
+
+def set_aside(folders: Sequence[Path]) -> None:
+    """Gives checkpoints that the run goes back before another name, under which none is looked for.
+
+    They are removed when the run has a checkpoint as far along (:func:`keep_newest`).
+    """
+    for folder in folders:
+        aside = folder.with_name(ASIDE + folder.name.removeprefix("batch-"))
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of this process's random-number generators, as JSON can hold them."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
+    }
+
+
+def _agree(mine: Agreed, topology: Topology) -> list[Agreed]:
+    """What every rank has to say, by rank."""
+    if topology.world_size == 1:
+        return [mine]
+    said: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(said, mine)
+    return said
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

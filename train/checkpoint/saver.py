@@ -1,0 +1,226 @@
+"""Writes checkpoints while training goes on, which stands still only for the copy.
+
+The state is copied to host memory; a thread of each rank then writes, hashes its own files and agrees with
+the others over a gloo group that nothing else uses. If any rank fails, a full disk say, the save ends on
+all ranks, what it wrote is removed, and training goes on.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.tensor import DTensor
+
+from train.checkpoint.files import (
+    MANIFEST_FILE,
+    PARTIAL,
+    PROGRESS_FILE,
+    STATE_FOLDER,
+    CheckpointError,
+    Progress,
+    check_checkpoint,
+    keep_newest,
+    random_states,
+    sha256,
+)
+from train.recipe.topology import Topology
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save went."""
+
+    batch: int
+    folder: Path | None
+    """The checkpoint; None if there is none."""
+    error: str
+    """Why not, in one line."""
+    copy_seconds: float
+    """How long training stood still."""
+    seconds: float
+    """The whole save, copy included."""
+
+
+class CheckpointSaver:
+    """Saves the state of a run below ``root``; every rank has one and calls it alike.
+
+    Host memory for one copy of the rank's shards is kept for the run.
+
+    Args:
+        root: folder of the run's checkpoints, on a file system that all ranks share.
+        topology: this rank.
+        keep_last: how many are kept.
+    """
+
+    def __init__(self, root: Path, topology: Topology, keep_last: int) -> None:
+        self.root, self.topology, self.keep_last = root, topology, keep_last
+        self.group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._saved: Saved | None = None
+
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Saved | None:
+        """Copies the state and begins to write it; returns the outcome of the save before, if any.
+
+        A save that is still being written is waited for first.
+        """
+        before = self.wait()
+        begun = time.perf_counter()
+        names = ("model", "optimizer")
+        state = self._copy(dict(zip(names, get_state_dict(model, optimizer), strict=True)), "")
+        randoms = json.dumps(random_states())
+        copy_seconds = time.perf_counter() - begun
+
+        def write() -> None:
+            folder, error = None, ""
+            try:
+                folder = self._write(state, randoms, progress)
+            except (CheckpointError, RuntimeError) as failure:  # gloo raises the latter if a rank is gone
+                error = str(failure)
+            seconds = time.perf_counter() - begun
+            self._saved = Saved(progress.batch, folder, error, copy_seconds, seconds)
+
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
+        return before
+
+    def poll(self) -> Saved | None:
+        """The outcome of a save that has come to its end since it was last asked for."""
+        return None if self._thread is None or self._thread.is_alive() else self.wait()
+
+    def wait(self) -> Saved | None:
+        """Waits for the save that is being written and returns its outcome, once."""
+        if self._thread is not None:
+            self._thread.join()
+            assert self._saved is not None, "the writing thread failed"
+        saved, self._saved, self._thread = self._saved, None, None
+        return saved
+
+    def _copy(self, value: Any, path: str) -> Any:
+        """The same tree with tensors in host memory that training does not touch."""
+        if isinstance(value, dict):
+            return {key: self._copy(item, f"{path}/{key}") for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._copy(item, f"{path}/{place}") for place, item in enumerate(value)]
+        if isinstance(value, DTensor):
+            return DTensor(self._copy(value.to_local(), path), value._spec, requires_grad=False)
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()
+        copy = self._copies.get(path)
+        if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
+            # Pinned memory, which a GPU copies into at full speed.
+            copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._copies[path] = copy
+        copy.copy_(value)
+        return copy
+
+    def _write(self, state: dict[str, Any], randoms: str, progress: Progress) -> Path:
+        """Writes, hashes, agrees; on every rank in step.
+
+        Raises:
+            CheckpointError: on every rank, if it failed on any.
+        """
+        final = self.root / f"batch-{progress.batch:08d}"
+        partial = final.with_name(final.name + PARTIAL)
+        try:
+            self._agree(lambda: self._make_folder(partial))
+            entries = self._agree(lambda: self._write_shards(partial, state, randoms, progress))
+            self._agree(lambda: self._finish(partial, final, entries))
+        except CheckpointError:
+            if self.topology.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return final
+
+    def _make_folder(self, partial: Path) -> None:
+        if self.topology.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def _write_shards(
+        self, partial: Path, state: dict[str, Any], randoms: str, progress: Progress
+    ) -> dict[str, dict[str, int | str]]:
+        """Writes this rank's files and returns their sizes and checksums, taken from the files."""
+        rank, is_alone = self.topology.rank, self.group is None
+        dcp.save(state, checkpoint_id=partial / STATE_FOLDER, process_group=self.group, no_dist=is_alone)
+        files = sorted((partial / STATE_FOLDER).glob(f"__{rank}_*"))
+        files.append(partial / f"rank-{rank}.json")
+        _write_text(files[-1], randoms)
+        if self.topology.is_main:
+            files += [partial / STATE_FOLDER / ".metadata", partial / PROGRESS_FILE]
+            _write_text(files[-1], json.dumps(asdict(progress)))
+        return {
+            str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            for file in files
+        }
+
+    def _finish(self, partial: Path, final: Path, entries: list[dict[str, Any]]) -> None:
+        """Writes the manifest, gives the folder its name and removes what is too old."""
+        if not self.topology.is_main:
+            return
+        files = {name: entry for part in entries for name, entry in part.items()}
+        manifest = {"world_size": self.topology.world_size, "files": files}
+        _write_text(partial / MANIFEST_FILE, json.dumps(manifest, indent=1))
+        if final.exists() and not _is_whole(final):
+            shutil.rmtree(final)
+        if not final.exists():
+            partial.rename(final)
+        keep_newest(self.root, self.keep_last)
+
+    def _agree(self, work: Callable[[], Result]) -> list[Result]:
+        """Does a part of the save on every rank; returns the results of all.
+
+        Raises:
+            CheckpointError: on every rank, if the part failed on any.
+        """
+        result, error = None, ""
+        try:
+            result = work()
+        except CheckpointException as failure:  # not an Exception; each rank's own is in it
+            causes = {rank: cause[0] for rank, cause in failure.failures.items()}
+            error = "; ".join(f"rank {rank}: {_line(cause)}" for rank, cause in causes.items())
+        except Exception as failure:  # Whatever it is, it ends the save on all ranks, and not the training.
+            error = f"rank {self.topology.rank}: {_line(failure)}"
+        outcomes: list[Any] = [(result, error)]
+        if self.group is not None:
+            outcomes = [None] * self.topology.world_size
+            dist.all_gather_object(outcomes, (result, error), group=self.group)
+        errors = [error for _, error in outcomes if error]
+        if errors:
+            raise CheckpointError(errors[0])
+        return [result for result, _ in outcomes]
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        check_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _write_text(file: Path, text: str) -> None:
+    """Writes a file and waits until the disk has it."""
+    with file.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

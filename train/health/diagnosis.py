@@ -1,0 +1,99 @@
+"""Who hangs, from what each rank knows: the ranks that others wait for and that wait for nobody.
+
+A rank that waits in collective n of a group waits for the group's ranks that have not issued their n-th.
+Followed from rank to rank this ends at those that wait for nobody: they are stopped, dead, or busy with
+something else. The same reading of NCCL's records is what PyTorch's flight-recorder analyzer does.
+"""
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from train.health.heartbeat import Beat, Finding, Stuck, Suspect
+
+
+def diagnose(
+    stuck: Mapping[int, Stuck], beats: Mapping[int, Beat], silent: set[int], now: float, seconds: float
+) -> Finding:
+    """Names the ranks that hold up the others.
+
+    Args:
+        stuck: what each rank that noticed the hang wrote, by rank.
+        beats: the last sign of life of each rank.
+        silent: ranks without a new sign of life.
+        now: seconds since 1970.
+        seconds: how long nothing has moved.
+    """
+    batch = max((record.batch for record in stuck.values()), default=0)
+    waiting = sorted(rank for rank, record in stuck.items() if record.waiting)
+    collective = _oldest(stuck)
+    suspects = _odd_ones(stuck) or _sinks(stuck, beats, silent)
+    if not waiting and not suspects:
+        suspects = [_suspect(rank, stuck, beats, silent) for rank in sorted(stuck)]
+    return Finding(now, batch, seconds, collective, waiting, suspects)
+
+
+def _sinks(stuck: Mapping[int, Stuck], beats: Mapping[int, Beat], silent: set[int]) -> list[Suspect]:
+    """Ranks that are waited for and wait for nobody."""
+    needs = {rank: _waits_for(record, stuck) for rank, record in stuck.items()}
+    wanted = set().union(*needs.values()) if needs else set()
+    return [_suspect(rank, stuck, beats, silent) for rank in sorted(wanted) if not needs.get(rank)]
+
+
+def _waits_for(record: Stuck, stuck: Mapping[int, Stuck]) -> set[int]:
+    found = set()
+    for collective in record.waiting:
+        group, number = collective["group"], collective["number"]
+        for rank in record.groups[group]:
+            other = stuck.get(rank)
+            if other is None or other.issued.get(group, 0) < number:
+                found.add(rank)
+    return found
+
+
+def _odd_ones(stuck: Mapping[int, Stuck]) -> list[Suspect]:
+    """Ranks that issued something else under the number at which the others wait."""
+    calls: dict[tuple[str, int], dict[int, Any]] = {}
+    for rank, record in stuck.items():
+        for each in record.waiting:
+            calls.setdefault((each["group"], each["number"]), {})[rank] = each["operation"]
+    for (group, number), said in sorted(calls.items()):
+        usual = statistics.mode(said.values())
+        odd = [rank for rank, operation in said.items() if operation != usual]
+        if odd:
+            return [
+                Suspect(
+                    rank,
+                    stuck[rank].host,
+                    f"calls {said[rank]} where others call {usual} (number {number} of group {group})",
+                    stuck[rank].stacks,
+                )
+                for rank in odd
+            ]
+    return []
+
+
+def _suspect(rank: int, stuck: Mapping[int, Stuck], beats: Mapping[int, Beat], silent: set[int]) -> Suspect:
+    if rank in stuck:
+        record = stuck[rank]
+        return Suspect(
+            rank, record.host, f"is in no collective (last seen in: {record.where})", record.stacks
+        )
+    beat = beats.get(rank)
+    if beat is None:
+        return Suspect(rank, "an unknown host", "has left no sign of life")
+    if rank in silent:
+        return Suspect(rank, beat.host, f"gives no sign of life (last seen in: {beat.where})")
+    return Suspect(rank, beat.host, f"moves on by itself (in: {beat.where})")
+
+
+def _oldest(stuck: Mapping[int, Stuck]) -> str:
+    """The collective that has been waited in for longest."""
+    waits = [each for record in stuck.values() for each in record.waiting]
+    if not waits:
+        return ""
+    first = min(waits, key=lambda each: each["since"])
+    return (
+        f"{first['operation']} of {first['size_bytes']:,} bytes "
+        f"(number {first['number']} of group {first['group']})"
+    )

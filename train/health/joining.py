@@ -1,0 +1,87 @@
+"""How ranks come together: who has not come is named, and process groups wait longer than the watchdog."""
+
+import datetime
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from composer.devices import Device
+from composer.utils import dist as composer_dist
+
+from train.health.heartbeat import (
+    Beat,
+    beat_file,
+    host_name,
+    is_supervised,
+    pid_space,
+    ranges,
+    read_records,
+    record_failure,
+    records_folder,
+    write_record,
+)
+from train.recipe.exit_status import UNFIT_STATUS
+from train.recipe.schema import Recipe
+from train.recipe.topology import Topology
+
+SHARE_OF_PATIENCE = 0.9
+"""What fails before this share of the time is over is no waiting: a port that is taken, for example."""
+
+
+class JoinError(RuntimeError):
+    """Ranks of the job have not come."""
+
+
+def join(recipe: Recipe, device: Device, topology: Topology) -> None:
+    """Joins the job's process group.
+
+    Under a supervisor each rank leaves a sign of life first, so that those that never came can be told.
+
+    Raises:
+        SystemExit: with status 78 if ranks have not come within `watch.start_seconds`.
+        RuntimeError: for what fails at once.
+    """
+    run = Path(recipe.runs_dir) / recipe.name
+    folder, seconds = records_folder(run), recipe.watch.start_seconds
+    if is_supervised():
+        folder.mkdir(parents=True, exist_ok=True)
+        host, pid, where = host_name(), os.getpid(), "joining the job"
+        beat = Beat(topology.rank, host, pid, pid_space(), 0, time.time(), where, 0, str(run))
+        write_record(beat_file(folder, topology.rank), beat)
+    begun = time.monotonic()
+    try:
+        composer_dist.initialize_dist(device, timeout=seconds)
+    except RuntimeError as error:
+        has_waited = time.monotonic() - begun > SHARE_OF_PATIENCE * seconds
+        failure = JoinError(missing_line(folder, topology, seconds)) if has_waited else error
+        if is_supervised():
+            record_failure(folder, topology, 0, failure)
+        if not has_waited:
+            raise
+        print(f"{failure} ({' '.join(str(error).split())[:200]})", file=sys.stderr, flush=True)
+        raise SystemExit(UNFIT_STATUS) from None
+
+
+def missing_line(folder: Path, topology: Topology, seconds: float) -> str:
+    """Who has not come, as far as the records know."""
+    came = {beat.rank for beat in read_records(folder, "beat-*.json", Beat)}
+    missing = [rank for rank in range(topology.world_size) if rank not in came]
+    who = f": ranks {ranges(missing)}" if is_supervised() and missing else ""
+    address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return (
+        f"not all {topology.world_size} ranks have come within {seconds:.0f} s{who}; look at the logs of "
+        f"their nodes, and whether all nodes reach {address} (--interface)"
+    )
+
+
+def outlast_watchdog(recipe: Recipe) -> None:
+    """Lets every process group of this rank wait longer than the watchdog, which knows more than they do.
+
+    NCCL's groups would give up after 10 minutes by default, and abort the process before anybody is named.
+    """
+    watch = recipe.watch
+    patience = datetime.timedelta(seconds=2 * max(watch.hang_seconds or 0.0, watch.start_seconds))
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(patience, group)

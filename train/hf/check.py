@@ -1,0 +1,226 @@
+"""What transformers computes from an export, beside our decoder: `python -m train.hf.check`.
+
+With SOURCE and FOLDER: a run, a checkpoint or an imported folder, and what `train.hf.export` made of it. With
+neither: a small random model of each architecture is exported, compared, imported and exported once more. In
+fp32 on the CPU; both must fit in memory.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train.hf.errors import InterchangeError
+from train.recipe.schema import Ffn, Model, Moe, Norm, Position
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from train.model.decoder import Decoder
+
+USAGE_STATUS = 2
+TOLERANCE = 1e-5
+"""Largest difference of a logit, absolute below 1 and relative above."""
+NEW_TOKENS = 16
+"""Tokens that both continue a text with, the likeliest each time."""
+
+_DBRX = Model(
+    d_model=64,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_hidden_size=96,
+    vocab_size=512,
+    max_sequence_tokens=128,
+    clip_qkv=1.0,
+    moe=Moe(experts=16, top_k=4),
+)
+_LLAMA = replace(_DBRX, norm=Norm.rmsnorm, clip_qkv=None, moe=None)
+_MPT = replace(_DBRX, position=Position.alibi, ffn=Ffn.mlp, moe=None, n_kv_heads=4, ffn_hidden_size=256)
+SMALL_MODELS = {
+    "DBRX": _DBRX,
+    "DBRX, weights not normalised": replace(_DBRX, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)),
+    "DBRX of one expert (dense), tied": replace(_DBRX, moe=None, tie_embeddings=True),
+    "LLaMA": _LLAMA,
+    "Mixtral": replace(_LLAMA, moe=Moe(experts=8, top_k=2)),
+    "OLMoE": replace(_LLAMA, qk_norm=True, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)),
+    "MPT": replace(_MPT, tie_embeddings=True),
+}
+"""What each architecture is tried with."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One model, twice."""
+
+    model: str
+    architecture: str
+    largest_logit: float
+    largest_difference: float
+    """Of a logit."""
+    excess: float
+    """The largest difference as a share of what is allowed for that logit."""
+    same_tokens: int
+    """How many of the tokens that both continue with are the same, up to the first other one."""
+    same_bytes: bool | None
+    """Whether import and export gave the files back; None where that was not tried."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether all of it is as it should be."""
+        return self.excess <= 1 and self.same_tokens == NEW_TOKENS and self.same_bytes is not False
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; exit status 1 if something differs (2: a mistake of the user)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.hf.check",
+        description="Compares our decoder with what transformers computes from an export.",
+    )
+    parser.add_argument("source", type=Path, nargs="?", help="runs/NAME, a checkpoint or an imported folder")
+    parser.add_argument("folder", type=Path, nargs="?", help="what train.hf.export made of it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
+    options = parser.parse_args(arguments)
+    if (options.source is None) != (options.folder is None):
+        parser.error("give SOURCE and FOLDER, or neither: then every architecture is tried")
+    print("parity: importing torch and transformers", file=sys.stderr, flush=True)
+    try:
+        rows = list(compare_all() if options.source is None else [compare(options.source, options.folder)])
+    except InterchangeError as error:
+        print(f"parity: {error}", file=sys.stderr)
+        return USAGE_STATUS
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 0 if all(row.passed for row in rows) else 1
+
+
+def compare_all() -> Iterator[Parity]:
+    """Exports, compares, imports and exports again a small random model for each architecture."""
+    from tqdm import tqdm
+
+    from train.hf.hf_folder import write_folder
+    from train.hf.import_hf import import_folder
+    from train.hf.weights import Source, open_weights
+    from train.record.quiet import no_bars
+
+    for name, model in tqdm(SMALL_MODELS.items(), desc="architectures", leave=False):
+        # One bar is enough.
+        with no_bars(), tempfile.TemporaryDirectory(prefix="parity-") as root:
+            ours, theirs, back = (Path(root) / part for part in ("ours", "theirs", "back"))
+            decoder = _random_decoder(model)
+            write_folder(Source(ours, model, _DecoderWeights(decoder)), theirs, shard_bytes=100_000)
+            row = _compare(name, decoder, theirs)
+            import_folder(theirs, ours)
+            write_folder(open_weights(ours), back)
+            files = sorted(file.name for file in theirs.glob("*.safetensors"))
+            same = all((theirs / file).read_bytes() == (back / file).read_bytes() for file in files)
+        yield replace(row, same_bytes=same and len(files) > 1)
+
+
+def compare(source: Path, folder: Path) -> Parity:
+    """Our decoder with the weights of ``source`` beside transformers' with those of ``folder``.
+
+    Raises:
+        InterchangeError: if either holds no model.
+    """
+    from train.hf.folders import CONFIG_FILE
+    from train.hf.open_decoder import open_decoder
+
+    if not (folder / CONFIG_FILE).is_file():
+        raise InterchangeError(f"{folder}: is no export; {CONFIG_FILE} is missing")
+    decoder, _ = open_decoder(source, device="cpu")
+    return _compare(source.name, decoder, folder)
+
+
+def _compare(name: str, decoder: "Decoder", folder: Path) -> Parity:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from train.generate.kv_cache import CachedDecoder
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    length = min(64, decoder.cfg.max_sequence_tokens - NEW_TOKENS)
+    ids_BS = torch.randint(0, decoder.cfg.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    cached, fed_BS = CachedDecoder(decoder), ids_BS[:1]
+    with torch.no_grad():
+        ours_BSV, theirs_BSV = decoder(ids_BS).logits_BSV, theirs(ids_BS).logits
+    assert ours_BSV is not None
+    for _ in range(NEW_TOKENS):
+        fed_BS = cached.feed(fed_BS).argmax(-1, keepdim=True)
+    difference_BSV = (theirs_BSV - ours_BSV).abs()
+    said = theirs.generate(
+        ids_BS[:1],
+        attention_mask=torch.ones_like(ids_BS[:1]),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert cached.tokens_BN is not None
+    differing = (said != torch.cat([cached.tokens_BN, fed_BS], dim=1)).flatten().nonzero()
+    return Parity(
+        name,
+        type(theirs).__name__,
+        float(ours_BSV.abs().max()),
+        float(difference_BSV.max()),
+        float((difference_BSV / (TOLERANCE * ours_BSV.abs().clamp(min=1))).max()),
+        int(differing[0]) - length if len(differing) else NEW_TOKENS,
+        None,
+    )
+
+
+def _random_decoder(model: Model) -> "Decoder":
+    """Weights of a size at which every part of the model matters to the logits."""
+    import torch
+
+    from train.model.decoder import Decoder
+
+    decoder = Decoder(model, device="cpu").eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + noise / 10 if parameter.ndim == 1 else noise / model.d_model**0.5)
+    return decoder
+
+
+class _DecoderWeights:
+    """A decoder's weights, to be exported as they are."""
+
+    def __init__(self, decoder: "Decoder") -> None:
+        from train.hf.safetensors_io import TensorInfo
+        from train.recipe import sizes
+
+        self._state = decoder.state_dict()
+        self.tensors = {
+            weight.name: TensorInfo(weight.name, self._state[weight.name].dtype, weight.shape)
+            for weight in sizes.weights(decoder.cfg)
+        }
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> "Tensor":
+        return self._state[name][first:last]
+
+
+def table(rows: list[Parity]) -> str:
+    """One line for each model."""
+    lines = [
+        "| model | transformers' class | largest logit | largest difference | same tokens | same bytes | |",
+        "|---|---|---:|---:|---:|---|---|",
+    ]
+    for row in rows:
+        same = {True: "yes", False: "no", None: ""}[row.same_bytes]
+        verdict = "pass" if row.passed else "FAIL"
+        lines.append(
+            f"| {row.model} | {row.architecture} | {row.largest_logit:.1f} | {row.largest_difference:.1e} "
+            f"| {row.same_tokens} of {NEW_TOKENS} | {same} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,95 @@
+"""Folders of weights: how each kind is told apart, and the model that it says it holds. Needs no torch."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train.hf.errors import InterchangeError
+from train.hf.hf_mapping import family_of
+from train.recipe.reading import load_recipe, to_yaml
+from train.recipe.schema import Model, Recipe
+from train.record.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE
+
+MODEL_FILE = "model.yaml"
+"""Of a folder of weights under our names: the recipe's model, to be extended by a recipe."""
+CONFIG_FILE = "config.json"
+"""Of a Hugging Face folder: the architecture."""
+STATE_FOLDER = "state"
+"""Of a checkpoint: model and optimizer."""
+SOURCE_FOLDER = "source"
+"""Of an imported folder: what the Hugging Face folder held beside the weights."""
+HEADERS_FILE = "headers.json"
+"""In it: the headers of the files of weights, byte for byte."""
+
+
+def recipe_file_of(path: Path) -> Path | None:
+    """The recipe of a run, or of the run that a checkpoint is of; None for other folders."""
+    if (path / CHECKPOINTS_FOLDER).is_dir():
+        return path / RECIPE_FILE
+    return path.parent.parent / RECIPE_FILE if (path / STATE_FOLDER).is_dir() else None
+
+
+def model_at(path: Path) -> tuple[Model, Recipe | None]:
+    """The model whose weights a folder holds, and the recipe of the run that made them, if a run did.
+
+    Raises:
+        InterchangeError: if the folder holds none, or one that the decoder cannot be.
+    """
+    recipe_file = recipe_file_of(path)
+    if recipe_file is not None:
+        if not recipe_file.is_file():
+            raise InterchangeError(f"{path}: is not within the folder of its run; {recipe_file} is missing")
+        recipe = load_recipe(recipe_file)
+        return recipe.model, recipe
+    if (path / MODEL_FILE).is_file():
+        return read_model(path / MODEL_FILE), None
+    if (path / CONFIG_FILE).is_file():
+        config = read_json(path / CONFIG_FILE)
+        try:
+            return family_of(config).to_model(config), None
+        except InterchangeError as error:
+            raise InterchangeError(f"{path / CONFIG_FILE}: {error}") from None
+    raise InterchangeError(
+        f"{path}: is no run, no checkpoint, and has neither {MODEL_FILE} (imported) nor {CONFIG_FILE} "
+        "(Hugging Face)"
+    )
+
+
+def write_model(path: Path, model: Model) -> None:
+    """Writes a model as a part of a recipe, for :func:`read_model` and for `extends:`."""
+    whole = OmegaConf.create(to_yaml(replace(Recipe(), model=model)))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create({"model": whole.model})))
+
+
+def read_model(path: Path) -> Model:
+    """The model that :func:`write_model` wrote.
+
+    Raises:
+        InterchangeError: if the file cannot be read.
+    """
+    try:
+        tree = OmegaConf.select(OmegaConf.load(path), "model")
+        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Model), tree))
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise InterchangeError(f"{path}: is not a recipe's model ({type(error).__name__})") from None
+    assert isinstance(model, Model)
+    return model
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InterchangeError: if the file is missing or holds none.
+    """
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InterchangeError(f"{path}: cannot be read ({type(error).__name__})") from None
+    if not isinstance(tree, dict):
+        raise InterchangeError(f"{path}: is not a JSON object")
+    return tree

@@ -1,0 +1,278 @@
+"""Hugging Face's `config.json` as a recipe's model, and back, one pair of functions per architecture.
+
+A config that says something our decoder cannot be is refused by name and value; keys that change
+nothing about the function (dropout of zero, caching, versions, remote code) are passed over.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from train.hf.errors import InterchangeError
+from train.recipe.schema import Ffn, Model, Moe, Norm, Position
+
+Config = Mapping[str, Any]
+
+NEVER_CLIPPED = 1e30
+"""Written for `clip_qkv: null`: DBRX in transformers 4.51 fails without a number."""
+
+
+def dbrx_to_model(config: Config) -> Model:
+    """DBRX: `attn_config` and `ffn_config` hold what concerns attention and experts.
+
+    With a single expert it is a dense model, whatever its router says: one score has a softmax of 1.
+    """
+    attn, ffn = dict(config.get("attn_config") or {}), dict(config.get("ffn_config") or {})
+    _only(config, resid_pdrop=0, emb_pdrop=0, tie_word_embeddings=False)
+    _only(attn, attn_pdrop=0)
+    _only(ffn, ffn_act_fn={"name": "silu"})
+    clip = attn.get("clip_qkv")
+    return Model(
+        d_model=_need(config, "d_model"),
+        n_layers=_need(config, "n_layers"),
+        n_heads=_need(config, "n_heads"),
+        n_kv_heads=_need(attn, "kv_n_heads"),
+        ffn_hidden_size=_need(ffn, "ffn_hidden_size"),
+        vocab_size=_need(config, "vocab_size"),
+        max_sequence_tokens=_need(config, "max_seq_len"),
+        rope_theta=float(_need(attn, "rope_theta")),
+        clip_qkv=None if clip is None or clip >= NEVER_CLIPPED else float(clip),
+        init_std=float(config.get("initializer_range", 0.02)),
+        moe=None if _need(ffn, "moe_num_experts") == 1 else _dbrx_experts(ffn),
+    )
+
+
+def _dbrx_experts(ffn: Config) -> Moe:
+    return Moe(
+        experts=_need(ffn, "moe_num_experts"),
+        top_k=_need(ffn, "moe_top_k"),
+        normalize_weights_p=ffn.get("moe_normalize_expert_weights", 1),
+        jitter_eps=float(ffn.get("moe_jitter_eps") or 0),
+        balance_loss_weight=float(ffn.get("moe_loss_weight", 0.01)),
+    )
+
+
+def dbrx_from_model(model: Model) -> dict[str, object]:
+    """DBRX; a dense model becomes a single expert."""
+    moe = model.moe
+    return {
+        "d_model": model.d_model,
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "vocab_size": model.vocab_size,
+        "max_seq_len": model.max_sequence_tokens,
+        "attn_config": {
+            "attn_pdrop": 0.0,
+            "clip_qkv": _number(NEVER_CLIPPED if model.clip_qkv is None else model.clip_qkv),
+            "kv_n_heads": model.n_kv_heads,
+            "rope_theta": _number(model.rope_theta),
+        },
+        "ffn_config": {
+            "ffn_act_fn": {"name": "silu"},
+            "ffn_hidden_size": model.ffn_hidden_size,
+            "moe_num_experts": moe.experts if moe else 1,
+            "moe_top_k": moe.top_k if moe else 1,
+            "moe_normalize_expert_weights": moe.normalize_weights_p if moe else 1,
+            "moe_jitter_eps": _number(moe.jitter_eps) if moe else 0,
+            "moe_loss_weight": moe.balance_loss_weight if moe else 0.0,
+        },
+        "emb_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "initializer_range": model.init_std,
+        "output_router_logits": False,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
+
+def llama_to_model(config: Config) -> Model:
+    """LLaMA 1 and 2, and what else uses their class without biases and scaled positions."""
+    _only(config, mlp_bias=False)
+    return _llama_like(
+        config, rms_norm_eps=1e-6, rope_theta=10000.0, kv_heads=config.get("num_attention_heads")
+    )
+
+
+def llama_from_model(model: Model) -> dict[str, object]:
+    """A dense model of LLaMA's kind."""
+    return _llama_like_config(model) | {"mlp_bias": False}
+
+
+def mixtral_to_model(config: Config) -> Model:
+    """Mixtral: LLaMA's attention; top-k weights always add up to 1."""
+    _only(config, sliding_window=None)
+    return _llama_like(
+        config,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        kv_heads=8,
+        moe=Moe(
+            experts=_need(config, "num_local_experts"),
+            top_k=_need(config, "num_experts_per_tok"),
+            normalize_weights_p=1,
+            jitter_eps=float(config.get("router_jitter_noise", 0)),
+            balance_loss_weight=float(config.get("router_aux_loss_coef", 0.001)),
+        ),
+    )
+
+
+def mixtral_from_model(model: Model) -> dict[str, object]:
+    """A mixture-of-experts model with LLaMA's attention."""
+    assert model.moe is not None
+    return _llama_like_config(model) | {
+        "num_local_experts": model.moe.experts,
+        "num_experts_per_tok": model.moe.top_k,
+        "router_jitter_noise": model.moe.jitter_eps,
+        "router_aux_loss_coef": model.moe.balance_loss_weight,
+        "output_router_logits": False,
+        "sliding_window": None,
+    }
+
+
+def olmoe_to_model(config: Config) -> Model:
+    """OLMoE: LLaMA's attention with normalised queries and keys."""
+    clip = config.get("clip_qkv")
+    model = _llama_like(
+        config,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        kv_heads=config.get("num_attention_heads"),
+        moe=Moe(
+            experts=_need(config, "num_experts"),
+            top_k=_need(config, "num_experts_per_tok"),
+            normalize_weights_p=1 if config.get("norm_topk_prob", False) else None,
+            balance_loss_weight=float(config.get("router_aux_loss_coef", 0.01)),
+        ),
+    )
+    return replace(model, qk_norm=True, clip_qkv=None if clip is None else float(clip))
+
+
+def olmoe_from_model(model: Model) -> dict[str, object]:
+    """A mixture-of-experts model with normalised queries and keys."""
+    assert model.moe is not None
+    return _llama_like_config(model) | {
+        "num_experts": model.moe.experts,
+        "num_experts_per_tok": model.moe.top_k,
+        "norm_topk_prob": model.moe.normalize_weights_p == 1,
+        "router_aux_loss_coef": model.moe.balance_loss_weight,
+        "output_router_logits": False,
+        "clip_qkv": None if model.clip_qkv is None else _number(model.clip_qkv),
+    }
+
+
+def mpt_to_model(config: Config) -> Model:
+    """MPT with ALiBi."""
+    attn = dict(config.get("attn_config") or {})
+    _only(config, no_bias=True, expansion_ratio=4, logit_scale=None, resid_pdrop=0, emb_pdrop=0)
+    _only(attn, attn_pdrop=0, qk_ln=False, prefix_lm=False, softmax_scale=None, alibi_bias_max=8)
+    _only(attn, attn_type="multihead_attention")
+    if not attn.get("alibi", True):
+        raise InterchangeError("attn_config.alibi is False, and learned positions cannot be expressed")
+    clip = attn.get("clip_qkv")
+    return Model(
+        d_model=_need(config, "d_model"),
+        n_layers=_need(config, "n_layers"),
+        n_heads=_need(config, "n_heads"),
+        n_kv_heads=_need(config, "n_heads"),
+        ffn_hidden_size=4 * _need(config, "d_model"),
+        vocab_size=_need(config, "vocab_size"),
+        max_sequence_tokens=_need(config, "max_seq_len"),
+        ffn=Ffn.mlp,
+        position=Position.alibi,
+        norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
+        clip_qkv=float(clip) if clip else None,
+        tie_embeddings=bool(config.get("tie_word_embeddings", True)),
+        init_std=float(config.get("initializer_range", 0.02)),
+    )
+
+
+def mpt_from_model(model: Model) -> dict[str, object]:
+    """A dense model of MPT's kind."""
+    return {
+        "d_model": model.d_model,
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "vocab_size": model.vocab_size,
+        "max_seq_len": model.max_sequence_tokens,
+        "expansion_ratio": 4,
+        "attn_config": {
+            "alibi": True,
+            "alibi_bias_max": 8,
+            "attn_pdrop": 0.0,
+            "attn_type": "multihead_attention",
+            "clip_qkv": None if model.clip_qkv is None else _number(model.clip_qkv),
+        },
+        "layer_norm_epsilon": model.norm_eps,
+        "learned_pos_emb": False,
+        "no_bias": True,
+        "emb_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+    }
+
+
+def _llama_like(
+    config: Config, *, rms_norm_eps: float, rope_theta: float, kv_heads: int | None, moe: Moe | None = None
+) -> Model:
+    """What LLaMA and its relatives share; the numbers are their classes' defaults."""
+    d_model, n_heads = _need(config, "hidden_size"), _need(config, "num_attention_heads")
+    _only(config, hidden_act="silu", attention_bias=False, attention_dropout=0, rope_scaling=None)
+    _only(config, head_dim=d_model // n_heads)
+    return Model(
+        d_model=d_model,
+        n_layers=_need(config, "num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=int(config.get("num_key_value_heads") or kv_heads or n_heads),
+        ffn_hidden_size=_need(config, "intermediate_size"),
+        vocab_size=_need(config, "vocab_size"),
+        max_sequence_tokens=_need(config, "max_position_embeddings"),
+        rope_theta=float(config.get("rope_theta", rope_theta)),
+        norm=Norm.rmsnorm,
+        norm_eps=float(config.get("rms_norm_eps", rms_norm_eps)),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        init_std=float(config.get("initializer_range", 0.02)),
+        moe=moe,
+    )
+
+
+def _llama_like_config(model: Model) -> dict[str, object]:
+    return {
+        "hidden_size": model.d_model,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.n_kv_heads,
+        "intermediate_size": model.ffn_hidden_size,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_sequence_tokens,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": _number(model.rope_theta),
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+    }
+
+
+def _need(config: Config, key: str) -> int:
+    """A count that has no default worth trusting."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InterchangeError(f"{key} is {value!r}, not a positive number")
+    return value
+
+
+def _only(config: Config, **expressible: object) -> None:
+    """Refuses a key whose value our decoder cannot be; a key that is not there is its default."""
+    for key, value in expressible.items():
+        given = config.get(key, value)
+        if given != value and given is not None:
+            raise InterchangeError(f"{key} is {given!r}; only {value!r} can be expressed")
+
+
+def _number(value: float) -> float | int:
+    """Whole numbers as such, as DBRX's own config has them."""
+    return int(value) if value == int(value) and abs(value) < 2**53 else value

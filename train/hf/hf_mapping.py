@@ -1,0 +1,330 @@
+"""Our models and Hugging Face's architectures: one table of names for each, read in both directions.
+
+A rule of a table says which tensors of theirs one tensor of ours is: the same one, the same transposed,
+its rows in parts (queries, keys, values), or one tensor for each expert. A new architecture is a new
+table, a reader and a writer of its `config.json` (:mod:`train.hf.hf_config`), and what it asks
+of a model.
+
+Shapes: D d_model, F ffn_hidden_size, E experts, H heads, G key-value heads, R head width.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from train.hf import hf_config
+from train.hf.errors import InterchangeError
+from train.hf.hf_config import Config
+from train.recipe import sizes
+from train.recipe.schema import Balance, Ffn, Model, Norm, Position
+
+
+@dataclass(frozen=True)
+class Link:
+    """One tensor of theirs: rows of one of ours, as they are or transposed."""
+
+    theirs: str
+    shape: tuple[int, ...]
+    ours: str | None
+    """None: zeros, a tensor that theirs has and ours does without."""
+    first: int = 0
+    """First of the rows in ours."""
+    transposed: bool = False
+
+    @property
+    def rows(self) -> int:
+        """How many rows of ours it is."""
+        return self.shape[1] if self.transposed else self.shape[0]
+
+
+@dataclass(frozen=True)
+class Same:
+    """One tensor of theirs equals one of ours, possibly transposed."""
+
+    name: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Qkv:
+    """Rows of ours are three tensors of theirs: H x R queries, G x R keys, G x R values."""
+
+    names: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class PerExpert:
+    """Each expert's rows of ours, [F, D], are one tensor of theirs, possibly transposed."""
+
+    name: str
+    """With `{e}` for the expert."""
+    transposed: bool = False
+
+
+Rule = Same | Qkv | PerExpert
+Need = tuple[str, Callable[[Model], bool]]
+"""What a model must be, in words and as a test."""
+Table = Mapping[str, Rule]
+"""Rules by our name; a layer's begin after `transformer.blocks.N.`."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture of `transformers`."""
+
+    model_type: str
+    architecture: str
+    layer: str
+    """What begins a layer's names, with `{n}` for its number."""
+    table: Table
+    needs: tuple[Need, ...]
+    """What a model of ours must be, to be one of theirs exactly."""
+    to_model: Callable[[Config], Model]
+    from_model: Callable[[Model], dict[str, object]]
+    extra: Callable[[Model], Iterator[Link]] = lambda model: iter(())
+    """Tensors of theirs that say nothing new."""
+    ignored: tuple[str, ...] = ()
+    """Endings of names that old files hold and that are no weights."""
+
+    def links(self, model: Model) -> Iterator[Link]:
+        """Every tensor of theirs, in the order of ours."""
+        for weight in sizes.weights(model):
+            head, layer, suffix = _take_apart(weight.name)
+            rule = self.table[suffix]
+            prefix = self.layer.format(n=layer) if head else ""
+            yield from _apply(rule, weight, prefix, model)
+        yield from self.extra(model)
+
+    def obstacles(self, model: Model) -> list[str]:
+        """What of a model this architecture cannot express."""
+        return [name for name, holds in self.needs if not holds(model)]
+
+
+def family_for(model: Model) -> Family:
+    """The first architecture that expresses a model exactly.
+
+    Raises:
+        InterchangeError: if there is none; it names what stands in the way.
+    """
+    if model.moe is not None and model.moe.balance is Balance.bias:
+        raise InterchangeError(
+            "model.moe.balance=bias: experts are chosen with a bias that no architecture of transformers "
+            "with this router has; train with balance=loss to export"
+        )
+    obstacles = {family.model_type: family.obstacles(model) for family in FAMILIES}
+    for family in FAMILIES:
+        if not obstacles[family.model_type]:
+            return family
+    reasons = "; ".join(f"{name} needs {', '.join(needs)}" for name, needs in obstacles.items())
+    raise InterchangeError(f"no architecture of transformers expresses this model exactly: {reasons}")
+
+
+def family_of(config: Config) -> Family:
+    """The architecture that a `config.json` names.
+
+    Raises:
+        InterchangeError: if it is not in the table.
+    """
+    model_type = str(config.get("model_type", "none"))
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise InterchangeError(f"model_type {model_type!r} is not one of {known}")
+
+
+def _apply(rule: Rule, weight: sizes.Weight, prefix: str, model: Model) -> Iterator[Link]:
+    def link(name: str, first: int, rows: int, transposed: bool = False) -> Link:
+        shape = (rows, *weight.shape[1:])
+        return Link(prefix + name, shape[::-1] if transposed else shape, weight.name, first, transposed)
+
+    match rule:
+        case Same(name, transposed):
+            yield link(name, 0, weight.shape[0], transposed)
+        case Qkv(names):
+            width = model.d_model // model.n_heads
+            first = 0
+            for name, heads in zip(names, (model.n_heads, model.n_kv_heads, model.n_kv_heads), strict=True):
+                yield link(name, first, heads * width)
+                first += heads * width
+        case PerExpert(name, transposed):
+            assert model.moe is not None
+            rows = weight.shape[0] // model.moe.experts
+            for e in range(model.moe.experts):
+                yield link(name.format(e=e), e * rows, rows, transposed)
+
+
+def _take_apart(name: str) -> tuple[bool, str, str]:
+    """Whether a weight belongs to a layer, which one, and its name in the table."""
+    if not name.startswith("transformer.blocks."):
+        return False, "", name
+    layer, _, suffix = name.removeprefix("transformer.blocks.").partition(".")
+    return True, layer, suffix
+
+
+def _dbrx_extra(model: Model) -> Iterator[Link]:
+    """A dense layer is DBRX with one expert, whose router has nothing to choose; a tied head is a copy."""
+    if model.moe is None:
+        for layer in range(model.n_layers):
+            router = f"transformer.blocks.{layer}.ffn.router.layer.weight"
+            yield Link(router, (1, model.d_model), None)
+    if model.tie_embeddings:
+        yield Link("lm_head.weight", (model.vocab_size, model.d_model), "transformer.wte.weight")
+
+
+PLAIN_QK: Need = ("model.qk_norm=false", lambda model: not model.qk_norm)
+
+DBRX = Family(
+    model_type="dbrx",
+    architecture="DbrxForCausalLM",
+    layer="transformer.blocks.{n}.",
+    table={
+        name: Same(name)
+        for name in (
+            "transformer.wte.weight",
+            "transformer.norm_f.weight",
+            "lm_head.weight",
+            "norm_attn_norm.norm_1.weight",
+            "norm_attn_norm.norm_2.weight",
+            "norm_attn_norm.attn.Wqkv.weight",
+            "norm_attn_norm.attn.out_proj.weight",
+            "ffn.router.layer.weight",
+            "ffn.experts.mlp.w1",
+            "ffn.experts.mlp.v1",
+            "ffn.experts.mlp.w2",
+        )
+    }
+    | {
+        "ffn.w1.weight": Same("ffn.experts.mlp.w1"),
+        "ffn.v1.weight": Same("ffn.experts.mlp.v1"),
+        "ffn.w2.weight": Same("ffn.experts.mlp.w2", transposed=True),
+    },
+    needs=(
+        ("model.position=rope", lambda model: model.position is Position.rope),
+        ("model.norm=layernorm", lambda model: model.norm is Norm.layernorm),
+        ("model.norm_eps=1e-5", lambda model: model.norm_eps == 1e-5),
+        ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
+        PLAIN_QK,
+    ),
+    to_model=hf_config.dbrx_to_model,
+    from_model=hf_config.dbrx_from_model,
+    extra=_dbrx_extra,
+)
+
+LLAMA_NAMES: Table = {
+    "transformer.wte.weight": Same("model.embed_tokens.weight"),
+    "transformer.norm_f.weight": Same("model.norm.weight"),
+    "lm_head.weight": Same("lm_head.weight"),
+    "norm_attn_norm.norm_1.weight": Same("input_layernorm.weight"),
+    "norm_attn_norm.norm_2.weight": Same("post_attention_layernorm.weight"),
+    "norm_attn_norm.attn.Wqkv.weight": Qkv(
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+    ),
+    "norm_attn_norm.attn.out_proj.weight": Same("self_attn.o_proj.weight"),
+}
+
+LLAMA_NEEDS: tuple[Need, ...] = (
+    ("model.position=rope", lambda model: model.position is Position.rope),
+    ("model.norm=rmsnorm", lambda model: model.norm is Norm.rmsnorm),
+    ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
+)
+NO_CLIP: Need = ("model.clip_qkv=null", lambda model: model.clip_qkv is None)
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    layer="model.layers.{n}.",
+    table={
+        **LLAMA_NAMES,
+        "ffn.w1.weight": Same("mlp.gate_proj.weight"),
+        "ffn.v1.weight": Same("mlp.up_proj.weight"),
+        "ffn.w2.weight": Same("mlp.down_proj.weight"),
+    },
+    needs=(*LLAMA_NEEDS, NO_CLIP, PLAIN_QK, ("model.moe=null", lambda model: model.moe is None)),
+    to_model=hf_config.llama_to_model,
+    from_model=hf_config.llama_from_model,
+    ignored=(".rotary_emb.inv_freq",),
+)
+
+MIXTRAL = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    layer="model.layers.{n}.",
+    table={
+        **LLAMA_NAMES,
+        "ffn.router.layer.weight": Same("block_sparse_moe.gate.weight"),
+        "ffn.experts.mlp.w1": PerExpert("block_sparse_moe.experts.{e}.w1.weight"),
+        "ffn.experts.mlp.v1": PerExpert("block_sparse_moe.experts.{e}.w3.weight"),
+        "ffn.experts.mlp.w2": PerExpert("block_sparse_moe.experts.{e}.w2.weight", transposed=True),
+    },
+    needs=(
+        *LLAMA_NEEDS,
+        NO_CLIP,
+        PLAIN_QK,
+        ("model.moe", lambda model: model.moe is not None),
+        (
+            "model.moe.normalize_weights_p=1",
+            lambda model: model.moe is None or model.moe.normalize_weights_p == 1,
+        ),
+    ),
+    to_model=hf_config.mixtral_to_model,
+    from_model=hf_config.mixtral_from_model,
+)
+
+OLMOE = Family(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    layer="model.layers.{n}.",
+    table={
+        **LLAMA_NAMES,
+        "norm_attn_norm.attn.q_norm.weight": Same("self_attn.q_norm.weight"),
+        "norm_attn_norm.attn.k_norm.weight": Same("self_attn.k_norm.weight"),
+        "ffn.router.layer.weight": Same("mlp.gate.weight"),
+        "ffn.experts.mlp.w1": PerExpert("mlp.experts.{e}.gate_proj.weight"),
+        "ffn.experts.mlp.v1": PerExpert("mlp.experts.{e}.up_proj.weight"),
+        "ffn.experts.mlp.w2": PerExpert("mlp.experts.{e}.down_proj.weight", transposed=True),
+    },
+    needs=(
+        *LLAMA_NEEDS,
+        ("model.qk_norm", lambda model: model.qk_norm),
+        ("model.moe", lambda model: model.moe is not None),
+        (
+            "model.moe.normalize_weights_p=1 or null",
+            lambda model: model.moe is None or model.moe.normalize_weights_p in {1, None},
+        ),
+    ),
+    to_model=hf_config.olmoe_to_model,
+    from_model=hf_config.olmoe_from_model,
+)
+
+MPT = Family(
+    model_type="mpt",
+    architecture="MptForCausalLM",
+    layer="transformer.blocks.{n}.",
+    table={
+        "transformer.wte.weight": Same("transformer.wte.weight"),
+        "transformer.norm_f.weight": Same("transformer.norm_f.weight"),
+        "lm_head.weight": Same("lm_head.weight"),
+        "norm_attn_norm.norm_1.weight": Same("norm_1.weight"),
+        "norm_attn_norm.norm_2.weight": Same("norm_2.weight"),
+        "norm_attn_norm.attn.Wqkv.weight": Same("attn.Wqkv.weight"),
+        "norm_attn_norm.attn.out_proj.weight": Same("attn.out_proj.weight"),
+        "ffn.w1.weight": Same("ffn.up_proj.weight"),
+        "ffn.w2.weight": Same("ffn.down_proj.weight"),
+    },
+    needs=(
+        ("model.position=alibi", lambda model: model.position is Position.alibi),
+        ("model.norm=layernorm", lambda model: model.norm is Norm.layernorm),
+        ("model.ffn=mlp", lambda model: model.ffn is Ffn.mlp),
+        PLAIN_QK,
+        ("model.n_kv_heads=n_heads", lambda model: model.n_kv_heads == model.n_heads),
+        (
+            "model.ffn_hidden_size=4 x d_model",
+            lambda model: model.ffn_hidden_size == 4 * model.d_model,
+        ),
+        ("model.moe=null", lambda model: model.moe is None),
+    ),
+    to_model=hf_config.mpt_to_model,
+    from_model=hf_config.mpt_from_model,
+)
+
+FAMILIES = (DBRX, LLAMA, MIXTRAL, OLMOE, MPT)

@@ -1,0 +1,160 @@
+"""What stands in a Hugging Face folder beside the weights: configs, tokenizer, model card."""
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+from data.tokenizer import TokenizerHandle, open_tokenizer
+from train.hf.folders import CONFIG_FILE, HEADERS_FILE, SOURCE_FOLDER, read_json
+from train.hf.hf_mapping import family_of
+from train.hf.safetensors_io import INDEX_FILE
+from train.hf.weights import Source
+from train.recipe import sizes
+from train.recipe.schema import Model, Recipe
+from train.record.provenance import git_commit
+from train.record.summary import Summary, read_summary
+
+CARD_FILE = "README.md"
+GENERATION_FILE = "generation_config.json"
+TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md")
+ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def write_texts(out: Path, source: Source, config: dict[str, object], dtype: str) -> None:
+    """Writes config, generation config, tokenizer and model card.
+
+    What an imported folder held of these goes back as it came, as long as it is still true.
+
+    Args:
+        out: the Hugging Face folder.
+        source: what is exported; a run has a tokenizer of its own, an imported folder kept its source's.
+        config: what the architecture's `config.json` holds of the model.
+        dtype: type of the weights, as PyTorch calls it.
+    """
+    kept = source.path / SOURCE_FOLDER
+    kept = kept if kept.is_dir() else source.path
+    ids: dict[str, object] = {}
+    if source.recipe is not None:
+        handle = open_tokenizer(source.recipe.tokenizer, Path(source.recipe.data.shards))
+        handle.to_hugging_face(out, source.model.max_sequence_tokens)
+        ids = _special_ids(handle)
+        _write_json(out / GENERATION_FILE, ids | {"transformers_version": version("transformers")})
+    elif (kept / CONFIG_FILE).is_file():
+        for file in texts_of(kept):
+            if file.name != CONFIG_FILE:
+                shutil.copyfile(file, out / file.name)
+        before = read_json(kept / CONFIG_FILE)
+        ids = {key: before[key] for key in ID_KEYS if key in before}
+        if _is_true(before, source.model, dtype):
+            shutil.copyfile(kept / CONFIG_FILE, out / CONFIG_FILE)
+    if not (out / CONFIG_FILE).exists():
+        versions = {"torch_dtype": dtype, "transformers_version": version("transformers")}
+        _write_json(out / CONFIG_FILE, config | ids | versions)
+    if not (out / CARD_FILE).exists():
+        architecture = read_json(out / CONFIG_FILE)["architectures"][0]
+        (out / CARD_FILE).write_text(model_card(source, architecture, dtype))
+
+
+def texts_of(folder: Path) -> list[Path]:
+    """What a Hugging Face folder holds beside the weights and their index, code excepted."""
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file()
+        and (file.suffix in TEXT_SUFFIXES or file.name.startswith(("LICENSE", "NOTICE")))
+        and file.name not in {INDEX_FILE, HEADERS_FILE}
+    )
+
+
+def model_card(source: Source, architecture: str, dtype: str) -> str:
+    """The card: what the model is, what it was trained on, how to load it, what to beware of."""
+    model = source.model
+    name = source.recipe.name if source.recipe else source.path.resolve().name
+    tags = ["text-generation", *(["moe"] if model.moe else [])]
+    front = "\n".join(
+        ["---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: {tags}", "---"]
+    )
+    lines = [front, f"# {name}", "", _describe(model, architecture, dtype), ""]
+    if source.recipe is not None:
+        lines += [*_training(source.recipe, source.path), ""]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained(FOLDER, torch_dtype="auto")',
+        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
+        "```",
+        "",
+        "No remote code is needed.",
+        "",
+        "## Limits",
+        "",
+        "A base model: it continues text, follows no instructions, was not aligned, and repeats what its",
+        "data held, errors and prejudices included. Nothing but the figures above was measured.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _describe(model: Model, architecture: str, dtype: str) -> str:
+    total, active = sizes.total_parameters(model), sizes.active_parameters(model)
+    kind = f"{model.moe.experts} experts, {model.moe.top_k} per token" if model.moe else "dense"
+    return (
+        f"{architecture}: {total:,} parameters, {active:,} active per token (without the input embedding); "
+        f"{kind}; width {model.d_model}, {model.n_layers} layers, {model.n_heads} heads with "
+        f"{model.n_kv_heads} key-value heads, vocabulary {model.vocab_size:,}, sequences of "
+        f"{model.max_sequence_tokens:,} tokens. Weights are {dtype}."
+    )
+
+
+def _training(recipe: Recipe, checkpoint: Path) -> list[str]:
+    progress = read_json(checkpoint / "progress.json")
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in recipe.data.domains.items())
+    lines = [
+        "## Training",
+        "",
+        f"Run `{recipe.name}`, {checkpoint.name}: {progress['tokens']:,} tokens ({shares}) with "
+        f"{recipe.optimizer.kind.value}, peak learning rate {recipe.optimizer.learning_rate:g}, "
+        f"{recipe.training.global_batch_sequences * recipe.data.sequence_tokens:,} tokens per step. "
+        f"Exported at commit {git_commit()}.",
+    ]
+    summary = read_summary(checkpoint.parent.parent)
+    if summary is not None and summary.batches == progress["batch"]:
+        lines += ["", *_figures(summary)]
+    return lines
+
+
+def _figures(summary: Summary) -> list[str]:
+    rows = [
+        f"| {domain} | {loss:.4f} | {summary.unigram_entropy.get(domain, float('nan')):.4f} |"
+        for domain, loss in summary.validation_loss.items()
+    ]
+    digests = [
+        f"- {d.name} ({d.context}): {d.tokens:,} tokens, SHA-256 `{d.digest}`" for d in summary.datasets
+    ]
+    head = ["| domain | validation loss, nats per token | unigram entropy |", "|---|---|---|"]
+    return [
+        *head,
+        *rows,
+        "",
+        f"Trained at commit {summary.git_commit} on {summary.hardware}. Data:",
+        "",
+        *digests,
+    ]
+
+
+def _is_true(config: dict[str, object], model: Model, dtype: str) -> bool:
+    """Whether an imported config still says what is exported."""
+    same_type = config.get("torch_dtype", dtype) == dtype
+    return same_type and family_of(config).to_model(config) == model
+
+
+def _special_ids(handle: TokenizerHandle) -> dict[str, object]:
+    return {"bos_token_id": handle.eos_id, "eos_token_id": handle.eos_id, "pad_token_id": handle.pad_id}
+
+
+def _write_json(path: Path, tree: dict[str, object]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n")

@@ -1,0 +1,183 @@
+"""What vLLM and TensorRT-LLM make of an exported DBRX folder: `python -m train.hf.serving OUT`.
+
+Each engine's parameters as a table of names, shapes and the tensors that fill them, so that a folder can
+be held to it without the engine. Read from vLLM's `model_executor/models/dbrx.py` (its loader of 2024
+with `ws` and `w2s`, and the one since, with `experts.w13_weight`) and from TensorRT-LLM's
+`examples/dbrx/convert_checkpoint.py` with tensor-parallel experts. Neither engine was run.
+
+Shapes: D d_model, F hidden size of an expert, E experts, H heads, G key-value heads, R head width,
+V vocabulary, P tensor-parallel degree.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from train.hf.errors import InterchangeError
+from train.hf.folders import CONFIG_FILE, model_at, read_json
+from train.recipe.schema import Model
+
+USAGE_STATUS = 2
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter of an engine on one of P ranks."""
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    """Tensors of the folder that it is filled from, in the order in which they lie in it."""
+    copies: float = 1
+    """Elements of the engine over all ranks per element of the sources."""
+
+
+def slots(engine: str, model: Model, degree: int) -> list[Slot]:
+    """Every parameter of an engine.
+
+    Args:
+        engine: one of :data:`ENGINES`.
+        model: what the folder's config says.
+        degree: tensor-parallel degree P.
+
+    Raises:
+        InterchangeError: if the engine cannot split the model so, or computes another function.
+    """
+    moe = model.moe
+    if moe is not None and moe.normalize_weights_p != 1:
+        raise InterchangeError(
+            f"{engine} always divides the chosen experts' weights by their sum, and this model has "
+            f"model.moe.normalize_weights_p={moe.normalize_weights_p}"
+        )
+    for name, count in (("heads", model.n_heads), ("expert hidden size", model.ffn_hidden_size)):
+        if count % degree:
+            raise InterchangeError(f"{name} {count} is not divisible by tensor-parallel degree {degree}")
+    if model.n_kv_heads % degree and degree % model.n_kv_heads:
+        raise InterchangeError(f"{model.n_kv_heads} key-value heads and degree {degree} do not divide")
+    return list(ENGINES[engine](model, degree))
+
+
+def check_folder(folder: Path, engine: str, degree: int) -> list[Slot]:
+    """The slots of an engine, each of which the folder fills exactly, with nothing left over.
+
+    Raises:
+        InterchangeError: for the first that it does not.
+    """
+    from train.hf.safetensors_io import SafetensorsFolder
+
+    if read_json(folder / CONFIG_FILE).get("model_type") != "dbrx":
+        raise InterchangeError(f"{folder}: is no DBRX; the tables are for DBRX alone")
+    model, _ = model_at(folder)
+    shapes = {name: info.shape for name, info in SafetensorsFolder(folder).tensors.items()}
+    table = slots(engine, model, degree)
+    unused = set(shapes)
+    for slot in table:
+        missing = [name for name in slot.sources if name not in shapes]
+        if missing:
+            raise InterchangeError(f"{folder}: {slot.name} needs {missing[0]}, which is missing")
+        given = sum(math.prod(shapes[name]) for name in slot.sources)
+        if math.prod(slot.shape) * degree != round(given * slot.copies):
+            raise InterchangeError(
+                f"{folder}: {slot.sources} do not fill {slot.name} {slot.shape} x {degree}"
+            )
+        unused -= set(slot.sources)
+    if unused:
+        raise InterchangeError(f"{folder}: {engine} has no place for {min(unused)}")
+    return table
+
+
+def _vllm(model: Model, degree: int, *, fused: bool) -> Iterator[Slot]:
+    D, F, V, P = model.d_model, model.ffn_hidden_size, model.vocab_size, degree
+    E = model.moe.experts if model.moe else 1
+    padded = -(-V // 64) * 64
+    if padded % P:
+        raise InterchangeError(f"vocabulary {V}, padded to {padded}, is not divisible by degree {P}")
+    vocabulary = (padded // P, D)
+    yield Slot("transformer.wte.weight", vocabulary, ("transformer.wte.weight",), padded / V)
+    for layer in range(model.n_layers):
+        block = f"transformer.blocks.{layer}."
+        yield from _vllm_attention(model, P, f"{block}norm_attn_norm.")
+        router = f"{block}ffn.router.layer.weight"
+        yield Slot(router, (E, D), (router,), P)
+        experts = f"{block}ffn.experts." if fused else f"{block}ffn."
+        gate_up, down = ("w13_weight", "w2_weight") if fused else ("ws", "w2s")
+        mlp = f"{block}ffn.experts.mlp."
+        yield Slot(f"{experts}{gate_up}", (E, 2 * F // P, D), (f"{mlp}w1", f"{mlp}v1"))
+        yield Slot(f"{experts}{down}", (E, D, F // P), (f"{mlp}w2",))
+    yield Slot("transformer.norm_f.weight", (D,), ("transformer.norm_f.weight",), P)
+    yield Slot("lm_head.weight", vocabulary, ("lm_head.weight",), padded / V)
+
+
+def _vllm_attention(model: Model, degree: int, prefix: str) -> Iterator[Slot]:
+    D, R = model.d_model, model.d_model // model.n_heads
+    kv_heads = max(1, model.n_kv_heads // degree)
+    rows = (model.n_heads // degree + 2 * kv_heads) * R
+    whole = (model.n_heads + 2 * model.n_kv_heads) * R
+    qkv = f"{prefix}attn.Wqkv.weight"
+    # Fewer key-value heads than ranks are copied to several.
+    yield Slot(qkv, (rows, D), (qkv,), rows * degree / whole)
+    yield Slot(f"{prefix}attn.out_proj.weight", (D, D // degree), (f"{prefix}attn.out_proj.weight",))
+    for norm in ("norm_1", "norm_2"):
+        yield Slot(f"{prefix}{norm}.weight", (D,), (f"{prefix}{norm}.weight",), degree)
+
+
+def _tensorrt_llm(model: Model, degree: int) -> Iterator[Slot]:
+    D, F, V, P = model.d_model, model.ffn_hidden_size, model.vocab_size, degree
+    E = model.moe.experts if model.moe else 1
+    R = D // model.n_heads
+    if model.n_kv_heads % P or V % P:
+        raise InterchangeError(f"its converter splits key-value heads and vocabulary evenly; not so by {P}")
+    yield Slot("transformer.vocab_embedding.weight", (V, D), ("transformer.wte.weight",), P)
+    for layer in range(model.n_layers):
+        ours, theirs = f"transformer.blocks.{layer}.", f"transformer.layers.{layer}."
+        attn, mlp = f"{ours}norm_attn_norm.attn.", f"{ours}ffn.experts.mlp."
+        rows = (model.n_heads + 2 * model.n_kv_heads) * R // P
+        yield Slot(f"{theirs}attention.qkv.weight", (rows, D), (f"{attn}Wqkv.weight",))
+        yield Slot(f"{theirs}attention.dense.weight", (D, D // P), (f"{attn}out_proj.weight",))
+        for name, norm in (("input_layernorm", "norm_1"), ("post_layernorm", "norm_2")):
+            yield Slot(f"{theirs}{name}.weight", (D,), (f"{ours}norm_attn_norm.{norm}.weight",), P)
+        yield Slot(f"{theirs}mlp.experts_weight_1", (E, 2 * F // P, D), (f"{mlp}v1", f"{mlp}w1"))
+        yield Slot(f"{theirs}mlp.experts_weight_2", (E, D, F // P), (f"{mlp}w2",))
+        yield Slot(f"{theirs}mlp.router.weight", (E, D), (f"{ours}ffn.router.layer.weight",), P)
+    yield Slot("transformer.ln_f.weight", (D,), ("transformer.norm_f.weight",), P)
+    yield Slot("lm_head.weight", (V // P, D), ("lm_head.weight",))
+
+
+ENGINES: dict[str, Callable[[Model, int], Iterator[Slot]]] = {
+    "vllm": lambda model, degree: _vllm(model, degree, fused=True),
+    "vllm-2024": lambda model, degree: _vllm(model, degree, fused=False),
+    "tensorrt-llm": _tensorrt_llm,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit status (2: the folder does not fit)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.hf.serving",
+        description="Holds an exported DBRX folder to an engine's table of names and shapes.",
+    )
+    parser.add_argument("folder", type=Path, help="folder that train.hf.export wrote")
+    parser.add_argument("--engine", choices=sorted(ENGINES), default="vllm", help="default: vllm")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="P", help="degree (default: 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON too")
+    options = parser.parse_args(arguments)
+    try:
+        table = check_folder(options.folder, options.engine, options.tensor_parallel)
+    except InterchangeError as error:
+        print(f"serving: {error}", file=sys.stderr)
+        return USAGE_STATUS
+    width = max(len(slot.name) for slot in table)
+    for slot in table:
+        print(f"{slot.name:{width}}  {' x '.join(map(str, slot.shape)):>20}  {' + '.join(slot.sources)}")
+    print(f"{len(table)} parameters of {options.engine} filled, nothing missing, nothing left over")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(slot) for slot in table], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,123 @@
+"""Checks what a recipe starts from, before torch is imported: kind of folder, model, tokenizer."""
+
+import filecmp
+from dataclasses import fields
+from pathlib import Path
+
+from train.hf.errors import InterchangeError
+from train.hf.folders import model_at
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Model, OptimizerStart, Recipe, Tokenizer, TokenizerKind
+
+FREE_OF_SHAPE = frozenset(
+    {"max_sequence_tokens", "rope_theta", "norm_eps", "clip_qkv", "init_std", "moe", "position"}
+)
+"""Fields of the model that change no shape; those that change the function are told, not refused."""
+TOLD = ("rope_theta", "max_sequence_tokens", "norm_eps", "clip_qkv", "position")
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def check_start(recipe: Recipe, file: str) -> list[str]:
+    """Raises where the recipe cannot begin with the weights it names; returns what changes, in words.
+
+    Args:
+        recipe: a valid recipe.
+        file: where it was read from, for the error.
+
+    Raises:
+        RecipeError: one line that names file, key and remedy.
+    """
+    if recipe.start.weights is None:
+        return []
+    path = Path(recipe.start.weights)
+    try:
+        model, parent = model_at(path)
+    except InterchangeError as error:
+        raise RecipeError(
+            str(error), key="start.weights", remedy="name a folder of weights", file=file
+        ) from None
+    _same_shapes(recipe.model, model, file)
+    told = [f"weights of step 0 from {path}"]
+    told += [
+        f"model.{name}: {getattr(model, name)} before, {getattr(recipe.model, name)} now"
+        for name in TOLD
+        if getattr(model, name) != getattr(recipe.model, name)
+    ]
+    if parent is None:
+        if recipe.start.optimizer is OptimizerStart.restored:
+            raise RecipeError(
+                f"is restored, but {path} holds weights alone",
+                key="start.optimizer",
+                remedy="set it to fresh",
+                file=file,
+            )
+        return told
+    _same_tokenizer(recipe, parent, file)
+    if recipe.start.optimizer is OptimizerStart.restored and parent.optimizer.kind != recipe.optimizer.kind:
+        raise RecipeError(
+            f"is restored, but {path} was trained with {parent.optimizer.kind.value}",
+            key="start.optimizer",
+            remedy=f"set it to fresh, or optimizer.kind={parent.optimizer.kind.value}",
+            file=file,
+        )
+    return [*told, _rates(recipe, parent)]
+
+
+def _rates(recipe: Recipe, parent: Recipe) -> str:
+    """The new peak of the learning rate against the old peak and the old end."""
+    peak, old_peak = recipe.optimizer.learning_rate, parent.optimizer.learning_rate
+    old_end = old_peak * parent.schedule.final_share
+    against_end = f"{peak / old_end:.3g} x the old end" if old_end else "the old end was 0"
+    warmup = f"{recipe.schedule.warmup_tokens:,} tokens of warm-up"
+    return f"learning rate: peak {peak:g} is {peak / old_peak:.3g} x the old peak, {against_end}; {warmup}"
+
+
+def _same_shapes(now: Model, before: Model, file: str) -> None:
+    for field in fields(Model):
+        if field.name not in FREE_OF_SHAPE:
+            _same(f"model.{field.name}", getattr(now, field.name), getattr(before, field.name), file)
+    if (now.moe is None) != (before.moe is None):
+        raise RecipeError(
+            "the weights are of a dense model" if now.moe else "the weights are of a mixture of experts",
+            key="model.moe",
+            remedy="python -m train.hf.upcycle makes experts of a dense model"
+            if now.moe
+            else "set model.moe",
+            file=file,
+        )
+    if now.moe and before.moe:
+        _same("model.moe.experts", now.moe.experts, before.moe.experts, file)
+
+
+def _same(key: str, now: object, before: object, file: str) -> None:
+    if now != before:
+        raise RecipeError(
+            f"is {now}, but the weights that the run starts from have {before}",
+            key=key,
+            remedy=f"set {key}={before}, or start from other weights",
+            file=file,
+        )
+
+
+def _same_tokenizer(recipe: Recipe, parent: Recipe, file: str) -> None:
+    """Ids must mean the same text; a trained tokenizer lies with the shards."""
+    here, there = recipe.tokenizer, parent.tokenizer
+    equal = here.kind is there.kind
+    if equal and here.kind is TokenizerKind.bpe:
+        ours, theirs = (Path(r.data.shards) / TOKENIZER_FILE for r in (recipe, parent))
+        equal = here.vocab_size == there.vocab_size
+        if ours.is_file() and theirs.is_file():
+            equal = equal and filecmp.cmp(ours, theirs, shallow=False)
+    if not equal:
+        raise RecipeError(
+            f"{_words(here)} is not the {_words(there)} that the weights were trained with",
+            key="tokenizer",
+            remedy="take the same tokenizer and shards written with it",
+            file=file,
+        )
+
+
+def _words(tokenizer: Tokenizer) -> str:
+    if tokenizer.kind is TokenizerKind.bpe:
+        return f"trained tokenizer of {tokenizer.vocab_size} ids"
+    return tokenizer.kind.value

@@ -1,0 +1,181 @@
+"""Weights by our names, wherever they are: a run, a checkpoint, an imported folder, Hugging Face's form.
+
+Whatever reads weights (export, generation, continued training, upcycling) asks for rows of a tensor, so
+that none of them knows where they come from, and none needs a model in memory.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from train.checkpoint.files import newest_whole_checkpoint, read_progress
+from train.hf.checkpoint_weights import CheckpointWeights
+from train.hf.errors import InterchangeError
+from train.hf.folders import CONFIG_FILE, MODEL_FILE, STATE_FOLDER, model_at, read_json
+from train.hf.hf_mapping import Family, Link, family_of
+from train.hf.safetensors_io import LastTensor, SafetensorsFolder, TensorInfo
+from train.recipe import sizes
+from train.recipe.curriculum import from_json
+from train.recipe.schema import Model, Recipe
+from train.record.run_folder import CHECKPOINTS_FOLDER
+
+BALANCING_BIAS = "router.expert_bias"
+"""A buffer that some models have beside their weights."""
+
+
+class Weights(Protocol):
+    """Tensors under our names, read by rows."""
+
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows ``first`` up to ``last`` (the end, if None) of a tensor."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights with what is known about them."""
+
+    path: Path
+    """The run's checkpoint or the folder that they were found in."""
+    model: Model
+    weights: Weights
+    recipe: Recipe | None = None
+    """The recipe of the run that made them; None for weights from elsewhere."""
+
+
+class HuggingFaceWeights:
+    """A folder in Hugging Face's form under our names, put together from its tensors as they are read.
+
+    Raises:
+        InterchangeError: for a tensor that is missing, of another shape, or one too many.
+    """
+
+    def __init__(self, folder: SafetensorsFolder, family: Family, model: Model) -> None:
+        self.folder = folder
+        self._links: dict[str, list[Link]] = {}
+        expected: set[str] = set()
+        for link in family.links(model):
+            expected.add(link.theirs)
+            self._check(link)
+            if link.ours is not None:
+                self._links.setdefault(link.ours, []).append(link)
+        for name in folder.tensors:
+            if name not in expected and not name.endswith(family.ignored or ("\0",)):
+                raise InterchangeError(f"{folder.folder}: {name} is no tensor of a {family.model_type} model")
+        self.tensors = {}
+        for weight in sizes.weights(model):
+            dtypes = {folder.tensors[link.theirs].dtype for link in self._links[weight.name]}
+            if len(dtypes) > 1:
+                raise InterchangeError(f"{folder.folder}: parts of {weight.name} are of different types")
+            self.tensors[weight.name] = TensorInfo(weight.name, dtypes.pop(), weight.shape)
+        self._turned = LastTensor()
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of a tensor of ours; a transposed part is held until the next one is read."""
+        last = self.tensors[name].shape[0] if last is None else last
+        parts = []
+        for link in self._links[name]:
+            start, end = max(first - link.first, 0), min(last - link.first, link.rows)
+            if start >= end:
+                continue
+            if link.transposed:
+                turned = self._turned.get(link.theirs, self.folder.read_transposed)
+                parts.append(turned[start:end])
+            else:
+                parts.append(self.folder.read(link.theirs, start, end))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _check(self, link: Link) -> None:
+        info = self.folder.tensors.get(link.theirs)
+        if info is None:
+            raise InterchangeError(f"{self.folder.folder}: {link.theirs} is missing")
+        if info.shape != link.shape:
+            raise InterchangeError(
+                f"{self.folder.folder}: {link.theirs} is of shape {info.shape} instead of {link.shape}"
+            )
+
+
+def open_weights(path: Path, checkpoint: str | None = None) -> Source:
+    """Opens weights wherever they are; nothing but headers and metadata is read.
+
+    Args:
+        path: a run's folder, one of its checkpoints, a folder that `train.hf.import_hf` or `train.hf.upcycle`
+            wrote, or a folder in Hugging Face's form.
+        checkpoint: for a run: which checkpoint, by the folder's name; None takes the newest whole one.
+
+    Raises:
+        InterchangeError: if there is nothing of these kinds, or it is damaged.
+    """
+    model, recipe = model_at(path)
+    if recipe is None and checkpoint is not None:
+        raise InterchangeError(f"{path}: is not a run, so that it has no checkpoint {checkpoint}")
+    weights: Weights
+    if recipe is not None:
+        if (path / CHECKPOINTS_FOLDER).is_dir():
+            path = path / CHECKPOINTS_FOLDER / checkpoint if checkpoint else newest(path)
+        if not (path / STATE_FOLDER).is_dir():
+            raise InterchangeError(f"{path}: is no checkpoint")
+        weights = CheckpointWeights(path)
+        model = replace(model, rope_theta=rope_theta_at(path, model))
+    elif (path / MODEL_FILE).is_file():
+        weights = SafetensorsFolder(path)
+    else:
+        family = family_of(read_json(path / CONFIG_FILE))
+        weights = HuggingFaceWeights(SafetensorsFolder(path), family, model)
+    source = Source(path, model, weights, recipe)
+    check_complete(source)
+    return source
+
+
+def rope_theta_at(checkpoint: Path, model: Model) -> float:
+    """RoPE's base in the phase that a checkpoint was saved in; the model's, if there were no phases."""
+    progress = read_progress(checkpoint)
+    if progress.curriculum is None:
+        return model.rope_theta
+    return from_json(progress.curriculum).stage_of(max(0, progress.batch - 1)).rope_theta
+
+
+def newest(run: Path) -> Path:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        InterchangeError: if there is none.
+    """
+    found, complaints = newest_whole_checkpoint(run / CHECKPOINTS_FOLDER)
+    if found is None:
+        raise InterchangeError(f"{run}: has no whole checkpoint {'; '.join(complaints)}".strip())
+    return found
+
+
+def check_complete(source: Source) -> None:
+    """Compares names and shapes with those of the model.
+
+    Raises:
+        InterchangeError: for the first tensor that is missing, of another shape, or one too many.
+    """
+    expected = list(sizes.weights(source.model))
+    surplus = source.weights.tensors.keys() - {weight.name for weight in expected}
+    for name in sorted(surplus):
+        if not name.endswith(BALANCING_BIAS):
+            raise InterchangeError(f"{source.path}: {name} is no tensor of its model")
+    for weight in expected:
+        info = source.weights.tensors.get(weight.name)
+        if info is None:
+            raise InterchangeError(f"{source.path}: {weight.name} is missing")
+        if info.shape != weight.shape:
+            raise InterchangeError(
+                f"{source.path}: {weight.name} is of shape {info.shape} instead of {weight.shape}"
+            )
+
+
+def row_blocks(weights: Weights, name: str, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
+    """Consecutive rows of a tensor in blocks of some megabytes."""
+    info = weights.tensors[name]
+    last = info.shape[0] if last is None else last
+    for start in range(first, last, info.block_rows):
+        yield weights.read(name, start, min(start + info.block_rows, last))

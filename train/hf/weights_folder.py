@@ -1,0 +1,144 @@
+"""Writes weights under our names: files of safetensors, index, manifest, and the model last of all.
+
+The folder is begun, cut off and gone on with as often as it takes: what is whole is listed in a
+manifest of its own name, and the model's description, without which the folder counts as nothing,
+comes when everything is there.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from train.checkpoint.files import sha256
+from train.hf.errors import InterchangeError
+from train.hf.folders import MODEL_FILE, read_json, write_model
+from train.hf.safetensors_io import (
+    TensorInfo,
+    all_finite,
+    make_header,
+    plan_files,
+    write_files,
+    write_index,
+)
+from train.hf.weights import Weights, row_blocks
+from train.recipe import sizes
+from train.recipe.schema import Model
+
+MANIFEST_FILE = "manifest.json"
+UNFINISHED_FILE = "manifest.partial.json"
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written."""
+
+    folder: str
+    parameters: int
+    bytes: int
+    files: int
+    resumed_files: int
+    """Files that an earlier call had written whole."""
+
+
+def write_weights_folder(
+    out: Path,
+    model: Model,
+    weights: Weights,
+    origin: Mapping[str, object],
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    *,
+    beside: Mapping[str, bytes] | None = None,
+) -> Written:
+    """Streams weights into a folder that recipes can start from.
+
+    Args:
+        out: the folder; new, empty, or one that the same call left unfinished.
+        model: whose weights they are.
+        weights: where they come from.
+        origin: what identifies the source, kept in the manifest; a folder that was begun from another
+            origin is not gone on with.
+        shard_bytes: most bytes per file.
+        beside: further files by their path in the folder.
+
+    Raises:
+        InterchangeError: if the folder is in use, or a weight is not finite.
+    """
+    tensors = [weights.tensors[weight.name] for weight in sizes.weights(model)]
+    files = plan_files(tensors, shard_bytes)
+    identity = {"origin": dict(origin), "plan": {n: [t.name for t in group] for n, group in files.items()}}
+    done = _begin(out, identity)
+    resumed = len(done)
+    left = {name: group for name, group in files.items() if name not in done}
+    total = sum(info.bytes for group in left.values() for info in group)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=out.name, mininterval=1.0) as bar:
+        jobs = {name: (make_header(group), _blocks(weights, group, bar)) for name, group in left.items()}
+        for name, digest in write_files(out, jobs):
+            done[name] = {"bytes": (out / name).stat().st_size, "sha256": digest}
+            _write_json(out / UNFINISHED_FILE, identity | {"files": done})
+    for path, content in (beside or {}).items():
+        (out / path).parent.mkdir(exist_ok=True)
+        (out / path).write_bytes(content)
+    write_index(out, files)
+    _write_json(out / MANIFEST_FILE, {"origin": dict(origin), "files": {name: done[name] for name in files}})
+    write_model(out / MODEL_FILE, model)
+    (out / UNFINISHED_FILE).unlink(missing_ok=True)
+    size = sum((out / name).stat().st_size for name in files)
+    return Written(str(out), sizes.total_parameters(model), size, len(files), resumed)
+
+
+def verify_weights_folder(folder: Path) -> int:
+    """Reads every file and compares it with the manifest; returns the bytes read.
+
+    Raises:
+        InterchangeError: for the first file that is missing or is not what was written.
+    """
+    total = 0
+    for name, entry in read_json(folder / MANIFEST_FILE)["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise InterchangeError(f"{file}: is missing or not {entry['bytes']} bytes long")
+        if sha256(file) != entry["sha256"]:
+            raise InterchangeError(f"{file}: its content is not what was written (SHA-256 differs)")
+        total += entry["bytes"]
+    return total
+
+
+def _begin(out: Path, identity: dict[str, object]) -> dict[str, dict[str, object]]:
+    """Makes the folder, or finds what an earlier call left whole in it."""
+    unfinished = out / UNFINISHED_FILE
+    if unfinished.is_file():
+        before = read_json(unfinished)
+        done: dict[str, dict[str, object]] = before.pop("files")
+        if before != identity:
+            raise InterchangeError(f"{out}: was begun from another source or with other files; remove it")
+        return {
+            name: entry
+            for name, entry in done.items()
+            if (out / name).is_file() and (out / name).stat().st_size == entry["bytes"]
+        }
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InterchangeError(f"{out}: exists; name a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(unfinished, identity | {"files": {}})
+    return {}
+
+
+def _blocks(weights: Weights, group: Sequence[TensorInfo], bar: "tqdm[Any]") -> Iterator[Tensor]:
+    for info in group:
+        for block in row_blocks(weights, info.name):
+            if not all_finite(block):
+                raise InterchangeError(f"{info.name}: holds NaN or infinity")
+            yield block
+            bar.update(block.numel() * block.element_size())
+
+
+def _write_json(path: Path, tree: Mapping[str, object]) -> None:
+    partial = path.with_name(path.name + ".writing")
+    partial.write_text(json.dumps(tree, indent=1) + "\n")
+    partial.replace(path)

@@ -1,0 +1,99 @@
+"""Optimizers, learning-rate schedule and gradient clipping, the same under every layout."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from train.model import megablocks_ops
+from train.recipe.schema import Optimizer as OptimizerRecipe
+from train.recipe.schema import OptimizerKind, Schedule, ScheduleKind
+
+
+def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
+    """AdamW or Lion over the model's parameters, with decoupled decay of matrices alone.
+
+    Experts form groups of their own: they may live on another mesh than the rest, and fused updates
+    take lists of tensors of one mesh.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # Frozen: neither moved nor decayed.
+            continue
+        groups.setdefault((parameter.ndim > 1, ".experts." in name), []).append(parameter)
+    decay = recipe.weight_decay
+    betas = (recipe.betas[0], recipe.betas[1])
+    if recipe.kind is OptimizerKind.adamw:
+        return torch.optim.AdamW(
+            [{"params": p, "weight_decay": decay if matrix else 0.0} for (matrix, _), p in groups.items()],
+            lr=recipe.learning_rate,
+            betas=betas,
+            eps=recipe.eps,
+            fused=True,
+        )
+    # LLM Foundry's Lion decays by weight_decay * lr / initial lr; ours, as AdamW, by weight_decay * lr.
+    megablocks_ops.install()
+    from llmfoundry.optim.lion import DecoupledLionW
+
+    scaled = decay * recipe.learning_rate
+    return DecoupledLionW(
+        [{"params": p, "weight_decay": scaled if matrix else 0.0} for (matrix, _), p in groups.items()],
+        lr=recipe.learning_rate,
+        betas=betas,
+    )
+
+
+def learning_rate_share(tokens_seen: int, duration_tokens: int, schedule: Schedule) -> float:
+    """Learning rate as a share of its peak after ``tokens_seen`` tokens.
+
+    Warm-up rises linearly from 0; then either half a cosine falls to ``final_share`` at the end
+    (Loshchilov and Hutter 2017), or the peak holds until the last ``decay_tokens``, over which it
+    falls linearly to ``final_share`` (Hu et al. 2024, section 4.2).
+    """
+    if tokens_seen < schedule.warmup_tokens:
+        return tokens_seen / schedule.warmup_tokens
+    if schedule.kind is ScheduleKind.cosine:
+        span = max(1, duration_tokens - schedule.warmup_tokens)
+        progress = min(1.0, (tokens_seen - schedule.warmup_tokens) / span)
+        fallen = (1 - math.cos(math.pi * progress)) / 2
+    else:
+        left = max(0, duration_tokens - tokens_seen)
+        fallen = max(0.0, 1 - left / schedule.decay_tokens)
+    return 1 - (1 - schedule.final_share) * fallen
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scales gradients to a global L2 norm of at most ``max_norm`` and returns the norm before (fp32).
+
+    The norm is that of the unsharded model: each rank adds up its own shards in float64, a shard that
+    several ranks hold counts once, and one all-reduce adds the rest. Where every rank holds the whole
+    model there is nothing to reduce.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    if not shards:
+        return torch.zeros(())
+    norms = torch.stack(torch._foreach_norm(shards)).double()
+    holders = torch.tensor([_holders(g) for g in gradients], dtype=torch.float64, device=norms.device)
+    square = (norms.square() / holders).sum()
+    if any(isinstance(g, DTensor) for g in gradients):
+        torch.distributed.all_reduce(square)
+    norm = square.sqrt()
+    if max_norm is not None:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+        torch._foreach_mul_(shards, scale)
+    return norm.float()
+
+
+def _holders(gradient: Tensor) -> int:
+    """How many ranks hold the same shard of this gradient."""
+    if not isinstance(gradient, DTensor):
+        return 1
+    mesh = gradient.device_mesh
+    return math.prod(
+        mesh.size(dim)
+        for dim, placement in enumerate(gradient.placements)
+        if isinstance(placement, Replicate)
+    )

@@ -1,0 +1,238 @@
+"""Causal self-attention: grouped queries, RoPE or ALiBi, and documents that do not see each other.
+
+Shapes: B batch, S new positions, P past positions, H query heads, G key-value heads, R width of a head,
+D = H x R model, T = B x S tokens.
+"""
+
+# ruff: noqa: N815  (shape suffixes)
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from train.recipe.schema import Model, Position
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values of the positions so far, each [B, G, P, R], keys already rotated."""
+
+
+class AttentionPlan(NamedTuple):
+    """What all layers share in one forward pass: made once, by :func:`plan_attention`."""
+
+    cos_SR: Tensor | None
+    """Cosines of RoPE's angles, for half of a head: [S, R / 2]. None: no RoPE."""
+    sin_SR: Tensor | None
+    bias: Tensor | None = None
+    """Added to attention's logits: [B or 1, H or 1, S, P + S], -inf where not visible. None: plain causal."""
+    blocks: BlockMask | None = None
+    """The same visibility for FlexAttention, which skips blocks of invisible positions."""
+
+
+def plan_attention(
+    model: Model,
+    batch: int,
+    length: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    document_ids_BS: Tensor | None = None,
+    past_length: int = 0,
+    flex: bool | None = None,
+) -> AttentionPlan:
+    """Positions and visibility for one batch.
+
+    Args:
+        model: the recipe's model.
+        batch: sequences B.
+        length: new positions S.
+        device: where attention runs.
+        dtype: precision of the queries, and so of the bias.
+        document_ids_BS: document of each token; None where a sequence is one document.
+        past_length: positions P whose keys and values are given to the layers.
+        flex: mask documents through FlexAttention instead of a bias of S x S; None: on a GPU alone,
+            where it was not yet run.
+    """
+    cos_SR = sin_SR = None
+    if model.position is Position.rope:
+        # In the queries' precision from here: FSDP2 casts what a layer is given to bf16 in the forward pass,
+        # but not when the layer is computed again, and the two must save the same.
+        cos_SR, sin_SR = (table.to(dtype) for table in _rotations(model, past_length, length, device))
+    alibi = model.position is Position.alibi
+    if document_ids_BS is None and not alibi and (past_length == 0 or length == 1):
+        return AttentionPlan(cos_SR, sin_SR)
+    flex = device.type == "cuda" if flex is None else flex
+    if flex and document_ids_BS is not None and not alibi:
+        return AttentionPlan(cos_SR, sin_SR, blocks=_document_blocks(document_ids_BS))
+    query_S = torch.arange(past_length, past_length + length, device=device)
+    distance_SP = query_S[:, None] - torch.arange(past_length + length, device=device)[None, :]
+    visible = (distance_SP >= 0)[None, None]
+    if document_ids_BS is not None:
+        assert past_length == 0, "documents are packed for training, where nothing is past"
+        visible = visible & (document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :])
+    bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -math.inf)
+    if alibi:
+        slopes_H = _alibi_slopes(model.n_heads).to(device)
+        bias = bias - (slopes_H[:, None, None] * distance_SP).to(dtype)
+    return AttentionPlan(cos_SR, sin_SR, bias)
+
+
+class Attention(nn.Module):
+    """Attention of one layer. Rows of ``Wqkv`` are queries, keys, values, as in Hugging Face's DBRX."""
+
+    def __init__(self, model: Model, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.head_width = model.d_model // model.n_heads
+        rows = (model.n_heads + 2 * model.n_kv_heads) * self.head_width
+        self.Wqkv = nn.Linear(model.d_model, rows, bias=False, device=device)
+        self.q_norm = self.k_norm = None
+        if model.qk_norm:
+            widths = model.d_model, model.n_kv_heads * self.head_width
+            self.q_norm, self.k_norm = (nn.RMSNorm(w, eps=model.norm_eps, device=device) for w in widths)
+        self.out_proj = nn.Linear(model.d_model, model.d_model, bias=False, device=device)
+
+    def forward(
+        self, x_BSD: Tensor, plan: AttentionPlan, past: KeyValue | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """Attends from the new positions to the past ones and themselves.
+
+        Returns:
+            The output [B, S, D], and the keys and values of all positions for a later call.
+        """
+        heads, kv_heads = self.model.n_heads, self.model.n_kv_heads
+        qkv = self._normalize(self.Wqkv(x_BSD)).unflatten(-1, (heads + 2 * kv_heads, self.head_width))
+        q_BSHR, k_BSGR, v_BSGR = _ClipAndRotate.apply(
+            qkv, (heads, kv_heads, kv_heads), self.model.clip_qkv, plan.cos_SR, plan.sin_SR
+        )
+        q_BHSR, k_BGSR, v_BGSR = (t.transpose(1, 2) for t in (q_BSHR, k_BSGR, v_BSGR))
+        if past is not None:
+            k_BGSR, v_BGSR = torch.cat([past[0], k_BGSR], dim=2), torch.cat([past[1], v_BGSR], dim=2)
+        if plan.blocks is None:
+            # Repeated by hand: on a CPU enable_gqa leaves the fused kernel, and takes three times as long.
+            out_BHSR = functional.scaled_dot_product_attention(
+                q_BHSR,
+                _repeat_heads(k_BGSR, heads),
+                _repeat_heads(v_BGSR, heads),
+                attn_mask=plan.bias,
+                is_causal=plan.bias is None and past is None,
+            )
+        else:
+            out_BHSR = _flex_attention(q_BHSR.device.type)(
+                q_BHSR, k_BGSR, v_BGSR, block_mask=plan.blocks, enable_gqa=True
+            )
+        return self.out_proj(out_BHSR.transpose(1, 2).flatten(2)), (k_BGSR, v_BGSR)
+
+    def _normalize(self, qkv: Tensor) -> Tensor:
+        """Queries and keys normalised where the model says so."""
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        widths = [norm.normalized_shape[0] for norm in (self.q_norm, self.k_norm, self.k_norm)]
+        q, k, v = qkv.split(widths, dim=-1)
+        return torch.cat([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=-1)
+
+
+class _ClipAndRotate(torch.autograd.Function):
+    """Splits queries, keys and values, clips them and turns queries and keys by their positions.
+
+    One operation with its own gradient: as separate ones, clipping and turning cost as much time on a CPU
+    as the projection that they follow.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        heads: tuple[int, int, int],
+        clip: float | None,
+        cos_SR: Tensor | None,
+        sin_SR: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.heads, ctx.clip, ctx.with_rope = heads, clip, cos_SR is not None
+        ctx.save_for_backward(qkv if clip is not None else None, cos_SR, sin_SR)
+        clipped = qkv if clip is None else qkv.clamp(-clip, clip)
+        parts = clipped.split(heads, dim=2)
+        turned = [part.new_empty(part.shape) for part in parts]
+        for i, (part, target) in enumerate(zip(parts, turned, strict=True)):
+            if cos_SR is not None and sin_SR is not None and i < 2:
+                _rotate(part, cos_SR, sin_SR, out=target)
+            else:
+                target.copy_(part)
+        return tuple(turned)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, cos_SR, sin_SR = ctx.saved_tensors
+        batch, length, _, width = grads[0].shape
+        grad_qkv = grads[0].new_empty(batch, length, sum(ctx.heads), width)
+        for i, (grad, target) in enumerate(zip(grads, grad_qkv.split(ctx.heads, dim=2), strict=True)):
+            if ctx.with_rope and i < 2:
+                _rotate(grad, cos_SR, -sin_SR, out=target)
+            else:
+                target.copy_(grad)
+        if ctx.clip is not None:
+            # Clipping's gradient in one pass, where clamp's own takes four.
+            torch.ops.aten.hardtanh_backward.grad_input(
+                grad_qkv, qkv, -ctx.clip, ctx.clip, grad_input=grad_qkv
+            )
+        return grad_qkv, None, None, None, None
+
+
+def _rotate(x_BSHR: Tensor, cos_SR: Tensor, sin_SR: Tensor, out: Tensor) -> None:
+    """Turns each pair (r, r + R / 2) of a head by its position's angle (Su et al. 2021, section 3.4.2)."""
+    left, right = x_BSHR.chunk(2, dim=-1)
+    out_left, out_right = out.chunk(2, dim=-1)
+    cos, sin = (table_SR.to(x_BSHR.dtype).unsqueeze(1) for table_SR in (cos_SR, sin_SR))
+    torch.mul(left, cos, out=out_left)
+    out_left.addcmul_(right, sin, value=-1.0)
+    torch.mul(right, cos, out=out_right)
+    out_right.addcmul_(left, sin)
+
+
+def _document_blocks(document_ids_BS: Tensor) -> BlockMask:
+    def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same_document = document_ids_BS[batch, query] == document_ids_BS[batch, key]
+        return (query >= key) & same_document
+
+    batch, length = document_ids_BS.shape
+    device = document_ids_BS.device
+    # Uncompiled, the mask would be made whole before it is cut into blocks.
+    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(visible, batch, None, length, length, device=str(device))
+
+
+@functools.cache
+def _flex_attention(device_type: str) -> Callable[..., Any]:
+    """FlexAttention: compiled to one kernel on a GPU, plain operations elsewhere (for tests)."""
+    compiled: Callable[..., Any] = torch.compile(flex_attention)
+    return compiled if device_type == "cuda" else flex_attention
+
+
+def _rotations(model: Model, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE's angles in fp32, each [S, R / 2] (Su et al. 2021, section 3.2.2)."""
+    width = model.d_model // model.n_heads
+    exponents = torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width
+    positions_S = torch.arange(start, start + length, device=device).float()
+    angles_SR = positions_S[:, None] / (model.rope_theta**exponents)
+    return angles_SR.cos(), angles_SR.sin()
+
+
+def _repeat_heads(x_BGSR: Tensor, heads: int) -> Tensor:
+    """Each key-value head for all the query heads that share it."""
+    batch, kv_heads, length, width = x_BGSR.shape
+    if kv_heads == heads:
+        return x_BGSR
+    expanded = x_BGSR.unsqueeze(2).expand(batch, kv_heads, heads // kv_heads, length, width)
+    return expanded.reshape(batch, heads, length, width)
+
+
+def _alibi_slopes(heads: int) -> Tensor:
+    """Slope per head: a geometric series (Press et al. 2021, section 3), as ALiBi orders them."""
+    power = 2 ** math.ceil(math.log2(heads))
+    series = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    return torch.tensor((series[1::2] + series[::2])[:heads] if power != heads else series)

@@ -1,0 +1,219 @@
+"""The decoder: DBRX's architecture with Hugging Face's parameter names, and its dense relatives.
+
+Shapes: B batch, S sequence, T = B x S tokens, D model, F hidden, V vocabulary, L layers, E experts.
+"""
+
+# ruff: noqa: N815  (shape suffixes)
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from train.model.attention import Attention, AttentionPlan, plan_attention
+from train.model.loss import IGNORE, chunked_cross_entropy
+from train.model.moe import MoE, MoEAux
+from train.recipe.schema import Ffn, Model, Norm
+
+Device = torch.device | str | None
+
+
+class DecoderOutput(NamedTuple):
+    """What a forward pass gives. Losses are sums or plain means: the trainer weights them."""
+
+    logits_BSV: Tensor | None
+    """Only without targets."""
+    loss_sum: Tensor
+    """fp32: sum of the cross-entropy in nats over targets that are not -100; 0 without targets."""
+    target_tokens: Tensor
+    """int64: number of targets that are not -100."""
+    token_losses_BS: Tensor | None
+    """fp32, detached: each token's cross-entropy, 0 where the target is -100."""
+    balance_loss: Tensor
+    """fp32: mean over MoE layers; 0 for a dense model."""
+    z_loss: Tensor
+    """fp32: mean over MoE layers; 0 for a dense model."""
+    expert_tokens_LE: Tensor
+    """int64: choices of each expert in each layer, on this rank; [0, 0] for a dense model."""
+
+
+class DenseFfn(nn.Module):
+    """``w2(silu(w1 x) * v1 x)`` (Shazeer 2020), or ``w2 gelu(w1 x)`` for MPT."""
+
+    def __init__(self, model: Model, device: Device = None) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(model.d_model, model.ffn_hidden_size, bias=False, device=device)
+        if model.ffn is Ffn.glu:
+            self.v1 = nn.Linear(model.d_model, model.ffn_hidden_size, bias=False, device=device)
+        self.w2 = nn.Linear(model.ffn_hidden_size, model.d_model, bias=False, device=device)
+        self.gated = model.ffn is Ffn.glu
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, None]:
+        """The layer's output, and None where an MoE layer has its losses and counts."""
+        if self.gated:
+            return self.w2(functional.silu(self.w1(x_BSD)) * self.v1(x_BSD)), None
+        return self.w2(functional.gelu(self.w1(x_BSD))), None
+
+
+class NormAttentionNorm(nn.Module):
+    """The half of a block around attention, a module of its own only because of DBRX's names."""
+
+    def __init__(self, model: Model, device: Device = None) -> None:
+        super().__init__()
+        self.norm_1 = make_norm(model, device)
+        self.attn = Attention(model, device)
+        self.norm_2 = make_norm(model, device)
+
+    def forward(self, x_BSD: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and the same normalised for the feed-forward."""
+        attended_BSD, _ = self.attn(self.norm_1(x_BSD), plan)
+        x_BSD = x_BSD + attended_BSD
+        return x_BSD, self.norm_2(x_BSD)
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    def __init__(self, model: Model, device: Device = None) -> None:
+        super().__init__()
+        self.norm_attn_norm = NormAttentionNorm(model, device)
+        self.ffn: nn.Module
+        if model.moe is None:
+            self.ffn = DenseFfn(model, device)
+        else:
+            self.ffn = MoE(model.d_model, model.ffn_hidden_size, model.moe, device)
+
+    def forward(self, x_BSD: Tensor, plan: AttentionPlan) -> tuple[Tensor, MoEAux | None]:
+        """The residual stream after the layer, and the MoE's losses and counts."""
+        x_BSD, normed_BSD = self.norm_attn_norm(x_BSD, plan)
+        out_BSD, aux = self.ffn(normed_BSD)
+        return x_BSD + out_BSD, aux
+
+
+class Transformer(nn.Module):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, model: Model, device: Device, activation_checkpointing: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.activation_checkpointing = activation_checkpointing
+        self.wte = nn.Embedding(model.vocab_size, model.d_model, device=device)
+        self.blocks = nn.ModuleList(Block(model, device) for _ in range(model.n_layers))
+        self.norm_f = make_norm(model, device)
+
+    def forward(self, ids_BS: Tensor, document_ids_BS: Tensor | None) -> tuple[Tensor, list[MoEAux]]:
+        """Hidden states [B, S, D], and each MoE layer's losses and counts."""
+        x_BSD = self.wte(ids_BS)
+        device = x_BSD.device
+        autocast = torch.is_autocast_enabled(device.type)
+        plan = plan_attention(
+            self.model,
+            *ids_BS.shape,
+            device=device,
+            dtype=torch.get_autocast_dtype(device.type) if autocast else x_BSD.dtype,
+            document_ids_BS=document_ids_BS,
+        )
+        layers: list[MoEAux] = []
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BSD, aux = checkpoint(block, x_BSD, plan, use_reentrant=False)
+            else:
+                x_BSD, aux = block(x_BSD, plan)
+            if aux is not None:
+                layers.append(aux)
+        return self.norm_f(x_BSD), layers
+
+
+class LanguageModelHead(nn.Linear):
+    """The output projection. The loss is computed inside it, so that a sharded weight is whole there."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_TD: Tensor, targets_T: Tensor | None = None, chunk_tokens: int = 0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [T, V], or with targets the loss's sum and each token's loss."""
+        return _project(hidden_TD, self.weight, targets_T, chunk_tokens)
+
+
+class Decoder(nn.Module):
+    """A decoder language model.
+
+    Args:
+        cfg: the recipe's model.
+        device: where weights are made, uninitialised; ``meta`` allocates nothing.
+        activation_checkpointing: recompute each block in the backward pass.
+        loss_chunk_tokens: tokens whose logits are held at once.
+    """
+
+    def __init__(
+        self,
+        cfg: Model,
+        *,
+        device: Device = None,
+        activation_checkpointing: bool = False,
+        loss_chunk_tokens: int = 1024,
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.transformer = Transformer(cfg, device, activation_checkpointing)
+        self.lm_head: LanguageModelHead | None = None
+        if not cfg.tie_embeddings:
+            self.lm_head = LanguageModelHead(cfg.d_model, cfg.vocab_size, bias=False, device=device)
+
+    def set_rope_theta(self, theta: float) -> None:
+        """Changes the base of RoPE's wavelengths from the next batch on; no weight depends on it."""
+        self.cfg = self.transformer.model = dataclasses.replace(self.cfg, rope_theta=theta)
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        document_ids_BS: Tensor | None = None,
+        targets_BS: Tensor | None = None,
+        choices_only: bool = False,
+    ) -> DecoderOutput:
+        """Logits, or with targets the losses.
+
+        Args:
+            input_ids_BS: token ids.
+            document_ids_BS: document of each token; tokens see their own document alone. None: one document.
+            targets_BS: the token that follows each input, -100 where there is no loss.
+            choices_only: neither logits nor cross-entropy; for the experts' counts alone.
+        """
+        hidden_BSD, layers = self.transformer(input_ids_BS, document_ids_BS)
+        zero = torch.zeros((), dtype=torch.float32, device=hidden_BSD.device)
+        experts = (zero, zero, zero.new_zeros((0, 0), dtype=torch.int64))
+        if layers:
+            balance, z, tokens = zip(*layers, strict=True)
+            experts = (torch.stack(balance).mean(), torch.stack(z).mean(), torch.stack(tokens))
+        if choices_only:
+            return DecoderOutput(None, zero, zero.long(), None, *experts)
+        hidden_TD = hidden_BSD.flatten(0, 1)
+        targets_T = None if targets_BS is None else targets_BS.flatten()
+        if self.lm_head is not None:
+            result = self.lm_head(hidden_TD, targets_T, self.loss_chunk_tokens)
+        else:
+            result = _project(hidden_TD, self.transformer.wte.weight, targets_T, self.loss_chunk_tokens)
+        if targets_BS is None:
+            logits_BSV = result.view(*input_ids_BS.shape, -1)
+            return DecoderOutput(logits_BSV, zero, zero.long(), None, *experts)
+        loss_sum, losses_T = result
+        target_tokens = (targets_BS != IGNORE).sum()
+        return DecoderOutput(None, loss_sum, target_tokens, losses_T.view_as(targets_BS), *experts)
+
+
+def make_norm(model: Model, device: Device) -> nn.Module:
+    """The recipe's normalisation over D, without bias."""
+    if model.norm is Norm.rmsnorm:
+        return nn.RMSNorm(model.d_model, eps=model.norm_eps, device=device)
+    return nn.LayerNorm(model.d_model, eps=model.norm_eps, bias=False, device=device)
+
+
+def _project(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor | None, chunk_tokens: int
+) -> Tensor | tuple[Tensor, Tensor]:
+    if targets_T is None:
+        return functional.linear(hidden_TD, weight_VD)
+    return chunked_cross_entropy(hidden_TD, weight_VD, targets_T, chunk_tokens)

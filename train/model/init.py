@@ -1,0 +1,77 @@
+"""Initial weights that depend on the seed and the parameter's name alone, never on the layout.
+
+Each parameter is drawn in blocks of rows, every block from a generator seeded with a hash of (seed,
+name, block): a rank that holds some rows draws just the blocks that they lie in.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from train.recipe.schema import Model
+
+BLOCK_ROWS = 4096
+"""Rows of a block, for all but expert weights, whose block is one expert."""
+EXPERT_WEIGHTS = ("experts.mlp.w1", "experts.mlp.v1", "experts.mlp.w2")
+RESIDUAL_OUTPUTS = ("attn.out_proj.weight", "experts.mlp.w2", "ffn.w2.weight")
+"""Projections into the residual stream, drawn smaller by sqrt(2 n_layers)."""
+
+
+def initialize(model: nn.Module, cfg: Model, seed: int) -> None:
+    """Fills every parameter and buffer of a decoder, sharded or whole.
+
+    Args:
+        model: a :class:`train.model.decoder.Decoder` on a real device; DTensors get their own rows alone.
+        cfg: the recipe's model.
+        seed: the recipe's seed.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            first_row = 0
+            if isinstance(parameter, DTensor):
+                _, offset = compute_local_shape_and_global_offset(
+                    parameter.shape, parameter.device_mesh, parameter.placements
+                )
+                first_row = offset[0] if offset else 0
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            fill_rows(name, local, first_row=first_row, total_rows=parameter.shape[0], cfg=cfg, seed=seed)
+        for name, buffer in model.named_buffers():
+            assert name.endswith("expert_bias"), name
+            buffer.zero_()
+
+
+def fill_rows(name: str, rows: Tensor, *, first_row: int, total_rows: int, cfg: Model, seed: int) -> None:
+    """Writes rows ``first_row`` onwards of the parameter ``name`` into ``rows``.
+
+    Args:
+        name: the parameter's name in the whole model.
+        rows: the rows to fill, [N, D] or, for a norm, [N].
+        first_row: place of the first of them in the whole parameter.
+        total_rows: rows of the whole parameter.
+        cfg: the recipe's model.
+        seed: the recipe's seed.
+    """
+    if rows.dim() == 1:
+        rows.fill_(1.0)
+        return
+    block_rows = cfg.ffn_hidden_size if name.endswith(EXPERT_WEIGHTS) else min(BLOCK_ROWS, total_rows)
+    std = cfg.init_std
+    if name.endswith(RESIDUAL_OUTPUTS):
+        std /= math.sqrt(2 * cfg.n_layers)
+    last_row = first_row + rows.shape[0]
+    for block in range(first_row // block_rows, -(-last_row // block_rows)):
+        drawn = torch.empty(block_rows, rows.shape[1], dtype=torch.float32)
+        drawn.normal_(0.0, std, generator=_generator(seed, name, block))
+        start, end = max(first_row, block * block_rows), min(last_row, (block + 1) * block_rows)
+        rows[start - first_row : end - first_row].copy_(
+            drawn[start - block * block_rows : end - block * block_rows]
+        )
+
+
+def _generator(seed: int, name: str, block: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,79 @@
+"""What a recipe amounts to, before anything is built: sizes, FLOPs, batches, phases, layout."""
+
+from dataclasses import asdict
+
+from train.recipe import sizes
+from train.recipe.curriculum import plan_stages
+from train.recipe.reading import to_dict
+from train.recipe.schema import Recipe
+from train.recipe.topology import Topology
+
+
+def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, object]]:
+    """The figures of a run as an aligned table and as a JSON-ready dictionary."""
+    model, training, layout = recipe.model, recipe.training, recipe.parallelism
+    per_token = sizes.flops_per_token_training(model, recipe.data.sequence_tokens)
+    total = sizes.training_flops(recipe)
+    shard = topology.world_size // (layout.replicate * layout.expert)
+    microbatches = sizes.microbatches_per_rank(recipe, topology.world_size)
+    figures: dict[str, object] = {
+        "parameters_total": sizes.total_parameters(model),
+        "parameters_active": sizes.active_parameters(model),
+        "flops_per_token_weights": per_token.weights,
+        "flops_per_token_attention": per_token.attention,
+        "training_flops": total.total,
+        "tokens": sizes.trained_tokens(recipe),
+        "tokens_per_batch": sizes.tokens_per_batch(recipe),
+        "batches": sizes.batches(recipe),
+        "ranks": topology.world_size,
+        "replicate": layout.replicate,
+        "shard": shard,
+        "expert": layout.expert,
+        "microbatches_per_rank": microbatches,
+        "phases": [asdict(stage) for stage in plan_stages(recipe).stages],
+    }
+    per_rank = training.global_batch_sequences // topology.world_size
+    rows = [
+        ("parameters", f"{figures['parameters_total']:,}"),
+        ("active per token", f"{figures['parameters_active']:,} (without the input embedding)"),
+        (
+            "FLOPs per token",
+            f"{per_token.total:.4g}: 6 x active {per_token.weights:.4g}, attention {per_token.attention:.4g}",
+        ),
+        (
+            "tokens",
+            f"{figures['tokens']:,} in {figures['batches']:,} batches of {figures['tokens_per_batch']:,}",
+        ),
+        ("training FLOPs", f"{total.total:.4g}"),
+        (
+            "batch",
+            f"{training.global_batch_sequences} sequences = {topology.world_size} ranks x {microbatches} "
+            f"microbatches x {training.microbatch_sequences} sequences ({per_rank} per rank)",
+        ),
+        *_phase_rows(recipe),
+        ("layout", f"replicate {layout.replicate} x shard {shard} x expert {layout.expert}"),
+    ]
+    return "\n".join(f"{name:18}{value}" for name, value in rows), {**figures, "recipe": to_dict(recipe)}
+
+
+def _phase_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    """A line for each phase of the curriculum; none for a single mixture."""
+    curriculum, rows = plan_stages(recipe), []
+    for stage in curriculum.stages if recipe.data.phases else ():
+        tokens = (stage.end_sample - stage.first_sample) * curriculum.sample_tokens
+        shares = _shares(stage.weights)
+        if stage.end_weights:
+            shares = f"{shares} -> {_shares(stage.end_weights)} ({stage.interpolation})"
+        rows.append(
+            (
+                f"phase {stage.phase}",
+                f"{tokens:,} tokens in {stage.batches:,} batches of {stage.batch_sequences} x "
+                f"{stage.sequence_samples * curriculum.sample_tokens}: {shares}; learning rate x "
+                f"{stage.learning_rate_scale:g}, RoPE theta {stage.rope_theta:g}",
+            )
+        )
+    return rows
+
+
+def _shares(weights: dict[str, float]) -> str:
+    return ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())

@@ -1,0 +1,45 @@
+"""A recipe's phases as everything reads them: what each takes over from those before, batches, tokens."""
+
+from dataclasses import replace
+
+from train.recipe.schema import Phase, Recipe
+
+
+def phases_of(recipe: Recipe) -> list[Phase]:
+    """The recipe's phases with what they take over from those before: nothing is null but the batch sizes.
+
+    ``data.domains`` is one phase.
+    """
+    data = recipe.data
+    given = data.phases or [Phase(tokens=recipe.training.duration_tokens, weights=dict(data.domains))]
+    sequence, theta = data.sequence_tokens, recipe.model.rope_theta
+    phases = []
+    for phase in given:
+        sequence, theta = phase.sequence_tokens or sequence, phase.rope_theta or theta
+        phases.append(replace(phase, sequence_tokens=sequence, rope_theta=theta))
+    return phases
+
+
+def domains_of(recipe: Recipe) -> tuple[str, ...]:
+    """Every domain that some phase reads, in alphabetical order."""
+    phases = phases_of(recipe)
+    return tuple(sorted({name for phase in phases for name in (*phase.weights, *phase.end_weights)}))
+
+
+def batch_sequences(recipe: Recipe, phase: Phase) -> int:
+    """Sequences of a global batch in a phase of :func:`phases_of`, at least one."""
+    assert phase.sequence_tokens is not None
+    of_shards = recipe.training.global_batch_sequences * recipe.data.sequence_tokens
+    return phase.global_batch_sequences or max(1, of_shards // phase.sequence_tokens)
+
+
+def microbatch_sequences(recipe: Recipe, phase: Phase) -> int:
+    """Sequences of a rank's microbatch in a phase of :func:`phases_of`, at least one."""
+    assert phase.sequence_tokens is not None
+    of_shards = recipe.training.microbatch_sequences * recipe.data.sequence_tokens
+    return phase.microbatch_sequences or max(1, of_shards // phase.sequence_tokens)
+
+
+def phase_tokens(phase: Phase) -> int:
+    """Tokens that a phase really takes."""
+    return min(phase.tokens, phase.stop_after_tokens or phase.tokens)

@@ -1,0 +1,290 @@
+"""Reads recipes: YAML over the schema, ``extends:`` for a base recipe, ``key=value`` on top.
+
+Every mistake is a :class:`RecipeError` of one line, raised before torch is imported.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, Container, DictConfig, OmegaConf, read_write
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from train.recipe.schema import Recipe
+
+MIXTURE = "data.domains"
+"""Shares have to add up to 1, so that a mixture replaces that of the layer below as a whole;
+`data.domains.X=0.5` on the command line changes one share."""
+PHASES = "data.phases"
+"""The other form of a mixture: each form replaces the other of a layer below.
+`data.phases[0].tokens=1000000000` on the command line changes one phase."""
+_ONE_PHASE = re.compile(r"data\.phases[\[.]\d")
+
+
+class RecipeError(ValueError):
+    """A mistake in a recipe, said in one line: file, key, what is wrong, and the remedy."""
+
+    def __init__(self, what: str, *, key: str = "", remedy: str = "", file: str = "") -> None:
+        self.what, self.key, self.remedy, self.file = what, key, remedy, file
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        where = ": ".join(part for part in (self.file, self.key) if part)
+        line = f"{where}: {self.what}" if where else self.what
+        return " ".join((line + (f"; {self.remedy}" if self.remedy else "")).split())
+
+    def at(self, file: str) -> "RecipeError":
+        """The same error, naming the file that it came from."""
+        return self if self.file else RecipeError(self.what, key=self.key, remedy=self.remedy, file=file)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe with its bases and overrides, checks every key, and returns it.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key=value`` strings, which win over the file.
+
+    Raises:
+        RecipeError: one line that names file, key and remedy.
+    """
+    merged = OmegaConf.structured(Recipe)
+    given: dict[str, tuple[int, str]] = {}
+    files, overrides = _layers(Path(path), ()), overrides or []
+    parts = {n for n, text in enumerate(overrides, len(files)) if text.startswith(f"{MIXTURE}.")}
+    for depth, (file, layer) in enumerate([*files, *_override_layers(overrides)]):
+        try:
+            if isinstance(layer, str):
+                key, _, value = layer.partition("=")
+                phase = OmegaConf.select(merged, key.rpartition(".")[0])
+                with read_write(phase) if isinstance(phase, Container) else contextlib.nullcontext():
+                    OmegaConf.update(merged, key, OmegaConf.create({"value": yaml.safe_load(value)}).value)
+                given[key] = depth, file
+                continue
+            has_phases = bool(OmegaConf.select(layer, PHASES))
+            with read_write(merged.data):
+                if has_phases or (OmegaConf.select(layer, MIXTURE) and depth not in parts):
+                    merged.data.domains = {}
+                if not has_phases and OmegaConf.select(layer, MIXTURE):
+                    merged.data.phases = []
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise _explain(error, file) from None
+        given |= dict.fromkeys(_leaf_keys(OmegaConf.to_container(layer)), (depth, file))
+    try:
+        recipe = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        key = str(error.full_key)
+        raise RecipeError(
+            "is missing", key=key, remedy=f"add `{key}:` to the recipe", file=str(path)
+        ) from None
+    assert isinstance(recipe, Recipe)
+    _refuse_unread(recipe, given)
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that :func:`load_recipe` reads back to an equal recipe.
+
+    Keys that this recipe's choices leave unread are left out.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(to_read_dict(recipe)))
+
+
+def to_read_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested plain values, without the keys that its choices leave unread."""
+    tree = to_dict(recipe)
+    for key, (condition, _) in _conditional_fields().items():
+        if not _holds(recipe, condition):
+            parent, leaf = key.rsplit(".", 1)
+            branch = _dig(tree, parent)
+            if branch is not None:
+                del branch[leaf]
+    return tree
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested plain values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    return plain(dataclasses.asdict(recipe))
+
+
+def describe_keys() -> str:
+    """Every key with its type, default and docstring, for ``--help``."""
+    lines = []
+    for key, schema_field, doc in walk_schema():
+        missing = schema_field.default == MISSING
+        default = "required" if missing else f"default {_default_text(schema_field)}"
+        lines.append(f"  {key}  ({default})\n      {doc}")
+    return "\n".join(lines)
+
+
+def walk_schema(schema: type = Recipe, prefix: str = "") -> list[tuple[str, dataclasses.Field[Any], str]]:
+    """Every leaf key of the schema as (dotted key, field, docstring)."""
+    docs = _field_docs(schema)
+    rows: list[tuple[str, dataclasses.Field[Any], str]] = []
+    for schema_field in dataclasses.fields(schema):
+        key = prefix + schema_field.name
+        section = _section_type(schema_field)
+        if docs.get(schema_field.name):
+            rows.append((key, schema_field, docs[schema_field.name]))
+        if section is not None:
+            many = "[]" if getattr(schema_field.type, "__origin__", None) is list else ""
+            rows += walk_schema(section, f"{key}{many}.")
+    return rows
+
+
+def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
+    """The recipe's files, base first, each as (file, config)."""
+    if path.resolve() in seen:
+        raise RecipeError("extends itself", key="extends", remedy="remove the circle", file=str(path))
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
+        raise RecipeError("no such recipe", remedy=hint, file=str(path))
+    try:
+        config = OmegaConf.load(path)
+    except Exception as error:  # PyYAML and OmegaConf raise unrelated classes for malformed text.
+        raise RecipeError(f"is not YAML: {error}", remedy="correct the syntax", file=str(path)) from None
+    if not isinstance(config, DictConfig):
+        raise RecipeError("is not a mapping of keys", remedy="write `key: value` lines", file=str(path))
+    bases = config.pop("extends", None) or []
+    below = [
+        layer
+        for base in ([bases] if isinstance(bases, str) else bases)
+        for layer in _layers(path.parent / str(base), (*seen, path.resolve()))
+    ]
+    return [*below, (str(path), config)]
+
+
+def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
+    layers: list[tuple[str, Any]] = []
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"`{text}` is not key=value", remedy="write for example training.clip_norm=0.5")
+        if _ONE_PHASE.match(text):
+            layers.append(("command line", text))
+            continue
+        try:
+            layers.append(("command line", OmegaConf.from_dotlist([text])))
+        except Exception as error:
+            raise RecipeError(
+                f"cannot be read: {error}", key=key, remedy="quote it", file="command line"
+            ) from None
+    return layers
+
+
+def _explain(error: OmegaConfBaseException, file: str) -> RecipeError:
+    """OmegaConf's error as one line of ours."""
+    text = str(error).split("\n")[0]
+    key = str(error.full_key or error.key or "")
+    in_schema = re.sub(r"\[\d+\]", "[]", key)
+    if isinstance(error, ConfigKeyError):
+        names = [known for known, _, _ in walk_schema()]
+        near = difflib.get_close_matches(in_schema, names, n=1, cutoff=0.5) or difflib.get_close_matches(
+            key.rsplit(".", 1)[-1], [n.rsplit(".", 1)[-1] for n in names], n=1, cutoff=0.6
+        )
+        remedy = f"did you mean `{near[0]}`?" if near else "remove it; --help lists every key"
+        return RecipeError("unknown key", key=key, remedy=remedy, file=file)
+    docs = {known: doc for known, _, doc in walk_schema()}
+    remedy = (
+        f"it means: {docs[in_schema].split('.')[0]}"
+        if in_schema in docs
+        else "--help lists every key and its type"
+    )
+    return RecipeError(text, key=key, remedy=remedy, file=file)
+
+
+def _refuse_unread(recipe: Recipe, given: dict[str, tuple[int, str]]) -> None:
+    """Raises for a key that was given although the recipe's other choices leave it unread.
+
+    A base recipe's key is let go when a later layer made the other choice: the base was right then.
+    """
+    for key, (condition, _) in _conditional_fields().items():
+        if key not in given or _holds(recipe, condition):
+            continue
+        depth, file = given[key]
+        choice = condition.split(" == ")[0]
+        parents = [choice.rsplit(".", n)[0] for n in range(choice.count(".") + 1)]
+        if depth >= max((given[k][0] for k in parents if k in given), default=-1):
+            raise RecipeError(
+                f"nothing reads this key unless {condition}",
+                key=key,
+                remedy=f"remove it, or set {condition.replace(' == ', '=')}",
+                file=file,
+            )
+
+
+def _conditional_fields() -> dict[str, tuple[str, dataclasses.Field[Any]]]:
+    return {
+        key: (schema_field.metadata["read_when"], schema_field)
+        for key, schema_field, _ in walk_schema()
+        if "read_when" in schema_field.metadata
+    }
+
+
+def _holds(recipe: Recipe, condition: str) -> bool:
+    key, _, wanted = condition.partition(" == ")
+    value = _dig(to_dict(recipe), key)
+    return str(value) == wanted
+
+
+def _dig(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _leaf_keys(tree: Any, prefix: str = "") -> list[str]:
+    if not isinstance(tree, dict):
+        return [prefix[:-1]]
+    return [leaf for name, value in tree.items() for leaf in _leaf_keys(value, f"{prefix}{name}.")]
+
+
+def _section_type(schema_field: dataclasses.Field[Any]) -> type | None:
+    for candidate in (schema_field.type, *getattr(schema_field.type, "__args__", ())):
+        if dataclasses.is_dataclass(candidate) and isinstance(candidate, type):
+            return candidate
+    return None
+
+
+def _default_text(schema_field: dataclasses.Field[Any]) -> str:
+    if schema_field.default_factory is not dataclasses.MISSING:
+        return str(schema_field.default_factory())
+    value = schema_field.default
+    if value is None:
+        return "null"
+    return str(value.value if isinstance(value, Enum) else value)
+
+
+@functools.cache
+def _field_docs(schema: type) -> dict[str, str]:
+    """The string literal under each field, which Python itself does not keep."""
+    body = ast.parse(inspect.getsource(schema)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for before, after in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(before, ast.AnnAssign)
+            and isinstance(before.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
+            docs[before.target.id] = " ".join(str(after.value.value).split())
+    return docs

@@ -1,0 +1,371 @@
+"""The arithmetic that a recipe must satisfy, checked before torch is imported or a process group made."""
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Iterator
+
+from train.recipe import sizes
+from train.recipe.phase_rules import check_phases
+from train.recipe.phases import domains_of
+from train.recipe.reading import RecipeError
+from train.recipe.schema import (
+    Ffn,
+    Model,
+    OptimizerStart,
+    Position,
+    Recipe,
+    Registry,
+    ScheduleKind,
+    TokenizerKind,
+)
+from train.recipe.topology import Topology
+from train.recipe.violation import Fault
+
+CL100K_TOKENS = 100_278
+"""Ids of cl100k_base with DBRX's padding token (100277) included."""
+
+INSTALLED_DOMAINS = ("code", "prose")
+"""Domains of the corpus that every installation has."""
+
+
+def validate(recipe: Recipe, topology: Topology, file: str) -> None:
+    """Raises for the first impossible number.
+
+    Raises:
+        RecipeError: one line that names file, key and remedy.
+    """
+    for check in (
+        _positive,
+        _model,
+        _data,
+        check_phases,
+        _start,
+        _training,
+        _optimizer,
+        _batch_and_layout,
+        _registry,
+        _watch,
+        _evaluation,
+    ):
+        fault = next(iter(check(recipe, topology)), None)
+        if fault:
+            raise RecipeError(fault.what, key=fault.key, remedy=fault.remedy, file=file)
+
+
+def _positive(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    model, data, training, tracking = recipe.model, recipe.data, recipe.training, recipe.tracking
+    numbers: dict[str, float | None] = {
+        "model.d_model": model.d_model,
+        "model.n_layers": model.n_layers,
+        "model.n_heads": model.n_heads,
+        "model.n_kv_heads": model.n_kv_heads,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.vocab_size": model.vocab_size,
+        "model.max_sequence_tokens": model.max_sequence_tokens,
+        "model.rope_theta": model.rope_theta,
+        "model.norm_eps": model.norm_eps,
+        "model.clip_qkv": model.clip_qkv,
+        "model.init_std": model.init_std,
+        "data.sequence_tokens": data.sequence_tokens,
+        "data.validation_sequences": data.validation_sequences,
+        "data.corpus_bytes": data.corpus_bytes,
+        "data.cache_bytes": data.cache_bytes,
+        "data.max_epochs": data.max_epochs,
+        "data.window_shards": data.window_shards,
+        "training.duration_tokens": training.duration_tokens,
+        "training.global_batch_sequences": training.global_batch_sequences,
+        "training.microbatch_sequences": training.microbatch_sequences,
+        "training.loss_chunk_tokens": training.loss_chunk_tokens,
+        "training.clip_norm": training.clip_norm,
+        "optimizer.learning_rate": recipe.optimizer.learning_rate,
+        "optimizer.eps": recipe.optimizer.eps,
+        "parallelism.replicate": recipe.parallelism.replicate,
+        "parallelism.expert": recipe.parallelism.expert,
+        "evaluation.interval_batches": recipe.evaluation.interval_batches,
+        "evaluation.suite_interval_batches": recipe.evaluation.suite_interval_batches,
+        "evaluation.suite_questions": recipe.evaluation.suite_questions,
+        "checkpoint.interval_batches": recipe.checkpoint.interval_batches,
+        "checkpoint.interval_minutes": recipe.checkpoint.interval_minutes,
+        "checkpoint.keep_last": recipe.checkpoint.keep_last,
+        "tracking.console_interval_batches": tracking.console_interval_batches,
+        "guard.window_batches": recipe.guard.window_batches,
+        "guard.loss_deviations": recipe.guard.loss_deviations,
+        "guard.norm_deviations": recipe.guard.norm_deviations,
+        "guard.most_busiest_over_mean": recipe.guard.most_busiest_over_mean,
+        "guard.collapse_batches": recipe.guard.collapse_batches,
+        "guard.most_rollbacks": recipe.guard.most_rollbacks,
+        "watch.hang_seconds": recipe.watch.hang_seconds,
+        "watch.start_seconds": recipe.watch.start_seconds,
+        "watch.straggler_interval_batches": recipe.watch.straggler_interval_batches,
+    }
+    if model.moe:
+        numbers |= {
+            "model.moe.experts": model.moe.experts,
+            "model.moe.top_k": model.moe.top_k,
+            "model.moe.normalize_weights_p": model.moe.normalize_weights_p,
+        }
+    for name, epochs in data.domain_max_epochs.items():
+        numbers[f"data.domain_max_epochs.{name}"] = epochs
+    for key, number in numbers.items():
+        if number is not None and not (number > 0 and math.isfinite(number)):
+            yield Fault(key, f"is {number}", "must be above 0")
+    not_negative: dict[str, float] = {
+        "seed": recipe.seed,
+        "data.workers": data.workers,
+        "schedule.warmup_tokens": recipe.schedule.warmup_tokens,
+        "schedule.decay_tokens": recipe.schedule.decay_tokens,
+        "optimizer.weight_decay": recipe.optimizer.weight_decay,
+        "guard.rollback_before_batches": recipe.guard.rollback_before_batches,
+        "guard.rollback_after_batches": recipe.guard.rollback_after_batches,
+    }
+    if model.moe:
+        not_negative |= {
+            "model.moe.jitter_eps": model.moe.jitter_eps,
+            "model.moe.balance_loss_weight": model.moe.balance_loss_weight,
+            "model.moe.bias_update_rate": model.moe.bias_update_rate,
+            "model.moe.z_loss_weight": model.moe.z_loss_weight,
+        }
+    for key, number in not_negative.items():
+        if not (number >= 0 and math.isfinite(number)):
+            yield Fault(key, f"is {number}", "must not be negative")
+
+
+def _model(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    model = recipe.model
+    if "/" in recipe.name or recipe.name in {"", ".", ".."}:
+        yield Fault("name", f"{recipe.name!r} is no folder's name", "use letters, digits, - and _")
+    if model.d_model % model.n_heads:
+        d_model, n_heads = model.d_model, model.n_heads
+        yield Fault("model.n_heads", f"{d_model=} is not divisible by {n_heads=}", "change either")
+    elif model.position is Position.rope and (model.d_model // model.n_heads) % 2:
+        head_width = model.d_model // model.n_heads
+        yield Fault("model.n_heads", f"{head_width=} is odd, and RoPE rotates pairs", "make it even")
+    if model.n_heads % model.n_kv_heads:
+        n_heads, n_kv_heads = model.n_heads, model.n_kv_heads
+        yield Fault("model.n_kv_heads", f"{n_heads=} is not divisible by {n_kv_heads=}", "change either")
+    yield from _moe(model)
+    ids = CL100K_TOKENS
+    if recipe.tokenizer.kind is TokenizerKind.bpe:
+        ids = recipe.tokenizer.vocab_size
+        if ids < 258:
+            yield Fault("tokenizer.vocab_size", f"is {ids}", "256 bytes and 2 special tokens need 258")
+    if model.vocab_size < ids:
+        yield Fault(
+            "model.vocab_size",
+            f"{model.vocab_size} rows, but the tokenizer makes ids up to {ids - 1}",
+            f"set it to at least {ids}",
+        )
+
+
+def _moe(model: Model) -> Iterator[Fault]:
+    moe = model.moe
+    if moe is None:
+        return
+    if moe.top_k > moe.experts:
+        top_k, experts = moe.top_k, moe.experts
+        yield Fault("model.moe.top_k", f"{top_k=} exceeds {experts=}", f"set it to at most {experts}")
+    if model.ffn is Ffn.mlp:
+        yield Fault(
+            "model.ffn", "experts are GLUs; `mlp` is for dense models", "set model.ffn=glu or model.moe=null"
+        )
+    if moe.jitter_eps >= 1:
+        yield Fault("model.moe.jitter_eps", f"is {moe.jitter_eps}", "must be below 1; 0.01 is usual")
+
+
+def _data(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    data, domains = recipe.data, domains_of(recipe)
+    mixture = "data.phases" if data.phases else "data.domains"
+    if data.domains and data.phases:
+        yield Fault("data.domains", "is given beside data.phases", "give one of them")
+    if not domains:
+        yield Fault(
+            mixture, "is empty", "name each domain and its share, for example {code: 0.5, prose: 0.5}"
+        )
+    for name, share in data.domains.items():
+        if not share > 0:
+            yield Fault(f"data.domains.{name}", f"is {share}", "must be above 0, or leave the domain out")
+    for name in data.validation_domains:
+        if name in domains:
+            yield Fault("data.validation_domains", f"{name} is in {mixture}", "name it once, there")
+    for name in data.domain_max_epochs:
+        if name not in domains:
+            yield Fault(f"data.domain_max_epochs.{name}", "is no domain", f"{mixture} has {domains}")
+    named = {name: f"data.domains.{name}" if data.domains else mixture for name in domains}
+    named |= {name: "data.validation_domains" for name in data.validation_domains}
+    for name, key in named.items():
+        if data.corpus == "installed" and name not in INSTALLED_DOMAINS:
+            yield Fault(key, f"{name} is not in the installed corpus", f"it has {INSTALLED_DOMAINS}")
+    for index, skip in enumerate(data.skips):
+        if not 0 <= skip.first_position < skip.end_position:
+            what = f"leaves out positions {skip.first_position} up to {skip.end_position}, which are none"
+            yield Fault(f"data.skips[{index}]", what, "end_position is the one after the last, from 0 on")
+    total = math.fsum(data.domains.values())
+    if data.domains and abs(total - 1) > 1e-6:
+        yield Fault("data.domains", f"shares add up to {total:g}", "must add up to 1")
+    if data.remote is None and data.cache_bytes is not None:
+        yield Fault("data.cache_bytes", "bounds the cache of data.remote, which is null", "remove it")
+    if data.remote is not None and data.corpus is not None:
+        yield Fault("data.corpus", "builds shards, but data.remote says where they are", "remove either")
+    if data.corpus not in (None, "installed"):
+        yield Fault("data.corpus", f"{data.corpus!r} is unknown", "`installed` or null")
+    if data.sequence_tokens < 2:
+        yield Fault(
+            "data.sequence_tokens", f"is {data.sequence_tokens}", "next-token prediction needs at least 2"
+        )
+    if data.sequence_tokens > recipe.model.max_sequence_tokens:
+        yield Fault(
+            "data.sequence_tokens",
+            f"{data.sequence_tokens} exceeds model.max_sequence_tokens={recipe.model.max_sequence_tokens}",
+            "lower it or raise the model's",
+        )
+
+
+def _start(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    if recipe.start.optimizer is OptimizerStart.restored and recipe.start.weights is None:
+        yield Fault(
+            "start.optimizer",
+            "is restored, but start.weights is null",
+            "set start.weights to the run whose optimizer goes on",
+        )
+    names = [weight.name for weight in sizes.weights(recipe.model)]
+    trained = set(names)
+    for pattern in recipe.training.frozen:
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0)
+            yield Fault(
+                "training.frozen", f"{pattern!r} matches no weight", f"{near[0]} is one, * is any text"
+            )
+        trained -= set(matching)
+    if not trained:
+        yield Fault("training.frozen", "freezes every weight", "leave something to train")
+
+
+def _registry(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    name = recipe.tracking.registered_model
+    if recipe.tracking.registry is Registry.unity_catalog and (name is None or name.count(".") != 2):
+        yield Fault(
+            "tracking.registered_model",
+            f"is {'null' if name is None else name}",
+            "Unity Catalog needs catalog.schema.model",
+        )
+
+
+def _training(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    training, schedule = recipe.training, recipe.schedule
+    batch_tokens = training.global_batch_sequences * recipe.data.sequence_tokens
+    if training.duration_tokens < batch_tokens:
+        yield Fault(
+            "training.duration_tokens",
+            f"{training.duration_tokens} is less than one batch of {batch_tokens} tokens",
+            "raise it or lower training.global_batch_sequences",
+        )
+    if schedule.warmup_tokens > training.duration_tokens:
+        yield Fault(
+            "schedule.warmup_tokens",
+            f"{schedule.warmup_tokens} exceeds training.duration_tokens={training.duration_tokens}",
+            "lower it",
+        )
+    if schedule.kind is ScheduleKind.wsd:
+        if not schedule.decay_tokens:
+            yield Fault("schedule.decay_tokens", "is 0", "wsd needs a decay; a tenth of the run is usual")
+        if schedule.warmup_tokens + schedule.decay_tokens > training.duration_tokens:
+            yield Fault(
+                "schedule.decay_tokens",
+                f"warm-up {schedule.warmup_tokens} and decay {schedule.decay_tokens} exceed "
+                f"training.duration_tokens={training.duration_tokens}",
+                "lower either",
+            )
+    if not 0 <= schedule.final_share <= 1:
+        yield Fault("schedule.final_share", f"is {schedule.final_share}", "must lie in [0, 1]")
+
+
+def _optimizer(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    betas = recipe.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield Fault("optimizer.betas", f"is {betas}", "two numbers in [0, 1), for example [0.9, 0.95]")
+
+
+def _watch(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    if not recipe.preflight.slow_factor > 1:
+        yield Fault(
+            "preflight.slow_factor", f"is {recipe.preflight.slow_factor}", "must be above 1; 3 is usual"
+        )
+    for key in ("least_disk_bytes", "least_disk_speed", "most_skew_seconds"):
+        if (limit := getattr(recipe.preflight, key)) < 0:
+            yield Fault(f"preflight.{key}", f"is {limit}", "must be 0 or more")
+    for key in ("least_entropy", "most_dead_share"):
+        if not 0 <= (share := getattr(recipe.guard, key)) <= 1:
+            yield Fault(f"guard.{key}", f"is {share}", "must lie in [0, 1]")
+    factor = recipe.watch.straggler_factor
+    if not 1 < factor < math.inf:
+        yield Fault("watch.straggler_factor", f"is {factor}", "must be above 1; 1.3 names what is 30% slow")
+
+
+def _evaluation(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+    evaluation = recipe.evaluation
+    if evaluation.suite is None:
+        for key in ("suite_data", "suite_questions", "suite_interval_batches", "suite_tasks"):
+            if getattr(evaluation, key):
+                yield Fault(f"evaluation.{key}", "is set, but no suite", "set evaluation.suite, or remove it")
+        return
+    if evaluation.suite_data is None:
+        yield Fault("evaluation.suite_data", "is null", "name the folder of the suite's task files")
+    every, interval = evaluation.suite_interval_batches, evaluation.interval_batches
+    if every is not None and (interval is None or every % interval):
+        yield Fault(
+            "evaluation.suite_interval_batches",
+            f"{every} is no multiple of evaluation.interval_batches={interval}",
+            "the suite is put to the model after a validation",
+        )
+
+
+def _batch_and_layout(recipe: Recipe, topology: Topology) -> Iterator[Fault]:
+    training, layout, ranks = recipe.training, recipe.parallelism, topology.world_size
+    global_batch, microbatch = training.global_batch_sequences, training.microbatch_sequences
+    if global_batch % ranks:
+        yield Fault(
+            "training.global_batch_sequences",
+            f"{global_batch} is not divisible by {ranks} ranks",
+            f"take a multiple of {ranks}, or another number of ranks",
+        )
+    elif (global_batch // ranks) % microbatch:
+        yield Fault(
+            "training.microbatch_sequences",
+            f"{global_batch // ranks} sequences of each rank are not divisible by {microbatch}",
+            f"take a divisor of {global_batch // ranks}",
+        )
+    if ranks % (layout.replicate * layout.expert):
+        yield Fault(
+            "parallelism",
+            f"{ranks} ranks are not divisible by replicate={layout.replicate} x expert={layout.expert}",
+            f"choose degrees whose product divides {ranks}, or start more ranks (composer -n)",
+        )
+    if layout.expert > 1:
+        if recipe.model.moe is None:
+            yield Fault("parallelism.expert", "is above 1, but the model is dense", "set it to 1")
+        elif recipe.model.moe.experts % layout.expert:
+            experts, expert_degree = recipe.model.moe.experts, layout.expert
+            yield Fault(
+                "parallelism.expert",
+                f"{experts=} is not divisible by {expert_degree=}",
+                f"take a divisor of {experts}",
+            )
+        else:
+            yield from _uneven_experts(recipe, ranks)
+
+
+def _uneven_experts(recipe: Recipe, ranks: int) -> Iterator[Fault]:
+    """FSDP2 (torch 2.7) shards rows that are spread over experts' ranks only if they divide evenly."""
+    layout, moe = recipe.parallelism, recipe.model.moe
+    assert moe is not None
+    if ranks % (layout.replicate * layout.expert):
+        return
+    rows, over = moe.experts * recipe.model.ffn_hidden_size, ranks // layout.replicate
+    if rows % over:
+        yield Fault(
+            "parallelism.replicate",
+            f"experts x ffn_hidden_size = {rows} rows do not shard evenly over {over} ranks",
+            f"make {ranks} / replicate a divisor of {rows}",
+        )

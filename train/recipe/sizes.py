@@ -1,0 +1,255 @@
+"""How large a recipe is, in closed form: parameters, who holds them, FLOPs, batches. Needs no torch.
+
+The shapes below are those of the decoder (Hugging Face's DBRX: names and layouts); tests hold them to
+the real modules. Legend: D d_model, L n_layers, H n_heads, KV n_kv_heads, F ffn_hidden_size, E experts,
+K top_k, V vocab_size, S sequence tokens.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from train.recipe.curriculum import Curriculum, plan_stages
+from train.recipe.phases import batch_sequences, microbatch_sequences, phases_of
+from train.recipe.schema import Ffn, Model, Parallelism, Recipe
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the whole (unsharded) model."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether this is a matrix of all experts of a layer, E blocks of rows."""
+        return ".experts." in self.name
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations, a multiply-add counted as two."""
+
+    weights: int
+    """Matrix products with weights."""
+    attention: int
+    """Scores and their products with the values, which no weight takes part in."""
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.weights + self.attention
+
+
+def layer_weights(model: Model, layer: int) -> Iterator[Weight]:
+    """The parameters of one decoder layer, in the order of the module."""
+    D, F = model.d_model, model.ffn_hidden_size
+    head = D // model.n_heads
+    prefix = f"transformer.blocks.{layer}"
+    yield Weight(f"{prefix}.norm_attn_norm.norm_1.weight", (D,))
+    yield Weight(f"{prefix}.norm_attn_norm.attn.Wqkv.weight", (D + 2 * model.n_kv_heads * head, D))
+    if model.qk_norm:
+        yield Weight(f"{prefix}.norm_attn_norm.attn.q_norm.weight", (D,))
+        yield Weight(f"{prefix}.norm_attn_norm.attn.k_norm.weight", (model.n_kv_heads * head,))
+    yield Weight(f"{prefix}.norm_attn_norm.attn.out_proj.weight", (D, D))
+    yield Weight(f"{prefix}.norm_attn_norm.norm_2.weight", (D,))
+    if model.moe:
+        E = model.moe.experts
+        yield Weight(f"{prefix}.ffn.router.layer.weight", (E, D))
+        for matrix in ("w1", "v1", "w2"):
+            yield Weight(f"{prefix}.ffn.experts.mlp.{matrix}", (E * F, D))
+    else:
+        for matrix in ("w1", "v1") if model.ffn is Ffn.glu else ("w1",):
+            yield Weight(f"{prefix}.ffn.{matrix}.weight", (F, D))
+        yield Weight(f"{prefix}.ffn.w2.weight", (D, F))
+
+
+def weights(model: Model) -> Iterator[Weight]:
+    """Every parameter once: norms without bias, no biases, no parameters for RoPE or ALiBi.
+
+    The per-expert-choice bias of ``balance: bias`` is a buffer, not a parameter. A tied output
+    projection is the embedding itself and not listed again.
+    """
+    D, V = model.d_model, model.vocab_size
+    yield Weight("transformer.wte.weight", (V, D))
+    for layer in range(model.n_layers):
+        yield from layer_weights(model, layer)
+    yield Weight("transformer.norm_f.weight", (D,))
+    if not model.tie_embeddings:
+        yield Weight("lm_head.weight", (V, D))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which ranks hold what of a weight, and with which others it is gathered."""
+
+    unit: str
+    """The module that FSDP2 gathers and reduces as one."""
+    experts_over: int
+    """Ranks that whole experts are split over first; 1 for all but expert weights."""
+    rows_over: int
+    """Ranks that the rows are then sharded over."""
+    stays_fp32: bool
+    """Gathered in fp32 even where the rest is gathered in bf16."""
+
+    def rows_at_most(self, weight: Weight) -> int:
+        """Rows of the fullest rank, to which FSDP2 pads all others when it gathers."""
+        return -(-weight.shape[0] // self.experts_over // self.rows_over)
+
+    def rows(self, weight: Weight, index: int) -> int:
+        """Rows of the rank that is at place ``index`` of those that share the rows.
+
+        As ``torch.chunk``: every rank takes the rounded-up share until nothing is left.
+        """
+        whole, share = weight.shape[0] // self.experts_over, self.rows_at_most(weight)
+        return min(share, max(0, whole - index * share))
+
+
+def shard_degree(layout: Parallelism, world_size: int) -> int:
+    """Ranks along the mesh's middle dimension: what `replicate` and `expert` leave."""
+    return world_size // (layout.replicate * layout.expert)
+
+
+def placement(weight: Weight, layout: Parallelism, world_size: int) -> Placement:
+    """Where :mod:`train.layout.mesh` puts a weight.
+
+    Experts are split over `expert`, then their rows over `shard`. Everything else is sharded over `shard`
+    and `expert` together. Units are the experts and the router of a layer, the rest of a layer, and what
+    is outside of all layers. `replicate` holds copies.
+    """
+    shard = shard_degree(layout, world_size)
+    if weight.is_expert:
+        return Placement(weight.name.rpartition(".mlp.")[0], layout.expert, shard, stays_fp32=False)
+    unit, _, rest = weight.name.partition(".ffn.router.")
+    if rest:
+        return Placement(f"{unit}.ffn.router", 1, shard * layout.expert, stays_fp32=True)
+    parts = weight.name.split(".")
+    unit = ".".join(parts[:3]) if parts[1] == "blocks" else ""
+    return Placement(unit, 1, shard * layout.expert, stays_fp32=False)
+
+
+def rank_weights(model: Model, layout: Parallelism, world_size: int, rank: int) -> dict[str, int]:
+    """Elements of every weight that one rank holds, by name.
+
+    Neighbouring ranks differ in `expert` first, then in `shard`, then in `replicate`.
+    """
+    dense_index = rank % (shard_degree(layout, world_size) * layout.expert)
+    held = {}
+    for weight in weights(model):
+        place = placement(weight, layout, world_size)
+        index = dense_index // layout.expert if weight.is_expert else dense_index
+        held[weight.name] = place.rows(weight, index) * (weight.elements // weight.shape[0])
+    return held
+
+
+def total_parameters(model: Model) -> int:
+    """Parameters of the whole model.
+
+    V D (2 if untied) + D + L (2 D + (D + 2 KV D/H) D + D^2 + FFN), where FFN is E D + 3 E F D with
+    experts, 3 F D for a dense GLU and 2 F D for a two-matrix MLP.
+    """
+    outside = sum(w.elements for w in weights(model) if ".blocks." not in w.name)
+    return outside + model.n_layers * sum(w.elements for w in layer_weights(model, 0))
+
+
+def active_parameters(model: Model, *, input_embedding: bool = False) -> int:
+    """Parameters that a token is multiplied with: K of the E experts, and all that is not an expert.
+
+    Args:
+        model: the decoder.
+        input_embedding: count the input embedding too. By default it is left out, a look-up that costs
+            no FLOP (Kaplan et al. 2020, section 2.1); the output projection counts, and with tied
+            embeddings it is the same matrix, so that nothing is left out.
+    """
+    idle = 0
+    if model.moe:
+        per_expert = 3 * model.ffn_hidden_size * model.d_model
+        idle = model.n_layers * (model.moe.experts - model.moe.top_k) * per_expert
+    look_up = 0 if input_embedding or model.tie_embeddings else model.vocab_size * model.d_model
+    return total_parameters(model) - idle - look_up
+
+
+def flops_per_token_forward(model: Model, sequence_tokens: int, *, causal: bool = False) -> Flops:
+    """FLOPs of one token's forward pass.
+
+    Weights: 2 x active parameters without the input embedding. Attention: 4 L D S, scores and values
+    against S positions (Kaplan et al. 2020, table 1; PaLM, Chowdhery et al. 2022, appendix B).
+
+    Args:
+        model: the decoder.
+        sequence_tokens: S, the length of a sequence.
+        causal: count only the positions up to the token's own, half of S on average (what a kernel
+            that skips masked blocks computes). By default all S count, as PaLM's utilisation does.
+    """
+    attention = 4 * model.n_layers * model.d_model * sequence_tokens
+    return Flops(2 * active_parameters(model), attention // 2 if causal else attention)
+
+
+def flops_per_token_training(model: Model, sequence_tokens: int, *, causal: bool = False) -> Flops:
+    """FLOPs of one token's forward and backward pass: three times the forward pass.
+
+    Weights: 6 x active parameters; attention: 12 L D S (half of it if ``causal``). The sources are
+    those of :func:`flops_per_token_forward`. Recomputed activations are not counted: they are not
+    the model's work.
+    """
+    forward = flops_per_token_forward(model, sequence_tokens, causal=causal)
+    return Flops(3 * forward.weights, 3 * forward.attention)
+
+
+def tokens_per_batch(recipe: Recipe) -> int:
+    """Tokens per optimizer step, over all ranks; a phase may have another batch."""
+    return recipe.training.global_batch_sequences * recipe.data.sequence_tokens
+
+
+def batches(recipe: Recipe) -> int:
+    """Optimizer steps of the run: the tokens of each phase in batches, the last one filled up."""
+    return plan_stages(recipe).batches
+
+
+def trained_tokens(recipe: Recipe) -> int:
+    """Tokens that the run trains on: whole batches."""
+    return plan_stages(recipe).tokens
+
+
+def microbatches_per_rank(recipe: Recipe, world_size: int) -> int:
+    """Forward and backward passes of each rank per optimizer step.
+
+    The recipe must have passed :func:`train.recipe.rules.validate` for this number of ranks.
+    """
+    per_rank, left = divmod(recipe.training.global_batch_sequences, world_size)
+    assert left == 0, f"{recipe.training.global_batch_sequences} sequences over {world_size} ranks"
+    count, left = divmod(per_rank, recipe.training.microbatch_sequences)
+    assert left == 0, f"{per_rank} sequences in microbatches of {recipe.training.microbatch_sequences}"
+    return count
+
+
+def training_flops(recipe: Recipe, *, causal: bool = False) -> Flops:
+    """FLOPs of the whole run: :func:`flops_per_token_training` x tokens, stage by stage."""
+    weights = attention = 0
+    curriculum = plan_stages(recipe)
+    for stage in curriculum.stages:
+        length = stage.sequence_samples * curriculum.sample_tokens
+        token = flops_per_token_training(recipe.model, length, causal=causal)
+        tokens = (stage.end_sample - stage.first_sample) * curriculum.sample_tokens
+        weights, attention = weights + token.weights * tokens, attention + token.attention * tokens
+    return Flops(weights, attention)
+
+
+def batch_flops_per_token(model: Model, curriculum: Curriculum, batch: int) -> int:
+    """Training FLOPs of one token of a batch, attention over the sequences of the batch's phase."""
+    length = curriculum.stage_of(batch).sequence_samples * curriculum.sample_tokens
+    return flops_per_token_training(model, length).total
+
+
+def most_microbatches(recipe: Recipe, world_size: int) -> int:
+    """Forward and backward passes of each rank per optimizer step, in the phase that has the most."""
+    return max(
+        batch_sequences(recipe, phase) // world_size // microbatch_sequences(recipe, phase)
+        for phase in phases_of(recipe)
+    )

@@ -1,0 +1,118 @@
+"""A recipe's shrunken form: every feature of it at a size that trains in a moment on any machine.
+
+Kept: the kind of feed-forward, positions, norms, clipping of queries, tied embeddings, the ratio of query
+to key-value heads, the ratio of hidden size to width, experts and top-k, losses, optimizer, schedule
+shape, precision policy, checkpointing. Changed: widths, depth, vocabulary and tokenizer, sequence
+length, batch, length of the run, corpus; a curriculum becomes two phases that differ in mixture and, where
+the recipe's do, in length, RoPE's base and learning rate; weights are drawn anew, and the layout is that
+of one rank.
+"""
+
+from dataclasses import replace
+
+from train.recipe import sizes
+from train.recipe.phases import phases_of
+from train.recipe.schema import Parallelism, Phase, Recipe, Start, TokenizerKind
+
+HEAD_WIDTH = 16
+MOST_KV_HEADS = 2
+LAYERS = 2
+VOCABULARY = 512
+SEQUENCE_TOKENS = 64
+LONGER = 2
+"""Times the length of a phase of longer sequences."""
+MICROBATCH_SEQUENCES = 2
+
+
+def shrink(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) -> Recipe:
+    """The same recipe, small, for ``steps`` optimizer steps.
+
+    Args:
+        recipe: any valid recipe.
+        steps: length of the shrunken run.
+        global_batch_sequences: its batch; each rank's share should allow for microbatches.
+
+    Returns:
+        A valid recipe that reads the corpus which every installation has.
+    """
+    model, training = recipe.model, recipe.training
+    queries_per_kv = model.n_heads // model.n_kv_heads
+    kv_heads = min(model.n_kv_heads, MOST_KV_HEADS)
+    d_model = kv_heads * queries_per_kv * HEAD_WIDTH
+    small_model = replace(
+        model,
+        d_model=d_model,
+        n_layers=min(model.n_layers, LAYERS),
+        n_heads=kv_heads * queries_per_kv,
+        n_kv_heads=kv_heads,
+        ffn_hidden_size=max(8, round(model.ffn_hidden_size / model.d_model * d_model / 8) * 8),
+        vocab_size=VOCABULARY,
+        max_sequence_tokens=SEQUENCE_TOKENS,
+    )
+    phases = _two_phases(recipe, steps, global_batch_sequences) if steps > 1 else []
+    duration = steps * global_batch_sequences * SEQUENCE_TOKENS
+    if phases:
+        longest = max(phase.sequence_tokens or 0 for phase in phases)
+        small_model = replace(small_model, max_sequence_tokens=longest)
+        duration = sum(phase.tokens for phase in phases)
+    scale = duration / sizes.trained_tokens(recipe)
+    return replace(
+        recipe,
+        name=f"{recipe.name}-shrunken",
+        model=small_model,
+        tokenizer=replace(recipe.tokenizer, kind=TokenizerKind.bpe, vocab_size=VOCABULARY),
+        data=replace(
+            recipe.data,
+            shards=f".cache/shrunken-shards-{VOCABULARY}-{SEQUENCE_TOKENS}",
+            corpus="installed",
+            corpus_bytes=2_000_000,
+            domains={} if phases else {"code": 0.5, "prose": 0.5},
+            phases=phases,
+            domain_max_epochs={},
+            sequence_tokens=SEQUENCE_TOKENS,
+            workers=0,
+        ),
+        training=replace(
+            training,
+            duration_tokens=duration,
+            global_batch_sequences=global_batch_sequences,
+            microbatch_sequences=MICROBATCH_SEQUENCES,
+            loss_chunk_tokens=min(training.loss_chunk_tokens, SEQUENCE_TOKENS),
+        ),
+        start=Start(),
+        parallelism=Parallelism(),
+        schedule=replace(
+            recipe.schedule,
+            warmup_tokens=round(recipe.schedule.warmup_tokens * scale),
+            decay_tokens=round(recipe.schedule.decay_tokens * scale),
+        ),
+    )
+
+
+def _two_phases(recipe: Recipe, steps: int, sequences: int) -> list[Phase]:
+    """Half of the steps in each; the second has what the recipe's last phase has. Empty for one phase."""
+    if len(recipe.data.phases) < 2:
+        return []
+    phases = phases_of(recipe)
+    first, last = phases[0], phases[-1]
+    is_longer = (last.sequence_tokens or 0) > (first.sequence_tokens or 0)
+    length = SEQUENCE_TOKENS * (LONGER if is_longer else 1)
+    batch = Phase(global_batch_sequences=sequences, microbatch_sequences=MICROBATCH_SEQUENCES)
+    begun = steps // 2
+    return [
+        replace(
+            batch,
+            tokens=begun * sequences * SEQUENCE_TOKENS,
+            weights={"code": 0.5, "prose": 0.5},
+            sequence_tokens=SEQUENCE_TOKENS,
+            learning_rate_scale=first.learning_rate_scale,
+        ),
+        replace(
+            batch,
+            tokens=(steps - begun) * sequences * length,
+            weights={"code": 0.75, "prose": 0.25},
+            sequence_tokens=length,
+            learning_rate_scale=last.learning_rate_scale,
+            rope_theta=last.rope_theta if last.rope_theta != recipe.model.rope_theta else None,
+        ),
+    ]

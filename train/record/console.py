@@ -1,0 +1,145 @@
+"""Progress on the screen: a line every few batches, and a bar where somebody is watching."""
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TextIO
+
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+from tqdm import tqdm
+
+from train.recipe.units import duration, short_number
+from train.record import metrics
+
+
+class Console(LoggerDestination):
+    """Prints means over the batches since the last line; for the main rank alone.
+
+    Args:
+        total_batches: length of the run.
+        interval_batches: batches between lines; the first and the last batch have lines too.
+        out: where lines go, standard output by default.
+        bar: where the progress bar goes, standard error by default; none is drawn off a terminal.
+    """
+
+    def __init__(
+        self,
+        total_batches: int,
+        interval_batches: int,
+        out: TextIO | None = None,
+        bar: TextIO | None = None,
+    ) -> None:
+        self.total, self.interval = total_batches, interval_batches
+        self.out = out or sys.stdout
+        bar_stream = bar or sys.stderr
+        self._bar_stream = bar_stream if bar_stream.isatty() else None
+        self._bar: tqdm | None = None
+        self._gathered: dict[str, list[float]] = defaultdict(list)
+        self._validation: dict[str, float] = {}
+        self._begun = 0.0
+        self._first_batch = 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Gathers figures; Composer calls this."""
+        for key, value in metrics.items():
+            self._gather(key, float(value))
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Starts clock and bar."""
+        self._begun = time.monotonic()
+        self._first_batch = state.timestamp.batch.value
+        if self._bar_stream is not None:
+            self._bar = tqdm(
+                total=self.total,
+                initial=self._first_batch,
+                unit="batch",
+                file=self._bar_stream,
+                dynamic_ncols=True,
+                leave=False,
+            )
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Moves the bar; prints a line when it is due."""
+        batch = state.timestamp.batch.value
+        if self._bar is not None:
+            self._bar.update(batch - self._bar.n)
+        if batch % self.interval and batch not in (self._first_batch + 1, self.total):
+            return
+        figures = {key: sum(values) / len(values) for key, values in self._gathered.items()}
+        step_seconds = sum(self._gathered[metrics.TIME_STEP])
+        if step_seconds > 0:
+            rates = zip(
+                self._gathered[metrics.TOKENS_PER_SECOND], self._gathered[metrics.TIME_STEP], strict=True
+            )
+            figures[metrics.TOKENS_PER_SECOND] = sum(rate * took for rate, took in rates) / step_seconds
+        self._gathered.clear()
+        pace = (time.monotonic() - self._begun) / (batch - self._first_batch)
+        tokens = state.timestamp.token.value
+        self._print(format_batch(batch, self.total, tokens, figures, pace * (self.total - batch)))
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        """Prints the validation losses."""
+        self._print_validation(state)
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        """Prints the validation losses of an evaluation without training."""
+        self._print_validation(state)
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Removes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _print_validation(self, state: State) -> None:
+        if self._validation:
+            self._print(format_validation(state.timestamp.batch.value, self.total, self._validation))
+        self._validation = {}
+
+    def _gather(self, key: str, value: float) -> None:
+        ours = metrics.translate(key)
+        if ours is None:
+            return
+        domains = metrics.match_names(metrics.LOSS_VALIDATION, [ours])
+        for domain in domains:
+            self._validation[domain] = value
+        if not domains:
+            self._gathered[ours].append(value)
+
+    def _print(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        print(line, file=self.out, flush=True)
+        if self._bar is not None:
+            self._bar.refresh()
+
+
+def format_batch(
+    batch: int, total: int, tokens: int, figures: Mapping[str, float], seconds_left: float
+) -> str:
+    """A line such as `batch  120/489  983k tokens  loss 4.123  ...  14.2k tokens/s  left 1 min 32 s`.
+
+    Figures that were not logged are left out; every figure keeps its column.
+    """
+    width = len(str(total))
+    parts = [f"batch {batch:{width}d}/{total}", f"{short_number(tokens):>5} tokens"]
+    for key, label, form in (
+        (metrics.LOSS, "loss", "{:6.3f}"),
+        (metrics.LOSS_BALANCE, "balance", "{:5.3f}"),
+        (metrics.LEARNING_RATE, "lr", "{:8.2e}"),
+        (metrics.GRADIENT_NORM, "grad", "{:6.3f}"),
+    ):
+        if key in figures:
+            parts.append(f"{label} {form.format(figures[key])}")
+    if metrics.TOKENS_PER_SECOND in figures:
+        parts.append(f"{short_number(figures[metrics.TOKENS_PER_SECOND]):>5} tokens/s")
+    parts.append(f"left {duration(seconds_left)}" if batch < total else "done")
+    return "  ".join(parts)
+
+
+def format_validation(batch: int, total: int, losses: Mapping[str, float]) -> str:
+    """A line such as `batch  100/489  validation loss  code 4.312  prose 4.501`."""
+    width = len(str(total))
+    each = "  ".join(f"{domain} {loss:.3f}" for domain, loss in losses.items())
+    return f"batch {batch:{width}d}/{total}  validation loss  {each}"

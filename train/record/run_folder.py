@@ -1,0 +1,158 @@
+"""The folder of a run: claimed once, resumed by the same recipe, never overwritten unless asked."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from train.recipe.reading import RecipeError, load_recipe, to_read_dict, to_yaml
+from train.recipe.schema import OnExisting, Recipe
+
+DATA_FILE = "data.json"
+RECIPE_FILE = "recipe.yaml"
+METRICS_FILE = "metrics.jsonl"
+LEDGER_FILE = "ledger.jsonl"
+SKIPS_FILE = "skips.json"
+SUMMARY_FILE = "summary.json"
+EVALUATION_FILE = "evaluation.json"
+SAMPLE_FILE = "sample.txt"
+REPORT_FILE = "report.html"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+FREE_TO_CHANGE = (
+    "on_existing",
+    "tracking",
+    "parallelism",
+    "checkpoint",
+    "data.workers",
+    "runs_dir",
+    "name",
+    "watch",
+    "preflight",
+    "data.remote",
+    "data.cache_bytes",
+)
+"""Keys that may differ when a run is resumed: they do not change what is trained."""
+
+EDITABLE = (
+    "data.phases",
+    "data.skips",
+    "data.domains",
+    "data.max_epochs",
+    "data.domain_max_epochs",
+    "data.shards",
+    "training.duration_tokens",
+    "training.global_batch_sequences",
+    "training.microbatch_sequences",
+)
+"""Keys that may differ for what is still to come: :func:`train.recipe.curriculum.continue_stages` refuses
+what would rewrite the past, and :func:`require_same_data` other shards than were read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A run's folder and the recipe under the name that it was given."""
+
+    folder: Path
+    recipe: Recipe
+    is_complete: bool
+
+
+def claim_run_folder(recipe: Recipe) -> Claim:
+    """Finds or makes the folder of this run; to be called by one rank alone.
+
+    ``on_existing`` decides where the folder exists: see :class:`train.recipe.schema.OnExisting`. A complete
+    run is one with a summary.
+
+    Raises:
+        RecipeError: if the folder holds a run of another recipe.
+    """
+    root = Path(recipe.runs_dir)
+    folder = root / recipe.name
+    if recipe.on_existing is OnExisting.overwrite and folder.exists():
+        _refuse_foreign(folder)
+        shutil.rmtree(folder)
+    if recipe.on_existing is OnExisting.new:
+        number = 1
+        while (folder / SUMMARY_FILE).exists():
+            number += 1
+            folder = root / f"{recipe.name}-{number}"
+        recipe = dataclasses.replace(recipe, name=folder.name)
+    if folder.exists() and any(folder.iterdir()):
+        _refuse_foreign(folder)
+        _refuse_other_recipe(recipe, folder)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_recipe(recipe, folder)
+    return Claim(folder, recipe, (folder / SUMMARY_FILE).exists())
+
+
+def require_resumption(recipe: Recipe) -> None:
+    """Refuses to start a run again and again that would begin anew each time.
+
+    Raises:
+        RecipeError: if the recipe says `on_existing: overwrite`.
+    """
+    if recipe.on_existing is OnExisting.overwrite:
+        raise RecipeError(
+            "is overwrite: a restart would throw away what the try before has trained",
+            key="on_existing",
+            remedy="use resume; to begin anew, remove the run's folder or give another name",
+        )
+
+
+def keep_recipe(recipe: Recipe, folder: Path) -> None:
+    """Writes the recipe that the run goes on with, once it is accepted."""
+    (folder / RECIPE_FILE).write_text(to_yaml(recipe))
+
+
+def require_same_data(folder: Path, digests: dict[str, str]) -> None:
+    """Notes which shards a run reads, and refuses others when it is resumed; domains may join.
+
+    Args:
+        folder: of the run.
+        digests: hash of everything in the shards of each domain and split, by their names.
+
+    Raises:
+        RecipeError: if the run was begun with other shards.
+    """
+    file = folder / DATA_FILE
+    before: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    for name, digest in digests.items():
+        if before.get(name, digest) != digest:
+            raise RecipeError(
+                f"holds {digest[:12]} for {name}, but {folder} was begun with {before[name][:12]}",
+                key="data.shards",
+                remedy="put the old shards back, or give the run another name",
+            )
+    file.write_text(json.dumps(before | digests, indent=1, sort_keys=True) + "\n")
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not (folder / RECIPE_FILE).is_file():
+        raise RecipeError(
+            f"{folder} exists and is not a run", key="name", remedy="choose another name or runs_dir"
+        )
+
+
+def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
+    """Raises where the folder's recipe would train something else."""
+    # A key that is not read is not kept with the run either, so that it must not be compared.
+    before = _flat(to_read_dict(load_recipe(folder / RECIPE_FILE)))
+    now = _flat(to_read_dict(recipe))
+    for key in sorted(before.keys() | now.keys()):
+        free = any(key == name or key.startswith(f"{name}.") for name in (*FREE_TO_CHANGE, *EDITABLE))
+        if not free and before.get(key) != now.get(key):
+            raise RecipeError(
+                f"is {now.get(key)}, but {folder} was begun with {before.get(key)}",
+                key=key,
+                remedy="give the run another name, or on_existing=overwrite to begin it again",
+            )
+
+
+def _flat(tree: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {
+        key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()
+    }

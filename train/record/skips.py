@@ -1,0 +1,76 @@
+"""Positions that a run leaves out by declaration: its recipe's, and those that its guard decided on.
+
+The recipe's are ``data.skips``. The guard's are in the run's ``skips.json``, written whole before the run
+ends to go back, and never shortened: whoever resumes the run reads it and so repeats the same decisions.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.recipe.curriculum import Skip
+from train.recipe.reading import RecipeError
+from train.recipe.schema import Recipe
+from train.record.run_folder import SKIPS_FILE
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One of the guard's, as ``skips.json`` has it."""
+
+    first_position: int
+    end_position: int
+    """Position after the last that is left out."""
+    step: int
+    """The step that raised the alarm, from 1."""
+    alarms: list[str]
+    documents: list[dict[str, Any]] = field(default_factory=list)
+    """What that step read, as ``alarms.jsonl`` has it."""
+
+
+def read_decisions(folder: Path) -> list[Decision]:
+    """The guard's decisions in a run so far, in the order in which they were made.
+
+    Raises:
+        RecipeError: for a file that is not as it was written.
+    """
+    file = folder / SKIPS_FILE
+    if not file.is_file():
+        return []
+    try:
+        return [Decision(**tree) for tree in json.loads(file.read_text())]
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"{file} can't be read: {error}", remedy="put it back: without it the run would not repeat itself"
+        ) from None
+
+
+def write_decisions(folder: Path, decisions: Sequence[Decision]) -> None:
+    """Writes all decisions of a run, whole or not at all.
+
+    Raises:
+        OSError: where the disk has no room.
+    """
+    partial = folder / f"{SKIPS_FILE}.partial"
+    with partial.open("w") as stream:
+        stream.write(json.dumps([asdict(decision) for decision in decisions], indent=1) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(folder / SKIPS_FILE)
+
+
+def declared_skips(recipe: Recipe, folder: Path) -> tuple[Skip, ...]:
+    """Everything that a run leaves out: the recipe's first, then the guard's decisions.
+
+    Raises:
+        RecipeError: if the record can't be read.
+    """
+    of_recipe = [Skip(skip.first_position, skip.end_position, skip.reason) for skip in recipe.data.skips]
+    of_guard = [
+        Skip(each.first_position, each.end_position, f"rolled back at step {each.step}: {each.alarms[-1]}")
+        for each in read_decisions(folder)
+    ]
+    return *of_recipe, *of_guard

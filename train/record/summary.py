@@ -1,0 +1,86 @@
+"""What a run came to, in `summary.json`; a run with a summary is complete."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from train.record.run_folder import SUMMARY_FILE
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInput:
+    """A dataset that a run read, one domain's split of the shards."""
+
+    name: str
+    """For example `code/train`."""
+    digest: str
+    """SHA-256 of its content, from the manifest of the shards."""
+    source: str
+    """Folder or address of the shards."""
+    tokens: int
+    """Tokens in it."""
+    context: str = "training"
+    """`training` or `validation`."""
+    facts: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What governance asks for: dataset, version, origin, licence, transformation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The key figures of a complete run."""
+
+    name: str
+    batches: int
+    tokens: int
+    seconds: float
+    """Time of training in all, over every resumption."""
+    validation_loss: dict[str, float]
+    """Final validation loss by domain, in nats per token."""
+    unigram_entropy: dict[str, float]
+    """Entropy of the token frequencies of the same validation sets: what knowing no context gives."""
+    parameters_total: int
+    parameters_active: int
+    """Parameters that a token meets, without the input embedding."""
+    flops_per_token: float
+    """Training FLOPs per token, the mean of the run: a phase of longer sequences has more."""
+    peak_flops: float
+    """Measured matrix-product peak of one device in the run's precision, FLOP/s."""
+    precision: str
+    devices: int
+    hardware: str
+    git_commit: str
+    packages: dict[str, str]
+    datasets: list[DatasetInput] = dataclasses.field(default_factory=list)
+
+    @property
+    def mean_validation_loss(self) -> float:
+        """Mean over domains, each with equal weight; NaN where nothing was validated."""
+        return _mean(self.validation_loss)
+
+    @property
+    def mean_unigram_entropy(self) -> float:
+        """Mean over domains, each with equal weight; NaN where nothing was validated."""
+        return _mean(self.unigram_entropy)
+
+
+def write_summary(run_dir: Path, summary: Summary) -> Path:
+    """Writes `summary.json`, whole or not at all."""
+    path = run_dir / SUMMARY_FILE
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(dataclasses.asdict(summary), indent=1) + "\n")
+    partial.replace(path)
+    return path
+
+
+def read_summary(run_dir: Path) -> Summary | None:
+    """The summary of a run; None while the run is not complete."""
+    path = run_dir / SUMMARY_FILE
+    if not path.is_file():
+        return None
+    tree = json.loads(path.read_text())
+    datasets = [DatasetInput(**dataset) for dataset in tree.pop("datasets")]
+    return Summary(**tree, datasets=datasets)
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values) if values else float("nan")

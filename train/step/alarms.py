@@ -1,0 +1,108 @@
+"""What the guard's verdict on a step comes to: a line, a record with the step's documents, the run's end."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from train.record.step_log import StepLog
+from train.step.guard import Action, Guard, RouterLoad, Verdict
+from train.step.rollback import Documents, Rollback, RollbackError, names_of
+
+ALARMS_FILE = "alarms.jsonl"
+
+
+class GuardError(RuntimeError):
+    """The guard ended the run."""
+
+
+class NotFiniteError(GuardError):
+    """A step was not finite and is to be trained again from the newest checkpoint."""
+
+
+class Alarms:
+    """Judges each step, on every rank alike, and raises what is wrong with it.
+
+    Args:
+        guard: judges.
+        rollback: decides what is left out where the recipe says so.
+        documents: those at some positions.
+        run_folder: on the main rank, where ``alarms.jsonl`` is written.
+    """
+
+    def __init__(
+        self, guard: Guard, rollback: Rollback, documents: Documents, run_folder: Path | None
+    ) -> None:
+        self.guard, self.rollback, self.documents = guard, rollback, documents
+        self.log = StepLog(run_folder / ALARMS_FILE) if run_folder is not None else None
+
+    def drop_after(self, batch: int) -> None:
+        """Drops alarms of batches that will be trained again."""
+        if self.log is not None:
+            self.log.drop_after(batch)
+
+    def is_applied(
+        self, batch: int, first: int, positions: int, loss: float, norm: float, load: RouterLoad | None
+    ) -> bool:
+        """Whether a step's update is applied; on all ranks.
+
+        Args:
+            batch: from 0.
+            first: position that it reads first.
+            positions: how many it reads.
+            loss: mean over all ranks.
+            norm: global gradient norm.
+            load: of the routers.
+
+        Raises:
+            NotFiniteError: if it is to be trained again.
+            RollbackError: if the run is to go back, after what is left out was recorded.
+            GuardError: if the run is to end.
+        """
+        verdict = self.guard.judge(loss, norm, load)
+        documents = self._tell(batch, first, positions, verdict) if verdict.alarms else []
+        place = f"batch {batch + 1} (from position {first})"
+        if verdict.action is Action.rollback:
+            decision = self.rollback.decide(batch, verdict.batches, verdict.alarms, documents)
+            if decision is None:
+                most = self.guard.recipe.most_rollbacks
+                raise GuardError(f"{place}: {verdict.alarms[-1]}; guard.most_rollbacks={most} are spent")
+            raise RollbackError(
+                f"{place}: {verdict.alarms[-1]}; positions {decision.first_position} to "
+                f"{decision.end_position - 1} are left out from now on"
+            )
+        if verdict.action is Action.replay:
+            raise NotFiniteError(f"{place}: {verdict.alarms[-1]}")
+        if verdict.action is Action.stop:
+            raise GuardError(f"{place}: {'; '.join(verdict.alarms)}")
+        return verdict.action is Action.apply
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.log is not None:
+            self.log.close()
+
+    def _tell(self, batch: int, first: int, positions: int, verdict: Verdict) -> list[dict[str, Any]]:
+        """Prints and records an alarm with the documents that the step read, and returns them; on the main
+        rank.
+        """
+        if self.log is None:
+            return []
+        documents = self.documents(first, positions)
+        fields = {
+            "alarms": verdict.alarms,
+            "action": verdict.action.value,
+            "first_position": first,
+            "positions": positions,
+            "documents": documents,
+        }
+        try:
+            self.log.write(batch + 1, fields)
+        except OSError as error:
+            print(f"{self.log.path} NOT written: {error}; training goes on", file=sys.stderr, flush=True)
+        print(
+            f"ALARM batch {batch + 1} (from position {first}): {'; '.join(verdict.alarms)}: "
+            f"{verdict.action.value}; it read {names_of(documents)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return documents

@@ -1,0 +1,89 @@
+"""What a batch was made of and what it cost, domain by domain, counted from the batch itself.
+
+Every rank adds its microbatches; one sum over ranks closes a batch. So the books say what was really
+trained on, not what was planned, and are the same under every layout.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.shards.digest import halves, hash_sequences, join
+from train.model.loss import IGNORE
+
+# G domains, B sequences of a microbatch, S tokens per sequence.
+
+COLUMNS = ("sequences", "targets", "loss", "positions", "upper", "lower")
+
+
+@dataclass(frozen=True)
+class DomainEntry:
+    """One domain's part of a batch, over all ranks."""
+
+    sequences: int
+    targets: int
+    """Tokens that had a loss."""
+    loss_sum: float
+    """Cross-entropy summed over them, in nats."""
+    position_sum: int
+    """Sum of the sequences' positions in training."""
+    digest: int
+    """Of tokens and positions, see :mod:`data.shards.digest`."""
+
+
+class DomainBooks:
+    """Sums of one batch."""
+
+    def __init__(self, domains: int, device: torch.device) -> None:
+        """Opens the books.
+
+        Args:
+            domains: G, number of domains that ``domain_ids`` index.
+            device: of the batches.
+        """
+        # In float64, which holds whole numbers up to 2^53 exactly: one sum over ranks for all of them.
+        self._sums_GC = torch.zeros(domains, len(COLUMNS), dtype=torch.float64, device=device)
+        self.length = 0
+        """S of the batch."""
+
+    def clear(self) -> None:
+        """Begins a batch."""
+        self._sums_GC.zero_()
+        self.length = 0
+
+    @torch.no_grad()
+    def add(self, batch: dict[str, Tensor], token_losses_BS: Tensor) -> None:
+        """Adds a microbatch of this rank.
+
+        Args:
+            batch: with ``input_ids``, ``targets``, ``sample_positions`` and ``domain_ids``.
+            token_losses_BS: each token's cross-entropy, 0 where it has none.
+        """
+        input_ids_BS, positions_B = batch["input_ids"], batch["sample_positions"]
+        targets_B = (batch["targets"] != IGNORE).sum(dim=1)
+        upper_B, lower_B = halves(hash_sequences(input_ids_BS, positions_B))
+        row_BC = torch.stack(
+            [
+                torch.ones_like(upper_B),
+                targets_B.double(),
+                token_losses_BS.double().sum(dim=1),
+                positions_B.double(),
+                upper_B,
+                lower_B,
+            ],
+            dim=1,
+        )
+        self._sums_GC.index_add_(0, batch["domain_ids"], row_BC)
+        self.length = input_ids_BS.shape[1]
+
+    def close(self) -> list[DomainEntry]:
+        """The batch's sums over all ranks, by domain; every rank calls it."""
+        sums_GC = self._sums_GC.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums_GC)
+        return [
+            DomainEntry(int(count), int(targets), loss, int(positions), join(upper, lower))
+            for count, targets, loss, positions, upper, lower in sums_GC.tolist()
+        ]

@@ -1,0 +1,163 @@
+"""Whether a step's update is applied: spikes, numbers that are not finite, routers that collapse.
+
+A step is judged by its loss and its gradient norm over all ranks, before the update. A spike is measured
+against the median of the last steps that were applied, in median absolute deviations, which a few outliers
+do not widen (Hampel 1974). All ranks judge the same numbers and so decide alike under every layout; what
+they are compared with is saved in the checkpoint, so that a resumed run decides as the one before. No torch.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from train.recipe.reliability import Guard as GuardRecipe
+from train.recipe.reliability import OnCollapse, OnSpike
+
+DEVIATIONS_PER_MAD = 1.4826
+"""Standard deviations of a normal distribution in one median absolute deviation."""
+LEAST_SHARE = 0.01
+"""Spreads below this share of the median are taken for it: a flat stretch makes no spikes of ripples."""
+
+
+class Action(str, Enum):
+    """What becomes of a step."""
+
+    apply = "apply"
+    skip = "skip"
+    rollback = "rollback"
+    replay = "replay"
+    stop = "stop"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a step was judged."""
+
+    action: Action
+    alarms: list[str] = field(default_factory=list)
+    """One line each; empty for an ordinary step."""
+    batches: int = 1
+    """Batches up to this one that are at fault: more than 1 for a collapse, seen only when it has lasted."""
+
+
+@dataclass(frozen=True)
+class RouterLoad:
+    """How the worst layer spread a batch's tokens."""
+
+    entropy: float
+    """Least entropy of a layer's shares over that of equal shares."""
+    dead_share: float
+    """Largest share of a layer's experts without a token."""
+    busiest_over_mean: float
+    """Largest load of an expert over its layer's mean."""
+
+
+class Guard:
+    """Judges step after step.
+
+    Args:
+        recipe: bounds and actions.
+        recent: loss and gradient norm of the last applied steps, from a checkpoint.
+        counts: updates left out in a row, and batches in a row of collapsed routers, from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        recipe: GuardRecipe,
+        recent: Sequence[Sequence[float]] = (),
+        counts: Sequence[int] = (0, 0),
+    ) -> None:
+        self.recipe = recipe
+        self._recent = deque(((pair[0], pair[1]) for pair in recent), maxlen=recipe.window_batches)
+        self._skips, self._collapsed = counts
+
+    @property
+    def recent(self) -> list[list[float]]:
+        """Loss and gradient norm of the last applied steps, for a checkpoint."""
+        return [list(pair) for pair in self._recent]
+
+    @property
+    def counts(self) -> list[int]:
+        """Updates left out in a row, and batches in a row of collapsed routers, for a checkpoint."""
+        return [self._skips, self._collapsed]
+
+    def judge(self, loss: float, norm: float, load: RouterLoad | None = None) -> Verdict:
+        """Judges a step before its update.
+
+        Args:
+            loss: mean cross entropy over all ranks, nats per token.
+            norm: global gradient norm before clipping.
+            load: of the routers; None for a dense model.
+        """
+        alarms = self._collapse(load)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            alarms.append(f"not finite: loss {loss}, gradient norm {norm}")
+            return self._skipping(Action(self.recipe.nonfinite.value), alarms)
+        spikes = [
+            *_spike(
+                "loss", loss, [pair[0] for pair in self._recent], self.recipe.loss_deviations, self._least
+            ),
+            *_spike(
+                "gradient norm",
+                norm,
+                [pair[1] for pair in self._recent],
+                self.recipe.norm_deviations,
+                self._least,
+            ),
+        ]
+        alarms += spikes
+        if spikes and self.recipe.on_spike is not OnSpike.alarm:
+            return self._skipping(Action(self.recipe.on_spike.value), alarms)
+        self._skips = 0
+        self._recent.append((loss, norm))
+        has_lasted = self._collapsed >= self.recipe.collapse_batches
+        if has_lasted and self.recipe.on_collapse is not OnCollapse.alarm:
+            return Verdict(Action(self.recipe.on_collapse.value), alarms, self._collapsed)
+        return Verdict(Action.apply, alarms)
+
+    @property
+    def _least(self) -> int:
+        """Steps without which nothing is called a spike."""
+        return max(8, self.recipe.window_batches // 4)
+
+    def _skipping(self, action: Action, alarms: list[str]) -> Verdict:
+        self._skips += 1
+        if action is Action.skip and self._skips > self.recipe.most_skips:
+            alarms.append(f"{self._skips} updates in a row would be skipped; guard.most_skips allows fewer")
+            action = Action.stop
+        return Verdict(action, alarms)
+
+    def _collapse(self, load: RouterLoad | None) -> list[str]:
+        """An alarm where the routers have been collapsed for just so long."""
+        recipe = self.recipe
+        if load is None:
+            return []
+        faults = []
+        if load.entropy < recipe.least_entropy:
+            faults.append(f"entropy {load.entropy:.3f} below {recipe.least_entropy}")
+        if load.dead_share > recipe.most_dead_share:
+            faults.append(f"{load.dead_share:.0%} of a layer's experts are dead")
+        if load.busiest_over_mean > recipe.most_busiest_over_mean:
+            faults.append(f"an expert has {load.busiest_over_mean:.1f} times its layer's mean load")
+        self._collapsed = self._collapsed + 1 if faults else 0
+        if self._collapsed != recipe.collapse_batches:
+            return []
+        return [f"routers collapsed, {self._collapsed} batches in a row: {', '.join(faults)}"]
+
+
+def _spike(name: str, value: float, before: list[float], bound: float | None, least: int) -> list[str]:
+    """An alarm if a value stands out above those before it."""
+    if bound is None or len(before) < least:
+        return []
+    median = statistics.median(before)
+    mad = statistics.median(abs(one - median) for one in before)
+    deviation = max(DEVIATIONS_PER_MAD * mad, LEAST_SHARE * abs(median), 1e-12)
+    if value <= median + bound * deviation:
+        return []
+    return [
+        f"spike: {name} {value:.4g} is {(value - median) / deviation:.1f} deviations above the "
+        f"median {median:.4g} of the last {len(before)} steps"
+    ]

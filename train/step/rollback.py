@@ -1,0 +1,145 @@
+"""Going back: which positions a run leaves out after an alarm, decided once and recorded for later starts.
+
+The run itself ends, as it does for a replay. When it is resumed, what was decided is in its ``skips.json``,
+checkpoints that were trained on it are refused, and the curriculum passes over it. So the decision is made
+once, by the state of the run at the alarm alone, and each later start repeats it.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.audit.lookup import documents_at
+from data.audit.run_data import documents_file
+from data.loader import TrainSequences
+from data.shards.manifest import Manifest
+from train.checkpoint.files import CheckpointError, check_checkpoint
+from train.layout.ranks import on_main
+from train.recipe.curriculum import Curriculum
+from train.recipe.reading import RecipeError
+from train.recipe.reliability import Guard
+from train.recipe.schema import Recipe
+from train.recipe.topology import Topology
+from train.record.run_folder import CHECKPOINTS_FOLDER
+from train.record.skips import Decision, read_decisions, write_decisions
+
+Documents = Callable[[int, int], list[dict[str, Any]]]
+"""The documents at some positions, given the first and how many."""
+
+LISTING_SECONDS = 60.0
+"""How long an alarm may look up its documents while other ranks wait; ``data.audit --step`` has no limit."""
+LISTED_AT_ONCE = 64
+MOST_LIST_BYTES = 1 << 28
+"""Lists of documents beyond this are not searched for names: the alarm has their numbers in the list."""
+
+
+class RollbackError(RuntimeError):
+    """The run is to go back to before an alarm, and to leave out what led to it."""
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Decides and records what a run leaves out."""
+
+    folder: Path
+    """Of the run."""
+    recipe: Guard
+    curriculum: Curriculum
+    topology: Topology
+    wait: Callable[[], None]
+    """Waits for a checkpoint that is being written; on all ranks."""
+
+    def decide(
+        self, batch: int, at_fault: int, alarms: list[str], documents: list[dict[str, Any]]
+    ) -> Decision | None:
+        """Records what is left out; every rank calls it and gets the same.
+
+        Args:
+            batch: of the alarm, from 0.
+            at_fault: batches up to this one that are at fault.
+            alarms: their lines.
+            documents: of the batch; on the main rank.
+
+        Returns:
+            The decision; None where the run has gone back as often as it may.
+
+        Raises:
+            OSError: where the record can't be written.
+        """
+        # Only then is it settled which checkpoints there are.
+        self.wait()
+        return on_main(self.topology, lambda: self._decide(batch, at_fault, alarms, documents))
+
+    def _decide(
+        self, batch: int, at_fault: int, alarms: list[str], documents: list[dict[str, Any]]
+    ) -> Decision | None:
+        before = read_decisions(self.folder)
+        if len(before) >= self.recipe.most_rollbacks:
+            return None
+        first = max(0, batch + 1 - at_fault - self.recipe.rollback_before_batches)
+        kept = whole_batches(self.folder / CHECKPOINTS_FOLDER)
+        if kept:
+            # What lies before the oldest checkpoint has been trained for good.
+            first = max(first, min(kept))
+        decision = Decision(
+            first_position=self.curriculum.samples_before(first),
+            end_position=self.curriculum.samples_before(batch + 1 + self.recipe.rollback_after_batches),
+            step=batch + 1,
+            alarms=alarms,
+            documents=documents,
+        )
+        write_decisions(self.folder, [*before, decision])
+        return decision
+
+
+def whole_batches(root: Path) -> list[int]:
+    """The batches of the checkpoints of which no file is missing or cut short."""
+    found = []
+    for folder in root.glob("batch-*[0-9]"):
+        try:
+            check_checkpoint(folder, content=False)
+        except CheckpointError:
+            continue
+        found.append(int(folder.name.removeprefix("batch-")))
+    return sorted(found)
+
+
+def documents_of(recipe: Recipe, shards: Manifest, dataset: TrainSequences) -> Documents:
+    """Looks up which documents stand at positions of a run, from its plan and its shards."""
+    plan = dataset.plan
+    folders = dict(zip(plan.domains, dataset.folders, strict=True))
+
+    def listed(domain: str) -> Path | None:
+        file = documents_file(recipe, shards, domain)
+        return file if file.is_file() and file.stat().st_size <= MOST_LIST_BYTES else None
+
+    def documents(first: int, samples: int) -> list[dict[str, Any]]:
+        end, found = time.monotonic() + LISTING_SECONDS, []
+        for begin in range(0, samples, LISTED_AT_ONCE):
+            count = min(LISTED_AT_ONCE, samples - begin)
+            try:
+                found += [
+                    asdict(piece) for piece in documents_at(plan, folders, listed, first + begin, count)
+                ]
+            except (RecipeError, OSError) as error:
+                # An alarm without its documents is better than a run without its alarm.
+                return [*found, {"position": first + begin, "error": str(error)}]
+            if time.monotonic() > end:
+                return [*found, {"position": first + begin + count, "error": "further ones not looked up"}]
+        return found
+
+    return documents
+
+
+def names_of(documents: list[dict[str, Any]], most: int = 4) -> str:
+    """A few of the documents' names, those with most tokens first."""
+    tokens: dict[str, int] = {}
+    for piece in documents:
+        if "document" in piece:
+            name = f"{piece['domain']}: {piece['document']}"
+            tokens[name] = tokens.get(name, 0) + piece["tokens"]
+    names = sorted(tokens, key=lambda name: -tokens[name])
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,156 @@
+"""Puts an exported model into the MLflow Model Registry: `python -m train.tracking.registry OUT`.
+
+The model is logged under the MLflow run that trained it, with a signature (that of OpenAI's completions,
+which MLflow's and Databricks' serving speak), and registered with its lineage: run, checkpoint, tokens,
+data, parent. The recipe's `tracking.registry: unity_catalog` sends the same call to Unity Catalog.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.hf.errors import InterchangeError
+from train.hf.folders import read_json
+from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.schema import Recipe, Registry
+
+UNITY_CATALOG_URI = "databricks-uc"
+TASK = "llm/v1/completions"
+ARTIFACT_PATH = "model"
+TAG_CHARACTERS = 5000
+USAGE_STATUS = 2
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version in the registry."""
+
+    name: str
+    version: str
+    run_id: str
+    tracking_uri: str
+    registry_uri: str
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit status (2: a mistake of the user, 1: MLflow refuses)."""
+    options = parse(arguments)
+    print("registry: importing MLflow and transformers", file=sys.stderr, flush=True)
+    # What is logged is a folder; nothing is asked of a hub.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from mlflow.exceptions import MlflowException
+
+    from train.tracking.mlflow_upload import UploadError
+
+    try:
+        registered = register(options.folder, options.run, options.name)
+    except (InterchangeError, RecipeError, UploadError) as error:
+        print(f"registry: {error}", file=sys.stderr)
+        return USAGE_STATUS
+    except (MlflowException, OSError) as error:
+        print(f"registry: MLflow does not take it: {str(error).splitlines()[0][:300]}", file=sys.stderr)
+        return 1
+    print(
+        f"{registered.name} version {registered.version} in {registered.registry_uri}, logged under MLflow "
+        f"run {registered.run_id}"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(registered.__dict__, indent=1) + "\n")
+    return 0
+
+
+def register(folder: Path, run: Path | None = None, name: str | None = None) -> Registered:
+    """Logs and registers an exported folder.
+
+    Args:
+        folder: what `train.hf.export` wrote.
+        run: the run whose recipe says where to; None takes the one that the folder was exported from.
+        name: in the registry; None takes the recipe's `tracking.registered_model`, or the run's name.
+
+    Raises:
+        InterchangeError: if the folder was not exported from a run, or that run is gone.
+        MlflowException: if the server refuses.
+    """
+    from train.hf.lineage import PROVENANCE_FILE
+
+    provenance = read_json(folder / PROVENANCE_FILE)
+    tags = {str(key): str(value) for key, value in provenance.get("lineage", {}).items()}
+    if run is None:
+        if "run_folder" not in tags:
+            raise InterchangeError(f"{folder}: was not exported from a run; name one with --run")
+        run = Path(tags["run_folder"])
+    if not (run / "recipe.yaml").is_file():
+        raise InterchangeError(f"{run}: is no run; name one with --run")
+    recipe = load_recipe(run / "recipe.yaml")
+    name = name or recipe.tracking.registered_model or recipe.name
+    return _log_and_register(folder, run, recipe, name, tags | _data_tags(run))
+
+
+def _log_and_register(folder: Path, run: Path, recipe: Recipe, name: str, tags: dict[str, str]) -> Registered:
+    import mlflow
+    from huggingface_hub import ModelCard
+
+    from train.tracking.mlflow_upload import RunFacts, Upload, public_uri, store_uri
+
+    tracking_uri = store_uri(run, RunFacts.read(run).uri)
+    registry_uri = tracking_uri
+    if recipe.tracking.registry is Registry.unity_catalog:
+        if name.count(".") != 2:
+            raise InterchangeError(f"{name}: Unity Catalog's names are catalog.schema.model")
+        registry_uri = UNITY_CATALOG_URI
+    # The run may have been trained without a server, or not all of it be there.
+    upload = Upload(run)
+    upload.sync()
+    run_id = upload.state.run_id
+    mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_registry_uri(registry_uri)
+    status = mlflow.get_run(run_id).info.status
+    with mlflow.start_run(run_id=run_id):
+        logged: Any = mlflow.transformers.log_model(
+            transformers_model=str(folder),
+            artifact_path=ARTIFACT_PATH,
+            task=TASK,
+            model_card=ModelCard.load(folder / "README.md"),
+            pip_requirements=_requirements(),
+            metadata=tags,
+        )
+    mlflow.MlflowClient().set_terminated(run_id, status=status)
+    version = mlflow.register_model(
+        logged.model_uri, name, tags={key: value[:TAG_CHARACTERS] for key, value in tags.items()}
+    )
+    return Registered(name, str(version.version), run_id, public_uri(tracking_uri), public_uri(registry_uri))
+
+
+def _data_tags(run: Path) -> dict[str, str]:
+    """What the run was trained on, by digest."""
+    from train.tracking.mlflow_upload import RunFacts
+
+    datasets = RunFacts.read(run).datasets
+    return {f"data.{dataset.name}": f"sha256:{dataset.digest}" for dataset in datasets}
+
+
+def _requirements() -> list[str]:
+    """Packages that serve the model; given, so that MLflow need not load it to find out."""
+    from importlib.metadata import version
+
+    return [f"{package}=={version(package)}" for package in ("torch", "transformers", "accelerate")]
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.tracking.registry", description="Registers an exported model with its lineage."
+    )
+    parser.add_argument("folder", type=Path, help="folder that train.hf.export wrote")
+    parser.add_argument("--run", type=Path, help="runs/NAME (default: the one that it was exported from)")
+    parser.add_argument("--name", help="in the registry (default: tracking.registered_model, or the run's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write name and version as JSON too")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
