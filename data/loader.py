@@ -27,15 +27,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.batch import NO_TARGET, Batch, batch_of_block, make_batch, make_block, open_block
-from data.order.plan import Plan
+from data.order.plan import OrderPlan
 from data.shards.cache import fetch_indices, open_cache
 from data.shards.manifest import Manifest, read_manifest, require_match, unigram_entropy
 from data.shards.packing import PADDING, Sample
 from data.shards.streams import ShardFolder
 from data.tokenizer import TokenizerHandle
 from train.recipe.curriculum import Curriculum, Stage, plan_stages
+from train.recipe.errors import UserError
 from train.recipe.phases import domains_of
-from train.recipe.reading import RecipeError
 from train.recipe.schema import Recipe
 
 # B sequences of a rank's batch, S tokens per sequence.
@@ -49,7 +49,7 @@ BLOCK_BATCHES = 16
 PREFETCHED_BLOCKS = 2
 
 
-class TrainSequences(IterableDataset[Tensor | RecipeError]):
+class TrainSequences(IterableDataset[Tensor | UserError]):
     """One rank's batches from a position on, without end, as blocks of one or more batches.
 
     Batches that the curriculum leaves out are passed over; nothing of them is read.
@@ -57,7 +57,7 @@ class TrainSequences(IterableDataset[Tensor | RecipeError]):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: OrderPlan,
         folders: list[ShardFolder],
         curriculum: Curriculum,
         *,
@@ -79,14 +79,14 @@ class TrainSequences(IterableDataset[Tensor | RecipeError]):
         self.plan, self.folders, self._curriculum = plan, folders, curriculum
         self._rank, self._world_size, self._start = rank, world_size, start
 
-    def __iter__(self) -> Iterator[Tensor | RecipeError]:
+    def __iter__(self) -> Iterator[Tensor | UserError]:
         """Blocks of this rank, or of one of its workers; an error is the last that comes."""
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for stage, batches in itertools.islice(self._blocks(), number, None, workers):
             try:
                 yield self._read(stage, batches)
-            except RecipeError as error:
+            except UserError as error:
                 # Handed over, since what a worker raises reaches the trainer as a page of traceback.
                 yield error
                 return
@@ -133,10 +133,10 @@ class TrainLoader(DataLoader[Any]):
         """Batches of named tensors, views of the blocks that workers send.
 
         Raises:
-            RecipeError: one line that names a shard that is missing, cut short or altered.
+            UserError: one line that names a shard that is missing, cut short or altered.
         """
         for block in super().__iter__():
-            if isinstance(block, RecipeError):
+            if isinstance(block, UserError):
                 raise block
             tensors, size = open_block(block), batch_of_block(block)
             for begin in range(0, tensors["input_ids"].shape[0], size):
@@ -231,7 +231,7 @@ def build_train_loader(
         curriculum: the run's stages; None: those of a new run.
 
     Raises:
-        RecipeError: if the shards are not those that the recipe means.
+        UserError: if the shards are not those that the recipe means.
     """
     _open_manifest(recipe, tokenizer)
     curriculum = curriculum or plan_stages(recipe)
@@ -287,7 +287,7 @@ def build_validation_loaders(
     up. They are read in this process: there are few of them.
 
     Raises:
-        RecipeError: if the shards are not those that the recipe means or hold too few sequences.
+        UserError: if the shards are not those that the recipe means or hold too few sequences.
     """
     manifest = _open_manifest(recipe, tokenizer)
     wanted = recipe.data.validation_sequences
@@ -295,7 +295,7 @@ def build_validation_loaders(
     for index, domain in enumerate(validated_domains(recipe)):
         there = manifest.domains[domain].splits["validation"].samples
         if there < wanted:
-            raise RecipeError(
+            raise UserError(
                 f"is {wanted}, but {recipe.data.shards} has {there} of {domain}",
                 key="data.validation_sequences",
                 remedy=f"set it to {there} at most, or build from more text",
@@ -325,7 +325,7 @@ def train_shards(recipe: Recipe, domain: str) -> ShardFolder:
     return ShardFolder(Path(recipe.data.shards) / domain / "train", open_cache(recipe))
 
 
-def build_plan(recipe: Recipe, curriculum: Curriculum | None = None) -> Plan:
+def build_plan(recipe: Recipe, curriculum: Curriculum | None = None) -> OrderPlan:
     """The order of a run's samples; reads the indexes of its shards.
 
     Args:
@@ -336,9 +336,9 @@ def build_plan(recipe: Recipe, curriculum: Curriculum | None = None) -> Plan:
     return _plan(recipe, curriculum or plan_stages(recipe), folders)
 
 
-def _plan(recipe: Recipe, curriculum: Curriculum, folders: dict[str, ShardFolder]) -> Plan:
-    return Plan(
-        curriculum.stretches(),
+def _plan(recipe: Recipe, curriculum: Curriculum, folders: dict[str, ShardFolder]) -> OrderPlan:
+    return OrderPlan(
+        curriculum.segments(),
         {domain: folder.shard_samples for domain, folder in folders.items()},
         seed=recipe.seed,
         window_shards=recipe.data.window_shards,

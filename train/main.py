@@ -14,8 +14,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from train.evaluate.suite import check_suite
 from train.hf.start import check_start
 from train.recipe.describe import describe_run
+from train.recipe.errors import UserError
 from train.recipe.exit_status import USAGE_STATUS
-from train.recipe.reading import RecipeError, describe_keys, load_recipe, to_yaml
+from train.recipe.reading import describe_keys, load_recipe, to_yaml
 from train.recipe.rules import validate
 from train.recipe.topology import Topology
 
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
         from train.run import run
 
         return run(recipe, topology)
-    except RecipeError as error:
+    except UserError as error:
         if "topology" not in locals() or topology.is_main:
             print(error.at(options.recipe), file=sys.stderr)
         return USAGE_STATUS

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch.optim import Optimizer
 
-from data.order.epoch_budget import require_supply
+from data.order.epoch_budget import require_epoch_budget
 from data.shards.manifest import Manifest
 from train.checkpoint.files import (
     Progress,
@@ -14,17 +14,16 @@ from train.checkpoint.files import (
     read_progress,
     set_aside,
 )
-from train.hf.errors import InterchangeError
 from train.hf.initial_weights import find_start, start_from
-from train.layout.ranks import on_main, say
+from train.layout.ranks import log_on_rank_0, run_on_rank_0
 from train.recipe.curriculum import Curriculum, continue_stages, from_json, plan_stages
+from train.recipe.errors import UserError
 from train.recipe.phases import domains_of
-from train.recipe.reading import RecipeError
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 from train.record.run_folder import (
     CHECKPOINTS_FOLDER,
-    LEDGER_FILE,
+    DATA_LOG_FILE,
     METRICS_FILE,
     keep_recipe,
     require_same_data,
@@ -51,7 +50,7 @@ def find_checkpoint(recipe: Recipe, folder: Path, topology: Topology) -> Resumed
     A checkpoint that was trained on what recipe or guard leave out now is set aside for an older one.
 
     Raises:
-        RecipeError: if the recipe would rewrite what the run has read, or no checkpoint is as old as what is
+        UserError: if the recipe would rewrite what the run has read, or no checkpoint is as old as what is
             to be left out.
     """
     skips = declared_skips(recipe, folder)
@@ -68,21 +67,21 @@ def find_checkpoint(recipe: Recipe, folder: Path, topology: Topology) -> Resumed
 
     found, complaints = newest_whole_checkpoint(folder / CHECKPOINTS_FOLDER, topology, refuse)
     for complaint in complaints:
-        say(topology, complaint)
+        log_on_rank_0(topology, complaint)
     if refused and found is None:
-        raise RecipeError(
+        raise UserError(
             f"{folder} has no whole checkpoint from before what is to be left out, or taken in again",
             key="data.skips",
             remedy="name later positions, or give the run another name",
         )
-    on_main(topology, lambda: set_aside(refused))
+    run_on_rank_0(topology, lambda: set_aside(refused))
     if found is None:
         return Resumed(None, Progress(0, 0, 0, 0.0), replace(plan_stages(recipe), skips=skips))
     progress = read_progress(found)
     past = from_json(progress.curriculum) if progress.curriculum else plan_stages(recipe)
     curriculum = replace(continue_stages(past, recipe, progress.samples), skips=skips)
     if len(curriculum.edits) > len(past.edits):
-        say(topology, f"the curriculum is edited from token {progress.tokens:,} on")
+        log_on_rank_0(topology, f"the curriculum is edited from token {progress.tokens:,} on")
     return Resumed(found, progress, curriculum)
 
 
@@ -90,9 +89,9 @@ def accept(recipe: Recipe, folder: Path, shards: Manifest, curriculum: Curriculu
     """Notes recipe and shards that the run goes on with, after they were found possible.
 
     Raises:
-        RecipeError: if a domain runs dry, or the shards are not those that were read.
+        UserError: if a domain runs dry, or the shards are not those that were read.
     """
-    require_supply(recipe, curriculum)
+    require_epoch_budget(recipe, curriculum)
     splits = {
         f"{domain}/{split}": record.index_sha256
         for domain in {*domains_of(recipe), *recipe.data.validation_domains}
@@ -104,7 +103,7 @@ def accept(recipe: Recipe, folder: Path, shards: Manifest, curriculum: Curriculu
 
 def drop_after(folder: Path, batch: int) -> None:
     """Cuts off what records have of later batches: there may be nothing left to train, which would do it."""
-    for name in (METRICS_FILE, LEDGER_FILE, ALARMS_FILE, EXPERT_LOAD_FILE):
+    for name in (METRICS_FILE, DATA_LOG_FILE, ALARMS_FILE, EXPERT_LOAD_FILE):
         if (folder / name).exists():
             log = StepLog(folder / name)
             log.drop_after(batch)
@@ -117,14 +116,12 @@ def load_weights(
     """Loads the run's checkpoint; without one, the weights that the recipe starts from."""
     if resumed.checkpoint is not None:
         load_checkpoint(resumed.checkpoint, model, optimizer, topology)
-        say(topology, f"resumed from {resumed.checkpoint}, {resumed.progress.tokens:,} tokens")
+        log_on_rank_0(topology, f"resumed from {resumed.checkpoint}, {resumed.progress.tokens:,} tokens")
         return
     try:
-        start = on_main(topology, lambda: find_start(recipe))
+        start = run_on_rank_0(topology, lambda: find_start(recipe))
         if start is not None:
             start_from(start, recipe, model, optimizer, topology)
-            say(topology, f"weights of step 0 from {start}")
-    except InterchangeError as error:
-        raise RecipeError(
-            str(error), key="start.weights", remedy="name whole weights of this model"
-        ) from None
+            log_on_rank_0(topology, f"weights of step 0 from {start}")
+    except UserError as error:
+        raise UserError(str(error), key="start.weights", remedy="name whole weights of this model") from None

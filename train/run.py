@@ -30,21 +30,21 @@ from train.hf.initial_weights import freeze
 from train.layout.device import describe_hardware, measured_peak_flops, supports_bf16
 from train.layout.mesh import build_mesh, build_sharded
 from train.layout.optim import build_optimizer
-from train.layout.ranks import on_main, say
+from train.layout.ranks import log_on_rank_0, run_on_rank_0
 from train.model.decoder import Decoder
 from train.model.init import initialize
 from train.preflight.together import is_wanted, preflight
 from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
+from train.recipe.errors import UserError
 from train.recipe.exit_status import REPLAY_STATUS, UNFIT_STATUS
 from train.recipe.phases import domains_of
-from train.recipe.reading import RecipeError
 from train.recipe.schema import Balance, Precision, Recipe
 from train.recipe.topology import Topology
 from train.record import provenance
 from train.record.console import Console
 from train.record.expert_load import ExpertLoad
-from train.record.quiet import hush_libraries
+from train.record.quiet import quiet_libraries
 from train.record.run_folder import (
     CHECKPOINTS_FOLDER,
     REPORT_FILE,
@@ -58,8 +58,8 @@ from train.resume import Resumed, accept, drop_after, find_checkpoint, load_weig
 from train.step.alarms import Alarms, NotFiniteError
 from train.step.balance import CountChoices
 from train.step.checkpointing import Checkpointing
-from train.step.data_log import Domain, Ledger
-from train.step.guard import Guard
+from train.step.data_log import DataLog, Domain
+from train.step.guard import UpdateGuard
 from train.step.language_model import LanguageModel
 from train.step.learning_rate import LearningRate
 from train.step.phases import Phases
@@ -85,7 +85,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Job:
+class PreparedRun:
     """What is about to run, and what its validation loss is measured against."""
 
     trainer: Trainer
@@ -96,22 +96,22 @@ class Job:
 def run(recipe: Recipe, topology: Topology) -> int:
     """Trains, or goes on training, and leaves the run's folder; returns the exit status."""
     machine = start_processes(recipe, topology)
-    claim = on_main(topology, lambda: claim_run_folder(recipe))
+    claim = run_on_rank_0(topology, lambda: claim_run_folder(recipe))
     if claim.is_complete:
-        say(topology, f"{claim.folder} is complete; on_existing=new or overwrite would train again")
+        log_on_rank_0(topology, f"{claim.folder} is complete; on_existing=new or overwrite would train again")
         return 0
     recipe, folder = claim.recipe, claim.folder
-    say(topology, f"run folder {folder}")
+    log_on_rank_0(topology, f"run folder {folder}")
     if not is_supervised():
-        on_main(topology, lambda: clear_records(records_folder(folder)))
-    shards = on_main(topology, lambda: ensure_shards(recipe))
+        run_on_rank_0(topology, lambda: clear_records(records_folder(folder)))
+    shards = run_on_rank_0(topology, lambda: ensure_shards(recipe))
     fetch_indices(recipe)
-    hush_libraries()
+    quiet_libraries()
     if is_wanted(recipe.preflight, topology) and not is_fit(recipe, folder, machine):
         return UNFIT_STATUS
     resumed = find_checkpoint(recipe, folder, topology)
-    on_main(topology, lambda: accept(recipe, folder, shards, resumed.curriculum))
-    on_main(topology, lambda: drop_after(folder, resumed.progress.batch))
+    run_on_rank_0(topology, lambda: accept(recipe, folder, shards, resumed.curriculum))
+    run_on_rank_0(topology, lambda: drop_after(folder, resumed.progress.batch))
     uploader = MlflowUploader(folder, recipe, dataset_inputs(recipe, shards)) if topology.is_main else None
     if uploader:
         uploader.start()
@@ -133,7 +133,9 @@ def run(recipe: Recipe, topology: Topology) -> int:
         job.trainer.close()
         status = "FINISHED"
     except (NotFiniteError, RollbackError) as error:
-        say(topology, f"{error}; ended with status {REPLAY_STATUS}: the same command trains it again")
+        log_on_rank_0(
+            topology, f"{error}; ended with status {REPLAY_STATUS}: the same command trains it again"
+        )
         return REPLAY_STATUS
     except SystemExit:
         status = "KILLED"
@@ -141,7 +143,7 @@ def run(recipe: Recipe, topology: Topology) -> int:
     finally:
         if uploader:
             uploader.finish(status)
-    say(topology, f"everything of this run is in {folder}; open {folder / REPORT_FILE}")
+    log_on_rank_0(topology, f"everything of this run is in {folder}; open {folder / REPORT_FILE}")
     return 0
 
 
@@ -152,13 +154,13 @@ def is_fit(recipe: Recipe, folder: Path, machine: Machine) -> bool:
         watch.move("preflight")
         findings = preflight(recipe, folder, topology, torch.device(machine.device_type))
     for _, line in findings.warnings:
-        say(topology, f"preflight: {line}")
+        log_on_rank_0(topology, f"preflight: {line}")
     for ranks, line in findings.faults:
-        say(topology, f"preflight: UNFIT: {line}")
+        log_on_rank_0(topology, f"preflight: UNFIT: {line}")
         if topology.rank in ranks:
             record_failure(records_folder(folder), topology, 0, UnfitError(line))
     if not findings.faults:
-        say(topology, f"preflight: fit; {findings.speed}")
+        log_on_rank_0(topology, f"preflight: fit; {findings.speed}")
     return not findings.faults
 
 
@@ -170,7 +172,7 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
     """Joins the process group, where there are several ranks, and settles the precision.
 
     Raises:
-        RecipeError: if the recipe asks for bf16 where the device has none.
+        UserError: if the recipe asks for bf16 where the device has none.
     """
     device = get_device(None)
     device_type = "cuda" if device.name == "gpu" else "cpu"
@@ -181,7 +183,7 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
     if precision is Precision.auto:
         precision = Precision.bf16 if supports_bf16(device_type) else Precision.fp32
     elif precision is Precision.bf16 and not supports_bf16(device_type):
-        raise RecipeError(
+        raise UserError(
             f"this {device_type} has no bf16 arithmetic", key="training.precision", remedy="use auto or fp32"
         )
     return Machine(topology, device_type, precision)
@@ -205,7 +207,9 @@ def build_model(recipe: Recipe, machine: Machine) -> tuple[LanguageModel, Optimi
         initialize(decoder, recipe.model, recipe.seed)
     freeze(decoder, recipe.training.frozen)
     model = LanguageModel(decoder, recipe, machine.precision)
-    say(topology, f"model of {sizes.total_parameters(recipe.model):,} parameters, {machine.precision.value}")
+    log_on_rank_0(
+        topology, f"model of {sizes.total_parameters(recipe.model):,} parameters, {machine.precision.value}"
+    )
     return model, build_optimizer(model, recipe.optimizer)
 
 
@@ -238,7 +242,7 @@ def assemble(
     optimizer: Optimizer,
     resumed: Resumed,
     watch: Watched,
-) -> Job:
+) -> PreparedRun:
     """The Trainer with its loaders, records and checkpoints."""
     topology, curriculum, progress = machine.topology, resumed.curriculum, resumed.progress
     batches = curriculum.batches
@@ -249,8 +253,8 @@ def assemble(
     train_loader = build_train_loader(
         recipe, tokenizer, curriculum=curriculum, start_sample=progress.samples, **place
     )
-    guard = Guard(recipe.guard, progress.recent, progress.counts)
-    ledger = open_ledger(folder, topology, train_loader, shards, progress, curriculum)
+    guard = UpdateGuard(recipe.guard, progress.recent, progress.counts)
+    data_log = open_data_log(folder, topology, train_loader, shards, progress, curriculum)
     checkpointing = Checkpointing(
         folder / CHECKPOINTS_FOLDER,
         recipe.checkpoint,
@@ -258,7 +262,7 @@ def assemble(
         resumed.checkpoint,
         curriculum,
         guard,
-        ledger,
+        data_log,
     )
     alarms = Alarms(
         guard,
@@ -268,7 +272,7 @@ def assemble(
     )
     callbacks: list[Callback] = [
         *update_callbacks(recipe, model, topology, curriculum, alarms),
-        ledger,
+        data_log,
         checkpointing,
         *watch.callbacks(),
     ]
@@ -300,22 +304,22 @@ def assemble(
     for domain, loader in validation_loaders.items():
         assert isinstance(loader.dataset, ValidationSequences)
         entropy[domain] = loader.dataset.unigram_entropy()
-    return Job(trainer, entropy)
+    return PreparedRun(trainer, entropy)
 
 
-def open_ledger(
+def open_data_log(
     folder: Path,
     topology: Topology,
     loader: TrainLoader,
     shards: Manifest,
     progress: Progress,
     curriculum: Curriculum,
-) -> Ledger:
+) -> DataLog:
     """The books of what the run reads, going on from the checkpoint's."""
     plan = loader.dataset.plan
     domains = [Domain(name, size) for name, size in zip(plan.domains, plan.sizes, strict=True)]
     run_dir = folder if topology.is_main else None
-    return Ledger(run_dir, domains, shards.sequence_tokens, progress.consumed, curriculum)
+    return DataLog(run_dir, domains, shards.sequence_tokens, progress.consumed, curriculum)
 
 
 def bytes_per_token(shards: Manifest, split: str) -> dict[str, float]:
@@ -323,7 +327,7 @@ def bytes_per_token(shards: Manifest, split: str) -> dict[str, float]:
     return {name: domain.splits[split].bytes_per_token for name, domain in shards.domains.items()}
 
 
-def final_losses(job: Job) -> dict[str, float]:
+def final_losses(job: PreparedRun) -> dict[str, float]:
     """Validation loss of each domain at the end, in nats per token; every rank calls it."""
     metrics = job.trainer.state.eval_metrics
     return {
@@ -333,7 +337,12 @@ def final_losses(job: Job) -> dict[str, float]:
 
 
 def finish(
-    recipe: Recipe, folder: Path, machine: Machine, shards: Manifest, job: Job, losses: dict[str, float]
+    recipe: Recipe,
+    folder: Path,
+    machine: Machine,
+    shards: Manifest,
+    job: PreparedRun,
+    losses: dict[str, float],
 ) -> None:
     """Prints what the run came to and writes its summary and report."""
     state = job.trainer.state

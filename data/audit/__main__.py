@@ -11,7 +11,7 @@ from data.audit.proof import Proof, prove
 from data.audit.run_data import RunBooks
 from data.explore.exploration import DOCUMENTS, describe, explore
 from data.explore.shards_page import write_page
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 
 PAGE_FILE = "shards.html"
 
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     """Runs the command line; returns 0 if the books are in order, 1 if not, 2 for a mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m data.audit",
-        description="Proves from a run's ledger, plan and shards that nothing was skipped, but what was "
+        description="Proves from a run's data log, plan and shards that nothing was skipped, but what was "
         "declared to be, or read twice; with --html shows what shards hold.",
     )
     parser.add_argument(
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
             proof = prove(books, options.read_steps, progress=sys.stderr.isatty())
             found = asdict(proof)
             text, status = describe_proof(proof, books), 0 if proof.holds else 1
-    except RecipeError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     print(text)

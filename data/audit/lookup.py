@@ -7,10 +7,10 @@ from pathlib import Path
 
 from data.audit.run_data import RunBooks
 from data.explore.sample import samples_of
-from data.order.plan import Plan
+from data.order.plan import OrderPlan
 from data.shards.packing import PADDING
 from data.shards.streams import ShardFolder
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,18 @@ def documents_of_step(books: RunBooks, step: int) -> list[Sight]:
     """Everything that a step saw, in the order of the batch.
 
     Raises:
-        RecipeError: if the ledger has no such step.
+        UserError: if the data log has no such step.
     """
     line = next((it for it in books.steps if it.step == step), None)
     if line is None or line.first is None:
         last = books.steps[-1].step if books.steps else 0
-        raise RecipeError(f"the ledger has no sound line of step {step}", remedy=f"it has steps 1 to {last}")
+        raise UserError(f"the data log has no sound line of step {step}", remedy=f"it has steps 1 to {last}")
     pieces = documents_at(books.plan, books.shards, books.documents_file, line.first, line.samples)
     return [Sight(step, **asdict(piece)) for piece in pieces]
 
 
 def documents_at(
-    plan: Plan,
+    plan: OrderPlan,
     shards: Mapping[str, ShardFolder],
     documents_file: Callable[[str], Path | None],
     first: int,
@@ -72,7 +72,7 @@ def documents_at(
         samples: how many positions from there on.
 
     Raises:
-        RecipeError: one line that names a shard or a list that is missing or altered.
+        UserError: one line that names a shard or a list that is missing or altered.
     """
     picks = plan.samples(first, samples)
     found: list[tuple[int, str, int, int, int, int]] = []
@@ -96,7 +96,7 @@ def steps_of_document(books: RunBooks, name: str) -> list[Sight]:
     """Every time that the run saw a document, by the plan's inverse: only its own samples are read.
 
     Raises:
-        RecipeError: if no domain has a document of that name.
+        UserError: if no domain has a document of that name.
     """
     found, is_known, end = [], False, max(((s.first or 0) + s.samples for s in books.steps), default=0)
     for domain in books.plan.domains:
@@ -105,9 +105,7 @@ def steps_of_document(books: RunBooks, name: str) -> list[Sight]:
             if line.get("split", "train") == "train":
                 found += list(_sights(books, domain, ordinal, name, end))
     if not is_known:
-        raise RecipeError(
-            f"no domain has a document {name!r}", remedy="give its name in documents.jsonl whole"
-        )
+        raise UserError(f"no domain has a document {name!r}", remedy="give its name in documents.jsonl whole")
     return sorted(found, key=lambda sight: sight.position)
 
 

@@ -1,6 +1,6 @@
 """The proof from the records that a run skipped nothing undeclared and read nothing twice.
 
-Four things are compared. The ledger's lines with themselves: every step is there once, and the positions of
+Four things are compared. The data log's lines with themselves: every step is there once, and the positions of
 one begin where those of the step before end; what recipe or guard declared to be left out
 (:mod:`train.record.skips`) is passed over, and must not have been read. Each line with the plan: as many
 sequences of each domain as it has at those positions. Each line with the shards: the digest that the ranks
@@ -16,7 +16,7 @@ import numpy as np
 
 from data.audit.run_data import LedgerStep, RunBooks
 from data.shards.digest import MASK, digest_sequences
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 
 CHUNK = 1 << 20
 """Positions whose picks are computed at once."""
@@ -82,7 +82,7 @@ def _faults_of_lines(books: RunBooks) -> Iterator[str]:
         if curriculum.trained_from(batch) != batch:
             yield f"step {step.step} was trained, although its positions are declared to be left out"
         elif batch != expected:
-            yield f"steps {expected + 1} to {batch} are missing from the ledger"
+            yield f"steps {expected + 1} to {batch} are missing from the data log"
         if batch != trained:
             expected_first = curriculum.samples_before(batch)
         if step.first is None:
@@ -96,7 +96,7 @@ def _faults_of_lines(books: RunBooks) -> Iterator[str]:
 
 
 def _declared(books: RunBooks) -> Iterator[str]:
-    """The ranges that are left out before the ledger's end or just behind it, with their reasons."""
+    """The ranges that are left out before the data log's end or just behind it, with their reasons."""
     curriculum = books.curriculum
     end = books.steps[-1].step if books.steps else 0
     for first, after in curriculum.skipped:
@@ -130,7 +130,7 @@ def _faults_of_tokens(books: RunBooks, step: LedgerStep) -> Iterator[str]:
             continue
         try:
             tokens = np.stack([books.shards[name][int(number)].tokens for number in picks.sample[slots]])
-        except RecipeError as error:
+        except UserError as error:
             yield f"step {step.step}, {name}: can't be compared: {error.what}"
             continue
         tokens = tokens.reshape(slots.size // step.stride, -1)
@@ -172,7 +172,7 @@ def _faults_of_checkpoint(books: RunBooks) -> Iterator[str]:
         return
     if not books.steps or books.steps[-1].step < batch:
         last = books.steps[-1].step if books.steps else 0
-        yield f"the newest checkpoint is of step {batch}, but the ledger ends with step {last}"
+        yield f"the newest checkpoint is of step {batch}, but the data log ends with step {last}"
         return
     counted: dict[str, int] = {}
     for step in books.steps:
@@ -182,7 +182,7 @@ def _faults_of_checkpoint(books: RunBooks) -> Iterator[str]:
     for name, total in books.progress.get("consumed", {}).items():
         if total["samples"] != counted.get(name, 0):
             yield (
-                f"the checkpoint of step {batch} counts {total['samples']} samples of {name}, the ledger "
+                f"the checkpoint of step {batch} counts {total['samples']} samples of {name}, the data log "
                 f"{counted.get(name, 0)}"
             )
 

@@ -1,4 +1,4 @@
-"""What a run left of its data: recipe, stages, ledger and shards, opened for reading."""
+"""What a run left of its data: recipe, stages, data log and shards, opened for reading."""
 
 import json
 from bisect import bisect_right
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from data.loader import build_plan, train_shards
-from data.order.plan import Plan
+from data.order.plan import OrderPlan
 from data.shards.cache import fetch_indices, open_cache
 from data.shards.manifest import DOCUMENTS_FILE, Manifest, read_manifest
 from data.shards.streams import ShardFolder
 from train.recipe.curriculum import Curriculum, continue_stages, from_json, plan_stages
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
-from train.record.run_folder import CHECKPOINTS_FOLDER, LEDGER_FILE, RECIPE_FILE
+from train.record.run_folder import CHECKPOINTS_FOLDER, DATA_LOG_FILE, RECIPE_FILE, data_log_of
 from train.record.skips import declared_skips
 from train.record.step_log import STEP, read_steps
 
@@ -23,7 +24,7 @@ PROGRESS_FILE = "progress.json"
 
 
 @dataclass(frozen=True)
-class Entry:
+class DomainPart:
     """One domain's part of a step."""
 
     sequences: int
@@ -34,7 +35,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class LedgerStep:
-    """One line of the ledger."""
+    """One line of the data log."""
 
     step: int
     first: int | None
@@ -43,26 +44,26 @@ class LedgerStep:
     """Samples of the shards' length."""
     stride: int
     """Samples of a sequence."""
-    domains: dict[str, Entry]
+    domains: dict[str, DomainPart]
 
 
 class RunBooks:
     """A run's records."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads recipe, ledger and the newest checkpoint's progress.
+        """Reads recipe, data log and the newest checkpoint's progress.
 
         Raises:
-            RecipeError: if the folder is not that of a run with a ledger, or its shards are gone.
+            UserError: if the folder is not that of a run with a data_log, or its shards are gone.
         """
-        if not (folder / LEDGER_FILE).is_file():
-            raise RecipeError(f"{folder} has no {LEDGER_FILE}", remedy="give the folder of a run, runs/NAME")
+        if not data_log_of(folder).is_file():
+            raise UserError(f"{folder} has no {DATA_LOG_FILE}", remedy="give the folder of a run, runs/NAME")
         self.folder = folder
         self.recipe: Recipe = load_recipe(folder / RECIPE_FILE)
         self.root = Path(self.recipe.data.shards)
         fetch_indices(self.recipe)
         self.manifest: Manifest = read_manifest(self.root)
-        self.steps = [_step(line, self.manifest.sequence_tokens) for line in read_steps(folder / LEDGER_FILE)]
+        self.steps = [_step(line, self.manifest.sequence_tokens) for line in read_steps(data_log_of(folder))]
         found = sorted((folder / CHECKPOINTS_FOLDER).glob(f"batch-*[0-9]/{PROGRESS_FILE}"))
         self.progress: dict[str, Any] = json.loads(found[-1].read_text()) if found else {}
         """Of the newest checkpoint; empty if there is none."""
@@ -77,7 +78,7 @@ class RunBooks:
         return replace(stages, skips=declared_skips(self.recipe, self.folder))
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> OrderPlan:
         """The order of the run's samples."""
         return build_plan(self.recipe, self.curriculum)
 
@@ -103,7 +104,7 @@ def documents_file(recipe: Recipe, manifest: Manifest, domain: str) -> Path:
     """The list of a domain's documents, fetched where it lies in a store.
 
     Raises:
-        RecipeError: if the store's is not the one that the manifest means.
+        UserError: if the store's is not the one that the manifest means.
     """
     path = Path(recipe.data.shards) / domain / DOCUMENTS_FILE
     if (cache := open_cache(recipe)) is not None:
@@ -113,7 +114,8 @@ def documents_file(recipe: Recipe, manifest: Manifest, domain: str) -> Path:
 
 def _step(line: dict[str, Any], sample_tokens: int) -> LedgerStep:
     domains = {
-        name: Entry(n, targets, int(digest, 16)) for name, (n, targets, digest) in line["domains"].items()
+        name: DomainPart(n, targets, int(digest, 16))
+        for name, (n, targets, digest) in line["domains"].items()
     }
     stride = line["length"] // sample_tokens
     samples = stride * sum(entry.sequences for entry in domains.values())

@@ -11,7 +11,7 @@ from data.explore.clusters import DocumentMap, map_documents
 from data.explore.measure import DomainMeasures, Measures, measure_documents, measure_domains
 from data.explore.sample import Document, Shards, draw_documents, draw_lines
 from data.shards.manifest import REJECTED_FILE
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 
 DOCUMENTS = 1500
 """Drawn where nobody says how many: a page of some 2 MB."""
@@ -60,19 +60,19 @@ def explore(place: Path, count: int = DOCUMENTS, progress: bool = False) -> Expl
         progress: show a bar.
 
     Raises:
-        RecipeError: if there are no shards, or one that is needed is missing or altered.
+        UserError: if there are no shards, or one that is needed is missing or altered.
     """
     shards = Shards.open(place)
     if count < len(shards.domains):
         remedy = f"give {len(shards.domains)} or more, one for each domain"
-        raise RecipeError(f"is {count}", key="--sample", remedy=remedy)
+        raise UserError(f"is {count}", key="--sample", remedy=remedy)
     tokenizer = shards.open_tokenizer()
     share = count // len(shards.domains)
     documents: list[Document] = []
     for domain in tqdm(shards.domains, "drawing documents", disable=not progress, unit="domain"):
         documents += draw_documents(shards, domain, share, SEED)
     if not documents:
-        raise RecipeError(f"{shards.root} holds no documents", remedy="give another folder")
+        raise UserError(f"{shards.root} holds no documents", remedy="give another folder")
     measures = measure_documents(documents, tokenizer)
     return Exploration(
         shards,

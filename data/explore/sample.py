@@ -23,7 +23,8 @@ from data.shards.packing import PADDING
 from data.shards.streams import ShardFolder
 from data.text.split import SPLITS
 from data.tokenizer import TokenizerHandle, open_tokenizer
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.schema import Tokenizer, TokenizerKind
 from train.record.run_folder import RECIPE_FILE
 
@@ -58,7 +59,7 @@ class Shards:
             place: folder with ``manifest.json``, a domain's folder within such a one, or ``runs/NAME``.
 
         Raises:
-            RecipeError: if it is none of these.
+            UserError: if it is none of these.
         """
         place = place.resolve()
         if (place / RECIPE_FILE).is_file():
@@ -107,7 +108,7 @@ def draw_documents(shards: Shards, domain: str, count: int, seed: int) -> list[D
         seed: the same one draws the same documents.
 
     Raises:
-        RecipeError: if a shard is missing or altered.
+        UserError: if a shard is missing or altered.
     """
     total = shards.documents(domain)
     rng = np.random.default_rng([seed, zlib.crc32(domain.encode())])
@@ -164,5 +165,5 @@ def _lines_at(path: Path, numbers: list[int]) -> list[tuple[int, dict[str, Any]]
         found = [(n, json.loads(line)) for n, line in enumerate(file) if n in wanted]
     if len(found) != len(wanted):
         remedy = "`python -m data.write_shards RECIPE --rebuild` makes the shards anew"
-        raise RecipeError(f"{path} has fewer lines than the manifest has documents", remedy=remedy)
+        raise UserError(f"{path} has fewer lines than the manifest has documents", remedy=remedy)
     return found

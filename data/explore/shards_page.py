@@ -10,7 +10,7 @@ import numpy as np
 
 from data.explore.exploration import COPIES, Exploration
 from data.explore.measure import PERCENTILES
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.units import short_number
 from train.report.plots import COLOURS, render
 from train.report.run_page import PAGE, Markup, figure, section, table
@@ -57,7 +57,7 @@ def write_page(found: Exploration, path: Path) -> None:
     """Writes the page.
 
     Raises:
-        RecipeError: if it can't be written there.
+        UserError: if it can't be written there.
     """
     title = f"Shards {found.shards.root.name}"
     parts = (
@@ -78,7 +78,7 @@ def write_page(found: Exploration, path: Path) -> None:
         path.write_text(text)
     except OSError as error:
         what = f"{path} can't be written ({error.strerror})"
-        raise RecipeError(what, key="--html", remedy="give another file") from None
+        raise UserError(what, key="--html", remedy="give another file") from None
 
 
 def _header(found: Exploration) -> str:

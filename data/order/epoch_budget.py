@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from data.loader import build_plan
-from data.order.plan import Plan
+from data.order.plan import OrderPlan
 from train.recipe.curriculum import Curriculum
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class Supply:
+class EpochBudget:
     """What a run takes of a domain, and what there is."""
 
     domain: str
@@ -19,7 +19,7 @@ class Supply:
     consumed: int
     """Samples that the run reads in all, repetitions included."""
     max_epochs: float
-    dry_at: int | None
+    exhausted_at: int | None
     """Position that would read the domain more than ``max_epochs`` times; None: none."""
 
     @property
@@ -28,35 +28,35 @@ class Supply:
         return self.consumed / self.samples
 
 
-def supplies(recipe: Recipe, curriculum: Curriculum, plan: Plan) -> list[Supply]:
+def epoch_budgets(recipe: Recipe, curriculum: Curriculum, plan: OrderPlan) -> list[EpochBudget]:
     """The account of every domain over the whole run."""
     consumed = plan.consumed(curriculum.samples)
     found = []
     for domain, samples in zip(plan.domains, plan.sizes, strict=True):
         most = recipe.data.domain_max_epochs.get(domain, recipe.data.max_epochs)
-        dry_at = plan.runs_dry(domain, most, curriculum.samples)
-        found.append(Supply(domain, samples, consumed[domain], most, dry_at))
+        exhausted_at = plan.exhausted_at(domain, most, curriculum.samples)
+        found.append(EpochBudget(domain, samples, consumed[domain], most, exhausted_at))
     return found
 
 
-def require_supply(recipe: Recipe, curriculum: Curriculum) -> None:
+def require_epoch_budget(recipe: Recipe, curriculum: Curriculum) -> None:
     """Raises where a domain would be read more often than the recipe allows.
 
     Raises:
-        RecipeError: one line that names the domain that runs dry first, and at which token.
+        UserError: one line that names the domain that runs dry first, and at which token.
     """
     dry = [
         supply
-        for supply in supplies(recipe, curriculum, build_plan(recipe, curriculum))
-        if supply.dry_at is not None
+        for supply in epoch_budgets(recipe, curriculum, build_plan(recipe, curriculum))
+        if supply.exhausted_at is not None
     ]
     if not dry:
         return
-    first = min(dry, key=lambda supply: supply.dry_at or 0)
-    assert first.dry_at is not None
+    first = min(dry, key=lambda supply: supply.exhausted_at or 0)
+    assert first.exhausted_at is not None
     tokens = curriculum.sample_tokens
-    raise RecipeError(
-        f"{first.domain} runs dry at token {first.dry_at * tokens:,}: the run takes {first.epochs:.3g} "
+    raise UserError(
+        f"{first.domain} runs dry at token {first.exhausted_at * tokens:,}: the run takes {first.epochs:.3g} "
         f"epochs of its {first.samples * tokens:,} tokens, and {first.max_epochs:g} are allowed",
         key=f"data.domain_max_epochs.{first.domain}",
         remedy="allow more, give the domain less weight, or add text",

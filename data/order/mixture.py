@@ -1,9 +1,9 @@
 """Which domain stands at each position of training: weights of many phases, in closed form and exactly.
 
-Weights are constant over a :class:`train.recipe.curriculum.Stretch` of positions; a ramp is many stretches.
-Within one the domains are the leaves of a binary tree, and at every node the first m arrivals give
+Weights are constant over a :class:`train.recipe.curriculum.MixtureSegment` of positions; a ramp is many
+segments. Within one the domains are the leaves of a binary tree, and at every node the first m arrivals give
 ``floor(e + share * m + 1/2)`` to one side and the rest to the other, so that both stay within half a
-sequence of their quota. What a domain is owed at the end of a stretch goes on into the next: the error is
+sequence of their quota. What a domain is owed at the end of a segment goes on into the next: the error is
 carried over, never drawn at random, and all of it is arithmetic of integers, equal on every machine.
 """
 
@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from data.order.permutation import Indices
-from train.recipe.curriculum import Stretch
+from train.recipe.curriculum import MixtureSegment
 
 PARTS = 1_000_000_000
 """Weights are whole numbers of these parts of 1: decimal weights of up to nine digits are exact."""
 MOST_ARRIVALS = 1 << 33
-"""Sequences of one stretch, so that a part times an arrival fits int64."""
+"""Sequences of one segment, so that a part times an arrival fits int64."""
 EXHAUSTIVE_TREES = 8
 """Subtrees up to which all trees over them are compared."""
 
@@ -41,7 +41,7 @@ class _Branch(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    """A stretch with what came before it."""
+    """A segment with what came before it."""
 
     first: int
     step: int
@@ -53,35 +53,35 @@ class _Segment(NamedTuple):
 class Mixture:
     """Positions to domains, and how many samples of each domain came before.
 
-    Over one stretch a domain is within one sequence of its quota for up to four domains of any weights, and
+    Over one segment a domain is within one sequence of its quota for up to four domains of any weights, and
     seldom more than one for more (1.6 in the worst case seen); where weights change, within two.
     """
 
-    def __init__(self, stretches: Sequence[Stretch]) -> None:
-        """Walks through the stretches; costs O(stretches x domains), whatever their lengths.
+    def __init__(self, segments: Sequence[MixtureSegment]) -> None:
+        """Walks through the segments; costs O(segments x domains), whatever their lengths.
 
         Args:
-            stretches: in order, the first from position 0; each holds whole sequences.
+            segments: in order, the first from position 0; each holds whole sequences.
         """
-        assert stretches and stretches[0].first == 0
-        self.domains = tuple(sorted({name for stretch in stretches for name in stretch.weights}))
+        assert segments and segments[0].first == 0
+        self.domains = tuple(sorted({name for segment in segments for name in segment.weights}))
         """Names in alphabetical order, so that the recipe's order of keys changes nothing."""
         self._segments: list[_Segment] = []
         shapes: dict[tuple[int, tuple[int, ...]], _Shape] = {}
         consumed = [0] * len(self.domains)
         # In samples x PARTS: quota less what was given.
         owed = [0] * len(self.domains)
-        for number, stretch in enumerate(stretches):
-            parts = _parts([stretch.weights.get(name, 0.0) for name in self.domains])
+        for number, segment in enumerate(segments):
+            parts = _parts([segment.weights.get(name, 0.0) for name in self.domains])
             active = tuple(index for index, part in enumerate(parts) if part)
-            if (stretch.stage, active) not in shapes:
-                shapes[stretch.stage, active] = _best_shape({index: parts[index] for index in active})
-            root = _plant(shapes[stretch.stage, active], parts, owed, stretch.step)[0]
-            self._segments.append(_Segment(stretch.first, stretch.step, root, consumed))
-            if number + 1 < len(stretches):
-                length = stretches[number + 1].first - stretch.first
-                assert length > 0 and length % stretch.step == 0, (stretch, length)
-                after = self._consumed(self._segments[-1], stretch.first + length)
+            if (segment.stage, active) not in shapes:
+                shapes[segment.stage, active] = _best_shape({index: parts[index] for index in active})
+            root = _plant(shapes[segment.stage, active], parts, owed, segment.step)[0]
+            self._segments.append(_Segment(segment.first, segment.step, root, consumed))
+            if number + 1 < len(segments):
+                length = segments[number + 1].first - segment.first
+                assert length > 0 and length % segment.step == 0, (segment, length)
+                after = self._consumed(self._segments[-1], segment.first + length)
                 given = [now - before for now, before in zip(after, consumed, strict=True)]
                 owed = [o + p * length - PARTS * g for o, p, g in zip(owed, parts, given, strict=True)]
                 consumed = after
@@ -110,7 +110,7 @@ class Mixture:
         return domain, ordinal
 
     def consumed(self, position: int) -> dict[str, int]:
-        """Samples of each domain among the first ``position`` positions; O(log stretches + domains)."""
+        """Samples of each domain among the first ``position`` positions; O(log segments + domains)."""
         segment = self._segments[bisect_right(self._firsts, position) - 1]
         return dict(zip(self.domains, self._consumed(segment, position), strict=True))
 
@@ -170,7 +170,7 @@ def _parts(weights: list[float]) -> list[int]:
 
 
 def _plant(shape: _Shape, parts: list[int], owed: list[int], step: int) -> tuple[_Branch | int, int, int]:
-    """The tree of a stretch, and the parts and the debt of all its leaves."""
+    """The tree of a segment, and the parts and the debt of all its leaves."""
     if isinstance(shape, int):
         return shape, parts[shape], owed[shape]
     side, side_parts, side_owed = _plant(shape[0], parts, owed, step)

@@ -18,7 +18,7 @@ import numpy as np
 from data.order.mixture import Mixture
 from data.order.permutation import Indices
 from data.order.shard_order import Grouping, ShardOrder, ShardSizes
-from train.recipe.curriculum import Stretch
+from train.recipe.curriculum import MixtureSegment
 
 
 class Picks(NamedTuple):
@@ -32,12 +32,12 @@ class Picks(NamedTuple):
     """How often the domain had been read to its end before."""
 
 
-class Plan:
+class OrderPlan:
     """The order of all samples, from weights, sizes and a seed alone."""
 
     def __init__(
         self,
-        stretches: Sequence[Stretch],
+        segments: Sequence[MixtureSegment],
         shard_samples: Mapping[str, Sequence[int] | Indices],
         *,
         seed: int,
@@ -46,13 +46,13 @@ class Plan:
         """Prepares the plan; nothing grows with the sizes.
 
         Args:
-            stretches: weights over the positions, see :class:`data.order.mixture.Mixture`.
+            segments: weights over the positions, see :class:`data.order.mixture.Mixture`.
             shard_samples: samples of each shard of these domains, each above 0.
             seed: selects the order within every domain and epoch.
             window_shards: shards of a domain whose samples are shuffled among each other.
         """
-        self.mixture = Mixture(stretches)
-        changes = [(s.first, s.step) for s in stretches]
+        self.mixture = Mixture(segments)
+        changes = [(s.first, s.step) for s in segments]
         changes = [c for n, c in enumerate(changes) if not n or c[1] != changes[n - 1][1]]
         before = [self.mixture.consumed(first) for first, _ in changes]
         self._orders = {
@@ -104,7 +104,7 @@ class Plan:
         """The order of one domain."""
         return self._orders[domain]
 
-    def runs_dry(self, domain: str, epochs: float, end: int) -> int | None:
+    def exhausted_at(self, domain: str, epochs: float, end: int) -> int | None:
         """The first position below ``end`` that would read a domain beyond ``epochs`` times; None: none."""
         most = int(epochs * self._orders[domain].sizes.total)
         if self.consumed(end)[domain] <= most:

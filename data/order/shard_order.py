@@ -1,7 +1,7 @@
 """In which order a domain's samples are read: shards shuffled, and their samples within windows of shards.
 
 An epoch takes the shards in an order of its own, a window of them at a time, and the samples of a window
-in shuffled order. So every sample is read once in an epoch, a shard is needed for one stretch of the
+in shuffled order. So every sample is read once in an epoch, a shard is needed for one segment of the
 domain's samples alone, and a cache of two windows a domain holds all that is read at any time. Nothing is
 tabulated: both orders are keyed permutations, and memory does not grow with the domain.
 

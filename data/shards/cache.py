@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from data.shards.index import INDEX_FILE, PackedFile, ShardFile
 from data.shards.manifest import MANIFEST_FILE, Manifest, file_fault, read_manifest
 from data.tokenizer import TOKENIZER_FILE
+from train.recipe.errors import UserError
 from train.recipe.phases import domains_of
-from train.recipe.reading import RecipeError
 from train.recipe.schema import Recipe, TokenizerKind
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ REFUSED = {"403", "AccessDenied"}
 """Answers of a store that another try would not change, as those above."""
 
 
-class AbsentError(RecipeError):
+class AbsentError(UserError):
     """The store has no such file, and said so."""
 
 
@@ -82,7 +82,7 @@ class ShardCache:
         """The store's manifest, brought into the cache; domains may have joined since it was.
 
         Raises:
-            RecipeError: if the cache holds other shards, or the store has none.
+            UserError: if the cache holds other shards, or the store has none.
         """
         path = self.root / MANIFEST_FILE
         with self._locked(path):
@@ -91,7 +91,7 @@ class ShardCache:
             before = read_manifest(self.root) if path.is_file() else manifest
             if not before.domains.items() <= manifest.domains.items():
                 fresh.unlink()
-                raise RecipeError(
+                raise UserError(
                     f"{self.root} caches other shards ({before.digest[:12]}) than {self.remote} holds "
                     f"({manifest.digest[:12]})",
                     key="data.remote",
@@ -115,7 +115,7 @@ class ShardCache:
         """Brings a shard into the cache, unless another process just has; makes room for it first.
 
         Raises:
-            RecipeError: one line that names the shard, if the store does not give it whole.
+            UserError: one line that names the shard, if the store does not give it whole.
         """
         with self._locked(shard.path):
             if not file_fault(shard.path, shard.bytes, shard.sha256):
@@ -138,12 +138,12 @@ class ShardCache:
         """Gives up the shards read longest ago until ``needed`` more bytes fit into the limit.
 
         Raises:
-            RecipeError: if they never can.
+            UserError: if they never can.
         """
         if self.limit_bytes is None:
             return
         if needed > self.limit_bytes:
-            raise RecipeError(
+            raise UserError(
                 f"is {self.limit_bytes:,}, less than one shard of {needed:,} bytes",
                 key="data.cache_bytes",
                 remedy="hold several shards per loader process in it",
@@ -208,7 +208,7 @@ class ShardCache:
         """Gives up a shard where the disk is full.
 
         Raises:
-            RecipeError: if there is none.
+            UserError: if there is none.
         """
         if not self._evict(1):
             raise _gave_up(address, f"{self.root} is full and holds no shard to evict")
@@ -217,7 +217,7 @@ class ShardCache:
         """A file of the store under a name of its own beside ``path``, with retries.
 
         Raises:
-            RecipeError: one line that names the file and the last failure.
+            UserError: one line that names the file and the last failure.
         """
         address, failures = self._address(path), 0
         partial = _partial_name(path)
@@ -290,7 +290,7 @@ def fetch_indices(recipe: Recipe) -> None:
     ``data.remote``.
 
     Raises:
-        RecipeError: one line, if the store does not give them.
+        UserError: one line, if the store does not give them.
     """
     cache = open_cache(recipe)
     if cache is None:
@@ -306,11 +306,11 @@ def fetch_indices(recipe: Recipe) -> None:
             cache.require(cache.root / name / side / INDEX_FILE, split.index_sha256)
 
 
-def _damaged(what: str) -> RecipeError:
-    return RecipeError(what, key="data.remote", remedy="write that file to the store anew")
+def _damaged(what: str) -> UserError:
+    return UserError(what, key="data.remote", remedy="write that file to the store anew")
 
 
-def _gave_up(address: str, what: str, kind: type[RecipeError] = RecipeError) -> RecipeError:
+def _gave_up(address: str, what: str, kind: type[UserError] = UserError) -> UserError:
     return kind(
         f"{address} {what}", key="data.remote", remedy="the same command goes on from the last checkpoint"
     )

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from data.shards.index import INDEX_FILE, ShardFile, open_index
 from data.tokenizer import TokenizerHandle, bpe_name
+from train.recipe.errors import UserError
 from train.recipe.phases import domains_of
-from train.recipe.reading import RecipeError, to_dict
+from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe, TokenizerKind
 
 MANIFEST_FILE = "manifest.json"
@@ -139,13 +140,13 @@ def read_manifest(root: Path, name: str = MANIFEST_FILE) -> Manifest:
         name: of the file, where it has not got its own yet.
 
     Raises:
-        RecipeError: if there is none, or none that this version reads.
+        UserError: if there is none, or none that this version reads.
     """
     path = root / name
     try:
         tree: dict[str, Any] = json.loads(path.read_text())
         if tree["format"] not in READABLE:
-            raise RecipeError(
+            raise UserError(
                 f"{path} has format {tree['format']}, not {FORMAT}", key="data.shards", remedy=REBUILD
             )
         if tree.pop("digest") != _digest(tree):
@@ -153,33 +154,33 @@ def read_manifest(root: Path, name: str = MANIFEST_FILE) -> Manifest:
         domains = {name: _domain_record(entry) for name, entry in tree["domains"].items()}
         return Manifest(**(tree | {"tokenizer": TokenizerRecord(**tree["tokenizer"]), "domains": domains}))
     except OSError as error:
-        raise RecipeError(
+        raise UserError(
             f"no shards at {root} ({error.strerror})",
             key="data.shards",
             remedy="correct the path, or build them with `python -m data.write_shards RECIPE`",
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, RecipeError):
+        if isinstance(error, UserError):
             raise
-        raise RecipeError(f"{path} is damaged ({error})", key="data.shards", remedy=REBUILD) from None
+        raise UserError(f"{path} is damaged ({error})", key="data.shards", remedy=REBUILD) from None
 
 
 def join_manifests(one: Manifest, other: Manifest) -> Manifest:
     """The manifest of a folder that holds the domains of both.
 
     Raises:
-        RecipeError: if they are of another tokenizer or length, or have a domain in common that differs.
+        UserError: if they are of another tokenizer or length, or have a domain in common that differs.
     """
     for what, mine, theirs in (
         ("tokenizer", one.tokenizer.fingerprint[:12], other.tokenizer.fingerprint[:12]),
         ("sequence_tokens", one.sequence_tokens, other.sequence_tokens),
     ):
         if mine != theirs:
-            raise RecipeError(f"is {theirs} there, and {mine} here", key=what, remedy="prepare both alike")
+            raise UserError(f"is {theirs} there, and {mine} here", key=what, remedy="prepare both alike")
     for name in one.domains.keys() & other.domains.keys():
         if one.domains[name] != other.domains[name]:
             remedy = "give the domain of each part a name of its own"
-            raise RecipeError(f"{name} is another there than here", key="data.domains", remedy=remedy)
+            raise UserError(f"{name} is another there than here", key="data.domains", remedy=remedy)
     domains = dict(sorted({**other.domains, **one.domains}.items()))
     # What the whole was made of is no longer one recipe's sources; each domain says what its own were.
     return replace(
@@ -196,7 +197,7 @@ def check_shards(root: Path, *, every_byte: bool = False) -> Manifest:
             they exceed :data:`HASHED_BYTES` in all.
 
     Raises:
-        RecipeError: one line that names the first file that is missing, cut short or altered.
+        UserError: one line that names the first file that is missing, cut short or altered.
     """
     manifest = read_manifest(root)
     shards: list[ShardFile] = []
@@ -225,7 +226,7 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
         tokenizer: the opened tokenizer, where its fingerprint is to be compared too.
 
     Raises:
-        RecipeError: one line that names the key and both values.
+        UserError: one line that names the key and both values.
     """
     data, made_by = recipe.data, manifest.tokenizer
     other_place = f"{REBUILD}, or give another data.shards"
@@ -233,28 +234,28 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
     name = bpe_name(recipe.tokenizer) if is_bpe else recipe.tokenizer.kind.value
     if name != made_by.name:
         what = f"is {name}, but {data.shards} was made with {made_by.name}"
-        raise RecipeError(what, key="tokenizer.kind", remedy=other_place)
+        raise UserError(what, key="tokenizer.kind", remedy=other_place)
     if tokenizer is not None and tokenizer.fingerprint != made_by.fingerprint:
         ours, theirs = tokenizer.fingerprint[:12], made_by.fingerprint[:12]
         what = f"{name} has fingerprint {ours}, but {data.shards} was made with {theirs}"
-        raise RecipeError(what, key="tokenizer", remedy=other_place)
+        raise UserError(what, key="tokenizer", remedy=other_place)
     if data.sequence_tokens != manifest.sequence_tokens:
         what = f"is {data.sequence_tokens}, but {data.shards} has sequences of {manifest.sequence_tokens}"
-        raise RecipeError(what, key="data.sequence_tokens", remedy=other_place)
+        raise UserError(what, key="data.sequence_tokens", remedy=other_place)
     if data.corpus is not None and (data.corpus, data.corpus_bytes) != (
         manifest.corpus,
         manifest.corpus_bytes,
     ):
         what = f"is {data.corpus_bytes}, but {data.shards} was built with {manifest.corpus_bytes}"
-        raise RecipeError(what, key="data.corpus_bytes", remedy=other_place)
+        raise UserError(what, key="data.corpus_bytes", remedy=other_place)
     if data.sources and preparation_digest(recipe) != manifest.preparation_sha256:
         what = f"are not those that {data.shards} was made of, or their preparation is another"
-        raise RecipeError(what, key="data.sources", remedy=other_place)
+        raise UserError(what, key="data.sources", remedy=other_place)
     keys = {name: f"data.domains.{name}" if data.domains else "data.phases" for name in domains_of(recipe)}
     for domain, key in (keys | dict.fromkeys(data.validation_domains, "data.validation_domains")).items():
         if domain not in manifest.domains:
             there = ", ".join(manifest.domains)
-            raise RecipeError(f"{data.shards} has no domain {domain}", key=key, remedy=f"it has {there}")
+            raise UserError(f"{data.shards} has no domain {domain}", key=key, remedy=f"it has {there}")
 
 
 def preparation_digest(recipe: Recipe) -> str | None:
@@ -322,4 +323,4 @@ def file_fault(path: Path, size: int | None, sha256: str | None) -> str:
 
 def _require_sound(path: Path, sha256: str | None, size: int | None = None) -> None:
     if fault := file_fault(path, size, sha256):
-        raise RecipeError(f"{path} {fault}", key="data.shards", remedy=REBUILD)
+        raise UserError(f"{path} {fault}", key="data.shards", remedy=REBUILD)

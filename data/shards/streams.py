@@ -18,7 +18,7 @@ from data.shards.cache import ShardCache
 from data.shards.index import ShardFile, open_index
 from data.shards.manifest import REBUILD, file_fault
 from data.shards.packing import Sample
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 
 OPEN_SHARDS = 256
 """Memory maps kept at once; each holds a file descriptor."""
@@ -95,7 +95,7 @@ class ShardFolder:
         """Maps a shard whose content is what its index says.
 
         Raises:
-            RecipeError: one line that names the shard.
+            UserError: one line that names the shard.
         """
         file, fault = self._index[shard], ""
         for _ in range(OPENINGS):
@@ -110,7 +110,7 @@ class ShardFolder:
                 break
             self._cache.fetch(file)
             self._let_go_of_evicted()
-        raise RecipeError(
+        raise UserError(
             f"shard {file.path} {fault or 'is evicted faster than it is read'}",
             key="data.shards" if self._cache is None else "data.cache_bytes",
             remedy=f"{REBUILD}, or data.remote names a store to fetch it from"

@@ -20,7 +20,7 @@ from data.shards.manifest import (
     file_fault,
     join_manifests,
 )
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 
 KEY = "--upload"
 AT_ONCE = 16
@@ -43,7 +43,7 @@ def upload_shards(root: Path, remote: str, join: bool = False) -> Manifest:
         The store's manifest.
 
     Raises:
-        RecipeError: if the store holds other shards, or does not take these.
+        UserError: if the store holds other shards, or does not take these.
     """
     manifest = check_shards(root, every_byte=True)
     remote = remote.rstrip("/")
@@ -53,7 +53,7 @@ def upload_shards(root: Path, remote: str, join: bool = False) -> Manifest:
         return there
     if there is not None and not join:
         what = f"{remote} holds other shards ({there.digest[:12]}) than {root} ({manifest.digest[:12]})"
-        raise RecipeError(what, key=KEY, remedy="give another address, or --join if these are other domains")
+        raise UserError(what, key=KEY, remedy="give another address, or --join if these are other domains")
     files = _files_before_the_manifest(root, manifest)
     if not urlsplit(remote).scheme:  # Streaming's uploader of paths makes no folders.
         for name in files:
@@ -69,9 +69,9 @@ def upload_shards(root: Path, remote: str, join: bool = False) -> Manifest:
             last.upload_file(MANIFEST_FILE)
     except Exception as error:  # Each store's client has failures of its own.
         what = f"{remote} does not take the shards ({' '.join(str(error).split())[:200]})"
-        raise RecipeError(what, key=KEY, remedy="the same command goes on") from None
+        raise UserError(what, key=KEY, remedy="the same command goes on") from None
     if _manifest_at(remote) != whole:
-        raise RecipeError(
+        raise UserError(
             f"{remote} does not give back what was sent", key=KEY, remedy="the same command sends it again"
         )
     return whole
@@ -81,14 +81,14 @@ def _files_before_the_manifest(root: Path, manifest: Manifest) -> list[Path]:
     """What the store needs, below ``root``.
 
     Raises:
-        RecipeError: if a shard's compressed form is not what its index says.
+        UserError: if a shard's compressed form is not what its index says.
     """
     splits = [root / name / side for name, domain in manifest.domains.items() for side in domain.splits]
     packed = [shard for folder in splits for shard in open_index(folder) if shard.packed]
     for shard in packed:
         assert shard.packed is not None
         if fault := file_fault(shard.packed.path, shard.packed.bytes, shard.packed.sha256):
-            raise RecipeError(f"{shard.packed.path} {fault}", key="data.shards", remedy=REBUILD)
+            raise UserError(f"{shard.packed.path} {fault}", key="data.shards", remedy=REBUILD)
     left_out = {root / MANIFEST_FILE, *(shard.path for shard in packed)}
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and path not in left_out]
     names = [path.relative_to(root) for path in files]
@@ -158,7 +158,7 @@ def _manifest_at(remote: str) -> Manifest | None:
     """The manifest in a store; None where there is none.
 
     Raises:
-        RecipeError: if that can't be told, or it is damaged: what is there must not be overwritten.
+        UserError: if that can't be told, or it is damaged: what is there must not be overwritten.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from data.text.hugging_face_form import from_letters
 from data.tokenizer import EOS, PAD, TokenizerHandle, bpe_name
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Tokenizer
 
 PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -27,12 +27,12 @@ def train_bpe(cfg: Tokenizer, texts: Iterator[str]) -> TokenizerHandle:
         texts: what to learn from.
 
     Raises:
-        RecipeError: if the vocabulary cannot even hold every byte.
+        UserError: if the vocabulary cannot even hold every byte.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     if cfg.vocab_size < SMALLEST:
-        raise RecipeError(
+        raise UserError(
             f"is {cfg.vocab_size}", key="tokenizer.vocab_size", remedy=f"every byte needs {SMALLEST}"
         )
     learner = Tokenizer(models.BPE())

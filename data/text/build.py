@@ -34,17 +34,18 @@ from data.text.decide import STAGE as DECIDE
 from data.text.decide import TRAIN, Decision, decide
 from data.text.engines import Engine
 from data.text.evaluation_overlap import list_evaluation_files
-from data.text.inputs import WHOLE, Chunk, Input, check_preparation, check_sources, cut, list_inputs
-from data.text.installed import Document
-from data.text.job import Job, Result
+from data.text.inputs import WHOLE, Chunk, SourceFile, check_preparation, check_sources, cut, list_inputs
+from data.text.installed import CorpusDocument
+from data.text.job import PreparationJob, Result
 from data.text.mds import index_text
 from data.text.remote_inputs import FOLDER as FETCHED
 from data.text.remote_inputs import fetch_sources
 from data.text.split import SPLITS
 from data.text.tokens import ENCODE, WRITE, ShardTask, encode, open_once, plan_shards, write_shard
+from train.recipe.errors import UserError
 from train.recipe.phases import domains_of
 from train.recipe.preparation import Preparation, Quality, Source, SourceKind
-from train.recipe.reading import RecipeError, to_dict
+from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe, TokenizerKind
 
 VERSION = 1
@@ -55,7 +56,9 @@ SPOOL_BYTES = 4_000_000
 """Text of the installed corpus that one task works on."""
 
 
-def build_into(work: Path, recipe: Recipe, engine: Engine, documents: Iterator[Document] | None) -> Manifest:
+def build_into(
+    work: Path, recipe: Recipe, engine: Engine, documents: Iterator[CorpusDocument] | None
+) -> Manifest:
     """Builds shards in ``work/out``.
 
     Args:
@@ -65,7 +68,7 @@ def build_into(work: Path, recipe: Recipe, engine: Engine, documents: Iterator[D
         documents: in place of the recipe's sources.
 
     Raises:
-        RecipeError: if a source is missing, a key means nothing, or a domain has too little text.
+        UserError: if a source is missing, a key means nothing, or a domain has too little text.
     """
     check_preparation(recipe.data.preparation)
     job, chunks = _spool(work, recipe, documents) if documents is not None else _list(work, recipe, engine)
@@ -81,7 +84,7 @@ def build_into(work: Path, recipe: Recipe, engine: Engine, documents: Iterator[D
     return _assemble(recipe, job, chunks, decision, (cleaned, encoded, tasks, written))
 
 
-def _list(work: Path, recipe: Recipe, engine: Engine) -> tuple[Job, list[Chunk]]:
+def _list(work: Path, recipe: Recipe, engine: Engine) -> tuple[PreparationJob, list[Chunk]]:
     """The job of the recipe's sources; results of another job in the work folder are removed."""
     check_sources(recipe)
     data = recipe.data
@@ -112,7 +115,9 @@ def _list(work: Path, recipe: Recipe, engine: Engine) -> tuple[Job, list[Chunk]]
     return job, cut(inputs, [source.kind for source in data.sources], data.preparation.chunk_bytes)
 
 
-def _spool(work: Path, recipe: Recipe, documents: Iterator[Document]) -> tuple[Job, list[Chunk]]:
+def _spool(
+    work: Path, recipe: Recipe, documents: Iterator[CorpusDocument]
+) -> tuple[PreparationJob, list[Chunk]]:
     """The job of documents that a program gives, written to files that tasks can read."""
     by_domain: dict[str, list[list[tuple[str, str]]]] = {}
     sizes: Counter[str] = Counter()
@@ -129,7 +134,7 @@ def _spool(work: Path, recipe: Recipe, documents: Iterator[Document]) -> tuple[J
         for part in texts:
             path = work / "spool" / f"{len(made):06}.arrow"
             write_texts(path, part)
-            made.append(Chunk(len(made), n, (Input(n, path.name, str(path), 0, 0),), 0, WHOLE))
+            made.append(Chunk(len(made), n, (SourceFile(n, path.name, str(path), 0, 0),), 0, WHOLE))
     sources = [
         Source(
             domain=domain,
@@ -145,16 +150,18 @@ def _spool(work: Path, recipe: Recipe, documents: Iterator[Document]) -> tuple[J
     return _job(work, recipe, sources, ()), made
 
 
-def _job(work: Path, recipe: Recipe, sources: list[Source], evaluation: tuple[str, ...]) -> Job:
+def _job(work: Path, recipe: Recipe, sources: list[Source], evaluation: tuple[str, ...]) -> PreparationJob:
     data = recipe.data
     (work / "out").mkdir(parents=True, exist_ok=True)
     spooled = not data.sources
-    return Job(
+    return PreparationJob(
         work, tuple(sources), data.preparation, evaluation, recipe.tokenizer, data.sequence_tokens, spooled
     )
 
 
-def _require_documents(recipe: Recipe, job: Job, decision: Decision, cleaned: list[Result]) -> None:
+def _require_documents(
+    recipe: Recipe, job: PreparationJob, decision: Decision, cleaned: list[Result]
+) -> None:
     for domain in [*domains_of(recipe), *recipe.data.validation_domains]:
         count = decision.documents.get(domain, 0)
         if count < 2:
@@ -162,10 +169,10 @@ def _require_documents(recipe: Recipe, job: Job, decision: Decision, cleaned: li
             why = f" ({', '.join(f'{n} {reason}' for reason, n in lost.most_common(4))})" if lost else ""
             what = f"{domain} has {count} documents, too few for two splits{why}"
             remedy = "raise data.corpus_bytes" if job.spooled else "correct data.sources or their filters"
-            raise RecipeError(what, key="data.domains", remedy=remedy)
+            raise UserError(what, key="data.domains", remedy=remedy)
 
 
-def _train_tokenizer(recipe: Recipe, job: Job, chunks: list[Chunk], decision: Decision) -> None:
+def _train_tokenizer(recipe: Recipe, job: PreparationJob, chunks: list[Chunk], decision: Decision) -> None:
     """Trains a BPE on every n-th document, and writes it where the tasks open it."""
     stride = -(-decision.train_bytes // BPE_TEXT_BYTES)
     print(f"training a tokenizer of {recipe.tokenizer.vocab_size} tokens", file=sys.stderr, flush=True)
@@ -185,7 +192,7 @@ def _train_tokenizer(recipe: Recipe, job: Job, chunks: list[Chunk], decision: De
 
 def _assemble(
     recipe: Recipe,
-    job: Job,
+    job: PreparationJob,
     chunks: list[Chunk],
     decision: Decision,
     results: tuple[list[Result], list[Result], list[ShardTask], list[Result]],
@@ -237,7 +244,7 @@ def _assemble(
 
 
 def _split_record(
-    job: Job, folder: Path, encoded: list[dict[str, int]], written: list[tuple[ShardTask, Result]]
+    job: PreparationJob, folder: Path, encoded: list[dict[str, int]], written: list[tuple[ShardTask, Result]]
 ) -> SplitRecord:
     folder.mkdir(exist_ok=True)
     index = index_text([result["entry"] for _, result in written])
@@ -270,7 +277,7 @@ def _join(path: Path, parts: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _transformation(job: Job, sources: list[Source]) -> str:
+def _transformation(job: PreparationJob, sources: list[Source]) -> str:
     if job.spooled:
         return installed.TRANSFORMATION
     steps = ["UTF-8, NFC, line ends as \\n, control characters removed"]

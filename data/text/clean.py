@@ -14,10 +14,10 @@ import numpy as np
 from data.text.duplicates import PERMUTATIONS, sketch
 from data.text.evaluation_overlap import open_evaluation_texts
 from data.text.inputs import Chunk
-from data.text.job import Job, Result, save_array, write_whole
+from data.text.job import PreparationJob, Result, save_array, write_whole
 from data.text.language import language_of
 from data.text.quality import fault_of_code, fault_of_prose, fault_of_repetition
-from data.text.source_records import Record, read_records
+from data.text.source_records import SourceRecord, read_records
 from data.text.words import hash_words
 from train.recipe.preparation import Quality, Source
 
@@ -25,7 +25,7 @@ STAGE = "clean"
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
-def clean(job: Job, chunk: Chunk) -> Result:
+def clean(job: PreparationJob, chunk: Chunk) -> Result:
     """Writes the documents that pass, their digests, sizes and signatures, and the list of rejected records.
 
     Returns:
@@ -40,7 +40,7 @@ def normalise(text: str) -> str:
     return _CONTROL.sub("", text).strip() + "\n"
 
 
-def read_documents(job: Job, number: int) -> Iterator[tuple[str, str]]:
+def read_documents(job: PreparationJob, number: int) -> Iterator[tuple[str, str]]:
     """Name and text of each clean document of a chunk."""
     return read_texts(job.file(STAGE, number, "arrow"))
 
@@ -69,7 +69,7 @@ def write_texts(path: Path, documents: list[tuple[str, str]]) -> None:
     write_whole(path, sink.getvalue().to_pybytes())
 
 
-def _clean(job: Job, chunk: Chunk) -> Result:
+def _clean(job: PreparationJob, chunk: Chunk) -> Result:
     kept: list[tuple[str, str]] = []
     signatures, rejected = [], []
     for record, fault, words in _judged(job, chunk):
@@ -94,12 +94,12 @@ def _clean(job: Job, chunk: Chunk) -> Result:
     return {"kept": len(kept), "rejected": dict(sorted(reasons.items()))}
 
 
-def _judged(job: Job, chunk: Chunk) -> Iterator[tuple[Record, str, np.ndarray[Any, Any]]]:
+def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[tuple[SourceRecord, str, np.ndarray[Any, Any]]]:
     """Each record, normalised, with the first rule that it breaks and its words."""
     source, preparation = job.sources[chunk.source], job.preparation
     if job.spooled:
         for name, text in read_texts(Path(chunk.inputs[0].path)):
-            yield Record(name, text), "", hash_words(text)
+            yield SourceRecord(name, text), "", hash_words(text)
         return
     evaluation = open_evaluation_texts(job.evaluation_files, preparation.evaluation_ngram)
     none = np.empty(0, np.uint64)
@@ -110,7 +110,7 @@ def _judged(job: Job, chunk: Chunk) -> Iterator[tuple[Record, str, np.ndarray[An
         words = none if fault else hash_words(text)
         if not fault and evaluation.touches(words):
             fault = "evaluation text"
-        yield Record(place, text), fault, words
+        yield SourceRecord(place, text), fault, words
 
 
 def _fault_of_text(text: str, source: Source) -> str:

@@ -11,7 +11,7 @@ from data.text.clean import STAGE as CLEAN
 from data.text.clean import read_documents
 from data.text.duplicates import PERMUTATIONS, Resolution, resolve
 from data.text.inputs import Chunk
-from data.text.job import Job, Result, save_array, write_whole
+from data.text.job import PreparationJob, Result, save_array, write_whole
 from data.text.split import held_out
 
 # N documents of all chunks in order.
@@ -32,7 +32,7 @@ class Decision:
     """Documents of each chunk that were removed, by reason."""
 
 
-def decide(job: Job, chunks: list[Chunk], cleaned: list[Result]) -> Decision:
+def decide(job: PreparationJob, chunks: list[Chunk], cleaned: list[Result]) -> Decision:
     """Writes the fate of each document, an array per chunk, and the list of those that are copies.
 
     Args:
@@ -61,7 +61,7 @@ def decide(job: Job, chunks: list[Chunk], cleaned: list[Result]) -> Decision:
 
 
 def _gather(
-    job: Job, chunks: list[Chunk]
+    job: PreparationJob, chunks: list[Chunk]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.uint64]]:
     """Halves of digests [N, 2] to compare, sizes [N], and other bits of digests [N] to choose sides by."""
     halves, sizes, keys = [np.empty((0, 2), np.uint64)], [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
@@ -74,7 +74,7 @@ def _gather(
 
 
 def _resolve(
-    job: Job, chunks: list[Chunk], bounds: NDArray[np.int64], digests_N2: NDArray[np.uint64]
+    job: PreparationJob, chunks: list[Chunk], bounds: NDArray[np.int64], digests_N2: NDArray[np.uint64]
 ) -> Resolution:
     path = job.work / "signatures.npy"
     shape = (int(bounds[-1]), PERMUTATIONS)
@@ -90,7 +90,11 @@ def _resolve(
 
 
 def _keeper_names(
-    job: Job, chunks: list[Chunk], bounds: NDArray[np.int64], found: Resolution, stays_N: NDArray[np.bool_]
+    job: PreparationJob,
+    chunks: list[Chunk],
+    bounds: NDArray[np.int64],
+    found: Resolution,
+    stays_N: NDArray[np.bool_],
 ) -> dict[int, str]:
     """Names of the documents that others are copies of."""
     wanted = np.unique(found.keeper[~stays_N])
@@ -105,7 +109,7 @@ def _keeper_names(
 
 
 def _list_copies(
-    job: Job, chunk: Chunk, numbers: range, found: Resolution, names: dict[int, str]
+    job: PreparationJob, chunk: Chunk, numbers: range, found: Resolution, names: dict[int, str]
 ) -> Counter[str]:
     """Writes the chunk's documents that are removed as copies, and counts them by reason."""
     reasons: Counter[str] = Counter()

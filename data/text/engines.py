@@ -14,19 +14,19 @@ from zipimport import zipimporter
 
 from tqdm import tqdm
 
-from data.text.job import Job, Result
-from train.recipe.reading import RecipeError
+from data.text.job import PreparationJob, Result
+from train.recipe.errors import UserError
 from train.record.cores import usable_cores
 
 Item = TypeVar("Item")
-Stage = Callable[[Job, Item], Result]
+Stage = Callable[[PreparationJob, Item], Result]
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Engine(Protocol):
     """Does tasks."""
 
-    def run(self, title: str, stage: Stage[Item], job: Job, items: Sequence[Item]) -> list[Result]:
+    def run(self, title: str, stage: Stage[Item], job: PreparationJob, items: Sequence[Item]) -> list[Result]:
         """Results of a stage for each item, in their order."""
 
 
@@ -40,7 +40,7 @@ class Processes:
     def __init__(self, workers: int) -> None:
         self._workers = workers
 
-    def run(self, title: str, stage: Stage[Item], job: Job, items: Sequence[Item]) -> list[Result]:
+    def run(self, title: str, stage: Stage[Item], job: PreparationJob, items: Sequence[Item]) -> list[Result]:
         """Results of a stage for each item, in their order, with a bar."""
         with self._mapped(partial(stage, job), items) as results:
             return list(tqdm(results, desc=title, total=len(items), unit="task", mininterval=1))
@@ -83,7 +83,7 @@ class Spark:
             from pyspark.sql import SparkSession
         except ImportError:
             remedy = "install pyspark from requirements.lock, or leave --engine out"
-            raise RecipeError("pyspark is not installed", key="--engine spark", remedy=remedy) from None
+            raise UserError("pyspark is not installed", key="--engine spark", remedy=remedy) from None
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         paths = dict.fromkeys([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -96,9 +96,9 @@ class Spark:
             self.context = builder.getOrCreate().sparkContext
         except Exception as error:  # Py4J and the JVM's launcher raise unrelated classes.
             what = f"Spark does not start ({' '.join(str(error).split())[:150]})"
-            raise RecipeError(what, key="--engine spark", remedy="it needs Java 8, 11 or 17") from None
+            raise UserError(what, key="--engine spark", remedy="it needs Java 8, 11 or 17") from None
 
-    def run(self, title: str, stage: Stage[Item], job: Job, items: Sequence[Item]) -> list[Result]:
+    def run(self, title: str, stage: Stage[Item], job: PreparationJob, items: Sequence[Item]) -> list[Result]:
         """Results of a stage for each item, in their order."""
         print(f"{title}: {len(items)} tasks on Spark", file=sys.stderr, flush=True)
         if not items:
@@ -112,7 +112,7 @@ class Spark:
         self.context.stop()
 
 
-def _on_spark(stage: Stage[Item], job: Job, item: Item) -> Result:
+def _on_spark(stage: Stage[Item], job: PreparationJob, item: Item) -> Result:
     """A task in Spark's Python worker, which then collects garbage and looks at every path for new modules.
 
     Either took 0.1 to 0.3 s a task, longer than many a task itself: garbage is looked for in all that imports
@@ -141,7 +141,7 @@ def open_engine(name: str, workers: int | None) -> Engine:
     """The engine of the command line: ``local`` or ``spark``.
 
     Raises:
-        RecipeError: if Spark is missing or does not start.
+        UserError: if Spark is missing or does not start.
     """
     count = workers or usable_cores()
     return Spark(count) if name == "spark" else Processes(count)

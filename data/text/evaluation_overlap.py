@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.text.words import hash_ngrams, hash_words
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 
 FEWEST_WORDS = 8
 SUFFIXES = (".jsonl", ".json", ".txt")
@@ -59,7 +59,7 @@ def list_evaluation_files(patterns: list[str]) -> tuple[str, ...]:
     """The task files that a recipe names, in order.
 
     Raises:
-        RecipeError: if a pattern names none, or a file can't be read.
+        UserError: if a pattern names none, or a file can't be read.
     """
     files: list[str] = []
     for pattern in patterns:
@@ -69,7 +69,7 @@ def list_evaluation_files(patterns: list[str]) -> tuple[str, ...]:
         ]
         chosen = [str(file) for file in found if file.suffix in SUFFIXES and file.is_file()]
         if not chosen:
-            raise RecipeError(
+            raise UserError(
                 f"{pattern} names no file of {', '.join(SUFFIXES)}",
                 key="data.preparation.evaluation_texts",
                 remedy="correct the path, or leave it out",
@@ -80,7 +80,7 @@ def list_evaluation_files(patterns: list[str]) -> tuple[str, ...]:
             for _ in _texts(Path(file)):
                 pass
         except (OSError, ValueError) as error:
-            raise RecipeError(
+            raise UserError(
                 f"{file} can't be read ({error})",
                 key="data.preparation.evaluation_texts",
                 remedy="tasks are UTF-8: JSON lines, JSON or plain lines",

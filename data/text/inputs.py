@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.text.language import LANGUAGES
+from train.recipe.errors import UserError
 from train.recipe.phases import domains_of
 from train.recipe.preparation import Preparation, Source, SourceKind
-from train.recipe.reading import RecipeError
 from train.recipe.schema import Recipe
 
 COMPRESSED = (".gz", ".zst")
@@ -29,7 +29,7 @@ WHOLE = -1
 
 
 @dataclass(frozen=True)
-class Input:
+class SourceFile:
     """A file of a source."""
 
     source: int
@@ -47,7 +47,7 @@ class Chunk:
 
     number: int
     source: int
-    inputs: tuple[Input, ...]
+    inputs: tuple[SourceFile, ...]
     """One file; of `text` sources several."""
     start: int
     end: int
@@ -63,27 +63,27 @@ def check_sources(recipe: Recipe) -> None:
     """Refuses sources that contradict the recipe.
 
     Raises:
-        RecipeError: one line that names the key.
+        UserError: one line that names the key.
     """
     data = recipe.data
     if data.corpus is not None:
-        raise RecipeError("builds shards, and so do data.sources", key="data.corpus", remedy="remove either")
+        raise UserError("builds shards, and so do data.sources", key="data.corpus", remedy="remove either")
     there = {source.domain for source in data.sources}
     for domain in [*domains_of(recipe), *data.validation_domains]:
         if domain not in there:
             remedy = f"they have {', '.join(sorted(there))}"
-            raise RecipeError(f"no source has domain {domain}", key="data.sources", remedy=remedy)
+            raise UserError(f"no source has domain {domain}", key="data.sources", remedy=remedy)
     for n, source in enumerate(data.sources):
         unknown = sorted(set(source.languages) - LANGUAGES)
         if unknown:
-            raise RecipeError(
+            raise UserError(
                 f"{unknown[0]} is none of the languages that are told apart",
                 key=f"data.sources[{n}].languages",
                 remedy=f"they are {', '.join(sorted(LANGUAGES))}",
             )
         if not source.domain or "/" in source.domain or source.domain.startswith("."):
             key = f"data.sources[{n}].domain"
-            raise RecipeError(
+            raise UserError(
                 f"{source.domain!r} is no folder's name", key=key, remedy="use letters and digits"
             )
 
@@ -92,24 +92,22 @@ def check_preparation(preparation: Preparation) -> None:
     """Refuses numbers that mean nothing.
 
     Raises:
-        RecipeError: one line that names the key.
+        UserError: one line that names the key.
     """
     similarity = preparation.near_duplicates
     if similarity is not None and not 0.5 <= similarity <= 1:
         key = "data.preparation.near_duplicates"
-        raise RecipeError(f"is {similarity}", key=key, remedy="give a Jaccard similarity from 0.5 to 1")
+        raise UserError(f"is {similarity}", key=key, remedy="give a Jaccard similarity from 0.5 to 1")
     for name, least in (("evaluation_ngram", 8), ("max_document_bytes", 1), ("chunk_bytes", 1)):
         if getattr(preparation, name) < least:
             what = f"is {getattr(preparation, name)}"
-            raise RecipeError(what, key=f"data.preparation.{name}", remedy=f"set it to at least {least}")
+            raise UserError(what, key=f"data.preparation.{name}", remedy=f"set it to at least {least}")
     level = preparation.zstd_level
     if level is not None and not 1 <= level <= 22:
-        raise RecipeError(
-            f"is {level}", key="data.preparation.zstd_level", remedy="give a level from 1 to 22"
-        )
+        raise UserError(f"is {level}", key="data.preparation.zstd_level", remedy="give a level from 1 to 22")
 
 
-def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list[Input]:
+def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list[SourceFile]:
     """The files of a source, by name.
 
     Args:
@@ -118,18 +116,18 @@ def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list
         fetched: files of a source in a store, here, by their names below its folder.
 
     Raises:
-        RecipeError: if there are none.
+        UserError: if there are none.
     """
     named = _files_of(source.path) if fetched is None else fetched
     chosen = [
-        Input(n, name, str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        SourceFile(n, name, str(file), file.stat().st_size, file.stat().st_mtime_ns)
         for name, file in sorted(named.items())
         if is_wanted(name, source.kind)
     ]
     if not chosen:
         suffixes = SUFFIXES.get(source.kind)
         wanted = f" that ends in {', '.join(suffixes)}" if suffixes else ""
-        raise RecipeError(
+        raise UserError(
             f"{source.path} has no file{wanted}",
             key=f"data.sources[{n}].path",
             remedy="correct the path or the kind",
@@ -144,12 +142,12 @@ def is_wanted(name: str, kind: SourceKind) -> bool:
     return not is_hidden and path.name not in BOOKKEEPING and (suffixes is None or name.endswith(suffixes))
 
 
-def cut(inputs: list[list[Input]], kinds: list[SourceKind], chunk_bytes: int) -> list[Chunk]:
+def cut(inputs: list[list[SourceFile]], kinds: list[SourceKind], chunk_bytes: int) -> list[Chunk]:
     """Chunks of all sources, numbered in their order."""
-    pieces: list[tuple[int, tuple[Input, ...], int, int]] = []
+    pieces: list[tuple[int, tuple[SourceFile, ...], int, int]] = []
     for n, (files, kind) in enumerate(zip(inputs, kinds, strict=True)):
         if kind is SourceKind.text:
-            group: list[Input] = []
+            group: list[SourceFile] = []
             for file in files:
                 group.append(file)
                 if sum(it.bytes for it in group) >= chunk_bytes or file is files[-1]:
@@ -177,7 +175,7 @@ def _files_of(path: str) -> dict[str, Path]:
     return named
 
 
-def _spans(file: Input, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+def _spans(file: SourceFile, chunk_bytes: int) -> Iterator[tuple[int, int]]:
     if file.name.endswith((".parquet", ".arrow")):
         try:
             sizes = _group_bytes(file)
@@ -196,7 +194,7 @@ def _spans(file: Input, chunk_bytes: int) -> Iterator[tuple[int, int]]:
             yield start, min(start + chunk_bytes, file.bytes)
 
 
-def _group_bytes(file: Input) -> list[int]:
+def _group_bytes(file: SourceFile) -> list[int]:
     """Bytes of each row group or record batch."""
     if file.name.endswith(".parquet"):
         from pyarrow import parquet

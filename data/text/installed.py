@@ -36,7 +36,7 @@ _DOCSTRING_OR_TOKEN = re.compile(
 
 
 @dataclass(frozen=True)
-class Document:
+class CorpusDocument:
     """A text with the domain that it belongs to."""
 
     domain: str
@@ -45,7 +45,7 @@ class Document:
     text: str
 
 
-def installed_corpus(max_bytes: int, folders: dict[str, Path] | None = None) -> Iterator[Document]:
+def installed_corpus(max_bytes: int, folders: dict[str, Path] | None = None) -> Iterator[CorpusDocument]:
     """Documents of all domains, exact duplicates left out, in an order that depends on their names alone.
 
     No package gives more than a twentieth of a domain, else generated clients of web services would fill it.
@@ -73,7 +73,7 @@ def installed_corpus(max_bytes: int, folders: dict[str, Path] | None = None) -> 
                 break
             seen.add(digest)
             used[package] += size
-            yield Document(domain, name, text)
+            yield CorpusDocument(domain, name, text)
 
 
 def installed_folders() -> dict[str, Path]:

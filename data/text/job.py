@@ -23,7 +23,7 @@ OUT = "out"
 
 
 @dataclass(frozen=True)
-class Job:
+class PreparationJob:
     """A recipe's preparation, small enough to go with every task."""
 
     work: Path

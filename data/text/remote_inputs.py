@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 from data.shards.cache import ShardCache
 from data.text.engines import Engine
 from data.text.inputs import is_remote, is_wanted, match
-from data.text.job import Job, Result
+from data.text.job import PreparationJob, Result
+from train.recipe.errors import UserError
 from train.recipe.preparation import Source
-from train.recipe.reading import RecipeError
 
 FOLDER = "inputs"
 MOST_TASKS = 10_000
@@ -33,14 +33,14 @@ class Fetch:
     names: tuple[str, ...]
 
 
-def fetch_sources(job: Job, engine: Engine) -> dict[int, dict[str, Path]]:
+def fetch_sources(job: PreparationJob, engine: Engine) -> dict[int, dict[str, Path]]:
     """Fetches the files of all sources that lie in a store, unless they are there.
 
     Returns:
         For each such source, by its place in the recipe, its files here by their names below its folder.
 
     Raises:
-        RecipeError: if a store does not list or give them.
+        UserError: if a store does not list or give them.
     """
     places: dict[int, dict[str, Path]] = {}
     tasks: list[Fetch] = []
@@ -58,7 +58,7 @@ def fetch_sources(job: Job, engine: Engine) -> dict[int, dict[str, Path]]:
     return places
 
 
-def fetch(job: Job, task: Fetch) -> Result:
+def fetch(job: PreparationJob, task: Fetch) -> Result:
     """Brings a task's files here, with retries.
 
     Returns:
@@ -69,12 +69,12 @@ def fetch(job: Job, task: Fetch) -> Result:
     try:
         for name in task.names:
             cache.require(folder / name, None)
-    except RecipeError as error:  # As a result, since each engine reports errors of tasks in its own way.
+    except UserError as error:  # As a result, since each engine reports errors of tasks in its own way.
         return {"fault": error.what}
     return {"fault": ""}
 
 
-def _folder(job: Job, base: str) -> Path:
+def _folder(job: PreparationJob, base: str) -> Path:
     """Where files of a folder in a store lie here."""
     return job.work / FOLDER / hashlib.sha256(base.encode()).hexdigest()[:12]
 
@@ -101,5 +101,5 @@ def _addresses(n: int, source: Source) -> tuple[str, list[str]]:
     return base, [name for name in named if is_wanted(name, source.kind)]
 
 
-def _refused(n: int, what: str) -> RecipeError:
-    return RecipeError(what, key=f"data.sources[{n}].path", remedy="correct the address")
+def _refused(n: int, what: str) -> UserError:
+    return UserError(what, key=f"data.sources[{n}].path", remedy="correct the address")

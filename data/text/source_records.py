@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data.text.inputs import WHOLE, Chunk, Input
+from data.text.inputs import WHOLE, Chunk, SourceFile
 from train.recipe.preparation import Source, SourceKind
 
 _SLACK = 8
@@ -16,7 +16,7 @@ _SLACK = 8
 
 
 @dataclass(frozen=True)
-class Record:
+class SourceRecord:
     """A text, or why there is none."""
 
     place: str
@@ -26,7 +26,7 @@ class Record:
     """Empty for a text; `encoding`, `JSON`, `no text`, `size` or `unreadable file` otherwise."""
 
 
-def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[Record]:
+def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[SourceRecord]:
     """Every record of a chunk, in its order; what is bad comes with a reason and stops nothing.
 
     Args:
@@ -39,10 +39,10 @@ def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[Recor
             for record in _records_of(file, chunk, source, max_bytes):
                 yield record if record.reason else _checked(record, max_bytes)
         except Exception as error:  # Readers raise unrelated classes for damaged files.
-            yield Record(file.name, "", f"unreadable file: {_line(error)}")
+            yield SourceRecord(file.name, "", f"unreadable file: {_line(error)}")
 
 
-def _records_of(file: Input, chunk: Chunk, source: Source, max_bytes: int) -> Iterator[Record]:
+def _records_of(file: SourceFile, chunk: Chunk, source: Source, max_bytes: int) -> Iterator[SourceRecord]:
     if source.kind is SourceKind.text:
         yield _whole_file(file, max_bytes)
     elif file.name.endswith((".parquet", ".arrow")):
@@ -51,51 +51,51 @@ def _records_of(file: Input, chunk: Chunk, source: Source, max_bytes: int) -> It
         for offset, line in _lines(file, chunk, _SLACK * max_bytes + 65_536):
             place = f"{file.name}#{offset}"
             if line is None:
-                yield Record(place, "", "size")
+                yield SourceRecord(place, "", "size")
             elif line.strip():
                 yield _from_json(place, line, source.text_column)
 
 
-def _checked(record: Record, max_bytes: int) -> Record:
+def _checked(record: SourceRecord, max_bytes: int) -> SourceRecord:
     try:
         size = len(record.text.encode())
     except UnicodeEncodeError:  # Half of a surrogate pair: JSON can say it, UTF-8 can't.
-        return Record(record.place, "", "encoding")
-    return record if size <= max_bytes else Record(record.place, "", "size")
+        return SourceRecord(record.place, "", "encoding")
+    return record if size <= max_bytes else SourceRecord(record.place, "", "size")
 
 
-def _whole_file(file: Input, max_bytes: int) -> Record:
+def _whole_file(file: SourceFile, max_bytes: int) -> SourceRecord:
     if file.bytes > max_bytes:
-        return Record(file.name, "", "size")
+        return SourceRecord(file.name, "", "size")
     return _decoded(file.name, Path(file.path).read_bytes())
 
 
-def _decoded(place: str, content: bytes) -> Record:
+def _decoded(place: str, content: bytes) -> SourceRecord:
     try:
-        return Record(place, content.decode("utf-8-sig"))
+        return SourceRecord(place, content.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        return Record(place, "", "encoding")
+        return SourceRecord(place, "", "encoding")
 
 
-def _from_json(place: str, line: bytes, column: str) -> Record:
+def _from_json(place: str, line: bytes, column: str) -> SourceRecord:
     try:
         tree = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        return Record(place, "", "encoding")
+        return SourceRecord(place, "", "encoding")
     except (ValueError, RecursionError):
-        return Record(place, "", "JSON")
+        return SourceRecord(place, "", "JSON")
     text = tree.get(column) if isinstance(tree, dict) else None
-    return Record(place, text) if isinstance(text, str) else Record(place, "", "no text")
+    return SourceRecord(place, text) if isinstance(text, str) else SourceRecord(place, "", "no text")
 
 
-def _rows(file: Input, chunk: Chunk, column: str) -> Iterator[Record]:
+def _rows(file: SourceFile, chunk: Chunk, column: str) -> Iterator[SourceRecord]:
     for first, values in _groups(file, chunk, column):
         for row, value in enumerate(values, first):
             place = f"{file.name}#{row}"
-            yield _decoded(place, value) if value is not None else Record(place, "", "no text")
+            yield _decoded(place, value) if value is not None else SourceRecord(place, "", "no text")
 
 
-def _groups(file: Input, chunk: Chunk, column: str) -> Iterator[tuple[int, list[bytes | None]]]:
+def _groups(file: SourceFile, chunk: Chunk, column: str) -> Iterator[tuple[int, list[bytes | None]]]:
     """The first row and the text column, as bytes, of each row group or record batch of the chunk."""
     import pyarrow
     from pyarrow import parquet
@@ -125,7 +125,7 @@ def _as_bytes(column: Any) -> list[bytes | None]:
     return values
 
 
-def _lines(file: Input, chunk: Chunk, longest: int) -> Iterator[tuple[int, bytes | None]]:
+def _lines(file: SourceFile, chunk: Chunk, longest: int) -> Iterator[tuple[int, bytes | None]]:
     """Lines that begin in the chunk, with their offsets; None for one that is too long to hold."""
     with _open(file) as stream:
         offset = chunk.start
@@ -155,7 +155,7 @@ def _next_line(stream: IO[bytes], longest: int) -> tuple[int, bytes | None]:
     return size, None
 
 
-def _open(file: Input) -> IO[bytes]:
+def _open(file: SourceFile) -> IO[bytes]:
     if file.name.endswith(".gz"):
         return io.BufferedReader(gzip.open(file.path))
     if file.name.endswith(".zst"):

@@ -19,7 +19,7 @@ from data.text.clean import read_documents
 from data.text.decide import REMOVED, TRAIN, VALIDATION
 from data.text.decide import STAGE as DECIDE
 from data.text.inputs import Chunk
-from data.text.job import Job, Result, save_array, write_whole
+from data.text.job import PreparationJob, Result, save_array, write_whole
 from data.text.mds import (
     compress_shard,
     encode_shard,
@@ -64,7 +64,7 @@ class ShardTask:
     """What reaches into it."""
 
 
-def encode(job: Job, chunk: Chunk) -> Result:
+def encode(job: PreparationJob, chunk: Chunk) -> Result:
     """Writes token ids, each document ended, per side, and the chunk's part of the list of documents.
 
     Returns:
@@ -73,7 +73,7 @@ def encode(job: Job, chunk: Chunk) -> Result:
     return job.once(ENCODE, chunk.number, lambda: _encode(job, chunk))
 
 
-def write_shard(job: Job, task: ShardTask) -> Result:
+def write_shard(job: PreparationJob, task: ShardTask) -> Result:
     """Writes one shard, compressed too if asked for, how often each token is in it, and its samples' hashes.
 
     Returns:
@@ -82,7 +82,7 @@ def write_shard(job: Job, task: ShardTask) -> Result:
     return job.once(WRITE, task.number, lambda: _write(job, task))
 
 
-def plan_shards(job: Job, chunks: list[Chunk], encoded: list[Result]) -> list[ShardTask]:
+def plan_shards(job: PreparationJob, chunks: list[Chunk], encoded: list[Result]) -> list[ShardTask]:
     """All shards, from the numbers of tokens of all chunks."""
     tasks: list[ShardTask] = []
     size = samples_per_shard(job.sequence_tokens) * job.sequence_tokens
@@ -108,7 +108,7 @@ def plan_shards(job: Job, chunks: list[Chunk], encoded: list[Result]) -> list[Sh
     return tasks
 
 
-def _encode(job: Job, chunk: Chunk) -> Result:
+def _encode(job: PreparationJob, chunk: Chunk) -> Result:
     tokenizer = open_once(job.tokenizer, job.out)
     fate = np.load(job.file(DECIDE, chunk.number, "npy"))
     kept = [(doc, f) for doc, f in zip(read_documents(job, chunk.number), fate, strict=True) if f != REMOVED]
@@ -141,7 +141,7 @@ def _encode(job: Job, chunk: Chunk) -> Result:
     return result | sides
 
 
-def _write(job: Job, task: ShardTask) -> Result:
+def _write(job: PreparationJob, task: ShardTask) -> Result:
     tokenizer = open_once(job.tokenizer, job.out)
     samples = list(
         pack(_pieces(job, task), sequence_tokens=job.sequence_tokens, eos_id=None, pad_id=tokenizer.pad_id)
@@ -163,7 +163,7 @@ def _write(job: Job, task: ShardTask) -> Result:
     return {"entry": entry, "samples": len(samples), "padding": padding}
 
 
-def _pieces(job: Job, task: ShardTask) -> Iterator[tuple[int, NDArray[np.int32]]]:
+def _pieces(job: PreparationJob, task: ShardTask) -> Iterator[tuple[int, NDArray[np.int32]]]:
     """The documents, or parts of them, that the shard holds, with their places in the domain's list."""
     for segment in task.segments:
         files = {

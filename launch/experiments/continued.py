@@ -19,7 +19,8 @@ from scipy import stats
 from tqdm import tqdm
 
 from train.hf.start import check_start
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import OnExisting, Recipe
 from train.recipe.topology import Topology
@@ -32,7 +33,7 @@ USAGE_STATUS = 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReplayComparison:
     """What is compared."""
 
     recipe: Recipe
@@ -76,7 +77,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Row:
+class ReplayRow:
     """One new run: validation loss of both domains in nats per token, before and after it."""
 
     seed: int
@@ -122,7 +123,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def against_none(rows: Iterable[Row], share: float) -> tuple[Estimate, Estimate]:
+def against_none(rows: Iterable[ReplayRow], share: float) -> tuple[Estimate, Estimate]:
     """What a share changes against no replay, seed by seed: forgetting, and the new domain's loss."""
     by_seed = {(row.seed, row.replay): row for row in rows}
     pairs = [(row, by_seed[seed, 0.0]) for (seed, replay), row in by_seed.items() if replay == share]
@@ -138,7 +139,7 @@ def main(arguments: list[str]) -> int:
         for run in plan.runs():
             validate(run, Topology(), options.recipe)
         train_missing(plan.runs(), Path(plan.recipe.runs_dir))
-    except RecipeError as error:
+    except UserError as error:
         print(error.at(str(options.recipe)), file=sys.stderr)
         return USAGE_STATUS
     rows = read_rows(plan)
@@ -151,20 +152,20 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def make_plan(options: argparse.Namespace) -> Plan:
+def make_plan(options: argparse.Namespace) -> ReplayComparison:
     """The command line's comparison.
 
     Raises:
-        RecipeError: if the recipe is faulty, or the numbers do not go together.
+        UserError: if the recipe is faulty, or the numbers do not go together.
     """
     recipe = load_recipe(options.recipe, [f"runs_dir={options.out}", *options.overrides])
     if options.old == options.new:
-        raise RecipeError(f"is {options.new}, the old one", key="--new", remedy="name another domain")
+        raise UserError(f"is {options.new}, the old one", key="--new", remedy="name another domain")
     if options.seeds < 2:
-        raise RecipeError(f"is {options.seeds}", key="--seeds", remedy="an interval needs at least 2")
+        raise UserError(f"is {options.seeds}", key="--seeds", remedy="an interval needs at least 2")
     if not all(0 <= share < 1 for share in options.replay):
-        raise RecipeError(f"is {options.replay}", key="--replay", remedy="shares from 0 up to below 1")
-    return Plan(
+        raise UserError(f"is {options.replay}", key="--replay", remedy="shares from 0 up to below 1")
+    return ReplayComparison(
         recipe,
         options.old,
         options.new,
@@ -194,7 +195,7 @@ def train_missing(runs: Sequence[Recipe], folder: Path) -> None:
             bar.update(run.training.duration_tokens)
 
 
-def read_rows(plan: Plan) -> list[Row]:
+def read_rows(plan: ReplayComparison) -> list[ReplayRow]:
     """The new runs' losses beside those of the old run that each started from."""
     rows = []
     for seed in range(1, plan.seeds + 1):
@@ -202,7 +203,7 @@ def read_rows(plan: Plan) -> list[Row]:
         for share in plan.shares:
             after = _losses(plan.new_run(seed, share))
             losses = before[plan.old], after[plan.old], before[plan.new], after[plan.new]
-            rows.append(Row(seed, share, *losses))
+            rows.append(ReplayRow(seed, share, *losses))
     return rows
 
 
@@ -212,7 +213,7 @@ def _losses(run: Recipe) -> dict[str, float]:
     return summary.validation_loss
 
 
-def table(plan: Plan, rows: Sequence[Row]) -> str:
+def table(plan: ReplayComparison, rows: Sequence[ReplayRow]) -> str:
     """Means over seeds by replay share, then what each share changes against none."""
     lines = [
         f"{plan.old} (old, {plan.recipe.training.duration_tokens:,} tokens) -> {plan.new} (new, "
@@ -246,7 +247,7 @@ def _verdict(change: Estimate) -> str:
     return f"{change}, {'more' if change.mean > 0 else 'less'}"
 
 
-def write_csv(file: Path, rows: Sequence[Row]) -> None:
+def write_csv(file: Path, rows: Sequence[ReplayRow]) -> None:
     """One line per new run."""
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(asdict(rows[0])), lineterminator="\n")

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launch.gpu_check.rows import Row
+    from launch.gpu_check.rows import CheckRow
 
 NUMERICS_RECIPE = "yamls/smoke.yaml"
 SPEED_RECIPE = "yamls/dbrx-moe-a.yaml"
@@ -36,11 +36,11 @@ def main(arguments: list[str]) -> int:
         print("gpu-check: this machine has no NVIDIA GPU that torch sees: nothing to check")
         return 0
     print("gpu-check: importing Composer and MegaBlocks", flush=True)
-    from launch.gpu_check.rows import Row, table
+    from launch.gpu_check.rows import CheckRow, table
     from train.layout.device import describe_hardware
     from train.record.provenance import git_commit
 
-    rows: list[Row] = []
+    rows: list[CheckRow] = []
     begun = time.monotonic()
     signal.signal(signal.SIGALRM, _is_over)
     faulthandler.dump_traceback_later(LIMIT_SECONDS + LAST_WORDS_SECONDS, exit=True)
@@ -51,7 +51,9 @@ def main(arguments: list[str]) -> int:
             signal.setitimer(signal.ITIMER_REAL, max(0.01, LIMIT_SECONDS - (time.monotonic() - begun)))
             rows += check()
         except Exception as error:  # One part that breaks must not hide what the others find.
-            rows.append(Row(name, "raised", f"{type(error).__name__}: {error}".split("\n")[0], "", False))
+            rows.append(
+                CheckRow(name, "raised", f"{type(error).__name__}: {error}".split("\n")[0], "", False)
+            )
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     faulthandler.cancel_dump_traceback_later()
@@ -75,7 +77,7 @@ def _is_over(_number: int, _frame: FrameType | None) -> None:
     raise TimeoutError(f"not done when {LIMIT_SECONDS} s were over")
 
 
-def parts() -> "dict[str, Callable[[], list[Row]]]":
+def parts() -> "dict[str, Callable[[], list[CheckRow]]]":
     """The checks by name, in order, for the GPU of this machine."""
     import torch
 

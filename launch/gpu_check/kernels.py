@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from launch.gpu_check.rows import Row, deviation_row
+from launch.gpu_check.rows import CheckRow, deviation_row
 from train.model import megablocks_ops
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error as a share of the largest value: rounding of the type over sums of some hundred terms."""
 
 
-def check_kernels(device: str, tokens: int = 4096, width: int = 1024) -> list[Row]:
+def check_kernels(device: str, tokens: int = 4096, width: int = 1024) -> list[CheckRow]:
     """Every kernel in fp32 and bf16, with experts that get no token, and with one that gets them all."""
     megablocks_ops.install()
     rows = []

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from launch.gpu_check.kernels import relative_error
-from launch.gpu_check.rows import Row, deviation_row
+from launch.gpu_check.rows import CheckRow, deviation_row
 from launch.verify.cases import INPUTS, STEPS, Layout, make_batches, make_case
 from train.layout.optim import clip_gradients
 from train.recipe.schema import Precision, Recipe
-from train.recipe.tiny import shrink
+from train.recipe.tiny import tiny_recipe
 from train.recipe.topology import Topology
 from train.run import Machine, build_model
 
@@ -26,7 +26,7 @@ Euclidean norm of the difference over all weights; of the rest: the largest diff
 Record = dict[str, list[Tensor]]
 
 
-def check_numerics(device: str, recipe: Recipe, precisions: tuple[Precision, ...]) -> list[Row]:
+def check_numerics(device: str, recipe: Recipe, precisions: tuple[Precision, ...]) -> list[CheckRow]:
     """Trains the shrunken recipe for a few clipped steps on both, and compares."""
     rows = []
     expected = train_steps("cpu", recipe, Precision.fp32)
@@ -44,7 +44,7 @@ def check_numerics(device: str, recipe: Recipe, precisions: tuple[Precision, ...
 def train_steps(device: str, recipe: Recipe, precision: Precision) -> Record:
     """What a few steps saw: per step and tensor, on the CPU."""
     plain = INPUTS[0]
-    small = make_case(shrink(recipe, steps=STEPS), Layout(1, 1, 1), plain, precision).recipe
+    small = make_case(tiny_recipe(recipe, steps=STEPS), Layout(1, 1, 1), plain, precision).recipe
     model, optimizer = build_model(small, Machine(Topology(), device, precision))
     record: Record = {"loss": [], "expert choices": [], "gradients": [], "whole gradient": []}
     for batch in make_batches(small, plain, seed=0):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckRow:
     """One thing that was checked."""
 
     part: str
@@ -16,7 +16,7 @@ class Row:
     passed: bool = True
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[CheckRow]) -> str:
     """The findings as a Markdown table."""
     lines = ["| part | what | found | wanted | |", "|---|---|---:|---:|---|"]
     lines += [
@@ -26,6 +26,6 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def deviation_row(part: str, what: str, deviation: float, bound: float) -> Row:
+def deviation_row(part: str, what: str, deviation: float, bound: float) -> CheckRow:
     """A relative error against its bound; not-a-number fails."""
-    return Row(part, what, f"{deviation:.1e}", f"<= {bound:.0e}", deviation <= bound)
+    return CheckRow(part, what, f"{deviation:.1e}", f"<= {bound:.0e}", deviation <= bound)

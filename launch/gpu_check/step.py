@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from launch.gpu_check.rows import Row
+from launch.gpu_check.rows import CheckRow
 from launch.plan.hardware import GPUS, Gpu
 from launch.plan.memory import memory
 from launch.plan.step import make_plan
@@ -56,7 +56,7 @@ def slice_of(recipe: Recipe, memory_bytes: int) -> Recipe:
     raise ValueError(f"{recipe.name}: one layer and one sequence do not fit {memory_bytes:,} bytes")
 
 
-def check_step(device: str, recipe: Recipe, gpu: Gpu | None, steps: int = TIMED_STEPS) -> list[Row]:
+def check_step(device: str, recipe: Recipe, gpu: Gpu | None, steps: int = TIMED_STEPS) -> list[CheckRow]:
     """Memory and speed of a slice.
 
     Args:
@@ -78,22 +78,24 @@ def check_step(device: str, recipe: Recipe, gpu: Gpu | None, steps: int = TIMED_
     return [*rows, *_speed(device, recipe, precision, found, gpu)]
 
 
-def _speed(device: str, recipe: Recipe, precision: Precision, found: Measured, gpu: Gpu | None) -> list[Row]:
+def _speed(
+    device: str, recipe: Recipe, precision: Precision, found: Measured, gpu: Gpu | None
+) -> list[CheckRow]:
     tokens = sizes.tokens_per_batch(recipe) / found.step_seconds
     flops = sizes.flops_per_token_training(recipe.model, recipe.data.sequence_tokens).total * tokens
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
     peak = measured_peak_flops(device, dtype)
     rows = [
-        Row("speed", f"tokens/s in {precision.value}, median of steps", f"{tokens:,.0f}", ""),
-        Row("speed", "FLOP/s of a large matrix product", f"{peak / 1e12:.2f} T", ""),
-        Row("speed", "FLOP utilisation of that", f"{flops / peak:.1%}", ""),
+        CheckRow("speed", f"tokens/s in {precision.value}, median of steps", f"{tokens:,.0f}", ""),
+        CheckRow("speed", "FLOP/s of a large matrix product", f"{peak / 1e12:.2f} T", ""),
+        CheckRow("speed", "FLOP utilisation of that", f"{flops / peak:.1%}", ""),
     ]
     if gpu is not None:
         plan = make_plan(recipe, 1, gpu)
         planned = f"{plan.tokens_per_second_per_gpu:,.0f} planned"
         rows[0] = replace(rows[0], wanted=planned)
         rows.append(
-            Row(
+            CheckRow(
                 "speed", f"FLOP utilisation of {gpu.name}'s data sheet", f"{flops / gpu.matrix_flops:.1%}", ""
             )
         )
@@ -143,9 +145,9 @@ def _random_batch(recipe: Recipe, device: str) -> Batch:
     }
 
 
-def _bytes_row(what: str, found: int, planned: int, bound: float) -> Row:
+def _bytes_row(what: str, found: int, planned: int, bound: float) -> CheckRow:
     error = abs(planned - found) / found
-    return Row(
+    return CheckRow(
         "memory", what, f"{found / 2**30:.3f} GiB", f"{planned / 2**30:.3f} GiB planned", error <= bound
     )
 

@@ -18,7 +18,8 @@ from launch.plan.search import remedies, search
 from launch.plan.step import make_plan
 from launch.plan.table5 import format_table5, table5
 from launch.plan.text import format_plan, format_search, plan_figures
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 
 USAGE_STATUS = 2
 DOES_NOT_FIT_STATUS = 1
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
             print(format_published(gpu_named(options.gpu)))
             return _write_json(options.json, published_figures(gpu_named(options.gpu)))
         return plan_recipe(options)
-    except RecipeError as error:
+    except UserError as error:
         print(error.at(options.recipe or "command line"), file=sys.stderr)
         return USAGE_STATUS
 
@@ -45,11 +46,9 @@ def main(arguments: list[str]) -> int:
 def plan_recipe(options: argparse.Namespace) -> int:
     """Plans one recipe, or searches its layouts."""
     if not options.recipe:
-        raise RecipeError("is missing", key="RECIPE", remedy="give a YAML file, --table5 or --published")
+        raise UserError("is missing", key="RECIPE", remedy="give a YAML file, --table5 or --published")
     if options.gpus < 1:
-        raise RecipeError(
-            f"is {options.gpus}", key="--gpus", remedy="give the number of GPUs, for example 64"
-        )
+        raise UserError(f"is {options.gpus}", key="--gpus", remedy="give the number of GPUs, for example 64")
     recipe, gpu = load_recipe(options.recipe, options.overrides), gpu_named(options.gpu)
     prices = {"imbalance": options.imbalance, "dollars_per_gpu_hour": options.price}
     if options.search:

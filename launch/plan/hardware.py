@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 
 GIB = 2**30
 
@@ -46,8 +46,8 @@ def gpu_named(name: str) -> Gpu:
     """The GPU of that name.
 
     Raises:
-        RecipeError: if it is not known.
+        UserError: if it is not known.
     """
     if name not in GPUS:
-        raise RecipeError(f"{name!r} is not known", key="--gpu", remedy=f"one of {', '.join(GPUS)}")
+        raise UserError(f"{name!r} is not known", key="--gpu", remedy=f"one of {', '.join(GPUS)}")
     return GPUS[name]

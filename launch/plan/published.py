@@ -27,7 +27,7 @@ from launch.plan.step_time import (
     link_seconds,
     update_work,
 )
-from launch.plan.traffic import Collective, Kind
+from launch.plan.traffic import Collective, CollectiveKind
 from train.recipe import sizes
 from train.recipe.schema import Ffn, Model, Moe, Position
 
@@ -39,7 +39,7 @@ FP32 = 4
 
 
 @dataclass(frozen=True)
-class System:
+class PublishedRun:
     """A published run: model, layout, batch, and what was measured."""
 
     name: str
@@ -67,14 +67,14 @@ class System:
         return self.gpus // (self.tensor * self.pipeline)
 
 
-def flops_per_token(system: System) -> float:
+def flops_per_token(system: PublishedRun) -> float:
     """Model FLOPs of a token in training, all positions attended to, as both sources count."""
     flops = sizes.flops_per_token_training(system.model, system.sequence_tokens)
     shared = 6 * 3 * system.model.d_model * system.shared_ffn * system.model.n_layers
     return flops.total + shared
 
 
-def measured(system: System, gpu: Gpu) -> float:
+def measured(system: PublishedRun, gpu: Gpu) -> float:
     """Measured tokens per second and GPU."""
     if system.measured_tokens_per_second is not None:
         return system.measured_tokens_per_second
@@ -82,7 +82,7 @@ def measured(system: System, gpu: Gpu) -> float:
     return system.measured_utilisation * gpu.matrix_flops / flops_per_token(system)
 
 
-def predicted(system: System, gpu: Gpu, efficiency: Efficiency = FITTED) -> float:
+def predicted(system: PublishedRun, gpu: Gpu, efficiency: Efficiency = FITTED) -> float:
     """Predicted tokens per second and GPU."""
     tokens = system.microbatch_sequences * system.sequence_tokens
     microbatch = _microbatch_seconds(system, tokens, gpu, efficiency).total
@@ -93,7 +93,7 @@ def predicted(system: System, gpu: Gpu, efficiency: Efficiency = FITTED) -> floa
     return system.microbatches * tokens / step / (system.tensor * system.pipeline)
 
 
-def _microbatch_seconds(system: System, tokens: int, gpu: Gpu, efficiency: Efficiency) -> Seconds:
+def _microbatch_seconds(system: PublishedRun, tokens: int, gpu: Gpu, efficiency: Efficiency) -> Seconds:
     """One forward and backward pass of one pipeline stage."""
     split = Split(system.tensor, system.expert)
     forward = layer_work(system.model, tokens, system.sequence_tokens, split, system.shared_ffn)
@@ -104,25 +104,27 @@ def _microbatch_seconds(system: System, tokens: int, gpu: Gpu, efficiency: Effic
     return compute_seconds(work, gpu, efficiency) + link_seconds(_exchanges(system, tokens), gpu, efficiency)
 
 
-def _exchanges(system: System, tokens: int) -> Iterable[Collective]:
+def _exchanges(system: PublishedRun, tokens: int) -> Iterable[Collective]:
     model, layers = system.model, system.model.n_layers // system.pipeline
     found = []
     if model.moe and system.expert > 1:
         rows = tokens // system.tensor * model.moe.top_k * model.d_model * BF16
-        found.append(Collective("tokens", Kind.all_to_all, rows, system.expert, 1, 4 * layers))
+        found.append(Collective("tokens", CollectiveKind.all_to_all, rows, system.expert, 1, 4 * layers))
     if system.tensor > 1:
         # Sequence parallelism: gather and reduce around attention and feed-forward, forward and backward.
         whole = tokens * model.d_model * BF16
-        found.append(Collective("tensor", Kind.all_gather, whole, system.tensor, 1, 8 * layers))
+        found.append(Collective("tensor", CollectiveKind.all_gather, whole, system.tensor, 1, 8 * layers))
     if system.shards_weights:
         for weights, ranks, stride in _sharded(system):
             found.append(
-                Collective("weights", Kind.all_gather, weights * BF16 / layers, ranks, stride, 3 * layers)
+                Collective(
+                    "weights", CollectiveKind.all_gather, weights * BF16 / layers, ranks, stride, 3 * layers
+                )
             )
     return found
 
 
-def _sharded(system: System) -> list[tuple[float, int, int]]:
+def _sharded(system: PublishedRun) -> list[tuple[float, int, int]]:
     """Weights of one GPU's tensor, pipeline and expert part, and the group that shards them: size, stride."""
     model = system.model
     experts = sum(w.elements for w in sizes.layer_weights(model, 0) if w.is_expert) * model.n_layers
@@ -137,20 +139,20 @@ def _sharded(system: System) -> list[tuple[float, int, int]]:
     return parts
 
 
-def _step_seconds(system: System, gpu: Gpu, efficiency: Efficiency) -> Seconds:
+def _step_seconds(system: PublishedRun, gpu: Gpu, efficiency: Efficiency) -> Seconds:
     """What happens once per step: the optimizer, and without FSDP the gradients and the new weights."""
     parts = _sharded(system)
     held = sum(weights / ranks for weights, ranks, _ in parts)
     total = compute_seconds(update_work(held, ADAM_BYTES, clips=False), gpu, efficiency)
     if not system.shards_weights:
         for weights, ranks, stride in parts:
-            reduce = Collective("gradients", Kind.reduce_scatter, weights * FP32, ranks, stride, 1)
-            gather = Collective("weights", Kind.all_gather, weights * BF16, ranks, stride, 1)
+            reduce = Collective("gradients", CollectiveKind.reduce_scatter, weights * FP32, ranks, stride, 1)
+            gather = Collective("weights", CollectiveKind.all_gather, weights * BF16, ranks, stride, 1)
             total += link_seconds([reduce, gather], gpu, efficiency)
     return total
 
 
-def fit(systems: Iterable[System], gpu: Gpu) -> Efficiency:
+def fit(systems: Iterable[PublishedRun], gpu: Gpu) -> Efficiency:
     """The two efficiencies with the least squared logarithm of predicted over measured, to two digits.
 
     A step's time is linear in both efficiencies' inverses, so that three predictions of each system give all.
@@ -305,10 +307,10 @@ MEGATRON_LAYOUTS = {
 }
 
 
-def published_systems() -> list[System]:
+def published_systems() -> list[PublishedRun]:
     """All rows."""
     systems = [
-        System(
+        PublishedRun(
             name=f"MPT-{size}, {sequence} tokens{', recomputed' if recomputed else ''}",
             model=MPT[size],
             gpus=gpus,
@@ -325,7 +327,7 @@ def published_systems() -> list[System]:
         model, shared = MEGATRON_MODELS[name]
         tensor, pipeline, expert = MEGATRON_LAYOUTS[name, method]
         systems.append(
-            System(
+            PublishedRun(
                 name=f"{name}, {method}, batch {batch}",
                 model=model,
                 gpus=gpus,

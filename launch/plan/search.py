@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from launch.plan.hardware import Gpu
 from launch.plan.step import Plan, make_plan
+from train.recipe.errors import UserError
 from train.recipe.phases import batch_sequences, phases_of
-from train.recipe.reading import RecipeError
 from train.recipe.schema import Parallelism, Recipe
 
 MOST_GPUS = 2**17
@@ -71,7 +71,7 @@ def search(
     """All plans that fit, the fastest first.
 
     Raises:
-        RecipeError: if no layout is possible, such as for a batch that cannot be split over the GPUs.
+        UserError: if no layout is possible, such as for a batch that cannot be split over the GPUs.
     """
     found, is_possible = [], False
     for choice in choices(recipe, world_size):
@@ -83,7 +83,7 @@ def search(
                 imbalance=imbalance,
                 dollars_per_gpu_hour=dollars_per_gpu_hour,
             )
-        except RecipeError:
+        except UserError:
             continue
         is_possible = True
         if plan.fits:
@@ -128,7 +128,7 @@ def divisors(number: int) -> list[int]:
 def _fits(recipe: Recipe, world_size: int, like: Plan) -> bool:
     try:
         return make_plan(recipe, world_size, like.gpu, imbalance=like.imbalance).fits
-    except RecipeError:
+    except UserError:
         return False
 
 

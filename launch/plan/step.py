@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from launch.plan.forms import Form, forms
 from launch.plan.hardware import Gpu
 from launch.plan.memory import Memory, memory, numerics_of
+from launch.plan.step_shapes import StepShape, step_shapes
 from launch.plan.step_time import (
     FITTED,
     Efficiency,
@@ -16,9 +16,9 @@ from launch.plan.step_time import (
     link_seconds,
     update_work,
 )
-from launch.plan.traffic import Collective, Kind, collectives
+from launch.plan.traffic import Collective, CollectiveKind, collectives
 from train.recipe import sizes
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.rules import validate
 from train.recipe.schema import OptimizerKind, Recipe
 from train.recipe.topology import Topology
@@ -41,7 +41,7 @@ class Plan:
     """What a recipe will cost. The figures of a step are those of one form of its steps."""
 
     recipe: Recipe
-    form: Form
+    form: StepShape
     gpu: Gpu
     world_size: int
     imbalance: float
@@ -53,17 +53,17 @@ class Plan:
     parts: list[Part]
     efficiency: Efficiency
     others: tuple["Plan", ...] = ()
-    """Of the run's other forms, such as longer sequences in a later phase."""
+    """Of the run's other step shapes, such as longer sequences in a later phase."""
 
     @property
-    def forms(self) -> tuple["Plan", ...]:
-        """This plan and those of the other forms."""
+    def step_shapes(self) -> tuple["Plan", ...]:
+        """This plan and those of the other step shapes."""
         return (self, *self.others)
 
     @property
     def fullest(self) -> "Plan":
         """The form that needs the most memory."""
-        return max(self.forms, key=lambda plan: plan.memory.total)
+        return max(self.step_shapes, key=lambda plan: plan.memory.total)
 
     @property
     def fits(self) -> bool:
@@ -90,8 +90,8 @@ class Plan:
     @property
     def step_seconds_if_hidden(self) -> float:
         """The same if traffic of weights and gradients hid behind arithmetic: a bound, no prediction."""
-        exchange = [c for c in self.collectives if c.kind is Kind.all_to_all]
-        hidden = [c for c in self.collectives if c.kind is not Kind.all_to_all]
+        exchange = [c for c in self.collectives if c.kind is CollectiveKind.all_to_all]
+        hidden = [c for c in self.collectives if c.kind is not CollectiveKind.all_to_all]
         compute = self.step_seconds - self.seconds.links
         open_seconds, hidden_seconds = (
             self.microbatches * link_seconds(part, self.gpu, self.efficiency).links
@@ -118,13 +118,13 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """Of the whole run, all forms, without interruptions and evaluations."""
-        return sum(plan.form.batches * plan.step_seconds for plan in self.forms) / DAY_SECONDS
+        """Of the whole run, all step shapes, without interruptions and evaluations."""
+        return sum(plan.form.batches * plan.step_seconds for plan in self.step_shapes) / DAY_SECONDS
 
     @property
     def flops(self) -> sizes.Flops:
         """Of the whole run, attention at each form's length."""
-        each = [plan.form.flops for plan in self.forms]
+        each = [plan.form.flops for plan in self.step_shapes]
         return sizes.Flops(sum(flops.weights for flops in each), sum(flops.attention for flops in each))
 
     @property
@@ -160,13 +160,13 @@ def make_plan(
         efficiency: shares of the GPU's rates.
 
     Raises:
-        RecipeError: one line, if the recipe or the layout is impossible.
+        UserError: one line, if the recipe or the layout is impossible.
     """
     validate(recipe, Topology(0, world_size, 0, 1), file)
     if imbalance < 1:
-        raise RecipeError(f"is {imbalance}", key="--imbalance", remedy="the busiest is at least the mean: 1")
+        raise UserError(f"is {imbalance}", key="--imbalance", remedy="the busiest is at least the mean: 1")
 
-    def plan_of(form: Form, others: tuple[Plan, ...] = ()) -> Plan:
+    def plan_of(form: StepShape, others: tuple[Plan, ...] = ()) -> Plan:
         shaped = form.recipe
         traffic = _traffic(shaped, world_size)
         return Plan(
@@ -184,7 +184,7 @@ def make_plan(
             others=others,
         )
 
-    main, *others = forms(recipe)
+    main, *others = step_shapes(recipe)
     return plan_of(main, tuple(plan_of(form) for form in others))
 
 
@@ -236,14 +236,16 @@ def _forward_share(traffic: list[Collective], gpu: Gpu) -> float:
     for collective in traffic:
         seconds = collective.seconds(gpu)
         total += collective.calls * seconds
-        if collective.kind is Kind.all_gather:
+        if collective.kind is CollectiveKind.all_gather:
             layers = 1 if collective.calls == 1 else _layers_of(traffic, collective)
             ahead += layers * seconds
-        elif collective.kind is Kind.all_to_all:
+        elif collective.kind is CollectiveKind.all_to_all:
             ahead += collective.calls * seconds / 2
     return ahead / total if total else 0.0
 
 
 def _layers_of(traffic: list[Collective], gathered: Collective) -> int:
     """Units of that kind: each has its gradients reduced once."""
-    return next(c.calls for c in traffic if c.what == gathered.what and c.kind is Kind.reduce_scatter)
+    return next(
+        c.calls for c in traffic if c.what == gathered.what and c.kind is CollectiveKind.reduce_scatter
+    )

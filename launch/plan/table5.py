@@ -15,7 +15,7 @@ YAMLS = Path(__file__).resolve().parents[2] / "yamls"
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableLine:
     """A line of the table: a recipe, the line that it is compared with, and where its tokens come from."""
 
     title: str
@@ -27,18 +27,18 @@ class Entry:
 
 
 ENTRIES = (
-    Entry("DBRX MoE-A", "dbrx-moe-a", "dbrx-moe-a", "inferred", "1x"),
-    Entry("MPT-7B (1T tokens)", "mpt-7b", "dbrx-moe-a", "published", "3.7x"),
-    Entry("DBRX Dense-A (1T tokens)", "dbrx-dense-a", "dbrx-moe-a", "published", "3.7x"),
-    Entry("DBRX Dense-A (500B tokens)", "dbrx-dense-a-500b", "dbrx-moe-a", "published", "1.85x"),
-    Entry("DBRX MoE-B", "dbrx-moe-b", "dbrx-moe-b", "inferred", "1x"),
-    Entry("LLaMA2-13B", "llama2-13b", "dbrx-moe-b", "published", "1.7x"),
-    Entry("DBRX", "dbrx", "dbrx", "published", ""),
+    TableLine("DBRX MoE-A", "dbrx-moe-a", "dbrx-moe-a", "inferred", "1x"),
+    TableLine("MPT-7B (1T tokens)", "mpt-7b", "dbrx-moe-a", "published", "3.7x"),
+    TableLine("DBRX Dense-A (1T tokens)", "dbrx-dense-a", "dbrx-moe-a", "published", "3.7x"),
+    TableLine("DBRX Dense-A (500B tokens)", "dbrx-dense-a-500b", "dbrx-moe-a", "published", "1.85x"),
+    TableLine("DBRX MoE-B", "dbrx-moe-b", "dbrx-moe-b", "inferred", "1x"),
+    TableLine("LLaMA2-13B", "llama2-13b", "dbrx-moe-b", "published", "1.7x"),
+    TableLine("DBRX", "dbrx", "dbrx", "published", ""),
 )
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A line with its figures."""
 
     title: str
@@ -57,7 +57,7 @@ class Row:
     published_relative: str
 
 
-def table5() -> list[Row]:
+def table5() -> list[TableRow]:
     """The table's rows, from the recipes in ``yamls/``."""
     weights: dict[str, int] = {}
     attention: dict[str, int] = {}
@@ -70,7 +70,7 @@ def table5() -> list[Row]:
             weights[name] += per_token.weights * phase_tokens(phase)
             attention[name] += per_token.attention * phase_tokens(phase)
     return [
-        Row(
+        TableRow(
             title=entry.title,
             recipe=entry.recipe,
             total_parameters=sizes.total_parameters(recipes[entry.recipe].model),
@@ -88,7 +88,7 @@ def table5() -> list[Row]:
     ]
 
 
-def format_table5(rows: list[Row]) -> str:
+def format_table5(rows: list[TableRow]) -> str:
     """The table for a terminal."""
     lines = [
         f"{'model':28}{'total':>9}{'active':>9}{'tokens':>9}  {'FLOPs':>9}{'relative':>10}"

@@ -85,7 +85,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu,
         "utilisation": plan.utilisation,
         "utilisation_of_weights": plan.utilisation_of_weights,
-        "forms": [_form_figures(each) for each in plan.forms],
+        "forms": [_form_figures(each) for each in plan.step_shapes],
         "training_flops": asdict(plan.flops),
         "batches": sizes.batches(plan.recipe),
         "days": plan.days,
@@ -223,7 +223,7 @@ def _forms_table(plan: Plan) -> str:
         f"  {'phases':10}{'sequence':>9}{'batch':>7}{'micro':>6}{'steps':>11}{'memory':>11}{'step':>9}"
         f"{'tok/s/GPU':>11}{'util':>7}{'days':>8}{'FLOPs':>11}",
     ]
-    for each in plan.forms:
+    for each in plan.step_shapes:
         shape, form = each.form.recipe, each.form
         lines.append(
             f"  {', '.join(str(number + 1) for number in form.phases):10}{shape.data.sequence_tokens:>9}"

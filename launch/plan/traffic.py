@@ -18,7 +18,7 @@ FP32 = 4
 INT32 = 4
 
 
-class Kind(str, Enum):
+class CollectiveKind(str, Enum):
     """Which collective."""
 
     all_gather = "all-gather"
@@ -40,7 +40,7 @@ class Collective:
     """One kind of collective of a step, and how often it is called."""
 
     what: str
-    kind: Kind
+    kind: CollectiveKind
     payload_bytes: float
     """The whole: what an all-gather gives, a reduce-scatter takes, an all-reduce adds, and of an all-to-all
     what each rank holds for all ranks together, itself included."""
@@ -53,7 +53,7 @@ class Collective:
 
     def sent_bytes(self) -> float:
         """Bytes that one rank sends per call, with ring algorithms (Patarasuk and Yuan 2009)."""
-        rounds = 2 if self.kind is Kind.all_reduce else 1
+        rounds = 2 if self.kind is CollectiveKind.all_reduce else 1
         return rounds * self.payload_bytes * (self.ranks - 1) / self.ranks
 
     def members_per_node(self, gpus_per_node: int) -> int:
@@ -69,7 +69,7 @@ class Collective:
         members, sent = self.members_per_node(gpus_per_node), self.sent_bytes()
         if members == self.ranks:
             return LinkBytes(sent, 0.0)
-        if self.kind is Kind.all_to_all:
+        if self.kind is CollectiveKind.all_to_all:
             share = self.payload_bytes / self.ranks
             return LinkBytes(share * (members - 1), share * (self.ranks - members))
         return LinkBytes(sent * (members - 1) / members, sent / members)
@@ -80,7 +80,7 @@ class Collective:
             return 0.0
         members, links = self.members_per_node(gpu.gpus_per_node), self.link_bytes(gpu.gpus_per_node)
         one_node = members == self.ranks
-        if self.kind is Kind.all_to_all:
+        if self.kind is CollectiveKind.all_to_all:
             transfer = max(links.nvlink / gpu.nvlink_bandwidth, links.network / gpu.network_bandwidth)
             return transfer + (gpu.nvlink_hop_seconds if one_node else gpu.network_hop_seconds)
         # Every byte passes every link of the ring, so the slowest kind of link sets the pace.
@@ -89,7 +89,7 @@ class Collective:
         if not one_node:
             rate = min(gpu.nvlink_bandwidth if members > 1 else rate, members * gpu.network_bandwidth)
             hop = ((members - 1) * gpu.nvlink_hop_seconds + gpu.network_hop_seconds) / members
-        rounds = (2 if self.kind is Kind.all_reduce else 1) * (self.ranks - 1)
+        rounds = (2 if self.kind is CollectiveKind.all_reduce else 1) * (self.ranks - 1)
         return self.sent_bytes() / rate + rounds * hop
 
 
@@ -123,7 +123,7 @@ def collectives(
         counts = ("counts of tokens", model.moe.experts * INT32, passes - 1)
         for what, payload, calls in (exchange, counts):
             group = (layout.expert, 1)
-            found.append(Collective(what, Kind.all_to_all, payload, *group, calls * model.n_layers))
+            found.append(Collective(what, CollectiveKind.all_to_all, payload, *group, calls * model.n_layers))
     return found
 
 
@@ -189,10 +189,12 @@ def _sharding_collectives(
     elements = unit.padded_elements * placement.rows_over
     group = (placement.rows_over, placement.experts_over)
     found = [
-        Collective(unit.what, Kind.all_gather, elements * gathered_bytes, *group, gathers),
-        Collective(unit.what, Kind.reduce_scatter, elements * FP32, *group, unit.count),
+        Collective(unit.what, CollectiveKind.all_gather, elements * gathered_bytes, *group, gathers),
+        Collective(unit.what, CollectiveKind.reduce_scatter, elements * FP32, *group, unit.count),
     ]
     if layout.replicate > 1:
         copies = (layout.replicate, world_size // layout.replicate)
-        found.append(Collective(unit.what, Kind.all_reduce, unit.padded_elements * FP32, *copies, unit.count))
+        found.append(
+            Collective(unit.what, CollectiveKind.all_reduce, unit.padded_elements * FP32, *copies, unit.count)
+        )
     return found

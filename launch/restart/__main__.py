@@ -14,9 +14,10 @@ from types import FrameType
 from launch.restart.history import LOG_FILE, Policy, read_log
 from launch.restart.look_back import look_back
 from launch.restart.supervisor import Supervisor
-from train.health.heartbeat import RECORDS_VARIABLE, Beat, pid_space, read_records
+from train.health.heartbeat import RECORDS_VARIABLE, Heartbeat, pid_space, read_records
+from train.recipe.errors import UserError
 from train.recipe.exit_status import PREEMPTED_STATUS, USAGE_STATUS
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.reading import load_recipe
 from train.record.run_folder import require_resumption
 
 EPILOG = """
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     try:
         folder = Path(options.records) if options.records else _folder_of(options.command)
-    except RecipeError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return USAGE_STATUS
     policy = Policy(options.restarts, options.same_batch, options.backoff, options.longest_backoff)
@@ -164,7 +165,7 @@ class Command:
 def end_leftovers(folder: Path) -> None:
     """Kills ranks of this job that still live on this host, stopped ones for example."""
     mark, here = f"{RECORDS_VARIABLE}={folder.resolve()}".encode(), pid_space()
-    for beat in read_records(folder, "beat-*.json", Beat):
+    for beat in read_records(folder, "beat-*.json", Heartbeat):
         if beat.pid_space != here:
             continue
         # The process's own environment says that it is ours and not another's with the same number.
@@ -194,12 +195,12 @@ def _folder_of(command: list[str]) -> Path:
     """The records' folder beside the run of the recipe that a command names."""
     recipes = [word for word in command if word.endswith((".yaml", ".yml"))]
     if not recipes:
-        raise RecipeError("COMMAND names no recipe", key="--records", remedy="give the folder with --records")
+        raise UserError("COMMAND names no recipe", key="--records", remedy="give the folder with --records")
     after = command[command.index(recipes[0]) + 1 :]
     recipe = load_recipe(recipes[0], [word for word in after if "=" in word and not word.startswith("-")])
     try:
         require_resumption(recipe)
-    except RecipeError as error:
+    except UserError as error:
         raise error.at(recipes[0]) from None
     return Path(recipe.runs_dir) / f"{recipe.name}.restarts"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from train.health.heartbeat import (
     FINDING_FILE,
     LOST_HOST_FILE,
-    Beat,
     Failure,
     Finding,
+    Heartbeat,
     read_record,
     read_records,
 )
@@ -56,7 +56,7 @@ def explain(status: int, folder: Path, hosts: tuple[str, ...] = ()) -> Ending:
         folder: the ranks' records.
         hosts: that the try was on, as far as known.
     """
-    beats = read_records(folder, "beat-*.json", Beat)
+    beats = read_records(folder, "beat-*.json", Heartbeat)
     failures = read_records(folder, "failed-*.json", Failure)
     finding = read_record(folder / FINDING_FILE, Finding)
     batch, checkpoint = _progress(beats)
@@ -104,7 +104,7 @@ def explain(status: int, folder: Path, hosts: tuple[str, ...] = ()) -> Ending:
     return ending("unknown", f"{_status_text(status)}, and no rank left a record: see the output")
 
 
-def _progress(beats: list[Beat]) -> tuple[int, int]:
+def _progress(beats: list[Heartbeat]) -> tuple[int, int]:
     """Batches in the run's record, and those of its newest checkpoint."""
     if not beats:
         return 0, 0

@@ -14,10 +14,10 @@ from launch.restart.history import LOG_FILE, STOPPED_STATUS, History, Policy, en
 from train.health.heartbeat import (
     ENDED_FILE,
     FINDING_FILE,
-    Beat,
     Ended,
     Failure,
     Finding,
+    Heartbeat,
     clear_records,
     read_record,
     read_records,
@@ -68,7 +68,10 @@ def look_back(
         ending = explain(status_of(folder), folder)
         verdict = history.judge(ending)
         wait = history.wait_seconds() if verdict is None else 0.0
-        begun, ended = mark.stat().st_mtime, [beat.time for beat in read_records(folder, "beat-*.json", Beat)]
+        begun, ended = (
+            mark.stat().st_mtime,
+            [beat.time for beat in read_records(folder, "beat-*.json", Heartbeat)],
+        )
         seconds = round(max(ended, default=begun) - begun, 3)
         number = len(history.endings)
         write_log(folder, number, ending, begun, verdict is not None, seconds=seconds, wait_seconds=wait)
@@ -87,7 +90,7 @@ def look_back(
 
 def status_of(folder: Path) -> int:
     """The exit status that a try's records speak of."""
-    beats = read_records(folder, "beat-*.json", Beat)
+    beats = read_records(folder, "beat-*.json", Heartbeat)
     if beats and (Path(beats[0].run) / SUMMARY_FILE).exists():
         return 0
     if ended := read_record(folder / ENDED_FILE, Ended):

@@ -17,7 +17,7 @@ from launch.submit import hosts, kubernetes, mcli, skypilot, slurm
 from launch.submit.environment import describe
 from launch.submit.job import Device, Job, check_job
 from launch.submit.placement import check_placement
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 
 USAGE_STATUS = 2
 IMAGE_WORKDIR = "/finegrain"
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         lines = check_placement(job, recipe)
         job = replace(job, records=f"{recipe.runs_dir}/{recipe.name}.restarts")
         text = system.render(job)
-    except RecipeError as error:
+    except UserError as error:
         print(error.at(options.recipe or "command line"), file=sys.stderr)
         return USAGE_STATUS
     for line in lines:
@@ -92,10 +92,10 @@ def job_from(options: argparse.Namespace) -> Job:
     """The description of the job that the command line gives.
 
     Raises:
-        RecipeError: for what is missing or malformed.
+        UserError: for what is missing or malformed.
     """
     if not options.recipe:
-        raise RecipeError("is missing", key="RECIPE", remedy="give a YAML file, for example yamls/dbrx.yaml")
+        raise UserError("is missing", key="RECIPE", remedy="give a YAML file, for example yamls/dbrx.yaml")
     in_image = options.image and options.on != "slurm"
     return Job(
         recipe_file=options.recipe,
@@ -128,7 +128,7 @@ def _pairs(texts: list[str], option: str, what: str, form: str) -> dict[str, str
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise RecipeError(f"{text!r} has no {what}", key=option, remedy=f"write {form}")
+            raise UserError(f"{text!r} has no {what}", key=option, remedy=f"write {form}")
         found[name] = value
     return found
 
@@ -198,9 +198,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def _check_system(name: str, system: System, job: Job) -> None:
     if system.needs_image and not job.image:
-        raise RecipeError(f"{name} runs containers", key="--image", remedy="give the image's name")
+        raise UserError(f"{name} runs containers", key="--image", remedy="give the image's name")
     if system.needs_hosts and not job.hosts:
-        raise RecipeError(f"{name} needs hosts", key="--hosts", remedy="give --hosts A,B,...")
+        raise UserError(f"{name} needs hosts", key="--hosts", remedy="give --hosts A,B,...")
     for option, value, readers in (
         ("--hosts", job.hosts, HOSTS),
         ("--spare-nodes", job.spare_nodes, ("slurm", *HOSTS)),
@@ -214,7 +214,7 @@ def _check_system(name: str, system: System, job: Job) -> None:
     ):
         if value and name not in readers:
             what = f"{name} does not read it; it is for {', '.join(readers)}"
-            raise RecipeError(what, key=option, remedy="remove the option")
+            raise UserError(what, key=option, remedy="remove the option")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
@@ -92,30 +93,28 @@ def check_job(job: Job) -> Recipe:
     """Everything that can be wrong with a job, before a system sees it; returns the recipe.
 
     Raises:
-        RecipeError: one line that names the option and the remedy.
+        UserError: one line that names the option and the remedy.
     """
     recipe = load_recipe(job.recipe_file, list(job.overrides))
     for option, value in (("--nodes", job.nodes), ("--gpus-per-node", job.gpus_per_node)):
         if value < 1:
-            raise RecipeError(f"is {value}", key=option, remedy="give at least 1")
+            raise UserError(f"is {value}", key=option, remedy="give at least 1")
     for option, least in (("--spare-nodes", job.spare_nodes), ("--restarts", job.restarts)):
         if least < 0:
-            raise RecipeError(f"is {least}", key=option, remedy="give 0 or more")
+            raise UserError(f"is {least}", key=option, remedy="give 0 or more")
     if not 0 < job.hours <= 24 * 365:
-        raise RecipeError(
-            f"is {job.hours} hours", key="--hours", remedy="give the time limit, for example 24"
-        )
+        raise UserError(f"is {job.hours} hours", key="--hours", remedy="give the time limit, for example 24")
     if not NAME.fullmatch(job.name) or len(job.name) > LONGEST_NAME:
-        raise RecipeError(
+        raise UserError(
             f"{job.name!r} is no name for a job",
             key="--name",
             remedy=f"at most {LONGEST_NAME} small letters, digits and hyphens, a letter first",
         )
     for variable in job.environment:
         if not VARIABLE.fullmatch(variable):
-            raise RecipeError(f"{variable!r} is no variable", key="--env", remedy="write NAME=value")
+            raise UserError(f"{variable!r} is no variable", key="--env", remedy="write NAME=value")
     if job.hosts and len(job.hosts) < job.nodes + job.spare_nodes:
-        raise RecipeError(
+        raise UserError(
             f"{len(job.hosts)} hosts for {job.nodes} nodes and {job.spare_nodes} spare ones",
             key="--hosts",
             remedy="name more hosts, or take fewer nodes",
@@ -123,10 +122,10 @@ def check_job(job: Job) -> Recipe:
     for option, folders in (("--mount", job.mounts), ("--claim", job.claims.values())):
         for folder in folders:
             if not Path(folder).is_absolute():
-                raise RecipeError(f"{folder!r} is relative", key=option, remedy="give a whole path")
+                raise UserError(f"{folder!r} is relative", key=option, remedy="give a whole path")
     for claim in job.claims:
         if not CLAIM.fullmatch(claim):
-            raise RecipeError(f"{claim!r} is no name of a claim", key="--claim", remedy="write NAME=/folder")
+            raise UserError(f"{claim!r} is no name of a claim", key="--claim", remedy="write NAME=/folder")
     require_resumption(recipe)
     validate(recipe, Topology(0, job.world_size, 0, job.gpus_per_node), job.recipe_file)
     return recipe

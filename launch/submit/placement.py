@@ -6,7 +6,7 @@ node exactly if its size divides the node's GPUs. Every launcher here numbers ra
 """
 
 from launch.submit.job import Job
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 
 
@@ -25,7 +25,7 @@ def check_placement(job: Job, recipe: Recipe) -> list[str]:
     """How the groups lie on the nodes, a line each; a line that begins with `warning:` asks to be read.
 
     Raises:
-        RecipeError: where some expert groups would lie across a node's border and others not.
+        UserError: where some expert groups would lie across a node's border and others not.
     """
     layout, gpus = recipe.parallelism, job.gpus_per_node
     lines = []
@@ -33,7 +33,7 @@ def check_placement(job: Job, recipe: Recipe) -> list[str]:
         spans = {nodes_of(expert_group(rank, layout.expert), gpus) for rank in range(job.world_size)}
         least = -(-layout.expert // gpus)
         if spans != {least}:
-            raise RecipeError(
+            raise UserError(
                 f"{layout.expert} ranks do not fit the nodes' {gpus} GPUs evenly: some groups lie across "
                 "a node's border",
                 key="parallelism.expert",

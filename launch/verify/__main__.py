@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import Balance, BalanceScope, Precision, Recipe
 from train.recipe.topology import Topology
 
 if TYPE_CHECKING:
-    from launch.verify.case_run import Outcome
+    from launch.verify.case_run import CaseOutcome
 
 USAGE_STATUS = 2
 
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         validate(replace(recipe, parallelism=type(recipe.parallelism)()), Topology(), options.recipe)
-    except RecipeError as error:
+    except UserError as error:
         print(error.at(options.recipe), file=sys.stderr)
         return USAGE_STATUS
     print(f"{recipe.name}: recipe is sound; importing torch, Composer and MegaBlocks", flush=True)
@@ -73,7 +74,7 @@ def run_gate(
     inputs: tuple[str, ...],
     precisions: tuple[Precision, ...],
     inject: str | None = None,
-) -> "list[Outcome]":
+) -> "list[CaseOutcome]":
     """Every case with its outcome, printed as it comes.
 
     Args:
@@ -84,7 +85,7 @@ def run_gate(
         inject: a fault of :mod:`launch.verify.faults` to put in; its layout and input are run alone.
     """
     from launch.verify import parity_report
-    from launch.verify.case_run import Outcome, import_optimizers, make_reference, run_case
+    from launch.verify.case_run import CaseOutcome, import_optimizers, make_reference, run_case
     from launch.verify.cases import cases, find_case, reference_of
     from launch.verify.faults import FAULTS
     from launch.verify.forked_ranks import RankError
@@ -100,14 +101,14 @@ def run_gate(
             recipe = with_global_scope(recipe)
         todo = [find_case(recipe, fault.layout, fault.input, fault.precision)]
     print(parity_report.header(), flush=True)
-    outcomes: list[Outcome] = []
+    outcomes: list[CaseOutcome] = []
     seen: tuple[object, ...] = ()
     seed = 0
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         file = Path(folder) / "reference.pt"
         for case in todo:
             begun = time.monotonic()
-            outcome = Outcome(case)
+            outcome = CaseOutcome(case)
             try:
                 if reference_of(case) != seen:
                     seed, seen = make_reference(case, file), reference_of(case)
@@ -127,7 +128,7 @@ def with_global_scope(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, moe=moe))
 
 
-def describe(recipe: Recipe, outcomes: "list[Outcome]", seconds: float) -> dict[str, Any]:
+def describe(recipe: Recipe, outcomes: "list[CaseOutcome]", seconds: float) -> dict[str, Any]:
     """What was run, for the report."""
     from train.recipe.sizes import total_parameters
     from train.record.provenance import git_commit

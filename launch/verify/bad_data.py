@@ -2,7 +2,7 @@
 
 The recipe's shrunken form trains on two forked ranks, under the real supervisor, on text in which a few
 documents are noise. Spikes must raise alarms that name the planted documents, and the run go
-back and leave the positions out. In the end it must have the losses, the ledger, the weights, the optimizer
+back and leave the positions out. In the end it must have the losses, the data_log, the weights, the optimizer
 and the random numbers, bit for bit, of a run whose recipe leaves out the same positions from its beginning,
 and the audit must list them. In a run whose guard raises alarms alone, the documents of each must be those
 that the audit lists for its step.
@@ -23,20 +23,21 @@ from unittest import mock
 from data.audit.lookup import documents_of_step
 from data.audit.proof import prove
 from data.audit.run_data import RunBooks
-from data.text.installed import Document, installed_corpus
+from data.text.installed import CorpusDocument, installed_corpus
 from data.write_shards import build_shards
 from launch.restart.history import Policy
 from launch.restart.supervisor import Supervisor
 from launch.verify.fault_injection import LAYOUT, one_try
 from launch.verify.resumption import differences, named, prepare, record, tail
+from train.recipe.errors import UserError
 from train.recipe.exit_status import USAGE_STATUS
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.reading import load_recipe
 from train.recipe.reliability import Guard, OnSpike
 from train.recipe.rules import validate
 from train.recipe.schema import Data, DataSkip, Recipe
 from train.recipe.topology import Topology
 from train.record import metrics
-from train.record.skips import Decision, read_decisions
+from train.record.skips import GuardDecision, read_decisions
 from train.record.step_log import STEP, read_steps
 from train.step.alarms import ALARMS_FILE
 
@@ -57,12 +58,12 @@ GUARD = Guard(
 
 
 @dataclass
-class Outcome:
+class RollbackOutcome:
     """What became of the run."""
 
     planted: list[str]
     """Names of the documents that are noise."""
-    decisions: list[Decision] = field(default_factory=list)
+    decisions: list[GuardDecision] = field(default_factory=list)
     named: list[list[str]] = field(default_factory=list)
     """The planted documents that each alarm names."""
     declared: list[str] = field(default_factory=list)
@@ -72,7 +73,7 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
 
-def documents(seed: int) -> Iterator[Document]:
+def documents(seed: int) -> Iterator[CorpusDocument]:
     """The installed corpus with documents of noise among its code."""
     generator, noise = random.Random(seed), list(planted(seed))
     for number, document in enumerate(installed_corpus(MOST_BYTES)):
@@ -82,16 +83,16 @@ def documents(seed: int) -> Iterator[Document]:
     assert not noise
 
 
-def planted(seed: int) -> Iterator[Document]:
+def planted(seed: int) -> Iterator[CorpusDocument]:
     """Documents of random bytes' worth of rare characters, each long enough to fill a shard."""
     generator = random.Random(seed)
     for number in range(PLANTED):
         # Three bytes each, none of which a merge of the tokenizer has.
         text = "".join(chr(generator.randrange(0x4E00, 0x9FFF)) for _ in range(NOISE_SAMPLES * 64 // 3))
-        yield Document("code", f"planted/noise-{number}.txt", text + "\n")
+        yield CorpusDocument("code", f"planted/noise-{number}.txt", text + "\n")
 
 
-def show(recipe: Recipe, folder: Path, seed: int = 0, steps: int = STEPS) -> Outcome:
+def show(recipe: Recipe, folder: Path, seed: int = 0, steps: int = STEPS) -> RollbackOutcome:
     """Trains three runs and compares them.
 
     Args:
@@ -101,7 +102,7 @@ def show(recipe: Recipe, folder: Path, seed: int = 0, steps: int = STEPS) -> Out
         steps: length of each run.
     """
     importlib.import_module("llmfoundry.optim.lion")
-    outcome = Outcome([document.name for document in planted(seed)])
+    outcome = RollbackOutcome([document.name for document in planted(seed)])
     small = prepared(recipe, folder, steps)
     with mock.patch("data.text.mds.SHARD_BYTES", SHARD_BYTES):
         build_shards(small, documents=lambda: documents(seed))
@@ -160,7 +161,7 @@ def prepared(recipe: Recipe, folder: Path, steps: int) -> Recipe:
     )
 
 
-def supervised(small: Recipe, guard: Guard, name: str, outcome: Outcome) -> Path:
+def supervised(small: Recipe, guard: Guard, name: str, outcome: RollbackOutcome) -> Path:
     """Runs to the end, started again where it goes back; returns the run's folder."""
     recipe = named(replace(small, guard=guard), LAYOUT, name)
     folder = Path(recipe.runs_dir) / name
@@ -176,7 +177,7 @@ def supervised(small: Recipe, guard: Guard, name: str, outcome: Outcome) -> Path
     return folder
 
 
-def describe(outcome: Outcome) -> Iterator[str]:
+def describe(outcome: RollbackOutcome) -> Iterator[str]:
     """The outcome as lines."""
     for decision, found in zip(outcome.decisions, outcome.named, strict=True):
         yield (
@@ -189,7 +190,7 @@ def describe(outcome: Outcome) -> Iterator[str]:
     yield from (f"loss over the last 8 steps, {name}: {loss:.4f}" for name, loss in outcome.losses.items())
     yield from (f"FAIL: {fault}" for fault in outcome.faults)
     if not outcome.faults:
-        yield "rolled-back equals never-seen bit for bit: losses, ledger, weights, optimizer, random numbers"
+        yield "rolled-back equals never-seen bit for bit: losses, data log, weights, optimizer, generators"
 
 
 def main(arguments: list[str]) -> int:
@@ -202,7 +203,7 @@ def main(arguments: list[str]) -> int:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         validate(recipe, Topology(), options.recipe)
-    except RecipeError as error:
+    except UserError as error:
         print(error.at(options.recipe), file=sys.stderr)
         return USAGE_STATUS
     begun = time.monotonic()

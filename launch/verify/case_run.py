@@ -69,7 +69,7 @@ class Deviation:
 
 
 @dataclass
-class Outcome:
+class CaseOutcome:
     """A case with its deviations by quantity."""
 
     case: Case
@@ -85,7 +85,7 @@ class Outcome:
 
 
 @dataclass
-class Record:
+class ReferenceRecord:
     """What the reference saw: per step, scalars and whole tensors by parameter."""
 
     figures: list[dict[str, float]] = field(default_factory=list)
@@ -113,7 +113,7 @@ def make_reference(case: Case, file: Path) -> int:
 
     def work(_: Topology) -> int:
         for seed in range(SEEDS):
-            record = Record()
+            record = ReferenceRecord()
             _train(case, Topology(), seed, _Writer(record))
             if record.least_gap > LEAST_GAP:
                 _check_input(case, record)
@@ -130,7 +130,7 @@ def run_case(
     """Runs the case under its layout and returns the deviations over all ranks."""
 
     def work(topology: Topology) -> dict[str, Deviation]:
-        record = Record(**torch.load(file, mmap=True, weights_only=True))
+        record = ReferenceRecord(**torch.load(file, mmap=True, weights_only=True))
         comparer = _Comparer(record, case)
         with fault():
             _train(case, topology, seed, comparer)
@@ -234,7 +234,7 @@ _LOSSES = {"loss": "language", "balance": "balance", "z": "z"}
 class _Writer(_Watcher):
     """Writes the reference's record."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: ReferenceRecord) -> None:
         super().__init__()
         self.record = record
 
@@ -269,7 +269,7 @@ class _Writer(_Watcher):
 class _Comparer(_Watcher):
     """Compares with the reference's record."""
 
-    def __init__(self, record: Record, case: Case) -> None:
+    def __init__(self, record: ReferenceRecord, case: Case) -> None:
         super().__init__()
         self.record, self.case = record, case
         self.bounds = BOUNDS[case.precision]
@@ -325,7 +325,7 @@ class _Comparer(_Watcher):
         self.deviations[quantity].see(error, f"step {step + 1}: {at}", self.bounds[quantity])
 
 
-def _check_input(case: Case, record: Record) -> None:
+def _check_input(case: Case, record: ReferenceRecord) -> None:
     """That the reference saw what the input promises, and clipped every gradient."""
     clip = case.recipe.training.clip_norm
     assert clip is not None and all(figures["norm"] > clip for figures in record.figures), "nothing clipped"

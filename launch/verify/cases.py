@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from train.model.loss import IGNORE
 from train.recipe.curriculum import plan_stages
 from train.recipe.schema import BalanceScope, OptimizerKind, Parallelism, Precision, Recipe
-from train.recipe.tiny import shrink
+from train.recipe.tiny import tiny_recipe
 from train.step.language_model import Batch
 
 STEPS = 3
@@ -44,7 +44,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Input:
+class GateInput:
     """One way of training the shrunken recipe for a few steps."""
 
     name: str
@@ -63,17 +63,19 @@ class Input:
 
 
 INPUTS = (
-    Input("plain", "documents of unequal lengths, one microbatch a rank"),
-    Input("accumulated", "the same, one sequence a microbatch", is_accumulated=True),
-    Input(
+    GateInput("plain", "documents of unequal lengths, one microbatch a rank"),
+    GateInput("accumulated", "the same, one sequence a microbatch", is_accumulated=True),
+    GateInput(
         "recomputed",
         "the same with activation checkpointing and the other optimizer",
         is_accumulated=True,
         recompute=True,
         other_optimizer=True,
     ),
-    Input("idle", "experts and ranks without a token, a rank without a target", idle=True, recompute=True),
-    Input("crowded", "top-1, one expert takes every token", is_accumulated=True, crowded=True),
+    GateInput(
+        "idle", "experts and ranks without a token, a rank without a target", idle=True, recompute=True
+    ),
+    GateInput("crowded", "top-1, one expert takes every token", is_accumulated=True, crowded=True),
 )
 
 
@@ -82,7 +84,7 @@ class Case:
     """A layout with an input."""
 
     layout: Layout
-    input: Input
+    input: GateInput
     recipe: Recipe
     """Shrunken, with the layout and the input's changes."""
     rows: tuple[int, ...]
@@ -121,7 +123,7 @@ def cases(
         names: inputs to run; all of them where empty.
         precision: fp32 or bf16.
     """
-    small = shrink(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
+    small = tiny_recipe(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
     for each in INPUTS:
         if (names and each.name not in names) or (each.crowded and small.model.moe is None):
             continue
@@ -144,11 +146,11 @@ def reference_of(case: Case) -> tuple[object, ...]:
 
 def find_case(recipe: Recipe, layout: Layout, name: str, precision: Precision = Precision.fp32) -> Case:
     """One case of a recipe, by its input's name."""
-    small = shrink(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
+    small = tiny_recipe(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
     return make_case(small, layout, next(each for each in INPUTS if each.name == name), precision)
 
 
-def make_case(small: Recipe, layout: Layout, each: Input, precision: Precision) -> Case:
+def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precision) -> Case:
     """The recipe of one case and how the reference is to group the same sequences."""
     share = SEQUENCES // layout.world_size
     microbatch = 1 if each.is_accumulated else share
@@ -214,7 +216,7 @@ def _grouping(recipe: Recipe, layout: Layout, microbatch: int, share: int) -> tu
     return tuple(rows), microbatch * layout.expert
 
 
-def make_batches(recipe: Recipe, each: Input, seed: int) -> list[Batch]:
+def make_batches(recipe: Recipe, each: GateInput, seed: int) -> list[Batch]:
     """A global batch for every step: input_ids, document_ids and targets [B, S], sample_positions [B].
 
     S is the length of the step's phase. Documents are from one token to a whole sequence long; a document's
@@ -250,7 +252,7 @@ def idle_experts(recipe: Recipe) -> int:
 
 
 @torch.no_grad()
-def steer_router(decoder: nn.Module, recipe: Recipe, each: Input) -> None:
+def steer_router(decoder: nn.Module, recipe: Recipe, each: GateInput) -> None:
     """Changes initial weights, whatever they are sharded over, so that tokens go where the input says.
 
     Every embedding gets a common part, which survives normalisation; a router's row along it raises or

@@ -1,7 +1,7 @@
-"""Fault injection: `python -m launch.verify.fault_injection RECIPE.yaml --faults 50` changes nothing.
+"""InjectedFault injection: `python -m launch.verify.fault_injection RECIPE.yaml --faults 50` changes nothing.
 
 The recipe's shrunken form trains on two forked ranks below the real supervisor, watchdog and guard. Faults
-are drawn at random and put in one by one, several per run; every run must end with the losses, the ledger,
+are drawn at random and put in one by one, several per run; every run must end with the losses, the data_log,
 the weights, the optimizer and the random numbers of one that nothing disturbed, bit for bit, and every fault
 must have been called by its name.
 """
@@ -35,9 +35,10 @@ from launch.verify.parity_report import write_certificate
 from launch.verify.resumption import differences, named, prepare, steps, tail, trainer, uninterrupted
 from train.checkpoint.files import newest_whole_checkpoint
 from train.health.heartbeat import RECORDS_VARIABLE
-from train.health.stragglers import STRAGGLERS_FILE, Moves
+from train.health.stragglers import STRAGGLERS_FILE, HeartbeatCallback
+from train.recipe.errors import UserError
 from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, REPLAY_STATUS, USAGE_STATUS
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.reading import load_recipe
 from train.recipe.reliability import Watch
 from train.recipe.rules import validate
 from train.recipe.schema import Data, Recipe
@@ -73,7 +74,7 @@ KINDS: dict[str, tuple[str, str]] = {
 
 
 @dataclass
-class Fault:
+class InjectedFault:
     """One fault that was put in, and what became of it."""
 
     kind: str
@@ -95,23 +96,23 @@ class Drill:
     generator: random.Random
     kinds: list[str]
     """Faults that are still to be put in."""
-    done: list[Fault] = field(default_factory=list)
+    done: list[InjectedFault] = field(default_factory=list)
     runs: int = 0
 
-    def run(self) -> Iterator[Fault]:
+    def run(self) -> Iterator[InjectedFault]:
         """One run with up to :data:`FAULTS_PER_RUN` faults, supervised to its end."""
         recipe = named(self.small, LAYOUT, f"drill-{self.runs}")
         self.runs += 1
         folder = Path(recipe.runs_dir) / recipe.name
         records = folder.with_suffix(".restarts")
-        found: list[Fault] = []
+        found: list[InjectedFault] = []
         wanted = min(FAULTS_PER_RUN, len(self.kinds))
 
         def attempt(_hosts: tuple[str, ...]) -> int:
             if len(found) == wanted:
                 return one_try(recipe, None, 0, records, folder)
             kind, rank = self.kinds[0], self.generator.randrange(LAYOUT.world_size)
-            fault = Fault(kind, rank, recipe.name, 0)
+            fault = InjectedFault(kind, rank, recipe.name, 0)
             begun = time.monotonic()
             status = one_try(recipe, fault, steps(folder) + self.generator.randint(1, 3), records, folder)
             fault.seconds = round(time.monotonic() - begun, 1)
@@ -133,7 +134,7 @@ class Drill:
             yield fault
 
 
-def one_try(recipe: Recipe, fault: Fault | None, after: int, records: Path, folder: Path) -> int:
+def one_try(recipe: Recipe, fault: InjectedFault | None, after: int, records: Path, folder: Path) -> int:
     """One try of the job with one fault; returns the status that a launcher would."""
     kind = fault.kind if fault is not None else ""
     rank = fault.rank if fault is not None else -1
@@ -178,13 +179,13 @@ def _disturbed(
         if topology.rank != rank or kind not in ("NaN", "slow rank"):
             return work(topology)
         if kind == "slow rank":
-            move = Moves.before_forward
+            move = HeartbeatCallback.before_forward
 
             def slowly(self, state, logger) -> None:  # type: ignore[no-untyped-def]
                 time.sleep(SLOW_SECONDS)
                 move(self, state, logger)
 
-            with mock.patch.object(Moves, "before_forward", slowly):
+            with mock.patch.object(HeartbeatCallback, "before_forward", slowly):
                 return work(topology)
         judge = BeforeUpdate.after_train_batch
 
@@ -268,7 +269,7 @@ def _server() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", listener.close
 
 
-def _misnamed(fault: Fault, line: dict[str, object], records: Path) -> Iterator[str]:
+def _misnamed(fault: InjectedFault, line: dict[str, object], records: Path) -> Iterator[str]:
     """What the supervisor's log says otherwise than what was done."""
     expected = KINDS[fault.kind][1]
     if line["kind"] != expected:
@@ -288,7 +289,7 @@ def draw(faults: int, generator: random.Random) -> list[str]:
     return kinds
 
 
-def drill(recipe: Recipe, faults: list[str], seed: int, folder: Path) -> Iterator[Fault]:
+def drill(recipe: Recipe, faults: list[str], seed: int, folder: Path) -> Iterator[InjectedFault]:
     """Puts in every fault of the list."""
     importlib.import_module("llmfoundry.optim.lion")
     small = replace(
@@ -322,7 +323,7 @@ def main(arguments: list[str]) -> int:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         validate(recipe, Topology(), options.recipe)
-    except RecipeError as error:
+    except UserError as error:
         print(error.at(options.recipe), file=sys.stderr)
         return USAGE_STATUS
     kinds = (

@@ -35,7 +35,7 @@ FOUR = Layout(2, 1, 2)
 
 
 @dataclass(frozen=True)
-class Fault:
+class PlantedFault:
     """A fault, and where and in what it must show first."""
 
     what: str
@@ -174,55 +174,55 @@ def _moes(decoder: nn.Module) -> list[MoE]:
 
 
 FAULTS = {
-    "experts-times-degree": Fault(
+    "experts-times-degree": PlantedFault(
         "expert gradients times the expert degree",
         lambda: after_building(functools.partial(_scale_expert_gradients, -1)),
         "gradients",
     ),
-    "experts-over-degree": Fault(
+    "experts-over-degree": PlantedFault(
         "expert gradients divided by the expert degree once more",
         lambda: after_building(functools.partial(_scale_expert_gradients, 1)),
         "gradients",
     ),
-    "norm-without-experts": Fault(
+    "norm-without-experts": PlantedFault(
         "experts missing from the global norm",
         lambda: _clipping_with(functools.partial(_times_for_experts, 0.0)),
         "norm",
     ),
-    "norm-with-experts-twice": Fault(
+    "norm-with-experts-twice": PlantedFault(
         "experts counted twice in the global norm",
         lambda: _clipping_with(functools.partial(_times_for_experts, 2.0)),
         "norm",
     ),
-    "local-norm": Fault(
+    "local-norm": PlantedFault(
         "each rank clips with the norm of its own shards",
         lambda: _clipping_with(functools.partial(_times_for_experts, 1.0), over_ranks=False),
         "norm",
     ),
-    "balance-of-one-rank": Fault(
+    "balance-of-one-rank": PlantedFault(
         "the balance loss of the first rank alone",
         lambda: mock.patch.object(LanguageModel, "loss", _balance_of_rank_0),
         "gradients",
     ),
-    "balance-of-microbatch": Fault(
+    "balance-of-microbatch": PlantedFault(
         "a balance loss that depends on the split into microbatches",
         _count_microbatch_alone,
         "balance",
         layout=Layout(1, 2, 1),
         needs_global_scope=True,
     ),
-    "router-not-synchronised": Fault(
+    "router-not-synchronised": PlantedFault(
         "replicas that keep their own gradients of the router",
         lambda: after_building(_let_replicas_drift),
         "gradients",
     ),
-    "experts-swapped": Fault(
+    "experts-swapped": PlantedFault(
         "two experts swapped at load", lambda: after_building(_swap_experts), "gradients"
     ),
-    "gradient-dropped": Fault(
+    "gradient-dropped": PlantedFault(
         "the gradient of one expert dropped", lambda: after_building(_drop_gradient), "gradients"
     ),
-    "rounded-in-forward-alone": Fault(
+    "rounded-in-forward-alone": PlantedFault(
         "rotations and routing weights rounded to bf16, but not when a layer is computed again",
         _round_in_forward_alone,
         "",

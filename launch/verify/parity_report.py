@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.verify.bounds import BOUNDS, QUANTITIES
-from launch.verify.case_run import Outcome
+from launch.verify.case_run import CaseOutcome
 from launch.verify.cases import INPUTS
 
 STYLE = """
@@ -24,7 +24,7 @@ def header() -> str:
     return f"{'layout':<9} {'input':<12}{'':<5}" + "".join(f"{q:>11}" for q in QUANTITIES) + "   verdict"
 
 
-def line(outcome: Outcome) -> str:
+def line(outcome: CaseOutcome) -> str:
     """One case as a line: the largest relative error of each quantity, `!` where it is over its bound."""
     cells = "".join(
         f"{_figure(outcome, quantity):>10}{'!' if _is_over(outcome, quantity) else ' '}"
@@ -37,7 +37,7 @@ def line(outcome: Outcome) -> str:
     )
 
 
-def first_difference(outcomes: list[Outcome]) -> str:
+def first_difference(outcomes: list[CaseOutcome]) -> str:
     """The first value of the first failed case that is over its bound; empty if all passed."""
     for outcome in outcomes:
         case = outcome.case
@@ -51,7 +51,7 @@ def first_difference(outcomes: list[Outcome]) -> str:
     return ""
 
 
-def as_figures(summary: dict[str, Any], outcomes: list[Outcome]) -> dict[str, Any]:
+def as_figures(summary: dict[str, Any], outcomes: list[CaseOutcome]) -> dict[str, Any]:
     """Everything for ``--json``."""
     return {
         **summary,
@@ -75,7 +75,7 @@ def as_figures(summary: dict[str, Any], outcomes: list[Outcome]) -> dict[str, An
     }
 
 
-def write_html(file: Path, summary: dict[str, Any], outcomes: list[Outcome]) -> None:
+def write_html(file: Path, summary: dict[str, Any], outcomes: list[CaseOutcome]) -> None:
     """One page that stands alone: what was run, the table, and the first difference if there is one."""
     passed = sum(outcome.has_passed for outcome in outcomes)
     verdict = "pass" if passed == len(outcomes) else "fail"
@@ -133,7 +133,7 @@ def write_certificate(
     )
 
 
-def _html_row(outcome: Outcome) -> str:
+def _html_row(outcome: CaseOutcome) -> str:
     cells = "".join(
         f'<td class={"fail" if _is_over(outcome, q) else "pass"} title="{html.escape(_place(outcome, q))}">'
         f"{_figure(outcome, q)}</td>"
@@ -147,15 +147,15 @@ def _html_row(outcome: Outcome) -> str:
     )
 
 
-def _figure(outcome: Outcome, quantity: str) -> str:
+def _figure(outcome: CaseOutcome, quantity: str) -> str:
     deviation = outcome.deviations.get(quantity)
     return "-" if deviation is None else f"{deviation.worst:.1e}"
 
 
-def _place(outcome: Outcome, quantity: str) -> str:
+def _place(outcome: CaseOutcome, quantity: str) -> str:
     deviation = outcome.deviations.get(quantity)
     return "" if deviation is None else deviation.at
 
 
-def _is_over(outcome: Outcome, quantity: str) -> bool:
+def _is_over(outcome: CaseOutcome, quantity: str) -> bool:
     return quantity in outcome.deviations and bool(outcome.deviations[quantity].first)

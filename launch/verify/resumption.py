@@ -28,11 +28,11 @@ from launch.verify.forked_ranks import Ranks, run_ranks
 from launch.verify.parity_report import write_certificate
 from train.checkpoint.files import PARTIAL, STATE_FOLDER, load_checkpoint, newest_whole_checkpoint
 from train.recipe.schema import BalanceScope, Checkpoint, OnExisting, Parallelism, Precision, Recipe
-from train.recipe.tiny import shrink
+from train.recipe.tiny import tiny_recipe
 from train.recipe.topology import Topology
 from train.record import metrics
-from train.record.quiet import hush_libraries
-from train.record.run_folder import CHECKPOINTS_FOLDER, LEDGER_FILE, METRICS_FILE
+from train.record.quiet import quiet_libraries
+from train.record.run_folder import CHECKPOINTS_FOLDER, DATA_LOG_FILE, METRICS_FILE
 from train.record.step_log import read_steps
 from train.run import Machine, build_model, run
 from train.step.checkpointing import PREEMPTED_STATUS
@@ -46,7 +46,7 @@ COMPARED = (metrics.LOSS, metrics.LOSS_BALANCE, metrics.GRADIENT_NORM)
 
 
 @dataclass
-class Row:
+class CertificateRow:
     """One line of the certificate."""
 
     what: str
@@ -66,8 +66,8 @@ def certify(recipe: Recipe, json_file: str | None, html_file: str | None, kills:
     """Runs everything, prints and writes the certificate; returns the exit status."""
     begun = time.monotonic()
     importlib.import_module("llmfoundry.optim.lion")
-    hush_libraries()
-    rows: list[Row] = []
+    quiet_libraries()
+    rows: list[CertificateRow] = []
     with tempfile.TemporaryDirectory(prefix="resume-") as folder:
         small = prepare(recipe, Path(folder))
         for row in _rows(small, kills):
@@ -91,7 +91,7 @@ def certify(recipe: Recipe, json_file: str | None, html_file: str | None, kills:
 
 def prepare(recipe: Recipe, folder: Path) -> Recipe:
     """The shrunken recipe, saved after every second batch below ``folder``, in fp32."""
-    small = shrink(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
+    small = tiny_recipe(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
     model = small.model
     if model.moe is not None and model.moe.balance_scope in (BalanceScope.rank, BalanceScope.expert_group):
         # These depend on the layout by definition.
@@ -108,7 +108,7 @@ def prepare(recipe: Recipe, folder: Path) -> Recipe:
     )
 
 
-def _rows(small: Recipe, kills: int) -> Iterator[Row]:
+def _rows(small: Recipe, kills: int) -> Iterator[CertificateRow]:
     possible = {str(layout) for layout in layouts(small)}
     chain = [layout for layout in CHAIN if str(layout) in possible]
     pair = next(layout for layout in (Layout(1, 1, 2), Layout(1, 2, 1)) if str(layout) in possible)
@@ -120,7 +120,9 @@ def _rows(small: Recipe, kills: int) -> Iterator[Row]:
     yield from reshard(small, chain, whole[Layout(1, 1, 1)])
 
 
-def kill_and_resume(small: Recipe, layout: Layout, whole: Path, kills: int, generator: random.Random) -> Row:
+def kill_and_resume(
+    small: Recipe, layout: Layout, whole: Path, kills: int, generator: random.Random
+) -> CertificateRow:
     """Kills runs until ``kills`` are spent, several times each, and compares every finished run."""
     spent = mid_save = runs = 0
     faults: list[str] = []
@@ -147,10 +149,10 @@ def kill_and_resume(small: Recipe, layout: Layout, whole: Path, kills: int, gene
     figures = f"{spent} kills, {mid_save} of them in a save, over {runs} runs; all equal bit for bit"
     if faults:
         figures = f"{spent} kills, {mid_save} of them in a save, over {runs} runs"
-    return Row("kill -9", str(layout), figures, faults)
+    return CertificateRow("kill -9", str(layout), figures, faults)
 
 
-def reshard(small: Recipe, chain: list[Layout], whole: Path) -> Iterator[Row]:
+def reshard(small: Recipe, chain: list[Layout], whole: Path) -> Iterator[CertificateRow]:
     """One run that is preempted and goes on under the next layout of the chain, until its end."""
     folder = Path(small.runs_dir) / "chain"
     for place, layout in enumerate(chain):
@@ -171,7 +173,7 @@ def reshard(small: Recipe, chain: list[Layout], whole: Path) -> Iterator[Row]:
         if not errors or max(errors) > BOUND:
             faults.append(f"losses of steps {first} on differ by {max(errors, default=float('nan')):.1e}")
         loaded = "" if place == 0 else ", loaded tensors equal" if not faults else ""
-        yield Row(
+        yield CertificateRow(
             "reshard",
             str(layout),
             f"steps {first} to {steps(folder)}, losses within {max(errors, default=0):.1e}{loaded}",
@@ -267,10 +269,10 @@ def differences(whole: Path, folder: Path, bound: float) -> Iterator[str]:
                 yield f"step {step}: {key} is {found[step][key]!r}, not {row[key]!r}"
                 return
     for line, other in itertools.zip_longest(
-        read_steps(whole / LEDGER_FILE), read_steps(folder / LEDGER_FILE)
+        read_steps(whole / DATA_LOG_FILE), read_steps(folder / DATA_LOG_FILE)
     ):
         if line != other:
-            yield f"the ledger has {other}, not {line}"
+            yield f"the data log has {other}, not {line}"
             return
     states = []
     for each in (whole, folder):

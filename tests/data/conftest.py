@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.text.installed import Document
+from data.text.installed import CorpusDocument
 from data.write_shards import build_shards
 from train.recipe.schema import Data, Recipe, Tokenizer, TokenizerKind, Training
 
@@ -17,13 +17,15 @@ WORDS = [
 ]
 
 
-def small_documents() -> Iterator[Document]:
+def small_documents() -> Iterator[CorpusDocument]:
     """60 documents a domain of 5 to 150 words, no two alike."""
     for domain, seed in (("code", 1), ("prose", 2)):
         rng = np.random.default_rng(seed)
         for number in range(60):
             words = rng.choice(WORDS, rng.integers(5, 150))
-            yield Document(domain, f"{domain}/{number}.txt", f"{domain} {number}: " + " ".join(words) + "\n")
+            yield CorpusDocument(
+                domain, f"{domain}/{number}.txt", f"{domain} {number}: " + " ".join(words) + "\n"
+            )
 
 
 @pytest.fixture(scope="session")

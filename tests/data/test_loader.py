@@ -19,7 +19,7 @@ from data.shards.packing import PADDING, Sample, pack
 from data.shards.streams import ShardFolder
 from data.tokenizer import TokenizerHandle, open_tokenizer
 from train.recipe.curriculum import continue_stages, plan_stages
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 
 BATCHES = 100
@@ -180,7 +180,7 @@ def test_too_few_validation_sequences_are_refused(
     built: Recipe, tokenizer: TokenizerHandle, make_recipe: Callable[..., Recipe]
 ):
     recipe = make_recipe(Path(built.data.shards), validation_sequences=10_000)
-    with pytest.raises(RecipeError, match=r"data.validation_sequences: is 10000, but .* has \d+ of code"):
+    with pytest.raises(UserError, match=r"data.validation_sequences: is 10000, but .* has \d+ of code"):
         build_validation_loaders(recipe, tokenizer, rank=0, world_size=1)
 
 

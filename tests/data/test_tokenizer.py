@@ -11,7 +11,7 @@ from data import tokenizer as module
 from data.text.bpe import train_bpe
 from data.text.hugging_face_form import read_form
 from data.tokenizer import PROBES, TokenizerHandle, is_equal, open_tokenizer
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Recipe, Tokenizer, TokenizerKind
 
 SMALL = Tokenizer(TokenizerKind.bpe, 400)
@@ -92,9 +92,9 @@ def test_trained_tokenizer_is_read_back(bpe: TokenizerHandle, tmp_path: Path):
     again = open_tokenizer(SMALL, tmp_path)
     assert again.fingerprint == bpe.fingerprint and again.name == "bpe-400"
     assert read_form(tmp_path / "tokenizer.json") == (bpe.pattern, bpe.ranks, bpe.special_ids)
-    with pytest.raises(RecipeError, match=r"vocab_size: is 399, but .* has 400 ids"):
+    with pytest.raises(UserError, match=r"vocab_size: is 399, but .* has 400 ids"):
         open_tokenizer(Tokenizer(TokenizerKind.bpe, 399), tmp_path)
-    with pytest.raises(RecipeError, match="write_shards"):
+    with pytest.raises(UserError, match="write_shards"):
         open_tokenizer(SMALL, tmp_path / "elsewhere")
 
 
@@ -150,5 +150,5 @@ def test_shards_of_another_tokenizer_are_refused(built: Recipe, make_recipe: Cal
     from data.loader import build_train_loader
 
     other = train_bpe(built.tokenizer, iter(texts()))
-    with pytest.raises(RecipeError, match=r"tokenizer: bpe-300 has fingerprint .* was made with .*--rebuild"):
+    with pytest.raises(UserError, match=r"tokenizer: bpe-300 has fingerprint .* was made with .*--rebuild"):
         build_train_loader(built, other, rank=0, world_size=1)

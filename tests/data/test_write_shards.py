@@ -12,7 +12,8 @@ from data.shards.streams import ShardFolder
 from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards, ensure_shards, main
 from tests.data.conftest import small_documents
-from train.recipe.reading import RecipeError, to_yaml
+from train.recipe.errors import UserError
+from train.recipe.reading import to_yaml
 from train.recipe.schema import Model, Recipe
 
 
@@ -90,7 +91,7 @@ def test_a_rebuild_replaces_and_a_build_does_not(copy: Recipe):
     root = Path(copy.data.shards)
     before = files(root)
     (root / "code/train/index.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"index.json is altered"):
+    with pytest.raises(UserError, match=r"index.json is altered"):
         build_shards(copy, documents=small_documents)
     build_shards(copy, documents=small_documents, rebuild=True)
     assert files(root) == before
@@ -106,7 +107,7 @@ def test_a_build_that_fails_leaves_nothing(make_recipe: Callable[..., Recipe], t
 
     with pytest.raises(OSError, match="disk"):
         build_shards(recipe, documents=broken)
-    with pytest.raises(RecipeError, match=r"data.domains: prose has 0 documents"):
+    with pytest.raises(UserError, match=r"data.domains: prose has 0 documents"):
         build_shards(recipe, documents=lambda: iter(list(small_documents())[:60]))
     assert [path.name for path in tmp_path.iterdir()] == [".shards.lock"]
 
@@ -114,7 +115,7 @@ def test_a_build_that_fails_leaves_nothing(make_recipe: Callable[..., Recipe], t
 def test_a_folder_of_something_else_is_left_alone(make_recipe: Callable[..., Recipe], tmp_path: Path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/thesis.txt").write_text("mine")
-    with pytest.raises(RecipeError, match="holds no shards"):
+    with pytest.raises(UserError, match="holds no shards"):
         build_shards(make_recipe(tmp_path / "shards"), documents=small_documents, rebuild=True)
     assert (tmp_path / "shards/thesis.txt").read_text() == "mine"
 
@@ -138,7 +139,7 @@ def test_damage_is_named_in_one_line(copy: Recipe, damage: Callable[[Path], None
     root = Path(copy.data.shards)
     path = root / name
     damage(path)
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raisesUserError as caught:
         check_shards(root)
     line = str(caught.value)
     assert "\n" not in line and "data.shards" in line and "write_shards" in line
@@ -150,10 +151,10 @@ def test_large_shards_are_hashed_on_demand_alone(copy: Recipe, monkeypatch: pyte
     flip(root / "code/train/shard.00000.mds")
     monkeypatch.setattr("data.shards.manifest.HASHED_BYTES", 10)
     check_shards(root)
-    with pytest.raises(RecipeError, match="altered"):
+    with pytest.raises(UserError, match="altered"):
         check_shards(root, every_byte=True)
     truncate(root / "code/train/shard.00000.mds")
-    with pytest.raises(RecipeError, match=r"has \d+ bytes instead of"):
+    with pytest.raises(UserError, match=r"has \d+ bytes instead of"):
         check_shards(root)
 
 
@@ -175,12 +176,12 @@ def test_shards_that_the_recipe_does_not_mean_are_refused(built: Recipe, make_re
     }
     require_match(manifest, built)
     for pattern, recipe in cases.items():
-        with pytest.raises(RecipeError, match=pattern):
+        with pytest.raises(UserError, match=pattern):
             require_match(manifest, recipe)
 
 
 def test_missing_shards_are_built_only_from_a_corpus(make_recipe: Callable[..., Recipe], tmp_path: Path):
-    with pytest.raises(RecipeError, match="no shards at"):
+    with pytest.raises(UserError, match="no shards at"):
         ensure_shards(make_recipe(tmp_path / "shards"))
     recipe = make_recipe(tmp_path / "shards", corpus="installed", corpus_bytes=300_000)
     first = ensure_shards(recipe)

@@ -7,11 +7,11 @@ import pytest
 
 from train.checkpoint.files import Progress, keep_newest
 from train.recipe.curriculum import Skip, plan_stages, to_json
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Data, DataSkip, Recipe, Training
 from train.recipe.topology import Topology
 from train.record.run_folder import CHECKPOINTS_FOLDER
-from train.record.skips import Decision, write_decisions
+from train.record.skips import GuardDecision, write_decisions
 from train.resume import drop_after, find_checkpoint
 
 ALONE = Topology()
@@ -62,16 +62,16 @@ def test_it_goes_back_before_what_is_left_out(tmp_path: Path, capsys: pytest.Cap
     assert not (root / "rolled-back-00000030").exists()
     assert find_checkpoint(declaring(160, 200), tmp_path, ALONE).progress.batch == 34
     keep_newest(root, 2)
-    with pytest.raises(RecipeError, match=r"data.skips: .*no whole checkpoint from before"):
+    with pytest.raises(UserError, match=r"data.skips: .*no whole checkpoint from before"):
         find_checkpoint(RECIPE, tmp_path, ALONE)
     assert find_checkpoint(declaring(160, 200), tmp_path, ALONE).progress.batch == 34
 
 
 def test_records_of_later_batches_are_cut_off_though_nothing_is_left_to_train(tmp_path: Path) -> None:
-    for name in ("metrics.jsonl", "ledger.jsonl", "alarms.jsonl"):
+    for name in ("metrics.jsonl", "data_log.jsonl", "alarms.jsonl"):
         (tmp_path / name).write_text('{"step":30}\n{"step":31}\n')
     drop_after(tmp_path, 30)
-    for name in ("metrics.jsonl", "ledger.jsonl", "alarms.jsonl"):
+    for name in ("metrics.jsonl", "data_log.jsonl", "alarms.jsonl"):
         assert (tmp_path / name).read_text() == '{"step":30}\n'
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -79,6 +79,6 @@ def test_records_of_later_batches_are_cut_off_though_nothing_is_left_to_train(tm
 def test_what_the_guard_decided_counts_as_what_the_recipe_declares(tmp_path: Path) -> None:
     save(tmp_path, 10)
     save(tmp_path, 20)
-    write_decisions(tmp_path, [Decision(152, 168, 21, ["spike"])])
+    write_decisions(tmp_path, [GuardDecision(152, 168, 21, ["spike"])])
     resumed = find_checkpoint(declaring(240, 248), tmp_path, ALONE)
     assert resumed.progress.batch == 10 and resumed.curriculum.skipped == ((19, 21), (30, 31))

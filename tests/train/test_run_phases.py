@@ -48,10 +48,10 @@ def _trained(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _books(recipe: Recipe) -> list[dict[str, Any]]:
-    """The lines of a run's ledger, which its audit has nothing against."""
+    """The lines of a run's data log, which its audit has nothing against."""
     folder = Path(recipe.runs_dir) / recipe.name
     assert prove(RunBooks(folder)).faults == []
-    return [{k: v for k, v in line.items() if k != "time"} for line in read_steps(folder / "ledger.jsonl")]
+    return [{k: v for k, v in line.items() if k != "time"} for line in read_steps(folder / "data_log.jsonl")]
 
 
 def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0, by: signal.Signals = signal.SIGTERM) -> None:

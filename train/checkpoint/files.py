@@ -57,9 +57,9 @@ class Progress:
     recent: list[list[float]] = field(default_factory=list)
     """Loss and gradient norm of the last steps, which the guard compares the next with."""
     counts: list[int] = field(default_factory=lambda: [0, 0])
-    """Of the guard, see :attr:`train.step.guard.Guard.counts`."""
+    """Of the guard, see :attr:`train.step.guard.UpdateGuard.counts`."""
     consumed: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Samples and tokens of each domain so far, see :class:`train.step.data_log.Ledger`."""
+    """Samples and tokens of each domain so far, see :class:`train.step.data_log.DataLog`."""
 
 
 def load_checkpoint(

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from train.evaluate.suite import load_suite, missing_files, require_files, select
+from train.recipe.errors import UserError
 from train.recipe.exit_status import USAGE_STATUS
-from train.recipe.reading import RecipeError
 
 LENGTHS = "128,256,512"
 DEPTHS = "0,0.25,0.5,0.75,1"
@@ -30,20 +30,19 @@ def main(arguments: list[str]) -> int:
                 names = [name for name in names if name not in lacking]
             require_files(suite, names, options.data)
             options.task = names
-    except RecipeError as error:
+    except UserError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return USAGE_STATUS
     print("evaluate: importing torch and LLM Foundry first", file=sys.stderr, flush=True)
     from train.evaluate.evaluation import evaluate_source
-    from train.hf.errors import InterchangeError
-    from train.record.quiet import hush_libraries
+    from train.record.quiet import quiet_libraries
 
-    hush_libraries()
+    quiet_libraries()
     found = []
     try:
         for source in options.source:
             found.append({"source": str(source), **evaluate_source(source, options)})
-    except (InterchangeError, RecipeError) as error:
+    except UserError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return USAGE_STATUS
     except KeyboardInterrupt:

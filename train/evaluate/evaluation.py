@@ -20,12 +20,11 @@ from train.evaluate.run_suite import run_suite
 from train.evaluate.scorer import Scorer
 from train.evaluate.suite import as_dict, load_suite
 from train.evaluate.tasks import hugging_face_tokenizer
-from train.hf.errors import InterchangeError
 from train.hf.folders import CONFIG_FILE, SOURCE_FOLDER
 from train.hf.hf_folder import write_folder
 from train.hf.open_decoder import open_decoder
-from train.hf.weights import Source
-from train.recipe.reading import RecipeError
+from train.hf.weights import WeightSource
+from train.recipe.errors import UserError
 from train.recipe.schema import Precision
 from train.recipe.topology import Topology
 from train.record import metrics
@@ -39,7 +38,7 @@ class Opened:
 
     scorer: Scorer
     tokenizer: Any
-    source: Source
+    source: WeightSource
 
     @property
     def run_dir(self) -> Path | None:
@@ -61,8 +60,8 @@ def evaluate_source(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Evaluates one model as the command line says; returns all results as plain values.
 
     Raises:
-        InterchangeError: if there are no whole weights.
-        RecipeError: for data that is not what it should be.
+        UserError: if there are no whole weights.
+        UserError: for data that is not what it should be.
     """
     opened = open_model(path, options)
     print(f"{opened.source.path}: sequences of {opened.scorer.limit} tokens")
@@ -101,7 +100,7 @@ def open_model(path: Path, options: argparse.Namespace) -> Opened:
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
             return Opened(scorer, tokenizer, source)
-    raise InterchangeError(f"{source.path}: came without tokenizer.json")
+    raise UserError(f"{source.path}: came without tokenizer.json")
 
 
 def evaluate_suite(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
@@ -180,11 +179,11 @@ def evaluate_bits(opened: Opened) -> dict[str, Any]:
     """Loss and bits per byte of each domain's validation set, printed as a table.
 
     Raises:
-        RecipeError: for a model that is not a run's, as it has no shards.
+        UserError: for a model that is not a run's, as it has no shards.
     """
     recipe = opened.source.recipe
     if recipe is None:
-        raise RecipeError("is no run, so that it has no shards", key="--bits-per-byte", remedy="give a run")
+        raise UserError("is no run, so that it has no shards", key="--bits-per-byte", remedy="give a run")
     manifest = ensure_shards(recipe)
     handle = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
     domains = {}

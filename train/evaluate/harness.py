@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ def read_tasks(text: str) -> dict[str, HarnessTask]:
     """Tasks from a YAML file (``TASK: {shots: N, metric: NAME}``), or from names with commas between.
 
     Raises:
-        RecipeError: for a file that says something else.
+        UserError: for a file that says something else.
     """
     if not text.endswith((".yaml", ".yml")):
         return {name: HarnessTask() for name in text.split(",") if name}
     try:
         tree = OmegaConf.load(text)
         if not isinstance(tree, DictConfig):
-            raise RecipeError("is no mapping of tasks", remedy="write `task: {shots: N}` lines", file=text)
+            raise UserError("is no mapping of tasks", remedy="write `task: {shots: N}` lines", file=text)
         found = {}
         for name, fields in tree.items():
             task = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(HarnessTask), fields))
             assert isinstance(task, HarnessTask)
             found[str(name)] = task
     except (OmegaConfBaseException, OSError) as error:
-        raise RecipeError(
+        raise UserError(
             str(error).split("\n")[0], remedy="write `task: {shots: N, metric: NAME}` lines", file=text
         ) from None
     return found
@@ -79,7 +79,7 @@ def run_harness(
         ``results`` by task (and ``groups``), ``samples`` with every question's log-likelihoods.
 
     Raises:
-        RecipeError: for a task that lm-eval does not know, or data that is missing.
+        UserError: for a task that lm-eval does not know, or data that is missing.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -87,7 +87,7 @@ def run_harness(
     manager = TaskManager(include_path=str(include) if include else None)
     for name in tasks:
         if name not in manager.all_tasks:
-            raise RecipeError(
+            raise UserError(
                 f"lm-eval has no task {name!r}", key="--harness", remedy="`lm-eval ls tasks` lists them"
             )
     merged: dict[str, Any] = {"results": {}, "groups": {}, "samples": {}}
@@ -116,7 +116,7 @@ def headline(name: str, task: HarnessTask, results: Mapping[str, Any]) -> tuple[
     """The metric that is shown for a task, and its value.
 
     Raises:
-        RecipeError: if lm-eval gave no such metric.
+        UserError: if lm-eval gave no such metric.
     """
     figures = results["results"].get(name) or results["groups"].get(name) or {}
     known = {
@@ -126,7 +126,7 @@ def headline(name: str, task: HarnessTask, results: Mapping[str, Any]) -> tuple[
     }
     metric = task.metric or next(iter(known), "")
     if metric not in known:
-        raise RecipeError(f"has no metric {metric!r}", key=name, remedy=f"one of {', '.join(known)}")
+        raise UserError(f"has no metric {metric!r}", key=name, remedy=f"one of {', '.join(known)}")
     return metric, float(known[metric])
 
 
@@ -146,7 +146,7 @@ def local_datasets(data: Path | None) -> Iterator[None]:
             self.folder = folder
 
         def __missing__(self, split: str) -> Any:
-            raise RecipeError(
+            raise UserError(
                 "lacks this split, which lm-eval's task reads",
                 remedy="put it there as JSON lines",
                 file=str(self.folder / f"{split}.jsonl"),
@@ -160,7 +160,7 @@ def local_datasets(data: Path | None) -> Iterator[None]:
         folder = data / path / (name or "default")
         files = {file.stem: str(file) for file in sorted(folder.glob("*.jsonl"))}
         if not files:
-            raise RecipeError(
+            raise UserError(
                 f"holds no SPLIT.jsonl, which lm-eval wants for {path}",
                 remedy="put the dataset's splits there as JSON lines",
                 file=str(folder),

@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from train.evaluate.scorer import Scorer
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 
 Encode = Callable[[str], list[int]]
 HEX_DIGITS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class RetrievalCell:
     """One length and depth."""
 
     length_tokens: int
@@ -42,7 +42,7 @@ def retrieval(
     trials: int,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda *_: None,
-) -> list[Cell]:
+) -> list[RetrievalCell]:
     """Measures every length and depth.
 
     Args:
@@ -55,11 +55,11 @@ def retrieval(
         progress: told the cells that are done, and of how many.
 
     Raises:
-        RecipeError: if a length exceeds the model's, or is too short for two pairs.
+        UserError: if a length exceeds the model's, or is too short for two pairs.
     """
     for length in lengths:
         if length > scorer.limit:
-            raise RecipeError(
+            raise UserError(
                 f"{length} tokens exceed the model's {scorer.limit}", key="--lengths", remedy="lower it"
             )
     cells = []
@@ -70,7 +70,7 @@ def retrieval(
             outcomes = [_answer(scorer, ids, answer) for ids, answer, _ in prompts]
             right = sum(is_right for is_right, _ in outcomes) / trials
             loss = sum(loss for _, loss in outcomes) / trials
-            cells.append(Cell(length, depth, prompts[0][2], right, loss))
+            cells.append(RetrievalCell(length, depth, prompts[0][2], right, loss))
             progress(len(cells), len(lengths) * len(depths))
     return cells
 
@@ -81,7 +81,7 @@ def make_prompt(
     """Token ids of a prompt and of its answer, and the number of pairs; the longest that fits.
 
     Raises:
-        RecipeError: if two pairs do not fit.
+        UserError: if two pairs do not fit.
     """
     pairs: list[tuple[str, str]] = []
     # A pair costs about as many tokens as the first; grow to what fits, then take away what does not.
@@ -95,7 +95,7 @@ def make_prompt(
         surplus = len(ids) + len(answer) - length
         pairs = pairs[: len(pairs) - max(1, surplus // (2 * cost))]
         if len(pairs) < 2:
-            raise RecipeError(f"{length} tokens do not hold two pairs", key="--lengths", remedy="raise it")
+            raise UserError(f"{length} tokens do not hold two pairs", key="--lengths", remedy="raise it")
 
 
 def _draw_pair(draw: random.Random) -> tuple[str, str]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.evaluate.scorer import Scorer
-from train.evaluate.suite import Kind, Scores, Suite, Task, score
+from train.evaluate.suite import Scores, Suite, Task, TaskKind, score
 from train.evaluate.tasks import Questions, open_tasks, scratch_folder
 
 IGNORE = -100
@@ -88,7 +88,7 @@ def run_suite(
         progress: told the task, the batches that are done, and of how many.
 
     Raises:
-        RecipeError: for a file that is not what the suite says.
+        UserError: for a file that is not what the suite says.
     """
     results: dict[str, TaskResult] = {}
     answers: list[Answered] = []
@@ -119,7 +119,11 @@ def _ask(
     metric = _metric(task.kind).to(scorer.device)
     rank, ranks = scorer.topology.rank, scorer.topology.world_size
     choices = part.examples[0].get("continuation_indices")
-    rows = len(choices) if task.kind in (Kind.multiple_choice, Kind.schema) and choices is not None else 1
+    rows = (
+        len(choices)
+        if task.kind in (TaskKind.multiple_choice, TaskKind.schema) and choices is not None
+        else 1
+    )
     size = max(1, sequences // rows)
     share = -(-len(part.examples) // ranks)
     answered: list[Answered] = []
@@ -128,7 +132,7 @@ def _ask(
         real = [i for i in mine if i < len(part.examples)]
         # A rank whose questions have run out computes one with the others and counts nothing.
         batch = _trim(part.dataset.collate_fn([part.examples[i] for i in real or [0]]), task.kind)
-        if task.kind is Kind.generation:
+        if task.kind is TaskKind.generation:
             outcomes = _generate(scorer, batch, part.dataset, task, metric if real else None)
         else:
             outcomes = _choose(scorer, batch, metric if real else None)
@@ -137,26 +141,26 @@ def _ask(
     return float(metric.compute()), answered
 
 
-def _metric(kind: Kind) -> Any:
+def _metric(kind: TaskKind) -> Any:
     from llmfoundry.eval.metrics import nlp
 
-    if kind is Kind.generation:
+    if kind is TaskKind.generation:
         return nlp.InContextLearningGenerationExactMatchAccuracy()
-    if kind is Kind.language_modeling:
+    if kind is TaskKind.language_modeling:
         return nlp.InContextLearningLMAccuracy()
     return nlp.InContextLearningMultipleChoiceAccuracy()
 
 
-def _trim(batch: dict[str, Any], kind: Kind) -> dict[str, Any]:
+def _trim(batch: dict[str, Any], kind: TaskKind) -> dict[str, Any]:
     """Takes away the columns in which all sequences have padding: LLM Foundry pads to the limit.
 
     Padding is left of a prompt that is to be continued, and else right of the answer.
     """
     length = max(1, int(batch["attention_mask"].sum(dim=1).max()))
-    kept = slice(-length, None) if kind is Kind.generation else slice(0, length)
+    kept = slice(-length, None) if kind is TaskKind.generation else slice(0, length)
     for key in ("input_ids", "attention_mask"):
         batch[key] = batch[key][:, kept]
-    if kind is not Kind.generation:
+    if kind is not TaskKind.generation:
         batch["labels"] = batch["labels"][:, kept]
     return batch
 

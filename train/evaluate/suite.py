@@ -14,11 +14,11 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 
 
-class Kind(str, Enum):
+class TaskKind(str, Enum):
     """What a task asks for."""
 
     multiple_choice = "multiple_choice"
@@ -33,7 +33,7 @@ class Task:
 
     category: str = MISSING
     """Category that it counts for; empty: none, the task is only reported."""
-    kind: Kind = MISSING
+    kind: TaskKind = MISSING
     """`multiple_choice`: the likeliest per token of several continuations; `schema`: of several contexts;
     `language_modeling`: the continuation is what greedy decoding gives; `generation`: greedy text begins
     with an answer."""
@@ -92,29 +92,29 @@ def load_suite(path: Path) -> Suite:
     """Reads a suite.
 
     Raises:
-        RecipeError: for an unknown key, a wrong type, or an impossible number.
+        UserError: for an unknown key, a wrong type, or an impossible number.
     """
     if not path.is_file():
-        raise RecipeError("no such suite", remedy="yamls/suites/gauntlet.yaml is one", file=str(path))
+        raise UserError("no such suite", remedy="yamls/suites/gauntlet.yaml is one", file=str(path))
     try:
         suite = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Suite), OmegaConf.load(path)))
     except OmegaConfBaseException as error:
         key = str(error.full_key or error.key or "")
         what = str(error).split("\n")[0]
-        raise RecipeError(what, key=key, remedy="see train/evaluate/suite.py", file=str(path)) from None
+        raise UserError(what, key=key, remedy="see train/evaluate/suite.py", file=str(path)) from None
     assert isinstance(suite, Suite)
     if not suite.tasks:
-        raise RecipeError("is empty", key="tasks", remedy="name at least one task", file=str(path))
+        raise UserError("is empty", key="tasks", remedy="name at least one task", file=str(path))
     for name, task in suite.tasks.items():
         if not 0 <= task.baseline < 1:
-            raise RecipeError(
+            raise UserError(
                 f"is {task.baseline}",
                 key=f"tasks.{name}.baseline",
                 remedy="must lie in [0, 1)",
                 file=str(path),
             )
         if task.shots < 0:
-            raise RecipeError(
+            raise UserError(
                 f"is {task.shots}", key=f"tasks.{name}.shots", remedy="must not be negative", file=str(path)
             )
     return suite
@@ -124,11 +124,11 @@ def select(suite: Suite, names: Sequence[str]) -> list[str]:
     """Names of the chosen tasks, in the suite's order; all, where none is named.
 
     Raises:
-        RecipeError: for a name that the suite does not have.
+        UserError: for a name that the suite does not have.
     """
     for name in names:
         if name not in suite.tasks:
-            raise RecipeError(
+            raise UserError(
                 f"has no task {name!r}", key=suite.name, remedy=f"one of {', '.join(suite.tasks)}"
             )
     return [name for name in suite.tasks if not names or name in names]
@@ -143,14 +143,14 @@ def require_files(suite: Suite, names: Sequence[str], data: Path) -> None:
     """Raises for tasks without a file, before any model is built.
 
     Raises:
-        RecipeError: one line with every such task and its category.
+        UserError: one line with every such task and its category.
     """
     lacking = missing_files(suite, names, data)
     if lacking:
         listed = ", ".join(
             f"{name} ({suite.tasks[name].category}: {suite.tasks[name].file})" for name in lacking
         )
-        raise RecipeError(
+        raise UserError(
             f"lacks {listed}",
             key=str(data),
             remedy="add them, or choose tasks by name: a category that lacks one has no score",
@@ -161,7 +161,7 @@ def check_suite(recipe: Recipe, file: str) -> None:
     """Raises where the suite that a recipe evaluates cannot be, or lacks a file.
 
     Raises:
-        RecipeError: one line that names file, key and remedy.
+        UserError: one line that names file, key and remedy.
     """
     evaluation = recipe.evaluation
     if evaluation.suite is None:
@@ -170,8 +170,8 @@ def check_suite(recipe: Recipe, file: str) -> None:
     suite = load_suite(Path(evaluation.suite))
     try:
         require_files(suite, select(suite, evaluation.suite_tasks), Path(evaluation.suite_data))
-    except RecipeError as error:
-        raise RecipeError(
+    except UserError as error:
+        raise UserError(
             f"{error.key} {error.what}", key="evaluation.suite_tasks", remedy=error.remedy, file=file
         ) from None
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch.distributed as dist
 
 from data.tokenizer import TokenizerHandle
-from train.evaluate.suite import Kind, Task
-from train.recipe.reading import RecipeError
+from train.evaluate.suite import Task, TaskKind
+from train.recipe.errors import UserError
 from train.recipe.topology import Topology
 
-FOUNDRY_TYPES = {Kind.generation: "generation_task_with_answers"}
+FOUNDRY_TYPES = {TaskKind.generation: "generation_task_with_answers"}
 """LLM Foundry's names of its task types, where they are not ours."""
 
 
@@ -73,7 +73,7 @@ def open_tasks(
             the whole file in either case, so that these are questions of the full task.
 
     Raises:
-        RecipeError: if the file is not one of this kind of task.
+        UserError: if the file is not one of this kind of task.
     """
     from llmfoundry.eval.datasets.in_context_learning_evaluation import get_icl_task_dataloader
 
@@ -84,7 +84,7 @@ def open_tasks(
         "continuation_delimiter": task.continuation_delimiter,
         "prelimiter": task.prelimiter,
     }
-    if task.kind is Kind.generation:
+    if task.kind is TaskKind.generation:
         settings |= {"cot_delimiter": task.cot_delimiter, "do_normalization": task.normalize}
         settings["early_stopping_criteria"] = list(task.stop) or None
     try:
@@ -105,7 +105,7 @@ def open_tasks(
             for category, loader in parts.items()
         ]
     except Exception as error:  # LLM Foundry and datasets raise unrelated classes for a wrong file.
-        raise RecipeError(
+        raise UserError(
             f"cannot be read as {task.kind.value}: {type(error).__name__}: {error}",
             key=name,
             remedy="see docs/evaluation.md for the form of a task file",

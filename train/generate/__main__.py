@@ -26,14 +26,14 @@ def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status (2: a mistake of the user)."""
     options = parse(arguments)
     print(f"generate: loading {options.source}; importing torch first", file=sys.stderr, flush=True)
-    from train.hf.errors import InterchangeError
-    from train.recipe.reading import RecipeError
+
+    from train.recipe.errors import UserError
 
     try:
         prompts = prompts_of(options)
         decoder, text = load(options)
         answers, seconds = write_answers(decoder, text, prompts, options)
-    except (InterchangeError, RecipeError, OSError, ValueError) as error:
+    except (UserError, OSError, ValueError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return USAGE_STATUS
     except KeyboardInterrupt:

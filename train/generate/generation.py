@@ -13,10 +13,10 @@ import torch
 from data.tokenizer import TokenizerHandle, open_tokenizer
 from train.generate.kv_cache import CachedDecoder, flush_right
 from train.generate.sampling import Sampling, next_tokens
-from train.hf.errors import InterchangeError
 from train.hf.folders import SOURCE_FOLDER
-from train.hf.weights import Source
+from train.hf.weights import WeightSource
 from train.model.decoder import Decoder
+from train.recipe.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -72,18 +72,18 @@ class HuggingFaceText:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def text_of(source: Source) -> Text:
+def text_of(source: WeightSource) -> Text:
     """The tokenizer that belongs to weights.
 
     Raises:
-        InterchangeError: if none came with them.
+        UserError: if none came with them.
     """
     if source.recipe is not None:
         return OwnText(open_tokenizer(source.recipe.tokenizer, Path(source.recipe.data.shards)))
     for folder in (source.path / SOURCE_FOLDER, source.path):
         if (folder / TOKENIZER_FILE).is_file():
             return HuggingFaceText(folder)
-    raise InterchangeError(f"{source.path}: came without {TOKENIZER_FILE}")
+    raise UserError(f"{source.path}: came without {TOKENIZER_FILE}")
 
 
 @dataclass
@@ -123,15 +123,15 @@ def generate(
         final up to the point where a stop text might have begun.
 
     Raises:
-        InterchangeError: if prompt and answer do not fit the model's sequence length.
+        UserError: if prompt and answer do not fit the model's sequence length.
     """
     ids = [text.encode(prompt) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
         if not tokens:
-            raise InterchangeError(f"prompt {prompt!r} has no tokens")
+            raise UserError(f"prompt {prompt!r} has no tokens")
     longest, limit = max(map(len, ids)) + max_tokens, decoder.cfg.max_sequence_tokens
     if longest > limit:
-        raise InterchangeError(
+        raise UserError(
             f"prompt and answer of {longest} tokens exceed the model's {limit}; lower --max-tokens"
         )
     generator = torch.Generator().manual_seed(sampling.seed)

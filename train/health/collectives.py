@@ -40,7 +40,7 @@ METHODS = (
 
 
 @dataclass(frozen=True)
-class Collective:
+class IssuedCollective:
     """One collective as a rank issued it."""
 
     group: str
@@ -59,7 +59,7 @@ class Collective:
 
 @dataclass
 class _Seen:
-    collective: Collective
+    collective: IssuedCollective
     work: Any
     """torch's handle until it is seen to be complete; None after that."""
 
@@ -79,12 +79,12 @@ class CollectiveRecorder:
     _seen: deque[_Seen] = field(default_factory=lambda: deque(maxlen=KEPT))
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def last(self, count: int = 8) -> list[Collective]:
+    def last(self, count: int = 8) -> list[IssuedCollective]:
         """The newest collectives, oldest first."""
         with self._lock:
             return [seen.collective for seen in list(self._seen)[-count:]]
 
-    def waiting(self) -> list[Collective]:
+    def waiting(self) -> list[IssuedCollective]:
         """Collectives that are issued and not complete."""
         with self._lock:
             return [seen.collective for seen in self._seen if not _is_complete(seen)]
@@ -98,7 +98,7 @@ class CollectiveRecorder:
             self.issued[name] = self.issued.get(name, 0) + 1
             self.total += 1
             size = max((_size_bytes(argument) for argument in arguments), default=0)
-            seen = _Seen(Collective(name, self.issued[name], operation, size, time.time()), _NOT_ISSUED)
+            seen = _Seen(IssuedCollective(name, self.issued[name], operation, size, time.time()), _NOT_ISSUED)
             for older in self._seen:
                 # A handle keeps the tensors alive.
                 _is_complete(older)

@@ -9,11 +9,11 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from train.health.heartbeat import Beat, Finding, Stuck, Suspect
+from train.health.heartbeat import Finding, Heartbeat, Stuck, Suspect
 
 
 def diagnose(
-    stuck: Mapping[int, Stuck], beats: Mapping[int, Beat], silent: set[int], now: float, seconds: float
+    stuck: Mapping[int, Stuck], beats: Mapping[int, Heartbeat], silent: set[int], now: float, seconds: float
 ) -> Finding:
     """Names the ranks that hold up the others.
 
@@ -33,7 +33,7 @@ def diagnose(
     return Finding(now, batch, seconds, collective, waiting, suspects)
 
 
-def _sinks(stuck: Mapping[int, Stuck], beats: Mapping[int, Beat], silent: set[int]) -> list[Suspect]:
+def _sinks(stuck: Mapping[int, Stuck], beats: Mapping[int, Heartbeat], silent: set[int]) -> list[Suspect]:
     """Ranks that are waited for and wait for nobody."""
     needs = {rank: _waits_for(record, stuck) for rank, record in stuck.items()}
     wanted = set().union(*needs.values()) if needs else set()
@@ -73,7 +73,9 @@ def _odd_ones(stuck: Mapping[int, Stuck]) -> list[Suspect]:
     return []
 
 
-def _suspect(rank: int, stuck: Mapping[int, Stuck], beats: Mapping[int, Beat], silent: set[int]) -> Suspect:
+def _suspect(
+    rank: int, stuck: Mapping[int, Stuck], beats: Mapping[int, Heartbeat], silent: set[int]
+) -> Suspect:
     if rank in stuck:
         record = stuck[rank]
         return Suspect(

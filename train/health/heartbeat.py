@@ -28,7 +28,7 @@ Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """A rank's sign of life."""
 
     rank: int
@@ -75,7 +75,7 @@ class Stuck:
     groups: dict[str, list[int]]
     """Ranks by group."""
     waiting: list[dict[str, Any]]
-    """Collectives that it waits in, :class:`train.health.collectives.Collective` as plain values."""
+    """Collectives that it waits in, :class:`train.health.collectives.IssuedCollective` as plain values."""
     stacks: str
     """The stack of every thread."""
 
@@ -159,7 +159,7 @@ def clear_records(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def beat_file(folder: Path, rank: int) -> Path:
+def heartbeat_file(folder: Path, rank: int) -> Path:
     """A rank's sign of life."""
     return folder / f"beat-{rank:05d}.json"
 

@@ -11,8 +11,8 @@ from composer.devices import Device
 from composer.utils import dist as composer_dist
 
 from train.health.heartbeat import (
-    Beat,
-    beat_file,
+    Heartbeat,
+    heartbeat_file,
     host_name,
     is_supervised,
     pid_space,
@@ -48,8 +48,8 @@ def join(recipe: Recipe, device: Device, topology: Topology) -> None:
     if is_supervised():
         folder.mkdir(parents=True, exist_ok=True)
         host, pid, where = host_name(), os.getpid(), "joining the job"
-        beat = Beat(topology.rank, host, pid, pid_space(), 0, time.time(), where, 0, str(run))
-        write_record(beat_file(folder, topology.rank), beat)
+        beat = Heartbeat(topology.rank, host, pid, pid_space(), 0, time.time(), where, 0, str(run))
+        write_record(heartbeat_file(folder, topology.rank), beat)
     begun = time.monotonic()
     try:
         composer_dist.initialize_dist(device, timeout=seconds)
@@ -66,7 +66,7 @@ def join(recipe: Recipe, device: Device, topology: Topology) -> None:
 
 def missing_line(folder: Path, topology: Topology, seconds: float) -> str:
     """Who has not come, as far as the records know."""
-    came = {beat.rank for beat in read_records(folder, "beat-*.json", Beat)}
+    came = {beat.rank for beat in read_records(folder, "beat-*.json", Heartbeat)}
     missing = [rank for rank in range(topology.world_size) if rank not in came]
     who = f": ranks {ranges(missing)}" if is_supervised() and missing else ""
     address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))

@@ -20,7 +20,7 @@ LEAST_DEVIATIONS = 6.0
 """How many median absolute deviations a slow rank must be from the median rank."""
 
 
-class Moves(Callback):
+class HeartbeatCallback(Callback):
     """Reports every phase of every step to the watchdog."""
 
     def __init__(self, watchdog: Watchdog) -> None:

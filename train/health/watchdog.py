@@ -27,11 +27,11 @@ from train.health.collectives import CollectiveRecorder, nccl_trace
 from train.health.diagnosis import diagnose
 from train.health.heartbeat import (
     FINDING_FILE,
-    Beat,
     Finding,
+    Heartbeat,
     Stuck,
     Suspect,
-    beat_file,
+    heartbeat_file,
     host_name,
     pid_space,
     read_record,
@@ -129,7 +129,7 @@ class Watchdog:
     def _sign(self) -> None:
         self._count += 1
         rank = self.topology.rank
-        beat = Beat(
+        beat = Heartbeat(
             rank=rank,
             host=host_name(),
             pid=os.getpid(),
@@ -140,7 +140,7 @@ class Watchdog:
             batch=self.batch,
             run=str(self.run_folder),
         )
-        write_record(beat_file(self.folder, rank), beat)
+        write_record(heartbeat_file(self.folder, rank), beat)
 
     def _find(self, seconds: float) -> Finding | None:
         """Writes what this rank knows, waits for the others, and returns the finding of one of them.
@@ -161,7 +161,7 @@ class Watchdog:
         write_record(stuck_file(self.folder, rank), stuck)
         if trace := nccl_trace():
             (self.folder / f"nccl-{rank:05d}.json").write_text(trace)
-        before = {beat.rank: beat.count for beat in read_records(self.folder, "beat-*.json", Beat)}
+        before = {beat.rank: beat.count for beat in read_records(self.folder, "beat-*.json", Heartbeat)}
         self._rest(self._all_are_stuck)
         if (self._steps, self.recorder.total) != self._progress:
             stuck_file(self.folder, rank).unlink(missing_ok=True)
@@ -175,7 +175,7 @@ class Watchdog:
             found = read_record(self.folder / FINDING_FILE, Finding)
             if found is not None:
                 return found
-        beats = {beat.rank: beat for beat in read_records(self.folder, "beat-*.json", Beat)}
+        beats = {beat.rank: beat for beat in read_records(self.folder, "beat-*.json", Heartbeat)}
         silent = {who for who, beat in beats.items() if beat.count == before.get(who)} - known.keys()
         finding = diagnose(known, beats, silent, time.time(), seconds)
         suspects = [self._with_stacks(suspect, beats) for suspect in finding.suspects]
@@ -195,7 +195,7 @@ class Watchdog:
     def _all_are_stuck(self) -> bool:
         return len(list(self.folder.glob("stuck-*.json"))) == self.topology.world_size
 
-    def _with_stacks(self, suspect: Suspect, beats: dict[int, Beat]) -> Suspect:
+    def _with_stacks(self, suspect: Suspect, beats: dict[int, Heartbeat]) -> Suspect:
         """The suspect with the stacks that it could not write, if it is a process that can be reached."""
         beat = beats.get(suspect.rank)
         is_here = beat is not None and beat.pid_space == self._pid_space

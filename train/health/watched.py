@@ -9,7 +9,7 @@ from composer.core import Callback
 
 from train.health.collectives import CollectiveRecorder, record_collectives
 from train.health.heartbeat import ENDED_FILE, Ended, record_failure, records_folder, write_record
-from train.health.stragglers import Moves, Stragglers
+from train.health.stragglers import HeartbeatCallback, Stragglers
 from train.health.watchdog import Watchdog
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
@@ -38,7 +38,7 @@ class Watched:
         """What takes part in every step."""
         watch, found = self.recipe.watch, list[Callback]()
         if self.watchdog is not None:
-            found.append(Moves(self.watchdog))
+            found.append(HeartbeatCallback(self.watchdog))
         if watch.straggler_interval_batches is not None and self.topology.world_size > 1:
             found.append(
                 Stragglers(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.hf.errors import InterchangeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Ffn, Model, Moe, Norm, Position
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
     print("parity: importing torch and transformers", file=sys.stderr, flush=True)
     try:
         rows = list(compare_all() if options.source is None else [compare(options.source, options.folder)])
-    except InterchangeError as error:
+    except UserError as error:
         print(f"parity: {error}", file=sys.stderr)
         return USAGE_STATUS
     print(table(rows))
@@ -105,7 +105,7 @@ def compare_all() -> Iterator[Parity]:
 
     from train.hf.hf_folder import write_folder
     from train.hf.import_hf import import_folder
-    from train.hf.weights import Source, open_weights
+    from train.hf.weights import WeightSource, open_weights
     from train.record.quiet import no_bars
 
     for name, model in tqdm(SMALL_MODELS.items(), desc="architectures", leave=False):
@@ -113,7 +113,7 @@ def compare_all() -> Iterator[Parity]:
         with no_bars(), tempfile.TemporaryDirectory(prefix="parity-") as root:
             ours, theirs, back = (Path(root) / part for part in ("ours", "theirs", "back"))
             decoder = _random_decoder(model)
-            write_folder(Source(ours, model, _DecoderWeights(decoder)), theirs, shard_bytes=100_000)
+            write_folder(WeightSource(ours, model, _DecoderWeights(decoder)), theirs, shard_bytes=100_000)
             row = _compare(name, decoder, theirs)
             import_folder(theirs, ours)
             write_folder(open_weights(ours), back)
@@ -126,13 +126,13 @@ def compare(source: Path, folder: Path) -> Parity:
     """Our decoder with the weights of ``source`` beside transformers' with those of ``folder``.
 
     Raises:
-        InterchangeError: if either holds no model.
+        UserError: if either holds no model.
     """
     from train.hf.folders import CONFIG_FILE
     from train.hf.open_decoder import open_decoder
 
     if not (folder / CONFIG_FILE).is_file():
-        raise InterchangeError(f"{folder}: is no export; {CONFIG_FILE} is missing")
+        raise UserError(f"{folder}: is no export; {CONFIG_FILE} is missing")
     decoder, _ = open_decoder(source, device="cpu")
     return _compare(source.name, decoder, folder)
 

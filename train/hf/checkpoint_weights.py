@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from train.hf.errors import InterchangeError
 from train.hf.folders import STATE_FOLDER
 from train.hf.safetensors_io import TensorInfo, new_rows
+from train.recipe.errors import UserError
 
 WRAPPER = "model.decoder."
 """What begins the decoder's names in a checkpoint of a run."""
@@ -40,7 +40,7 @@ class CheckpointWeights:
     """Weights of a checkpoint, whatever its layout was; nothing is held between reads.
 
     Raises:
-        InterchangeError: if the folder holds no decoder.
+        UserError: if the folder holds no decoder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +49,7 @@ class CheckpointWeights:
         entries = metadata.state_dict_metadata
         self._keys = {key.removeprefix(WRAPPER): key for key in entries if key.startswith(WRAPPER)}
         if not self._keys:
-            raise InterchangeError(f"{folder}: holds no decoder")
+            raise UserError(f"{folder}: holds no decoder")
         self._places = metadata.storage_data
         self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
         self._parts: dict[str, list[_Part]] = {}
@@ -79,7 +79,7 @@ class CheckpointWeights:
             rows[(slice(start - first, end - first), *(slice(at, at + size) for at, size in columns))] = block
             filled += block.numel()
         if filled != rows.numel():
-            raise InterchangeError(f"{self._folder}: parts of {name} are missing")
+            raise UserError(f"{self._folder}: parts of {name} are missing")
         return rows
 
     def _find(self, name: str, chunk: ChunkStorageMetadata) -> _Part:
@@ -108,5 +108,5 @@ def _read_rows(part: _Part, dtype: torch.dtype, first: int, last: int) -> Tensor
         # NumPy has no bfloat16: the bytes are read as bytes.
         read = stream.readinto(block.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     if read != block.numel() * block.itemsize:
-        raise InterchangeError(f"{part.file}: ends too early")
+        raise UserError(f"{part.file}: ends too early")
     return block

@@ -18,10 +18,9 @@ def main(arguments: list[str]) -> int:
     print(f"export: opening {options.source}; importing torch first", file=sys.stderr, flush=True)
     import torch
 
-    from train.hf.errors import InterchangeError
     from train.hf.hf_folder import write_folder
     from train.hf.weights import open_weights
-    from train.recipe.reading import RecipeError
+    from train.recipe.errors import UserError
 
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
     try:
@@ -29,7 +28,7 @@ def main(arguments: list[str]) -> int:
         exported = write_folder(
             source, options.out, dtype, options.shard_gb and round(options.shard_gb * 1e9)
         )
-    except (InterchangeError, RecipeError) as error:
+    except UserError as error:
         print(f"export: {error}", file=sys.stderr)
         return USAGE_STATUS
     print(

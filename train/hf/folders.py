@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.hf.errors import InterchangeError
 from train.hf.hf_mapping import family_of
+from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.schema import Model, Recipe
 from train.record.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE
@@ -37,12 +37,12 @@ def model_at(path: Path) -> tuple[Model, Recipe | None]:
     """The model whose weights a folder holds, and the recipe of the run that made them, if a run did.
 
     Raises:
-        InterchangeError: if the folder holds none, or one that the decoder cannot be.
+        UserError: if the folder holds none, or one that the decoder cannot be.
     """
     recipe_file = recipe_file_of(path)
     if recipe_file is not None:
         if not recipe_file.is_file():
-            raise InterchangeError(f"{path}: is not within the folder of its run; {recipe_file} is missing")
+            raise UserError(f"{path}: is not within the folder of its run; {recipe_file} is missing")
         recipe = load_recipe(recipe_file)
         return recipe.model, recipe
     if (path / MODEL_FILE).is_file():
@@ -51,9 +51,9 @@ def model_at(path: Path) -> tuple[Model, Recipe | None]:
         config = read_json(path / CONFIG_FILE)
         try:
             return family_of(config).to_model(config), None
-        except InterchangeError as error:
-            raise InterchangeError(f"{path / CONFIG_FILE}: {error}") from None
-    raise InterchangeError(
+        except UserError as error:
+            raise UserError(f"{path / CONFIG_FILE}: {error}") from None
+    raise UserError(
         f"{path}: is no run, no checkpoint, and has neither {MODEL_FILE} (imported) nor {CONFIG_FILE} "
         "(Hugging Face)"
     )
@@ -69,13 +69,13 @@ def read_model(path: Path) -> Model:
     """The model that :func:`write_model` wrote.
 
     Raises:
-        InterchangeError: if the file cannot be read.
+        UserError: if the file cannot be read.
     """
     try:
         tree = OmegaConf.select(OmegaConf.load(path), "model")
         model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Model), tree))
     except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise InterchangeError(f"{path}: is not a recipe's model ({type(error).__name__})") from None
+        raise UserError(f"{path}: is not a recipe's model ({type(error).__name__})") from None
     assert isinstance(model, Model)
     return model
 
@@ -84,12 +84,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        InterchangeError: if the file is missing or holds none.
+        UserError: if the file is missing or holds none.
     """
     try:
         tree = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InterchangeError(f"{path}: cannot be read ({type(error).__name__})") from None
+        raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
     if not isinstance(tree, dict):
-        raise InterchangeError(f"{path}: is not a JSON object")
+        raise UserError(f"{path}: is not a JSON object")
     return tree

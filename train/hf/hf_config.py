@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from train.hf.errors import InterchangeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Ffn, Model, Moe, Norm, Position
 
 Config = Mapping[str, Any]
@@ -167,7 +167,7 @@ def mpt_to_model(config: Config) -> Model:
     _only(attn, attn_pdrop=0, qk_ln=False, prefix_lm=False, softmax_scale=None, alibi_bias_max=8)
     _only(attn, attn_type="multihead_attention")
     if not attn.get("alibi", True):
-        raise InterchangeError("attn_config.alibi is False, and learned positions cannot be expressed")
+        raise UserError("attn_config.alibi is False, and learned positions cannot be expressed")
     clip = attn.get("clip_qkv")
     return Model(
         d_model=_need(config, "d_model"),
@@ -261,7 +261,7 @@ def _need(config: Config, key: str) -> int:
     """A count that has no default worth trusting."""
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InterchangeError(f"{key} is {value!r}, not a positive number")
+        raise UserError(f"{key} is {value!r}, not a positive number")
     return value
 
 
@@ -270,7 +270,7 @@ def _only(config: Config, **expressible: object) -> None:
     for key, value in expressible.items():
         given = config.get(key, value)
         if given != value and given is not None:
-            raise InterchangeError(f"{key} is {given!r}; only {value!r} can be expressed")
+            raise UserError(f"{key} is {given!r}; only {value!r} can be expressed")
 
 
 def _number(value: float) -> float | int:

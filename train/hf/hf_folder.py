@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.hf import model_card
-from train.hf.errors import InterchangeError
 from train.hf.folders import HEADERS_FILE, SOURCE_FOLDER, read_json
 from train.hf.hf_mapping import Link, family_for
 from train.hf.lineage import write_provenance
@@ -27,7 +26,8 @@ from train.hf.safetensors_io import (
     write_files,
     write_index,
 )
-from train.hf.weights import Source, Weights, row_blocks
+from train.hf.weights import Weights, WeightSource, row_blocks
+from train.recipe.errors import UserError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -48,7 +48,7 @@ class Exported:
 
 
 def write_folder(
-    source: Source, out: Path, dtype: torch.dtype | None = None, shard_bytes: int | None = None
+    source: WeightSource, out: Path, dtype: torch.dtype | None = None, shard_bytes: int | None = None
 ) -> Exported:
     """Writes the folder.
 
@@ -59,12 +59,12 @@ def write_folder(
         shard_bytes: most bytes per file; None takes 5e9, or the files that an imported folder came in.
 
     Raises:
-        InterchangeError: if no architecture expresses the model, a weight is not finite, or the folder
+        UserError: if no architecture expresses the model, a weight is not finite, or the folder
             is in use.
     """
     family = family_for(source.model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InterchangeError(f"{out}: exists; name a new folder")
+        raise UserError(f"{out}: exists; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
     links = {link.theirs: link for link in family.links(source.model)}
     layout = _layout(source, links, dtype, shard_bytes)
@@ -87,7 +87,7 @@ def _write_weights(weights: Weights, links: Mapping[str, Link], layout: Layout, 
             for info in group:
                 for block in _tensor_blocks(weights, links[info.name], info.dtype):
                     if not all_finite(block):
-                        raise InterchangeError(f"{links[info.name].ours}: holds NaN or infinity")
+                        raise UserError(f"{links[info.name].ours}: holds NaN or infinity")
                     yield block
                     bar.update(block.numel() * block.element_size())
 
@@ -108,7 +108,7 @@ def _tensor_blocks(weights: Weights, link: Link, dtype: torch.dtype) -> Iterator
 
 
 def _layout(
-    source: Source, links: Mapping[str, Link], dtype: torch.dtype | None, shard_bytes: int | None
+    source: WeightSource, links: Mapping[str, Link], dtype: torch.dtype | None, shard_bytes: int | None
 ) -> Layout:
     stored = source.weights.tensors
     fallback = next(iter(stored.values())).dtype

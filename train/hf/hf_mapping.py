@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from train.hf import hf_config
-from train.hf.errors import InterchangeError
 from train.hf.hf_config import Config
 from train.recipe import sizes
+from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Ffn, Model, Norm, Position
 
 
@@ -68,7 +68,7 @@ Table = Mapping[str, Rule]
 
 
 @dataclass(frozen=True)
-class Family:
+class Architecture:
     """An architecture of `transformers`."""
 
     model_type: str
@@ -99,14 +99,14 @@ class Family:
         return [name for name, holds in self.needs if not holds(model)]
 
 
-def family_for(model: Model) -> Family:
+def family_for(model: Model) -> Architecture:
     """The first architecture that expresses a model exactly.
 
     Raises:
-        InterchangeError: if there is none; it names what stands in the way.
+        UserError: if there is none; it names what stands in the way.
     """
     if model.moe is not None and model.moe.balance is Balance.bias:
-        raise InterchangeError(
+        raise UserError(
             "model.moe.balance=bias: experts are chosen with a bias that no architecture of transformers "
             "with this router has; train with balance=loss to export"
         )
@@ -115,21 +115,21 @@ def family_for(model: Model) -> Family:
         if not obstacles[family.model_type]:
             return family
     reasons = "; ".join(f"{name} needs {', '.join(needs)}" for name, needs in obstacles.items())
-    raise InterchangeError(f"no architecture of transformers expresses this model exactly: {reasons}")
+    raise UserError(f"no architecture of transformers expresses this model exactly: {reasons}")
 
 
-def family_of(config: Config) -> Family:
+def family_of(config: Config) -> Architecture:
     """The architecture that a `config.json` names.
 
     Raises:
-        InterchangeError: if it is not in the table.
+        UserError: if it is not in the table.
     """
     model_type = str(config.get("model_type", "none"))
     for family in FAMILIES:
         if family.model_type == model_type:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise InterchangeError(f"model_type {model_type!r} is not one of {known}")
+    raise UserError(f"model_type {model_type!r} is not one of {known}")
 
 
 def _apply(rule: Rule, weight: sizes.Weight, prefix: str, model: Model) -> Iterator[Link]:
@@ -173,7 +173,7 @@ def _dbrx_extra(model: Model) -> Iterator[Link]:
 
 PLAIN_QK: Need = ("model.qk_norm=false", lambda model: not model.qk_norm)
 
-DBRX = Family(
+DBRX = Architecture(
     model_type="dbrx",
     architecture="DbrxForCausalLM",
     layer="transformer.blocks.{n}.",
@@ -229,7 +229,7 @@ LLAMA_NEEDS: tuple[Need, ...] = (
 )
 NO_CLIP: Need = ("model.clip_qkv=null", lambda model: model.clip_qkv is None)
 
-LLAMA = Family(
+LLAMA = Architecture(
     model_type="llama",
     architecture="LlamaForCausalLM",
     layer="model.layers.{n}.",
@@ -245,7 +245,7 @@ LLAMA = Family(
     ignored=(".rotary_emb.inv_freq",),
 )
 
-MIXTRAL = Family(
+MIXTRAL = Architecture(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     layer="model.layers.{n}.",
@@ -270,7 +270,7 @@ MIXTRAL = Family(
     from_model=hf_config.mixtral_from_model,
 )
 
-OLMOE = Family(
+OLMOE = Architecture(
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
     layer="model.layers.{n}.",
@@ -296,7 +296,7 @@ OLMOE = Family(
     from_model=hf_config.olmoe_from_model,
 )
 
-MPT = Family(
+MPT = Architecture(
     model_type="mpt",
     architecture="MptForCausalLM",
     layer="transformer.blocks.{n}.",

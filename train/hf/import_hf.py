@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train.recipe.errors import UserError
+
 if TYPE_CHECKING:
     from train.hf.weights_folder import Written
 
@@ -22,7 +24,6 @@ def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status (2: a mistake of the user)."""
     options = parse(arguments)
     print(f"import: opening {options.source}; importing torch first", file=sys.stderr, flush=True)
-    from train.hf.errors import InterchangeError
     from train.hf.weights_folder import verify_weights_folder
 
     try:
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
             print(f"{options.source}: {read / 1e9:.3f} GB are what was written")
             return 0
         written = import_folder(options.source, options.out, options.shard_gb)
-    except InterchangeError as error:
+    except UserError as error:
         print(f"import: {error}", file=sys.stderr)
         return USAGE_STATUS
     print(
@@ -52,19 +53,19 @@ def import_folder(source: Path, out: Path, shard_gb: float = 5.0) -> "Written":
         shard_gb: most gigabytes (1e9 bytes) per file.
 
     Raises:
-        InterchangeError: if the source cannot be expressed, is damaged or holds NaN.
+        UserError: if the source cannot be expressed, is damaged or holds NaN.
     """
-    from train.hf.errors import InterchangeError
     from train.hf.folders import CONFIG_FILE, HEADERS_FILE, MODEL_FILE, SOURCE_FOLDER, read_json
     from train.hf.model_card import texts_of
     from train.hf.weights import HuggingFaceWeights, open_weights
     from train.hf.weights_folder import write_weights_folder
+    from train.recipe.errors import UserError
 
     if (out / MODEL_FILE).is_file():
-        raise InterchangeError(f"{out}: is a complete import already; name a new folder")
+        raise UserError(f"{out}: is a complete import already; name a new folder")
     opened = open_weights(source)
     if not isinstance(opened.weights, HuggingFaceWeights):
-        raise InterchangeError(f"{source}: is not in Hugging Face's form; needs {CONFIG_FILE}")
+        raise UserError(f"{source}: is not in Hugging Face's form; needs {CONFIG_FILE}")
     headers = {name: header.decode() for name, header in opened.weights.folder.headers.items()}
     files = [source / name for name in headers]
     origin = {

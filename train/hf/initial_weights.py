@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from train.checkpoint.files import load_checkpoint
-from train.hf.errors import InterchangeError
 from train.hf.folders import STATE_FOLDER
-from train.hf.weights import Source, newest, open_weights
+from train.hf.weights import WeightSource, newest, open_weights
 from train.model.decoder import Decoder
+from train.recipe.errors import UserError
 from train.recipe.schema import OptimizerStart, Recipe
 from train.recipe.topology import Topology
 from train.record.run_folder import CHECKPOINTS_FOLDER
@@ -30,7 +30,7 @@ def find_start(recipe: Recipe) -> Path | None:
     """What the recipe starts from: of a run, its newest whole checkpoint; for one rank, as it reads it all.
 
     Raises:
-        InterchangeError: if the run has none.
+        UserError: if the run has none.
     """
     if recipe.start.weights is None:
         return None
@@ -55,7 +55,7 @@ def start_from(
         restore_optimizer(path, model, optimizer, topology)
 
 
-def load_initial_weights(decoder: Decoder, path: Path) -> Source:
+def load_initial_weights(decoder: Decoder, path: Path) -> WeightSource:
     """Fills a decoder, whole or sharded, with weights that another training made.
 
     Args:
@@ -68,7 +68,7 @@ def load_initial_weights(decoder: Decoder, path: Path) -> Source:
         The source, with the model and the recipe that the weights come from.
 
     Raises:
-        InterchangeError: if a tensor is missing or of another shape.
+        UserError: if a tensor is missing or of another shape.
     """
     source = open_weights(path)
     targets = {name: parameter.detach() for name, parameter in decoder.named_parameters()}
@@ -78,9 +78,9 @@ def load_initial_weights(decoder: Decoder, path: Path) -> Source:
     for name, target in targets.items():
         info = source.weights.tensors.get(name)
         if info is None:
-            raise InterchangeError(f"{source.path}: has no {name}")
+            raise UserError(f"{source.path}: has no {name}")
         if info.shape != tuple(target.shape):
-            raise InterchangeError(
+            raise UserError(
                 f"{source.path}: {name} is of shape {info.shape}, the recipe's of {tuple(target.shape)}"
             )
     for name, target in targets.items():
@@ -111,13 +111,13 @@ def restore_optimizer(
     """Loads model and optimizer state from another run's checkpoint, keeping this recipe's rates and decay.
 
     Raises:
-        InterchangeError: if the checkpoint lacks the state of a parameter that is trained here.
+        UserError: if the checkpoint lacks the state of a parameter that is trained here.
     """
     saved = dcp.FileSystemReader(checkpoint / STATE_FOLDER).read_metadata().state_dict_metadata
     having = {key.removeprefix(MOMENTS).rpartition(".")[0] for key in saved if key.startswith(MOMENTS)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in having:
-            raise InterchangeError(f"{checkpoint}: has no optimizer state of {name}, which is trained here")
+            raise UserError(f"{checkpoint}: has no optimizer state of {name}, which is trained here")
     settings = [_settings(group) for group in optimizer.param_groups]
     load_checkpoint(checkpoint, model, optimizer, topology)
     for group, before in zip(optimizer.param_groups, settings, strict=True):

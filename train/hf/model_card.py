@@ -9,7 +9,7 @@ from data.tokenizer import TokenizerHandle, open_tokenizer
 from train.hf.folders import CONFIG_FILE, HEADERS_FILE, SOURCE_FOLDER, read_json
 from train.hf.hf_mapping import family_of
 from train.hf.safetensors_io import INDEX_FILE
-from train.hf.weights import Source
+from train.hf.weights import WeightSource
 from train.recipe import sizes
 from train.recipe.schema import Model, Recipe
 from train.record.provenance import git_commit
@@ -21,7 +21,7 @@ TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md")
 ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def write_texts(out: Path, source: Source, config: dict[str, object], dtype: str) -> None:
+def write_texts(out: Path, source: WeightSource, config: dict[str, object], dtype: str) -> None:
     """Writes config, generation config, tokenizer and model card.
 
     What an imported folder held of these goes back as it came, as long as it is still true.
@@ -67,7 +67,7 @@ def texts_of(folder: Path) -> list[Path]:
     )
 
 
-def model_card(source: Source, architecture: str, dtype: str) -> str:
+def model_card(source: WeightSource, architecture: str, dtype: str) -> str:
     """The card: what the model is, what it was trained on, how to load it, what to beware of."""
     model = source.model
     name = source.recipe.name if source.recipe else source.path.resolve().name

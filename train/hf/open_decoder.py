@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 
 from train.hf.initial_weights import load_initial_weights
-from train.hf.weights import Source, open_weights
+from train.hf.weights import WeightSource, open_weights
 from train.model.decoder import Decoder
 
 
 def open_decoder(
     path: Path, checkpoint: str | None = None, device: str | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[Decoder, Source]:
+) -> tuple[Decoder, WeightSource]:
     """Builds a decoder and fills it.
 
     Args:
@@ -21,7 +21,7 @@ def open_decoder(
         dtype: of the weights.
 
     Raises:
-        InterchangeError: if there are no weights, or they are damaged.
+        UserError: if there are no weights, or they are damaged.
     """
     source = open_weights(path, checkpoint)
     decoder = Decoder(source.model, device="meta")

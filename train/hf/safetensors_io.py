@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.hf.errors import InterchangeError
 from train.hf.folders import read_json
+from train.recipe.errors import UserError
 from train.record.cores import usable_cores
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -90,7 +90,7 @@ class SafetensorsFolder:
     """The tensors of a folder, found, checked and read by rows.
 
     Raises:
-        InterchangeError: if files, headers and index do not agree.
+        UserError: if files, headers and index do not agree.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,7 +103,7 @@ class SafetensorsFolder:
             self.headers[name] = header
             for one in placed:
                 if one.info.name in self._placed:
-                    raise InterchangeError(f"{folder}: {one.info.name} is in two files")
+                    raise UserError(f"{folder}: {one.info.name} is in two files")
                 self._placed[one.info.name] = one
         self._check_index()
         self.tensors = {name: placed.info for name, placed in self._placed.items()}
@@ -123,7 +123,7 @@ class SafetensorsFolder:
             while done < wanted:
                 got = stream.readinto(view[done:])
                 if not got:
-                    raise InterchangeError(f"{placed.file}: ends within {name}")
+                    raise UserError(f"{placed.file}: ends within {name}")
                 done += got
         return rows
 
@@ -138,12 +138,12 @@ class SafetensorsFolder:
         listed = read_json(path).get("weight_map", {})
         for name, file in listed.items():
             if name not in self._placed:
-                raise InterchangeError(f"{path}: lists {name}, which {file} does not hold")
+                raise UserError(f"{path}: lists {name}, which {file} does not hold")
             if self._placed[name].file.name != file:
-                raise InterchangeError(f"{path}: {name} is in {self._placed[name].file.name}, not in {file}")
+                raise UserError(f"{path}: {name} is in {self._placed[name].file.name}, not in {file}")
         for name, placed in self._placed.items():
             if name not in listed:
-                raise InterchangeError(f"{placed.file}: holds {name}, which {path.name} does not list")
+                raise UserError(f"{placed.file}: holds {name}, which {path.name} does not list")
 
 
 class _Spare(threading.local):
@@ -196,18 +196,18 @@ def read_header(file: Path) -> tuple[bytes, list[Placed]]:
     """The header of a file as bytes, and its tensors in the order of their data.
 
     Raises:
-        InterchangeError: if the file is not whole or its header does not describe it.
+        UserError: if the file is not whole or its header does not describe it.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(LONGEST_HEADER, size - 8):
-            raise InterchangeError(f"{file}: is not a whole safetensors file")
+            raise UserError(f"{file}: is not a whole safetensors file")
         header = stream.read(length)
     placed = parse_header(file, header)
     end = placed[-1].offset + placed[-1].info.bytes if placed else 8 + length
     if end != size:
-        raise InterchangeError(f"{file}: has {size} bytes, but its header describes {end}")
+        raise UserError(f"{file}: has {size} bytes, but its header describes {end}")
     return header, placed
 
 
@@ -215,21 +215,21 @@ def parse_header(file: Path, header: bytes) -> list[Placed]:
     """The tensors that a header describes, in the order of their data.
 
     Raises:
-        InterchangeError: if it is malformed, or leaves gaps.
+        UserError: if it is malformed, or leaves gaps.
     """
     try:
         tree = json.loads(header)
         tree.pop("__metadata__", None)
         placed = [_placed(file, 8 + len(header), name, entry) for name, entry in tree.items()]
-    except InterchangeError:
+    except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InterchangeError(f"{file}: has an unreadable header ({type(error).__name__})") from None
+        raise UserError(f"{file}: has an unreadable header ({type(error).__name__})") from None
     placed.sort(key=lambda one: one.offset)
     end = 8 + len(header)
     for one in placed:
         if one.offset != end:
-            raise InterchangeError(f"{file}: {one.info.name} does not begin where the data before it ends")
+            raise UserError(f"{file}: {one.info.name} does not begin where the data before it ends")
         end += one.info.bytes
     return placed
 
@@ -326,24 +326,24 @@ def _files_of(folder: Path) -> Iterator[str]:
     if index.is_file():
         for name in sorted(set(read_json(index).get("weight_map", {}).values())):
             if Path(name).name != name or not (folder / name).is_file():
-                raise InterchangeError(f"{index}: names {name}, which is not a file of the folder")
+                raise UserError(f"{index}: names {name}, which is not a file of the folder")
             yield name
         return
     if not (folder / SINGLE_FILE).is_file():
         pickles = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth"})
         why = f"only {pickles[0]}, and pickles are not read" if pickles else "no weights"
-        raise InterchangeError(f"{folder}: has {why}; needs {INDEX_FILE} or {SINGLE_FILE}")
+        raise UserError(f"{folder}: has {why}; needs {INDEX_FILE} or {SINGLE_FILE}")
     yield SINGLE_FILE
 
 
 def _placed(file: Path, start: int, name: str, entry: Mapping[str, Any]) -> Placed:
     if entry["dtype"] not in DTYPES:
-        raise InterchangeError(f"{file}: {name} is {entry['dtype']}, not one of {', '.join(DTYPES)}")
+        raise UserError(f"{file}: {name} is {entry['dtype']}, not one of {', '.join(DTYPES)}")
     shape = tuple(int(extent) for extent in entry["shape"])
     info = TensorInfo(name, DTYPES[entry["dtype"]], shape)
     first, last = entry["data_offsets"]
     if not shape or min(shape) < 1 or last - first != info.bytes:
-        raise InterchangeError(f"{file}: {name} of shape {shape} has {last - first} bytes")
+        raise UserError(f"{file}: {name} of shape {shape} has {last - first} bytes")
     return Placed(info, file, start + first)
 
 
@@ -358,7 +358,7 @@ def _write_file(path: Path, header: bytes, blocks: Iterable[Tensor], stop: threa
             digest.update(start)
             for block in blocks:
                 if stop.is_set():
-                    raise InterchangeError(f"{path}: was not finished")
+                    raise UserError(f"{path}: was not finished")
                 data = _bytes_of(block.contiguous())
                 digest.update(data)
                 _write_all(stream, data)

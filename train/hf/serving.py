@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from train.hf.errors import InterchangeError
 from train.hf.folders import CONFIG_FILE, model_at, read_json
+from train.recipe.errors import UserError
 from train.recipe.schema import Model
 
 USAGE_STATUS = 2
@@ -45,19 +45,19 @@ def slots(engine: str, model: Model, degree: int) -> list[Slot]:
         degree: tensor-parallel degree P.
 
     Raises:
-        InterchangeError: if the engine cannot split the model so, or computes another function.
+        UserError: if the engine cannot split the model so, or computes another function.
     """
     moe = model.moe
     if moe is not None and moe.normalize_weights_p != 1:
-        raise InterchangeError(
+        raise UserError(
             f"{engine} always divides the chosen experts' weights by their sum, and this model has "
             f"model.moe.normalize_weights_p={moe.normalize_weights_p}"
         )
     for name, count in (("heads", model.n_heads), ("expert hidden size", model.ffn_hidden_size)):
         if count % degree:
-            raise InterchangeError(f"{name} {count} is not divisible by tensor-parallel degree {degree}")
+            raise UserError(f"{name} {count} is not divisible by tensor-parallel degree {degree}")
     if model.n_kv_heads % degree and degree % model.n_kv_heads:
-        raise InterchangeError(f"{model.n_kv_heads} key-value heads and degree {degree} do not divide")
+        raise UserError(f"{model.n_kv_heads} key-value heads and degree {degree} do not divide")
     return list(ENGINES[engine](model, degree))
 
 
@@ -65,12 +65,12 @@ def check_folder(folder: Path, engine: str, degree: int) -> list[Slot]:
     """The slots of an engine, each of which the folder fills exactly, with nothing left over.
 
     Raises:
-        InterchangeError: for the first that it does not.
+        UserError: for the first that it does not.
     """
     from train.hf.safetensors_io import SafetensorsFolder
 
     if read_json(folder / CONFIG_FILE).get("model_type") != "dbrx":
-        raise InterchangeError(f"{folder}: is no DBRX; the tables are for DBRX alone")
+        raise UserError(f"{folder}: is no DBRX; the tables are for DBRX alone")
     model, _ = model_at(folder)
     shapes = {name: info.shape for name, info in SafetensorsFolder(folder).tensors.items()}
     table = slots(engine, model, degree)
@@ -78,15 +78,13 @@ def check_folder(folder: Path, engine: str, degree: int) -> list[Slot]:
     for slot in table:
         missing = [name for name in slot.sources if name not in shapes]
         if missing:
-            raise InterchangeError(f"{folder}: {slot.name} needs {missing[0]}, which is missing")
+            raise UserError(f"{folder}: {slot.name} needs {missing[0]}, which is missing")
         given = sum(math.prod(shapes[name]) for name in slot.sources)
         if math.prod(slot.shape) * degree != round(given * slot.copies):
-            raise InterchangeError(
-                f"{folder}: {slot.sources} do not fill {slot.name} {slot.shape} x {degree}"
-            )
+            raise UserError(f"{folder}: {slot.sources} do not fill {slot.name} {slot.shape} x {degree}")
         unused -= set(slot.sources)
     if unused:
-        raise InterchangeError(f"{folder}: {engine} has no place for {min(unused)}")
+        raise UserError(f"{folder}: {engine} has no place for {min(unused)}")
     return table
 
 
@@ -95,7 +93,7 @@ def _vllm(model: Model, degree: int, *, fused: bool) -> Iterator[Slot]:
     E = model.moe.experts if model.moe else 1
     padded = -(-V // 64) * 64
     if padded % P:
-        raise InterchangeError(f"vocabulary {V}, padded to {padded}, is not divisible by degree {P}")
+        raise UserError(f"vocabulary {V}, padded to {padded}, is not divisible by degree {P}")
     vocabulary = (padded // P, D)
     yield Slot("transformer.wte.weight", vocabulary, ("transformer.wte.weight",), padded / V)
     for layer in range(model.n_layers):
@@ -130,7 +128,7 @@ def _tensorrt_llm(model: Model, degree: int) -> Iterator[Slot]:
     E = model.moe.experts if model.moe else 1
     R = D // model.n_heads
     if model.n_kv_heads % P or V % P:
-        raise InterchangeError(f"its converter splits key-value heads and vocabulary evenly; not so by {P}")
+        raise UserError(f"its converter splits key-value heads and vocabulary evenly; not so by {P}")
     yield Slot("transformer.vocab_embedding.weight", (V, D), ("transformer.wte.weight",), P)
     for layer in range(model.n_layers):
         ours, theirs = f"transformer.blocks.{layer}.", f"transformer.layers.{layer}."
@@ -167,7 +165,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         table = check_folder(options.folder, options.engine, options.tensor_parallel)
-    except InterchangeError as error:
+    except UserError as error:
         print(f"serving: {error}", file=sys.stderr)
         return USAGE_STATUS
     width = max(len(slot.name) for slot in table)

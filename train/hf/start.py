@@ -4,9 +4,8 @@ import filecmp
 from dataclasses import fields
 from pathlib import Path
 
-from train.hf.errors import InterchangeError
 from train.hf.folders import model_at
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Model, OptimizerStart, Recipe, Tokenizer, TokenizerKind
 
 FREE_OF_SHAPE = frozenset(
@@ -25,15 +24,15 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
         file: where it was read from, for the error.
 
     Raises:
-        RecipeError: one line that names file, key and remedy.
+        UserError: one line that names file, key and remedy.
     """
     if recipe.start.weights is None:
         return []
     path = Path(recipe.start.weights)
     try:
         model, parent = model_at(path)
-    except InterchangeError as error:
-        raise RecipeError(
+    except UserError as error:
+        raise UserError(
             str(error), key="start.weights", remedy="name a folder of weights", file=file
         ) from None
     _same_shapes(recipe.model, model, file)
@@ -45,7 +44,7 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
     ]
     if parent is None:
         if recipe.start.optimizer is OptimizerStart.restored:
-            raise RecipeError(
+            raise UserError(
                 f"is restored, but {path} holds weights alone",
                 key="start.optimizer",
                 remedy="set it to fresh",
@@ -54,7 +53,7 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
         return told
     _same_tokenizer(recipe, parent, file)
     if recipe.start.optimizer is OptimizerStart.restored and parent.optimizer.kind != recipe.optimizer.kind:
-        raise RecipeError(
+        raise UserError(
             f"is restored, but {path} was trained with {parent.optimizer.kind.value}",
             key="start.optimizer",
             remedy=f"set it to fresh, or optimizer.kind={parent.optimizer.kind.value}",
@@ -77,7 +76,7 @@ def _same_shapes(now: Model, before: Model, file: str) -> None:
         if field.name not in FREE_OF_SHAPE:
             _same(f"model.{field.name}", getattr(now, field.name), getattr(before, field.name), file)
     if (now.moe is None) != (before.moe is None):
-        raise RecipeError(
+        raise UserError(
             "the weights are of a dense model" if now.moe else "the weights are of a mixture of experts",
             key="model.moe",
             remedy="python -m train.hf.upcycle makes experts of a dense model"
@@ -91,7 +90,7 @@ def _same_shapes(now: Model, before: Model, file: str) -> None:
 
 def _same(key: str, now: object, before: object, file: str) -> None:
     if now != before:
-        raise RecipeError(
+        raise UserError(
             f"is {now}, but the weights that the run starts from have {before}",
             key=key,
             remedy=f"set {key}={before}, or start from other weights",
@@ -109,7 +108,7 @@ def _same_tokenizer(recipe: Recipe, parent: Recipe, file: str) -> None:
         if ours.is_file() and theirs.is_file():
             equal = equal and filecmp.cmp(ours, theirs, shallow=False)
     if not equal:
-        raise RecipeError(
+        raise UserError(
             f"{_words(here)} is not the {_words(there)} that the weights were trained with",
             key="tokenizer",
             remedy="take the same tokenizer and shards written with it",

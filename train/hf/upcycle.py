@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.hf.errors import InterchangeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Ffn, Model, Moe
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status (2: a mistake of the user)."""
     options = parse(arguments)
     print(f"upcycle: opening {options.source}; importing torch first", file=sys.stderr, flush=True)
-    from train.recipe.reading import RecipeError
+    from train.recipe.errors import UserError
 
     try:
         written = upcycle(
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
             options.granularity,
             options.seed,
         )
-    except (InterchangeError, RecipeError) as error:
+    except UserError as error:
         print(f"upcycle: {error}", file=sys.stderr)
         return USAGE_STATUS
     print(
@@ -62,7 +62,7 @@ def upcycle(source: Path, out: Path, moe: Moe, granularity: int = 1, seed: int =
         seed: of the router's initial rows.
 
     Raises:
-        InterchangeError: if the numbers do not go together, or the source is no dense GLU model.
+        UserError: if the numbers do not go together, or the source is no dense GLU model.
     """
     from train.hf.upcycled_weights import UpcycledWeights
     from train.hf.weights import open_weights
@@ -79,19 +79,19 @@ def mixture_of(dense: Model, moe: Moe, granularity: int) -> Model:
     """The mixture's architecture.
 
     Raises:
-        InterchangeError: if the numbers do not go together.
+        UserError: if the numbers do not go together.
     """
     if dense.moe is not None or dense.ffn is not Ffn.glu:
-        raise InterchangeError("the source is a mixture of experts already, or its feed-forward is no GLU")
+        raise UserError("the source is a mixture of experts already, or its feed-forward is no GLU")
     for name, number in (
         ("experts", moe.experts),
         ("top-k", moe.top_k),
         ("hidden size", dense.ffn_hidden_size),
     ):
         if number % granularity:
-            raise InterchangeError(f"{name} {number} is not divisible by granularity {granularity}")
+            raise UserError(f"{name} {number} is not divisible by granularity {granularity}")
     if moe.top_k > moe.experts:
-        raise InterchangeError(f"top-k {moe.top_k} exceeds {moe.experts} experts")
+        raise UserError(f"top-k {moe.top_k} exceeds {moe.experts} experts")
     return replace(dense, moe=moe, ffn_hidden_size=dense.ffn_hidden_size // granularity)
 
 

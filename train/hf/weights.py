@@ -14,12 +14,12 @@ from torch import Tensor
 
 from train.checkpoint.files import newest_whole_checkpoint, read_progress
 from train.hf.checkpoint_weights import CheckpointWeights
-from train.hf.errors import InterchangeError
 from train.hf.folders import CONFIG_FILE, MODEL_FILE, STATE_FOLDER, model_at, read_json
-from train.hf.hf_mapping import Family, Link, family_of
+from train.hf.hf_mapping import Architecture, Link, family_of
 from train.hf.safetensors_io import LastTensor, SafetensorsFolder, TensorInfo
 from train.recipe import sizes
 from train.recipe.curriculum import from_json
+from train.recipe.errors import UserError
 from train.recipe.schema import Model, Recipe
 from train.record.run_folder import CHECKPOINTS_FOLDER
 
@@ -37,7 +37,7 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Weights with what is known about them."""
 
     path: Path
@@ -52,10 +52,10 @@ class HuggingFaceWeights:
     """A folder in Hugging Face's form under our names, put together from its tensors as they are read.
 
     Raises:
-        InterchangeError: for a tensor that is missing, of another shape, or one too many.
+        UserError: for a tensor that is missing, of another shape, or one too many.
     """
 
-    def __init__(self, folder: SafetensorsFolder, family: Family, model: Model) -> None:
+    def __init__(self, folder: SafetensorsFolder, family: Architecture, model: Model) -> None:
         self.folder = folder
         self._links: dict[str, list[Link]] = {}
         expected: set[str] = set()
@@ -66,12 +66,12 @@ class HuggingFaceWeights:
                 self._links.setdefault(link.ours, []).append(link)
         for name in folder.tensors:
             if name not in expected and not name.endswith(family.ignored or ("\0",)):
-                raise InterchangeError(f"{folder.folder}: {name} is no tensor of a {family.model_type} model")
+                raise UserError(f"{folder.folder}: {name} is no tensor of a {family.model_type} model")
         self.tensors = {}
         for weight in sizes.weights(model):
             dtypes = {folder.tensors[link.theirs].dtype for link in self._links[weight.name]}
             if len(dtypes) > 1:
-                raise InterchangeError(f"{folder.folder}: parts of {weight.name} are of different types")
+                raise UserError(f"{folder.folder}: parts of {weight.name} are of different types")
             self.tensors[weight.name] = TensorInfo(weight.name, dtypes.pop(), weight.shape)
         self._turned = LastTensor()
 
@@ -93,14 +93,14 @@ class HuggingFaceWeights:
     def _check(self, link: Link) -> None:
         info = self.folder.tensors.get(link.theirs)
         if info is None:
-            raise InterchangeError(f"{self.folder.folder}: {link.theirs} is missing")
+            raise UserError(f"{self.folder.folder}: {link.theirs} is missing")
         if info.shape != link.shape:
-            raise InterchangeError(
+            raise UserError(
                 f"{self.folder.folder}: {link.theirs} is of shape {info.shape} instead of {link.shape}"
             )
 
 
-def open_weights(path: Path, checkpoint: str | None = None) -> Source:
+def open_weights(path: Path, checkpoint: str | None = None) -> WeightSource:
     """Opens weights wherever they are; nothing but headers and metadata is read.
 
     Args:
@@ -109,17 +109,17 @@ def open_weights(path: Path, checkpoint: str | None = None) -> Source:
         checkpoint: for a run: which checkpoint, by the folder's name; None takes the newest whole one.
 
     Raises:
-        InterchangeError: if there is nothing of these kinds, or it is damaged.
+        UserError: if there is nothing of these kinds, or it is damaged.
     """
     model, recipe = model_at(path)
     if recipe is None and checkpoint is not None:
-        raise InterchangeError(f"{path}: is not a run, so that it has no checkpoint {checkpoint}")
+        raise UserError(f"{path}: is not a run, so that it has no checkpoint {checkpoint}")
     weights: Weights
     if recipe is not None:
         if (path / CHECKPOINTS_FOLDER).is_dir():
             path = path / CHECKPOINTS_FOLDER / checkpoint if checkpoint else newest(path)
         if not (path / STATE_FOLDER).is_dir():
-            raise InterchangeError(f"{path}: is no checkpoint")
+            raise UserError(f"{path}: is no checkpoint")
         weights = CheckpointWeights(path)
         model = replace(model, rope_theta=rope_theta_at(path, model))
     elif (path / MODEL_FILE).is_file():
@@ -127,7 +127,7 @@ def open_weights(path: Path, checkpoint: str | None = None) -> Source:
     else:
         family = family_of(read_json(path / CONFIG_FILE))
         weights = HuggingFaceWeights(SafetensorsFolder(path), family, model)
-    source = Source(path, model, weights, recipe)
+    source = WeightSource(path, model, weights, recipe)
     check_complete(source)
     return source
 
@@ -144,31 +144,31 @@ def newest(run: Path) -> Path:
     """The newest whole checkpoint of a run.
 
     Raises:
-        InterchangeError: if there is none.
+        UserError: if there is none.
     """
     found, complaints = newest_whole_checkpoint(run / CHECKPOINTS_FOLDER)
     if found is None:
-        raise InterchangeError(f"{run}: has no whole checkpoint {'; '.join(complaints)}".strip())
+        raise UserError(f"{run}: has no whole checkpoint {'; '.join(complaints)}".strip())
     return found
 
 
-def check_complete(source: Source) -> None:
+def check_complete(source: WeightSource) -> None:
     """Compares names and shapes with those of the model.
 
     Raises:
-        InterchangeError: for the first tensor that is missing, of another shape, or one too many.
+        UserError: for the first tensor that is missing, of another shape, or one too many.
     """
     expected = list(sizes.weights(source.model))
     surplus = source.weights.tensors.keys() - {weight.name for weight in expected}
     for name in sorted(surplus):
         if not name.endswith(BALANCING_BIAS):
-            raise InterchangeError(f"{source.path}: {name} is no tensor of its model")
+            raise UserError(f"{source.path}: {name} is no tensor of its model")
     for weight in expected:
         info = source.weights.tensors.get(weight.name)
         if info is None:
-            raise InterchangeError(f"{source.path}: {weight.name} is missing")
+            raise UserError(f"{source.path}: {weight.name} is missing")
         if info.shape != weight.shape:
-            raise InterchangeError(
+            raise UserError(
                 f"{source.path}: {weight.name} is of shape {info.shape} instead of {weight.shape}"
             )
 

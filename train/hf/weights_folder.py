@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.checkpoint.files import sha256
-from train.hf.errors import InterchangeError
 from train.hf.folders import MODEL_FILE, read_json, write_model
 from train.hf.safetensors_io import (
     TensorInfo,
@@ -27,6 +26,7 @@ from train.hf.safetensors_io import (
 )
 from train.hf.weights import Weights, row_blocks
 from train.recipe import sizes
+from train.recipe.errors import UserError
 from train.recipe.schema import Model
 
 MANIFEST_FILE = "manifest.json"
@@ -67,7 +67,7 @@ def write_weights_folder(
         beside: further files by their path in the folder.
 
     Raises:
-        InterchangeError: if the folder is in use, or a weight is not finite.
+        UserError: if the folder is in use, or a weight is not finite.
     """
     tensors = [weights.tensors[weight.name] for weight in sizes.weights(model)]
     files = plan_files(tensors, shard_bytes)
@@ -96,15 +96,15 @@ def verify_weights_folder(folder: Path) -> int:
     """Reads every file and compares it with the manifest; returns the bytes read.
 
     Raises:
-        InterchangeError: for the first file that is missing or is not what was written.
+        UserError: for the first file that is missing or is not what was written.
     """
     total = 0
     for name, entry in read_json(folder / MANIFEST_FILE)["files"].items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            raise InterchangeError(f"{file}: is missing or not {entry['bytes']} bytes long")
+            raise UserError(f"{file}: is missing or not {entry['bytes']} bytes long")
         if sha256(file) != entry["sha256"]:
-            raise InterchangeError(f"{file}: its content is not what was written (SHA-256 differs)")
+            raise UserError(f"{file}: its content is not what was written (SHA-256 differs)")
         total += entry["bytes"]
     return total
 
@@ -116,14 +116,14 @@ def _begin(out: Path, identity: dict[str, object]) -> dict[str, dict[str, object
         before = read_json(unfinished)
         done: dict[str, dict[str, object]] = before.pop("files")
         if before != identity:
-            raise InterchangeError(f"{out}: was begun from another source or with other files; remove it")
+            raise UserError(f"{out}: was begun from another source or with other files; remove it")
         return {
             name: entry
             for name, entry in done.items()
             if (out / name).is_file() and (out / name).stat().st_size == entry["bytes"]
         }
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InterchangeError(f"{out}: exists; name a new folder")
+        raise UserError(f"{out}: exists; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
     _write_json(unfinished, identity | {"files": {}})
     return {}
@@ -133,7 +133,7 @@ def _blocks(weights: Weights, group: Sequence[TensorInfo], bar: "tqdm[Any]") -> 
     for info in group:
         for block in row_blocks(weights, info.name):
             if not all_finite(block):
-                raise InterchangeError(f"{info.name}: holds NaN or infinity")
+                raise UserError(f"{info.name}: holds NaN or infinity")
             yield block
             bar.update(block.numel() * block.element_size())
 

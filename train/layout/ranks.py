@@ -5,14 +5,13 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from train.hf.errors import InterchangeError
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.topology import Topology
 
 Result = TypeVar("Result")
 
 
-def on_main(topology: Topology, work: Callable[[], Result]) -> Result:
+def run_on_rank_0(topology: Topology, work: Callable[[], Result]) -> Result:
     """Does something on rank 0 alone and gives every rank its result, or its error."""
     if topology.world_size == 1:
         return work()
@@ -20,7 +19,7 @@ def on_main(topology: Topology, work: Callable[[], Result]) -> Result:
     if topology.is_main:
         try:
             outcome[0] = work()
-        except (RecipeError, InterchangeError, OSError) as error:
+        except (UserError, OSError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
@@ -28,7 +27,7 @@ def on_main(topology: Topology, work: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def say(topology: Topology, line: str) -> None:
+def log_on_rank_0(topology: Topology, line: str) -> None:
     """Prints a line, once."""
     if topology.is_main:
         print(line, flush=True)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from train.model import megablocks_ops
 from train.model.router_noise import uniform_noise
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Moe
 
 megablocks_ops.install()
@@ -123,7 +123,7 @@ class MoE(dMoE):
         self, d_model: int, ffn_hidden_size: int, moe: Moe, device: torch.device | str | None = None
     ) -> None:
         if moe.experts * ffn_hidden_size < 128:
-            raise RecipeError(
+            raise UserError(
                 "MegaBlocks needs experts x ffn_hidden_size of at least 128",
                 key="model.ffn_hidden_size",
                 remedy=f"set it to at least {-(-128 // moe.experts)}",

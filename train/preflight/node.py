@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.shards.index import open_index
 from data.shards.manifest import read_manifest
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 
 GPU_QUERY = "index,ecc.errors.uncorrected.volatile.total,clocks.max.sm,clocks_throttle_reasons.hw_slowdown"
@@ -115,7 +115,7 @@ def check_shards(recipe: Recipe) -> Check:
     root = Path(recipe.data.shards)
     try:
         manifest = read_manifest(root)
-    except RecipeError as error:
+    except UserError as error:
         is_made_later = recipe.data.corpus is not None or recipe.data.remote is not None
         fault = "" if is_made_later and not root.exists() else str(error)
         return Check(SHARDS, "not there yet", fault=fault, level=-1.0)

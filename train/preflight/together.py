@@ -29,7 +29,7 @@ SPEEDS = (LINKS, *COLLECTIVES)
 
 
 @dataclass(frozen=True)
-class Row:
+class PreflightRow:
     """One thing that was looked at, and where."""
 
     check: str
@@ -55,7 +55,7 @@ class Row:
 class Findings:
     """What preflight came to, equal on all ranks."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[PreflightRow] = field(default_factory=list)
     faults: list[tuple[list[int], str]] = field(default_factory=list)
     """Ranks that are to blame, and why in one line: the job must not start."""
     warnings: list[tuple[list[int], str]] = field(default_factory=list)
@@ -85,18 +85,22 @@ def preflight(recipe: Recipe, run_folder: Path, topology: Topology, device: torc
     of_nodes = [(rank, one["host"], check) for rank, one in enumerate(said) for check in one["checks"]]
     for rank, host, check in _same_shards(of_nodes):
         verdict = UNFIT if check.fault else FIT
-        findings.rows.append(Row(check.name, host, check.found, check.wanted, verdict, True, check.level))
+        findings.rows.append(
+            PreflightRow(check.name, host, check.found, check.wanted, verdict, True, check.level)
+        )
         if check.fault:
             findings.faults.append(([rank], f"{host}: {check.name}: {check.fault}"))
     if not gpus:
-        findings.rows.append(Row("GPUs, InfiniBand", "no node", "not looked at: ranks on CPUs", verdict=""))
+        findings.rows.append(
+            PreflightRow("GPUs, InfiniBand", "no node", "not looked at: ranks on CPUs", verdict="")
+        )
     _agree(findings, recipe, topology, said)
     _share_folder(findings, run_folder, topology, said)
     if topology.world_size > 1:
         _compare_clocks(findings, limits, topology, said)
         _compare_links(findings, limits, device, said)
     else:
-        findings.rows.append(Row(LINKS, "one rank", "not measured: nobody to send to", verdict=""))
+        findings.rows.append(PreflightRow(LINKS, "one rank", "not measured: nobody to send to", verdict=""))
     return findings
 
 
@@ -138,13 +142,15 @@ def _agree(findings: Findings, recipe: Recipe, topology: Topology, said: list[An
         usual = values.most_common(1)[0][0]
         odd = [rank for rank, one in enumerate(everybody) if one.get(name) != usual]
         if name in ("recipe", "code"):
-            findings.rows.append(Row(name, "all ranks", str(usual)[:12], "all equal", UNFIT if odd else FIT))
+            findings.rows.append(
+                PreflightRow(name, "all ranks", str(usual)[:12], "all equal", UNFIT if odd else FIT)
+            )
         is_odd_package |= bool(odd) and name not in ("recipe", "code")
         if odd:
             where = f"rank {odd[0]} on {said[odd[0]]['host']}"
             line = f"{where}: {name} is {everybody[odd[0]].get(name)}, elsewhere {usual}; install the same"
             findings.faults.append((odd, line))
-    packages = Row("packages", "all ranks", f"{len(mine) - 2} versions", "all equal")
+    packages = PreflightRow("packages", "all ranks", f"{len(mine) - 2} versions", "all equal")
     findings.rows.append(replace(packages, verdict=UNFIT if is_odd_package else FIT))
 
 
@@ -161,7 +167,9 @@ def _share_folder(findings: Findings, run_folder: Path, topology: Topology, said
     sees = gather(_reads(file, token), topology)
     blind = [rank for rank, does in enumerate(sees) if not does]
     seen_by = f"seen by {len(sees) - len(blind)} of {len(sees)}"
-    findings.rows.append(Row("checkpoint folder", "all ranks", seen_by, "all", UNFIT if blind else FIT))
+    findings.rows.append(
+        PreflightRow("checkpoint folder", "all ranks", seen_by, "all", UNFIT if blind else FIT)
+    )
     if blind:
         where = f"rank {blind[0]} on {said[blind[0]]['host']}"
         line = f"{where}: does not see what rank 0 wrote to {run_folder}; mount one file system on all nodes"
@@ -191,7 +199,7 @@ def _compare_clocks(findings: Findings, limits: Preflight, topology: Topology, s
     worst = max(range(len(skews)), key=lambda rank: abs(skews[rank]))
     late = [rank for rank, skew in enumerate(skews) if abs(skew) > limits.most_skew_seconds]
     findings.rows.append(
-        Row(
+        PreflightRow(
             "clocks",
             "all ranks",
             f"within {abs(skews[worst]):.3f} s",
@@ -213,7 +221,7 @@ def _compare_links(findings: Findings, limits: Preflight, device: torch.device, 
         if usual is not None:
             gigabits = 8e-9 * 2 * MESSAGE_BYTES[device.type] / usual
             found = f"{1e3 * usual:.2f} ms there and back, {gigabits:.2f} Gbit/s"
-            findings.rows.append(Row(LINKS, where, found, wanted, verdict))
+            findings.rows.append(PreflightRow(LINKS, where, found, wanted, verdict))
     for rank in links.slow_ranks:
         took = statistics.median(s for pair, s in links.seconds.items() if rank in pair)
         place.append(
@@ -227,9 +235,9 @@ def _compare_links(findings: Findings, limits: Preflight, device: torch.device, 
     for name, gigabits in measure_collectives(device).items():
         found = f"{gigabits:.2f} Gbit/s"
         if least is None:
-            findings.rows.append(Row(name, "all ranks", found, verdict=""))
+            findings.rows.append(PreflightRow(name, "all ranks", found, verdict=""))
             continue
         verdict = bad if gigabits < least else FIT
-        findings.rows.append(Row(name, "all ranks", found, f"{least:g} Gbit/s", verdict))
+        findings.rows.append(PreflightRow(name, "all ranks", found, f"{least:g} Gbit/s", verdict))
         if verdict is bad:
             place.append(([], f"{name}: {gigabits:.2f} Gbit/s, expected {limits.expected_gigabits:g}"))

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from train.recipe.errors import UserError
 from train.recipe.phases import batch_sequences, phase_tokens, phases_of
-from train.recipe.reading import RecipeError
 from train.recipe.schema import Interpolation, Recipe
 
 RAMP_PIECES = 256
@@ -22,8 +22,8 @@ RAMP_PIECES = 256
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Positions of constant weights, from ``first`` up to the next stretch's, the last one's without end."""
+class MixtureSegment:
+    """Positions of constant weights, from ``first`` up to the next segment's, the last one's without end."""
 
     first: int
     """Position, in samples, at which it begins."""
@@ -176,7 +176,7 @@ class Curriculum:
         stage = next((stage for stage in self.stages if sample < stage.end_sample), self.stages[-1])
         return stage.first_batch + (sample - stage.first_sample) // stage.batch_samples
 
-    def stretches(self) -> list[Stretch]:
+    def segments(self) -> list[MixtureSegment]:
         """The weights of all stages, ramps cut into pieces."""
         return [piece for number, stage in enumerate(self.stages) for piece in _pieces(stage, number)]
 
@@ -185,7 +185,7 @@ def plan_stages(recipe: Recipe) -> Curriculum:
     """The stages of a new run.
 
     Raises:
-        RecipeError: for a phase that is over before its first batch.
+        UserError: for a phase that is over before its first batch.
     """
     skips = tuple(Skip(skip.first_position, skip.end_position, skip.reason) for skip in recipe.data.skips)
     return Curriculum(tuple(_append(recipe, [], phases_from=0)), recipe.data.sequence_tokens, skips=skips)
@@ -198,7 +198,7 @@ def continue_stages(past: Curriculum, recipe: Recipe, sample: int) -> Curriculum
     batch; another mixture is another phase behind it.
 
     Raises:
-        RecipeError: if the recipe would rewrite what was read before ``sample``.
+        UserError: if the recipe would rewrite what was read before ``sample``.
     """
     done = [stage for stage in past.stages if stage.first_sample < sample]
     if not done:
@@ -207,7 +207,7 @@ def continue_stages(past: Curriculum, recipe: Recipe, sample: int) -> Curriculum
     for stage, following in itertools.pairwise([*done, last]):
         _require_same(stage, recipe, is_over=True, sample=stage.end_sample)
         if following.phase != stage.phase and _end_sample(recipe, stage.phase) > stage.end_sample:
-            raise RecipeError(
+            raise UserError(
                 f"has another end than token {stage.end_sample * past.sample_tokens:,}, where it was over",
                 key=f"data.phases[{stage.phase}]",
                 remedy="leave the phase as it was; a change belongs into later phases",
@@ -261,7 +261,7 @@ def _append(recipe: Recipe, stages: list[Stage], *, phases_from: int) -> list[St
         first = stages[-1].end_sample if stages else 0
         left = _end_sample(recipe, number) - first
         if left <= 0:
-            raise RecipeError(
+            raise UserError(
                 f"is over at token {_end_sample(recipe, number) * recipe.data.sequence_tokens:,}, which the "
                 "batches of the phase before have passed",
                 key=f"data.phases[{number}].tokens",
@@ -310,7 +310,7 @@ def _require_same(stage: Stage, recipe: Recipe, *, is_over: bool, sample: int) -
             "and let another phase follow it"
         )
     if len(phases) <= stage.phase:
-        raise RecipeError(f"is gone, but was read up to token {tokens:,}", key=key, remedy=remedy)
+        raise UserError(f"is gone, but was read up to token {tokens:,}", key=key, remedy=remedy)
     phase = phases[stage.phase]
     assert phase.sequence_tokens is not None
     was_and_is: dict[str, tuple[object, object]] = {
@@ -331,20 +331,20 @@ def _require_same(stage: Stage, recipe: Recipe, *, is_over: bool, sample: int) -
         }
     for name, (was, now) in was_and_is.items():
         if was != now:
-            raise RecipeError(
+            raise UserError(
                 f"is {now}, but tokens up to {tokens:,} were read with {was}",
                 key=f"{key}.{name}",
                 remedy=remedy,
             )
     if _end_sample(recipe, stage.phase) <= sample - stage.batch_samples:
-        raise RecipeError(f"ends before token {tokens:,}, which was read in it", key=key, remedy=remedy)
+        raise UserError(f"ends before token {tokens:,}, which was read in it", key=key, remedy=remedy)
 
 
-def _pieces(stage: Stage, number: int) -> Iterator[Stretch]:
-    """A stage's weights as stretches."""
+def _pieces(stage: Stage, number: int) -> Iterator[MixtureSegment]:
+    """A stage's weights as segments."""
     step = stage.sequence_samples
     if not stage.end_weights:
-        yield Stretch(stage.first_sample, stage.weights, step, number)
+        yield MixtureSegment(stage.first_sample, stage.weights, step, number)
         return
     length = stage.ramp_end - stage.ramp_start
     cuts = {stage.ramp_start + step * (n * length // (RAMP_PIECES * step)) for n in range(1, RAMP_PIECES)}
@@ -361,7 +361,7 @@ def _pieces(stage: Stage, number: int) -> Iterator[Stretch]:
             )
             for name in names
         }
-        yield Stretch(begin, weights, step, number)
+        yield MixtureSegment(begin, weights, step, number)
 
 
 def _mean_progress(interpolation: str, begin: float, end: float) -> float:

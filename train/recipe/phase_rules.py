@@ -4,11 +4,10 @@ import math
 from collections.abc import Iterator, Mapping
 
 from train.recipe.curriculum import plan_stages
+from train.recipe.errors import UserError, Violation
 from train.recipe.phases import batch_sequences, microbatch_sequences, phase_tokens, phases_of
-from train.recipe.reading import RecipeError
 from train.recipe.schema import Phase, Position, Recipe
 from train.recipe.topology import Topology
-from train.recipe.violation import Fault
 
 POSITIVE = (
     "tokens",
@@ -22,7 +21,7 @@ POSITIVE = (
 """Keys of a phase that must be above 0 where they are not null."""
 
 
-def check_phases(recipe: Recipe, topology: Topology) -> Iterator[Fault]:
+def check_phases(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
     """Every rule that the phases break, the first first."""
     data = recipe.data
     if not data.phases:
@@ -32,58 +31,60 @@ def check_phases(recipe: Recipe, topology: Topology) -> Iterator[Fault]:
         for name in POSITIVE:
             number = getattr(given, name)
             if number is not None and not (number > 0 and math.isfinite(number)):
-                yield Fault(f"{key}.{name}", f"is {number}", "must be above 0")
+                yield Violation(f"{key}.{name}", f"is {number}", "must be above 0")
         is_ramp = bool(given.end_weights)
         yield from _shares(f"{key}.weights", given.weights, may_be_zero=is_ramp)
         if is_ramp:
             yield from _shares(f"{key}.end_weights", given.end_weights, may_be_zero=True)
         if given.rope_theta is not None and recipe.model.position is not Position.rope:
-            yield Fault(f"{key}.rope_theta", "nothing reads it unless model.position == rope", "remove it")
+            yield Violation(
+                f"{key}.rope_theta", "nothing reads it unless model.position == rope", "remove it"
+            )
         if (given.stop_after_tokens or 0) > given.tokens:
-            yield Fault(f"{key}.stop_after_tokens", f"exceeds the phase's {given.tokens}", "lower it")
+            yield Violation(f"{key}.stop_after_tokens", f"exceeds the phase's {given.tokens}", "lower it")
         yield from _shape(recipe, topology, key, phase)
     tokens = sum(phase_tokens(phase) for phase in data.phases)
     if tokens != recipe.training.duration_tokens:
-        yield Fault(
+        yield Violation(
             "training.duration_tokens",
             f"is {recipe.training.duration_tokens}, but the phases have {tokens} tokens in all",
             f"set it to {tokens}, or change a phase",
         )
     try:
         plan_stages(recipe)
-    except RecipeError as error:
-        yield Fault(error.key, error.what, error.remedy)
+    except UserError as error:
+        yield Violation(error.key, error.what, error.remedy)
 
 
-def _shares(key: str, shares: Mapping[str, float], *, may_be_zero: bool) -> Iterator[Fault]:
+def _shares(key: str, shares: Mapping[str, float], *, may_be_zero: bool) -> Iterator[Violation]:
     for domain, share in shares.items():
         if not (share > 0 or (may_be_zero and share == 0)):
-            yield Fault(f"{key}.{domain}", f"is {share}", "must be above 0, or leave the domain out")
+            yield Violation(f"{key}.{domain}", f"is {share}", "must be above 0, or leave the domain out")
     total = math.fsum(shares.values())
     if abs(total - 1) > 1e-6:
-        yield Fault(key, f"shares add up to {total:g}", "must add up to 1")
+        yield Violation(key, f"shares add up to {total:g}", "must add up to 1")
 
 
-def _shape(recipe: Recipe, topology: Topology, key: str, phase: Phase) -> Iterator[Fault]:
+def _shape(recipe: Recipe, topology: Topology, key: str, phase: Phase) -> Iterator[Violation]:
     """Sequence and batches of a phase whose null keys are filled in."""
     shards, longest = recipe.data.sequence_tokens, recipe.model.max_sequence_tokens
     length, ranks = phase.sequence_tokens, topology.world_size
     assert length is not None
     if length % shards:
         what = f"{length} is no multiple of data.sequence_tokens={shards}"
-        yield Fault(f"{key}.sequence_tokens", what, "a sequence is made of whole sequences of the shards")
+        yield Violation(f"{key}.sequence_tokens", what, "a sequence is made of whole sequences of the shards")
         return
     if length > longest:
         what = f"{length} exceeds model.max_sequence_tokens={longest}"
-        yield Fault(f"{key}.sequence_tokens", what, "lower it or raise the model's")
+        yield Violation(f"{key}.sequence_tokens", what, "lower it or raise the model's")
     tokens = recipe.training.global_batch_sequences * shards
     if phase.global_batch_sequences is None and tokens % length:
         what = f"is null, but the batch of {tokens} tokens is no multiple of {length}"
-        yield Fault(f"{key}.global_batch_sequences", what, "give it, or change the batch or the length")
+        yield Violation(f"{key}.global_batch_sequences", what, "give it, or change the batch or the length")
     batch, microbatch = batch_sequences(recipe, phase), microbatch_sequences(recipe, phase)
     if batch % ranks:
         what = f"{batch} sequences of {length} tokens are not divisible by {ranks} ranks"
-        yield Fault(f"{key}.global_batch_sequences", what, f"set it to a multiple of {ranks}")
+        yield Violation(f"{key}.global_batch_sequences", what, f"set it to a multiple of {ranks}")
     elif (batch // ranks) % microbatch:
         what = f"{batch // ranks} sequences of each rank are not divisible by {microbatch}"
-        yield Fault(f"{key}.microbatch_sequences", what, f"set it to a divisor of {batch // ranks}")
+        yield Violation(f"{key}.microbatch_sequences", what, f"set it to a divisor of {batch // ranks}")

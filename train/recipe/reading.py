@@ -1,6 +1,6 @@
 """Reads recipes: YAML over the schema, ``extends:`` for a base recipe, ``key=value`` on top.
 
-Every mistake is a :class:`RecipeError` of one line, raised before torch is imported.
+Every mistake is a :class:`UserError` of one line, raised before torch is imported.
 """
 
 import ast
@@ -18,6 +18,7 @@ import yaml
 from omegaconf import MISSING, Container, DictConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 
 MIXTURE = "data.domains"
@@ -29,23 +30,6 @@ PHASES = "data.phases"
 _ONE_PHASE = re.compile(r"data\.phases[\[.]\d")
 
 
-class RecipeError(ValueError):
-    """A mistake in a recipe, said in one line: file, key, what is wrong, and the remedy."""
-
-    def __init__(self, what: str, *, key: str = "", remedy: str = "", file: str = "") -> None:
-        self.what, self.key, self.remedy, self.file = what, key, remedy, file
-        super().__init__(str(self))
-
-    def __str__(self) -> str:
-        where = ": ".join(part for part in (self.file, self.key) if part)
-        line = f"{where}: {self.what}" if where else self.what
-        return " ".join((line + (f"; {self.remedy}" if self.remedy else "")).split())
-
-    def at(self, file: str) -> "RecipeError":
-        """The same error, naming the file that it came from."""
-        return self if self.file else RecipeError(self.what, key=self.key, remedy=self.remedy, file=file)
-
-
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a recipe with its bases and overrides, checks every key, and returns it.
 
@@ -54,7 +38,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         overrides: ``key=value`` strings, which win over the file.
 
     Raises:
-        RecipeError: one line that names file, key and remedy.
+        UserError: one line that names file, key and remedy.
     """
     merged = OmegaConf.structured(Recipe)
     given: dict[str, tuple[int, str]] = {}
@@ -83,9 +67,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         recipe = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         key = str(error.full_key)
-        raise RecipeError(
-            "is missing", key=key, remedy=f"add `{key}:` to the recipe", file=str(path)
-        ) from None
+        raise UserError("is missing", key=key, remedy=f"add `{key}:` to the recipe", file=str(path)) from None
     assert isinstance(recipe, Recipe)
     _refuse_unread(recipe, given)
     return recipe
@@ -152,17 +134,17 @@ def walk_schema(schema: type = Recipe, prefix: str = "") -> list[tuple[str, data
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
     """The recipe's files, base first, each as (file, config)."""
     if path.resolve() in seen:
-        raise RecipeError("extends itself", key="extends", remedy="remove the circle", file=str(path))
+        raise UserError("extends itself", key="extends", remedy="remove the circle", file=str(path))
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
-        raise RecipeError("no such recipe", remedy=hint, file=str(path))
+        raise UserError("no such recipe", remedy=hint, file=str(path))
     try:
         config = OmegaConf.load(path)
     except Exception as error:  # PyYAML and OmegaConf raise unrelated classes for malformed text.
-        raise RecipeError(f"is not YAML: {error}", remedy="correct the syntax", file=str(path)) from None
+        raise UserError(f"is not YAML: {error}", remedy="correct the syntax", file=str(path)) from None
     if not isinstance(config, DictConfig):
-        raise RecipeError("is not a mapping of keys", remedy="write `key: value` lines", file=str(path))
+        raise UserError("is not a mapping of keys", remedy="write `key: value` lines", file=str(path))
     bases = config.pop("extends", None) or []
     below = [
         layer
@@ -177,20 +159,20 @@ def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
     for text in overrides:
         key, equals, _ = text.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(f"`{text}` is not key=value", remedy="write for example training.clip_norm=0.5")
+            raise UserError(f"`{text}` is not key=value", remedy="write for example training.clip_norm=0.5")
         if _ONE_PHASE.match(text):
             layers.append(("command line", text))
             continue
         try:
             layers.append(("command line", OmegaConf.from_dotlist([text])))
         except Exception as error:
-            raise RecipeError(
+            raise UserError(
                 f"cannot be read: {error}", key=key, remedy="quote it", file="command line"
             ) from None
     return layers
 
 
-def _explain(error: OmegaConfBaseException, file: str) -> RecipeError:
+def _explain(error: OmegaConfBaseException, file: str) -> UserError:
     """OmegaConf's error as one line of ours."""
     text = str(error).split("\n")[0]
     key = str(error.full_key or error.key or "")
@@ -201,14 +183,14 @@ def _explain(error: OmegaConfBaseException, file: str) -> RecipeError:
             key.rsplit(".", 1)[-1], [n.rsplit(".", 1)[-1] for n in names], n=1, cutoff=0.6
         )
         remedy = f"did you mean `{near[0]}`?" if near else "remove it; --help lists every key"
-        return RecipeError("unknown key", key=key, remedy=remedy, file=file)
+        return UserError("unknown key", key=key, remedy=remedy, file=file)
     docs = {known: doc for known, _, doc in walk_schema()}
     remedy = (
         f"it means: {docs[in_schema].split('.')[0]}"
         if in_schema in docs
         else "--help lists every key and its type"
     )
-    return RecipeError(text, key=key, remedy=remedy, file=file)
+    return UserError(text, key=key, remedy=remedy, file=file)
 
 
 def _refuse_unread(recipe: Recipe, given: dict[str, tuple[int, str]]) -> None:
@@ -223,7 +205,7 @@ def _refuse_unread(recipe: Recipe, given: dict[str, tuple[int, str]]) -> None:
         choice = condition.split(" == ")[0]
         parents = [choice.rsplit(".", n)[0] for n in range(choice.count(".") + 1)]
         if depth >= max((given[k][0] for k in parents if k in given), default=-1):
-            raise RecipeError(
+            raise UserError(
                 f"nothing reads this key unless {condition}",
                 key=key,
                 remedy=f"remove it, or set {condition.replace(' == ', '=')}",

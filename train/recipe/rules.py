@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 
 from train.recipe import sizes
+from train.recipe.errors import UserError, Violation
 from train.recipe.phase_rules import check_phases
 from train.recipe.phases import domains_of
-from train.recipe.reading import RecipeError
 from train.recipe.schema import (
     Ffn,
     Model,
@@ -20,7 +20,6 @@ from train.recipe.schema import (
     TokenizerKind,
 )
 from train.recipe.topology import Topology
-from train.recipe.violation import Fault
 
 CL100K_TOKENS = 100_278
 """Ids of cl100k_base with DBRX's padding token (100277) included."""
@@ -33,7 +32,7 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
     """Raises for the first impossible number.
 
     Raises:
-        RecipeError: one line that names file, key and remedy.
+        UserError: one line that names file, key and remedy.
     """
     for check in (
         _positive,
@@ -50,10 +49,10 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
     ):
         fault = next(iter(check(recipe, topology)), None)
         if fault:
-            raise RecipeError(fault.what, key=fault.key, remedy=fault.remedy, file=file)
+            raise UserError(fault.what, key=fault.key, remedy=fault.remedy, file=file)
 
 
-def _positive(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+def _positive(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     model, data, training, tracking = recipe.model, recipe.data, recipe.training, recipe.tracking
     numbers: dict[str, float | None] = {
         "model.d_model": model.d_model,
@@ -109,7 +108,7 @@ def _positive(recipe: Recipe, _: Topology) -> Iterator[Fault]:
         numbers[f"data.domain_max_epochs.{name}"] = epochs
     for key, number in numbers.items():
         if number is not None and not (number > 0 and math.isfinite(number)):
-            yield Fault(key, f"is {number}", "must be above 0")
+            yield Violation(key, f"is {number}", "must be above 0")
     not_negative: dict[str, float] = {
         "seed": recipe.seed,
         "data.workers": data.workers,
@@ -128,102 +127,102 @@ def _positive(recipe: Recipe, _: Topology) -> Iterator[Fault]:
         }
     for key, number in not_negative.items():
         if not (number >= 0 and math.isfinite(number)):
-            yield Fault(key, f"is {number}", "must not be negative")
+            yield Violation(key, f"is {number}", "must not be negative")
 
 
-def _model(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     model = recipe.model
     if "/" in recipe.name or recipe.name in {"", ".", ".."}:
-        yield Fault("name", f"{recipe.name!r} is no folder's name", "use letters, digits, - and _")
+        yield Violation("name", f"{recipe.name!r} is no folder's name", "use letters, digits, - and _")
     if model.d_model % model.n_heads:
         d_model, n_heads = model.d_model, model.n_heads
-        yield Fault("model.n_heads", f"{d_model=} is not divisible by {n_heads=}", "change either")
+        yield Violation("model.n_heads", f"{d_model=} is not divisible by {n_heads=}", "change either")
     elif model.position is Position.rope and (model.d_model // model.n_heads) % 2:
         head_width = model.d_model // model.n_heads
-        yield Fault("model.n_heads", f"{head_width=} is odd, and RoPE rotates pairs", "make it even")
+        yield Violation("model.n_heads", f"{head_width=} is odd, and RoPE rotates pairs", "make it even")
     if model.n_heads % model.n_kv_heads:
         n_heads, n_kv_heads = model.n_heads, model.n_kv_heads
-        yield Fault("model.n_kv_heads", f"{n_heads=} is not divisible by {n_kv_heads=}", "change either")
+        yield Violation("model.n_kv_heads", f"{n_heads=} is not divisible by {n_kv_heads=}", "change either")
     yield from _moe(model)
     ids = CL100K_TOKENS
     if recipe.tokenizer.kind is TokenizerKind.bpe:
         ids = recipe.tokenizer.vocab_size
         if ids < 258:
-            yield Fault("tokenizer.vocab_size", f"is {ids}", "256 bytes and 2 special tokens need 258")
+            yield Violation("tokenizer.vocab_size", f"is {ids}", "256 bytes and 2 special tokens need 258")
     if model.vocab_size < ids:
-        yield Fault(
+        yield Violation(
             "model.vocab_size",
             f"{model.vocab_size} rows, but the tokenizer makes ids up to {ids - 1}",
             f"set it to at least {ids}",
         )
 
 
-def _moe(model: Model) -> Iterator[Fault]:
+def _moe(model: Model) -> Iterator[Violation]:
     moe = model.moe
     if moe is None:
         return
     if moe.top_k > moe.experts:
         top_k, experts = moe.top_k, moe.experts
-        yield Fault("model.moe.top_k", f"{top_k=} exceeds {experts=}", f"set it to at most {experts}")
+        yield Violation("model.moe.top_k", f"{top_k=} exceeds {experts=}", f"set it to at most {experts}")
     if model.ffn is Ffn.mlp:
-        yield Fault(
+        yield Violation(
             "model.ffn", "experts are GLUs; `mlp` is for dense models", "set model.ffn=glu or model.moe=null"
         )
     if moe.jitter_eps >= 1:
-        yield Fault("model.moe.jitter_eps", f"is {moe.jitter_eps}", "must be below 1; 0.01 is usual")
+        yield Violation("model.moe.jitter_eps", f"is {moe.jitter_eps}", "must be below 1; 0.01 is usual")
 
 
-def _data(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+def _data(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     data, domains = recipe.data, domains_of(recipe)
     mixture = "data.phases" if data.phases else "data.domains"
     if data.domains and data.phases:
-        yield Fault("data.domains", "is given beside data.phases", "give one of them")
+        yield Violation("data.domains", "is given beside data.phases", "give one of them")
     if not domains:
-        yield Fault(
+        yield Violation(
             mixture, "is empty", "name each domain and its share, for example {code: 0.5, prose: 0.5}"
         )
     for name, share in data.domains.items():
         if not share > 0:
-            yield Fault(f"data.domains.{name}", f"is {share}", "must be above 0, or leave the domain out")
+            yield Violation(f"data.domains.{name}", f"is {share}", "must be above 0, or leave the domain out")
     for name in data.validation_domains:
         if name in domains:
-            yield Fault("data.validation_domains", f"{name} is in {mixture}", "name it once, there")
+            yield Violation("data.validation_domains", f"{name} is in {mixture}", "name it once, there")
     for name in data.domain_max_epochs:
         if name not in domains:
-            yield Fault(f"data.domain_max_epochs.{name}", "is no domain", f"{mixture} has {domains}")
+            yield Violation(f"data.domain_max_epochs.{name}", "is no domain", f"{mixture} has {domains}")
     named = {name: f"data.domains.{name}" if data.domains else mixture for name in domains}
     named |= {name: "data.validation_domains" for name in data.validation_domains}
     for name, key in named.items():
         if data.corpus == "installed" and name not in INSTALLED_DOMAINS:
-            yield Fault(key, f"{name} is not in the installed corpus", f"it has {INSTALLED_DOMAINS}")
+            yield Violation(key, f"{name} is not in the installed corpus", f"it has {INSTALLED_DOMAINS}")
     for index, skip in enumerate(data.skips):
         if not 0 <= skip.first_position < skip.end_position:
             what = f"leaves out positions {skip.first_position} up to {skip.end_position}, which are none"
-            yield Fault(f"data.skips[{index}]", what, "end_position is the one after the last, from 0 on")
+            yield Violation(f"data.skips[{index}]", what, "end_position is the one after the last, from 0 on")
     total = math.fsum(data.domains.values())
     if data.domains and abs(total - 1) > 1e-6:
-        yield Fault("data.domains", f"shares add up to {total:g}", "must add up to 1")
+        yield Violation("data.domains", f"shares add up to {total:g}", "must add up to 1")
     if data.remote is None and data.cache_bytes is not None:
-        yield Fault("data.cache_bytes", "bounds the cache of data.remote, which is null", "remove it")
+        yield Violation("data.cache_bytes", "bounds the cache of data.remote, which is null", "remove it")
     if data.remote is not None and data.corpus is not None:
-        yield Fault("data.corpus", "builds shards, but data.remote says where they are", "remove either")
+        yield Violation("data.corpus", "builds shards, but data.remote says where they are", "remove either")
     if data.corpus not in (None, "installed"):
-        yield Fault("data.corpus", f"{data.corpus!r} is unknown", "`installed` or null")
+        yield Violation("data.corpus", f"{data.corpus!r} is unknown", "`installed` or null")
     if data.sequence_tokens < 2:
-        yield Fault(
+        yield Violation(
             "data.sequence_tokens", f"is {data.sequence_tokens}", "next-token prediction needs at least 2"
         )
     if data.sequence_tokens > recipe.model.max_sequence_tokens:
-        yield Fault(
+        yield Violation(
             "data.sequence_tokens",
             f"{data.sequence_tokens} exceeds model.max_sequence_tokens={recipe.model.max_sequence_tokens}",
             "lower it or raise the model's",
         )
 
 
-def _start(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+def _start(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     if recipe.start.optimizer is OptimizerStart.restored and recipe.start.weights is None:
-        yield Fault(
+        yield Violation(
             "start.optimizer",
             "is restored, but start.weights is null",
             "set start.weights to the run whose optimizer goes on",
@@ -234,120 +233,124 @@ def _start(recipe: Recipe, _: Topology) -> Iterator[Fault]:
         matching = fnmatch.filter(names, pattern)
         if not matching:
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0)
-            yield Fault(
+            yield Violation(
                 "training.frozen", f"{pattern!r} matches no weight", f"{near[0]} is one, * is any text"
             )
         trained -= set(matching)
     if not trained:
-        yield Fault("training.frozen", "freezes every weight", "leave something to train")
+        yield Violation("training.frozen", "freezes every weight", "leave something to train")
 
 
-def _registry(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+def _registry(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     name = recipe.tracking.registered_model
     if recipe.tracking.registry is Registry.unity_catalog and (name is None or name.count(".") != 2):
-        yield Fault(
+        yield Violation(
             "tracking.registered_model",
             f"is {'null' if name is None else name}",
             "Unity Catalog needs catalog.schema.model",
         )
 
 
-def _training(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+def _training(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     training, schedule = recipe.training, recipe.schedule
     batch_tokens = training.global_batch_sequences * recipe.data.sequence_tokens
     if training.duration_tokens < batch_tokens:
-        yield Fault(
+        yield Violation(
             "training.duration_tokens",
             f"{training.duration_tokens} is less than one batch of {batch_tokens} tokens",
             "raise it or lower training.global_batch_sequences",
         )
     if schedule.warmup_tokens > training.duration_tokens:
-        yield Fault(
+        yield Violation(
             "schedule.warmup_tokens",
             f"{schedule.warmup_tokens} exceeds training.duration_tokens={training.duration_tokens}",
             "lower it",
         )
     if schedule.kind is ScheduleKind.wsd:
         if not schedule.decay_tokens:
-            yield Fault("schedule.decay_tokens", "is 0", "wsd needs a decay; a tenth of the run is usual")
+            yield Violation("schedule.decay_tokens", "is 0", "wsd needs a decay; a tenth of the run is usual")
         if schedule.warmup_tokens + schedule.decay_tokens > training.duration_tokens:
-            yield Fault(
+            yield Violation(
                 "schedule.decay_tokens",
                 f"warm-up {schedule.warmup_tokens} and decay {schedule.decay_tokens} exceed "
                 f"training.duration_tokens={training.duration_tokens}",
                 "lower either",
             )
     if not 0 <= schedule.final_share <= 1:
-        yield Fault("schedule.final_share", f"is {schedule.final_share}", "must lie in [0, 1]")
+        yield Violation("schedule.final_share", f"is {schedule.final_share}", "must lie in [0, 1]")
 
 
-def _optimizer(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+def _optimizer(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     betas = recipe.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        yield Fault("optimizer.betas", f"is {betas}", "two numbers in [0, 1), for example [0.9, 0.95]")
+        yield Violation("optimizer.betas", f"is {betas}", "two numbers in [0, 1), for example [0.9, 0.95]")
 
 
-def _watch(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+def _watch(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     if not recipe.preflight.slow_factor > 1:
-        yield Fault(
+        yield Violation(
             "preflight.slow_factor", f"is {recipe.preflight.slow_factor}", "must be above 1; 3 is usual"
         )
     for key in ("least_disk_bytes", "least_disk_speed", "most_skew_seconds"):
         if (limit := getattr(recipe.preflight, key)) < 0:
-            yield Fault(f"preflight.{key}", f"is {limit}", "must be 0 or more")
+            yield Violation(f"preflight.{key}", f"is {limit}", "must be 0 or more")
     for key in ("least_entropy", "most_dead_share"):
         if not 0 <= (share := getattr(recipe.guard, key)) <= 1:
-            yield Fault(f"guard.{key}", f"is {share}", "must lie in [0, 1]")
+            yield Violation(f"guard.{key}", f"is {share}", "must lie in [0, 1]")
     factor = recipe.watch.straggler_factor
     if not 1 < factor < math.inf:
-        yield Fault("watch.straggler_factor", f"is {factor}", "must be above 1; 1.3 names what is 30% slow")
+        yield Violation(
+            "watch.straggler_factor", f"is {factor}", "must be above 1; 1.3 names what is 30% slow"
+        )
 
 
-def _evaluation(recipe: Recipe, _: Topology) -> Iterator[Fault]:
+def _evaluation(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     evaluation = recipe.evaluation
     if evaluation.suite is None:
         for key in ("suite_data", "suite_questions", "suite_interval_batches", "suite_tasks"):
             if getattr(evaluation, key):
-                yield Fault(f"evaluation.{key}", "is set, but no suite", "set evaluation.suite, or remove it")
+                yield Violation(
+                    f"evaluation.{key}", "is set, but no suite", "set evaluation.suite, or remove it"
+                )
         return
     if evaluation.suite_data is None:
-        yield Fault("evaluation.suite_data", "is null", "name the folder of the suite's task files")
+        yield Violation("evaluation.suite_data", "is null", "name the folder of the suite's task files")
     every, interval = evaluation.suite_interval_batches, evaluation.interval_batches
     if every is not None and (interval is None or every % interval):
-        yield Fault(
+        yield Violation(
             "evaluation.suite_interval_batches",
             f"{every} is no multiple of evaluation.interval_batches={interval}",
             "the suite is put to the model after a validation",
         )
 
 
-def _batch_and_layout(recipe: Recipe, topology: Topology) -> Iterator[Fault]:
+def _batch_and_layout(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
     training, layout, ranks = recipe.training, recipe.parallelism, topology.world_size
     global_batch, microbatch = training.global_batch_sequences, training.microbatch_sequences
     if global_batch % ranks:
-        yield Fault(
+        yield Violation(
             "training.global_batch_sequences",
             f"{global_batch} is not divisible by {ranks} ranks",
             f"take a multiple of {ranks}, or another number of ranks",
         )
     elif (global_batch // ranks) % microbatch:
-        yield Fault(
+        yield Violation(
             "training.microbatch_sequences",
             f"{global_batch // ranks} sequences of each rank are not divisible by {microbatch}",
             f"take a divisor of {global_batch // ranks}",
         )
     if ranks % (layout.replicate * layout.expert):
-        yield Fault(
+        yield Violation(
             "parallelism",
             f"{ranks} ranks are not divisible by replicate={layout.replicate} x expert={layout.expert}",
             f"choose degrees whose product divides {ranks}, or start more ranks (composer -n)",
         )
     if layout.expert > 1:
         if recipe.model.moe is None:
-            yield Fault("parallelism.expert", "is above 1, but the model is dense", "set it to 1")
+            yield Violation("parallelism.expert", "is above 1, but the model is dense", "set it to 1")
         elif recipe.model.moe.experts % layout.expert:
             experts, expert_degree = recipe.model.moe.experts, layout.expert
-            yield Fault(
+            yield Violation(
                 "parallelism.expert",
                 f"{experts=} is not divisible by {expert_degree=}",
                 f"take a divisor of {experts}",
@@ -356,7 +359,7 @@ def _batch_and_layout(recipe: Recipe, topology: Topology) -> Iterator[Fault]:
             yield from _uneven_experts(recipe, ranks)
 
 
-def _uneven_experts(recipe: Recipe, ranks: int) -> Iterator[Fault]:
+def _uneven_experts(recipe: Recipe, ranks: int) -> Iterator[Violation]:
     """FSDP2 (torch 2.7) shards rows that are spread over experts' ranks only if they divide evenly."""
     layout, moe = recipe.parallelism, recipe.model.moe
     assert moe is not None
@@ -364,7 +367,7 @@ def _uneven_experts(recipe: Recipe, ranks: int) -> Iterator[Fault]:
         return
     rows, over = moe.experts * recipe.model.ffn_hidden_size, ranks // layout.replicate
     if rows % over:
-        yield Fault(
+        yield Violation(
             "parallelism.replicate",
             f"experts x ffn_hidden_size = {rows} rows do not shard evenly over {over} ranks",
             f"make {ranks} / replicate a divisor of {rows}",

@@ -227,7 +227,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class DataSkip:
-    """Positions of training that are left out, as `alarms.jsonl`, the ledger and `data.audit` name them."""
+    """Positions of training that are left out, as `alarms.jsonl`, the data log and `data.audit` name them."""
 
     first_position: int = MISSING
     """A position is one sequence of data.sequence_tokens; every batch that holds one of these is left out."""

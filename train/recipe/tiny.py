@@ -24,7 +24,7 @@ LONGER = 2
 MICROBATCH_SEQUENCES = 2
 
 
-def shrink(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) -> Recipe:
+def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) -> Recipe:
     """The same recipe, small, for ``steps`` optimizer steps.
 
     Args:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Topology:
         """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process where they are unset.
 
         Raises:
-            RecipeError: if a variable is not a number or the rank is not below the world size.
+            UserError: if a variable is not a number or the rank is not below the world size.
         """
         variables = os.environ if environment is None else environment
         numbers = []
         for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
             text = variables.get(name, str(alone))
             if not text.isdecimal():
-                raise RecipeError(
+                raise UserError(
                     f"is {text!r}, not a number",
                     key=name,
                     remedy="start through `composer`",
@@ -42,7 +42,7 @@ class Topology:
             numbers.append(int(text))
         topology = cls(*numbers)
         if not topology.rank < topology.world_size or not topology.local_rank < topology.local_world_size:
-            raise RecipeError(
+            raise UserError(
                 f"{topology} is impossible", key="RANK", remedy="start through `composer`", file="environment"
             )
         return topology

@@ -7,7 +7,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 
-def hush_libraries() -> None:
+def quiet_libraries() -> None:
     """Leaves out warnings of what is as it should be: of checkpoints, forked loaders, LLM Foundry's tasks."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for message in (

@@ -5,13 +5,16 @@ import json
 import shutil
 from pathlib import Path
 
-from train.recipe.reading import RecipeError, load_recipe, to_read_dict, to_yaml
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe, to_read_dict, to_yaml
 from train.recipe.schema import OnExisting, Recipe
 
 DATA_FILE = "data.json"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
-LEDGER_FILE = "ledger.jsonl"
+DATA_LOG_FILE = "data_log.jsonl"
+OLD_DATA_LOG_FILE = "ledger.jsonl"
+"""Its name in runs begun before this release; resuming such a run renames it."""
 SKIPS_FILE = "skips.json"
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
@@ -65,7 +68,7 @@ def claim_run_folder(recipe: Recipe) -> Claim:
     run is one with a summary.
 
     Raises:
-        RecipeError: if the folder holds a run of another recipe.
+        UserError: if the folder holds a run of another recipe.
     """
     root = Path(recipe.runs_dir)
     folder = root / recipe.name
@@ -81,20 +84,28 @@ def claim_run_folder(recipe: Recipe) -> Claim:
     if folder.exists() and any(folder.iterdir()):
         _refuse_foreign(folder)
         _refuse_other_recipe(recipe, folder)
+        if (folder / OLD_DATA_LOG_FILE).is_file():
+            (folder / OLD_DATA_LOG_FILE).rename(folder / DATA_LOG_FILE)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         keep_recipe(recipe, folder)
     return Claim(folder, recipe, (folder / SUMMARY_FILE).exists())
 
 
+def data_log_of(folder: Path) -> Path:
+    """The data log of a run, under its old name where it has that."""
+    old = folder / OLD_DATA_LOG_FILE
+    return old if old.is_file() else folder / DATA_LOG_FILE
+
+
 def require_resumption(recipe: Recipe) -> None:
     """Refuses to start a run again and again that would begin anew each time.
 
     Raises:
-        RecipeError: if the recipe says `on_existing: overwrite`.
+        UserError: if the recipe says `on_existing: overwrite`.
     """
     if recipe.on_existing is OnExisting.overwrite:
-        raise RecipeError(
+        raise UserError(
             "is overwrite: a restart would throw away what the try before has trained",
             key="on_existing",
             remedy="use resume; to begin anew, remove the run's folder or give another name",
@@ -114,13 +125,13 @@ def require_same_data(folder: Path, digests: dict[str, str]) -> None:
         digests: hash of everything in the shards of each domain and split, by their names.
 
     Raises:
-        RecipeError: if the run was begun with other shards.
+        UserError: if the run was begun with other shards.
     """
     file = folder / DATA_FILE
     before: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
     for name, digest in digests.items():
         if before.get(name, digest) != digest:
-            raise RecipeError(
+            raise UserError(
                 f"holds {digest[:12]} for {name}, but {folder} was begun with {before[name][:12]}",
                 key="data.shards",
                 remedy="put the old shards back, or give the run another name",
@@ -130,7 +141,7 @@ def require_same_data(folder: Path, digests: dict[str, str]) -> None:
 
 def _refuse_foreign(folder: Path) -> None:
     if not (folder / RECIPE_FILE).is_file():
-        raise RecipeError(
+        raise UserError(
             f"{folder} exists and is not a run", key="name", remedy="choose another name or runs_dir"
         )
 
@@ -143,7 +154,7 @@ def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
     for key in sorted(before.keys() | now.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in (*FREE_TO_CHANGE, *EDITABLE))
         if not free and before.get(key) != now.get(key):
-            raise RecipeError(
+            raise UserError(
                 f"is {now.get(key)}, but {folder} was begun with {before.get(key)}",
                 key=key,
                 remedy="give the run another name, or on_existing=overwrite to begin it again",

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from train.recipe.curriculum import Skip
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 from train.record.run_folder import SKIPS_FILE
 
 
 @dataclass(frozen=True)
-class Decision:
+class GuardDecision:
     """One of the guard's, as ``skips.json`` has it."""
 
     first_position: int
@@ -31,24 +31,24 @@ class Decision:
     """What that step read, as ``alarms.jsonl`` has it."""
 
 
-def read_decisions(folder: Path) -> list[Decision]:
+def read_decisions(folder: Path) -> list[GuardDecision]:
     """The guard's decisions in a run so far, in the order in which they were made.
 
     Raises:
-        RecipeError: for a file that is not as it was written.
+        UserError: for a file that is not as it was written.
     """
     file = folder / SKIPS_FILE
     if not file.is_file():
         return []
     try:
-        return [Decision(**tree) for tree in json.loads(file.read_text())]
+        return [GuardDecision(**tree) for tree in json.loads(file.read_text())]
     except (ValueError, TypeError) as error:
-        raise RecipeError(
+        raise UserError(
             f"{file} can't be read: {error}", remedy="put it back: without it the run would not repeat itself"
         ) from None
 
 
-def write_decisions(folder: Path, decisions: Sequence[Decision]) -> None:
+def write_decisions(folder: Path, decisions: Sequence[GuardDecision]) -> None:
     """Writes all decisions of a run, whole or not at all.
 
     Raises:
@@ -66,7 +66,7 @@ def declared_skips(recipe: Recipe, folder: Path) -> tuple[Skip, ...]:
     """Everything that a run leaves out: the recipe's first, then the guard's decisions.
 
     Raises:
-        RecipeError: if the record can't be read.
+        UserError: if the record can't be read.
     """
     of_recipe = [Skip(skip.first_position, skip.end_position, skip.reason) for skip in recipe.data.skips]
     of_guard = [

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.report.run_page import describe, key_figures, write_report
 from train.report.run_record import read_run
 
@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     try:
         return compare_runs(options) if options.compare else report(options)
-    except RecipeError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
 
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
 def report(options: argparse.Namespace) -> int:
     """Writes the page of one run and prints its key figures."""
     if len(options.run) != 1:
-        raise RecipeError("several runs are given", key="RUN", remedy="add --compare, or give one")
+        raise UserError("several runs are given", key="RUN", remedy="add --compare, or give one")
     path = write_report(options.run[0])
     figures = key_figures(read_run(options.run[0]))
     print(f"{describe(figures)}\n{path}")

@@ -10,7 +10,7 @@ from train.report.scaling import CONFIDENCE, SAME_FLOPS, Floats, Runs
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparedRun:
     """One complete run."""
 
     name: str
@@ -60,7 +60,7 @@ class Cell:
         return "not significant" if low <= 0 <= high else "lower loss" if high < 0 else "higher loss"
 
 
-def cells_of(ordered: Sequence[Entry], runs: Runs, baseline: str) -> list[Cell]:
+def cells_of(ordered: Sequence[ComparedRun], runs: Runs, baseline: str) -> list[Cell]:
     """The cells of a comparison.
 
     Args:
@@ -103,13 +103,13 @@ def cells_of(ordered: Sequence[Entry], runs: Runs, baseline: str) -> list[Cell]:
     return cells
 
 
-def _means(entries: Sequence[Entry]) -> Floats:
+def _means(entries: Sequence[ComparedRun]) -> Floats:
     """The loss of each run, over its domains, in the order of seeds."""
     ordered = sorted(entries, key=lambda entry: entry.seed)
     return np.array([np.mean(list(entry.losses.values())) for entry in ordered])
 
 
-def _interval(these: Sequence[Entry], others: Sequence[Entry]) -> tuple[float, float] | None:
+def _interval(these: Sequence[ComparedRun], others: Sequence[ComparedRun]) -> tuple[float, float] | None:
     """Of the difference of two cells' mean losses: Student's t over seeds.
 
     Runs of one seed see the same data in the same order, so they are paired where both sides have the same

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.schema import Model, Recipe
 from train.recipe.units import short_number
 from train.record import metrics
 from train.record.run_folder import RECIPE_FILE
-from train.report.cells import Cell, Entry, cells_of
+from train.report.cells import Cell, ComparedRun, cells_of
 from train.report.run_record import RunRecord, read_run
 from train.report.scaling import CONFIDENCE, Advantage, Curve, Runs, ScalingError, advantages, fit_curves
 
@@ -42,7 +43,7 @@ class Comparison:
     """Empty where there are too few budgets for curves."""
     advantages: list[Advantage]
     notes: list[str]
-    entries: list[Entry]
+    entries: list[ComparedRun]
 
     @property
     def unit(self) -> str:
@@ -50,7 +51,9 @@ class Comparison:
         return UNITS[self.metric]
 
 
-def read_entries(run_dirs: Sequence[Path], *, group: Sequence[str] = (), metric: str = "nats") -> list[Entry]:
+def read_entries(
+    run_dirs: Sequence[Path], *, group: Sequence[str] = (), metric: str = "nats"
+) -> list[ComparedRun]:
     """Reads complete runs.
 
     Args:
@@ -59,21 +62,21 @@ def read_entries(run_dirs: Sequence[Path], *, group: Sequence[str] = (), metric:
         metric: `nats` per token, or `bits_per_byte`.
 
     Raises:
-        RecipeError: for a folder that is no complete run, or runs that cannot be compared.
+        UserError: for a folder that is no complete run, or runs that cannot be compared.
     """
     entries, tokenizers, domains = [], {}, {}
     for run_dir in run_dirs:
         run = read_run(run_dir)
         recipe = load_recipe(run_dir / RECIPE_FILE)
         if run.summary is None:
-            raise RecipeError("is not complete", file=str(run_dir), remedy="finish it, or leave it out")
+            raise UserError("is not complete", file=str(run_dir), remedy="finish it, or leave it out")
         losses = run.summary.validation_loss if metric == "nats" else _bits_per_byte(run)
         if not losses:
-            raise RecipeError(f"has no held-out loss in {UNITS[metric]}", file=str(run_dir))
+            raise UserError(f"has no held-out loss in {UNITS[metric]}", file=str(run_dir))
         tokenizers[run.name], domains[run.name] = repr(recipe.tokenizer), tuple(sorted(losses))
         summary = run.summary
         entries.append(
-            Entry(
+            ComparedRun(
                 name=run.name,
                 family=_family(recipe, group, run_dir),
                 seed=recipe.seed,
@@ -92,7 +95,9 @@ def read_entries(run_dirs: Sequence[Path], *, group: Sequence[str] = (), metric:
     return entries
 
 
-def compare(entries: Sequence[Entry], *, baseline: str | None = None, metric: str = "nats") -> Comparison:
+def compare(
+    entries: Sequence[ComparedRun], *, baseline: str | None = None, metric: str = "nats"
+) -> Comparison:
     """Tables, curves and FLOP ratios of runs.
 
     Args:
@@ -102,20 +107,20 @@ def compare(entries: Sequence[Entry], *, baseline: str | None = None, metric: st
         metric: that the entries were read in.
 
     Raises:
-        RecipeError: if there is no such family, or only one.
+        UserError: if there is no such family, or only one.
     """
     families = sorted({entry.family for entry in entries})
     if baseline is None:
         baseline = next((family for family in families if family.startswith("dense")), families[0])
     if len(families) < 2:
-        raise RecipeError(
+        raise UserError(
             f"all runs are of one family, {families[0]}",
             key="--group",
             remedy="name a key of the recipe that sets them apart, for example optimizer.kind",
         )
     if baseline not in families:
         there = ", ".join(families)
-        raise RecipeError(f"families are {there}", key="--baseline", remedy="give one of them")
+        raise UserError(f"families are {there}", key="--baseline", remedy="give one of them")
     ordered = sorted(entries, key=lambda entry: (entry.family != baseline, entry.family, entry.flops))
     runs = Runs(
         tuple(entry.family for entry in ordered),
@@ -256,7 +261,7 @@ def _family(recipe: Recipe, group: Sequence[str], run_dir: Path) -> str:
     try:
         values = [reduce(getattr, key.split("."), recipe) for key in group]
     except AttributeError as error:
-        raise RecipeError(f"its recipe has no such key ({error})", key="--group", file=str(run_dir)) from None
+        raise UserError(f"its recipe has no such key ({error})", key="--group", file=str(run_dir)) from None
     return ", ".join(
         f"{key.rsplit('.', 1)[-1]}={_plain(value)}" for key, value in zip(group, values, strict=True)
     )
@@ -280,7 +285,7 @@ def _refuse_unequal(values: dict[str, Any], what: str, remedy: str) -> None:
     first = next(iter(values), None)
     for name, value in values.items():
         if first is not None and value != values[first]:
-            raise RecipeError(f"{first} and {name} have different {what}", key="--compare", remedy=remedy)
+            raise UserError(f"{first} and {name} have different {what}", key="--compare", remedy=remedy)
 
 
 def _finite(tree: Any) -> Any:

@@ -59,7 +59,7 @@ def write_report(run_dir: Path) -> Path:
     """Writes `report.html` into a run's folder, from the files there; the run need not be complete.
 
     Raises:
-        RecipeError: if it is not the folder of a run.
+        UserError: if it is not the folder of a run.
     """
     run = read_run(run_dir)
     sections: Sequence[Callable[[RunRecord], str]] = (

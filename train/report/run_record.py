@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.record.run_folder import METRICS_FILE, RECIPE_FILE, SAMPLE_FILE
 from train.record.step_log import EXPERT_LOAD_FILE, SHARES, STEP, TOKENS, read_steps
 from train.record.summary import Summary, read_summary
@@ -72,11 +72,11 @@ def read_run(run_dir: Path) -> RunRecord:
     """Reads a run's folder.
 
     Raises:
-        RecipeError: if it is not the folder of a run.
+        UserError: if it is not the folder of a run.
     """
     recipe = run_dir / RECIPE_FILE
     if not recipe.is_file():
-        raise RecipeError(
+        raise UserError(
             f"has no {RECIPE_FILE}", remedy="give the folder of a run, runs/NAME", file=str(run_dir)
         )
     steps = read_steps(run_dir / METRICS_FILE)

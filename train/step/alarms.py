@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from train.record.step_log import StepLog
-from train.step.guard import Action, Guard, RouterLoad, Verdict
+from train.step.guard import Action, RouterLoad, UpdateGuard, Verdict
 from train.step.rollback import Documents, Rollback, RollbackError, names_of
 
 ALARMS_FILE = "alarms.jsonl"
@@ -30,7 +30,7 @@ class Alarms:
     """
 
     def __init__(
-        self, guard: Guard, rollback: Rollback, documents: Documents, run_folder: Path | None
+        self, guard: UpdateGuard, rollback: Rollback, documents: Documents, run_folder: Path | None
     ) -> None:
         self.guard, self.rollback, self.documents = guard, rollback, documents
         self.log = StepLog(run_folder / ALARMS_FILE) if run_folder is not None else None

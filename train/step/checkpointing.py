@@ -19,8 +19,8 @@ from train.recipe.curriculum import Curriculum, to_json
 from train.recipe.exit_status import PREEMPTED_STATUS
 from train.recipe.schema import Checkpoint
 from train.recipe.topology import Topology
-from train.step.data_log import Ledger
-from train.step.guard import Guard
+from train.step.data_log import DataLog
+from train.step.guard import UpdateGuard
 
 
 class Checkpointing(Callback):
@@ -37,7 +37,7 @@ class Checkpointing(Callback):
         resumed_from: checkpoint whose random-number states are restored before the first batch.
         curriculum: the run's stages and edits, which every checkpoint keeps.
         guard: whose memory is saved too.
-        ledger: whose sums every checkpoint keeps; None: none is kept.
+        data_log: whose sums every checkpoint keeps; None: none is kept.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class Checkpointing(Callback):
         topology: Topology,
         resumed_from: Path | None,
         curriculum: Curriculum,
-        guard: Guard | None = None,
-        ledger: Ledger | None = None,
+        guard: UpdateGuard | None = None,
+        data_log: DataLog | None = None,
     ) -> None:
         self.guard = guard
         self.recipe, self.topology, self.resumed_from = recipe, topology, resumed_from
-        self.curriculum, self.ledger = curriculum, ledger
+        self.curriculum, self.data_log = curriculum, data_log
         self.saver = CheckpointSaver(root, topology, recipe.keep_last)
         # Of its own, since the saver's thread uses the saver's; gloo, so that nothing waits for a GPU.
         self._group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
@@ -126,7 +126,7 @@ class Checkpointing(Callback):
             curriculum=to_json(self.curriculum),
             recent=self.guard.recent if self.guard is not None else [],
             counts=self.guard.counts if self.guard is not None else [0, 0],
-            consumed=copy.deepcopy(self.ledger.totals) if self.ledger else {},
+            consumed=copy.deepcopy(self.data_log.totals) if self.data_log else {},
         )
         self.last_save, self.last_batch = time.monotonic(), progress.batch
         self._tell(self.saver.start(state.model, state.optimizers[0], progress))

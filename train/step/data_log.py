@@ -1,6 +1,6 @@
-"""The ledger: what each step was trained on, by domain, and what that makes in all.
+"""The data log: what each step was trained on, by domain, and what that makes in all.
 
-``ledger.jsonl`` has a line per step::
+``data_log.jsonl`` has a line per step::
 
     {"step": 7, "first": 48, "length": 512, "domains": {"code": [4, 2044, "9f0c..."], ...}}
 
@@ -21,9 +21,9 @@ from composer.loggers import Logger
 
 from train.recipe.curriculum import Curriculum
 from train.record import metrics
-from train.record.run_folder import LEDGER_FILE
+from train.record.run_folder import DATA_LOG_FILE
 from train.record.step_log import STEP, StepLog, read_steps
-from train.step.domain_counts import DomainBooks, DomainEntry
+from train.step.domain_counts import DomainCounts, DomainEntry
 from train.step.language_model import LanguageModel
 
 Totals = dict[str, dict[str, int]]
@@ -32,14 +32,14 @@ Totals = dict[str, dict[str, int]]
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain as the ledger counts it."""
+    """A domain as the data log counts it."""
 
     name: str
     samples: int
     """Samples of its training split: as many are an epoch."""
 
 
-class Ledger(Callback):
+class DataLog(Callback):
     """Keeps the books; on every rank, since a checkpoint is every rank's.
 
     Args:
@@ -59,7 +59,7 @@ class Ledger(Callback):
         curriculum: Curriculum,
     ) -> None:
         self.curriculum = curriculum
-        self.log = StepLog(run_dir / LEDGER_FILE) if run_dir else None
+        self.log = StepLog(run_dir / DATA_LOG_FILE) if run_dir else None
         self.domains, self.sample_tokens = tuple(domains), sample_tokens
         empty = {"samples": 0, "tokens": 0}
         self.totals: Totals = {domain.name: {**empty, **totals.get(domain.name, {})} for domain in domains}
@@ -70,7 +70,7 @@ class Ledger(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Opens the books; drops lines of batches that will be trained again."""
         model = _model(state)
-        model.books = DomainBooks(len(self.domains), next(model.parameters()).device)
+        model.domain_counts = DomainCounts(len(self.domains), next(model.parameters()).device)
         if self.log is not None:
             batch = state.timestamp.batch.value
             self.log.drop_after(batch)
@@ -86,13 +86,13 @@ class Ledger(Callback):
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Begins a batch."""
-        books = _model(state).books
+        books = _model(state).domain_counts
         assert books is not None
         books.clear()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Closes the batch's books, logs them and writes its line."""
-        books = _model(state).books
+        books = _model(state).domain_counts
         assert books is not None
         entries = books.close()
         figures: dict[str, float] = {}

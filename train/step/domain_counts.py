@@ -33,7 +33,7 @@ class DomainEntry:
     """Of tokens and positions, see :mod:`data.shards.digest`."""
 
 
-class DomainBooks:
+class DomainCounts:
     """Sums of one batch."""
 
     def __init__(self, domains: int, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from train.recipe.reliability import OnCollapse, OnSpike
 DEVIATIONS_PER_MAD = 1.4826
 """Standard deviations of a normal distribution in one median absolute deviation."""
 LEAST_SHARE = 0.01
-"""Spreads below this share of the median are taken for it: a flat stretch makes no spikes of ripples."""
+"""Spreads below this share of the median are taken for it: a flat segment makes no spikes of ripples."""
 
 
 class Action(str, Enum):
@@ -55,7 +55,7 @@ class RouterLoad:
     """Largest load of an expert over its layer's mean."""
 
 
-class Guard:
+class UpdateGuard:
     """Judges step after step.
 
     Args:

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from train.model.decoder import Decoder, DecoderOutput
 from train.model.moe import Jitter, Router
 from train.recipe.schema import Balance, Precision, Recipe
-from train.step.domain_counts import DomainBooks
+from train.step.domain_counts import DomainCounts
 
 # Shapes: B sequences of a microbatch, S tokens per sequence, L layers, E experts.
 
@@ -55,8 +55,8 @@ class LanguageModel(ComposerModel):
         self.jittered = routers if moe and moe.jitter_eps > 0 else []
         self.precision = precision
         self.document_masking = recipe.training.document_masking
-        self.books: DomainBooks | None = None
-        """Sums of the batch so far by domain, on this rank, where a ledger is kept."""
+        self.domain_counts: DomainCounts | None = None
+        """Sums of the batch so far by domain, on this rank, where a data log is kept."""
         self.expert_tokens_LE: Tensor | None = None
         """Tokens per expert of the batch so far, on this rank."""
         self.last_counts_LE: Tensor | None = None
@@ -65,8 +65,8 @@ class LanguageModel(ComposerModel):
     def forward(self, batch: Batch) -> DecoderOutput:
         """Losses of a microbatch of input_ids, document_ids and targets, each [B, S]."""
         outputs = self._decode(batch)
-        if self.training and self.books is not None and outputs.token_losses_BS is not None:
-            self.books.add(batch, outputs.token_losses_BS)
+        if self.training and self.domain_counts is not None and outputs.token_losses_BS is not None:
+            self.domain_counts.add(batch, outputs.token_losses_BS)
         if self.training and outputs.expert_tokens_LE.numel():
             counts = outputs.expert_tokens_LE.detach()
             self.expert_tokens_LE = (

@@ -16,14 +16,14 @@ from data.audit.run_data import documents_file
 from data.loader import TrainSequences
 from data.shards.manifest import Manifest
 from train.checkpoint.files import CheckpointError, check_checkpoint
-from train.layout.ranks import on_main
+from train.layout.ranks import run_on_rank_0
 from train.recipe.curriculum import Curriculum
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.reliability import Guard
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 from train.record.run_folder import CHECKPOINTS_FOLDER
-from train.record.skips import Decision, read_decisions, write_decisions
+from train.record.skips import GuardDecision, read_decisions, write_decisions
 
 Documents = Callable[[int, int], list[dict[str, Any]]]
 """The documents at some positions, given the first and how many."""
@@ -53,7 +53,7 @@ class Rollback:
 
     def decide(
         self, batch: int, at_fault: int, alarms: list[str], documents: list[dict[str, Any]]
-    ) -> Decision | None:
+    ) -> GuardDecision | None:
         """Records what is left out; every rank calls it and gets the same.
 
         Args:
@@ -70,11 +70,11 @@ class Rollback:
         """
         # Only then is it settled which checkpoints there are.
         self.wait()
-        return on_main(self.topology, lambda: self._decide(batch, at_fault, alarms, documents))
+        return run_on_rank_0(self.topology, lambda: self._decide(batch, at_fault, alarms, documents))
 
     def _decide(
         self, batch: int, at_fault: int, alarms: list[str], documents: list[dict[str, Any]]
-    ) -> Decision | None:
+    ) -> GuardDecision | None:
         before = read_decisions(self.folder)
         if len(before) >= self.recipe.most_rollbacks:
             return None
@@ -83,7 +83,7 @@ class Rollback:
         if kept:
             # What lies before the oldest checkpoint has been trained for good.
             first = max(first, min(kept))
-        decision = Decision(
+        decision = GuardDecision(
             first_position=self.curriculum.samples_before(first),
             end_position=self.curriculum.samples_before(batch + 1 + self.recipe.rollback_after_batches),
             step=batch + 1,
@@ -123,7 +123,7 @@ def documents_of(recipe: Recipe, shards: Manifest, dataset: TrainSequences) -> D
                 found += [
                     asdict(piece) for piece in documents_at(plan, folders, listed, first + begin, count)
                 ]
-            except (RecipeError, OSError) as error:
+            except (UserError, OSError) as error:
                 # An alarm without its documents is better than a run without its alarm.
                 return [*found, {"position": first + begin, "error": str(error)}]
             if time.monotonic() > end:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.hf.errors import InterchangeError
 from train.hf.folders import read_json
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe, Registry
 
 UNITY_CATALOG_URI = "databricks-uc"
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
     try:
         registered = register(options.folder, options.run, options.name)
-    except (InterchangeError, RecipeError, UploadError) as error:
+    except (UserError, UploadError) as error:
         print(f"registry: {error}", file=sys.stderr)
         return USAGE_STATUS
     except (MlflowException, OSError) as error:
@@ -72,7 +72,7 @@ def register(folder: Path, run: Path | None = None, name: str | None = None) -> 
         name: in the registry; None takes the recipe's `tracking.registered_model`, or the run's name.
 
     Raises:
-        InterchangeError: if the folder was not exported from a run, or that run is gone.
+        UserError: if the folder was not exported from a run, or that run is gone.
         MlflowException: if the server refuses.
     """
     from train.hf.lineage import PROVENANCE_FILE
@@ -81,10 +81,10 @@ def register(folder: Path, run: Path | None = None, name: str | None = None) -> 
     tags = {str(key): str(value) for key, value in provenance.get("lineage", {}).items()}
     if run is None:
         if "run_folder" not in tags:
-            raise InterchangeError(f"{folder}: was not exported from a run; name one with --run")
+            raise UserError(f"{folder}: was not exported from a run; name one with --run")
         run = Path(tags["run_folder"])
     if not (run / "recipe.yaml").is_file():
-        raise InterchangeError(f"{run}: is no run; name one with --run")
+        raise UserError(f"{run}: is no run; name one with --run")
     recipe = load_recipe(run / "recipe.yaml")
     name = name or recipe.tracking.registered_model or recipe.name
     return _log_and_register(folder, run, recipe, name, tags | _data_tags(run))
@@ -100,7 +100,7 @@ def _log_and_register(folder: Path, run: Path, recipe: Recipe, name: str, tags: 
     registry_uri = tracking_uri
     if recipe.tracking.registry is Registry.unity_catalog:
         if name.count(".") != 2:
-            raise InterchangeError(f"{name}: Unity Catalog's names are catalog.schema.model")
+            raise UserError(f"{name}: Unity Catalog's names are catalog.schema.model")
         registry_uri = UNITY_CATALOG_URI
     # The run may have been trained without a server, or not all of it be there.
     upload = Upload(run)

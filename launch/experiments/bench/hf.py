@@ -29,7 +29,7 @@ from train.checkpoint.saver import CheckpointSaver
 from train.hf.hf_folder import write_folder
 from train.hf.import_hf import import_folder
 from train.hf.safetensors_io import TensorInfo
-from train.hf.weights import Source, open_weights
+from train.hf.weights import WeightSource, open_weights
 from train.layout.mesh import build_mesh, build_sharded
 from train.model.decoder import Decoder
 from train.recipe import sizes
@@ -134,7 +134,7 @@ def prepare(folder: Path, model: Model) -> dict[str, Work]:
     size = 2 * sizes.total_parameters(model)
     theirs, imported = folder / "hugging-face", folder / "imported"
     with no_bars():
-        write_folder(Source(folder, model, RandomWeights(model)), theirs, shard_bytes=size // FILES)
+        write_folder(WeightSource(folder, model, RandomWeights(model)), theirs, shard_bytes=size // FILES)
         import_folder(theirs, imported)
     run = folder / "run"
     run_ranks(RANKS, lambda topology: _save_checkpoint(run, model, topology))
@@ -166,7 +166,7 @@ def _save_checkpoint(run: Path, model: Model, topology: Topology) -> None:
     saver.wait()
 
 
-def _without_recipe(run: Path) -> Source:
+def _without_recipe(run: Path) -> WeightSource:
     """A run's weights; its tokenizer, which this one has none of, is not asked for."""
     return replace(open_weights(run), recipe=None)
 

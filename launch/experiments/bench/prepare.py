@@ -21,7 +21,7 @@ from typing import Any
 from data.shards.manifest import Manifest
 from data.text.engines import Engine, Item, Processes, Spark, Stage
 from data.text.installed import installed_corpus
-from data.text.job import Job, Result
+from data.text.job import PreparationJob, Result
 from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards
 from train.layout.device import describe_hardware
@@ -42,7 +42,7 @@ class Timed:
     def __init__(self, engine: Engine) -> None:
         self._engine, self.seconds = engine, dict[str, float]()
 
-    def run(self, title: str, stage: Stage[Item], job: Job, items: Sequence[Item]) -> list[Result]:
+    def run(self, title: str, stage: Stage[Item], job: PreparationJob, items: Sequence[Item]) -> list[Result]:
         """As the engine does."""
         start = time.perf_counter()
         results = self._engine.run(title, stage, job, items)

@@ -13,7 +13,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import Parallelism, Precision, Recipe
 from train.recipe.topology import Topology
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         recipe = replace(recipe, parallelism=Parallelism(expert=recipe.parallelism.expert))
         validate(recipe, Topology(0, options.ranks, 0, options.ranks), options.recipe)
-    except RecipeError as error:
+    except UserError as error:
         print(error.at(options.recipe), file=sys.stderr)
         return 2
     print(f"{recipe.name}: importing torch and MegaBlocks", flush=True)

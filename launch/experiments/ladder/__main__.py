@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.experiments.ladder.plan import LadderPlan, Run
 from launch.experiments.ladder.runner import Timings, missing, summary_of, train_missing
 from launch.experiments.ladder.search import chosen, search_rates, told
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.units import duration, short_number
 from train.record.cores import usable_cores
 
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
             print(describe(plan, Timings(folder / "timings.jsonl"), options.workers))
             return 0
         return climb(plan, folder, options)
-    except RecipeError as error:
+    except UserError as error:
         print(error.at(str(options.ladder)), file=sys.stderr)
         return USAGE_STATUS
 

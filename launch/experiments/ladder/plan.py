@@ -10,7 +10,8 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.recipe import sizes
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import OnExisting, Recipe, Tracking
 from train.recipe.topology import Topology
@@ -91,7 +92,7 @@ class LadderPlan:
         overrides: `key=value` on top of every recipe.
 
     Raises:
-        RecipeError: one line, for whatever is wrong with the ladder or a recipe of it.
+        UserError: one line, for whatever is wrong with the ladder or a recipe of it.
     """
 
     def __init__(self, path: Path, *, scale: float = 1.0, overrides: list[str] | None = None) -> None:
@@ -192,19 +193,17 @@ class LadderPlan:
         ladder, file = self.ladder, str(self.path)
         if ladder.baseline not in ladder.families:
             there = ", ".join(ladder.families)
-            raise RecipeError(
-                f"is {ladder.baseline}", key="baseline", remedy=f"name one of {there}", file=file
-            )
+            raise UserError(f"is {ladder.baseline}", key="baseline", remedy=f"name one of {there}", file=file)
         for name, family in ladder.families.items():
             if family.rate_of not in (None, *ladder.families):
                 there = ", ".join(ladder.families)
                 key = f"families.{name}.rate_of"
-                raise RecipeError(f"is {family.rate_of}", key=key, remedy=f"name one of {there}", file=file)
+                raise UserError(f"is {family.rate_of}", key=key, remedy=f"name one of {there}", file=file)
             for size in family.sizes or []:
                 if size not in ladder.sizes:
                     there = ", ".join(ladder.sizes)
                     key = f"families.{name}.sizes"
-                    raise RecipeError(f"has {size}", key=key, remedy=f"sizes are {there}", file=file)
+                    raise UserError(f"has {size}", key=key, remedy=f"sizes are {there}", file=file)
         _require_each_once(ladder.seeds, "seeds", file)
         _require_each_once(ladder.sizes, "sizes", file)
         if ladder.search:
@@ -216,7 +215,7 @@ class LadderPlan:
         file = str(self.path)
         _require_each_once(search.seeds, "search.seeds", file)
         for seed in set(search.seeds) & set(self.ladder.seeds):
-            raise RecipeError(
+            raise UserError(
                 f"has {seed}, one of the ladder's",
                 key="search.seeds",
                 remedy="give another: a run that was chosen for its loss is no fair sample",
@@ -225,13 +224,13 @@ class LadderPlan:
         for size, tried in search.multipliers.items():
             key, there = f"search.multipliers.{size}", ", ".join(self.ladder.sizes)
             if size not in self.ladder.sizes:
-                raise RecipeError("is no size", key=key, remedy=f"sizes are {there}", file=file)
+                raise UserError("is no size", key=key, remedy=f"sizes are {there}", file=file)
             _require_each_once(tried, key, file)
             if len(tried) < 2 or min(tried) <= 0:
-                raise RecipeError(f"is {tried}", key=key, remedy="give two or more above 0", file=file)
+                raise UserError(f"is {tried}", key=key, remedy="give two or more above 0", file=file)
         for name, family in self.ladder.families.items():
             if not family.rate_of and not set(self._sizes(name)) & set(self._searched()):
-                raise RecipeError(
+                raise UserError(
                     "is at no size with a search",
                     key=f"families.{name}",
                     remedy="give rate_of, or search.multipliers for a size of it",
@@ -249,7 +248,7 @@ class LadderPlan:
                     continue
                 off = self._run(family, size, seed, 1.0).flops / baseline - 1
                 if abs(off) > most:
-                    raise RecipeError(
+                    raise UserError(
                         f"trains with {off:+.1%} of {self.ladder.baseline}'s FLOPs at size {size}",
                         key=f"families.{family}",
                         remedy=f"change its hidden size, or matched (now {most:.0%})",
@@ -261,16 +260,16 @@ def read_ladder(path: Path) -> Ladder:
     """Reads a ladder's file.
 
     Raises:
-        RecipeError: one line that names file and key.
+        UserError: one line that names file and key.
     """
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Ladder), OmegaConf.load(path))
         found: Any = OmegaConf.to_object(merged)
     except OSError as error:
-        raise RecipeError(f"cannot be read ({error.strerror})", file=str(path)) from None
+        raise UserError(f"cannot be read ({error.strerror})", file=str(path)) from None
     except OmegaConfBaseException as error:
         what = str(error).splitlines()[0]
-        raise RecipeError(what, key=str(error.full_key or ""), file=str(path)) from None
+        raise UserError(what, key=str(error.full_key or ""), file=str(path)) from None
     assert isinstance(found, Ladder)
     return found
 
@@ -278,9 +277,9 @@ def read_ladder(path: Path) -> Ladder:
 def _require_each_once(values: Sequence[float] | Sequence[str], key: str, file: str) -> None:
     """Two runs of one name would train in one folder at once."""
     if not values:
-        raise RecipeError("is empty", key=key, remedy="give one or more", file=file)
+        raise UserError("is empty", key=key, remedy="give one or more", file=file)
     if len(set(values)) < len(values):
-        raise RecipeError(f"is {list(values)}", key=key, remedy="give each once", file=file)
+        raise UserError(f"is {list(values)}", key=key, remedy="give each once", file=file)
 
 
 def _scaled(recipe: Recipe, scale: float) -> Recipe:

@@ -16,8 +16,8 @@ from statistics import median
 from tqdm import tqdm
 
 from launch.experiments.ladder.plan import Run
+from train.recipe.errors import UserError
 from train.recipe.exit_status import REPLAY_STATUS
-from train.recipe.reading import RecipeError
 from train.recipe.topology import Topology
 from train.recipe.units import duration
 from train.record.summary import Summary, read_summary
@@ -99,7 +99,7 @@ def train_missing(runs: Sequence[Run], folder: Path, *, workers: int, deadline: 
         The runs that are still not complete.
 
     Raises:
-        RecipeError: for the first run that fails.
+        UserError: for the first run that fails.
     """
     waiting = missing(runs)
     if not waiting:
@@ -177,9 +177,9 @@ def _diverged_file(run: Run) -> Path:
     return Path(run.recipe.runs_dir) / run.recipe.name / DIVERGED_FILE
 
 
-def _failed(run: Run, logs: Path, reason: str) -> RecipeError:
+def _failed(run: Run, logs: Path, reason: str) -> UserError:
     log = logs / f"{run.recipe.name}.log"
-    return RecipeError(
+    return UserError(
         f"ended early: {reason}",
         key=run.recipe.name,
         remedy=f"see {log}; the same command goes on with what is missing",

@@ -1,4 +1,4 @@
-"""The audit of a run whose ledger is made from the loader's batches, and of the same with faults planted."""
+"""The audit of a run whose data log comes from the loader's batches, and of the same with planted faults."""
 
 import json
 from collections.abc import Callable
@@ -18,9 +18,10 @@ from data.shards.digest import digest_sequences
 from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards
 from tests.data.conftest import small_documents
-from train.recipe.reading import RecipeError, to_yaml
+from train.recipe.errors import UserError
+from train.recipe.reading import to_yaml
 from train.recipe.schema import Recipe
-from train.record.skips import Decision, write_decisions
+from train.record.skips import GuardDecision, write_decisions
 
 STEPS = 40
 DOMAINS = ("code", "prose")
@@ -29,7 +30,7 @@ Lines = list[dict[str, Any]]
 
 
 def line_of(step: int, batch: dict[str, Any]) -> dict[str, Any]:
-    """What the ledger's callback writes of a batch."""
+    """What the data log's callback writes of a batch."""
     domains = {}
     for index, name in enumerate(DOMAINS):
         mine = (batch["domain_ids"] == index).numpy()
@@ -57,7 +58,7 @@ def run(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> tuple[Path, Lines
 
 
 def faults(folder: Path, lines: Lines) -> list[str]:
-    (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "data_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return prove(RunBooks(folder)).faults
 
 
@@ -72,7 +73,7 @@ def test_what_is_declared_is_listed_and_must_not_have_been_read(
     run: tuple[Path, Lines], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, lines = run
-    write_decisions(folder, [Decision(76, 84, 12, ["spike: loss 9"])])
+    write_decisions(folder, [GuardDecision(76, 84, 12, ["spike: loss 9"])])
     left = [line for line in lines if line["step"] not in (10, 11)]
     assert faults(folder, left) == []
     proof = prove(RunBooks(folder))
@@ -82,7 +83,7 @@ def test_what_is_declared_is_listed_and_must_not_have_been_read(
     shown = capsys.readouterr().out
     assert "skipped by declaration: steps 10 to 11" in shown and "nothing else was skipped" in shown
     assert "step 10 was trained, although" in faults(folder, lines)[0]
-    assert faults(folder, left[:8] + left[9:])[0] == "steps 9 to 11 are missing from the ledger"
+    assert faults(folder, left[:8] + left[9:])[0] == "steps 9 to 11 are missing from the data log"
     shifted = [line | {"first": line["first"] - 16} if line["step"] > 11 else line for line in left]
     assert "step 12: positions 72 to 87 were read again" in faults(folder, shifted)
 
@@ -90,7 +91,7 @@ def test_what_is_declared_is_listed_and_must_not_have_been_read(
 def test_each_fault_is_named(run: tuple[Path, Lines]) -> None:
     folder, lines = run
     missing = lines[:6] + lines[7:]
-    assert faults(folder, missing)[0] == "steps 7 to 7 are missing from the ledger"
+    assert faults(folder, missing)[0] == "steps 7 to 7 are missing from the data log"
     again = [line | {"step": n + 1} for n, line in enumerate([*lines[:6], *lines[5:]])]
     assert "step 7: positions 40 to 47 were read again" in faults(folder, again)
     skipped = [line | {"step": n + 1} for n, line in enumerate(missing)]
@@ -135,9 +136,9 @@ def test_documents_and_steps_are_each_others_inverse(run: tuple[Path, Lines]) ->
         assert {(sight.step, sight.position, sight.sample, sight.epoch) for sight in found} == mine
     assert sum(bool(steps_of_document(books, f"prose/{n}.txt")) for n in range(60)) > 30
     for name in ("nowhere", "train"):  # The lines of most documents have the second, as their side.
-        with pytest.raises(RecipeError, match="no domain has a document"):
+        with pytest.raises(UserError, match="no domain has a document"):
             steps_of_document(books, name)
-    with pytest.raises(RecipeError, match="it has steps 1 to 40"):
+    with pytest.raises(UserError, match="it has steps 1 to 40"):
         documents_of_step(books, 41)
 
 

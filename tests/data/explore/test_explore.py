@@ -17,10 +17,10 @@ from data.explore.exploration import Exploration, explore
 from data.explore.measure import typical_ids
 from data.explore.sample import Shards, draw_documents, draw_lines
 from data.explore.shards_page import write_page
-from data.text.installed import Document
+from data.text.installed import CorpusDocument
 from data.write_shards import build_shards
+from train.recipe.errors import UserError
 from train.recipe.preparation import Source, SourceKind
-from train.recipe.reading import RecipeError
 from train.recipe.schema import Recipe
 
 TOPICS = {
@@ -99,7 +99,7 @@ def test_copies_that_are_still_there_are_found(tmp_path: Path, make_recipe: Call
     texts += [texts[0], texts[1] + "Truly so.\n", texts[1] + "Truly so, so.\n"]
     recipe = make_recipe(tmp_path / "shards", domains={"prose": 1.0})
     # What a program gives is kept as it is.
-    given = [Document("prose", f"{n}.txt", text) for n, text in enumerate(texts)]
+    given = [CorpusDocument("prose", f"{n}.txt", text) for n, text in enumerate(texts)]
     build_shards(recipe, documents=lambda: iter(given))
     found = explore(tmp_path / "shards")
     assert (found.domains["prose"].exact_copies, found.domains["prose"].near_copies) == (1, 2)
@@ -203,14 +203,14 @@ def test_the_command_writes_the_page_and_says_what_is_wrong(
         (shards, "--html", str(page), "--sample", "1"): "--sample: is 1; give 2 or more, one for each domain",
         (shards, "--html", str(tmp_path / "none/page.html")): "--html: .*none/page.html can't be written",
         (str(tmp_path), "--html"): "data.shards: no shards at ",
-        (shards,): "has no ledger.jsonl; give the folder of a run",
+        (shards,): "has no data_log.jsonl; give the folder of a run",
     }.items():
         assert main(list(arguments)) == 2
         assert re.search(complaint, capsys.readouterr().err), complaint
 
 
 def test_too_few_documents_have_no_map(tmp_path: Path, built: Recipe) -> None:
-    with pytest.raises(RecipeError, match="no shards"):
+    with pytest.raises(UserError, match="no shards"):
         explore(tmp_path)
     words = [f"{topic} {word}" for topic in TOPICS for word in ("ship bread rose", "sail oven tulip")]
     assert map_documents(words * 2, 0).labels != ["all"]

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.order.mixture import PARTS, Mixture
-from train.recipe.curriculum import Stretch
+from train.recipe.curriculum import MixtureSegment
 
 FIVE = {"web": 0.67, "code": 0.15, "books": 0.08, "papers": 0.06, "maths": 0.04}
 WEIGHTS = st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=10)
@@ -24,7 +24,7 @@ def counts(mixture: Mixture, count: int, start: int = 0) -> np.ndarray:
 @given(WEIGHTS)
 def test_every_prefix_follows_the_weights(shares: list[float]):
     weights = named(shares)
-    mixture = Mixture([Stretch(0, weights)])
+    mixture = Mixture([MixtureSegment(0, weights)])
     quota = np.arange(1, 3001)[:, None] * [weights[name] for name in mixture.domains]
     error = np.abs(counts(mixture, 3000) - quota).max()
     assert error < (1.0 if len(shares) <= 4 else 1.7)
@@ -34,25 +34,31 @@ def test_every_prefix_follows_the_weights(shares: list[float]):
 @given(st.lists(st.tuples(WEIGHTS, st.integers(1, 40), st.sampled_from([1, 2, 4])), min_size=1, max_size=12))
 def test_an_error_is_carried_from_stretch_to_stretch(parts: list[tuple[list[float], int, int]]):
     """In sequences of the longest step a domain is never two off, however often weights change."""
-    stretches, quota, at = [], [], 0
+    segments, quota, at = [], [], 0
     for shares, sequences, step in parts:
-        stretches.append(Stretch(at, named(shares), step))
+        segments.append(MixtureSegment(at, named(shares), step))
         quota += [named(shares)] * (sequences * step)
         at += sequences * step
-    mixture = Mixture(stretches)
+    mixture = Mixture(segments)
     wanted = np.cumsum([[row.get(name, 0.0) for name in mixture.domains] for row in quota], axis=0)
     ends = np.cumsum([sequences * step for _, sequences, step in parts]) - 1
     assert np.abs(counts(mixture, at) - wanted)[ends].max() < 2 * max(step for *_, step in parts)
 
 
 def test_a_ramp_of_many_stretches_is_as_exact_as_one():
-    stretches = [Stretch(7 * n, {"a": 0.9 - 0.0008 * n, "b": 0.1 + 0.0008 * n}) for n in range(1000)]
-    wanted = np.cumsum(np.repeat([stretch.weights["a"] for stretch in stretches], 7))
-    assert np.abs(counts(Mixture(stretches), 7000)[:, 0] - wanted).max() < 1.01
+    segments = [MixtureSegment(7 * n, {"a": 0.9 - 0.0008 * n, "b": 0.1 + 0.0008 * n}) for n in range(1000)]
+    wanted = np.cumsum(np.repeat([segment.weights["a"] for segment in segments], 7))
+    assert np.abs(counts(Mixture(segments), 7000)[:, 0] - wanted).max() < 1.01
 
 
 def test_ordinals_count_each_domain_up_over_all_stretches():
-    mixture = Mixture([Stretch(0, FIVE), Stretch(700, {"maths": 0.5, "code": 0.5}), Stretch(1100, FIVE)])
+    mixture = Mixture(
+        [
+            MixtureSegment(0, FIVE),
+            MixtureSegment(700, {"maths": 0.5, "code": 0.5}),
+            MixtureSegment(1100, FIVE),
+        ]
+    )
     domain, ordinal = mixture.assign(np.arange(2000))
     for index in range(len(FIVE)):
         mine = ordinal[domain == index]
@@ -60,7 +66,7 @@ def test_ordinals_count_each_domain_up_over_all_stretches():
 
 
 def test_sequences_of_several_samples_are_of_one_domain():
-    mixture = Mixture([Stretch(0, FIVE), Stretch(120, FIVE, step=8)])
+    mixture = Mixture([MixtureSegment(0, FIVE), MixtureSegment(120, FIVE, step=8)])
     domain, ordinal = mixture.assign(np.arange(120 + 800))
     assert (domain[120:].reshape(-1, 8) == domain[120::8, None]).all()
     assert (np.diff(ordinal[120:].reshape(-1, 8)) == 1).all()
@@ -70,7 +76,9 @@ def test_sequences_of_several_samples_are_of_one_domain():
 
 @pytest.mark.parametrize("start", [1, 77, 1003, 123_456, 6_000_000_000])
 def test_consumed_is_what_was_assigned(start: int):
-    mixture = Mixture([Stretch(0, FIVE), Stretch(1000, {"web": 1.0}, 4), Stretch(9000, FIVE)])
+    mixture = Mixture(
+        [MixtureSegment(0, FIVE), MixtureSegment(1000, {"web": 1.0}, 4), MixtureSegment(9000, FIVE)]
+    )
     before, after = mixture.consumed(start), mixture.consumed(start + 500)
     added = counts(mixture, 500, start)[-1]
     assert [after[name] - before[name] for name in mixture.domains] == added.tolist()
@@ -78,7 +86,7 @@ def test_consumed_is_what_was_assigned(start: int):
 
 
 def test_positions_are_found_by_ordinal():
-    mixture = Mixture([Stretch(0, FIVE), Stretch(1000, FIVE, 4)])
+    mixture = Mixture([MixtureSegment(0, FIVE), MixtureSegment(1000, FIVE, 4)])
     positions = np.arange(0, 3000, 7)
     for position, domain, ordinal in zip(positions, *mixture.assign(positions), strict=True):
         assert mixture.position_of(mixture.domains[domain], int(ordinal)) == position
@@ -86,14 +94,14 @@ def test_positions_are_found_by_ordinal():
 
 def test_decimal_weights_are_exact_after_billions():
     at = 6_000_000_000
-    consumed = Mixture([Stretch(0, FIVE)]).consumed(at)
+    consumed = Mixture([MixtureSegment(0, FIVE)]).consumed(at)
     assert all(abs(consumed[name] - round(FIVE[name] * at)) <= 1 for name in FIVE)
     assert PARTS * 0.67 == 670_000_000
 
 
 def test_a_later_stretch_changes_nothing_before_it():
-    one = Mixture([Stretch(0, FIVE)])
-    other = Mixture([Stretch(0, FIVE), Stretch(500, {"new": 0.5, "web": 0.5})])
+    one = Mixture([MixtureSegment(0, FIVE)])
+    other = Mixture([MixtureSegment(0, FIVE), MixtureSegment(500, {"new": 0.5, "web": 0.5})])
     domain, ordinal = one.assign(np.arange(500))
     others, other_ordinal = other.assign(np.arange(500))
     assert [one.domains[d] for d in domain] == [other.domains[d] for d in others]

@@ -3,19 +3,19 @@ import itertools
 import numpy as np
 import pytest
 
-from data.order.plan import Plan
-from train.recipe.curriculum import Stretch
+from data.order.plan import OrderPlan
+from train.recipe.curriculum import MixtureSegment
 
 FIVE = {"web": 0.67, "code": 0.15, "books": 0.08, "papers": 0.06, "maths": 0.04}
 
 
-def make_plan(stretches: list[Stretch], shards: dict[str, list[int]], seed: int = 5) -> Plan:
-    return Plan(stretches, shards, seed=seed, window_shards=4)
+def make_plan(segments: list[MixtureSegment], shards: dict[str, list[int]], seed: int = 5) -> OrderPlan:
+    return OrderPlan(segments, shards, seed=seed, window_shards=4)
 
 
-def constant(weights: dict[str, float], sizes: dict[str, int], seed: int = 5) -> Plan:
+def constant(weights: dict[str, float], sizes: dict[str, int], seed: int = 5) -> OrderPlan:
     """One phase over domains of one shard."""
-    return make_plan([Stretch(0, weights)], {name: [size] for name, size in sizes.items()}, seed)
+    return make_plan([MixtureSegment(0, weights)], {name: [size] for name, size in sizes.items()}, seed)
 
 
 def test_any_part_of_the_order_equals_the_whole_of_it():
@@ -31,9 +31,9 @@ def test_any_part_of_the_order_equals_the_whole_of_it():
 def test_everything_is_read_once_before_anything_is_repeated(changes: list[tuple[int, int]]):
     """Domains go on through all phases where the phase before left them."""
     mixes = itertools.cycle([{"code": 0.3, "prose": 0.7}, {"code": 0.8, "prose": 0.2}])
-    stretches = [Stretch(at, next(mixes), step) for at, step in [(0, 1), *changes]]
+    segments = [MixtureSegment(at, next(mixes), step) for at, step in [(0, 1), *changes]]
     sizes = {"code": [20, 20, 10], "prose": [16, 14]}
-    plan = make_plan(stretches, sizes)
+    plan = make_plan(segments, sizes)
     picks = plan.samples(0, 400)
     for index, name in enumerate(plan.domains):
         size = sum(sizes[name])
@@ -59,9 +59,13 @@ def test_the_recipes_order_of_domains_changes_nothing_but_the_seed_does():
 
 def test_a_domain_that_joins_leaves_the_others_order():
     sizes = {"code": [50, 50], "prose": [40, 40], "web": [60]}
-    before = make_plan([Stretch(0, {"code": 0.5, "prose": 0.5})], sizes)
+    before = make_plan([MixtureSegment(0, {"code": 0.5, "prose": 0.5})], sizes)
     after = make_plan(
-        [Stretch(0, {"code": 0.5, "prose": 0.5}), Stretch(60, {"code": 0.2, "prose": 0.2, "web": 0.6})], sizes
+        [
+            MixtureSegment(0, {"code": 0.5, "prose": 0.5}),
+            MixtureSegment(60, {"code": 0.2, "prose": 0.2, "web": 0.6}),
+        ],
+        sizes,
     )
     for name in ("code", "prose"):
         orders = []
@@ -72,7 +76,7 @@ def test_a_domain_that_joins_leaves_the_others_order():
 
 
 def test_a_position_in_the_billions_costs_no_more_than_the_first():
-    plan = make_plan([Stretch(0, FIVE)], {name: [1_000_000] * 2000 for name in FIVE})
+    plan = make_plan([MixtureSegment(0, FIVE)], {name: [1_000_000] * 2000 for name in FIVE})
     picks = plan.samples(5_800_000_000, 1024)
     shares = np.bincount(picks.domain, minlength=5) / 1024
     expected = [FIVE[name] for name in plan.domains]
@@ -81,7 +85,9 @@ def test_a_position_in_the_billions_costs_no_more_than_the_first():
 
 
 def test_positions_of_a_sample_are_those_at_which_it_is_read():
-    plan = make_plan([Stretch(0, FIVE), Stretch(640, FIVE, 4)], {name: [16, 16, 9] for name in FIVE})
+    plan = make_plan(
+        [MixtureSegment(0, FIVE), MixtureSegment(640, FIVE, 4)], {name: [16, 16, 9] for name in FIVE}
+    )
     picks = plan.samples(0, 2000)
     for index, name in enumerate(plan.domains):
         for sample in (0, 17, 40):
@@ -92,7 +98,7 @@ def test_positions_of_a_sample_are_those_at_which_it_is_read():
 def test_a_domain_runs_dry_at_the_first_position_beyond_its_epochs():
     plan = constant({"code": 0.3, "prose": 0.7}, {"code": 50, "prose": 30})
     picks = plan.samples(0, 400)
-    at = plan.runs_dry("prose", 2.5, 400)
+    at = plan.exhausted_at("prose", 2.5, 400)
     assert at is not None and at == np.flatnonzero(picks.domain == 1)[75]
-    assert plan.runs_dry("code", 3, 400) is None
-    assert plan.runs_dry("code", 2, 400) == np.flatnonzero(picks.domain == 0)[100]
+    assert plan.exhausted_at("code", 3, 400) is None
+    assert plan.exhausted_at("code", 2, 400) == np.flatnonzero(picks.domain == 0)[100]

@@ -25,8 +25,8 @@ from data.shards.upload import upload_shards
 from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards, ensure_shards
 from tests.data.conftest import small_documents
+from train.recipe.errors import UserError
 from train.recipe.preparation import Preparation
-from train.recipe.reading import RecipeError
 from train.recipe.schema import Recipe
 
 BUCKET = "shards"
@@ -156,11 +156,11 @@ def test_a_store_that_fails_stalls_or_alters_is_asked_again(
 def test_a_store_that_never_recovers_is_named_in_one_line(tmp_path: Path, store: FaultyStore):
     _, folder = cached(tmp_path / "cache", f"s3://{BUCKET}")
     store.faults[:] = ["fails"] * 100
-    with pytest.raises(RecipeError, match=r"s3://shards/prose/train/shard\.00000\.mds .*tried 4 times") as e:
+    with pytest.raises(UserError, match=r"s3://shards/prose/train/shard\.00000\.mds .*tried 4 times") as e:
         folder[0]
     assert "\n" not in str(e.value)
     store.faults.clear()
-    with pytest.raises(RecipeError, match=r"s3://shards/none/manifest\.json .*not there"):
+    with pytest.raises(UserError, match=r"s3://shards/none/manifest\.json .*not there"):
         ShardCache(tmp_path / "none", f"s3://{BUCKET}/none", patience=HURRIED).fetch_manifest()
 
 
@@ -169,7 +169,7 @@ def test_a_shard_that_is_altered_in_the_store_is_named(tmp_path: Path, source: R
     shard = tmp_path / "store/prose/train/shard.00000.mds"
     shard.write_bytes(b"x" + shard.read_bytes()[1:])
     _, folder = cached(tmp_path / "cache", str(tmp_path / "store"))
-    with pytest.raises(RecipeError, match=r"shard\.00000\.mds is altered: .*, also when fetched again"):
+    with pytest.raises(UserError, match=r"shard\.00000\.mds is altered: .*, also when fetched again"):
         folder[0]
     assert not list((tmp_path / "cache").glob("prose/train/*.mds*"))
 
@@ -187,7 +187,7 @@ def test_a_damaged_shard_is_fetched_again_or_named(
         shard.unlink()
     else:
         shard.write_bytes(content[:-1] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(RecipeError, match=r"prose/train/shard\.00001\.mds (is missing|has|is altered)"):
+    with pytest.raises(UserError, match=r"prose/train/shard\.00001\.mds (is missing|has|is altered)"):
         all_tokens(ShardFolder(root / "prose/train"))
     assert all_tokens(ShardFolder(root / "prose/train", folder._cache)) == whole
     assert shard.read_bytes() == content
@@ -218,7 +218,7 @@ def test_the_cache_stays_within_its_limit_and_keeps_what_is_read(
         # Nothing that was evicted stays open, or its room would never be free.
         assert all(folder._index[shard].path.exists() for shard in folder._maps)
     assert folder.file_of(number).path.exists(), "the shard read last was evicted"
-    with pytest.raises(RecipeError, match="cache_bytes: is 100, less than one shard"):
+    with pytest.raises(UserError, match="cache_bytes: is 100, less than one shard"):
         cached(tmp_path / "tiny", source.data.shards, 100)[1][0]
 
 
@@ -237,7 +237,7 @@ def test_a_full_disk_evicts(tmp_path: Path, source: Recipe, monkeypatch: pytest.
     monkeypatch.setattr(LocalDownloader, "_download_file_impl", onto_small_disk)
     assert all_tokens(folder)
     monkeypatch.setattr("tests.data.shards.test_cache.ShardCache._evict", lambda *_: 0)
-    with pytest.raises(RecipeError, match="is full and holds no shard to evict"):
+    with pytest.raises(UserError, match="is full and holds no shard to evict"):
         ShardFolder(root / "prose/train", cache)[0]
 
 
@@ -297,7 +297,7 @@ def test_compressed_shards_stay_within_the_limit_and_the_disk(
     monkeypatch.setattr(Path, "write_bytes", onto_small_disk)
     assert all_tokens(ShardFolder(tmp_path / "cache/prose/train", cache)) == whole
     monkeypatch.setattr(ShardCache, "_evict", lambda *_: 0)
-    with pytest.raises(RecipeError, match="is full and holds no shard to evict"):
+    with pytest.raises(UserError, match="is full and holds no shard to evict"):
         all_tokens(ShardFolder(tmp_path / "cache/prose/train", cache))
 
 
@@ -308,7 +308,7 @@ def test_a_compressed_shard_that_is_altered_or_another_is_named(tmp_path: Path, 
     file, content = folder.file_of(0), path.read_bytes()
     assert file.packed is not None
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(RecipeError, match=r"shard\.00000\.mds\.zstd is altered: .*, also when fetched again"):
+    with pytest.raises(UserError, match=r"shard\.00000\.mds\.zstd is altered: .*, also when fetched again"):
         folder[0]
     cache = ShardCache(tmp_path / "cache", str(tmp_path / "store"), None, HURRIED)
     for wrong, complaint in (
@@ -317,7 +317,7 @@ def test_a_compressed_shard_that_is_altered_or_another_is_named(tmp_path: Path, 
     ):
         path.write_bytes(wrong)
         listed = dataclasses.replace(file.packed, bytes=len(wrong), sha256=None)
-        with pytest.raises(RecipeError, match=rf"shard\.00000\.mds\.zstd .*{complaint}"):
+        with pytest.raises(UserError, match=rf"shard\.00000\.mds\.zstd .*{complaint}"):
             cache.fetch(dataclasses.replace(file, packed=listed))
         assert [it.name for it in (tmp_path / "cache/prose/train").iterdir()] == ["index.json"]
 
@@ -334,7 +334,7 @@ def test_another_store_in_the_same_folder_is_refused(
     tmp_path: Path, source: Recipe, built: Recipe, make_recipe: Callable[..., Recipe]
 ):
     ensure_shards(make_recipe(tmp_path / "cache", remote=source.data.shards))
-    with pytest.raises(RecipeError, match="caches other shards"):
+    with pytest.raises(UserError, match="caches other shards"):
         other = make_recipe(tmp_path / "other")
         build_shards(other, documents=lambda: list(small_documents())[:100])
         ensure_shards(make_recipe(tmp_path / "cache", remote=other.data.shards))
@@ -365,7 +365,7 @@ def test_the_loader_names_a_damaged_shard_in_one_line(
     content[2000] ^= 1
     shard.write_bytes(content)
     tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
-    with pytest.raises(RecipeError) as error:
+    with pytest.raisesUserError as error:
         next(iter(build_train_loader(recipe, tokenizer, rank=0, world_size=1)))
     assert str(error.value).startswith(f"data.shards: shard {shard} is altered")
     assert "\n" not in str(error.value)

@@ -17,12 +17,12 @@ from data.shards.cache import ShardCache, fetch_indices
 from data.shards.manifest import check_shards
 from data.shards.streams import ShardFolder
 from data.shards.upload import upload_shards
-from data.text.installed import Document
+from data.text.installed import CorpusDocument
 from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards, ensure_shards, main
 from tests.data.conftest import small_documents
+from train.recipe.errors import UserError
 from train.recipe.preparation import Preparation, Source, SourceKind
-from train.recipe.reading import RecipeError
 from train.recipe.schema import Recipe, Tokenizer, TokenizerKind
 
 FACTS = {"dataset": "tales", "version": "1", "origin": "https://example.org", "licence": "CC0-1.0"}
@@ -77,12 +77,12 @@ def test_sources_in_a_store_give_the_shards_of_the_same_files_here(
     there = make_recipe(tmp_path / "there", sources=sources_of("s3://store/texts"))
     assert build_shards(there).digest == build_shards(here).digest
     missing = make_recipe(tmp_path / "none", sources=sources_of("s3://store/nowhere"))
-    with pytest.raises(RecipeError, match=r"data\.sources\[0\]\.path: s3://store/nowhere/code has no file"):
+    with pytest.raises(UserError, match=r"data\.sources\[0\]\.path: s3://store/nowhere/code has no file"):
         build_shards(missing)
     sources = sources_of("s3://store/texts")
     sources[1] = dataclasses.replace(sources[1], path="s3://store/texts/prose-2.jsonl")
     with pytest.raises(
-        RecipeError, match=r"data\.sources\[1\]\.path: s3://store/texts/prose-2\.jsonl .*not found"
+        UserError, match=r"data\.sources\[1\]\.path: s3://store/texts/prose-2\.jsonl .*not found"
     ):
         build_shards(make_recipe(tmp_path / "none", sources=sources))
 
@@ -138,9 +138,9 @@ def test_other_shards_in_the_store_are_never_overwritten(
     upload_shards(root, "s3://store/mine")
     other = make_recipe(tmp_path / "other", sequence_tokens=64)
     build_shards(other, documents=small_documents)
-    with pytest.raises(RecipeError, match="--upload: s3://store/mine holds other shards"):
+    with pytest.raises(UserError, match="--upload: s3://store/mine holds other shards"):
         upload_shards(Path(other.data.shards), "s3://store/mine")
-    with pytest.raises(RecipeError, match="--upload: s3://nowhere/x does not take the shards"):
+    with pytest.raises(UserError, match="--upload: s3://nowhere/x does not take the shards"):
         upload_shards(root, "s3://nowhere/x")
 
 
@@ -162,7 +162,7 @@ def test_shards_are_copied_to_a_path_and_what_is_missing_there_again(
 
     monkeypatch.setattr(LocalUploader, "upload_file", failing)
     monkeypatch.setattr("data.shards.upload.AT_ONCE", 1)
-    with pytest.raises(RecipeError, match=r"mounted/shards does not take the shards .*cable"):
+    with pytest.raises(UserError, match=r"mounted/shards does not take the shards .*cable"):
         upload_shards(root, str(mounted))
     (mounted / "code/documents.jsonl").unlink()
     before = len(copied)
@@ -193,14 +193,14 @@ def test_a_store_without_a_manifest_holds_no_shards(
     monkeypatch.setattr(S3Uploader, "upload_file", failing)
     monkeypatch.setattr("data.shards.upload.AT_ONCE", 1)
     sent, loses = list[str](), ""
-    with pytest.raises(RecipeError, match=r"--upload: s3://store/cut does not take the shards .*cable"):
+    with pytest.raises(UserError, match=r"--upload: s3://store/cut does not take the shards .*cable"):
         upload_shards(root, "s3://store/cut")
     names = {it["Key"] for it in s3.list_objects_v2(Bucket="store", Prefix="cut/")["Contents"]}
     assert "cut/code/train/shard.00000.mds" in names and "cut/manifest.json" not in names
     assert "cut/prose/validation/shard.00000.mds" not in names  # Nothing was begun after the failure.
     s3.delete_object(Bucket="store", Key="cut/code/train/index.json")
     before, fails_at, loses = [*sent], "", "manifest.json"
-    with pytest.raises(RecipeError, match="--upload: s3://store/cut does not give back what was sent"):
+    with pytest.raises(UserError, match="--upload: s3://store/cut does not give back what was sent"):
         upload_shards(root, "s3://store/cut")
     again = set(sent[len(before) :]) & set(before)
     assert len(before) > 5 and again == {"code/train/index.json"}  # Nothing else was sent twice.
@@ -224,7 +224,9 @@ def test_domains_join_those_in_the_store(
         """Shards with some of the domains, by the names that the texts know them by."""
         recipe = make_recipe(tmp_path / name, domains=dict.fromkeys(domains.values(), 1.0), **changes)
         renamed = [
-            Document(domains[it.domain], it.name, it.text) for it in small_documents() if it.domain in domains
+            CorpusDocument(domains[it.domain], it.name, it.text)
+            for it in small_documents()
+            if it.domain in domains
         ]
         recipe = dataclasses.replace(recipe, tokenizer=Tokenizer(TokenizerKind.cl100k_base))
         build_shards(recipe, documents=lambda: iter(renamed))
@@ -238,13 +240,13 @@ def test_domains_join_those_in_the_store(
     node = dataclasses.replace(alone, data=dataclasses.replace(alone.data, shards=str(tmp_path / "node")))
     fetch_indices(node)
     second = made("second", {"prose": "prose"})
-    with pytest.raises(RecipeError, match=r"holds other shards .* or --join if these are other domains"):
+    with pytest.raises(UserError, match=r"holds other shards .* or --join if these are other domains"):
         upload_shards(second, "s3://store/parts")
 
     def failing(*_: object) -> None:
         raise OSError("cable")
 
-    with monkeypatch.context() as patch, pytest.raises(RecipeError, match=r"manifest\.json .*cable"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"manifest\.json .*cable"):
         patch.setattr(S3Downloader, "_download_file_impl", failing)
         upload_shards(second, "s3://store/parts", join=True)
     manifest = upload_shards(second, "s3://store/parts", join=True)
@@ -260,9 +262,9 @@ def test_domains_join_those_in_the_store(
     loaders = (build_train_loader(it, tokenizer, rank=0, world_size=1) for it in (at_once, both, node))
     for one, other, another, _ in zip(*loaders, range(20), strict=False):
         assert one["input_ids"].tolist() == other["input_ids"].tolist() == another["input_ids"].tolist()
-    with pytest.raises(RecipeError, match=r"data\.domains: code is another there than here; give the domain"):
+    with pytest.raises(UserError, match=r"data\.domains: code is another there than here; give the domain"):
         upload_shards(made("third", {"prose": "code"}), "s3://store/parts", join=True)
-    with pytest.raises(RecipeError, match="sequence_tokens: is 32 there, and 64 here"):
+    with pytest.raises(UserError, match="sequence_tokens: is 32 there, and 64 here"):
         upload_shards(made("longer", {"prose": "x"}, sequence_tokens=64), "s3://store/parts", join=True)
 
 
@@ -273,7 +275,7 @@ def test_altered_shards_are_not_sent(s3: Any, tmp_path: Path, built: Recipe, mon
     shard = root / "code/train/shard.00000.mds"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(RecipeError, match=re.escape(f"{shard} is altered")):
+    with pytest.raises(UserError, match=re.escape(f"{shard} is altered")):
         upload_shards(root, "s3://store/altered")
     assert "Contents" not in s3.list_objects_v2(Bucket="store", Prefix="altered/")
 
@@ -311,7 +313,7 @@ def test_compressed_shards_are_sent_in_place_of_the_others_and_unpacked_by_each_
     assert streamed[1]["tokens"].tolist() == folder[1].tokens.tolist()
     packed = root / "code/train/shard.00000.mds.zstd"
     packed.write_bytes(packed.read_bytes()[:-1])
-    with pytest.raises(RecipeError, match=re.escape(f"{packed} has ") + ".* instead of"):
+    with pytest.raises(UserError, match=re.escape(f"{packed} has ") + ".* instead of"):
         upload_shards(root, "s3://store/packed-again")
 
 

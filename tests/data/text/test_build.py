@@ -21,11 +21,11 @@ from data.shards.packing import PADDING
 from data.shards.streams import ShardFolder
 from data.text import build
 from data.text.engines import Processes, Spark
-from data.text.job import Job, Result
+from data.text.job import PreparationJob, Result
 from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards
+from train.recipe.errors import UserError
 from train.recipe.preparation import Preparation, Quality, Source, SourceKind
-from train.recipe.reading import RecipeError
 from train.recipe.schema import Recipe, Tokenizer
 
 FACTS = {"dataset": "tales", "version": "1.2", "origin": "https://example.org/tales", "licence": "CC0-1.0"}
@@ -193,12 +193,12 @@ def test_a_job_that_was_cut_off_goes_on(
 
 def test_results_of_other_files_are_not_gone_on_with(corpus: Path, make_recipe: Callable[..., Recipe]):
     recipe = recipe_of(corpus, make_recipe, "one")
-    with pytest.raises(RecipeError, match=r"no source has domain music"):
+    with pytest.raises(UserError, match=r"no source has domain music"):
         build_shards(
             dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, validation_domains=["music"])),
             engine=Processes(1),
         )
-    with pytest.raises(RecipeError, match=r"data.domains: code has 0 documents.*language"):
+    with pytest.raises(UserError, match=r"data.domains: code has 0 documents.*language"):
         shutil.move(corpus / "p", corpus / "q")
         (corpus / "p").mkdir()
         shutil.copy(corpus / "q/y.parquet", corpus / "p")
@@ -217,7 +217,7 @@ def test_other_sources_than_those_of_the_shards_are_refused(corpus: Path, make_r
     recipe = recipe_of(corpus, make_recipe, "one")
     manifest = build_shards(recipe, engine=Processes(1))
     other = recipe_of(corpus, make_recipe, "one", near_duplicates=0.9)
-    with pytest.raises(RecipeError, match=r"data.sources: are not those"):
+    with pytest.raises(UserError, match=r"data.sources: are not those"):
         require_match(manifest, other)
     require_match(manifest, recipe_of(corpus, make_recipe, "one", zstd_level=3))
     moved = [dataclasses.replace(it, path="/elsewhere") for it in recipe.data.sources]
@@ -231,9 +231,9 @@ def test_a_missing_source_is_one_line(corpus: Path, make_recipe: Callable[..., R
         *recipe.data.sources[1:],
     ]
     broken = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=sources))
-    with pytest.raises(RecipeError, match=r"data.sources\[0\].path: .* has no file that ends in"):
+    with pytest.raises(UserError, match=r"data.sources\[0\].path: .* has no file that ends in"):
         build_shards(broken, engine=Processes(1))
-    with pytest.raises(RecipeError, match=r"data.preparation.zstd_level: is 23; give a level from 1 to 22"):
+    with pytest.raises(UserError, match=r"data.preparation.zstd_level: is 23; give a level from 1 to 22"):
         build_shards(recipe_of(corpus, make_recipe, "one", zstd_level=23), engine=Processes(1))
 
 
@@ -284,11 +284,11 @@ def test_spark_gives_the_same_bytes_and_failed_tasks_leave_nothing(
 
 
 def test_workers_of_spark_do_not_go_through_all_their_modules_after_each_task(tmp_path: Path, spark: Spark):
-    def stage(job: Job, item: int) -> Result:
+    def stage(job: PreparationJob, item: int) -> Result:
         zips = [path for path, it in sys.path_importer_cache.items() if isinstance(it, zipimporter)]
         return {"frozen": gc.get_freeze_count(), "zips": zips, "process": os.getpid()}
 
-    job = Job(tmp_path, (), Preparation(), (), Tokenizer(), 16, False)
+    job = PreparationJob(tmp_path, (), Preparation(), (), Tokenizer(), 16, False)
     seen: set[int] = set()
     for result in spark.run("looking", stage, job, list(range(20))):
         if result["process"] in seen:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.experiments.continued import Row, against_none, estimate
+from launch.experiments.continued import ReplayRow, against_none, estimate
 
 
 def test_the_interval_is_students() -> None:
@@ -14,7 +14,7 @@ def test_the_interval_is_students() -> None:
 
 def test_shares_are_compared_within_a_seed() -> None:
     rows = [
-        Row(seed, share, 5.0, 5.0 + seed - share + 0.01 * seed * share, 7.0, 6.0 + seed + share)
+        ReplayRow(seed, share, 5.0, 5.0 + seed - share + 0.01 * seed * share, 7.0, 6.0 + seed + share)
         for seed in (1, 2, 3)
         for share in (0.0, 0.5)
     ]

@@ -15,8 +15,8 @@ from launch.experiments.ladder.runner import OVERHEAD_SECONDS, Timing, Timings
 from launch.experiments.ladder.search import MOST_TRIED, best_of, beyond, chosen, search_rates, told
 from tests.train.report.test_report import SUMMARY
 from train.recipe import sizes
+from train.recipe.errors import UserError
 from train.recipe.exit_status import REPLAY_STATUS
-from train.recipe.reading import RecipeError
 from train.record.summary import write_summary
 
 YAMLS = Path(__file__).parents[3] / "yamls"
@@ -258,5 +258,5 @@ def test_a_run_that_fails_is_named(tiny: Path, tmp_path: Path) -> None:
     (folder / "something").touch()
     from launch.experiments.ladder.runner import train_missing
 
-    with pytest.raises(RecipeError, match=r"tiny-dense-rate0.5: ended early: .*logs/tiny-dense-rate0.5.log"):
+    with pytest.raises(UserError, match=r"tiny-dense-rate0.5: ended early: .*logs/tiny-dense-rate0.5.log"):
         train_missing(plan.search_runs(), tmp_path / "ladder", workers=1, deadline=None)

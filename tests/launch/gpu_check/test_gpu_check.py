@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from launch.gpu_check import __main__ as command
 from launch.gpu_check.kernels import check_kernels, relative_error
 from launch.gpu_check.numerics import check_numerics
-from launch.gpu_check.rows import Row
+from launch.gpu_check.rows import CheckRow
 from launch.gpu_check.step import check_step, gpu_of, slice_of
 from launch.plan.hardware import GPUS
 from launch.plan.memory import memory
 from train.model import megablocks_ops, moe
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Precision, Recipe
-from train.recipe.tiny import shrink
+from train.recipe.tiny import tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 TOKENS, WIDTH = 24, 32
 
 
-def failures(rows: list[Row]) -> str:
+def failures(rows: list[CheckRow]) -> str:
     return "\n".join(f"{row.what}: {row.found} ({row.wanted})" for row in rows if not row.passed)
 
 
 def small(recipe: str) -> Recipe:
-    return shrink(load_recipe(ROOT / recipe), steps=3)
+    return tiny_recipe(load_recipe(ROOT / recipe), steps=3)
 
 
 def test_kernels_agree_with_their_definitions() -> None:
@@ -115,17 +115,17 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_part_that_breaks_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> list[Row]:
+    def broken() -> list[CheckRow]:
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("train.layout.device.describe_hardware", lambda *_: "1 x GPU")
 
-    def endless() -> list[Row]:
+    def endless() -> list[CheckRow]:
         while True:
             time.sleep(0.01)
 
-    fine = Row("numerics", "loss", "0.0e+00", "<= 1e-05")
+    fine = CheckRow("numerics", "loss", "0.0e+00", "<= 1e-05")
     all_parts = {"kernels": broken, "numerics": lambda: [fine], "memory": endless}
     monkeypatch.setattr(command, "parts", lambda: all_parts)
     monkeypatch.setattr(command, "LIMIT_SECONDS", 2)

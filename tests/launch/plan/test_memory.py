@@ -47,7 +47,7 @@ from train.recipe.schema import (
     Position,
     Precision,
 )
-from train.recipe.tiny import shrink
+from train.recipe.tiny import tiny_recipe
 
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 RECIPES = sorted(set(YAMLS.glob("*.yaml")) - set(YAMLS.glob("ladder*.yaml")))
@@ -87,7 +87,7 @@ def real_states(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[i
 @pytest.mark.parametrize("rank", [0, 13, 23])
 @pytest.mark.parametrize("stem", ["dbrx", "dbrx-dense-a", "mpt-7b", "llama2-13b"])
 def test_states_of_shrunken_recipes_to_the_byte(stem: str, rank: int, kind: OptimizerKind) -> None:
-    cfg = shrink(load_recipe(YAMLS / f"{stem}.yaml"), steps=2).model
+    cfg = tiny_recipe(load_recipe(YAMLS / f"{stem}.yaml"), steps=2).model
     layout, world = Parallelism(replicate=2, expert=4 if cfg.moe else 1), 24
     with sharded(cfg, layout, world, rank) as decoder:
         optimizer = build_optimizer(decoder, Optimizer(kind=kind, learning_rate=1e-3))
@@ -118,7 +118,7 @@ def test_states_of_every_recipe_to_the_byte(path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("stem", ["dbrx", "dbrx-dense-a", "mpt-7b", "llama2-13b"])
 def test_gathered_weights_are_what_fsdp_allocates(stem: str, expert: int) -> None:
     """Every unit is gathered for real (the fake group sends nothing, but the buffers are FSDP2's own)."""
-    cfg = shrink(load_recipe(YAMLS / f"{stem}.yaml"), steps=2).model
+    cfg = tiny_recipe(load_recipe(YAMLS / f"{stem}.yaml"), steps=2).model
     layout = Parallelism(replicate=2, expert=expert if cfg.moe else 1)
     real: dict[str, int] = {}
     with sharded(cfg, layout, 24, rank=5) as decoder:

@@ -17,7 +17,8 @@ from launch.plan.step import make_plan
 from launch.plan.step_time import Efficiency
 from launch.plan.table5 import table5
 from train.recipe import sizes
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.schema import Parallelism, Recipe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -133,7 +134,7 @@ def test_too_few_gpus_name_a_number_that_is_enough() -> None:
 
 def test_rows_that_fsdp_cannot_split_evenly_are_refused() -> None:
     uneven = recipe("dbrx-moe-a", "parallelism.expert=4", "training.global_batch_sequences=1056")
-    with pytest.raises(RecipeError, match="do not shard evenly"):
+    with pytest.raises(UserError, match="do not shard evenly"):
         make_plan(uneven, 132, H100)
 
 
@@ -196,9 +197,9 @@ PHASES = [
 def test_each_form_of_a_run_is_planned_as_a_run_of_its_own() -> None:
     whole = recipe("dbrx", *PHASES)
     plan_of_run = make_plan(whole, 3072, H100)
-    assert [plan.form.phases for plan in plan_of_run.forms] == [(0, 1, 2), (3,)]
+    assert [plan.form.phases for plan in plan_of_run.step_shapes] == [(0, 1, 2), (3,)]
     for plan_of_form, length, batch, microbatch in zip(
-        plan_of_run.forms, (4096, 32768), (6144, 3072), (2, 1), strict=True
+        plan_of_run.step_shapes, (4096, 32768), (6144, 3072), (2, 1), strict=True
     ):
         training = replace(whole.training, global_batch_sequences=batch, microbatch_sequences=microbatch)
         tokens = plan_of_form.form.tokens
@@ -211,10 +212,10 @@ def test_each_form_of_a_run_is_planned_as_a_run_of_its_own() -> None:
         assert tokens == plan_of_form.form.batches * batch * length
         for quantity in ("memory", "collectives", "microbatches", "parts", "step_seconds", "utilisation"):
             assert getattr(plan_of_form, quantity) == getattr(expected, quantity), quantity
-    days = [plan.form.batches * plan.step_seconds / 86400 for plan in plan_of_run.forms]
+    days = [plan.form.batches * plan.step_seconds / 86400 for plan in plan_of_run.step_shapes]
     assert plan_of_run.days == pytest.approx(sum(days))
     assert plan_of_run.flops == sizes.training_flops(whole)
-    assert sum(plan.form.batches for plan in plan_of_run.forms) == sizes.batches(whole)
+    assert sum(plan.form.batches for plan in plan_of_run.step_shapes) == sizes.batches(whole)
 
 
 def test_a_run_fits_only_if_its_longest_phase_does(
@@ -234,5 +235,5 @@ def test_a_run_fits_only_if_its_longest_phase_does(
 
 
 def test_search_says_why_no_layout_is_possible() -> None:
-    with pytest.raises(RecipeError, match=r"data\.phases\[3\]\.global_batch_sequences"):
+    with pytest.raises(UserError, match=r"data\.phases\[3\]\.global_batch_sequences"):
         search(recipe("dbrx", "training.microbatch_sequences=1"), 6144, H100)

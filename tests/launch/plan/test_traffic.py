@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.plan.hardware import GPUS
-from launch.plan.traffic import Collective, Kind, collectives
+from launch.plan.traffic import Collective, CollectiveKind, collectives
 from launch.verify.forked_ranks import run_ranks
 from train.layout.mesh import build_mesh, build_sharded
 from train.model.decoder import Decoder
@@ -38,10 +38,10 @@ DENSE = Model(
     tie_embeddings=True,
 )
 KINDS = {
-    "_allgather_base_": Kind.all_gather,
-    "_reduce_scatter_base_": Kind.reduce_scatter,
-    "allreduce_": Kind.all_reduce,
-    "alltoall_base_": Kind.all_to_all,
+    "_allgather_base_": CollectiveKind.all_gather,
+    "_reduce_scatter_base_": CollectiveKind.reduce_scatter,
+    "allreduce_": CollectiveKind.all_reduce,
+    "alltoall_base_": CollectiveKind.all_to_all,
 }
 
 
@@ -50,8 +50,8 @@ class Counting(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.payloads: Counter[Kind] = Counter()
-        self.calls: Counter[Kind] = Counter()
+        self.payloads: Counter[CollectiveKind] = Counter()
+        self.calls: Counter[CollectiveKind] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -59,7 +59,11 @@ class Counting(TorchDispatchMode):
         if func.namespace == "c10d":
             kind = KINDS[func._schema.name.split("::")[1]]
             # Arguments are (output, input, ...); an all-reduce has its tensors in a list.
-            tensor = args[0][0] if kind is Kind.all_reduce else args[0 if kind is Kind.all_gather else 1]
+            tensor = (
+                args[0][0]
+                if kind is CollectiveKind.all_reduce
+                else args[0 if kind is CollectiveKind.all_gather else 1]
+            )
             assert isinstance(tensor, Tensor)
             self.payloads[kind] += tensor.numel() * tensor.element_size()
             self.calls[kind] += 1
@@ -102,8 +106,8 @@ def test_bytes_are_those_counted_on_gloo(
     cfg: Model, layout: Parallelism, world: int, precision: Precision, checkpointing: bool
 ) -> None:
     ranks = run_ranks(world, lambda rank: count(cfg, layout, precision, checkpointing, rank))
-    predicted_bytes: Counter[Kind] = Counter()
-    predicted_calls: Counter[Kind] = Counter()
+    predicted_bytes: Counter[CollectiveKind] = Counter()
+    predicted_calls: Counter[CollectiveKind] = Counter()
     for collective in collectives(
         cfg,
         layout,
@@ -120,19 +124,19 @@ def test_bytes_are_those_counted_on_gloo(
     assert ranks[0].calls == predicted_calls
 
 
-def collective(kind: Kind, ranks: int, stride: int = 1) -> Collective:
+def collective(kind: CollectiveKind, ranks: int, stride: int = 1) -> Collective:
     return Collective("test", kind, 800.0, ranks, stride, calls=1)
 
 
 def test_a_ring_sends_all_but_its_own_share() -> None:
-    assert collective(Kind.all_gather, 8).sent_bytes() == 700
-    assert collective(Kind.all_reduce, 8).sent_bytes() == 1400
-    assert collective(Kind.all_gather, 1).sent_bytes() == 0
+    assert collective(CollectiveKind.all_gather, 8).sent_bytes() == 700
+    assert collective(CollectiveKind.all_reduce, 8).sent_bytes() == 1400
+    assert collective(CollectiveKind.all_gather, 1).sent_bytes() == 0
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", CollectiveKind)
 @pytest.mark.parametrize(("ranks", "stride"), [(8, 1), (16, 1), (4, 8), (16, 4), (2, 64)])
-def test_links_carry_what_is_sent(kind: Kind, ranks: int, stride: int) -> None:
+def test_links_carry_what_is_sent(kind: CollectiveKind, ranks: int, stride: int) -> None:
     found = collective(kind, ranks, stride)
     links = found.link_bytes(8)
     assert links.nvlink + links.network == pytest.approx(found.sent_bytes())
@@ -140,7 +144,10 @@ def test_links_carry_what_is_sent(kind: Kind, ranks: int, stride: int) -> None:
 
 
 def test_neighbours_share_network_cards_and_strangers_do_not() -> None:
-    assert collective(Kind.all_gather, 16).link_bytes(8).network == pytest.approx(750 / 8)
-    assert collective(Kind.all_gather, 16, stride=8).link_bytes(8).network == pytest.approx(750)
-    slow, fast = collective(Kind.all_gather, 16, stride=8), collective(Kind.all_gather, 16)
+    assert collective(CollectiveKind.all_gather, 16).link_bytes(8).network == pytest.approx(750 / 8)
+    assert collective(CollectiveKind.all_gather, 16, stride=8).link_bytes(8).network == pytest.approx(750)
+    slow, fast = (
+        collective(CollectiveKind.all_gather, 16, stride=8),
+        collective(CollectiveKind.all_gather, 16),
+    )
     assert slow.seconds(GPUS["h100"]) > fast.seconds(GPUS["h100"])

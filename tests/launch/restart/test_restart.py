@@ -19,13 +19,13 @@ from launch.restart.supervisor import Supervisor
 from train.health.heartbeat import (
     ENDED_FILE,
     FINDING_FILE,
-    Beat,
     Ended,
     Failure,
     Finding,
+    Heartbeat,
     Suspect,
-    beat_file,
     failure_file,
+    heartbeat_file,
     pid_space,
     write_record,
 )
@@ -55,8 +55,8 @@ class Job:
         return Supervisor(start, policy or Policy(), self.folder, hosts, nodes, said, waits).run()
 
     def beat(self, rank: int, host: str = "n1", when: float = 0.0) -> None:
-        beat = Beat(rank, host, 1 << 30, "", 3, when or time.time(), "forward pass", 5, str(self.run))
-        write_record(beat_file(self.folder, rank), beat)
+        beat = Heartbeat(rank, host, 1 << 30, "", 3, when or time.time(), "forward pass", 5, str(self.run))
+        write_record(heartbeat_file(self.folder, rank), beat)
 
     def fails(self, batch: int, error: str = "ValueError: no", rank: int = 0) -> Callable[[], int]:
         def attempt() -> int:
@@ -209,7 +209,7 @@ def test_a_system_that_restarts_by_itself_gets_a_log_and_a_limit(job: Job) -> No
 COMMAND = """
 import os, pathlib, signal, sys, time
 from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS
-from train.health.heartbeat import Beat, beat_file, write_record
+from train.health.heartbeat import Heartbeat, heartbeat_file, write_record
 folder = pathlib.Path(os.environ["FINEGRAIN_RECORDS"])
 tries = folder / "tries"
 count = int(tries.read_text()) if tries.exists() else 0
@@ -257,8 +257,8 @@ def test_a_stopped_rank_does_not_outlive_its_job(tmp_path: Path) -> None:
     try:
         os.kill(ours.pid, signal.SIGSTOP)
         for rank, process in enumerate((ours, other)):
-            beat = Beat(rank, "any", process.pid, pid_space(), 1, 0.0, "", 0, "")
-            write_record(beat_file(tmp_path, rank), beat)
+            beat = Heartbeat(rank, "any", process.pid, pid_space(), 1, 0.0, "", 0, "")
+            write_record(heartbeat_file(tmp_path, rank), beat)
         threading.Timer(10, other.kill).start()
         end_leftovers(tmp_path)
         assert ours.wait(timeout=5) == -signal.SIGKILL

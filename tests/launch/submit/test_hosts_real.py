@@ -20,7 +20,7 @@ from launch.submit import hosts
 from launch.verify.forked_ranks import Ranks
 from launch.verify.resumption import trainer
 from tests.launch.submit.conftest import ROOT, RealRuns
-from train.health.heartbeat import Beat, beat_file, read_record
+from train.health.heartbeat import Heartbeat, heartbeat_file, read_record
 from train.recipe.exit_status import PREEMPTED_STATUS
 from train.recipe.reading import load_recipe
 
@@ -67,7 +67,7 @@ def test_a_run_that_loses_a_host_and_is_told_to_end_goes_on_to_the_same_losses(r
     job = start(real_runs, "disturbed", "torchrun")
     reach(real_runs, job, 6)
     records = real_runs.folder / "disturbed.restarts"
-    beat = read_record(beat_file(records, 1), Beat)
+    beat = read_record(heartbeat_file(records, 1), Heartbeat)
     assert beat is not None
     os.kill(beat.pid, signal.SIGKILL)
     reach(real_runs, job, len(real_runs.losses("disturbed")) + 6)

@@ -21,8 +21,9 @@ from launch.submit.environment import TABLE, describe, environment
 from launch.submit.job import Device, Job, check_job
 from launch.submit.placement import check_placement
 from train.health.heartbeat import HOST_VARIABLE
+from train.recipe.errors import UserError
 from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, USAGE_STATUS
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.reading import load_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = str(ROOT / "yamls/dbrx-moe-a.yaml")
@@ -221,7 +222,7 @@ def test_placement_by_counting_nodes() -> None:
             elif len(spans) == 1:
                 assert f"span {max(spans)} nodes" in check_placement(job, placed)[0]
             else:
-                with pytest.raises(RecipeError, match=r"parallelism\.expert.*border"):
+                with pytest.raises(UserError, match=r"parallelism\.expert.*border"):
                     check_placement(job, placed)
 
 
@@ -241,7 +242,7 @@ def test_placement_by_counting_nodes() -> None:
     ],
 )
 def test_mistakes_are_named(changed: dict[str, Any], key: str) -> None:
-    with pytest.raises(RecipeError) as error:
+    with pytest.raisesUserError as error:
         check_job(replace(JOB, **({"overrides": ()} | changed)))
     assert error.value.key == key and error.value.remedy
 

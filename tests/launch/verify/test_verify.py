@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.verify.__main__ import main, with_global_scope
-from launch.verify.case_run import Outcome, import_optimizers, make_reference, run_case
+from launch.verify.case_run import CaseOutcome, import_optimizers, make_reference, run_case
 from launch.verify.cases import Case, Layout, find_case, layouts
 from launch.verify.faults import FAULTS
 from launch.verify.forked_ranks import RankError
@@ -48,7 +48,7 @@ def test_gate_sees_the_fault(name: str, precision: Precision, folder: Path) -> N
     fault = FAULTS[name]
     key = (fault.input, str(fault.layout), fault.needs_global_scope, precision)
     case, seed, file = _reference(key, folder)
-    outcome = Outcome(case, run_case(case, seed, file, fault.put_in))
+    outcome = CaseOutcome(case, run_case(case, seed, file, fault.put_in))
     assert not outcome.has_passed
     deviation = outcome.deviations[fault.shows_in]
     assert deviation.first, f"not in {fault.shows_in}: {outcome.deviations}"
@@ -62,7 +62,7 @@ def test_a_recomputation_that_rounds_otherwise_is_seen_in_bf16_alone(
     fault = FAULTS["rounded-in-forward-alone"]
     case, seed, file = _reference((fault.input, str(fault.layout), False, precision), folder)
     if precision is Precision.fp32:
-        assert Outcome(case, run_case(case, seed, file, fault.put_in)).has_passed
+        assert CaseOutcome(case, run_case(case, seed, file, fault.put_in)).has_passed
         return
     with pytest.raises(RankError, match="recomputed metadata"):
         run_case(case, seed, file, fault.put_in)
@@ -74,7 +74,7 @@ def test_gate_passes_the_same_cases_without_a_fault(
     layout: str, needs_global_scope: bool, precision: Precision, folder: Path
 ) -> None:
     case, seed, file = _reference(("accumulated", layout, needs_global_scope, precision), folder)
-    outcome = Outcome(case, run_case(case, seed, file))
+    outcome = CaseOutcome(case, run_case(case, seed, file))
     assert outcome.has_passed, outcome.deviations
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from train.evaluate.suite import check_suite
 from train.main import main as train
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.topology import Topology
 from train.record.step_log import read_steps
@@ -81,7 +82,7 @@ def test_scores_in_the_loop_are_those_of_the_checkpoint(tmp_path: Path, small_ta
 def test_mistakes_are_named_before_torch(
     tmp_path: Path, small_tasks: Any, override: str, complaint: str
 ) -> None:
-    with pytest.raises(RecipeError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         recipe = load_recipe(SMOKE, [*_overrides(tmp_path, small_tasks), override])
         validate(recipe, Topology(), str(SMOKE))
         check_suite(recipe, str(SMOKE))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from train.evaluate.retrieval import make_prompt, retrieval
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 
 
 def _encode(text: str) -> list[int]:
@@ -58,5 +58,5 @@ def test_what_is_out_of_reach_is_not_found() -> None:
 @pytest.mark.parametrize(("length", "complaint"), [(20_000, "exceed the model's"), (60, "two pairs")])
 def test_impossible_lengths(length: int, complaint: str) -> None:
     scorer: Any = Copier(reach=300)
-    with pytest.raises(RecipeError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         retrieval(scorer, _encode, [length], [0.0], trials=1)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.schema import Model, Moe, Parallelism, Precision, Recipe, Tokenizer, TokenizerKind
 from train.recipe.topology import Topology
 
@@ -104,11 +105,11 @@ def test_lm_eval_is_told_which_local_file_is_missing(small_tasks: Any, tmp_path:
     from train.evaluate.harness import local_datasets
 
     with local_datasets(small_tasks.hub):
-        with pytest.raises(RecipeError, match=r"default/dev.jsonl: lacks this split"):
+        with pytest.raises(UserError, match=r"default/dev.jsonl: lacks this split"):
             datasets.load_dataset("EleutherAI/lambada_openai", "default")["dev"]
 
         assert len(datasets.load_dataset("allenai/ai2_arc", "ARC-Easy")["test"]) == 7
-        with pytest.raises(RecipeError, match=r"cais/mmlu/anatomy: holds no SPLIT.jsonl"):
+        with pytest.raises(UserError, match=r"cais/mmlu/anatomy: holds no SPLIT.jsonl"):
             datasets.load_dataset("cais/mmlu", "anatomy")
 
 

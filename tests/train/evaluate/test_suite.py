@@ -4,8 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from train.evaluate.suite import Kind, Suite, Task, load_suite, missing_files, require_files, score, select
-from train.recipe.reading import RecipeError
+from train.evaluate.suite import (
+    Suite,
+    Task,
+    TaskKind,
+    load_suite,
+    missing_files,
+    require_files,
+    score,
+    select,
+)
+from train.recipe.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 GAUNTLET = ROOT / "yamls/suites/gauntlet.yaml"
@@ -13,7 +22,7 @@ DATA = ROOT.parent / "shared/gauntlet"
 
 
 def _task(category: str, baseline: float) -> Task:
-    return Task(category=category, kind=Kind.multiple_choice, file="x.jsonl", shots=0, baseline=baseline)
+    return Task(category=category, kind=TaskKind.multiple_choice, file="x.jsonl", shots=0, baseline=baseline)
 
 
 SUITE = Suite("s", {"a": _task("one", 0.5), "b": _task("one", 0.0), "c": _task("two", 0.25)})
@@ -36,12 +45,12 @@ def test_a_category_that_lacks_a_task_has_no_score_and_the_whole_has_no_average(
 
 def test_files_that_are_missing_are_an_error_that_names_tasks_and_categories(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("{}\n")
-    lacking = Suite("s", SUITE.tasks | {"d": Task("two", Kind.schema, "gone/d.jsonl", 0, 0.5)})
-    with pytest.raises(RecipeError, match=r"lacks d \(two: gone/d.jsonl\)"):
+    lacking = Suite("s", SUITE.tasks | {"d": Task("two", TaskKind.schema, "gone/d.jsonl", 0, 0.5)})
+    with pytest.raises(UserError, match=r"lacks d \(two: gone/d.jsonl\)"):
         require_files(lacking, select(lacking, []), tmp_path)
     require_files(lacking, select(lacking, ["c", "a"]), tmp_path)
     assert select(lacking, ["c", "a"]) == ["a", "c"]
-    with pytest.raises(RecipeError, match="has no task 'e'"):
+    with pytest.raises(UserError, match="has no task 'e'"):
         select(lacking, ["e"])
 
 
@@ -54,7 +63,7 @@ def test_a_mistake_in_a_suite_names_file_and_key(tmp_path: Path, line: str, comp
     fields[key] = value
     text = "".join(f"    {name}: {field}\n" for name, field in fields.items())
     (tmp_path / "suite.yaml").write_text(f"name: s\ntasks:\n  a:\n{text}")
-    with pytest.raises(RecipeError, match=rf"suite.yaml: .*{complaint}"):
+    with pytest.raises(UserError, match=rf"suite.yaml: .*{complaint}"):
         load_suite(tmp_path / "suite.yaml")
 
 

@@ -16,10 +16,10 @@ from train.generate.chat import Message, chatml
 from train.generate.generation import OwnText, generate, text_of
 from train.generate.kv_cache import CachedDecoder, flush_right
 from train.generate.sampling import Sampling, next_tokens
-from train.hf.errors import InterchangeError
 from train.hf.weights import open_weights
 from train.model.decoder import Decoder
 from train.model.init import initialize
+from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Ffn, Model, Moe, Norm, Position, Recipe, Tokenizer, TokenizerKind
 
@@ -281,6 +281,6 @@ def test_exported_folders_speak_the_same(
 
 def test_a_folder_without_a_tokenizer_is_named(run: Path, tmp_path: Path) -> None:
     source = open_weights(run)
-    with pytest.raises(InterchangeError, match=r"without tokenizer\.json"):
+    with pytest.raises(UserError, match=r"without tokenizer\.json"):
         text_of(replace(source, recipe=None))
     assert isinstance(text_of(source), OwnText)

@@ -18,12 +18,12 @@ from train.health.heartbeat import (
     ENDED_FILE,
     FINDING_FILE,
     RECORDS_FOLDER,
-    Beat,
     Ended,
     Finding,
+    Heartbeat,
     Stuck,
-    beat_file,
     failure_file,
+    heartbeat_file,
     read_record,
 )
 from train.health.watchdog import Watchdog
@@ -110,7 +110,7 @@ def test_a_healthy_run_is_left_alone(tmp_path: Path) -> None:
 
     assert watch_steps(tmp_path, 2, rest, tmp_path / "out") == [0, 0]
     assert not (tmp_path / FINDING_FILE).exists()
-    assert read_record(beat_file(tmp_path, 1), Beat) is not None
+    assert read_record(heartbeat_file(tmp_path, 1), Heartbeat) is not None
 
 
 def test_a_run_that_leaves_of_its_own_will_says_with_which_status(tmp_path: Path) -> None:

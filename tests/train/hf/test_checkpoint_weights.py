@@ -11,8 +11,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from launch.verify.forked_ranks import run_ranks
 from train.hf.checkpoint_weights import WRAPPER, CheckpointWeights
-from train.hf.errors import InterchangeError
 from train.hf.folders import STATE_FOLDER
+from train.recipe.errors import UserError
 from train.recipe.topology import Topology
 
 PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "copies": Replicate(), "bf16": Shard(0)}
@@ -58,7 +58,7 @@ def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
     weights.read("rows")
     (file,) = (tmp_path / STATE_FOLDER).glob("*.distcp")
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(InterchangeError, match="ends too early"):
+    with pytest.raises(UserError, match="ends too early"):
         weights.read("rows")
 
 

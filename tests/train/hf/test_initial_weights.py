@@ -12,13 +12,13 @@ from launch.verify.forked_ranks import run_ranks
 from train.checkpoint.files import Progress
 from train.checkpoint.saver import CheckpointSaver
 from train.hf import initial_weights
-from train.hf.errors import InterchangeError
 from train.hf.export import main as export
 from train.hf.initial_weights import freeze, load_initial_weights, restore_optimizer
 from train.hf.weights import Weights, open_weights
 from train.layout.mesh import build_mesh, build_sharded
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
+from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Balance, Model, Moe, Optimizer, Parallelism, Precision, Recipe
 from train.recipe.topology import Topology
@@ -114,10 +114,10 @@ def test_each_rank_gets_its_rows(
 def _export_weights(run: Path, out: Path) -> None:
     """The folder in Hugging Face's form; without a tokenizer, which this run has none of."""
     from train.hf.hf_folder import write_folder
-    from train.hf.weights import Source
+    from train.hf.weights import WeightSource
 
     source = open_weights(run)
-    write_folder(Source(source.path, source.model, source.weights), out)
+    write_folder(WeightSource(source.path, source.model, source.weights), out)
 
 
 def test_the_balancing_bias_comes_along(recipe: Recipe, make_run: MakeRun) -> None:
@@ -205,7 +205,7 @@ def test_a_restored_optimizer_goes_on_with_this_recipes_rates(recipe: Recipe, tm
     part, part_optimizer = built(0.025, ("*.router.*",))
     restore_optimizer(folder, part, part_optimizer, Topology())
     saved = _save(tmp_path, part, part_optimizer, Progress(4, 12, 192, 1.0))
-    with pytest.raises(InterchangeError, match=r"no optimizer state of .*router.layer.weight"):
+    with pytest.raises(UserError, match=r"no optimizer state of .*router.layer.weight"):
         restore_optimizer(saved, new, new_optimizer, Topology())
 
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from launch.verify.forked_ranks import run_ranks
-from train.hf.errors import InterchangeError
 from train.hf.safetensors_io import (
     BLOCK_BYTES,
     MOST_SPARE_BLOCKS,
@@ -20,6 +19,7 @@ from train.hf.safetensors_io import (
     new_rows,
     write_files,
 )
+from train.recipe.errors import UserError
 from train.recipe.topology import Topology
 
 INFOS = [TensorInfo(f"t{number}", torch.float32, (40, 3)) for number in range(6)]
@@ -93,7 +93,7 @@ def test_files_written_side_by_side_are_each_whole(tmp_path: Path) -> None:
 def test_an_error_in_one_file_leaves_nothing_half_written(tmp_path: Path) -> None:
     def failing() -> Iterator[Tensor]:
         yield _value(0)[:5]
-        raise InterchangeError("broken")
+        raise UserError("broken")
 
     def endless() -> Iterator[Tensor]:
         while True:
@@ -102,6 +102,6 @@ def test_an_error_in_one_file_leaves_nothing_half_written(tmp_path: Path) -> Non
     jobs = {
         name: (make_header(INFOS[:1]), blocks) for name, blocks in {"a": failing(), "b": endless()}.items()
     }
-    with pytest.raises(InterchangeError, match="broken"):
+    with pytest.raises(UserError, match="broken"):
         list(write_files(tmp_path, jobs))
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,8 @@ import pytest
 
 from train.hf.folders import write_model
 from train.hf.start import check_start
-from train.recipe.reading import RecipeError, load_recipe, to_yaml
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.rules import validate
 from train.recipe.schema import OptimizerKind, OptimizerStart, Recipe, Registry, Start
 from train.recipe.topology import Topology
@@ -56,7 +57,7 @@ def test_what_changes_is_told(parent: Recipe, run: Path) -> None:
 def test_weights_alone_will_do(parent: Recipe, tmp_path: Path) -> None:
     write_model(tmp_path / "model.yaml", parent.model)
     assert "weights of step 0" in check_start(_from(parent, tmp_path), "x.yaml")[0]
-    with pytest.raises(RecipeError, match=r"start.optimizer: is restored, but .* holds weights alone"):
+    with pytest.raises(UserError, match=r"start.optimizer: is restored, but .* holds weights alone"):
         check_start(_from(parent, tmp_path, OptimizerStart.restored), "x.yaml")
 
 
@@ -76,10 +77,10 @@ def test_misfits_are_refused(parent: Recipe, run: Path, tmp_path: Path) -> None:
         "start.weights: .*no run, no checkpoint": replace(recipe, start=Start(str(tmp_path / "nowhere"))),
     }
     for words, wrong in misfits.items():
-        with pytest.raises(RecipeError, match=f"x.yaml: {words}"):
+        with pytest.raises(UserError, match=f"x.yaml: {words}"):
             check_start(wrong, "x.yaml")
     write_model(tmp_path / "model.yaml", replace(parent.model, moe=None))
-    with pytest.raises(RecipeError, match=r"train.hf.upcycle makes experts of a dense model"):
+    with pytest.raises(UserError, match=r"train.hf.upcycle makes experts of a dense model"):
         check_start(_from(parent, tmp_path), "x.yaml")
 
 
@@ -92,7 +93,7 @@ def test_trained_tokenizers_are_compared(parent: Recipe, run: Path, tmp_path: Pa
         (tmp_path / name / "tokenizer.json").write_text("{}")
     check_start(recipe, "x.yaml")
     (tmp_path / "new" / "tokenizer.json").write_text("{ }")
-    with pytest.raises(RecipeError, match="tokenizer"):
+    with pytest.raises(UserError, match="tokenizer"):
         check_start(recipe, "x.yaml")
 
 
@@ -122,7 +123,7 @@ def _catalog(name: str | None) -> Callable[[Recipe], Recipe]:
     ],
 )
 def test_validation(parent: Recipe, change: Callable[[Recipe], Recipe], words: str) -> None:
-    with pytest.raises(RecipeError, match=words):
+    with pytest.raises(UserError, match=words):
         validate(change(parent), Topology(), "x.yaml")
 
 
@@ -132,7 +133,7 @@ def test_frozen_routers_are_valid(parent: Recipe) -> None:
     )
     validate(frozen, Topology(), "x.yaml")
     dense = replace(frozen, model=replace(parent.model, moe=None))
-    with pytest.raises(RecipeError, match="matches no weight"):
+    with pytest.raises(UserError, match="matches no weight"):
         validate(dense, Topology(), "x.yaml")
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from train.model.init import initialize
 from train.model.moe import MoE, MoEAux, update_bias
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Model, Moe
 
 # Shapes: B batch, S sequence, T tokens, D model, F hidden, E experts, K experts per token.
@@ -209,7 +209,7 @@ def test_meta_allocates_nothing_and_names_are_hugging_faces() -> None:
 
 
 def test_too_small_a_layer_is_the_recipes_mistake() -> None:
-    with pytest.raises(RecipeError, match=r"model.ffn_hidden_size.*at least 16"):
+    with pytest.raises(UserError, match=r"model.ffn_hidden_size.*at least 16"):
         MoE(D, 15, SETTINGS, "cpu")
 
 

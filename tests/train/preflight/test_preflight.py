@@ -27,7 +27,7 @@ from train.preflight.node import (
     check_shards,
     check_shared_memory,
 )
-from train.preflight.together import SLOW, UNFIT, Findings, Row, preflight
+from train.preflight.together import SLOW, UNFIT, Findings, PreflightRow, preflight
 from train.recipe.exit_status import HANG_STATUS
 from train.recipe.reading import load_recipe
 from train.recipe.reliability import Watch
@@ -140,8 +140,11 @@ def test_a_rank_that_hangs_in_preflight_is_named(tmp_path: Path) -> None:
 
 
 def test_the_table_has_a_line_for_many_nodes_and_one_verdict() -> None:
-    rows = [Row("disk", f"n{node}", f"{node} MB/s", is_of_node=True, level=node) for node in range(3, 300)]
-    rows += [Row("GPUs", f"n{node}", "8", "8", is_of_node=True) for node in range(3, 300)]
+    rows = [
+        PreflightRow("disk", f"n{node}", f"{node} MB/s", is_of_node=True, level=node)
+        for node in range(3, 300)
+    ]
+    rows += [PreflightRow("GPUs", f"n{node}", "8", "8", is_of_node=True) for node in range(3, 300)]
     lines = list(describe(Findings(rows), 2376))
     assert len(lines) == 5 and lines[-1] == "FIT: a job of 2376 ranks may start"
     assert "worst of 297 nodes: n3  3 MB/s" in lines[1] and "297 nodes " in lines[2]

@@ -9,8 +9,8 @@ import pytest
 
 from data.order.mixture import Mixture
 from train.recipe.curriculum import continue_stages, from_json, plan_stages, to_json
+from train.recipe.errors import UserError
 from train.recipe.phases import phases_of
-from train.recipe.reading import RecipeError
 from train.recipe.schema import Data, Interpolation, Phase, Recipe, Training
 
 S = 32
@@ -49,7 +49,7 @@ def test_stages_are_the_phases_in_whole_batches():
 @pytest.mark.parametrize("interpolation", Interpolation)
 def test_a_ramp_follows_its_curve_to_the_sample(interpolation: Interpolation):
     ramp = dataclasses.replace(RAMP, tokens=2000 * S, interpolation=interpolation)
-    mixture = Mixture(plan_stages(make(ramp)).stretches())
+    mixture = Mixture(plan_stages(make(ramp)).segments())
     u = np.arange(1, 2001) / 2000
     way = u * u / 2 if interpolation is Interpolation.linear else u / 2 - np.sin(math.pi * u) / (2 * math.pi)
     wanted = 2000 * (0.9 * (u - way) + 0.2 * way)
@@ -76,7 +76,7 @@ def test_edits_of_what_is_to_come_are_recorded_and_leave_the_past():
         (2, 200, 304),
     ]
     assert edited.edits[0].sample == 200 and edited.edits[0].replaced[0].end_sample == 304
-    before, after = Mixture(past.stretches()), Mixture(edited.stretches())
+    before, after = Mixture(past.segments()), Mixture(edited.segments())
     for position in range(0, 201, 3):
         was, now = before.consumed(position), after.consumed(position)
         assert was == {name: now[name] for name in was} and now["music"] == 0
@@ -94,7 +94,7 @@ def test_another_batch_cuts_the_stage_and_keeps_the_books():
             past.stages[cut.phase].ramp_start,
             past.stages[cut.phase].ramp_end,
         )
-        before, after = Mixture(past.stretches()), Mixture(edited.stretches())
+        before, after = Mixture(past.segments()), Mixture(edited.segments())
         assert all(before.consumed(n) == after.consumed(n) for n in range(sample + 1))
 
 
@@ -123,7 +123,7 @@ def test_another_batch_cuts_the_stage_and_keeps_the_books():
     ],
 )
 def test_an_edit_that_would_rewrite_the_past_is_refused(phases: tuple[Phase, ...], sample: int, message: str):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         continue_stages(plan_stages(make(FIRST, RAMP)), make(*phases), sample)
 
 

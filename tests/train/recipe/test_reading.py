@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from train.recipe.reading import RecipeError, describe_keys, load_recipe, to_yaml, walk_schema
+from train.recipe.errors import UserError
+from train.recipe.reading import describe_keys, load_recipe, to_yaml, walk_schema
 from train.recipe.rules import validate
 from train.recipe.schema import Balance
 from train.recipe.topology import Topology
@@ -103,7 +104,7 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_line_with_file_key_and_remedy(override: str, expected: str) -> None:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raisesUserError as caught:
         recipe = load_recipe(SMOKE, [override])
         validate(recipe, Topology(), SMOKE)
     line = str(caught.value.at(SMOKE))
@@ -119,14 +120,14 @@ def test_experts_whose_rows_do_not_shard_evenly_are_refused(ranks: int, is_refus
     if not is_refused:
         validate(recipe, Topology(0, ranks, 0, 1), SMOKE)
         return
-    with pytest.raises(RecipeError, match=r"parallelism\.replicate: .* do not shard evenly over 18 ranks"):
+    with pytest.raises(UserError, match=r"parallelism\.replicate: .* do not shard evenly over 18 ranks"):
         validate(recipe, Topology(0, ranks, 0, 1), SMOKE)
 
 
 def test_a_base_recipes_key_is_let_go_when_a_later_layer_chooses_otherwise(tmp_path: Path) -> None:
     (tmp_path / "wsd.yaml").write_text(f"extends: {SMOKE}\nschedule: {{kind: wsd, decay_tokens: 1000}}\n")
     assert load_recipe(tmp_path / "wsd.yaml", ["schedule.kind=cosine"]).schedule.kind.value == "cosine"
-    with pytest.raises(RecipeError, match="nothing reads"):
+    with pytest.raises(UserError, match="nothing reads"):
         load_recipe(tmp_path / "wsd.yaml", ["schedule.kind=cosine", "schedule.decay_tokens=9"])
 
 
@@ -142,7 +143,7 @@ def test_a_base_recipes_key_is_let_go_when_a_later_layer_chooses_otherwise(tmp_p
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "self.yaml").write_text(text)
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raisesUserError as caught:
         load_recipe(tmp_path / "self.yaml")
     assert (
         expected in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from train.recipe.reading import RecipeError, load_recipe
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.schema import Data, OnExisting, Recipe
-from train.record.run_folder import SUMMARY_FILE, claim_run_folder, require_same_data
+from train.record.run_folder import SUMMARY_FILE, claim_run_folder, data_log_of, require_same_data
 
 SMOKE = Path(__file__).resolve().parents[3] / "yamls/smoke.yaml"
 
@@ -27,7 +28,7 @@ def test_an_unfinished_run_is_resumed_and_a_complete_one_left(tmp_path: Path) ->
 def test_another_recipe_is_refused_by_the_key_that_differs(tmp_path: Path) -> None:
     folder = claim_run_folder(_recipe(tmp_path)).folder
     before = (folder / "recipe.yaml").read_text()
-    with pytest.raises(RecipeError, match=r"optimizer.learning_rate: is 0.5, but .* begun with 0.003"):
+    with pytest.raises(UserError, match=r"optimizer.learning_rate: is 0.5, but .* begun with 0.003"):
         claim_run_folder(_recipe(tmp_path, "optimizer.learning_rate=0.5"))
     assert (folder / "recipe.yaml").read_text() == before
     claim_run_folder(_recipe(tmp_path, "data.workers=0", "checkpoint.keep_last=5"))
@@ -40,7 +41,7 @@ def test_a_key_that_is_not_read_refuses_no_resume(tmp_path: Path) -> None:
     folder = claim_run_folder(recipe).folder
     assert claim_run_folder(recipe).folder == folder
     other = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, corpus="installed"))
-    with pytest.raises(RecipeError, match=r"data\.corpus: is installed, but .* begun with None"):
+    with pytest.raises(UserError, match=r"data\.corpus: is installed, but .* begun with None"):
         claim_run_folder(other)
 
 
@@ -60,7 +61,7 @@ def test_overwrite_removes_a_run_but_never_a_folder_that_is_none(tmp_path: Path)
     assert not (claim_run_folder(recipe).folder / "metrics.jsonl").exists()
     (folder / "recipe.yaml").unlink()
     (folder / "letters.txt").write_text("mine")
-    with pytest.raises(RecipeError, match="is not a run"):
+    with pytest.raises(UserError, match="is not a run"):
         claim_run_folder(recipe)
     assert (folder / "letters.txt").read_text() == "mine"
 
@@ -68,8 +69,17 @@ def test_overwrite_removes_a_run_but_never_a_folder_that_is_none(tmp_path: Path)
 def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path) -> None:
     require_same_data(tmp_path, {"code/train": "a" * 64})
     require_same_data(tmp_path, {"code/train": "a" * 64, "new/train": "c" * 64})
-    with pytest.raises(RecipeError, match=r"data\.shards: holds bbbb.* for code/train, .* begun with aaaa"):
+    with pytest.raises(UserError, match=r"data\.shards: holds bbbb.* for code/train, .* begun with aaaa"):
         require_same_data(tmp_path, {"code/train": "b" * 64})
-    with pytest.raises(RecipeError, match="for new/train"):
+    with pytest.raises(UserError, match="for new/train"):
         require_same_data(tmp_path, {"new/train": "b" * 64})
     require_same_data(tmp_path, {"code/train": "a" * 64})
+
+
+def test_a_run_from_before_the_data_log_was_called_so_goes_on_with_it(tmp_path: Path) -> None:
+    folder = claim_run_folder(_recipe(tmp_path)).folder
+    (folder / "ledger.jsonl").write_text('{"step":1}\n')
+    assert data_log_of(folder).name == "ledger.jsonl"
+    claim_run_folder(_recipe(tmp_path))
+    assert data_log_of(folder).read_text() == '{"step":1}\n'
+    assert {file.name for file in folder.iterdir()} == {"recipe.yaml", "data_log.jsonl"}

@@ -10,9 +10,9 @@ import torch
 from data.loader import build_train_loader
 from data.tokenizer import open_tokenizer
 from train.recipe.curriculum import Curriculum, Skip, from_json, plan_stages, to_json
-from train.recipe.reading import RecipeError
+from train.recipe.errors import UserError
 from train.recipe.schema import Data, DataSkip, Phase, Recipe, Training
-from train.record.skips import Decision, declared_skips, read_decisions, write_decisions
+from train.record.skips import GuardDecision, declared_skips, read_decisions, write_decisions
 
 BATCH = 8
 SKIPS = (Skip(43, 50, "b"), Skip(16, 24, "a"), Skip(56, 57, "c"))
@@ -66,7 +66,7 @@ def test_the_loader_gives_the_others_as_they_were(built: Recipe, workers: int, r
 
 def test_decisions_read_back_and_follow_the_recipes(tmp_path: Path) -> None:
     assert read_decisions(tmp_path) == []
-    decision = Decision(80, 96, 11, ["spike: loss 9"], [{"document": "noise.txt"}])
+    decision = GuardDecision(80, 96, 11, ["spike: loss 9"], [{"document": "noise.txt"}])
     write_decisions(tmp_path, [decision])
     assert read_decisions(tmp_path) == [decision]
     recipe = Recipe(data=Data(skips=[DataSkip(8, 16)]))
@@ -75,5 +75,5 @@ def test_decisions_read_back_and_follow_the_recipes(tmp_path: Path) -> None:
         Skip(80, 96, "rolled back at step 11: spike: loss 9"),
     )
     (tmp_path / "skips.json").write_text('[{"first_position": 80}]')
-    with pytest.raises(RecipeError, match=r"skips.json can't be read.*put it back"):
+    with pytest.raises(UserError, match=r"skips.json can't be read.*put it back"):
         declared_skips(recipe, tmp_path)

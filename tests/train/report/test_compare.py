@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.train.report.test_report import SUMMARY, Links
-from train.recipe.reading import RecipeError, load_recipe, to_yaml
+from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe, to_yaml
 from train.record import metrics
 from train.record.step_log import StepLog
 from train.record.summary import write_summary
@@ -151,7 +152,7 @@ def test_bits_per_byte_compares_tokenizers_and_nats_do_not(ladder: list[Path], t
         0,
         [*DENSE, "tokenizer.vocab_size=2048", "model.vocab_size=2048"],
     )
-    with pytest.raises(RecipeError, match=r"different tokenizers; .*bits_per_byte"):
+    with pytest.raises(UserError, match=r"different tokenizers; .*bits_per_byte"):
         read_entries([ladder[0], other])
     entries = read_entries([ladder[0], other], metric="bits_per_byte", group=["tokenizer.vocab_size"])
     assert [entry.family for entry in entries] == ["vocab_size=4096", "vocab_size=2048"]

@@ -8,7 +8,7 @@ import torch
 from data.shards.digest import digest_sequences
 from launch.verify.forked_ranks import run_ranks
 from train.recipe.topology import Topology
-from train.step.domain_counts import DomainBooks, DomainEntry
+from train.step.domain_counts import DomainCounts, DomainEntry
 
 # B sequences of a batch, S tokens per sequence.
 B, S = 12, 16
@@ -32,7 +32,7 @@ def losses() -> torch.Tensor:
 
 
 def close(whole: dict[str, torch.Tensor], microbatch: int) -> list[DomainEntry]:
-    books = DomainBooks(3, torch.device("cpu"))
+    books = DomainCounts(3, torch.device("cpu"))
     books.clear()
     for begin in range(0, B, microbatch):
         part = slice(begin, begin + microbatch)
@@ -55,7 +55,7 @@ def test_microbatches_change_nothing(microbatch: int) -> None:
 def test_ranks_change_nothing(world_size: int) -> None:
     def work(topology: Topology) -> list[DomainEntry]:
         mine = slice(topology.rank, None, topology.world_size)
-        books = DomainBooks(3, torch.device("cpu"))
+        books = DomainCounts(3, torch.device("cpu"))
         books.clear()
         books.add({key: value[mine] for key, value in batch().items()}, losses()[mine])
         return books.close()

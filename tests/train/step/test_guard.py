@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from train.recipe.reliability import Guard as GuardRecipe
 from train.recipe.reliability import OnCollapse, OnNonfinite, OnSpike
-from train.step.guard import Action, Guard, RouterLoad
+from train.recipe.reliability import UpdateGuard as GuardRecipe
+from train.step.guard import Action, RouterLoad, UpdateGuard
 
 WINDOW = 32
 
@@ -18,7 +18,7 @@ def steps(count: int, seed: int = 0) -> list[tuple[float, float]]:
 
 
 def test_a_spike_is_skipped_and_an_ordinary_step_is_not() -> None:
-    guard = Guard(GuardRecipe(on_spike=OnSpike.skip, window_batches=WINDOW))
+    guard = UpdateGuard(GuardRecipe(on_spike=OnSpike.skip, window_batches=WINDOW))
     assert all(guard.judge(loss, norm).action is Action.apply for loss, norm in steps(300))
     verdict = guard.judge(7.0, 1.0)
     assert verdict.action is Action.skip and "loss 7" in verdict.alarms[0]
@@ -27,7 +27,7 @@ def test_a_spike_is_skipped_and_an_ordinary_step_is_not() -> None:
 
 
 def test_only_an_alarm_is_raised_where_the_recipe_says_so() -> None:
-    guard = Guard(GuardRecipe(window_batches=WINDOW))
+    guard = UpdateGuard(GuardRecipe(window_batches=WINDOW))
     for loss, norm in steps(WINDOW):
         guard.judge(loss, norm)
     verdict = guard.judge(7.0, 1.0)
@@ -37,7 +37,7 @@ def test_only_an_alarm_is_raised_where_the_recipe_says_so() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("action", list(OnNonfinite))
 def test_what_is_not_finite_is_never_applied(value: float, action: OnNonfinite) -> None:
-    guard = Guard(GuardRecipe(nonfinite=action, most_skips=2))
+    guard = UpdateGuard(GuardRecipe(nonfinite=action, most_skips=2))
     assert guard.judge(value, 1.0).action.value == action.value
     assert guard.judge(4.0, value).action.value == action.value
     if action is OnNonfinite.skip:
@@ -47,11 +47,11 @@ def test_what_is_not_finite_is_never_applied(value: float, action: OnNonfinite) 
 
 def test_a_resumed_guard_decides_as_the_one_before() -> None:
     recipe = GuardRecipe(on_spike=OnSpike.skip, window_batches=WINDOW, loss_deviations=2.0)
-    whole, history = Guard(recipe), steps(200, seed=1)
+    whole, history = UpdateGuard(recipe), steps(200, seed=1)
     expected = [whole.judge(loss, norm).action for loss, norm in history]
-    first = Guard(recipe)
+    first = UpdateGuard(recipe)
     found = [first.judge(loss, norm).action for loss, norm in history[:90]]
-    second = Guard(recipe, first.recent)
+    second = UpdateGuard(recipe, first.recent)
     found += [second.judge(loss, norm).action for loss, norm in history[90:]]
     assert found == expected and Action.skip in expected[90:]
 
@@ -64,21 +64,21 @@ def test_a_rollback_has_the_batches_at_fault() -> None:
         window_batches=WINDOW,
         collapse_batches=3,
     )
-    guard = Guard(recipe)
+    guard = UpdateGuard(recipe)
     for loss, norm in steps(WINDOW):
         guard.judge(loss, norm)
     assert guard.judge(7.0, 1.0).action is guard.judge(math.nan, 1.0).action is Action.rollback
     bad = RouterLoad(entropy=0.1, dead_share=0.0, busiest_over_mean=1.0)
     guard.judge(4.0, 1.0, bad)
     # Half way through a collapse the run is resumed.
-    resumed = Guard(recipe, guard.recent, guard.counts)
+    resumed = UpdateGuard(recipe, guard.recent, guard.counts)
     assert resumed.judge(4.0, 1.0, bad).action is Action.apply
     verdict = resumed.judge(4.0, 1.0, bad)
     assert verdict.action is Action.rollback and verdict.batches == 3
 
 
 def test_a_collapse_raises_one_alarm_when_it_has_lasted() -> None:
-    guard = Guard(GuardRecipe(collapse_batches=3, on_collapse=OnCollapse.stop))
+    guard = UpdateGuard(GuardRecipe(collapse_batches=3, on_collapse=OnCollapse.stop))
     bad = RouterLoad(entropy=0.1, dead_share=0.8, busiest_over_mean=12.0)
     good = RouterLoad(entropy=0.9, dead_share=0.0, busiest_over_mean=1.5)
     loads = [bad, bad, good, bad, bad, bad]

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.loader import BLOCK_BATCHES
 from data.order.permutation import Indices
-from data.order.plan import Plan
+from data.order.plan import OrderPlan
 from data.shards.streams import OPEN_SHARDS
 from launch.experiments.bench.data.figures import Figure
 from launch.experiments.bench.data.speed import one_stage
@@ -33,7 +33,7 @@ def fetches() -> list[Figure]:
     weights = {name: count / sum(SHARDS.values()) for name, count in SHARDS.items()}
     curriculum = one_stage(total, weights, batch=BATCH, tokens=2048)
     sizes = {name: [SHARD_SAMPLES] * count for name, count in SHARDS.items()}
-    plan = Plan(curriculum.stretches(), sizes, seed=17, window_shards=WINDOW_SHARDS)
+    plan = OrderPlan(curriculum.segments(), sizes, seed=17, window_shards=WINDOW_SHARDS)
     picks = plan.samples(0, total)
     firsts = np.array([0, *accumulate(SHARDS[name] for name in plan.domains)])
     shards = (picks.sample // SHARD_SAMPLES + firsts[picks.domain]).reshape(

@@ -9,7 +9,7 @@ import torch
 
 from data.batch import Batch
 from data.loader import TrainSequences, open_loader
-from data.order.plan import Plan
+from data.order.plan import OrderPlan
 from data.shards.streams import ShardFolder
 from launch.experiments.bench.data import shards
 from launch.experiments.bench.data.figures import Figure
@@ -64,8 +64,8 @@ def _read(
 ) -> list[Batch]:
     """Global batches from number ``first`` on, put together from all ranks."""
     folders = {name: ShardFolder(root / name) for name in ("code", "web")}
-    plan = Plan(
-        curriculum.stretches(),
+    plan = OrderPlan(
+        curriculum.segments(),
         {name: folder.shard_samples for name, folder in folders.items()},
         seed=17,
         window_shards=2,

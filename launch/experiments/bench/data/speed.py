@@ -15,7 +15,7 @@ from streaming.base.util import clean_stale_shared_memory
 
 from data.batch import make_batch
 from data.loader import TrainSequences, open_loader
-from data.order.plan import Plan
+from data.order.plan import OrderPlan
 from data.shards.packing import Sample
 from data.shards.streams import ShardFolder
 from launch.experiments.bench.data import shards
@@ -55,7 +55,7 @@ def speed() -> list[Figure]:
         shards.write(folder, samples=SAMPLES, tokens=TOKENS, shard_bytes=1 << 23, seed=0)
         curriculum = one_stage(SAMPLES, {"web": 1.0}, batch=BATCH, tokens=TOKENS)
         files = ShardFolder(folder)
-        plan = Plan(curriculum.stretches(), {"web": files.shard_samples}, seed=17, window_shards=32)
+        plan = OrderPlan(curriculum.segments(), {"web": files.shard_samples}, seed=17, window_shards=32)
         dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH, num_canonical_nodes=1)
         sides: dict[str, Iterable[Any]] = {
             "ours": open_loader(

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from data.order.mixture import Mixture
-from data.order.plan import Plan
+from data.order.plan import OrderPlan
 from data.shards.index import INDEX_FILE
 from data.shards.manifest import file_fault
 from data.shards.streams import ShardFolder
@@ -111,7 +111,7 @@ def _samples() -> dict[str, int]:
     """Samples of each domain that the 12T tokens take."""
     recipe = load_recipe(MIXTURE)
     curriculum = plan_stages(recipe)
-    taken = Mixture(curriculum.stretches()).consumed(curriculum.samples)
+    taken = Mixture(curriculum.segments()).consumed(curriculum.samples)
     return {name: taken[name] for name in domains_of(recipe)}
 
 
@@ -128,7 +128,7 @@ def _start_ours(curriculum: Curriculum, folders: dict[str, Path], batch: int) ->
     for folder in folders.values():
         assert file_fault(folder / INDEX_FILE, None, "another hash")
     shards = {name: ShardFolder(folder).shard_samples for name, folder in folders.items()}
-    plan = Plan(curriculum.stretches(), shards, seed=17, window_shards=32)
+    plan = OrderPlan(curriculum.segments(), shards, seed=17, window_shards=32)
     stage = curriculum.stage_of(batch)
     first = stage.first_sample + (batch - stage.first_batch) * stage.batch_samples
     assert plan.samples(first, stage.batch_samples).sample.size == stage.batch_samples

@@ -1,4 +1,4 @@
-"""The forms that a run's steps have: one for each length and batch that its phases train with.
+"""The shapes of a run's steps: one for each sequence length and batch that its phases train with.
 
 What a step costs depends on the length of its sequences and on its batch; mixtures and learning rates cost
 nothing. Phases that differ in these alone are one form.
@@ -13,7 +13,7 @@ from train.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class Form:
+class StepShape:
     """Steps that cost the same."""
 
     recipe: Recipe
@@ -31,14 +31,14 @@ class Form:
         return sizes.Flops(token.weights * self.tokens, token.attention * self.tokens)
 
 
-def forms(recipe: Recipe) -> list[Form]:
+def step_shapes(recipe: Recipe) -> list[StepShape]:
     """Every form of a valid recipe; first the one with the most tokens."""
-    found: dict[tuple[int, int, int], Form] = {}
+    found: dict[tuple[int, int, int], StepShape] = {}
     curriculum, phases = plan_stages(recipe), phases_of(recipe)
     for stage in curriculum.stages:
         length = stage.sequence_samples * curriculum.sample_tokens
         shape = (length, stage.batch_sequences, microbatch_sequences(recipe, phases[stage.phase]))
-        before = found.get(shape) or Form(_in_shape(recipe, *shape), 0, 0, ())
+        before = found.get(shape) or StepShape(_in_shape(recipe, *shape), 0, 0, ())
         found[shape] = replace(
             before,
             batches=before.batches + stage.end_batch - stage.first_batch,
