@@ -1,0 +1,352 @@
+"""What one GPU reaches: `python -m launch.experiments.bench.gpu`, product by product and pass by pass.
+
+Figures that a plan rests on, measured beside their alternatives in one process: grouped products as a loop
+and as one kernel, attention by each of torch's implementations, the loss by chunk, element-wise passes, the
+host's cost of a launch, and optimizer steps of a recipe's slice. It needs PyTorch 2.10 or newer and neither
+Composer nor a network, so that it runs in a vendor's container as it is.
+
+Shapes: E experts, R routed rows, D model width, F expert hidden size, T tokens, V vocabulary, B sequences,
+H query heads, G key-value heads, S tokens of a sequence, W width of a head.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from train.layout.optim import build_optimizer, clip_gradients
+from train.model import loss as losses
+from train.model.attention import _document_blocks, _flex_attention
+from train.model.decoder import Decoder
+from train.model.init import initialize
+from train.recipe import sizes
+from train.recipe.reading import load_recipe
+from train.recipe.schema import Recipe
+
+BF16 = torch.bfloat16
+PAIRS = 10
+"""Timed calls, of which the median counts; two more come before them."""
+
+
+class Figure(NamedTuple):
+    """One measurement."""
+
+    part: str
+    what: str
+    found: str
+
+
+class Grouped(NamedTuple):
+    """Experts of one rank, and the rows that they get."""
+
+    name: str
+    experts: int
+    width: int
+    hidden: int
+    rows: int
+
+
+EXPERTS = (
+    Grouped("MoE-A, 16 experts", 16, 2048, 3584, 131_072),
+    Grouped("DBRX, 2 of 16 experts", 2, 6144, 10_752, 32_768),
+    Grouped("DBRX, 1 of 16 experts", 1, 6144, 10_752, 32_768),
+    Grouped("Qwen3-30B-A3B, 128 experts", 128, 2048, 768, 262_144),
+    Grouped("DeepSeek-V3, 8 of 256 experts", 8, 7168, 2048, 32_768),
+)
+HEADS = (
+    ("MoE-A, 8 x 4,096", 8, 16, 8, 4096),
+    ("DBRX, 2 x 4,096", 2, 48, 8, 4096),
+    ("DBRX, 1 x 32,768", 1, 48, 8, 32_768),
+)
+HEAD_WIDTH = 128
+
+
+def main(arguments: list[str]) -> int:
+    """Prints a Markdown table, line by line as figures come."""
+    parser = argparse.ArgumentParser(prog="python -m launch.experiments.bench.gpu", description=__doc__)
+    parser.add_argument("--recipe", default="yamls/dbrx-moe-a.yaml", help="whose slice is trained")
+    parser.add_argument("--only", nargs="*", choices=sorted(PARTS), default=sorted(PARTS), help="parts")
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON too")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("bench.gpu: torch finds no CUDA device here; run it on a machine with one", file=sys.stderr)
+        return 2
+    print("| part | what | found |\n|---|---|---:|", flush=True)
+    found = []
+    for part in options.only:
+        for figure in PARTS[part](load_recipe(options.recipe)):
+            found.append(figure)
+            print(f"| {figure.part} | {figure.what} | {figure.found} |", flush=True)
+        torch.cuda.empty_cache()
+    if options.json:
+        Path(options.json).write_text(json.dumps([figure._asdict() for figure in found], indent=1) + "\n")
+    return 0
+
+
+def machine(_: Recipe) -> Iterator[Figure]:
+    """The card, its links to the host, and what the host pays for a launch and for waiting."""
+    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    yield Figure("machine", name, f"{memory / 2**30:.1f} GiB, torch {torch.__version__}")
+    square = _random(8192, 8192)
+    yield Figure("machine", "bf16 product of 8,192", _tflops(2 * 8192**3, _ms(lambda: square @ square)))
+    on_host = torch.empty(2**30, dtype=torch.uint8).pin_memory()
+    on_gpu = torch.empty_like(on_host, device="cuda")
+    beside = torch.empty_like(on_gpu)
+    copied = 2 * on_gpu.nbytes / _ms(lambda: beside.copy_(on_gpu)) / 1e9
+    yield Figure("machine", "copy in GPU memory, read and written", f"{copied:.2f} TB/s")
+    for what, target, source in (("host to GPU", on_gpu, on_host), ("GPU to host", on_host, on_gpu)):
+
+        def copy(target: Tensor = target, source: Tensor = source) -> None:
+            target.copy_(source, non_blocking=True)
+
+        yield Figure("machine", f"{what}, pinned", f"{on_host.nbytes / _ms(copy) / 1e6:.1f} GB/s")
+    small = _random(64)
+    yield Figure("machine", "host time of a launch", f"{_host_us(lambda: small.add_(1.0), 5000):.1f} us")
+    yield Figure("machine", "a number read back", f"{_host_us(small[0].item, 200):.1f} us")
+
+
+def grouped(_: Recipe) -> Iterator[Figure]:
+    """Products of all experts: a product per expert, and torch's grouped product in one launch."""
+    for shape in EXPERTS:
+        for is_even in (True, False) if shape.experts > 1 else (True,):
+            yield from _grouped(shape, is_even)
+
+
+def _grouped(shape: Grouped, is_even: bool) -> Iterator[Figure]:
+    sizes_E = _row_counts(shape, is_even)
+    ends_E = sizes_E.cumsum(0)
+    offsets_E = ends_E.int().cuda()
+    spans = [slice(end - size, end) for size, end in zip(sizes_E.tolist(), ends_E.tolist(), strict=True)]
+    x_RD, grad_RF = _random(shape.rows, shape.width), _random(shape.rows, shape.hidden)
+    weight_EFD = _random(shape.experts, shape.hidden, shape.width)
+    out_RF, grad_RD, grad_EFD = (torch.empty_like(t) for t in (grad_RF, x_RD, weight_EFD))
+
+    def forward() -> None:
+        for rows, weight_FD in zip(spans, weight_EFD, strict=True):
+            torch.mm(x_RD[rows], weight_FD.t(), out=out_RF[rows])
+
+    def gradient_of_rows() -> None:
+        for rows, weight_FD in zip(spans, weight_EFD, strict=True):
+            torch.mm(grad_RF[rows], weight_FD, out=grad_RD[rows])
+
+    def gradient_of_weights() -> None:
+        for rows, target_FD in zip(spans, grad_EFD, strict=True):
+            torch.mm(grad_RF[rows].t(), x_RD[rows], out=target_FD)
+
+    flops = 2 * shape.rows * shape.width * shape.hidden
+    label = f"{shape.name}, {'equal' if is_even else 'unequal'} counts"
+    for what, loop, left, right in (
+        ("forward", forward, x_RD, weight_EFD.mT),
+        ("gradient of rows", gradient_of_rows, grad_RF, weight_EFD),
+        ("gradient of weights", gradient_of_weights, grad_RF.t(), x_RD),
+    ):
+
+        def in_one(left: Tensor = left, right: Tensor = right) -> Tensor:
+            out: Tensor = functional.grouped_mm(left, right, offs=offsets_E)  # type: ignore[attr-defined]
+            return out
+
+        found = f"loop {_tflops(flops, _ms(loop))}, grouped_mm {_tflops(flops, _ms(in_one))}"
+        yield Figure("grouped product", f"{label}, {what}", found)
+
+
+def _row_counts(shape: Grouped, is_even: bool) -> Tensor:
+    """Rows of each expert, all but the last multiples of 8: equal, or up to three times one another's."""
+    generator = torch.Generator().manual_seed(1)
+    share_E = torch.ones(shape.experts) if is_even else torch.rand(shape.experts, generator=generator) + 0.5
+    counts_E = (share_E / share_E.sum() * shape.rows / 8).floor().long() * 8
+    counts_E[-1] += shape.rows - counts_E.sum()
+    return counts_E
+
+
+def attention(_: Recipe) -> Iterator[Figure]:
+    """Causal attention: one document by SDPA, two documents a sequence by FlexAttention."""
+    for shape in HEADS:
+        yield from _attention(*shape)
+
+
+def _attention(name: str, batch: int, heads: int, kv_heads: int, length: int) -> Iterator[Figure]:
+    counts = (heads, kv_heads, kv_heads)
+    q, k, v = (_random(batch, count, length, HEAD_WIDTH).requires_grad_() for count in counts)
+    documents_BS = (torch.arange(length) * 2 // length).int().expand(batch, length).cuda()
+    blocks = _document_blocks(documents_BS)
+
+    def mask() -> object:
+        return _document_blocks(documents_BS)
+
+    def shared() -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def repeated() -> Tensor:
+        k_BHSW, v_BHSW = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+        return functional.scaled_dot_product_attention(q, k_BHSW, v_BHSW, is_causal=True)
+
+    def flex() -> Tensor:
+        out: Tensor = _flex_attention("cuda")(q, k, v, block_mask=blocks, enable_gqa=True)
+        return out
+
+    flops = 4 * batch * heads * HEAD_WIDTH * length * length / 2
+    for what, attend, seen in (
+        ("SDPA, enable_gqa", shared, 1.0),
+        ("SDPA, repeated heads", repeated, 1.0),
+        ("FlexAttention, 2 documents", flex, 0.5),
+    ):
+        grad = torch.randn_like(attend())
+
+        def both(attend: Callable[[], Tensor] = attend, grad: Tensor = grad) -> object:
+            return torch.autograd.grad(attend(), (q, k, v), grad)
+
+        forward = _ms(attend, 5)
+        backward = _ms(both, 5) - forward
+        found = f"{_tflops(seen * flops, forward)} forward, {_tflops(2.5 * seen * flops, backward)} backward"
+        yield Figure("attention", f"{name}, {what}", found)
+    yield Figure("attention", f"{name}, block mask", f"{_ms(mask, 5):.2f} ms")
+
+
+def loss(recipe: Recipe) -> Iterator[Figure]:
+    """Forward and backward pass of the chunked loss over 32,768 tokens, weights in fp32."""
+    tokens, width, vocabulary = 32_768, recipe.model.d_model, recipe.model.vocab_size
+    hidden_TD = _random(tokens, width).requires_grad_()
+    weight_VD = (_random(vocabulary, width).float() * 0.02).requires_grad_()
+    targets_T = torch.randint(vocabulary, (tokens,), device="cuda")
+
+    def both(chunk: int) -> object:
+        with torch.autocast("cuda", BF16):
+            total, _ = losses.chunked_cross_entropy(hidden_TD, weight_VD, targets_T, chunk)
+        return torch.autograd.grad(total, (hidden_TD, weight_VD))
+
+    for chunk in (1024, 4096, 16_384):
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        took = _ms(lambda chunk=chunk: both(chunk), 5)  # type: ignore[misc]
+        peak = (torch.cuda.max_memory_allocated() - held) / 2**30
+        rate = _tflops(6 * tokens * width * vocabulary, took)
+        yield Figure("loss", f"chunks of {chunk:,} tokens", f"{took:.1f} ms, {rate}, peak {peak:.2f} GiB")
+
+
+def elementwise(recipe: Recipe) -> Iterator[Figure]:
+    """Passes beside the products, as they are and compiled; bandwidth of the least traffic that they need."""
+    tokens, width, hidden = 32_768, recipe.model.d_model, recipe.model.ffn_hidden_size
+    x, y = _random(tokens, width), _random(tokens, width)
+    gate, up = _random(4 * tokens, hidden), _random(4 * tokens, hidden)
+    norm = nn.LayerNorm(width, bias=False, device="cuda")
+
+    def normed() -> Tensor:
+        with torch.autocast("cuda", BF16):
+            out: Tensor = norm(x)
+        return out
+
+    def added() -> Tensor:
+        with torch.autocast("cuda", BF16):
+            out: Tensor = norm(x + y)
+        return out
+
+    def gated() -> Tensor:
+        return functional.silu(gate) * up
+
+    for what, work, least in (
+        ("LayerNorm under autocast", normed, 2 * x.nbytes),
+        ("add and LayerNorm", added, 3 * x.nbytes),
+        ("silu(gate) * up", gated, 3 * gate.nbytes),
+    ):
+        plain, compiled = _ms(work), _ms(torch.compile(work))
+        rates = f"{least / plain / 1e9:.2f} and {least / compiled / 1e9:.2f} TB/s"
+        yield Figure("element-wise", what, f"{plain:.3f} ms, compiled {compiled:.3f} ms ({rates})")
+
+
+def step(recipe: Recipe) -> Iterator[Figure]:
+    """Whole optimizer steps of a slice of the recipe, and whether a step repeats bit for bit."""
+    for chunk in (1024, 4096):
+        yield from _step(recipe, chunk)
+
+
+def _step(recipe: Recipe, chunk: int, layers: int = 4, sequences: int = 8) -> Iterator[Figure]:
+    model, length = replace(recipe.model, n_layers=layers), recipe.data.sequence_tokens
+    generator = torch.Generator().manual_seed(0)
+    ids_BS = torch.randint(model.vocab_size, (sequences, length), generator=generator).cuda()
+    documents_BS = (torch.arange(length) >= length // 2).int().expand(sequences, length).cuda()
+    decoder = Decoder(model, device="meta", loss_chunk_tokens=chunk)
+    decoder.to_empty(device="cuda")
+    initialize(decoder, model, recipe.seed)
+    optimizer = build_optimizer(decoder, recipe.optimizer)
+
+    def gradients() -> list[Tensor]:
+        decoder.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", BF16):
+            out = decoder(ids_BS, documents_BS, ids_BS.roll(-1, 1))
+        (out.loss_sum / ids_BS.numel() + 0.05 * out.balance_loss).backward()
+        return [parameter.grad for parameter in decoder.parameters() if parameter.grad is not None]
+
+    def whole() -> None:
+        gradients()
+        clip_gradients(decoder.parameters(), 1.0)
+        optimizer.step()
+
+    torch.cuda.reset_peak_memory_stats()
+    took = _ms(whole, 5)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    flops = sizes.flops_per_token_training(model, length).total * ids_BS.numel()
+    name = f"{recipe.name}, {layers} layers, {sequences} x {length:,} tokens, loss in chunks of {chunk:,}"
+    rate = f"{ids_BS.numel() / took * 1e3:,.0f} tokens/s, {flops / took / 1e9:.0f} TFLOP/s"
+    yield Figure("step", name, f"{took:.1f} ms, {rate}, peak {peak:.2f} GiB")
+    first, again = gradients(), gradients()
+    equal = [torch.equal(one, other) for one, other in zip(first, again, strict=True)]
+    yield Figure("step", "gradients of a pass made twice", f"{sum(equal)} of {len(equal)} equal in every bit")
+
+
+PARTS: dict[str, Callable[[Recipe], Iterator[Figure]]] = {
+    "machine": machine,
+    "grouped": grouped,
+    "attention": attention,
+    "loss": loss,
+    "elementwise": elementwise,
+    "step": step,
+}
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=BF16)
+
+
+def _ms(work: Callable[[], object], times: int = PAIRS) -> float:
+    """Median milliseconds of a call on the GPU, by events, after two calls that warm up."""
+    work()
+    work()
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(times):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(begin.elapsed_time(end))
+    return statistics.median(found)
+
+
+def _host_us(work: Callable[[], object], times: int) -> float:
+    """Mean microseconds that the host takes for a call."""
+    work()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(times):
+        work()
+    took = time.perf_counter() - begun
+    torch.cuda.synchronize()
+    return took / times * 1e6
+
+
+def _tflops(flops: float, milliseconds: float) -> str:
+    return f"{flops / milliseconds / 1e9:.0f} TFLOP/s"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
