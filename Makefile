@@ -20,9 +20,8 @@ test: install ## all tests
 check: install ## format, lint and types
 	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
 
-format: install ## format, repair what ruff can, write docs/map.md anew
+format: install ## format, and repair what ruff can
 	@.venv/bin/ruff format . && .venv/bin/ruff check --fix .
-	@$(PY) -m launch.code_map
 
 ui: install ## MLflow's page on the runs made here
 	@$(PY) -m train.tracking ui
