@@ -104,7 +104,7 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_line_with_file_key_and_remedy(override: str, expected: str) -> None:
-    with pytest.raisesUserError as caught:
+    with pytest.raises(UserError) as caught:
         recipe = load_recipe(SMOKE, [override])
         validate(recipe, Topology(), SMOKE)
     line = str(caught.value.at(SMOKE))
@@ -143,7 +143,7 @@ def test_a_base_recipes_key_is_let_go_when_a_later_layer_chooses_otherwise(tmp_p
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "self.yaml").write_text(text)
-    with pytest.raisesUserError as caught:
+    with pytest.raises(UserError) as caught:
         load_recipe(tmp_path / "self.yaml")
     assert (
         expected in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
