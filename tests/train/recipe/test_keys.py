@@ -1,4 +1,4 @@
-"""Declarations of keys: ranges are enforced, and what may change on resume and on a start is what was meant."""
+"""Declarations of keys: ranges are enforced, and what may change on resume and start is what was meant."""
 
 import functools
 from dataclasses import replace
