@@ -13,10 +13,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.evaluate.suite import check_suite
 from train.hf.start import check_start
+from train.recipe.catalogue import describe_keys
 from train.recipe.describe import describe_run
 from train.recipe.errors import UserError
 from train.recipe.exit_status import USAGE_STATUS
-from train.recipe.reading import describe_keys, load_recipe, to_yaml
+from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.rules import validate
 from train.recipe.topology import Topology
 
@@ -55,7 +56,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="composer train/main.py",
         description="Trains the model of a recipe. The same command resumes a run that was cut off.",
-        epilog="keys of a recipe, each also a key=value argument:\n\n" + describe_keys(),
+        epilog=describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="YAML file, for example yamls/smoke.yaml")

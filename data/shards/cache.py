@@ -38,7 +38,7 @@ REFUSED = {"403", "AccessDenied"}
 
 
 class AbsentError(UserError):
-    """The store has no such file, and said so."""
+    """The store has no such file, and said so: another try would not change it."""
 
 
 @dataclass(frozen=True)

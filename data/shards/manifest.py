@@ -6,7 +6,7 @@ manifest vouches for every byte. It is written last, and without it a folder is 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from data.shards.index import INDEX_FILE, ShardFile, open_index
 from data.tokenizer import TokenizerHandle, bpe_name
 from train.recipe.errors import UserError
+from train.recipe.keys import rules_of
 from train.recipe.phases import domains_of
+from train.recipe.preparation import Preparation, Source
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe, TokenizerKind
 
@@ -261,20 +263,24 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
 def preparation_digest(recipe: Recipe) -> str | None:
     """Digest of what the recipe says of its sources; None without sources.
 
-    Where files lie, how they are cut into tasks and shards compressed is no part of it.
+    Where files lie, how they are cut into tasks and shards compressed is no part of it: the schema says so of
+    these keys (``in_shards_digest``).
     """
     if not recipe.data.sources:
         return None
     data = to_dict(recipe)["data"]
-    sources = [{key: value for key, value in source.items() if key != "path"} for source in data["sources"]]
-    apart = ("chunk_bytes", "evaluation_texts", "zstd_level")
     return _digest(
         {
-            "sources": sources,
-            "preparation": {key: value for key, value in data["preparation"].items() if key not in apart},
+            "sources": [_digested(Source, source) for source in data["sources"]],
+            "preparation": _digested(Preparation, data["preparation"]),
             "removes_evaluation_text": bool(data["preparation"]["evaluation_texts"]),
         }
     )
+
+
+def _digested(schema: type[Source | Preparation], values: dict[str, Any]) -> dict[str, Any]:
+    """The values of those keys that other shards follow from."""
+    return {it.name: values[it.name] for it in fields(schema) if rules_of(it).in_shards_digest}
 
 
 def unigram_entropy(tokens: NDArray[np.integer[Any]]) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data.text.language import LANGUAGES
 from train.recipe.errors import UserError
+from train.recipe.keys import out_of_range
 from train.recipe.phases import domains_of
 from train.recipe.preparation import Preparation, Source, SourceKind
 from train.recipe.schema import Recipe
@@ -94,17 +95,8 @@ def check_preparation(preparation: Preparation) -> None:
     Raises:
         UserError: one line that names the key.
     """
-    similarity = preparation.near_duplicates
-    if similarity is not None and not 0.5 <= similarity <= 1:
-        key = "data.preparation.near_duplicates"
-        raise UserError(f"is {similarity}", key=key, remedy="give a Jaccard similarity from 0.5 to 1")
-    for name, least in (("evaluation_ngram", 8), ("max_document_bytes", 1), ("chunk_bytes", 1)):
-        if getattr(preparation, name) < least:
-            what = f"is {getattr(preparation, name)}"
-            raise UserError(what, key=f"data.preparation.{name}", remedy=f"set it to at least {least}")
-    level = preparation.zstd_level
-    if level is not None and not 1 <= level <= 22:
-        raise UserError(f"is {level}", key="data.preparation.zstd_level", remedy="give a level from 1 to 22")
+    for violation in out_of_range(preparation, "data.preparation."):
+        raise UserError(violation.what, key=violation.key, remedy=violation.remedy)
 
 
 def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list[SourceFile]:

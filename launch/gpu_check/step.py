@@ -12,6 +12,7 @@ from launch.plan.step import make_plan
 from train.layout.device import measured_peak_flops
 from train.layout.optim import clip_gradients
 from train.recipe import sizes
+from train.recipe.errors import UserError
 from train.recipe.schema import Parallelism, Precision, Recipe
 from train.recipe.topology import Topology
 from train.run import Machine, build_model
@@ -39,7 +40,7 @@ def slice_of(recipe: Recipe, memory_bytes: int) -> Recipe:
     """As many layers and sequences of a recipe as fit one device, layers first.
 
     Raises:
-        ValueError: if not one layer and one sequence fit.
+        UserError: if not one layer and one sequence fit.
     """
     for layers in (4, 2, 1):
         for sequences in (8, 4, 2, 1):
@@ -53,7 +54,7 @@ def slice_of(recipe: Recipe, memory_bytes: int) -> Recipe:
             )
             if memory(found, 1).total < MOST_SHARE * memory_bytes:
                 return found
-    raise ValueError(f"{recipe.name}: one layer and one sequence do not fit {memory_bytes:,} bytes")
+    raise UserError(f"{recipe.name}: one layer and one sequence do not fit {memory_bytes:,} bytes")
 
 
 def check_step(device: str, recipe: Recipe, gpu: Gpu | None, steps: int = TIMED_STEPS) -> list[CheckRow]:

@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 class RankError(RuntimeError):
-    """A rank failed, was killed, or took too long; carries its traceback."""
+    """A rank failed, was killed, or took too long: a fault of the code it runs; carries its traceback."""
 
 
 class Ranks(Generic[Result]):

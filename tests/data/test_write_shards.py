@@ -139,7 +139,7 @@ def test_damage_is_named_in_one_line(copy: Recipe, damage: Callable[[Path], None
     root = Path(copy.data.shards)
     path = root / name
     damage(path)
-    with pytest.raisesUserError as caught:
+    with pytest.raises(UserError) as caught:
         check_shards(root)
     line = str(caught.value)
     assert "\n" not in line and "data.shards" in line and "write_shards" in line

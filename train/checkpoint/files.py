@@ -41,7 +41,7 @@ ALONE = Topology()
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is not whole, said in one line."""
+    """A checkpoint that is not whole, said in one line: a signal to take an older one."""
 
 
 @dataclass(frozen=True)

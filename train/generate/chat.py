@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from train.recipe.errors import UserError
+
 START, END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
 
@@ -20,12 +22,12 @@ def chatml(messages: Sequence[Message]) -> str:
     """The conversation as text, up to where the assistant's next answer begins.
 
     Raises:
-        ValueError: for a role that does not exist, or a turn that forges the marks of others.
+        UserError: for a role that does not exist, or a turn that forges the marks of others.
     """
     for message in messages:
         if message.role not in ROLES:
-            raise ValueError(f"role {message.role!r} is not one of {', '.join(ROLES)}")
+            raise UserError(f"role {message.role!r} is not one of {', '.join(ROLES)}")
         if START in message.content or END in message.content:
-            raise ValueError(f"a message contains {START} or {END}, which would end its turn")
+            raise UserError(f"a message contains {START} or {END}, which would end its turn")
     turns = [f"{START}{message.role}\n{message.content}{END}\n" for message in messages]
     return "".join(turns) + f"{START}assistant\n"

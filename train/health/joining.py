@@ -31,7 +31,7 @@ SHARE_OF_PATIENCE = 0.9
 
 
 class JoinError(RuntimeError):
-    """Ranks of the job have not come."""
+    """Ranks of the job have not come: recorded by its name for the supervisor, never raised."""
 
 
 def join(recipe: Recipe, device: Device, topology: Topology) -> None:

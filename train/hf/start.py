@@ -1,18 +1,13 @@
 """Checks what a recipe starts from, before torch is imported: kind of folder, model, tokenizer."""
 
 import filecmp
-from dataclasses import fields
 from pathlib import Path
 
 from train.hf.folders import model_at
 from train.recipe.errors import UserError
+from train.recipe.keys import OnStart, walk
 from train.recipe.schema import Model, OptimizerStart, Recipe, Tokenizer, TokenizerKind
 
-FREE_OF_SHAPE = frozenset(
-    {"max_sequence_tokens", "rope_theta", "norm_eps", "clip_qkv", "init_std", "moe", "position"}
-)
-"""Fields of the model that change no shape; those that change the function are told, not refused."""
-TOLD = ("rope_theta", "max_sequence_tokens", "norm_eps", "clip_qkv", "position")
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -38,9 +33,9 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
     _same_shapes(recipe.model, model, file)
     told = [f"weights of step 0 from {path}"]
     told += [
-        f"model.{name}: {getattr(model, name)} before, {getattr(recipe.model, name)} now"
-        for name in TOLD
-        if getattr(model, name) != getattr(recipe.model, name)
+        f"{name}: {_value(model, name)} before, {_value(recipe.model, name)} now"
+        for name in _keys(OnStart.told)
+        if _value(model, name) != _value(recipe.model, name)
     ]
     if parent is None:
         if recipe.start.optimizer is OptimizerStart.restored:
@@ -71,10 +66,20 @@ def _rates(recipe: Recipe, parent: Recipe) -> str:
     return f"learning rate: peak {peak:g} is {peak / old_peak:.3g} x the old peak, {against_end}; {warmup}"
 
 
+def _keys(on_start: OnStart) -> list[str]:
+    """The model's keys of which the schema says this."""
+    return [key.name for key in walk(Model, "model.") if (key.rules.on_start or OnStart.equal) is on_start]
+
+
+def _value(model: Model, name: str) -> object:
+    """The value of a key of the model; None too where its section is null."""
+    value: object = model
+    for part in name.split(".")[1:]:
+        value = getattr(value, part, None)
+    return value
+
+
 def _same_shapes(now: Model, before: Model, file: str) -> None:
-    for field in fields(Model):
-        if field.name not in FREE_OF_SHAPE:
-            _same(f"model.{field.name}", getattr(now, field.name), getattr(before, field.name), file)
     if (now.moe is None) != (before.moe is None):
         raise UserError(
             "the weights are of a dense model" if now.moe else "the weights are of a mixture of experts",
@@ -84,8 +89,8 @@ def _same_shapes(now: Model, before: Model, file: str) -> None:
             else "set model.moe",
             file=file,
         )
-    if now.moe and before.moe:
-        _same("model.moe.experts", now.moe.experts, before.moe.experts, file)
+    for name in _keys(OnStart.equal):
+        _same(name, _value(now, name), _value(before, name), file)
 
 
 def _same(key: str, now: object, before: object, file: str) -> None:

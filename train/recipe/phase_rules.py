@@ -9,17 +9,6 @@ from train.recipe.phases import batch_sequences, microbatch_sequences, phase_tok
 from train.recipe.schema import Phase, Position, Recipe
 from train.recipe.topology import Topology
 
-POSITIVE = (
-    "tokens",
-    "stop_after_tokens",
-    "sequence_tokens",
-    "global_batch_sequences",
-    "microbatch_sequences",
-    "learning_rate_scale",
-    "rope_theta",
-)
-"""Keys of a phase that must be above 0 where they are not null."""
-
 
 def check_phases(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
     """Every rule that the phases break, the first first."""
@@ -28,10 +17,6 @@ def check_phases(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
         return
     for index, (given, phase) in enumerate(zip(data.phases, phases_of(recipe), strict=True)):
         key = f"data.phases[{index}]"
-        for name in POSITIVE:
-            number = getattr(given, name)
-            if number is not None and not (number > 0 and math.isfinite(number)):
-                yield Violation(f"{key}.{name}", f"is {number}", "must be above 0")
         is_ramp = bool(given.end_weights)
         yield from _shares(f"{key}.weights", given.weights, may_be_zero=is_ramp)
         if is_ramp:

@@ -3,21 +3,19 @@
 Every mistake is a :class:`UserError` of one line, raised before torch is imported.
 """
 
-import ast
 import contextlib
 import dataclasses
 import difflib
-import functools
-import inspect
 import re
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, Container, DictConfig, OmegaConf, read_write
+from omegaconf import Container, DictConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from train.recipe.catalogue import schema_keys
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 
@@ -84,7 +82,7 @@ def to_yaml(recipe: Recipe) -> str:
 def to_read_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested plain values, without the keys that its choices leave unread."""
     tree = to_dict(recipe)
-    for key, (condition, _) in _conditional_fields().items():
+    for key, condition in _conditions().items():
         if not _holds(recipe, condition):
             parent, leaf = key.rsplit(".", 1)
             branch = _dig(tree, parent)
@@ -104,31 +102,6 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, list) else value
 
     return plain(dataclasses.asdict(recipe))
-
-
-def describe_keys() -> str:
-    """Every key with its type, default and docstring, for ``--help``."""
-    lines = []
-    for key, schema_field, doc in walk_schema():
-        missing = schema_field.default == MISSING
-        default = "required" if missing else f"default {_default_text(schema_field)}"
-        lines.append(f"  {key}  ({default})\n      {doc}")
-    return "\n".join(lines)
-
-
-def walk_schema(schema: type = Recipe, prefix: str = "") -> list[tuple[str, dataclasses.Field[Any], str]]:
-    """Every leaf key of the schema as (dotted key, field, docstring)."""
-    docs = _field_docs(schema)
-    rows: list[tuple[str, dataclasses.Field[Any], str]] = []
-    for schema_field in dataclasses.fields(schema):
-        key = prefix + schema_field.name
-        section = _section_type(schema_field)
-        if docs.get(schema_field.name):
-            rows.append((key, schema_field, docs[schema_field.name]))
-        if section is not None:
-            many = "[]" if getattr(schema_field.type, "__origin__", None) is list else ""
-            rows += walk_schema(section, f"{key}{many}.")
-    return rows
 
 
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
@@ -178,18 +151,14 @@ def _explain(error: OmegaConfBaseException, file: str) -> UserError:
     key = str(error.full_key or error.key or "")
     in_schema = re.sub(r"\[\d+\]", "[]", key)
     if isinstance(error, ConfigKeyError):
-        names = [known for known, _, _ in walk_schema()]
+        names = list(schema_keys())
         near = difflib.get_close_matches(in_schema, names, n=1, cutoff=0.5) or difflib.get_close_matches(
             key.rsplit(".", 1)[-1], [n.rsplit(".", 1)[-1] for n in names], n=1, cutoff=0.6
         )
         remedy = f"did you mean `{near[0]}`?" if near else "remove it; --help lists every key"
         return UserError("unknown key", key=key, remedy=remedy, file=file)
-    docs = {known: doc for known, _, doc in walk_schema()}
-    remedy = (
-        f"it means: {docs[in_schema].split('.')[0]}"
-        if in_schema in docs
-        else "--help lists every key and its type"
-    )
+    known = schema_keys().get(in_schema)
+    remedy = f"it means: {known.doc.split('.')[0]}" if known else "--help lists every key and its type"
     return UserError(text, key=key, remedy=remedy, file=file)
 
 
@@ -198,7 +167,7 @@ def _refuse_unread(recipe: Recipe, given: dict[str, tuple[int, str]]) -> None:
 
     A base recipe's key is let go when a later layer made the other choice: the base was right then.
     """
-    for key, (condition, _) in _conditional_fields().items():
+    for key, condition in _conditions().items():
         if key not in given or _holds(recipe, condition):
             continue
         depth, file = given[key]
@@ -213,12 +182,9 @@ def _refuse_unread(recipe: Recipe, given: dict[str, tuple[int, str]]) -> None:
             )
 
 
-def _conditional_fields() -> dict[str, tuple[str, dataclasses.Field[Any]]]:
-    return {
-        key: (schema_field.metadata["read_when"], schema_field)
-        for key, schema_field, _ in walk_schema()
-        if "read_when" in schema_field.metadata
-    }
+def _conditions() -> dict[str, str]:
+    """By key the only choice that reads it."""
+    return {name: key.rules.read_when for name, key in schema_keys().items() if key.rules.read_when}
 
 
 def _holds(recipe: Recipe, condition: str) -> bool:
@@ -237,36 +203,3 @@ def _leaf_keys(tree: Any, prefix: str = "") -> list[str]:
     if not isinstance(tree, dict):
         return [prefix[:-1]]
     return [leaf for name, value in tree.items() for leaf in _leaf_keys(value, f"{prefix}{name}.")]
-
-
-def _section_type(schema_field: dataclasses.Field[Any]) -> type | None:
-    for candidate in (schema_field.type, *getattr(schema_field.type, "__args__", ())):
-        if dataclasses.is_dataclass(candidate) and isinstance(candidate, type):
-            return candidate
-    return None
-
-
-def _default_text(schema_field: dataclasses.Field[Any]) -> str:
-    if schema_field.default_factory is not dataclasses.MISSING:
-        return str(schema_field.default_factory())
-    value = schema_field.default
-    if value is None:
-        return "null"
-    return str(value.value if isinstance(value, Enum) else value)
-
-
-@functools.cache
-def _field_docs(schema: type) -> dict[str, str]:
-    """The string literal under each field, which Python itself does not keep."""
-    body = ast.parse(inspect.getsource(schema)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
-    for before, after in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(before, ast.AnnAssign)
-            and isinstance(before.target, ast.Name)
-            and isinstance(after, ast.Expr)
-            and isinstance(after.value, ast.Constant)
-        ):
-            docs[before.target.id] = " ".join(str(after.value.value).split())
-    return docs

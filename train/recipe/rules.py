@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from train.recipe import sizes
 from train.recipe.errors import UserError, Violation
+from train.recipe.keys import out_of_range
 from train.recipe.phase_rules import check_phases
 from train.recipe.phases import domains_of
 from train.recipe.schema import (
@@ -35,7 +36,7 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
         UserError: one line that names file, key and remedy.
     """
     for check in (
-        _positive,
+        _ranges,
         _model,
         _data,
         check_phases,
@@ -44,7 +45,6 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
         _optimizer,
         _batch_and_layout,
         _registry,
-        _watch,
         _evaluation,
     ):
         fault = next(iter(check(recipe, topology)), None)
@@ -52,82 +52,8 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
             raise UserError(fault.what, key=fault.key, remedy=fault.remedy, file=file)
 
 
-def _positive(recipe: Recipe, _: Topology) -> Iterator[Violation]:
-    model, data, training, tracking = recipe.model, recipe.data, recipe.training, recipe.tracking
-    numbers: dict[str, float | None] = {
-        "model.d_model": model.d_model,
-        "model.n_layers": model.n_layers,
-        "model.n_heads": model.n_heads,
-        "model.n_kv_heads": model.n_kv_heads,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.vocab_size": model.vocab_size,
-        "model.max_sequence_tokens": model.max_sequence_tokens,
-        "model.rope_theta": model.rope_theta,
-        "model.norm_eps": model.norm_eps,
-        "model.clip_qkv": model.clip_qkv,
-        "model.init_std": model.init_std,
-        "data.sequence_tokens": data.sequence_tokens,
-        "data.validation_sequences": data.validation_sequences,
-        "data.corpus_bytes": data.corpus_bytes,
-        "data.cache_bytes": data.cache_bytes,
-        "data.max_epochs": data.max_epochs,
-        "data.window_shards": data.window_shards,
-        "training.duration_tokens": training.duration_tokens,
-        "training.global_batch_sequences": training.global_batch_sequences,
-        "training.microbatch_sequences": training.microbatch_sequences,
-        "training.loss_chunk_tokens": training.loss_chunk_tokens,
-        "training.clip_norm": training.clip_norm,
-        "optimizer.learning_rate": recipe.optimizer.learning_rate,
-        "optimizer.eps": recipe.optimizer.eps,
-        "parallelism.replicate": recipe.parallelism.replicate,
-        "parallelism.expert": recipe.parallelism.expert,
-        "evaluation.interval_batches": recipe.evaluation.interval_batches,
-        "evaluation.suite_interval_batches": recipe.evaluation.suite_interval_batches,
-        "evaluation.suite_questions": recipe.evaluation.suite_questions,
-        "checkpoint.interval_batches": recipe.checkpoint.interval_batches,
-        "checkpoint.interval_minutes": recipe.checkpoint.interval_minutes,
-        "checkpoint.keep_last": recipe.checkpoint.keep_last,
-        "tracking.console_interval_batches": tracking.console_interval_batches,
-        "guard.window_batches": recipe.guard.window_batches,
-        "guard.loss_deviations": recipe.guard.loss_deviations,
-        "guard.norm_deviations": recipe.guard.norm_deviations,
-        "guard.most_busiest_over_mean": recipe.guard.most_busiest_over_mean,
-        "guard.collapse_batches": recipe.guard.collapse_batches,
-        "guard.most_rollbacks": recipe.guard.most_rollbacks,
-        "watch.hang_seconds": recipe.watch.hang_seconds,
-        "watch.start_seconds": recipe.watch.start_seconds,
-        "watch.straggler_interval_batches": recipe.watch.straggler_interval_batches,
-    }
-    if model.moe:
-        numbers |= {
-            "model.moe.experts": model.moe.experts,
-            "model.moe.top_k": model.moe.top_k,
-            "model.moe.normalize_weights_p": model.moe.normalize_weights_p,
-        }
-    for name, epochs in data.domain_max_epochs.items():
-        numbers[f"data.domain_max_epochs.{name}"] = epochs
-    for key, number in numbers.items():
-        if number is not None and not (number > 0 and math.isfinite(number)):
-            yield Violation(key, f"is {number}", "must be above 0")
-    not_negative: dict[str, float] = {
-        "seed": recipe.seed,
-        "data.workers": data.workers,
-        "schedule.warmup_tokens": recipe.schedule.warmup_tokens,
-        "schedule.decay_tokens": recipe.schedule.decay_tokens,
-        "optimizer.weight_decay": recipe.optimizer.weight_decay,
-        "guard.rollback_before_batches": recipe.guard.rollback_before_batches,
-        "guard.rollback_after_batches": recipe.guard.rollback_after_batches,
-    }
-    if model.moe:
-        not_negative |= {
-            "model.moe.jitter_eps": model.moe.jitter_eps,
-            "model.moe.balance_loss_weight": model.moe.balance_loss_weight,
-            "model.moe.bias_update_rate": model.moe.bias_update_rate,
-            "model.moe.z_loss_weight": model.moe.z_loss_weight,
-        }
-    for key, number in not_negative.items():
-        if not (number >= 0 and math.isfinite(number)):
-            yield Violation(key, f"is {number}", "must not be negative")
+def _ranges(recipe: Recipe, _: Topology) -> Iterator[Violation]:
+    return out_of_range(recipe)
 
 
 def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:
@@ -147,8 +73,6 @@ def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     ids = CL100K_TOKENS
     if recipe.tokenizer.kind is TokenizerKind.bpe:
         ids = recipe.tokenizer.vocab_size
-        if ids < 258:
-            yield Violation("tokenizer.vocab_size", f"is {ids}", "256 bytes and 2 special tokens need 258")
     if model.vocab_size < ids:
         yield Violation(
             "model.vocab_size",
@@ -168,8 +92,6 @@ def _moe(model: Model) -> Iterator[Violation]:
         yield Violation(
             "model.ffn", "experts are GLUs; `mlp` is for dense models", "set model.ffn=glu or model.moe=null"
         )
-    if moe.jitter_eps >= 1:
-        yield Violation("model.moe.jitter_eps", f"is {moe.jitter_eps}", "must be below 1; 0.01 is usual")
 
 
 def _data(recipe: Recipe, _: Topology) -> Iterator[Violation]:
@@ -181,9 +103,6 @@ def _data(recipe: Recipe, _: Topology) -> Iterator[Violation]:
         yield Violation(
             mixture, "is empty", "name each domain and its share, for example {code: 0.5, prose: 0.5}"
         )
-    for name, share in data.domains.items():
-        if not share > 0:
-            yield Violation(f"data.domains.{name}", f"is {share}", "must be above 0, or leave the domain out")
     for name in data.validation_domains:
         if name in domains:
             yield Violation("data.validation_domains", f"{name} is in {mixture}", "name it once, there")
@@ -208,10 +127,6 @@ def _data(recipe: Recipe, _: Topology) -> Iterator[Violation]:
         yield Violation("data.corpus", "builds shards, but data.remote says where they are", "remove either")
     if data.corpus not in (None, "installed"):
         yield Violation("data.corpus", f"{data.corpus!r} is unknown", "`installed` or null")
-    if data.sequence_tokens < 2:
-        yield Violation(
-            "data.sequence_tokens", f"is {data.sequence_tokens}", "next-token prediction needs at least 2"
-        )
     if data.sequence_tokens > recipe.model.max_sequence_tokens:
         yield Violation(
             "data.sequence_tokens",
@@ -276,32 +191,12 @@ def _training(recipe: Recipe, _: Topology) -> Iterator[Violation]:
                 f"training.duration_tokens={training.duration_tokens}",
                 "lower either",
             )
-    if not 0 <= schedule.final_share <= 1:
-        yield Violation("schedule.final_share", f"is {schedule.final_share}", "must lie in [0, 1]")
 
 
 def _optimizer(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     betas = recipe.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield Violation("optimizer.betas", f"is {betas}", "two numbers in [0, 1), for example [0.9, 0.95]")
-
-
-def _watch(recipe: Recipe, _: Topology) -> Iterator[Violation]:
-    if not recipe.preflight.slow_factor > 1:
-        yield Violation(
-            "preflight.slow_factor", f"is {recipe.preflight.slow_factor}", "must be above 1; 3 is usual"
-        )
-    for key in ("least_disk_bytes", "least_disk_speed", "most_skew_seconds"):
-        if (limit := getattr(recipe.preflight, key)) < 0:
-            yield Violation(f"preflight.{key}", f"is {limit}", "must be 0 or more")
-    for key in ("least_entropy", "most_dead_share"):
-        if not 0 <= (share := getattr(recipe.guard, key)) <= 1:
-            yield Violation(f"guard.{key}", f"is {share}", "must lie in [0, 1]")
-    factor = recipe.watch.straggler_factor
-    if not 1 < factor < math.inf:
-        yield Violation(
-            "watch.straggler_factor", f"is {factor}", "must be above 1; 1.3 names what is 30% slow"
-        )
 
 
 def _evaluation(recipe: Recipe, _: Topology) -> Iterator[Violation]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from train.recipe import sizes
 from train.recipe.phases import phases_of
-from train.recipe.schema import Parallelism, Phase, Recipe, Start, TokenizerKind
+from train.recipe.schema import Model, Parallelism, Phase, Recipe, Start, TokenizerKind
 
 HEAD_WIDTH = 16
 MOST_KV_HEADS = 2
@@ -35,31 +35,18 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
     Returns:
         A valid recipe that reads the corpus which every installation has.
     """
-    model, training = recipe.model, recipe.training
-    queries_per_kv = model.n_heads // model.n_kv_heads
-    kv_heads = min(model.n_kv_heads, MOST_KV_HEADS)
-    d_model = kv_heads * queries_per_kv * HEAD_WIDTH
-    small_model = replace(
-        model,
-        d_model=d_model,
-        n_layers=min(model.n_layers, LAYERS),
-        n_heads=kv_heads * queries_per_kv,
-        n_kv_heads=kv_heads,
-        ffn_hidden_size=max(8, round(model.ffn_hidden_size / model.d_model * d_model / 8) * 8),
-        vocab_size=VOCABULARY,
-        max_sequence_tokens=SEQUENCE_TOKENS,
-    )
+    model, training = _tiny_model(recipe.model), recipe.training
     phases = _two_phases(recipe, steps, global_batch_sequences) if steps > 1 else []
     duration = steps * global_batch_sequences * SEQUENCE_TOKENS
     if phases:
         longest = max(phase.sequence_tokens or 0 for phase in phases)
-        small_model = replace(small_model, max_sequence_tokens=longest)
+        model = replace(model, max_sequence_tokens=longest)
         duration = sum(phase.tokens for phase in phases)
     scale = duration / sizes.trained_tokens(recipe)
     return replace(
         recipe,
         name=f"{recipe.name}-shrunken",
-        model=small_model,
+        model=model,
         tokenizer=replace(recipe.tokenizer, kind=TokenizerKind.bpe, vocab_size=VOCABULARY),
         data=replace(
             recipe.data,
@@ -86,6 +73,23 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
             warmup_tokens=round(recipe.schedule.warmup_tokens * scale),
             decay_tokens=round(recipe.schedule.decay_tokens * scale),
         ),
+    )
+
+
+def _tiny_model(model: Model) -> Model:
+    """A model of the same ratios: query to key-value heads, hidden size to width."""
+    queries_per_kv = model.n_heads // model.n_kv_heads
+    kv_heads = min(model.n_kv_heads, MOST_KV_HEADS)
+    d_model = kv_heads * queries_per_kv * HEAD_WIDTH
+    return replace(
+        model,
+        d_model=d_model,
+        n_layers=min(model.n_layers, LAYERS),
+        n_heads=kv_heads * queries_per_kv,
+        n_kv_heads=kv_heads,
+        ffn_hidden_size=max(8, round(model.ffn_hidden_size / model.d_model * d_model / 8) * 8),
+        vocab_size=VOCABULARY,
+        max_sequence_tokens=SEQUENCE_TOKENS,
     )
 
 

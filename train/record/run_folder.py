@@ -5,7 +5,9 @@ import json
 import shutil
 from pathlib import Path
 
+from train.recipe.catalogue import on_resume
 from train.recipe.errors import UserError
+from train.recipe.keys import OnResume
 from train.recipe.reading import load_recipe, to_read_dict, to_yaml
 from train.recipe.schema import OnExisting, Recipe
 
@@ -21,35 +23,6 @@ EVALUATION_FILE = "evaluation.json"
 SAMPLE_FILE = "sample.txt"
 REPORT_FILE = "report.html"
 CHECKPOINTS_FOLDER = "checkpoints"
-
-FREE_TO_CHANGE = (
-    "on_existing",
-    "tracking",
-    "parallelism",
-    "checkpoint",
-    "data.workers",
-    "runs_dir",
-    "name",
-    "watch",
-    "preflight",
-    "data.remote",
-    "data.cache_bytes",
-)
-"""Keys that may differ when a run is resumed: they do not change what is trained."""
-
-EDITABLE = (
-    "data.phases",
-    "data.skips",
-    "data.domains",
-    "data.max_epochs",
-    "data.domain_max_epochs",
-    "data.shards",
-    "training.duration_tokens",
-    "training.global_batch_sequences",
-    "training.microbatch_sequences",
-)
-"""Keys that may differ for what is still to come: :func:`train.recipe.curriculum.continue_stages` refuses
-what would rewrite the past, and :func:`require_same_data` other shards than were read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +125,7 @@ def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
     before = _flat(to_read_dict(load_recipe(folder / RECIPE_FILE)))
     now = _flat(to_read_dict(recipe))
     for key in sorted(before.keys() | now.keys()):
-        free = any(key == name or key.startswith(f"{name}.") for name in (*FREE_TO_CHANGE, *EDITABLE))
-        if not free and before.get(key) != now.get(key):
+        if on_resume(key) is OnResume.never and before.get(key) != now.get(key):
             raise UserError(
                 f"is {now.get(key)}, but {folder} was begun with {before.get(key)}",
                 key=key,

@@ -23,7 +23,7 @@ from train.record import metrics
 from train.record.run_folder import RECIPE_FILE
 from train.report.cells import Cell, ComparedRun, cells_of
 from train.report.run_record import RunRecord, read_run
-from train.report.scaling import CONFIDENCE, Advantage, Curve, Runs, ScalingError, advantages, fit_curves
+from train.report.scaling import CONFIDENCE, Advantage, Curve, Runs, advantages, fit_curves
 
 Row = tuple[str, ...]
 Table = tuple[Row, list[Row]]
@@ -142,7 +142,7 @@ def compare(
     try:
         curves = fit_curves(on_curves)
         found = advantages(on_curves, _pairs(curves, baseline))
-    except ScalingError as error:
+    except UserError as error:
         curves, found = {}, []
         notes.append(f"No curves: {error}.")
     return Comparison(

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
+from train.recipe.errors import UserError
+
 # Shapes: R runs, G families, D held-out domains, B bootstrap draws.
 
 Floats = NDArray[np.float64]
@@ -27,10 +29,6 @@ CONFIDENCE = 0.95
 SAME_FLOPS = 0.03
 """Budgets that differ by less count as equal: families are matched to whole heads and experts."""
 DRAWS = 1000
-
-
-class ScalingError(ValueError):
-    """Runs from which no curve follows."""
 
 
 @dataclass(frozen=True)
@@ -178,19 +176,19 @@ def fit_curves(runs: Runs, *, start: "dict[str, Curve] | None" = None) -> dict[s
         start: curves of similar data, where the search begins in place of the grid.
 
     Raises:
-        ScalingError: if there are too few FLOP budgets, or a loss is not finite.
+        UserError: if there are too few FLOP budgets, or a loss is not finite.
     """
     families = runs.families
     budgets = runs.budgets()
     short = [family for family, count in budgets.items() if count < 2]
     if short or max(budgets.values(), default=0) < 3:
         counts = ", ".join(f"{family} {count}" for family, count in budgets.items())
-        raise ScalingError(
+        raise UserError(
             f"a curve needs two FLOP budgets per family and three in one of them; there are {counts}"
         )
     losses = runs.losses.mean(axis=1)
     if not np.isfinite(losses).all():
-        raise ScalingError(f"{int((~np.isfinite(losses)).sum())} runs have no finite held-out loss")
+        raise UserError(f"{int((~np.isfinite(losses)).sum())} runs have no finite held-out loss")
     unit = float(np.quantile(runs.flops, REFERENCE_FLOPS_SHARE, method="nearest"))
     log_flops, log_losses = np.log(runs.flops / unit), np.log(losses)
     which = np.array([families.index(family) for family in runs.family])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from train.recipe.errors import UserError
 from train.record.metrics import find_metric
 from train.record.run_folder import METRICS_FILE
 from train.record.step_log import STEP, TIMESTAMP, lines_from
@@ -40,7 +41,7 @@ DIGEST_CHARACTERS = 36
 
 
 class UploadError(RuntimeError):
-    """MLflow did not take it, said in one line; everything is still on disk."""
+    """MLflow did not take it, said in one line; everything is still on disk, and is sent another time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +72,12 @@ class RunFacts:
         """Reads `tracking.json`.
 
         Raises:
-            UploadError: if there is none.
+            UserError: if there is none.
         """
         try:
             tree = json.loads((run_dir / FACTS_FILE).read_text())
         except (OSError, ValueError) as error:
-            raise UploadError(f"{run_dir} has no readable {FACTS_FILE} ({type(error).__name__})") from None
+            raise UserError(f"{run_dir} has no readable {FACTS_FILE} ({type(error).__name__})") from None
         datasets = [DatasetInput(**dataset) for dataset in tree.pop("datasets")]
         return cls(**tree, datasets=datasets)
 

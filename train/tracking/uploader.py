@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from train.recipe.errors import UserError
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe
 from train.record.provenance import git_commit, package_versions
@@ -29,7 +30,6 @@ from train.record.summary import DatasetInput
 from train.tracking.mlflow_upload import (
     URI_VARIABLE,
     RunFacts,
-    UploadError,
     public_uri,
     store_uri,
 )
@@ -131,7 +131,7 @@ def collect_facts(
     try:
         before = RunFacts.read(run_dir)
         uid, started_ms = before.uid, before.started_ms
-    except UploadError:
+    except UserError:
         uid, started_ms = uuid.uuid4().hex, round(time.time() * 1000)
     params = flatten(to_dict(recipe))
     if recipe.tracking.uri:

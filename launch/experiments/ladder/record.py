@@ -10,10 +10,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from launch.experiments.ladder.plan import Ladder, Run
+from train.recipe.errors import UserError
 from train.record.provenance import git_commit
 from train.report.compare import Comparison, as_json, write_csv
 from train.report.compare_page import write_page, write_png
-from train.tracking.mlflow_upload import RUNNING, RunFacts, Upload, UploadError
+from train.tracking.mlflow_upload import RUNNING, RunFacts, Upload
 from train.tracking.uploader import flatten
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -55,7 +56,7 @@ def send(ladder: Ladder, label: str, folder: Path, runs: Sequence[Run], *, is_co
 def _send_parent(ladder: Ladder, label: str, folder: Path, *, is_complete: bool) -> str:
     try:
         facts = RunFacts.read(folder)
-    except UploadError:
+    except UserError:
         facts = RunFacts(
             uid=uuid.uuid4().hex,
             name=label,

@@ -365,7 +365,7 @@ def test_the_loader_names_a_damaged_shard_in_one_line(
     content[2000] ^= 1
     shard.write_bytes(content)
     tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
-    with pytest.raisesUserError as error:
+    with pytest.raises(UserError) as error:
         next(iter(build_train_loader(recipe, tokenizer, rank=0, world_size=1)))
     assert str(error.value).startswith(f"data.shards: shard {shard} is altered")
     assert "\n" not in str(error.value)

@@ -18,6 +18,7 @@ from launch.gpu_check.step import check_step, gpu_of, slice_of
 from launch.plan.hardware import GPUS
 from launch.plan.memory import memory
 from train.model import megablocks_ops, moe
+from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Precision, Recipe
 from train.recipe.tiny import tiny_recipe
@@ -100,7 +101,7 @@ def test_the_slice_fits_and_is_the_largest() -> None:
         found = slice_of(recipe, gib * 2**30)
         assert memory(found, 1).total < 0.9 * gib * 2**30
     assert slice_of(recipe, 80 * 2**30).model.n_layers > slice_of(recipe, 24 * 2**30).model.n_layers
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(UserError, match="do not fit"):
         slice_of(recipe, 2**30)
 
 

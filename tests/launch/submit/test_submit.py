@@ -242,7 +242,7 @@ def test_placement_by_counting_nodes() -> None:
     ],
 )
 def test_mistakes_are_named(changed: dict[str, Any], key: str) -> None:
-    with pytest.raisesUserError as error:
+    with pytest.raises(UserError) as error:
         check_job(replace(JOB, **({"overrides": ()} | changed)))
     assert error.value.key == key and error.value.remedy
 

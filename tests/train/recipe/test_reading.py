@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from train.recipe.catalogue import schema_keys
 from train.recipe.errors import UserError
-from train.recipe.reading import describe_keys, load_recipe, to_yaml, walk_schema
+from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.rules import validate
 from train.recipe.schema import Balance
 from train.recipe.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[3]
 SMOKE = str(ROOT / "yamls/smoke.yaml")
+DECLARING = {"schema.py", "architecture.py", "preparation.py", "reliability.py", "rules.py"}
+"""Modules of the schema and its rules: what only they name is not read."""
 
 
 def test_resolved_recipe_reads_back_to_itself(tmp_path: Path) -> None:
@@ -104,7 +107,7 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_line_with_file_key_and_remedy(override: str, expected: str) -> None:
-    with pytest.raisesUserError as caught:
+    with pytest.raises(UserError) as caught:
         recipe = load_recipe(SMOKE, [override])
         validate(recipe, Topology(), SMOKE)
     line = str(caught.value.at(SMOKE))
@@ -143,7 +146,7 @@ def test_a_base_recipes_key_is_let_go_when_a_later_layer_chooses_otherwise(tmp_p
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "self.yaml").write_text(text)
-    with pytest.raisesUserError as caught:
+    with pytest.raises(UserError) as caught:
         load_recipe(tmp_path / "self.yaml")
     assert (
         expected in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
@@ -172,17 +175,11 @@ def test_every_key_of_the_schema_is_read_somewhere() -> None:
     read: set[str] = set()
     for folder in ("train", "data", "launch"):
         for file in (ROOT / folder).rglob("*.py"):
-            if file.name.endswith("schema.py") or file.name == "validate.py":
+            if file.parent.name == "recipe" and file.name in DECLARING:
                 continue
             read |= {n.attr for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)}
-    unread = [key for key, _, _ in walk_schema() if key.rsplit(".", 1)[-1] not in read]
+    unread = [key for key in schema_keys() if key.rsplit(".", 1)[-1] not in read]
     assert unread == []
-
-
-def test_help_describes_every_key() -> None:
-    text = describe_keys()
-    assert all(f"  {key}  (" in text for key, _, _ in walk_schema())
-    assert len(walk_schema()) > 50
 
 
 def test_one_phase_is_changed_on_the_command_line() -> None:

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from train.report.scaling import Curve, Runs, ScalingError, advantages, fit_curves
+from train.recipe.errors import UserError
+from train.report.scaling import Curve, Runs, advantages, fit_curves
 
 BUDGETS = (1e15, 3e15, 1e16, 3e16)
 TRUTH = {
@@ -120,5 +121,5 @@ def test_a_loss_that_no_run_reached_is_extrapolated() -> None:
 def test_too_few_budgets_are_refused() -> None:
     runs = runs_of(TRUTH)
     one = [n for n, flops in enumerate(runs.flops) if flops == BUDGETS[0]]
-    with pytest.raises(ScalingError, match="two FLOP budgets"):
+    with pytest.raises(UserError, match="two FLOP budgets"):
         fit_curves(runs.take(np.array(one)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from train.recipe.errors import UserError
 from train.record import metrics
 from train.record.step_log import StepLog, read_steps
 from train.record.summary import DatasetInput
@@ -298,5 +299,5 @@ def test_password_is_neither_stored_nor_shown(run_dir: Path, monkeypatch: pytest
 
 
 def test_run_without_facts_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UploadError, match=r"no readable tracking\.json"):
+    with pytest.raises(UserError, match=r"no readable tracking\.json"):
         Upload(tmp_path)
