@@ -66,11 +66,13 @@ class KeyRules:
             return f"in [{self.at_least:g}, {self.at_most:g}]"
         if self.at_least is not None and self.below is not None:
             return f"in [{self.at_least:g}, {self.below:g})"
-        words = (("above", self.above), ("at least", self.at_least), ("below", self.below))
-        bounds = [
-            f"{word} {bound:g}" for word, bound in (*words, ("at most", self.at_most)) if bound is not None
-        ]
-        return " and ".join(bounds)
+        bounds = {
+            "above": self.above,
+            "at least": self.at_least,
+            "below": self.below,
+            "at most": self.at_most,
+        }
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
 
     def admits(self, number: float) -> bool:
         """Whether a number lies in the range; infinity and NaN lie in none."""
