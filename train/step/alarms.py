@@ -4,7 +4,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from train.record.expert_load import measure_load
 from train.record.step_log import StepLog
+from train.step.batch_sums import BatchTotals
 from train.step.guard import Action, RouterLoad, UpdateGuard, Verdict
 from train.step.rollback import Documents, Rollback, RollbackError, names_of
 
@@ -40,25 +44,22 @@ class Alarms:
         if self.log is not None:
             self.log.drop_after(batch)
 
-    def is_applied(
-        self, batch: int, first: int, positions: int, loss: float, norm: float, load: RouterLoad | None
-    ) -> bool:
+    def is_applied(self, batch: int, first: int, positions: int, totals: BatchTotals, norm: float) -> bool:
         """Whether a step's update is applied; on all ranks.
 
         Args:
             batch: from 0.
             first: position that it reads first.
             positions: how many it reads.
-            loss: mean over all ranks.
-            norm: global gradient norm.
-            load: of the routers.
+            totals: its loss and its tokens per expert.
+            norm: global gradient norm before clipping.
 
         Raises:
             NotFiniteError: if it is to be trained again.
             RollbackError: if the run is to go back, after what is left out was recorded.
             GuardError: if the run is to end.
         """
-        verdict = self.guard.judge(loss, norm, load)
+        verdict = self.guard.judge(totals.loss.item(), norm, _router_load(totals.expert_tokens_LE))
         documents = self._tell(batch, first, positions, verdict) if verdict.alarms else []
         place = f"batch {batch + 1} (from position {first})"
         if verdict.action is Action.rollback:
@@ -106,3 +107,15 @@ class Alarms:
             flush=True,
         )
         return documents
+
+
+def _router_load(tokens_LE: Tensor | None) -> RouterLoad | None:
+    """How the worst layer spread a batch, from tokens per expert; None for a dense model."""
+    if tokens_LE is None:
+        return None
+    loads, experts = measure_load(tokens_LE), tokens_LE.shape[1]
+    return RouterLoad(
+        entropy=min(load.entropy for load in loads),
+        dead_share=max(load.dead for load in loads) / experts,
+        busiest_over_mean=max(load.busiest for load in loads) * experts,
+    )

@@ -17,8 +17,7 @@ import functools
 
 import torch
 import torch.distributed as dist
-from composer.core import Callback, State
-from composer.loggers import Logger
+from composer.core import State
 from torch import Tensor
 
 from train.model.moe import MoE
@@ -26,8 +25,8 @@ from train.recipe.schema import BalanceScope
 from train.step.language_model import LanguageModel
 
 
-class CountChoices(Callback):
-    """Gives every MoE layer the counts of the recipe's scope.
+class BalanceCounts:
+    """Gives every MoE layer the counts that its balance loss takes, those of the recipe's scope.
 
     Args:
         model: the model to be trained, sharded already.
@@ -36,7 +35,7 @@ class CountChoices(Callback):
     """
 
     def __init__(self, model: LanguageModel, scope: BalanceScope, microbatches: int) -> None:
-        self.scope = scope
+        self.model, self.scope = model, scope
         self.layers = [module for module in model.decoder.modules() if isinstance(module, MoE)]
         self.needs_first_pass = microbatches > 1 and scope in (BalanceScope.rank, BalanceScope.global_batch)
         if self.needs_first_pass or not dist.is_initialized():
@@ -48,12 +47,11 @@ class CountChoices(Callback):
             elif scope is BalanceScope.global_batch:
                 layer.reduce_counts = functools.partial(_sum_over, None)
 
-    def before_train_batch(self, state: State, logger: Logger) -> None:
+    def count_batch(self, state: State) -> None:
         """Routes the whole batch, where its counts are needed before it is trained on."""
         if not self.needs_first_pass:
             return
-        assert isinstance(state.model, LanguageModel)
-        counts_LE = torch.stack([state.model.count_choices(part) for part in microbatches_of(state)]).sum(
+        counts_LE = torch.stack([self.model.count_choices(part) for part in microbatches_of(state)]).sum(
             dim=0
         )
         if self.scope is BalanceScope.global_batch and dist.is_initialized():
