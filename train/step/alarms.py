@@ -1,4 +1,4 @@
-"""What the guard's verdict on a step comes to: a line, a record with the step's documents, the run's end."""
+"""Alarms: what the guard finds in a step is printed, recorded with its documents, and may end the run."""
 
 import sys
 from pathlib import Path
@@ -20,17 +20,17 @@ class GuardError(RuntimeError):
 
 
 class NotFiniteError(GuardError):
-    """A step was not finite and is to be trained again from the newest checkpoint."""
+    """A step was not finite; it will be trained again from the newest checkpoint."""
 
 
 class Alarms:
-    """Judges each step, on every rank alike, and raises what is wrong with it.
+    """Judges each step, on every rank alike, and raises an error where the run must end.
 
     Args:
         guard: judges.
-        rollback: decides what is left out where the recipe says so.
-        documents: those at some positions.
-        run_folder: on the main rank, where ``alarms.jsonl`` is written.
+        rollback: decides which positions are excluded where the recipe says so.
+        documents: looks up those at some positions.
+        run_folder: where ``alarms.jsonl`` is written; None except on the main rank.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class Alarms:
 
         Args:
             batch: from 0.
-            first: position that it reads first.
-            positions: how many it reads.
+            first: its first position.
+            positions: how many it has.
             totals: its loss and its tokens per expert.
             norm: global gradient norm before clipping.
 
         Raises:
             NotFiniteError: if it is to be trained again.
-            RollbackError: if the run is to go back, after what is left out was recorded.
+            RollbackError: if the run is to go back; the positions to exclude are recorded by then.
             GuardError: if the run is to end.
         """
         verdict = self.guard.judge(totals.loss.item(), norm, _router_load(totals.expert_tokens_LE))
@@ -69,7 +69,7 @@ class Alarms:
                 raise GuardError(f"{place}: {verdict.alarms[-1]}; guard.most_rollbacks={most} are spent")
             raise RollbackError(
                 f"{place}: {verdict.alarms[-1]}; positions {decision.first_position} to "
-                f"{decision.end_position - 1} are left out from now on"
+                f"{decision.end_position - 1} are excluded from now on"
             )
         if verdict.action is Action.replay:
             raise NotFiniteError(f"{place}: {verdict.alarms[-1]}")
@@ -83,9 +83,7 @@ class Alarms:
             self.log.close()
 
     def _tell(self, batch: int, first: int, positions: int, verdict: Verdict) -> list[dict[str, Any]]:
-        """Prints and records an alarm with the documents that the step read, and returns them; on the main
-        rank.
-        """
+        """On the main rank, prints and records an alarm with the step's documents, and returns them."""
         if self.log is None:
             return []
         documents = self.documents(first, positions)

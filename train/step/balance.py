@@ -1,14 +1,15 @@
-"""Whose tokens the balance loss counts: a microbatch's, a rank's, an expert group's, the global batch's.
+"""The scope of the balance loss: tokens of a microbatch, a rank, an expert group or the global batch.
 
 The loss is E x sum over experts of share x mean score (Fedus et al. 2021, eq. 4). It is linear in the mean
 score, which is differentiated and averages over microbatches and ranks by itself; the share is a count
-without gradient. So with shares of the global batch in every microbatch, the mean of the losses is
+without a gradient. So with shares of the global batch in every microbatch, the mean of the losses is
 exactly the loss of the global batch (Qiu et al. 2025, arXiv 2501.11873, section 3).
 
 Shares of a whole batch are needed before its first microbatch is differentiated. Qiu et al. use what has
-accumulated so far; here a first pass routes all microbatches without gradient, which is exact whatever the
-split and costs a forward pass more (a third of forward and backward, a quarter with recomputation). With
-one microbatch a rank there is nothing to wait for, and each layer adds up its counts, 8 E bytes, as it runs.
+accumulated so far; here a first pass routes all microbatches without gradients. It is exact however the
+batch is split and costs one more forward pass (a third of forward and backward, a quarter with
+recomputation). With one microbatch per rank no such pass is needed: each layer sums its counts, 8 E bytes,
+over the ranks as it runs.
 
 Shapes: L layers, E experts.
 """
@@ -26,7 +27,7 @@ from train.step.language_model import LanguageModel
 
 
 class BalanceCounts:
-    """Gives every MoE layer the counts that its balance loss takes, those of the recipe's scope.
+    """Gives the balance loss of every MoE layer the counts of the recipe's scope.
 
     Args:
         model: the model to be trained, sharded already.
@@ -48,7 +49,7 @@ class BalanceCounts:
                 layer.reduce_counts = functools.partial(_sum_over, None)
 
     def count_batch(self, state: State) -> None:
-        """Routes the whole batch, where its counts are needed before it is trained on."""
+        """Routes the whole batch, if the scope's counts are needed before its first microbatch."""
         if not self.needs_first_pass:
             return
         counts_LE = torch.stack([self.model.count_choices(part) for part in microbatches_of(state)]).sum(
@@ -61,7 +62,7 @@ class BalanceCounts:
 
 
 def microbatches_of(state: State) -> list[dict[str, Tensor]]:
-    """The batch in the parts that Composer is about to train on, on the device."""
+    """The microbatches that Composer is about to train on, on the device."""
     assert state.dataloader is not None and state.device_train_microbatch_size is not None
     size = int(state.device_train_microbatch_size)
     batch = state.device.batch_to_device(state.batch)
@@ -70,12 +71,12 @@ def microbatches_of(state: State) -> list[dict[str, Tensor]]:
 
 
 def _sum_over(group: dist.ProcessGroup | None, counts_E: Tensor) -> Tensor:
-    """Counts of all ranks of a group; None: of all ranks there are."""
+    """Counts summed over the ranks of a group; None: over all ranks."""
     total_E = counts_E.clone()
     dist.all_reduce(total_E, group=group)
     return total_E
 
 
 def _given(batch_counts_E: Tensor, _counts_E: Tensor) -> Tensor:
-    """Counts known beforehand, whatever those of the microbatch are."""
+    """The batch's counts in place of the microbatch's."""
     return batch_counts_E

@@ -1,4 +1,4 @@
-"""Saves by batches or minutes, at the end, and before the machine is taken away."""
+"""When checkpoints are saved: by batches or minutes, at the end of the run, and on SIGTERM."""
 
 import copy
 import signal
@@ -25,9 +25,9 @@ from train.step.guard import UpdateGuard
 class Checkpointing:
     """Saves the state after whole batches, while training goes on.
 
-    Whether a save is due is the same on all ranks: rank 0's clock decides, and a SIGTERM that any rank
-    got counts for all. SIGTERM, by which schedulers announce that they take the machine away, saves
-    and ends the run with status 75 (EX_TEMPFAIL).
+    All ranks agree on whether a save is due: rank 0's clock decides, and a SIGTERM to any rank counts for
+    all. SIGTERM, by which schedulers announce that they will take the machine away, saves and ends the run
+    with status 75 (EX_TEMPFAIL).
 
     Args:
         root: folder of the run's checkpoints.
@@ -61,7 +61,7 @@ class Checkpointing:
         self._handler_before: signal.Handlers | None = None
 
     def listen(self) -> None:
-        """Listens for SIGTERM from now on."""
+        """Begins to listen for SIGTERM."""
         if threading.current_thread() is threading.main_thread():
             self._handler_before = signal.signal(signal.SIGTERM, self._terminate)  # type: ignore[assignment]
 
@@ -72,7 +72,7 @@ class Checkpointing:
             self.resumed_from = None
 
     def save_if_due(self, state: State) -> None:
-        """Saves when an interval has passed, or when the run is to end.
+        """Saves when an interval has passed, or when the run was told to end.
 
         Raises:
             SystemExit: with status 75, once the state is saved after a SIGTERM.
@@ -96,7 +96,7 @@ class Checkpointing:
         self._tell(self.saver.wait())
 
     def close(self) -> None:
-        """Waits for a save that is being written; SIGTERM is again what it was."""
+        """Waits for a save that is being written, and restores the handler of SIGTERM."""
         self.wait()
         if self._handler_before is not None:
             signal.signal(signal.SIGTERM, self._handler_before)
@@ -135,7 +135,7 @@ class Checkpointing:
         self._tell(self.saver.start(state.model, state.optimizers[0], progress))
 
     def _tell(self, saved: Saved | None) -> None:
-        """Says what a failed save came to, loudly; a good one needs no words."""
+        """Reports a save that failed; one that succeeded needs no words."""
         if saved is not None and saved.error:
             self._say(f"checkpoint of batch {saved.batch} NOT saved: {saved.error}; training goes on")
 

@@ -1,8 +1,7 @@
-"""Data in: which batch this is, once excluded ones are skipped, and what the curriculum sets for it.
+"""Data in: the clock at the batch to be trained, past excluded ones, and the batch's learning rate.
 
-All of it is a function of the batch's number, so that a resumed run has it before its first batch. Composer
-steps its schedulers before it moves the clock on, so that they lag by a batch, and their state would be one
-more thing to restore.
+Both are functions of the batch's number, so a resumed run needs no state for them. Composer's schedulers have
+state, and lag by a batch, since they step before the clock does.
 """
 
 import sys
@@ -15,15 +14,15 @@ from train.recipe.schema import Recipe
 
 
 def skip_excluded(state: State, curriculum: Curriculum, is_main: bool) -> None:
-    """Moves the run's clock over excluded batches, which the loader has skipped; before anyone reads it.
+    """Moves the run's clock past excluded batches, which the loader has skipped; comes before any use of it.
 
-    Batches, samples and tokens count what is skipped, so that positions, phases and the learning rate of
-    what follows are those of a run that has trained it.
+    Batches, samples and tokens count what is skipped: the positions, phases and learning rate of what
+    follows are those of a run that trained on it.
 
     Args:
         state: of the run, whose loader has just given a batch.
         curriculum: the run's stages, and the ranges that are excluded.
-        is_main: whether this rank says so.
+        is_main: whether this rank prints what is skipped.
     """
     batch = state.timestamp.batch.value
     after = curriculum.trained_from(batch)
@@ -42,7 +41,7 @@ def skip_excluded(state: State, curriculum: Curriculum, is_main: bool) -> None:
     if is_main:
         print(
             f"batches {batch + 1} to {after} (positions {curriculum.samples_before(batch)} to "
-            f"{samples - 1}) are left out by declaration",
+            f"{samples - 1}) are skipped by declaration",
             file=sys.stderr,
             flush=True,
         )

@@ -7,8 +7,7 @@
 ``first`` is the position of the batch's first sequence (null where its positions are no range), ``length``
 the tokens of a sequence; each domain has its sequences, its tokens with a loss and the digest
 (:mod:`data.shards.digest`) of what the ranks fed to the model. ``python -m data.audit RUN`` compares all of
-it with the plan and the shards. Sums are in every checkpoint; a run that goes on from one drops later
-lines.
+it with the plan and the shards. Sums are in every checkpoint; a run that resumes from one drops later lines.
 """
 
 import sys
@@ -37,14 +36,14 @@ class Domain:
 
 
 class DataLog:
-    """Adds up and writes what was trained on; on every rank, since a checkpoint is every rank's.
+    """Sums and records what was trained on; on every rank, since every rank takes part in a checkpoint.
 
     Args:
         run_dir: folder of the run; None on ranks that don't write.
         domains: in the order that ``domain_ids`` index.
         sample_tokens: tokens of a sample of the shards.
-        totals: sums of the checkpoint that the run goes on from; empty at its beginning.
-        curriculum: the run's stages, and what is left out.
+        totals: sums of the checkpoint that the run resumes from; empty for a new run.
+        curriculum: the run's stages, and the ranges that are excluded.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a batch was made of and what it cost, domain by domain, counted from the batch itself.
+"""Domain counts: each domain's sequences, tokens, loss and digest in a batch, taken from the batch itself.
 
 Every rank adds its microbatches; one sum over ranks ends a batch. So the counts are of what was really
 trained on, not of what was planned, and are the same under every layout.
