@@ -1,8 +1,8 @@
 """Rollback: the positions that a run excludes after an alarm, decided once and recorded for later starts.
 
 The run itself ends, as it does for a replay. When it is resumed, the decision is in its ``skips.json``,
-checkpoints that were trained on those positions are refused, and the curriculum skips them. So the decision is
-made once, from the state of the run at the alarm, and every later start follows it.
+checkpoints that were trained on those positions are refused, and the curriculum skips them. So it is made
+once, from the state of the run at the alarm, and every later start follows it.
 """
 
 import time
