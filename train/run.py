@@ -1,6 +1,7 @@
 """One run, from a checked recipe to a trained model and its report. Read `run` first."""
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from composer.core import Callback
 from composer.loggers import LoggerDestination
 from composer.utils import get_device
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from data.loader import TrainLoader, ValidationSequences, build_train_loader, build_validation_loaders
 from data.shards.cache import fetch_indices
 from data.shards.manifest import Manifest
-from data.tokenizer import open_tokenizer
+from data.tokenizer import TokenizerHandle, open_tokenizer
 from data.write_shards import ensure_shards
 from train.checkpoint.files import Progress
 from train.evaluate.in_training import SuiteEvaluation
@@ -39,7 +41,7 @@ from train.recipe.curriculum import Curriculum
 from train.recipe.errors import UserError
 from train.recipe.exit_status import REPLAY_STATUS, UNFIT_STATUS
 from train.recipe.phases import domains_of
-from train.recipe.schema import Balance, Precision, Recipe
+from train.recipe.schema import Precision, Recipe
 from train.recipe.topology import Topology
 from train.record import provenance
 from train.record.console import Console
@@ -56,16 +58,12 @@ from train.record.throughput import Throughput
 from train.report.run_page import write_report
 from train.resume import Resumed, accept, drop_after, find_checkpoint, load_weights
 from train.step.alarms import Alarms, NotFiniteError
-from train.step.balance import CountChoices
 from train.step.checkpointing import Checkpointing
 from train.step.data_log import DataLog, Domain
 from train.step.guard import UpdateGuard
-from train.step.language_model import LanguageModel
-from train.step.learning_rate import LearningRate
-from train.step.phases import Phases
+from train.step.language_model import Batch, LanguageModel
 from train.step.rollback import Rollback, RollbackError, documents_of
-from train.step.skips import PassOver
-from train.step.update import BeforeUpdate
+from train.step.step import TrainingStep
 from train.tracking.uploader import MlflowUploader
 from train.trainer import build_trainer
 
@@ -117,20 +115,7 @@ def run(recipe: Recipe, topology: Topology) -> int:
         uploader.start()
     status = "FAILED"
     try:
-        with watched(recipe, folder, topology) as watch:
-            model, optimizer = build_model(recipe, machine)
-            watch.move("loading the checkpoint")
-            load_weights(recipe, resumed, model, optimizer, topology)
-            watch.move("opening shards")
-            job = assemble(recipe, folder, machine, shards, model, optimizer, resumed, watch)
-            if resumed.progress.batch < resumed.curriculum.batches:
-                job.trainer.fit()
-            else:
-                job.trainer.eval()
-            losses = final_losses(job)
-        if topology.is_main:
-            finish(recipe, folder, machine, shards, job, losses)
-        job.trainer.close()
+        train_to_end(recipe, folder, machine, shards, resumed)
         status = "FINISHED"
     except (NotFiniteError, RollbackError) as error:
         log_on_rank_0(
@@ -145,6 +130,24 @@ def run(recipe: Recipe, topology: Topology) -> int:
             uploader.finish(status)
     log_on_rank_0(topology, f"everything of this run is in {folder}; open {folder / REPORT_FILE}")
     return 0
+
+
+def train_to_end(recipe: Recipe, folder: Path, machine: Machine, shards: Manifest, resumed: Resumed) -> None:
+    """Trains from where the run stands to its end, under watch; then summary and report are written."""
+    with watched(recipe, folder, machine.topology) as watch:
+        model, optimizer = build_model(recipe, machine)
+        watch.move("loading the checkpoint")
+        load_weights(recipe, resumed, model, optimizer, machine.topology)
+        watch.move("opening shards")
+        job = assemble(recipe, folder, machine, shards, model, optimizer, resumed, watch)
+        if resumed.progress.batch < resumed.curriculum.batches:
+            job.trainer.fit()
+        else:
+            job.trainer.eval()
+        losses = final_losses(job)
+    if machine.topology.is_main:
+        finish(recipe, folder, machine, shards, job, losses)
+    job.trainer.close()
 
 
 def is_fit(recipe: Recipe, folder: Path, machine: Machine) -> bool:
@@ -213,26 +216,6 @@ def build_model(recipe: Recipe, machine: Machine) -> tuple[LanguageModel, Optimi
     return model, build_optimizer(model, recipe.optimizer)
 
 
-def update_callbacks(
-    recipe: Recipe,
-    model: LanguageModel,
-    topology: Topology,
-    curriculum: Curriculum,
-    alarms: Alarms | None = None,
-) -> list[Callback]:
-    """What takes part in every step: phase, learning rate, the balance loss's counts, guard and clipping."""
-    moe = recipe.model.moe
-    callbacks: list[Callback] = [
-        PassOver(curriculum, topology.is_main),
-        Phases(recipe, curriculum),
-        LearningRate(recipe, curriculum),
-    ]
-    if moe is not None and moe.balance is Balance.loss:
-        microbatches = sizes.most_microbatches(recipe, topology.world_size)
-        callbacks.append(CountChoices(model, moe.balance_scope, microbatches))
-    return [*callbacks, BeforeUpdate(moe, recipe.training.clip_norm, alarms, curriculum.sample_tokens)]
-
-
 def assemble(
     recipe: Recipe,
     folder: Path,
@@ -243,18 +226,51 @@ def assemble(
     resumed: Resumed,
     watch: Watched,
 ) -> PreparedRun:
-    """The Trainer with its loaders, records and checkpoints."""
+    """The Trainer with its loaders, its step, and the callbacks that watch and record it."""
     topology, curriculum, progress = machine.topology, resumed.curriculum, resumed.progress
-    batches = curriculum.batches
-    # Evaluation alone is of the last phase that was trained.
+    # Evaluation without training is of the last phase that was trained.
     model.decoder.set_rope_theta(curriculum.stage_of(max(0, progress.batch - 1)).rope_theta)
     tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
     place = {"rank": topology.rank, "world_size": topology.world_size}
     train_loader = build_train_loader(
         recipe, tokenizer, curriculum=curriculum, start_sample=progress.samples, **place
     )
+    validation_loaders = build_validation_loaders(recipe, tokenizer, **place)
+    step = build_step(recipe, folder, topology, shards, model, train_loader, resumed)
+    callbacks: list[Callback] = [step, *watch.callbacks()]
+    if recipe.evaluation.suite is not None:
+        scorer = Scorer(model.decoder, machine.precision, topology, recipe.model.max_sequence_tokens)
+        callbacks.append(suite_evaluation(recipe, folder, scorer, tokenizer, curriculum.batches, watch.move))
+    loggers: list[LoggerDestination] = []
+    if topology.is_main:
+        callbacks += [
+            throughput(recipe, machine, curriculum),
+            ExpertLoad(folder, curriculum.batches, step.expert_tokens),
+        ]
+        loggers = [
+            RunTracker(folder, bytes_per_token(shards, "validation"), bytes_per_token(shards, "train")),
+            Console(curriculum.batches, recipe.tracking.console_interval_batches),
+        ]
+    trainer = build_trainer(
+        recipe, model, optimizer, train_loader, validation_loaders, callbacks, loggers, progress, curriculum
+    )
+    outlast_watchdog(recipe)  # The callbacks have groups of their own.
+    return PreparedRun(trainer, unigram_entropy(validation_loaders))
+
+
+def build_step(
+    recipe: Recipe,
+    folder: Path,
+    topology: Topology,
+    shards: Manifest,
+    model: LanguageModel,
+    loader: TrainLoader,
+    resumed: Resumed,
+) -> TrainingStep:
+    """The training step with its guard, data log and checkpoints, each continued from the checkpoint."""
+    curriculum, progress = resumed.curriculum, resumed.progress
     guard = UpdateGuard(recipe.guard, progress.recent, progress.counts)
-    data_log = open_data_log(folder, topology, train_loader, shards, progress, curriculum)
+    data_log = open_data_log(folder, topology, loader, shards, progress, curriculum)
     checkpointing = Checkpointing(
         folder / CHECKPOINTS_FOLDER,
         recipe.checkpoint,
@@ -267,44 +283,10 @@ def assemble(
     alarms = Alarms(
         guard,
         Rollback(folder, recipe.guard, curriculum, topology, checkpointing.wait),
-        documents_of(recipe, shards, train_loader.dataset),
+        documents_of(recipe, shards, loader.dataset),
         folder if topology.is_main else None,
     )
-    callbacks: list[Callback] = [
-        *update_callbacks(recipe, model, topology, curriculum, alarms),
-        data_log,
-        checkpointing,
-        *watch.callbacks(),
-    ]
-    if recipe.evaluation.suite is not None:
-        scorer = Scorer(model.decoder, machine.precision, topology, recipe.model.max_sequence_tokens)
-        suite = load_suite(Path(recipe.evaluation.suite))
-        bridge = hugging_face_tokenizer(tokenizer)
-        callbacks.append(
-            SuiteEvaluation(scorer, suite, recipe.evaluation, bridge, folder, batches, watch.move)
-        )
-    loggers: list[LoggerDestination] = []
-    if topology.is_main:
-        flops = functools.partial(sizes.batch_flops_per_token, recipe.model, curriculum)
-        peak = measured_peak_flops(machine.device_type, machine.matrix_dtype)
-        callbacks += [
-            Throughput(flops, peak, topology.world_size, machine.device_type == "cuda"),
-            ExpertLoad(folder, batches),
-        ]
-        loggers = [
-            RunTracker(folder, bytes_per_token(shards, "validation"), bytes_per_token(shards, "train")),
-            Console(batches, recipe.tracking.console_interval_batches),
-        ]
-    validation_loaders = build_validation_loaders(recipe, tokenizer, **place)
-    trainer = build_trainer(
-        recipe, model, optimizer, train_loader, validation_loaders, callbacks, loggers, progress, curriculum
-    )
-    outlast_watchdog(recipe)  # The callbacks have groups of their own.
-    entropy = {}
-    for domain, loader in validation_loaders.items():
-        assert isinstance(loader.dataset, ValidationSequences)
-        entropy[domain] = loader.dataset.unigram_entropy()
-    return PreparedRun(trainer, entropy)
+    return TrainingStep(recipe, model, topology, curriculum, alarms, data_log, checkpointing)
 
 
 def open_data_log(
@@ -315,11 +297,42 @@ def open_data_log(
     progress: Progress,
     curriculum: Curriculum,
 ) -> DataLog:
-    """The books of what the run reads, going on from the checkpoint's."""
+    """The log of what the run reads, with the checkpoint's sums so far."""
     plan = loader.dataset.plan
     domains = [Domain(name, size) for name, size in zip(plan.domains, plan.sizes, strict=True)]
     run_dir = folder if topology.is_main else None
     return DataLog(run_dir, domains, shards.sequence_tokens, progress.consumed, curriculum)
+
+
+def suite_evaluation(
+    recipe: Recipe,
+    folder: Path,
+    scorer: Scorer,
+    tokenizer: TokenizerHandle,
+    batches: int,
+    moved: Callable[[str], None],
+) -> SuiteEvaluation:
+    """The evaluation of the recipe's suite of tasks during training."""
+    assert recipe.evaluation.suite is not None
+    suite = load_suite(Path(recipe.evaluation.suite))
+    bridge = hugging_face_tokenizer(tokenizer)
+    return SuiteEvaluation(scorer, suite, recipe.evaluation, bridge, folder, batches, moved)
+
+
+def throughput(recipe: Recipe, machine: Machine, curriculum: Curriculum) -> Throughput:
+    """The clock of the steps, held to the measured peak of the machine's devices."""
+    flops = functools.partial(sizes.batch_flops_per_token, recipe.model, curriculum)
+    peak = measured_peak_flops(machine.device_type, machine.matrix_dtype)
+    return Throughput(flops, peak, machine.topology.world_size, machine.device_type == "cuda")
+
+
+def unigram_entropy(validation_loaders: Mapping[str, DataLoader[Batch]]) -> dict[str, float]:
+    """Entropy of the validation targets of each domain, in nats per token."""
+    entropy = {}
+    for domain, loader in validation_loaders.items():
+        assert isinstance(loader.dataset, ValidationSequences)
+        entropy[domain] = loader.dataset.unigram_entropy()
+    return entropy
 
 
 def bytes_per_token(shards: Manifest, split: str) -> dict[str, float]:

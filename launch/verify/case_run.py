@@ -33,8 +33,9 @@ from train.recipe.curriculum import plan_stages
 from train.recipe.schema import Precision
 from train.recipe.topology import Topology
 from train.record.metrics import GRADIENT_NORM
-from train.run import Machine, build_model, update_callbacks
+from train.run import Machine, build_model
 from train.step.language_model import Batch, LanguageModel
+from train.step.step import TrainingStep
 from train.trainer import build_trainer
 
 SEEDS = 50
@@ -159,6 +160,8 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
         {key: value[mine] for key, value in batch.items()} for batch in make_batches(recipe, case.input, seed)
     ]
     curriculum = plan_stages(recipe)
+    step = TrainingStep(recipe, model, topology, curriculum)
+    watcher.expert_tokens = step.expert_tokens
     is_split = isinstance(watcher, _Writer) and case.balance_microbatches > 1
     together = [CountTogether(model, case.balance_microbatches)] if is_split else []
     trainer = build_trainer(
@@ -168,7 +171,7 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
         DataLoader(_Batches(batches), batch_size=None),
         {},
         # Gradients are seen before clipping and weights after the step.
-        [watcher, *update_callbacks(recipe, model, topology, curriculum), *together],
+        [watcher, step, *together],
         [watcher.figures],
         Progress(0, 0, 0, 0.0),
         curriculum,
@@ -202,6 +205,8 @@ class _Watcher(Callback, ABC):
 
     def __init__(self) -> None:
         self.figures = _Figures()
+        self.expert_tokens: Callable[[], Tensor | None] = lambda: None
+        """Tokens of each expert in the last batch, over all ranks."""
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         self.see_gradients(_step(state), _whole((n, p.grad) for n, p in _parameters(state)))
@@ -210,9 +215,8 @@ class _Watcher(Callback, ABC):
         latest = self.figures.latest
         figures = {key: latest[f"loss/train/{name}"] for key, name in _LOSSES.items()}
         figures["norm"] = latest[GRADIENT_NORM]
-        assert isinstance(state.model, LanguageModel)
         step = _step(state) - 1
-        self.see_figures(step, figures, state.model.last_counts_LE)
+        self.see_figures(step, figures, self.expert_tokens())
         self.see_weights(step, _whole(_weights(state)))
 
     @abstractmethod

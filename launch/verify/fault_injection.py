@@ -45,7 +45,7 @@ from train.recipe.schema import Data, Recipe
 from train.recipe.topology import Topology
 from train.record.run_folder import CHECKPOINTS_FOLDER
 from train.record.step_log import read_steps
-from train.step.update import BeforeUpdate
+from train.step.step import TrainingStep
 
 LAYOUT = Layout(1, 1, 2)
 FAULTS_PER_RUN = 5
@@ -187,7 +187,7 @@ def _disturbed(
 
             with mock.patch.object(HeartbeatCallback, "before_forward", slowly):
                 return work(topology)
-        judge = BeforeUpdate.after_train_batch
+        judge = TrainingStep.after_train_batch
 
         def poisoned(self, state, logger) -> None:  # type: ignore[no-untyped-def]
             if state.timestamp.batch.value == after:
@@ -196,7 +196,7 @@ def _disturbed(
                 local.view(-1)[0] = torch.nan
             judge(self, state, logger)
 
-        with mock.patch.object(BeforeUpdate, "after_train_batch", poisoned):
+        with mock.patch.object(TrainingStep, "after_train_batch", poisoned):
             return work(topology)
 
     return disturbed

@@ -26,7 +26,7 @@ from train.model import decoder
 from train.model.attention import AttentionPlan
 from train.model.moe import MoE
 from train.recipe.schema import Precision
-from train.step import balance, update
+from train.step import balance, step
 from train.step.language_model import LanguageModel
 
 Build = Callable[..., None]
@@ -128,7 +128,7 @@ def _clipping_with(
         torch._foreach_mul_(shards, float(min(1.0, max_norm / norm)))
         return norm
 
-    return mock.patch.object(update, "clip_gradients", clip)
+    return mock.patch.object(step, "clip_gradients", clip)
 
 
 def _times_for_experts(factor: float, parameter: nn.Parameter, shard: Tensor) -> Tensor:

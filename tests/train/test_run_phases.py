@@ -57,19 +57,19 @@ def _books(recipe: Recipe) -> list[dict[str, Any]]:
 def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0, by: signal.Signals = signal.SIGTERM) -> None:
     """Trains in forked ranks; the last one gets a signal in the batch after which all are to end."""
     from train.run import run
-    from train.step.phases import Phases
+    from train.step.step import TrainingStep
 
     validate(recipe, Topology(0, ranks, 0, ranks), recipe.name)
 
     def work(topology: Topology) -> None:
-        begin = Phases.batch_start
+        begin = TrainingStep.batch_start
 
-        def preempted(self: Phases, state: Any, logger: Any) -> None:
+        def preempted(self: TrainingStep, state: Any, logger: Any) -> None:
             begin(self, state, logger)
             if state.timestamp.batch.value + 1 == stop_after and topology.rank == ranks - 1:
                 os.kill(os.getpid(), by)
 
-        Phases.batch_start = preempted  # type: ignore[method-assign]
+        TrainingStep.batch_start = preempted  # type: ignore[method-assign]
         if status := run(recipe, topology):
             raise SystemExit(status)
 

@@ -1,6 +1,7 @@
 """How evenly a batch's tokens were spread over the experts of each layer."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,17 +56,19 @@ def measure_load(counts_LE: Tensor) -> list[LayerLoad]:
 class ExpertLoad(Callback):
     """Logs each layer's spread at every step and keeps whole shares for the report's heat map.
 
-    It reads the model's ``last_counts_LE``, tokens per expert of the batch over all ranks. For the main
-    rank alone.
+    For the main rank only.
 
     Args:
         run_dir: folder of the run; shares go to ``expert_load.jsonl`` in it.
         total_batches: length of the run; shares are kept at about 400 steps spread over it, which is as
             many as a heat map can show, so that a long run of a large model leaves megabytes and not
             gigabytes.
+        expert_tokens: gives the last batch's tokens per expert over all ranks, [L, E]; None for a dense
+            model.
     """
 
-    def __init__(self, run_dir: Path, total_batches: int) -> None:
+    def __init__(self, run_dir: Path, total_batches: int, expert_tokens: Callable[[], Tensor | None]) -> None:
+        self.expert_tokens = expert_tokens
         self.log = StepLog(run_dir / EXPERT_LOAD_FILE)
         self.interval_batches = max(1, -(-total_batches // HEAT_MAP_COLUMNS))
 
@@ -75,7 +78,7 @@ class ExpertLoad(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Logs the batch's spread."""
-        counts_LE = getattr(state.model, "last_counts_LE", None)
+        counts_LE = self.expert_tokens()
         if counts_LE is None:
             return
         counts_LE = counts_LE.cpu()

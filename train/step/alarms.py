@@ -1,10 +1,14 @@
-"""What the guard's verdict on a step comes to: a line, a record with the step's documents, the run's end."""
+"""Alarms: what the guard finds in a step is printed, recorded with its documents, and may end the run."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from train.record.expert_load import measure_load
 from train.record.step_log import StepLog
+from train.step.batch_sums import BatchTotals
 from train.step.guard import Action, RouterLoad, UpdateGuard, Verdict
 from train.step.rollback import Documents, Rollback, RollbackError, names_of
 
@@ -16,17 +20,17 @@ class GuardError(RuntimeError):
 
 
 class NotFiniteError(GuardError):
-    """A step was not finite and is to be trained again from the newest checkpoint."""
+    """A step was not finite; it will be trained again from the newest checkpoint."""
 
 
 class Alarms:
-    """Judges each step, on every rank alike, and raises what is wrong with it.
+    """Judges each step, on every rank alike, and raises an error where the run must end.
 
     Args:
         guard: judges.
-        rollback: decides what is left out where the recipe says so.
-        documents: those at some positions.
-        run_folder: on the main rank, where ``alarms.jsonl`` is written.
+        rollback: decides which positions are excluded where the recipe says so.
+        documents: looks up those at some positions.
+        run_folder: where ``alarms.jsonl`` is written; None except on the main rank.
     """
 
     def __init__(
@@ -40,25 +44,22 @@ class Alarms:
         if self.log is not None:
             self.log.drop_after(batch)
 
-    def is_applied(
-        self, batch: int, first: int, positions: int, loss: float, norm: float, load: RouterLoad | None
-    ) -> bool:
+    def is_applied(self, batch: int, first: int, positions: int, totals: BatchTotals, norm: float) -> bool:
         """Whether a step's update is applied; on all ranks.
 
         Args:
             batch: from 0.
-            first: position that it reads first.
-            positions: how many it reads.
-            loss: mean over all ranks.
-            norm: global gradient norm.
-            load: of the routers.
+            first: its first position.
+            positions: how many it has.
+            totals: its loss and its tokens per expert.
+            norm: global gradient norm before clipping.
 
         Raises:
             NotFiniteError: if it is to be trained again.
-            RollbackError: if the run is to go back, after what is left out was recorded.
+            RollbackError: if the run is to go back; the positions to exclude are recorded by then.
             GuardError: if the run is to end.
         """
-        verdict = self.guard.judge(loss, norm, load)
+        verdict = self.guard.judge(totals.loss.item(), norm, _router_load(totals.expert_tokens_LE))
         documents = self._tell(batch, first, positions, verdict) if verdict.alarms else []
         place = f"batch {batch + 1} (from position {first})"
         if verdict.action is Action.rollback:
@@ -68,7 +69,7 @@ class Alarms:
                 raise GuardError(f"{place}: {verdict.alarms[-1]}; guard.most_rollbacks={most} are spent")
             raise RollbackError(
                 f"{place}: {verdict.alarms[-1]}; positions {decision.first_position} to "
-                f"{decision.end_position - 1} are left out from now on"
+                f"{decision.end_position - 1} are excluded from now on"
             )
         if verdict.action is Action.replay:
             raise NotFiniteError(f"{place}: {verdict.alarms[-1]}")
@@ -82,9 +83,7 @@ class Alarms:
             self.log.close()
 
     def _tell(self, batch: int, first: int, positions: int, verdict: Verdict) -> list[dict[str, Any]]:
-        """Prints and records an alarm with the documents that the step read, and returns them; on the main
-        rank.
-        """
+        """On the main rank, prints and records an alarm with the step's documents, and returns them."""
         if self.log is None:
             return []
         documents = self.documents(first, positions)
@@ -106,3 +105,15 @@ class Alarms:
             flush=True,
         )
         return documents
+
+
+def _router_load(tokens_LE: Tensor | None) -> RouterLoad | None:
+    """How the worst layer spread a batch, from tokens per expert; None for a dense model."""
+    if tokens_LE is None:
+        return None
+    loads, experts = measure_load(tokens_LE), tokens_LE.shape[1]
+    return RouterLoad(
+        entropy=min(load.entropy for load in loads),
+        dead_share=max(load.dead for load in loads) / experts,
+        busiest_over_mean=max(load.busiest for load in loads) * experts,
+    )

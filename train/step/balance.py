@@ -1,14 +1,15 @@
-"""Whose tokens the balance loss counts: a microbatch's, a rank's, an expert group's, the global batch's.
+"""The scope of the balance loss: tokens of a microbatch, a rank, an expert group or the global batch.
 
 The loss is E x sum over experts of share x mean score (Fedus et al. 2021, eq. 4). It is linear in the mean
 score, which is differentiated and averages over microbatches and ranks by itself; the share is a count
-without gradient. So with shares of the global batch in every microbatch, the mean of the losses is
+without a gradient. So with shares of the global batch in every microbatch, the mean of the losses is
 exactly the loss of the global batch (Qiu et al. 2025, arXiv 2501.11873, section 3).
 
 Shares of a whole batch are needed before its first microbatch is differentiated. Qiu et al. use what has
-accumulated so far; here a first pass routes all microbatches without gradient, which is exact whatever the
-split and costs a forward pass more (a third of forward and backward, a quarter with recomputation). With
-one microbatch a rank there is nothing to wait for, and each layer adds up its counts, 8 E bytes, as it runs.
+accumulated so far; here a first pass routes all microbatches without gradients. It is exact however the
+batch is split and costs one more forward pass (a third of forward and backward, a quarter with
+recomputation). With one microbatch per rank no such pass is needed: each layer sums its counts, 8 E bytes,
+over the ranks as it runs.
 
 Shapes: L layers, E experts.
 """
@@ -17,8 +18,7 @@ import functools
 
 import torch
 import torch.distributed as dist
-from composer.core import Callback, State
-from composer.loggers import Logger
+from composer.core import State
 from torch import Tensor
 
 from train.model.moe import MoE
@@ -26,8 +26,8 @@ from train.recipe.schema import BalanceScope
 from train.step.language_model import LanguageModel
 
 
-class CountChoices(Callback):
-    """Gives every MoE layer the counts of the recipe's scope.
+class BalanceCounts:
+    """Gives the balance loss of every MoE layer the counts of the recipe's scope.
 
     Args:
         model: the model to be trained, sharded already.
@@ -36,7 +36,7 @@ class CountChoices(Callback):
     """
 
     def __init__(self, model: LanguageModel, scope: BalanceScope, microbatches: int) -> None:
-        self.scope = scope
+        self.model, self.scope = model, scope
         self.layers = [module for module in model.decoder.modules() if isinstance(module, MoE)]
         self.needs_first_pass = microbatches > 1 and scope in (BalanceScope.rank, BalanceScope.global_batch)
         if self.needs_first_pass or not dist.is_initialized():
@@ -48,12 +48,11 @@ class CountChoices(Callback):
             elif scope is BalanceScope.global_batch:
                 layer.reduce_counts = functools.partial(_sum_over, None)
 
-    def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Routes the whole batch, where its counts are needed before it is trained on."""
+    def count_batch(self, state: State) -> None:
+        """Routes the whole batch, if the scope's counts are needed before its first microbatch."""
         if not self.needs_first_pass:
             return
-        assert isinstance(state.model, LanguageModel)
-        counts_LE = torch.stack([state.model.count_choices(part) for part in microbatches_of(state)]).sum(
+        counts_LE = torch.stack([self.model.count_choices(part) for part in microbatches_of(state)]).sum(
             dim=0
         )
         if self.scope is BalanceScope.global_batch and dist.is_initialized():
@@ -63,7 +62,7 @@ class CountChoices(Callback):
 
 
 def microbatches_of(state: State) -> list[dict[str, Tensor]]:
-    """The batch in the parts that Composer is about to train on, on the device."""
+    """The microbatches that Composer is about to train on, on the device."""
     assert state.dataloader is not None and state.device_train_microbatch_size is not None
     size = int(state.device_train_microbatch_size)
     batch = state.device.batch_to_device(state.batch)
@@ -72,12 +71,12 @@ def microbatches_of(state: State) -> list[dict[str, Tensor]]:
 
 
 def _sum_over(group: dist.ProcessGroup | None, counts_E: Tensor) -> Tensor:
-    """Counts of all ranks of a group; None: of all ranks there are."""
+    """Counts summed over the ranks of a group; None: over all ranks."""
     total_E = counts_E.clone()
     dist.all_reduce(total_E, group=group)
     return total_E
 
 
 def _given(batch_counts_E: Tensor, _counts_E: Tensor) -> Tensor:
-    """Counts known beforehand, whatever those of the microbatch are."""
+    """The batch's counts in place of the microbatch's."""
     return batch_counts_E

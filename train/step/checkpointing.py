@@ -1,4 +1,4 @@
-"""Saves by batches or minutes, at the end, and before the machine is taken away."""
+"""When checkpoints are saved: by batches or minutes, at the end of the run, and on SIGTERM."""
 
 import copy
 import signal
@@ -10,8 +10,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
-from composer.core import Callback, State
-from composer.loggers import Logger
+from composer.core import State
 
 from train.checkpoint.files import Progress, restore_random_states
 from train.checkpoint.saver import CheckpointSaver, Saved
@@ -23,12 +22,12 @@ from train.step.data_log import DataLog
 from train.step.guard import UpdateGuard
 
 
-class Checkpointing(Callback):
+class Checkpointing:
     """Saves the state after whole batches, while training goes on.
 
-    Whether a save is due is the same on all ranks: rank 0's clock decides, and a SIGTERM that any rank
-    got counts for all. SIGTERM, by which schedulers announce that they take the machine away, saves
-    and ends the run with status 75 (EX_TEMPFAIL).
+    All ranks agree on whether a save is due: rank 0's clock decides, and a SIGTERM to any rank counts for
+    all. SIGTERM, by which schedulers announce that they will take the machine away, saves and ends the run
+    with status 75 (EX_TEMPFAIL).
 
     Args:
         root: folder of the run's checkpoints.
@@ -61,19 +60,23 @@ class Checkpointing(Callback):
         self._is_terminated = False
         self._handler_before: signal.Handlers | None = None
 
-    def fit_start(self, state: State, logger: Logger) -> None:
-        """Listens for SIGTERM from now on."""
+    def listen(self) -> None:
+        """Begins to listen for SIGTERM."""
         if threading.current_thread() is threading.main_thread():
             self._handler_before = signal.signal(signal.SIGTERM, self._terminate)  # type: ignore[assignment]
 
-    def batch_start(self, state: State, logger: Logger) -> None:
-        """Restores the generators after everything that set-up drew from them."""
+    def restore_random_states(self) -> None:
+        """Restores the generators before the first batch, after everything that set-up drew from them."""
         if self.resumed_from is not None:
             restore_random_states(self.resumed_from, self.topology)
             self.resumed_from = None
 
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Saves when an interval has passed, or when the run is to end."""
+    def save_if_due(self, state: State) -> None:
+        """Saves when an interval has passed, or when the run was told to end.
+
+        Raises:
+            SystemExit: with status 75, once the state is saved after a SIGTERM.
+        """
         self._tell(self.saver.poll())
         batch = state.timestamp.batch.value
         is_due_by_time, is_terminated = self._ask_all()
@@ -86,14 +89,14 @@ class Checkpointing(Callback):
         if is_due_by_time or (every is not None and batch % every == 0):
             self._save(state)
 
-    def fit_end(self, state: State, logger: Logger) -> None:
+    def save_end(self, state: State) -> None:
         """Saves the end of the run and waits for it."""
         if state.timestamp.batch.value != self.last_batch:
             self._save(state)
         self._tell(self.saver.wait())
 
-    def close(self, state: State, logger: Logger) -> None:
-        """Waits for a save that is being written; SIGTERM is again what it was."""
+    def close(self) -> None:
+        """Waits for a save that is being written, and restores the handler of SIGTERM."""
         self.wait()
         if self._handler_before is not None:
             signal.signal(signal.SIGTERM, self._handler_before)
@@ -132,7 +135,7 @@ class Checkpointing(Callback):
         self._tell(self.saver.start(state.model, state.optimizers[0], progress))
 
     def _tell(self, saved: Saved | None) -> None:
-        """Says what a failed save came to, loudly; a good one needs no words."""
+        """Reports a save that failed; one that succeeded needs no words."""
         if saved is not None and saved.error:
             self._say(f"checkpoint of batch {saved.batch} NOT saved: {saved.error}; training goes on")
 

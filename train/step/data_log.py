@@ -7,8 +7,7 @@
 ``first`` is the position of the batch's first sequence (null where its positions are no range), ``length``
 the tokens of a sequence; each domain has its sequences, its tokens with a loss and the digest
 (:mod:`data.shards.digest`) of what the ranks fed to the model. ``python -m data.audit RUN`` compares all of
-it with the plan and the shards. Sums are in every checkpoint; a run that goes on from one drops later
-lines.
+it with the plan and the shards. Sums are in every checkpoint; a run that resumes from one drops later lines.
 """
 
 import sys
@@ -16,15 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from composer.core import Callback, State
-from composer.loggers import Logger
-
 from train.recipe.curriculum import Curriculum
 from train.record import metrics
 from train.record.run_folder import DATA_LOG_FILE
 from train.record.step_log import STEP, StepLog, read_steps
-from train.step.domain_counts import DomainCounts, DomainEntry
-from train.step.language_model import LanguageModel
+from train.step.batch_sums import BatchTotals
+from train.step.domain_counts import DomainEntry, read_entries
 
 Totals = dict[str, dict[str, int]]
 """``{"code": {"samples": 10, "tokens": 5120}}``"""
@@ -39,15 +35,15 @@ class Domain:
     """Samples of its training split: as many are an epoch."""
 
 
-class DataLog(Callback):
-    """Keeps the books; on every rank, since a checkpoint is every rank's.
+class DataLog:
+    """Sums and records what was trained on; on every rank, since every rank takes part in a checkpoint.
 
     Args:
         run_dir: folder of the run; None on ranks that don't write.
         domains: in the order that ``domain_ids`` index.
         sample_tokens: tokens of a sample of the shards.
-        totals: sums of the checkpoint that the run goes on from; empty at its beginning.
-        curriculum: the run's stages, and what is left out.
+        totals: sums of the checkpoint that the run resumes from; empty for a new run.
+        curriculum: the run's stages, and the ranges that are excluded.
     """
 
     def __init__(
@@ -67,38 +63,34 @@ class DataLog(Callback):
         # A domain that is no longer read was read nevertheless.
         self.totals |= {name: dict(total) for name, total in totals.items() if name not in self.totals}
 
-    def fit_start(self, state: State, logger: Logger) -> None:
-        """Opens the books; drops lines of batches that will be trained again."""
-        model = _model(state)
-        model.domain_counts = DomainCounts(len(self.domains), next(model.parameters()).device)
-        if self.log is not None:
-            batch = state.timestamp.batch.value
-            self.log.drop_after(batch)
-            lines = read_steps(self.log.path)
-            steps = [trained + 1 for trained in self.curriculum.trained_before(batch)]
-            if [line[STEP] for line in lines] != steps:
-                print(
-                    f"{self.log.path} has {len(lines)} of the {len(steps)} steps so far; "
-                    "`python -m data.audit` will name those that are missing",
-                    file=sys.stderr,
-                    flush=True,
-                )
+    def drop_after(self, batch: int) -> None:
+        """Drops lines of batches that will be trained again, and complains where earlier ones are missing."""
+        if self.log is None:
+            return
+        self.log.drop_after(batch)
+        lines = read_steps(self.log.path)
+        steps = [trained + 1 for trained in self.curriculum.trained_before(batch)]
+        if [line[STEP] for line in lines] != steps:
+            print(
+                f"{self.log.path} has {len(lines)} of the {len(steps)} steps so far; "
+                "`python -m data.audit` will name those that are missing",
+                file=sys.stderr,
+                flush=True,
+            )
 
-    def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Begins a batch."""
-        books = _model(state).domain_counts
-        assert books is not None
-        books.clear()
+    def record(self, step: int, batch: BatchTotals) -> dict[str, float]:
+        """Writes a batch's line and returns its figures by metric key; on all ranks.
 
-    def batch_end(self, state: State, logger: Logger) -> None:
-        """Closes the batch's books, logs them and writes its line."""
-        books = _model(state).domain_counts
-        assert books is not None
-        entries = books.close()
+        Args:
+            step: batches trained with it.
+            batch: counted by domain.
+        """
+        assert batch.domain_sums_GC is not None
+        entries = read_entries(batch.domain_sums_GC)
         figures: dict[str, float] = {}
         for domain, entry in zip(self.domains, entries, strict=True):
             total = self.totals[domain.name]
-            tokens = entry.sequences * books.length
+            tokens = entry.sequences * batch.sequence_tokens
             total["samples"] += tokens // self.sample_tokens
             total["tokens"] += tokens
             figures[metrics.of_domain(metrics.DOMAIN_TOKENS, domain.name)] = total["tokens"]
@@ -106,11 +98,11 @@ class DataLog(Callback):
             figures[metrics.of_domain(metrics.DOMAIN_EPOCHS, domain.name)] = total["samples"] / domain.samples
             if entry.targets:
                 figures[metrics.of_domain(metrics.LOSS_DOMAIN, domain.name)] = entry.loss_sum / entry.targets
-        logger.log_metrics(figures)
         if self.log is not None:
-            self._write(state.timestamp.batch.value, entries, books.length)
+            self._write(step, entries, batch.sequence_tokens)
+        return figures
 
-    def close(self, state: State, logger: Logger) -> None:
+    def close(self) -> None:
         """Closes the file."""
         if self.log is not None:
             self.log.close()
@@ -137,8 +129,3 @@ def first_position(entries: list[DomainEntry], stride: int) -> int | None:
     count = sum(entry.sequences for entry in entries)
     rest = sum(entry.position_sum for entry in entries) - stride * count * (count - 1) // 2
     return rest // count if count and rest % count == 0 else None
-
-
-def _model(state: State) -> LanguageModel:
-    assert isinstance(state.model, LanguageModel)
-    return state.model

@@ -1,7 +1,7 @@
-"""What a batch was made of and what it cost, domain by domain, counted from the batch itself.
+"""Domain counts: each domain's sequences, tokens, loss and digest in a batch, taken from the batch itself.
 
-Every rank adds its microbatches; one sum over ranks closes a batch. So the books say what was really
-trained on, not what was planned, and are the same under every layout.
+Every rank adds its microbatches; one sum over ranks ends a batch. So the counts are of what was really
+trained on, not of what was planned, and are the same under every layout.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 from data.shards.digest import halves, hash_sequences, join
 from train.model.loss import IGNORE
 
-# G domains, B sequences of a microbatch, S tokens per sequence.
+# G domains, C columns, B sequences of a microbatch, S tokens per sequence.
 
 COLUMNS = ("sequences", "targets", "loss", "positions", "upper", "lower")
 
@@ -37,7 +37,7 @@ class DomainCounts:
     """Sums of one batch."""
 
     def __init__(self, domains: int, device: torch.device) -> None:
-        """Opens the books.
+        """Begins at zero.
 
         Args:
             domains: G, number of domains that ``domain_ids`` index.
@@ -45,13 +45,10 @@ class DomainCounts:
         """
         # In float64, which holds whole numbers up to 2^53 exactly: one sum over ranks for all of them.
         self._sums_GC = torch.zeros(domains, len(COLUMNS), dtype=torch.float64, device=device)
-        self.length = 0
-        """S of the batch."""
 
     def clear(self) -> None:
         """Begins a batch."""
         self._sums_GC.zero_()
-        self.length = 0
 
     @torch.no_grad()
     def add(self, batch: dict[str, Tensor], token_losses_BS: Tensor) -> None:
@@ -76,14 +73,18 @@ class DomainCounts:
             dim=1,
         )
         self._sums_GC.index_add_(0, batch["domain_ids"], row_BC)
-        self.length = input_ids_BS.shape[1]
 
-    def close(self) -> list[DomainEntry]:
-        """The batch's sums over all ranks, by domain; every rank calls it."""
+    def reduce(self) -> Tensor:
+        """The batch's sums over all ranks, float64 [G, C], for :func:`read_entries`; every rank calls it."""
         sums_GC = self._sums_GC.clone()
         if dist.is_initialized():
             dist.all_reduce(sums_GC)
-        return [
-            DomainEntry(int(count), int(targets), loss, int(positions), join(upper, lower))
-            for count, targets, loss, positions, upper, lower in sums_GC.tolist()
-        ]
+        return sums_GC
+
+
+def read_entries(sums_GC: Tensor) -> list[DomainEntry]:
+    """Each domain's part of a batch, from its sums in the order of :data:`COLUMNS`."""
+    return [
+        DomainEntry(int(count), int(targets), loss, int(positions), join(upper, lower))
+        for count, targets, loss, positions, upper, lower in sums_GC.tolist()
+    ]

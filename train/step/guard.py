@@ -1,9 +1,9 @@
-"""Whether a step's update is applied: spikes, numbers that are not finite, routers that collapse.
+"""The guard: decides whether a step's update is applied, given spikes, non-finite numbers, collapsed routers.
 
 A step is judged by its loss and its gradient norm over all ranks, before the update. A spike is measured
 against the median of the last steps that were applied, in median absolute deviations, which a few outliers
 do not widen (Hampel 1974). All ranks judge the same numbers and so decide alike under every layout; what
-they are compared with is saved in the checkpoint, so that a resumed run decides as the one before. No torch.
+they are compared with is saved in the checkpoint, so that a resumed run decides alike. No torch.
 """
 
 import math
@@ -40,7 +40,7 @@ class Verdict:
     alarms: list[str] = field(default_factory=list)
     """One line each; empty for an ordinary step."""
     batches: int = 1
-    """Batches up to this one that are at fault: more than 1 for a collapse, seen only when it has lasted."""
+    """Batches at fault, up to this one: more than 1 for a collapse, which is seen only once it has lasted."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class UpdateGuard:
     Args:
         recipe: bounds and actions.
         recent: loss and gradient norm of the last applied steps, from a checkpoint.
-        counts: updates left out in a row, and batches in a row of collapsed routers, from a checkpoint.
+        counts: updates skipped in a row, and batches in a row with collapsed routers, from a checkpoint.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class UpdateGuard:
 
     @property
     def counts(self) -> list[int]:
-        """Updates left out in a row, and batches in a row of collapsed routers, for a checkpoint."""
+        """Updates skipped in a row, and batches in a row with collapsed routers, for a checkpoint."""
         return [self._skips, self._collapsed]
 
     def judge(self, loss: float, norm: float, load: RouterLoad | None = None) -> Verdict:
@@ -120,7 +120,7 @@ class UpdateGuard:
 
     @property
     def _least(self) -> int:
-        """Steps without which nothing is called a spike."""
+        """Applied steps that must come before anything is called a spike."""
         return max(8, self.recipe.window_batches // 4)
 
     def _skipping(self, action: Action, alarms: list[str]) -> Verdict:
@@ -131,7 +131,7 @@ class UpdateGuard:
         return Verdict(action, alarms)
 
     def _collapse(self, load: RouterLoad | None) -> list[str]:
-        """An alarm where the routers have been collapsed for just so long."""
+        """An alarm in the batch in which the routers have been collapsed for long enough."""
         recipe = self.recipe
         if load is None:
             return []

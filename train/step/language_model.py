@@ -1,4 +1,4 @@
-"""The decoder as Composer trains it: losses of a batch, books of the experts, validation loss."""
+"""The decoder as Composer trains it: losses of a microbatch, validation loss."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,7 +11,6 @@ from torchmetrics import Metric
 from train.model.decoder import Decoder, DecoderOutput
 from train.model.moe import Jitter, Router
 from train.recipe.schema import Balance, Precision, Recipe
-from train.step.domain_counts import DomainCounts
 
 # Shapes: B sequences of a microbatch, S tokens per sequence, L layers, E experts.
 
@@ -55,24 +54,10 @@ class LanguageModel(ComposerModel):
         self.jittered = routers if moe and moe.jitter_eps > 0 else []
         self.precision = precision
         self.document_masking = recipe.training.document_masking
-        self.domain_counts: DomainCounts | None = None
-        """Sums of the batch so far by domain, on this rank, where a data log is kept."""
-        self.expert_tokens_LE: Tensor | None = None
-        """Tokens per expert of the batch so far, on this rank."""
-        self.last_counts_LE: Tensor | None = None
-        """Tokens per expert of the last whole batch, over all ranks."""
 
     def forward(self, batch: Batch) -> DecoderOutput:
         """Losses of a microbatch of input_ids, document_ids and targets, each [B, S]."""
-        outputs = self._decode(batch)
-        if self.training and self.domain_counts is not None and outputs.token_losses_BS is not None:
-            self.domain_counts.add(batch, outputs.token_losses_BS)
-        if self.training and outputs.expert_tokens_LE.numel():
-            counts = outputs.expert_tokens_LE.detach()
-            self.expert_tokens_LE = (
-                counts if self.expert_tokens_LE is None else self.expert_tokens_LE + counts
-            )
-        return outputs
+        return self._decode(batch)
 
     @torch.no_grad()
     def count_choices(self, batch: Batch) -> Tensor:

@@ -1,8 +1,8 @@
-"""Going back: which positions a run leaves out after an alarm, decided once and recorded for later starts.
+"""Rollback: the positions that a run excludes after an alarm, decided once and recorded for later starts.
 
-The run itself ends, as it does for a replay. When it is resumed, what was decided is in its ``skips.json``,
-checkpoints that were trained on it are refused, and the curriculum passes over it. So the decision is made
-once, by the state of the run at the alarm alone, and each later start repeats it.
+The run itself ends, as it does for a replay. When it is resumed, the decision is in its ``skips.json``,
+checkpoints that were trained on those positions are refused, and the curriculum skips them. So it is made
+once, from the state of the run at the alarm, and every later start follows it.
 """
 
 import time
@@ -36,12 +36,12 @@ MOST_LIST_BYTES = 1 << 28
 
 
 class RollbackError(RuntimeError):
-    """The run is to go back to before an alarm, and to leave out what led to it."""
+    """The run is to go back to before an alarm, and to exclude what led to it."""
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """Decides and records what a run leaves out."""
+    """Decides and records which positions a run excludes."""
 
     folder: Path
     """Of the run."""
@@ -54,16 +54,16 @@ class Rollback:
     def decide(
         self, batch: int, at_fault: int, alarms: list[str], documents: list[dict[str, Any]]
     ) -> GuardDecision | None:
-        """Records what is left out; every rank calls it and gets the same.
+        """Records the positions to exclude; every rank calls it and gets the same.
 
         Args:
             batch: of the alarm, from 0.
-            at_fault: batches up to this one that are at fault.
+            at_fault: how many batches are at fault, this one being the last.
             alarms: their lines.
             documents: of the batch; on the main rank.
 
         Returns:
-            The decision; None where the run has gone back as often as it may.
+            The decision; None if the run has gone back as often as it may.
 
         Raises:
             OSError: where the record can't be written.
@@ -95,7 +95,7 @@ class Rollback:
 
 
 def whole_batches(root: Path) -> list[int]:
-    """The batches of the checkpoints of which no file is missing or cut short."""
+    """Batches of the checkpoints of which no file is missing or truncated, in order."""
     found = []
     for folder in root.glob("batch-*[0-9]"):
         try:
@@ -134,7 +134,7 @@ def documents_of(recipe: Recipe, shards: Manifest, dataset: TrainSequences) -> D
 
 
 def names_of(documents: list[dict[str, Any]], most: int = 4) -> str:
-    """A few of the documents' names, those with most tokens first."""
+    """A few of the documents' names, those with the most tokens first."""
     tokens: dict[str, int] = {}
     for piece in documents:
         if "document" in piece:

@@ -30,6 +30,6 @@ def test_one_expert_alone() -> None:
 
 @pytest.mark.parametrize(("batches", "interval"), [(1, 1), (400, 1), (401, 2), (500_000, 1250)])
 def test_heat_map_columns_are_bounded(tmp_path, batches: int, interval: int) -> None:
-    callback = ExpertLoad(tmp_path, total_batches=batches)
+    callback = ExpertLoad(tmp_path, batches, lambda: None)
     assert callback.interval_batches == interval
     callback.log.close()

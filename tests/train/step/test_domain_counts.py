@@ -1,4 +1,4 @@
-"""The books of a batch: equal however it is split over microbatches, others for another batch."""
+"""A batch's parts by domain: equal however it is split over microbatches, others for another batch."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import torch
 from data.shards.digest import digest_sequences
 from launch.verify.forked_ranks import run_ranks
 from train.recipe.topology import Topology
-from train.step.domain_counts import DomainCounts, DomainEntry
+from train.step.domain_counts import DomainCounts, DomainEntry, read_entries
 
 # B sequences of a batch, S tokens per sequence.
 B, S = 12, 16
@@ -37,7 +37,7 @@ def close(whole: dict[str, torch.Tensor], microbatch: int) -> list[DomainEntry]:
     for begin in range(0, B, microbatch):
         part = slice(begin, begin + microbatch)
         books.add({key: value[part] for key, value in whole.items()}, losses()[part])
-    return books.close()
+    return read_entries(books.reduce())
 
 
 def whole_batch(**changes: torch.Tensor) -> list[DomainEntry]:
@@ -58,7 +58,7 @@ def test_ranks_change_nothing(world_size: int) -> None:
         books = DomainCounts(3, torch.device("cpu"))
         books.clear()
         books.add({key: value[mine] for key, value in batch().items()}, losses()[mine])
-        return books.close()
+        return read_entries(books.reduce())
 
     for entries in run_ranks(world_size, work):
         for entry, other in zip(entries, whole_batch(), strict=True):

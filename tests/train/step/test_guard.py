@@ -5,8 +5,8 @@ import random
 
 import pytest
 
+from train.recipe.reliability import Guard as GuardRecipe
 from train.recipe.reliability import OnCollapse, OnNonfinite, OnSpike
-from train.recipe.reliability import UpdateGuard as GuardRecipe
 from train.step.guard import Action, RouterLoad, UpdateGuard
 
 WINDOW = 32

@@ -1,0 +1,53 @@
+"""Data in: the clock at the batch to be trained, past excluded ones, and the batch's learning rate.
+
+Both are functions of the batch's number, so a resumed run needs no state for them. Composer's schedulers have
+state, and lag by a batch, since they step before the clock does.
+"""
+
+import sys
+
+from composer.core import State
+
+from train.layout.optim import learning_rate_share
+from train.recipe.curriculum import Curriculum
+from train.recipe.schema import Recipe
+
+
+def skip_excluded(state: State, curriculum: Curriculum, is_main: bool) -> None:
+    """Moves the run's clock past excluded batches, which the loader has skipped; comes before any use of it.
+
+    Batches, samples and tokens count what is skipped: the positions, phases and learning rate of what
+    follows are those of a run that trained on it.
+
+    Args:
+        state: of the run, whose loader has just given a batch.
+        curriculum: the run's stages, and the ranges that are excluded.
+        is_main: whether this rank prints what is skipped.
+    """
+    batch = state.timestamp.batch.value
+    after = curriculum.trained_from(batch)
+    if after == batch:
+        return
+    samples = curriculum.samples_before(after)
+    tokens = samples * curriculum.sample_tokens
+    state.timestamp = state.timestamp.copy(
+        batch=after,
+        batch_in_epoch=after,
+        sample=samples,
+        sample_in_epoch=samples,
+        token=tokens,
+        token_in_epoch=tokens,
+    )
+    if is_main:
+        print(
+            f"batches {batch + 1} to {after} (positions {curriculum.samples_before(batch)} to "
+            f"{samples - 1}) are skipped by declaration",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def learning_rate(recipe: Recipe, curriculum: Curriculum, batch: int) -> float:
+    """Learning rate of a batch, from 0: the schedule's at the batch's end times the scale of its phase."""
+    share = learning_rate_share(curriculum.tokens_after(batch), curriculum.tokens, recipe.schedule)
+    return recipe.optimizer.learning_rate * share * curriculum.stage_of(batch).learning_rate_scale

@@ -1,0 +1,167 @@
+"""The training step, in the order of the loop: one callback that Composer's Trainer calls as it goes.
+
+=========  ==========================================================================  ==================
+data in    skip excluded batches; set the phase's RoPE base and microbatch, the rate   `after_dataloader`,
+                                                                                       `batch_start`
+balance    count the batch's expert choices first, where the balance loss needs them   `before_train_batch`
+forward    Composer's; then each microbatch's loss, expert tokens and domains add up   `after_loss`
+backward   Composer's; FSDP2 averages the gradients over ranks
+reduce     the batch's sums over ranks                                                 `after_train_batch`
+clip       gradients to a global norm                                                  `after_train_batch`
+guard      loss, norm and router load decide whether the update is applied             `after_train_batch`
+update     the routers' bias; the weights' is Composer's `optimizer.step()`            `after_train_batch`
+log        what the batch was made of                                                  `batch_end`
+save       a checkpoint, when one is due                                               `batch_checkpoint`
+=========  ==========================================================================  ==================
+
+Of all callbacks this one only changes what is trained; the others watch and record.
+"""
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from torch import Tensor
+
+from train.layout.optim import clip_gradients
+from train.model.moe import update_bias
+from train.recipe import sizes
+from train.recipe.curriculum import Curriculum
+from train.recipe.phases import microbatch_sequences, phases_of
+from train.recipe.schema import Balance, Recipe
+from train.recipe.topology import Topology
+from train.record.metrics import GRADIENT_NORM, LEARNING_RATE, PHASE
+from train.step.alarms import Alarms
+from train.step.balance import BalanceCounts
+from train.step.batch_sums import BatchSums, BatchTotals
+from train.step.checkpointing import Checkpointing
+from train.step.data_in import learning_rate, skip_excluded
+from train.step.data_log import DataLog
+from train.step.domain_counts import DomainCounts
+from train.step.language_model import LanguageModel
+
+
+class TrainingStep(Callback):
+    """What this project does in a step around the passes and the optimizer; see the module's table.
+
+    Args:
+        recipe: of the run.
+        model: the model to be trained, on its device and sharded already.
+        topology: this rank.
+        curriculum: the run's stages, and the ranges that are excluded.
+        alarms: judge each update, on every rank alike; None: every update is applied.
+        data_log: of what the steps read; None: nothing is counted by domain.
+        checkpointing: saves; None: nothing is saved.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: LanguageModel,
+        topology: Topology,
+        curriculum: Curriculum,
+        alarms: Alarms | None = None,
+        data_log: DataLog | None = None,
+        checkpointing: Checkpointing | None = None,
+    ) -> None:
+        self.recipe, self.model, self.topology, self.curriculum = recipe, model, topology, curriculum
+        self.alarms, self.data_log, self.checkpointing = alarms, data_log, checkpointing
+        self.microbatches = [microbatch_sequences(recipe, phase) for phase in phases_of(recipe)]
+        """Sequences of a microbatch, by phase."""
+        moe = recipe.model.moe
+        self.balance: BalanceCounts | None = None
+        if moe is not None and moe.balance is Balance.loss:
+            most = sizes.most_microbatches(recipe, topology.world_size)
+            self.balance = BalanceCounts(model, moe.balance_scope, most)
+        self.bias_rate = moe.bias_update_rate if moe is not None and moe.balance is Balance.bias else None
+        device = next(model.parameters()).device
+        self.sums = BatchSums(DomainCounts(len(data_log.domains), device) if data_log is not None else None)
+        self.totals: BatchTotals | None = None
+        """Of the last whole batch."""
+
+    def expert_tokens(self) -> Tensor | None:
+        """Tokens per expert of the last whole batch over all ranks, int64 [L, E]; None for a dense model."""
+        return None if self.totals is None else self.totals.expert_tokens_LE
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Drops records of batches that will be trained again; listens for SIGTERM."""
+        batch = state.timestamp.batch.value
+        if self.alarms is not None:
+            self.alarms.drop_after(batch)
+        if self.data_log is not None:
+            self.data_log.drop_after(batch)
+        if self.checkpointing is not None:
+            self.checkpointing.listen()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Data in: a batch is there; excluded ones before it are skipped."""
+        skip_excluded(state, self.curriculum, self.topology.is_main)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Sets what the curriculum has for the batch, a function of its number."""
+        batch = state.timestamp.batch.value
+        stage = self.curriculum.stage_of(batch)
+        self.model.decoder.set_rope_theta(stage.rope_theta)
+        state.device_train_microbatch_size = self.microbatches[stage.phase]
+        rate = learning_rate(self.recipe, self.curriculum, batch)
+        for group in state.optimizers[0].param_groups:
+            group["lr"] = rate
+        logger.log_metrics({PHASE: stage.phase, LEARNING_RATE: rate})
+        if self.checkpointing is not None:
+            self.checkpointing.restore_random_states()
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Balance: routes the whole batch first, where its balance loss needs the counts of it."""
+        if self.balance is not None:
+            self.balance.count_batch(state)
+        self.sums.clear()
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        """Forward: a microbatch's outputs and losses are there; its backward pass follows."""
+        assert isinstance(state.loss, dict)
+        self.sums.add(state.batch, state.outputs, state.loss["language"])
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Reduce, clip, guard, update: between the last backward pass and the optimizer's step."""
+        totals = self.totals = self.sums.reduce()
+        with torch.no_grad():
+            norm = clip_gradients(self.model.parameters(), self.recipe.training.clip_norm).item()
+        logger.log_metrics({GRADIENT_NORM: norm})
+        if not self._is_applied(state, totals, norm):
+            # No optimizer moves or decays a weight that has no gradient.
+            self.model.zero_grad(set_to_none=True)
+        elif self.bias_rate is not None:
+            assert totals.expert_tokens_LE is not None
+            update_bias(self.model.decoder, totals.expert_tokens_LE, self.bias_rate)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Log: the batch is trained and the clock stands behind it."""
+        if self.data_log is not None:
+            assert self.totals is not None
+            logger.log_metrics(self.data_log.record(state.timestamp.batch.value, self.totals))
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Save: a checkpoint when one is due; ends the run where it is told to end."""
+        if self.checkpointing is not None:
+            self.checkpointing.save_if_due(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Saves the end of the run."""
+        if self.checkpointing is not None:
+            self.checkpointing.save_end(state)
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Closes the files, and waits for a checkpoint that is being written."""
+        if self.alarms is not None:
+            self.alarms.close()
+        if self.data_log is not None:
+            self.data_log.close()
+        if self.checkpointing is not None:
+            self.checkpointing.close()
+
+    def _is_applied(self, state: State, totals: BatchTotals, norm: float) -> bool:
+        """Whether the guard lets the update through; raises where it ends the run."""
+        if self.alarms is None:
+            return True
+        batch, first = state.timestamp.batch.value, state.timestamp.sample.value
+        positions = totals.tokens // self.curriculum.sample_tokens
+        return self.alarms.is_applied(batch, first, positions, totals, norm)
