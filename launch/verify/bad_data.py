@@ -36,7 +36,7 @@ from train.record.step_log import STEP, read_steps
 from train.step.alarms import ALARMS_FILE
 
 STEPS = 72
-PLANTED = 4
+NOISE_DOCUMENTS = 4
 MOST_BYTES = 60_000
 """Of the sound text of each domain."""
 SHARD_BYTES = 1 << 13
@@ -57,11 +57,11 @@ GUARD = Guard(
 class RollbackOutcome:
     """What became of the run."""
 
-    planted: list[str]
+    noise: list[str]
     """Names of the documents that are noise."""
     decisions: list[GuardDecision] = field(default_factory=list)
     named: list[list[str]] = field(default_factory=list)
-    """The planted documents that each alarm names."""
+    """The documents of noise that each alarm names."""
     declared: list[str] = field(default_factory=list)
     """What the audit lists as left out."""
     losses: dict[str, float] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class BadDataCheck(TableCheck):
     def __init__(self, steps: int = STEPS, seed: int = 0) -> None:
         super().__init__()
         self.steps, self.seed = steps, seed
-        self.outcome = RollbackOutcome([document.name for document in planted(seed)])
+        self.outcome = RollbackOutcome([document.name for document in noise_documents(seed)])
 
     def run(self, workspace: Workspace) -> Iterator[Row]:
         """A row for each decision of the guard, then one for each run."""
@@ -110,10 +110,10 @@ class BadDataCheck(TableCheck):
     def _decisions(self, layout: Layout) -> Iterator[Row]:
         for decision in self.outcome.decisions:
             names = {each.get("document") for each in decision.documents}
-            found = [name for name in self.outcome.planted if name in names]
+            found = [name for name in self.outcome.noise if name in names]
             self.outcome.named.append(found)
             figures = (
-                f"{decision.alarms[-1]}; of the documents it read planted: {', '.join(found) or 'none'}; "
+                f"{decision.alarms[-1]}; of the documents it read noise: {', '.join(found) or 'none'}; "
                 f"positions {decision.first_position} to {decision.end_position - 1} left out"
             )
             yield Row(f"step {decision.step}", str(layout), figures)
@@ -122,12 +122,12 @@ class BadDataCheck(TableCheck):
         violations: list[str] = []
         named_any = [bool(found) for found in self.outcome.named]
         if not any(named_any):
-            violations.append("no alarm names a planted document")
+            violations.append("no alarm names a document of noise")
         audit, self.outcome.declared = self._audit(run, violations)
         if not self.outcome.declared and self.outcome.decisions:
             violations.append("the audit lists nothing as left out")
         figures = (
-            f"{sum(named_any)} of {len(named_any)} alarms name a planted document; the audit lists "
+            f"{sum(named_any)} of {len(named_any)} alarms name a document of noise; the audit lists "
             f"{len(self.outcome.declared)} ranges as left out; {audit}"
         )
         return Row("rolled back", str(layout), figures, violations)
@@ -161,7 +161,7 @@ class BadDataCheck(TableCheck):
 
 def documents(seed: int) -> Iterator[CorpusDocument]:
     """The installed corpus with documents of noise among its code."""
-    generator, noise = random.Random(seed), list(planted(seed))
+    generator, noise = random.Random(seed), list(noise_documents(seed))
     for number, document in enumerate(installed_corpus(MOST_BYTES)):
         if document.domain == "code" and number % 5 == 4 and noise:
             yield noise.pop(generator.randrange(len(noise)))
@@ -169,13 +169,13 @@ def documents(seed: int) -> Iterator[CorpusDocument]:
     assert not noise
 
 
-def planted(seed: int) -> Iterator[CorpusDocument]:
+def noise_documents(seed: int) -> Iterator[CorpusDocument]:
     """Documents of random bytes' worth of rare characters, each long enough to fill a shard."""
     generator = random.Random(seed)
-    for number in range(PLANTED):
+    for number in range(NOISE_DOCUMENTS):
         # Three bytes each, none of which a merge of the tokenizer has.
         text = "".join(chr(generator.randrange(0x4E00, 0x9FFF)) for _ in range(NOISE_SAMPLES * 64 // 3))
-        yield CorpusDocument("code", f"planted/noise-{number}.txt", text + "\n")
+        yield CorpusDocument("code", f"noise/{number}.txt", text + "\n")
 
 
 def prepared(small: Recipe, shards: Path, steps: int) -> Recipe:

@@ -46,7 +46,7 @@ RANKS = 2
 FAULTS_PER_RUN = 5
 HANG_SECONDS = 6.0
 SLOW_SECONDS = 0.3
-"""How much longer the slow rank takes for each step, several times a step of the shrunken recipe."""
+"""How much longer the slow rank takes for each step, several times a step of the tiny recipe."""
 DISK_BYTES = 200_000
 """No file may grow beyond this while the disk is "full": less than a checkpoint, more than a log."""
 FULL_SECONDS = 1.0

@@ -19,4 +19,4 @@ def test_it_goes_back_and_is_the_run_that_never_saw_them(tmp_path: Path) -> None
     outcome = check.outcome
     assert len(rows) == len(outcome.decisions) + 3 and any(outcome.named)
     assert outcome.declared and all("rolled back at step" in line for line in outcome.declared)
-    assert check.figures(recipe)["planted"] == outcome.planted
+    assert check.figures(recipe)["noise"] == outcome.noise
