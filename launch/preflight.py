@@ -1,9 +1,8 @@
 """Checks nodes and links before a job: `python -m launch.preflight yamls/dbrx.yaml`.
 
-Started through `composer`, torchrun or srun it checks all of their ranks; alone, this node, or with
---ranks as many forked ranks of it. With --trials it tries itself: each of the forked ranks in turn is slowed
-down, and must be named, and between them nobody is, and nobody may be.
-Exit status: 0 fit, 1 a trial failed, 2 a mistake, 78 unfit.
+Started through `composer`, torchrun or srun it checks all of their ranks; by itself, this node, or with
+--ranks as many forked ranks of it.
+Exit status: 0 fit, 2 a mistake, 78 unfit.
 """
 
 import argparse
@@ -34,15 +33,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--ranks", type=int, default=1, metavar="N", help="fork N ranks over gloo on this node"
     )
-    parser.add_argument(
-        "--trials", type=int, metavar="N", help="N trials with a slow rank and N without, over --ranks (>= 3)"
-    )
     parser.add_argument("--json", metavar="FILE", help="write the findings as JSON too")
     options = parser.parse_intermixed_args(arguments)
     try:
-        if options.trials is not None and (options.trials < 1 or options.ranks < 3):
-            what = f"{options.trials} trials with {options.ranks} ranks tell nothing"
-            raise UserError(what, key="--trials", remedy="give at least 1, with --ranks 3 or more")
         topology = Topology.from_environment()
         recipe = load_recipe(options.recipe, options.overrides)
         validate(recipe, topology, options.recipe)
@@ -56,11 +49,6 @@ def main(arguments: list[str]) -> int:
     from launch.verify.forked_ranks import run_ranks
     from train.preflight.together import Findings, preflight
     from train.run import start_processes
-
-    if options.trials is not None:
-        from launch.experiments.preflight_trials import run_trials
-
-        return run_trials(options.ranks, options.trials, recipe.preflight.slow_factor, options.json)
 
     folder = Path(recipe.runs_dir)
 

@@ -1,7 +1,13 @@
-"""Trials of the preflight's links: a slow rank must be named, and no rank of a healthy job."""
+"""How well the preflight's links are judged: `python -m launch.experiments.preflight_trials RECIPE.yaml`.
 
+Each of several forked ranks in turn is slowed down, and must be named; between these trials nobody is slowed
+down, and nobody may be named.
+"""
+
+import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,6 +19,9 @@ import torch.distributed as dist
 
 from launch.verify.forked_ranks import run_ranks
 from train.preflight.links import measure_links
+from train.recipe.errors import UserError
+from train.recipe.exit_status import USAGE_STATUS
+from train.recipe.reading import load_recipe
 from train.recipe.topology import Topology
 
 DELAY_SECONDS = 0.03
@@ -85,3 +94,29 @@ def run_trials(world: int, trials: int, factor: float, json_file: str | None) ->
     if json_file:
         Path(json_file).write_text(json.dumps([asdict(trial) for trial in found], indent=1))
     return 0 if all(trial.has_passed for trial in found) else 1
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit status (1: a trial has failed, 2: a mistake of the user)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.experiments.preflight_trials", description=__doc__
+    )
+    parser.add_argument("recipe", help="YAML file; its preflight.slow_factor is tried")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
+    parser.add_argument("--ranks", type=int, default=4, metavar="N", help="at least 3 (default: 4)")
+    parser.add_argument("--trials", type=int, default=20, metavar="N", help="of each kind (default: 20)")
+    parser.add_argument("--json", metavar="FILE", help="write every trial as JSON too")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        if options.trials < 1 or options.ranks < 3:
+            what = f"{options.trials} trials with {options.ranks} ranks tell nothing"
+            raise UserError(what, key="--trials", remedy="give at least 1, with --ranks 3 or more")
+        recipe = load_recipe(options.recipe, options.overrides)
+    except UserError as error:
+        print(error.at(options.recipe), file=sys.stderr)
+        return USAGE_STATUS
+    return run_trials(options.ranks, options.trials, recipe.preflight.slow_factor, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

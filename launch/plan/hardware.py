@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from launch.plan.rows import read_rows
 from train.recipe.errors import UserError
 
 GIB = 2**30
@@ -30,16 +31,17 @@ class Gpu:
 
 
 GPUS = {
-    # NVIDIA H100 SXM5 data sheet; 400 Gbit/s InfiniBand per GPU (DGX H100).
-    "h100": Gpu("h100", int(79.1 * GIB), 989.5e12, 3.35e12, 450e9, 50e9),
-    # NVIDIA H200 SXM data sheet: an H100 with more and faster memory.
-    "h200": Gpu("h200", int(139.8 * GIB), 989.5e12, 4.8e12, 450e9, 50e9),
-    # NVIDIA A100 80GB SXM data sheet; 200 Gbit/s InfiniBand per GPU (DGX A100).
-    "a100": Gpu("a100", int(79.1 * GIB), 312e12, 2.039e12, 300e9, 25e9),
-    # NVIDIA HGX B200 data sheet; 400 Gbit/s InfiniBand per GPU.
-    "b200": Gpu("b200", int(178.3 * GIB), 2250e12, 8.0e12, 900e9, 50e9),
+    row["name"]: Gpu(
+        row["name"],
+        int(float(row["memory_gib"]) * GIB),
+        float(row["matrix_flops"]),
+        float(row["memory_bandwidth"]),
+        float(row["nvlink_bandwidth"]),
+        float(row["network_bandwidth"]),
+    )
+    for row in read_rows("gpus.csv")
 }
-"""Efficiencies were fitted on H100s alone: for the others they are carried over, not checked."""
+"""Efficiencies were fitted on H100s only: for the others they are carried over, not checked."""
 
 
 def gpu_named(name: str) -> Gpu:

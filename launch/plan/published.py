@@ -1,6 +1,7 @@
 """Published training speeds on H100s: five rows fit the two efficiencies, all others are predicted.
 
-Sources, with the inputs as given there:
+The runs are the rows of `published_speeds.csv`, their models those of `published_models.csv`. Sources, with
+the inputs as given there:
 
 - LLM Foundry, scripts/train/benchmarking/README.md, "H100 80GB BF16": MPT models under FSDP full sharding,
   tokens per second and GPU. All rows of 1b and larger with sequences of up to 8192 tokens.
@@ -16,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from launch.plan.hardware import GPUS, Gpu
+from launch.plan.rows import read_rows
 from launch.plan.step_time import (
     FITTED,
     Efficiency,
@@ -180,166 +182,57 @@ def fit(systems: Iterable[PublishedRun], gpu: Gpu) -> Efficiency:
     return replace(FITTED, matrix=matrix, links=links)
 
 
-def _mpt(d_model: int, layers: int) -> Model:
-    return Model(
-        d_model=d_model,
-        n_layers=layers,
-        n_heads=d_model // 128,
-        n_kv_heads=d_model // 128,
-        ffn_hidden_size=4 * d_model,
-        vocab_size=50368,
-        max_sequence_tokens=8192,
-        ffn=Ffn.mlp,
-        position=Position.alibi,
-        tie_embeddings=True,
-    )
-
-
-MPT = {
-    "1b": _mpt(2048, 24),
-    "3b": _mpt(2560, 32),
-    "7b": _mpt(4096, 32),
-    "13b": _mpt(5120, 40),
-    "30b": _mpt(7168, 48),
-    "70b": _mpt(8192, 80),
-}
-MIXTRAL = Model(
-    d_model=6144,
-    n_layers=56,
-    n_heads=48,
-    n_kv_heads=8,
-    ffn_hidden_size=16384,
-    vocab_size=32000,
-    max_sequence_tokens=4096,
-    moe=Moe(experts=8, top_k=2),
-)
-MIXTRAL_FINE = replace(MIXTRAL, ffn_hidden_size=2048, moe=Moe(experts=64, top_k=8))
-QWEN2 = Model(
-    d_model=3584,
-    n_layers=28,
-    n_heads=28,
-    n_kv_heads=4,
-    ffn_hidden_size=2560,
-    vocab_size=151936,
-    max_sequence_tokens=4096,
-    moe=Moe(experts=64, top_k=8),
-)
-QWEN2_SHARED = 20480
-
-# Size, sequence, GPUs, microbatch, accumulated microbatches, recomputation, tokens/s/GPU, fits.
-FOUNDRY_ROWS = (
-    ("70b", 2048, 64, 8, 4, True, 1039, False),
-    ("70b", 2048, 32, 2, 16, True, 882, True),
-    ("30b", 8192, 8, 1, 21, True, 1384, False),
-    ("30b", 4096, 8, 1, 21, True, 1802, False),
-    ("30b", 2048, 32, 14, 3, True, 2308, False),
-    ("30b", 2048, 16, 10, 3, True, 2263, False),
-    ("30b", 2048, 8, 3, 21, True, 2002, False),
-    ("30b", 1024, 8, 6, 21, True, 2084, False),
-    ("13b", 4096, 8, 10, 3, True, 4717, False),
-    ("13b", 2048, 64, 2, 1, False, 4800, True),
-    ("13b", 2048, 32, 2, 1, False, 4811, False),
-    ("13b", 2048, 16, 2, 1, False, 4767, False),
-    ("13b", 2048, 8, 2, 1, False, 4792, True),
-    ("13b", 1024, 8, 40, 3, True, 5502, False),
-    ("7b", 8192, 8, 8, 2, True, 6935, False),
-    ("7b", 4096, 8, 16, 2, True, 8611, True),
-    ("7b", 2048, 8, 6, 1, False, 10643, True),
-    ("7b", 1024, 8, 64, 2, True, 10203, False),
-    ("3b", 8192, 8, 3, 6, False, 16578, False),
-    ("3b", 4096, 8, 5, 6, False, 20964, False),
-    ("3b", 2048, 64, 6, 3, False, 22525, False),
-    ("3b", 2048, 32, 6, 3, False, 23021, False),
-    ("3b", 2048, 16, 10, 3, False, 24142, False),
-    ("3b", 1024, 8, 20, 6, False, 27046, False),
-    ("3b", 512, 8, 40, 6, False, 27965, False),
-    ("1b", 8192, 8, 3, 4, False, 29157, False),
-    ("1b", 4096, 8, 7, 4, False, 38535, False),
-    ("1b", 2048, 64, 20, 1, False, 44402, False),
-    ("1b", 2048, 32, 20, 1, False, 45130, False),
-    ("1b", 2048, 16, 20, 1, False, 46037, False),
-    ("1b", 2048, 8, 14, 1, False, 45455, False),
-    ("1b", 1024, 8, 18, 4, False, 48910, False),
-    ("1b", 512, 8, 56, 4, False, 52275, False),
-)
-# Model, method, GPUs, sequences per batch, utilisation.
-MEGATRON_ROWS = (
-    ("Mixtral 8x22B", "folding", 128, 256, 0.493),
-    ("Mixtral 8x22B", "folding", 128, 1024, 0.522),
-    ("Mixtral 8x22B", "folding", 256, 1024, 0.507),
-    ("Mixtral 8x22B", "folding", 512, 1024, 0.489),
-    ("Mixtral 8x22B", "folding", 1024, 1024, 0.449),
-    ("Mixtral 8x22B", "FSDP + EP", 128, 256, 0.234),
-    ("Mixtral 8x22B", "FSDP + EP", 128, 1024, 0.239),
-    ("Mixtral 8x22B", "FSDP + EP", 256, 1024, 0.255),
-    ("Mixtral 8x22B", "FSDP + EP", 512, 1024, 0.244),
-    ("Mixtral 8x22B", "FSDP + EP", 1024, 1024, 0.238),
-    ("Mixtral 8x22B G8T8", "folding", 128, 256, 0.288),
-    ("Mixtral 8x22B G8T8", "folding", 128, 1024, 0.300),
-    ("Mixtral 8x22B G8T8", "folding", 256, 1024, 0.293),
-    ("Mixtral 8x22B G8T8", "folding", 512, 1024, 0.267),
-    ("Mixtral 8x22B G8T8", "folding", 1024, 1024, 0.255),
-    ("Qwen2-57B-A14B", "folding", 64, 256, 0.390),
-    ("Qwen2-57B-A14B", "folding", 64, 1024, 0.399),
-    ("Qwen2-57B-A14B", "folding", 128, 1024, 0.397),
-    ("Qwen2-57B-A14B", "folding", 256, 1024, 0.381),
-    ("Qwen2-57B-A14B", "folding", 512, 1024, 0.366),
-    ("Qwen2-57B-A14B", "folding", 1024, 1024, 0.334),
-    ("Qwen2-57B-A14B", "FSDP + EP", 64, 256, 0.254),
-    ("Qwen2-57B-A14B", "FSDP + EP", 64, 1024, 0.263),
-    ("Qwen2-57B-A14B", "FSDP + EP", 128, 1024, 0.256),
-    ("Qwen2-57B-A14B", "FSDP + EP", 256, 1024, 0.234),
-    ("Qwen2-57B-A14B", "FSDP + EP", 512, 1024, 0.228),
-    ("Qwen2-57B-A14B", "FSDP + EP", 1024, 1024, 0.216),
-)
-MEGATRON_MODELS = {
-    "Mixtral 8x22B": (MIXTRAL, 0),
-    "Mixtral 8x22B G8T8": (MIXTRAL_FINE, 0),
-    "Qwen2-57B-A14B": (QWEN2, QWEN2_SHARED),
-}
-# Tensor, pipeline, expert degree (table 3).
-MEGATRON_LAYOUTS = {
-    ("Mixtral 8x22B", "folding"): (2, 8, 8),
-    ("Mixtral 8x22B", "FSDP + EP"): (2, 1, 8),
-    ("Mixtral 8x22B G8T8", "folding"): (4, 8, 8),
-    ("Qwen2-57B-A14B", "folding"): (2, 4, 4),
-    ("Qwen2-57B-A14B", "FSDP + EP"): (1, 1, 8),
-}
+def published_models() -> dict[str, tuple[Model, int]]:
+    """The models of the published runs by name, each with the width of a GLU that every token takes too."""
+    return {
+        row["model"]: (
+            Model(
+                d_model=int(row["d_model"]),
+                n_layers=int(row["n_layers"]),
+                n_heads=int(row["n_heads"]),
+                n_kv_heads=int(row["n_kv_heads"]),
+                ffn_hidden_size=int(row["ffn_hidden_size"]),
+                vocab_size=int(row["vocab_size"]),
+                max_sequence_tokens=int(row["max_sequence_tokens"]),
+                ffn=Ffn(row["ffn"]),
+                position=Position(row["position"]),
+                tie_embeddings=row["tie_embeddings"] == "true",
+                moe=Moe(experts=int(row["experts"]), top_k=int(row["top_k"]))
+                if int(row["experts"])
+                else None,
+            ),
+            int(row["shared_ffn"]),
+        )
+        for row in read_rows("published_models.csv")
+    }
 
 
 def published_systems() -> list[PublishedRun]:
-    """All rows."""
-    systems = [
-        PublishedRun(
-            name=f"MPT-{size}, {sequence} tokens{', recomputed' if recomputed else ''}",
-            model=MPT[size],
-            gpus=gpus,
-            sequence_tokens=sequence,
-            microbatch_sequences=microbatch,
-            microbatches=microbatches,
-            checkpointing=recomputed,
-            measured_tokens_per_second=speed,
-            fits=fits,
-        )
-        for size, sequence, gpus, microbatch, microbatches, recomputed, speed, fits in FOUNDRY_ROWS
-    ]
-    for name, method, gpus, batch, utilisation in MEGATRON_ROWS:
-        model, shared = MEGATRON_MODELS[name]
-        tensor, pipeline, expert = MEGATRON_LAYOUTS[name, method]
+    """The published runs, in the order of the file."""
+    models = published_models()
+    systems = []
+    for row in read_rows("published_speeds.csv"):
+        model, shared = models[row["model"]]
+        gpus, microbatch = int(row["gpus"]), int(row["microbatch_sequences"])
+        tensor, pipeline = int(row["tensor"]), int(row["pipeline"])
+        speed, utilisation = row["tokens_per_second_per_gpu"], row["flop_utilisation"]
         systems.append(
             PublishedRun(
-                name=f"{name}, {method}, batch {batch}",
+                name=row["system"],
                 model=model,
                 gpus=gpus,
-                sequence_tokens=4096,
-                microbatch_sequences=1,
-                microbatches=batch * tensor * pipeline // gpus,
+                sequence_tokens=int(row["sequence_tokens"]),
+                microbatch_sequences=microbatch,
+                microbatches=int(row["batch_sequences"]) * tensor * pipeline // (gpus * microbatch),
+                checkpointing=row["recomputed"] == "true",
                 shared_ffn=shared,
                 tensor=tensor,
                 pipeline=pipeline,
-                expert=expert,
-                shards_weights=method == "FSDP + EP",
-                measured_utilisation=utilisation,
+                expert=int(row["expert"]),
+                shards_weights=row["fsdp"] == "true",
+                measured_tokens_per_second=int(speed) if speed else None,
+                measured_utilisation=float(utilisation) if utilisation else None,
+                fits=row["fits"] == "true",
             )
         )
     return systems

@@ -7,6 +7,7 @@ way of counting, with the attention term beside it.
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.plan.rows import read_rows
 from train.recipe import sizes
 from train.recipe.phases import phase_tokens, phases_of
 from train.recipe.reading import load_recipe
@@ -26,14 +27,9 @@ class TableLine:
     published_relative: str
 
 
-ENTRIES = (
-    TableLine("DBRX MoE-A", "dbrx-moe-a", "dbrx-moe-a", "inferred", "1x"),
-    TableLine("MPT-7B (1T tokens)", "mpt-7b", "dbrx-moe-a", "published", "3.7x"),
-    TableLine("DBRX Dense-A (1T tokens)", "dbrx-dense-a", "dbrx-moe-a", "published", "3.7x"),
-    TableLine("DBRX Dense-A (500B tokens)", "dbrx-dense-a-500b", "dbrx-moe-a", "published", "1.85x"),
-    TableLine("DBRX MoE-B", "dbrx-moe-b", "dbrx-moe-b", "inferred", "1x"),
-    TableLine("LLaMA2-13B", "llama2-13b", "dbrx-moe-b", "published", "1.7x"),
-    TableLine("DBRX", "dbrx", "dbrx", "published", ""),
+ENTRIES = tuple(
+    TableLine(row["title"], row["recipe"], row["compared_with"], row["tokens"], row["published_relative"])
+    for row in read_rows("table5.csv")
 )
 
 

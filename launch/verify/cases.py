@@ -45,7 +45,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class GateInput:
-    """One way of training the shrunken recipe for a few steps."""
+    """One way of training the tiny recipe for a few steps."""
 
     name: str
     what: str
@@ -118,7 +118,7 @@ def cases(
     """Every input under every layout, cases that share a reference next to each other.
 
     Args:
-        recipe: the whole recipe; it is shrunken here.
+        recipe: the whole recipe; its tiny form is made here.
         worlds: numbers of ranks.
         names: inputs to run; all of them where empty.
         precision: fp32 or bf16.

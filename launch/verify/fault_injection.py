@@ -1,26 +1,21 @@
-"""InjectedFault injection: `python -m launch.verify.fault_injection RECIPE.yaml --faults 50` changes nothing.
+"""Fault injection: a run into which faults are put ends as if there had been none.
 
-The recipe's shrunken form trains on two forked ranks below the real supervisor, watchdog and guard. Faults
-are drawn at random and put in one by one, several per run; every run must end with the losses, the data_log,
-the weights, the optimizer and the random numbers of one that nothing disturbed, bit for bit, and every fault
-must have been called by its name.
+The tiny recipe trains on two forked ranks below the real supervisor, watchdog and guard. Faults are drawn
+at random and put in one by one, several per run. Every run must end with the losses, the data log, the
+weights, the optimizer and the random numbers of one that nothing disturbed, bit for bit, and the supervisor
+must have called every fault by its name.
 """
 
-import argparse
-import importlib
-import json
 import os
 import random
 import resource
 import signal
 import socket
-import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -30,28 +25,28 @@ from torch.distributed.tensor import DTensor
 from launch.restart.history import Policy, read_log
 from launch.restart.supervisor import Supervisor
 from launch.verify.cases import Layout
-from launch.verify.forked_ranks import Ranks
-from launch.verify.parity_report import write_certificate
-from launch.verify.resumption import differences, named, prepare, steps, tail, trainer, uninterrupted
+from launch.verify.equality import differences
+from launch.verify.forked_ranks import RankError, Ranks
+from launch.verify.harness import Row, TableCheck, Workspace
+from launch.verify.tiny_runs import named, steps, tail, trainer
 from train.checkpoint.files import newest_whole_checkpoint
 from train.health.heartbeat import RECORDS_VARIABLE
 from train.health.stragglers import STRAGGLERS_FILE, HeartbeatCallback
 from train.recipe.errors import UserError
-from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, REPLAY_STATUS, USAGE_STATUS
-from train.recipe.reading import load_recipe
+from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, REPLAY_STATUS
 from train.recipe.reliability import Watch
-from train.recipe.rules import validate
 from train.recipe.schema import Data, Recipe
 from train.recipe.topology import Topology
 from train.record.run_folder import CHECKPOINTS_FOLDER
 from train.record.step_log import read_steps
 from train.step.step import TrainingStep
 
-LAYOUT = Layout(1, 1, 2)
+RANKS = 2
+"""Of every run, under :attr:`Workspace.pair`."""
 FAULTS_PER_RUN = 5
 HANG_SECONDS = 6.0
 SLOW_SECONDS = 0.3
-"""How much longer the slow rank takes for each step, several times a step of the shrunken recipe."""
+"""How much longer the slow rank takes for each step, several times a step of the tiny recipe."""
 DISK_BYTES = 200_000
 """No file may grow beyond this while the disk is "full": less than a checkpoint, more than a log."""
 FULL_SECONDS = 1.0
@@ -74,69 +69,104 @@ KINDS: dict[str, tuple[str, str]] = {
 
 
 @dataclass
-class InjectedFault:
+class InjectedFault(Row):
     """One fault that was put in, and what became of it."""
 
-    kind: str
-    rank: int
-    run: str
-    batch: int
+    rank: int = 0
+    run: str = ""
+    batch: int = 0
+    """The batch it was put in after; 0: the try was over before."""
     ending: str = ""
+    """Of the try, as the supervisor's log has it."""
     seconds: float = 0.0
-    faults: list[str] = field(default_factory=list)
-    """What is not as it must be."""
 
 
-@dataclass
-class Drill:
-    """Runs with faults, one run after the other."""
+class FaultInjectionCheck(TableCheck):
+    """Runs with faults, one run after the other.
 
-    small: Recipe
-    whole: Path
-    generator: random.Random
-    kinds: list[str]
-    """Faults that are still to be put in."""
-    done: list[InjectedFault] = field(default_factory=list)
-    runs: int = 0
+    Args:
+        kinds: faults to put in, of :data:`KINDS`, in this order.
+        seed: of the ranks and batches that they are put in at.
 
-    def run(self) -> Iterator[InjectedFault]:
+    Raises:
+        UserError: if a kind is not known.
+    """
+
+    name = page = "faults"
+
+    def __init__(self, kinds: Sequence[str], seed: int = 0) -> None:
+        super().__init__()
+        for kind in kinds:
+            if kind not in KINDS:
+                remedy = f"one of {', '.join(map(repr, KINDS))}"
+                raise UserError(f"{kind!r} is not a kind of fault", key="--only", remedy=remedy)
+        self.left = list(kinds)
+        """Faults that are still to be put in."""
+        self.total = len(kinds)
+        self.generator = random.Random(seed)
+        self.runs = 0
+
+    def run(self, workspace: Workspace) -> Iterator[InjectedFault]:
+        """Every fault, after the run that it was put into."""
+        layout, small = workspace.pair, workspace.small
+        whole = workspace.uninterrupted(layout)
+        cached = replace(
+            small.data,
+            shards=str(workspace.folder / "cached-shards"),
+            remote=str(Path(small.data.shards).resolve()),
+            corpus=None,
+            corpus_bytes=Data().corpus_bytes,
+        )
+        watch = Watch(hang_seconds=HANG_SECONDS, start_seconds=60.0, straggler_interval_batches=3)
+        while self.left:
+            recipe = named(replace(small, data=cached, watch=watch), layout, f"injected-{self.runs}")
+            self.runs += 1
+            yield from self._one_run(recipe, layout, whole)
+
+    def _one_run(self, recipe: Recipe, layout: Layout, whole: Path) -> Iterator[InjectedFault]:
         """One run with up to :data:`FAULTS_PER_RUN` faults, supervised to its end."""
-        recipe = named(self.small, LAYOUT, f"drill-{self.runs}")
-        self.runs += 1
         folder = Path(recipe.runs_dir) / recipe.name
         records = folder.with_suffix(".restarts")
         found: list[InjectedFault] = []
-        wanted = min(FAULTS_PER_RUN, len(self.kinds))
+        wanted = min(FAULTS_PER_RUN, len(self.left))
 
         def attempt(_hosts: tuple[str, ...]) -> int:
             if len(found) == wanted:
                 return one_try(recipe, None, 0, records, folder)
-            kind, rank = self.kinds[0], self.generator.randrange(LAYOUT.world_size)
-            fault = InjectedFault(kind, rank, recipe.name, 0)
+            rank = self.generator.randrange(RANKS)
+            fault = InjectedFault(self.left[0], str(layout), "", rank=rank, run=recipe.name)
             begun = time.monotonic()
             status = one_try(recipe, fault, steps(folder) + self.generator.randint(1, 3), records, folder)
             fault.seconds = round(time.monotonic() - begun, 1)
             if fault.batch:
                 found.append(fault)
-                self.kinds.pop(0)
+                self.left.pop(0)
             return status
 
-        said: list[str] = []
         policy = Policy(same_batch=FAULTS_PER_RUN + 1, backoff_seconds=0.0)
-        status = Supervisor(attempt, policy, records, say=said.append).run()
+        status = Supervisor(attempt, policy, records, say=lambda _: None).run()
         problems = [f"{recipe.name} ended with {status}: {tail(folder)}"] if status else []
-        problems += [] if status else list(differences(self.whole, folder, 0.0))
-        log = read_log(records)
-        for fault, line in zip(found, log, strict=False):
+        if problems and not found:
+            raise RankError(problems[0])
+        problems += [] if status else list(differences(whole, folder))
+        for fault, line in zip(found, read_log(records), strict=False):
             fault.ending = line["kind"]
-            fault.faults = problems + list(_misnamed(fault, line, records))
-            self.done.append(fault)
+            where = f"rank {fault.rank}, batch {fault.batch} of {fault.run}"
+            fault.figures = f"{where}: {fault.ending}, {fault.seconds:.1f} s"
+            fault.violations = problems + list(_misnamed(fault, line, records))
             yield fault
+
+
+def draw(faults: int, generator: random.Random) -> list[str]:
+    """As many faults of every kind, in random order."""
+    kinds = [list(KINDS)[number % len(KINDS)] for number in range(faults)]
+    generator.shuffle(kinds)
+    return kinds
 
 
 def one_try(recipe: Recipe, fault: InjectedFault | None, after: int, records: Path, folder: Path) -> int:
     """One try of the job with one fault; returns the status that a launcher would."""
-    kind = fault.kind if fault is not None else ""
+    kind = fault.what if fault is not None else ""
     rank = fault.rank if fault is not None else -1
     with (
         contextmanager(_server)() as (uri, close_server),
@@ -145,7 +175,7 @@ def one_try(recipe: Recipe, fault: InjectedFault | None, after: int, records: Pa
         if kind == "no tracking":
             recipe = replace(recipe, tracking=replace(recipe.tracking, mlflow=True, uri=uri))
         work = _as_a_process(_disturbed(trainer(recipe), kind, rank, after))
-        with Ranks(LAYOUT.world_size, work, folder.with_suffix(".log")) as ranks:
+        with Ranks(RANKS, work, folder.with_suffix(".log")) as ranks:
             while fault is not None and ranks.are_running and steps(folder) < after:
                 time.sleep(0.005)
             if fault is not None and (ranks.are_running or kind in ("NaN", "slow rank")):
@@ -271,91 +301,12 @@ def _server() -> Iterator[tuple[str, Callable[[], None]]]:
 
 def _misnamed(fault: InjectedFault, line: dict[str, object], records: Path) -> Iterator[str]:
     """What the supervisor's log says otherwise than what was done."""
-    expected = KINDS[fault.kind][1]
+    expected = KINDS[fault.what][1]
     if line["kind"] != expected:
-        yield f"{fault.kind} on rank {fault.rank} ended as {line['kind']} ({line['line']}), not as {expected}"
-    if fault.kind in ("SIGSTOP", "SIGKILL") and line["rank"] != fault.rank:
-        yield f"{fault.kind} on rank {fault.rank}, but rank {line['rank']} was named: {line['line']}"
-    if fault.kind == "slow rank":
+        yield f"{fault.what} on rank {fault.rank} ended as {line['kind']} ({line['line']}), not as {expected}"
+    if fault.what in ("SIGSTOP", "SIGKILL") and line["rank"] != fault.rank:
+        yield f"{fault.what} on rank {fault.rank}, but rank {line['rank']} was named: {line['line']}"
+    if fault.what == "slow rank":
         named_ranks = {rank for row in read_steps(records / STRAGGLERS_FILE) for rank in row["slow"]}
         if fault.rank not in named_ranks:
             yield f"rank {fault.rank} was slow and not named (named: {sorted(named_ranks)})"
-
-
-def draw(faults: int, generator: random.Random) -> list[str]:
-    """As many faults of every kind, in random order."""
-    kinds = [list(KINDS)[number % len(KINDS)] for number in range(faults)]
-    generator.shuffle(kinds)
-    return kinds
-
-
-def drill(recipe: Recipe, faults: list[str], seed: int, folder: Path) -> Iterator[InjectedFault]:
-    """Puts in every fault of the list."""
-    importlib.import_module("llmfoundry.optim.lion")
-    small = replace(
-        prepare(recipe, folder),
-        watch=Watch(hang_seconds=HANG_SECONDS, start_seconds=60.0, straggler_interval_batches=3),
-    )
-    whole = uninterrupted(small, LAYOUT)
-    cached = replace(
-        small.data,
-        remote=str(Path(small.data.shards).resolve()),
-        corpus=None,
-        corpus_bytes=Data().corpus_bytes,
-    )
-    cached = replace(cached, shards=str(folder / "shards"))
-    disturbed = Drill(replace(small, data=cached), whole, random.Random(seed), list(faults))
-    while disturbed.kinds:
-        yield from disturbed.run()
-
-
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit status (1: a fault was not survived exactly)."""
-    parser = argparse.ArgumentParser(prog="python -m launch.verify.fault_injection", description=__doc__)
-    parser.add_argument("recipe", help="YAML file, for example yamls/smoke.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
-    parser.add_argument("--faults", type=int, default=50, metavar="N", help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default %(default)s)")
-    parser.add_argument("--only", choices=list(KINDS), help="one kind of fault alone")
-    parser.add_argument("--json", metavar="FILE", help="write every fault and what became of it")
-    parser.add_argument("--html", metavar="FILE", help="write the table as a page")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        validate(recipe, Topology(), options.recipe)
-    except UserError as error:
-        print(error.at(options.recipe), file=sys.stderr)
-        return USAGE_STATUS
-    kinds = (
-        [options.only] * options.faults if options.only else draw(options.faults, random.Random(options.seed))
-    )
-    begun, rows = time.monotonic(), []
-    with tempfile.TemporaryDirectory(prefix="drill-") as folder:
-        for fault in drill(recipe, kinds, options.seed, Path(folder)):
-            rows.append(fault)
-            verdict = "FAIL" if fault.faults else "pass"
-            print(
-                f"{len(rows):3d}/{options.faults}  {fault.kind:<14}  rank {fault.rank}  "
-                f"batch {fault.batch:2d}  {fault.run:<9}  {fault.ending:<9}  "
-                f"{fault.seconds:5.1f} s  {verdict}",
-                flush=True,
-            )
-    passed = sum(not fault.faults for fault in rows)
-    seconds = round(time.monotonic() - begun)
-    for problem in dict.fromkeys(problem for fault in rows for problem in fault.faults):
-        print(f"FAIL: {problem}")
-    print(f"{passed} of {len(rows)} faults survived, every run equal bit for bit, in {seconds} s")
-    summary = {"recipe": recipe.name, "faults": len(rows), "passed": passed, "seconds": seconds}
-    if options.json:
-        Path(options.json).write_text(json.dumps(summary | {"rows": [asdict(row) for row in rows]}, indent=1))
-    if options.html:
-        table = [
-            (row.kind, str(LAYOUT), f"rank {row.rank}, batch {row.batch}: {row.ending}", row.faults)
-            for row in rows
-        ]
-        write_certificate(Path(options.html), summary, table)
-    return 0 if passed == len(rows) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

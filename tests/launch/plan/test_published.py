@@ -4,13 +4,11 @@ import pytest
 
 from launch.plan.hardware import GPUS
 from launch.plan.published import (
-    MPT,
-    QWEN2,
-    QWEN2_SHARED,
     WITHIN,
     fit,
     format_published,
     published_figures,
+    published_models,
     published_systems,
 )
 from launch.plan.step_time import FITTED
@@ -42,6 +40,7 @@ def test_named_systems_within_the_bound(name: str) -> None:
 
 
 def test_models_have_the_published_sizes() -> None:
+    models = published_models()
     # NumParams of LLM Foundry's table at 2048 tokens, learned positions and biases included.
     for size, published in {
         "3b": 2_651_837_440,
@@ -49,9 +48,11 @@ def test_models_have_the_published_sizes() -> None:
         "13b": 12_853_954_560,
         "30b": 29_975_214_080,
     }.items():
-        assert sizes.total_parameters(MPT[size]) == pytest.approx(published, rel=0.01)
-    shared = 3 * QWEN2.d_model * QWEN2_SHARED * QWEN2.n_layers
-    assert sizes.total_parameters(QWEN2) + shared == pytest.approx(57.4e9, rel=0.01)
+        model, shared = models[f"MPT-{size}"]
+        assert shared == 0 and sizes.total_parameters(model) == pytest.approx(published, rel=0.01)
+    qwen2, shared = models["Qwen2-57B-A14B"]
+    weights = 3 * qwen2.d_model * shared * qwen2.n_layers
+    assert sizes.total_parameters(qwen2) + weights == pytest.approx(57.4e9, rel=0.01)
 
 
 def test_table_names_fitted_rows() -> None:

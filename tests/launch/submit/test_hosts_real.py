@@ -18,7 +18,7 @@ import pytest
 from launch.restart.history import read_log
 from launch.submit import hosts
 from launch.verify.forked_ranks import Ranks
-from launch.verify.resumption import trainer
+from launch.verify.tiny_runs import trainer
 from tests.launch.submit.conftest import ROOT, RealRuns
 from train.health.heartbeat import Heartbeat, heartbeat_file, read_record
 from train.recipe.exit_status import PREEMPTED_STATUS

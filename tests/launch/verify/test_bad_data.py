@@ -1,15 +1,22 @@
-"""A run that meets planted documents goes back, leaves them out, and is that of one that never saw them."""
+"""A run that meets documents of noise goes back, leaves them out, and equals one that never saw them."""
 
 from pathlib import Path
 
-from launch.verify.bad_data import show
+from launch.verify.bad_data import BadDataCheck
+from launch.verify.harness import Workspace
 from train.recipe.reading import load_recipe
 
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 
 
 def test_it_goes_back_and_is_the_run_that_never_saw_them(tmp_path: Path) -> None:
-    outcome = show(load_recipe(YAMLS / "smoke.yaml"), tmp_path, steps=44)
-    assert outcome.faults == []
-    assert any(outcome.named)
+    recipe = load_recipe(YAMLS / "smoke.yaml")
+    check = BadDataCheck(steps=44)
+    rows = list(check.run(Workspace(recipe, tmp_path)))
+    assert [violation for row in rows for violation in row.violations] == []
+    assert [row.what for row in rows[-3:]] == ["rolled back", "never seen", "only alarms"]
+    assert "equal to it bit for bit" in rows[-2].figures
+    outcome = check.outcome
+    assert len(rows) == len(outcome.decisions) + 3 and any(outcome.named)
     assert outcome.declared and all("rolled back at step" in line for line in outcome.declared)
+    assert check.figures(recipe)["noise"] == outcome.noise

@@ -1,8 +1,13 @@
-"""Faults of the drill are survived exactly and called by their names."""
+"""Injected faults are survived exactly and called by their names."""
 
+import random
 from pathlib import Path
 
-from launch.verify.fault_injection import draw, drill
+import pytest
+
+from launch.verify.fault_injection import FaultInjectionCheck, draw
+from launch.verify.harness import Workspace
+from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
@@ -10,13 +15,18 @@ YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 
 def test_faults_leave_no_trace_in_what_is_trained(tmp_path: Path) -> None:
     kinds = ["NaN", "bad checkpoint", "SIGSTOP", "bad shard"]
-    faults = list(drill(load_recipe(YAMLS / "smoke.yaml"), kinds, 0, tmp_path))
-    assert [fault.kind for fault in faults] == kinds
-    assert [problem for fault in faults for problem in fault.faults] == []
+    workspace = Workspace(load_recipe(YAMLS / "smoke.yaml"), tmp_path)
+    faults = list(FaultInjectionCheck(kinds).run(workspace))
+    assert [fault.what for fault in faults] == kinds
+    assert [violation for fault in faults for violation in fault.violations] == []
+    assert all(fault.batch and fault.ending in fault.figures for fault in faults)
 
 
 def test_every_kind_is_drawn() -> None:
-    import random
-
     kinds = draw(50, random.Random(0))
     assert len(kinds) == 50 and min(kinds.count(kind) for kind in set(kinds)) == 5
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--only.*'full disk'"):
+        FaultInjectionCheck(["fire"])

@@ -1,13 +1,15 @@
-"""Runs that are killed or preempted go on exactly, here and under other layouts; and it is noticed if not."""
+"""Runs that are killed or preempted resume exactly, here and under other layouts; it is noticed if not."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch.verify import resumption
 from launch.verify.cases import Layout
-from launch.verify.resumption import kill_and_resume, prepare, reshard
+from launch.verify.equality import differences
+from launch.verify.resumption import kill_and_resume, reshard
+from launch.verify.tiny_runs import prepare, uninterrupted
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
 
@@ -22,26 +24,24 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 @pytest.fixture(scope="module")
 def whole(small: Recipe) -> Path:
-    return resumption.uninterrupted(small, ONE)
+    return uninterrupted(small, ONE)
 
 
-def test_killed_runs_go_on_bit_for_bit(small: Recipe, whole: Path) -> None:
-    import random
-
+def test_killed_runs_resume_bit_for_bit(small: Recipe, whole: Path) -> None:
     row = kill_and_resume(small, ONE, whole, 2, random.Random(0))
-    assert row.has_passed, row.faults
+    assert row.has_passed, row.violations
     assert row.figures.startswith("2 kills")
 
 
-def test_a_preempted_run_goes_on_under_other_layouts(small: Recipe, whole: Path) -> None:
+def test_a_preempted_run_resumes_under_other_layouts(small: Recipe, whole: Path) -> None:
     rows = list(reshard(small, [ONE, Layout(1, 2, 2), Layout(2, 1, 2)], whole))
     assert [row.layout for row in rows] == ["(1,1,1)", "(1,2,2)", "(2,1,2)"]
     for row in rows:
-        assert row.has_passed, (row.figures, row.faults)
+        assert row.has_passed, (row.figures, row.violations)
 
 
 def test_a_run_of_another_seed_is_noticed(small: Recipe, whole: Path) -> None:
     other = replace(small, seed=small.seed + 1, runs_dir=f"{small.runs_dir}/other")
     Path(other.runs_dir).mkdir()
-    found = resumption.uninterrupted(other, ONE)
-    assert any("step 1" in fault for fault in resumption.differences(whole, found, 0.0))
+    found = uninterrupted(other, ONE)
+    assert any("step 1" in each for each in differences(whole, found))

@@ -3,14 +3,17 @@
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launch.verify.__main__ import main, with_global_scope
+from launch.verify.__main__ import main
 from launch.verify.case_run import CaseOutcome, import_optimizers, make_reference, run_case
 from launch.verify.cases import Case, Layout, find_case, layouts
 from launch.verify.faults import FAULTS
 from launch.verify.forked_ranks import RankError
+from launch.verify.parity import ParityCheck, with_global_scope
+from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import Precision
@@ -56,7 +59,7 @@ def test_gate_sees_the_fault(name: str, precision: Precision, folder: Path) -> N
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
-def test_a_recomputation_that_rounds_otherwise_is_seen_in_bf16_alone(
+def test_a_recomputation_that_rounds_otherwise_is_seen_only_in_bf16(
     precision: Precision, folder: Path
 ) -> None:
     fault = FAULTS["rounded-in-forward-alone"]
@@ -148,3 +151,22 @@ def test_layouts_are_all_that_the_recipe_allows() -> None:
     for layout in layouts(recipe, worlds=(4,)):
         case = find_case(recipe, layout, "accumulated")
         validate(case.recipe, Topology(0, layout.world_size, 0, 1), "smoke")
+
+
+@pytest.mark.parametrize(
+    ("stem", "options", "key", "what"),
+    [
+        ("smoke", {"inputs": ["plane"]}, "--inputs", "one of plain"),
+        ("smoke", {"inject": "nonsense"}, "--inject", "one of experts-times-degree"),
+        ("smoke", {"worlds": [3]}, "--worlds", "3 ranks cannot share"),
+        ("smoke", {"worlds": [1], "precisions": [Precision.bf16]}, "--worlds", "no case"),
+        ("mpt-7b", {"inputs": ["crowded"]}, "--inputs", "no case"),
+        ("mpt-7b", {"inject": "experts-swapped"}, "--inject", "dense"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is(
+    stem: str, options: dict[str, Any], key: str, what: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        ParityCheck(load_recipe(YAMLS / f"{stem}.yaml"), **options)
+    assert key in refused.value.key and what in str(refused.value)

@@ -1,0 +1,236 @@
+"""The harness of all checks: makes what they share, runs one after the other, tells what each has found."""
+
+import json
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from launch.verify.case_run import import_optimizers
+from launch.verify.cases import Layout, layouts
+from launch.verify.forked_ranks import RankError
+from launch.verify.parity_report import write_certificate
+from launch.verify.tiny_runs import STEPS, prepare, uninterrupted
+from train.recipe.schema import Recipe
+from train.record.quiet import quiet_libraries
+
+ONE = Layout(1, 1, 1)
+
+
+class Workspace:
+    """What checks share: the recipe, a temporary folder, and the tiny recipe's runs that nothing disturbed.
+
+    Args:
+        recipe: the whole recipe.
+        folder: for shards and runs; empty.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        import_optimizers()
+        self._uninterrupted: dict[Layout, Path] = {}
+
+    @cached_property
+    def small(self) -> Recipe:
+        """The tiny recipe, saved after every second batch, in fp32. Its shards are made by its first run."""
+        return prepare(self.recipe, self.folder)
+
+    @cached_property
+    def pair(self) -> Layout:
+        """Two ranks: experts on both of them, or everything sharded where the recipe has no experts."""
+        possible = layouts(self.small, worlds=(2,))
+        return next(layout for layout in (Layout(1, 1, 2), Layout(1, 2, 1)) if layout in possible)
+
+    def uninterrupted(self, layout: Layout) -> Path:
+        """The folder of the undisturbed run under a layout; trained the first time it is asked for.
+
+        Raises:
+            RankError: if it does not get to its end.
+        """
+        if layout not in self._uninterrupted:
+            self._uninterrupted[layout] = uninterrupted(self.small, layout)
+        return self._uninterrupted[layout]
+
+
+class HasVerdict(Protocol):
+    """A row of any check."""
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether nothing is wrong."""
+
+
+RowT = TypeVar("RowT", bound=HasVerdict)
+
+
+@dataclass
+class Row:
+    """One line of a check's table."""
+
+    what: str
+    layout: str
+    figures: str
+    """What was measured."""
+    violations: list[str] = field(default_factory=list)
+    """What is not as it must be."""
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.violations
+
+
+class Check(ABC, Generic[RowT]):
+    """One check: gives rows as they are found, and says how they are told."""
+
+    name: str
+    """The option that asks for it, without its dashes."""
+    page: str
+    """Its page is `PAGE-RECIPE.html` unless the user names another."""
+    unit = "rows"
+
+    def __init__(self) -> None:
+        self.rows: list[RowT] = []
+        self.seconds = 0.0
+        self.error = ""
+        """What stopped it, if it did not get to its end."""
+        self.total = 0
+        """How many rows there will be; 0 where that is not known."""
+
+    @abstractmethod
+    def run(self, workspace: Workspace) -> Iterator[RowT]:
+        """The rows, one by one.
+
+        Raises:
+            RankError: if it cannot go on.
+        """
+
+    @abstractmethod
+    def header(self) -> str:
+        """The table's first line."""
+
+    @abstractmethod
+    def line(self, row: RowT) -> str:
+        """A row of the table, with its verdict."""
+
+    @abstractmethod
+    def failures(self) -> Iterator[str]:
+        """What is wrong, a line each."""
+
+    @abstractmethod
+    def figures(self, recipe: Recipe) -> dict[str, Any]:
+        """Everything for ``--json``."""
+
+    @abstractmethod
+    def write_page(self, file: Path, recipe: Recipe) -> None:
+        """Writes the HTML page."""
+
+    @property
+    def passed(self) -> int:
+        """Rows that have passed."""
+        return sum(row.has_passed for row in self.rows)
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether it got to its end with rows, all of which have passed."""
+        return not self.error and self.passed == len(self.rows) > 0
+
+
+class TableCheck(Check[Row]):
+    """A check whose rows say what was done, under which layout, and what was measured."""
+
+    steps = STEPS
+    """Length of its runs."""
+
+    def header(self) -> str:
+        """The table's first line."""
+        return f"{'what':<15} {'layout':<9} verdict  measured"
+
+    def line(self, row: Row) -> str:
+        """A row of the table, with its verdict."""
+        return f"{row.what:<15} {row.layout:<9} {'pass' if row.has_passed else 'FAIL':<7}  {row.figures}"
+
+    def failures(self) -> Iterator[str]:
+        """What is wrong, each once: rows of one run may share it."""
+        wrong = (f"{row.what} {row.layout}: {each}" for row in self.rows for each in row.violations)
+        yield from dict.fromkeys(wrong)
+
+    def figures(self, recipe: Recipe) -> dict[str, Any]:
+        """Everything for ``--json``."""
+        rows = [asdict(row) for row in self.rows]
+        return self._summary(recipe) | {"passed": self.has_passed, "rows": rows}
+
+    def write_page(self, file: Path, recipe: Recipe) -> None:
+        """Writes the HTML page."""
+        rows = [(row.what, row.layout, row.figures, row.violations) for row in self.rows]
+        write_certificate(file, self._summary(recipe), rows)
+
+    def _summary(self, recipe: Recipe) -> dict[str, Any]:
+        return {"recipe": recipe.name, "steps": self.steps, "seconds": round(self.seconds)}
+
+
+def run_checks(
+    recipe: Recipe, checks: Sequence[Check[Any]], json_file: str | None, html_file: str | None
+) -> int:
+    """Runs checks, prints a table for each and a last line; returns the exit status (1: something failed).
+
+    Args:
+        recipe: the whole recipe.
+        checks: what to run, in this order.
+        json_file: for the figures: those of the check, or of several by their names below `checks`.
+        html_file: for the page; of several, each check's name goes before the suffix.
+    """
+    quiet_libraries()
+    files = [_page_file(check, recipe, html_file, len(checks) > 1) for check in checks]
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+        workspace = Workspace(recipe, Path(folder))
+        for check, file in zip(checks, files, strict=True):
+            _run_check(check, workspace)
+            check.write_page(file, recipe)
+    seconds = round(sum(check.seconds for check in checks))
+    figures = {check.name: _figures(check, recipe) for check in checks}
+    has_passed = all(check.has_passed for check in checks)
+    if json_file:
+        told = {"recipe": recipe.name, "seconds": seconds, "passed": has_passed, "checks": figures}
+        Path(json_file).write_text(
+            json.dumps(figures[checks[0].name] if len(checks) == 1 else told, indent=1)
+        )
+    for check in checks:
+        for failure in [*check.failures(), *([check.error] if check.error else [])]:
+            print(f"FAIL: {check.name}: {failure}", file=sys.stderr)
+    passed = ", ".join(
+        f"{each.name}: {each.passed} of {len(each.rows)} {each.unit} passed" for each in checks
+    )
+    verdict = "pass" if has_passed else "FAIL"
+    print(f"{verdict}: {passed} in {seconds} s; {', '.join(map(str, files))}")
+    return 0 if has_passed else 1
+
+
+def _run_check(check: Check[Any], workspace: Workspace) -> None:
+    begun = time.monotonic()
+    print(f"{check.name:<9} {check.header()}", flush=True)
+    try:
+        for row in check.run(workspace):
+            check.rows.append(row)
+            done = f"{len(check.rows)}/{check.total}" if check.total else len(check.rows)
+            print(f"{done:>9} {check.line(row)}", flush=True)
+    except RankError as error:
+        # The others may still tell something.
+        check.error = f"did not get to its end: {str(error).strip().splitlines()[-1]}"
+    check.seconds = time.monotonic() - begun
+
+
+def _figures(check: Check[Any], recipe: Recipe) -> dict[str, Any]:
+    return check.figures(recipe) | ({"error": check.error} if check.error else {})
+
+
+def _page_file(check: Check[Any], recipe: Recipe, html_file: str | None, is_one_of_several: bool) -> Path:
+    if html_file is None:
+        return Path(f"{check.page}-{recipe.name}.html")
+    file = Path(html_file)
+    return file.with_stem(f"{file.stem}-{check.name}") if is_one_of_several else file

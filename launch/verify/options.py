@@ -1,0 +1,107 @@
+"""The command line of the checks. Needs no torch, so that a mistake in it is told at once."""
+
+import argparse
+from collections.abc import Sequence
+
+from train.recipe.errors import UserError
+
+CHECKS = {
+    "layouts": "the parity gate: every layout against one process that is not sharded (the default)",
+    "resume": "kills runs at random and preempts them; they must resume exactly, also under other layouts",
+    "faults": "puts N faults (default 50) into runs, which must end as if there had been none",
+    "rollback": "trains on documents of noise; the run must go back and end as if it had never read them",
+    "export": "exports a trained run; transformers must compute the same from it",
+}
+"""The checks in the order in which they are run, and what each does."""
+OPTIONS_OF = {
+    "layouts": ("worlds", "inputs", "precision", "inject"),
+    "resume": ("kills",),
+    "faults": ("only", "seed"),
+}
+"""Options that only one check reads."""
+FAULTS = 50
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; ``checks`` are the names of what is to be run. Options not given are None.
+
+    Raises:
+        UserError: if an option is given that none of the checks reads.
+    """
+    options = _parser().parse_intermixed_args(_bind_count(arguments))
+    options.checks = [name for name in CHECKS if options.all or getattr(options, name)] or ["layouts"]
+    if options.all and options.faults is None:
+        options.faults = FAULTS
+    for check, names in OPTIONS_OF.items():
+        for name in names:
+            if check not in options.checks and getattr(options, name) is not None:
+                what = f"is read by --{check}, which is not asked for"
+                raise UserError(what, key=f"--{name}", remedy=f"add --{check} or leave it out")
+    return options
+
+
+def _bind_count(arguments: Sequence[str]) -> list[str]:
+    """Ties the number that may follow `--faults` to it: argparse would take a recipe there for one."""
+    bound: list[str] = []
+    for argument in arguments:
+        if bound and bound[-1] == "--faults":
+            is_count = argument.lstrip("-").isdigit()
+            bound[-1:] = [f"--faults={argument}"] if is_count else [f"--faults={FAULTS}", argument]
+        else:
+            bound.append(argument)
+    return bound
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.verify",
+        description="Trains the tiny form of a recipe on forked ranks of this machine and checks what must "
+        "hold. Exit status 0: all of it holds; 1: something does not, and is named; 2: a mistake in the "
+        "recipe or the options.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", help="YAML file, for example yamls/smoke.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
+    checks = parser.add_argument_group("checks, any of them")
+    for name, help_text in CHECKS.items():
+        if name == "faults":
+            checks.add_argument("--faults", nargs="?", const=FAULTS, type=_count, metavar="N", help=help_text)
+        else:
+            checks.add_argument(f"--{name}", action="store_true", help=help_text)
+    checks.add_argument("--all", action="store_true", help="all five")
+    files = parser.add_argument_group("files")
+    files.add_argument("--json", metavar="FILE", help="every figure")
+    files.add_argument(
+        "--html",
+        metavar="FILE",
+        help="page, by default CHECK-RECIPE.html (parity-RECIPE.html for layouts); of several checks, "
+        "one each: FILE with the check's name before its suffix",
+    )
+    _add_options_of_checks(parser)
+    return parser
+
+
+def _add_options_of_checks(parser: argparse.ArgumentParser) -> None:
+    layouts = parser.add_argument_group("--layouts")
+    layouts.add_argument(
+        "--worlds", type=_count, nargs="+", metavar="N", help="numbers of ranks (default: 1 2 4)"
+    )
+    layouts.add_argument("--inputs", nargs="+", metavar="NAME", help="inputs (default: all)")
+    layouts.add_argument(
+        "--precision",
+        nargs="+",
+        choices=["fp32", "bf16"],
+        help="default: fp32, and bf16 too unless the recipe says fp32",
+    )
+    layouts.add_argument("--inject", metavar="FAULT", help="plant a known fault, to see the gate fail")
+    resume = parser.add_argument_group("--resume")
+    resume.add_argument("--kills", type=_count, metavar="N", help="number of kills (default: 20)")
+    faults = parser.add_argument_group("--faults")
+    faults.add_argument("--only", metavar="KIND", help="one kind of fault, for example SIGKILL")
+    faults.add_argument("--seed", type=int, metavar="N", help="of the draw (default: 0)")
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value

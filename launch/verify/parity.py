@@ -1,0 +1,162 @@
+"""The parity gate: the tiny recipe under every layout, step by step against one process without sharding."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launch.verify import parity_report
+from launch.verify.case_run import CaseOutcome, make_reference, run_case
+from launch.verify.cases import INPUTS, SEQUENCES, Case, cases, find_case, reference_of
+from launch.verify.faults import FAULTS
+from launch.verify.forked_ranks import RankError
+from launch.verify.harness import Check, Workspace
+from train.recipe.errors import UserError
+from train.recipe.schema import Balance, BalanceScope, Precision, Recipe
+from train.recipe.sizes import total_parameters
+from train.record.provenance import git_commit
+
+WORLDS = (1, 2, 4)
+
+
+class ParityCheck(Check[CaseOutcome]):
+    """Every input under every layout.
+
+    Args:
+        recipe: the whole recipe.
+        worlds: numbers of ranks.
+        inputs: names of inputs; all where empty.
+        precisions: fp32, bf16 or both; where empty those of :func:`precisions_of`.
+        inject: a planted fault of :mod:`launch.verify.faults`; only its layout and input are run.
+
+    Raises:
+        UserError: if a name is not known, or nothing is left to run.
+    """
+
+    name, page, unit = "layouts", "parity", "cases"
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        worlds: Sequence[int] = WORLDS,
+        inputs: Sequence[str] = (),
+        precisions: Sequence[Precision] = (),
+        inject: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.fault: Callable[[], AbstractContextManager[Any]] | None = None
+        if inject is None:
+            self.todo = self._cases(recipe, worlds, inputs, precisions or precisions_of(recipe))
+        else:
+            self.todo = [self._plant(recipe, inject)]
+        self.total = len(self.todo)
+
+    def _cases(
+        self,
+        recipe: Recipe,
+        worlds: Sequence[int],
+        inputs: Sequence[str],
+        precisions: Sequence[Precision],
+    ) -> list[Case]:
+        _require_known("--inputs", inputs, [each.name for each in INPUTS])
+        if odd := [world for world in worlds if world < 1 or SEQUENCES % world]:
+            what = f"{odd[0]} ranks cannot share the global batch of {SEQUENCES} sequences"
+            raise UserError(what, key="--worlds", remedy="give numbers that divide it")
+        found = [
+            case
+            for precision in precisions
+            for case in cases(recipe, tuple(worlds), tuple(inputs), precision)
+        ]
+        if not found:
+            what = "leave no case: bf16 needs more than one rank, crowded needs experts"
+            raise UserError(what, key="--worlds, --inputs, --precision", remedy="leave one of them out")
+        return found
+
+    def _plant(self, recipe: Recipe, name: str) -> Case:
+        _require_known("--inject", [name], list(FAULTS))
+        if recipe.model.moe is None:
+            raise UserError(
+                "a dense model has no experts to plant a fault in", key="--inject", remedy="leave it out"
+            )
+        fault = FAULTS[name]
+        self.fault = fault.put_in
+        if fault.needs_global_scope:
+            recipe = with_global_scope(recipe)
+        return find_case(recipe, fault.layout, fault.input, fault.precision)
+
+    def run(self, workspace: Workspace) -> Iterator[CaseOutcome]:
+        """Every case with its outcome; one that cannot be run has failed, and the next one is run."""
+        file = workspace.folder / "reference.pt"
+        seen: tuple[object, ...] = ()
+        seed = 0
+        for case in self.todo:
+            begun = time.monotonic()
+            outcome = CaseOutcome(case)
+            try:
+                if reference_of(case) != seen:
+                    seed, seen = make_reference(case, file), reference_of(case)
+                outcome.deviations = run_case(case, seed, file, *([self.fault] if self.fault else []))
+            except RankError as error:
+                outcome.error = str(error)
+            outcome.seconds = time.monotonic() - begun
+            yield outcome
+
+    def header(self) -> str:
+        """The table's first line."""
+        return parity_report.header()
+
+    def line(self, row: CaseOutcome) -> str:
+        """A row of the table, with its verdict."""
+        return parity_report.line(row)
+
+    def failures(self) -> Iterator[str]:
+        """Only the first difference: those that follow from it tell nothing."""
+        if difference := parity_report.first_difference(self.rows):
+            yield difference
+
+    def figures(self, recipe: Recipe) -> dict[str, Any]:
+        """Everything for ``--json``."""
+        return parity_report.as_figures(describe(recipe, self.rows, self.seconds), self.rows)
+
+    def write_page(self, file: Path, recipe: Recipe) -> None:
+        """Writes the HTML page."""
+        parity_report.write_html(file, describe(recipe, self.rows, self.seconds), self.rows)
+
+
+def precisions_of(recipe: Recipe) -> tuple[Precision, ...]:
+    """fp32, where nothing hides behind rounding, and bf16 unless the recipe never uses it."""
+    fp32 = recipe.training.precision is Precision.fp32
+    return (Precision.fp32,) if fp32 else (Precision.fp32, Precision.bf16)
+
+
+def with_global_scope(recipe: Recipe) -> Recipe:
+    """The recipe with a balance loss over the global batch."""
+    assert recipe.model.moe is not None
+    moe = replace(recipe.model.moe, balance=Balance.loss, balance_scope=BalanceScope.global_batch)
+    return replace(recipe, model=replace(recipe.model, moe=moe))
+
+
+def describe(recipe: Recipe, outcomes: list[CaseOutcome], seconds: float) -> dict[str, Any]:
+    """The recipe, its tiny form and the time that the gate took, for the report."""
+    small = outcomes[0].case.recipe
+    model, whole = small.model, recipe.model
+    phases = [str(phase.sequence_tokens) for phase in small.data.phases]
+    lengths = f" (phases of {' and '.join(phases)})" if phases else ""
+    return {
+        "recipe": recipe.name,
+        "commit": git_commit(),
+        "tiny_recipe": f"{total_parameters(whole):,} parameters to {total_parameters(model):,}: width "
+        f"{whole.d_model} to {model.d_model}, layers {whole.n_layers} to {model.n_layers}, vocabulary "
+        f"{whole.vocab_size} to {model.vocab_size}, sequence {recipe.data.sequence_tokens} to "
+        f"{small.data.sequence_tokens}{lengths}; features, losses, optimizer and schedule as in the recipe",
+        "steps": "3, clipped to a norm that every gradient exceeds",
+        "seconds": round(seconds),
+    }
+
+
+def _require_known(key: str, names: Sequence[str], known: list[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"{name!r} is not known", key=key, remedy=f"one of {', '.join(known)}")

@@ -1,0 +1,99 @@
+"""Runs of the tiny recipe in forked ranks, as the main job makes them, and what they leave behind."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from launch.verify.cases import SEQUENCES, Layout
+from launch.verify.forked_ranks import RankError, Ranks
+from train.recipe.schema import BalanceScope, Checkpoint, OnExisting, Parallelism, Precision, Recipe
+from train.recipe.tiny import tiny_recipe
+from train.recipe.topology import Topology
+from train.record import metrics
+from train.record.run_folder import METRICS_FILE
+from train.run import run
+
+STEPS = 20
+PATIENCE_SECONDS = 240.0
+
+
+def prepare(recipe: Recipe, folder: Path) -> Recipe:
+    """The tiny recipe, saved after every second batch below ``folder``, in fp32."""
+    small = tiny_recipe(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
+    model = small.model
+    if model.moe is not None and model.moe.balance_scope in (BalanceScope.rank, BalanceScope.expert_group):
+        # These depend on the layout by definition.
+        model = replace(model, moe=replace(model.moe, balance_scope=BalanceScope.global_batch))
+    return replace(
+        small,
+        model=model,
+        runs_dir=str(folder),
+        on_existing=OnExisting.resume,
+        checkpoint=Checkpoint(interval_batches=2, keep_last=2),
+        tracking=replace(small.tracking, mlflow=False),
+        training=replace(small.training, precision=Precision.fp32),
+        evaluation=replace(small.evaluation, interval_batches=None),
+    )
+
+
+def named(small: Recipe, layout: Layout, name: str) -> Recipe:
+    """The small recipe under a layout and another name."""
+    return replace(
+        small, name=name, parallelism=Parallelism(replicate=layout.replicate, expert=layout.expert)
+    )
+
+
+def trainer(recipe: Recipe) -> Callable[[Topology], None]:
+    """The whole run, as the main job does it; its exit status is the rank's."""
+
+    def work(topology: Topology) -> None:
+        if status := run(recipe, topology):
+            raise SystemExit(status)
+
+    return work
+
+
+def uninterrupted(small: Recipe, layout: Layout) -> Path:
+    """The folder of a run that nothing disturbed.
+
+    Raises:
+        RankError: if it does not get to its end.
+    """
+    recipe = named(small, layout, f"whole-{layout.world_size}")
+    folder = Path(recipe.runs_dir) / recipe.name
+    with Ranks(layout.world_size, trainer(recipe), folder.with_suffix(".log")) as ranks:
+        codes = ranks.exit_codes(PATIENCE_SECONDS)
+    if any(codes):
+        raise RankError(f"the uninterrupted run ended with {codes}: {tail(folder)}")
+    return folder
+
+
+def await_moment(ranks: Ranks[None], has_come: Callable[[], bool]) -> bool:
+    """Waits for a moment; False if the ranks ended before."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while ranks.are_running and time.monotonic() < deadline:
+        if has_come():
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def steps(folder: Path) -> int:
+    """Batches that the run's record holds."""
+    return max(record(folder), default=0)
+
+
+def record(folder: Path) -> dict[int, dict[str, float]]:
+    """A run's metrics by step; a last line that is being written is left out."""
+    file = folder / METRICS_FILE
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {row["step"]: row for row in rows if metrics.LOSS in row}
+
+
+def tail(folder: Path) -> str:
+    """The last lines that a run printed."""
+    log = folder.with_suffix(".log")
+    return " | ".join(log.read_text().strip().splitlines()[-3:]) if log.exists() else "no output"

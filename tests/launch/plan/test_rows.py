@@ -1,0 +1,45 @@
+"""Files of published figures are complete: no cell is empty, every row has a source and a date."""
+
+import datetime
+
+import pytest
+
+from launch.plan.rows import FOLDER, read_rows
+
+MAY_BE_EMPTY = {
+    # A run is measured by one of the two.
+    "published_speeds.csv": {"tokens_per_second_per_gpu", "flop_utilisation"},
+    # The announcement compares DBRX with nothing.
+    "table5.csv": {"published_relative"},
+}
+FILES = sorted(file.name for file in FOLDER.glob("*.csv"))
+
+
+def test_every_file_is_looked_at() -> None:
+    assert FILES == ["gpus.csv", "published_models.csv", "published_speeds.csv", "table5.csv"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_row_is_complete_and_says_where_from_and_when(file: str) -> None:
+    rows = read_rows(file)
+    assert rows and {"source", "date"} <= rows[0].keys()
+    for row in rows:
+        # A row that is too long has a key None, one that is too short a value None.
+        empty = {column for column, cell in row.items() if not cell or column is None}
+        assert empty <= MAY_BE_EMPTY.get(file, set()), row
+        assert datetime.date.fromisoformat(row["date"]) < datetime.date.today()
+
+
+def test_no_row_stands_twice() -> None:
+    for file in FILES:
+        rows = [tuple(row.values()) for row in read_rows(file)]
+        assert len(set(rows)) == len(rows), file
+
+
+def test_a_run_is_measured_once_and_its_batch_is_whole() -> None:
+    models = {row["model"] for row in read_rows("published_models.csv")}
+    for row in read_rows("published_speeds.csv"):
+        assert row["model"] in models
+        assert bool(row["tokens_per_second_per_gpu"]) != bool(row["flop_utilisation"]), row
+        together = int(row["gpus"]) * int(row["microbatch_sequences"])
+        assert int(row["batch_sequences"]) * int(row["tensor"]) * int(row["pipeline"]) % together == 0, row
