@@ -59,6 +59,11 @@ PATIENCE_SECONDS = 180.0
 LAST_WORDS_SECONDS = 10.0
 """How long ranks may outlive the first that has failed."""
 
+PAGE_TEXT = (
+    "Faults put into runs of the shrunken recipe, several per run. Every run must end with the losses, data log, "
+    "weights, optimizer and random numbers of one that nothing disturbed, bit for bit, and every fault must be "
+    "called by its name."
+)
 KINDS: dict[str, tuple[str, str]] = {
     "SIGKILL": ("a rank is killed", "killed"),
     "SIGSTOP": ("a rank is stopped", "hang"),
@@ -353,7 +358,7 @@ def main(arguments: list[str]) -> int:
             (row.kind, str(LAYOUT), f"rank {row.rank}, batch {row.batch}: {row.ending}", row.faults)
             for row in rows
         ]
-        write_certificate(Path(options.html), summary, table)
+        write_certificate(Path(options.html), summary, table, "Faults put into", PAGE_TEXT)
     return 0 if passed == len(rows) else 1
 
 

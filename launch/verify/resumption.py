@@ -44,6 +44,13 @@ BOUND = 1e-5
 PATIENCE_SECONDS = 240.0
 COMPARED = (metrics.LOSS, metrics.LOSS_BALANCE, metrics.GRADIENT_NORM)
 
+PAGE_TEXT = (
+    f"Runs of {STEPS} steps of the shrunken recipe, fp32. After kill -9 the same command goes on: losses, "
+    "gradient norms, weights, optimizer and random-number states equal those of a run that was not killed, bit "
+    "for bit. A run that is preempted goes on under another layout (replicate, shard, expert): every loaded "
+    "tensor equals what was saved."
+)
+
 
 @dataclass
 class CertificateRow:
@@ -77,7 +84,8 @@ def certify(recipe: Recipe, json_file: str | None, html_file: str | None, kills:
     failed = [f"{row.what} {row.layout}: {fault}" for row in rows for fault in row.faults]
     file = Path(html_file or f"resume-{recipe.name}.html")
     summary = {"recipe": recipe.name, "steps": STEPS, "seconds": round(time.monotonic() - begun)}
-    write_certificate(file, summary, [(r.what, r.layout, r.figures, r.faults) for r in rows])
+    table = [(r.what, r.layout, r.figures, r.faults) for r in rows]
+    write_certificate(file, summary, table, "Resuming", PAGE_TEXT)
     if json_file:
         told = {**summary, "passed": not failed, "rows": [row.__dict__ for row in rows]}
         Path(json_file).write_text(json.dumps(told, indent=1))
