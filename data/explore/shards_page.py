@@ -21,7 +21,7 @@ Rows = list[list[str]]
 EXCERPT_CHARACTERS = 600
 """Of each document, in the page."""
 WIDE_SHARE = 0.08
-"""A language with a smaller share of a domain has its name only in the legend: its part of the bar is too short."""
+"""The least share of a domain at which a language is named in the bar, not only in the legend."""
 
 
 def write_page(found: Exploration, path: Path) -> None:

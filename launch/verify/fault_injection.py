@@ -60,9 +60,9 @@ LAST_WORDS_SECONDS = 10.0
 """How long ranks may outlive the first that has failed."""
 
 PAGE_TEXT = (
-    "Faults put into runs of the shrunken recipe, several per run. Every run must end with the losses, data log, "
-    "weights, optimizer and random numbers of one that nothing disturbed, bit for bit, and every fault must be "
-    "called by its name."
+    "Faults put into runs of the shrunken recipe, several per run. Every run must end with the losses, data "
+    "log, weights, optimizer and random numbers of one that nothing disturbed, bit for bit, and every fault "
+    "must be called by its name."
 )
 KINDS: dict[str, tuple[str, str]] = {
     "SIGKILL": ("a rank is killed", "killed"),

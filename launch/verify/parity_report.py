@@ -8,6 +8,7 @@ from launch.verify.case_run import CaseOutcome
 from launch.verify.cases import INPUTS
 from train.record.page.rendering import render
 
+
 def header() -> str:
     """The table's first line."""
     return f"{'layout':<9} {'input':<12}{'':<5}" + "".join(f"{q:>11}" for q in QUANTITIES) + "   verdict"

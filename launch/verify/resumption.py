@@ -46,9 +46,9 @@ COMPARED = (metrics.LOSS, metrics.LOSS_BALANCE, metrics.GRADIENT_NORM)
 
 PAGE_TEXT = (
     f"Runs of {STEPS} steps of the shrunken recipe, fp32. After kill -9 the same command goes on: losses, "
-    "gradient norms, weights, optimizer and random-number states equal those of a run that was not killed, bit "
-    "for bit. A run that is preempted goes on under another layout (replicate, shard, expert): every loaded "
-    "tensor equals what was saved."
+    "gradient norms, weights, optimizer and random-number states equal those of a run that was not killed, "
+    "bit for bit. A run that is preempted goes on under another layout (replicate, shard, expert): every "
+    "loaded tensor equals what was saved."
 )
 
 

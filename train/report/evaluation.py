@@ -37,7 +37,8 @@ def newest_evaluations(run: RunRecord) -> list[Evaluation]:
 def _title(kind: str, name: str, record: dict[str, Any]) -> str:
     of = {SUITE: "Suite", HARNESS: "lm-eval", RETRIEVAL: "Retrieval", BITS: "Bits per byte"}[kind]
     limit = f", the first {record['limit']} questions of each task" if record.get("limit") else ""
-    return f"{of} {name} after {record['batch']:,} batches{limit}."
+    after = "" if record["batch"] is None else f" after {record['batch']:,} batches"
+    return f"{of} {name}{after}{limit}."
 
 
 def _suite(title: str, record: dict[str, Any]) -> Evaluation:

@@ -1,6 +1,7 @@
 """The figures of a run's page, each as inline SVG."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ def loss_figure(run: RunRecord) -> Markup:
         axis.plot(millions(training), training.values, color=COLOURS[0], alpha=0.25, linewidth=0.8)
         axis.plot(millions(training), smoothed(training.values), color=COLOURS[0], label="training, smoothed")
         for colour, (domain, key) in zip(
-            COLOURS[1:], metrics.match_names(metrics.LOSS_VALIDATION, run.keys).items(), strict=False
+            cycle(COLOURS[1:]), metrics.match_names(metrics.LOSS_VALIDATION, run.keys).items(), strict=False
         ):
             losses = run.series(key)
             axis.plot(
