@@ -1,4 +1,4 @@
-"""The books of a run, proven and asked: ``python -m data.audit RUN``; ``SHARDS --html``: what shards hold."""
+"""The books of a run, proven and asked: ``python -m data.audit RUN``."""
 
 import argparse
 import json
@@ -9,45 +9,28 @@ from pathlib import Path
 from data.audit.lookup import Sight, documents_of_step, steps_of_document
 from data.audit.proof import Proof, prove
 from data.audit.run_data import RunBooks
-from data.explore.exploration import DOCUMENTS, describe, explore
-from data.explore.shards_page import write_page
 from train.recipe.errors import UserError
-
-PAGE_FILE = "shards.html"
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns 0 if the books are in order, 1 if not, 2 for a mistake."""
+    if any(argument.split("=")[0] == "--html" for argument in arguments):
+        return _explore(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m data.audit",
         description="Proves from a run's data log, plan and shards that nothing was skipped, but what was "
-        "declared to be, or read twice; with --html shows what shards hold.",
+        "declared to be, or read twice. What shards hold shows `python -m data.explore SHARDS`.",
     )
-    parser.add_argument(
-        "folder", help="of a run, runs/NAME; for --html also of shards, whole or one domain's folder"
-    )
+    parser.add_argument("folder", help="of a run, runs/NAME")
     ask = parser.add_mutually_exclusive_group()
     ask.add_argument("--step", type=int, metavar="N", help="list the documents that step N saw")
     ask.add_argument("--document", metavar="NAME", help="list the steps that saw a document")
-    ask.add_argument(
-        "--html",
-        metavar="FILE",
-        nargs="?",
-        const=PAGE_FILE,
-        help="write a page on the shards: sizes, lengths, duplicates, languages, rarity, a map of documents "
-        f"to search (default {PAGE_FILE} in the current folder)",
-    )
-    parser.add_argument(
-        "--sample", type=int, metavar="N", help=f"documents to draw for --html (default {DOCUMENTS})"
-    )
     parser.add_argument(
         "--read-steps", type=int, metavar="N", help="compare the tokens of N steps, evenly spread, not of all"
     )
     parser.add_argument("--json", metavar="FILE", help="write what is found there too")
     options = parser.parse_args(arguments)
     try:
-        if options.html is not None:
-            return _explore(options)
         books = RunBooks(Path(options.folder))
         if options.step is not None or options.document is not None:
             sights = (
@@ -70,15 +53,18 @@ def main(arguments: list[str]) -> int:
     return status
 
 
-def _explore(options: argparse.Namespace) -> int:
-    count = DOCUMENTS if options.sample is None else options.sample
-    found = explore(Path(options.folder), count, progress=sys.stderr.isatty())
-    write_page(found, Path(options.html))
-    print(describe(found))
-    print(f"open {options.html}")
-    if options.json:
-        Path(options.json).write_text(found.to_json())
-    return 0
+def _explore(arguments: list[str]) -> int:
+    """Runs ``data.audit SHARDS --html [FILE]``, the name of the release before, which gave FILE a default."""
+    from data.explore.__main__ import PAGE_FILE
+    from data.explore.__main__ import main as explore
+
+    print("python -m data.audit SHARDS --html is now called python -m data.explore SHARDS", file=sys.stderr)
+    given = [*arguments]
+    if "--html" in given:
+        after = given.index("--html") + 1
+        if after == len(given) or given[after].startswith("--"):
+            given.insert(after, PAGE_FILE)
+    return explore(given)
 
 
 def describe_proof(proof: Proof, books: RunBooks) -> str:

@@ -112,14 +112,22 @@ data.documents.forEach((it, n) => {
   dot.onclick = () => { chosen = chosen === n ? -1 : n; draw(); };
   map.append(dot);
 });
-for (const it of data.labels) {
+const boxes = [];
+for (const it of data.labels.toSorted((a, b) => a.y - b.y)) {
   const label = document.createElementNS(SVG, "text"), [x, y] = place(it);
   label.setAttribute("x", x.toFixed(1));
-  label.setAttribute("y", y.toFixed(1));
   // Near an edge a label grows inwards.
   label.style.textAnchor = it.x < 0.15 ? "start" : it.x > 0.85 ? "end" : "middle";
   label.textContent = it.label;
   map.append(label);
+  // Below the labels that it would lie on.
+  for (let at = y; ; at += 2) {
+    label.setAttribute("y", at.toFixed(1));
+    const box = label.getBBox();
+    if (boxes.some((b) => box.x < b.x + b.width && b.x < box.x + box.width && box.y < b.y + b.height && b.y < box.y + box.height)) continue;
+    boxes.push(box);
+    break;
+  }
 }
 for (const it of Object.values(controls)) it.oninput = changed;
 document.getElementById("more").onclick = () => { shown += PAGE_ROWS; draw(); };

@@ -28,6 +28,11 @@ class ExportCheck(TableCheck):
     """
 
     name = page = "export"
+    title = "Export of"
+    text = (
+        "A trained tiny recipe exported to Hugging Face's format: transformers computes the same logits from "
+        "it, and importing it and exporting it again gives the same bytes."
+    )
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()

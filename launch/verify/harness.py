@@ -144,6 +144,10 @@ class Check(ABC, Generic[RowT]):
 class TableCheck(Check[Row]):
     """A check whose rows say what was done, under which layout, and what was measured."""
 
+    title: str
+    """Of its page, before the recipe's name."""
+    text: str
+    """Says on its page what the rows show."""
     steps = STEPS
     """Length of its runs."""
 
@@ -168,7 +172,7 @@ class TableCheck(Check[Row]):
     def write_page(self, file: Path, recipe: Recipe) -> None:
         """Writes the HTML page."""
         rows = [(row.what, row.layout, row.figures, row.violations) for row in self.rows]
-        write_certificate(file, self._summary(recipe), rows)
+        write_certificate(file, self._summary(recipe), rows, self.title, self.text)
 
     def _summary(self, recipe: Recipe) -> dict[str, Any]:
         return {"recipe": recipe.name, "steps": self.steps, "seconds": round(self.seconds)}

@@ -42,6 +42,13 @@ class ResumeCheck(TableCheck):
     """
 
     name = page = "resume"
+    title = "Resuming"
+    text = (
+        f"Runs of {STEPS} steps of the tiny recipe, fp32. After kill -9 the same command continues: losses, "
+        "gradient norms, weights, optimizer and generators equal those of a run that was never killed, bit for "
+        "bit. A preempted run continues under another layout (replicate, shard, expert): every loaded tensor "
+        "equals what was saved."
+    )
 
     def __init__(self, kills: int = KILLS) -> None:
         super().__init__()

@@ -1,15 +1,14 @@
 """The comparison of runs as one self-contained page, and its figure as PNG."""
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from train.record.page.rendering import render
+from train.record.page.svg import COLOURS, STYLE, draw_svg
 from train.report.compare import Comparison, advantage_rows, cell_rows
-from train.report.plots import COLOURS, STYLE, render
-from train.report.run_page import PAGE, figure, section, table
 
 CURVE_POINTS = 200
 FLOPS = "training FLOPs"
@@ -19,31 +18,26 @@ BEYOND = 3.0
 
 def write_page(comparison: Comparison, path: Path) -> None:
     """Writes the page; it loads nothing from anywhere."""
+    path.write_text(comparison_page(comparison))
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """The page as HTML."""
     title = "Loss against training FLOPs"
-    caption = "A point is a run; dashed: extrapolated."
-    svg = render(title, _drawing(comparison), heights=(4.2,), bottom=FLOPS)
-    body = [
-        f"<h1>{title}</h1><p>Held-out loss in {comparison.unit}, the mean of "
-        f"{html.escape(', '.join(comparison.entries[0].losses))}.</p>",
-        section("Curves", figure(svg, caption)),
-    ]
-    if comparison.advantages:
-        text = (
-            "<p>FLOPs of the second family over those of the first at the loss that the second reaches "
-            "with its most. The interval is a bootstrap over seeds and held-out domains; one that holds "
-            "1 tells nothing apart.</p>"
-        )
-        body.append(section("FLOPs at equal loss", text + table(*advantage_rows(comparison))))
-    body.append(section("Runs", table(*cell_rows(comparison))))
     domains = list(comparison.entries[0].losses)
-    rows = [
-        (cell.family, f"{cell.flops:.3g}", *(f"{cell.by_domain[d]:.4f}" for d in domains))
-        for cell in comparison.cells
-    ]
-    body.append(section("By domain", table(("model", "FLOPs", *domains), rows)))
-    if comparison.notes:
-        body.append(section("Notes", "".join(f"<p>{html.escape(note)}</p>" for note in comparison.notes)))
-    path.write_text(PAGE.format(title=title, body="\n".join(body)))
+    return render(
+        "train/report/compare.html.j2",
+        title=title,
+        comparison=comparison,
+        domains=domains,
+        curves=draw_svg(title, _drawing(comparison), heights=(4.2,), bottom=FLOPS),
+        advantages=advantage_rows(comparison),
+        cells=cell_rows(comparison),
+        by_domain=[
+            (cell.family, f"{cell.flops:.3g}", *(f"{cell.by_domain[domain]:.4f}" for domain in domains))
+            for cell in comparison.cells
+        ],
+    )
 
 
 def write_png(comparison: Comparison, path: Path) -> None:
@@ -62,6 +56,8 @@ def write_png(comparison: Comparison, path: Path) -> None:
 
 
 def _drawing(comparison: Comparison) -> Any:
+    from matplotlib.ticker import FuncFormatter
+
     def draw(axes: Sequence[Any]) -> None:
         (axis,) = axes
         families = list(dict.fromkeys(entry.family for entry in comparison.entries))
@@ -78,6 +74,7 @@ def _drawing(comparison: Comparison) -> Any:
                     outside = np.geomspace(*ends, CURVE_POINTS)
                     axis.plot(outside, curve.loss(outside), color=colour, linestyle="--", linewidth=1)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("+", "")))
         axis.set_ylabel(comparison.unit)
         axis.legend(ncols=2)
 

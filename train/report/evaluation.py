@@ -1,76 +1,80 @@
 """The report's part on evaluations: scores over training, tables of the newest checkpoint, heat maps."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from markupsafe import Markup
 
 from train.evaluate.results import BITS, HARNESS, RETRIEVAL, SUITE, read_results
 from train.record import metrics
-from train.report.plots import COLOURS, render
+from train.record.page.svg import COLOURS, draw_svg
 from train.report.run_record import RunRecord
 
 
-def evaluation_tables(run: RunRecord) -> str:
-    """HTML of everything in the run's file of results; empty if there is none."""
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run, as its page shows it."""
+
+    title: str
+    tables: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = field(default_factory=list)
+    """Heads and rows."""
+    figure: Markup | None = None
+    caption: str = ""
+
+
+def newest_evaluations(run: RunRecord) -> list[Evaluation]:
+    """Every evaluation in the run's file of results, each of the newest checkpoint that had it."""
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for record in read_results(run.run_dir):
         key = record["kind"], record["name"]
         if key not in newest or (record["batch"] or 0) >= (newest[key]["batch"] or 0):
             newest[key] = record
-    writers = {SUITE: _suite, HARNESS: _harness, RETRIEVAL: _retrieval, BITS: _bits}
-    parts = [_over_time(run)]
-    for (kind, name), record in newest.items():
-        parts += [f"<p>{_title(kind, name, record)}</p>", writers[kind](record)]
-    return "\n".join(filter(None, parts))
+    makers = {SUITE: _suite, HARNESS: _harness, RETRIEVAL: _retrieval, BITS: _bits}
+    return [makers[kind](_title(kind, name, record), record) for (kind, name), record in newest.items()]
 
 
 def _title(kind: str, name: str, record: dict[str, Any]) -> str:
     of = {SUITE: "Suite", HARNESS: "lm-eval", RETRIEVAL: "Retrieval", BITS: "Bits per byte"}[kind]
     limit = f", the first {record['limit']} questions of each task" if record.get("limit") else ""
-    return f"{of} {name} after {record['batch']:,} batches{limit}."
+    after = "" if record["batch"] is None else f" after {record['batch']:,} batches"
+    return f"{of} {name}{after}{limit}."
 
 
-def _suite(record: dict[str, Any]) -> str:
-    from train.report.run_page import table
-
+def _suite(title: str, record: dict[str, Any]) -> Evaluation:
     scores = record["scores"]
     rows = [
         (name, f"{found['questions']:,}", f"{found['accuracy']:.4f}", f"{scores['tasks'][name]:.4f}")
         for name, found in record["tasks"].items()
     ]
-    html = table(("task", "questions", "accuracy", "score (0 is guessing)"), rows)
     summed = [(name, f"{value:.4f}") for name, value in scores["categories"].items()]
     summed += [(name, f"no score: lacks {', '.join(lacking)}") for name, lacking in scores["missing"].items()]
     if scores["average"] is not None:
         summed.append(("average", f"{scores['average']:.4f}"))
-    return html + ("<br>" + table(("category", "score"), summed) if summed else "")
+    tables = [(("task", "questions", "accuracy", "score (0 is guessing)"), rows)]
+    return Evaluation(title, tables + ([(("category", "score"), summed)] if summed else []))
 
 
-def _harness(record: dict[str, Any]) -> str:
-    from train.report.run_page import table
-
+def _harness(title: str, record: dict[str, Any]) -> Evaluation:
     rows = [(name, found["metric"], f"{found['value']:.4f}") for name, found in record["tasks"].items()]
-    return table(("task", "metric", "value"), [*rows, ("average", "", f"{record['average']:.4f}")])
+    rows.append(("average", "", f"{record['average']:.4f}"))
+    return Evaluation(title, [(("task", "metric", "value"), rows)])
 
 
-def _bits(record: dict[str, Any]) -> str:
-    from train.report.run_page import table
-
+def _bits(title: str, record: dict[str, Any]) -> Evaluation:
     rows = [
         (name, f"{found['loss']:.4f}", f"{found['bits_per_byte']:.4f}", f"{found['tokens']:,}")
         for name, found in record["domains"].items()
     ]
-    return table(("domain", "loss (nats/token)", "bits per byte", "tokens"), rows)
+    return Evaluation(title, [(("domain", "loss (nats/token)", "bits per byte", "tokens"), rows)])
 
 
-def _retrieval(record: dict[str, Any]) -> str:
-    from train.report.run_page import figure
-
-    cells = record["cells"]
+def _retrieval(title: str, record: dict[str, Any]) -> Evaluation:
     caption = f"Share of {record['trials']} values found, by length of the prompt and place in it."
-    return figure(retrieval_figure(cells), caption)
+    return Evaluation(title, figure=retrieval_figure(record["cells"]), caption=caption)
 
 
-def retrieval_figure(cells: Sequence[dict[str, Any]]) -> str:
+def retrieval_figure(cells: Sequence[dict[str, Any]]) -> Markup:
     """Heat maps of accuracy, and of the loss of the values' tokens, by depth and length."""
     import numpy as np
 
@@ -95,18 +99,17 @@ def retrieval_figure(cells: Sequence[dict[str, Any]]) -> str:
             axis.set_title(title, fontsize=10)
             axis.grid(False)
 
-    return render("Key-value retrieval by depth and length", draw, heights=(2.6,), columns=2)
+    return draw_svg("Key-value retrieval by depth and length", draw, heights=(2.6,), columns=2)
 
 
-def _over_time(run: RunRecord) -> str:
-    from train.report.run_page import figure
-
+def scores_over_time(run: RunRecord) -> Markup | None:
+    """The suite's scores over tokens; None before there are two of one kind."""
     keys = metrics.match_names(metrics.EVALUATION_CATEGORY, run.keys)
     shown = {name: run.series(key) for name, key in keys.items()}
     if metrics.EVALUATION_AVERAGE in run.keys:
         shown["average"] = run.series(metrics.EVALUATION_AVERAGE)
     if not any(len(series) > 1 for series in shown.values()):
-        return ""
+        return None
 
     def draw(axes: Sequence[Any]) -> None:
         for number, (name, series) in enumerate(shown.items()):
@@ -116,6 +119,4 @@ def _over_time(run: RunRecord) -> str:
         axes[0].set_ylabel("score")
         axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
-    return figure(
-        render("Scores of the suite over tokens", draw, heights=(2.6,)), "0 is guessing, 1 is perfect."
-    )
+    return draw_svg("Scores of the suite over tokens", draw, heights=(2.6,))

@@ -1,51 +1,25 @@
-"""The report's figures, each as an inline SVG that is read in light and in dark.
+"""The figures of a run's page, each as inline SVG."""
 
-Ink is the page's own text colour; curves have colours of middle brightness.
-"""
-
-import io
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from train.record import metrics
+from train.record.page.svg import COLOURS, INK, draw_svg, log_scale
 from train.report.run_record import RunRecord, Series
 
 # Shapes: N recorded steps, L layers, E experts.
 
-COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#0ea5a4", "#d4a017", "#ec4899")
-INK = "#0a0b0c"
-"""Stands for the page's text colour until the SVG is written."""
-WIDTH_INCHES = 9.0
 POINTS = 800
 HEAT_MAP_LAYERS = 12
 LOAD_OCTAVES = 2
 """The heat map's colours end at a quarter and at four times the balanced load."""
 
-STYLE = {
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.grid": True,
-    "grid.color": INK,
-    "grid.alpha": 0.12,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.6,
-    "svg.fonttype": "none",
-}
 
-
-def loss_figure(run: RunRecord) -> str:
+def loss_figure(run: RunRecord) -> Markup:
     """Training and validation loss over tokens, and the unigram entropy that context has to beat."""
 
     def draw(axes: Sequence[Any]) -> None:
@@ -54,7 +28,7 @@ def loss_figure(run: RunRecord) -> str:
         axis.plot(millions(training), training.values, color=COLOURS[0], alpha=0.25, linewidth=0.8)
         axis.plot(millions(training), smoothed(training.values), color=COLOURS[0], label="training, smoothed")
         for colour, (domain, key) in zip(
-            COLOURS[1:], metrics.match_names(metrics.LOSS_VALIDATION, run.keys).items(), strict=False
+            cycle(COLOURS[1:]), metrics.match_names(metrics.LOSS_VALIDATION, run.keys).items(), strict=False
         ):
             losses = run.series(key)
             axis.plot(
@@ -80,10 +54,10 @@ def loss_figure(run: RunRecord) -> str:
         axis.set_ylabel("nats per token")
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
 
-    return render("Loss over tokens", draw, heights=(3.8,))
+    return draw_svg("Loss over tokens", draw, heights=(3.8,))
 
 
-def throughput_figure(run: RunRecord) -> str:
+def throughput_figure(run: RunRecord) -> Markup:
     """Tokens per second and utilisation of the measured peak over tokens."""
 
     def draw(axes: Sequence[Any]) -> None:
@@ -99,10 +73,10 @@ def throughput_figure(run: RunRecord) -> str:
             axis.set_ylim(0, None)
             axis.yaxis.set_major_formatter("{x:,.0f}" if np.nanmax(values) > 5 else "{x:g}")
 
-    return render("Throughput and FLOP utilisation over tokens", draw, heights=(2.0, 2.0))
+    return draw_svg("Throughput and FLOP utilisation over tokens", draw, heights=(2.0, 2.0))
 
 
-def optimisation_figure(run: RunRecord) -> str:
+def optimisation_figure(run: RunRecord) -> Markup:
     """Learning rate and gradient norm over tokens."""
 
     def draw(axes: Sequence[Any]) -> None:
@@ -119,10 +93,10 @@ def optimisation_figure(run: RunRecord) -> str:
             axes[1].plot(millions(norm), np.exp(smoothed(np.log(norm.values))), color=COLOURS[1])
             log_scale(axes[1])
 
-    return render("Learning rate and gradient norm over tokens", draw, heights=(1.8, 2.0))
+    return draw_svg("Learning rate and gradient norm over tokens", draw, heights=(1.8, 2.0))
 
 
-def router_figure(run: RunRecord) -> str:
+def router_figure(run: RunRecord) -> Markup:
     """Router losses, and the load of each layer's busiest and idlest expert, over tokens."""
     experts = run.load_shares.shape[2]
 
@@ -159,10 +133,10 @@ def router_figure(run: RunRecord) -> str:
         axes[1].set_ylim(0, None)
         axes[1].legend(ncols=2)
 
-    return render("Router losses and extreme loads over tokens", draw, heights=(1.8, 2.2))
+    return draw_svg("Router losses and extreme loads over tokens", draw, heights=(1.8, 2.2))
 
 
-def entropy_figure(run: RunRecord) -> str:
+def entropy_figure(run: RunRecord) -> Markup:
     """Evenness of each layer's load over tokens: a row per layer, a column per moment."""
     layers = run.load_shares.shape[1]
     rows = [thinned(run.series(metrics.of_layer(metrics.EXPERT_ENTROPY, layer))) for layer in range(layers)]
@@ -186,12 +160,12 @@ def entropy_figure(run: RunRecord) -> str:
         bar = axis.figure.colorbar(image, ax=axis, pad=0.01, label="entropy (1: balanced)")
         bar.outline.set_visible(False)
 
-    return render(
+    return draw_svg(
         "Evenness of expert load over layers and tokens", draw, heights=(max(1.6, min(5, 0.28 * layers)),)
     )
 
 
-def load_figure(run: RunRecord) -> str:
+def load_figure(run: RunRecord) -> Markup:
     """Heat map of every expert's load over tokens, a panel per layer (at most 12, evenly spread)."""
     _, layers, experts = run.load_shares.shape
     shown = np.unique(np.linspace(0, layers - 1, min(layers, HEAT_MAP_LAYERS)).round().astype(int))
@@ -230,53 +204,7 @@ def load_figure(run: RunRecord) -> str:
         bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
         bar.outline.set_visible(False)
 
-    return render("Expert load over layers and tokens", draw, heights=(1.9,) * rows, columns=columns)
-
-
-def render(
-    title: str,
-    draw: Callable[[Sequence[Any]], None],
-    heights: tuple[float, ...],
-    columns: int = 1,
-    bottom: str = "million tokens",
-) -> str:
-    """Draws on fresh axes and returns inline SVG without any outside reference.
-
-    Args:
-        title: told to those who cannot see the figure.
-        draw: gets the axes, row by row.
-        heights: height of each row in inches.
-        columns: axes in a row.
-        bottom: label of the x axis at the bottom of a single column.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
-        figure = Figure(figsize=(WIDTH_INCHES, sum(heights) + 0.35), layout="constrained")
-        FigureCanvasSVG(figure)
-        grid = figure.subplots(
-            len(heights), columns, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
-        )
-        draw(list(grid.ravel()))
-        if columns == 1:
-            grid[-1, 0].set_xlabel(bottom)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    return inline_svg(stream.getvalue(), title)
-
-
-def inline_svg(svg: str, title: str) -> str:
-    """An SVG file as an element of a page: no prologue, no namespaces, the page's ink."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = (
-        re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href").replace(INK, "currentColor")
-    )
-    svg = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    return draw_svg("Expert load over layers and tokens", draw, heights=(1.9,) * rows, columns=columns)
 
 
 def millions(series: Series) -> np.ndarray:
@@ -317,13 +245,3 @@ def smoothed(values: np.ndarray, share: float = 0.03) -> np.ndarray:
     first, last = at - reach, at + reach + 1
     known = counts[last] - counts[first]
     return np.where(known > 0, (sums[last] - sums[first]) / np.maximum(known, 1), np.nan)
-
-
-def log_scale(axis: Any) -> None:
-    """A logarithmic y axis with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())

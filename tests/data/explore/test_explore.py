@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.audit.__main__ import main
+from data.audit.__main__ import main as audit
+from data.explore.__main__ import main
 from data.explore.clusters import map_documents
 from data.explore.exploration import Exploration, explore
 from data.explore.measure import typical_ids
@@ -202,11 +203,27 @@ def test_the_command_writes_the_page_and_says_what_is_wrong(
     for arguments, complaint in {
         (shards, "--html", str(page), "--sample", "1"): "--sample: is 1; give 2 or more, one for each domain",
         (shards, "--html", str(tmp_path / "none/page.html")): "--html: .*none/page.html can't be written",
-        (str(tmp_path), "--html"): "data.shards: no shards at ",
-        (shards,): "has no data_log.jsonl; give the folder of a run",
+        (str(tmp_path),): "data.shards: no shards at ",
     }.items():
         assert main(list(arguments)) == 2
         assert re.search(complaint, capsys.readouterr().err), complaint
+
+
+def test_the_old_command_writes_the_page_and_says_its_new_name(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").symlink_to(Path(recipe.data.shards).resolve())
+    old = "python -m data.audit SHARDS --html is now called python -m data.explore SHARDS\n"
+    for arguments, page in (
+        (["shards", "--html", "--sample", "20"], "shards.html"),
+        (["shards", "--sample", "20", "--html", "named.html"], "named.html"),
+        (["--html=given.html", "--sample", "20", "shards"], "given.html"),
+    ):
+        assert audit(arguments) == 0
+        assert capsys.readouterr().err == old and (tmp_path / page).is_file()
+    assert audit(["shards"]) == 2
+    assert "has no data_log.jsonl; give the folder of a run" in capsys.readouterr().err
 
 
 def test_too_few_documents_have_no_map(tmp_path: Path, built: Recipe) -> None:
