@@ -7,7 +7,7 @@ from composer.loggers import Logger
 from torch import Tensor
 
 from train.layout.optim import clip_gradients
-from train.model.moe import update_bias
+from train.model.router import update_bias
 from train.recipe.schema import Balance, Moe
 from train.record.expert_load import measure_load
 from train.record.metrics import GRADIENT_NORM
