@@ -75,7 +75,7 @@ class Stuck:
     groups: dict[str, list[int]]
     """Ranks by group."""
     waiting: list[dict[str, Any]]
-    """Collectives that it waits in, :class:`train.health.collectives.IssuedCollective` as plain values."""
+    """Collectives that it waits in, :class:`train.health.snapshot.IssuedCollective` as plain values."""
     stacks: str
     """The stack of every thread."""
 

@@ -108,6 +108,6 @@ class Watch:
     start_seconds: float = 1800.0
     """The same before the first batch is trained, while weights are made or loaded."""
     straggler_interval_batches: Optional[int] = 50
-    """Batches between comparisons of the ranks' own time per step; null: none."""
+    """Batches between comparisons of the ranks' own time per step, on gloo under a watchdog; null: none."""
     straggler_factor: float = 1.3
     """A rank is named slow from this many times the median rank's own time per step."""
