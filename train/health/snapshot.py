@@ -1,4 +1,4 @@
-"""What a rank knows of its collectives at one moment, whatever backend issued them. Needs no torch."""
+"""A snapshot of a rank's collectives, whatever backend issued them. Needs no torch."""
 
 from dataclasses import dataclass, field
 

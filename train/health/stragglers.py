@@ -47,7 +47,7 @@ class HeartbeatCallback(Callback):
         self._move(state, "backward pass")
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        """What follows the backward pass begins."""
+        """The backward pass is over; clipping and the update follow."""
         self._move(state, "update")
 
     def batch_end(self, state: State, logger: Logger) -> None:

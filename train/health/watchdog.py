@@ -1,6 +1,6 @@
-"""A thread of each rank that sees whether the rank still moves, and ends the job when nothing does.
+"""Watchdog: a thread of each rank that sees whether the rank still moves, and ends the job if none does.
 
-It writes a sign of life every few seconds. When its rank has not moved for too long it writes what the
+It writes a heartbeat every few seconds. When its rank has not moved for too long it writes what the
 rank knows: the stack of every thread and the collectives that it waits in. A moment later all ranks have,
 or have been silent, and the lowest that is alive names the culprits (:mod:`train.health.diagnosis`). All
 end with status 76, which a supervisor takes as: start again from the newest checkpoint.
@@ -195,7 +195,7 @@ class Watchdog:
             (self.folder / f"nccl-{rank:05d}.json").write_text(known.trace)
 
     def _rest(self, is_over: Callable[[], bool]) -> None:
-        """Waits for three signs of life, or until something is so; signs on meanwhile."""
+        """Waits for three heartbeats or until ``is_over``; its own goes on meanwhile."""
         for _ in range(3):
             if is_over():
                 return

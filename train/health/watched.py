@@ -17,7 +17,7 @@ from train.recipe.topology import Topology
 
 @dataclass
 class Watched:
-    """What watches a run."""
+    """The watch over a run: its recorder, watchdog and callbacks."""
 
     recipe: Recipe
     topology: Topology

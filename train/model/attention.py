@@ -26,7 +26,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class AttentionPlan(NamedTuple):
-    """What all layers share in one forward pass: made once, by :func:`plan_attention`."""
+    """Positions and visibility that all layers share in one forward pass; see :func:`plan_attention`."""
 
     cos_SR: Tensor | None
     """Cosines of RoPE's angles, for half of a head: [S, R / 2]. None: no RoPE."""
@@ -158,7 +158,7 @@ def clip_and_rotate(
         q, k, v = (functional.hardtanh(part, -clip, clip) for part in (q, k, v))
     if cos_SR is not None and sin_SR is not None:
         q, k = (_rotate(part, cos_SR, sin_SR) for part in (q, k))
-    # What is still a view would keep all of qkv until the backward pass.
+    # A part that is still a view would keep all of qkv until the backward pass.
     return q.contiguous(), k.contiguous(), v.contiguous()
 
 

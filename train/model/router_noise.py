@@ -1,4 +1,4 @@
-"""Noise that depends on seed, layer, place in training and column alone: the same under every layout.
+"""Noise that depends only on seed, layer, place in training and column: the same under every layout.
 
 A generator's state depends on which rank drew how often. Here each number is a hash of what it is for, as
 in counter-based generators (Salmon et al. 2011), which a resumed, recomputed or resharded run finds again.
