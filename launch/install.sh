@@ -32,7 +32,7 @@ echo "install: .venv from requirements.lock (some 270 packages, 7 GB; a minute o
 "$uv" pip sync --quiet --python .venv/bin/python --require-hashes requirements.lock
 
 # MegaBlocks' build asks a GPU for its compute capability before it compiles. A stand-in for torch,
-# seen by that build alone, makes it install as pure Python; train/model/megablocks_ops.py supplies the leaf
+# seen by that build alone, makes it install as pure Python; train/model/megablocks_ops.py supplies the
 # operations. A compiled megablocks_ops, where there is one, takes precedence at run time.
 echo "install: MegaBlocks as pure Python"
 standin=$(mktemp -d)

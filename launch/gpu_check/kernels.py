@@ -1,7 +1,7 @@
 """The kernels that a device uses against plain definitions in float64 on the CPU.
 
 On a GPU these are MegaBlocks' Triton kernels (gather, scatter, their gradients), the grouped matrix product
-and, where it is compiled, MegaBlocks' extension. On a CPU they are those of train/megablocks_ops.py.
+and, where it is compiled, MegaBlocks' extension. On a CPU they are those of train/cpu.
 
 Shapes: T tokens, K experts per token, R = T x K routed rows, D width, N outputs, E experts.
 """

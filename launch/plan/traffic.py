@@ -174,7 +174,8 @@ def _gathers(unit: _Unit, layers: int) -> int:
     """All-gathers of all units of this kind in one microbatch.
 
     Weights are gathered for the forward and again for the backward pass, which recomputation shares
-    (:func:`train.layout.mesh.keep_recomputed_weights`); what is outside of the layers stays gathered.
+    (:func:`train.layout.torch_patches.keep_recomputed_weights`); what is outside of the layers stays
+    gathered.
     """
     if unit.count == 1 and unit.what == "embeddings":
         return 1

@@ -79,8 +79,8 @@ class BadDataCheck(TableCheck):
     name = page = "rollback"
     title = "Bad data in"
     text = (
-        "Runs of the tiny recipe on text in which a few documents are noise. The guard must raise an alarm, go "
-        "back and exclude them; the result equals, bit for bit, a run that excluded them from the start."
+        "Runs of the tiny recipe on text in which a few documents are noise. The guard must raise an alarm, "
+        "go back and exclude them; the result equals, bit for bit, a run that excluded them from the start."
     )
 
     def __init__(self, steps: int = STEPS, seed: int = 0) -> None:

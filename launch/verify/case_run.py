@@ -28,7 +28,7 @@ from launch.verify.forked_ranks import run_ranks
 from launch.verify.reference import CountTogether, build_rounding_reference, reference_recipe
 from train.checkpoint.files import Progress
 from train.model import megablocks_ops
-from train.model.moe import Router, Routing
+from train.model.router import Router, Routing
 from train.recipe.curriculum import plan_stages
 from train.recipe.schema import Precision
 from train.recipe.topology import Topology

@@ -95,9 +95,9 @@ class FaultInjectionCheck(TableCheck):
     name = page = "faults"
     title = "Faults injected into"
     text = (
-        "Faults injected into runs of the tiny recipe, several per run. Every run must end with the losses, data "
-        "log, weights, optimizer and generators of an undisturbed run, bit for bit, and every fault must be "
-        "named."
+        "Faults injected into runs of the tiny recipe, several a run. Every run must end with the losses, "
+        "data log, weights, optimizer and generators of an undisturbed run, bit for bit, and every fault must "
+        "be named."
     )
 
     def __init__(self, kinds: Sequence[str], seed: int = 0) -> None:

@@ -45,9 +45,9 @@ class ResumeCheck(TableCheck):
     title = "Resuming"
     text = (
         f"Runs of {STEPS} steps of the tiny recipe, fp32. After kill -9 the same command continues: losses, "
-        "gradient norms, weights, optimizer and generators equal those of a run that was never killed, bit for "
-        "bit. A preempted run continues under another layout (replicate, shard, expert): every loaded tensor "
-        "equals what was saved."
+        "gradient norms, weights, optimizer and generators equal those of a run that was never killed, bit "
+        "for bit. A preempted run continues under another layout (replicate, shard, expert): every loaded "
+        "tensor equals what was saved."
     )
 
     def __init__(self, kills: int = KILLS) -> None:

@@ -8,6 +8,7 @@ thirty times as long as running it, and every step has new counts of tokens.
 Shapes: R routed rows sorted by expert, P rows of one expert and its padding, D model, F hidden, E experts.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,19 @@ def grouped_glu(
     """
     result: Tensor = _GroupedGlu.apply(x_RD, w1_EFD, v1_EFD, w2_EFD, batch_sizes_E)
     return result
+
+
+def memory_optimized_grouped_glu(
+    x_RD: Tensor,
+    w1_EFD: Tensor,
+    v1_EFD: Tensor,
+    w2_EFD: Tensor,
+    batch_sizes_E: Tensor,
+    activation_fn: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """:func:`grouped_glu` with the name and the arguments of MegaBlocks' function."""
+    assert activation_fn is functional.silu, "the experts' activation is SiLU"
+    return grouped_glu(x_RD, w1_EFD, v1_EFD, w2_EFD, batch_sizes_E)
 
 
 class _GroupedGlu(torch.autograd.Function):

@@ -1,21 +1,26 @@
-"""What each rank last sent and what it waits for: a flight recorder of collectives for any backend.
+"""Collectives that this process issued and waits in: a flight recorder for gloo, which has none of its own.
 
-NCCL has a recorder in C++ that gloo lacks. This one stands in front of both: every collective of
-torch.distributed's Python functions (FSDP2, MegaBlocks, Composer and this project use no others while they
-train) goes through a method of ``ProcessGroup`` and is waited for by ``Work.wait``, and both are wrapped once
-per process. Functional collectives, which are C++ from end to end, are not seen.
+Every collective of torch.distributed's Python functions (FSDP2, MegaBlocks, Composer and this project use no
+others while they train) goes through a method of ``ProcessGroup`` and is waited for by ``Work.wait``;
+:func:`recorded_collectives` wraps both, and :func:`collectives_of` says when. Functional collectives, which
+are C++ from end to end, are not seen. A process on NCCL is never wrapped: NCCL has a recorder of its own
+(:mod:`train.health.nccl`), and each of its handles would hold the memory of a collective's output.
 """
 
 import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+
+from train.health.nccl import NcclRecorder
+from train.health.snapshot import IssuedCollective, Snapshot
 
 KEPT = 64
 """Collectives that are remembered; more than a microbatch of one layer issues."""
@@ -39,22 +44,16 @@ METHODS = (
 )
 
 
-@dataclass(frozen=True)
-class IssuedCollective:
-    """One collective as a rank issued it."""
+class Recorder(Protocol):
+    """Knowledge of this process's collectives, for the watchdog."""
 
-    group: str
-    """The group's name, equal on its ranks."""
-    number: int
-    """Place among the group's collectives, from 1: ranks that are in step issue the same under it."""
-    operation: str
-    size_bytes: int
-    """Of the tensors that this rank hands in or gets."""
-    since: float
-    """Seconds since 1970."""
+    def progress(self) -> int:
+        """A number that changes while collectives are issued; read every few seconds."""
+        ...
 
-    def __str__(self) -> str:
-        return f"{self.operation} of {self.size_bytes:,} bytes, number {self.number} of group {self.group}"
+    def snapshot(self) -> Snapshot:
+        """Everything that is known; read when nothing moves."""
+        ...
 
 
 @dataclass
@@ -74,10 +73,16 @@ class CollectiveRecorder:
     """Global ranks by group."""
     waited_seconds: float = 0.0
     """Time that the main thread has stood in ``wait``."""
-    total: int = 0
-    """Collectives issued in all, which is how a watcher sees that something moves."""
     _seen: deque[_Seen] = field(default_factory=lambda: deque(maxlen=KEPT))
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def progress(self) -> int:
+        """Collectives issued in all."""
+        return sum(list(self.issued.values()))
+
+    def snapshot(self) -> Snapshot:
+        """Counts and ranks by group, and the collectives that are not complete."""
+        return Snapshot(dict(self.issued), dict(self.ranks), self.waiting())
 
     def last(self, count: int = 8) -> list[IssuedCollective]:
         """The newest collectives, oldest first."""
@@ -96,7 +101,6 @@ class CollectiveRecorder:
             if name not in self.ranks:
                 self.ranks[name] = dist.get_process_group_ranks(group)
             self.issued[name] = self.issued.get(name, 0) + 1
-            self.total += 1
             size = max((_size_bytes(argument) for argument in arguments), default=0)
             seen = _Seen(IssuedCollective(name, self.issued[name], operation, size, time.time()), _NOT_ISSUED)
             for older in self._seen:
@@ -107,25 +111,45 @@ class CollectiveRecorder:
 
 
 _NOT_ISSUED = object()
-_current: CollectiveRecorder | None = None
 
 
-def record_collectives() -> CollectiveRecorder:
-    """Begins a record of this process's collectives, in place of the one before, and returns it."""
-    global _current  # noqa: PLW0603  (what is wrapped is the process's, so is the record)
-    if _current is None:
-        for name in METHODS:
-            setattr(dist.ProcessGroup, name, _recorded(getattr(dist.ProcessGroup, name), name.strip("_")))
-        setattr(dist.Work, "wait", _timed(dist.Work.wait))  # noqa: B010  (mypy knows it as a method)
-    _current = CollectiveRecorder()
-    return _current
+def collectives_of(watches_for_hangs: bool) -> AbstractContextManager[Recorder | None]:
+    """The record of this process's collectives, to be entered for as long as it is watched.
+
+    Args:
+        watches_for_hangs: whether a watchdog will read it; without one nothing is wrapped or read.
+
+    Returns:
+        A context of the backend's recorder; of None without a watchdog or a process group.
+    """
+    if not (watches_for_hangs and dist.is_initialized()):
+        return nullcontext()
+    if dist.get_backend() == dist.Backend.NCCL:
+        return nullcontext(NcclRecorder())
+    return recorded_collectives() if dist.get_backend() == dist.Backend.GLOO else nullcontext()
 
 
-def _recorded(issue: Callable[..., Any], operation: str) -> Callable[..., Any]:
+@contextmanager
+def recorded_collectives() -> Iterator[CollectiveRecorder]:
+    """Records the collectives that this process issues within, through wrapped methods of torch."""
+    recorder = CollectiveRecorder()
+    originals = {name: getattr(dist.ProcessGroup, name) for name in METHODS}
+    wait = dist.Work.wait
+    for name, issue in originals.items():
+        setattr(dist.ProcessGroup, name, _recorded(recorder, issue, name.strip("_")))
+    setattr(dist.Work, "wait", _timed(recorder, wait))  # noqa: B010  (mypy knows it as a method)
+    try:
+        yield recorder
+    finally:
+        for name, issue in originals.items():
+            setattr(dist.ProcessGroup, name, issue)
+        setattr(dist.Work, "wait", wait)  # noqa: B010
+
+
+def _recorded(recorder: CollectiveRecorder, issue: Callable[..., Any], operation: str) -> Callable[..., Any]:
     @functools.wraps(issue)
     def wrapper(group: Any, *arguments: Any, **keywords: Any) -> Any:
-        assert _current is not None
-        seen = _current.note(group, operation, arguments)
+        seen = recorder.note(group, operation, arguments)
         try:
             seen.work = issue(group, *arguments, **keywords)
         except BaseException:
@@ -136,15 +160,15 @@ def _recorded(issue: Callable[..., Any], operation: str) -> Callable[..., Any]:
     return wrapper
 
 
-def _timed(wait: Callable[..., Any]) -> Callable[..., Any]:
+def _timed(recorder: CollectiveRecorder, wait: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(wait)
     def wrapper(work: Any, *arguments: Any, **keywords: Any) -> Any:
         begun = time.perf_counter()
         try:
             return wait(work, *arguments, **keywords)
         finally:
-            if _current is not None and threading.current_thread() is threading.main_thread():
-                _current.waited_seconds += time.perf_counter() - begun
+            if threading.current_thread() is threading.main_thread():
+                recorder.waited_seconds += time.perf_counter() - begun
 
     return wrapper
 
@@ -161,15 +185,3 @@ def _size_bytes(argument: Any) -> int:
     if isinstance(argument, list | tuple):
         return sum(_size_bytes(item) for item in argument)
     return 0
-
-
-def nccl_trace() -> str:
-    """NCCL's own flight recorder as JSON, empty without NCCL (not yet run on a GPU).
-
-    It holds what the environment's TORCH_NCCL_TRACE_BUFFER_SIZE allows, kernels' states included.
-    """
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
-    if dump is None or not torch.cuda.is_available():
-        return ""
-    text = dump(includeCollectives=True, onlyActive=False)
-    return text.decode() if isinstance(text, bytes) else str(text)

@@ -1,4 +1,4 @@
-"""Who hangs, from what each rank knows: the ranks that others wait for and that wait for nobody.
+"""Diagnosis of a hang: from what each rank knows, the ranks that others wait for and that wait for nobody.
 
 A rank that waits in collective n of a group waits for the group's ranks that have not issued their n-th.
 Followed from rank to rank this ends at those that wait for nobody: they are stopped, dead, or busy with
@@ -19,8 +19,8 @@ def diagnose(
 
     Args:
         stuck: what each rank that noticed the hang wrote, by rank.
-        beats: the last sign of life of each rank.
-        silent: ranks without a new sign of life.
+        beats: the last heartbeat of each rank.
+        silent: ranks without a new heartbeat.
         now: seconds since 1970.
         seconds: how long nothing has moved.
     """

@@ -1,4 +1,4 @@
-"""What ranks leave for whoever asks why a job ended: signs of life, failures, and the finding of a hang.
+"""Records that say why a job ended: heartbeats, failures, and the finding of a hang.
 
 Files of JSON in one folder that all ranks share: the run's ``faults/``, or the folder that a supervisor
 names in FINEGRAIN_RECORDS. Each is written whole or not at all. Needs no torch.
@@ -29,7 +29,7 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A rank's sign of life."""
+    """A rank's sign of life, written every few seconds."""
 
     rank: int
     host: str
@@ -41,7 +41,7 @@ class Heartbeat:
     time: float
     """Seconds since 1970."""
     where: str
-    """What the rank was last seen to begin."""
+    """The part of the program that the rank began last."""
     batch: int
     """Batches trained."""
     run: str
@@ -64,7 +64,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Stuck:
-    """What a rank knows when nothing has moved for too long."""
+    """A rank's knowledge when nothing has moved for too long."""
 
     rank: int
     host: str
@@ -75,7 +75,7 @@ class Stuck:
     groups: dict[str, list[int]]
     """Ranks by group."""
     waiting: list[dict[str, Any]]
-    """Collectives that it waits in, :class:`train.health.collectives.IssuedCollective` as plain values."""
+    """Collectives that it waits in, :class:`train.health.snapshot.IssuedCollective` as plain values."""
     stacks: str
     """The stack of every thread."""
 
@@ -92,14 +92,14 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Finding:
-    """Who hangs."""
+    """The diagnosis of a hang."""
 
     time: float
     batch: int
     seconds: float
     """How long nothing had moved."""
     collective: str
-    """What the others wait in; empty if nobody waits."""
+    """The collective that the others wait in; empty if nobody waits."""
     waiting: list[int]
     """Ranks that wait."""
     suspects: list[Suspect] = field(default_factory=list)
@@ -160,7 +160,7 @@ def clear_records(folder: Path) -> None:
 
 
 def heartbeat_file(folder: Path, rank: int) -> Path:
-    """A rank's sign of life."""
+    """File of a rank's heartbeat."""
     return folder / f"beat-{rank:05d}.json"
 
 
@@ -170,7 +170,7 @@ def failure_file(folder: Path, rank: int) -> Path:
 
 
 def stuck_file(folder: Path, rank: int) -> Path:
-    """What a rank knew when nothing moved."""
+    """File of a rank's knowledge when nothing moved."""
     return folder / f"stuck-{rank:05d}.json"
 
 

@@ -1,4 +1,4 @@
-"""How ranks come together: who has not come is named, and process groups wait longer than the watchdog."""
+"""Joining a process group: missing ranks are named, and process groups wait longer than the watchdog."""
 
 import datetime
 import os
@@ -27,7 +27,7 @@ from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 
 SHARE_OF_PATIENCE = 0.9
-"""What fails before this share of the time is over is no waiting: a port that is taken, for example."""
+"""Failures before this share of the timeout are not timeouts: a port that is taken, for example."""
 
 
 class JoinError(RuntimeError):
@@ -37,7 +37,7 @@ class JoinError(RuntimeError):
 def join(recipe: Recipe, device: Device, topology: Topology) -> None:
     """Joins the job's process group.
 
-    Under a supervisor each rank leaves a sign of life first, so that those that never came can be told.
+    Under a supervisor each rank leaves a heartbeat first, so that those that never came can be told.
 
     Raises:
         SystemExit: with status 78 if ranks have not come within `watch.start_seconds`.
@@ -65,7 +65,7 @@ def join(recipe: Recipe, device: Device, topology: Topology) -> None:
 
 
 def missing_line(folder: Path, topology: Topology, seconds: float) -> str:
-    """Who has not come, as far as the records know."""
+    """The ranks that have not come, as far as the records know."""
     came = {beat.rank for beat in read_records(folder, "beat-*.json", Heartbeat)}
     missing = [rank for rank in range(topology.world_size) if rank not in came]
     who = f": ranks {ranges(missing)}" if is_supervised() and missing else ""

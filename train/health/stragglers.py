@@ -1,4 +1,4 @@
-"""Tells the watchdog that the rank moves, and names ranks that are slower than the others."""
+"""Callbacks of a watched run: heartbeats for the watchdog, and ranks that are slower than the others."""
 
 import statistics
 import time
@@ -47,7 +47,7 @@ class HeartbeatCallback(Callback):
         self._move(state, "backward pass")
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        """What follows the backward pass begins."""
+        """The backward pass is over; clipping and the update follow."""
         self._move(state, "update")
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -80,8 +80,8 @@ class Stragglers(Callback):
 
     A rank's own time is the step without waiting for others in collectives: in step as they are, all
     have equal steps, and the slow one is the one that waits least. Medians over the interval keep single
-    slow steps out. On a GPU, where waiting happens behind the program, it is the time of the host alone,
-    input and launches; a slow device shows in preflight and in NCCL's recorder (not yet run on a GPU).
+    slow steps out. With NCCL the waiting happens on the GPU, behind the program: no rank's own time is known,
+    and :mod:`train.health.watched` leaves this callback out. A slow GPU shows in preflight.
 
     Args:
         folder: of the run's records; rank 0 writes ``stragglers.jsonl`` there.

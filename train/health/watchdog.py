@@ -1,6 +1,6 @@
-"""A thread of each rank that sees whether the rank still moves, and ends the job when nothing does.
+"""Watchdog: a thread of each rank that sees whether the rank still moves, and ends the job if none does.
 
-It writes a sign of life every few seconds. When its rank has not moved for too long it writes what the
+It writes a heartbeat every few seconds. When its rank has not moved for too long it writes what the
 rank knows: the stack of every thread and the collectives that it waits in. A moment later all ranks have,
 or have been silent, and the lowest that is alive names the culprits (:mod:`train.health.diagnosis`). All
 end with status 76, which a supervisor takes as: start again from the newest checkpoint.
@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
-from train.health.collectives import CollectiveRecorder, nccl_trace
+from train.health.collectives import Recorder
 from train.health.diagnosis import diagnose
 from train.health.heartbeat import (
     FINDING_FILE,
@@ -40,6 +40,7 @@ from train.health.heartbeat import (
     stuck_file,
     write_record,
 )
+from train.health.snapshot import Snapshot
 from train.recipe.exit_status import HANG_STATUS
 from train.recipe.reliability import Watch
 from train.recipe.topology import Topology
@@ -58,7 +59,7 @@ class Watchdog:
         folder: of the records, shared by all ranks.
         run_folder: of the run.
         topology: this rank.
-        recorder: of this process's collectives.
+        recorder: of this process's collectives; None: none are known.
         end: ends the process; for tests.
     """
 
@@ -68,7 +69,7 @@ class Watchdog:
         folder: Path,
         run_folder: Path,
         topology: Topology,
-        recorder: CollectiveRecorder,
+        recorder: Recorder | None,
         end: Callable[[int], object] = os._exit,
     ) -> None:
         assert recipe.hang_seconds is not None
@@ -116,7 +117,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(self.interval):
             self._sign()
-            progress = self._steps, self.recorder.total
+            progress = self._progress_now()
             now = time.monotonic()
             if progress != self._progress:
                 self._progress, self._moved = progress, now
@@ -125,6 +126,10 @@ class Watchdog:
                 if finding is not None:
                     self._end(HANG_STATUS)
                     return
+
+    def _progress_now(self) -> tuple[int, int]:
+        """Steps of the program and of its collectives: what is the same later has not moved."""
+        return self._steps, self.recorder.progress() if self.recorder is not None else 0
 
     def _sign(self) -> None:
         self._count += 1
@@ -148,22 +153,10 @@ class Watchdog:
         None if the rank has begun to move again.
         """
         rank = self.topology.rank
-        stuck = Stuck(
-            rank=rank,
-            host=host_name(),
-            batch=self.batch,
-            where=self._where,
-            issued=dict(self.recorder.issued),
-            groups=dict(self.recorder.ranks),
-            waiting=[asdict(each) for each in self.recorder.waiting()],
-            stacks=thread_stacks(),
-        )
-        write_record(stuck_file(self.folder, rank), stuck)
-        if trace := nccl_trace():
-            (self.folder / f"nccl-{rank:05d}.json").write_text(trace)
+        self._write_stuck()
         before = {beat.rank: beat.count for beat in read_records(self.folder, "beat-*.json", Heartbeat)}
         self._rest(self._all_are_stuck)
-        if (self._steps, self.recorder.total) != self._progress:
+        if self._progress_now() != self._progress:
             stuck_file(self.folder, rank).unlink(missing_ok=True)
             self._moved = time.monotonic()
             return None
@@ -184,8 +177,25 @@ class Watchdog:
         say_finding(finding)
         return finding
 
+    def _write_stuck(self) -> None:
+        rank = self.topology.rank
+        known = self.recorder.snapshot() if self.recorder is not None else Snapshot()
+        stuck = Stuck(
+            rank=rank,
+            host=host_name(),
+            batch=self.batch,
+            where=self._where,
+            issued=known.issued,
+            groups=known.ranks,
+            waiting=[asdict(each) for each in known.waiting],
+            stacks=thread_stacks(),
+        )
+        write_record(stuck_file(self.folder, rank), stuck)
+        if known.trace:
+            (self.folder / f"nccl-{rank:05d}.json").write_text(known.trace)
+
     def _rest(self, is_over: Callable[[], bool]) -> None:
-        """Waits for three signs of life, or until something is so; signs on meanwhile."""
+        """Waits for three heartbeats or until ``is_over``; its own goes on meanwhile."""
         for _ in range(3):
             if is_over():
                 return

@@ -1,4 +1,4 @@
-"""A run under watch: its watchdog from set-up to the end, and word of the error that ends it."""
+"""A run under watch: its watchdog from set-up to the end, and a record of the error that ends it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from composer.core import Callback
 
-from train.health.collectives import CollectiveRecorder, record_collectives
+from train.health.collectives import CollectiveRecorder, Recorder, collectives_of
 from train.health.heartbeat import ENDED_FILE, Ended, record_failure, records_folder, write_record
 from train.health.stragglers import HeartbeatCallback, Stragglers
 from train.health.watchdog import Watchdog
@@ -17,13 +17,14 @@ from train.recipe.topology import Topology
 
 @dataclass
 class Watched:
-    """What watches a run."""
+    """The watch over a run: its recorder, watchdog and callbacks."""
 
     recipe: Recipe
     topology: Topology
     folder: Path
     """Of the records."""
-    recorder: CollectiveRecorder
+    recorder: Recorder | None
+    """Of this process's collectives; None without a watchdog or a process group."""
     watchdog: Watchdog | None
     """None where the recipe says `watch.hang_seconds: null`."""
     batch: int = 0
@@ -35,20 +36,17 @@ class Watched:
             self.watchdog.move(where, self.batch)
 
     def callbacks(self) -> list[Callback]:
-        """What takes part in every step."""
+        """Callbacks that take part in every step.
+
+        Stragglers are compared only where the waiting in collectives is known: on gloo, under a watchdog.
+        """
         watch, found = self.recipe.watch, list[Callback]()
         if self.watchdog is not None:
             found.append(HeartbeatCallback(self.watchdog))
-        if watch.straggler_interval_batches is not None and self.topology.world_size > 1:
-            found.append(
-                Stragglers(
-                    self.folder,
-                    watch.straggler_interval_batches,
-                    watch.straggler_factor,
-                    self.topology,
-                    self.recorder,
-                )
-            )
+        interval, recorder = watch.straggler_interval_batches, self.recorder
+        if interval and isinstance(recorder, CollectiveRecorder) and self.topology.world_size > 1:
+            factor = watch.straggler_factor
+            found.append(Stragglers(self.folder, interval, factor, self.topology, recorder))
         return found
 
 
@@ -57,22 +55,23 @@ def watched(recipe: Recipe, run_folder: Path, topology: Topology) -> Iterator[Wa
     """Watches what is done within; an error that ends it is left in the records."""
     folder = records_folder(run_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    recorder = record_collectives()
-    watchdog = None
-    if recipe.watch.hang_seconds is not None:
-        watchdog = Watchdog(recipe.watch, folder, run_folder, topology, recorder)
-        watchdog.start()
-    watch = Watched(recipe, topology, folder, recorder, watchdog)
-    try:
-        yield watch
-    except Exception as error:
-        batch = watchdog.batch if watchdog is not None else watch.batch
-        record_failure(folder, topology, batch, error)
-        raise
-    except SystemExit as end:
-        if topology.is_main and isinstance(end.code, int):
-            write_record(folder / ENDED_FILE, Ended(end.code))
-        raise
-    finally:
-        if watchdog is not None:
-            watchdog.stop()
+    watches_for_hangs = recipe.watch.hang_seconds is not None
+    with collectives_of(watches_for_hangs) as recorder:
+        watchdog = None
+        if watches_for_hangs:
+            watchdog = Watchdog(recipe.watch, folder, run_folder, topology, recorder)
+            watchdog.start()
+        watch = Watched(recipe, topology, folder, recorder, watchdog)
+        try:
+            yield watch
+        except Exception as error:
+            batch = watchdog.batch if watchdog is not None else watch.batch
+            record_failure(folder, topology, batch, error)
+            raise
+        except SystemExit as end:
+            if topology.is_main and isinstance(end.code, int):
+                write_record(folder / ENDED_FILE, Ended(end.code))
+            raise
+        finally:
+            if watchdog is not None:
+                watchdog.stop()

@@ -1,4 +1,4 @@
-"""What the device at hand can do: measured matrix-product peak, bf16 in hardware, a line of words."""
+"""The device at hand: measured peak of matrix products, bf16 in hardware, one line of description."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""Every layout: the mesh (replicate, shard, expert) and what of the model is sharded over which of it.
+"""Layouts: the mesh (replicate, shard, expert) and which part of the model is sharded over which of it.
 
 Experts are split over `expert`, each rank holding E / expert whole experts, and their rows again over
 `shard`. Everything else is sharded over `shard` and `expert` together. `replicate` holds copies (hybrid
@@ -10,18 +10,14 @@ Shapes: E experts, F expert hidden size, D model width.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, Shard
 
+from train.layout.torch_patches import apply_torch_patches
 from train.model.decoder import Block, Decoder
 from train.model.init import initialize
 from train.model.moe import MoE
@@ -29,66 +25,7 @@ from train.recipe.schema import Parallelism, Precision
 
 REPLICATE, SHARD, EXPERT = "replicate", "shard", "expert"
 DENSE = "dense"
-"""`shard` and `expert` taken together: what all but the experts are sharded over."""
-
-
-def let_fsdp2_run_on_gloo() -> None:
-    """Mends three faults of FSDP2 on a CPU (torch 2.7.0); a GPU's path is left as it is.
-
-    FSDP2 asks for ReduceOp.AVG. Gloo refuses it in an all-reduce, and in a reduce-scatter returns the sum
-    without a word: gradients would be too large by the number of ranks, which Adam hides and clipping
-    does not. Given divide factors, FSDP2 adds and divides by itself. A CPU stream's event is None, where
-    hybrid sharding asserts that there is one. And weights that were gathered ahead for a backward pass
-    that did not come, as recomputation makes FSDP2 do, wait for an event on an accelerator.
-    """
-    original = _fsdp_collectives._get_gradient_divide_factors
-    if getattr(original, "divides_on_cpu", False):
-        return
-
-    def factors(
-        reduce_scatter_group: dist.ProcessGroup,
-        all_reduce_group: dist.ProcessGroup | None,
-        reduce_dtype: torch.dtype,
-        device_type: str = "",
-    ) -> tuple[None, None] | tuple[float, float]:
-        if device_type != "cpu":
-            return original(reduce_scatter_group, all_reduce_group, reduce_dtype, device_type)
-        replicas = all_reduce_group.size() if all_reduce_group is not None else 1
-        return 1.0, float(reduce_scatter_group.size() * replicas)
-
-    factors.divides_on_cpu = True  # type: ignore[attr-defined]
-    _fsdp_collectives._get_gradient_divide_factors = factors
-    torch.cpu.Stream.record_event = lambda _stream: torch.cpu.Event()  # type: ignore
-    finalize = FSDPParamGroup.finalize_backward
-
-    def finalize_backward(group: FSDPParamGroup) -> None:
-        gathered = group._all_gather_result
-        if gathered is not None and group.device.type == "cpu":
-            group._all_gather_result = gathered._replace(all_gather_event=None)
-        finalize(group)
-
-    FSDPParamGroup.finalize_backward = finalize_backward  # type: ignore[method-assign]
-
-
-def keep_recomputed_weights() -> None:
-    """Lets units inside of a recomputed layer keep their weights until their backward pass (torch 2.7.0).
-
-    Recomputation runs a layer's forward pass in the middle of the backward pass. FSDP2 would let go of the
-    experts' weights at its end and gather them again at once; and having noted the forward pass twice, it
-    would gather ahead experts whose turn is over. Experts are gathered twice a step so, not four times.
-    """
-    original = FSDPParamGroup.post_forward
-    if getattr(original, "keeps_recomputed", False):
-        return
-
-    def post_forward(group: FSDPParamGroup, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
-            return original(group, module, inputs, output)
-        group._training_state = TrainingState.IDLE
-        return output
-
-    post_forward.keeps_recomputed = True  # type: ignore[attr-defined]
-    FSDPParamGroup.post_forward = post_forward  # type: ignore
+"""`shard` and `expert` taken together: all but the experts are sharded over it."""
 
 
 def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> DeviceMesh:
@@ -104,10 +41,9 @@ def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Device
 def build_sharded(decoder: Decoder, mesh: DeviceMesh, precision: Precision, seed: int) -> None:
     """Shards a decoder that is on the meta device, then gives each rank its own part and its values.
 
-    No rank ever holds more than one layer whole, and the values depend on the seed alone.
+    No rank ever holds more than one layer whole, and the values depend only on the seed.
     """
-    let_fsdp2_run_on_gloo()
-    keep_recomputed_weights()
+    apply_torch_patches()
     moes = [module for module in decoder.modules() if isinstance(module, MoE)]
     if mesh[EXPERT].size() > 1:
         for moe in moes:

@@ -13,7 +13,7 @@ from train.recipe.schema import OptimizerKind, Schedule, ScheduleKind
 
 
 def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
-    """AdamW or Lion over the model's parameters, with decoupled decay of matrices alone.
+    """AdamW or Lion over the model's parameters, with decoupled decay of matrices only.
 
     Experts form groups of their own: they may live on another mesh than the rest, and fused updates
     take lists of tensors of one mesh.

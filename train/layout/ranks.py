@@ -1,4 +1,4 @@
-"""What one rank does for all."""
+"""Rank 0 at work for all ranks: run something there and broadcast the result, or print a line once."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def run_on_rank_0(topology: Topology, work: Callable[[], Result]) -> Result:
-    """Does something on rank 0 alone and gives every rank its result, or its error."""
+    """Runs something on rank 0 and gives every rank its result, or its error."""
     if topology.world_size == 1:
         return work()
     outcome: list[Any] = [None, None]

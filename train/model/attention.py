@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from train.cpu import attention as cpu_attention
+from train.cpu.dispatch import with_cpu_version
 from train.recipe.schema import Model, Position
 
 KeyValue = tuple[Tensor, Tensor]
@@ -23,7 +26,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class AttentionPlan(NamedTuple):
-    """What all layers share in one forward pass: made once, by :func:`plan_attention`."""
+    """Positions and visibility that all layers share in one forward pass; see :func:`plan_attention`."""
 
     cos_SR: Tensor | None
     """Cosines of RoPE's angles, for half of a head: [S, R / 2]. None: no RoPE."""
@@ -55,8 +58,7 @@ def plan_attention(
         dtype: precision of the queries, and so of the bias.
         document_ids_BS: document of each token; None where a sequence is one document.
         past_length: positions P whose keys and values are given to the layers.
-        flex: mask documents through FlexAttention instead of a bias of S x S; None: on a GPU alone,
-            where it was not yet run.
+        flex: mask documents through FlexAttention instead of a bias of S x S; None: on a GPU only.
     """
     cos_SR = sin_SR = None
     if model.position is Position.rope:
@@ -107,21 +109,15 @@ class Attention(nn.Module):
         """
         heads, kv_heads = self.model.n_heads, self.model.n_kv_heads
         qkv = self._normalize(self.Wqkv(x_BSD)).unflatten(-1, (heads + 2 * kv_heads, self.head_width))
-        q_BSHR, k_BSGR, v_BSGR = _ClipAndRotate.apply(
+        q_BSHR, k_BSGR, v_BSGR = clip_and_rotate(
             qkv, (heads, kv_heads, kv_heads), self.model.clip_qkv, plan.cos_SR, plan.sin_SR
         )
         q_BHSR, k_BGSR, v_BGSR = (t.transpose(1, 2) for t in (q_BSHR, k_BSGR, v_BSGR))
         if past is not None:
             k_BGSR, v_BGSR = torch.cat([past[0], k_BGSR], dim=2), torch.cat([past[1], v_BGSR], dim=2)
         if plan.blocks is None:
-            # Repeated by hand: on a CPU enable_gqa leaves the fused kernel, and takes three times as long.
-            out_BHSR = functional.scaled_dot_product_attention(
-                q_BHSR,
-                _repeat_heads(k_BGSR, heads),
-                _repeat_heads(v_BGSR, heads),
-                attn_mask=plan.bias,
-                is_causal=plan.bias is None and past is None,
-            )
+            is_causal = plan.bias is None and past is None
+            out_BHSR = _dot_product_attention(q_BHSR, k_BGSR, v_BGSR, plan.bias, is_causal)
         else:
             out_BHSR = _flex_attention(q_BHSR.device.type)(
                 q_BHSR, k_BGSR, v_BGSR, block_mask=plan.blocks, enable_gqa=True
@@ -137,61 +133,58 @@ class Attention(nn.Module):
         return torch.cat([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=-1)
 
 
-class _ClipAndRotate(torch.autograd.Function):
-    """Splits queries, keys and values, clips them and turns queries and keys by their positions.
+@with_cpu_version(cpu_attention.clip_and_rotate)
+def clip_and_rotate(
+    qkv_BSNR: Tensor,
+    heads: tuple[int, int, int],
+    clip: float | None,
+    cos_SR: Tensor | None,
+    sin_SR: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, clipped, with queries and keys rotated by their positions.
 
-    One operation with its own gradient: as separate ones, clipping and turning cost as much time on a CPU
-    as the projection that they follow.
+    Args:
+        qkv_BSNR: all heads, N = H + 2 G.
+        heads: H query heads, G key heads, G value heads.
+        clip: bound of the values' size, or None. Where a value is at the bound it has no gradient.
+        cos_SR: of RoPE's angles, with ``sin_SR``; None: no RoPE.
+        sin_SR: the same.
+
+    Returns:
+        Queries [B, S, H, R], keys and values [B, S, G, R], each contiguous.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        heads: tuple[int, int, int],
-        clip: float | None,
-        cos_SR: Tensor | None,
-        sin_SR: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        ctx.heads, ctx.clip, ctx.with_rope = heads, clip, cos_SR is not None
-        ctx.save_for_backward(qkv if clip is not None else None, cos_SR, sin_SR)
-        clipped = qkv if clip is None else qkv.clamp(-clip, clip)
-        parts = clipped.split(heads, dim=2)
-        turned = [part.new_empty(part.shape) for part in parts]
-        for i, (part, target) in enumerate(zip(parts, turned, strict=True)):
-            if cos_SR is not None and sin_SR is not None and i < 2:
-                _rotate(part, cos_SR, sin_SR, out=target)
-            else:
-                target.copy_(part)
-        return tuple(turned)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, cos_SR, sin_SR = ctx.saved_tensors
-        batch, length, _, width = grads[0].shape
-        grad_qkv = grads[0].new_empty(batch, length, sum(ctx.heads), width)
-        for i, (grad, target) in enumerate(zip(grads, grad_qkv.split(ctx.heads, dim=2), strict=True)):
-            if ctx.with_rope and i < 2:
-                _rotate(grad, cos_SR, -sin_SR, out=target)
-            else:
-                target.copy_(grad)
-        if ctx.clip is not None:
-            # Clipping's gradient in one pass, where clamp's own takes four.
-            torch.ops.aten.hardtanh_backward.grad_input(
-                grad_qkv, qkv, -ctx.clip, ctx.clip, grad_input=grad_qkv
-            )
-        return grad_qkv, None, None, None, None
+    q, k, v = qkv_BSNR.split(heads, dim=2)
+    if clip is not None:
+        q, k, v = (functional.hardtanh(part, -clip, clip) for part in (q, k, v))
+    if cos_SR is not None and sin_SR is not None:
+        q, k = (_rotate(part, cos_SR, sin_SR) for part in (q, k))
+    # A part that is still a view would keep all of qkv until the backward pass.
+    return q.contiguous(), k.contiguous(), v.contiguous()
 
 
-def _rotate(x_BSHR: Tensor, cos_SR: Tensor, sin_SR: Tensor, out: Tensor) -> None:
-    """Turns each pair (r, r + R / 2) of a head by its position's angle (Su et al. 2021, section 3.4.2)."""
+def _rotate(x_BSHR: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
+    """Rotates each pair (r, r + R / 2) of a head by its position's angle (Su et al. 2021, section 3.4.2)."""
     left, right = x_BSHR.chunk(2, dim=-1)
-    out_left, out_right = out.chunk(2, dim=-1)
     cos, sin = (table_SR.to(x_BSHR.dtype).unsqueeze(1) for table_SR in (cos_SR, sin_SR))
-    torch.mul(left, cos, out=out_left)
-    out_left.addcmul_(right, sin, value=-1.0)
-    torch.mul(right, cos, out=out_right)
-    out_right.addcmul_(left, sin)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+def _dot_product_attention(
+    q_BHSR: Tensor, k_BGSR: Tensor, v_BGSR: Tensor, bias: Tensor | None, is_causal: bool
+) -> Tensor:
+    """Attention of one fused kernel: [B, H, S, R].
+
+    Of those kernels only a GPU's flash attention shares key-value heads by itself. The others would leave the
+    fused path, which takes three times as long on a CPU: for them the heads are repeated.
+    """
+    shares_heads = q_BHSR.is_cuda and can_use_flash_attention(
+        SDPAParams(q_BHSR, k_BGSR, v_BGSR, bias, 0.0, is_causal, True)
+    )
+    if not shares_heads:
+        k_BGSR, v_BGSR = (_repeat_heads(part, q_BHSR.shape[1]) for part in (k_BGSR, v_BGSR))
+    return functional.scaled_dot_product_attention(
+        q_BHSR, k_BGSR, v_BGSR, attn_mask=bias, is_causal=is_causal, enable_gqa=shares_heads
+    )
 
 
 def _document_blocks(document_ids_BS: Tensor) -> BlockMask:

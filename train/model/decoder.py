@@ -22,7 +22,7 @@ Device = torch.device | str | None
 
 
 class DecoderOutput(NamedTuple):
-    """What a forward pass gives. Losses are sums or plain means: the trainer weights them."""
+    """Results of a forward pass. Losses are sums or plain means: the trainer weights them."""
 
     logits_BSV: Tensor | None
     """Only without targets."""
@@ -178,9 +178,9 @@ class Decoder(nn.Module):
 
         Args:
             input_ids_BS: token ids.
-            document_ids_BS: document of each token; tokens see their own document alone. None: one document.
+            document_ids_BS: document of each token; tokens see only their own document. None: one document.
             targets_BS: the token that follows each input, -100 where there is no loss.
-            choices_only: neither logits nor cross-entropy; for the experts' counts alone.
+            choices_only: neither logits nor cross-entropy, only the experts' counts.
         """
         hidden_BSD, layers = self.transformer(input_ids_BS, document_ids_BS)
         zero = torch.zeros((), dtype=torch.float32, device=hidden_BSD.device)

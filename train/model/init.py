@@ -1,4 +1,4 @@
-"""Initial weights that depend on the seed and the parameter's name alone, never on the layout.
+"""Initial weights that depend only on the seed and the parameter's name, never on the layout.
 
 Each parameter is drawn in blocks of rows, every block from a generator seeded with a hash of (seed,
 name, block): a rank that holds some rows draws just the blocks that they lie in.
@@ -25,7 +25,7 @@ def initialize(model: nn.Module, cfg: Model, seed: int) -> None:
     """Fills every parameter and buffer of a decoder, sharded or whole.
 
     Args:
-        model: a :class:`train.model.decoder.Decoder` on a real device; DTensors get their own rows alone.
+        model: a :class:`train.model.decoder.Decoder` on a real device; DTensors get only their own rows.
         cfg: the recipe's model.
         seed: the recipe's seed.
     """

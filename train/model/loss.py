@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.cpu import softmax
+from train.cpu.dispatch import with_cpu_version
+
 IGNORE = -100
 """Target of a token that has no loss."""
-CACHED_ELEMENTS = 2**18
-"""Logits whose softmax is taken at once on a CPU: 1 MB in fp32, half of a core's second-level cache."""
 
 
 def chunked_cross_entropy(
@@ -79,14 +80,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _losses(logits_CV: Tensor, targets_C: Tensor, with_grad: bool) -> Tensor:
-    """Each token's loss; with ``with_grad`` the logits become their own gradient, in place.
-
-    The softmax is taken in fp32, a block of rows at a time, so that its passes stay in a CPU's cache.
-    """
+    """Each token's loss; with ``with_grad`` the logits become their own gradient, in place."""
     ignored_C = targets_C == IGNORE
     targets_C1 = targets_C.long().masked_fill(ignored_C, 0).unsqueeze(1)
     target_logits_C = logits_CV.gather(1, targets_C1).squeeze(1)
-    log_sums_C = _softmax_in_place(logits_CV, with_grad)
+    log_sums_C = softmax_in_place(logits_CV, with_grad)
     losses_C = log_sums_C - target_logits_C
     if with_grad:
         # In fp32, since p - 1 of a bf16 p near 1 would have no digits left.
@@ -95,21 +93,18 @@ def _losses(logits_CV: Tensor, targets_C: Tensor, with_grad: bool) -> Tensor:
     return losses_C.masked_fill_(ignored_C, 0.0).float()
 
 
-def _softmax_in_place(logits_CV: Tensor, write: bool) -> Tensor:
-    """The log of each row's sum of exponentials; with ``write`` the logits become probabilities."""
-    dtype = _accumulated_in(logits_CV)
-    on_cpu = logits_CV.device.type == "cpu"
-    rows = max(1, CACHED_ELEMENTS // logits_CV.shape[1]) if on_cpu else len(logits_CV)
-    probs = logits_CV.new_empty(min(rows, len(logits_CV)), logits_CV.shape[1], dtype=dtype)
-    log_sums = []
-    for block_NV in logits_CV.split(rows):
-        logits_NV = block_NV.to(dtype)
-        probs_NV = torch.softmax(logits_NV, dim=-1, out=probs[: len(block_NV)])
-        # From the largest logit and its probability: neither under- nor overflows.
-        log_sums.append(logits_NV.amax(dim=-1) - probs_NV.amax(dim=-1).log())
-        if write:
-            block_NV.copy_(probs_NV)
-    return torch.cat(log_sums)
+@with_cpu_version(softmax.softmax_in_place)
+def softmax_in_place(logits_CV: Tensor, write: bool) -> Tensor:
+    """The log of each row's sum of exponentials, at least in fp32; with ``write`` the logits become
+    probabilities.
+    """
+    logits = logits_CV.to(_accumulated_in(logits_CV))
+    probs_CV = logits.softmax(dim=-1)
+    # From the largest logit and its probability: neither under- nor overflows.
+    log_sums_C = logits.amax(dim=-1) - probs_CV.amax(dim=-1).log()
+    if write:
+        logits_CV.copy_(probs_CV)
+    return log_sums_C
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

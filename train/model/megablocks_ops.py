@@ -1,60 +1,62 @@
-"""Lets MegaBlocks run on any device without its compiled extension.
+"""MegaBlocks without its compiled extension: its low-level operations in plain PyTorch, on any device.
 
-MegaBlocks asks for two compiled modules, ``megablocks_ops`` and ``grouped_gemm``, and for a GPU when
-Triton is imported. :func:`install` supplies what is missing, in plain PyTorch, and leaves what is
-there: a compiled module wins where it is installed, and Triton's kernels stay in charge of tensors on
-a GPU. Everything above these leaf operations is MegaBlocks' own code.
+MegaBlocks imports two compiled modules, ``megablocks_ops`` and ``grouped_gemm``, and asks for a GPU when
+Triton is imported. :func:`install` supplies what is missing and leaves what is there: a compiled module wins
+where it is installed. Gather, scatter and the experts are MegaBlocks' own on a GPU; on a CPU, which has
+neither Triton nor its grouped products, :mod:`train.cpu` takes their place. Everything above these operations
+is MegaBlocks' code.
 
-Shapes: T tokens, K experts per token, R = T x K routed rows (sorted by expert), D model, E experts.
-``indices_R`` holds, for each sorted row, its place t x K + k in the unsorted order.
+Shapes: R routed rows (sorted by expert), D model, N outputs, E experts.
 """
 
-import functools
 import importlib
 import importlib.util
+import itertools
 import sys
-import time
-from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from train.cpu.grouped_glu import grouped_glu
+from train.cpu import permutation
+from train.cpu.dispatch import with_cpu_version
+from train.cpu.grouped_glu import memory_optimized_grouped_glu
+from train.cpu.triton_driver import give_triton_a_driver
 
 
 def install() -> None:
     """Makes ``import megablocks`` work here. Cheap to call again."""
-    _give_triton_a_driver()
+    give_triton_a_driver()
     for name, build in (("megablocks_ops", _megablocks_ops), ("grouped_gemm", _grouped_gemm)):
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             sys.modules[name] = build()
     kernels = importlib.import_module("megablocks.backend.kernels")
-    for on_cpu in (gather, scatter, scatter_wgrad):
-        _replace_on_cpu(kernels, on_cpu.__name__, on_cpu)
     glu = importlib.import_module("megablocks.layers.glu")
-    _replace_on_cpu(glu, "memory_optimized_grouped_glu", memory_optimized_grouped_glu)
+    for module, cpu_version in (
+        (kernels, permutation.gather),
+        (kernels, permutation.scatter),
+        (kernels, permutation.scatter_wgrad),
+        (glu, memory_optimized_grouped_glu),
+    ):
+        original = getattr(module, cpu_version.__name__)
+        if not hasattr(original, "plain"):
+            setattr(module, cpu_version.__name__, with_cpu_version(cpu_version)(original))
 
 
+@with_cpu_version(permutation.sort)
 def sort(x_R: Tensor, _end_bit: int, sorted_R: Tensor, places_R: Tensor) -> None:
     """Stable ascending sort of small non-negative integers, written to ``sorted_R`` and ``places_R``."""
-    if x_R.device.type == "cpu" and x_R.numel() and int(x_R.max()) < 256:
-        # NumPy's stable sort of bytes is a radix sort, ten times as fast as torch.sort here.
-        order = np.argsort(x_R.numpy().astype(np.uint8), kind="stable")
-        places_R.copy_(torch.from_numpy(order))
-        torch.index_select(x_R, 0, places_R, out=sorted_R)
-        return
-    values, order_R = torch.sort(x_R, stable=True)
-    sorted_R.copy_(values)
+    values_R, order_R = torch.sort(x_R, stable=True)
+    sorted_R.copy_(values_R)
     places_R.copy_(order_R)
 
 
 def histogram(x_R: Tensor, bins: int) -> Tensor:
     """Counts of 0 .. bins - 1 in ``x_R``, as int32."""
-    return torch.bincount(x_R, minlength=int(bins)).to(torch.int32)
+    # Not torch.bincount, for which the host waits for a GPU.
+    counts = torch.zeros(int(bins), dtype=torch.int32, device=x_R.device)
+    return counts.scatter_add_(0, x_R.long(), torch.ones_like(x_R, dtype=torch.int32))
 
 
 def inclusive_cumsum(x: Tensor, dim: int, out: Tensor) -> None:
@@ -77,59 +79,6 @@ def replicate_backward(grad_NR: Tensor, ends_E: Tensor, out_NE: Tensor) -> None:
     """Sums over the columns that :func:`replicate_forward` wrote from each column."""
     columns_R = torch.arange(grad_NR.shape[1], device=grad_NR.device, dtype=ends_E.dtype)
     out_NE.zero_().index_add_(1, torch.searchsorted(ends_E, columns_R, right=True), grad_NR)
-
-
-def gather(
-    x_TD: Tensor, indices_R: Tensor, _bin_ids: Tensor, weights_R: Tensor | None, _bins: Tensor, top_k: int
-) -> Tensor:
-    """Copies each token's row to its K places in expert order, times its weight if there are weights."""
-    tokens_R = indices_R if top_k == 1 else indices_R // top_k
-    if weights_R is None:
-        return x_TD.index_select(0, tokens_R)
-    return _weighted_sums(x_TD, tokens_R.view(-1, 1), weights_R.index_select(0, indices_R).view(-1, 1))
-
-
-def scatter(
-    x_RD: Tensor, indices_R: Tensor, _bin_ids: Tensor, weights_R: Tensor | None, _bins: Tensor, top_k: int
-) -> Tensor:
-    """Sums each token's K rows, times their weights if there are weights, back in token order."""
-    places_R = _inverse(indices_R)
-    if top_k == 1 and weights_R is None:
-        return x_RD.index_select(0, places_R)
-    weights_TK = None if weights_R is None else weights_R.view(-1, top_k)
-    return _weighted_sums(x_RD, places_R.view(-1, top_k), weights_TK)
-
-
-def scatter_wgrad(
-    x_RD: Tensor, grad_TD: Tensor, indices_R: Tensor, _bin_ids: Tensor, _bins: Tensor, top_k: int
-) -> Tensor:
-    """Gradient of :func:`scatter`'s weights: the product of each row with its token's gradient."""
-    rows_TKD = x_RD.index_select(0, _inverse(indices_R)).view(-1, top_k, x_RD.shape[1])
-    return torch.bmm(rows_TKD, grad_TD.unsqueeze(2)).view(-1)
-
-
-def _weighted_sums(rows_ND: Tensor, places_MK: Tensor, weights_MK: Tensor | None) -> Tensor:
-    """Sum over K of ``weights[m, k] * rows[places[m, k]]``: [M, D]."""
-    if rows_ND.dtype == torch.float64:
-        picked_MKD = rows_ND[places_MK.long()]
-        scaled_MKD = picked_MKD if weights_MK is None else picked_MKD * weights_MK.to(rows_ND).unsqueeze(2)
-        return scaled_MKD.sum(dim=1)
-    # One fused pass that accumulates in fp32, where select, scale and sum would make three.
-    weights_MK = None if weights_MK is None else weights_MK.to(rows_ND.dtype)
-    return functional.embedding_bag(places_MK, rows_ND, mode="sum", per_sample_weights=weights_MK)
-
-
-def memory_optimized_grouped_glu(
-    x_RD: Tensor,
-    w1_EFD: Tensor,
-    v1_EFD: Tensor,
-    w2_EFD: Tensor,
-    batch_sizes_E: Tensor,
-    activation_fn: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """GLU experts with SiLU, see :func:`train.cpu.grouped_glu.grouped_glu`."""
-    assert activation_fn is functional.silu, "the experts' activation is SiLU"
-    return grouped_glu(x_RD, w1_EFD, v1_EFD, w2_EFD, batch_sizes_E)
 
 
 def gmm(a_RD: Tensor, b_EDN: Tensor, batch_sizes_E: Tensor, trans_b: bool = False) -> Tensor:
@@ -169,8 +118,7 @@ def backend_gmm(
     else:
         shape = [a.shape[0], b.shape[1] if trans_b else b.shape[2]]
     out = a.new_empty(shape) if c is None else c
-    ends = np.cumsum(sizes)
-    for expert, (size, end) in enumerate(zip(sizes, ends.tolist(), strict=True)):
+    for expert, (size, end) in enumerate(zip(sizes, itertools.accumulate(sizes), strict=True)):
         rows = slice(end - size, end)
         if trans_a:
             torch.mm(a[rows].t(), b[rows], out=out[expert])
@@ -199,12 +147,6 @@ class _GroupedMatmul(torch.autograd.Function):
         return grad_a, grad_b, None, None
 
 
-def _inverse(permutation_R: Tensor) -> Tensor:
-    inverse_R = torch.empty_like(permutation_R)
-    places_R = torch.arange(permutation_R.numel(), dtype=inverse_R.dtype, device=inverse_R.device)
-    return inverse_R.index_copy_(0, permutation_R.long(), places_R)
-
-
 def _megablocks_ops() -> ModuleType:
     module = ModuleType("megablocks_ops", "Plain PyTorch in place of MegaBlocks' CUDA extension.")
     for operation in (
@@ -224,39 +166,3 @@ def _grouped_gemm() -> ModuleType:
     module.ops = SimpleNamespace(gmm=gmm)  # type: ignore[attr-defined]
     module.backend = SimpleNamespace(gmm=backend_gmm)  # type: ignore[attr-defined]
     return module
-
-
-def _replace_on_cpu(module: ModuleType, name: str, on_cpu: Callable[..., Tensor]) -> None:
-    """Makes ``module.name`` call ``on_cpu`` for tensors on the CPU, and the original for the rest."""
-    original = getattr(module, name)
-    if hasattr(original, "elsewhere"):
-        return
-
-    @functools.wraps(on_cpu)
-    def by_device(x: Tensor, *args: Any) -> Tensor:
-        return on_cpu(x, *args) if x.device.type == "cpu" else original(x, *args)
-
-    by_device.elsewhere = original  # type: ignore[attr-defined]
-    setattr(module, name, by_device)
-
-
-class _NoGpu:
-    """What Triton's autotuner asks of a driver, for machines where Triton finds none."""
-
-    def get_benchmarker(self) -> Callable[..., list[float]]:
-        """A clock: the interpreter's kernels are tuned by their wall time in milliseconds."""
-
-        def milliseconds(call: Callable[[], Any], quantiles: list[float], **_: Any) -> list[float]:
-            start = time.perf_counter()
-            call()
-            return [(time.perf_counter() - start) * 1e3] * len(quantiles)
-
-        return milliseconds
-
-
-def _give_triton_a_driver() -> None:
-    driver = importlib.import_module("triton.runtime.driver").driver
-    try:
-        driver.active.get_benchmarker()
-    except RuntimeError:  # "0 active drivers": no GPU here
-        driver.set_active(_NoGpu())

@@ -1,8 +1,6 @@
-"""The mixture-of-experts layer: MegaBlocks' dMoE with a router of our own.
+"""The mixture-of-experts layer: MegaBlocks' dMoE with a router of our own (:mod:`train.model.router`).
 
-MegaBlocks permutes tokens, runs the experts and, across ranks, exchanges tokens. The router is ours, because
-MegaBlocks' takes the softmax in the input's precision, keeps logits and scores in module-level lists
-until somebody clears them, and knows no balancing without a loss.
+MegaBlocks permutes tokens, runs the experts and, across ranks, exchanges tokens.
 
 Shapes: B batch, S sequence, T = B x S tokens, D model, F hidden, E experts, K experts per token.
 """
@@ -13,22 +11,22 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from train.model import megablocks_ops
-from train.model.router_noise import uniform_noise
+from train.model.router import Router, Routing
 from train.recipe.errors import UserError
-from train.recipe.schema import Balance, Moe
+from train.recipe.schema import Moe
 
 megablocks_ops.install()
 
-from megablocks.layers.arguments import Arguments  # noqa: E402  (needs the leaf operations)
+from megablocks.layers.arguments import Arguments  # noqa: E402  (needs what install supplies)
 from megablocks.layers.dmoe import dMoE  # noqa: E402
 
 
 class MoEAux(NamedTuple):
-    """What a layer tells beside its output; nothing of it outlives the step."""
+    """Losses and counts of a layer, returned beside its output; nothing of it outlives the step."""
 
     balance_loss: Tensor
     """Scalar, fp32, not weighted: E x sum over experts of (share of the choices) x (mean score)."""
@@ -36,71 +34,6 @@ class MoEAux(NamedTuple):
     """Scalar, fp32, not weighted: mean of the squared log-sum-exp of the router's logits."""
     expert_tokens_E: Tensor
     """int64: choices of each expert in this call, on this rank; sums to T x K."""
-
-
-class Routing(NamedTuple):
-    """The router's decision."""
-
-    logits_TE: Tensor
-    scores_TE: Tensor
-    weights_TK: Tensor
-    experts_TK: Tensor
-
-
-class Jitter(NamedTuple):
-    """What the router's noise is drawn for; set before each microbatch."""
-
-    seed: int
-    layer: int
-    positions_B: Tensor
-
-
-class Router(nn.Module):
-    """Scores experts for each token and picks K of them, in fp32 whatever the surrounding precision.
-
-    Args:
-        d_model: width D of a token.
-        moe: the recipe's settings.
-        device: where the weights are made; ``meta`` allocates nothing.
-    """
-
-    expert_bias: Tensor | None
-
-    def __init__(self, d_model: int, moe: Moe, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self.moe = moe
-        self.layer = nn.Linear(d_model, moe.experts, bias=False, device=device)
-        biased = moe.balance is Balance.bias
-        bias_E = torch.zeros(moe.experts, dtype=torch.float32, device=device) if biased else None
-        self.register_buffer("expert_bias", bias_E)
-        self.jitter: Jitter | None = None
-
-    def forward(self, x_TD: Tensor) -> Routing:
-        """Routes tokens. The bias moves the choice alone; weights come from the unbiased scores."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-            if self.training and self.moe.jitter_eps > 0:
-                x_TD = x_TD * (1.0 + self.moe.jitter_eps * (2.0 * self._noise(x_TD) - 1.0))
-            logits_TE = functional.linear(x_TD, self.layer.weight.to(x_TD.dtype))
-            scores_TE = logits_TE.softmax(dim=-1)
-            if self.expert_bias is None:
-                weights_TK, experts_TK = scores_TE.topk(self.moe.top_k, dim=-1)
-            else:
-                experts_TK = (scores_TE.detach() + self.expert_bias).topk(self.moe.top_k, dim=-1).indices
-                weights_TK = scores_TE.gather(-1, experts_TK)
-            if self.moe.normalize_weights_p is not None:
-                norm_T1 = torch.linalg.vector_norm(
-                    weights_TK, ord=self.moe.normalize_weights_p, dim=-1, keepdim=True
-                )
-                weights_TK = weights_TK / norm_T1
-            return Routing(logits_TE, scores_TE, weights_TK, experts_TK)
-
-    def _noise(self, x_TD: Tensor) -> Tensor:
-        """Uniform in [0, 1): by place in training where that is known, else from torch's generator."""
-        if self.jitter is None:
-            return torch.rand_like(x_TD)
-        seed, layer, positions_B = self.jitter
-        return uniform_noise(positions_B, *x_TD.shape, seed=seed, layer=layer).to(x_TD.dtype)
 
 
 class MoE(dMoE):
@@ -165,7 +98,7 @@ class MoE(dMoE):
             # Before the permutation, which then moves half the bytes.
             x_BSD = x_BSD.to(torch.get_autocast_dtype(device))
         out_BSD = self.experts(x_BSD, routing.scores_TE, routing.weights_TK, routing.experts_TK)
-        tokens_E = torch.bincount(routing.experts_TK.flatten(), minlength=self.router.moe.experts)
+        tokens_E = megablocks_ops.histogram(routing.experts_TK.flatten(), self.router.moe.experts).long()
         return out_BSD, MoEAux(*self._losses(routing, tokens_E), tokens_E)
 
     def _losses(self, routing: Routing, tokens_E: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,24 +110,6 @@ class MoE(dMoE):
         balance_loss = share_E.numel() * torch.dot(share_E.to(mean_score_E.dtype), mean_score_E)
         z_loss = torch.logsumexp(routing.logits_TE, dim=-1).square().mean()
         return balance_loss, z_loss
-
-
-@torch.no_grad()
-def update_bias(model: nn.Module, total_counts_LE: Tensor, rate: float) -> None:
-    """Balances experts without a loss (DeepSeek-V3, section 2.1.2), once per optimizer step.
-
-    Experts below their layer's mean load get a higher bias, experts above it a lower one.
-
-    Args:
-        model: a model with L layers of :class:`MoE`, balanced by bias.
-        total_counts_LE: choices of each expert in the whole batch, over microbatches and ranks.
-        rate: the step, ``bias_update_rate``.
-    """
-    routers = [module.router for module in model.modules() if isinstance(module, MoE)]
-    for router, counts_E in zip(routers, total_counts_LE, strict=True):
-        assert router.expert_bias is not None, "only a router balanced by bias has one"
-        tokens_E = counts_E.to(router.expert_bias)
-        router.expert_bias += rate * torch.sign(tokens_E.mean() - tokens_E)
 
 
 def _leave(_weight: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Noise that depends on seed, layer, place in training and column alone: the same under every layout.
+"""Noise that depends only on seed, layer, place in training and column: the same under every layout.
 
 A generator's state depends on which rank drew how often. Here each number is a hash of what it is for, as
 in counter-based generators (Salmon et al. 2011), which a resumed, recomputed or resharded run finds again.
@@ -25,7 +25,8 @@ def uniform_noise(positions_B: Tensor, tokens: int, columns: int, *, seed: int, 
     device = positions_B.device
     length = tokens // positions_B.shape[0]
     key_B = mix(positions_B) ^ mix(positions_B >> LOW_BITS)
-    key_B = mix(key_B ^ mix(torch.tensor(seed * 1_000_003 + layer, device=device)))
+    # Filled, not copied from the host, which would wait for a GPU.
+    key_B = mix(key_B ^ mix(torch.full((), seed * 1_000_003 + layer, device=device)))
     key_BS = mix(key_B[:, None] ^ mix(torch.arange(length, device=device)))
     columns_D = mix(torch.arange(columns, device=device) + 1)
     bits_TD = mix(key_BS.view(-1, 1) ^ columns_D)

@@ -110,6 +110,6 @@ class Watch:
     start_seconds: float = key(1800.0, above=0)
     """The same before the first batch is trained, while weights are made or loaded."""
     straggler_interval_batches: Optional[int] = key(50, above=0)
-    """Batches between comparisons of the ranks' own time per step; null: none."""
+    """Batches between comparisons of the ranks' own time per step, on gloo under a watchdog; null: none."""
     straggler_factor: float = key(1.3, above=1, remedy="must be above 1; 1.3 names what is 30% slow")
     """A rank is named slow from this many times the median rank's own time per step."""

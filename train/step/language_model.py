@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from train.model.decoder import Decoder, DecoderOutput
-from train.model.moe import Jitter, Router
+from train.model.router import Jitter, Router
 from train.recipe.schema import Balance, Precision, Recipe
 
 # Shapes: B sequences of a microbatch, S tokens per sequence, L layers, E experts.

@@ -23,7 +23,7 @@ from composer.loggers import Logger
 from torch import Tensor
 
 from train.layout.optim import clip_gradients
-from train.model.moe import update_bias
+from train.model.router import update_bias
 from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
 from train.recipe.phases import microbatch_sequences, phases_of

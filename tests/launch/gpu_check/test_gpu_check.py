@@ -17,7 +17,8 @@ from launch.gpu_check.rows import CheckRow
 from launch.gpu_check.step import check_step, gpu_of, slice_of
 from launch.plan.hardware import GPUS
 from launch.plan.memory import memory
-from train.model import megablocks_ops, moe
+from train.cpu import permutation
+from train.model.router import Router
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Precision, Recipe
@@ -42,12 +43,12 @@ def test_kernels_agree_with_their_definitions() -> None:
 
 
 def test_a_kernel_that_forgets_the_weights_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = megablocks_ops._weighted_sums
+    right = permutation._weighted_sums
 
     def forgetful(rows: Tensor, places: Tensor, _weights: Tensor | None) -> Tensor:
         return right(rows, places, None)
 
-    monkeypatch.setattr(megablocks_ops, "_weighted_sums", forgetful)
+    monkeypatch.setattr(permutation, "_weighted_sums", forgetful)
     found = failures(check_kernels("cpu", TOKENS, WIDTH))
     assert "scatter (float32" in found and "grouped product" not in found
 
@@ -67,7 +68,7 @@ def test_numerics_agree_with_themselves_exactly_in_fp32_and_nearly_in_bf16() -> 
 
 def test_numerics_find_a_router_that_differs_on_one_side(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, built = load_recipe(ROOT / "yamls/smoke.yaml"), []
-    before = moe.Router.__init__
+    before = Router.__init__
 
     def crooked(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         before(self, *args, **kwargs)  # type: ignore[arg-type]
@@ -75,7 +76,7 @@ def test_numerics_find_a_router_that_differs_on_one_side(monkeypatch: pytest.Mon
         if len(built) > 2:  # two layers of the reference come first
             self.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 0.5, *inputs[1:]))
 
-    monkeypatch.setattr(moe.Router, "__init__", crooked)
+    monkeypatch.setattr(Router, "__init__", crooked)
     found = failures(check_numerics("cpu", recipe, (Precision.fp32,)))
     assert "loss" in found and "gradients" in found
 

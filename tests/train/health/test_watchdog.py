@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from launch.verify.forked_ranks import Ranks
-from train.health.collectives import CollectiveRecorder, record_collectives
+from train.health.collectives import recorded_collectives
 from train.health.diagnosis import diagnose
 from train.health.heartbeat import (
     ENDED_FILE,
@@ -43,16 +43,16 @@ def watch_steps(folder: Path, world_size: int, hang: Hang, output: Path) -> list
     """Ranks that add up a tensor step by step; ``hang`` is called in the middle. Returns exit codes."""
 
     def work(topology: Topology) -> None:
-        recorder = record_collectives()
         recipe = Watch(hang_seconds=LIMIT_SECONDS, start_seconds=LIMIT_SECONDS)
-        watchdog = Watchdog(recipe, folder, folder, topology, recorder)
-        watchdog.start()
-        for step in range(STEPS):
-            watchdog.move("step", step)
-            if step == HUNG_STEP:
-                hang(topology)
-            dist.all_reduce(torch.ones(4))
-        watchdog.stop()
+        with recorded_collectives() as recorder:
+            watchdog = Watchdog(recipe, folder, folder, topology, recorder)
+            watchdog.start()
+            for step in range(STEPS):
+                watchdog.move("step", step)
+                if step == HUNG_STEP:
+                    hang(topology)
+                dist.all_reduce(torch.ones(4))
+            watchdog.stop()
 
     with Ranks(world_size, work, output) as ranks:
         return ranks.exit_codes(30)
@@ -156,41 +156,3 @@ def test_nobody_is_named_where_all_wait_in_the_same_collective() -> None:
     records = {rank: stuck(rank, {"all": 9}, ("all", 9, "allreduce")) for rank in range(4)}
     finding = diagnose(records, {}, set(), 0.0, 10.0)
     assert finding.suspects == [] and "network" in finding.line
-
-
-def test_recorder_counts_by_group_and_forgets_what_is_complete() -> None:
-    def work(topology: Topology) -> tuple[CollectiveRecorder, int, bool]:
-        recorder = record_collectives()
-        for _ in range(3):
-            dist.all_reduce(torch.ones(2))
-        before = len(recorder.waiting())
-        if topology.rank == 1:
-            time.sleep(0.5)
-        handle = dist.all_gather_into_tensor(torch.empty(4), torch.ones(2), async_op=True)
-        last = recorder.last(1)[0]
-        assert (last.operation, last.number, last.size_bytes) == ("allgather_base", 4, 16)
-        is_waiting = bool(recorder.waiting())
-        handle.wait()
-        assert recorder.waiting() == []
-        return list(recorder.issued.values()), before, is_waiting
-
-    with Ranks(2, work) as ranks:
-        found = ranks.results(30)
-    assert [issued for issued, _, _ in found] == [[4], [4]]
-    assert [before for _, before, _ in found] == [0, 0]
-    assert found[0][2], "rank 0 must be seen to wait for rank 1"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "slow"),
-    [
-        ([1.0, 1.01, 1.5, 0.99], [2]),
-        ([1.0, 1.2, 1.1, 1.05], []),
-        ([1.0, 1.9], [1]),
-        ([1.0, 2.0, 2.2, 1.1, 0.9, 1.9, 1.5, 1.0], []),
-    ],
-)
-def test_slow_ranks_stand_out_of_the_others_spread(seconds: list[float], slow: list[int]) -> None:
-    from train.health.stragglers import slow_ranks
-
-    assert slow_ranks(seconds, 1.3) == slow

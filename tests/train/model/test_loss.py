@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from train.model import loss
 from train.model.loss import IGNORE, chunked_cross_entropy
 
 # Shapes: T tokens, D model, V vocabulary.
@@ -46,13 +45,6 @@ def test_value_and_gradients_equal_plain_cross_entropy(
         assert mine.dtype == dtype
         scale = other.abs().max().item()
         torch.testing.assert_close(mine, other, rtol=0, atol=tolerance * scale)
-
-
-def test_rows_wider_than_the_cache_are_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make_inputs(torch.float32)
-    whole = chunked_cross_entropy(*inputs, T)
-    monkeypatch.setattr(loss, "CACHED_ELEMENTS", V // 2)
-    torch.testing.assert_close(chunked_cross_entropy(*inputs, T), whole)
 
 
 def test_under_autocast_products_are_bf16_and_the_sum_over_chunks_fp32() -> None:

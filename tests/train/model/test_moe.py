@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from train.model.init import initialize
-from train.model.moe import MoE, MoEAux, update_bias
+from train.model.moe import MoE, MoEAux
+from train.model.router import update_bias
 from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Model, Moe
 

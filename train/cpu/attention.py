@@ -1,0 +1,74 @@
+"""Attention's element-wise part on a CPU: splitting, clipping and rotation as one operation.
+
+As separate operations they take as long on a CPU as the projection that they follow.
+
+Shapes: B batch, S positions, H heads of one part, N heads of all parts, R width of a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def clip_and_rotate(
+    qkv_BSNR: Tensor,
+    heads: tuple[int, int, int],
+    clip: float | None,
+    cos_SR: Tensor | None,
+    sin_SR: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`train.model.attention.clip_and_rotate` with a gradient written by hand."""
+    result: tuple[Tensor, Tensor, Tensor] = _ClipAndRotate.apply(qkv_BSNR, heads, clip, cos_SR, sin_SR)
+    return result
+
+
+class _ClipAndRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        heads: tuple[int, int, int],
+        clip: float | None,
+        cos_SR: Tensor | None,
+        sin_SR: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.heads, ctx.clip, ctx.with_rope = heads, clip, cos_SR is not None
+        ctx.save_for_backward(qkv if clip is not None else None, cos_SR, sin_SR)
+        clipped = qkv if clip is None else qkv.clamp(-clip, clip)
+        parts = clipped.split(heads, dim=2)
+        turned = [part.new_empty(part.shape) for part in parts]
+        for i, (part, target) in enumerate(zip(parts, turned, strict=True)):
+            if cos_SR is not None and sin_SR is not None and i < 2:
+                _rotate(part, cos_SR, sin_SR, out=target)
+            else:
+                target.copy_(part)
+        return tuple(turned)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, cos_SR, sin_SR = ctx.saved_tensors
+        batch, length, _, width = grads[0].shape
+        grad_qkv = grads[0].new_empty(batch, length, sum(ctx.heads), width)
+        for i, (grad, target) in enumerate(zip(grads, grad_qkv.split(ctx.heads, dim=2), strict=True)):
+            if ctx.with_rope and i < 2:
+                _rotate(grad, cos_SR, -sin_SR, out=target)
+            else:
+                target.copy_(grad)
+        if ctx.clip is not None:
+            # Clipping's gradient in one pass, where clamp's own takes four.
+            torch.ops.aten.hardtanh_backward.grad_input(
+                grad_qkv, qkv, -ctx.clip, ctx.clip, grad_input=grad_qkv
+            )
+        return grad_qkv, None, None, None, None
+
+
+def _rotate(x_BSHR: Tensor, cos_SR: Tensor, sin_SR: Tensor, out: Tensor) -> None:
+    """Rotates each pair (r, r + R / 2) of a head by its position's angle, written to ``out``."""
+    left, right = x_BSHR.chunk(2, dim=-1)
+    out_left, out_right = out.chunk(2, dim=-1)
+    cos, sin = (table_SR.to(x_BSHR.dtype).unsqueeze(1) for table_SR in (cos_SR, sin_SR))
+    torch.mul(left, cos, out=out_left)
+    out_left.addcmul_(right, sin, value=-1.0)
+    torch.mul(right, cos, out=out_right)
+    out_right.addcmul_(left, sin)

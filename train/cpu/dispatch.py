@@ -1,0 +1,28 @@
+"""Dispatch by device: a function of the model keeps its plain form, and a CPU runs a version of its own."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def with_cpu_version(cpu_version: Function) -> Callable[[Function], Function]:
+    """Decorates a function of tensors so that ``cpu_version`` runs where its first argument is on a CPU.
+
+    The two take the same arguments and agree up to rounding. The decorated function keeps the one that
+    every other device runs as its attribute ``plain``.
+    """
+
+    def decorate(plain: Function) -> Function:
+        @functools.wraps(plain)
+        def by_device(x: Tensor, *args: Any, **keywords: Any) -> Any:
+            function = cpu_version if x.device.type == "cpu" else plain
+            return function(x, *args, **keywords)
+
+        by_device.plain = plain  # type: ignore[attr-defined]
+        return cast(Function, by_device)
+
+    return decorate

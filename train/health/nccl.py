@@ -1,0 +1,93 @@
+"""NCCL's collectives, read from torch's flight recorder in C++: nothing is wrapped and no handle is kept.
+
+The recorder holds as many collectives of a rank as TORCH_NCCL_TRACE_BUFFER_SIZE says, which must be set
+before the process group is made; without it the watchdog sees only a rank's steps and stacks.
+"""
+
+import json
+import math
+from typing import Any
+
+import torch
+
+from train.health.snapshot import IssuedCollective, Snapshot
+
+DTYPE_BYTES = {
+    "Bool": 1,
+    "Byte": 1,
+    "Char": 1,
+    "Short": 2,
+    "Half": 2,
+    "BFloat16": 2,
+    "Int": 4,
+    "Float": 4,
+    "Long": 8,
+    "Double": 8,
+}
+"""Bytes of an element by the recorder's name of its type; of other types no size is told."""
+
+
+class NcclRecorder:
+    """This process's collectives as torch's flight recorder knows them."""
+
+    def progress(self) -> int:
+        """Collectives enqueued, started and completed, over all groups."""
+        status: dict[str, dict[str, int]] = json.loads(nccl_trace(entries=False) or "{}").get("pg_status", {})
+        return sum(sum(counts.values()) for counts in status.values())
+
+    def snapshot(self) -> Snapshot:
+        """All that the recorder holds."""
+        return read_trace(nccl_trace())
+
+
+def nccl_trace(entries: bool = True) -> str:
+    """The flight recorder as JSON; empty where torch has none.
+
+    Args:
+        entries: with the collectives, not only the groups' counts; this asks the GPU which are complete.
+    """
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+    if dump is None:
+        return ""
+    text = dump(includeCollectives=entries, onlyActive=False)
+    return text.decode() if isinstance(text, bytes) else str(text)
+
+
+def read_trace(text: str) -> Snapshot:
+    """A trace as a snapshot. A group's collectives are numbered as on its other ranks."""
+    trace = json.loads(text or "{}")
+    ranks = {group["name"]: _ranks(group["ranks"]) for group in trace.get("pg_config", {}).values()}
+    issued: dict[str, int] = {}
+    waiting = []
+    for entry in trace.get("entries", []):
+        if entry.get("is_p2p"):  # counted apart, and by pairs of ranks
+            continue
+        collective = _collective(entry)
+        group = collective.group
+        issued[group] = max(issued.get(group, 0), collective.number)
+        if entry["state"] != "completed":
+            waiting.append(collective)
+            ranks.setdefault(group, [])
+    return Snapshot(issued, ranks, waiting, text)
+
+
+def _collective(entry: dict[str, Any]) -> IssuedCollective:
+    sizes = [
+        sum(
+            math.prod(shape) * DTYPE_BYTES.get(dtype, 0)
+            for shape, dtype in zip(entry[f"{side}_sizes"], entry[f"{side}_dtypes"], strict=False)
+        )
+        for side in ("input", "output")
+    ]
+    return IssuedCollective(
+        group=entry["process_group"][0],
+        number=entry["collective_seq_id"],
+        operation=entry["profiling_name"].removeprefix("nccl:"),
+        size_bytes=max(sizes),
+        since=entry["time_created_ns"] / 1e9,
+    )
+
+
+def _ranks(listed: str | list[int]) -> list[int]:
+    """Ranks of a group; torch writes the list as a string within JSON."""
+    return json.loads(listed) if isinstance(listed, str) else listed

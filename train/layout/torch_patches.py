@@ -1,0 +1,123 @@
+"""Patches of torch's private functions that FSDP2 needs here, each with the versions of torch that need it.
+
+:func:`apply_torch_patches` applies those that the installed torch needs and no other. The ranges are known at
+their ends: torch 2.7.0 was seen to need all four, 2.11 and 2.15 none. The test of this module runs the
+installed torch without each patch, and fails where the range says something else than what it finds.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+Version = tuple[int, int]
+
+
+class TorchVersions(NamedTuple):
+    """A range of torch's versions by major and minor number."""
+
+    first: Version
+    before: Version
+    """The first that is not in the range."""
+
+    def include(self, version: str) -> bool:
+        """Whether a version, such as `2.7.0+cu126`, is in the range."""
+        major, minor, *_ = version.split(".")
+        return self.first <= (int(major), int(minor)) < self.before
+
+
+# Torch's own, from before any patch: a patch that is applied again must not find itself here.
+_divide_factors = _fsdp_collectives._get_gradient_divide_factors
+_record_event = torch.cpu.Stream.record_event
+_finalize_backward = FSDPParamGroup.finalize_backward
+_post_forward = FSDPParamGroup.post_forward
+
+AVERAGES_ON_GLOO = TorchVersions((2, 7), before=(2, 11))
+
+
+def average_gradients_on_gloo() -> None:
+    """Lets FSDP2 add gradients and divide by itself on a CPU; a GPU's path stays.
+
+    FSDP2 asks for ReduceOp.AVG. Gloo refuses it in an all-reduce, and in a reduce-scatter returns the sum
+    without an error: gradients would be too large by the number of ranks, which Adam hides and clipping does
+    not. Given factors to divide by, FSDP2 asks for sums.
+    """
+
+    def factors(
+        reduce_scatter_group: dist.ProcessGroup,
+        all_reduce_group: dist.ProcessGroup | None,
+        reduce_dtype: torch.dtype,
+        device_type: str = "",
+    ) -> tuple[None, None] | tuple[float, float]:
+        if device_type != "cpu":
+            return _divide_factors(reduce_scatter_group, all_reduce_group, reduce_dtype, device_type)
+        replicas = all_reduce_group.size() if all_reduce_group is not None else 1
+        return 1.0, float(reduce_scatter_group.size() * replicas)
+
+    _fsdp_collectives._get_gradient_divide_factors = factors
+
+
+EVENTS_OF_CPU_STREAMS = TorchVersions((2, 7), before=(2, 11))
+
+
+def give_cpu_streams_events() -> None:
+    """Makes a CPU stream's event an event: it is None, where hybrid sharding asserts that there is one."""
+    torch.cpu.Stream.record_event = lambda _stream: torch.cpu.Event()  # type: ignore
+
+
+UNUSED_GATHERS_ON_CPU = TorchVersions((2, 7), before=(2, 11))
+
+
+def drop_events_of_unused_gathers() -> None:
+    """Lets a backward pass end on a CPU with weights gathered ahead that nothing came to use.
+
+    FSDP2 would wait for the gather's event, which a CPU's now is, on an accelerator's stream.
+    """
+
+    def finalize_backward(group: FSDPParamGroup) -> None:
+        gathered = group._all_gather_result
+        if gathered is not None and group.device.type == "cpu":
+            group._all_gather_result = gathered._replace(all_gather_event=None)
+        _finalize_backward(group)
+
+    FSDPParamGroup.finalize_backward = finalize_backward  # type: ignore[method-assign]
+
+
+RECOMPUTED_WEIGHTS = TorchVersions((2, 7), before=(2, 11))
+
+
+def keep_recomputed_weights() -> None:
+    """Lets units inside of a recomputed layer keep their weights until their backward pass, on any device.
+
+    Recomputation runs a layer's forward pass in the middle of the backward pass. FSDP2 would let go of the
+    experts' weights at its end and gather them again at once; and having noted the forward pass twice, it
+    would gather ahead experts whose turn is over. This way experts are gathered twice a step, not four times.
+    """
+
+    def post_forward(group: FSDPParamGroup, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
+            return _post_forward(group, module, inputs, output)
+        group._training_state = TrainingState.IDLE
+        return output
+
+    FSDPParamGroup.post_forward = post_forward  # type: ignore
+
+
+PATCHES: dict[Callable[[], None], TorchVersions] = {
+    average_gradients_on_gloo: AVERAGES_ON_GLOO,
+    give_cpu_streams_events: EVENTS_OF_CPU_STREAMS,
+    drop_events_of_unused_gathers: UNUSED_GATHERS_ON_CPU,
+    keep_recomputed_weights: RECOMPUTED_WEIGHTS,
+}
+
+
+def apply_torch_patches(version: str = torch.__version__) -> None:
+    """Applies the patches that a version of torch needs. Cheap to call again."""
+    for patch, versions in PATCHES.items():
+        if versions.include(version):
+            patch()
