@@ -1,8 +1,7 @@
 """The books of a run, proven and asked: ``python -m data.audit RUN``; ``SHARDS --html``: what shards hold."""
 
-import argparse
-import json
 import sys
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,18 +10,13 @@ from data.audit.proof import Proof, prove
 from data.audit.run_data import RunBooks
 from data.explore.exploration import DOCUMENTS, describe, explore
 from data.explore.shards_page import write_page
-from train.recipe.errors import UserError
+from train.record.command import Figures, command
 
 PAGE_FILE = "shards.html"
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns 0 if the books are in order, 1 if not, 2 for a mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.audit",
-        description="Proves from a run's data log, plan and shards that nothing was skipped, but what was "
-        "declared to be, or read twice; with --html shows what shards hold.",
-    )
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds what the command reads."""
     parser.add_argument(
         "folder", help="of a run, runs/NAME; for --html also of shards, whole or one domain's folder"
     )
@@ -43,42 +37,41 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--read-steps", type=int, metavar="N", help="compare the tokens of N steps, evenly spread, not of all"
     )
-    parser.add_argument("--json", metavar="FILE", help="write what is found there too")
-    options = parser.parse_args(arguments)
-    try:
-        if options.html is not None:
-            return _explore(options)
-        books = RunBooks(Path(options.folder))
-        if options.step is not None or options.document is not None:
-            sights = (
-                documents_of_step(books, options.step)
-                if options.step is not None
-                else steps_of_document(books, options.document)
-            )
-            found: object = [asdict(sight) for sight in sights]
-            text, status = describe_sights(sights), 0
-        else:
-            proof = prove(books, options.read_steps, progress=sys.stderr.isatty())
-            found = asdict(proof)
-            text, status = describe_proof(proof, books), 0 if proof.holds else 1
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(text)
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
-    return status
 
 
-def _explore(options: argparse.Namespace) -> int:
+@command(
+    "python -m data.audit",
+    "Proves from a run's data log, plan and shards that nothing was skipped, but what was declared to be, or "
+    "read twice; with --html shows what shards hold.",
+    add_arguments,
+    json="write what is found there too",
+    mistakes=(OSError,),
+)
+def main(options: Namespace) -> Figures:
+    """Proves a run's books or answers what is asked of them; status 1 if they are not in order."""
+    if options.html is not None:
+        return _explore(options)
+    books = RunBooks(Path(options.folder))
+    if options.step is None and options.document is None:
+        proof = prove(books, options.read_steps, progress=sys.stderr.isatty())
+        print(describe_proof(proof, books))
+        return Figures(asdict(proof), status=0 if proof.holds else 1)
+    sights = (
+        documents_of_step(books, options.step)
+        if options.step is not None
+        else steps_of_document(books, options.document)
+    )
+    print(describe_sights(sights))
+    return Figures([asdict(sight) for sight in sights])
+
+
+def _explore(options: Namespace) -> Figures:
     count = DOCUMENTS if options.sample is None else options.sample
     found = explore(Path(options.folder), count, progress=sys.stderr.isatty())
     write_page(found, Path(options.html))
     print(describe(found))
     print(f"open {options.html}")
-    if options.json:
-        Path(options.json).write_text(found.to_json())
-    return 0
+    return Figures(found.to_json())
 
 
 def describe_proof(proof: Proof, books: RunBooks) -> str:

@@ -75,6 +75,7 @@ class Command:
     def run(self, options: Namespace) -> int:
         """Does the work; returns the exit status: 2 for a mistake, 130 after Ctrl-C, else the work's own."""
         log.configure(quiet=options.quiet, as_json=options.json_logs, timestamps=options.timestamps)
+        mistakes: tuple[type[Exception], ...] = (UserError, *self.mistakes)
         file = (getattr(options, self.file) or "command line") if self.file else ""
         try:
             if self.json and options.json and not options.json.parent.is_dir():
@@ -85,7 +86,7 @@ class Command:
             if options.json:
                 write_figures(options.json, outcome.tree)
             return outcome.status
-        except (UserError, *self.mistakes) as error:
+        except mistakes as error:
             line = str(error.at(str(file))) if isinstance(error, UserError) else _line(error)
             logger.error(f"{self.name}: {line}" if self.name else line)
             return USAGE_STATUS
