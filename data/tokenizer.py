@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from data.text.hugging_face_form import read_form, write_form
 from train.recipe.errors import UserError
 from train.recipe.schema import Tokenizer, TokenizerKind
-from train.record.cores import usable_cores
+from train.recipe.topology import usable_cores
 from train.record.files import sha256, write_whole
 
 Tokens = NDArray[np.int32]

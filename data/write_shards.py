@@ -25,8 +25,8 @@ from data.text.job import OUT
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
+from train.recipe.topology import usable_cores
 from train.record.command import Figures, command
-from train.record.cores import usable_cores
 
 
 def ensure_shards(recipe: Recipe) -> Manifest:

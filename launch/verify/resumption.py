@@ -31,7 +31,7 @@ from train.recipe.schema import BalanceScope, Checkpoint, OnExisting, Parallelis
 from train.recipe.tiny import tiny_recipe
 from train.recipe.topology import Topology
 from train.record import metrics
-from train.record.quiet import quiet_libraries
+from train.record.log import quiet_libraries
 from train.record.run_folder import CHECKPOINTS_FOLDER, DATA_LOG_FILE, METRICS_FILE
 from train.record.step_log import read_steps
 from train.run import Machine, build_model, run

@@ -23,8 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from train.recipe.topology import Topology
-from train.record.cores import usable_cores
+from train.recipe.topology import Topology, usable_cores
 from train.record.files import sha256
 
 Agreed = TypeVar("Agreed")
