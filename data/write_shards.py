@@ -27,6 +27,7 @@ from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
 from train.recipe.topology import usable_cores
 from train.record.command import Figures, command
+from train.record.tables import text_table
 
 
 def ensure_shards(recipe: Recipe) -> Manifest:
@@ -164,22 +165,26 @@ def main(options: Namespace) -> Figures:
 
 def describe(manifest: Manifest, root: Path) -> str:
     """The shards as a table."""
-    head = f"{root}: {manifest.tokenizer.name}, sequences of {manifest.sequence_tokens} tokens"
+    lines = [f"{root}: {manifest.tokenizer.name}, sequences of {manifest.sequence_tokens} tokens"]
     rows = [
-        head,
-        f"{'split':24}{'documents':>11}{'samples':>9}{'tokens':>13}{'bytes/token':>13}{'entropy':>9}",
+        (
+            f"{name}/{side}",
+            f"{split.documents:,}",
+            f"{split.samples:,}",
+            f"{split.tokens:,}",
+            f"{split.bytes_per_token:.2f}",
+            f"{split.unigram_entropy:.2f}",
+        )
+        for name, domain in manifest.domains.items()
+        for side, split in domain.splits.items()
     ]
-    for name, domain in manifest.domains.items():
-        for side, split in domain.splits.items():
-            rows.append(
-                f"{name + '/' + side:24}{split.documents:>11,}{split.samples:>9,}{split.tokens:>13,}"
-                f"{split.bytes_per_token:>13.2f}{split.unigram_entropy:>9.2f}"
-            )
+    heads = ("split", "documents", "samples", "tokens", "bytes/token", "entropy")
+    lines.append(text_table(heads, rows, "<>>>>>"))
     for name, domain in manifest.domains.items():
         if domain.rejected:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in domain.rejected.items())
-            rows.append(f"{name}: left out {reasons}; each is listed in {root / name / REJECTED_FILE}")
-    return "\n".join(rows)
+            lines.append(f"{name}: left out {reasons}; each is listed in {root / name / REJECTED_FILE}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

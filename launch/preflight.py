@@ -20,6 +20,7 @@ from train.recipe.rules import validate
 from train.recipe.topology import Topology
 from train.record import log
 from train.record.command import Figures, command
+from train.record.tables import text_table
 
 if TYPE_CHECKING:
     from train.preflight.together import Findings, PreflightRow
@@ -87,10 +88,8 @@ def main(options: Namespace) -> int | Figures:
 
 def describe(findings: "Findings", ranks: int) -> Iterator[str]:
     """The findings as a table, what is wrong, and the verdict: lines."""
-    table = [("check", "where", "found", "wanted", ""), *map(_cells, _by_check(findings.rows))]
-    widths = [max(len(row[column]) for row in table) for column in range(5)]
-    for row in table:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    rows = map(_cells, _by_check(findings.rows))
+    yield from text_table(("check", "where", "found", "wanted", ""), rows, "<<<<<").splitlines()
     yield ""
     for word, lines in (("slow", findings.warnings), ("UNFIT", findings.faults)):
         yield from (f"{word}: {line}" for _, line in lines)

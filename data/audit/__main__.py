@@ -4,6 +4,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import indent
 
 from data.audit.lookup import Sight, documents_of_step, steps_of_document
 from data.audit.proof import Proof, prove
@@ -11,6 +12,7 @@ from data.audit.run_data import RunBooks
 from data.explore.exploration import DOCUMENTS, describe, explore
 from data.explore.shards_page import write_page
 from train.record.command import Figures, command
+from train.record.tables import text_table
 
 PAGE_FILE = "shards.html"
 
@@ -77,10 +79,11 @@ def _explore(options: Namespace) -> Figures:
 def describe_proof(proof: Proof, books: RunBooks) -> str:
     """The proof as lines."""
     lines = [f"{books.folder}: {proof.steps:,} steps, {proof.positions:,} samples"]
-    lines += [
-        f"  {name:20} {samples:>12,} samples  {epochs:8.3f} epochs"
+    consumed = [
+        (name, f"{samples:,} samples", f"{epochs:.3f} epochs")
         for name, (samples, epochs) in proof.consumed.items()
     ]
+    lines.append(indent(text_table((), consumed, "<>>"), "  "))
     lines += [f"  skipped by declaration: {declared}" for declared in proof.declared]
     lines += [f"  FAULT {fault}" for fault in proof.faults]
     if proof.holds:
@@ -93,12 +96,9 @@ def describe_sights(sights: list[Sight]) -> str:
     """What was seen as a table."""
     if not sights:
         return "no step saw it"
-    lines = [f"{'step':>8}{'position':>12}  {'domain':16}{'sample':>10}{'epoch':>6}{'tokens':>8}  document"]
-    lines += [
-        f"{s.step:>8}{s.position:>12}  {s.domain:16}{s.sample:>10}{s.epoch:>6}{s.tokens:>8}  {s.document}"
-        for s in sights
-    ]
-    return "\n".join(lines)
+    heads = ("step", "position", "domain", "sample", "epoch", "tokens", "document")
+    rows = [(s.step, s.position, s.domain, s.sample, s.epoch, s.tokens, s.document) for s in sights]
+    return text_table(heads, rows, ">><>>><")
 
 
 if __name__ == "__main__":

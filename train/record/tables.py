@@ -24,10 +24,6 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[object]], align
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[object]], align: str, style: str) -> str:
-    return tabulate(
-        [[str(cell) for cell in row] for row in rows],
-        headers=heads,
-        tablefmt=style,
-        colalign=[ALIGNMENTS[side] for side in align],
-        disable_numparse=True,
-    )
+    cells = [[str(cell) for cell in row] for row in rows]
+    sides = [ALIGNMENTS[side] for side in align] if cells else None
+    return tabulate(cells, headers=heads, tablefmt=style, colalign=sides, disable_numparse=True)
