@@ -20,6 +20,7 @@ from train.recipe.reading import load_recipe
 from train.record import log
 from train.record.command import Figures, command
 from train.record.run_folder import require_resumption
+from train.record.tables import text_table
 
 EPILOG = """
 Any failure, an exception, a kill, a lost node or a hang, is followed by another try, which resumes from the
@@ -176,15 +177,18 @@ def end_leftovers(folder: Path) -> None:
 def show(folder: Path) -> Figures:
     """Prints the log of tries."""
     tries = read_log(folder)
-    for line in tries:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["begun"]))
-        print(
-            f"{when}  try {line['try']:3d}  {line['seconds']:8.0f} s  {line['kind']:<9}"
-            f"  batch {line['batch']:6d}  {line['line']}"
-            + (f"; {line['excluded']} left out" if line["excluded"] else "")
+    rows = [
+        (
+            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["begun"])),
+            f"try {line['try']}",
+            f"{line['seconds']:.0f} s",
+            line["kind"],
+            f"batch {line['batch']}",
+            line["line"] + (f"; {line['excluded']} left out" if line["excluded"] else ""),
         )
-    if not tries:
-        print(f"{folder / LOG_FILE}: no tries yet")
+        for line in tries
+    ]
+    print(text_table((), rows, "<>><><") if rows else f"{folder / LOG_FILE}: no tries yet")
     return Figures(tries)
 
 
