@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +25,13 @@ from data.text.hugging_face_form import read_form, write_form
 from train.recipe.errors import UserError
 from train.recipe.schema import Tokenizer, TokenizerKind
 from train.recipe.topology import usable_cores
+from train.record import log
 from train.record.files import sha256, write_whole
 
 Tokens = NDArray[np.int32]
 BatchEncoder = Callable[[list[str]], list[Tokens]]
 
-log = logging.getLogger(__name__)
+logger = log.get_logger(__name__)
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 CL100K_PAD = 100277
@@ -90,7 +90,7 @@ class TokenizerHandle:
             if is_equal(fast_encoder, self._encode_with_tiktoken):
                 self._encode_batch = fast_encoder
             else:
-                log.warning("quicktok disagrees with tiktoken on a probe; tiktoken is used")
+                logger.warning("quicktok disagrees with tiktoken on a probe; tiktoken is used")
 
     @property
     def vocab_size(self) -> int:
