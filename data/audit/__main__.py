@@ -1,26 +1,22 @@
 """The books of a run, proven and asked: ``python -m data.audit RUN``."""
 
-import argparse
-import json
 import sys
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import indent
 
 from data.audit.lookup import Sight, documents_of_step, steps_of_document
 from data.audit.proof import Proof, prove
 from data.audit.run_data import RunBooks
-from train.recipe.errors import UserError
+from data.explore.__main__ import PAGE_FILE
+from data.explore.__main__ import main as explore
+from train.record.command import Figures, command
+from train.record.tables import text_table
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns 0 if the books are in order, 1 if not, 2 for a mistake."""
-    if any(argument.split("=")[0] == "--html" for argument in arguments):
-        return _explore(arguments)
-    parser = argparse.ArgumentParser(
-        prog="python -m data.audit",
-        description="Proves from a run's data log, plan and shards that nothing was skipped, but what was "
-        "declared to be, or read twice. What shards hold shows `python -m data.explore SHARDS`.",
-    )
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds what the command reads."""
     parser.add_argument("folder", help="of a run, runs/NAME")
     ask = parser.add_mutually_exclusive_group()
     ask.add_argument("--step", type=int, metavar="N", help="list the documents that step N saw")
@@ -28,36 +24,36 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--read-steps", type=int, metavar="N", help="compare the tokens of N steps, evenly spread, not of all"
     )
-    parser.add_argument("--json", metavar="FILE", help="write what is found there too")
-    options = parser.parse_args(arguments)
-    try:
-        books = RunBooks(Path(options.folder))
-        if options.step is not None or options.document is not None:
-            sights = (
-                documents_of_step(books, options.step)
-                if options.step is not None
-                else steps_of_document(books, options.document)
-            )
-            found: object = [asdict(sight) for sight in sights]
-            text, status = describe_sights(sights), 0
-        else:
-            proof = prove(books, options.read_steps, progress=sys.stderr.isatty())
-            found = asdict(proof)
-            text, status = describe_proof(proof, books), 0 if proof.holds else 1
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(text)
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
-    return status
 
 
-def _explore(arguments: list[str]) -> int:
-    """Runs ``data.audit SHARDS --html [FILE]``, the name of the release before, which gave FILE a default."""
-    from data.explore.__main__ import PAGE_FILE
-    from data.explore.__main__ import main as explore
+@command(
+    "python -m data.audit",
+    "Proves from a run's data log, plan and shards that nothing was skipped, but what was declared to be, or "
+    "read twice. What shards hold shows `python -m data.explore SHARDS`.",
+    add_arguments,
+    json="write what is found there too",
+    mistakes=(OSError,),
+)
+def main(options: Namespace) -> Figures:
+    """Proves a run's books or answers what is asked of them; status 1 if they are not in order."""
+    books = RunBooks(Path(options.folder))
+    if options.step is None and options.document is None:
+        proof = prove(books, options.read_steps, progress=sys.stderr.isatty())
+        print(describe_proof(proof, books))
+        return Figures(asdict(proof), status=0 if proof.holds else 1)
+    sights = (
+        documents_of_step(books, options.step)
+        if options.step is not None
+        else steps_of_document(books, options.document)
+    )
+    print(describe_sights(sights))
+    return Figures([asdict(sight) for sight in sights])
 
+
+def run(arguments: list[str]) -> int:
+    """Runs the command line; ``SHARDS --html [FILE]``, of the release before, is ``data.explore`` now."""
+    if not any(argument.split("=")[0] == "--html" for argument in arguments):
+        return main(arguments)
     print("python -m data.audit SHARDS --html is now called python -m data.explore SHARDS", file=sys.stderr)
     given = [*arguments]
     if "--html" in given:
@@ -70,10 +66,11 @@ def _explore(arguments: list[str]) -> int:
 def describe_proof(proof: Proof, books: RunBooks) -> str:
     """The proof as lines."""
     lines = [f"{books.folder}: {proof.steps:,} steps, {proof.positions:,} samples"]
-    lines += [
-        f"  {name:20} {samples:>12,} samples  {epochs:8.3f} epochs"
+    consumed = [
+        (name, f"{samples:,} samples", f"{epochs:.3f} epochs")
         for name, (samples, epochs) in proof.consumed.items()
     ]
+    lines.append(indent(text_table((), consumed, "<>>"), "  "))
     lines += [f"  skipped by declaration: {declared}" for declared in proof.declared]
     lines += [f"  FAULT {fault}" for fault in proof.faults]
     if proof.holds:
@@ -86,13 +83,10 @@ def describe_sights(sights: list[Sight]) -> str:
     """What was seen as a table."""
     if not sights:
         return "no step saw it"
-    lines = [f"{'step':>8}{'position':>12}  {'domain':16}{'sample':>10}{'epoch':>6}{'tokens':>8}  document"]
-    lines += [
-        f"{s.step:>8}{s.position:>12}  {s.domain:16}{s.sample:>10}{s.epoch:>6}{s.tokens:>8}  {s.document}"
-        for s in sights
-    ]
-    return "\n".join(lines)
+    heads = ("step", "position", "domain", "sample", "epoch", "tokens", "document")
+    rows = [(s.step, s.position, s.domain, s.sample, s.epoch, s.tokens, s.document) for s in sights]
+    return text_table(heads, rows, ">><>>><")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:]))

@@ -1,24 +1,18 @@
 """What shards hold, as a page: ``python -m data.explore SHARDS``."""
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from data.explore.exploration import DOCUMENTS, describe, explore
 from data.explore.shards_page import write_page
-from train.recipe.errors import UserError
-from train.recipe.exit_status import USAGE_STATUS
+from train.record.command import Figures, command
 
 PAGE_FILE = "shards.html"
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns 0, or 2 for a mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.explore",
-        description="Writes a page on shards: sizes, lengths, duplicates, languages, rarity, and a map of "
-        "documents to search.",
-    )
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds what the command reads."""
     parser.add_argument("folder", metavar="SHARDS", help="of a mixture, of one of its domains, or of a run")
     parser.add_argument(
         "--html",
@@ -30,19 +24,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--sample", type=int, metavar="N", default=DOCUMENTS, help=f"documents to draw (default {DOCUMENTS})"
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
-    options = parser.parse_args(arguments)
-    try:
-        found = explore(Path(options.folder), options.sample, progress=sys.stderr.isatty())
-        write_page(found, options.html)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return USAGE_STATUS
+
+
+@command(
+    "python -m data.explore",
+    "Writes a page on shards: sizes, lengths, duplicates, languages, rarity, a map of documents to search.",
+    add_arguments,
+    json="write the figures there too",
+    mistakes=(OSError,),
+)
+def main(options: Namespace) -> Figures:
+    """Explores the shards, writes the page and prints its figures."""
+    found = explore(Path(options.folder), options.sample, progress=sys.stderr.isatty())
+    write_page(found, options.html)
     print(describe(found))
     print(f"open {options.html}")
-    if options.json:
-        options.json.write_text(found.to_json())
-    return 0
+    return Figures(found.to_json())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from data.explore.measure import DomainMeasures, Measures, measure_documents, me
 from data.explore.sample import Document, Shards, draw_documents, draw_lines
 from data.shards.manifest import REJECTED_FILE
 from train.recipe.errors import UserError
+from train.record.tables import text_table
 
 DOCUMENTS = 1500
 """Drawn where nobody says how many: a page of some 2 MB."""
@@ -86,18 +87,22 @@ def explore(place: Path, count: int = DOCUMENTS, progress: bool = False) -> Expl
 
 def describe(found: Exploration) -> str:
     """The domains as a table for a terminal."""
-    rows = [
-        f"{len(found.documents):,} documents drawn",
-        f"{'domain':20}{'of':>12}{'median length':>15}{'copies':>8}{'seen once':>11}  languages",
-    ]
+    rows = []
     for name, domain in found.domains.items():
         languages: list[Any] = list(domain.languages.items())[:4]
+        shares = (f"{language} {count / domain.documents:.0%}" for language, count in languages)
         rows.append(
-            f"{name:20}{found.shards.documents(name):>12,}{domain.length_percentiles['50']:>15,}"
-            f"{domain.exact_copies + domain.near_copies:>8,}{domain.tokens_seen_once:>11,}  "
-            + ", ".join(f"{language} {count / domain.documents:.0%}" for language, count in languages)
+            (
+                name,
+                f"{found.shards.documents(name):,}",
+                f"{domain.length_percentiles['50']:,}",
+                f"{domain.exact_copies + domain.near_copies:,}",
+                f"{domain.tokens_seen_once:,}",
+                ", ".join(shares),
+            )
         )
-    return "\n".join(rows)
+    heads = ("domain", "of", "median length", "copies", "seen once", "languages")
+    return f"{len(found.documents):,} documents drawn\n{text_table(heads, rows, '<>>>><')}"
 
 
 def _removed_copies(shards: Shards, domain: str) -> list[dict[str, str]]:

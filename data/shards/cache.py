@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import random
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +24,9 @@ from data.tokenizer import TOKENIZER_FILE
 from train.recipe.errors import UserError
 from train.recipe.phases import domains_of
 from train.recipe.schema import Recipe, TokenizerKind
+from train.record import log
+
+logger = log.get_logger(__name__)
 
 if TYPE_CHECKING:
     from streaming.base.storage import CloudDownloader
@@ -238,7 +240,8 @@ class ShardCache:
                 if _answers(error) & REFUSED or failures >= self.patience.attempts:
                     raise _gave_up(address, f"{_line(error)} (tried {failures} times)") from None
                 pause = self.patience.pause_seconds(failures)
-                print(f"{address}: {_line(error)}; tried again in {pause:.1f} s", file=sys.stderr, flush=True)
+                line = f"{address}: {_line(error)}; tried again in {pause:.1f} s"
+                logger.warning(line, extra=log.ALL_RANKS)
                 time.sleep(pause)
 
     def _downloader(self) -> "CloudDownloader":

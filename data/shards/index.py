@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from train.record.files import write_whole
+
 INDEX_FILE = "index.json"
 TABLE = ".index-{size}-{modified_ns}.table"
 SMALL_BYTES = 4_000_000
@@ -179,11 +181,9 @@ def _write(table: Path, index: ShardIndex) -> None:
     }
     head = json.dumps({"shards": len(index), "configs": index.configs, "columns": kinds}).encode() + b"\n"
     head = head[:-1] + b" " * (-len(head) % 64) + b"\n"
-    partial = table.with_name(f"{table.name}.partial")
-    partial.write_bytes(head + b"".join(column.tobytes() for column in columns.values()))
     for old in table.parent.glob(".index-*.table"):
         old.unlink(missing_ok=True)
-    partial.replace(table)
+    write_whole(table, head + b"".join(column.tobytes() for column in columns.values()))
 
 
 def _mapped(folder: Path, table: Path) -> ShardIndex:

@@ -21,6 +21,7 @@ from train.recipe.phases import domains_of
 from train.recipe.preparation import Preparation, Source
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe, TokenizerKind
+from train.record import files
 
 MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.jsonl"
@@ -316,10 +317,8 @@ def file_fault(path: Path, size: int | None, sha256: str | None) -> str:
         actual = path.stat().st_size
         if size is not None and actual != size:
             return f"has {actual} bytes instead of {size}"
-        if sha256 is not None:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    return "is altered: its SHA-256 differs"
+        if sha256 is not None and files.sha256(path) != sha256:
+            return "is altered: its SHA-256 differs"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

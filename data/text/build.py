@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -47,6 +46,9 @@ from train.recipe.phases import domains_of
 from train.recipe.preparation import Preparation, Quality, Source, SourceKind
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe, TokenizerKind
+from train.record import log
+
+logger = log.get_logger(__name__)
 
 VERSION = 1
 """Of the stages: raised when they give other bytes, so that no job goes on with results of older ones."""
@@ -73,7 +75,7 @@ def build_into(
     check_preparation(recipe.data.preparation)
     job, chunks = _spool(work, recipe, documents) if documents is not None else _list(work, recipe, engine)
     cleaned = engine.run("reading and filtering", clean, job, chunks)
-    print("telling copies apart", file=sys.stderr, flush=True)
+    logger.info("telling copies apart")
     decision = decide(job, chunks, cleaned)
     _require_documents(recipe, job, decision, cleaned)
     if recipe.tokenizer.kind is TokenizerKind.bpe:
@@ -106,7 +108,7 @@ def _list(work: Path, recipe: Recipe, engine: Engine) -> tuple[PreparationJob, l
     mark = json.dumps([*tree, recipe.data.sequence_tokens], sort_keys=True)
     record = work / "job.json"
     if record.is_file() and record.read_text() == mark:
-        print(f"going on with what {work} holds", file=sys.stderr, flush=True)
+        logger.info(f"going on with what {work} holds")
     else:
         for place in work.iterdir():
             if place.is_dir() and place.name != FETCHED:
@@ -175,7 +177,7 @@ def _require_documents(
 def _train_tokenizer(recipe: Recipe, job: PreparationJob, chunks: list[Chunk], decision: Decision) -> None:
     """Trains a BPE on every n-th document, and writes it where the tasks open it."""
     stride = -(-decision.train_bytes // BPE_TEXT_BYTES)
-    print(f"training a tokenizer of {recipe.tokenizer.vocab_size} tokens", file=sys.stderr, flush=True)
+    logger.info(f"training a tokenizer of {recipe.tokenizer.vocab_size} tokens")
 
     def texts() -> Iterator[str]:
         seen = 0

@@ -14,12 +14,13 @@ import numpy as np
 from data.text.duplicates import PERMUTATIONS, sketch
 from data.text.evaluation_overlap import open_evaluation_texts
 from data.text.inputs import Chunk
-from data.text.job import PreparationJob, Result, save_array, write_whole
+from data.text.job import PreparationJob, Result, save_array
 from data.text.language import language_of
 from data.text.quality import fault_of_code, fault_of_prose, fault_of_repetition
 from data.text.source_records import SourceRecord, read_records
 from data.text.words import hash_words
 from train.recipe.preparation import Quality, Source
+from train.record.files import write_whole
 
 STAGE = "clean"
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -66,7 +67,7 @@ def write_texts(path: Path, documents: list[tuple[str, str]]) -> None:
     with pyarrow.ipc.new_file(sink, schema) as writer:
         writer.write_table(table)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, sink.getvalue().to_pybytes())
+    write_whole(path, sink.getvalue().to_pybytes(), sync=False)
 
 
 def _clean(job: PreparationJob, chunk: Chunk) -> Result:
@@ -89,7 +90,7 @@ def _clean(job: PreparationJob, chunk: Chunk) -> Result:
     for suffix, array in made.items():
         save_array(job.file(STAGE, chunk.number, suffix), array)
     lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in rejected)
-    write_whole(job.file(STAGE, chunk.number, "rejected.jsonl"), lines.encode())
+    write_whole(job.file(STAGE, chunk.number, "rejected.jsonl"), lines, sync=False)
     reasons = Counter(line["reason"].partition(": ")[0] for line in rejected)
     return {"kept": len(kept), "rejected": dict(sorted(reasons.items()))}
 

@@ -11,8 +11,9 @@ from data.text.clean import STAGE as CLEAN
 from data.text.clean import read_documents
 from data.text.duplicates import PERMUTATIONS, Resolution, resolve
 from data.text.inputs import Chunk
-from data.text.job import PreparationJob, Result, save_array, write_whole
+from data.text.job import PreparationJob, Result, save_array
 from data.text.split import held_out
+from train.record.files import write_whole
 
 # N documents of all chunks in order.
 
@@ -122,5 +123,5 @@ def _list_copies(
                 reasons[reason] += 1
                 lines.append({"place": name, "reason": reason, "of": names[keeper]})
     text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
-    write_whole(job.file(STAGE, chunk.number, "rejected.jsonl"), text.encode())
+    write_whole(job.file(STAGE, chunk.number, "rejected.jsonl"), text, sync=False)
     return reasons

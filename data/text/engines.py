@@ -16,7 +16,10 @@ from tqdm import tqdm
 
 from data.text.job import PreparationJob, Result
 from train.recipe.errors import UserError
-from train.record.cores import usable_cores
+from train.recipe.topology import usable_cores
+from train.record import log
+
+logger = log.get_logger(__name__)
 
 Item = TypeVar("Item")
 Stage = Callable[[PreparationJob, Item], Result]
@@ -100,7 +103,7 @@ class Spark:
 
     def run(self, title: str, stage: Stage[Item], job: PreparationJob, items: Sequence[Item]) -> list[Result]:
         """Results of a stage for each item, in their order."""
-        print(f"{title}: {len(items)} tasks on Spark", file=sys.stderr, flush=True)
+        logger.info(f"{title}: {len(items)} tasks on Spark")
         if not items:
             return []
         tasks = self.context.parallelize(list(items), len(items))

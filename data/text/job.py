@@ -7,7 +7,6 @@ of a task that failed are replaced by the next try.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from train.recipe.preparation import Preparation, Source
 from train.recipe.schema import Tokenizer
+from train.record.files import write_whole
 
 Result = dict[str, Any]
 OUT = "out"
@@ -53,15 +53,8 @@ class PreparationJob:
             return done
         record.parent.mkdir(parents=True, exist_ok=True)
         result = make()
-        write_whole(record, json.dumps(result, sort_keys=True).encode())
+        write_whole(record, json.dumps(result, sort_keys=True), sync=False)
         return result
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def save_array(path: Path, array: np.ndarray[Any, Any]) -> None:
@@ -70,4 +63,4 @@ def save_array(path: Path, array: np.ndarray[Any, Any]) -> None:
 
     buffer = io.BytesIO()
     np.save(buffer, array)
-    write_whole(path, buffer.getbuffer())  # type: ignore[arg-type]
+    write_whole(path, buffer.getbuffer(), sync=False)

@@ -19,7 +19,7 @@ from data.text.clean import read_documents
 from data.text.decide import REMOVED, TRAIN, VALIDATION
 from data.text.decide import STAGE as DECIDE
 from data.text.inputs import Chunk
-from data.text.job import PreparationJob, Result, save_array, write_whole
+from data.text.job import PreparationJob, Result, save_array
 from data.text.mds import (
     compress_shard,
     encode_shard,
@@ -31,6 +31,7 @@ from data.text.mds import (
 from data.text.split import SPLITS
 from data.tokenizer import TOKENIZER_FILE, TokenizerHandle, open_tokenizer
 from train.recipe.schema import Tokenizer
+from train.record.files import write_whole
 
 ENCODE, WRITE = "encode", "write"
 SIDES = dict(zip(SPLITS, (TRAIN, VALIDATION), strict=True))
@@ -117,7 +118,7 @@ def _encode(job: PreparationJob, chunk: Chunk) -> Result:
         split = SPLITS[side - TRAIN]
         lines.append({"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "split": split})
     listing = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
-    write_whole(job.file(ENCODE, chunk.number, "documents.jsonl"), listing.encode())
+    write_whole(job.file(ENCODE, chunk.number, "documents.jsonl"), listing, sync=False)
     end = np.array([tokenizer.eos_id], np.int32)
     sides: dict[str, object] = {}
     for split, side in SIDES.items():
@@ -151,14 +152,14 @@ def _write(job: PreparationJob, task: ShardTask) -> Result:
     packed = None if level is None else (level, compress_shard(content, level))
     folder = job.out / task.domain / task.split
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / shard_name(task.shard), content)
+    write_whole(folder / shard_name(task.shard), content, sync=False)
     if packed is not None:
-        write_whole(folder / packed_name(task.shard), packed[1])
+        write_whole(folder / packed_name(task.shard), packed[1], sync=False)
     padding = sum(int(sample.lengths[sample.documents == PADDING].sum()) for sample in samples[-1:])
     tokens = np.concatenate([sample.tokens for sample in samples])
     counts = np.bincount(tokens[: tokens.size - padding], minlength=tokenizer.vocab_size)
     save_array(job.file(WRITE, task.number, "counts.npy"), counts)
-    write_whole(job.file(WRITE, task.number, "digests"), b"".join(map(_digest, samples)))
+    write_whole(job.file(WRITE, task.number, "digests"), b"".join(map(_digest, samples)), sync=False)
     entry = index_entry(task.shard, content, len(samples), job.sequence_tokens, packed)
     return {"entry": entry, "samples": len(samples), "padding": padding}
 

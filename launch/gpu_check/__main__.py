@@ -4,18 +4,20 @@ It ends after 10 minutes, with what it has found until then: not yet run on a GP
 ends with status 0.
 """
 
-import argparse
 import datetime
 import faulthandler
-import json
 import signal
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from train.record.command import Figures, command
+from train.record.log import progress
 
 if TYPE_CHECKING:
     from launch.gpu_check.rows import CheckRow
@@ -27,15 +29,25 @@ LAST_WORDS_SECONDS = 10
 """What hangs in C hears no signal: then the stacks are printed, and nothing else."""
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; status 1 where something fails."""
-    options = parse(arguments)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds what the command reads."""
+    parser.add_argument("--output", default="gpu-check.md", help="file of the table (default %(default)s)")
+
+
+@command(
+    "python -m launch.gpu_check",
+    "Proves kernels, numerics, memory and speed on this GPU, in a table for the docs.",
+    add_arguments,
+    json="write the rows as JSON too",
+)
+def main(options: Namespace) -> int | Figures:
+    """Does all checks; status 1 where something fails."""
     import torch
 
     if not torch.cuda.is_available():
         print("gpu-check: this machine has no NVIDIA GPU that torch sees: nothing to check")
         return 0
-    print("gpu-check: importing Composer and MegaBlocks", flush=True)
+    progress.info("gpu-check: importing Composer and MegaBlocks")
     from launch.gpu_check.rows import CheckRow, table
     from train.layout.device import describe_hardware
     from train.record.provenance import git_commit
@@ -45,7 +57,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGALRM, _is_over)
     faulthandler.dump_traceback_later(LIMIT_SECONDS + LAST_WORDS_SECONDS, exit=True)
     for name, check in parts().items():
-        print(f"gpu-check: {name}", flush=True)
+        progress.info(f"gpu-check: {name}")
         try:
             # Parts that come after the limit get a moment, in which they are told so.
             signal.setitimer(signal.ITIMER_REAL, max(0.01, LIMIT_SECONDS - (time.monotonic() - begun)))
@@ -64,13 +76,9 @@ def main(arguments: list[str]) -> int:
     text = f"`make gpu-check` on {about}:\n\n{table(rows)}\n"
     print(f"\n{text}")
     Path(options.output).write_text(text)
-    if options.json:
-        Path(options.json).write_text(
-            json.dumps({"about": about, "rows": [asdict(r) for r in rows]}, indent=1)
-        )
     failed = sum(not row.passed for row in rows)
     print(f"gpu-check: {len(rows) - failed} of {len(rows)} passed; the table is in {options.output}")
-    return 1 if failed else 0
+    return Figures({"about": about, "rows": [asdict(r) for r in rows]}, 1 if failed else 0)
 
 
 def _is_over(_number: int, _frame: FrameType | None) -> None:
@@ -100,17 +108,6 @@ def parts() -> "dict[str, Callable[[], list[CheckRow]]]":
             gpu_of(properties.name),
         ),
     }
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.gpu_check",
-        description="Proves kernels, numerics, memory and speed on this GPU, in a table for the docs.",
-    )
-    parser.add_argument("--output", default="gpu-check.md", help="file of the table (default %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from train.record.tables import markdown_table
+
 
 @dataclass(frozen=True)
 class CheckRow:
@@ -18,12 +20,8 @@ class CheckRow:
 
 def table(rows: list[CheckRow]) -> str:
     """The findings as a Markdown table."""
-    lines = ["| part | what | found | wanted | |", "|---|---|---:|---:|---|"]
-    lines += [
-        f"| {row.part} | {row.what} | {row.found} | {row.wanted} | {'ok' if row.passed else '**FAIL**'} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    cells = [(row.part, row.what, row.found, row.wanted, "ok" if row.passed else "**FAIL**") for row in rows]
+    return markdown_table(("part", "what", "found", "wanted", ""), cells, "<<>><")
 
 
 def deviation_row(part: str, what: str, deviation: float, bound: float) -> CheckRow:

@@ -4,12 +4,10 @@ Needs no GPU and no torch. Nothing that it says of a GPU was measured by us on o
 come from is in docs/planner.md.
 """
 
-import argparse
-import json
 import sys
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from launch.plan.hardware import GPUS, gpu_named
 from launch.plan.plan_page import write_html
@@ -20,61 +18,14 @@ from launch.plan.table5 import format_table5, table5
 from launch.plan.text import format_plan, format_search, plan_figures
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
+from train.record.command import Figures, command
 
-USAGE_STATUS = 2
 DOES_NOT_FIT_STATUS = 1
 SHOWN = 10
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; status 1 for a plan that does not fit, 2 for a mistake."""
-    options = parse(arguments)
-    try:
-        if options.table5:
-            rows = table5()
-            print(format_table5(rows))
-            return _write_json(options.json, [asdict(row) for row in rows])
-        if options.published:
-            print(format_published(gpu_named(options.gpu)))
-            return _write_json(options.json, published_figures(gpu_named(options.gpu)))
-        return plan_recipe(options)
-    except UserError as error:
-        print(error.at(options.recipe or "command line"), file=sys.stderr)
-        return USAGE_STATUS
-
-
-def plan_recipe(options: argparse.Namespace) -> int:
-    """Plans one recipe, or searches its layouts."""
-    if not options.recipe:
-        raise UserError("is missing", key="RECIPE", remedy="give a YAML file, --table5 or --published")
-    if options.gpus < 1:
-        raise UserError(f"is {options.gpus}", key="--gpus", remedy="give the number of GPUs, for example 64")
-    recipe, gpu = load_recipe(options.recipe, options.overrides), gpu_named(options.gpu)
-    prices = {"imbalance": options.imbalance, "dollars_per_gpu_hour": options.price}
-    if options.search:
-        plans = search(recipe, options.gpus, gpu, **prices)
-        print(format_search(plans, SHOWN))
-        if plans and options.html:
-            write_html(Path(options.html), plans[0])
-        _write_json(options.json, [plan_figures(plan) for plan in plans])
-        return 0 if plans else DOES_NOT_FIT_STATUS
-    plan = make_plan(recipe, options.gpus, gpu, file=options.recipe, **prices)
-    print(format_plan(plan))
-    if options.html:
-        write_html(Path(options.html), plan)
-    _write_json(options.json, plan_figures(plan))
-    if plan.fits:
-        return 0
-    print("\nto make it fit:\n" + "\n".join(f"  {line}" for line in remedies(plan)))
-    return DOES_NOT_FIT_STATUS
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.plan",
-        description="Memory, traffic, time and money of a recipe on GPUs, without a GPU.",
-    )
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds what the command reads."""
     parser.add_argument("recipe", nargs="?", help="YAML file, for example yamls/dbrx.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
     parser.add_argument("--gpus", type=int, default=8, help="how many (default 8)")
@@ -90,17 +41,53 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--published", action="store_true", help="predicted against published training speeds"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON too")
     parser.add_argument(
         "--html", metavar="FILE", help="write the plan as a page: memory bars, timeline of a step"
     )
-    return parser.parse_intermixed_args(arguments)
 
 
-def _write_json(file: str | None, figures: Any) -> int:
-    if file:
-        Path(file).write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
+@command(
+    "python -m launch.plan",
+    "Memory, traffic, time and money of a recipe on GPUs, without a GPU.",
+    add_arguments,
+    json="write the figures as JSON too",
+    file="recipe",
+    mistakes=(OSError,),
+    intermixed=True,
+)
+def main(options: Namespace) -> Figures:
+    """Plans a recipe or prints a table; status 1 for a plan that does not fit."""
+    if options.table5:
+        rows = table5()
+        print(format_table5(rows))
+        return Figures([asdict(row) for row in rows])
+    if options.published:
+        print(format_published(gpu_named(options.gpu)))
+        return Figures(published_figures(gpu_named(options.gpu)))
+    return plan_recipe(options)
+
+
+def plan_recipe(options: Namespace) -> Figures:
+    """Plans one recipe, or searches its layouts."""
+    if not options.recipe:
+        raise UserError("is missing", key="RECIPE", remedy="give a YAML file, --table5 or --published")
+    if options.gpus < 1:
+        raise UserError(f"is {options.gpus}", key="--gpus", remedy="give the number of GPUs, for example 64")
+    recipe, gpu = load_recipe(options.recipe, options.overrides), gpu_named(options.gpu)
+    prices = {"imbalance": options.imbalance, "dollars_per_gpu_hour": options.price}
+    if options.search:
+        plans = search(recipe, options.gpus, gpu, **prices)
+        print(format_search(plans, SHOWN))
+        if plans and options.html:
+            write_html(Path(options.html), plans[0])
+        return Figures([plan_figures(plan) for plan in plans], 0 if plans else DOES_NOT_FIT_STATUS)
+    plan = make_plan(recipe, options.gpus, gpu, file=options.recipe, **prices)
+    print(format_plan(plan))
+    if options.html:
+        write_html(Path(options.html), plan)
+    if not plan.fits:
+        print("\nto make it fit:\n" + "\n".join(f"  {line}" for line in remedies(plan)))
+    return Figures(plan_figures(plan), 0 if plan.fits else DOES_NOT_FIT_STATUS)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Keeps a job running: `python -m launch.restart -- composer -n 8 train/main.py yamls/dbrx-moe-a.yaml`."""
 
-import argparse
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -18,7 +17,10 @@ from train.health.heartbeat import RECORDS_VARIABLE, Heartbeat, pid_space, read_
 from train.recipe.errors import UserError
 from train.recipe.exit_status import PREEMPTED_STATUS, USAGE_STATUS
 from train.recipe.reading import load_recipe
+from train.record import log
+from train.record.command import Figures, command
 from train.record.run_folder import require_resumption
+from train.record.tables import text_table
 
 EPILOG = """
 Any failure, an exception, a kill, a lost node or a hang, is followed by another try, which resumes from the
@@ -27,6 +29,8 @@ told to end (SIGTERM) with everything saved. {hosts} and {nodes} in COMMAND stan
 
   python -m launch.restart --hosts n1,n2,n3 --nodes 2 -- srun --nodelist={hosts} --nodes={nodes} job.sh
 """
+
+logger = log.get_logger("launch.restart")
 
 LIMITS: tuple[tuple[str, float, str, str], ...] = (
     ("--restarts", Policy.restarts, "N", "failures in a row that gain no batch"),
@@ -42,44 +46,8 @@ LIMITS: tuple[tuple[str, float, str, str], ...] = (
 )
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit status."""
-    options = parse(arguments)
-    try:
-        folder = Path(options.records) if options.records else _folder_of(options.command)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return USAGE_STATUS
-    policy = Policy(options.restarts, options.same_batch, options.backoff, options.longest_backoff)
-    if options.show:
-        return show(folder, options.json)
-    if options.look_back:
-        return look_back(folder, policy, _say)
-    hosts = tuple(filter(None, (options.hosts or "").split(",")))
-    nodes = options.nodes or len(hosts)
-    if nodes > len(hosts) and hosts:
-        print(f"--nodes: {nodes} nodes of {len(hosts)} hosts; name more with --hosts", file=sys.stderr)
-        return USAGE_STATUS
-    command = Command(options.command, folder, options.grace)
-    supervisor = Supervisor(command.run, policy, folder, hosts, nodes, _say)
-
-    def end(_number: int, _frame: FrameType | None) -> None:
-        supervisor.is_told_to_end = True
-        command.end()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    return supervisor.run()
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.restart",
-        description="Starts a training command again after any failure, within limits.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds what the command reads."""
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="the training command, after --")
     for option, default, unit, meaning in LIMITS:
         kind = type(default)
@@ -101,14 +69,46 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="for systems that restart jobs by themselves: log how the last try ended, wait, and end with "
         "0, or with 70 if another would not help",
     )
-    parser.add_argument("--json", metavar="FILE", help="with --show: write the log as JSON too")
-    options = parser.parse_args(arguments)
+
+
+@command(
+    "python -m launch.restart",
+    "Starts a training command again after any failure, within limits.",
+    add_arguments,
+    json="with --show: write the log as JSON too",
+    mistakes=(OSError,),
+    epilog=EPILOG,
+)
+def main(options: Namespace) -> int | Figures:
+    """Supervises the command; returns the status that the job ends with."""
     if not options.command and not ((options.show or options.look_back) and options.records):
-        parser.error("no COMMAND: write it after --, for example -- composer -n 8 train/main.py RECIPE.yaml")
-    return options
+        raise UserError(
+            "no COMMAND: write it after --, for example -- composer -n 8 train/main.py RECIPE.yaml"
+        )
+    folder = Path(options.records) if options.records else _folder_of(options.command)
+    policy = Policy(options.restarts, options.same_batch, options.backoff, options.longest_backoff)
+    if options.show:
+        return show(folder)
+    if options.look_back:
+        return look_back(folder, policy, logger.warning)
+    hosts = tuple(filter(None, (options.hosts or "").split(",")))
+    nodes = options.nodes or len(hosts)
+    if nodes > len(hosts) and hosts:
+        what = f"{nodes} nodes of {len(hosts)} hosts"
+        raise UserError(what, key="--nodes", remedy="name more with --hosts")
+    training = TrainingCommand(options.command, folder, options.grace)
+    supervisor = Supervisor(training.run, policy, folder, hosts, nodes, logger.warning)
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        supervisor.is_told_to_end = True
+        training.end()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    return supervisor.run()
 
 
-class Command:
+class TrainingCommand:
     """The training command, run once per try in a session of its own."""
 
     def __init__(self, words: list[str], folder: Path, grace_seconds: float) -> None:
@@ -128,7 +128,7 @@ class Command:
         try:
             self._process = subprocess.Popen(words, env=environment, start_new_session=True)
         except OSError as error:
-            print(f"{words[0]}: {error.strerror}; give a command that can be started", file=sys.stderr)
+            logger.error(f"{words[0]}: {error.strerror}; give a command that can be started")
             return USAGE_STATUS
         status = self._process.wait()
         if self._is_told_to_end and self._have_all_ended() and status == -signal.SIGTERM:
@@ -174,21 +174,22 @@ def end_leftovers(folder: Path) -> None:
                 os.kill(beat.pid, signal.SIGKILL)
 
 
-def show(folder: Path, json_file: str | None) -> int:
+def show(folder: Path) -> Figures:
     """Prints the log of tries."""
-    log = read_log(folder)
-    for line in log:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["begun"]))
-        print(
-            f"{when}  try {line['try']:3d}  {line['seconds']:8.0f} s  {line['kind']:<9}"
-            f"  batch {line['batch']:6d}  {line['line']}"
-            + (f"; {line['excluded']} left out" if line["excluded"] else "")
+    tries = read_log(folder)
+    rows = [
+        (
+            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["begun"])),
+            f"try {line['try']}",
+            f"{line['seconds']:.0f} s",
+            line["kind"],
+            f"batch {line['batch']}",
+            line["line"] + (f"; {line['excluded']} left out" if line["excluded"] else ""),
         )
-    if not log:
-        print(f"{folder / LOG_FILE}: no tries yet")
-    if json_file:
-        Path(json_file).write_text(json.dumps(log, indent=1))
-    return 0
+        for line in tries
+    ]
+    print(text_table((), rows, "<>><><") if rows else f"{folder / LOG_FILE}: no tries yet")
+    return Figures(tries)
 
 
 def _folder_of(command: list[str]) -> Path:
@@ -203,10 +204,6 @@ def _folder_of(command: list[str]) -> Path:
     except UserError as error:
         raise error.at(recipes[0]) from None
     return Path(recipe.runs_dir) / f"{recipe.name}.restarts"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 Not yet run on a GPU. SLURM's script has run on a real SLURM with CPU ranks (docs/cluster.md).
 """
 
-import argparse
+import logging
 import shutil
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,10 +19,13 @@ from launch.submit.environment import describe
 from launch.submit.job import Device, Job, check_job
 from launch.submit.placement import check_placement
 from train.recipe.errors import UserError
+from train.record import log
+from train.record.command import command
 
-USAGE_STATUS = 2
 IMAGE_WORKDIR = "/finegrain"
 HOSTS = ("composer", "torchrun")
+
+logger = log.get_logger("launch.submit")
 
 
 @dataclass(frozen=True)
@@ -46,100 +50,9 @@ SYSTEMS = {
 }
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; status 2 for a mistake."""
-    options = parse(arguments)
-    if options.environment_table:
-        print(describe())
-        return 0
-    try:
-        system, job = SYSTEMS[options.on], job_from(options)
-        _check_system(options.on, system, job)
-        recipe = check_job(job)
-        lines = check_placement(job, recipe)
-        job = replace(job, records=f"{recipe.runs_dir}/{recipe.name}.restarts")
-        text = system.render(job)
-    except UserError as error:
-        print(error.at(options.recipe or "command line"), file=sys.stderr)
-        return USAGE_STATUS
-    for line in lines:
-        print(line, file=sys.stderr)
-    if options.render:
-        print(text, end="")
-        return 0
-    return submit(system, job, text)
-
-
-def submit(system: System, job: Job, text: str) -> int:
-    """Keeps the file, and hands it to the system; returns its command's status."""
-    program = system.submit[0]
-    if shutil.which(program) is None:
-        print(
-            f"{program}: not found on this machine; install it, or print the file with --render",
-            file=sys.stderr,
-        )
-        return USAGE_STATUS
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    file = Path("runs/submitted") / f"{job.name}-{stamp}{system.suffix}"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("x") as stream:
-        stream.write(text)
-    print(f"{' '.join(system.submit)} {file}", flush=True)
-    return subprocess.run([*system.submit, str(file)], check=False).returncode
-
-
-def job_from(options: argparse.Namespace) -> Job:
-    """The description of the job that the command line gives.
-
-    Raises:
-        UserError: for what is missing or malformed.
-    """
-    if not options.recipe:
-        raise UserError("is missing", key="RECIPE", remedy="give a YAML file, for example yamls/dbrx.yaml")
-    in_image = options.image and options.on != "slurm"
-    return Job(
-        recipe_file=options.recipe,
-        overrides=tuple(options.overrides),
-        name=options.name or Path(options.recipe).stem.lower().replace("_", "-"),
-        nodes=options.nodes,
-        spare_nodes=options.spare_nodes,
-        gpus_per_node=options.gpus_per_node,
-        device=Device(options.device),
-        hours=options.hours,
-        image=options.image,
-        mounts=tuple(options.mount),
-        resources=_pairs(options.resource, "--resource", "count", "NAME=COUNT"),
-        claims=_pairs(options.claim, "--claim", "folder", "NAME=/folder"),
-        environment=_pairs(options.env, "--env", "value", "NAME=value"),
-        interface=options.interface,
-        workdir=options.workdir or (IMAGE_WORKDIR if in_image else str(Path.cwd())),
-        hosts=tuple(filter(None, options.hosts.split(","))),
-        remote_shell=options.remote_shell,
-        partition=options.partition,
-        account=options.account,
-        cluster=options.cluster,
-        gpu_type=options.gpu_type,
-        restarts=options.restarts,
-    )
-
-
-def _pairs(texts: list[str], option: str, what: str, form: str) -> dict[str, str]:
-    found = dict[str, str]()
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"{text!r} has no {what}", key=option, remedy=f"write {form}")
-        found[name] = value
-    return found
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds what the command reads."""
     job = Job("")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.submit",
-        description="Checks a recipe against a cluster, writes the system's own file, and submits it.",
-    )
     parser.add_argument("recipe", nargs="?", help="YAML file, for example yamls/dbrx.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
     add = parser.add_argument
@@ -193,7 +106,97 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--cluster", default="", help="mcli's")
     add("--restarts", type=int, default=job.restarts, help="of the whole job (default %(default)s)")
     add("--environment-table", action="store_true", help="print every variable with its reason and end")
-    return parser.parse_intermixed_args(arguments)
+
+
+@command(
+    "python -m launch.submit",
+    "Checks a recipe against a cluster, writes the system's own file, and submits it.",
+    add_arguments,
+    file="recipe",
+    mistakes=(OSError,),
+    intermixed=True,
+)
+def main(options: Namespace) -> int:
+    """Renders the job and submits it; returns the status of the system's command."""
+    if options.environment_table:
+        print(describe())
+        return 0
+    system, job = SYSTEMS[options.on], job_from(options)
+    _check_system(options.on, system, job)
+    recipe = check_job(job)
+    lines = check_placement(job, recipe)
+    text = system.render(replace(job, records=f"{recipe.runs_dir}/{recipe.name}.restarts"))
+    for line in lines:
+        logger.log(logging.WARNING if line.startswith("warning:") else logging.INFO, line)
+    if options.render:
+        print(text, end="")
+        return 0
+    return submit(system, job, text)
+
+
+def submit(system: System, job: Job, text: str) -> int:
+    """Keeps the file, and hands it to the system; returns its command's status.
+
+    Raises:
+        UserError: if the system's command is not installed.
+    """
+    program = system.submit[0]
+    if shutil.which(program) is None:
+        raise UserError(
+            "not found on this machine", file=program, remedy="install it, or print the file with --render"
+        )
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    file = Path("runs/submitted") / f"{job.name}-{stamp}{system.suffix}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("x") as stream:
+        stream.write(text)
+    print(f"{' '.join(system.submit)} {file}", flush=True)
+    return subprocess.run([*system.submit, str(file)], check=False).returncode
+
+
+def job_from(options: Namespace) -> Job:
+    """The description of the job that the command line gives.
+
+    Raises:
+        UserError: for what is missing or malformed.
+    """
+    if not options.recipe:
+        raise UserError("is missing", key="RECIPE", remedy="give a YAML file, for example yamls/dbrx.yaml")
+    in_image = options.image and options.on != "slurm"
+    return Job(
+        recipe_file=options.recipe,
+        overrides=tuple(options.overrides),
+        name=options.name or Path(options.recipe).stem.lower().replace("_", "-"),
+        nodes=options.nodes,
+        spare_nodes=options.spare_nodes,
+        gpus_per_node=options.gpus_per_node,
+        device=Device(options.device),
+        hours=options.hours,
+        image=options.image,
+        mounts=tuple(options.mount),
+        resources=_pairs(options.resource, "--resource", "count", "NAME=COUNT"),
+        claims=_pairs(options.claim, "--claim", "folder", "NAME=/folder"),
+        environment=_pairs(options.env, "--env", "value", "NAME=value"),
+        interface=options.interface,
+        workdir=options.workdir or (IMAGE_WORKDIR if in_image else str(Path.cwd())),
+        hosts=tuple(filter(None, options.hosts.split(","))),
+        remote_shell=options.remote_shell,
+        partition=options.partition,
+        account=options.account,
+        cluster=options.cluster,
+        gpu_type=options.gpu_type,
+        restarts=options.restarts,
+    )
+
+
+def _pairs(texts: list[str], option: str, what: str, form: str) -> dict[str, str]:
+    found = dict[str, str]()
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"{text!r} has no {what}", key=option, remedy=f"write {form}")
+        found[name] = value
+    return found
 
 
 def _check_system(name: str, system: System, job: Job) -> None:

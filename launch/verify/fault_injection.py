@@ -95,8 +95,8 @@ class FaultInjectionCheck(TableCheck):
     name = page = "faults"
     title = "Faults injected into"
     text = (
-        "Faults injected into runs of the tiny recipe, several a run. Every run must end with the losses, "
-        "data log, weights, optimizer and generators of an undisturbed run, bit for bit, and every fault must "
+        "Faults injected into runs of the tiny recipe, several per run. Each run must end with the losses, "
+        "data log, weights, optimizer and generators of an undisturbed one, bit for bit, and each fault must "
         "be named."
     )
 

@@ -17,7 +17,7 @@ from launch.verify.forked_ranks import RankError
 from launch.verify.parity_report import write_certificate
 from launch.verify.tiny_runs import STEPS, prepare, uninterrupted
 from train.recipe.schema import Recipe
-from train.record.quiet import quiet_libraries
+from train.record.log import quiet_libraries
 
 ONE = Layout(1, 1, 1)
 

@@ -7,7 +7,6 @@ file's size and SHA-256 comes last and the rename after it. So a save that was c
 a checkpoint, and a file that is missing, cut short or altered is found before anything is loaded.
 """
 
-import hashlib
 import json
 import random
 import shutil
@@ -24,8 +23,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from train.recipe.topology import Topology
-from train.record.cores import usable_cores
+from train.recipe.topology import Topology, usable_cores
+from train.record.files import sha256
 
 Agreed = TypeVar("Agreed")
 
@@ -211,9 +210,3 @@ def _agree(mine: Agreed, topology: Topology) -> list[Agreed]:
     said: list[Any] = [None] * topology.world_size
     dist.all_gather_object(said, mine)
     return said
-
-
-def sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

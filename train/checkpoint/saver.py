@@ -6,7 +6,6 @@ all ranks, what it wrote is removed, and training goes on.
 """
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -33,9 +32,9 @@ from train.checkpoint.files import (
     check_checkpoint,
     keep_newest,
     random_states,
-    sha256,
 )
 from train.recipe.topology import Topology
+from train.record.files import sha256, write_whole
 
 Result = TypeVar("Result")
 
@@ -160,10 +159,10 @@ class CheckpointSaver:
         dcp.save(state, checkpoint_id=partial / STATE_FOLDER, process_group=self.group, no_dist=is_alone)
         files = sorted((partial / STATE_FOLDER).glob(f"__{rank}_*"))
         files.append(partial / f"rank-{rank}.json")
-        _write_text(files[-1], randoms)
+        write_whole(files[-1], randoms)
         if self.topology.is_main:
             files += [partial / STATE_FOLDER / ".metadata", partial / PROGRESS_FILE]
-            _write_text(files[-1], json.dumps(asdict(progress)))
+            write_whole(files[-1], json.dumps(asdict(progress)))
         return {
             str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
             for file in files
@@ -175,7 +174,7 @@ class CheckpointSaver:
             return
         files = {name: entry for part in entries for name, entry in part.items()}
         manifest = {"world_size": self.topology.world_size, "files": files}
-        _write_text(partial / MANIFEST_FILE, json.dumps(manifest, indent=1))
+        write_whole(partial / MANIFEST_FILE, json.dumps(manifest, indent=1))
         if final.exists() and not _is_whole(final):
             shutil.rmtree(final)
         if not final.exists():
@@ -212,14 +211,6 @@ def _is_whole(folder: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def _write_text(file: Path, text: str) -> None:
-    """Writes a file and waits until the disk has it."""
-    with file.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _line(error: BaseException) -> str:

@@ -4,61 +4,23 @@ A suite of in-context-learning tasks (the Gauntlet), tasks of lm-eval on the exp
 retrieval at depth x length, bits per byte of each domain. Results go into the run's folder and its report.
 """
 
-import argparse
-import json
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from train.evaluate.suite import load_suite, missing_files, require_files, select
 from train.recipe.errors import UserError
-from train.recipe.exit_status import USAGE_STATUS
+from train.record import log
+from train.record.command import Figures, command
 
 LENGTHS = "128,256,512"
 DEPTHS = "0,0.25,0.5,0.75,1"
 
-
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit status (2: a mistake of the user)."""
-    options = parse(arguments)
-    try:
-        if options.suite:
-            suite = load_suite(options.suite)
-            names = select(suite, options.task)
-            if options.available:
-                lacking = missing_files(suite, names, options.data)
-                print(f"evaluate: left out, no file: {', '.join(lacking) or 'none'}", file=sys.stderr)
-                names = [name for name in names if name not in lacking]
-            require_files(suite, names, options.data)
-            options.task = names
-    except UserError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return USAGE_STATUS
-    print("evaluate: importing torch and LLM Foundry first", file=sys.stderr, flush=True)
-    from train.evaluate.evaluation import evaluate_source
-    from train.record.quiet import quiet_libraries
-
-    quiet_libraries()
-    found = []
-    try:
-        for source in options.source:
-            found.append({"source": str(source), **evaluate_source(source, options)})
-    except UserError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return USAGE_STATUS
-    except KeyboardInterrupt:
-        print("\nevaluate: interrupted", file=sys.stderr)
-        return 130
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+logger = log.get_logger("train.evaluate")
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.evaluate",
-        description="Evaluates models: suites of tasks, lm-eval, key-value retrieval, bits per byte.",
-    )
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds what the command reads."""
     parser.add_argument(
         "source", type=Path, nargs="+", help="runs/NAME, a checkpoint, an imported or a Hugging Face folder"
     )
@@ -117,13 +79,44 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--device", help="cpu or cuda (default: cuda where there is one; not yet run on a GPU)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results as JSON too")
-    options = parser.parse_args(arguments)
+
+
+@command(
+    "python -m train.evaluate",
+    "Evaluates models: suites of tasks, lm-eval, key-value retrieval, bits per byte.",
+    add_arguments,
+    json="write all results as JSON too",
+    name="evaluate",
+)
+def main(options: Namespace) -> Figures:
+    """Evaluates each model that is given."""
     if not (options.suite or options.harness or options.retrieval or options.bits_per_byte):
-        parser.error("nothing to do; give --suite, --harness, --retrieval or --bits-per-byte")
-    if options.suite and not options.data:
-        parser.error("--suite needs --data, the folder of its task files")
-    return options
+        raise UserError("nothing to do; give --suite, --harness, --retrieval or --bits-per-byte")
+    if options.suite:
+        options.task = tasks_of(options)
+    logger.info("evaluate: importing torch and LLM Foundry first")
+    from train.evaluate.evaluation import evaluate_source
+
+    log.quiet_libraries()
+    return Figures([{"source": str(source), **evaluate_source(source, options)} for source in options.source])
+
+
+def tasks_of(options: Namespace) -> list[str]:
+    """The names of the suite's tasks to run, whose files are all there.
+
+    Raises:
+        UserError: if a task is unknown or a file is missing.
+    """
+    if not options.data:
+        raise UserError("--suite needs --data, the folder of its task files")
+    suite = load_suite(options.suite)
+    names = select(suite, options.task)
+    if options.available:
+        lacking = missing_files(suite, names, options.data)
+        logger.info(f"evaluate: left out, no file: {', '.join(lacking) or 'none'}")
+        names = [name for name in names if name not in lacking]
+    require_files(suite, names, options.data)
+    return names
 
 
 def _numbers(kind: type) -> "type[list[float]]":
@@ -136,7 +129,7 @@ def _numbers(kind: type) -> "type[list[float]]":
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+        raise ArgumentTypeError("must be at least 1")
     return value
 
 

@@ -16,9 +16,9 @@ from data.write_shards import ensure_shards
 from train.evaluate import results
 from train.evaluate.harness import headline, read_tasks, run_harness
 from train.evaluate.retrieval import retrieval
-from train.evaluate.run_suite import run_suite
+from train.evaluate.run_suite import SuiteResult, run_suite
 from train.evaluate.scorer import Scorer
-from train.evaluate.suite import as_dict, load_suite
+from train.evaluate.suite import Suite, as_dict, load_suite
 from train.evaluate.tasks import hugging_face_tokenizer
 from train.hf.folders import CONFIG_FILE, SOURCE_FOLDER
 from train.hf.hf_folder import write_folder
@@ -27,9 +27,12 @@ from train.hf.weights import WeightSource
 from train.recipe.errors import UserError
 from train.recipe.schema import Precision
 from train.recipe.topology import Topology
-from train.record import metrics
+from train.record import log, metrics
 from train.record.run_folder import CHECKPOINTS_FOLDER
+from train.record.tables import text_table
 from train.report.run_page import write_report
+
+logger = log.get_logger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,18 +129,9 @@ def evaluate_suite(opened: Opened, options: argparse.Namespace) -> dict[str, Any
             progress=progress,
         )
         bar.n = len(options.task)
-    print(f"{'task':28} {'category':26} {'shots':>5} {'questions':>9} {'accuracy':>8} {'score':>7}")
-    for name, found in result.results.items():
-        task = suite.tasks[name]
-        score = result.scores.tasks[name]
-        asked = f"{name:28} {task.category:26} {task.shots:5} {found.questions:9,}"
-        print(f"{asked} {found.accuracy:8.4f} {score:7.4f}")
-    for category, score in result.scores.categories.items():
-        print(f"{category:82} {score:7.4f}")
+    print(suite_table(suite, result))
     for category, lacking in result.scores.missing.items():
         print(f"{category}: no score, lacks {', '.join(lacking)}")
-    if result.scores.average is not None:
-        print(f"{'average':82} {result.scores.average:7.4f}")
     if options.answers:
         lines = (json.dumps(dataclasses.asdict(answer)) for answer in result.answers)
         options.answers.write_text("\n".join(lines) + "\n")
@@ -152,11 +146,31 @@ def evaluate_suite(opened: Opened, options: argparse.Namespace) -> dict[str, Any
     return fields
 
 
+def suite_table(suite: Suite, result: SuiteResult) -> str:
+    """Tasks, categories and the average as a table for a terminal."""
+    rows = [
+        (
+            name,
+            suite.tasks[name].category,
+            str(suite.tasks[name].shots),
+            f"{found.questions:,}",
+            f"{found.accuracy:.4f}",
+            f"{result.scores.tasks[name]:.4f}",
+        )
+        for name, found in result.results.items()
+    ]
+    scores = dict(result.scores.categories)
+    if result.scores.average is not None:
+        scores["average"] = result.scores.average
+    rows += [(name, "", "", "", "", f"{score:.4f}") for name, score in scores.items()]
+    return text_table(("task", "category", "shots", "questions", "accuracy", "score"), rows, "<<>>>>")
+
+
 def evaluate_retrieval(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
     """Accuracy of retrieval by length and depth, printed as a table."""
     lengths = [length for length in options.lengths if length <= opened.scorer.limit]
     if len(lengths) < len(options.lengths):
-        print(f"retrieval: lengths above the model's {opened.scorer.limit} tokens are left out")
+        logger.warning(f"retrieval: lengths above the model's {opened.scorer.limit} tokens are left out")
 
     def encode(text: str) -> list[int]:
         return list(opened.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -165,10 +179,12 @@ def evaluate_retrieval(opened: Opened, options: argparse.Namespace) -> dict[str,
         cells = retrieval(
             opened.scorer, encode, lengths, options.depths, options.trials, progress=lambda *_: _advance(bar)
         )
-    print("depth    " + "".join(f"{f'{length:,}':>10}" for length in lengths) + "  tokens; accuracy")
-    for depth in options.depths:
-        row = [cell.accuracy for cell in cells if cell.depth == depth]
-        print(f"{depth:6.0%}   " + "".join(f"{accuracy:10.2f}" for accuracy in row))
+    rows = [
+        (f"{depth:.0%}", *(f"{cell.accuracy:.2f}" for cell in cells if cell.depth == depth))
+        for depth in options.depths
+    ]
+    heads = ("depth", *(f"{length:,}" for length in lengths))
+    print(f"{text_table(heads, rows, '>' * len(heads))}\naccuracy by depth and length in tokens")
     fields = {"cells": [dataclasses.asdict(cell) for cell in cells], "trials": options.trials}
     opened.keep(results.RETRIEVAL, "key-value", fields)
     return fields
@@ -196,7 +212,16 @@ def evaluate_bits(opened: Opened) -> dict[str, Any]:
         size = manifest.domains[domain].splits["validation"].bytes_per_token
         bits = metrics.in_bits_per_byte(loss / tokens, size)
         domains[domain] = {"loss": loss / tokens, "bits_per_byte": bits, "tokens": tokens}
-        print(f"{domain:20} {loss / tokens:8.4f} nats/token {bits:8.4f} bits/byte {tokens:12,} tokens")
+    rows = [
+        (
+            domain,
+            f"{found['loss']:.4f} nats/token",
+            f"{found['bits_per_byte']:.4f} bits/byte",
+            f"{found['tokens']:,} tokens",
+        )
+        for domain, found in domains.items()
+    ]
+    print(text_table((), rows, "<>>>"))
     fields = {"domains": domains}
     opened.keep(results.BITS, "validation", fields)
     return fields
@@ -222,10 +247,9 @@ def evaluate_harness(opened: Opened, options: argparse.Namespace) -> dict[str, A
             dtype=dtype,
         )
     shown = {name: headline(name, task, found) for name, task in tasks.items()}
-    for name, (metric, value) in shown.items():
-        print(f"{name:28} {metric:26} {value:8.4f}")
     average = sum(value for _, value in shown.values()) / len(shown)
-    print(f"{'average':55} {average:8.4f}")
+    rows = [(name, metric, f"{value:.4f}") for name, (metric, value) in shown.items()]
+    print(text_table((), [*rows, ("average", "", f"{average:.4f}")], "<<>"))
     fields = {
         "tasks": {name: {"metric": metric, "value": value} for name, (metric, value) in shown.items()},
         "average": average,

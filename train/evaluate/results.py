@@ -10,6 +10,7 @@ from typing import Any
 
 from train.evaluate.suite import Scores
 from train.record import metrics
+from train.record.files import write_json
 from train.record.run_folder import EVALUATION_FILE, METRICS_FILE
 from train.record.step_log import STEP, StepLog, read_steps
 
@@ -36,11 +37,7 @@ def add_result(run_dir: Path, kind: str, name: str, batch: int | None, fields: M
     """
     record = {"kind": kind, "name": name, "batch": batch, **fields}
     kept = [r for r in read_results(run_dir) if any(r[key] != record[key] for key in KEY)]
-    path = run_dir / EVALUATION_FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps([*kept, record], indent=1) + "\n")
-    partial.replace(path)
-    return path
+    return write_json(run_dir / EVALUATION_FILE, [*kept, record])
 
 
 def drop_results_after(run_dir: Path, batch: int) -> None:
@@ -48,7 +45,7 @@ def drop_results_after(run_dir: Path, batch: int) -> None:
     records = read_results(run_dir)
     kept = [r for r in records if r["batch"] is None or r["batch"] <= batch]
     if len(kept) < len(records):
-        (run_dir / EVALUATION_FILE).write_text(json.dumps(kept, indent=1) + "\n")
+        write_json(run_dir / EVALUATION_FILE, kept)
 
 
 def as_metrics(scores: Scores) -> dict[str, float]:

@@ -9,11 +9,13 @@ import os
 import socket
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from train.recipe.topology import Topology
+from train.record.files import write_whole
 
 RECORDS_VARIABLE = "FINEGRAIN_RECORDS"
 HOST_VARIABLE = "FINEGRAIN_HOST"
@@ -181,12 +183,8 @@ def stacks_file(folder: Path, rank: int) -> Path:
 
 def write_record(file: Path, record: Any) -> None:
     """Writes a record whole; a disk that is full or gone costs the record and nothing else."""
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(asdict(record)))
-        partial.replace(file)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    with suppress(OSError):
+        write_whole(file, json.dumps(asdict(record)), sync=False)
 
 
 def read_record(file: Path, kind: type[Kind]) -> Kind | None:

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +24,9 @@ from train.health.heartbeat import (
 from train.recipe.exit_status import UNFIT_STATUS
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
+from train.record import log
+
+logger = log.get_logger(__name__)
 
 SHARE_OF_PATIENCE = 0.9
 """Failures before this share of the timeout are not timeouts: a port that is taken, for example."""
@@ -60,7 +62,7 @@ def join(recipe: Recipe, device: Device, topology: Topology) -> None:
             record_failure(folder, topology, 0, failure)
         if not has_waited:
             raise
-        print(f"{failure} ({' '.join(str(error).split())[:200]})", file=sys.stderr, flush=True)
+        logger.error(f"{failure} ({' '.join(str(error).split())[:200]})", extra=log.ALL_RANKS)
         raise SystemExit(UNFIT_STATUS) from None
 
 

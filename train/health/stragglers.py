@@ -12,7 +12,7 @@ from composer.loggers import Logger
 from train.health.collectives import CollectiveRecorder
 from train.health.watchdog import Watchdog
 from train.recipe.topology import Topology
-from train.record import metrics
+from train.record import log, metrics
 from train.record.step_log import StepLog
 
 STRAGGLERS_FILE = "stragglers.jsonl"
@@ -135,10 +135,9 @@ class Stragglers(Callback):
             median = statistics.median_low(seconds)
             self.log.write(batch, {"seconds": seconds, "slow": named})
             for rank in named:
-                print(
+                log.progress.warning(
                     f"batch {batch}: rank {rank} is slow: {seconds[rank]:.3f} s of its own per step, the "
-                    f"median rank {median:.3f} s",
-                    flush=True,
+                    f"median rank {median:.3f} s"
                 )
 
     def close(self, state: State, logger: Logger) -> None:

@@ -44,6 +44,9 @@ from train.health.snapshot import Snapshot
 from train.recipe.exit_status import HANG_STATUS
 from train.recipe.reliability import Watch
 from train.recipe.topology import Topology
+from train.record import log
+
+logger = log.get_logger(__name__)
 
 BEATS_PER_LIMIT = 10
 LONGEST_INTERVAL_SECONDS = 30.0
@@ -235,11 +238,11 @@ def thread_stacks() -> str:
 
 
 def say_finding(finding: Finding) -> None:
-    """Prints a finding with the stacks of those whom it names."""
-    print(finding.line, file=sys.stderr)
+    """Logs a finding with the stacks of those whom it names."""
+    logger.error(finding.line, extra=log.ALL_RANKS)
     for suspect in finding.suspects:
-        print(f"stacks of rank {suspect.rank}:\n{suspect.stacks or '(out of reach)'}", file=sys.stderr)
-    sys.stderr.flush()
+        stacks = f"stacks of rank {suspect.rank}:\n{suspect.stacks or '(out of reach)'}"
+        logger.error(stacks, extra=log.ALL_RANKS)
 
 
 def _signal_main_thread(pid: int, number: int) -> None:

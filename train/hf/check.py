@@ -106,7 +106,7 @@ def compare_all() -> Iterator[Parity]:
     from train.hf.hf_folder import write_folder
     from train.hf.import_hf import import_folder
     from train.hf.weights import WeightSource, open_weights
-    from train.record.quiet import no_bars
+    from train.record.log import no_bars
 
     for name, model in tqdm(SMALL_MODELS.items(), desc="architectures", leave=False):
         # One bar is enough.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from train.hf.folders import read_json
 from train.recipe.errors import UserError
-from train.record.cores import usable_cores
+from train.recipe.topology import usable_cores
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from train.checkpoint.files import sha256
 from train.hf.folders import MODEL_FILE, read_json, write_model
 from train.hf.safetensors_io import (
     TensorInfo,
@@ -28,6 +27,7 @@ from train.hf.weights import Weights, row_blocks
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import Model
+from train.record.files import sha256
 
 MANIFEST_FILE = "manifest.json"
 UNFINISHED_FILE = "manifest.partial.json"

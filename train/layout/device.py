@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from train.record.cores import usable_cores
+from train.recipe.topology import usable_cores
 
 MEASURE_SECONDS = 1.0
 CPU_SIZE = 1024

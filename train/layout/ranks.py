@@ -1,5 +1,6 @@
 """Rank 0 at work for all ranks: run something there and broadcast the result, or print a line once."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -7,6 +8,7 @@ import torch.distributed as dist
 
 from train.recipe.errors import UserError
 from train.recipe.topology import Topology
+from train.record.log import progress
 
 Result = TypeVar("Result")
 
@@ -27,7 +29,7 @@ def run_on_rank_0(topology: Topology, work: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def log_on_rank_0(topology: Topology, line: str) -> None:
-    """Prints a line, once."""
+def log_on_rank_0(topology: Topology, line: str, level: int = logging.INFO) -> None:
+    """Logs a line of the run's progress, once."""
     if topology.is_main:
-        print(line, flush=True)
+        progress.log(level, line)

@@ -12,3 +12,5 @@ REPLAY_STATUS = 77
 """The last steps are to be trained again, from the newest checkpoint: a gradient was not finite."""
 UNFIT_STATUS = 78
 """Preflight found a machine unfit: no step was trained."""
+INTERRUPTED_STATUS = 130
+"""After Ctrl-C, as shells have it."""

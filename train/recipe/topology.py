@@ -1,4 +1,4 @@
-"""Which rank of how many this process is; the one place that reads the launcher's variables."""
+"""Which rank of how many this process is, and on how many cores; reads the launcher's variables."""
 
 import os
 from collections.abc import Mapping
@@ -46,3 +46,10 @@ class Topology:
                 f"{topology} is impossible", key="RANK", remedy="start through `composer`", file="environment"
             )
         return topology
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: those of its job or container, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -11,16 +11,15 @@ from composer.loggers import Logger, LoggerDestination
 from tqdm import tqdm
 
 from train.recipe.units import duration, short_number
-from train.record import metrics
+from train.record import log, metrics
 
 
 class Console(LoggerDestination):
-    """Prints means over the batches since the last line; for the main rank alone.
+    """Logs means over the batches since the last line as the run's progress; for the main rank alone.
 
     Args:
         total_batches: length of the run.
         interval_batches: batches between lines; the first and the last batch have lines too.
-        out: where lines go, standard output by default.
         bar: where the progress bar goes, standard error by default; none is drawn off a terminal.
     """
 
@@ -28,13 +27,11 @@ class Console(LoggerDestination):
         self,
         total_batches: int,
         interval_batches: int,
-        out: TextIO | None = None,
         bar: TextIO | None = None,
     ) -> None:
         self.total, self.interval = total_batches, interval_batches
-        self.out = out or sys.stdout
         bar_stream = bar or sys.stderr
-        self._bar_stream = bar_stream if bar_stream.isatty() else None
+        self._bar_stream = bar_stream if bar_stream.isatty() and not log.is_quiet() else None
         self._bar: tqdm | None = None
         self._gathered: dict[str, list[float]] = defaultdict(list)
         self._validation: dict[str, float] = {}
@@ -110,7 +107,7 @@ class Console(LoggerDestination):
     def _print(self, line: str) -> None:
         if self._bar is not None:
             self._bar.clear()
-        print(line, file=self.out, flush=True)
+        log.progress.info(line)
         if self._bar is not None:
             self._bar.refresh()
 

@@ -10,6 +10,7 @@ from train.recipe.errors import UserError
 from train.recipe.keys import OnResume
 from train.recipe.reading import load_recipe, to_read_dict, to_yaml
 from train.recipe.schema import OnExisting, Recipe
+from train.record.files import write_json, write_whole
 
 DATA_FILE = "data.json"
 RECIPE_FILE = "recipe.yaml"
@@ -87,7 +88,7 @@ def require_resumption(recipe: Recipe) -> None:
 
 def keep_recipe(recipe: Recipe, folder: Path) -> None:
     """Writes the recipe that the run goes on with, once it is accepted."""
-    (folder / RECIPE_FILE).write_text(to_yaml(recipe))
+    write_whole(folder / RECIPE_FILE, to_yaml(recipe))
 
 
 def require_same_data(folder: Path, digests: dict[str, str]) -> None:
@@ -109,7 +110,7 @@ def require_same_data(folder: Path, digests: dict[str, str]) -> None:
                 key="data.shards",
                 remedy="put the old shards back, or give the run another name",
             )
-    file.write_text(json.dumps(before | digests, indent=1, sort_keys=True) + "\n")
+    write_json(file, before | digests, sort_keys=True)
 
 
 def _refuse_foreign(folder: Path) -> None:

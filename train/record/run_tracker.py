@@ -5,7 +5,6 @@ batch is trained and written at its end; those of an evaluation are added to the
 it follows.
 """
 
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,11 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 
 from train.record import metrics
+from train.record.log import get_logger
 from train.record.run_folder import METRICS_FILE
 from train.record.step_log import TIMESTAMP, TOKENS, StepLog
+
+logger = get_logger(__name__)
 
 
 class RunTracker(LoggerDestination):
@@ -100,7 +102,7 @@ class RunTracker(LoggerDestination):
             self.log.write(stamp.batch.value, fields)
         except OSError as error:
             if not self._is_failing:
-                print(f"{self.log.path} NOT written: {error}; training goes on", file=sys.stderr, flush=True)
+                logger.error(f"{self.log.path} NOT written: {error}; training goes on")
             self._is_failing = True
         else:
             self._is_failing = False

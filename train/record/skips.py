@@ -5,7 +5,6 @@ ends to go back, and never shortened: whoever resumes the run reads it and so re
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from train.recipe.curriculum import Skip
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
+from train.record.files import write_json
 from train.record.run_folder import SKIPS_FILE
 
 
@@ -54,12 +54,7 @@ def write_decisions(folder: Path, decisions: Sequence[GuardDecision]) -> None:
     Raises:
         OSError: where the disk has no room.
     """
-    partial = folder / f"{SKIPS_FILE}.partial"
-    with partial.open("w") as stream:
-        stream.write(json.dumps([asdict(decision) for decision in decisions], indent=1) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(folder / SKIPS_FILE)
+    write_json(folder / SKIPS_FILE, [asdict(decision) for decision in decisions])
 
 
 def declared_skips(recipe: Recipe, folder: Path) -> tuple[Skip, ...]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from train.record.files import write_json
 from train.record.run_folder import SUMMARY_FILE
 
 
@@ -65,11 +66,7 @@ class Summary:
 
 def write_summary(run_dir: Path, summary: Summary) -> Path:
     """Writes `summary.json`, whole or not at all."""
-    path = run_dir / SUMMARY_FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(dataclasses.asdict(summary), indent=1) + "\n")
-    partial.replace(path)
-    return path
+    return write_json(run_dir / SUMMARY_FILE, dataclasses.asdict(summary))
 
 
 def read_summary(run_dir: Path) -> Summary | None:

@@ -1,66 +1,18 @@
 """Reports: `python -m train.report runs/NAME`, or `--compare runs/A runs/B ...`."""
 
-import argparse
-import json
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from train.recipe.errors import UserError
+from train.record.command import Figures, command
 from train.report.run_page import describe, key_figures, write_report
 from train.report.run_record import read_run
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; the exit status is 2 for a mistake in what was given."""
-    options = parse(arguments)
-    try:
-        return compare_runs(options) if options.compare else report(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-
-
-def report(options: argparse.Namespace) -> int:
-    """Writes the page of one run and prints its key figures."""
-    if len(options.run) != 1:
-        raise UserError("several runs are given", key="RUN", remedy="add --compare, or give one")
-    path = write_report(options.run[0])
-    figures = key_figures(read_run(options.run[0]))
-    print(f"{describe(figures)}\n{path}")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
-
-
-def compare_runs(options: argparse.Namespace) -> int:
-    """Writes the comparison of several runs and prints its tables."""
-    from train.report.compare import as_json, compare, format_comparison, read_entries, write_csv
-    from train.report.compare_page import write_page, write_png
-
-    group = [key for key in (options.group or "").split(",") if key]
-    entries = read_entries(options.run, group=group, metric=options.metric)
-    comparison = compare(entries, baseline=options.baseline, metric=options.metric)
-    print(format_comparison(comparison))
-    options.out.mkdir(parents=True, exist_ok=True)
-    page = options.out / "comparison.html"
-    write_page(comparison, page)
-    write_png(comparison, options.out / "comparison.png")
-    write_csv(comparison, options.out / "comparison.csv")
-    print(f"\n{page}, and comparison.png and comparison.csv beside it")
-    if options.json:
-        options.json.write_text(as_json(comparison))
-    return 0
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.report",
-        description="Writes runs/NAME/report.html from the files of the run and prints its key figures, "
-        "or compares runs: loss at equal FLOPs, FLOPs at equal loss, with intervals.",
-    )
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds what the command reads."""
     parser.add_argument("run", type=Path, nargs="+", help="folder of a run, runs/NAME")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
     parser.add_argument("--compare", action="store_true", help="hold the given runs against each other")
     parser.add_argument(
         "--group",
@@ -81,7 +33,47 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default=Path("runs/comparison"),
         help="folder for page, PNG and CSV (default: runs/comparison)",
     )
-    return parser.parse_args(arguments)
+
+
+@command(
+    "python -m train.report",
+    "Writes runs/NAME/report.html from the files of the run and prints its key figures, "
+    "or compares runs: loss at equal FLOPs, FLOPs at equal loss, with intervals.",
+    add_arguments,
+    json="write the figures as JSON too",
+    mistakes=(OSError,),
+)
+def main(options: Namespace) -> Figures:
+    """Reports on one run or compares several."""
+    return compare_runs(options) if options.compare else report(options)
+
+
+def report(options: Namespace) -> Figures:
+    """Writes the page of one run and prints its key figures."""
+    if len(options.run) != 1:
+        raise UserError("several runs are given", key="RUN", remedy="add --compare, or give one")
+    path = write_report(options.run[0])
+    figures = key_figures(read_run(options.run[0]))
+    print(f"{describe(figures)}\n{path}")
+    return Figures(figures)
+
+
+def compare_runs(options: Namespace) -> Figures:
+    """Writes the comparison of several runs and prints its tables."""
+    from train.report.compare import as_json, compare, format_comparison, read_entries, write_csv
+    from train.report.compare_page import write_page, write_png
+
+    group = [key for key in (options.group or "").split(",") if key]
+    entries = read_entries(options.run, group=group, metric=options.metric)
+    comparison = compare(entries, baseline=options.baseline, metric=options.metric)
+    print(format_comparison(comparison))
+    options.out.mkdir(parents=True, exist_ok=True)
+    page = options.out / "comparison.html"
+    write_page(comparison, page)
+    write_png(comparison, options.out / "comparison.png")
+    write_csv(comparison, options.out / "comparison.csv")
+    print(f"\n{page}, and comparison.png and comparison.csv beside it")
+    return Figures(as_json(comparison))
 
 
 if __name__ == "__main__":

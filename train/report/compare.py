@@ -21,6 +21,7 @@ from train.recipe.schema import Model, Recipe
 from train.recipe.units import short_number
 from train.record import metrics
 from train.record.run_folder import RECIPE_FILE
+from train.record.tables import text_table
 from train.report.cells import Cell, ComparedRun, cells_of
 from train.report.run_record import RunRecord, read_run
 from train.report.scaling import CONFIDENCE, Advantage, Curve, Runs, advantages, fit_curves
@@ -238,14 +239,7 @@ def format_comparison(comparison: Comparison) -> str:
 
 
 def _columns(heads: Row, rows: list[Row]) -> str:
-    widths = [max(len(row[place]) for row in [heads, *rows]) for place in range(len(heads))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [heads, *rows]
-    )
+    return text_table(heads, rows, "<" + ">" * (len(heads) - 1))
 
 
 def _pairs(curves: dict[str, Curve], baseline: str) -> list[tuple[str, str]]:

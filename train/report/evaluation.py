@@ -1,7 +1,7 @@
 """The report's part on evaluations: scores over training, tables of the newest checkpoint, heat maps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
@@ -11,14 +11,16 @@ from train.record import metrics
 from train.record.page.svg import COLOURS, draw_svg
 from train.report.run_record import RunRecord
 
+Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
+"""Heads and rows."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation of a run, as its page shows it."""
 
     title: str
-    tables: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = field(default_factory=list)
-    """Heads and rows."""
+    tables: Sequence[Table] = ()
     figure: Markup | None = None
     caption: str = ""
 
@@ -51,8 +53,10 @@ def _suite(title: str, record: dict[str, Any]) -> Evaluation:
     summed += [(name, f"no score: lacks {', '.join(lacking)}") for name, lacking in scores["missing"].items()]
     if scores["average"] is not None:
         summed.append(("average", f"{scores['average']:.4f}"))
-    tables = [(("task", "questions", "accuracy", "score (0 is guessing)"), rows)]
-    return Evaluation(title, tables + ([(("category", "score"), summed)] if summed else []))
+    tables: list[Table] = [(("task", "questions", "accuracy", "score (0 is guessing)"), rows)]
+    if summed:
+        tables.append((("category", "score"), summed))
+    return Evaluation(title, tables)
 
 
 def _harness(title: str, record: dict[str, Any]) -> Evaluation:

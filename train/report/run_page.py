@@ -1,6 +1,6 @@
 """One page about a run, in one file that needs nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +127,7 @@ def figures(run: RunRecord) -> dict[str, Markup | None]:
     }
 
 
-def validation_rows(run: RunRecord) -> list[tuple[str, ...]]:
+def validation_rows(run: RunRecord) -> Sequence[tuple[str, ...]]:
     """Of each domain: its newest validation loss, the text's unigram entropy, bits per byte."""
     rows = []
     for domain, key in metrics.match_names(metrics.LOSS_VALIDATION, run.keys).items():

@@ -3,16 +3,19 @@
 `follow` is the process beside a training run, see :mod:`train.tracking.uploader`.
 """
 
-import argparse
 import dataclasses
-import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from train.recipe.errors import UserError
+from train.record import log
+from train.record.command import CommandGroup, Figures, command
 from train.tracking.mlflow_upload import (
     ARTIFACTS_FOLDER,
     FACTS_FILE,
@@ -26,13 +29,15 @@ from train.tracking.mlflow_upload import (
     exclusive,
     public_uri,
 )
-from train.tracking.uploader import say, short_path, store_of
+from train.tracking.uploader import short_path, store_of
 
 POLL_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0
 TICK_SECONDS = 0.2
 UNSENT_STATUS = 3
 LOWER_PRIORITY = 10
+
+logger = log.get_logger("train.tracking")
 
 
 def follow(run_dir: Path, parent: int) -> int:
@@ -51,10 +56,13 @@ def follow(run_dir: Path, parent: int) -> int:
             except UploadError as error:
                 failures += 1
                 if failures == 1 and not is_last:
-                    say(f"{place} does not take records ({error}); they wait in {short_path(run_dir)}")
+                    logger.warning(
+                        f"tracking: {place} does not take records ({error}); they wait in "
+                        f"{short_path(run_dir)}"
+                    )
             else:
                 if failures:
-                    say(f"{place} answers again; {sent} figures that waited are there")
+                    logger.warning(f"tracking: {place} answers again; {sent} figures that waited are there")
                 failures = 0
             if is_last:
                 return UNSENT_STATUS if failures else 0
@@ -98,14 +106,16 @@ def upload_runs(run_dirs: Sequence[Path], uri: str | None) -> list[dict[str, obj
 
 
 def serve(runs_dir: Path, host: str, port: int) -> int:
-    """Opens MLflow's page on the embedded store; does not return while it runs."""
+    """Opens MLflow's page on the embedded store; does not return while it runs.
+
+    Raises:
+        UserError: if there is no store yet.
+    """
     store = (runs_dir / STORE_FILE).resolve()
     if not store.is_file():
-        print(
-            f"{runs_dir}: has no {STORE_FILE} yet; train something first, for example `make smoke`",
-            file=sys.stderr,
+        raise UserError(
+            f"{runs_dir}: has no {STORE_FILE} yet; train something first, for example `make smoke`"
         )
-        return 2
     print(f"MLflow on {store}: http://{host}:{port} (end with Ctrl-C)", flush=True)
     # Its server makes a folder where it is started.
     os.chdir(store.parent)
@@ -116,43 +126,73 @@ def serve(runs_dir: Path, host: str, port: int) -> int:
     )
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line."""
-    options = parse(arguments)
-    # MLflow tells of every migration of a new store, forty lines.
-    logging.disable(logging.INFO)
-    if options.command == "ui":
-        return serve(options.runs_dir, options.host, options.port)
-    try:
-        if options.command == "follow":
-            return follow(options.run, options.parent)
-        rows = upload_runs(options.run, options.uri)
-    except UploadError as error:
-        print(f"tracking: {error}", file=sys.stderr)
-        return 1
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
+def _upload_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, nargs="+", help="folder of a run, runs/NAME")
+    parser.add_argument("--uri", help="send to this tracking server, from now on, instead of the recipe's")
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(prog="python -m train.tracking", description="Runs and MLflow.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    upload = commands.add_parser("upload", help="send what is unsent of runs; again and again if you like")
-    upload.add_argument("run", type=Path, nargs="+", help="folder of a run, runs/NAME")
-    upload.add_argument("--uri", help="send to this tracking server, from now on, instead of the recipe's")
-    upload.add_argument("--json", type=Path, metavar="FILE", help="write what was sent as JSON too")
-    page = commands.add_parser("ui", help="MLflow's page on the embedded store")
-    page.add_argument(
+def _page_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
         "--runs-dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)"
     )
-    page.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
-    page.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
-    following = commands.add_parser("follow", help="send a run while it is trained; started by the training")
-    following.add_argument("run", type=Path, help="folder of the run")
-    following.add_argument("--parent", type=int, required=True, help="process whose end ends this one")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
+
+
+def _follow_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--parent", type=int, required=True, help="process whose end ends this one")
+
+
+@command(
+    "python -m train.tracking upload",
+    "send what is unsent of runs; again and again if you like",
+    _upload_arguments,
+    json="write what was sent as JSON too",
+)
+def _upload(options: Namespace) -> int | Figures:
+    try:
+        with _quiet_mlflow():
+            return Figures(upload_runs(options.run, options.uri))
+    except UploadError as error:
+        logger.error(f"tracking: {error}")
+        return 1
+
+
+@command("python -m train.tracking ui", "MLflow's page on the embedded store", _page_arguments)
+def _page(options: Namespace) -> int:
+    return serve(options.runs_dir, options.host, options.port)
+
+
+@command(
+    "python -m train.tracking follow",
+    "send a run while it is trained; started by the training",
+    _follow_arguments,
+)
+def _follow(options: Namespace) -> int:
+    try:
+        with _quiet_mlflow():
+            return follow(options.run, options.parent)
+    except UploadError as error:
+        logger.error(f"tracking: {error}")
+        return 1
+
+
+@contextmanager
+def _quiet_mlflow() -> Iterator[None]:
+    """Hides what MLflow tells of every migration of a new store, forty lines; only warnings are written."""
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+main = CommandGroup(
+    "python -m train.tracking", "Runs and MLflow.", {"upload": _upload, "ui": _page, "follow": _follow}
+)
 
 
 if __name__ == "__main__":

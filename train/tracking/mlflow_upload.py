@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from train.recipe.errors import UserError
+from train.record.files import write_json
 from train.record.metrics import find_metric
 from train.record.run_folder import METRICS_FILE
 from train.record.step_log import STEP, TIMESTAMP, lines_from
@@ -65,7 +66,7 @@ class RunFacts:
 
     def write(self, run_dir: Path) -> None:
         """Writes `tracking.json`."""
-        _write_json(run_dir / FACTS_FILE, dataclasses.asdict(self))
+        write_json(run_dir / FACTS_FILE, dataclasses.asdict(self))
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunFacts":
@@ -299,7 +300,7 @@ class Upload:
         return state if state.uri == here else UploadState(uri=here)
 
     def _write_state(self) -> None:
-        _write_json(self.run_dir / STATE_FILE, dataclasses.asdict(self.state))
+        write_json(self.run_dir / STATE_FILE, dataclasses.asdict(self.state))
 
 
 @contextlib.contextmanager
@@ -362,9 +363,3 @@ def _mlflow_input(dataset: DatasetInput) -> Any:
 
 def _fingerprint(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(tree, indent=1) + "\n")
-    partial.replace(path)

@@ -5,10 +5,9 @@ which MLflow's and Databricks' serving speak), and registered with its lineage: 
 data, parent. The recipe's `tracking.registry: unity_catalog` sends the same call to Unity Catalog.
 """
 
-import argparse
-import json
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,15 @@ from train.hf.folders import read_json
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe, Registry
+from train.record import log
+from train.record.command import Figures, command
 
 UNITY_CATALOG_URI = "databricks-uc"
 TASK = "llm/v1/completions"
 ARTIFACT_PATH = "model"
 TAG_CHARACTERS = 5000
-USAGE_STATUS = 2
+
+logger = log.get_logger("train.tracking.registry")
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,23 @@ class Registered:
     registry_uri: str
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit status (2: a mistake of the user, 1: MLflow refuses)."""
-    options = parse(arguments)
-    print("registry: importing MLflow and transformers", file=sys.stderr, flush=True)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds what the command reads."""
+    parser.add_argument("folder", type=Path, help="folder that train.hf.export wrote")
+    parser.add_argument("--run", type=Path, help="runs/NAME (default: the one that it was exported from)")
+    parser.add_argument("--name", help="in the registry (default: tracking.registered_model, or the run's)")
+
+
+@command(
+    "python -m train.tracking.registry",
+    "Registers an exported model with its lineage.",
+    add_arguments,
+    json="write name and version as JSON too",
+    name="registry",
+)
+def main(options: Namespace) -> int | Figures:
+    """Registers an exported folder; status 1 where MLflow refuses."""
+    logger.info("registry: importing MLflow and transformers")
     # What is logged is a folder; nothing is asked of a hub.
     os.environ["HF_HUB_OFFLINE"] = "1"
     from mlflow.exceptions import MlflowException
@@ -48,19 +63,16 @@ def main(arguments: list[str]) -> int:
 
     try:
         registered = register(options.folder, options.run, options.name)
-    except (UserError, UploadError) as error:
-        print(f"registry: {error}", file=sys.stderr)
-        return USAGE_STATUS
+    except UploadError as error:
+        raise UserError(str(error)) from None
     except (MlflowException, OSError) as error:
-        print(f"registry: MLflow does not take it: {str(error).splitlines()[0][:300]}", file=sys.stderr)
+        logger.error(f"registry: MLflow does not take it: {str(error).splitlines()[0][:300]}")
         return 1
     print(
         f"{registered.name} version {registered.version} in {registered.registry_uri}, logged under MLflow "
         f"run {registered.run_id}"
     )
-    if options.json:
-        options.json.write_text(json.dumps(registered.__dict__, indent=1) + "\n")
-    return 0
+    return Figures(registered.__dict__)
 
 
 def register(folder: Path, run: Path | None = None, name: str | None = None) -> Registered:
@@ -138,18 +150,6 @@ def _requirements() -> list[str]:
     from importlib.metadata import version
 
     return [f"{package}=={version(package)}" for package in ("torch", "transformers", "accelerate")]
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.tracking.registry", description="Registers an exported model with its lineage."
-    )
-    parser.add_argument("folder", type=Path, help="folder that train.hf.export wrote")
-    parser.add_argument("--run", type=Path, help="runs/NAME (default: the one that it was exported from)")
-    parser.add_argument("--name", help="in the registry (default: tracking.registered_model, or the run's)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write name and version as JSON too")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from train.recipe.errors import UserError
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe
+from train.record import log
 from train.record.provenance import git_commit, package_versions
 from train.record.run_folder import (
     EVALUATION_FILE,
@@ -37,6 +38,8 @@ from train.tracking.mlflow_upload import (
 CHECKOUT = str(Path(__file__).resolve().parents[2])
 REQUEST_SECONDS = 10
 ARTIFACTS = (REPORT_FILE, RECIPE_FILE, SUMMARY_FILE, SAMPLE_FILE, EVALUATION_FILE, METRICS_FILE)
+
+logger = log.get_logger(__name__)
 
 
 class MlflowUploader:
@@ -82,14 +85,14 @@ class MlflowUploader:
         command = [sys.executable, "-m", "train.tracking", "follow", str(self.run_dir)]
         try:
             self._process = subprocess.Popen(
-                [*command, "--parent", str(os.getpid())],
+                [*command, "--parent", str(os.getpid()), *log.options()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 # An interrupt from the keyboard is for the training, which then ends this process.
                 start_new_session=True,
             )
         except OSError as error:
-            say(f"not started ({error}); later: {upload_command(self.run_dir)}")
+            logger.warning(f"tracking: not started ({error}); later: {upload_command(self.run_dir)}")
 
     def finish(self, status: str = "FINISHED", timeout_s: float = 60.0) -> bool:
         """Has the rest sent, report and recipe included, and ends the process.
@@ -108,7 +111,7 @@ class MlflowUploader:
         try:
             self._process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            say(f"sending the last figures to {store_of(self.run_dir, self.facts)}")
+            logger.info(f"tracking: sending the last figures to {store_of(self.run_dir, self.facts)}")
         try:
             is_sent = self._process.wait(timeout=timeout_s) == 0
         except subprocess.TimeoutExpired:
@@ -117,8 +120,8 @@ class MlflowUploader:
             is_sent = False
         self._process = None
         if not is_sent:
-            say(
-                f"not everything is at {store_of(self.run_dir, self.facts)}; "
+            logger.warning(
+                f"tracking: not everything is at {store_of(self.run_dir, self.facts)}; "
                 f"later: {upload_command(self.run_dir)}"
             )
         return is_sent
@@ -180,8 +183,3 @@ def upload_command(run_dir: Path) -> str:
 def short_path(path: Path) -> str:
     """A path as short as it can be."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def say(text: str) -> None:
-    """Says a line."""
-    print(f"tracking: {text}", file=sys.stderr, flush=True)

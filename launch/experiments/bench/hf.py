@@ -36,7 +36,7 @@ from train.recipe import sizes
 from train.recipe.reading import to_yaml
 from train.recipe.schema import Data, Model, Moe, Optimizer, Precision, Recipe, Training
 from train.recipe.topology import Topology
-from train.record.quiet import no_bars
+from train.record.log import no_bars
 from train.record.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE
 
 WIDE = Model(

@@ -27,7 +27,7 @@ from data.write_shards import build_shards
 from train.layout.device import describe_hardware
 from train.recipe.preparation import Preparation, Source, SourceKind
 from train.recipe.schema import Data, Recipe, Tokenizer, TokenizerKind
-from train.record.cores import usable_cores
+from train.recipe.topology import usable_cores
 from train.record.provenance import git_commit
 
 SEQUENCE_TOKENS = 2048

@@ -12,8 +12,8 @@ from launch.experiments.ladder.plan import LadderPlan, Run
 from launch.experiments.ladder.runner import Timings, missing, summary_of, train_missing
 from launch.experiments.ladder.search import chosen, search_rates, told
 from train.recipe.errors import UserError
+from train.recipe.topology import usable_cores
 from train.recipe.units import duration, short_number
-from train.record.cores import usable_cores
 
 USAGE_STATUS = 2
 INCOMPLETE_STATUS = 3

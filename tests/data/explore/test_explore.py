@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.audit.__main__ import main as audit
+from data.audit.__main__ import run as audit
 from data.explore.__main__ import main
 from data.explore.clusters import map_documents
 from data.explore.exploration import Exploration, explore

@@ -2,6 +2,7 @@
 
 import io
 import math
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def train_toy(run_dir: Path, *, batches: int, resume_batch: int = 0, fit: bool =
             ExpertLoad(run_dir, batches, lambda: torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2]])),
             Throughput(lambda batch: 100.0 + batch, peak_flops=1e6, devices=2),
         ],
-        loggers=[tracker, Console(batches, 2, out=shown)],
+        loggers=[tracker, Console(batches, 2)],
         progress_bar=False,
         device="cpu",
         device_train_microbatch_size=2,
@@ -83,11 +84,12 @@ def train_toy(run_dir: Path, *, batches: int, resume_batch: int = 0, fit: bool =
     trainer.state.timestamp = trainer.state.timestamp.copy(
         batch=resume_batch, token=resume_batch * BATCH * TOKENS, sample=resume_batch * BATCH
     )
-    if fit:
-        trainer.fit()
-    else:
-        trainer.eval()
-    trainer.close()
+    with redirect_stdout(shown):
+        if fit:
+            trainer.fit()
+        else:
+            trainer.eval()
+        trainer.close()
     return shown.getvalue(), tracker.latest
 
 

@@ -37,7 +37,7 @@ from train.report.run_record import read_run
 from train.report.scaling import Advantage
 
 NAME = """<img src=x onerror=alert(1)>"'&amp;{{ 7 * 7 }}$x$"""
-"""What a run, a domain, a task or a recipe may be called: markup, quotes, an entity, a template, mathematics."""
+"""A hostile name of a run, domain, task or recipe: markup, quotes, an entity, a template, mathematics."""
 TEXT = f"</script><script>alert(2)</script></pre><!-- {NAME}"
 """What a document or a sample may hold."""
 VOID = {"meta", "br", "input", "path", "use", "image", "rect", "line"}

@@ -1,0 +1,173 @@
+"""A command: its options, mistakes in one line, Ctrl-C, figures as JSON and how it logs, the same for all.
+
+A module states its arguments and a function that does the work::
+
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument("run", type=Path)
+
+    @command("python -m train.report", "Writes a run's report.", add_arguments, json="write the figures too")
+    def main(options: Namespace) -> Figures: ...
+
+    if __name__ == "__main__":
+        sys.exit(main(sys.argv[1:]))
+"""
+
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.recipe.errors import UserError
+from train.recipe.exit_status import INTERRUPTED_STATUS, USAGE_STATUS
+from train.record import log
+from train.record.files import write_json, write_whole
+
+logger = log.get_logger("command")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a command found, for ``--json``, and the status that it ends with."""
+
+    tree: Any
+    """Plain values, or JSON as text."""
+    status: int = 0
+
+
+Outcome = int | Figures
+Work = Callable[[Namespace], Outcome]
+Arguments = Callable[[ArgumentParser], object]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that can be called with its arguments and returns its exit status; see :func:`command`."""
+
+    work: Work
+    prog: str
+    description: str
+    arguments: Arguments
+    json: str = ""
+    file: str = ""
+    name: str = ""
+    mistakes: tuple[type[Exception], ...] = ()
+    intermixed: bool = False
+    epilog: str = ""
+
+    def __call__(self, arguments: Sequence[str]) -> int:
+        """Parses the arguments and does the work; returns the exit status."""
+        parser = ArgumentParser(prog=self.prog, **self._texts())
+        self.add_to(parser)
+        parse = parser.parse_intermixed_args if self.intermixed else parser.parse_args
+        return self.run(parse(arguments))
+
+    def add_to(self, parser: ArgumentParser) -> None:
+        """Adds the command's own options and those that every command has."""
+        self.arguments(parser)
+        if self.json:
+            parser.add_argument("--json", type=Path, metavar="FILE", help=self.json)
+        messages = parser.add_argument_group("messages")
+        messages.add_argument("--quiet", action="store_true", help="only warnings and errors")
+        messages.add_argument("--json-logs", action="store_true", help="one JSON object a line")
+        messages.add_argument("--timestamps", action="store_true", help="time and level before each line")
+
+    def run(self, options: Namespace) -> int:
+        """Does the work; returns the exit status: 2 for a mistake, 130 after Ctrl-C, else the work's own."""
+        log.configure(quiet=options.quiet, as_json=options.json_logs, timestamps=options.timestamps)
+        mistakes: tuple[type[Exception], ...] = (UserError, *self.mistakes)
+        file = (getattr(options, self.file) or "command line") if self.file else ""
+        try:
+            if self.json and options.json and not options.json.parent.is_dir():
+                raise UserError(f"{options.json.parent} is no folder", key="--json", remedy="make it first")
+            outcome = self.work(options)
+            if isinstance(outcome, int):
+                return outcome
+            if options.json:
+                write_figures(options.json, outcome.tree)
+            return outcome.status
+        except mistakes as error:
+            line = str(error.at(str(file))) if isinstance(error, UserError) else _line(error)
+            logger.error(f"{self.name}: {line}" if self.name else line)
+            return USAGE_STATUS
+        except KeyboardInterrupt:
+            logger.error(f"{self.name or self.prog.split()[-1]}: interrupted")
+            return INTERRUPTED_STATUS
+
+    def _texts(self) -> dict[str, Any]:
+        raw = {"formatter_class": RawDescriptionHelpFormatter}
+        is_laid_out = "\n" in self.description + self.epilog
+        texts = {"description": self.description, "epilog": self.epilog or None}
+        return texts | (raw if is_laid_out else {})
+
+
+def command(
+    prog: str,
+    description: str,
+    arguments: Arguments,
+    *,
+    json: str = "",
+    file: str = "",
+    name: str = "",
+    mistakes: tuple[type[Exception], ...] = (),
+    intermixed: bool = False,
+    epilog: str = "",
+) -> Callable[[Work], Command]:
+    """Makes a command of the function that does its work.
+
+    Args:
+        prog: how it is called, for the help.
+        description: for the help.
+        arguments: adds its arguments to a parser.
+        json: help of ``--json FILE``, for commands whose work returns :class:`Figures`; none without it.
+        file: argument that holds the file which a mistake is in, unless the mistake names one itself.
+        name: stands before the line of a mistake.
+        mistakes: exceptions that are the user's to mend, beside :class:`UserError`.
+        intermixed: whether options may stand between arguments of which there are several.
+        epilog: for the help.
+    """
+
+    def decorate(work: Work) -> Command:
+        return Command(work, prog, description, arguments, json, file, name, mistakes, intermixed, epilog)
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class CommandGroup:
+    """Commands under one name, such as ``python -m train.tracking upload``."""
+
+    prog: str
+    description: str
+    commands: Mapping[str, Command]
+
+    def __call__(self, arguments: Sequence[str]) -> int:
+        """Parses the arguments and runs the command that they name; returns the exit status."""
+        parser = ArgumentParser(prog=self.prog, description=self.description)
+        parsers = parser.add_subparsers(dest="chosen_command", metavar="COMMAND", required=True)
+        for name, each in self.commands.items():
+            each.add_to(parsers.add_parser(name, help=each.description, prog=each.prog, **each._texts()))
+        options = parser.parse_args(arguments)
+        return self.commands[options.chosen_command].run(options)
+
+
+def write_figures(file: Path, tree: Any) -> None:
+    """Writes what ``--json`` asks for, whole.
+
+    Raises:
+        UserError: if the file can't be written.
+    """
+    try:
+        if isinstance(tree, str):
+            write_whole(file, tree)
+        else:
+            write_json(file, tree)
+    except OSError as error:
+        raise UserError(f"{file} can't be written ({error.strerror})", key="--json") from None
+
+
+def _line(error: Exception) -> str:
+    """An exception in one line; the system's errors without their number."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

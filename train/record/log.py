@@ -1,0 +1,163 @@
+"""Messages of a process: `logging` with a rank filter, as plain lines or as one JSON object a line.
+
+A module's logger is ``get_logger(__name__)``. Its lines go to standard error, and only rank 0 writes them; a
+line that every rank should write is logged with ``extra=ALL_RANKS``. :data:`progress` is for what a user
+follows while a model is trained, on standard output. Results that a command was asked for, tables and
+figures, are printed and not logged.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+
+from train.recipe.errors import UserError
+from train.recipe.topology import Topology
+
+ROOT = "finegrain"
+PROGRESS = "progress"
+ALL_RANKS = {"all_ranks": True}
+"""``extra`` of a message that not only rank 0 writes."""
+
+
+class _Formatter(logging.Formatter):
+    """A message as it is, after time and level where asked for, or as a JSON object."""
+
+    def __init__(self, *, as_json: bool = False, timestamps: bool = False) -> None:
+        super().__init__()
+        self.as_json, self.timestamps = as_json, timestamps
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        message = record.getMessage()
+        if record.exc_info:
+            message += "\n" + self.formatException(record.exc_info)
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z"
+        if self.as_json:
+            fields: dict[str, object] = {
+                "time": when,
+                "level": record.levelname.lower(),
+                "logger": record.name.removeprefix(f"{ROOT}."),
+                "rank": _rank(),
+                "message": message,
+            }
+            return json.dumps(fields)
+        return f"{when} {record.levelname:7} {message}" if self.timestamps else message
+
+
+class _RankFilter(logging.Filter):
+    """Lets only rank 0 write, unless the record says otherwise."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether this rank writes the record."""
+        return getattr(record, "all_ranks", False) or _rank() == 0
+
+
+class _Lines(logging.Handler):
+    """Writes each record as a line to what ``sys.stdout`` or ``sys.stderr`` is at the time."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one record."""
+        try:
+            print(self.format(record), file=getattr(sys, self.stream), flush=True)
+        except Exception:  # A message that can't be written ends no training: logging's own rule.
+            self.handleError(record)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module, such as ``data.text.build``."""
+    return logging.getLogger(f"{ROOT}.{name}")
+
+
+progress = get_logger(PROGRESS)
+"""What a user follows while a model is trained; goes to standard output."""
+_libraries = _Lines("stderr")
+"""Takes the messages of libraries where they are to be JSON too; they are every rank's."""
+
+
+def _attach() -> None:
+    """Gives our loggers their handlers, once per process."""
+    for name, stream in ((ROOT, "stderr"), (f"{ROOT}.{PROGRESS}", "stdout")):
+        logger = logging.getLogger(name)
+        handler = _Lines(stream)
+        handler.addFilter(_RankFilter())
+        logger.addHandler(handler)
+        logger.propagate = False
+    configure()
+
+
+def configure(*, quiet: bool = False, as_json: bool = False, timestamps: bool = False) -> None:
+    """Sets how this process logs.
+
+    Args:
+        quiet: only warnings and errors.
+        as_json: one object a line with time, level, logger, rank and message; libraries' messages and
+            warnings too.
+        timestamps: time and level before each line of text.
+    """
+    formatter = _Formatter(as_json=as_json, timestamps=timestamps)
+    logging.getLogger(ROOT).setLevel(logging.WARNING if quiet else logging.INFO)
+    for logger in (logging.getLogger(ROOT), progress):
+        for handler in logger.handlers:
+            handler.setFormatter(formatter)
+    _libraries.setFormatter(formatter)
+    logging.captureWarnings(as_json)
+    if as_json:
+        logging.getLogger().addHandler(_libraries)
+    else:
+        logging.getLogger().removeHandler(_libraries)
+
+
+def options() -> list[str]:
+    """The options of a command that make another process log as this one does."""
+    formatter = progress.handlers[0].formatter
+    assert isinstance(formatter, _Formatter)
+    asked = {
+        "--quiet": is_quiet(),
+        "--json-logs": formatter.as_json,
+        "--timestamps": formatter.timestamps,
+    }
+    return [option for option, is_asked in asked.items() if is_asked]
+
+
+def is_quiet() -> bool:
+    """Whether only warnings and errors are written."""
+    return not progress.isEnabledFor(logging.INFO)
+
+
+def quiet_libraries() -> None:
+    """Hides warnings about what is as it should be: checkpoints, forked loaders, LLM Foundry's tasks."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for message in (
+        "torch.distributed is disabled",
+        "TypedStorage is deprecated",
+        "To copy construct from a tensor",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Discards standard error, where libraries draw their progress bars."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        yield
+
+
+def _rank() -> int:
+    """This process's rank; 0 where the launcher's variables are impossible, which every rank must say."""
+    try:
+        return Topology.from_environment().rank
+    except UserError:
+        return 0
+
+
+_attach()
