@@ -53,6 +53,7 @@ def main(arguments: list[str]) -> int:
         print("preflight: importing torch", file=sys.stderr, flush=True)
     import torch
 
+    from data.opened import OpenedData
     from launch.verify.forked_ranks import run_ranks
     from train.preflight.together import Findings, preflight
     from train.run import start_processes
@@ -65,13 +66,13 @@ def main(arguments: list[str]) -> int:
     folder = Path(recipe.runs_dir)
 
     def check(topology: Topology) -> Findings:
-        return preflight(recipe, folder, topology, torch.device("cpu"))
+        return preflight(OpenedData(recipe), folder, topology, torch.device("cpu"))
 
     if options.ranks > 1:
         findings = run_ranks(options.ranks, check)[0]
     else:
         machine = start_processes(recipe, topology)
-        findings = preflight(recipe, folder, topology, torch.device(machine.device_type))
+        findings = preflight(OpenedData(recipe), folder, topology, torch.device(machine.device_type))
     if topology.is_main:
         ranks = options.ranks if options.ranks > 1 else topology.world_size
         print("\n".join(describe(findings, ranks)))

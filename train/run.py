@@ -11,10 +11,10 @@ from composer.loggers import LoggerDestination
 from composer.utils import get_device
 from torch.optim import Optimizer
 
-from data.loader import TrainLoader, ValidationSequences, build_train_loader, build_validation_loaders
-from data.shards.cache import fetch_indices
+from data.loader import build_train_loader, build_validation_loaders, validation_entropy
+from data.opened import OpenedData
+from data.order.plan import OrderPlan
 from data.shards.manifest import Manifest
-from data.tokenizer import open_tokenizer
 from data.write_shards import ensure_shards
 from train.checkpoint.files import Progress
 from train.evaluate.in_training import SuiteEvaluation
@@ -84,15 +84,6 @@ class Machine:
         return torch.bfloat16 if self.precision is Precision.bf16 else torch.float32
 
 
-@dataclass(frozen=True)
-class PreparedRun:
-    """What is about to run, and what its validation loss is measured against."""
-
-    trainer: Trainer
-    unigram_entropy: dict[str, float]
-    """Entropy of the validation targets of each domain, in nats per token."""
-
-
 def run(recipe: Recipe, topology: Topology) -> int:
     """Trains, or goes on training, and leaves the run's folder; returns the exit status."""
     machine = start_processes(recipe, topology)
@@ -104,15 +95,16 @@ def run(recipe: Recipe, topology: Topology) -> int:
     log_on_rank_0(topology, f"run folder {folder}")
     if not is_supervised():
         run_on_rank_0(topology, lambda: clear_records(records_folder(folder)))
-    shards = run_on_rank_0(topology, lambda: ensure_shards(recipe))
-    fetch_indices(recipe)
+    opened = OpenedData(recipe)
+    run_on_rank_0(topology, lambda: ensure_shards(opened))
+    opened.fetch()
     quiet_libraries()
-    if is_wanted(recipe.preflight, topology) and not is_fit(recipe, folder, machine):
+    if is_wanted(recipe.preflight, topology) and not is_fit(opened, folder, machine):
         return UNFIT_STATUS
     resumed = find_checkpoint(recipe, folder, topology)
-    run_on_rank_0(topology, lambda: accept(recipe, folder, shards, resumed.curriculum))
+    run_on_rank_0(topology, lambda: accept(opened, folder, resumed.curriculum))
     run_on_rank_0(topology, lambda: drop_after(folder, resumed.progress.batch))
-    uploader = MlflowUploader(folder, recipe, dataset_inputs(recipe, shards)) if topology.is_main else None
+    uploader = MlflowUploader(folder, recipe, dataset_inputs(opened)) if topology.is_main else None
     if uploader:
         uploader.start()
     status = "FAILED"
@@ -122,15 +114,15 @@ def run(recipe: Recipe, topology: Topology) -> int:
             watch.move("loading the checkpoint")
             load_weights(recipe, resumed, model, optimizer, topology)
             watch.move("opening shards")
-            job = assemble(recipe, folder, machine, shards, model, optimizer, resumed, watch)
+            trainer = assemble(opened, folder, machine, model, optimizer, resumed, watch)
             if resumed.progress.batch < resumed.curriculum.batches:
-                job.trainer.fit()
+                trainer.fit()
             else:
-                job.trainer.eval()
-            losses = final_losses(job)
+                trainer.eval()
+            losses = final_losses(trainer, opened.validated_domains)
         if topology.is_main:
-            finish(recipe, folder, machine, shards, job, losses)
-        job.trainer.close()
+            finish(opened, folder, machine, trainer, losses)
+        trainer.close()
         status = "FINISHED"
     except (NotFiniteError, RollbackError) as error:
         log_on_rank_0(
@@ -147,12 +139,12 @@ def run(recipe: Recipe, topology: Topology) -> int:
     return 0
 
 
-def is_fit(recipe: Recipe, folder: Path, machine: Machine) -> bool:
+def is_fit(opened: OpenedData, folder: Path, machine: Machine) -> bool:
     """Checks nodes and links; tells what was found and returns whether the run may start."""
     topology = machine.topology
-    with watched(recipe, folder, topology) as watch:
+    with watched(opened.recipe, folder, topology) as watch:
         watch.move("preflight")
-        findings = preflight(recipe, folder, topology, torch.device(machine.device_type))
+        findings = preflight(opened, folder, topology, torch.device(machine.device_type))
     for _, line in findings.warnings:
         log_on_rank_0(topology, f"preflight: {line}")
     for ranks, line in findings.faults:
@@ -234,27 +226,24 @@ def update_callbacks(
 
 
 def assemble(
-    recipe: Recipe,
+    opened: OpenedData,
     folder: Path,
     machine: Machine,
-    shards: Manifest,
     model: LanguageModel,
     optimizer: Optimizer,
     resumed: Resumed,
     watch: Watched,
-) -> PreparedRun:
+) -> Trainer:
     """The Trainer with its loaders, records and checkpoints."""
+    recipe, shards = opened.recipe, opened.manifest
     topology, curriculum, progress = machine.topology, resumed.curriculum, resumed.progress
     batches = curriculum.batches
     # Evaluation alone is of the last phase that was trained.
     model.decoder.set_rope_theta(curriculum.stage_of(max(0, progress.batch - 1)).rope_theta)
-    tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
     place = {"rank": topology.rank, "world_size": topology.world_size}
-    train_loader = build_train_loader(
-        recipe, tokenizer, curriculum=curriculum, start_sample=progress.samples, **place
-    )
+    train_loader = build_train_loader(opened, curriculum, start_sample=progress.samples, **place)
     guard = UpdateGuard(recipe.guard, progress.recent, progress.counts)
-    data_log = open_data_log(folder, topology, train_loader, shards, progress, curriculum)
+    data_log = open_data_log(folder, topology, opened.plan(curriculum), progress, curriculum)
     checkpointing = Checkpointing(
         folder / CHECKPOINTS_FOLDER,
         recipe.checkpoint,
@@ -267,7 +256,7 @@ def assemble(
     alarms = Alarms(
         guard,
         Rollback(folder, recipe.guard, curriculum, topology, checkpointing.wait),
-        documents_of(recipe, shards, train_loader.dataset),
+        documents_of(opened, curriculum),
         folder if topology.is_main else None,
     )
     callbacks: list[Callback] = [
@@ -279,7 +268,7 @@ def assemble(
     if recipe.evaluation.suite is not None:
         scorer = Scorer(model.decoder, machine.precision, topology, recipe.model.max_sequence_tokens)
         suite = load_suite(Path(recipe.evaluation.suite))
-        bridge = hugging_face_tokenizer(tokenizer)
+        bridge = hugging_face_tokenizer(opened.tokenizer)
         callbacks.append(
             SuiteEvaluation(scorer, suite, recipe.evaluation, bridge, folder, batches, watch.move)
         )
@@ -295,31 +284,21 @@ def assemble(
             RunTracker(folder, bytes_per_token(shards, "validation"), bytes_per_token(shards, "train")),
             Console(batches, recipe.tracking.console_interval_batches),
         ]
-    validation_loaders = build_validation_loaders(recipe, tokenizer, **place)
+    validation_loaders = build_validation_loaders(opened, **place)
     trainer = build_trainer(
         recipe, model, optimizer, train_loader, validation_loaders, callbacks, loggers, progress, curriculum
     )
     outlast_watchdog(recipe)  # The callbacks have groups of their own.
-    entropy = {}
-    for domain, loader in validation_loaders.items():
-        assert isinstance(loader.dataset, ValidationSequences)
-        entropy[domain] = loader.dataset.unigram_entropy()
-    return PreparedRun(trainer, entropy)
+    return trainer
 
 
 def open_data_log(
-    folder: Path,
-    topology: Topology,
-    loader: TrainLoader,
-    shards: Manifest,
-    progress: Progress,
-    curriculum: Curriculum,
+    folder: Path, topology: Topology, plan: OrderPlan, progress: Progress, curriculum: Curriculum
 ) -> DataLog:
-    """The books of what the run reads, going on from the checkpoint's."""
-    plan = loader.dataset.plan
+    """The log of consumed data, continued from the checkpoint's."""
     domains = [Domain(name, size) for name, size in zip(plan.domains, plan.sizes, strict=True)]
     run_dir = folder if topology.is_main else None
-    return DataLog(run_dir, domains, shards.sequence_tokens, progress.consumed, curriculum)
+    return DataLog(run_dir, domains, curriculum.sample_tokens, progress.consumed, curriculum)
 
 
 def bytes_per_token(shards: Manifest, split: str) -> dict[str, float]:
@@ -327,29 +306,21 @@ def bytes_per_token(shards: Manifest, split: str) -> dict[str, float]:
     return {name: domain.splits[split].bytes_per_token for name, domain in shards.domains.items()}
 
 
-def final_losses(job: PreparedRun) -> dict[str, float]:
+def final_losses(trainer: Trainer, domains: list[str]) -> dict[str, float]:
     """Validation loss of each domain at the end, in nats per token; every rank calls it."""
-    metrics = job.trainer.state.eval_metrics
-    return {
-        domain: metrics[f"validation/{domain}"]["token_loss"].compute().item()
-        for domain in job.unigram_entropy
-    }
+    metrics = trainer.state.eval_metrics
+    return {domain: metrics[f"validation/{domain}"]["token_loss"].compute().item() for domain in domains}
 
 
 def finish(
-    recipe: Recipe,
-    folder: Path,
-    machine: Machine,
-    shards: Manifest,
-    job: PreparedRun,
-    losses: dict[str, float],
+    opened: OpenedData, folder: Path, machine: Machine, trainer: Trainer, losses: dict[str, float]
 ) -> None:
-    """Prints what the run came to and writes its summary and report."""
-    state = job.trainer.state
+    """Prints what the run came to and writes its summary and report; only rank 0 calls it."""
+    recipe, state, unigram_entropy = opened.recipe, trainer.state, validation_entropy(opened)
     for domain, loss in losses.items():
         print(
             f"validation loss of {domain}: {loss:.3f} nats per token; unigram entropy of the same tokens: "
-            f"{job.unigram_entropy[domain]:.3f}"
+            f"{unigram_entropy[domain]:.3f}"
         )
     summary = Summary(
         name=recipe.name,
@@ -357,7 +328,7 @@ def finish(
         tokens=state.timestamp.token.value,
         seconds=state.timestamp.total_wct.total_seconds() if state.timestamp.total_wct else 0.0,
         validation_loss=losses,
-        unigram_entropy=job.unigram_entropy,
+        unigram_entropy=unigram_entropy,
         parameters_total=sizes.total_parameters(recipe.model),
         parameters_active=sizes.active_parameters(recipe.model),
         flops_per_token=sizes.training_flops(recipe).total / sizes.trained_tokens(recipe),
@@ -367,12 +338,11 @@ def finish(
         hardware=describe_hardware(machine.device_type, machine.topology.world_size),
         git_commit=provenance.git_commit(),
         packages=provenance.package_versions(),
-        datasets=dataset_inputs(recipe, shards),
+        datasets=dataset_inputs(opened),
     )
     write_summary(folder, summary)
     if machine.topology.world_size == 1:
-        tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
-        write_sample(folder, unwrap(job.trainer).decoder, OwnText(tokenizer))
+        write_sample(folder, unwrap(trainer).decoder, OwnText(opened.tokenizer))
     write_report(folder)
 
 
@@ -382,8 +352,9 @@ def unwrap(trainer: Trainer) -> LanguageModel:
     return trainer.state.model
 
 
-def dataset_inputs(recipe: Recipe, shards: Manifest) -> list[DatasetInput]:
+def dataset_inputs(opened: OpenedData) -> list[DatasetInput]:
     """The splits that a run reads, with the hash of their content."""
+    recipe, shards = opened.recipe, opened.manifest
     contexts = {"train": "training", "validation": "validation"}
     read = [(domain, split) for domain in domains_of(recipe) for split in contexts]
     read += [(domain, "validation") for domain in recipe.data.validation_domains]
