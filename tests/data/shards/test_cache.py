@@ -194,11 +194,11 @@ def test_a_damaged_shard_is_fetched_again_or_named(
 
 
 def test_a_shard_is_hashed_once(source: Recipe, monkeypatch: pytest.MonkeyPatch):
-    import data.shards.streams
+    import data.shards.index
 
     hashed: list[Path] = []
-    real = data.shards.streams.file_fault
-    monkeypatch.setattr("data.shards.streams.file_fault", lambda p, *rest: hashed.append(p) or real(p, *rest))
+    real = data.shards.index.file_fault
+    monkeypatch.setattr("data.shards.index.file_fault", lambda p, *rest: hashed.append(p) or real(p, *rest))
     monkeypatch.setattr("data.shards.streams.OPEN_SHARDS", 1)
     folder = ShardFolder(Path(source.data.shards) / "prose/train")
     assert not hashed
