@@ -63,8 +63,9 @@ def require_epoch_budget(recipe: Recipe, curriculum: Curriculum, plan: OrderPlan
     assert first.exhausted_at is not None
     tokens = curriculum.sample_tokens
     raise UserError(
-        f"{first.domain} runs dry at token {first.exhausted_at * tokens:,}: the run takes {first.epochs:.3g} "
-        f"epochs of its {first.samples * tokens:,} tokens, and {first.max_epochs:g} are allowed",
+        f"{first.domain} is exhausted at token {first.exhausted_at * tokens:,}: "
+        f"the run takes {first.epochs:.3g} epochs of its {first.samples * tokens:,} tokens, "
+        f"and {first.max_epochs:g} are allowed",
         key=f"data.domain_max_epochs.{first.domain}",
         remedy="allow more, give the domain less weight, or add text",
     )
