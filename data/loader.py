@@ -18,7 +18,6 @@ import itertools
 import math
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,16 +26,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.batch import NO_TARGET, Batch, batch_of_block, make_batch, make_block, open_block
+from data.opened import OpenedData
 from data.order.plan import OrderPlan
-from data.shards.cache import fetch_indices, open_cache
-from data.shards.manifest import Manifest, read_manifest, require_match, unigram_entropy
+from data.shards.manifest import unigram_entropy
 from data.shards.packing import PADDING, Sample
 from data.shards.streams import ShardFolder
-from data.tokenizer import TokenizerHandle
 from train.recipe.curriculum import Curriculum, Stage, plan_stages
 from train.recipe.errors import UserError
-from train.recipe.phases import domains_of
-from train.recipe.schema import Recipe
 
 # B sequences of a rank's batch, S tokens per sequence.
 
@@ -205,8 +201,7 @@ class ValidationSequences(IterableDataset[Batch]):
 
 
 def build_train_loader(
-    recipe: Recipe,
-    tokenizer: TokenizerHandle,
+    opened: OpenedData,
     curriculum: Curriculum | None = None,
     *,
     rank: int,
@@ -223,8 +218,7 @@ def build_train_loader(
     Beside a GPU the batches lie in pinned memory (not yet run on a GPU).
 
     Args:
-        recipe: the run.
-        tokenizer: the recipe's; its fingerprint is compared with the shards'.
+        opened: the run's data.
         rank: of this process.
         world_size: number of ranks; divides the global batch.
         start_sample: samples trained on before, over all ranks; a batch's beginning.
@@ -233,19 +227,18 @@ def build_train_loader(
     Raises:
         UserError: if the shards are not those that the recipe means.
     """
-    _open_manifest(recipe, tokenizer)
-    curriculum = curriculum or plan_stages(recipe)
-    folders = {domain: train_shards(recipe, domain) for domain in domains_of(recipe)}
-    plan = _plan(recipe, curriculum, folders)
+    opened.require_match()
+    curriculum = curriculum or plan_stages(opened.recipe)
+    plan = opened.plan(curriculum)
     dataset = TrainSequences(
         plan,
-        [folders[domain] for domain in plan.domains],
+        [opened.shards(domain, "train") for domain in plan.domains],
         curriculum,
         rank=rank,
         world_size=world_size,
         start=start_sample,
     )
-    return open_loader(dataset, recipe.data.workers)
+    return open_loader(dataset, opened.recipe.data.workers)
 
 
 def open_loader(dataset: TrainSequences, workers: int) -> TrainLoader:
@@ -279,7 +272,7 @@ def outlive_first_sigterm(_worker: int = 0) -> None:
 
 
 def build_validation_loaders(
-    recipe: Recipe, tokenizer: TokenizerHandle, *, rank: int, world_size: int
+    opened: OpenedData, *, rank: int, world_size: int
 ) -> dict[str, DataLoader[Batch]]:
     """The validation batches of a rank by domain, with the keys of a training batch.
 
@@ -289,64 +282,46 @@ def build_validation_loaders(
     Raises:
         UserError: if the shards are not those that the recipe means or hold too few sequences.
     """
-    manifest = _open_manifest(recipe, tokenizer)
+    datasets = _validation_sequences(opened, rank, world_size)
+    return {
+        domain: DataLoader(
+            dataset, batch_size=None, pin_memory=torch.cuda.is_available(), generator=torch.Generator()
+        )
+        for domain, dataset in datasets.items()
+    }
+
+
+def validation_entropy(opened: OpenedData) -> dict[str, float]:
+    """Entropy of the frequencies of each domain's validation targets, in nats per token.
+
+    Reads the sequences of all ranks: one rank is to call it.
+
+    Raises:
+        UserError: as :func:`build_validation_loaders`.
+    """
+    datasets = _validation_sequences(opened, rank=0, world_size=1)
+    return {domain: dataset.unigram_entropy() for domain, dataset in datasets.items()}
+
+
+def _validation_sequences(opened: OpenedData, rank: int, world_size: int) -> dict[str, ValidationSequences]:
+    opened.require_match()
+    recipe, found = opened.recipe, {}
     wanted = recipe.data.validation_sequences
-    loaders = {}
-    for index, domain in enumerate(validated_domains(recipe)):
-        there = manifest.domains[domain].splits["validation"].samples
+    for index, domain in enumerate(opened.validated_domains):
+        there = opened.manifest.domains[domain].splits["validation"].samples
         if there < wanted:
             raise UserError(
                 f"is {wanted}, but {recipe.data.shards} has {there} of {domain}",
                 key="data.validation_sequences",
                 remedy=f"set it to {there} at most, or build from more text",
             )
-        dataset = ValidationSequences(
-            ShardFolder(Path(recipe.data.shards) / domain / "validation", open_cache(recipe)),
+        found[domain] = ValidationSequences(
+            opened.shards(domain, "validation"),
             domain=index,
             sequences=wanted,
             rank=rank,
             world_size=world_size,
             batch=recipe.training.microbatch_sequences,
-            pad_id=tokenizer.pad_id,
+            pad_id=opened.tokenizer.pad_id,
         )
-        loaders[domain] = DataLoader(
-            dataset, batch_size=None, pin_memory=torch.cuda.is_available(), generator=torch.Generator()
-        )
-    return loaders
-
-
-def validated_domains(recipe: Recipe) -> list[str]:
-    """Names of the domains that have a validation loss, sorted: those trained on, and those named beside."""
-    return sorted({*domains_of(recipe), *recipe.data.validation_domains})
-
-
-def train_shards(recipe: Recipe, domain: str) -> ShardFolder:
-    """The training shards of a domain; its index is read."""
-    return ShardFolder(Path(recipe.data.shards) / domain / "train", open_cache(recipe))
-
-
-def build_plan(recipe: Recipe, curriculum: Curriculum | None = None) -> OrderPlan:
-    """The order of a run's samples; reads the indexes of its shards.
-
-    Args:
-        recipe: the run.
-        curriculum: its stages; None: those of a new run.
-    """
-    folders = {domain: train_shards(recipe, domain) for domain in domains_of(recipe)}
-    return _plan(recipe, curriculum or plan_stages(recipe), folders)
-
-
-def _plan(recipe: Recipe, curriculum: Curriculum, folders: dict[str, ShardFolder]) -> OrderPlan:
-    return OrderPlan(
-        curriculum.segments(),
-        {domain: folder.shard_samples for domain, folder in folders.items()},
-        seed=recipe.seed,
-        window_shards=recipe.data.window_shards,
-    )
-
-
-def _open_manifest(recipe: Recipe, tokenizer: TokenizerHandle) -> Manifest:
-    fetch_indices(recipe)
-    manifest = read_manifest(Path(recipe.data.shards))
-    require_match(manifest, recipe, tokenizer)
-    return manifest
+    return found

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.shards.cache import open_cache
+from data.opened import OpenedData
 from data.shards.manifest import MANIFEST_FILE, REJECTED_FILE, Manifest, check_shards, require_match
 from data.shards.upload import upload_shards
 from data.text.build import build_into
@@ -30,25 +30,23 @@ from train.record.command import Figures, command
 from train.record.tables import text_table
 
 
-def ensure_shards(recipe: Recipe) -> Manifest:
-    """The recipe's shards, checked; built first where they are missing and the recipe names a corpus.
+def ensure_shards(opened: OpenedData) -> None:
+    """Checks a recipe's shards; builds them first where they are missing and the recipe names a corpus.
 
-    One rank calls it before any opens the shards. Another process that builds the same is waited for.
+    One rank calls it before any other opens the shards. Another process that builds the same is waited for.
     Of shards in a store only the manifest is fetched; every file is held to its hash when it is read.
 
     Raises:
         UserError: if they are missing, damaged, or not those that the recipe means.
     """
-    root = Path(recipe.data.shards)
-    if (cache := open_cache(recipe)) is not None:
-        manifest = cache.fetch_manifest()
-        require_match(manifest, recipe)
-        return manifest
-    if recipe.data.corpus == "installed" and not (root / MANIFEST_FILE).exists():
-        build_shards(recipe)
-    manifest = check_shards(root)
-    require_match(manifest, recipe)
-    return manifest
+    recipe = opened.recipe
+    if opened.cache is not None:
+        opened.fetch_manifest()
+    else:
+        if recipe.data.corpus == "installed" and not (opened.root / MANIFEST_FILE).exists():
+            build_shards(recipe)
+        opened.check()
+    require_match(opened.manifest, recipe)
 
 
 def build_shards(
@@ -156,7 +154,9 @@ def main(options: Namespace) -> Figures:
         if options.rebuild or (can_build and not (root / MANIFEST_FILE).exists()):
             engine = open_engine(options.engine, options.workers)
             build_shards(recipe, rebuild=options.rebuild, engine=engine)
-        manifest = ensure_shards(recipe)
+        opened = OpenedData(recipe)
+        ensure_shards(opened)
+        manifest = opened.manifest
     if address:
         upload_shards(root, address, join=options.join)
     print(describe(manifest, root))

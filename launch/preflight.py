@@ -51,6 +51,7 @@ def main(options: Namespace) -> int | Figures:
     logger.info("preflight: importing torch")
     import torch
 
+    from data.opened import OpenedData
     from launch.verify.forked_ranks import run_ranks
     from train.preflight.together import Findings, preflight
     from train.run import start_processes
@@ -58,13 +59,13 @@ def main(options: Namespace) -> int | Figures:
     folder = Path(recipe.runs_dir)
 
     def check(topology: Topology) -> Findings:
-        return preflight(recipe, folder, topology, torch.device("cpu"))
+        return preflight(OpenedData(recipe), folder, topology, torch.device("cpu"))
 
     if options.ranks > 1:
         findings = run_ranks(options.ranks, check)[0]
     else:
         machine = start_processes(recipe, topology)
-        findings = preflight(recipe, folder, topology, torch.device(machine.device_type))
+        findings = preflight(OpenedData(recipe), folder, topology, torch.device(machine.device_type))
     status = UNFIT_STATUS if findings.faults else 0
     if not topology.is_main:
         return status

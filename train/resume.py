@@ -1,12 +1,12 @@
-"""Where a run goes on: its newest checkpoint that serves, and the stages from there on."""
+"""Resume: the newest valid checkpoint, the remaining stages, and what is held to what was read before."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch.optim import Optimizer
 
+from data.opened import OpenedData
 from data.order.epoch_budget import require_epoch_budget
-from data.shards.manifest import Manifest
 from train.checkpoint.files import (
     Progress,
     load_checkpoint,
@@ -18,7 +18,6 @@ from train.hf.initial_weights import find_start, start_from
 from train.layout.ranks import log_on_rank_0, run_on_rank_0
 from train.recipe.curriculum import Curriculum, continue_stages, from_json, plan_stages
 from train.recipe.errors import UserError
-from train.recipe.phases import domains_of
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 from train.record.run_folder import (
@@ -85,20 +84,25 @@ def find_checkpoint(recipe: Recipe, folder: Path, topology: Topology) -> Resumed
     return Resumed(found, progress, curriculum)
 
 
-def accept(recipe: Recipe, folder: Path, shards: Manifest, curriculum: Curriculum) -> None:
-    """Notes recipe and shards that the run goes on with, after they were found possible.
+def accept(opened: OpenedData, folder: Path, curriculum: Curriculum) -> None:
+    """Records the recipe and the shards that the run continues with, once they are found possible.
+
+    Args:
+        opened: the data of the recipe as it is now.
+        folder: of the run.
+        curriculum: the run's stages.
 
     Raises:
-        UserError: if a domain runs dry, or the shards are not those that were read.
+        UserError: if a domain is exhausted too early, or the shards are not those that were read.
     """
-    require_epoch_budget(recipe, curriculum)
+    require_epoch_budget(opened.recipe, curriculum, opened.plan(curriculum))
     splits = {
         f"{domain}/{split}": record.index_sha256
-        for domain in {*domains_of(recipe), *recipe.data.validation_domains}
-        for split, record in shards.domains[domain].splits.items()
+        for domain in opened.validated_domains
+        for split, record in opened.manifest.domains[domain].splits.items()
     }
     require_same_data(folder, splits)
-    keep_recipe(recipe, folder)
+    keep_recipe(opened.recipe, folder)
 
 
 def drop_after(folder: Path, batch: int) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,11 @@ from composer.core import Callback
 from composer.loggers import LoggerDestination
 from composer.utils import get_device
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
-from data.loader import TrainLoader, ValidationSequences, build_train_loader, build_validation_loaders
-from data.shards.cache import fetch_indices
+from data.loader import build_train_loader, build_validation_loaders, validation_entropy
+from data.opened import OpenedData
+from data.order.plan import OrderPlan
 from data.shards.manifest import Manifest
-from data.tokenizer import TokenizerHandle, open_tokenizer
 from data.write_shards import ensure_shards
 from train.checkpoint.files import Progress
 from train.evaluate.in_training import SuiteEvaluation
@@ -62,7 +61,7 @@ from train.step.alarms import Alarms, NotFiniteError
 from train.step.checkpointing import Checkpointing
 from train.step.data_log import DataLog, Domain
 from train.step.guard import UpdateGuard
-from train.step.language_model import Batch, LanguageModel
+from train.step.language_model import LanguageModel
 from train.step.rollback import Rollback, RollbackError, documents_of
 from train.step.step import TrainingStep
 from train.tracking.uploader import MlflowUploader
@@ -83,15 +82,6 @@ class Machine:
         return torch.bfloat16 if self.precision is Precision.bf16 else torch.float32
 
 
-@dataclass(frozen=True)
-class PreparedRun:
-    """What is about to run, and what its validation loss is measured against."""
-
-    trainer: Trainer
-    unigram_entropy: dict[str, float]
-    """Entropy of the validation targets of each domain, in nats per token."""
-
-
 def run(recipe: Recipe, topology: Topology) -> int:
     """Trains, or goes on training, and leaves the run's folder; returns the exit status."""
     machine = start_processes(recipe, topology)
@@ -103,20 +93,21 @@ def run(recipe: Recipe, topology: Topology) -> int:
     log_on_rank_0(topology, f"run folder {folder}")
     if not is_supervised():
         run_on_rank_0(topology, lambda: clear_records(records_folder(folder)))
-    shards = run_on_rank_0(topology, lambda: ensure_shards(recipe))
-    fetch_indices(recipe)
+    opened = OpenedData(recipe)
+    run_on_rank_0(topology, lambda: ensure_shards(opened))
+    opened.fetch()
     quiet_libraries()
-    if is_wanted(recipe.preflight, topology) and not is_fit(recipe, folder, machine):
+    if is_wanted(recipe.preflight, topology) and not is_fit(opened, folder, machine):
         return UNFIT_STATUS
     resumed = find_checkpoint(recipe, folder, topology)
-    run_on_rank_0(topology, lambda: accept(recipe, folder, shards, resumed.curriculum))
+    run_on_rank_0(topology, lambda: accept(opened, folder, resumed.curriculum))
     run_on_rank_0(topology, lambda: drop_after(folder, resumed.progress.batch))
-    uploader = MlflowUploader(folder, recipe, dataset_inputs(recipe, shards)) if topology.is_main else None
+    uploader = MlflowUploader(folder, recipe, dataset_inputs(opened)) if topology.is_main else None
     if uploader:
         uploader.start()
     status = "FAILED"
     try:
-        train_to_end(recipe, folder, machine, shards, resumed)
+        train_to_end(opened, folder, machine, resumed)
         status = "FINISHED"
     except (NotFiniteError, RollbackError) as error:
         line = f"{error}; ended with status {REPLAY_STATUS}: the same command trains it again"
@@ -132,30 +123,31 @@ def run(recipe: Recipe, topology: Topology) -> int:
     return 0
 
 
-def train_to_end(recipe: Recipe, folder: Path, machine: Machine, shards: Manifest, resumed: Resumed) -> None:
+def train_to_end(opened: OpenedData, folder: Path, machine: Machine, resumed: Resumed) -> None:
     """Trains from where the run stands to its end, under watch; then summary and report are written."""
+    recipe = opened.recipe
     with watched(recipe, folder, machine.topology) as watch:
         model, optimizer = build_model(recipe, machine)
         watch.move("loading the checkpoint")
         load_weights(recipe, resumed, model, optimizer, machine.topology)
         watch.move("opening shards")
-        job = assemble(recipe, folder, machine, shards, model, optimizer, resumed, watch)
+        trainer = assemble(opened, folder, machine, model, optimizer, resumed, watch)
         if resumed.progress.batch < resumed.curriculum.batches:
-            job.trainer.fit()
+            trainer.fit()
         else:
-            job.trainer.eval()
-        losses = final_losses(job)
+            trainer.eval()
+        losses = final_losses(trainer, opened.validated_domains)
     if machine.topology.is_main:
-        finish(recipe, folder, machine, shards, job, losses)
-    job.trainer.close()
+        finish(opened, folder, machine, trainer, losses)
+    trainer.close()
 
 
-def is_fit(recipe: Recipe, folder: Path, machine: Machine) -> bool:
+def is_fit(opened: OpenedData, folder: Path, machine: Machine) -> bool:
     """Checks nodes and links; tells what was found and returns whether the run may start."""
     topology = machine.topology
-    with watched(recipe, folder, topology) as watch:
+    with watched(opened.recipe, folder, topology) as watch:
         watch.move("preflight")
-        findings = preflight(recipe, folder, topology, torch.device(machine.device_type))
+        findings = preflight(opened, folder, topology, torch.device(machine.device_type))
     for _, line in findings.warnings:
         log_on_rank_0(topology, f"preflight: {line}", logging.WARNING)
     for ranks, line in findings.faults:
@@ -217,30 +209,26 @@ def build_model(recipe: Recipe, machine: Machine) -> tuple[LanguageModel, Optimi
 
 
 def assemble(
-    recipe: Recipe,
+    opened: OpenedData,
     folder: Path,
     machine: Machine,
-    shards: Manifest,
     model: LanguageModel,
     optimizer: Optimizer,
     resumed: Resumed,
     watch: Watched,
-) -> PreparedRun:
+) -> Trainer:
     """The Trainer with its loaders, its step, and the callbacks that watch and record it."""
+    recipe, shards = opened.recipe, opened.manifest
     topology, curriculum, progress = machine.topology, resumed.curriculum, resumed.progress
     # Evaluation without training is of the last phase that was trained.
     model.decoder.set_rope_theta(curriculum.stage_of(max(0, progress.batch - 1)).rope_theta)
-    tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
     place = {"rank": topology.rank, "world_size": topology.world_size}
-    train_loader = build_train_loader(
-        recipe, tokenizer, curriculum=curriculum, start_sample=progress.samples, **place
-    )
-    validation_loaders = build_validation_loaders(recipe, tokenizer, **place)
-    step = build_step(recipe, folder, topology, shards, model, train_loader, resumed)
+    train_loader = build_train_loader(opened, curriculum, start_sample=progress.samples, **place)
+    step = build_step(opened, folder, topology, model, resumed)
     callbacks: list[Callback] = [step, *watch.callbacks()]
     if recipe.evaluation.suite is not None:
         scorer = Scorer(model.decoder, machine.precision, topology, recipe.model.max_sequence_tokens)
-        callbacks.append(suite_evaluation(recipe, folder, scorer, tokenizer, curriculum.batches, watch.move))
+        callbacks.append(suite_evaluation(opened, folder, scorer, curriculum.batches, watch.move))
     loggers: list[LoggerDestination] = []
     if topology.is_main:
         callbacks += [
@@ -251,26 +239,21 @@ def assemble(
             RunTracker(folder, bytes_per_token(shards, "validation"), bytes_per_token(shards, "train")),
             Console(curriculum.batches, recipe.tracking.console_interval_batches),
         ]
+    validation_loaders = build_validation_loaders(opened, **place)
     trainer = build_trainer(
         recipe, model, optimizer, train_loader, validation_loaders, callbacks, loggers, progress, curriculum
     )
     outlast_watchdog(recipe)  # The callbacks have groups of their own.
-    return PreparedRun(trainer, unigram_entropy(validation_loaders))
+    return trainer
 
 
 def build_step(
-    recipe: Recipe,
-    folder: Path,
-    topology: Topology,
-    shards: Manifest,
-    model: LanguageModel,
-    loader: TrainLoader,
-    resumed: Resumed,
+    opened: OpenedData, folder: Path, topology: Topology, model: LanguageModel, resumed: Resumed
 ) -> TrainingStep:
     """The training step with its guard, data log and checkpoints, each continued from the checkpoint."""
-    curriculum, progress = resumed.curriculum, resumed.progress
+    recipe, curriculum, progress = opened.recipe, resumed.curriculum, resumed.progress
     guard = UpdateGuard(recipe.guard, progress.recent, progress.counts)
-    data_log = open_data_log(folder, topology, loader, shards, progress, curriculum)
+    data_log = open_data_log(folder, topology, opened.plan(curriculum), progress, curriculum)
     checkpointing = Checkpointing(
         folder / CHECKPOINTS_FOLDER,
         recipe.checkpoint,
@@ -283,40 +266,30 @@ def build_step(
     alarms = Alarms(
         guard,
         Rollback(folder, recipe.guard, curriculum, topology, checkpointing.wait),
-        documents_of(recipe, shards, loader.dataset),
+        documents_of(opened, curriculum),
         folder if topology.is_main else None,
     )
     return TrainingStep(recipe, model, topology, curriculum, alarms, data_log, checkpointing)
 
 
 def open_data_log(
-    folder: Path,
-    topology: Topology,
-    loader: TrainLoader,
-    shards: Manifest,
-    progress: Progress,
-    curriculum: Curriculum,
+    folder: Path, topology: Topology, plan: OrderPlan, progress: Progress, curriculum: Curriculum
 ) -> DataLog:
     """The log of what the run reads, with the checkpoint's sums so far."""
-    plan = loader.dataset.plan
     domains = [Domain(name, size) for name, size in zip(plan.domains, plan.sizes, strict=True)]
     run_dir = folder if topology.is_main else None
-    return DataLog(run_dir, domains, shards.sequence_tokens, progress.consumed, curriculum)
+    return DataLog(run_dir, domains, curriculum.sample_tokens, progress.consumed, curriculum)
 
 
 def suite_evaluation(
-    recipe: Recipe,
-    folder: Path,
-    scorer: Scorer,
-    tokenizer: TokenizerHandle,
-    batches: int,
-    moved: Callable[[str], None],
+    opened: OpenedData, folder: Path, scorer: Scorer, batches: int, moved: Callable[[str], None]
 ) -> SuiteEvaluation:
     """The evaluation of the recipe's suite of tasks during training."""
-    assert recipe.evaluation.suite is not None
-    suite = load_suite(Path(recipe.evaluation.suite))
-    bridge = hugging_face_tokenizer(tokenizer)
-    return SuiteEvaluation(scorer, suite, recipe.evaluation, bridge, folder, batches, moved)
+    evaluation = opened.recipe.evaluation
+    assert evaluation.suite is not None
+    suite = load_suite(Path(evaluation.suite))
+    bridge = hugging_face_tokenizer(opened.tokenizer)
+    return SuiteEvaluation(scorer, suite, evaluation, bridge, folder, batches, moved)
 
 
 def throughput(recipe: Recipe, machine: Machine, curriculum: Curriculum) -> Throughput:
@@ -326,44 +299,27 @@ def throughput(recipe: Recipe, machine: Machine, curriculum: Curriculum) -> Thro
     return Throughput(flops, peak, machine.topology.world_size, machine.device_type == "cuda")
 
 
-def unigram_entropy(validation_loaders: Mapping[str, DataLoader[Batch]]) -> dict[str, float]:
-    """Entropy of the validation targets of each domain, in nats per token."""
-    entropy = {}
-    for domain, loader in validation_loaders.items():
-        assert isinstance(loader.dataset, ValidationSequences)
-        entropy[domain] = loader.dataset.unigram_entropy()
-    return entropy
-
-
 def bytes_per_token(shards: Manifest, split: str) -> dict[str, float]:
     """Mean bytes of a token of each domain, which take nats per token to bits per byte."""
     return {name: domain.splits[split].bytes_per_token for name, domain in shards.domains.items()}
 
 
-def final_losses(job: PreparedRun) -> dict[str, float]:
+def final_losses(trainer: Trainer, domains: list[str]) -> dict[str, float]:
     """Validation loss of each domain at the end, in nats per token; every rank calls it."""
-    metrics = job.trainer.state.eval_metrics
-    return {
-        domain: metrics[f"validation/{domain}"]["token_loss"].compute().item()
-        for domain in job.unigram_entropy
-    }
+    metrics = trainer.state.eval_metrics
+    return {domain: metrics[f"validation/{domain}"]["token_loss"].compute().item() for domain in domains}
 
 
 def finish(
-    recipe: Recipe,
-    folder: Path,
-    machine: Machine,
-    shards: Manifest,
-    job: PreparedRun,
-    losses: dict[str, float],
+    opened: OpenedData, folder: Path, machine: Machine, trainer: Trainer, losses: dict[str, float]
 ) -> None:
-    """Prints what the run came to and writes its summary and report."""
-    state = job.trainer.state
+    """Logs the final losses and writes the run's summary and report; only rank 0 calls it."""
+    recipe, state, unigram_entropy = opened.recipe, trainer.state, validation_entropy(opened)
     for domain, loss in losses.items():
         log_on_rank_0(
             machine.topology,
             f"validation loss of {domain}: {loss:.3f} nats per token; unigram entropy of the same tokens: "
-            f"{job.unigram_entropy[domain]:.3f}",
+            f"{unigram_entropy[domain]:.3f}",
         )
     summary = Summary(
         name=recipe.name,
@@ -371,7 +327,7 @@ def finish(
         tokens=state.timestamp.token.value,
         seconds=state.timestamp.total_wct.total_seconds() if state.timestamp.total_wct else 0.0,
         validation_loss=losses,
-        unigram_entropy=job.unigram_entropy,
+        unigram_entropy=unigram_entropy,
         parameters_total=sizes.total_parameters(recipe.model),
         parameters_active=sizes.active_parameters(recipe.model),
         flops_per_token=sizes.training_flops(recipe).total / sizes.trained_tokens(recipe),
@@ -381,12 +337,11 @@ def finish(
         hardware=describe_hardware(machine.device_type, machine.topology.world_size),
         git_commit=provenance.git_commit(),
         packages=provenance.package_versions(),
-        datasets=dataset_inputs(recipe, shards),
+        datasets=dataset_inputs(opened),
     )
     write_summary(folder, summary)
     if machine.topology.world_size == 1:
-        tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
-        write_sample(folder, unwrap(job.trainer).decoder, OwnText(tokenizer))
+        write_sample(folder, unwrap(trainer).decoder, OwnText(opened.tokenizer))
     write_report(folder)
 
 
@@ -396,8 +351,9 @@ def unwrap(trainer: Trainer) -> LanguageModel:
     return trainer.state.model
 
 
-def dataset_inputs(recipe: Recipe, shards: Manifest) -> list[DatasetInput]:
+def dataset_inputs(opened: OpenedData) -> list[DatasetInput]:
     """The splits that a run reads, with the hash of their content."""
+    recipe, shards = opened.recipe, opened.manifest
     contexts = {"train": "training", "validation": "validation"}
     read = [(domain, split) for domain in domains_of(recipe) for split in contexts]
     read += [(domain, "validation") for domain in recipe.data.validation_domains]

@@ -7,10 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data.loader import build_plan, train_shards
+from data.opened import open_data
 from data.order.plan import OrderPlan
-from data.shards.cache import fetch_indices, open_cache
-from data.shards.manifest import DOCUMENTS_FILE, Manifest, read_manifest
 from data.shards.streams import ShardFolder
 from train.recipe.curriculum import Curriculum, continue_stages, from_json, plan_stages
 from train.recipe.errors import UserError
@@ -60,10 +58,9 @@ class RunBooks:
             raise UserError(f"{folder} has no {DATA_LOG_FILE}", remedy="give the folder of a run, runs/NAME")
         self.folder = folder
         self.recipe: Recipe = load_recipe(folder / RECIPE_FILE)
-        self.root = Path(self.recipe.data.shards)
-        fetch_indices(self.recipe)
-        self.manifest: Manifest = read_manifest(self.root)
-        self.steps = [_step(line, self.manifest.sequence_tokens) for line in read_steps(data_log_of(folder))]
+        self.data = open_data(self.recipe)
+        sample_tokens = self.data.manifest.sequence_tokens
+        self.steps = [_step(line, sample_tokens) for line in read_steps(data_log_of(folder))]
         found = sorted((folder / CHECKPOINTS_FOLDER).glob(f"batch-*[0-9]/{PROGRESS_FILE}"))
         self.progress: dict[str, Any] = json.loads(found[-1].read_text()) if found else {}
         """Of the newest checkpoint; empty if there is none."""
@@ -80,16 +77,16 @@ class RunBooks:
     @cached_property
     def plan(self) -> OrderPlan:
         """The order of the run's samples."""
-        return build_plan(self.recipe, self.curriculum)
+        return self.data.plan(self.curriculum)
 
     @cached_property
     def shards(self) -> dict[str, ShardFolder]:
         """The training shards of each domain."""
-        return {domain: train_shards(self.recipe, domain) for domain in self.plan.domains}
+        return {domain: self.data.shards(domain, "train") for domain in self.plan.domains}
 
     def documents_file(self, domain: str) -> Path:
         """The list of a domain's documents, fetched where it lies in a store."""
-        return documents_file(self.recipe, self.manifest, domain)
+        return self.data.documents_file(domain)
 
     def step_at(self, position: int) -> int | None:
         """The step that trained on a position; None if none did."""
@@ -98,18 +95,6 @@ class RunBooks:
         if place < 0 or position >= (known[place].first or 0) + known[place].samples:
             return None
         return known[place].step
-
-
-def documents_file(recipe: Recipe, manifest: Manifest, domain: str) -> Path:
-    """The list of a domain's documents, fetched where it lies in a store.
-
-    Raises:
-        UserError: if the store's is not the one that the manifest means.
-    """
-    path = Path(recipe.data.shards) / domain / DOCUMENTS_FILE
-    if (cache := open_cache(recipe)) is not None:
-        cache.require(path, manifest.domains[domain].documents_sha256)
-    return path
 
 
 def _step(line: dict[str, Any], sample_tokens: int) -> LedgerStep:

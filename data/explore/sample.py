@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards.cache import ShardCache, fetch_indices, open_cache
+from data.opened import open_data
+from data.shards.cache import ShardCache
 from data.shards.manifest import (
     DOCUMENTS_FILE,
     MANIFEST_FILE,
@@ -63,11 +64,8 @@ class Shards:
         """
         place = place.resolve()
         if (place / RECIPE_FILE).is_file():
-            recipe = load_recipe(place / RECIPE_FILE)
-            fetch_indices(recipe)
-            root = Path(recipe.data.shards)
-            manifest = read_manifest(root)
-            return cls(root, manifest, manifest.domains, open_cache(recipe))
+            opened = open_data(load_recipe(place / RECIPE_FILE))
+            return cls(opened.root, opened.manifest, opened.manifest.domains, opened.cache)
         if not (place / MANIFEST_FILE).is_file() and (place.parent / MANIFEST_FILE).is_file():
             manifest = read_manifest(place.parent)
             if place.name in manifest.domains:

@@ -1,8 +1,7 @@
-"""Whether the shards hold enough of every domain for the curriculum, before anything is trained."""
+"""The epoch budget: how often a run reads each domain, held to what the recipe allows before it trains."""
 
 from dataclasses import dataclass
 
-from data.loader import build_plan
 from data.order.plan import OrderPlan
 from train.recipe.curriculum import Curriculum
 from train.recipe.errors import UserError
@@ -11,7 +10,7 @@ from train.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class EpochBudget:
-    """What a run takes of a domain, and what there is."""
+    """How much of a domain a run reads, and how much there is."""
 
     domain: str
     samples: int
@@ -29,7 +28,13 @@ class EpochBudget:
 
 
 def epoch_budgets(recipe: Recipe, curriculum: Curriculum, plan: OrderPlan) -> list[EpochBudget]:
-    """The account of every domain over the whole run."""
+    """The epoch budget of every domain over the whole run.
+
+    Args:
+        recipe: says how often each domain may be read.
+        curriculum: the run's stages.
+        plan: the order that was made of them.
+    """
     consumed = plan.consumed(curriculum.samples)
     found = []
     for domain, samples in zip(plan.domains, plan.sizes, strict=True):
@@ -39,25 +44,28 @@ def epoch_budgets(recipe: Recipe, curriculum: Curriculum, plan: OrderPlan) -> li
     return found
 
 
-def require_epoch_budget(recipe: Recipe, curriculum: Curriculum) -> None:
+def require_epoch_budget(recipe: Recipe, curriculum: Curriculum, plan: OrderPlan) -> None:
     """Raises where a domain would be read more often than the recipe allows.
 
+    Args:
+        recipe: says how often each domain may be read.
+        curriculum: the run's stages.
+        plan: the order that was made of them.
+
     Raises:
-        UserError: one line that names the domain that runs dry first, and at which token.
+        UserError: one line that names the domain that is exhausted first, and at which token.
     """
-    dry = [
-        supply
-        for supply in epoch_budgets(recipe, curriculum, build_plan(recipe, curriculum))
-        if supply.exhausted_at is not None
-    ]
-    if not dry:
+    budgets = epoch_budgets(recipe, curriculum, plan)
+    exhausted = [budget for budget in budgets if budget.exhausted_at is not None]
+    if not exhausted:
         return
-    first = min(dry, key=lambda supply: supply.exhausted_at or 0)
+    first = min(exhausted, key=lambda budget: budget.exhausted_at or 0)
     assert first.exhausted_at is not None
     tokens = curriculum.sample_tokens
     raise UserError(
-        f"{first.domain} runs dry at token {first.exhausted_at * tokens:,}: the run takes {first.epochs:.3g} "
-        f"epochs of its {first.samples * tokens:,} tokens, and {first.max_epochs:g} are allowed",
+        f"{first.domain} is exhausted at token {first.exhausted_at * tokens:,}: "
+        f"the run takes {first.epochs:.3g} epochs of its {first.samples * tokens:,} tokens, "
+        f"and {first.max_epochs:g} are allowed",
         key=f"data.domain_max_epochs.{first.domain}",
         remedy="allow more, give the domain less weight, or add text",
     )

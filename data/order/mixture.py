@@ -40,11 +40,10 @@ class _Branch(NamedTuple):
         return np.clip((self.offset + self.part * arrivals) // self.whole, 0, arrivals)
 
 
-class _Segment(NamedTuple):
-    """A segment with what came before it."""
+class _DomainTree(NamedTuple):
+    """The tree over the domains of a segment, and what came before it."""
 
-    first: int
-    step: int
+    segment: MixtureSegment
     root: _Branch | int
     consumed: list[int]
     """Samples of each domain before it."""
@@ -66,7 +65,7 @@ class Mixture:
         assert segments and segments[0].first == 0
         self.domains = tuple(sorted({name for segment in segments for name in segment.weights}))
         """Names in alphabetical order, so that the recipe's order of keys changes nothing."""
-        self._segments: list[_Segment] = []
+        self._trees: list[_DomainTree] = []
         shapes: dict[tuple[int, tuple[int, ...]], _Shape] = {}
         consumed = [0] * len(self.domains)
         # In samples x PARTS: quota less what was given.
@@ -77,15 +76,15 @@ class Mixture:
             if (segment.stage, active) not in shapes:
                 shapes[segment.stage, active] = _best_shape({index: parts[index] for index in active})
             root = _plant(shapes[segment.stage, active], parts, owed, segment.step)[0]
-            self._segments.append(_Segment(segment.first, segment.step, root, consumed))
+            self._trees.append(_DomainTree(segment, root, consumed))
             if number + 1 < len(segments):
                 length = segments[number + 1].first - segment.first
                 assert length > 0 and length % segment.step == 0, (segment, length)
-                after = self._consumed(self._segments[-1], segment.first + length)
+                after = self._consumed(self._trees[-1], segment.first + length)
                 given = [now - before for now, before in zip(after, consumed, strict=True)]
                 owed = [o + p * length - PARTS * g for o, p, g in zip(owed, parts, given, strict=True)]
                 consumed = after
-        self._firsts = [segment.first for segment in self._segments]
+        self._firsts = [segment.first for segment in segments]
 
     def assign(self, positions: Indices) -> tuple[Indices, Indices]:
         """The domain of each position and the number of that domain's samples before it.
@@ -99,20 +98,21 @@ class Mixture:
         domain = np.empty(positions.size, np.int64)
         ordinal = np.empty(positions.size, np.int64)
         cuts = np.searchsorted(positions, self._firsts)
-        for segment, begin, end in zip(self._segments, cuts, [*cuts[1:], positions.size], strict=True):
+        for tree, begin, end in zip(self._trees, cuts, [*cuts[1:], positions.size], strict=True):
             if begin < end:
+                segment = tree.segment
                 sequences, within = np.divmod(positions[begin:end] - segment.first, segment.step)
                 assert sequences[-1] < MOST_ARRIVALS
                 part = domain[begin:end]
-                _descend(segment.root, np.arange(end - begin), sequences, part, ordinal[begin:end])
+                _descend(tree.root, np.arange(end - begin), sequences, part, ordinal[begin:end])
                 ordinal[begin:end] *= segment.step
-                ordinal[begin:end] += np.array(segment.consumed)[part] + within
+                ordinal[begin:end] += np.array(tree.consumed)[part] + within
         return domain, ordinal
 
     def consumed(self, position: int) -> dict[str, int]:
         """Samples of each domain among the first ``position`` positions; O(log segments + domains)."""
-        segment = self._segments[bisect_right(self._firsts, position) - 1]
-        return dict(zip(self.domains, self._consumed(segment, position), strict=True))
+        tree = self._trees[bisect_right(self._firsts, position) - 1]
+        return dict(zip(self.domains, self._consumed(tree, position), strict=True))
 
     def position_of(self, domain: str, ordinal: int) -> int:
         """The position of a domain's sample number ``ordinal``; it must have a weight at some time."""
@@ -122,8 +122,8 @@ class Mixture:
             assert high < 1 << 62, f"{domain} is never read so far"
         return bisect_right(range(high), ordinal, key=lambda position: self.consumed(position)[domain]) - 1
 
-    def _consumed(self, segment: _Segment, position: int) -> list[int]:
-        counts = list(segment.consumed)
+    def _consumed(self, tree: _DomainTree, position: int) -> list[int]:
+        counts, segment = list(tree.consumed), tree.segment
         sequences, within = divmod(position - segment.first, segment.step)
 
         def descend(node: _Branch | int, arrivals: int) -> None:
@@ -134,10 +134,10 @@ class Mixture:
             descend(node.side, to_side)
             descend(node.other, arrivals - to_side)
 
-        descend(segment.root, sequences)
+        descend(tree.root, sequences)
         if within:
             domain = np.empty(1, np.int64)
-            _descend(segment.root, np.arange(1), np.array([sequences]), domain, np.empty(1, np.int64))
+            _descend(tree.root, np.arange(1), np.array([sequences]), domain, np.empty(1, np.int64))
             counts[int(domain[0])] += within
         return counts
 

@@ -18,12 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.shards.index import INDEX_FILE, PackedFile, ShardFile
-from data.shards.manifest import MANIFEST_FILE, Manifest, file_fault, read_manifest
-from data.tokenizer import TOKENIZER_FILE
+from data.shards.index import PackedFile, ShardFile, file_fault
+from data.shards.manifest import MANIFEST_FILE, Manifest, read_manifest
 from train.recipe.errors import UserError
-from train.recipe.phases import domains_of
-from train.recipe.schema import Recipe, TokenizerKind
+from train.recipe.schema import Recipe
 from train.record import log
 
 logger = log.get_logger(__name__)
@@ -286,27 +284,6 @@ def open_cache(recipe: Recipe) -> ShardCache | None:
     if data.remote is None:
         return None
     return ShardCache(Path(data.shards), data.remote, data.cache_bytes)
-
-
-def fetch_indices(recipe: Recipe) -> None:
-    """Brings manifest, tokenizer and indices to this node; to be called by every process. No-op without
-    ``data.remote``.
-
-    Raises:
-        UserError: one line, if the store does not give them.
-    """
-    cache = open_cache(recipe)
-    if cache is None:
-        return
-    is_there = (cache.root / MANIFEST_FILE).is_file()
-    manifest = read_manifest(cache.root) if is_there else cache.fetch_manifest()
-    if not {*domains_of(recipe), *recipe.data.validation_domains} <= manifest.domains.keys():
-        manifest = cache.fetch_manifest()  # Domains have joined since this node fetched it.
-    if recipe.tokenizer.kind is TokenizerKind.bpe:
-        cache.require(cache.root / TOKENIZER_FILE, None)
-    for name, domain in manifest.domains.items():
-        for side, split in domain.splits.items():
-            cache.require(cache.root / name / side / INDEX_FILE, split.index_sha256)
 
 
 def _damaged(what: str) -> UserError:

@@ -69,6 +69,8 @@ class ShardIndex:
         self.samples: NDArray[np.int64] = columns["samples"]
         """Samples of each shard [N]."""
         self._columns = columns
+        self._sound: dict[int, tuple[int, ...]] = {}
+        """Inode, time and size of each shard when its content was compared."""
 
     def __len__(self) -> int:
         """N."""
@@ -91,6 +93,23 @@ class ShardIndex:
         """Which of the configs is a shard's."""
         return int(self._columns["config"][number])
 
+    def fault(self, number: int) -> str:
+        """What is wrong with a shard's file, see :func:`file_fault`.
+
+        Its content is hashed once in each process, and again after the file was replaced or written to.
+        """
+        file = self[number]
+        try:
+            status = file.path.stat()
+        except OSError:
+            return file_fault(file.path, file.bytes, file.sha256)
+        mark = status.st_ino, status.st_mtime_ns, status.st_size
+        if self._sound.get(number) == mark:
+            return ""
+        if not (fault := file_fault(file.path, file.bytes, file.sha256)):
+            self._sound[number] = mark
+        return fault
+
     def entry(self, config: int) -> dict[str, Any]:
         """What Streaming makes a reader of: an entry with this config and a file without content."""
         return self.configs[config] | {
@@ -103,6 +122,27 @@ class ShardIndex:
         name, sha256 = (self._columns[f"{kind}{it}"][number] for it in ("name", "sha256"))
         size = int(self._columns[f"{kind}bytes"][number])
         return self.folder / name.decode(), size, sha256.tobytes().hex() if has_hash else None
+
+
+def file_fault(path: Path, size: int | None, sha256: str | None) -> str:
+    """What is wrong with a file, to be put after its name; empty if nothing.
+
+    Args:
+        path: the file.
+        size: its bytes; None: not compared.
+        sha256: of its content; None: not compared, and nothing is read.
+    """
+    try:
+        actual = path.stat().st_size
+        if size is not None and actual != size:
+            return f"has {actual} bytes instead of {size}"
+        if sha256 is not None and files.sha256(path) != sha256:
+            return "is altered: its SHA-256 differs"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"can't be read ({error.strerror})"
+    return ""
 
 
 def open_index(folder: Path) -> ShardIndex:

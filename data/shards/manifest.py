@@ -6,6 +6,7 @@ manifest vouches for every byte. It is written last, and without it a folder is 
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards.index import INDEX_FILE, ShardFile, open_index
+from data.shards.index import INDEX_FILE, ShardIndex, file_fault, open_index
 from data.tokenizer import TokenizerHandle, bpe_name
 from train.recipe.errors import UserError
 from train.recipe.keys import rules_of
@@ -21,7 +22,6 @@ from train.recipe.phases import domains_of
 from train.recipe.preparation import Preparation, Source
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe, TokenizerKind
-from train.record import files
 
 MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.jsonl"
@@ -196,28 +196,48 @@ def check_shards(root: Path, *, every_byte: bool = False) -> Manifest:
 
     Args:
         root: the folder.
-        every_byte: hash the shards however large they are; sizes alone are compared otherwise where
-            they exceed :data:`HASHED_BYTES` in all.
+        every_byte: see :func:`check_files`.
 
     Raises:
         UserError: one line that names the first file that is missing, cut short or altered.
     """
     manifest = read_manifest(root)
-    shards: list[ShardFile] = []
+    check_files(root, manifest, lambda name, side: open_index(root / name / side), every_byte=every_byte)
+    return manifest
+
+
+def check_files(
+    root: Path, manifest: Manifest, index_of: Callable[[str, str], ShardIndex], *, every_byte: bool = False
+) -> None:
+    """Compares the files of a folder of shards with its manifest, which has been read.
+
+    Args:
+        root: the folder.
+        manifest: its manifest.
+        index_of: opens the index of a domain's split, once its hash has been compared.
+        every_byte: hash the shards however large they are; otherwise only sizes are compared where
+            they exceed :data:`HASHED_BYTES` in all.
+
+    Raises:
+        UserError: one line that names the first file that is missing, cut short or altered.
+    """
+    indexes: list[ShardIndex] = []
     for name, domain in manifest.domains.items():
         _require_sound(root / name / DOCUMENTS_FILE, domain.documents_sha256)
         if domain.rejected_sha256 is not None:
             _require_sound(root / name / REJECTED_FILE, domain.rejected_sha256)
         for side, split in domain.splits.items():
-            folder = root / name / side
-            _require_sound(folder / INDEX_FILE, split.index_sha256)
-            shards += open_index(folder)
-    for shard in shards:
-        _require_sound(shard.path, None, shard.bytes)
-    if every_byte or sum(shard.bytes for shard in shards) <= HASHED_BYTES:
-        for shard in shards:
-            _require_sound(shard.path, shard.sha256)
-    return manifest
+            _require_sound(root / name / side / INDEX_FILE, split.index_sha256)
+            indexes.append(index_of(name, side))
+    total_bytes = 0
+    for index in indexes:
+        for shard in index:
+            _refuse(shard.path, file_fault(shard.path, shard.bytes, None))
+            total_bytes += shard.bytes
+    if every_byte or total_bytes <= HASHED_BYTES:
+        for index in indexes:
+            for number in range(len(index)):
+                _refuse(index[number].path, index.fault(number))
 
 
 def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle | None = None) -> None:
@@ -305,27 +325,10 @@ def _digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def file_fault(path: Path, size: int | None, sha256: str | None) -> str:
-    """What is wrong with a file, to be put after its name; empty if nothing.
-
-    Args:
-        path: the file.
-        size: its bytes; None: not compared.
-        sha256: of its content; None: not compared, and nothing is read.
-    """
-    try:
-        actual = path.stat().st_size
-        if size is not None and actual != size:
-            return f"has {actual} bytes instead of {size}"
-        if sha256 is not None and files.sha256(path) != sha256:
-            return "is altered: its SHA-256 differs"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"can't be read ({error.strerror})"
-    return ""
+def _require_sound(path: Path, sha256: str) -> None:
+    _refuse(path, file_fault(path, None, sha256))
 
 
-def _require_sound(path: Path, sha256: str | None, size: int | None = None) -> None:
-    if fault := file_fault(path, size, sha256):
+def _refuse(path: Path, fault: str) -> None:
+    if fault:
         raise UserError(f"{path} {fault}", key="data.shards", remedy=REBUILD)

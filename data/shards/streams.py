@@ -15,8 +15,8 @@ from streaming.base.format import reader_from_json
 from streaming.base.format.mds import MDSReader
 
 from data.shards.cache import ShardCache
-from data.shards.index import ShardFile, open_index
-from data.shards.manifest import REBUILD, file_fault
+from data.shards.index import ShardFile, ShardIndex, open_index
+from data.shards.manifest import REBUILD
 from data.shards.packing import Sample
 from train.recipe.errors import UserError
 
@@ -29,17 +29,18 @@ OPENINGS = 5
 class ShardFolder:
     """Random access to the samples of one split of one domain."""
 
-    def __init__(self, folder: Path, cache: ShardCache | None = None) -> None:
-        """Reads the index; no shard is opened.
+    def __init__(
+        self, folder: Path, cache: ShardCache | None = None, index: ShardIndex | None = None
+    ) -> None:
+        """Opens no shard.
 
         Args:
             folder: holds ``index.json`` and the shards.
             cache: where shards that are missing or altered come from; None: that is an error.
+            index: of the folder, where it is open already; None: it is opened.
         """
         self.folder, self._cache = folder, cache
-        self._index = open_index(folder)
-        self._sound: dict[int, tuple[int, ...]] = {}
-        """Inode, time and size of each shard when its content was compared."""
+        self._index = open_index(folder) if index is None else index
         # What a reader decodes depends on the columns alone, which most shards have in common.
         configs = range(len(self._index.configs))
         self._readers: list[MDSReader] = [
@@ -119,19 +120,10 @@ class ShardFolder:
         )
 
     def _fault(self, shard: int) -> str:
-        file = self._index[shard]
-        try:
-            status = file.path.stat()
-        except FileNotFoundError:
-            return "is missing"
-        mark = status.st_ino, status.st_mtime_ns, status.st_size
-        if self._sound.get(shard) != mark:
-            if fault := file_fault(file.path, file.bytes, file.sha256):
-                return fault
-            self._sound[shard] = mark
-        if self._cache is not None:
-            self._cache.note_use(file)
-        return ""
+        fault = self._index.fault(shard)
+        if not fault and self._cache is not None:
+            self._cache.note_use(self._index[shard])
+        return fault
 
     def _let_go_of_evicted(self) -> None:
         """Closes maps of shards that were evicted, since the disk has their room back only then."""

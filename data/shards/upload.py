@@ -11,13 +11,12 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from data.shards.cache import AbsentError, Patience, ShardCache
-from data.shards.index import open_index
+from data.shards.index import file_fault, open_index
 from data.shards.manifest import (
     MANIFEST_FILE,
     REBUILD,
     Manifest,
     check_shards,
-    file_fault,
     join_manifests,
 )
 from train.recipe.errors import UserError

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from data.batch import NO_TARGET, Batch, make_batch, make_block, open_block
-from data.loader import NO_POSITION, build_plan, build_train_loader, build_validation_loaders
+from data.loader import NO_POSITION, build_train_loader, build_validation_loaders, validation_entropy
+from data.opened import OpenedData
 from data.shards.manifest import unigram_entropy
 from data.shards.packing import PADDING, Sample, pack
 from data.shards.streams import ShardFolder
-from data.tokenizer import TokenizerHandle, open_tokenizer
 from train.recipe.curriculum import continue_stages, plan_stages
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
@@ -26,19 +26,14 @@ BATCHES = 100
 
 
 @pytest.fixture(scope="module")
-def tokenizer(built: Recipe) -> TokenizerHandle:
-    return open_tokenizer(built.tokenizer, Path(built.data.shards))
-
-
-@pytest.fixture(scope="module")
-def whole(built: Recipe, tokenizer: TokenizerHandle) -> list[Batch]:
+def whole(built: Recipe) -> list[Batch]:
     """The first batches of one rank that reads for itself."""
-    return read(built, tokenizer, BATCHES)
+    return read(built, BATCHES)
 
 
-def read(recipe: Recipe, tokenizer: TokenizerHandle, batches: int, **place: Any) -> list[Batch]:
+def read(recipe: Recipe, batches: int, **place: Any) -> list[Batch]:
     place = {"rank": 0, "world_size": 1} | place
-    return list(islice(build_train_loader(recipe, tokenizer, **place), batches))
+    return list(islice(build_train_loader(OpenedData(recipe), **place), batches))
 
 
 def with_workers(recipe: Recipe, workers: int, batch: int = 8) -> Recipe:
@@ -63,7 +58,7 @@ def joined(batches: list[Batch]) -> Batch:
 
 def test_a_batch_is_what_the_plan_says(built: Recipe, whole: list[Batch]):
     root = Path(built.data.shards)
-    plan = build_plan(built)
+    plan = OpenedData(built).plan(plan_stages(built))
     everything = joined(whole)
     picks = plan.samples(0, 8 * BATCHES)
     assert everything["sample_positions"].tolist() == list(range(8 * BATCHES))
@@ -80,23 +75,21 @@ def test_a_batch_is_what_the_plan_says(built: Recipe, whole: list[Batch]):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(built: Recipe, tokenizer: TokenizerHandle, whole: list[Batch], workers: int):
-    assert_equal(read(with_workers(built, workers), tokenizer, 39), whole[:39])
+def test_workers_change_nothing(built: Recipe, whole: list[Batch], workers: int):
+    assert_equal(read(with_workers(built, workers), 39), whole[:39])
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(2, 0), (4, 0), (2, 2)])
 def test_ranks_share_the_same_global_batches(
-    built: Recipe, tokenizer: TokenizerHandle, whole: list[Batch], world_size: int, workers: int
+    built: Recipe, whole: list[Batch], world_size: int, workers: int
 ):
     recipe = with_workers(built, workers)
-    ranks = [read(recipe, tokenizer, 20, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [read(recipe, 20, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert_equal([joined(list(parts)) for parts in zip(*ranks, strict=True)], whole[:20])
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_resuming_anywhere_goes_on_as_if_nothing_had_happened(
-    built: Recipe, tokenizer: TokenizerHandle, whole: list[Batch], seed: int
-):
+def test_resuming_anywhere_goes_on_as_if_nothing_had_happened(built: Recipe, whole: list[Batch], seed: int):
     rng = np.random.default_rng(seed)
     start = 8 * int(rng.integers(1, 30))
     world_size, workers, batch = (
@@ -108,7 +101,6 @@ def test_resuming_anywhere_goes_on_as_if_nothing_had_happened(
     ranks = [
         read(
             recipe,
-            tokenizer,
             3,
             rank=rank,
             world_size=world_size,
@@ -123,10 +115,10 @@ def test_resuming_anywhere_goes_on_as_if_nothing_had_happened(
     assert_equal([resumed], [expected])
 
 
-def test_iterating_draws_nothing_from_the_global_generator(built: Recipe, tokenizer: TokenizerHandle):
+def test_iterating_draws_nothing_from_the_global_generator(built: Recipe):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    read(with_workers(built, 1), tokenizer, 2)
-    for loader in build_validation_loaders(built, tokenizer, rank=0, world_size=1).values():
+    read(with_workers(built, 1), 2)
+    for loader in build_validation_loaders(OpenedData(built), rank=0, world_size=1).values():
         list(loader)
     assert torch.equal(before[0], torch.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])
@@ -152,11 +144,9 @@ def test_a_sequence_of_padding_has_no_target():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_validation_reads_the_same_sequences_on_any_number_of_ranks(
-    built: Recipe, tokenizer: TokenizerHandle, world_size: int
-):
+def test_validation_reads_the_same_sequences_on_any_number_of_ranks(built: Recipe, world_size: int):
     ranks = [
-        build_validation_loaders(built, tokenizer, rank=rank, world_size=world_size)
+        build_validation_loaders(OpenedData(built), rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     assert all(list(loaders) == ["code", "prose"] for loaders in ranks)
@@ -173,15 +163,13 @@ def test_validation_reads_the_same_sequences_on_any_number_of_ranks(
         chosen = [n * len(folder) // 5 for n in range(5)]
         assert everything["input_ids"][real].tolist() == [folder[n].tokens.tolist() for n in chosen]
         targets = everything["targets"][everything["targets"] != NO_TARGET].numpy()
-        assert ranks[0][domain].dataset.unigram_entropy() == pytest.approx(unigram_entropy(targets))
+        assert validation_entropy(OpenedData(built))[domain] == pytest.approx(unigram_entropy(targets))
 
 
-def test_too_few_validation_sequences_are_refused(
-    built: Recipe, tokenizer: TokenizerHandle, make_recipe: Callable[..., Recipe]
-):
+def test_too_few_validation_sequences_are_refused(built: Recipe, make_recipe: Callable[..., Recipe]):
     recipe = make_recipe(Path(built.data.shards), validation_sequences=10_000)
     with pytest.raises(UserError, match=r"data.validation_sequences: is 10000, but .* has \d+ of code"):
-        build_validation_loaders(recipe, tokenizer, rank=0, world_size=1)
+        build_validation_loaders(OpenedData(recipe), rank=0, world_size=1)
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 3])
@@ -203,10 +191,8 @@ def test_blocks_open_to_views_of_every_shape(sequences: int):
     assert batch["domain_ids"].tolist() == list(range(sequences))
 
 
-def test_a_worker_survives_the_schedulers_sigterm_and_ends_with_the_loader(
-    built: Recipe, tokenizer: TokenizerHandle, whole: list[Batch]
-):
-    loader = build_train_loader(with_workers(built, 1), tokenizer, rank=0, world_size=1)
+def test_a_worker_survives_the_schedulers_sigterm_and_ends_with_the_loader(built: Recipe, whole: list[Batch]):
+    loader = build_train_loader(OpenedData(with_workers(built, 1)), rank=0, world_size=1)
     batches = iter(loader)
     first = next(batches)
     (worker,) = multiprocessing.active_children()

@@ -2,15 +2,14 @@
 
 import dataclasses
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from data.batch import NO_TARGET, Batch
-from data.loader import build_plan, build_train_loader, train_shards
-from data.tokenizer import TokenizerHandle, open_tokenizer
+from data.loader import build_train_loader
+from data.opened import OpenedData
 from train.recipe.curriculum import plan_stages
 from train.recipe.schema import Phase, Recipe
 
@@ -40,20 +39,15 @@ def recipe(built: Recipe) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(built: Recipe) -> TokenizerHandle:
-    return open_tokenizer(built.tokenizer, Path(built.data.shards))
-
-
-@pytest.fixture(scope="module")
-def whole(recipe: Recipe, tokenizer: TokenizerHandle) -> list[Batch]:
+def whole(recipe: Recipe) -> list[Batch]:
     """Every batch of the run, read by one rank for itself."""
-    loader = build_train_loader(recipe, tokenizer, rank=0, world_size=1)
+    loader = build_train_loader(OpenedData(recipe), rank=0, world_size=1)
     return list(islice(loader, plan_stages(recipe).batches))
 
 
 @pytest.mark.parametrize("number", range(20))
 def test_resuming_anywhere_on_any_world_gives_the_same_sequences(
-    recipe: Recipe, tokenizer: TokenizerHandle, whole: list[Batch], number: int
+    recipe: Recipe, whole: list[Batch], number: int
 ):
     rng = np.random.default_rng(number)
     curriculum = plan_stages(recipe)
@@ -63,7 +57,7 @@ def test_resuming_anywhere_on_any_world_gives_the_same_sequences(
     start = curriculum.tokens_after(first - 1) // S if first else 0
     ranks = []
     for rank in range(world_size):
-        loader = build_train_loader(recipe, tokenizer, rank=rank, world_size=world_size, start_sample=start)
+        loader = build_train_loader(OpenedData(recipe), rank=rank, world_size=world_size, start_sample=start)
         ranks.append(list(islice(loader, 4)))
     for parts, expected in zip(zip(*ranks, strict=True), whole[first : first + 4], strict=True):
         for key, tensor in expected.items():
@@ -71,8 +65,9 @@ def test_resuming_anywhere_on_any_world_gives_the_same_sequences(
 
 
 def test_batches_hold_what_the_plan_says_in_every_phase(recipe: Recipe, whole: list[Batch]):
-    plan = build_plan(recipe)
-    folders = [train_shards(recipe, domain) for domain in plan.domains]
+    opened = OpenedData(recipe)
+    plan = opened.plan(plan_stages(recipe))
+    folders = [opened.shards(domain, "train") for domain in plan.domains]
     at, joined, broken = 0, 0, 0
     for batch, tokens in zip(whole, (batch["input_ids"] for batch in whole), strict=True):
         step = tokens.shape[1] // S

@@ -148,7 +148,9 @@ def test_a_fast_encoder_that_errs_is_not_used(bpe: TokenizerHandle):
 
 def test_shards_of_another_tokenizer_are_refused(built: Recipe, make_recipe: Callable[..., Recipe]):
     from data.loader import build_train_loader
+    from data.opened import OpenedData
 
-    other = train_bpe(built.tokenizer, iter(texts()))
+    opened = OpenedData(built)
+    opened.tokenizer = train_bpe(built.tokenizer, iter(texts()))
     with pytest.raises(UserError, match=r"tokenizer: bpe-300 has fingerprint .* was made with .*--rebuild"):
-        build_train_loader(built, other, rank=0, world_size=1)
+        build_train_loader(opened, rank=0, world_size=1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.opened import OpenedData
 from data.shards.manifest import check_shards, entropy, read_manifest, require_match, unigram_entropy
 from data.shards.packing import PADDING
 from data.shards.streams import ShardFolder
@@ -182,11 +183,15 @@ def test_shards_that_the_recipe_does_not_mean_are_refused(built: Recipe, make_re
 
 def test_missing_shards_are_built_only_from_a_corpus(make_recipe: Callable[..., Recipe], tmp_path: Path):
     with pytest.raises(UserError, match="no shards at"):
-        ensure_shards(make_recipe(tmp_path / "shards"))
+        ensure_shards(OpenedData(make_recipe(tmp_path / "shards")))
     recipe = make_recipe(tmp_path / "shards", corpus="installed", corpus_bytes=300_000)
-    first = ensure_shards(recipe)
+    opened = OpenedData(recipe)
+    ensure_shards(opened)
+    first = opened.manifest
     assert first.domains["code"].splits["train"].tokens > 10_000
-    assert ensure_shards(recipe) == first
+    again = OpenedData(recipe)
+    ensure_shards(again)
+    assert again.manifest == first
 
 
 def test_command_line(built: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

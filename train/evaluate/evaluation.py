@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from data.loader import build_validation_loaders
-from data.tokenizer import open_tokenizer
+from data.opened import OpenedData
 from data.write_shards import ensure_shards
 from train.evaluate import results
 from train.evaluate.harness import headline, read_tasks, run_harness
@@ -42,6 +42,8 @@ class Opened:
     scorer: Scorer
     tokenizer: Any
     source: WeightSource
+    data: OpenedData | None = None
+    """Of the run that it is of; None for weights from elsewhere."""
 
     @property
     def run_dir(self) -> Path | None:
@@ -93,8 +95,8 @@ def open_model(path: Path, options: argparse.Namespace) -> Opened:
     precision = Precision.bf16 if options.dtype == "bf16" else Precision.fp32
     scorer = Scorer(decoder, precision, Topology(), source.model.max_sequence_tokens)
     if source.recipe is not None:
-        handle = open_tokenizer(source.recipe.tokenizer, Path(source.recipe.data.shards))
-        return Opened(scorer, hugging_face_tokenizer(handle), source)
+        data = OpenedData(source.recipe)
+        return Opened(scorer, hugging_face_tokenizer(data.tokenizer), source, data)
     from transformers import AutoTokenizer
 
     for folder in (source.path / SOURCE_FOLDER, source.path):
@@ -197,19 +199,18 @@ def evaluate_bits(opened: Opened) -> dict[str, Any]:
     Raises:
         UserError: for a model that is not a run's, as it has no shards.
     """
-    recipe = opened.source.recipe
-    if recipe is None:
+    if (data := opened.data) is None:
         raise UserError("is no run, so that it has no shards", key="--bits-per-byte", remedy="give a run")
-    manifest = ensure_shards(recipe)
-    handle = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
+    ensure_shards(data)
+    data.fetch()
     domains = {}
-    for domain, loader in build_validation_loaders(recipe, handle, rank=0, world_size=1).items():
+    for domain, loader in build_validation_loaders(data, rank=0, world_size=1).items():
         loss, tokens = 0.0, 0
         for batch in tqdm(loader, desc=domain, unit="batch", leave=False):
-            documents = batch["document_ids"] if recipe.training.document_masking else None
+            documents = batch["document_ids"] if data.recipe.training.document_masking else None
             of_batch, targets = opened.scorer.loss(batch["input_ids"], documents, batch["targets"])
             loss, tokens = loss + of_batch, tokens + targets
-        size = manifest.domains[domain].splits["validation"].bytes_per_token
+        size = data.manifest.domains[domain].splits["validation"].bytes_per_token
         bits = metrics.in_bits_per_byte(loss / tokens, size)
         domains[domain] = {"loss": loss / tokens, "bits_per_byte": bits, "tokens": tokens}
     rows = [

@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data.shards.index import open_index
-from data.shards.manifest import read_manifest
 from train.recipe.errors import UserError
-from train.recipe.schema import Recipe
+from train.recipe.reliability import Preflight
+
+if TYPE_CHECKING:
+    from data.opened import OpenedData
 
 GPU_QUERY = "index,ecc.errors.uncorrected.volatile.total,clocks.max.sm,clocks_throttle_reasons.hw_slowdown"
 WRITTEN_BYTES = 1 << 24
@@ -36,18 +38,19 @@ class Check:
     """By which nodes are compared: the least is the worst."""
 
 
-def check_node(recipe: Recipe, run_folder: Path, gpus: int) -> list[Check]:
+def check_node(limits: Preflight, opened: "OpenedData", run_folder: Path, gpus: int) -> list[Check]:
     """Looks at this node.
 
     Args:
-        recipe: the run's.
+        limits: what the recipe wants of a node.
+        opened: the run's data.
         run_folder: folder of the run.
         gpus: that the job wants on each node; 0 for a run on CPUs, where no GPU or InfiniBand is looked for.
     """
     checks = [
-        check_disk(run_folder, recipe.preflight.least_disk_bytes, recipe.preflight.least_disk_speed),
+        check_disk(run_folder, limits.least_disk_bytes, limits.least_disk_speed),
         check_shared_memory(Path("/dev/shm")),
-        check_shards(recipe),
+        check_shards(opened),
     ]
     if gpus:
         checks += [
@@ -107,23 +110,23 @@ def check_shared_memory(folder: Path) -> Check:
     return Check("shared memory", f"{free / 1e9:.1f} GB free", wanted, fault, free)
 
 
-def check_shards(recipe: Recipe) -> Check:
+def check_shards(opened: "OpenedData") -> Check:
     """Whether this node reads the shards; those that are still to be built or fetched are no fault.
 
     The main rank has compared every file with the manifest; here one file of each folder is opened.
     """
-    root = Path(recipe.data.shards)
+    root, data = opened.root, opened.recipe.data
     try:
-        manifest = read_manifest(root)
+        manifest = opened.manifest
     except UserError as error:
-        is_made_later = recipe.data.corpus is not None or recipe.data.remote is not None
+        is_made_later = data.corpus is not None or data.remote is not None
         fault = "" if is_made_later and not root.exists() else str(error)
         return Check(SHARDS, "not there yet", fault=fault, level=-1.0)
     try:
         for name, domain in manifest.domains.items():
             # Those of an object store come when they are read.
-            for split in domain.splits if recipe.data.remote is None else ():
-                for shard in itertools.islice(open_index(root / name / split), 1):
+            for split in domain.splits if data.remote is None else ():
+                for shard in itertools.islice(opened.index(name, split), 1):
                     with shard.path.open("rb") as stream:
                         stream.read(1)
     except (OSError, ValueError, LookupError) as error:

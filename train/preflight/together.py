@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data.opened import OpenedData
 from train.health.heartbeat import host_name
 from train.preflight.links import COLLECTIVES, MESSAGE_BYTES, measure_collectives, measure_links
 from train.preflight.node import SHARDS, Check, check_node
@@ -74,12 +75,13 @@ def is_wanted(recipe: Preflight, topology: Topology) -> bool:
     return recipe.when is PreflightWhen.always
 
 
-def preflight(recipe: Recipe, run_folder: Path, topology: Topology, device: torch.device) -> Findings:
+def preflight(opened: OpenedData, run_folder: Path, topology: Topology, device: torch.device) -> Findings:
     """Checks everything; every rank calls it, in the process group that the job will use."""
+    recipe = opened.recipe
     findings, limits = Findings(), recipe.preflight
     gpus = topology.local_world_size if device.type == "cuda" else 0
     # One rank of a node looks at the node.
-    checks = check_node(recipe, run_folder, gpus) if topology.local_rank == 0 else []
+    checks = check_node(limits, opened, run_folder, gpus) if topology.local_rank == 0 else []
     mine = {"host": host_name(), "checks": checks, "token": secrets.token_hex(8)}
     said = gather(mine, topology)
     of_nodes = [(rank, one["host"], check) for rank, one in enumerate(said) for check in one["checks"]]

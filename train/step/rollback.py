@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from data.audit.lookup import documents_at
-from data.audit.run_data import documents_file
-from data.loader import TrainSequences
-from data.shards.manifest import Manifest
+from data.opened import OpenedData
 from train.checkpoint.files import CheckpointError, check_checkpoint
 from train.layout.ranks import run_on_rank_0
 from train.recipe.curriculum import Curriculum
 from train.recipe.errors import UserError
 from train.recipe.reliability import Guard
-from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 from train.record.run_folder import CHECKPOINTS_FOLDER
 from train.record.skips import GuardDecision, read_decisions, write_decisions
@@ -106,13 +103,13 @@ def whole_batches(root: Path) -> list[int]:
     return sorted(found)
 
 
-def documents_of(recipe: Recipe, shards: Manifest, dataset: TrainSequences) -> Documents:
+def documents_of(opened: OpenedData, curriculum: Curriculum) -> Documents:
     """Looks up which documents stand at positions of a run, from its plan and its shards."""
-    plan = dataset.plan
-    folders = dict(zip(plan.domains, dataset.folders, strict=True))
+    plan = opened.plan(curriculum)
+    folders = {domain: opened.shards(domain, "train") for domain in plan.domains}
 
     def listed(domain: str) -> Path | None:
-        file = documents_file(recipe, shards, domain)
+        file = opened.documents_file(domain)
         return file if file.is_file() and file.stat().st_size <= MOST_LIST_BYTES else None
 
     def documents(first: int, samples: int) -> list[dict[str, Any]]:

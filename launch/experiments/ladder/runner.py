@@ -105,10 +105,11 @@ def train_missing(runs: Sequence[Run], folder: Path, *, workers: int, deadline: 
     if not waiting:
         return []
     print(f"{len(waiting)} of {len(runs)} runs to train; importing torch and Composer", flush=True)
+    from data.opened import OpenedData
     from data.write_shards import ensure_shards
 
     for recipe in {run.recipe.data.shards: run.recipe for run in waiting}.values():
-        ensure_shards(recipe)
+        ensure_shards(OpenedData(recipe))
     # Tokenizers warns of every fork after it has been used, and is not used again by runs.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logs = folder / "logs"

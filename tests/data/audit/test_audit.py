@@ -14,8 +14,8 @@ from data.audit.lookup import documents_of_step, steps_of_document
 from data.audit.proof import prove
 from data.audit.run_data import RunBooks
 from data.loader import build_train_loader
+from data.opened import OpenedData
 from data.shards.digest import digest_sequences
-from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards
 from tests.data.conftest import small_documents
 from train.recipe.errors import UserError
@@ -44,8 +44,7 @@ def line_of(step: int, batch: dict[str, Any]) -> dict[str, Any]:
 def run(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> tuple[Path, Lines]:
     recipe = make_recipe(tmp_path / "shards")
     build_shards(recipe, documents=small_documents)
-    tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
-    batches = islice(build_train_loader(recipe, tokenizer, rank=0, world_size=1), STEPS)
+    batches = islice(build_train_loader(OpenedData(recipe), rank=0, world_size=1), STEPS)
     lines = [line_of(number + 1, batch) for number, batch in enumerate(batches)]
     folder = tmp_path / "run"
     folder.mkdir()

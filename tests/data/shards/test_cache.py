@@ -19,10 +19,10 @@ import pytest
 import zstandard
 
 from data.loader import build_train_loader
-from data.shards.cache import Patience, ShardCache, fetch_indices
+from data.opened import OpenedData, open_data
+from data.shards.cache import Patience, ShardCache
 from data.shards.streams import ShardFolder
 from data.shards.upload import upload_shards
-from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards, ensure_shards
 from tests.data.conftest import small_documents
 from train.recipe.errors import UserError
@@ -194,11 +194,11 @@ def test_a_damaged_shard_is_fetched_again_or_named(
 
 
 def test_a_shard_is_hashed_once(source: Recipe, monkeypatch: pytest.MonkeyPatch):
-    import data.shards.streams
+    import data.shards.index
 
     hashed: list[Path] = []
-    real = data.shards.streams.file_fault
-    monkeypatch.setattr("data.shards.streams.file_fault", lambda p, *rest: hashed.append(p) or real(p, *rest))
+    real = data.shards.index.file_fault
+    monkeypatch.setattr("data.shards.index.file_fault", lambda p, *rest: hashed.append(p) or real(p, *rest))
     monkeypatch.setattr("data.shards.streams.OPEN_SHARDS", 1)
     folder = ShardFolder(Path(source.data.shards) / "prose/train")
     assert not hashed
@@ -333,11 +333,11 @@ def test_processes_share_a_cache(tmp_path: Path, store: FaultyStore, whole: list
 def test_another_store_in_the_same_folder_is_refused(
     tmp_path: Path, source: Recipe, built: Recipe, make_recipe: Callable[..., Recipe]
 ):
-    ensure_shards(make_recipe(tmp_path / "cache", remote=source.data.shards))
+    ensure_shards(OpenedData(make_recipe(tmp_path / "cache", remote=source.data.shards)))
     with pytest.raises(UserError, match="caches other shards"):
         other = make_recipe(tmp_path / "other")
         build_shards(other, documents=lambda: list(small_documents())[:100])
-        ensure_shards(make_recipe(tmp_path / "cache", remote=other.data.shards))
+        ensure_shards(OpenedData(make_recipe(tmp_path / "cache", remote=other.data.shards)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -345,9 +345,7 @@ def test_the_loader_reads_a_store_as_it_reads_a_folder(
     tmp_path: Path, source: Recipe, make_recipe: Callable[..., Recipe], workers: int
 ):
     def batches(recipe: Recipe) -> list[list[list[int]]]:
-        fetch_indices(recipe)
-        tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
-        loader = iter(build_train_loader(recipe, tokenizer, rank=0, world_size=1))
+        loader = iter(build_train_loader(open_data(recipe), rank=0, world_size=1))
         return [next(loader)["input_ids"].tolist() for _ in range(20)]
 
     remote = make_recipe(tmp_path / "cache", remote=source.data.shards, workers=workers, cache_bytes=8000)
@@ -364,8 +362,7 @@ def test_the_loader_names_a_damaged_shard_in_one_line(
     content = bytearray(shard.read_bytes())
     content[2000] ^= 1
     shard.write_bytes(content)
-    tokenizer = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
     with pytest.raises(UserError) as error:
-        next(iter(build_train_loader(recipe, tokenizer, rank=0, world_size=1)))
+        next(iter(build_train_loader(OpenedData(recipe), rank=0, world_size=1)))
     assert str(error.value).startswith(f"data.shards: shard {shard} is altered")
     assert "\n" not in str(error.value)

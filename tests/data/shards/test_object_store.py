@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from data.loader import build_train_loader
-from data.shards.cache import ShardCache, fetch_indices
-from data.shards.manifest import check_shards
+from data.opened import OpenedData, open_data
+from data.shards.cache import ShardCache
+from data.shards.manifest import Manifest, check_shards
 from data.shards.streams import ShardFolder
 from data.shards.upload import upload_shards
 from data.text.installed import CorpusDocument
-from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards, ensure_shards, main
 from tests.data.conftest import small_documents
 from train.recipe.errors import UserError
@@ -48,6 +48,12 @@ def s3() -> Iterator[Any]:
         client.create_bucket(Bucket="store")
         yield client
     server.stop()
+
+
+def ensured(recipe: Recipe) -> Manifest:
+    opened = OpenedData(recipe)
+    ensure_shards(opened)
+    return opened.manifest
 
 
 def sources_of(folder: str) -> list[Source]:
@@ -122,9 +128,8 @@ def test_uploaded_shards_are_trained_on_as_those_here(
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     assert {it["Key"].removeprefix("shards/") for it in objects} == files
     recipe = make_recipe(tmp_path / "cache", remote="s3://store/shards")
-    assert ensure_shards(recipe).digest == manifest.digest
-    tokenizer = open_tokenizer(built.tokenizer, root)
-    ours, theirs = (build_train_loader(it, tokenizer, rank=0, world_size=1) for it in (built, recipe))
+    assert ensured(recipe).digest == manifest.digest
+    ours, theirs = (build_train_loader(open_data(it), rank=0, world_size=1) for it in (built, recipe))
     for one, other, _ in zip(ours, theirs, range(20), strict=False):
         assert one["input_ids"].tolist() == other["input_ids"].tolist()
     assert upload_shards(root, "s3://store/shards").digest == manifest.digest  # Nothing is sent again.
@@ -236,9 +241,9 @@ def test_domains_join_those_in_the_store(
     both = dataclasses.replace(both, tokenizer=Tokenizer(TokenizerKind.cl100k_base))
     upload_shards(made("first", {"code": "code"}), "s3://store/parts", join=True)
     alone = dataclasses.replace(both, data=dataclasses.replace(both.data, domains={"code": 1.0}))
-    ensure_shards(alone)
+    ensured(alone)
     node = dataclasses.replace(alone, data=dataclasses.replace(alone.data, shards=str(tmp_path / "node")))
-    fetch_indices(node)
+    open_data(node)
     second = made("second", {"prose": "prose"})
     with pytest.raises(UserError, match=r"holds other shards .* or --join if these are other domains"):
         upload_shards(second, "s3://store/parts")
@@ -253,13 +258,12 @@ def test_domains_join_those_in_the_store(
     assert sorted(manifest.domains) == ["code", "prose"]
     assert upload_shards(second, "s3://store/parts", join=True) == manifest
     # A cache that was filled before goes on; the shards are those of one that was made at once.
-    assert ensure_shards(both) == manifest
+    assert ensured(both) == manifest
     at_once = make_recipe(made("at-once", {"code": "code", "prose": "prose"}))
     at_once = dataclasses.replace(at_once, tokenizer=both.tokenizer)
-    tokenizer = open_tokenizer(both.tokenizer, tmp_path)
     # So does that of a node that has not asked for the manifest since.
     node = dataclasses.replace(both, data=dataclasses.replace(both.data, shards=node.data.shards))
-    loaders = (build_train_loader(it, tokenizer, rank=0, world_size=1) for it in (at_once, both, node))
+    loaders = (build_train_loader(open_data(it), rank=0, world_size=1) for it in (at_once, both, node))
     for one, other, another, _ in zip(*loaders, range(20), strict=False):
         assert one["input_ids"].tolist() == other["input_ids"].tolist() == another["input_ids"].tolist()
     with pytest.raises(UserError, match=r"data\.domains: code is another there than here; give the domain"):
@@ -298,9 +302,8 @@ def test_compressed_shards_are_sent_in_place_of_the_others_and_unpacked_by_each_
     assert not any(name.endswith(".mds") for name in names)
     # Shards are the same whether a recipe asks for their compressed form or not.
     recipe = make_recipe(tmp_path / "cache", remote="s3://store/packed")
-    assert ensure_shards(recipe).digest == manifest.digest
-    tokenizer = open_tokenizer(built.tokenizer, Path(built.data.shards))
-    ours, theirs = (build_train_loader(it, tokenizer, rank=0, world_size=1) for it in (built, recipe))
+    assert ensured(recipe).digest == manifest.digest
+    ours, theirs = (build_train_loader(open_data(it), rank=0, world_size=1) for it in (built, recipe))
     for one, other, _ in zip(ours, theirs, range(20), strict=False):
         assert one["input_ids"].tolist() == other["input_ids"].tolist()
     assert {path.suffix for path in (tmp_path / "cache/code/train").iterdir()} == {".mds", ".json"}
@@ -372,9 +375,8 @@ def test_shards_in_a_volume_of_unity_catalog_are_read(
     volume: list[str], tmp_path: Path, built: Recipe, make_recipe: Callable[..., Recipe]
 ) -> None:
     recipe = make_recipe(tmp_path / "cache", remote=f"dbfs:{VOLUME}")
-    assert ensure_shards(recipe).digest == check_shards(Path(built.data.shards)).digest
-    tokenizer = open_tokenizer(built.tokenizer, Path(built.data.shards))
-    ours, theirs = (build_train_loader(it, tokenizer, rank=0, world_size=1) for it in (built, recipe))
+    assert ensured(recipe).digest == check_shards(Path(built.data.shards)).digest
+    ours, theirs = (build_train_loader(open_data(it), rank=0, world_size=1) for it in (built, recipe))
     for one, other, _ in zip(ours, theirs, range(5), strict=False):
         assert one["input_ids"].tolist() == other["input_ids"].tolist()
     assert any(path.endswith("shard.00000.mds") for path in volume)

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
+from data.opened import OpenedData
 from data.write_shards import build_shards
 from launch.experiments.preflight_trials import try_ranks
 from launch.preflight import describe
@@ -97,7 +98,7 @@ def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
             folder.mkdir(exist_ok=True)
             # Each rank is alone on its node.
             alone = replace(topology, local_rank=0, local_world_size=1)
-            return preflight(recipe, folder, alone, CPU)
+            return preflight(OpenedData(recipe), folder, alone, CPU)
 
     findings = run_ranks(3, work)[1]
     by_word = {
@@ -130,7 +131,7 @@ def test_a_rank_that_hangs_in_preflight_is_named(tmp_path: Path) -> None:
 
         alone = replace(topology, local_rank=0, local_world_size=1)
         with mock.patch.object(together, "check_node", hang):
-            is_fit(recipe, tmp_path, Machine(alone, "cpu", Precision.fp32))
+            is_fit(OpenedData(recipe), tmp_path, Machine(alone, "cpu", Precision.fp32))
 
     with Ranks(3, work, tmp_path / "out") as ranks:
         assert HANG_STATUS in ranks.exit_codes(60)
@@ -165,14 +166,15 @@ def test_shards_are_opened_and_not_only_listed(tmp_path: Path) -> None:
         YAMLS / "smoke.yaml", [f"data.shards={tmp_path / 'shards'}", "data.corpus_bytes=1000000"]
     )
     build_shards(recipe, documents=small_documents)
-    assert not check_shards(recipe).fault
+    assert not check_shards(OpenedData(recipe)).fault
     (shard, *_) = sorted((tmp_path / "shards/code/train").glob("shard.*"))
     shard.unlink()
-    assert str(shard) in check_shards(recipe).fault
+    assert str(shard) in check_shards(OpenedData(recipe)).fault
     shutil.rmtree(tmp_path / "shards")
     # To be built when the run starts.
-    assert not check_shards(recipe).fault
-    assert "no shards at" in check_shards(replace(recipe, data=replace(recipe.data, corpus=None))).fault
+    assert not check_shards(OpenedData(recipe)).fault
+    no_corpus = replace(recipe, data=replace(recipe.data, corpus=None))
+    assert "no shards at" in check_shards(OpenedData(no_corpus)).fault
 
 
 def test_what_a_node_lacks_is_said(tmp_path: Path) -> None:
