@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from train.record import files
 from train.record.files import write_whole
 
 INDEX_FILE = "index.json"
