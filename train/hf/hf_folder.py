@@ -1,11 +1,10 @@
 """Writes weights of ours as a Hugging Face folder: files of safetensors, index, config, tokenizer, card.
 
-Weights are streamed: from a checkpoint one tensor at a time, from a folder of safetensors in blocks of
-some megabytes, whatever the size of the model. An imported folder that nothing has changed goes back
-into the files that it came in, byte for byte.
+One file is in memory at a time, whatever the size of the model. An imported folder that nothing has changed
+goes back into the files that it came in, byte for byte.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,21 +17,20 @@ from train.hf.folders import HEADERS_FILE, SOURCE_FOLDER, read_json
 from train.hf.hf_mapping import Link, family_for
 from train.hf.lineage import write_provenance
 from train.hf.safetensors_io import (
+    DEFAULT_SHARD_BYTES,
+    FilePlan,
     TensorInfo,
-    all_finite,
-    make_header,
-    parse_header,
+    check_finite,
     plan_files,
+    plan_from_header,
     write_files,
     write_index,
 )
-from train.hf.weights import Weights, WeightSource, row_blocks
+from train.hf.weights import Weights, WeightSource
 from train.recipe.errors import UserError
 
-DEFAULT_SHARD_BYTES = 5_000_000_000
-
-Layout = Mapping[str, tuple[bytes, Sequence[TensorInfo]]]
-"""Header and tensors of each file."""
+Layout = Mapping[str, FilePlan]
+"""What each file holds."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def write_folder(
     links = {link.theirs: link for link in family.links(source.model)}
     layout = _layout(source, links, dtype, shard_bytes)
     digests = _write_weights(source.weights, links, layout, out)
-    write_index(out, {name: tensors for name, (_, tensors) in layout.items()})
+    write_index(out, layout)
     written = _most_common_dtype(layout)
     config = {"architectures": [family.architecture], "model_type": family.model_type}
     model_card.write_texts(out, source, config | family.from_model(source.model), written)
@@ -79,32 +77,25 @@ def write_folder(
 
 
 def _write_weights(weights: Weights, links: Mapping[str, Link], layout: Layout, out: Path) -> dict[str, str]:
-    """Streams tensors to files and returns each file's SHA-256."""
-    total = sum(info.bytes for _, group in layout.values() for info in group)
+    """Writes the tensors and returns each file's SHA-256."""
+    total = sum(info.bytes for plan in layout.values() for info in plan.tensors)
     with tqdm(total=total, unit="B", unit_scale=True, desc="export", mininterval=1.0) as bar:
 
-        def blocks(group: Sequence[TensorInfo]) -> Iterator[Tensor]:
-            for info in group:
-                for block in _tensor_blocks(weights, links[info.name], info.dtype):
-                    if not all_finite(block):
-                        raise UserError(f"{links[info.name].ours}: holds NaN or infinity")
-                    yield block
-                    bar.update(block.numel() * block.element_size())
+        def read(info: TensorInfo) -> Tensor:
+            tensor = _read(weights, links[info.name], info.dtype)
+            check_finite(links[info.name].ours or info.name, tensor)
+            bar.update(info.bytes)
+            return tensor
 
-        jobs = {name: (header, blocks(group)) for name, (header, group) in layout.items()}
-        digests = dict(write_files(out, jobs))
-    return {name: digests[name] for name in layout}
+        return dict(write_files(out, layout, read))
 
 
-def _tensor_blocks(weights: Weights, link: Link, dtype: torch.dtype) -> Iterator[Tensor]:
-    """A tensor of theirs in blocks of rows, or whole where it is a transposed part of ours."""
+def _read(weights: Weights, link: Link, dtype: torch.dtype) -> Tensor:
+    """A tensor of theirs."""
     if link.ours is None:
-        yield torch.zeros(link.shape, dtype=dtype)
-    elif link.transposed:
-        yield weights.read(link.ours, link.first, link.first + link.rows).t().to(dtype)
-    else:
-        for block in row_blocks(weights, link.ours, link.first, link.first + link.rows):
-            yield block.to(dtype)
+        return torch.zeros(link.shape, dtype=dtype)
+    rows = weights.read(link.ours, link.first, link.first + link.rows)
+    return (rows.t() if link.transposed else rows).to(dtype)
 
 
 def _layout(
@@ -118,27 +109,17 @@ def _layout(
     }
     headers = source.path / SOURCE_FOLDER / HEADERS_FILE
     if shard_bytes is None and headers.is_file():
-        before = _layout_before(headers)
-        if {info.name: info for _, group in before.values() for info in group} == infos:
+        before = {name: plan_from_header(header) for name, header in read_json(headers).items()}
+        if {info.name: info for plan in before.values() for info in plan.tensors} == infos:
             return before
-    files = plan_files(list(infos.values()), shard_bytes or DEFAULT_SHARD_BYTES)
-    return {name: (make_header(group), group) for name, group in files.items()}
-
-
-def _layout_before(headers: Path) -> Layout:
-    """The files that an imported folder came in."""
-    layout = {}
-    for name, text in read_json(headers).items():
-        header = text.encode()
-        layout[name] = (header, [placed.info for placed in parse_header(Path(name), header)])
-    return layout
+    return plan_files(list(infos.values()), shard_bytes or DEFAULT_SHARD_BYTES)
 
 
 def _most_common_dtype(layout: Layout) -> str:
     """Type of most of the bytes, as PyTorch calls it."""
     sizes: dict[str, int] = {}
-    for _, group in layout.values():
-        for info in group:
+    for plan in layout.values():
+        for info in plan.tensors:
             name = str(info.dtype).removeprefix("torch.")
             sizes[name] = sizes.get(name, 0) + info.bytes
     return max(sizes, key=lambda name: sizes[name])

@@ -1,7 +1,7 @@
 """A Hugging Face folder as weights that a recipe can start from: `python -m train.hf.import_hf SOURCE OUT`.
 
 Only safetensors are read: no pickle, no remote code. Every tensor is checked before the first is
-copied (present, of the right shape and type, none too many) and for NaN while it is copied. A call that
+copied (present, of the right shape and type, none too many) and for NaN before it is written. A call that
 was cut off is gone on with by the same call.
 """
 
@@ -57,6 +57,7 @@ def import_folder(source: Path, out: Path, shard_gb: float = 5.0) -> "Written":
     """
     from train.hf.folders import CONFIG_FILE, HEADERS_FILE, MODEL_FILE, SOURCE_FOLDER, read_json
     from train.hf.model_card import texts_of
+    from train.hf.safetensors_io import read_header
     from train.hf.weights import HuggingFaceWeights, open_weights
     from train.hf.weights_folder import write_weights_folder
     from train.recipe.errors import UserError
@@ -66,8 +67,8 @@ def import_folder(source: Path, out: Path, shard_gb: float = 5.0) -> "Written":
     opened = open_weights(source)
     if not isinstance(opened.weights, HuggingFaceWeights):
         raise UserError(f"{source}: is not in Hugging Face's form; needs {CONFIG_FILE}")
-    headers = {name: header.decode() for name, header in opened.weights.folder.headers.items()}
-    files = [source / name for name in headers]
+    files = [source / name for name in opened.weights.folder.files]
+    headers = {file.name: read_header(file) for file in files}
     origin = {
         "folder": str(source),
         "config": read_json(source / CONFIG_FILE),

@@ -7,7 +7,7 @@ hidden units. Expert e is slice e % G of copy e // G.
 import torch
 from torch import Tensor
 
-from train.hf.safetensors_io import LastTensor, TensorInfo
+from train.hf.safetensors_io import TensorInfo
 from train.hf.weights import Weights
 from train.model.init import fill_rows
 from train.recipe import sizes
@@ -18,7 +18,7 @@ EXPERTS = "ffn.experts.mlp."
 
 
 class UpcycledWeights:
-    """The mixture's tensors, made as they are read; a thread holds one dense matrix at a time."""
+    """The mixture's tensors, made as they are read."""
 
     def __init__(self, dense: Weights, before: Model, after: Model, granularity: int, seed: int) -> None:
         self._dense, self._granularity, self._seed = dense, granularity, seed
@@ -27,7 +27,6 @@ class UpcycledWeights:
             weight.name: TensorInfo(weight.name, dense.tensors[_source(weight.name)].dtype, weight.shape)
             for weight in sizes.weights(after)
         }
-        self._turned = LastTensor()
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows of a tensor of the mixture."""
@@ -51,8 +50,7 @@ class UpcycledWeights:
         source = _source(name)
         if not name.endswith("w2"):
             return self._dense.read(source, first, last)
-        turned = self._turned.get(source, lambda name: self._dense.read(name).t())
-        return turned[first:last] * self._granularity
+        return self._dense.read(source).t()[first:last] * self._granularity
 
     def _router(self, name: str) -> Tensor:
         """N rows drawn as for any router, each repeated for the slices of its copy."""

@@ -8,6 +8,7 @@ held before.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -88,15 +89,15 @@ class Peak:
 
 
 class RandomWeights:
-    """Tensors of any size out of one block of noise."""
+    """Tensors that all show the same noise."""
 
     def __init__(self, model: Model) -> None:
         self.tensors = {
             weight.name: TensorInfo(weight.name, torch.bfloat16, weight.shape)
             for weight in sizes.weights(model)
         }
-        rows = max(info.block_rows * info.row_bytes for info in self.tensors.values())
-        self._noise = torch.randn(rows, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16()
+        count = max(math.prod(info.shape) for info in self.tensors.values())
+        self._noise = torch.randn(count, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16()
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows of a tensor."""
