@@ -1,9 +1,9 @@
 """Checks what a recipe starts from, before torch is imported: kind of folder, model, tokenizer."""
 
-import filecmp
 from dataclasses import fields
 from pathlib import Path
 
+from data.text.hugging_face_form import read_form
 from train.hf.folders import model_at
 from train.recipe.errors import UserError
 from train.recipe.schema import Model, OptimizerStart, Recipe, Tokenizer, TokenizerKind
@@ -106,7 +106,7 @@ def _same_tokenizer(recipe: Recipe, parent: Recipe, file: str) -> None:
         ours, theirs = (Path(r.data.shards) / TOKENIZER_FILE for r in (recipe, parent))
         equal = here.vocab_size == there.vocab_size
         if ours.is_file() and theirs.is_file():
-            equal = equal and filecmp.cmp(ours, theirs, shallow=False)
+            equal = equal and read_form(ours) == read_form(theirs)
     if not equal:
         raise UserError(
             f"{_words(here)} is not the {_words(there)} that the weights were trained with",
