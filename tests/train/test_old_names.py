@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("new", RENAMED.values())
 def test_every_new_name_is_a_command(new: str) -> None:
-    spec = find_spec(new.split(maxsplit=1)[0])
-    assert (spec is not None and spec.origin is not None) or find_spec(f"{new}.__main__") is not None
+    module = new.split(maxsplit=1)[0]
+    spec = find_spec(module)
+    assert (spec is not None and spec.origin is not None) or find_spec(f"{module}.__main__") is not None
 
 
 @pytest.mark.parametrize("old", ["launch.ladder", "launch.bench.data", "train.interchange.serving"])

@@ -45,7 +45,7 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
     if parent is None:
         if recipe.start.optimizer is OptimizerStart.restored:
             raise UserError(
-                f"is restored, but {path} holds weights alone",
+                f"is restored, but {path} holds only weights",
                 key="start.optimizer",
                 remedy="set it to fresh",
                 file=file,
@@ -79,7 +79,7 @@ def _same_shapes(now: Model, before: Model, file: str) -> None:
         raise UserError(
             "the weights are of a dense model" if now.moe else "the weights are of a mixture of experts",
             key="model.moe",
-            remedy="python -m train.hf.upcycle makes experts of a dense model"
+            remedy="python -m train.hf upcycle makes experts of a dense model"
             if now.moe
             else "set model.moe",
             file=file,

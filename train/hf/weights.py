@@ -14,7 +14,7 @@ from torch import Tensor
 from train.checkpoint.files import newest_whole_checkpoint, read_progress
 from train.hf.checkpoint_weights import CheckpointWeights
 from train.hf.folders import CONFIG_FILE, MODEL_FILE, STATE_FOLDER, model_at, read_json
-from train.hf.hf_mapping import Architecture, Link, family_of
+from train.hf.mapping import Architecture, Link, family_of
 from train.hf.safetensors_io import SafetensorsFolder, TensorInfo
 from train.recipe import sizes
 from train.recipe.curriculum import from_json
@@ -101,7 +101,7 @@ def open_weights(path: Path, checkpoint: str | None = None) -> WeightSource:
     """Opens weights wherever they are; nothing but headers and metadata is read.
 
     Args:
-        path: a run's folder, one of its checkpoints, a folder that `train.hf.import_hf` or `train.hf.upcycle`
+        path: a run's folder, one of its checkpoints, a folder that `train.hf import` or `train.hf upcycle`
             wrote, or a folder in Hugging Face's form.
         checkpoint: for a run: which checkpoint, by the folder's name; None takes the newest whole one.
 

@@ -27,7 +27,7 @@ from launch.experiments.bench.__main__ import machine
 from launch.verify.forked_ranks import run_ranks
 from train.checkpoint.files import Progress
 from train.checkpoint.saver import CheckpointSaver
-from train.hf.hf_folder import write_folder
+from train.hf.export import write_folder
 from train.hf.import_hf import import_folder
 from train.hf.safetensors_io import TensorInfo
 from train.hf.weights import WeightSource, open_weights

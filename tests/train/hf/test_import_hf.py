@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from train.hf import safetensors_io
-from train.hf.export import main as export
-from train.hf.import_hf import import_folder, main
+from train.hf.__main__ import main
+from train.hf.import_hf import import_folder
 from train.hf.initial_weights import load_initial_weights
 from train.hf.safetensors_io import SafetensorsFolder
 from train.hf.weights import Weights, open_weights
@@ -69,7 +69,7 @@ def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, t
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     (tmp_path / "hf" / "modeling.py").write_text("raise SystemError")
-    assert main([str(tmp_path / "hf"), str(tmp_path / "ours"), "--shard-gb", "3e-5"]) == 0
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "ours"), "--shard-gb", "3e-5"]) == 0
     source = open_weights(tmp_path / "ours")
     assert len(SafetensorsFolder(tmp_path / "ours").files) > 2
     for start in (tmp_path / "ours", tmp_path / "hf"):  # Imported, or read where it lies.
@@ -80,7 +80,7 @@ def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, t
             logits = decoder(ids).logits_BSV
             assert logits is not None and logits.std() > 0.01
             torch.testing.assert_close(logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
-    assert export([str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir() if file.suffix != ".py"}
     after = {file.name: file.read_bytes() for file in (tmp_path / "back").iterdir()}
     after.pop("README.md")
@@ -182,7 +182,7 @@ def test_every_fault_of_a_tensor_is_found(
     words: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _edit(folder, TENSOR_FAULTS[words])
-    assert main([str(folder), str(tmp_path / "ours")]) == 2
+    assert main(["import", str(folder), str(tmp_path / "ours")]) == 2
     complaint = capsys.readouterr().err.strip().splitlines()[-1]
     assert complaint.startswith("import: ") and words in complaint
     assert not (tmp_path / "ours" / "model.yaml").exists()
@@ -230,7 +230,7 @@ def test_every_fault_of_a_folder_is_found(
     words: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     FOLDER_FAULTS[words](folder)
-    assert main([str(folder), str(tmp_path / "ours")]) == 2
+    assert main(["import", str(folder), str(tmp_path / "ours")]) == 2
     complaint = capsys.readouterr().err.strip().splitlines()[-1]
     assert complaint.startswith("import: ") and (words in complaint or "is in two files" in complaint)
     assert not (tmp_path / "ours").exists()
@@ -249,20 +249,20 @@ def test_what_cannot_be_expressed_is_named(
 ) -> None:
     _model("llama", torch.float32).save_pretrained(tmp_path / "hf")
     _config(**change)(tmp_path / "hf")
-    assert main([str(tmp_path / "hf"), str(tmp_path / "ours")]) == 2
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "ours")]) == 2
     assert words in capsys.readouterr().err
 
 
 def test_a_changed_file_is_found_by_verify(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(folder), str(tmp_path / "ours")]) == 0
-    assert main([str(tmp_path / "ours"), "--verify"]) == 0
+    assert main(["import", str(folder), str(tmp_path / "ours")]) == 0
+    assert main(["import", str(tmp_path / "ours"), "--verify"]) == 0
     file = tmp_path / "ours" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert main([str(tmp_path / "ours"), "--verify"]) == 2
+    assert main(["import", str(tmp_path / "ours"), "--verify"]) == 2
     assert "SHA-256 differs" in capsys.readouterr().err
 
 

@@ -59,7 +59,7 @@ def test_what_changes_is_told(parent: Recipe, run: Path) -> None:
 def test_weights_alone_will_do(parent: Recipe, tmp_path: Path) -> None:
     write_model(tmp_path / "model.yaml", parent.model)
     assert "weights of step 0" in check_start(_from(parent, tmp_path), "x.yaml")[0]
-    with pytest.raises(UserError, match=r"start.optimizer: is restored, but .* holds weights alone"):
+    with pytest.raises(UserError, match=r"start.optimizer: is restored, but .* holds only weights"):
         check_start(_from(parent, tmp_path, OptimizerStart.restored), "x.yaml")
 
 
@@ -82,7 +82,7 @@ def test_misfits_are_refused(parent: Recipe, run: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"x.yaml: {words}"):
             check_start(wrong, "x.yaml")
     write_model(tmp_path / "model.yaml", replace(parent.model, moe=None))
-    with pytest.raises(UserError, match=r"train.hf.upcycle makes experts of a dense model"):
+    with pytest.raises(UserError, match=r"train.hf upcycle makes experts of a dense model"):
         check_start(_from(parent, tmp_path), "x.yaml")
 
 
