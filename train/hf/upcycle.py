@@ -43,7 +43,7 @@ def upcycle(source: Path, out: Path, moe: Moe, granularity: int = 1, seed: int =
     """
     opened = open_weights(source)
     model = mixture_of(opened.model, replace(moe, normalize_weights_p=1), granularity)
-    weights = UpcycledWeights(opened.weights, opened.model, model, granularity, seed)
+    weights = UpcycledWeights(opened.weights, model, granularity, seed)
     origin = {"upcycled_from": str(opened.path), "granularity": granularity, "seed": seed}
     return write_weights_folder(out, model, weights, origin | {"moe": asdict(moe)})
 
@@ -71,44 +71,31 @@ def mixture_of(dense: Model, moe: Moe, granularity: int) -> Model:
 class UpcycledWeights:
     """The mixture's tensors, made as they are read."""
 
-    def __init__(self, dense: Weights, before: Model, after: Model, granularity: int, seed: int) -> None:
-        self._dense, self._granularity, self._seed = dense, granularity, seed
-        self._before, self._after = before, after
+    def __init__(self, dense: Weights, model: Model, granularity: int, seed: int) -> None:
+        self._dense, self._model, self._granularity, self._seed = dense, model, granularity, seed
         self.tensors = {
             weight.name: TensorInfo(weight.name, dense.tensors[_source(weight.name)].dtype, weight.shape)
-            for weight in sizes.weights(after)
+            for weight in sizes.weights(model)
         }
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows of a tensor of the mixture."""
-        last = self.tensors[name].shape[0] if last is None else last
         if name.endswith(ROUTER):
             return self._router(name)[first:last]
         if EXPERTS not in name:
             return self._dense.read(name, first, last)
-        hidden = self._after.ffn_hidden_size
-        parts = []
-        while first < last:
-            expert, row = divmod(first, hidden)
-            count = min(hidden - row, last - first)
-            start = expert % self._granularity * hidden + row
-            parts.append(self._hidden_units(name, start, start + count))
-            first += count
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _hidden_units(self, name: str, first: int, last: int) -> Tensor:
-        """Rows of a dense matrix by hidden unit: w1 and v1 as they are, w2 transposed and scaled."""
-        source = _source(name)
-        if not name.endswith("w2"):
-            return self._dense.read(source, first, last)
-        return self._dense.read(source).t()[first:last] * self._granularity
+        dense_FD = self._dense.read(_source(name))
+        if name.endswith("w2"):
+            dense_FD = dense_FD.t() * self._granularity
+        copies = self.tensors[name].shape[0] // dense_FD.shape[0]
+        return dense_FD.repeat(copies, 1)[first:last]  # A copy's slices are its rows in their order.
 
     def _router(self, name: str) -> Tensor:
         """N rows drawn as for any router, each repeated for the slices of its copy."""
         info = self.tensors[name]
         copies = info.shape[0] // self._granularity
         rows_ND = torch.empty(copies, *info.shape[1:])
-        fill_rows(name, rows_ND, first_row=0, total_rows=copies, cfg=self._after, seed=self._seed)
+        fill_rows(name, rows_ND, first_row=0, total_rows=copies, cfg=self._model, seed=self._seed)
         return rows_ND.repeat_interleave(self._granularity, dim=0).to(info.dtype)
 
 
