@@ -132,7 +132,8 @@ class TokenizerHandle:
             folder: made where missing.
             max_length: longest sequence in tokens that the model is meant for.
         """
-        write_form(folder, self.pattern, self.ranks, self.special_ids, eos=EOS, pad=PAD)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_form(folder / TOKENIZER_FILE, self.pattern, self.ranks, self.special_ids)
         names = {"bos_token": EOS, "eos_token": EOS, "pad_token": PAD}
         config = names | {
             "tokenizer_class": "PreTrainedTokenizerFast",

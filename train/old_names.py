@@ -1,4 +1,4 @@
-"""Commands under the names of the release before: `python -m train.export` runs `python -m train.hf.export`.
+"""Commands under the names of the release before: `python -m train.export` runs `python -m train.hf export`.
 
 Each is kept for one release and says on standard error what it is called now.
 """
@@ -12,11 +12,11 @@ from importlib.util import spec_from_loader
 from types import ModuleType
 
 RENAMED = {
-    "train.export": "train.hf.export",
-    "train.import_hf": "train.hf.import_hf",
-    "train.upcycle": "train.hf.upcycle",
-    "train.interchange.parity": "train.hf.check",
-    "train.interchange.serving": "train.hf.serving",
+    "train.export": "train.hf export",
+    "train.import_hf": "train.hf import",
+    "train.upcycle": "train.hf upcycle",
+    "train.interchange.parity": "train.hf check",
+    "train.interchange.serving": "train.hf serving",
     "train.registry": "train.tracking.registry",
     "launch.drill": "launch.verify --faults",
     "launch.planted": "launch.verify --rollback",

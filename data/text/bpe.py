@@ -1,10 +1,9 @@
 """Trains a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) with Hugging Face ``tokenizers``."""
 
-import json
 import os
 from collections.abc import Iterator
 
-from data.text.hugging_face_form import from_letters
+from data.text.hugging_face_form import byte_level_pieces, from_letters
 from data.tokenizer import EOS, PAD, TokenizerHandle, bpe_name
 from train.recipe.errors import UserError
 from train.recipe.schema import Tokenizer
@@ -29,19 +28,14 @@ def train_bpe(cfg: Tokenizer, texts: Iterator[str]) -> TokenizerHandle:
     Raises:
         UserError: if the vocabulary cannot even hold every byte.
     """
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     if cfg.vocab_size < SMALLEST:
         raise UserError(
             f"is {cfg.vocab_size}", key="tokenizer.vocab_size", remedy=f"every byte needs {SMALLEST}"
         )
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    learner.pre_tokenizer = byte_level_pieces(PATTERN)
     trainer = trainers.BpeTrainer(
         vocab_size=cfg.vocab_size - 2,
         min_frequency=2,
@@ -52,6 +46,5 @@ def train_bpe(cfg: Tokenizer, texts: Iterator[str]) -> TokenizerHandle:
     # Training used all cores. Processes that are forked from here on, for tasks and for loading, would each
     # warn of that unless it is settled now that they tokenise on one core.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    vocabulary = json.loads(learner.to_str())["model"]["vocab"]
-    ranks = {from_letters(letters): rank for letters, rank in vocabulary.items()}
+    ranks = {from_letters(letters): rank for letters, rank in learner.get_vocab().items()}
     return TokenizerHandle(bpe_name(cfg), PATTERN, ranks, {EOS: len(ranks), PAD: len(ranks) + 1})

@@ -2,7 +2,8 @@
 
 tiktoken joins the two neighbours whose concatenation has the lowest rank; Hugging Face joins the first
 pair on a list of merges. They agree if every way to cut a token in two tokens is on the list, in the
-order of the tokens' ranks.
+order of the tokens' ranks. ``transformers.convert_slow_tokenizer.TikTokenConverter`` makes the same list, but
+it imports torch, which preparing text does without, and has no place for ids that mean nothing.
 """
 
 import json
@@ -10,76 +11,45 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 UNUSED = "<|unused_"
 """Beginning of the names of ids that no token has."""
 
 
-def write_form(
-    folder: Path,
-    pattern: str,
-    ranks: Mapping[bytes, int],
-    special_ids: Mapping[str, int],
-    *,
-    eos: str,
-    pad: str,
-) -> None:
-    """Writes ``folder/tokenizer.json``.
+def write_form(path: Path, pattern: str, ranks: Mapping[bytes, int], special_ids: Mapping[str, int]) -> None:
+    """Writes a ``tokenizer.json``.
 
     Args:
-        folder: made where missing.
+        path: the file.
         pattern: tiktoken's expression for pieces.
-        ranks: byte strings with their ids.
-        special_ids: special tokens with their ids.
-        eos: the end-of-text token, one of ``special_ids``.
-        pad: the padding token, one of ``special_ids``.
+        ranks: byte strings with their ids, 0 to their number - 1.
+        special_ids: special tokens with their ids, all above those of the ranks.
     """
-    assert eos in special_ids and pad in special_ids and max(ranks.values()) == len(ranks) - 1
-    # Hugging Face numbers added tokens without gaps, so that gaps are filled with tokens of no use.
-    name_of = {special_ids[name]: name for name in special_ids}
-    added = [
-        (number, name_of.get(number, f"{UNUSED}{number}|>"))
-        for number in range(len(ranks), max(special_ids.values()) + 1)
-    ]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    cut = {
-        "type": "Split",
-        "pattern": {"Regex": _for_oniguruma(pattern)},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    to_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+
+    assert max(ranks.values()) == len(ranks) - 1
     ordered = sorted(ranks, key=lambda token: ranks[token])
-    tree = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": number, "content": name, **flags} for number, name in added],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, to_letters]},
-        "post_processor": None,
-        "decoder": {**to_letters, "add_prefix_space": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            # A piece that is a token stays whole, as in tiktoken.
-            "ignore_merges": True,
-            "vocab": {_to_letters(token): ranks[token] for token in ordered},
-            "merges": [
-                [_to_letters(token[:cut_at]), _to_letters(token[cut_at:])]
-                for token in ordered
-                for cut_at in range(1, len(token))
-                if token[:cut_at] in ranks and token[cut_at:] in ranks
-            ],
-        },
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(tree, ensure_ascii=False, indent=None), "utf-8")
+    merges = [
+        (_to_letters(token[:cut]), _to_letters(token[cut:]))
+        for token in ordered
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    vocabulary = {_to_letters(token): ranks[token] for token in ordered}
+    # A piece that is a token stays whole, as in tiktoken.
+    form = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    form.pre_tokenizer = byte_level_pieces(_for_oniguruma(pattern))
+    form.decoder = decoders.ByteLevel()
+    # Added tokens are numbered without gaps, so that gaps are filled with tokens of no use.
+    name_of = {number: name for name, number in special_ids.items()}
+    numbers = range(len(ranks), max(special_ids.values()) + 1)
+    names = [name_of.get(number, f"{UNUSED}{number}|>") for number in numbers]
+    form.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    form.save(str(path), pretty=False)
 
 
 def read_form(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
@@ -89,6 +59,18 @@ def read_form(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
     ranks = {from_letters(letters): rank for letters, rank in tree["model"]["vocab"].items()}
     added = {token["content"]: token["id"] for token in tree["added_tokens"]}
     return pattern, ranks, {name: number for name, number in added.items() if not name.startswith(UNUSED)}
+
+
+def byte_level_pieces(pattern: str) -> "PreTokenizer":
+    """Cuts text into the pieces that a pattern finds, spelled byte by byte."""
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def from_letters(letters: str) -> bytes:

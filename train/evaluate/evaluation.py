@@ -20,8 +20,8 @@ from train.evaluate.run_suite import SuiteResult, run_suite
 from train.evaluate.scorer import Scorer
 from train.evaluate.suite import Suite, as_dict, load_suite
 from train.evaluate.tasks import hugging_face_tokenizer
+from train.hf.export import write_folder
 from train.hf.folders import CONFIG_FILE, SOURCE_FOLDER
-from train.hf.hf_folder import write_folder
 from train.hf.open_decoder import open_decoder
 from train.hf.weights import WeightSource
 from train.recipe.errors import UserError

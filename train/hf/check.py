@@ -1,28 +1,33 @@
-"""What transformers computes from an export, beside our decoder: `python -m train.hf.check`.
+"""Our decoder beside what transformers computes from an export.
 
-With SOURCE and FOLDER: a run, a checkpoint or an imported folder, and what `train.hf.export` made of it. With
-neither: a small random model of each architecture is exported, compared, imported and exported once more. In
+Compares a run, a checkpoint or an imported folder with what `python -m train.hf export` made of it; or a
+small random model of each architecture, which is exported, compared, imported and exported once more. In
 fp32 on the CPU; both must fit in memory.
 """
 
-import argparse
-import json
-import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from train.generate.kv_cache import CachedDecoder
+from train.hf.export import write_folder
+from train.hf.folders import CONFIG_FILE
+from train.hf.import_hf import import_folder
+from train.hf.open_decoder import open_decoder
+from train.hf.safetensors_io import TensorInfo
+from train.hf.weights import WeightSource, open_weights
+from train.model.decoder import Decoder
+from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import Ffn, Model, Moe, Norm, Position
+from train.record.log import no_bars
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from train.model.decoder import Decoder
-
-USAGE_STATUS = 2
 TOLERANCE = 1e-5
 """Largest difference of a logit, absolute below 1 and relative above."""
 NEW_TOKENS = 16
@@ -75,39 +80,8 @@ class Parity:
         return self.excess <= 1 and self.same_tokens == NEW_TOKENS and self.same_bytes is not False
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; exit status 1 if something differs (2: a mistake of the user)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.hf.check",
-        description="Compares our decoder with what transformers computes from an export.",
-    )
-    parser.add_argument("source", type=Path, nargs="?", help="runs/NAME, a checkpoint or an imported folder")
-    parser.add_argument("folder", type=Path, nargs="?", help="what train.hf.export made of it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
-    options = parser.parse_args(arguments)
-    if (options.source is None) != (options.folder is None):
-        parser.error("give SOURCE and FOLDER, or neither: then every architecture is tried")
-    print("parity: importing torch and transformers", file=sys.stderr, flush=True)
-    try:
-        rows = list(compare_all() if options.source is None else [compare(options.source, options.folder)])
-    except UserError as error:
-        print(f"parity: {error}", file=sys.stderr)
-        return USAGE_STATUS
-    print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return 0 if all(row.passed for row in rows) else 1
-
-
 def compare_all() -> Iterator[Parity]:
     """Exports, compares, imports and exports again a small random model for each architecture."""
-    from tqdm import tqdm
-
-    from train.hf.hf_folder import write_folder
-    from train.hf.import_hf import import_folder
-    from train.hf.weights import WeightSource, open_weights
-    from train.record.log import no_bars
-
     for name, model in tqdm(SMALL_MODELS.items(), desc="architectures", leave=False):
         # One bar is enough.
         with no_bars(), tempfile.TemporaryDirectory(prefix="parity-") as root:
@@ -128,21 +102,13 @@ def compare(source: Path, folder: Path) -> Parity:
     Raises:
         UserError: if either holds no model.
     """
-    from train.hf.folders import CONFIG_FILE
-    from train.hf.open_decoder import open_decoder
-
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder}: is no export; {CONFIG_FILE} is missing")
     decoder, _ = open_decoder(source, device="cpu")
     return _compare(source.name, decoder, folder)
 
 
-def _compare(name: str, decoder: "Decoder", folder: Path) -> Parity:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from train.generate.kv_cache import CachedDecoder
-
+def _compare(name: str, decoder: Decoder, folder: Path) -> Parity:
     theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     length = min(64, decoder.cfg.max_sequence_tokens - NEW_TOKENS)
     ids_BS = torch.randint(0, decoder.cfg.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
@@ -174,12 +140,8 @@ def _compare(name: str, decoder: "Decoder", folder: Path) -> Parity:
     )
 
 
-def _random_decoder(model: Model) -> "Decoder":
+def _random_decoder(model: Model) -> Decoder:
     """Weights of a size at which every part of the model matters to the logits."""
-    import torch
-
-    from train.model.decoder import Decoder
-
     decoder = Decoder(model, device="cpu").eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -192,17 +154,14 @@ def _random_decoder(model: Model) -> "Decoder":
 class _DecoderWeights:
     """A decoder's weights, to be exported as they are."""
 
-    def __init__(self, decoder: "Decoder") -> None:
-        from train.hf.safetensors_io import TensorInfo
-        from train.recipe import sizes
-
+    def __init__(self, decoder: Decoder) -> None:
         self._state = decoder.state_dict()
         self.tensors = {
             weight.name: TensorInfo(weight.name, self._state[weight.name].dtype, weight.shape)
             for weight in sizes.weights(decoder.cfg)
         }
 
-    def read(self, name: str, first: int = 0, last: int | None = None) -> "Tensor":
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         return self._state[name][first:last]
 
 
@@ -220,7 +179,3 @@ def table(rows: list[Parity]) -> str:
             f"| {row.same_tokens} of {NEW_TOKENS} | {same} | {verdict} |"
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,73 +1,125 @@
-"""A checkpoint as a Hugging Face folder: `python -m train.hf.export runs/NAME OUT`.
+"""Writes weights of ours as a Hugging Face folder: files of safetensors, index, config, tokenizer, card.
 
-A model that no architecture of `transformers` expresses exactly is refused rather than bent.
+One file is in memory at a time, whatever the size of the model. An imported folder that nothing has changed
+goes back into the files that it came in, byte for byte.
 """
 
-import argparse
-import json
-import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-USAGE_STATUS = 2
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from train.hf import model_card
+from train.hf.folders import HEADERS_FILE, SOURCE_FOLDER, read_json
+from train.hf.lineage import write_provenance
+from train.hf.mapping import Link, family_for
+from train.hf.safetensors_io import (
+    DEFAULT_SHARD_BYTES,
+    FilePlan,
+    TensorInfo,
+    check_finite,
+    plan_files,
+    plan_from_header,
+    write_files,
+    write_index,
+)
+from train.hf.weights import Weights, WeightSource
+from train.recipe.errors import UserError
+
+Layout = Mapping[str, FilePlan]
+"""What each file holds."""
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit status (2: a mistake of the user)."""
-    options = parse(arguments)
-    print(f"export: opening {options.source}; importing torch first", file=sys.stderr, flush=True)
-    import torch
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
 
-    from train.hf.hf_folder import write_folder
-    from train.hf.weights import open_weights
-    from train.recipe.errors import UserError
-
-    dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
-    try:
-        source = open_weights(options.source, options.checkpoint)
-        exported = write_folder(
-            source, options.out, dtype, options.shard_gb and round(options.shard_gb * 1e9)
-        )
-    except UserError as error:
-        print(f"export: {error}", file=sys.stderr)
-        return USAGE_STATUS
-    print(
-        f"{exported.folder}: {exported.architecture} from {source.path}, {exported.bytes / 1e9:.3f} GB of "
-        f"{exported.dtype} in {len(exported.files)} files"
-    )
-    if options.json:
-        options.json.write_text(json.dumps(exported.__dict__, indent=1) + "\n")
-    return 0
+    folder: str
+    architecture: str
+    dtype: str
+    files: dict[str, str]
+    """SHA-256 of each file of weights."""
+    bytes: int
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.hf.export",
-        description="Writes a Hugging Face folder that AutoModelForCausalLM loads offline.",
-    )
-    parser.add_argument(
-        "source", type=Path, help="a run (runs/NAME), one of its checkpoints, or an imported folder"
-    )
-    parser.add_argument("out", type=Path, help="folder to write; must be new or empty")
-    parser.add_argument("--checkpoint", help="of a run: batch-..., instead of the newest whole one")
-    parser.add_argument(
-        "--shard-gb",
-        type=_positive,
-        metavar="N",
-        help="most gigabytes (1e9 bytes) per file (default: 5, or the files that it was imported from)",
-    )
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was exported as JSON too")
-    return parser.parse_args(arguments)
+def write_folder(
+    source: WeightSource, out: Path, dtype: torch.dtype | None = None, shard_bytes: int | None = None
+) -> Exported:
+    """Writes the folder.
+
+    Args:
+        source: what to export.
+        out: the folder; must not exist, or be empty.
+        dtype: type of the weights; None keeps the one that they are stored in.
+        shard_bytes: most bytes per file; None takes 5e9, or the files that an imported folder came in.
+
+    Raises:
+        UserError: if no architecture expresses the model, a weight is not finite, or the folder
+            is in use.
+    """
+    family = family_for(source.model)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists; name a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    links = {link.theirs: link for link in family.links(source.model)}
+    layout = _layout(source, links, dtype, shard_bytes)
+    digests = _write_weights(source.weights, links, layout, out)
+    write_index(out, layout)
+    written = _most_common_dtype(layout)
+    config = {"architectures": [family.architecture], "model_type": family.model_type}
+    model_card.write_texts(out, source, config | family.from_model(source.model), written)
+    write_provenance(out, source.path, digests)
+    size = sum((out / name).stat().st_size for name in digests)
+    return Exported(str(out), family.architecture, written, digests, size)
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
+def _write_weights(weights: Weights, links: Mapping[str, Link], layout: Layout, out: Path) -> dict[str, str]:
+    """Writes the tensors and returns each file's SHA-256."""
+    total = sum(info.bytes for plan in layout.values() for info in plan.tensors)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export", mininterval=1.0) as bar:
+
+        def read(info: TensorInfo) -> Tensor:
+            tensor = _read(weights, links[info.name], info.dtype)
+            check_finite(links[info.name].ours or info.name, tensor)
+            bar.update(info.bytes)
+            return tensor
+
+        return dict(write_files(out, layout, read))
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _read(weights: Weights, link: Link, dtype: torch.dtype) -> Tensor:
+    """A tensor of theirs."""
+    if link.ours is None:
+        return torch.zeros(link.shape, dtype=dtype)
+    rows = weights.read(link.ours, link.first, link.first + link.rows)
+    return (rows.t() if link.transposed else rows).to(dtype)
+
+
+def _layout(
+    source: WeightSource, links: Mapping[str, Link], dtype: torch.dtype | None, shard_bytes: int | None
+) -> Layout:
+    stored = source.weights.tensors
+    fallback = next(iter(stored.values())).dtype
+    infos = {
+        name: TensorInfo(name, dtype or (stored[link.ours].dtype if link.ours else fallback), link.shape)
+        for name, link in links.items()
+    }
+    headers = source.path / SOURCE_FOLDER / HEADERS_FILE
+    if shard_bytes is None and headers.is_file():
+        before = {name: plan_from_header(header) for name, header in read_json(headers).items()}
+        if {info.name: info for plan in before.values() for info in plan.tensors} == infos:
+            return before
+    return plan_files(list(infos.values()), shard_bytes or DEFAULT_SHARD_BYTES)
+
+
+def _most_common_dtype(layout: Layout) -> str:
+    """Type of most of the bytes, as PyTorch calls it."""
+    sizes: dict[str, int] = {}
+    for plan in layout.values():
+        for info in plan.tensors:
+            name = str(info.dtype).removeprefix("torch.")
+            sizes[name] = sizes.get(name, 0) + info.bytes
+    return max(sizes, key=lambda name: sizes[name])

@@ -1,6 +1,6 @@
 """Weights of step 0 from elsewhere, into any layout; freezing; an optimizer's state restored.
 
-Each rank reads the rows that it holds and no others, from safetensors and from checkpoints alike.
+Each rank takes only the rows that it holds; of a folder of safetensors it reads no others.
 """
 
 from fnmatch import fnmatchcase
@@ -85,10 +85,8 @@ def load_initial_weights(decoder: Decoder, path: Path) -> WeightSource:
             )
     for name, target in targets.items():
         first, local = _local_rows(target)
-        step = source.weights.tensors[name].block_rows
-        for start in range(0, local.shape[0] if local.numel() else 0, step):
-            end = min(start + step, local.shape[0])
-            local[start:end].copy_(source.weights.read(name, first + start, first + end))
+        if local.numel():
+            local.copy_(source.weights.read(name, first, first + local.shape[0]))
     return source
 
 

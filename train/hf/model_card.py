@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.tokenizer import TokenizerHandle, open_tokenizer
 from train.hf.folders import CONFIG_FILE, HEADERS_FILE, SOURCE_FOLDER, read_json
-from train.hf.hf_mapping import family_of
+from train.hf.mapping import family_of
 from train.hf.safetensors_io import INDEX_FILE
 from train.hf.weights import WeightSource
 from train.recipe import sizes

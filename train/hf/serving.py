@@ -1,4 +1,4 @@
-"""What vLLM and TensorRT-LLM make of an exported DBRX folder: `python -m train.hf.serving OUT`.
+"""Parameters that vLLM and TensorRT-LLM fill from an exported DBRX folder.
 
 Each engine's parameters as a table of names, shapes and the tensors that fill them, so that a folder can
 be held to it without the engine. Read from vLLM's `model_executor/models/dbrx.py` (its loader of 2024
@@ -9,19 +9,14 @@ Shapes: D d_model, F hidden size of an expert, E experts, H heads, G key-value h
 V vocabulary, P tensor-parallel degree.
 """
 
-import argparse
-import json
 import math
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from train.hf.folders import CONFIG_FILE, model_at, read_json
 from train.recipe.errors import UserError
 from train.recipe.schema import Model
-
-USAGE_STATUS = 2
 
 
 @dataclass(frozen=True)
@@ -67,10 +62,10 @@ def check_folder(folder: Path, engine: str, degree: int) -> list[Slot]:
     Raises:
         UserError: for the first that it does not.
     """
-    from train.hf.safetensors_io import SafetensorsFolder
+    from train.hf.safetensors_io import SafetensorsFolder  # Imports torch, which `--help` does without.
 
     if read_json(folder / CONFIG_FILE).get("model_type") != "dbrx":
-        raise UserError(f"{folder}: is no DBRX; the tables are for DBRX alone")
+        raise UserError(f"{folder}: is no DBRX; there are tables for DBRX only")
     model, _ = model_at(folder)
     shapes = {name: info.shape for name, info in SafetensorsFolder(folder).tensors.items()}
     table = slots(engine, model, degree)
@@ -150,32 +145,3 @@ ENGINES: dict[str, Callable[[Model, int], Iterator[Slot]]] = {
     "vllm-2024": lambda model, degree: _vllm(model, degree, fused=False),
     "tensorrt-llm": _tensorrt_llm,
 }
-
-
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit status (2: the folder does not fit)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.hf.serving",
-        description="Holds an exported DBRX folder to an engine's table of names and shapes.",
-    )
-    parser.add_argument("folder", type=Path, help="folder that train.hf.export wrote")
-    parser.add_argument("--engine", choices=sorted(ENGINES), default="vllm", help="default: vllm")
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="P", help="degree (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON too")
-    options = parser.parse_args(arguments)
-    try:
-        table = check_folder(options.folder, options.engine, options.tensor_parallel)
-    except UserError as error:
-        print(f"serving: {error}", file=sys.stderr)
-        return USAGE_STATUS
-    width = max(len(slot.name) for slot in table)
-    for slot in table:
-        print(f"{slot.name:{width}}  {' x '.join(map(str, slot.shape)):>20}  {' + '.join(slot.sources)}")
-    print(f"{len(table)} parameters of {options.engine} filled, nothing missing, nothing left over")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(slot) for slot in table], indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

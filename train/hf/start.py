@@ -1,8 +1,8 @@
 """Checks what a recipe starts from, before torch is imported: kind of folder, model, tokenizer."""
 
-import filecmp
 from pathlib import Path
 
+from data.text.hugging_face_form import read_form
 from train.hf.folders import model_at
 from train.recipe.errors import UserError
 from train.recipe.keys import OnStart, walk
@@ -40,7 +40,7 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
     if parent is None:
         if recipe.start.optimizer is OptimizerStart.restored:
             raise UserError(
-                f"is restored, but {path} holds weights alone",
+                f"is restored, but {path} holds only weights",
                 key="start.optimizer",
                 remedy="set it to fresh",
                 file=file,
@@ -84,7 +84,7 @@ def _same_shapes(now: Model, before: Model, file: str) -> None:
         raise UserError(
             "the weights are of a dense model" if now.moe else "the weights are of a mixture of experts",
             key="model.moe",
-            remedy="python -m train.hf.upcycle makes experts of a dense model"
+            remedy="python -m train.hf upcycle makes experts of a dense model"
             if now.moe
             else "set model.moe",
             file=file,
@@ -111,7 +111,7 @@ def _same_tokenizer(recipe: Recipe, parent: Recipe, file: str) -> None:
         ours, theirs = (Path(r.data.shards) / TOKENIZER_FILE for r in (recipe, parent))
         equal = here.vocab_size == there.vocab_size
         if ours.is_file() and theirs.is_file():
-            equal = equal and filecmp.cmp(ours, theirs, shallow=False)
+            equal = equal and read_form(ours) == read_form(theirs)
     if not equal:
         raise UserError(
             f"{_words(here)} is not the {_words(there)} that the weights were trained with",

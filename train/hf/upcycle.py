@@ -1,4 +1,4 @@
-"""A dense model as a mixture of experts with the same loss: `python -m train.hf.upcycle SOURCE OUT`.
+"""Upcycling: a dense model becomes a mixture of experts with the same loss.
 
 Each expert is the dense feed-forward, copied (Komatsuzaki et al. 2023), or with `--granularity G` one of G
 slices of its hidden units (He et al. 2024, "virtual groups"): the G slices of a copy share a router row,
@@ -6,52 +6,29 @@ so that the top k = G x m choices are always m whole copies. Weights of the chos
 slices' outputs are scaled by G; so the mixture's output is the dense one's, whatever the router says.
 Training then tells the experts apart.
 
-Shapes: D d_model, F dense hidden size, E experts, G granularity, N = E / G copies.
+Shapes: D d_model, F dense hidden size, E experts, G granularity, N = E / G copies; an expert has F / G hidden
+units. Expert e is slice e % G of copy e // G.
 """
 
-import argparse
-import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from train.hf.safetensors_io import TensorInfo
+from train.hf.weights import Weights, open_weights
+from train.hf.weights_folder import Written, write_weights_folder
+from train.model.init import fill_rows
+from train.recipe import sizes
 from train.recipe.errors import UserError
-from train.recipe.schema import Balance, Ffn, Model, Moe
+from train.recipe.schema import Ffn, Model, Moe
 
-if TYPE_CHECKING:
-    from train.hf.weights_folder import Written
-
-USAGE_STATUS = 2
+ROUTER = "ffn.router.layer.weight"
+EXPERTS = "ffn.experts.mlp."
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit status (2: a mistake of the user)."""
-    options = parse(arguments)
-    print(f"upcycle: opening {options.source}; importing torch first", file=sys.stderr, flush=True)
-    from train.recipe.errors import UserError
-
-    try:
-        written = upcycle(
-            options.source,
-            options.out,
-            Moe(experts=options.experts, top_k=options.top_k, balance=Balance(options.balance)),
-            options.granularity,
-            options.seed,
-        )
-    except UserError as error:
-        print(f"upcycle: {error}", file=sys.stderr)
-        return USAGE_STATUS
-    print(
-        f"{options.out}: {written.parameters:,} parameters, {written.bytes / 1e9:.3f} GB; a recipe that says "
-        f"`extends: {options.out}/model.yaml` has its architecture, start.weights={options.out} its weights"
-    )
-    if options.json:
-        options.json.write_text(json.dumps(asdict(written), indent=1) + "\n")
-    return 0
-
-
-def upcycle(source: Path, out: Path, moe: Moe, granularity: int = 1, seed: int = 17) -> "Written":
+def upcycle(source: Path, out: Path, moe: Moe, granularity: int = 1, seed: int = 17) -> Written:
     """Streams the mixture's weights into a folder that recipes can start from.
 
     Args:
@@ -64,13 +41,9 @@ def upcycle(source: Path, out: Path, moe: Moe, granularity: int = 1, seed: int =
     Raises:
         UserError: if the numbers do not go together, or the source is no dense GLU model.
     """
-    from train.hf.upcycled_weights import UpcycledWeights
-    from train.hf.weights import open_weights
-    from train.hf.weights_folder import write_weights_folder
-
     opened = open_weights(source)
     model = mixture_of(opened.model, replace(moe, normalize_weights_p=1), granularity)
-    weights = UpcycledWeights(opened.weights, opened.model, model, granularity, seed)
+    weights = UpcycledWeights(opened.weights, model, granularity, seed)
     origin = {"upcycled_from": str(opened.path), "granularity": granularity, "seed": seed}
     return write_weights_folder(out, model, weights, origin | {"moe": asdict(moe)})
 
@@ -95,33 +68,41 @@ def mixture_of(dense: Model, moe: Moe, granularity: int) -> Model:
     return replace(dense, moe=moe, ffn_hidden_size=dense.ffn_hidden_size // granularity)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.hf.upcycle",
-        description="Turns a dense model into a mixture of experts with the same loss at step 0.",
-    )
-    parser.add_argument(
-        "source", type=Path, help="dense: runs/NAME, a checkpoint, imported or Hugging Face folder"
-    )
-    parser.add_argument("out", type=Path, help="folder to write; the same call goes on with it")
-    parser.add_argument("--experts", type=int, default=16, help="experts E per layer (default: 16)")
-    parser.add_argument("--top-k", type=int, default=4, help="experts per token (default: 4)")
-    parser.add_argument(
-        "--granularity",
-        type=int,
-        default=1,
-        metavar="G",
-        help="slices per copy of the dense layer; top-k = G keeps its FLOPs (default: 1, copies)",
-    )
-    parser.add_argument("--balance", choices=[b.value for b in Balance], default="loss", help="default: loss")
-    parser.add_argument("--seed", type=int, default=17, help="of the router (default: 17)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
-    options = parser.parse_args(arguments)
-    if min(options.experts, options.top_k, options.granularity) < 1:
-        parser.error("--experts, --top-k and --granularity must be at least 1")
-    return options
+class UpcycledWeights:
+    """The mixture's tensors, made as they are read."""
+
+    def __init__(self, dense: Weights, model: Model, granularity: int, seed: int) -> None:
+        self._dense, self._model, self._granularity, self._seed = dense, model, granularity, seed
+        self.tensors = {
+            weight.name: TensorInfo(weight.name, dense.tensors[_source(weight.name)].dtype, weight.shape)
+            for weight in sizes.weights(model)
+        }
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of a tensor of the mixture."""
+        if name.endswith(ROUTER):
+            return self._router(name)[first:last]
+        if EXPERTS not in name:
+            return self._dense.read(name, first, last)
+        dense_FD = self._dense.read(_source(name))
+        if name.endswith("w2"):
+            dense_FD = dense_FD.t() * self._granularity
+        copies = self.tensors[name].shape[0] // dense_FD.shape[0]
+        return dense_FD.repeat(copies, 1)[first:last]  # A copy's slices are its rows in their order.
+
+    def _router(self, name: str) -> Tensor:
+        """N rows drawn as for any router, each repeated for the slices of its copy."""
+        info = self.tensors[name]
+        copies = info.shape[0] // self._granularity
+        rows_ND = torch.empty(copies, *info.shape[1:])
+        fill_rows(name, rows_ND, first_row=0, total_rows=copies, cfg=self._model, seed=self._seed)
+        return rows_ND.repeat_interleave(self._granularity, dim=0).to(info.dtype)
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _source(name: str) -> str:
+    """The dense tensor that a tensor of the mixture is made of, or takes its type from."""
+    if name.endswith(ROUTER):
+        return name.removesuffix(ROUTER) + "ffn.w1.weight"
+    if EXPERTS in name:
+        return name.replace(EXPERTS, "ffn.") + ".weight"
+    return name

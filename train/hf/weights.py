@@ -4,7 +4,6 @@ Whatever reads weights (export, generation, continued training, upcycling) asks 
 that none of them knows where they come from, and none needs a model in memory.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -15,8 +14,8 @@ from torch import Tensor
 from train.checkpoint.files import newest_whole_checkpoint, read_progress
 from train.hf.checkpoint_weights import CheckpointWeights
 from train.hf.folders import CONFIG_FILE, MODEL_FILE, STATE_FOLDER, model_at, read_json
-from train.hf.hf_mapping import Architecture, Link, family_of
-from train.hf.safetensors_io import LastTensor, SafetensorsFolder, TensorInfo
+from train.hf.mapping import Architecture, Link, family_of
+from train.hf.safetensors_io import SafetensorsFolder, TensorInfo
 from train.recipe import sizes
 from train.recipe.curriculum import from_json
 from train.recipe.errors import UserError
@@ -73,10 +72,9 @@ class HuggingFaceWeights:
             if len(dtypes) > 1:
                 raise UserError(f"{folder.folder}: parts of {weight.name} are of different types")
             self.tensors[weight.name] = TensorInfo(weight.name, dtypes.pop(), weight.shape)
-        self._turned = LastTensor()
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows of a tensor of ours; a transposed part is held until the next one is read."""
+        """Rows of a tensor of ours."""
         last = self.tensors[name].shape[0] if last is None else last
         parts = []
         for link in self._links[name]:
@@ -84,8 +82,7 @@ class HuggingFaceWeights:
             if start >= end:
                 continue
             if link.transposed:
-                turned = self._turned.get(link.theirs, self.folder.read_transposed)
-                parts.append(turned[start:end])
+                parts.append(self.folder.read(link.theirs).t()[start:end])
             else:
                 parts.append(self.folder.read(link.theirs, start, end))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -104,7 +101,7 @@ def open_weights(path: Path, checkpoint: str | None = None) -> WeightSource:
     """Opens weights wherever they are; nothing but headers and metadata is read.
 
     Args:
-        path: a run's folder, one of its checkpoints, a folder that `train.hf.import_hf` or `train.hf.upcycle`
+        path: a run's folder, one of its checkpoints, a folder that `train.hf import` or `train.hf upcycle`
             wrote, or a folder in Hugging Face's form.
         checkpoint: for a run: which checkpoint, by the folder's name; None takes the newest whole one.
 
@@ -171,11 +168,3 @@ def check_complete(source: WeightSource) -> None:
             raise UserError(
                 f"{source.path}: {weight.name} is of shape {info.shape} instead of {weight.shape}"
             )
-
-
-def row_blocks(weights: Weights, name: str, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
-    """Consecutive rows of a tensor in blocks of some megabytes."""
-    info = weights.tensors[name]
-    last = info.shape[0] if last is None else last
-    for start in range(first, last, info.block_rows):
-        yield weights.read(name, start, min(start + info.block_rows, last))

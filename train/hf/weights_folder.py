@@ -6,24 +6,23 @@ comes when everything is there.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from train.hf.folders import MODEL_FILE, read_json, write_model
 from train.hf.safetensors_io import (
+    DEFAULT_SHARD_BYTES,
     TensorInfo,
-    all_finite,
-    make_header,
+    check_finite,
     plan_files,
     write_files,
     write_index,
 )
-from train.hf.weights import Weights, row_blocks
+from train.hf.weights import Weights
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import Model
@@ -31,7 +30,6 @@ from train.record.files import sha256
 
 MANIFEST_FILE = "manifest.json"
 UNFINISHED_FILE = "manifest.partial.json"
-DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -71,14 +69,23 @@ def write_weights_folder(
     """
     tensors = [weights.tensors[weight.name] for weight in sizes.weights(model)]
     files = plan_files(tensors, shard_bytes)
-    identity = {"origin": dict(origin), "plan": {n: [t.name for t in group] for n, group in files.items()}}
+    identity = {
+        "origin": dict(origin),
+        "plan": {name: [info.name for info in plan.tensors] for name, plan in files.items()},
+    }
     done = _begin(out, identity)
     resumed = len(done)
-    left = {name: group for name, group in files.items() if name not in done}
-    total = sum(info.bytes for group in left.values() for info in group)
+    left = {name: plan for name, plan in files.items() if name not in done}
+    total = sum(info.bytes for plan in left.values() for info in plan.tensors)
     with tqdm(total=total, unit="B", unit_scale=True, desc=out.name, mininterval=1.0) as bar:
-        jobs = {name: (make_header(group), _blocks(weights, group, bar)) for name, group in left.items()}
-        for name, digest in write_files(out, jobs):
+
+        def read(info: TensorInfo) -> Tensor:
+            tensor = weights.read(info.name)
+            check_finite(info.name, tensor)
+            bar.update(info.bytes)
+            return tensor
+
+        for name, digest in write_files(out, left, read):
             done[name] = {"bytes": (out / name).stat().st_size, "sha256": digest}
             _write_json(out / UNFINISHED_FILE, identity | {"files": done})
     for path, content in (beside or {}).items():
@@ -127,15 +134,6 @@ def _begin(out: Path, identity: dict[str, object]) -> dict[str, dict[str, object
     out.mkdir(parents=True, exist_ok=True)
     _write_json(unfinished, identity | {"files": {}})
     return {}
-
-
-def _blocks(weights: Weights, group: Sequence[TensorInfo], bar: "tqdm[Any]") -> Iterator[Tensor]:
-    for info in group:
-        for block in row_blocks(weights, info.name):
-            if not all_finite(block):
-                raise UserError(f"{info.name}: holds NaN or infinity")
-            yield block
-            bar.update(block.numel() * block.element_size())
 
 
 def _write_json(path: Path, tree: Mapping[str, object]) -> None:

@@ -239,8 +239,8 @@ class Start:
     """Step 0 from weights that exist. A run that is resumed goes on from its own checkpoint instead."""
 
     weights: Optional[str] = None
-    """Folder of a run (its newest checkpoint), of one checkpoint, of train.hf.import_hf or
-    train.hf.upcycle, or in Hugging Face's form; null: weights are drawn from the seed. The layout may be
+    """Folder of a run (its newest checkpoint), of one checkpoint, of `train.hf import` or
+    `train.hf upcycle`, or in Hugging Face's form; null: weights are drawn from the seed. The layout may be
     any."""
     optimizer: OptimizerStart = OptimizerStart.fresh
     """`fresh`: moments of zero. `restored`: those of the run's checkpoint; rates and decay are always

@@ -40,7 +40,7 @@ class Registered:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds what the command reads."""
-    parser.add_argument("folder", type=Path, help="folder that train.hf.export wrote")
+    parser.add_argument("folder", type=Path, help="folder that `train.hf export` wrote")
     parser.add_argument("--run", type=Path, help="runs/NAME (default: the one that it was exported from)")
     parser.add_argument("--name", help="in the registry (default: tracking.registered_model, or the run's)")
 
@@ -79,7 +79,7 @@ def register(folder: Path, run: Path | None = None, name: str | None = None) -> 
     """Logs and registers an exported folder.
 
     Args:
-        folder: what `train.hf.export` wrote.
+        folder: what `python -m train.hf export` wrote.
         run: the run whose recipe says where to; None takes the one that the folder was exported from.
         name: in the registry; None takes the recipe's `tracking.registered_model`, or the run's name.
 

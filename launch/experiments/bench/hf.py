@@ -8,6 +8,7 @@ held before.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -26,7 +27,7 @@ from launch.experiments.bench.__main__ import machine
 from launch.verify.forked_ranks import run_ranks
 from train.checkpoint.files import Progress
 from train.checkpoint.saver import CheckpointSaver
-from train.hf.hf_folder import write_folder
+from train.hf.export import write_folder
 from train.hf.import_hf import import_folder
 from train.hf.safetensors_io import TensorInfo
 from train.hf.weights import WeightSource, open_weights
@@ -88,15 +89,15 @@ class Peak:
 
 
 class RandomWeights:
-    """Tensors of any size out of one block of noise."""
+    """Tensors that all show the same noise."""
 
     def __init__(self, model: Model) -> None:
         self.tensors = {
             weight.name: TensorInfo(weight.name, torch.bfloat16, weight.shape)
             for weight in sizes.weights(model)
         }
-        rows = max(info.block_rows * info.row_bytes for info in self.tensors.values())
-        self._noise = torch.randn(rows, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16()
+        count = max(math.prod(info.shape) for info in self.tensors.values())
+        self._noise = torch.randn(count, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16()
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows of a tensor."""

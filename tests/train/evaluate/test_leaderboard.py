@@ -91,7 +91,7 @@ def test_the_six_tasks_run_with_their_shots_and_show_their_metrics(
     small_tasks: Any, tmp_path: Path, make_run: Callable[[Recipe], "tuple[Path, Decoder]"]
 ) -> None:
     from train.evaluate.harness import headline, read_tasks, run_harness
-    from train.hf.export import main as export
+    from train.hf.__main__ import main as hf
 
     recipe = load_recipe(YAMLS / "smoke.yaml")
     model = Model(
@@ -112,7 +112,7 @@ def test_the_six_tasks_run_with_their_shots_and_show_their_metrics(
             tokenizer=Tokenizer(TokenizerKind.bpe, model.vocab_size),
         )
     )
-    assert export([str(run), str(tmp_path / "hf")]) == 0
+    assert hf(["export", str(run), str(tmp_path / "hf")]) == 0
     tasks = read_tasks(str(LEADERBOARD))
     found = run_harness(tmp_path / "hf", tasks, data=_hub(tmp_path / "hub"), limit=1)
     shown = {name: headline(name, task, found) for name, task in tasks.items()}

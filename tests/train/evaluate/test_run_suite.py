@@ -56,7 +56,7 @@ def test_a_run_and_its_export_under_lm_eval_agree_question_by_question(
 ) -> None:
     from train.evaluate.__main__ import main
     from train.evaluate.harness import HarnessTask, headline, run_harness
-    from train.hf.export import main as export
+    from train.hf.__main__ import main as hf
 
     run, _ = make_run(_recipe(small_tasks.shards))
     answers, figures = tmp_path / "answers.jsonl", tmp_path / "figures.json"
@@ -65,7 +65,7 @@ def test_a_run_and_its_export_under_lm_eval_agree_question_by_question(
     ours = [json.loads(line) for line in answers.read_text().splitlines()]
     accuracy = json.loads(figures.read_text())[0]["suite"]["tasks"]
 
-    assert export([str(run), str(tmp_path / "hf")]) == 0
+    assert hf(["export", str(run), str(tmp_path / "hf")]) == 0
     tasks = {
         name: HarnessTask(shots=0, metric="acc") for name in ("arc_easy", "winogrande", "lambada_openai")
     }

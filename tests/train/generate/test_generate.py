@@ -268,9 +268,9 @@ def test_bf16_weights_speak_too(run: Path, capsys: pytest.CaptureFixture[str]) -
 def test_exported_folders_speak_the_same(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from train.hf.export import main as export
+    from train.hf.__main__ import main as hf
 
-    assert export([str(run), str(tmp_path / "hf")]) == 0
+    assert hf(["export", str(run), str(tmp_path / "hf")]) == 0
     capsys.readouterr()
     said = []
     for source in (run, tmp_path / "hf"):

@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from train.hf import check
-from train.hf.hf_folder import write_folder
+from train.hf.__main__ import main
+from train.hf.export import write_folder
 from train.hf.weights import open_weights
 from train.model.decoder import Decoder
 from train.recipe.reading import load_recipe
@@ -25,13 +26,13 @@ def test_an_export_passes_and_a_changed_one_does_not(
     run, _ = make_run(recipe)
     out = tmp_path / "out"
     write_folder(replace(open_weights(run), recipe=None), out)  # This run has no tokenizer.
-    assert check.main([str(run), str(out)]) == 0
+    assert main(["check", str(run), str(out)]) == 0
     assert "16 of 16" in capsys.readouterr().out
     file = out / "model.safetensors"
     weights = load_file(file)
     weights["model.layers.1.mlp.up_proj.weight"][7] += 0.1
     save_file(weights, file, metadata={"format": "pt"})
-    assert check.main([str(run), str(out)]) == 1
+    assert main(["check", str(run), str(out)]) == 1
     assert "FAIL" in capsys.readouterr().out
 
 
@@ -44,5 +45,5 @@ def test_import_and_export_must_give_the_bytes_back(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_folder_that_is_no_export_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check.main([str(tmp_path), str(tmp_path)]) == 2
+    assert main(["check", str(tmp_path), str(tmp_path)]) == 2
     assert "is no export; config.json is missing" in capsys.readouterr().err

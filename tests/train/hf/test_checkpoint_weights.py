@@ -1,5 +1,6 @@
 """Rows of a checkpoint are those that torch.distributed.checkpoint loads, however they were sharded."""
 
+import pickle
 import resource
 from pathlib import Path
 
@@ -52,26 +53,39 @@ def test_rows_are_those_that_were_saved(world: int, tmp_path: Path) -> None:
         assert torch.equal(weights.read(name), tensor)
 
 
-def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
+def test_a_file_that_ends_early_is_a_line(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     weights = CheckpointWeights(tmp_path)
-    weights.read("rows")
     (file,) = (tmp_path / STATE_FOLDER).glob("*.distcp")
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match="ends too early"):
+    with pytest.raises(UserError, match=r"state: rows cannot be loaded \(") as caught:
         weights.read("rows")
+    assert "\n" not in str(caught.value)
 
 
-def test_a_row_costs_the_memory_of_a_row(tmp_path: Path) -> None:
-    def save(_: Topology) -> None:
-        dcp.save({f"{WRAPPER}large": torch.ones(64, 1 << 20)}, checkpoint_id=tmp_path / STATE_FOLDER)
+def test_a_tensor_of_which_parts_are_missing_is_named(tmp_path: Path) -> None:
+    _save(tmp_path, 2)
+    path = tmp_path / STATE_FOLDER / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata[f"{WRAPPER}columns"].chunks.pop()
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="parts of columns are missing"):
+        CheckpointWeights(tmp_path)
 
-    def read(_: Topology) -> int:
+
+def test_only_the_tensor_asked_for_is_read_and_only_once(tmp_path: Path) -> None:
+    state = {f"{WRAPPER}{name}": torch.ones(8, 1 << 20) for name in "abcdef"}
+    run_ranks(1, lambda _: dcp.save(state, checkpoint_id=tmp_path / STATE_FOLDER))
+
+    def read(_: Topology) -> tuple[int, bool]:
         weights = CheckpointWeights(tmp_path)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        assert all(weights.read("large", row, row + 1).sum() == 1 << 20 for row in range(64))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        rows = [weights.read("a", row, row + 1) for row in range(8)]
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        return memory, all(
+            row.data_ptr() == whole.data_ptr() for row, whole in zip(rows, weights.read("a"), strict=True)
+        )
 
-    run_ranks(1, save)
-    (kilobytes,) = run_ranks(1, read)
-    assert kilobytes < 64 * 1024, "a quarter of the tensor, sixteen of its rows"
+    ((kilobytes, shared),) = run_ranks(1, read)
+    assert kilobytes < 4 * 32 * 1024, "four of the six tensors"
+    assert shared

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from data.tokenizer import open_tokenizer
-from train.hf.export import main
+from train.hf.__main__ import main
 from train.model.decoder import Decoder
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position, Recipe, Tokenizer, TokenizerKind
@@ -95,7 +95,7 @@ def test_transformers_computes_the_same(kind: str, shards: Path, tmp_path: Path,
 
     model, architecture = MODELS[kind]
     run, decoder = make_run(recipe_of(model, shards))
-    assert main([str(run), str(tmp_path / "out")]) == 0
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(theirs).__name__ == architecture and theirs.dtype is torch.float32
     torch.manual_seed(0)
@@ -122,7 +122,9 @@ def test_transformers_computes_the_same(kind: str, shards: Path, tmp_path: Path,
 def test_shards_index_and_dtype(shards: Path, tmp_path: Path, make_run: MakeRun) -> None:
     run, decoder = make_run(recipe_of(DBRX, shards))
     arguments = ["--shard-gb", "2e-5", "--dtype", "bf16", "--json", str(tmp_path / "figures.json")]
-    assert main([str(run), str(tmp_path / "out"), "--checkpoint", "batch-00000007", *arguments]) == 0
+    assert (
+        main(["export", str(run), str(tmp_path / "out"), "--checkpoint", "batch-00000007", *arguments]) == 0
+    )
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     state = decoder.state_dict()
     assert index["weight_map"].keys() == state.keys()
@@ -160,7 +162,7 @@ def test_what_cannot_be_expressed_is_refused_in_a_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, _ = make_run(recipe_of(model, shards))
-    assert main([str(run), str(run / "out")]) == 2
+    assert main(["export", str(run), str(run / "out")]) == 2
     complaint = capsys.readouterr().err.strip().splitlines()[-1]
     assert complaint.startswith("export: ") and words in complaint
     assert not (run / "out").exists()
@@ -168,10 +170,10 @@ def test_what_cannot_be_expressed_is_refused_in_a_line(
 
 def test_nan_is_refused_and_leaves_no_file(shards: Path, tmp_path: Path, make_run: MakeRun) -> None:
     run, _ = make_run(recipe_of(DBRX, shards))
-    assert main([str(run), str(tmp_path / "out")]) == 0
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
     exported = tmp_path / "out" / "model.safetensors"
     content = bytearray(exported.read_bytes())
     content[-4:] = b"\x00\x00\xc0\x7f"
     exported.write_bytes(content)
-    assert main([str(tmp_path / "out"), str(tmp_path / "again")]) == 2
+    assert main(["export", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
     assert not list((tmp_path / "again").glob("*.safetensors*"))

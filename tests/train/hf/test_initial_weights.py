@@ -12,7 +12,7 @@ from launch.verify.forked_ranks import run_ranks
 from train.checkpoint.files import Progress
 from train.checkpoint.saver import CheckpointSaver
 from train.hf import initial_weights
-from train.hf.export import main as export
+from train.hf.__main__ import main
 from train.hf.initial_weights import freeze, load_initial_weights, restore_optimizer
 from train.hf.weights import Weights, open_weights
 from train.layout.mesh import build_mesh, build_sharded
@@ -113,7 +113,7 @@ def test_each_rank_gets_its_rows(
 
 def _export_weights(run: Path, out: Path) -> None:
     """The folder in Hugging Face's form; without a tokenizer, which this run has none of."""
-    from train.hf.hf_folder import write_folder
+    from train.hf.export import write_folder
     from train.hf.weights import WeightSource
 
     source = open_weights(run)
@@ -213,5 +213,5 @@ def test_export_says_what_a_bias_prevents(
     recipe: Recipe, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = make_run(recipe)
-    assert export([str(run), str(run / "out")]) == 2
+    assert main(["export", str(run), str(run / "out")]) == 2
     assert "balance=loss" in capsys.readouterr().err

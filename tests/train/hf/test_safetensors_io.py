@@ -1,107 +1,99 @@
-"""Files of safetensors: what counts as a number, and several files at a time."""
+"""Folders of safetensors: what counts as a number, which file holds what, and files whole or not there."""
 
 import hashlib
-from collections.abc import Iterator
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from launch.verify.forked_ranks import run_ranks
 from train.hf.safetensors_io import (
-    BLOCK_BYTES,
-    MOST_SPARE_BLOCKS,
+    FilePlan,
+    SafetensorsFolder,
     TensorInfo,
-    all_finite,
-    make_header,
-    new_rows,
+    check_finite,
+    plan_files,
+    plan_from_header,
+    read_header,
     write_files,
+    write_index,
 )
 from train.recipe.errors import UserError
-from train.recipe.topology import Topology
 
 INFOS = [TensorInfo(f"t{number}", torch.float32, (40, 3)) for number in range(6)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_all_finite_agrees_with_torch_for_every_number_of_16_bits(dtype: torch.dtype) -> None:
-    numbers = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
-    told = torch.tensor([all_finite(number.view(1)) for number in numbers])
-    assert torch.equal(told, torch.isfinite(numbers))
-
-
-def test_all_finite_of_32_bits() -> None:
-    huge = torch.finfo(torch.float32).max
-    block = torch.tensor([[huge, huge], [-huge, -0.0]])
-    assert all_finite(block) and all_finite(block.t())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_no_number_is_found_anywhere(dtype: torch.dtype) -> None:
+    huge = torch.finfo(dtype).max
+    matrix = torch.tensor([[huge, huge], [-huge, -0.0]], dtype=dtype)
+    check_finite("fine", matrix)
     for bad in (float("inf"), -float("inf"), float("nan"), -float("nan")):
         for row, column in ((0, 0), (1, 1)):
-            spoiled = block.clone()
+            spoiled = matrix.clone()
             spoiled[row, column] = bad
-            assert not all_finite(spoiled)
+            with pytest.raises(UserError, match=r"^spoiled: holds NaN or infinity$"):
+                check_finite("spoiled", spoiled)
 
 
-def test_memory_is_used_again_only_when_no_tensor_holds_it() -> None:
-    first = new_rows((4, 5), torch.float32)
-    part = first[1:2].view(-1)
-    part.fill_(7)
-    address = first.data_ptr()
-    del first
-    others = [new_rows((4, 5), torch.float32) for _ in range(2 * MOST_SPARE_BLOCKS)]
-    for number, other in enumerate(others):
-        other.fill_(number)
-    assert part.tolist() == [7.0] * 5, "is held by a view"
-    assert all((other == number).all() for number, other in enumerate(others))
-    del part, other, others
-    assert address in {new_rows((3,), torch.bfloat16).data_ptr() for _ in range(2)}
-    whole = new_rows((BLOCK_BYTES,), torch.float32)
-    assert whole.shape == (BLOCK_BYTES,) and not whole.any()
-    assert new_rows((0, 3), torch.bfloat16).shape == (0, 3)
+def _value(info: TensorInfo) -> Tensor:
+    return torch.full(info.shape, float(info.name[1:]))
 
 
-def test_forked_processes_do_not_share_it() -> None:
-    new_rows((2,), torch.int32).fill_(1)  # Memory that is there to be used again.
-
-    def work(topology: Topology) -> int:
-        mine = new_rows((2,), torch.int32)
-        mine.fill_(topology.rank)
-        torch.distributed.barrier()
-        return int(mine.sum())
-
-    assert run_ranks(2, work) == [0, 2]
-
-
-def _value(number: int) -> Tensor:
-    return torch.full((40, 3), float(number))
-
-
-def test_files_written_side_by_side_are_each_whole(tmp_path: Path) -> None:
-    jobs = {
-        f"{number}.safetensors": (make_header([info]), _value(number).split(7))
-        for number, info in enumerate(INFOS)
-    }
-    digests = dict(write_files(tmp_path, jobs))
-    assert len(digests) == len(INFOS)
-    for number, info in enumerate(INFOS):
-        file = tmp_path / f"{number}.safetensors"
-        assert digests[file.name] == hashlib.sha256(file.read_bytes()).hexdigest()
-        assert torch.equal(load_file(file)[info.name], _value(number))
+def test_rows_headers_and_digests_of_what_was_written(tmp_path: Path) -> None:
+    files = plan_files(INFOS, 1000)  # Two tensors of 480 bytes each.
+    assert [len(plan.tensors) for plan in files.values()] == [2, 2, 2]
+    digests = dict(write_files(tmp_path, files, _value))
+    write_index(tmp_path, files)
+    folder = SafetensorsFolder(tmp_path)
+    assert folder.files == list(files) == list(digests)
+    for name, plan in files.items():
+        file = tmp_path / name
+        assert digests[name] == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert plan_from_header(read_header(file)) == plan
+        for info in plan.tensors:
+            assert torch.equal(load_file(file)[info.name], _value(info))
+            assert torch.equal(folder.read(info.name, 5, 7), _value(info)[5:7])
 
 
-def test_an_error_in_one_file_leaves_nothing_half_written(tmp_path: Path) -> None:
-    def failing() -> Iterator[Tensor]:
-        yield _value(0)[:5]
-        raise UserError("broken")
+def test_one_memory_under_two_names_is_two_tensors(tmp_path: Path) -> None:
+    same = torch.arange(120.0).view(40, 3)
+    dict(write_files(tmp_path, {"model.safetensors": FilePlan(INFOS[:2])}, lambda _: same))
+    assert all(torch.equal(tensor, same) for tensor in load_file(tmp_path / "model.safetensors").values())
 
-    def endless() -> Iterator[Tensor]:
-        while True:
-            yield _value(1)[:5]
 
-    jobs = {
-        name: (make_header(INFOS[:1]), blocks) for name, blocks in {"a": failing(), "b": endless()}.items()
-    }
+def test_an_error_leaves_nothing_half_written(tmp_path: Path) -> None:
+    def failing(info: TensorInfo) -> Tensor:
+        if info is INFOS[2]:
+            raise UserError("broken")
+        return _value(info)
+
+    files = {info.name: FilePlan([info]) for info in INFOS}
+    finished: dict[str, str] = {}
     with pytest.raises(UserError, match="broken"):
-        list(write_files(tmp_path, jobs))
-    assert not list(tmp_path.iterdir())
+        finished.update(write_files(tmp_path, files, failing))
+    assert {file.name for file in tmp_path.iterdir()} <= {"t0"}
+
+
+def test_files_and_index_must_agree(tmp_path: Path) -> None:
+    for name, held in (("a", "t0"), ("b", "t1")):
+        save_file({held: torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    for listed, words in (
+        ({"t0": "a", "t1": "b", "t2": "b"}, "lists t2, which b.safetensors does not hold"),
+        ({"t0": "a", "t1": "a", "t9": "b"}, "t1 is in b.safetensors, not in a.safetensors"),
+        ({"t0": "a"}, None),
+    ):
+        weight_map = {name: f"{file}.safetensors" for name, file in listed.items()}
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        if words is None:
+            assert list(SafetensorsFolder(tmp_path).tensors) == ["t0"]
+        else:
+            with pytest.raises(UserError, match=words):
+                SafetensorsFolder(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"t0": "a.safetensors"}}))
+    save_file({"t0": torch.ones(2), "surplus": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"holds surplus, which .* does not list"):
+        SafetensorsFolder(tmp_path)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from train.hf.hf_config import dbrx_from_model
-from train.hf.serving import check_folder, main, slots
+from train.hf.__main__ import main
+from train.hf.config import dbrx_from_model
+from train.hf.serving import check_folder, slots
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Model, Moe
 from train.recipe.sizes import weights
@@ -44,7 +45,7 @@ def test_vllm_is_filled(engine: str, degree: int, folder: Path) -> None:
 def test_tensorrt_llm_is_filled(degree: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = folder / "table.json"
     arguments = [str(folder), "--engine", "tensorrt-llm", "--tensor-parallel", str(degree)]
-    assert main([*arguments, "--json", str(figures)]) == 0
+    assert main(["serving", *arguments, "--json", str(figures)]) == 0
     assert "17 parameters of tensorrt-llm filled" in capsys.readouterr().out
     assert len(json.loads(figures.read_text())) == 17
 
@@ -79,15 +80,15 @@ def test_faults_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
         (w1, None, f"needs {w1}, which is missing"),
     ):
         _rewrite(folder, name, tensor)
-        assert main([str(folder)]) == 2
+        assert main(["serving", str(folder)]) == 2
         assert words in capsys.readouterr().err
         _rewrite(folder, "surplus", None)
 
 
 def test_what_the_engines_cannot_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(folder), "--tensor-parallel", "3"]) == 2
+    assert main(["serving", str(folder), "--tensor-parallel", "3"]) == 2
     assert "heads 8 is not divisible" in capsys.readouterr().err
     plain = replace(MODEL, moe=Moe(experts=4, top_k=2, normalize_weights_p=None))
     (folder / "config.json").write_text(json.dumps({"model_type": "dbrx"} | dbrx_from_model(plain)))
-    assert main([str(folder)]) == 2
+    assert main(["serving", str(folder)]) == 2
     assert "always divides the chosen experts' weights by their sum" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What a recipe may start from: checked before torch is imported, told in words."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from data.text.hugging_face_form import write_form
 from train.hf.folders import write_model
 from train.hf.start import check_start
 from train.recipe.errors import UserError
@@ -57,7 +59,7 @@ def test_what_changes_is_told(parent: Recipe, run: Path) -> None:
 def test_weights_alone_will_do(parent: Recipe, tmp_path: Path) -> None:
     write_model(tmp_path / "model.yaml", parent.model)
     assert "weights of step 0" in check_start(_from(parent, tmp_path), "x.yaml")[0]
-    with pytest.raises(UserError, match=r"start.optimizer: is restored, but .* holds weights alone"):
+    with pytest.raises(UserError, match=r"start.optimizer: is restored, but .* holds only weights"):
         check_start(_from(parent, tmp_path, OptimizerStart.restored), "x.yaml")
 
 
@@ -80,7 +82,7 @@ def test_misfits_are_refused(parent: Recipe, run: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"x.yaml: {words}"):
             check_start(wrong, "x.yaml")
     write_model(tmp_path / "model.yaml", replace(parent.model, moe=None))
-    with pytest.raises(UserError, match=r"train.hf.upcycle makes experts of a dense model"):
+    with pytest.raises(UserError, match=r"train.hf upcycle makes experts of a dense model"):
         check_start(_from(parent, tmp_path), "x.yaml")
 
 
@@ -88,11 +90,14 @@ def test_trained_tokenizers_are_compared(parent: Recipe, run: Path, tmp_path: Pa
     parent = replace(parent, data=replace(parent.data, shards=str(tmp_path / "old")))
     (run / "recipe.yaml").write_text(to_yaml(parent))
     recipe = _from(replace(parent, data=replace(parent.data, shards=str(tmp_path / "new"))), run)
+    ranks, special_ids = {bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256}
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "tokenizer.json").write_text("{}")
+        write_form(tmp_path / name / "tokenizer.json", ".+", ranks, special_ids)
+    new = tmp_path / "new" / "tokenizer.json"
+    new.write_text(json.dumps(json.loads(new.read_text()), indent=1))  # Spelled otherwise, but the same.
     check_start(recipe, "x.yaml")
-    (tmp_path / "new" / "tokenizer.json").write_text("{ }")
+    write_form(new, ".+", ranks | {b"ab": 256}, {"<|endoftext|>": 257})
     with pytest.raises(UserError, match="tokenizer"):
         check_start(recipe, "x.yaml")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.hf.__main__ import main
 from train.hf.folders import read_model
 from train.hf.initial_weights import load_initial_weights
-from train.hf.upcycle import main
 from train.hf.weights import open_weights
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
@@ -53,7 +53,7 @@ def test_the_loss_at_step_0_is_the_dense_models(
     run, decoder = dense
     out = run / "mixture"
     numbers = ["--experts", str(experts), "--top-k", str(top_k), "--granularity", str(granularity)]
-    assert main([str(run), str(out), *numbers, "--balance", balance]) == 0
+    assert main(["upcycle", str(run), str(out), *numbers, "--balance", balance]) == 0
     model = read_model(out / "model.yaml")
     assert model.moe is not None and (model.moe.experts, model.moe.top_k) == (experts, top_k)
     assert model.moe.balance is Balance(balance) and model.ffn_hidden_size == 96 // granularity
@@ -71,7 +71,22 @@ def test_the_loss_at_step_0_is_the_dense_models(
 
 def test_experts_part_in_training(dense: tuple[Path, Decoder]) -> None:
     run, _ = dense
-    assert main([str(run), str(run / "mixture"), "--experts", "8", "--top-k", "2", "--granularity", "2"]) == 0
+    assert (
+        main(
+            [
+                "upcycle",
+                str(run),
+                str(run / "mixture"),
+                "--experts",
+                "8",
+                "--top-k",
+                "2",
+                "--granularity",
+                "2",
+            ]
+        )
+        == 0
+    )
     mixture = Decoder(read_model(run / "mixture" / "model.yaml"), device="cpu")
     load_initial_weights(mixture, run / "mixture")
     optimizer = build_optimizer(mixture, Optimizer(learning_rate=1e-2))
@@ -97,21 +112,21 @@ def test_what_does_not_divide_is_a_line(
         (["--experts", "5", "--top-k", "5", "--granularity", "5"], "hidden size 96 is not divisible"),
         (["--experts", "2", "--top-k", "4"], "top-k 4 exceeds 2 experts"),
     ):
-        assert main([str(run), str(run / "out"), *numbers]) == 2
+        assert main(["upcycle", str(run), str(run / "out"), *numbers]) == 2
         complaint = capsys.readouterr().err.strip().splitlines()[-1]
         assert complaint.startswith("upcycle: ") and words in complaint
-    assert main([str(run), str(run / "once"), "--experts", "4"]) == 0
-    assert main([str(run / "once"), str(run / "twice"), "--experts", "4"]) == 2
+    assert main(["upcycle", str(run), str(run / "once"), "--experts", "4"]) == 0
+    assert main(["upcycle", str(run / "once"), str(run / "twice"), "--experts", "4"]) == 2
     assert "already" in capsys.readouterr().err
 
 
 def test_bf16_sources_stay_bf16(dense: tuple[Path, Decoder]) -> None:
-    from train.hf.hf_folder import write_folder
+    from train.hf.export import write_folder
 
     run, _ = dense
     source = open_weights(run)
     write_folder(replace(source, recipe=None), run / "hf", torch.bfloat16)
-    assert main([str(run / "hf"), str(run / "mixture"), "--experts", "8", "--top-k", "4"]) == 0
+    assert main(["upcycle", str(run / "hf"), str(run / "mixture"), "--experts", "8", "--top-k", "4"]) == 0
     mixture = open_weights(run / "mixture")
     assert {info.dtype for info in mixture.weights.tensors.values()} == {torch.bfloat16}
     w2 = "transformer.blocks.1.ffn.{}w2"

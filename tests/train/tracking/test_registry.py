@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.text.bpe import train_bpe
-from train.hf.export import main as export
+from train.hf.__main__ import main as hf
 from train.hf.lineage import parent_tags
 from train.model.decoder import Decoder
 from train.recipe.reading import load_recipe
@@ -76,7 +76,7 @@ def test_a_version_with_signature_and_lineage_that_answers(
     uploaded.sync()
     run = _finished_run(replace(recipe, start=Start(str(parent))), make_run)
     out = run.parent / "out"
-    assert export([str(run), str(out)]) == 0
+    assert hf(["export", str(run), str(out)]) == 0
     assert main([str(out), "--json", str(run.parent / "registered.json")]) == 0
     registered = json.loads((run.parent / "registered.json").read_text())
     assert (registered["name"], registered["version"]) == ("child", "1")
@@ -139,7 +139,7 @@ def test_unity_catalog_is_asked_by_the_same_call(
 ) -> None:
     tracking = Tracking(registry=Registry.unity_catalog, registered_model="main.models.child")
     run = _finished_run(replace(recipe, tracking=tracking), make_run)
-    assert export([str(run), str(run.parent / "out")]) == 0
+    assert hf(["export", str(run), str(run.parent / "out")]) == 0
     assert main([str(run.parent / "out")]) == 1
     assert "registry: MLflow does not take it" in capsys.readouterr().err
     assert any(

@@ -2,7 +2,7 @@
 
 A rule of a table says which tensors of theirs one tensor of ours is: the same one, the same transposed,
 its rows in parts (queries, keys, values), or one tensor for each expert. A new architecture is a new
-table, a reader and a writer of its `config.json` (:mod:`train.hf.hf_config`), and what it asks
+table, a reader and a writer of its `config.json` (:mod:`train.hf.config`), and what it asks
 of a model.
 
 Shapes: D d_model, F ffn_hidden_size, E experts, H heads, G key-value heads, R head width.
@@ -11,8 +11,8 @@ Shapes: D d_model, F ffn_hidden_size, E experts, H heads, G key-value heads, R h
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from train.hf import hf_config
-from train.hf.hf_config import Config
+from train.hf import config
+from train.hf.config import Config
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Ffn, Model, Norm, Position
@@ -205,8 +205,8 @@ DBRX = Architecture(
         ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
         PLAIN_QK,
     ),
-    to_model=hf_config.dbrx_to_model,
-    from_model=hf_config.dbrx_from_model,
+    to_model=config.dbrx_to_model,
+    from_model=config.dbrx_from_model,
     extra=_dbrx_extra,
 )
 
@@ -240,8 +240,8 @@ LLAMA = Architecture(
         "ffn.w2.weight": Same("mlp.down_proj.weight"),
     },
     needs=(*LLAMA_NEEDS, NO_CLIP, PLAIN_QK, ("model.moe=null", lambda model: model.moe is None)),
-    to_model=hf_config.llama_to_model,
-    from_model=hf_config.llama_from_model,
+    to_model=config.llama_to_model,
+    from_model=config.llama_from_model,
     ignored=(".rotary_emb.inv_freq",),
 )
 
@@ -266,8 +266,8 @@ MIXTRAL = Architecture(
             lambda model: model.moe is None or model.moe.normalize_weights_p == 1,
         ),
     ),
-    to_model=hf_config.mixtral_to_model,
-    from_model=hf_config.mixtral_from_model,
+    to_model=config.mixtral_to_model,
+    from_model=config.mixtral_from_model,
 )
 
 OLMOE = Architecture(
@@ -292,8 +292,8 @@ OLMOE = Architecture(
             lambda model: model.moe is None or model.moe.normalize_weights_p in {1, None},
         ),
     ),
-    to_model=hf_config.olmoe_to_model,
-    from_model=hf_config.olmoe_from_model,
+    to_model=config.olmoe_to_model,
+    from_model=config.olmoe_from_model,
 )
 
 MPT = Architecture(
@@ -323,8 +323,8 @@ MPT = Architecture(
         ),
         ("model.moe=null", lambda model: model.moe is None),
     ),
-    to_model=hf_config.mpt_to_model,
-    from_model=hf_config.mpt_from_model,
+    to_model=config.mpt_to_model,
+    from_model=config.mpt_from_model,
 )
 
 FAMILIES = (DBRX, LLAMA, MIXTRAL, OLMOE, MPT)
