@@ -204,3 +204,19 @@ def test_a_worker_survives_the_schedulers_sigterm_and_ends_with_the_loader(built
     gc.collect()
     worker.join(10)
     assert not worker.is_alive()
+
+
+@pytest.mark.parametrize(("workers", "rank", "ranks"), [(0, 0, 1), (2, 1, 2)])
+def test_skipped_batches_leave_the_others_as_they_were(built: Recipe, workers: int, rank: int, ranks: int) -> None:
+    recipe = dataclasses.replace(built, data=dataclasses.replace(built.data, workers=workers))
+    opened = OpenedData(recipe)
+    whole, place = plan_stages(recipe), {"rank": rank, "world_size": ranks}
+    every = list(islice(build_train_loader(opened, whole, **place), 40))
+    less = dataclasses.replace(whole, skips=(Skip(43, 50, "b"), Skip(16, 24, "a"), Skip(56, 57, "c"), Skip(250, 251, "d")))
+    left = [batch for number, batch in enumerate(every) if number not in (2, 5, 6, 7, 31)]
+    assert len(left) == 35
+    for start, first in ((0, 0), (24, 2), (40, 4), (48, 4)):
+        # Resumed at a batch's beginning: of the third, and of one that is left out.
+        found = list(islice(build_train_loader(opened, less, start_sample=start, **place), 35 - first))
+        for batch, expected in zip(found, left[first:], strict=True):
+            assert all(torch.equal(batch[key], expected[key]) for key in expected), start

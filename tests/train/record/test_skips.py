@@ -1,14 +1,10 @@
 """What is left out by declaration: batches are passed over whole, and all behind them stays in its place."""
 
 import dataclasses
-from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
 
-from data.loader import build_train_loader
-from data.opened import OpenedData
 from train.recipe.curriculum import Curriculum, Skip, from_json, plan_stages, to_json
 from train.recipe.errors import UserError
 from train.recipe.schema import Data, DataSkip, Phase, Recipe, Training
@@ -44,22 +40,6 @@ def test_a_run_ends_where_nothing_is_trained_behind() -> None:
     assert staged(Skip(470, 10_000, "end")).batches == 39
     assert staged(Skip(470, 479, "end")).batches == 39
     assert staged(Skip(440, 464, "before the end")).batches == 40
-
-
-@pytest.mark.parametrize(("workers", "rank", "ranks"), [(0, 0, 1), (2, 1, 2)])
-def test_the_loader_gives_the_others_as_they_were(built: Recipe, workers: int, rank: int, ranks: int) -> None:
-    recipe = dataclasses.replace(built, data=dataclasses.replace(built.data, workers=workers))
-    opened = OpenedData(recipe)
-    whole, place = plan_stages(recipe), {"rank": rank, "world_size": ranks}
-    every = list(islice(build_train_loader(opened, whole, **place), 40))
-    less = dataclasses.replace(whole, skips=(*SKIPS, Skip(250, 251, "d")))
-    left = [batch for number, batch in enumerate(every) if number not in (2, 5, 6, 7, 31)]
-    assert len(left) == 35
-    for start, first in ((0, 0), (24, 2), (40, 4), (48, 4)):
-        # Resumed at a batch's beginning: of the third, and of one that is left out.
-        found = list(islice(build_train_loader(opened, less, start_sample=start, **place), 35 - first))
-        for batch, expected in zip(found, left[first:], strict=True):
-            assert all(torch.equal(batch[key], expected[key]) for key in expected), start
 
 
 def test_decisions_read_back_and_follow_the_recipes(tmp_path: Path) -> None:
