@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 ROOT = Path(__file__).parents[3]
 """Templates are named by their path below it, such as ``train/report/run.html.j2``."""
-NUMBER = re.compile(r"[+-]?[\d,.]+(e[+-]\d+)?( ms|%|x)?")
+NUMBER = re.compile(r"[+-]?[\d,.]+(e[+-]\d+)?( ms|[%xkMGT])?")
 
 
 def render(template: str, **context: Any) -> str:

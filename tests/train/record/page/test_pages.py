@@ -37,7 +37,7 @@ from train.report.run_record import read_run
 from train.report.scaling import Advantage
 
 NAME = """<img src=x onerror=alert(1)>"'&amp;{{ 7 * 7 }}$x$"""
-"""A hostile name of a run, domain, task or recipe: markup, quotes, an entity, a template, mathematics."""
+"""A name of a run, domain, task or recipe: markup, quotes, an entity, a template, mathematics."""
 TEXT = f"</script><script>alert(2)</script></pre><!-- {NAME}"
 """What a document or a sample may hold."""
 VOID = {"meta", "br", "input", "path", "use", "image", "rect", "line"}
@@ -247,6 +247,6 @@ def test_a_template_that_names_what_is_not_given_fails() -> None:
 
 
 def test_columns_of_numbers_are_told_from_text() -> None:
-    rows = [["a", "1,024", "3.1%", "1e+15", "", "-0.5 to 0.5"], ["b", "", "0.4 ms", "+2.00x", "", "7"]]
+    rows = [["a", "1.25M", "3.1%", "1e+15", "", "-0.5 to 0.5"], ["b", "", "0.4 ms", "+2.00x", "", "7"]]
     assert numeric_columns("123456", rows) == [False, True, True, True, False, False]
     assert numeric_columns("12", []) == [False, False]
