@@ -160,9 +160,8 @@ class TableCheck(Check[Row]):
         return f"{row.what:<15} {row.layout:<9} {'pass' if row.has_passed else 'FAIL':<7}  {row.figures}"
 
     def failures(self) -> Iterator[str]:
-        """What is wrong, each once: rows of one run may share it."""
-        wrong = (f"{row.what} {row.layout}: {each}" for row in self.rows for each in row.violations)
-        yield from dict.fromkeys(wrong)
+        """What is wrong, a line each."""
+        yield from (f"{row.what} {row.layout}: {each}" for row in self.rows for each in row.violations)
 
     def figures(self, recipe: Recipe) -> dict[str, Any]:
         """Everything for ``--json``."""
