@@ -18,7 +18,7 @@ from data.opened import OpenedData
 from data.shards.manifest import unigram_entropy
 from data.shards.packing import PADDING, Sample, pack
 from data.shards.streams import ShardFolder
-from train.recipe.curriculum import continue_stages, plan_stages
+from train.recipe.curriculum import Skip, continue_stages, plan_stages
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 
@@ -207,12 +207,16 @@ def test_a_worker_survives_the_schedulers_sigterm_and_ends_with_the_loader(built
 
 
 @pytest.mark.parametrize(("workers", "rank", "ranks"), [(0, 0, 1), (2, 1, 2)])
-def test_skipped_batches_leave_the_others_as_they_were(built: Recipe, workers: int, rank: int, ranks: int) -> None:
+def test_skipped_batches_leave_the_others_as_they_were(
+    built: Recipe, workers: int, rank: int, ranks: int
+) -> None:
     recipe = dataclasses.replace(built, data=dataclasses.replace(built.data, workers=workers))
     opened = OpenedData(recipe)
     whole, place = plan_stages(recipe), {"rank": rank, "world_size": ranks}
     every = list(islice(build_train_loader(opened, whole, **place), 40))
-    less = dataclasses.replace(whole, skips=(Skip(43, 50, "b"), Skip(16, 24, "a"), Skip(56, 57, "c"), Skip(250, 251, "d")))
+    less = dataclasses.replace(
+        whole, skips=(Skip(43, 50, "b"), Skip(16, 24, "a"), Skip(56, 57, "c"), Skip(250, 251, "d"))
+    )
     left = [batch for number, batch in enumerate(every) if number not in (2, 5, 6, 7, 31)]
     assert len(left) == 35
     for start, first in ((0, 0), (24, 2), (40, 4), (48, 4)):
