@@ -6,11 +6,10 @@ run validates both domains. Runs of a seed share the old run and the order of sa
 compared in pairs. The same command goes on with what was cut off.
 """
 
-import argparse
 import contextlib
 import csv
-import json
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,12 +23,13 @@ from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import OnExisting, Recipe
 from train.recipe.topology import Topology
+from train.record.command import Figures, command
 from train.record.run_folder import SUMMARY_FILE
 from train.record.summary import read_summary
+from train.record.tables import markdown_table
 
 RECIPE = Path(__file__).resolve().parents[2] / "yamls" / "continue-small.yaml"
 CONFIDENCE = 0.95
-USAGE_STATUS = 2
 
 
 @dataclass(frozen=True)
@@ -131,28 +131,54 @@ def against_none(rows: Iterable[ReplayRow], share: float) -> tuple[Estimate, Est
     return forgetting, estimate([row.new_after - none.new_after for row, none in pairs])
 
 
-def main(arguments: list[str]) -> int:
-    """Runs what is missing and prints the table; exit status 2: a mistake of the user."""
-    options = parse(arguments)
-    try:
-        plan = make_plan(options)
-        for run in plan.runs():
-            validate(run, Topology(), options.recipe)
-        train_missing(plan.runs(), Path(plan.recipe.runs_dir))
-    except UserError as error:
-        print(error.at(str(options.recipe)), file=sys.stderr)
-        return USAGE_STATUS
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the recipe")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help=f"default: yamls/{RECIPE.name}")
+    parser.add_argument("--old", default="code", metavar="DOMAIN", help="default: code")
+    parser.add_argument("--new", default="prose", metavar="DOMAIN", help="default: prose")
+    parser.add_argument("--seeds", type=int, default=3, help="default: 3")
+    parser.add_argument(
+        "--replay",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.05, 0.25, 0.5],
+        metavar="SHARE",
+        help="of old text in the new mixture; none is always among them (default: 0.05 0.25 0.5)",
+    )
+    parser.add_argument("--new-tokens", type=int, help="of each new run (default: half of the old run's)")
+    parser.add_argument(
+        "--rate", type=float, default=0.5, help="new peak of the learning rate over the old (default: 0.5)"
+    )
+    parser.add_argument(
+        "--out", default="runs/continued", help="folder of the runs (default: runs/continued)"
+    )
+
+
+@command(
+    "python -m launch.experiments.continued",
+    "Trains on an old domain, continues on a new one with and without replay, over several seeds, and prints "
+    "the gain and the forgetting.",
+    add_arguments,
+    json="write the rows as JSON too",
+    file="recipe",
+    intermixed=True,
+)
+def main(options: Namespace) -> Figures:
+    """Trains the missing runs and prints the table."""
+    plan = make_plan(options)
+    for run in plan.runs():
+        validate(run, Topology(), options.recipe)
+    train_missing(plan.runs(), Path(plan.recipe.runs_dir))
     rows = read_rows(plan)
     print(table(plan, rows))
     out = Path(plan.recipe.runs_dir) / "continued.csv"
     write_csv(out, rows)
     print(f"\nevery run: {out}")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return 0
+    return Figures([asdict(row) for row in rows])
 
 
-def make_plan(options: argparse.Namespace) -> ReplayComparison:
+def make_plan(options: Namespace) -> ReplayComparison:
     """The command line's comparison.
 
     Raises:
@@ -215,14 +241,12 @@ def _losses(run: Recipe) -> dict[str, float]:
 
 def table(plan: ReplayComparison, rows: Sequence[ReplayRow]) -> str:
     """Means over seeds by replay share, then what each share changes against none."""
-    lines = [
+    title = (
         f"{plan.old} (old, {plan.recipe.training.duration_tokens:,} tokens) -> {plan.new} (new, "
-        f"{plan.new_tokens:,} tokens), {plan.seeds} seeds; validation loss, nats per token",
-        "",
-        f"| replay | {plan.old} before | {plan.old} after | forgetting | {plan.new} before "
-        f"| {plan.new} after | gain |",
-        "|---:|---:|---:|---|---:|---:|---|",
-    ]
+        f"{plan.new_tokens:,} tokens), {plan.seeds} seeds; validation loss, nats per token"
+    )
+    old, new = ([f"{name} before", f"{name} after"] for name in (plan.old, plan.new))
+    rows_by_share = []
     for share in plan.shares:
         chosen = [row for row in rows if row.replay == share]
         means = [
@@ -231,14 +255,18 @@ def table(plan: ReplayComparison, rows: Sequence[ReplayRow]) -> str:
         ]
         forgetting = estimate([row.forgetting for row in chosen])
         gain = estimate([row.gain for row in chosen])
-        cells = [f"{share:.0%}", *means[:2], str(forgetting), *means[2:], str(gain)]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Against no replay, seed by seed (mean [95% interval]):", ""]
-    lines += ["| replay | forgetting | loss of the new domain |", "|---:|---|---|"]
-    for share in plan.shares[1:]:
-        cells = [f"{share:.0%}", *(_verdict(change) for change in against_none(rows, share))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows_by_share.append((f"{share:.0%}", *means[:2], forgetting, *means[2:], gain))
+    changes = [
+        (f"{share:.0%}", *(_verdict(change) for change in against_none(rows, share)))
+        for share in plan.shares[1:]
+    ]
+    parts = [
+        title,
+        markdown_table(("replay", *old, "forgetting", *new, "gain"), rows_by_share, ">>><>><"),
+        "Against no replay, seed by seed (mean [95% interval]):",
+        markdown_table(("replay", "forgetting", "loss of the new domain"), changes, "><<"),
+    ]
+    return "\n\n".join(parts)
 
 
 def _verdict(change: Estimate) -> str:
@@ -254,37 +282,6 @@ def write_csv(file: Path, rows: Sequence[ReplayRow]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.6g}" for k, v in asdict(row).items()})
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.experiments.continued",
-        description="Trains on an old domain, goes on with a new one with and without replay, over seeds, "
-        "and prints what is won and what is forgotten.",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the recipe")
-    parser.add_argument("--recipe", type=Path, default=RECIPE, help=f"default: yamls/{RECIPE.name}")
-    parser.add_argument("--old", default="code", metavar="DOMAIN", help="default: code")
-    parser.add_argument("--new", default="prose", metavar="DOMAIN", help="default: prose")
-    parser.add_argument("--seeds", type=int, default=3, help="default: 3")
-    parser.add_argument(
-        "--replay",
-        type=float,
-        nargs="+",
-        default=[0.0, 0.05, 0.25, 0.5],
-        metavar="SHARE",
-        help="of old text in the new mixture; none is always among them (default: 0.05 0.25 0.5)",
-    )
-    parser.add_argument("--new-tokens", type=int, help="of each new run (default: half of the old run's)")
-    parser.add_argument(
-        "--rate", type=float, default=0.5, help="new peak of the learning rate over the old (default: 0.5)"
-    )
-    parser.add_argument(
-        "--out", default="runs/continued", help="folder of the runs (default: runs/continued)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON too")
-    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The harness of all checks: makes what they share, runs one after the other, tells what each has found."""
 
-import json
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from launch.verify.forked_ranks import RankError
 from launch.verify.parity_report import write_certificate
 from launch.verify.tiny_runs import STEPS, prepare, uninterrupted
 from train.recipe.schema import Recipe
+from train.record.command import Figures
 from train.record.log import quiet_libraries
 
 ONE = Layout(1, 1, 1)
@@ -177,16 +177,16 @@ class TableCheck(Check[Row]):
         return {"recipe": recipe.name, "steps": self.steps, "seconds": round(self.seconds)}
 
 
-def run_checks(
-    recipe: Recipe, checks: Sequence[Check[Any]], json_file: str | None, html_file: str | None
-) -> int:
-    """Runs checks, prints a table for each and a last line; returns the exit status (1: something failed).
+def run_checks(recipe: Recipe, checks: Sequence[Check[Any]], html_file: str | None) -> Figures:
+    """Runs checks, prints a table for each and a summary line.
 
     Args:
-        recipe: the whole recipe.
-        checks: what to run, in this order.
-        json_file: for the figures: those of the check, or of several by their names below `checks`.
-        html_file: for the page; of several, each check's name goes before the suffix.
+        recipe: the full recipe.
+        checks: to run, in this order.
+        html_file: for the page; with several checks, each one's name goes before the suffix.
+
+    Returns:
+        The figures of the check, or of several under `checks` by name; status 1 if a check failed.
     """
     quiet_libraries()
     files = [_page_file(check, recipe, html_file, len(checks) > 1) for check in checks]
@@ -198,11 +198,6 @@ def run_checks(
     seconds = round(sum(check.seconds for check in checks))
     figures = {check.name: _figures(check, recipe) for check in checks}
     has_passed = all(check.has_passed for check in checks)
-    if json_file:
-        told = {"recipe": recipe.name, "seconds": seconds, "passed": has_passed, "checks": figures}
-        Path(json_file).write_text(
-            json.dumps(figures[checks[0].name] if len(checks) == 1 else told, indent=1)
-        )
     for check in checks:
         for failure in [*check.failures(), *([check.error] if check.error else [])]:
             print(f"FAIL: {check.name}: {failure}", file=sys.stderr)
@@ -211,7 +206,12 @@ def run_checks(
     )
     verdict = "pass" if has_passed else "FAIL"
     print(f"{verdict}: {passed} in {seconds} s; {', '.join(map(str, files))}")
-    return 0 if has_passed else 1
+    status = 0 if has_passed else 1
+    if len(checks) == 1:
+        return Figures(figures[checks[0].name], status)
+    return Figures(
+        {"recipe": recipe.name, "seconds": seconds, "passed": has_passed, "checks": figures}, status
+    )
 
 
 def _run_check(check: Check[Any], workspace: Workspace) -> None:

@@ -4,14 +4,13 @@ Both sides of a ratio run in this one process, in turn, A B A B, and the ratio i
 A machine whose neighbours come and go slows both sides alike; a figure without its ratio says little.
 """
 
-import argparse
 import datetime
 import gc
-import json
 import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,9 +26,11 @@ from train.model.decoder import Decoder
 from train.model.init import initialize
 from train.model.moe import MoE
 from train.recipe.schema import Model, Moe, Optimizer
+from train.record.command import Figures, command
 from train.record.provenance import git_commit
 from train.record.run_tracker import METRICS_FILE
 from train.record.step_log import read_steps
+from train.record.tables import text_table
 
 # Shapes: B sequences, S tokens, T = B x S, D model, F expert hidden, E experts, K experts per token.
 
@@ -58,13 +59,20 @@ GOALS = {
 Step = Callable[[], object]
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(prog="python -m launch.experiments.bench", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="write the figures and the raw medians as JSON")
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side (default 7)")
-    parser.add_argument("--only", nargs="*", choices=sorted(GOALS), help="measure these alone")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--only", nargs="*", choices=sorted(GOALS), help="measure only these")
+
+
+@command(
+    "python -m launch.experiments.bench",
+    __doc__,
+    add_arguments,
+    json="write the figures and the raw medians as JSON",
+)
+def main(options: Namespace) -> Figures:
+    """Runs the benchmark and prints its table."""
     wanted = set(options.only or GOALS)
     raw: dict[str, float] = {}
     figures: dict[str, float] = {}
@@ -78,10 +86,7 @@ def main(arguments: list[str]) -> int:
         figures |= step_split(raw)
     figures = {key: figures[key] for key in GOALS if key in figures}
     print(table(figures, raw))
-    if options.json:
-        document = {**figures, "raw_medians": raw, "machine": machine()}
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
-    return 0
+    return Figures({**figures, "raw_medians": raw, "machine": machine()})
 
 
 def training_steps(wanted: set[str], rounds: int, raw: dict[str, float]) -> dict[str, float]:
@@ -182,13 +187,19 @@ def alternate(name: str, steps: list[Step], rounds: int, warmup: int = 2) -> lis
 
 def table(figures: dict[str, float], raw: dict[str, float]) -> str:
     """The figures beside their goals, the raw medians, and where they were measured."""
-    lines = [f"{'figure':24}{'measured':>10}  goal", "-" * 48]
+    rows = []
     for key, value in figures.items():
         sign, goal = GOALS[key]
         reached = value >= goal if sign == ">=" else value <= goal
-        lines.append(f"{key:24}{value:10.3f}  {sign} {goal}{'' if reached else '   NOT REACHED'}")
-    lines += ["", *(f"  {key:44}{value:14,.2f}" for key, value in raw.items()), ""]
-    return "\n".join([*lines, *(f"{key}: {value}" for key, value in machine().items())])
+        rows.append((key, f"{value:.3f}", f"{sign} {goal}", "" if reached else "NOT REACHED"))
+    medians = [(key, f"{value:,.2f}") for key, value in raw.items()]
+    tables = [
+        text_table(("figure", "measured", "goal", ""), rows, "<><<"),
+        "",
+        text_table((), medians, "<>"),
+        "",
+    ]
+    return "\n".join([*tables, *(f"{key}: {value}" for key, value in machine().items())])
 
 
 def machine() -> dict[str, str]:

@@ -9,14 +9,12 @@ Shapes: E experts, R routed rows, D model width, F expert hidden size, T tokens,
 H query heads, G key-value heads, S tokens of a sequence, W width of a head.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,8 +27,10 @@ from train.model.attention import _document_blocks, _flex_attention
 from train.model.decoder import Decoder
 from train.model.init import initialize
 from train.recipe import sizes
+from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
+from train.record.command import Figures, command
 
 BF16 = torch.bfloat16
 PAIRS = 10
@@ -70,16 +70,23 @@ HEADS = (
 HEAD_WIDTH = 128
 
 
-def main(arguments: list[str]) -> int:
-    """Prints a Markdown table, line by line as figures come."""
-    parser = argparse.ArgumentParser(prog="python -m launch.experiments.bench.gpu", description=__doc__)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument("--recipe", default="yamls/dbrx-moe-a.yaml", help="whose slice is trained")
     parser.add_argument("--only", nargs="*", choices=sorted(PARTS), default=sorted(PARTS), help="parts")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON too")
-    options = parser.parse_args(arguments)
+
+
+@command(
+    "python -m launch.experiments.bench.gpu",
+    __doc__,
+    add_arguments,
+    json="write the figures as JSON too",
+    name="bench.gpu",
+)
+def main(options: Namespace) -> Figures:
+    """Prints a Markdown table, each row as soon as it is measured."""
     if not torch.cuda.is_available():
-        print("bench.gpu: torch finds no CUDA device here; run it on a machine with one", file=sys.stderr)
-        return 2
+        raise UserError("torch finds no CUDA device here", remedy="run it on a machine with one")
     print("| part | what | found |\n|---|---|---:|", flush=True)
     found = []
     for part in options.only:
@@ -87,9 +94,7 @@ def main(arguments: list[str]) -> int:
             found.append(figure)
             print(f"| {figure.part} | {figure.what} | {figure.found} |", flush=True)
         torch.cuda.empty_cache()
-    if options.json:
-        Path(options.json).write_text(json.dumps([figure._asdict() for figure in found], indent=1) + "\n")
-    return 0
+    return Figures([figure._asdict() for figure in found])
 
 
 def machine(_: Recipe) -> Iterator[Figure]:

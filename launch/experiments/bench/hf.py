@@ -6,8 +6,6 @@ are synced. A ratio is that of their median times. Peak memory is that of a proc
 held before.
 """
 
-import argparse
-import json
 import math
 import os
 import shutil
@@ -15,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,8 +36,10 @@ from train.recipe import sizes
 from train.recipe.reading import to_yaml
 from train.recipe.schema import Data, Model, Moe, Optimizer, Precision, Recipe, Training
 from train.recipe.topology import Topology
+from train.record.command import Figures, command
 from train.record.log import no_bars
 from train.record.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE
+from train.record.tables import markdown_table
 
 WIDE = Model(
     d_model=768,
@@ -106,13 +107,15 @@ class RandomWeights:
         return self._noise[: torch.Size(shape).numel()].view(shape)
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; exit status 1 if a goal is missed."""
-    parser = argparse.ArgumentParser(prog="python -m launch.experiments.bench.hf", description=__doc__)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
     parser.add_argument("--folder", type=Path, help="disk to write to; default: a temporary folder")
-    parser.add_argument("--json", metavar="FILE", help="write the figures")
-    options = parser.parse_args(arguments)
+
+
+@command("python -m launch.experiments.bench.hf", __doc__, add_arguments, json="write the figures")
+def main(options: Namespace) -> Figures:
+    """Runs the benchmark; status 1 if a goal is missed."""
     speeds: list[Speed] = []
     peaks: list[Peak] = []
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder) as root:
@@ -123,11 +126,9 @@ def main(arguments: list[str]) -> int:
             speeds += throughput(folder, operations, options.rounds)
             shutil.rmtree(folder)
     print(table(speeds, peaks))
-    if options.json:
-        figures = {"speeds": [asdict(s) for s in speeds], "peaks": [asdict(p) for p in peaks]}
-        Path(options.json).write_text(json.dumps(figures | {"machine": machine()}, indent=1) + "\n")
-    reached = all(speed.ratio >= GOAL for speed in speeds)
-    return 0 if reached and all(peak.tensors < MOST_TENSORS for peak in peaks) else 1
+    figures = {"speeds": [asdict(s) for s in speeds], "peaks": [asdict(p) for p in peaks]}
+    reached = all(s.ratio >= GOAL for s in speeds) and all(p.tensors < MOST_TENSORS for p in peaks)
+    return Figures(figures | {"machine": machine()}, 0 if reached else 1)
 
 
 def prepare(folder: Path, model: Model) -> dict[str, Work]:
@@ -237,19 +238,22 @@ def _bytes(folder: Path) -> int:
 
 def table(speeds: list[Speed], peaks: list[Peak]) -> str:
     """Throughput and memory beside their goals, and where they were measured."""
-    lines = ["| model | operation | GB/s | of the copy |", "|---:|---|---:|---:|"]
+    speed_rows = []
     for one in speeds:
-        missed = "" if one.ratio >= GOAL else f" (goal {GOAL})"
-        lines.append(
-            f"| {one.gigabytes:.2f} GB | {one.operation} | {one.gigabytes_per_second:.2f} "
-            f"| {one.ratio:.2f}{missed} |"
+        ratio = f"{one.ratio:.2f}" if one.ratio >= GOAL else f"{one.ratio:.2f} (goal {GOAL})"
+        speed_rows.append(
+            (f"{one.gigabytes:.2f} GB", one.operation, f"{one.gigabytes_per_second:.2f}", ratio)
         )
-    lines += ["", "| model | operation | peak memory | largest tensors |", "|---:|---|---:|---:|"]
-    lines += [
-        f"| {one.gigabytes:.2f} GB | {one.operation} | {one.peak_megabytes:.0f} MB | {one.tensors:.2f} |"
+    peak_rows = [
+        (f"{one.gigabytes:.2f} GB", one.operation, f"{one.peak_megabytes:.0f} MB", f"{one.tensors:.2f}")
         for one in peaks
     ]
-    return "\n".join([*lines, "", *(f"{key}: {value}" for key, value in machine().items())])
+    tables = [
+        markdown_table(("model", "operation", "GB/s", "of the copy"), speed_rows, "><>>"),
+        markdown_table(("model", "operation", "peak memory", "largest tensors"), peak_rows, "><>>"),
+        "\n".join(f"{key}: {value}" for key, value in machine().items()),
+    ]
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@ turns, and a figure is the ratio of medians. Ours is measured twice: tokenising 
 converter does, and the whole job with signatures and near-duplicate removal.
 """
 
-import argparse
 import dataclasses
-import json
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,9 @@ from train.layout.device import describe_hardware
 from train.recipe.preparation import Preparation, Source, SourceKind
 from train.recipe.schema import Data, Recipe, Tokenizer, TokenizerKind
 from train.recipe.topology import usable_cores
+from train.record.command import Figures, command
 from train.record.provenance import git_commit
+from train.record.tables import text_table
 
 SEQUENCE_TOKENS = 2048
 GOALS = {"vs_llmfoundry": 5.0, "spark_vs_processes": 0.7}
@@ -50,19 +51,21 @@ class Timed:
         return results
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(prog="python -m launch.experiments.bench.prepare", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default 3)")
     parser.add_argument("--megabytes", type=int, default=16, help="text per domain, at most (default 16)")
-    options = parser.parse_args(arguments)
+
+
+@command(
+    "python -m launch.experiments.bench.prepare", __doc__, add_arguments, json="write the figures as JSON"
+)
+def main(options: Namespace) -> Figures:
+    """Runs the benchmark and prints its table."""
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), options.rounds, options.megabytes * 1_000_000)
     print(table(figures))
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
+    return Figures(figures)
 
 
 def measure(folder: Path, rounds: int, max_bytes: int) -> dict[str, Any]:
@@ -158,15 +161,15 @@ def tokens_of(manifest: Manifest) -> int:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures for people."""
-    rows = [f"{figures['text_bytes']:,} bytes of text, {figures['tokens']:,} tokens"]
-    rows += [f"{name:40}{speed:>14,.0f} tokens/s" for name, speed in figures["tokens_per_second"].items()]
+    """The figures as a text table."""
+    rows = [(name, f"{speed:,.0f}", "tokens/s") for name, speed in figures["tokens_per_second"].items()]
     for key, goal in GOALS.items():
         met = "reached" if figures[key] >= goal else "NOT reached"
-        rows.append(f"{key:40}{figures[key]:>14.2f}  goal {goal} {met}")
-    rows.append(f"{'whole_vs_llmfoundry':40}{figures['whole_vs_llmfoundry']:>14.2f}")
-    rows.append(f"{'Spark session starts in':40}{figures['spark_start_seconds']:>14.1f} s, not counted above")
-    return "\n".join(rows)
+        rows.append((key, f"{figures[key]:.2f}", f"goal {goal} {met}"))
+    rows.append(("whole_vs_llmfoundry", f"{figures['whole_vs_llmfoundry']:.2f}", ""))
+    rows.append(("Spark session starts in", f"{figures['spark_start_seconds']:.1f}", "s, not counted above"))
+    head = f"{figures['text_bytes']:,} bytes of text, {figures['tokens']:,} tokens"
+    return f"{head}\n{text_table((), rows, '<><')}"
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

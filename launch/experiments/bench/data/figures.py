@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from train.record.tables import markdown_table
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -25,9 +27,9 @@ class Figure:
 
 def table(figures: list[Figure]) -> str:
     """The figures beside their goals."""
-    lines = ["| part | what | figure | goal |", "|---|---|---:|---|"]
+    rows = []
     for one in figures:
         number = f"{one.value:,.0f}" if abs(one.value) >= 100 else f"{one.value:.3g}"
         missed = "" if one.is_reached else ", **not reached**"
-        lines.append(f"| {one.part} | {one.what} | {number} {one.unit} | {one.goal}{missed} |")
-    return "\n".join(lines)
+        rows.append((one.part, one.what, f"{number} {one.unit}", f"{one.goal}{missed}"))
+    return markdown_table(("part", "what", "figure", "goal"), rows, "<<><")
