@@ -1,4 +1,4 @@
-"""The harness runs what it is given, tells every row and failure, and exits with the verdict."""
+"""The harness runs the given checks, reports every row and failure, and returns the verdict as status."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 
 
 class Given(TableCheck):
-    """Gives the rows that it was made with, then fails if it was told to."""
+    """Yields the given rows, then raises the given error, if there is one."""
 
     title, text = "Given", "Rows of a test."
 
@@ -55,41 +55,41 @@ def run(recipe: Recipe, *checks: Check[Row], html: str | None = None) -> tuple[i
 def test_a_check_that_holds_has_status_0_and_its_own_figures(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, told = run(recipe, Given("resume", [good(), good()]))
+    status, figures = run(recipe, Given("resume", [good(), good()]))
     assert status == 0
-    assert list(told) == ["recipe", "steps", "seconds", "passed", "rows"]
+    assert list(figures) == ["recipe", "steps", "seconds", "passed", "rows"]
     row = {"what": "kill -9", "layout": "(1,1,1)", "figures": "all equal", "violations": []}
-    assert told["passed"] is True and told["rows"] == [row] * 2
+    assert figures["passed"] is True and figures["rows"] == [row] * 2
     assert "all equal" in Path("resume-smoke.html").read_text()
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 4 and out[-1] == "pass: resume: 2 of 2 rows passed in 0 s; resume-smoke.html"
 
 
-def test_every_violation_is_told_and_the_other_checks_are_run(
+def test_every_violation_is_reported_and_the_other_checks_are_run(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checks = [Given("resume", [good(), bad()]), Given("faults", [good()])]
-    status, told = run(recipe, *checks, html="page.html")
+    status, figures = run(recipe, *checks, html="page.html")
     assert status == 1
     complaint = capsys.readouterr().err.splitlines()
     assert complaint == [
         "FAIL: resume: reshard (1,2,2): the data log differs",
         "FAIL: resume: reshard (1,2,2): weights differ",
     ]
-    assert told["passed"] is False
-    assert [figures["passed"] for figures in told["checks"].values()] == [False, True]
+    assert figures["passed"] is False
+    assert [each["passed"] for each in figures["checks"].values()] == [False, True]
     assert Path("page-resume.html").is_file() and Path("page-faults.html").is_file()
 
 
-def test_a_check_that_cannot_go_on_has_failed_and_the_next_one_is_run(
+def test_a_check_that_cannot_continue_has_failed_and_the_next_one_is_run(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checks = [Given("faults", [good()], "Traceback\nrank 1 was killed"), Given("export", [good()])]
-    status, told = run(recipe, *checks)
-    told = told["checks"]
+    status, figures = run(recipe, *checks)
+    figures = figures["checks"]
     assert status == 1
-    assert told["faults"]["error"].endswith("rank 1 was killed") and not told["faults"]["passed"]
-    assert told["export"]["passed"] and "error" not in told["export"]
+    assert figures["faults"]["error"].endswith("rank 1 was killed") and not figures["faults"]["passed"]
+    assert figures["export"]["passed"] and "error" not in figures["export"]
     assert "rank 1 was killed" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""The command line says which checks are run, and refuses what none of them reads."""
+"""The command line selects the checks, and refuses options that none of them reads."""
 
 from argparse import ArgumentParser, Namespace
 
