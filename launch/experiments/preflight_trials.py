@@ -1,7 +1,7 @@
-"""How well the preflight's links are judged: `python -m launch.experiments.preflight_trials RECIPE.yaml`.
+"""Accuracy of preflight's link test: `python -m launch.experiments.preflight_trials RECIPE.yaml`.
 
-Each of several forked ranks in turn is slowed down, and must be named; between these trials nobody is slowed
-down, and nobody may be named.
+Forked ranks are slowed down one at a time, and the slow one must be named; in the trials in between, no rank
+is slow, and none may be named.
 """
 
 import os
@@ -24,7 +24,7 @@ from train.record.command import Figures, command
 from train.record.tables import text_table
 
 DELAY_SECONDS = 0.03
-"""How much later the slow rank sends each message."""
+"""Delay of each message that the slow rank sends."""
 TRIAL_SECONDS = 60.0
 
 
@@ -33,26 +33,26 @@ class Trial:
     """One measurement of all links."""
 
     slow: int | None
-    """The rank that was slowed down; None: nobody was."""
+    """The slowed rank, if any."""
     named: list[int]
-    """Ranks that were called slow."""
+    """Ranks that preflight called slow."""
     pairs: list[tuple[int, int]]
-    """Pairs of other ranks that were called slow."""
+    """Pairs of other ranks that preflight called slow."""
     milliseconds: float
-    """Median link of ranks that were not named, there and back."""
+    """Median round trip between ranks that were not named."""
     seconds: float
-    """The whole measurement."""
+    """Duration of the whole measurement."""
     load: float
-    """Processes that wanted to run on this machine in the last minute."""
+    """Load average of this machine over the last minute."""
 
     @property
     def has_passed(self) -> bool:
-        """Whether the slow rank was named, and nobody else."""
+        """True if the slow rank was named, and no other."""
         return self.named == ([] if self.slow is None else [self.slow]) and not self.pairs
 
 
 def try_ranks(world: int, trials: int, factor: float) -> Iterator[Trial]:
-    """Measures forked ranks, in turn without and with a slow one, ``trials`` times each."""
+    """Measures forked ranks, alternately without and with a slow one, ``trials`` times each."""
 
     def work(topology: Topology) -> list[Trial]:
         send, found = dist.send, []
@@ -96,7 +96,7 @@ def _cells(number: int, trial: Trial) -> tuple[object, ...]:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument("recipe", help="YAML file; its preflight.slow_factor is tried")
+    parser.add_argument("recipe", help="YAML file; its preflight.slow_factor is used")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
     parser.add_argument("--ranks", type=int, default=4, metavar="N", help="at least 3 (default: 4)")
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="of each kind (default: 20)")

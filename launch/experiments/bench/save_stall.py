@@ -1,6 +1,6 @@
-"""How long a checkpoint stops training: `python -m launch.experiments.bench.save_stall RECIPE.yaml`.
+"""Training time that a checkpoint costs: `python -m launch.experiments.bench.save_stall RECIPE.yaml`.
 
-Saves the recipe's model (in its own size) and optimizer while steps go on, and prints what each save took of
+Saves the recipe's full-size model and optimizer while steps continue, and prints how long each save stalls
 training. Without Composer: ranks are forked, sharded as the recipe says, and fed random tokens.
 """
 
@@ -20,7 +20,7 @@ from train.record.command import Figures, command
 from train.record.tables import text_table
 
 TARGET_SHARE = 0.2
-"""At most this share of a save's time may be taken from training."""
+"""Largest share of a save's time that may stall training."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
     parser.add_argument("--ranks", type=int, default=1, help="processes (default 1)")
-    parser.add_argument("--saves", type=int, default=5, help="checkpoints that count (default 5)")
+    parser.add_argument("--saves", type=int, default=5, help="checkpoints to measure (default 5)")
     parser.add_argument("--folder", type=Path, help="disk to write to; default: a temporary folder")
 
 
@@ -68,9 +68,9 @@ def main(options: Namespace) -> Figures:
 
 
 def measure(recipe: Recipe, topology: Topology, folder: Path, saves: int) -> list[tuple[float, float]]:
-    """Copy and whole time of each save in seconds, steps running meanwhile; the first save is not counted.
+    """Measures the copy and total seconds of each save while steps run; the first save is not counted.
 
-    The first one allocates the host copy, once for a run.
+    The first save allocates the host buffer, once per run.
     """
     import torch
 

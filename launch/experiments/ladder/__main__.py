@@ -1,4 +1,4 @@
-"""Families of models trained at several sizes: `python -m launch.experiments.ladder LADDER.yaml`."""
+"""Comparison of model families at several sizes: `python -m launch.experiments.ladder LADDER.yaml`."""
 
 import dataclasses
 import fnmatch
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.experiments.ladder.plan import LadderPlan, Run
 from launch.experiments.ladder.runner import Timings, missing, summary_of, train_missing
-from launch.experiments.ladder.search import chosen, search_rates, told
+from launch.experiments.ladder.search import chosen, search_rates, summary_lines
 from train.recipe.errors import UserError
 from train.recipe.topology import usable_cores
 from train.recipe.units import duration, short_number
@@ -61,7 +61,7 @@ def climb(plan: LadderPlan, folder: Path, options: Namespace) -> Outcome:
     if searched and not losses:
         print("the search for learning rates is not complete; run the same command again to continue")
         return INCOMPLETE_STATUS
-    for line in told(losses):
+    for line in summary_lines(losses):
         print(line)
     runs = plan.runs(chosen(losses))
     wanted = [run for run in runs if fnmatch.fnmatch(run.recipe.name, options.only)]
@@ -110,7 +110,7 @@ def compare_runs(plan: LadderPlan, folder: Path, there: Sequence[Run]) -> str | 
 
 
 def describe(plan: LadderPlan, timings: Timings, workers: int) -> str:
-    """The runs with their sizes and predicted times."""
+    """Lists the runs with their sizes and predicted times."""
     from train.recipe import sizes
 
     rows, seconds = [], 0.0

@@ -1,9 +1,9 @@
 """The order, the loader and the cache against Streaming: `python -m launch.experiments.bench.data`.
 
-start: seconds and memory until the first batch, anywhere in yamls/mixtures/12t.yaml, with the indexes of its
-shards, which are left out on Streaming's side. loader: tokens a second, one worker. fetches: a simulated
-epoch on 64 nodes. shuffle: quality of the order. resume: random places of five phases on other worlds.
-Shards are synthetic, in a temporary folder that is removed.
+start: seconds and memory until the first batch, anywhere in yamls/mixtures/12t.yaml, including reading shard
+indexes, which Streaming's side does not do. loader: tokens per second, one worker. fetches: a simulated epoch
+on 64 nodes. shuffle: quality of the order. resume: random positions in five phases with other world sizes.
+Shards are synthetic, in a temporary folder.
 """
 
 import datetime
