@@ -78,7 +78,7 @@ def climb(plan: LadderPlan, folder: Path, options: Namespace) -> Outcome:
         except UploadError as error:
             print(f"tracking: not everything was sent ({error}); run the same command again to send the rest")
     if left:
-        print(f"{len(left)} of {len(runs)} runs are missing; run the same command again to train them")
+        print(f"{len(left)} of {len(runs)} runs are missing; run the same command again to continue")
     status = INCOMPLETE_STATUS if left else 0
     return Figures(comparison, status) if comparison else status
 
