@@ -1,16 +1,15 @@
-"""What continued pretraining wins and forgets, by replay share: `python -m launch.experiments.continued`.
+"""Gain and forgetting of continued pretraining, by replay share: `python -m launch.experiments.continued`.
 
-For each seed a model is trained on the old domain; from its weights one run per replay share goes on with
-the new domain, which the share of old text is mixed into (Ibrahim et al. 2024, arXiv 2403.08763). Every
-run validates both domains. Runs of a seed share the old run and the order of samples, so that shares are
-compared in pairs. The same command goes on with what was cut off.
+For each seed, a model is trained on the old domain. From its weights, one run per replay share continues on
+the new domain, with that share of old text in the mixture (Ibrahim et al. 2024, arXiv 2403.08763). Every run
+validates both domains. Runs of a seed share the old run and the order of samples, so that shares are compared
+in pairs. Run the same command again to continue after an interruption.
 """
 
-import argparse
 import contextlib
 import csv
-import json
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,37 +23,38 @@ from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import OnExisting, Recipe
 from train.recipe.topology import Topology
+from train.record.command import Figures, command
 from train.record.run_folder import SUMMARY_FILE
 from train.record.summary import read_summary
+from train.record.tables import markdown_table
 
 RECIPE = Path(__file__).resolve().parents[2] / "yamls" / "continue-small.yaml"
 CONFIDENCE = 0.95
-USAGE_STATUS = 2
 
 
 @dataclass(frozen=True)
 class ReplayComparison:
-    """What is compared."""
+    """Settings of the comparison."""
 
     recipe: Recipe
-    """Of the old runs, but for the seed."""
+    """Recipe of the old runs, except for the seed."""
     old: str
     new: str
     seeds: int
     shares: tuple[float, ...]
-    """Of old text in the new mixture."""
+    """Shares of old text in the new mixture."""
     new_tokens: int
     """Length of each new run."""
     rate: float
-    """Peak of the new learning rate, as a share of the old peak."""
+    """Peak of the new learning rate, as a fraction of the old peak."""
 
     def old_run(self, seed: int) -> Recipe:
-        """The run that new ones start from."""
+        """The run from which the new runs start."""
         data = replace(self.recipe.data, domains={self.old: 1.0}, validation_domains=[self.new])
         return replace(self.recipe, name=f"old-{seed}", seed=seed, data=data, on_existing=OnExisting.resume)
 
     def new_run(self, seed: int, share: float) -> Recipe:
-        """The run that goes on from it: warmed up again over a tenth of its tokens, decayed again."""
+        """The run that continues from it: warmed up again over a tenth of its tokens, decayed again."""
         old = self.old_run(seed)
         mixture = {self.new: 1.0 - share} | ({self.old: share} if share else {})
         return replace(
@@ -68,7 +68,7 @@ class ReplayComparison:
         )
 
     def runs(self) -> list[Recipe]:
-        """All runs, each after the one that it starts from."""
+        """All runs, each after the one from which it starts."""
         return [
             run
             for seed in range(1, self.seeds + 1)
@@ -89,12 +89,12 @@ class ReplayRow:
 
     @property
     def forgetting(self) -> float:
-        """By how much the old domain's loss rose."""
+        """Increase of the old domain's loss."""
         return self.old_after - self.old_before
 
     @property
     def gain(self) -> float:
-        """By how much the new domain's loss fell."""
+        """Decrease of the new domain's loss."""
         return self.new_before - self.new_after
 
 
@@ -108,7 +108,7 @@ class Estimate:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """True if the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
@@ -116,7 +116,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean with Student's interval of 95%; two values or more, each of its own seed."""
+    """Mean with Student's 95% interval of two or more values, one per seed."""
     assert len(values) > 1, values
     mean, error = float(stats.tmean(values)), float(stats.sem(values))
     half = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
@@ -124,47 +124,77 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def against_none(rows: Iterable[ReplayRow], share: float) -> tuple[Estimate, Estimate]:
-    """What a share changes against no replay, seed by seed: forgetting, and the new domain's loss."""
+    """Effect of a share against no replay, paired by seed, on forgetting and on the new domain's loss."""
     by_seed = {(row.seed, row.replay): row for row in rows}
     pairs = [(row, by_seed[seed, 0.0]) for (seed, replay), row in by_seed.items() if replay == share]
     forgetting = estimate([row.forgetting - none.forgetting for row, none in pairs])
     return forgetting, estimate([row.new_after - none.new_after for row, none in pairs])
 
 
-def main(arguments: list[str]) -> int:
-    """Runs what is missing and prints the table; exit status 2: a mistake of the user."""
-    options = parse(arguments)
-    try:
-        plan = make_plan(options)
-        for run in plan.runs():
-            validate(run, Topology(), options.recipe)
-        train_missing(plan.runs(), Path(plan.recipe.runs_dir))
-    except UserError as error:
-        print(error.at(str(options.recipe)), file=sys.stderr)
-        return USAGE_STATUS
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the recipe")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help=f"default: yamls/{RECIPE.name}")
+    parser.add_argument("--old", default="code", metavar="DOMAIN", help="default: code")
+    parser.add_argument("--new", default="prose", metavar="DOMAIN", help="default: prose")
+    parser.add_argument("--seeds", type=int, default=3, help="default: 3")
+    parser.add_argument(
+        "--replay",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.05, 0.25, 0.5],
+        metavar="SHARE",
+        help="of old text in the new mixture; 0 is always included (default: 0.05 0.25 0.5)",
+    )
+    parser.add_argument("--new-tokens", type=int, help="of each new run (default: half of the old run's)")
+    parser.add_argument(
+        "--rate", type=float, default=0.5, help="new peak of the learning rate over the old (default: 0.5)"
+    )
+    parser.add_argument(
+        "--out", default="runs/continued", help="folder of the runs (default: runs/continued)"
+    )
+
+
+@command(
+    "python -m launch.experiments.continued",
+    "Trains on an old domain, continues on a new one with and without replay, over several seeds, and prints "
+    "the gain and the forgetting.",
+    add_arguments,
+    json="write the rows as JSON too",
+    file="recipe",
+    intermixed=True,
+)
+def main(options: Namespace) -> Figures:
+    """Trains the missing runs and prints the table."""
+    plan = make_plan(options)
+    for run in plan.runs():
+        validate(run, Topology(), options.recipe)
+    train_missing(plan.runs(), Path(plan.recipe.runs_dir))
     rows = read_rows(plan)
     print(table(plan, rows))
     out = Path(plan.recipe.runs_dir) / "continued.csv"
     write_csv(out, rows)
     print(f"\nevery run: {out}")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return 0
+    return Figures([asdict(row) for row in rows])
 
 
-def make_plan(options: argparse.Namespace) -> ReplayComparison:
-    """The command line's comparison.
+def make_plan(options: Namespace) -> ReplayComparison:
+    """Builds the comparison from the command line.
 
     Raises:
-        UserError: if the recipe is faulty, or the numbers do not go together.
+        UserError: if the recipe or the options are invalid.
     """
     recipe = load_recipe(options.recipe, [f"runs_dir={options.out}", *options.overrides])
     if options.old == options.new:
-        raise UserError(f"is {options.new}, the old one", key="--new", remedy="name another domain")
+        raise UserError(f"is {options.new}, the same as --old", key="--new", remedy="name another domain")
     if options.seeds < 2:
-        raise UserError(f"is {options.seeds}", key="--seeds", remedy="an interval needs at least 2")
+        raise UserError(
+            f"is {options.seeds}", key="--seeds", remedy="give at least 2, which an interval needs"
+        )
     if not all(0 <= share < 1 for share in options.replay):
-        raise UserError(f"is {options.replay}", key="--replay", remedy="shares from 0 up to below 1")
+        raise UserError(
+            f"is {options.replay}", key="--replay", remedy="give shares of at least 0 and below 1"
+        )
     return ReplayComparison(
         recipe,
         options.old,
@@ -177,7 +207,7 @@ def make_plan(options: argparse.Namespace) -> ReplayComparison:
 
 
 def train_missing(runs: Sequence[Recipe], folder: Path) -> None:
-    """Trains the runs that are not complete; what each says goes to a file beside them."""
+    """Trains the incomplete runs; their output goes to a file beside them."""
     missing = [run for run in runs if not (folder / run.name / SUMMARY_FILE).is_file()]
     if not missing:
         return
@@ -196,7 +226,7 @@ def train_missing(runs: Sequence[Recipe], folder: Path) -> None:
 
 
 def read_rows(plan: ReplayComparison) -> list[ReplayRow]:
-    """The new runs' losses beside those of the old run that each started from."""
+    """Reads the new runs' losses, and those of the old run from which each started."""
     rows = []
     for seed in range(1, plan.seeds + 1):
         before = _losses(plan.old_run(seed))
@@ -214,15 +244,13 @@ def _losses(run: Recipe) -> dict[str, float]:
 
 
 def table(plan: ReplayComparison, rows: Sequence[ReplayRow]) -> str:
-    """Means over seeds by replay share, then what each share changes against none."""
-    lines = [
+    """Formats means over seeds by replay share, then the effect of each share against none."""
+    title = (
         f"{plan.old} (old, {plan.recipe.training.duration_tokens:,} tokens) -> {plan.new} (new, "
-        f"{plan.new_tokens:,} tokens), {plan.seeds} seeds; validation loss, nats per token",
-        "",
-        f"| replay | {plan.old} before | {plan.old} after | forgetting | {plan.new} before "
-        f"| {plan.new} after | gain |",
-        "|---:|---:|---:|---|---:|---:|---|",
-    ]
+        f"{plan.new_tokens:,} tokens), {plan.seeds} seeds; validation loss, nats per token"
+    )
+    old, new = ([f"{name} before", f"{name} after"] for name in (plan.old, plan.new))
+    rows_by_share = []
     for share in plan.shares:
         chosen = [row for row in rows if row.replay == share]
         means = [
@@ -231,14 +259,18 @@ def table(plan: ReplayComparison, rows: Sequence[ReplayRow]) -> str:
         ]
         forgetting = estimate([row.forgetting for row in chosen])
         gain = estimate([row.gain for row in chosen])
-        cells = [f"{share:.0%}", *means[:2], str(forgetting), *means[2:], str(gain)]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Against no replay, seed by seed (mean [95% interval]):", ""]
-    lines += ["| replay | forgetting | loss of the new domain |", "|---:|---|---|"]
-    for share in plan.shares[1:]:
-        cells = [f"{share:.0%}", *(_verdict(change) for change in against_none(rows, share))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows_by_share.append((f"{share:.0%}", *means[:2], forgetting, *means[2:], gain))
+    changes = [
+        (f"{share:.0%}", *(_verdict(change) for change in against_none(rows, share)))
+        for share in plan.shares[1:]
+    ]
+    parts = [
+        title,
+        markdown_table(("replay", *old, "forgetting", *new, "gain"), rows_by_share, ">>><>><"),
+        "Against no replay, seed by seed (mean [95% interval]):",
+        markdown_table(("replay", "forgetting", "loss of the new domain"), changes, "><<"),
+    ]
+    return "\n\n".join(parts)
 
 
 def _verdict(change: Estimate) -> str:
@@ -248,43 +280,12 @@ def _verdict(change: Estimate) -> str:
 
 
 def write_csv(file: Path, rows: Sequence[ReplayRow]) -> None:
-    """One line per new run."""
+    """Writes one line per new run."""
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(asdict(rows[0])), lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.6g}" for k, v in asdict(row).items()})
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.experiments.continued",
-        description="Trains on an old domain, goes on with a new one with and without replay, over seeds, "
-        "and prints what is won and what is forgotten.",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the recipe")
-    parser.add_argument("--recipe", type=Path, default=RECIPE, help=f"default: yamls/{RECIPE.name}")
-    parser.add_argument("--old", default="code", metavar="DOMAIN", help="default: code")
-    parser.add_argument("--new", default="prose", metavar="DOMAIN", help="default: prose")
-    parser.add_argument("--seeds", type=int, default=3, help="default: 3")
-    parser.add_argument(
-        "--replay",
-        type=float,
-        nargs="+",
-        default=[0.0, 0.05, 0.25, 0.5],
-        metavar="SHARE",
-        help="of old text in the new mixture; none is always among them (default: 0.05 0.25 0.5)",
-    )
-    parser.add_argument("--new-tokens", type=int, help="of each new run (default: half of the old run's)")
-    parser.add_argument(
-        "--rate", type=float, default=0.5, help="new peak of the learning rate over the old (default: 0.5)"
-    )
-    parser.add_argument(
-        "--out", default="runs/continued", help="folder of the runs (default: runs/continued)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON too")
-    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

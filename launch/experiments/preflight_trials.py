@@ -1,17 +1,15 @@
-"""How well the preflight's links are judged: `python -m launch.experiments.preflight_trials RECIPE.yaml`.
+"""Accuracy of preflight's link test: `python -m launch.experiments.preflight_trials RECIPE.yaml`.
 
-Each of several forked ranks in turn is slowed down, and must be named; between these trials nobody is slowed
-down, and nobody may be named.
+Forked ranks are slowed down one at a time, and the slow one must be named; in the trials in between, no rank
+is slow, and none may be named.
 """
 
-import argparse
-import json
 import os
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -20,12 +18,13 @@ import torch.distributed as dist
 from launch.verify.forked_ranks import run_ranks
 from train.preflight.links import measure_links
 from train.recipe.errors import UserError
-from train.recipe.exit_status import USAGE_STATUS
 from train.recipe.reading import load_recipe
 from train.recipe.topology import Topology
+from train.record.command import Figures, command
+from train.record.tables import text_table
 
 DELAY_SECONDS = 0.03
-"""How much later the slow rank sends each message."""
+"""Delay of each message that the slow rank sends."""
 TRIAL_SECONDS = 60.0
 
 
@@ -34,26 +33,26 @@ class Trial:
     """One measurement of all links."""
 
     slow: int | None
-    """The rank that was slowed down; None: nobody was."""
+    """The slowed rank, if any."""
     named: list[int]
-    """Ranks that were called slow."""
+    """Ranks that preflight called slow."""
     pairs: list[tuple[int, int]]
-    """Pairs of other ranks that were called slow."""
+    """Pairs of other ranks that preflight called slow."""
     milliseconds: float
-    """Median link of ranks that were not named, there and back."""
+    """Median round trip between ranks that were not named."""
     seconds: float
-    """The whole measurement."""
+    """Duration of the whole measurement."""
     load: float
-    """Processes that wanted to run on this machine in the last minute."""
+    """Load average of this machine over the last minute."""
 
     @property
     def has_passed(self) -> bool:
-        """Whether the slow rank was named, and nobody else."""
+        """True if the slow rank was named, and no other."""
         return self.named == ([] if self.slow is None else [self.slow]) and not self.pairs
 
 
 def try_ranks(world: int, trials: int, factor: float) -> Iterator[Trial]:
-    """Measures forked ranks, in turn without and with a slow one, ``trials`` times each."""
+    """Measures forked ranks, alternately without and with a slow one, ``trials`` times each."""
 
     def work(topology: Topology) -> list[Trial]:
         send, found = dist.send, []
@@ -74,48 +73,50 @@ def try_ranks(world: int, trials: int, factor: float) -> Iterator[Trial]:
     yield from run_ranks(world, work, timeout_seconds=2 * trials * TRIAL_SECONDS)[0]
 
 
-def run_trials(world: int, trials: int, factor: float, json_file: str | None) -> int:
-    """Tries, prints a table; returns the exit status (1: a slow rank was missed or a healthy one accused)."""
+def run_trials(world: int, trials: int, factor: float) -> Figures:
+    """Runs the trials and prints a table; status 1: a slow rank was missed or a healthy one named."""
     found = list(try_ranks(world, trials, factor))
-    for number, trial in enumerate(found):
-        done = "nobody" if trial.slow is None else f"rank {trial.slow}"
-        said = ", ".join([*(f"rank {rank}" for rank in trial.named), *(f"pair {p}" for p in trial.pairs)])
-        print(
-            f"trial {number + 1:3d}  slowed {done:<8} named {said or 'nobody':<10} link "
-            f"{trial.milliseconds:7.2f} ms  {trial.seconds:5.1f} s  load {trial.load:4.1f}  "
-            f"{'pass' if trial.has_passed else 'FAIL'}"
-        )
+    heads = ("trial", "slowed", "named", "link", "took", "load", "")
+    print(text_table(heads, map(_cells, range(1, len(found) + 1), found), "><<>>><"))
     slowed = [trial for trial in found if trial.slow is not None]
     healthy = [trial for trial in found if trial.slow is None]
     print(
-        f"the slow rank and nobody else was named in {sum(t.has_passed for t in slowed)} of {len(slowed)} "
-        f"trials; nobody was named in {sum(t.has_passed for t in healthy)} of {len(healthy)} healthy ones"
+        f"the slow rank, and no other, was named in {sum(t.has_passed for t in slowed)} of {len(slowed)} "
+        f"trials; no rank was named in {sum(t.has_passed for t in healthy)} of {len(healthy)} healthy ones"
     )
-    if json_file:
-        Path(json_file).write_text(json.dumps([asdict(trial) for trial in found], indent=1))
-    return 0 if all(trial.has_passed for trial in found) else 1
+    return Figures([asdict(trial) for trial in found], 0 if all(trial.has_passed for trial in found) else 1)
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit status (1: a trial has failed, 2: a mistake of the user)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.experiments.preflight_trials", description=__doc__
-    )
-    parser.add_argument("recipe", help="YAML file; its preflight.slow_factor is tried")
+def _cells(number: int, trial: Trial) -> tuple[object, ...]:
+    slowed = "none" if trial.slow is None else f"rank {trial.slow}"
+    named = ", ".join([*(f"rank {rank}" for rank in trial.named), *(f"pair {p}" for p in trial.pairs)])
+    figures = (f"{trial.milliseconds:.2f} ms", f"{trial.seconds:.1f} s", f"{trial.load:.1f}")
+    return number, slowed, named or "none", *figures, "pass" if trial.has_passed else "FAIL"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("recipe", help="YAML file; its preflight.slow_factor is used")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
     parser.add_argument("--ranks", type=int, default=4, metavar="N", help="at least 3 (default: 4)")
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="of each kind (default: 20)")
-    parser.add_argument("--json", metavar="FILE", help="write every trial as JSON too")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        if options.trials < 1 or options.ranks < 3:
-            what = f"{options.trials} trials with {options.ranks} ranks tell nothing"
-            raise UserError(what, key="--trials", remedy="give at least 1, with --ranks 3 or more")
-        recipe = load_recipe(options.recipe, options.overrides)
-    except UserError as error:
-        print(error.at(options.recipe), file=sys.stderr)
-        return USAGE_STATUS
-    return run_trials(options.ranks, options.trials, recipe.preflight.slow_factor, options.json)
+
+
+@command(
+    "python -m launch.experiments.preflight_trials",
+    __doc__,
+    add_arguments,
+    json="write every trial as JSON too",
+    file="recipe",
+    intermixed=True,
+)
+def main(options: Namespace) -> Figures:
+    """Runs the trials; status 1: a trial has failed."""
+    if options.trials < 1 or options.ranks < 3:
+        what = f"{options.trials} trials with {options.ranks} ranks show nothing"
+        raise UserError(what, key="--trials", remedy="give at least 1, with --ranks 3 or more")
+    recipe = load_recipe(options.recipe, options.overrides)
+    return run_trials(options.ranks, options.trials, recipe.preflight.slow_factor)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The bad-data rollback test: documents of noise are rolled back over and left out, as if never seen.
+"""The bad-data rollback test: the run rolls back and excludes documents of noise, as if it never saw them.
 
-The tiny recipe trains on two forked ranks, under the real supervisor, on text in which a few documents
-are noise. Spikes must raise alarms that name these documents, and the run must go back and leave the
-positions out. In the end it must have the losses, the data log, the weights, the optimizer and the random
-numbers, bit for bit, of a run whose recipe leaves out the same positions from its beginning, and the audit
-must list them. In a run whose guard only raises alarms, the documents of each alarm must be those that the
-audit lists for its step.
+The tiny recipe trains on two forked ranks, under the real supervisor, on text in which a few documents are
+noise. Spikes must raise alarms that name these documents, and the run must roll back and exclude their
+positions. In the end its losses, data log, weights, optimizer and random-number states must equal, bit for
+bit, those of a run whose recipe excludes the same positions from the start, and the audit must list them. In
+a run whose guard only raises alarms, the documents of each alarm must be those that the audit lists for its
+step.
 """
 
 import random
@@ -38,12 +38,12 @@ from train.step.alarms import ALARMS_FILE
 STEPS = 72
 NOISE_DOCUMENTS = 4
 MOST_BYTES = 60_000
-"""Of the sound text of each domain."""
+"""Of the normal text of each domain."""
 SHARD_BYTES = 1 << 13
-"""Shards of 25 samples, read one after the other, so that a long document stands in neighbouring steps."""
+"""Shards of 25 samples, read one after the other, so that a long document falls into neighbouring steps."""
 NOISE_SAMPLES = 24
 LAST_STEPS = 8
-"""Steps at the end of a run whose mean loss is told."""
+"""Steps at the end of a run over which the reported loss is averaged."""
 GUARD = Guard(
     on_spike=OnSpike.rollback,
     window_batches=64,
@@ -55,32 +55,32 @@ GUARD = Guard(
 
 @dataclass
 class RollbackOutcome:
-    """What became of the run."""
+    """Outcome of the runs."""
 
     noise: list[str]
-    """Names of the documents that are noise."""
+    """Names of the noise documents."""
     decisions: list[GuardDecision] = field(default_factory=list)
     named: list[list[str]] = field(default_factory=list)
-    """The documents of noise that each alarm names."""
+    """The noise documents that each alarm names."""
     declared: list[str] = field(default_factory=list)
-    """What the audit lists as left out."""
+    """Excluded ranges that the audit lists."""
     losses: dict[str, float] = field(default_factory=dict)
     """Mean loss over the last steps of each run."""
 
 
 class BadDataCheck(TableCheck):
-    """Three runs: one that goes back, one that never reads what the first has left out, one that only alarms.
+    """Three runs: one rolls back, one excludes the same ranges from the start, one only raises alarms.
 
     Args:
         steps: length of each run.
-        seed: of the noise and its places.
+        seed: of the noise and its positions.
     """
 
     name = page = "rollback"
-    title = "Bad data in"
+    title = "Bad-data rollback of"
     text = (
         "Runs of the tiny recipe on text in which a few documents are noise. The guard must raise an alarm, "
-        "go back and exclude them; the result equals, bit for bit, a run that excluded them from the start."
+        "roll back and exclude them; the result equals, bit for bit, a run that excluded them from the start."
     )
 
     def __init__(self, steps: int = STEPS, seed: int = 0) -> None:
@@ -89,7 +89,7 @@ class BadDataCheck(TableCheck):
         self.outcome = RollbackOutcome([document.name for document in noise_documents(seed)])
 
     def run(self, workspace: Workspace) -> Iterator[Row]:
-        """A row for each decision of the guard, then one for each run."""
+        """Yields a row for each decision of the guard, then one for each run."""
         layout = workspace.pair
         small = prepared(workspace.small, workspace.folder / "shards-with-noise", self.steps)
         with mock.patch("data.text.mds.SHARD_BYTES", SHARD_BYTES):
@@ -118,8 +118,8 @@ class BadDataCheck(TableCheck):
             found = [name for name in self.outcome.noise if name in names]
             self.outcome.named.append(found)
             figures = (
-                f"{decision.alarms[-1]}; of the documents it read noise: {', '.join(found) or 'none'}; "
-                f"positions {decision.first_position} to {decision.end_position - 1} left out"
+                f"{decision.alarms[-1]}; noise documents read: {', '.join(found) or 'none'}; "
+                f"positions {decision.first_position} to {decision.end_position - 1} excluded"
             )
             yield Row(f"step {decision.step}", str(layout), figures)
 
@@ -127,13 +127,13 @@ class BadDataCheck(TableCheck):
         violations: list[str] = []
         named_any = [bool(found) for found in self.outcome.named]
         if not any(named_any):
-            violations.append("no alarm names a document of noise")
+            violations.append("no alarm names a noise document")
         audit, self.outcome.declared = self._audit(run, violations)
         if not self.outcome.declared and self.outcome.decisions:
-            violations.append("the audit lists nothing as left out")
+            violations.append("the audit lists no excluded range")
         figures = (
-            f"{sum(named_any)} of {len(named_any)} alarms name a document of noise; the audit lists "
-            f"{len(self.outcome.declared)} ranges as left out; {audit}"
+            f"{sum(named_any)} of {len(named_any)} alarms name a noise document; the audit lists "
+            f"{len(self.outcome.declared)} excluded ranges; {audit}"
         )
         return Row("rolled back", str(layout), figures, violations)
 
@@ -152,11 +152,13 @@ class BadDataCheck(TableCheck):
             sights = documents_of_step(books, alarm[STEP])
             seen = [(sight.position, sight.document, sight.tokens) for sight in sights]
             if seen != [(each["position"], each["document"], each["tokens"]) for each in alarm["documents"]]:
-                violations.append(f"alarm of step {alarm[STEP]}: its documents are not those that it read")
+                violations.append(
+                    f"alarm of step {alarm[STEP]}: its documents are not those that the step read"
+                )
         return Row("only alarms", str(layout), f"{len(alarms)} alarms; {audit}", violations)
 
     def _audit(self, run: Path, violations: list[str]) -> tuple[str, list[str]]:
-        """The run's last loss in words, and what its audit lists as left out; adds the audit's violations."""
+        """Audits a run; adds violations, returns the final loss in words and the excluded ranges."""
         proof = prove(RunBooks(run))
         violations += [f"audit of {run.name}: {each}" for each in proof.faults]
         losses = [row[metrics.LOSS] for _, row in sorted(record(run).items())][-LAST_STEPS:]
@@ -165,7 +167,7 @@ class BadDataCheck(TableCheck):
 
 
 def documents(seed: int) -> Iterator[CorpusDocument]:
-    """The installed corpus with documents of noise among its code."""
+    """The installed corpus with noise documents among its code."""
     generator, noise = random.Random(seed), list(noise_documents(seed))
     for number, document in enumerate(installed_corpus(MOST_BYTES)):
         if document.domain == "code" and number % 5 == 4 and noise:
@@ -175,16 +177,16 @@ def documents(seed: int) -> Iterator[CorpusDocument]:
 
 
 def noise_documents(seed: int) -> Iterator[CorpusDocument]:
-    """Documents of random bytes' worth of rare characters, each long enough to fill a shard."""
+    """Documents of random rare characters, each long enough to fill a shard."""
     generator = random.Random(seed)
     for number in range(NOISE_DOCUMENTS):
-        # Three bytes each, none of which a merge of the tokenizer has.
+        # Three bytes per character, for which the tokenizer has no merges.
         text = "".join(chr(generator.randrange(0x4E00, 0x9FFF)) for _ in range(NOISE_SAMPLES * 64 // 3))
         yield CorpusDocument("code", f"noise/{number}.txt", text + "\n")
 
 
 def prepared(small: Recipe, shards: Path, steps: int) -> Recipe:
-    """The tiny recipe, of one phase, on shards of its own, saved every fourth step."""
+    """The tiny recipe with one phase, its own shards, and a checkpoint every fourth step."""
     batch = small.training.global_batch_sequences
     return replace(
         small,
@@ -205,10 +207,10 @@ def prepared(small: Recipe, shards: Path, steps: int) -> Recipe:
 
 
 def supervised(small: Recipe, guard: Guard, name: str, layout: Layout) -> Path:
-    """Runs to the end, started again where it goes back; returns the run's folder.
+    """Completes a run, restarting it after each rollback; returns its folder.
 
     Raises:
-        RankError: if it does not get to its end.
+        RankError: if it does not complete.
     """
     recipe = named(replace(small, guard=guard), layout, name)
     folder = Path(recipe.runs_dir) / name

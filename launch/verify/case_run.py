@@ -1,8 +1,8 @@
-"""Runs one case of the parity gate through the real trainer, and holds it to the reference.
+"""Runs one case of the parity gate through the real trainer and compares it with the reference.
 
-The reference is one process that is not sharded at all and writes what it saw to a file. Every rank of
-a layout compares what it holds with that file, parameter by parameter and expert by expert: replicas
-that drift apart are seen too.
+The reference is one unsharded process that records its values in a file. Every rank of a layout compares
+its own values with that file, parameter by parameter and expert by expert, so that drift between replicas
+is found too.
 """
 
 import contextlib
@@ -42,20 +42,20 @@ from train.trainer import build_trainer
 SEEDS = 50
 
 Fault = Callable[[], contextlib.AbstractContextManager[Any]]
-"""Breaks something in a rank's process; for the tests of the gate itself."""
+"""Context in which a rank's process trains incorrectly; for testing the gate itself."""
 
 
 @dataclass
 class Deviation:
-    """How far a quantity is from the reference."""
+    """Deviation of a quantity from the reference."""
 
     worst: float = 0.0
     at: str = ""
     first: str = ""
-    """Step and name of the first value over the bound; empty if none is."""
+    """Step and name of the first value above the bound; empty if there is none."""
 
     def see(self, error: float, at: str, bound: float) -> None:
-        """Takes one comparison into account."""
+        """Adds one comparison."""
         if math.isnan(error):
             error = math.inf
         if error > self.worst:
@@ -64,7 +64,7 @@ class Deviation:
             self.first = at
 
     def merge(self, other: "Deviation") -> None:
-        """Takes another rank's into account."""
+        """Adds another rank's deviation."""
         if other.worst > self.worst:
             self.worst, self.at = other.worst, other.at
         self.first = self.first or other.first
@@ -77,29 +77,29 @@ class CaseOutcome:
     case: Case
     deviations: dict[str, Deviation] = field(default_factory=dict)
     error: str = ""
-    """What stopped the case, if it did not run to its end."""
+    """Reason why the case did not complete, if it did not."""
     seconds: float = 0.0
 
     @property
     def has_passed(self) -> bool:
-        """Whether everything is within its bound."""
+        """True if every quantity is within its bound."""
         return not self.error and not any(d.first for d in self.deviations.values())
 
 
 @dataclass
 class ReferenceRecord:
-    """What the reference saw: per step, scalars and whole tensors by parameter."""
+    """Record of the reference: per step, scalars and full tensors by parameter."""
 
     figures: list[dict[str, float]] = field(default_factory=list)
     choices: list[Tensor | None] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: list[dict[str, Tensor]] = field(default_factory=list)
-    """Of the start, then after each step."""
+    """Initial weights, then those after each step."""
     least_gap: float = math.inf
 
 
 def import_optimizers() -> None:
-    """Imports what an optimizer would import when it is built, so that forked ranks find it imported."""
+    """Imports the modules that optimizers import lazily, so that forked ranks do not have to."""
     megablocks_ops.install()
     importlib.import_module("llmfoundry.optim.lion")
 
@@ -107,10 +107,10 @@ def import_optimizers() -> None:
 def make_reference(case: Case, file: Path) -> int:
     """Runs the case on one process and writes its record; returns the seed of the data.
 
-    Data under which some token's choice of experts hangs on the last bits is passed over.
+    Skips data in which rounding could change some token's choice of experts.
 
     Raises:
-        RankError: if the reference does not train, or an input does not do what it is for.
+        RankError: if the reference fails, or an input does not have its intended effect.
     """
 
     def work(_: Topology) -> int:
@@ -121,7 +121,7 @@ def make_reference(case: Case, file: Path) -> int:
                 _check_input(case, record)
                 torch.save(record.__dict__, file)
                 return seed
-        raise AssertionError(f"{SEEDS} seeds, and in each some token is undecided between experts")
+        raise AssertionError(f"in each of {SEEDS} seeds, some token's choice of experts is within rounding")
 
     return run_ranks(1, work, output=Path(os.devnull))[0]
 
@@ -146,7 +146,7 @@ def run_case(
 
 
 def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> None:
-    """A few steps of the real trainer on this rank's share of the case's batches."""
+    """Runs a few steps of the real trainer on this rank's share of the case's batches."""
     recipe, rows = case.recipe, list(range(case.recipe.training.global_batch_sequences))
     if isinstance(watcher, _Writer):
         recipe, rows = reference_recipe(case), list(case.rows)
@@ -171,7 +171,7 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
         optimizer,
         DataLoader(_Batches(batches), batch_size=None),
         {},
-        # Gradients are seen before clipping and weights after the step.
+        # This order shows gradients before clipping and weights after the step.
         [watcher, step, *together],
         [watcher.figures],
         Progress(0, 0, 0, 0.0),
@@ -182,7 +182,7 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
 
 
 class _Batches(IterableDataset[Batch]):
-    """This rank's batches as they are; Composer refuses a sized data set that is the same on all ranks."""
+    """This rank's batches, unchanged; Composer refuses a sized dataset that is the same on all ranks."""
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
@@ -202,7 +202,7 @@ class _Figures(LoggerDestination):
 
 
 class _Watcher(Callback, ABC):
-    """Sees every step's scalars, gradients before clipping and weights after the update."""
+    """Observes every step's scalars, gradients before clipping, and weights after the update."""
 
     def __init__(self) -> None:
         self.figures = _Figures()
@@ -226,7 +226,7 @@ class _Watcher(Callback, ABC):
 
     @abstractmethod
     def see_gradients(self, step: int, gradients: Iterable[tuple[str, Tensor]]) -> None:
-        """Gradients of the whole batch."""
+        """Gradients of the global batch."""
 
     @abstractmethod
     def see_weights(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -272,7 +272,7 @@ class _Writer(_Watcher):
 
 
 class _Comparer(_Watcher):
-    """Compares with the reference's record."""
+    """Compares a layout with the reference's record."""
 
     def __init__(self, record: ReferenceRecord, case: Case) -> None:
         super().__init__()
@@ -316,7 +316,7 @@ class _Comparer(_Watcher):
     def _split(
         self, found: Iterable[tuple[str, Tensor]], *expected: dict[str, Tensor]
     ) -> Iterator[tuple[Any, ...]]:
-        """For each parameter, or each expert of it: its label, ours, and what is expected of it."""
+        """Yields, for each parameter or each of its experts, the label, our tensor and the expected ones."""
         rows = self.case.recipe.model.ffn_hidden_size
         for name, tensor in found:
             tensors = [tensor, *(each[name] for each in expected)]
@@ -331,7 +331,7 @@ class _Comparer(_Watcher):
 
 
 def _check_input(case: Case, record: ReferenceRecord) -> None:
-    """That the reference saw what the input promises, and clipped every gradient."""
+    """Checks that the input had its intended effect in the reference, and that every gradient was clipped."""
     clip = case.recipe.training.clip_norm
     assert clip is not None and all(figures["norm"] > clip for figures in record.figures), "nothing clipped"
     for choices_LE in record.choices:
@@ -339,9 +339,11 @@ def _check_input(case: Case, record: ReferenceRecord) -> None:
             continue
         if case.input.idle:
             idle = idle_experts(case.recipe)
-            assert not choices_LE[:, len(choices_LE[0]) - idle :].any(), "experts meant to be idle are not"
+            assert not choices_LE[:, len(choices_LE[0]) - idle :].any(), (
+                "experts that should be idle got tokens"
+            )
         if case.input.crowded:
-            assert (choices_LE.max(dim=1).values == choices_LE.sum(dim=1)).all(), "no expert has it all"
+            assert (choices_LE.max(dim=1).values == choices_LE.sum(dim=1)).all(), "no expert got every token"
 
 
 def _parameters(state: State) -> list[tuple[str, nn.Parameter]]:
@@ -350,7 +352,7 @@ def _parameters(state: State) -> list[tuple[str, nn.Parameter]]:
 
 
 def _weights(state: State) -> list[tuple[str, Tensor]]:
-    """Parameters, and the routers' balancing bias, which is a buffer."""
+    """Parameters, and the routers' expert bias, which is a buffer."""
     assert isinstance(state.model, LanguageModel)
     buffers = state.model.decoder.named_buffers()
     return [*_parameters(state), *((name, buffer) for name, buffer in buffers if "expert_bias" in name)]
@@ -358,14 +360,14 @@ def _weights(state: State) -> list[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _set_weights(parameters: list[tuple[str, Tensor]], whole: dict[str, Tensor]) -> None:
-    """Gives every rank its rows of these weights."""
+    """Copies this rank's rows of the full weights into its parameters."""
     for name, parameter in parameters:
         local, first_row = own_rows(parameter)
         local.copy_(whole[name][first_row : first_row + len(local)])
 
 
 def _whole(tensors: Iterable[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor gathered from all its shards, one at a time; every rank gets it."""
+    """Yields each tensor, all-gathered from its shards, one at a time."""
     for name, tensor in tensors:
         assert tensor is not None, f"{name} has no gradient"
         yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()

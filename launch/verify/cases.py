@@ -1,4 +1,4 @@
-"""What the parity gate runs: layouts, and for each of them inputs that are known to find faults out.
+"""Cases of the parity gate: layouts, each with inputs that are known to expose bugs.
 
 Shapes: B global batch in sequences, S sequence, D width, E experts, K experts per token, V vocabulary.
 """
@@ -23,7 +23,7 @@ SEQUENCES = 8
 MOST_CLIP_NORM = 0.1
 """Far below any first gradient's norm, so that every step is clipped."""
 COMMON_PART = 0.1
-"""What every token's embedding shares in a start that steers the router; embeddings are drawn with 0.02."""
+"""Common component of all embeddings in weights that steer the router; embeddings have a std of 0.02."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Ranks."""
+        """Number of ranks."""
         return self.replicate * self.shard * self.expert
 
     def __str__(self) -> str:
@@ -49,22 +49,22 @@ class GateInput:
 
     name: str
     what: str
-    """For the reader of the report."""
+    """Description for the report."""
     is_accumulated: bool = False
-    """One sequence per microbatch, else a rank's whole share at once."""
+    """True: one sequence per microbatch; False: a rank's whole share at once."""
     recompute: bool = False
     other_optimizer: bool = False
-    """Lion for AdamW, or the other way round."""
+    """Lion instead of AdamW, or the reverse."""
     idle: bool = False
-    """Half of the experts (as many as the choice of K leaves) get no token; so do ranks that hold them.
+    """Half of the experts (or as many as top-K allows) get no token, nor do ranks that hold only these.
     The last two sequences have no targets: with four ranks, the last rank has no loss at all."""
     crowded: bool = False
     """Top-1, and one expert takes every token."""
 
 
 INPUTS = (
-    GateInput("plain", "documents of unequal lengths, one microbatch a rank"),
-    GateInput("accumulated", "the same, one sequence a microbatch", is_accumulated=True),
+    GateInput("plain", "documents of unequal lengths, one microbatch per rank"),
+    GateInput("accumulated", "the same, one sequence per microbatch", is_accumulated=True),
     GateInput(
         "recomputed",
         "the same with activation checkpointing and the other optimizer",
@@ -86,19 +86,19 @@ class Case:
     layout: Layout
     input: GateInput
     recipe: Recipe
-    """Shrunken, with the layout and the input's changes."""
+    """The tiny recipe with the layout and the input's changes."""
     rows: tuple[int, ...]
-    """Order in which the reference takes the global batch's sequences."""
+    """Order in which the reference reads the global batch's sequences."""
     reference_microbatch: int
-    """Sequences of the reference's microbatches."""
+    """Sequences per microbatch of the reference."""
     balance_microbatches: int
-    """Of the reference's microbatches, how many in a row the balance loss takes together."""
+    """Number of consecutive reference microbatches over which one balance loss is computed."""
     precision: Precision
     """fp32 or bf16."""
 
 
 def layouts(recipe: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[Layout]:
-    """Every mesh of these worlds that the recipe's experts allow."""
+    """Every mesh with these numbers of ranks that the recipe's experts allow."""
     experts = recipe.model.moe.experts if recipe.model.moe else 1
     found = []
     for world in worlds:
@@ -115,12 +115,12 @@ def cases(
     names: tuple[str, ...] = (),
     precision: Precision = Precision.fp32,
 ) -> Iterator[Case]:
-    """Every input under every layout, cases that share a reference next to each other.
+    """Every input under every layout; cases that share a reference are adjacent.
 
     Args:
-        recipe: the whole recipe; its tiny form is made here.
+        recipe: the full recipe, from which the tiny recipe is made.
         worlds: numbers of ranks.
-        names: inputs to run; all of them where empty.
+        names: inputs to run; all if empty.
         precision: fp32 or bf16.
     """
     small = tiny_recipe(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
@@ -134,7 +134,7 @@ def cases(
 
 
 def reference_of(case: Case) -> tuple[object, ...]:
-    """What distinguishes the references of one recipe's and one input's cases."""
+    """The key of a case's reference: cases with equal keys share one."""
     return (
         case.precision.value,
         case.input.name,
@@ -145,13 +145,13 @@ def reference_of(case: Case) -> tuple[object, ...]:
 
 
 def find_case(recipe: Recipe, layout: Layout, name: str, precision: Precision = Precision.fp32) -> Case:
-    """One case of a recipe, by its input's name."""
+    """One case of a recipe, by the input's name."""
     small = tiny_recipe(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
     return make_case(small, layout, next(each for each in INPUTS if each.name == name), precision)
 
 
 def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precision) -> Case:
-    """The recipe of one case and how the reference is to group the same sequences."""
+    """Builds one case: its recipe and how the reference groups the same sequences."""
     share = SEQUENCES // layout.world_size
     microbatch = 1 if each.is_accumulated else share
     kinds = {OptimizerKind.adamw: OptimizerKind.lion, OptimizerKind.lion: OptimizerKind.adamw}
@@ -159,7 +159,7 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
     if each.other_optimizer:
         optimizer = replace(optimizer, kind=kinds[optimizer.kind])
         if optimizer.kind is OptimizerKind.lion:
-            # Chen et al. 2023, section 5: Lion wants a rate three to ten times smaller.
+            # Chen et al. 2023, section 5: Lion needs a learning rate three to ten times smaller.
             optimizer = replace(optimizer, learning_rate=optimizer.learning_rate / 10)
     model = small.model
     if each.crowded:
@@ -179,7 +179,7 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
     recipe = with_microbatch(recipe, microbatch)
     rows, together = _grouping(recipe, layout, microbatch, share)
     if precision is Precision.bf16:
-        # Gradients are rounded once a microbatch: the reference must do so as often as the layout does.
+        # Gradients are rounded once per microbatch: the reference must have as many as the layout.
         return Case(layout, each, recipe, rows, microbatch, together // microbatch, precision)
     return Case(layout, each, recipe, rows, together, 1, precision)
 
@@ -192,10 +192,10 @@ def with_microbatch(recipe: Recipe, sequences: int) -> Recipe:
 
 
 def _grouping(recipe: Recipe, layout: Layout, microbatch: int, share: int) -> tuple[tuple[int, ...], int]:
-    """An order of the sequences, and how many in a row one balance loss takes together.
+    """An order of the sequences, and over how many consecutive ones a balance loss is computed.
 
-    Only over the global batch is the balance loss the same for every layout; for a narrower scope the
-    reference takes together exactly the sequences that the layout's ranks and microbatches do.
+    Only over the global batch is the balance loss the same for every layout. For a narrower scope, the
+    reference groups the same sequences as the layout's ranks and microbatches do.
     """
     in_order = tuple(range(SEQUENCES))
     moe = recipe.model.moe
@@ -217,10 +217,10 @@ def _grouping(recipe: Recipe, layout: Layout, microbatch: int, share: int) -> tu
 
 
 def make_batches(recipe: Recipe, each: GateInput, seed: int) -> list[Batch]:
-    """A global batch for every step: input_ids, document_ids and targets [B, S], sample_positions [B].
+    """Makes a global batch for every step: input_ids, document_ids and targets [B, S], sample_positions [B].
 
-    S is the length of the step's phase. Documents are from one token to a whole sequence long; a document's
-    last token has no target.
+    S is the sequence length of the step's phase. A document has from one token to a whole sequence; its last
+    token has no target.
     """
     curriculum = plan_stages(recipe)
     generator = torch.Generator().manual_seed(seed)
@@ -246,17 +246,17 @@ def make_batches(recipe: Recipe, each: GateInput, seed: int) -> list[Batch]:
 
 
 def idle_experts(recipe: Recipe) -> int:
-    """Experts, counted from the last, that the input `idle` leaves without a token."""
+    """Number of experts, the last ones, that get no token from the input `idle`."""
     moe = recipe.model.moe
     return 0 if moe is None else min(moe.experts // 2, moe.experts - moe.top_k)
 
 
 @torch.no_grad()
 def steer_router(decoder: nn.Module, recipe: Recipe, each: GateInput) -> None:
-    """Changes initial weights, whatever they are sharded over, so that tokens go where the input says.
+    """Changes initial weights, however they are sharded, so that tokens are routed as the input says.
 
-    Every embedding gets a common part, which survives normalisation; a router's row along it raises or
-    lowers its expert's score for every token alike.
+    Every embedding gets a common component, which survives normalisation; a router row along it raises or
+    lowers its expert's score equally for every token.
     """
     moe = recipe.model.moe
     if moe is None or not (each.idle or each.crowded):
@@ -278,7 +278,7 @@ def steer_router(decoder: nn.Module, recipe: Recipe, each: GateInput) -> None:
 
 
 def own_rows(parameter: Tensor) -> tuple[Tensor, int]:
-    """This rank's rows, and the place of the first of them."""
+    """This rank's rows, and the index of the first."""
     if not isinstance(parameter, DTensor):
         return parameter, 0
     _, offset = compute_local_shape_and_global_offset(

@@ -1,4 +1,4 @@
-"""Two runs compared: losses, data log, model, optimizer and random-number states."""
+"""Bitwise comparison of two runs: losses, data log, model, optimizer and random-number states."""
 
 import itertools
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ COMPARED = (metrics.LOSS, metrics.LOSS_BALANCE, metrics.GRADIENT_NORM)
 
 
 def differences(whole: Path, folder: Path) -> Iterator[str]:
-    """The first difference of an interrupted run from one that was not, in each thing that is compared.
+    """Yields the first difference of an interrupted run from an uninterrupted one, in each part compared.
 
-    Compared bit for bit are losses, gradient norms, the data log, and the newest checkpoint's model,
-    optimizer and random-number states.
+    Losses, gradient norms, the data log, and the newest checkpoint's model, optimizer and random-number
+    states are compared bit for bit.
     """
     expected, found = record(whole), record(folder)
     if expected.keys() != found.keys():
@@ -51,7 +51,7 @@ def differences(whole: Path, folder: Path) -> Iterator[str]:
 
 
 def unequal(expected: dict[str, Tensor], found: dict[str, Tensor]) -> Iterator[str]:
-    """The first of two sets of tensors that is missing, new or not equal bit for bit."""
+    """Yields the first tensor that is missing, new or not equal bit for bit, if there is one."""
     if expected.keys() != found.keys():
         yield f"tensors are missing or new: {sorted(expected.keys() ^ found.keys())[:3]}"
         return
@@ -62,7 +62,7 @@ def unequal(expected: dict[str, Tensor], found: dict[str, Tensor]) -> Iterator[s
 
 
 def read_state(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor of model and optimizer in a checkpoint, whole, by its dotted name."""
+    """Loads every tensor of model and optimizer in a checkpoint, unsharded, by its dotted name."""
     saved = dcp.FileSystemReader(checkpoint / STATE_FOLDER).read_metadata().state_dict_metadata
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -1,4 +1,4 @@
-"""The export check: transformers computes from the tiny recipe's export what our decoder computes."""
+"""The export check: transformers computes the same from the tiny recipe's export as our decoder."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +21,10 @@ class ExportCheck(TableCheck):
     """Trains the tiny recipe on one rank, exports it, compares, imports the export and exports it again.
 
     Args:
-        recipe: the whole recipe.
+        recipe: the full recipe.
 
     Raises:
-        UserError: if no architecture of transformers expresses its model.
+        UserError: if no architecture of transformers can express its model.
     """
 
     name = page = "export"
@@ -40,12 +40,12 @@ class ExportCheck(TableCheck):
             family_for(recipe.model)
         except UserError as error:
             raise UserError(
-                error.what, key="--export", remedy="name the other checks and leave it out"
+                error.what, key="--export", remedy="leave it out and name the other checks"
             ) from None
         self.total = 3
 
     def run(self, workspace: Workspace) -> Iterator[Row]:
-        """A row for logits, one for the tokens that a text is continued with, one for the files."""
+        """Yields a row for the logits, one for generated tokens, and one for the files."""
         source, folder = workspace.uninterrupted(ONE), workspace.folder
 
         def work(_: Topology) -> tuple[Parity, list[str]]:
@@ -55,24 +55,24 @@ class ExportCheck(TableCheck):
             write_folder(open_weights(imported), again)
             return compare(source, exported), different_files(exported, again)
 
-        # Forked: transformers' threads must not run in a process that ranks are forked from.
+        # Forked: a process that forks ranks must not run transformers' threads.
         [(parity, changed)] = run_ranks(1, work, TIMEOUT_SECONDS, folder / "export.log")
         wrong = (
-            f"the largest difference of a logit is {parity.excess:.1f} times what is allowed ({TOLERANCE:g})"
+            f"the largest difference of a logit is {parity.excess:.1f} times the tolerance ({TOLERANCE:g})"
         )
         figures = (
             f"{parity.architecture}: differ by {parity.largest_difference:.1e} of {parity.largest_logit:.1f}"
         )
         yield Row("logits", str(ONE), figures, [] if parity.excess <= 1 else [wrong])
-        figures = f"{parity.same_tokens} of {NEW_TOKENS} likeliest tokens are the same"
+        figures = f"{parity.same_tokens} of {NEW_TOKENS} greedily generated tokens are the same"
         same = parity.same_tokens == NEW_TOKENS
-        yield Row("tokens", str(ONE), figures, [] if same else ["the texts part"])
+        yield Row("tokens", str(ONE), figures, [] if same else ["the generated texts diverge"])
         figures = "imported and exported again" + ("" if changed else ": the same bytes")
         yield Row("files", str(ONE), figures, [f"{name} has other bytes" for name in changed])
 
 
 def different_files(one: Path, other: Path) -> list[str]:
-    """Files of weights that two folders do not hold alike, by name."""
+    """Names of weight files that differ between two folders, or are in only one."""
     names = {file.name for folder in (one, other) for file in folder.glob("*.safetensors")}
     return sorted(
         name

@@ -1,9 +1,9 @@
-"""Fault injection: a run into which faults are put ends as if there had been none.
+"""Fault injection: a run with injected faults ends as if there had been none.
 
-The tiny recipe trains on two forked ranks below the real supervisor, watchdog and guard. Faults are drawn
-at random and put in one by one, several per run. Every run must end with the losses, the data log, the
-weights, the optimizer and the random numbers of one that nothing disturbed, bit for bit, and the supervisor
-must have called every fault by its name.
+The tiny recipe trains on two forked ranks under the real supervisor, watchdog and guard. Faults are drawn at
+random and injected one by one, several per run. Every run must end with the losses, data log, weights,
+optimizer and random-number states of an undisturbed run, bit for bit, and the supervisor must have classified
+every fault correctly.
 """
 
 import os
@@ -42,22 +42,22 @@ from train.record.step_log import read_steps
 from train.step.step import TrainingStep
 
 RANKS = 2
-"""Of every run, under :attr:`Workspace.pair`."""
+"""Ranks of every run, under :attr:`Workspace.pair`."""
 FAULTS_PER_RUN = 5
 HANG_SECONDS = 6.0
 SLOW_SECONDS = 0.3
-"""How much longer the slow rank takes for each step, several times a step of the tiny recipe."""
+"""Delay of the slow rank in each step; several times a step of the tiny recipe."""
 DISK_BYTES = 200_000
-"""No file may grow beyond this while the disk is "full": less than a checkpoint, more than a log."""
+"""File size limit while the disk is "full": less than a checkpoint, more than a log."""
 FULL_SECONDS = 1.0
 PATIENCE_SECONDS = 180.0
 LAST_WORDS_SECONDS = 10.0
-"""How long ranks may outlive the first that has failed."""
+"""Grace period of the other ranks after one has failed."""
 
 KINDS: dict[str, tuple[str, str]] = {
     "SIGKILL": ("a rank is killed", "killed"),
     "SIGSTOP": ("a rank is stopped", "hang"),
-    "SIGTERM": ("a rank is told to end", "preempted"),
+    "SIGTERM": ("a rank is asked to stop", "preempted"),
     "full disk": ("no file may grow for a second", "finished"),
     "bad shard": ("a byte of a cached shard changes while the job is down", "killed"),
     "bad checkpoint": ("a byte of the newest checkpoint changes while the job is down", "killed"),
@@ -65,19 +65,19 @@ KINDS: dict[str, tuple[str, str]] = {
     "NaN": ("a gradient of one rank is not a number", "replay"),
     "slow rank": ("a rank takes longer for every step", "finished"),
 }
-"""What is done, and how the try must have ended; a try that is "finished" may also be ended by the next."""
+"""Action, and how the attempt must end; one that is "finished" may also be ended by the next fault."""
 
 
 @dataclass
 class InjectedFault(Row):
-    """One fault that was put in, and what became of it."""
+    """One injected fault and its outcome."""
 
     rank: int = 0
     run: str = ""
     batch: int = 0
-    """The batch it was put in after; 0: the try was over before."""
+    """The batch after which it was injected; 0: the attempt had already ended."""
     ending: str = ""
-    """Of the try, as the supervisor's log has it."""
+    """Ending of the attempt, according to the supervisor's log."""
     seconds: float = 0.0
 
 
@@ -85,11 +85,11 @@ class FaultInjectionCheck(TableCheck):
     """Runs with faults, one run after the other.
 
     Args:
-        kinds: faults to put in, of :data:`KINDS`, in this order.
-        seed: of the ranks and batches that they are put in at.
+        kinds: faults to inject, of :data:`KINDS`, in this order.
+        seed: of the random choice of ranks and batches.
 
     Raises:
-        UserError: if a kind is not known.
+        UserError: if a kind is unknown.
     """
 
     name = page = "faults"
@@ -97,7 +97,7 @@ class FaultInjectionCheck(TableCheck):
     text = (
         "Faults injected into runs of the tiny recipe, several per run. Each run must end with the losses, "
         "data log, weights, optimizer and generators of an undisturbed one, bit for bit, and each fault must "
-        "be named."
+        "be classified correctly."
     )
 
     def __init__(self, kinds: Sequence[str], seed: int = 0) -> None:
@@ -107,13 +107,13 @@ class FaultInjectionCheck(TableCheck):
                 remedy = f"one of {', '.join(map(repr, KINDS))}"
                 raise UserError(f"{kind!r} is not a kind of fault", key="--only", remedy=remedy)
         self.left = list(kinds)
-        """Faults that are still to be put in."""
+        """Faults still to be injected."""
         self.total = len(kinds)
         self.generator = random.Random(seed)
         self.runs = 0
 
     def run(self, workspace: Workspace) -> Iterator[InjectedFault]:
-        """Every fault, after the run that it was put into."""
+        """Yields every fault, after the run that it was injected into."""
         layout, small = workspace.pair, workspace.small
         whole = workspace.uninterrupted(layout)
         cached = replace(
@@ -130,7 +130,7 @@ class FaultInjectionCheck(TableCheck):
             yield from self._one_run(recipe, layout, whole)
 
     def _one_run(self, recipe: Recipe, layout: Layout, whole: Path) -> Iterator[InjectedFault]:
-        """One run with up to :data:`FAULTS_PER_RUN` faults, supervised to its end."""
+        """Completes one supervised run with up to :data:`FAULTS_PER_RUN` faults."""
         folder = Path(recipe.runs_dir) / recipe.name
         records = folder.with_suffix(".restarts")
         found: list[InjectedFault] = []
@@ -164,14 +164,14 @@ class FaultInjectionCheck(TableCheck):
 
 
 def draw(faults: int, generator: random.Random) -> list[str]:
-    """As many faults of every kind, in random order."""
+    """Draws faults, equally many of every kind, in random order."""
     kinds = [list(KINDS)[number % len(KINDS)] for number in range(faults)]
     generator.shuffle(kinds)
     return kinds
 
 
 def one_try(recipe: Recipe, fault: InjectedFault | None, after: int, records: Path, folder: Path) -> int:
-    """One try of the job with one fault; returns the status that a launcher would."""
+    """Runs one attempt of the job with one fault; returns the exit status that a launcher would."""
     kind = fault.what if fault is not None else ""
     rank = fault.rank if fault is not None else -1
     with (
@@ -194,7 +194,7 @@ def one_try(recipe: Recipe, fault: InjectedFault | None, after: int, records: Pa
 
 
 def _as_a_process(work: Callable[[Topology], None]) -> Callable[[Topology], None]:
-    """Work that ends with a status where it fails, as a process of a launcher's does."""
+    """Makes failing work exit with a status, like a process that a launcher started."""
 
     def process(topology: Topology) -> None:
         try:
@@ -209,7 +209,7 @@ def _as_a_process(work: Callable[[Topology], None]) -> Callable[[Topology], None
 def _disturbed(
     work: Callable[[Topology], None], kind: str, rank: int, after: int
 ) -> Callable[[Topology], None]:
-    """The work of a rank, with the faults that only it can put in."""
+    """The work of a rank, with the faults that must be injected from within it."""
 
     def disturbed(topology: Topology) -> None:
         if topology.rank != rank or kind not in ("NaN", "slow rank"):
@@ -239,7 +239,7 @@ def _disturbed(
 
 
 def _strike(kind: str, rank: int, ranks: Ranks[None], close_server: Callable[[], None]) -> None:
-    """Puts in the faults that come from outside."""
+    """Injects the faults that come from outside the ranks."""
     processes = ranks.processes
     pid = processes[rank].pid
     assert pid is not None
@@ -260,7 +260,7 @@ def _strike(kind: str, rank: int, ranks: Ranks[None], close_server: Callable[[],
 
 
 def _await_end(ranks: Ranks[None]) -> int:
-    """Waits as a launcher does: once a rank has failed, the others are given a moment."""
+    """Waits as a launcher does: once a rank has failed, the others have a short grace period."""
     end = time.monotonic() + PATIENCE_SECONDS
     while ranks.are_running and time.monotonic() < end:
         if any(process.exitcode for process in ranks.processes):
@@ -275,7 +275,7 @@ def _await_end(ranks: Ranks[None]) -> int:
 
 
 def _victim(kind: str, recipe: Recipe, folder: Path) -> Path | None:
-    """The file whose content is to change."""
+    """The file to corrupt."""
     if kind == "bad shard":
         files = sorted(Path(recipe.data.shards).glob("*/train/*.mds"))
         return files[0] if files else None
@@ -298,7 +298,7 @@ def _flip_byte(file: Path | None) -> None:
 
 
 def _server() -> Iterator[tuple[str, Callable[[], None]]]:
-    """An address at which something listens and never answers, until it is closed."""
+    """Yields the address of a server that listens but never answers, and a function that closes it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -306,7 +306,7 @@ def _server() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def _misnamed(fault: InjectedFault, line: dict[str, object], records: Path) -> Iterator[str]:
-    """What the supervisor's log says otherwise than what was done."""
+    """Yields where the supervisor's log disagrees with the injected fault."""
     expected = KINDS[fault.what][1]
     if line["kind"] != expected:
         yield f"{fault.what} on rank {fault.rank} ended as {line['kind']} ({line['line']}), not as {expected}"

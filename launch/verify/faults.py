@@ -1,7 +1,7 @@
-"""Faults of expert parallelism that others have shipped, put in on purpose: the gate must see each.
+"""Known bugs of expert parallelism in other frameworks, injected on purpose: the gate must find each.
 
-A fault is a context in which a rank's process trains wrongly. ``python -m launch.verify --inject NAME``
-shows what the gate says of it; the tests hold the gate to all of them.
+A fault is a context in which a rank's process trains incorrectly. ``python -m launch.verify --inject NAME``
+shows the gate's report; the tests check that the gate finds all of them.
 """
 
 import contextlib
@@ -31,28 +31,28 @@ from train.step.language_model import LanguageModel
 
 Build = Callable[..., None]
 FOUR = Layout(2, 1, 2)
-"""A layout with replicas and experts on different ranks."""
+"""A layout with replicas and with expert parallelism."""
 
 
 @dataclass(frozen=True)
-class PlantedFault:
-    """A fault, and where and in what it must show first."""
+class KnownFault:
+    """A fault, and the case and quantity in which it must be detected."""
 
     what: str
-    put_in: Callable[[], AbstractContextManager[Any]]
+    inject: Callable[[], AbstractContextManager[Any]]
     shows_in: str
-    """The quantity of the gate that must be over its bound; empty for a case that stops with an error."""
+    """The quantity that must exceed its bound; empty if the case must stop with an error."""
     layout: Layout = FOUR
     input: str = "accumulated"
     needs_global_scope: bool = False
-    """Whether it can only go wrong where the balance loss is one over the global batch."""
+    """True if it has an effect only with a balance loss over the global batch."""
     precision: Precision = Precision.fp32
-    """The precision that it shows in."""
+    """The precision in which it is detected."""
 
 
 @contextlib.contextmanager
 def after_building(change: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Changes the sharded decoder once it is built."""
+    """Applies a change to the sharded decoder after it is built."""
     original = mesh.build_sharded
 
     def build(decoder: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -64,24 +64,24 @@ def after_building(change: Callable[[nn.Module], None]) -> Iterator[None]:
 
 
 def _scale_expert_gradients(power: int, decoder: nn.Module) -> None:
-    """As if MegaBlocks' division by the expert degree were left out, or done twice."""
+    """Omits MegaBlocks' division by the expert degree, or does it twice."""
     for moe in _moes(decoder):
         moe.experts.mlp.gradient_scale /= FOUR.expert**power
 
 
 def _let_replicas_drift(decoder: nn.Module) -> None:
-    """Each replica keeps its own gradient of the router: it is averaged over a group of one rank."""
+    """Makes each replica keep its own router gradient: it is averaged over a group of one rank."""
     for moe in _moes(decoder):
         assert isinstance(moe.router, FSDPModule)
         group = moe.router._get_fsdp_state()._fsdp_param_group
         weight = moe.router.layer.weight
         assert group is not None and isinstance(weight, DTensor) and FOUR.shard == 1
-        alone = _mesh_resources.get_root_mesh(weight.device_mesh)[mesh.SHARD].get_group()
-        group.mesh_info.replicate_process_group = alone  # type: ignore[attr-defined]
+        own_group = _mesh_resources.get_root_mesh(weight.device_mesh)[mesh.SHARD].get_group()
+        group.mesh_info.replicate_process_group = own_group  # type: ignore[attr-defined]
 
 
 def _swap_experts(decoder: nn.Module) -> None:
-    """Two experts change places, as a conversion between degrees might."""
+    """Swaps two experts, as a faulty conversion between expert degrees might."""
     for moe in _moes(decoder):
         for weight in moe.experts.mlp.parameters():
             local = weight.to_local() if isinstance(weight, DTensor) else weight
@@ -91,7 +91,7 @@ def _swap_experts(decoder: nn.Module) -> None:
 
 
 def _drop_gradient(decoder: nn.Module) -> None:
-    """One rank's first expert does not learn from what it does."""
+    """Zeroes the gradient of the first expert on one rank."""
     if dist.get_rank():
         return
 
@@ -114,7 +114,7 @@ def _zero_first(rows: int, gradient: Tensor) -> Tensor:
 def _clipping_with(
     square: Callable[[nn.Parameter, Tensor], Tensor], over_ranks: bool = True
 ) -> AbstractContextManager[Any]:
-    """Clips by another norm: the sum of ``square(parameter, this rank's gradient)``."""
+    """Clips by another norm: the root of the sum of ``square(parameter, this rank's gradient)``."""
 
     def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
         kept = [(p, p.grad) for p in parameters if p.grad is not None]
@@ -132,14 +132,14 @@ def _clipping_with(
 
 
 def _times_for_experts(factor: float, parameter: nn.Parameter, shard: Tensor) -> Tensor:
-    """A shard's squared norm, the experts' times a factor."""
+    """A shard's squared norm, times a factor if it is an expert's."""
     placed = parameter.device_mesh if isinstance(parameter, DTensor) else None
     is_expert = placed is not None and mesh.EXPERT in (placed.mesh_dim_names or ())
     return shard.double().square().sum() * (factor if is_expert else 1.0)
 
 
 def _balance_of_rank_0(self: LanguageModel, *args: Any) -> dict[str, Tensor]:
-    """Only the first rank adds its balance loss."""
+    """Adds the balance loss only on the first rank."""
     if dist.get_rank():
         self.balance_weight = 0.0
     return _original_loss(self, *args)
@@ -148,14 +148,14 @@ def _balance_of_rank_0(self: LanguageModel, *args: Any) -> dict[str, Tensor]:
 _original_loss = LanguageModel.loss
 
 
-def _count_microbatch_alone() -> AbstractContextManager[Any]:
-    """The scope's counts are never gathered."""
+def _count_each_microbatch() -> AbstractContextManager[Any]:
+    """Never gathers counts over the balance scope."""
     return mock.patch.object(balance, "_given", lambda _batch_counts_E, counts_E: counts_E)
 
 
 @contextlib.contextmanager
-def _round_in_forward_alone() -> Iterator[None]:
-    """FSDP2 casts what layers and experts are given; not when they are computed again."""
+def _round_in_forward_only() -> Iterator[None]:
+    """Lets FSDP2 cast the inputs of layers and experts, which it does not do in recomputation."""
     original = decoder.plan_attention
 
     def plan(*args: Any, **kwargs: Any) -> AttentionPlan:
@@ -174,57 +174,57 @@ def _moes(decoder: nn.Module) -> list[MoE]:
 
 
 FAULTS = {
-    "experts-times-degree": PlantedFault(
+    "experts-times-degree": KnownFault(
         "expert gradients times the expert degree",
         lambda: after_building(functools.partial(_scale_expert_gradients, -1)),
         "gradients",
     ),
-    "experts-over-degree": PlantedFault(
+    "experts-over-degree": KnownFault(
         "expert gradients divided by the expert degree once more",
         lambda: after_building(functools.partial(_scale_expert_gradients, 1)),
         "gradients",
     ),
-    "norm-without-experts": PlantedFault(
+    "norm-without-experts": KnownFault(
         "experts missing from the global norm",
         lambda: _clipping_with(functools.partial(_times_for_experts, 0.0)),
         "norm",
     ),
-    "norm-with-experts-twice": PlantedFault(
+    "norm-with-experts-twice": KnownFault(
         "experts counted twice in the global norm",
         lambda: _clipping_with(functools.partial(_times_for_experts, 2.0)),
         "norm",
     ),
-    "local-norm": PlantedFault(
+    "local-norm": KnownFault(
         "each rank clips with the norm of its own shards",
         lambda: _clipping_with(functools.partial(_times_for_experts, 1.0), over_ranks=False),
         "norm",
     ),
-    "balance-of-one-rank": PlantedFault(
-        "the balance loss of the first rank alone",
+    "balance-of-one-rank": KnownFault(
+        "a balance loss of the first rank only",
         lambda: mock.patch.object(LanguageModel, "loss", _balance_of_rank_0),
         "gradients",
     ),
-    "balance-of-microbatch": PlantedFault(
+    "balance-of-microbatch": KnownFault(
         "a balance loss that depends on the split into microbatches",
-        _count_microbatch_alone,
+        _count_each_microbatch,
         "balance",
         layout=Layout(1, 2, 1),
         needs_global_scope=True,
     ),
-    "router-not-synchronised": PlantedFault(
+    "router-not-synchronised": KnownFault(
         "replicas that keep their own gradients of the router",
         lambda: after_building(_let_replicas_drift),
         "gradients",
     ),
-    "experts-swapped": PlantedFault(
+    "experts-swapped": KnownFault(
         "two experts swapped at load", lambda: after_building(_swap_experts), "gradients"
     ),
-    "gradient-dropped": PlantedFault(
+    "gradient-dropped": KnownFault(
         "the gradient of one expert dropped", lambda: after_building(_drop_gradient), "gradients"
     ),
-    "rounded-in-forward-alone": PlantedFault(
-        "rotations and routing weights rounded to bf16, but not when a layer is computed again",
-        _round_in_forward_alone,
+    "rounded-in-forward-alone": KnownFault(
+        "rotations and routing weights rounded to bf16, but not when a layer is recomputed",
+        _round_in_forward_only,
         "",
         input="recomputed",
         precision=Precision.bf16,

@@ -1,7 +1,7 @@
-"""Ranks on this machine, forked from a process that has imported everything: no rank waits for imports.
+"""Ranks on this machine, forked from a process that has imported everything, so that they start at once.
 
-For the parity gate, the resume certificate and the tests. A rank computes on one thread: the parent's
-thread pools do not survive a fork, and ranks share the cores anyway.
+For the checks and the tests. A rank computes on one thread: the parent's thread pools do not survive a fork,
+and ranks share the cores anyway.
 """
 
 import multiprocessing
@@ -25,17 +25,16 @@ Result = TypeVar("Result")
 
 
 class RankError(RuntimeError):
-    """A rank failed, was killed, or took too long: a fault of the code it runs; carries its traceback."""
+    """A rank failed, was killed, or took too long; carries the rank's traceback."""
 
 
 class Ranks(Generic[Result]):
-    """Forked processes that each do the same work, joined in a gloo process group if there are several.
+    """Forked processes that do the same work, in a gloo process group if there are several.
 
     Args:
         world_size: number of processes.
-        work: what each does; called with its topology. Closures are welcome, nothing is pickled but the
-            result.
-        output: file that standard output and error of all ranks are appended to; None: the parent's.
+        work: called in each with its topology. May be a closure: only its result is pickled.
+        output: file to which all ranks append standard output and error; None: the parent's.
     """
 
     def __init__(
@@ -66,18 +65,18 @@ class Ranks(Generic[Result]):
 
     @property
     def are_running(self) -> bool:
-        """Whether any rank still runs."""
+        """True while any rank runs."""
         return any(process.is_alive() for process in self.processes)
 
     def kill(self) -> None:
-        """Ends every rank at once with SIGKILL."""
+        """Kills every rank with SIGKILL."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
             process.join()
 
     def exit_codes(self, timeout_seconds: float) -> list[int | None]:
-        """Waits for the ranks to end; None for one that has not, negative for one that a signal ended."""
+        """Waits for the ranks to exit; None for one that has not, negative for one ended by a signal."""
         deadline = time.monotonic() + timeout_seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -154,13 +153,13 @@ def _run_rank(
             )
         result = work(topology)
         if topology.world_size > 1:
-            # No rank leaves while another may still need it. The group is not destroyed, since the process
-            # ends right away: gloo's destructor waits, with Python's lock held, for threads that may need
-            # that lock to let go of the last collective's tensors; then neither moves (torch 2.7.0).
+            # No rank exits while another may still need it. The group is not destroyed, since the process
+            # ends right away: gloo's destructor holds the GIL while it waits for threads that may need the
+            # GIL to release the last collective's tensors, which can deadlock (torch 2.7.0).
             dist.barrier()
     except SystemExit:
         raise
-    except BaseException:  # A rank's failure, whatever it is, is the parent's to report.
+    except BaseException:  # The parent reports every failure of a rank.
         pipe.send((False, traceback.format_exc()))
         return
     pipe.send((True, result))

@@ -1,6 +1,5 @@
-"""The harness of all checks: makes what they share, runs one after the other, tells what each has found."""
+"""The harness of all checks: prepares what they share, runs them in turn and reports their results."""
 
-import json
 import sys
 import tempfile
 import time
@@ -17,17 +16,18 @@ from launch.verify.forked_ranks import RankError
 from launch.verify.parity_report import write_certificate
 from launch.verify.tiny_runs import STEPS, prepare, uninterrupted
 from train.recipe.schema import Recipe
+from train.record.command import Figures
 from train.record.log import quiet_libraries
 
 ONE = Layout(1, 1, 1)
 
 
 class Workspace:
-    """What checks share: the recipe, a temporary folder, and the tiny recipe's runs that nothing disturbed.
+    """State shared by checks: the recipe, a temporary folder, and undisturbed runs of the tiny recipe.
 
     Args:
-        recipe: the whole recipe.
-        folder: for shards and runs; empty.
+        recipe: the full recipe.
+        folder: an empty one, for shards and runs.
     """
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
@@ -37,20 +37,20 @@ class Workspace:
 
     @cached_property
     def small(self) -> Recipe:
-        """The tiny recipe, saved after every second batch, in fp32. Its shards are made by its first run."""
+        """The tiny recipe in fp32, saving every second batch. Its first run makes the shards."""
         return prepare(self.recipe, self.folder)
 
     @cached_property
     def pair(self) -> Layout:
-        """Two ranks: experts on both of them, or everything sharded where the recipe has no experts."""
+        """A layout of two ranks: expert parallel, or sharded if the recipe has no experts."""
         possible = layouts(self.small, worlds=(2,))
         return next(layout for layout in (Layout(1, 1, 2), Layout(1, 2, 1)) if layout in possible)
 
     def uninterrupted(self, layout: Layout) -> Path:
-        """The folder of the undisturbed run under a layout; trained the first time it is asked for.
+        """The folder of the undisturbed run under a layout; trained on first use.
 
         Raises:
-            RankError: if it does not get to its end.
+            RankError: if it does not complete.
         """
         if layout not in self._uninterrupted:
             self._uninterrupted[layout] = uninterrupted(self.small, layout)
@@ -62,7 +62,7 @@ class HasVerdict(Protocol):
 
     @property
     def has_passed(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if nothing is wrong."""
 
 
 RowT = TypeVar("RowT", bound=HasVerdict)
@@ -75,39 +75,39 @@ class Row:
     what: str
     layout: str
     figures: str
-    """What was measured."""
+    """Measurements."""
     violations: list[str] = field(default_factory=list)
-    """What is not as it must be."""
+    """Violations; empty if the row passes."""
 
     @property
     def has_passed(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if nothing is wrong."""
         return not self.violations
 
 
 class Check(ABC, Generic[RowT]):
-    """One check: gives rows as they are found, and says how they are told."""
+    """One check: yields rows as it finds them, and formats them."""
 
     name: str
-    """The option that asks for it, without its dashes."""
+    """Name of the option, without dashes."""
     page: str
-    """Its page is `PAGE-RECIPE.html` unless the user names another."""
+    """The page is `PAGE-RECIPE.html` by default."""
     unit = "rows"
 
     def __init__(self) -> None:
         self.rows: list[RowT] = []
         self.seconds = 0.0
         self.error = ""
-        """What stopped it, if it did not get to its end."""
+        """Reason why it did not complete, if it did not."""
         self.total = 0
-        """How many rows there will be; 0 where that is not known."""
+        """Expected number of rows; 0 if unknown."""
 
     @abstractmethod
     def run(self, workspace: Workspace) -> Iterator[RowT]:
         """The rows, one by one.
 
         Raises:
-            RankError: if it cannot go on.
+            RankError: if it cannot continue.
         """
 
     @abstractmethod
@@ -120,7 +120,7 @@ class Check(ABC, Generic[RowT]):
 
     @abstractmethod
     def failures(self) -> Iterator[str]:
-        """What is wrong, a line each."""
+        """Yields the violations, one line each."""
 
     @abstractmethod
     def figures(self, recipe: Recipe) -> dict[str, Any]:
@@ -137,17 +137,17 @@ class Check(ABC, Generic[RowT]):
 
     @property
     def has_passed(self) -> bool:
-        """Whether it got to its end with rows, all of which have passed."""
+        """True if it completed with at least one row, and every row passed."""
         return not self.error and self.passed == len(self.rows) > 0
 
 
 class TableCheck(Check[Row]):
-    """A check whose rows say what was done, under which layout, and what was measured."""
+    """A check whose rows name an action, its layout, and what was measured."""
 
     title: str
-    """Of its page, before the recipe's name."""
+    """Title of its page, before the recipe's name."""
     text: str
-    """Says on its page what the rows show."""
+    """Explains the rows on its page."""
     steps = STEPS
     """Length of its runs."""
 
@@ -160,7 +160,7 @@ class TableCheck(Check[Row]):
         return f"{row.what:<15} {row.layout:<9} {'pass' if row.has_passed else 'FAIL':<7}  {row.figures}"
 
     def failures(self) -> Iterator[str]:
-        """What is wrong, a line each."""
+        """Yields the violations, one line each."""
         yield from (f"{row.what} {row.layout}: {each}" for row in self.rows for each in row.violations)
 
     def figures(self, recipe: Recipe) -> dict[str, Any]:
@@ -177,16 +177,16 @@ class TableCheck(Check[Row]):
         return {"recipe": recipe.name, "steps": self.steps, "seconds": round(self.seconds)}
 
 
-def run_checks(
-    recipe: Recipe, checks: Sequence[Check[Any]], json_file: str | None, html_file: str | None
-) -> int:
-    """Runs checks, prints a table for each and a last line; returns the exit status (1: something failed).
+def run_checks(recipe: Recipe, checks: Sequence[Check[Any]], html_file: str | None) -> Figures:
+    """Runs checks, prints a table for each and a summary line.
 
     Args:
-        recipe: the whole recipe.
-        checks: what to run, in this order.
-        json_file: for the figures: those of the check, or of several by their names below `checks`.
-        html_file: for the page; of several, each check's name goes before the suffix.
+        recipe: the full recipe.
+        checks: to run, in this order.
+        html_file: for the page; with several checks, each one's name goes before the suffix.
+
+    Returns:
+        The figures of the check, or of several under `checks` by name; status 1 if a check failed.
     """
     quiet_libraries()
     files = [_page_file(check, recipe, html_file, len(checks) > 1) for check in checks]
@@ -198,11 +198,6 @@ def run_checks(
     seconds = round(sum(check.seconds for check in checks))
     figures = {check.name: _figures(check, recipe) for check in checks}
     has_passed = all(check.has_passed for check in checks)
-    if json_file:
-        told = {"recipe": recipe.name, "seconds": seconds, "passed": has_passed, "checks": figures}
-        Path(json_file).write_text(
-            json.dumps(figures[checks[0].name] if len(checks) == 1 else told, indent=1)
-        )
     for check in checks:
         for failure in [*check.failures(), *([check.error] if check.error else [])]:
             print(f"FAIL: {check.name}: {failure}", file=sys.stderr)
@@ -211,7 +206,12 @@ def run_checks(
     )
     verdict = "pass" if has_passed else "FAIL"
     print(f"{verdict}: {passed} in {seconds} s; {', '.join(map(str, files))}")
-    return 0 if has_passed else 1
+    status = 0 if has_passed else 1
+    if len(checks) == 1:
+        return Figures(figures[checks[0].name], status)
+    return Figures(
+        {"recipe": recipe.name, "seconds": seconds, "passed": has_passed, "checks": figures}, status
+    )
 
 
 def _run_check(check: Check[Any], workspace: Workspace) -> None:
@@ -223,8 +223,8 @@ def _run_check(check: Check[Any], workspace: Workspace) -> None:
             done = f"{len(check.rows)}/{check.total}" if check.total else len(check.rows)
             print(f"{done:>9} {check.line(row)}", flush=True)
     except RankError as error:
-        # The others may still tell something.
-        check.error = f"did not get to its end: {str(error).strip().splitlines()[-1]}"
+        # The other checks may still be informative.
+        check.error = f"did not complete: {str(error).strip().splitlines()[-1]}"
     check.seconds = time.monotonic() - begun
 
 

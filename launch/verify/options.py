@@ -1,18 +1,18 @@
-"""The command line of the checks. Needs no torch, so that a mistake in it is told at once."""
+"""Command line of the checks. Needs no torch, so that mistakes in it are reported at once."""
 
-import argparse
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
 from train.recipe.errors import UserError
 
 CHECKS = {
-    "layouts": "the parity gate: every layout against one process that is not sharded (the default)",
-    "resume": "kills runs at random and preempts them; they must resume exactly, also under other layouts",
-    "faults": "puts N faults (default 50) into runs, which must end as if there had been none",
-    "rollback": "trains on documents of noise; the run must go back and end as if it had never read them",
+    "layouts": "the parity gate: every layout against one unsharded process (the default)",
+    "resume": "kills and preempts runs at random; they must resume exactly, also under other layouts",
+    "faults": "injects N faults (default 50) into runs, which must end as if there had been none",
+    "rollback": "trains on documents of noise; the run must roll back and end as if it had never read them",
     "export": "exports a trained run; transformers must compute the same from it",
 }
-"""The checks in the order in which they are run, and what each does."""
+"""The checks in the order in which they run, with their help."""
 OPTIONS_OF = {
     "layouts": ("worlds", "inputs", "precision", "inject"),
     "resume": ("kills",),
@@ -22,26 +22,8 @@ OPTIONS_OF = {
 FAULTS = 50
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; ``checks`` are the names of what is to be run. Options not given are None.
-
-    Raises:
-        UserError: if an option is given that none of the checks reads.
-    """
-    options = _parser().parse_intermixed_args(_bind_count(arguments))
-    options.checks = [name for name in CHECKS if options.all or getattr(options, name)] or ["layouts"]
-    if options.all and options.faults is None:
-        options.faults = FAULTS
-    for check, names in OPTIONS_OF.items():
-        for name in names:
-            if check not in options.checks and getattr(options, name) is not None:
-                what = f"is read by --{check}, which is not asked for"
-                raise UserError(what, key=f"--{name}", remedy=f"add --{check} or leave it out")
-    return options
-
-
-def _bind_count(arguments: Sequence[str]) -> list[str]:
-    """Ties the number that may follow `--faults` to it: argparse would take a recipe there for one."""
+def bind_count(arguments: Sequence[str]) -> list[str]:
+    """Joins `--faults` to the number that may follow it: argparse would take a recipe there for it."""
     bound: list[str] = []
     for argument in arguments:
         if bound and bound[-1] == "--faults":
@@ -52,14 +34,25 @@ def _bind_count(arguments: Sequence[str]) -> list[str]:
     return bound
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.verify",
-        description="Trains the tiny form of a recipe on forked ranks of this machine and checks what must "
-        "hold. Exit status 0: all of it holds; 1: something does not, and is named; 2: a mistake in the "
-        "recipe or the options.",
-        allow_abbrev=False,
-    )
+def choose_checks(options: Namespace) -> None:
+    """Sets ``checks``, the names of the checks to run. Options that were not given are None.
+
+    Raises:
+        UserError: if an option is given that none of the checks reads.
+    """
+    options.checks = [name for name in CHECKS if options.all or getattr(options, name)] or ["layouts"]
+    if options.all and options.faults is None:
+        options.faults = FAULTS
+    for check, names in OPTIONS_OF.items():
+        for name in names:
+            if check not in options.checks and getattr(options, name) is not None:
+                what = f"is read only by --{check}, which is not given"
+                raise UserError(what, key=f"--{name}", remedy=f"add --{check} or drop --{name}")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.allow_abbrev = False
     parser.add_argument("recipe", help="YAML file, for example yamls/smoke.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
     checks = parser.add_argument_group("checks, any of them")
@@ -69,19 +62,16 @@ def _parser() -> argparse.ArgumentParser:
         else:
             checks.add_argument(f"--{name}", action="store_true", help=help_text)
     checks.add_argument("--all", action="store_true", help="all five")
-    files = parser.add_argument_group("files")
-    files.add_argument("--json", metavar="FILE", help="every figure")
-    files.add_argument(
+    parser.add_argument(
         "--html",
         metavar="FILE",
         help="page, by default CHECK-RECIPE.html (parity-RECIPE.html for layouts); of several checks, "
         "one each: FILE with the check's name before its suffix",
     )
     _add_options_of_checks(parser)
-    return parser
 
 
-def _add_options_of_checks(parser: argparse.ArgumentParser) -> None:
+def _add_options_of_checks(parser: ArgumentParser) -> None:
     layouts = parser.add_argument_group("--layouts")
     layouts.add_argument(
         "--worlds", type=_count, nargs="+", metavar="N", help="numbers of ranks (default: 1 2 4)"
@@ -93,15 +83,15 @@ def _add_options_of_checks(parser: argparse.ArgumentParser) -> None:
         choices=["fp32", "bf16"],
         help="default: fp32, and bf16 too unless the recipe says fp32",
     )
-    layouts.add_argument("--inject", metavar="FAULT", help="plant a known fault, to see the gate fail")
+    layouts.add_argument("--inject", metavar="FAULT", help="inject a known fault, to see the gate fail")
     resume = parser.add_argument_group("--resume")
     resume.add_argument("--kills", type=_count, metavar="N", help="number of kills (default: 20)")
     faults = parser.add_argument_group("--faults")
     faults.add_argument("--only", metavar="KIND", help="one kind of fault, for example SIGKILL")
-    faults.add_argument("--seed", type=int, metavar="N", help="of the draw (default: 0)")
+    faults.add_argument("--seed", type=int, metavar="N", help="of the random draw (default: 0)")
 
 
 def _count(text: str) -> int:
     if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+        raise ArgumentTypeError("must be at least 1")
     return value

@@ -1,4 +1,4 @@
-"""The parity gate: the tiny recipe under every layout, step by step against one process without sharding."""
+"""The parity gate: the tiny recipe under every layout, compared step by step with one unsharded process."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,14 +25,14 @@ class ParityCheck(Check[CaseOutcome]):
     """Every input under every layout.
 
     Args:
-        recipe: the whole recipe.
+        recipe: the full recipe.
         worlds: numbers of ranks.
-        inputs: names of inputs; all where empty.
-        precisions: fp32, bf16 or both; where empty those of :func:`precisions_of`.
-        inject: a planted fault of :mod:`launch.verify.faults`; only its layout and input are run.
+        inputs: names of inputs; all if empty.
+        precisions: fp32, bf16 or both; if empty, those of :func:`precisions_of`.
+        inject: a fault of :mod:`launch.verify.faults`; only its layout and input are run.
 
     Raises:
-        UserError: if a name is not known, or nothing is left to run.
+        UserError: if a name is unknown, or there is nothing to run.
     """
 
     name, page, unit = "layouts", "parity", "cases"
@@ -50,7 +50,7 @@ class ParityCheck(Check[CaseOutcome]):
         if inject is None:
             self.todo = self._cases(recipe, worlds, inputs, precisions or precisions_of(recipe))
         else:
-            self.todo = [self._plant(recipe, inject)]
+            self.todo = [self._case_of_fault(recipe, inject)]
         self.total = len(self.todo)
 
     def _cases(
@@ -70,24 +70,24 @@ class ParityCheck(Check[CaseOutcome]):
             for case in cases(recipe, tuple(worlds), tuple(inputs), precision)
         ]
         if not found:
-            what = "leave no case: bf16 needs more than one rank, crowded needs experts"
-            raise UserError(what, key="--worlds, --inputs, --precision", remedy="leave one of them out")
+            what = "select no case: bf16 needs more than one rank, crowded needs experts"
+            raise UserError(what, key="--worlds, --inputs, --precision", remedy="drop one of them")
         return found
 
-    def _plant(self, recipe: Recipe, name: str) -> Case:
+    def _case_of_fault(self, recipe: Recipe, name: str) -> Case:
         _require_known("--inject", [name], list(FAULTS))
         if recipe.model.moe is None:
             raise UserError(
-                "a dense model has no experts to plant a fault in", key="--inject", remedy="leave it out"
+                "a dense model has no experts to inject a fault into", key="--inject", remedy="leave it out"
             )
         fault = FAULTS[name]
-        self.fault = fault.put_in
+        self.fault = fault.inject
         if fault.needs_global_scope:
             recipe = with_global_scope(recipe)
         return find_case(recipe, fault.layout, fault.input, fault.precision)
 
     def run(self, workspace: Workspace) -> Iterator[CaseOutcome]:
-        """Every case with its outcome; one that cannot be run has failed, and the next one is run."""
+        """Yields every case's outcome; a case that cannot be run counts as failed."""
         file = workspace.folder / "reference.pt"
         seen: tuple[object, ...] = ()
         seed = 0
@@ -112,7 +112,7 @@ class ParityCheck(Check[CaseOutcome]):
         return parity_report.line(row)
 
     def failures(self) -> Iterator[str]:
-        """Only the first difference: those that follow from it tell nothing."""
+        """Yields only the first difference, since later ones follow from it."""
         if difference := parity_report.first_difference(self.rows):
             yield difference
 
@@ -126,7 +126,7 @@ class ParityCheck(Check[CaseOutcome]):
 
 
 def precisions_of(recipe: Recipe) -> tuple[Precision, ...]:
-    """fp32, where nothing hides behind rounding, and bf16 unless the recipe never uses it."""
+    """Returns fp32, in which rounding hides nothing, and bf16 unless the recipe uses fp32."""
     fp32 = recipe.training.precision is Precision.fp32
     return (Precision.fp32,) if fp32 else (Precision.fp32, Precision.bf16)
 
@@ -139,7 +139,7 @@ def with_global_scope(recipe: Recipe) -> Recipe:
 
 
 def describe(recipe: Recipe, outcomes: list[CaseOutcome], seconds: float) -> dict[str, Any]:
-    """The recipe, its tiny form and the time that the gate took, for the report."""
+    """The recipe, the tiny recipe and the gate's duration, for the report."""
     small = outcomes[0].case.recipe
     model, whole = small.model, recipe.model
     phases = [str(phase.sequence_tokens) for phase in small.data.phases]
@@ -159,4 +159,4 @@ def describe(recipe: Recipe, outcomes: list[CaseOutcome], seconds: float) -> dic
 def _require_known(key: str, names: Sequence[str], known: list[str]) -> None:
     for name in names:
         if name not in known:
-            raise UserError(f"{name!r} is not known", key=key, remedy=f"one of {', '.join(known)}")
+            raise UserError(f"{name!r} is unknown", key=key, remedy=f"one of {', '.join(known)}")

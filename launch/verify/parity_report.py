@@ -1,4 +1,4 @@
-"""The parity gate's result as a table on the screen, as HTML and as JSON."""
+"""The parity gate's results as a text table, HTML and JSON."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ def header() -> str:
 
 
 def line(outcome: CaseOutcome) -> str:
-    """One case as a line: the largest relative error of each quantity, `!` where it is over its bound."""
+    """One case as a line: the largest relative error of each quantity, marked `!` if it exceeds its bound."""
     cells = "".join(
         f"{_figure(outcome, quantity):>10}{'!' if _is_over(outcome, quantity) else ' '}"
         for quantity in QUANTITIES
@@ -28,7 +28,7 @@ def line(outcome: CaseOutcome) -> str:
 
 
 def first_difference(outcomes: list[CaseOutcome]) -> str:
-    """The first value of the first failed case that is over its bound; empty if all passed."""
+    """The first value above its bound in the first failed case; empty if all passed."""
     for outcome in outcomes:
         case = outcome.case
         where = f"layout {case.layout}, input {case.input.name}, {case.precision.value}"
@@ -37,7 +37,7 @@ def first_difference(outcomes: list[CaseOutcome]) -> str:
         for quantity in ("gradients", "weights", *QUANTITIES):
             deviation = outcome.deviations[quantity]
             if deviation.first:
-                return f"{where}: {quantity} differ first at {deviation.first}; worst {deviation.worst:.1e}"
+                return f"{where}: {quantity} first differ at {deviation.first}; worst {deviation.worst:.1e}"
     return ""
 
 
@@ -66,7 +66,7 @@ def as_figures(summary: dict[str, Any], outcomes: list[CaseOutcome]) -> dict[str
 
 
 def write_html(file: Path, summary: dict[str, Any], outcomes: list[CaseOutcome]) -> None:
-    """One page that stands alone: what was run, the table, and the first difference if there is one."""
+    """Writes a self-contained page: what was run, the table, and the first difference if there is one."""
     file.write_text(
         render(
             "launch/verify/parity.html.j2",
@@ -89,14 +89,14 @@ def write_certificate(
     title: str,
     text: str,
 ) -> None:
-    """A certificate as a page: what was done, under which layout, what was measured, what was wrong.
+    """Writes a certificate as a page: actions, layouts, measurements and violations.
 
     Args:
         file: the page.
-        summary: of it, the recipe's name.
-        rows: what, layout, what was measured, and what is not as it must be.
-        title: stands before the recipe's name.
-        text: what the rows are.
+        summary: holds the recipe's name.
+        rows: action, layout, measurement, and violations.
+        title: precedes the recipe's name.
+        text: explains the rows.
     """
     file.write_text(
         render(
@@ -104,7 +104,7 @@ def write_certificate(
             title=f"{title} {summary['recipe']}",
             text=text,
             rows=rows,
-            passed=sum(not faults for *_, faults in rows),
+            passed=sum(not violations for *_, violations in rows),
         )
     )
 

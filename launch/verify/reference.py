@@ -1,4 +1,4 @@
-"""The one process that the parity gate holds every layout to: how it groups tokens and where it rounds."""
+"""The single-process reference of the parity gate: how it groups tokens and where it rounds."""
 
 from dataclasses import replace
 
@@ -19,9 +19,10 @@ from train.step.language_model import LanguageModel
 
 
 def reference_recipe(case: Case) -> Recipe:
-    """The case's recipe on one process, whose microbatches are what its balance loss takes together.
+    """The case's recipe on one process, with a balance loss per microbatch.
 
-    Where those must be smaller, :class:`CountTogether` does it. So no scope's own code makes the reference.
+    If the balance loss spans several microbatches, :class:`CountTogether` sums their counts. So the reference
+    does not use the code of any balance scope that it checks.
     """
     recipe = with_microbatch(case.recipe, case.reference_microbatch)
     if recipe.model.moe is None:
@@ -31,14 +32,14 @@ def reference_recipe(case: Case) -> Recipe:
 
 
 class CountTogether(Callback):
-    """The balance loss of the reference over so many of its microbatches at a time."""
+    """Computes the reference's balance loss over several consecutive microbatches."""
 
     def __init__(self, model: LanguageModel, microbatches: int) -> None:
         self.layers = [module for module in model.decoder.modules() if isinstance(module, MoE)]
         self.microbatches = microbatches
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Counts all microbatches, and gives each the sum of those that it is taken together with."""
+        """Counts all microbatches, and gives each the sum over its group."""
         if not self.layers:
             return
         for layer in self.layers:
@@ -47,13 +48,13 @@ class CountTogether(Callback):
         counts_NLE = torch.stack([state.model.count_choices(part) for part in microbatches_of(state)])
         sums = [part.sum(dim=0) for part in counts_NLE.split(self.microbatches) for _ in part]
         for layer, counts_NE in zip(self.layers, torch.stack(sums, dim=1), strict=True):
-            # Each microbatch goes forward once: the reference recomputes nothing where it rounds.
+            # Each microbatch has one forward pass: the rounding reference recomputes nothing.
             turns = iter(counts_NE)
             layer.reduce_counts = lambda _, turns=turns: next(turns)
 
 
 def build_rounding_reference(recipe: Recipe) -> tuple[LanguageModel, torch.optim.Optimizer]:
-    """One process that rounds where FSDP2 does, and computes nothing twice."""
+    """Builds the model and optimizer of one process that rounds where FSDP2 does, without recomputation."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     decoder = Decoder(recipe.model, device="meta", loss_chunk_tokens=recipe.training.loss_chunk_tokens)

@@ -1,7 +1,7 @@
-"""The resume check: runs killed at random resume bit for bit; preempted runs resume under every other layout.
+"""The resume check: randomly killed runs resume bit for bit; a preempted run resumes under other layouts.
 
-Every run here is the real trainer's, on the tiny recipe, in ranks that are killed with SIGKILL or preempted
-with SIGTERM.
+Every run uses the real trainer, on the tiny recipe, in ranks that are killed with SIGKILL or preempted with
+SIGTERM.
 """
 
 import functools
@@ -35,7 +35,7 @@ BOUND = 1e-5
 
 
 class ResumeCheck(TableCheck):
-    """Kills on one and on two ranks, half of them each, then a chain of layouts.
+    """Kills, half on one rank and half on two, then a chain of layouts.
 
     Args:
         kills: number of kills.
@@ -55,7 +55,7 @@ class ResumeCheck(TableCheck):
         self.kills = kills
 
     def run(self, workspace: Workspace) -> Iterator[Row]:
-        """A row for each layout of the kills, then one for each layout of the chain."""
+        """Yields a row for each layout of the kills, then one for each layout of the chain."""
         small = workspace.small
         possible = layouts(small)
         chain = [layout for layout in CHAIN if layout in possible]
@@ -68,7 +68,7 @@ class ResumeCheck(TableCheck):
 
 
 def kill_and_resume(small: Recipe, layout: Layout, whole: Path, kills: int, generator: random.Random) -> Row:
-    """Kills runs until ``kills`` are spent, several times each, and compares every finished run."""
+    """Kills runs, several times each, ``kills`` times in all, and compares every finished run."""
     spent = mid_save = runs = 0
     violations: list[str] = []
     while spent < kills:
@@ -85,8 +85,8 @@ def kill_and_resume(small: Recipe, layout: Layout, whole: Path, kills: int, gene
                     break
                 ranks.kill()
             spent += 1
-            cut_off = (folder / CHECKPOINTS_FOLDER).glob(f"*{PARTIAL}")
-            mid_save += any(part.stat().st_mtime > begun for part in cut_off)
+            partial = (folder / CHECKPOINTS_FOLDER).glob(f"*{PARTIAL}")
+            mid_save += any(part.stat().st_mtime > begun for part in partial)
         if any(codes):
             violations.append(f"{recipe.name} ended with {codes}: {tail(folder)}")
         else:
@@ -98,7 +98,7 @@ def kill_and_resume(small: Recipe, layout: Layout, whole: Path, kills: int, gene
 
 
 def reshard(small: Recipe, chain: list[Layout], whole: Path) -> Iterator[Row]:
-    """One run that is preempted and resumed under the next layout of the chain, until its end."""
+    """Preempts one run and resumes it under the next layout of the chain, until it completes."""
     folder = Path(small.runs_dir) / "chain"
     for place, layout in enumerate(chain):
         recipe = named(small, layout, "chain")
@@ -109,7 +109,7 @@ def reshard(small: Recipe, chain: list[Layout], whole: Path) -> Iterator[Row]:
         with Ranks(layout.world_size, trainer(recipe), folder.with_suffix(".log")) as ranks:
             if not is_last:
                 await_moment(ranks, functools.partial(_has_step, folder, until))
-                # One rank's signal must count for all.
+                # A signal to one rank must stop all.
                 ranks.processes[-1].terminate()
             codes = ranks.exit_codes(PATIENCE_SECONDS)
         if set(codes) != {0 if is_last else PREEMPTED_STATUS}:
@@ -127,7 +127,7 @@ def reshard(small: Recipe, chain: list[Layout], whole: Path) -> Iterator[Row]:
 
 
 def _moment(folder: Path, after: int, generator: random.Random) -> Callable[[], bool]:
-    """A random moment after some step: anywhere in a step, or while a checkpoint is being written."""
+    """Builds the test for a random moment after a step: any time, or while a checkpoint is being written."""
     in_save, delay = generator.random() < 0.5, generator.uniform(0.0, 0.2)
     until = [float("inf")]
 
@@ -153,7 +153,7 @@ def _loss_errors(whole: Path, folder: Path, first: int) -> Iterator[float]:
 
 
 def _loading_mismatches(recipe: Recipe, layout: Layout, folder: Path) -> list[str]:
-    """The tensors that any rank of a layout holds otherwise than the checkpoint, after loading it."""
+    """The tensors that differ from the checkpoint on any rank of a layout, after loading it."""
     checkpoint, _ = newest_whole_checkpoint(folder / CHECKPOINTS_FOLDER)
     assert checkpoint is not None
     expected = read_state(checkpoint)

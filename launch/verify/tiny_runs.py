@@ -1,4 +1,4 @@
-"""Runs of the tiny recipe in forked ranks, as the main job makes them, and what they leave behind."""
+"""Runs of the tiny recipe in forked ranks, as the main job would run them, and their records."""
 
 import json
 import time
@@ -20,7 +20,7 @@ PATIENCE_SECONDS = 240.0
 
 
 def prepare(recipe: Recipe, folder: Path) -> Recipe:
-    """The tiny recipe, saved after every second batch below ``folder``, in fp32."""
+    """Makes the tiny recipe in fp32, saving every second batch under ``folder``."""
     small = tiny_recipe(recipe, steps=STEPS, global_batch_sequences=SEQUENCES)
     model = small.model
     if model.moe is not None and model.moe.balance_scope in (BalanceScope.rank, BalanceScope.expert_group):
@@ -39,14 +39,14 @@ def prepare(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def named(small: Recipe, layout: Layout, name: str) -> Recipe:
-    """The small recipe under a layout and another name."""
+    """The tiny recipe under a layout and another name."""
     return replace(
         small, name=name, parallelism=Parallelism(replicate=layout.replicate, expert=layout.expert)
     )
 
 
 def trainer(recipe: Recipe) -> Callable[[Topology], None]:
-    """The whole run, as the main job does it; its exit status is the rank's."""
+    """Returns work that runs the main job; the rank exits with its status."""
 
     def work(topology: Topology) -> None:
         if status := run(recipe, topology):
@@ -56,10 +56,10 @@ def trainer(recipe: Recipe) -> Callable[[Topology], None]:
 
 
 def uninterrupted(small: Recipe, layout: Layout) -> Path:
-    """The folder of a run that nothing disturbed.
+    """Trains an undisturbed run; returns its folder.
 
     Raises:
-        RankError: if it does not get to its end.
+        RankError: if it does not complete.
     """
     recipe = named(small, layout, f"whole-{layout.world_size}")
     folder = Path(recipe.runs_dir) / recipe.name
@@ -71,7 +71,7 @@ def uninterrupted(small: Recipe, layout: Layout) -> Path:
 
 
 def await_moment(ranks: Ranks[None], has_come: Callable[[], bool]) -> bool:
-    """Waits for a moment; False if the ranks ended before."""
+    """Waits for a moment; False if the ranks ended first."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while ranks.are_running and time.monotonic() < deadline:
         if has_come():
@@ -81,12 +81,12 @@ def await_moment(ranks: Ranks[None], has_come: Callable[[], bool]) -> bool:
 
 
 def steps(folder: Path) -> int:
-    """Batches that the run's record holds."""
+    """Number of the last batch in the run's metrics."""
     return max(record(folder), default=0)
 
 
 def record(folder: Path) -> dict[int, dict[str, float]]:
-    """A run's metrics by step; a last line that is being written is left out."""
+    """A run's metrics by step, without an incomplete last line."""
     file = folder / METRICS_FILE
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,17 +1,16 @@
-"""Speed and memory against the peers: `python -m launch.experiments.bench`.
+"""Speed and memory against other frameworks: `python -m launch.experiments.bench`.
 
-Both sides of a ratio run in this one process, in turn, A B A B, and the ratio is that of their medians.
-A machine whose neighbours come and go slows both sides alike; a figure without its ratio says little.
+Both sides of a ratio alternate in one process, A B A B, and the ratio is that of their medians. Noisy
+neighbours on the machine slow both sides equally; a figure without its ratio says little.
 """
 
-import argparse
 import datetime
 import gc
-import json
 import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,9 +26,11 @@ from train.model.decoder import Decoder
 from train.model.init import initialize
 from train.model.moe import MoE
 from train.recipe.schema import Model, Moe, Optimizer
+from train.record.command import Figures, command
 from train.record.provenance import git_commit
 from train.record.run_tracker import METRICS_FILE
 from train.record.step_log import read_steps
+from train.record.tables import text_table
 
 # Shapes: B sequences, S tokens, T = B x S, D model, F expert hidden, E experts, K experts per token.
 
@@ -58,13 +59,20 @@ GOALS = {
 Step = Callable[[], object]
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(prog="python -m launch.experiments.bench", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="write the figures and the raw medians as JSON")
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side (default 7)")
-    parser.add_argument("--only", nargs="*", choices=sorted(GOALS), help="measure these alone")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--only", nargs="*", choices=sorted(GOALS), help="measure only these")
+
+
+@command(
+    "python -m launch.experiments.bench",
+    __doc__,
+    add_arguments,
+    json="write the figures and the raw medians as JSON",
+)
+def main(options: Namespace) -> Figures:
+    """Runs the benchmark and prints its table."""
     wanted = set(options.only or GOALS)
     raw: dict[str, float] = {}
     figures: dict[str, float] = {}
@@ -78,14 +86,11 @@ def main(arguments: list[str]) -> int:
         figures |= step_split(raw)
     figures = {key: figures[key] for key in GOALS if key in figures}
     print(table(figures, raw))
-    if options.json:
-        document = {**figures, "raw_medians": raw, "machine": machine()}
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
-    return 0
+    return Figures({**figures, "raw_medians": raw, "machine": machine()})
 
 
 def training_steps(wanted: set[str], rounds: int, raw: dict[str, float]) -> dict[str, float]:
-    """Whole training steps: forward, losses, backward, clipping, AdamW."""
+    """Measures full training steps: forward, losses, backward, clipping, AdamW."""
     ids_BS = torch.randint(0, BENCH_MODEL.vocab_size, (SEQUENCES, TOKENS))
     figures = {}
     bf16 = supports_bf16("cpu")
@@ -111,7 +116,7 @@ def training_steps(wanted: set[str], rounds: int, raw: dict[str, float]) -> dict
 
 
 def moe_layer(rounds: int, raw: dict[str, float]) -> dict[str, float]:
-    """One MoE layer, forward and backward, against a dense GLU of the same active FLOPs."""
+    """Measures one MoE layer, forward and backward, against a dense GLU of the same active FLOPs."""
     moe = BENCH_MODEL.moe
     assert moe is not None
     figures: dict[str, float] = {}
@@ -137,7 +142,7 @@ def moe_layer(rounds: int, raw: dict[str, float]) -> dict[str, float]:
 
 
 def step_split(raw: dict[str, float]) -> dict[str, float]:
-    """Where a step's time goes in the real trainer, on the smoke run's shards."""
+    """Breaks down the time of a step in the real trainer, on the smoke run's shards."""
     from train.recipe.reading import load_recipe
     from train.recipe.topology import Topology
     from train.run import run
@@ -169,7 +174,7 @@ def step_split(raw: dict[str, float]) -> dict[str, float]:
 
 
 def alternate(name: str, steps: list[Step], rounds: int, warmup: int = 2) -> list[float]:
-    """Median seconds of each step, run in turn."""
+    """Median seconds of each step, run alternately."""
     seconds: list[list[float]] = [[] for _ in steps]
     for round_number in tqdm(range(warmup + rounds), desc=name, leave=False):
         for place, step in enumerate(steps):
@@ -181,18 +186,24 @@ def alternate(name: str, steps: list[Step], rounds: int, warmup: int = 2) -> lis
 
 
 def table(figures: dict[str, float], raw: dict[str, float]) -> str:
-    """The figures beside their goals, the raw medians, and where they were measured."""
-    lines = [f"{'figure':24}{'measured':>10}  goal", "-" * 48]
+    """Formats the figures with their goals, the raw medians, and the machine."""
+    rows = []
     for key, value in figures.items():
         sign, goal = GOALS[key]
         reached = value >= goal if sign == ">=" else value <= goal
-        lines.append(f"{key:24}{value:10.3f}  {sign} {goal}{'' if reached else '   NOT REACHED'}")
-    lines += ["", *(f"  {key:44}{value:14,.2f}" for key, value in raw.items()), ""]
-    return "\n".join([*lines, *(f"{key}: {value}" for key, value in machine().items())])
+        rows.append((key, f"{value:.3f}", f"{sign} {goal}", "" if reached else "NOT REACHED"))
+    medians = [(key, f"{value:,.2f}") for key, value in raw.items()]
+    tables = [
+        text_table(("figure", "measured", "goal", ""), rows, "<><<"),
+        "",
+        text_table((), medians, "<>"),
+        "",
+    ]
+    return "\n".join([*tables, *(f"{key}: {value}" for key, value in machine().items())])
 
 
 def machine() -> dict[str, str]:
-    """Hardware, commit and date, without which a figure means nothing."""
+    """Hardware, commit and date, without which figures mean nothing."""
     peaks = {
         str(dtype).removeprefix("torch."): f"{measured_peak_flops('cpu', dtype) / 1e9:.0f} GFLOP/s"
         for dtype in (torch.float32, torch.bfloat16)
@@ -220,7 +231,7 @@ def _ours(cfg: Model) -> tuple[nn.Module, LossOf]:
 
 
 def _step(model: nn.Module, loss_of: LossOf, ids_BS: Tensor, in_bf16: bool) -> Step:
-    """A whole optimizer step; both sides get the same optimizer and the same clipping."""
+    """Builds a full optimizer step; both sides have the same optimizer and clipping."""
     optimizer = build_optimizer(model, Optimizer(learning_rate=1e-4))
 
     def step() -> None:
@@ -235,7 +246,7 @@ def _step(model: nn.Module, loss_of: LossOf, ids_BS: Tensor, in_bf16: bool) -> S
 
 
 class _DenseGlu(nn.Module):
-    """The dense layer that costs as many FLOPs as a token's K experts."""
+    """A dense layer with the FLOPs of a token's K experts."""
 
     def __init__(self, d_model: int, hidden: int) -> None:
         super().__init__()
@@ -248,7 +259,7 @@ class _DenseGlu(nn.Module):
 
 
 def _moe_layer(skewed: bool) -> nn.Module:
-    """An MoE layer whose router spreads tokens evenly, or sends half of all choices to two experts."""
+    """Builds an MoE layer whose router spreads tokens evenly, or sends half of all choices to two experts."""
     assert BENCH_MODEL.moe is not None
     experts, width = BENCH_MODEL.moe.experts, BENCH_MODEL.d_model
     layer = MoE(width, BENCH_MODEL.ffn_hidden_size, BENCH_MODEL.moe)
@@ -270,7 +281,7 @@ def _layer_input(skewed: bool) -> Tensor:
     x_TD = torch.randn(SEQUENCES * TOKENS, BENCH_MODEL.d_model, generator=generator)
     logits_TE = torch.rand(x_TD.shape[0], experts, generator=generator)
     if skewed:
-        # Every token takes experts 0 and 1: they get 2 of its 4 choices.
+        # Every token selects experts 0 and 1: they get 2 of its 4 choices.
         logits_TE[:, : top_k // 2] += 2.0
     x_TD[:, :experts] = logits_TE
     return x_TD.view(SEQUENCES, TOKENS, -1)

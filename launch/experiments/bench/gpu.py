@@ -1,22 +1,20 @@
-"""What one GPU reaches: `python -m launch.experiments.bench.gpu`, product by product and pass by pass.
+"""Speed of one GPU, product by product and pass by pass: `python -m launch.experiments.bench.gpu`.
 
-Figures that a plan rests on, measured beside their alternatives in one process: grouped products as a loop
-and as one kernel, attention by each of torch's implementations, the loss by chunk, element-wise passes, the
-host's cost of a launch, and optimizer steps of a recipe's slice. It needs PyTorch 2.10 or newer and neither
-Composer nor a network, so that it runs in a vendor's container as it is.
+Measures the figures on which a plan rests, and their alternatives, in one process: grouped products as a loop
+and as one kernel, attention by each of torch's implementations, the loss by chunk size, element-wise passes,
+the host's launch overhead, and optimizer steps of a slice of a recipe. It needs PyTorch 2.10 or newer and
+neither Composer nor a network, so that it runs in a vendor's container unchanged.
 
 Shapes: E experts, R routed rows, D model width, F expert hidden size, T tokens, V vocabulary, B sequences,
-H query heads, G key-value heads, S tokens of a sequence, W width of a head.
+H query heads, G key-value heads, S tokens per sequence, W head width.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,12 +27,14 @@ from train.model.attention import _document_blocks, _flex_attention
 from train.model.decoder import Decoder
 from train.model.init import initialize
 from train.recipe import sizes
+from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
+from train.record.command import Figures, command
 
 BF16 = torch.bfloat16
 PAIRS = 10
-"""Timed calls, of which the median counts; two more come before them."""
+"""Number of timed calls, of which the median counts, after two warm-up calls."""
 
 
 class Figure(NamedTuple):
@@ -46,7 +46,7 @@ class Figure(NamedTuple):
 
 
 class Grouped(NamedTuple):
-    """Experts of one rank, and the rows that they get."""
+    """Experts of one rank, and the rows routed to them."""
 
     name: str
     experts: int
@@ -70,16 +70,27 @@ HEADS = (
 HEAD_WIDTH = 128
 
 
-def main(arguments: list[str]) -> int:
-    """Prints a Markdown table, line by line as figures come."""
-    parser = argparse.ArgumentParser(prog="python -m launch.experiments.bench.gpu", description=__doc__)
-    parser.add_argument("--recipe", default="yamls/dbrx-moe-a.yaml", help="whose slice is trained")
-    parser.add_argument("--only", nargs="*", choices=sorted(PARTS), default=sorted(PARTS), help="parts")
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON too")
-    options = parser.parse_args(arguments)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument(
+        "--recipe", default="yamls/dbrx-moe-a.yaml", help="recipe of which a slice is trained"
+    )
+    parser.add_argument(
+        "--only", nargs="*", choices=sorted(PARTS), default=sorted(PARTS), help="measure only these parts"
+    )
+
+
+@command(
+    "python -m launch.experiments.bench.gpu",
+    __doc__,
+    add_arguments,
+    json="write the figures as JSON too",
+    name="bench.gpu",
+)
+def main(options: Namespace) -> Figures:
+    """Prints a Markdown table, each row as soon as it is measured."""
     if not torch.cuda.is_available():
-        print("bench.gpu: torch finds no CUDA device here; run it on a machine with one", file=sys.stderr)
-        return 2
+        raise UserError("torch finds no CUDA device here", remedy="run it on a machine with one")
     print("| part | what | found |\n|---|---|---:|", flush=True)
     found = []
     for part in options.only:
@@ -87,13 +98,11 @@ def main(arguments: list[str]) -> int:
             found.append(figure)
             print(f"| {figure.part} | {figure.what} | {figure.found} |", flush=True)
         torch.cuda.empty_cache()
-    if options.json:
-        Path(options.json).write_text(json.dumps([figure._asdict() for figure in found], indent=1) + "\n")
-    return 0
+    return Figures([figure._asdict() for figure in found])
 
 
 def machine(_: Recipe) -> Iterator[Figure]:
-    """The card, its links to the host, and what the host pays for a launch and for waiting."""
+    """Measures the GPU, its link to the host, and the host's cost of a launch and of a synchronisation."""
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     yield Figure("machine", name, f"{memory / 2**30:.1f} GiB, torch {torch.__version__}")
     square = _random(8192, 8192)
@@ -115,7 +124,7 @@ def machine(_: Recipe) -> Iterator[Figure]:
 
 
 def grouped(_: Recipe) -> Iterator[Figure]:
-    """Products of all experts: a product per expert, and torch's grouped product in one launch."""
+    """Measures products of all experts: one per expert, and torch's grouped product in one launch."""
     for shape in EXPERTS:
         for is_even in (True, False) if shape.experts > 1 else (True,):
             yield from _grouped(shape, is_even)
@@ -159,7 +168,7 @@ def _grouped(shape: Grouped, is_even: bool) -> Iterator[Figure]:
 
 
 def _row_counts(shape: Grouped, is_even: bool) -> Tensor:
-    """Rows of each expert, all but the last multiples of 8: equal, or up to three times one another's."""
+    """Rows of each expert, multiples of 8 except the last: equal, or differing by up to a factor of 3."""
     generator = torch.Generator().manual_seed(1)
     share_E = torch.ones(shape.experts) if is_even else torch.rand(shape.experts, generator=generator) + 0.5
     counts_E = (share_E / share_E.sum() * shape.rows / 8).floor().long() * 8
@@ -168,7 +177,7 @@ def _row_counts(shape: Grouped, is_even: bool) -> Tensor:
 
 
 def attention(_: Recipe) -> Iterator[Figure]:
-    """Causal attention: one document by SDPA, two documents a sequence by FlexAttention."""
+    """Measures causal attention: one document by SDPA, two documents per sequence by FlexAttention."""
     for shape in HEADS:
         yield from _attention(*shape)
 
@@ -212,7 +221,7 @@ def _attention(name: str, batch: int, heads: int, kv_heads: int, length: int) ->
 
 
 def loss(recipe: Recipe) -> Iterator[Figure]:
-    """Forward and backward pass of the chunked loss over 32,768 tokens, weights in fp32."""
+    """Measures forward and backward pass of the chunked loss over 32,768 tokens, weights in fp32."""
     tokens, width, vocabulary = 32_768, recipe.model.d_model, recipe.model.vocab_size
     hidden_TD = _random(tokens, width).requires_grad_()
     weight_VD = (_random(vocabulary, width).float() * 0.02).requires_grad_()
@@ -233,7 +242,7 @@ def loss(recipe: Recipe) -> Iterator[Figure]:
 
 
 def elementwise(recipe: Recipe) -> Iterator[Figure]:
-    """Passes beside the products, as they are and compiled; bandwidth of the least traffic that they need."""
+    """Measures element-wise passes, eager and compiled; bandwidth is that of the least possible traffic."""
     tokens, width, hidden = 32_768, recipe.model.d_model, recipe.model.ffn_hidden_size
     x, y = _random(tokens, width), _random(tokens, width)
     gate, up = _random(4 * tokens, hidden), _random(4 * tokens, hidden)
@@ -263,7 +272,7 @@ def elementwise(recipe: Recipe) -> Iterator[Figure]:
 
 
 def step(recipe: Recipe) -> Iterator[Figure]:
-    """Whole optimizer steps of a slice of the recipe, and whether a step repeats bit for bit."""
+    """Measures full optimizer steps of a slice of the recipe, and if gradients repeat bit for bit."""
     for chunk in (1024, 4096):
         yield from _step(recipe, chunk)
 
@@ -299,7 +308,7 @@ def _step(recipe: Recipe, chunk: int, layers: int = 4, sequences: int = 8) -> It
     yield Figure("step", name, f"{took:.1f} ms, {rate}, peak {peak:.2f} GiB")
     first, again = gradients(), gradients()
     equal = [torch.equal(one, other) for one, other in zip(first, again, strict=True)]
-    yield Figure("step", "gradients of a pass made twice", f"{sum(equal)} of {len(equal)} equal in every bit")
+    yield Figure("step", "gradients of a repeated pass", f"{sum(equal)} of {len(equal)} equal bit for bit")
 
 
 PARTS: dict[str, Callable[[Recipe], Iterator[Figure]]] = {
@@ -317,7 +326,7 @@ def _random(*shape: int) -> Tensor:
 
 
 def _ms(work: Callable[[], object], times: int = PAIRS) -> float:
-    """Median milliseconds of a call on the GPU, by events, after two calls that warm up."""
+    """Median milliseconds of a call on the GPU, by events, after two warm-up calls."""
     work()
     work()
     torch.cuda.synchronize()
@@ -333,7 +342,7 @@ def _ms(work: Callable[[], object], times: int = PAIRS) -> float:
 
 
 def _host_us(work: Callable[[], object], times: int) -> float:
-    """Mean microseconds that the host takes for a call."""
+    """Mean host microseconds per call."""
     work()
     torch.cuda.synchronize()
     begun = time.perf_counter()

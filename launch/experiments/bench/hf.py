@@ -1,13 +1,10 @@
 """Import and export against a plain copy of the same files: `python -m launch.experiments.bench.hf`.
 
-Models of random bf16 weights in DBRX's form, 0.2 and 1.7 GB, are made in a temporary folder that is removed
-at the end. Copy, import and export run in turn, from the page cache to the disk: each ends when all its files
-are synced. A ratio is that of their median times. Peak memory is that of a process of its own, above what it
-held before.
+DBRX models with random bf16 weights, 0.2 and 1.7 GB, are made in a temporary folder. Copy, import and export
+alternate, from the page cache to the disk: each ends when all its files are synced. A ratio is that of median
+times. Peak memory is measured in a separate process, above its memory before the operation.
 """
 
-import argparse
-import json
 import math
 import os
 import shutil
@@ -15,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,8 +35,10 @@ from train.recipe import sizes
 from train.recipe.reading import to_yaml
 from train.recipe.schema import Data, Model, Moe, Optimizer, Precision, Recipe, Training
 from train.recipe.topology import Topology
+from train.record.command import Figures, command
 from train.record.log import no_bars
 from train.record.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE
+from train.record.tables import markdown_table
 
 WIDE = Model(
     d_model=768,
@@ -52,15 +52,15 @@ WIDE = Model(
     moe=Moe(experts=16, top_k=4),
 )
 LAYERS = (2, 17)
-"""Of the two sizes, which differ by a factor of 8."""
+"""Layers of the two models, which differ in size by a factor of 8."""
 FILES = 16
-"""Files that a model is split into."""
+"""Number of files per model."""
 RANKS = 2
-"""Ranks that save the checkpoint; each writes its part of the tensors to a file."""
+"""Ranks that save the checkpoint; each writes its shards to a file."""
 GOAL = 0.5
-"""Least throughput, as a share of the copy's."""
+"""Minimum throughput, as a fraction of the copy's."""
 MOST_TENSORS = 3.0
-"""Most peak memory, as a multiple of the largest tensor."""
+"""Maximum peak memory, as a multiple of the largest tensor."""
 
 Work = Callable[[Path], object]
 """Writes into a folder that does not exist yet."""
@@ -68,18 +68,18 @@ Work = Callable[[Path], object]
 
 @dataclass(frozen=True)
 class Speed:
-    """An operation beside the copy of the same files."""
+    """Throughput of an operation."""
 
     gigabytes: float
     operation: str
     gigabytes_per_second: float
     ratio: float
-    """Throughput over that of the copy."""
+    """Throughput over that of copying the same files."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Memory of an operation."""
+    """Peak memory of an operation."""
 
     gigabytes: float
     operation: str
@@ -89,7 +89,7 @@ class Peak:
 
 
 class RandomWeights:
-    """Tensors that all show the same noise."""
+    """Tensors that are all views of the same noise."""
 
     def __init__(self, model: Model) -> None:
         self.tensors = {
@@ -100,19 +100,21 @@ class RandomWeights:
         self._noise = torch.randn(count, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16()
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows of a tensor."""
+        """Reads rows of a tensor."""
         info = self.tensors[name]
         shape = ((info.shape[0] if last is None else last) - first, *info.shape[1:])
         return self._noise[: torch.Size(shape).numel()].view(shape)
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; exit status 1 if a goal is missed."""
-    parser = argparse.ArgumentParser(prog="python -m launch.experiments.bench.hf", description=__doc__)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
     parser.add_argument("--folder", type=Path, help="disk to write to; default: a temporary folder")
-    parser.add_argument("--json", metavar="FILE", help="write the figures")
-    options = parser.parse_args(arguments)
+
+
+@command("python -m launch.experiments.bench.hf", __doc__, add_arguments, json="write the figures")
+def main(options: Namespace) -> Figures:
+    """Runs the benchmark; status 1 if a goal is missed."""
     speeds: list[Speed] = []
     peaks: list[Peak] = []
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder) as root:
@@ -123,15 +125,13 @@ def main(arguments: list[str]) -> int:
             speeds += throughput(folder, operations, options.rounds)
             shutil.rmtree(folder)
     print(table(speeds, peaks))
-    if options.json:
-        figures = {"speeds": [asdict(s) for s in speeds], "peaks": [asdict(p) for p in peaks]}
-        Path(options.json).write_text(json.dumps(figures | {"machine": machine()}, indent=1) + "\n")
-    reached = all(speed.ratio >= GOAL for speed in speeds)
-    return 0 if reached and all(peak.tensors < MOST_TENSORS for peak in peaks) else 1
+    figures = {"speeds": [asdict(s) for s in speeds], "peaks": [asdict(p) for p in peaks]}
+    reached = all(s.ratio >= GOAL for s in speeds) and all(p.tensors < MOST_TENSORS for p in peaks)
+    return Figures(figures | {"machine": machine()}, 0 if reached else 1)
 
 
 def prepare(folder: Path, model: Model) -> dict[str, Work]:
-    """Makes a model in each form; returns the operations on them, the copy first."""
+    """Makes a model in each format; returns the operations on them, the copy first."""
     size = 2 * sizes.total_parameters(model)
     theirs, imported = folder / "hugging-face", folder / "imported"
     with no_bars():
@@ -148,7 +148,7 @@ def prepare(folder: Path, model: Model) -> dict[str, Work]:
 
 
 def _save_checkpoint(run: Path, model: Model, topology: Topology) -> None:
-    """The folder of a run with one checkpoint in bf16, sharded over the ranks."""
+    """Makes the folder of a run with one bf16 checkpoint, sharded over the ranks."""
     run.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(
         name="run",
@@ -168,12 +168,12 @@ def _save_checkpoint(run: Path, model: Model, topology: Topology) -> None:
 
 
 def _without_recipe(run: Path) -> WeightSource:
-    """A run's weights; its tokenizer, which this one has none of, is not asked for."""
+    """Opens a run's weights without its recipe, since this run has no tokenizer to export."""
     return replace(open_weights(run), recipe=None)
 
 
 def throughput(folder: Path, operations: Mapping[str, Work], rounds: int) -> Iterator[Speed]:
-    """Each operation's throughput and its ratio to the copy's."""
+    """Measures each operation's throughput and its ratio to the copy's."""
     seconds: dict[str, list[float]] = {name: [] for name in operations}
     size = _bytes(folder / "hugging-face")
     for round_number in tqdm(range(rounds + 1), desc=f"{size / 1e9:.1f} GB", leave=False):
@@ -187,8 +187,8 @@ def throughput(folder: Path, operations: Mapping[str, Work], rounds: int) -> Ite
 
 
 def _timed(work: Work, out: Path) -> float:
-    """Seconds until what an operation wrote is on the disk; it is removed afterwards."""
-    # What others left unwritten would be written at this one's expense.
+    """Seconds until an operation's output is on the disk; the output is then removed."""
+    # Otherwise this operation would pay for writing back the previous one's data.
     os.sync()
     begin = time.perf_counter()
     with no_bars():
@@ -202,7 +202,7 @@ def _timed(work: Work, out: Path) -> float:
 
 
 def peak_memory(folder: Path, operations: Mapping[str, Work]) -> Iterator[Peak]:
-    """Peak memory of each operation but the copy, in a forked process of its own."""
+    """Measures the peak memory of each operation except the copy, in a separate forked process."""
     theirs = folder / "hugging-face"
     largest = max(info.bytes for info in open_weights(theirs).weights.tensors.values())
     for name, work in operations.items():
@@ -218,7 +218,7 @@ def _measuring(work: Work, out: Path) -> Callable[[Topology], int]:
 
 
 def _peak_of(work: Work, out: Path) -> int:
-    """Bytes above those held before; the kernel's own high-water mark is set back first."""
+    """Peak bytes above those held before; resets the kernel's high-water mark first."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _memory("VmRSS")
     with no_bars():
@@ -236,20 +236,23 @@ def _bytes(folder: Path) -> int:
 
 
 def table(speeds: list[Speed], peaks: list[Peak]) -> str:
-    """Throughput and memory beside their goals, and where they were measured."""
-    lines = ["| model | operation | GB/s | of the copy |", "|---:|---|---:|---:|"]
+    """Formats throughput and memory with their goals, and the machine."""
+    speed_rows = []
     for one in speeds:
-        missed = "" if one.ratio >= GOAL else f" (goal {GOAL})"
-        lines.append(
-            f"| {one.gigabytes:.2f} GB | {one.operation} | {one.gigabytes_per_second:.2f} "
-            f"| {one.ratio:.2f}{missed} |"
+        ratio = f"{one.ratio:.2f}" if one.ratio >= GOAL else f"{one.ratio:.2f} (goal {GOAL})"
+        speed_rows.append(
+            (f"{one.gigabytes:.2f} GB", one.operation, f"{one.gigabytes_per_second:.2f}", ratio)
         )
-    lines += ["", "| model | operation | peak memory | largest tensors |", "|---:|---|---:|---:|"]
-    lines += [
-        f"| {one.gigabytes:.2f} GB | {one.operation} | {one.peak_megabytes:.0f} MB | {one.tensors:.2f} |"
+    peak_rows = [
+        (f"{one.gigabytes:.2f} GB", one.operation, f"{one.peak_megabytes:.0f} MB", f"{one.tensors:.2f}")
         for one in peaks
     ]
-    return "\n".join([*lines, "", *(f"{key}: {value}" for key, value in machine().items())])
+    tables = [
+        markdown_table(("model", "operation", "GB/s", "of the copy"), speed_rows, "><>>"),
+        markdown_table(("model", "operation", "peak memory", "largest tensors"), peak_rows, "><>>"),
+        "\n".join(f"{key}: {value}" for key, value in machine().items()),
+    ]
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":

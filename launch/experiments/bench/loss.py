@@ -1,4 +1,4 @@
-"""Peak memory of the loss: chunked against plain cross entropy on full logits, equal in its gradients."""
+"""Peak memory of the loss: chunked against plain cross entropy on full logits, with equal gradients."""
 
 import multiprocessing
 import resource
@@ -16,7 +16,7 @@ TOKENS, WIDTH, VOCABULARY, CHUNK = 4096, 256, 100_352, 1024
 
 
 def loss_memory(raw: dict[str, float]) -> dict[str, float]:
-    """Peak bytes of each side above what its inputs take, each in a process of its own.
+    """Peak bytes of each side above its inputs, each in its own process.
 
     Raises:
         AssertionError: if the two sides' gradients differ.
@@ -45,7 +45,7 @@ def _child(side: str, result: Connection) -> None:
     hidden_TD = torch.randn(TOKENS, WIDTH, generator=generator).requires_grad_()
     weight_VD = (torch.randn(VOCABULARY, WIDTH, generator=generator) * 0.02).requires_grad_()
     targets_T = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
-    # A first small pass, so that the peak holds no library's set-up.
+    # A small warm-up pass, so that the peak does not include libraries' initialisation.
     _loss(side, hidden_TD[:8], weight_VD[:64], targets_T[:8] % 64).backward()
     hidden_TD.grad = weight_VD.grad = None
     before = _resident_bytes()

@@ -1,4 +1,4 @@
-"""The peers that the benchmark runs beside ours: the same architecture in other libraries."""
+"""Peers of the benchmark: the same architecture in other libraries."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ from train.recipe.schema import Model
 # Shapes: B sequences, S tokens, D model, F expert hidden, E experts, K experts per token.
 
 LossOf = Callable[[Tensor], Tensor]
-"""Training loss of input ids [B, S], balance loss included."""
+"""Training loss of input ids [B, S], including the balance loss."""
 
 
 def hugging_face_dbrx(cfg: Model) -> tuple[nn.Module, LossOf]:
-    """The DbrxForCausalLM of transformers, with sdpa attention and its own loss with router logits."""
+    """Builds the DbrxForCausalLM of transformers, with sdpa attention and its own loss with router logits."""
     from transformers import DbrxConfig, DbrxForCausalLM
 
     assert cfg.moe is not None
@@ -46,14 +46,13 @@ def hugging_face_dbrx(cfg: Model) -> tuple[nn.Module, LossOf]:
     _like_ours(model)
 
     def loss_of(ids_BS: Tensor) -> Tensor:
-        # The mask of ones is what a data collator hands over; without it the router's loss has no shape.
         return model(input_ids=ids_BS, labels=ids_BS).loss
 
     return model, loss_of
 
 
 def llm_foundry_mpt(cfg: Model) -> tuple[nn.Module, LossOf]:
-    """LLM Foundry's MPT with `torch_dmoe`, its only mixture of experts that runs on a CPU."""
+    """Builds LLM Foundry's MPT with `torch_dmoe`, its only mixture of experts that runs on a CPU."""
     megablocks_ops.install()
     from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
 
@@ -101,7 +100,7 @@ def llm_foundry_mpt(cfg: Model) -> tuple[nn.Module, LossOf]:
 
 
 def _like_ours(model: nn.Module) -> None:
-    """Hugging Face's initialisation draws norms around 0: give it one that trains."""
+    """Replaces Hugging Face's initialisation, which draws norm weights around 0, by one that trains."""
     for parameter in model.parameters():
         with torch.no_grad():
             if parameter.ndim == 1:

@@ -1,18 +1,17 @@
-"""Speed of making shards beside LLM Foundry's and Spark's: ``python -m launch.experiments.bench.prepare``.
+"""Speed of preparing shards, against LLM Foundry and on Spark: `python -m launch.experiments.bench.prepare`.
 
-All sides read the same text files, on all cores, and write MDS shards of cl100k_base's tokens; they take
-turns, and a figure is the ratio of medians. Ours is measured twice: tokenising and writing, which is what the
-converter does, and the whole job with signatures and near-duplicate removal.
+All sides read the same text files, on all cores, and write MDS shards of cl100k_base tokens; they alternate,
+and a figure is the ratio of medians. Ours is measured twice: only tokenising and writing, like the converter,
+and the full job with signatures and near-duplicate removal.
 """
 
-import argparse
 import dataclasses
-import json
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,45 +27,49 @@ from train.layout.device import describe_hardware
 from train.recipe.preparation import Preparation, Source, SourceKind
 from train.recipe.schema import Data, Recipe, Tokenizer, TokenizerKind
 from train.recipe.topology import usable_cores
+from train.record.command import Figures, command
 from train.record.provenance import git_commit
+from train.record.tables import text_table
 
 SEQUENCE_TOKENS = 2048
 GOALS = {"vs_llmfoundry": 5.0, "spark_vs_processes": 0.7}
 TOKENISING = ("tokenising", "writing shards")
-"""Titles of the stages that the converter has too."""
+"""Titles of the stages that the converter also has."""
 
 
 class Timed:
-    """An engine that notes how long each stage took."""
+    """An engine that records the duration of each stage."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self.seconds = engine, dict[str, float]()
 
     def run(self, title: str, stage: Stage[Item], job: PreparationJob, items: Sequence[Item]) -> list[Result]:
-        """As the engine does."""
+        """Runs and times a stage."""
         start = time.perf_counter()
         results = self._engine.run(title, stage, job, items)
         self.seconds[title] = time.perf_counter() - start
         return results
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the benchmark and prints its table."""
-    parser = argparse.ArgumentParser(prog="python -m launch.experiments.bench.prepare", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default 3)")
     parser.add_argument("--megabytes", type=int, default=16, help="text per domain, at most (default 16)")
-    options = parser.parse_args(arguments)
+
+
+@command(
+    "python -m launch.experiments.bench.prepare", __doc__, add_arguments, json="write the figures as JSON"
+)
+def main(options: Namespace) -> Figures:
+    """Runs the benchmark and prints its table."""
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), options.rounds, options.megabytes * 1_000_000)
     print(table(figures))
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
+    return Figures(figures)
 
 
 def measure(folder: Path, rounds: int, max_bytes: int) -> dict[str, Any]:
-    """Figures of all sides, in tokens per second, and their ratios."""
+    """Measures all sides in tokens per second, and their ratios."""
     text_bytes = write_texts(folder / "text", max_bytes)
     processes = Processes(usable_cores())
     recipe = recipe_of(folder)
@@ -76,7 +79,7 @@ def measure(folder: Path, rounds: int, max_bytes: int) -> dict[str, Any]:
     peer = foundry_converter(folder, recipe)
     seconds: dict[str, list[float]] = {}
     tokens = 0
-    for _ in range(rounds + 1):  # The first warms caches, Spark's workers among them, and does not count.
+    for _ in range(rounds + 1):  # The first warms up caches and Spark's workers, and does not count.
         for name, engine in (("processes", processes), ("spark", spark)):
             timed = Timed(engine)
             manifest, total = _timed(partial(build_shards, recipe, rebuild=True, engine=timed))
@@ -100,7 +103,7 @@ def measure(folder: Path, rounds: int, max_bytes: int) -> dict[str, Any]:
 
 
 def write_texts(folder: Path, max_bytes: int) -> int:
-    """The installed corpus as text files; returns their bytes."""
+    """Writes the installed corpus as text files; returns their total bytes."""
     folder.mkdir()
     total = 0
     for number, document in enumerate(installed_corpus(max_bytes)):
@@ -110,7 +113,7 @@ def write_texts(folder: Path, max_bytes: int) -> int:
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """A recipe whose one source is the text files."""
+    """Builds a recipe with the text files as its only source."""
     facts = {"dataset": "installed", "version": "0", "origin": "this machine", "licence": "various"}
     source = Source("all", SourceKind.text, str(folder / "text"), **facts)  # type: ignore[arg-type]
     data = Data(
@@ -124,7 +127,7 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def foundry_converter(folder: Path, recipe: Recipe) -> Callable[[], object]:
-    """LLM Foundry's converter of text files, with the same tokenizer in Hugging Face's form."""
+    """Prepares LLM Foundry's text converter with the same tokenizer in Hugging Face format."""
     from train.model import megablocks_ops
 
     megablocks_ops.install()
@@ -153,20 +156,20 @@ def foundry_converter(folder: Path, recipe: Recipe) -> Callable[[], object]:
 
 
 def tokens_of(manifest: Manifest) -> int:
-    """Tokens of all splits."""
+    """Number of tokens in all splits."""
     return sum(split.tokens for domain in manifest.domains.values() for split in domain.splits.values())
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures for people."""
-    rows = [f"{figures['text_bytes']:,} bytes of text, {figures['tokens']:,} tokens"]
-    rows += [f"{name:40}{speed:>14,.0f} tokens/s" for name, speed in figures["tokens_per_second"].items()]
+    """Formats the figures as a text table."""
+    rows = [(name, f"{speed:,.0f}", "tokens/s") for name, speed in figures["tokens_per_second"].items()]
     for key, goal in GOALS.items():
         met = "reached" if figures[key] >= goal else "NOT reached"
-        rows.append(f"{key:40}{figures[key]:>14.2f}  goal {goal} {met}")
-    rows.append(f"{'whole_vs_llmfoundry':40}{figures['whole_vs_llmfoundry']:>14.2f}")
-    rows.append(f"{'Spark session starts in':40}{figures['spark_start_seconds']:>14.1f} s, not counted above")
-    return "\n".join(rows)
+        rows.append((key, f"{figures[key]:.2f}", f"goal {goal} {met}"))
+    rows.append(("whole_vs_llmfoundry", f"{figures['whole_vs_llmfoundry']:.2f}", ""))
+    rows.append(("Spark session starts in", f"{figures['spark_start_seconds']:.1f}", "s, not counted above"))
+    head = f"{figures['text_bytes']:,} bytes of text, {figures['tokens']:,} tokens"
+    return f"{head}\n{text_table((), rows, '<><')}"
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

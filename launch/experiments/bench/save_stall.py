@@ -1,47 +1,50 @@
-"""How long a checkpoint stops training: `python -m launch.experiments.bench.save_stall RECIPE.yaml`.
+"""Training time that a checkpoint costs: `python -m launch.experiments.bench.save_stall RECIPE.yaml`.
 
-Saves the recipe's model (in its own size) and optimizer while steps go on, and prints what each save took of
+Saves the recipe's full-size model and optimizer while steps continue, and prints how long each save stalls
 training. Without Composer: ranks are forked, sharded as the recipe says, and fed random tokens.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import Parallelism, Precision, Recipe
 from train.recipe.topology import Topology
+from train.record.command import Figures, command
+from train.record.tables import text_table
 
 TARGET_SHARE = 0.2
-"""At most this share of a save's time may be taken from training."""
+"""Largest share of a save's time that may stall training."""
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; exit status 1 if the share is above the target."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.experiments.bench.save_stall", description=__doc__
-    )
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
     parser.add_argument("--ranks", type=int, default=1, help="processes (default 1)")
-    parser.add_argument("--saves", type=int, default=5, help="checkpoints that count (default 5)")
+    parser.add_argument("--saves", type=int, default=5, help="checkpoints to measure (default 5)")
     parser.add_argument("--folder", type=Path, help="disk to write to; default: a temporary folder")
-    parser.add_argument("--json", metavar="FILE", help="write the figures")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        recipe = replace(recipe, parallelism=Parallelism(expert=recipe.parallelism.expert))
-        validate(recipe, Topology(0, options.ranks, 0, options.ranks), options.recipe)
-    except UserError as error:
-        print(error.at(options.recipe), file=sys.stderr)
-        return 2
+
+
+@command(
+    "python -m launch.experiments.bench.save_stall",
+    __doc__,
+    add_arguments,
+    json="write the figures",
+    file="recipe",
+    intermixed=True,
+)
+def main(options: Namespace) -> Figures:
+    """Measures the saves; status 1 if the share is above the target."""
+    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = replace(recipe, parallelism=Parallelism(expert=recipe.parallelism.expert))
+    validate(recipe, Topology(0, options.ranks, 0, options.ranks), options.recipe)
     print(f"{recipe.name}: importing torch and MegaBlocks", flush=True)
     from launch.verify.forked_ranks import run_ranks
 
@@ -53,20 +56,21 @@ def main(arguments: list[str]) -> int:
         )[0]
     copy, whole = (statistics.median(figures) for figures in zip(*measured, strict=True))
     share = copy / whole
-    print(f"{'save':>6}{'stands still':>15}{'whole save':>13}{'share':>8}")
-    for number, (still, seconds) in enumerate(measured, start=1):
-        print(f"{number:6d}{still:13.3f} s{seconds:11.3f} s{still / seconds:8.1%}")
-    print(f"median{copy:13.3f} s{whole:11.3f} s{share:8.1%}   target at most {TARGET_SHARE:.0%}")
-    if options.json:
-        figures = {"copy_seconds": copy, "save_seconds": whole, "share": share, "saves": measured}
-        Path(options.json).write_text(json.dumps({"recipe": recipe.name, **figures}, indent=1))
-    return 1 if share > TARGET_SHARE else 0
+    saves = [*enumerate(measured, start=1), ("median", (copy, whole))]
+    rows = [
+        (name, f"{stall:.3f} s", f"{seconds:.3f} s", f"{stall / seconds:.1%}")
+        for name, (stall, seconds) in saves
+    ]
+    print(text_table(("save", "stall", "whole save", "share"), rows, ">>>>"))
+    print(f"target: a share of at most {TARGET_SHARE:.0%}")
+    figures = {"copy_seconds": copy, "save_seconds": whole, "share": share, "saves": measured}
+    return Figures({"recipe": recipe.name, **figures}, 1 if share > TARGET_SHARE else 0)
 
 
 def measure(recipe: Recipe, topology: Topology, folder: Path, saves: int) -> list[tuple[float, float]]:
-    """Copy and whole time of each save in seconds, steps running meanwhile; the first save is not counted.
+    """Measures the copy and total seconds of each save while steps run; the first save is not counted.
 
-    The first one allocates the host copy, once for a run.
+    The first save allocates the host buffer, once per run.
     """
     import torch
 

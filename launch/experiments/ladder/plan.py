@@ -1,4 +1,4 @@
-"""A ladder: families of recipes at several sizes and seeds, and the runs that follow from it."""
+"""A ladder: families of recipes at several sizes and seeds, and its runs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,28 +19,28 @@ from train.recipe.topology import Topology
 
 @dataclass(frozen=True)
 class Family:
-    """Recipes that stand for one idea."""
+    """Recipes of one architecture at several sizes."""
 
     recipe: str = MISSING
-    """Path from the ladder's file; `{size}` stands for a size."""
+    """Path relative to the ladder's file; `{size}` is replaced by the size."""
     overrides: list[str] = field(default_factory=list)
-    """`key=value` on top of the recipe."""
+    """`key=value` that override the recipe."""
     sizes: Optional[list[str]] = None
-    """Sizes that this family is run at; null: all."""
+    """Sizes at which this family is run; null: all."""
     rate_of: Optional[str] = None
-    """Family whose learning rate this one takes; null: its own, from the search."""
+    """Family whose learning rate this one uses; null: its own, from the search."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """How each family's learning rate is chosen. Where the best is at the edge, more are tried beyond it."""
+    """Search for each family's learning rate. While the best is at the edge, it continues beyond the edge."""
 
     multipliers: dict[str, list[float]] = MISSING
-    """By size: what is tried first, of each recipe's own learning rate. The one with the lowest mean held-out
-    loss is taken, by the sizes after it too until one with a search of its own."""
+    """By size: multipliers of each recipe's own learning rate to try first. The one with the lowest mean
+    held-out loss is used, also by the following sizes up to the next one with its own search."""
     seeds: list[int] = field(default_factory=lambda: [100])
-    """A rate's loss is the mean over them. None of the ladder's: a chosen run must not be counted among the
-    results."""
+    """A rate's loss is the mean over these seeds. They must not be among the ladder's: a run that was
+    selected for its loss must not count as a result."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,25 @@ class Ladder:
     name: str = MISSING
     families: dict[str, Family] = MISSING
     sizes: list[str] = field(default_factory=lambda: ["one"])
-    """Names that the recipes' paths have; one size without a name where they have none."""
+    """Size names in the recipes' paths; a single size `one` if the paths have none."""
     seeds: list[int] = MISSING
     baseline: str = MISSING
-    """Family that the others are compared with."""
+    """Family with which the others are compared."""
     metric: str = "nats"
-    """Unit of the comparison: `nats` per token, or `bits_per_byte` where tokenizers differ."""
+    """Unit of the comparison: `nats` per token, or `bits_per_byte` if tokenizers differ."""
     matched: Optional[float] = 0.02
-    """Most that FLOPs per token may differ from the baseline's at a size; null: not compared."""
+    """Maximum relative difference in FLOPs from the baseline at a size; null: not checked."""
     search: Optional[Search] = None
     """null: the recipes' own learning rates."""
 
 
 Rates = dict[tuple[str, str], float]
-"""Multiplier of the learning rate by family and size that it was searched at."""
+"""Multiplier of the learning rate by family and size of the search."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training of the ladder."""
+    """One training run of the ladder."""
 
     family: str
     size: str
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def flops(self) -> float:
-        """Training FLOPs, attention included."""
+        """Training FLOPs, including attention."""
         return float(sizes.training_flops(self.recipe).total)
 
 
@@ -88,11 +88,11 @@ class LadderPlan:
 
     Args:
         path: the ladder's file.
-        scale: of every run's length; runs of another scale have names of their own.
-        overrides: `key=value` on top of every recipe.
+        scale: factor on every run's length; runs of different scales have different names.
+        overrides: `key=value` that override every recipe.
 
     Raises:
-        UserError: one line, for whatever is wrong with the ladder or a recipe of it.
+        UserError: if the ladder or one of its recipes is invalid.
     """
 
     def __init__(self, path: Path, *, scale: float = 1.0, overrides: list[str] | None = None) -> None:
@@ -105,7 +105,7 @@ class LadderPlan:
         self._check()
 
     def search_runs(self) -> list[Run]:
-        """The runs that choose learning rates before any is tried beyond an edge; none without a search."""
+        """The initial runs of the search, before any beyond an edge; empty without a search."""
         return [
             run
             for size in self._searched()
@@ -121,7 +121,7 @@ class LadderPlan:
         return [self._run(family, size, seed, multiplier, is_search=True) for seed in seeds]
 
     def runs(self, rates: Rates | None = None) -> list[Run]:
-        """The runs that count, the smallest first.
+        """The runs that are compared, the smallest first.
 
         Args:
             rates: from the search; None: the recipes' own.
@@ -139,7 +139,7 @@ class LadderPlan:
         place = [self.label, family] + ([size] if size != "one" else [])
         if is_search:
             place.append(f"rate{multiplier:g}")
-        # The first seed of a search goes without saying, so that more can be added to one that was made.
+        # The search's first seed is not in the name, so that seeds can be added to a finished search.
         if not is_search or seed != self._search_seeds()[0]:
             place.append(f"seed{seed}")
         schedule = recipe.schedule
@@ -156,13 +156,13 @@ class LadderPlan:
                 warmup_tokens=round(schedule.warmup_tokens * self.scale),
                 decay_tokens=round(schedule.decay_tokens * self.scale),
             ),
-            # Sent by the ladder, run by run: an uploader each would take the cores from the training.
+            # The ladder sends the runs one by one: an uploader per run would take cores from training.
             tracking=_tracking(recipe, self.label),
         )
         return Run(family, size, seed, multiplier, recipe, is_search)
 
     def _recipe(self, family: str, size: str) -> Recipe:
-        """A family's recipe at a size, read and checked once."""
+        """Loads and checks a family's recipe at a size, once."""
         if (family, size) not in self._recipes:
             entry = self.ladder.families[family]
             file = self.path.parent / entry.recipe.format(size=size)
@@ -176,7 +176,7 @@ class LadderPlan:
         return self.ladder.sizes if sizes is None else sizes
 
     def _searched(self) -> dict[str, list[float]]:
-        """What is tried at each size with a search."""
+        """Multipliers to try at each size with a search."""
         tried = self.ladder.search.multipliers if self.ladder.search else {}
         return {size: tried[size] for size in self.ladder.sizes if size in tried}
 
@@ -184,7 +184,7 @@ class LadderPlan:
         return self.ladder.search.seeds if self.ladder.search else []
 
     def _rate(self, family: str, size: str, rates: Rates) -> float:
-        """The multiplier found at the nearest size before this one, or else after it."""
+        """The multiplier found at this size, the nearest smaller one, or else the nearest larger one."""
         place = self.ladder.sizes.index(size)
         near = [*reversed(self.ladder.sizes[: place + 1]), *self.ladder.sizes[place + 1 :]]
         return next((rates[family, at] for at in near if (family, at) in rates), 1.0)
@@ -218,22 +218,22 @@ class LadderPlan:
             raise UserError(
                 f"has {seed}, one of the ladder's",
                 key="search.seeds",
-                remedy="give another: a run that was chosen for its loss is no fair sample",
+                remedy="give another: a run that was selected for its loss is a biased sample",
                 file=file,
             )
         for size, tried in search.multipliers.items():
             key, there = f"search.multipliers.{size}", ", ".join(self.ladder.sizes)
             if size not in self.ladder.sizes:
-                raise UserError("is no size", key=key, remedy=f"sizes are {there}", file=file)
+                raise UserError("is not a size", key=key, remedy=f"sizes are {there}", file=file)
             _require_each_once(tried, key, file)
             if len(tried) < 2 or min(tried) <= 0:
                 raise UserError(f"is {tried}", key=key, remedy="give two or more above 0", file=file)
         for name, family in self.ladder.families.items():
             if not family.rate_of and not set(self._sizes(name)) & set(self._searched()):
                 raise UserError(
-                    "is at no size with a search",
+                    "has no size with a search",
                     key=f"families.{name}",
-                    remedy="give rate_of, or search.multipliers for a size of it",
+                    remedy="give rate_of, or search.multipliers for one of its sizes",
                     file=file,
                 )
 
@@ -260,7 +260,7 @@ def read_ladder(path: Path) -> Ladder:
     """Reads a ladder's file.
 
     Raises:
-        UserError: one line that names file and key.
+        UserError: if it can't be read or is invalid.
     """
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Ladder), OmegaConf.load(path))
@@ -275,7 +275,7 @@ def read_ladder(path: Path) -> Ladder:
 
 
 def _require_each_once(values: Sequence[float] | Sequence[str], key: str, file: str) -> None:
-    """Two runs of one name would train in one folder at once."""
+    """Checks for duplicates: two runs of the same name would share a folder."""
     if not values:
         raise UserError("is empty", key=key, remedy="give one or more", file=file)
     if len(set(values)) < len(values):
@@ -283,7 +283,7 @@ def _require_each_once(values: Sequence[float] | Sequence[str], key: str, file: 
 
 
 def _scaled(recipe: Recipe, scale: float) -> Recipe:
-    """The recipe with its length, and that of its phases, times ``scale``."""
+    """The recipe with its length and those of its phases multiplied by ``scale``."""
     phases = [dataclasses.replace(phase, tokens=round(phase.tokens * scale)) for phase in recipe.data.phases]
     whole = sum(phase.tokens for phase in phases) or round(recipe.training.duration_tokens * scale)
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""A ladder in MLflow: one experiment, a parent run with the comparison, the ladder's runs below it."""
+"""A ladder in MLflow: one experiment, a parent run with the comparison, and the ladder's runs as children."""
 
 import dataclasses
 import logging
@@ -23,7 +23,7 @@ TIMINGS = "timings.jsonl"
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
-    """Page, PNG, CSV and JSON of a comparison."""
+    """Writes page, PNG, CSV and JSON of a comparison."""
     folder.mkdir(parents=True, exist_ok=True)
     write_page(comparison, folder / PAGE)
     write_png(comparison, folder / PICTURE)
@@ -32,12 +32,12 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
 
 
 def send(ladder: Ladder, label: str, folder: Path, runs: Sequence[Run], *, is_complete: bool) -> None:
-    """Sends the parent, then every complete run below it; again and again if you like.
+    """Sends the parent, then every complete run as its child; may be repeated.
 
     Raises:
-        UploadError: if the server does not take it; everything stays on disk.
+        UploadError: if the server rejects it; everything stays on disk.
     """
-    # MLflow tells of every migration of a new store, forty lines.
+    # MLflow logs every migration of a new store, forty lines.
     logging.disable(logging.INFO)
     parent = _send_parent(ladder, label, folder, is_complete=is_complete)
     for run in tqdm(runs, desc="MLflow", unit="run", dynamic_ncols=True):

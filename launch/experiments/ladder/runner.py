@@ -1,7 +1,7 @@
-"""Runs what is missing of a ladder, several at once, and keeps predicted and taken times.
+"""Trains the missing runs of a ladder, several at once, and records predicted and actual times.
 
-A run is forked from a process that has imported everything and computes on one core; the same ladder
-started again goes on with what was cut off.
+A run is forked from a process that has imported everything, and computes on one core. Starting the same
+ladder again continues interrupted runs.
 """
 
 import json
@@ -23,17 +23,17 @@ from train.recipe.units import duration
 from train.record.summary import Summary, read_summary
 
 FIRST_GUESS_FLOPS = 4e10
-"""FLOP/s of a core in training, for the first run's predicted time; later ones are told by the runs."""
+"""FLOP/s of a core in training, to predict the first run's time; later predictions use completed runs."""
 OVERHEAD_SECONDS = 10.0
-"""Of every run, whatever its length: building, the last validation, sample, report."""
+"""Overhead of every run: building, the last validation, sample, report."""
 POLL_SECONDS = 0.5
 DIVERGED_FILE = "diverged"
-"""In the folder of a search's run that twice met a step that is not finite."""
+"""Marker in the folder of a search run in which a step was not finite twice."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What a run was thought to take, and took."""
+    """Predicted and actual time of a run."""
 
     run: str
     family: str
@@ -43,24 +43,24 @@ class Timing:
 
 
 class Timings:
-    """The record of predicted and taken times, a line per run, in a file."""
+    """File of predicted and actual times, one line per run."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def read(self) -> list[Timing]:
-        """All lines."""
+        """Reads all lines."""
         if not self.file.is_file():
             return []
         return [Timing(**json.loads(line)) for line in self.file.read_text().splitlines()]
 
     def predict(self, run: Run) -> float:
-        """Seconds that a run will take, from the runs of its family, or of any, before it."""
+        """Predicts a run's seconds from previous runs of its family, or else of any family."""
         known = self.read()
         own = [it for it in known if it.family == run.family] or known
         if not own:
             return OVERHEAD_SECONDS + run.flops / FIRST_GUESS_FLOPS
-        # The nearest in size: small models use a core less well than large ones.
+        # The nearest in size, since small models use a core less efficiently than large ones.
         nearest = min(own, key=lambda it: abs(math.log(it.flops / run.flops))).flops
         training = [max(it.taken_seconds - OVERHEAD_SECONDS, 0.1) for it in own if it.flops == nearest]
         return OVERHEAD_SECONDS + run.flops / nearest * median(training)
@@ -72,17 +72,17 @@ class Timings:
 
 
 def summary_of(run: Run) -> Summary | None:
-    """What a run came to; None while it is not complete."""
+    """Summary of a run; None if it is not complete."""
     return read_summary(Path(run.recipe.runs_dir) / run.recipe.name)
 
 
 def has_diverged(run: Run) -> bool:
-    """Whether a search's run was given up: its learning rate is too high."""
+    """Returns True if a search run was abandoned because its learning rate is too high."""
     return _diverged_file(run).is_file()
 
 
 def missing(runs: Sequence[Run]) -> list[Run]:
-    """The runs that are neither complete nor given up."""
+    """The runs that are neither complete nor abandoned."""
     return [run for run in runs if summary_of(run) is None and not has_diverged(run)]
 
 
@@ -90,10 +90,10 @@ def train_missing(runs: Sequence[Run], folder: Path, *, workers: int, deadline: 
     """Trains the runs that are not complete.
 
     Args:
-        runs: in the order in which they begin.
-        folder: of the ladder; gets what each run says, and the timings.
-        workers: runs at once.
-        deadline: time (`time.time`) by which a run must be predicted to end, or it is not begun.
+        runs: in starting order.
+        folder: of the ladder; gets each run's log and the timings.
+        workers: number of runs at once.
+        deadline: time (`time.time`); runs that are predicted to end later are not started.
 
     Returns:
         The runs that are still not complete.
@@ -110,7 +110,7 @@ def train_missing(runs: Sequence[Run], folder: Path, *, workers: int, deadline: 
 
     for recipe in {run.recipe.data.shards: run.recipe for run in waiting}.values():
         ensure_shards(OpenedData(recipe))
-    # Tokenizers warns of every fork after it has been used, and is not used again by runs.
+    # tokenizers warns about every fork after its first use; the runs do not use it again.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def train_missing(runs: Sequence[Run], folder: Path, *, workers: int, deadline: 
 def _train(
     waiting: list[Run], timings: Timings, logs: Path, workers: int, deadline: float | None
 ) -> Iterator[tuple[Run, str]]:
-    """Keeps ``workers`` runs going and tells of each that ends how it did."""
+    """Keeps ``workers`` runs going; yields each run that ends, and how it ended."""
     from launch.verify.forked_ranks import RankError, Ranks
     from train.run import run as train
 
@@ -157,12 +157,12 @@ def _train(
                     raise _failed(run, logs, str(error).strip().splitlines()[-1]) from None
                 name, seconds = run.recipe.name, time.monotonic() - begun
                 if status == REPLAY_STATUS and name not in replayed:
-                    # A passing fault of the machine does not come back.
+                    # A transient hardware error does not recur.
                     replayed.add(name)
                     queue.insert(0, run)
                 elif status == REPLAY_STATUS and run.is_search:
                     _diverged_file(run).touch()
-                    yield run, f"diverged within {duration(seconds)}: not among the rates to choose from"
+                    yield run, f"diverged within {duration(seconds)}: its rate is excluded"
                 elif status != 0:
                     why = "a step is not finite, twice" if status == REPLAY_STATUS else f"status {status}"
                     raise _failed(run, logs, why)
@@ -183,5 +183,5 @@ def _failed(run: Run, logs: Path, reason: str) -> UserError:
     return UserError(
         f"ended early: {reason}",
         key=run.recipe.name,
-        remedy=f"see {log}; the same command goes on with what is missing",
+        remedy=f"see {log}; run the same command again to continue",
     )

@@ -1,4 +1,4 @@
-"""The search of learning rates: what is tried, what is tried beyond an edge, what is chosen."""
+"""Search for learning rates: initial multipliers, then more beyond an edge, until the best is inside."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,21 +10,21 @@ from launch.experiments.ladder.runner import has_diverged, summary_of
 STEP = 2.0
 """Ratio of the next multiplier beyond an edge to the edge."""
 MOST_TRIED = 10
-"""Multipliers of one family at one size; a loss that still falls then is not a matter of the rate."""
+"""Maximum number of multipliers per family and size; a loss that still falls then has another cause."""
 
 Losses = dict[tuple[str, str], dict[float, float]]
 """Mean held-out loss over domains and seeds by family and size, then by multiplier."""
 
 
 def search_rates(plan: LadderPlan, train: Callable[[Sequence[Run]], list[Run]]) -> tuple[list[Run], Losses]:
-    """Tries multipliers until the best of each family lies between two others.
+    """Tries multipliers until each family's best lies between two others.
 
     Args:
         plan: the ladder.
-        train: trains the runs that are missing, and returns those that still are.
+        train: trains the missing runs, and returns those that are still missing.
 
     Returns:
-        All runs of the search, and the losses; no losses if the search is not complete.
+        All runs of the search, and the losses; empty losses if the search is incomplete.
     """
     runs = plan.search_runs()
     while True:
@@ -43,7 +43,7 @@ def search_rates(plan: LadderPlan, train: Callable[[Sequence[Run]], list[Run]]) 
 
 
 def losses_of(runs: Sequence[Run]) -> Losses:
-    """What complete runs of a search came to; NaN for a rate with a run that diverged."""
+    """Losses of the complete runs of a search; NaN for a rate at which a run diverged."""
     found: dict[tuple[str, str], dict[float, list[float]]] = {}
     for run in runs:
         summary = summary_of(run)
@@ -54,7 +54,7 @@ def losses_of(runs: Sequence[Run]) -> Losses:
 
 
 def beyond(tried: dict[float, float]) -> float | None:
-    """The multiplier to try next; None if the best lies between others, or enough were tried."""
+    """The next multiplier to try; None if the best lies between others, or enough were tried."""
     best = best_of(tried)
     if len(tried) >= MOST_TRIED or min(tried) < best < max(tried):
         return None
@@ -62,7 +62,7 @@ def beyond(tried: dict[float, float]) -> float | None:
 
 
 def best_of(tried: dict[float, float]) -> float:
-    """The multiplier with the lowest loss; one whose run diverged is never it."""
+    """The multiplier with the lowest loss, never one that diverged."""
     return min(tried, key=lambda multiplier: (math.isnan(tried[multiplier]), tried[multiplier], multiplier))
 
 
@@ -71,8 +71,8 @@ def chosen(losses: Losses) -> Rates:
     return {place: best_of(tried) for place, tried in losses.items()}
 
 
-def told(losses: Losses) -> list[str]:
-    """The search's result in words."""
+def summary_lines(losses: Losses) -> list[str]:
+    """The search's result, one line per family and size."""
     lines = []
     for (family, size), tried in losses.items():
         where = family if size == "one" else f"{family} at {size}"

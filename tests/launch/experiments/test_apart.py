@@ -1,4 +1,4 @@
-"""Experiments are evidence, not product: nothing outside of them imports them; the README has them all."""
+"""Experiments are evidence, not product: nothing else imports them, and the README lists them all."""
 
 import re
 from pathlib import Path
@@ -35,6 +35,6 @@ def test_the_readme_has_every_command_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("options", [["--ranks", "2"], ["--trials", "0"]])
-def test_trials_that_tell_nothing_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_trials_that_show_nothing_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(ROOT / "yamls/smoke.yaml"), *options]) == 2
     assert "--ranks 3 or more" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The table of replay: paired by seed, with Student's interval."""
+"""Replay shares are compared in pairs by seed, with Student's interval."""
 
 import pytest
 

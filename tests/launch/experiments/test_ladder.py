@@ -1,4 +1,4 @@
-"""Ladders: what they make of their file, and one that is run to its end, cut off in between."""
+"""Ladders: the runs that their files define, and one that is interrupted and completed."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from launch.experiments.ladder import __main__ as ladder
 from launch.experiments.ladder import search
 from launch.experiments.ladder.plan import LadderPlan, Run
 from launch.experiments.ladder.runner import OVERHEAD_SECONDS, Timing, Timings
-from launch.experiments.ladder.search import MOST_TRIED, best_of, beyond, chosen, search_rates, told
+from launch.experiments.ladder.search import MOST_TRIED, best_of, beyond, chosen, search_rates, summary_lines
 from tests.train.report.test_report import SUMMARY
 from train.recipe import sizes
 from train.recipe.errors import UserError
@@ -93,13 +93,13 @@ def test_families_train_with_equal_flops_on_equal_data(path: Path) -> None:
     assert finest == {"l"}
 
 
-def test_a_ladder_is_climbed_cut_off_and_finished(
+def test_a_ladder_is_interrupted_and_completed(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Two rates are tried of each family; where the best lies is another test's.
+    # Two rates per family; another test checks the search beyond the edge.
     monkeypatch.setattr(search, "MOST_TRIED", 2)
     arguments = [str(tiny), f"runs_dir={tmp_path}/runs", "--json", str(tmp_path / "figures.json")]
-    # The search and one family alone; then the rest, without training anything again.
+    # First the search and one family, then the rest, without training anything again.
     assert ladder.main([*arguments, "--only", "*dense*", "--no-mlflow"]) == ladder.INCOMPLETE_STATUS
     assert "2 of 4 runs are missing" in capsys.readouterr().out
     folder = tmp_path / "runs/tiny"
@@ -141,7 +141,7 @@ def test_time_is_predicted_from_the_nearest_run_of_the_family(tmp_path: Path) ->
     assert timings.predict(large) == pytest.approx(OVERHEAD_SECONDS + large.flops / 1e13 * 300)
 
 
-def test_the_search_goes_on_until_the_best_rate_lies_between_others(tiny: Path, tmp_path: Path) -> None:
+def test_the_search_continues_until_the_best_rate_lies_between_others(tiny: Path, tmp_path: Path) -> None:
     plan = LadderPlan(tiny, overrides=[f"runs_dir={tmp_path}"])
     best = {"dense": 4.0, "fine": 0.125}
 
@@ -158,10 +158,13 @@ def test_the_search_goes_on_until_the_best_rate_lies_between_others(tiny: Path, 
     assert sorted(losses["dense", "one"]) == [0.5, 1, 2, 4, 8]
     assert sorted(losses["fine", "one"]) == [0.0625, 0.125, 0.25, 0.5, 1]
     assert len({run.recipe.name for run in runs}) == 10
-    assert "dense: learning rate 4x the recipe's (0.5x" in told(losses)[0] and "edge" not in told(losses)[0]
+    assert (
+        "dense: learning rate 4x the recipe's (0.5x" in summary_lines(losses)[0]
+        and "edge" not in summary_lines(losses)[0]
+    )
     counted = {(run.family, run.multiplier) for run in plan.runs(chosen(losses))}
     assert counted == {("dense", 4.0), ("fine", 0.125)}
-    # A search that is cut off chooses nothing.
+    # An incomplete search chooses nothing.
     assert search_rates(plan, list)[1] == {}
 
 
@@ -189,13 +192,13 @@ def test_a_rate_is_judged_by_the_mean_over_the_search_s_seeds(tiny: Path, tmp_pa
     runs, losses = search_rates(plan, train)
     assert chosen(losses) == {("dense", "one"): 0.5, ("fine", "one"): 0.5}
     assert losses["fine", "one"] == pytest.approx({0.25: 3.5, 0.5: 3.1, 1: 3.2})
-    # Those of the first seed have the names that they have without a second.
+    # Adding a seed does not change the names of the first seed's runs.
     names = {run.recipe.name for run in runs if run.family == "fine"}
     assert {"tiny-fine-rate1", "tiny-fine-rate1-seed8"} < names and len(names) == 6
     assert search_rates(plan, list)[1] == {}
 
 
-def test_a_rate_that_makes_a_run_diverge_is_passed_over(
+def test_a_rate_at_which_a_run_diverges_is_excluded(
     tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "MOST_TRIED", 2)
@@ -205,13 +208,13 @@ def test_a_rate_that_makes_a_run_diverge_is_passed_over(
     printed = capfd.readouterr().out
     assert printed.count("diverged within") == 2 and printed.count("1e+30x diverged)") == 2
     assert "fine: learning rate 1x the recipe's" in printed
-    # Each was tried again before: a passing fault of the machine would not have come back.
+    # Each was retried first: a transient hardware error would not have recurred.
     assert printed.count(f"ended with status {REPLAY_STATUS}") == 4
-    # Given up for good, and no other run's time is predicted from theirs.
+    # They stay abandoned, and no other run's time is predicted from theirs.
     assert ladder.main(arguments) == ladder.INCOMPLETE_STATUS
     assert "to train" not in capfd.readouterr().out
     assert len(Timings(tmp_path / "runs/tiny/timings.jsonl").read()) == 2
-    # A run that counts is never given up.
+    # A run outside the search is never abandoned.
     tiny.write_text(tiny.read_text().replace("search:", "#"))
     assert ladder.main([str(tiny), f"runs_dir={tmp_path}/high", "optimizer.learning_rate=1e30"]) == 2
     assert "-seed1: ended early: a step is not finite, twice" in capfd.readouterr().err
@@ -236,11 +239,11 @@ def test_a_size_without_a_search_takes_the_rate_of_the_one_before() -> None:
         ("seeds: [1, 2]", "sizes: [one, one]\nseeds: [1, 2]", "sizes: is ['one', 'one']; give each once"),
         ("one: [0.5, 1]", "one: [1, 1, 2]", "search.multipliers.one: is [1.0, 1.0, 2.0]; give each once"),
         ("seeds: [1, 2]", "seedz: [1, 2]", "seedz"),
-        ("one: [0.5, 1]", "two: [0.5, 1]", "search.multipliers.two: is no size; sizes are one"),
+        ("one: [0.5, 1]", "two: [0.5, 1]", "search.multipliers.two: is not a size; sizes are one"),
         ("one: [0.5, 1]", "one: [1]", "search.multipliers.one: is [1.0]; give two or more"),
     ],
 )
-def test_mistakes_take_one_line(
+def test_errors_take_one_line(
     tiny: Path, before: str, after: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tiny.read_text()

@@ -1,4 +1,4 @@
-"""A run that meets documents of noise goes back, leaves them out, and equals one that never saw them."""
+"""A run that reads noise documents rolls back, excludes them, and equals one that never saw them."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from train.recipe.reading import load_recipe
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 
 
-def test_it_goes_back_and_is_the_run_that_never_saw_them(tmp_path: Path) -> None:
+def test_it_rolls_back_and_equals_the_run_that_never_saw_them(tmp_path: Path) -> None:
     recipe = load_recipe(YAMLS / "smoke.yaml")
     check = BadDataCheck(steps=44)
     rows = list(check.run(Workspace(recipe, tmp_path)))

@@ -1,4 +1,4 @@
-"""The export of a tiny run is what transformers computes with; a model that cannot be exported is refused."""
+"""transformers computes the same from a tiny run's export; a model that cannot be exported is refused."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Injected faults are survived exactly and called by their names."""
+"""Runs survive injected faults exactly, and the supervisor classifies each correctly."""
 
 import random
 from pathlib import Path

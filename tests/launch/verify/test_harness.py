@@ -1,8 +1,9 @@
-"""The harness runs what it is given, tells every row and failure, and exits with the verdict."""
+"""The harness runs the given checks, reports every row and failure, and returns the verdict as status."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,9 @@ YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 
 
 class Given(TableCheck):
-    """Gives the rows that it was made with, then fails if it was told to."""
+    """Yields the given rows, then raises the given error, if there is one."""
+
+    title, text = "Given", "Rows of a test."
 
     def __init__(self, name: str, rows: list[Row], error: str = "") -> None:
         super().__init__()
@@ -44,54 +47,54 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     return load_recipe(YAMLS / "smoke.yaml")
 
 
-def run(
-    recipe: Recipe, *checks: Check[Row], json_file: str | None = "f.json", html: str | None = None
-) -> int:
-    return run_checks(recipe, checks, json_file, html)
+def run(recipe: Recipe, *checks: Check[Row], html: str | None = None) -> tuple[int, Any]:
+    found = run_checks(recipe, checks, html)
+    return found.status, json.loads(json.dumps(found.tree))
 
 
 def test_a_check_that_holds_has_status_0_and_its_own_figures(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(recipe, Given("resume", [good(), good()])) == 0
-    told = json.loads(Path("f.json").read_text())
-    assert list(told) == ["recipe", "steps", "seconds", "passed", "rows"]
+    status, figures = run(recipe, Given("resume", [good(), good()]))
+    assert status == 0
+    assert list(figures) == ["recipe", "steps", "seconds", "passed", "rows"]
     row = {"what": "kill -9", "layout": "(1,1,1)", "figures": "all equal", "violations": []}
-    assert told["passed"] is True and told["rows"] == [row] * 2
+    assert figures["passed"] is True and figures["rows"] == [row] * 2
     assert "all equal" in Path("resume-smoke.html").read_text()
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 4 and out[-1] == "pass: resume: 2 of 2 rows passed in 0 s; resume-smoke.html"
 
 
-def test_every_violation_is_told_and_the_other_checks_are_run(
+def test_every_violation_is_reported_and_the_other_checks_are_run(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checks = [Given("resume", [good(), bad()]), Given("faults", [good()])]
-    assert run(recipe, *checks, html="page.html") == 1
+    status, figures = run(recipe, *checks, html="page.html")
+    assert status == 1
     complaint = capsys.readouterr().err.splitlines()
     assert complaint == [
         "FAIL: resume: reshard (1,2,2): the data log differs",
         "FAIL: resume: reshard (1,2,2): weights differ",
     ]
-    told = json.loads(Path("f.json").read_text())
-    assert told["passed"] is False
-    assert [figures["passed"] for figures in told["checks"].values()] == [False, True]
+    assert figures["passed"] is False
+    assert [each["passed"] for each in figures["checks"].values()] == [False, True]
     assert Path("page-resume.html").is_file() and Path("page-faults.html").is_file()
 
 
-def test_a_check_that_cannot_go_on_has_failed_and_the_next_one_is_run(
+def test_a_check_that_cannot_continue_has_failed_and_the_next_one_is_run(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checks = [Given("faults", [good()], "Traceback\nrank 1 was killed"), Given("export", [good()])]
-    assert run(recipe, *checks) == 1
-    told = json.loads(Path("f.json").read_text())["checks"]
-    assert told["faults"]["error"].endswith("rank 1 was killed") and not told["faults"]["passed"]
-    assert told["export"]["passed"] and "error" not in told["export"]
+    status, figures = run(recipe, *checks)
+    figures = figures["checks"]
+    assert status == 1
+    assert figures["faults"]["error"].endswith("rank 1 was killed") and not figures["faults"]["passed"]
+    assert figures["export"]["passed"] and "error" not in figures["export"]
     assert "rank 1 was killed" in capsys.readouterr().err
 
 
 def test_a_check_without_rows_has_not_passed(recipe: Recipe) -> None:
-    assert run(recipe, Given("export", []), json_file=None) == 1
+    assert run(recipe, Given("export", []))[0] == 1
 
 
 def test_a_run_that_nothing_disturbs_is_trained_once(

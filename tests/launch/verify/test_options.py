@@ -1,9 +1,19 @@
-"""The command line says which checks are run, and refuses what none of them reads."""
+"""The command line selects the checks, and refuses options that none of them reads."""
+
+from argparse import ArgumentParser, Namespace
 
 import pytest
 
-from launch.verify.options import CHECKS, parse
+from launch.verify.options import CHECKS, add_arguments, bind_count, choose_checks
 from train.recipe.errors import UserError
+
+
+def parse(arguments: list[str]) -> Namespace:
+    parser = ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_intermixed_args(bind_count(arguments))
+    choose_checks(options)
+    return options
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The parity gate passes where layouts are right, and fails for every fault that is put in."""
+"""The parity gate passes correct layouts, and fails for every injected fault."""
 
 import functools
 import json
@@ -51,7 +51,7 @@ def test_gate_sees_the_fault(name: str, precision: Precision, folder: Path) -> N
     fault = FAULTS[name]
     key = (fault.input, str(fault.layout), fault.needs_global_scope, precision)
     case, seed, file = _reference(key, folder)
-    outcome = CaseOutcome(case, run_case(case, seed, file, fault.put_in))
+    outcome = CaseOutcome(case, run_case(case, seed, file, fault.inject))
     assert not outcome.has_passed
     deviation = outcome.deviations[fault.shows_in]
     assert deviation.first, f"not in {fault.shows_in}: {outcome.deviations}"
@@ -65,10 +65,10 @@ def test_a_recomputation_that_rounds_otherwise_is_seen_only_in_bf16(
     fault = FAULTS["rounded-in-forward-alone"]
     case, seed, file = _reference((fault.input, str(fault.layout), False, precision), folder)
     if precision is Precision.fp32:
-        assert CaseOutcome(case, run_case(case, seed, file, fault.put_in)).has_passed
+        assert CaseOutcome(case, run_case(case, seed, file, fault.inject)).has_passed
         return
     with pytest.raises(RankError, match="recomputed metadata"):
-        run_case(case, seed, file, fault.put_in)
+        run_case(case, seed, file, fault.inject)
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
@@ -114,12 +114,12 @@ def test_command_passes_a_recipe_and_writes_its_tables(
     page, figures = tmp_path / "parity.html", tmp_path / "parity.json"
     written = ["--html", str(page), "--json", str(figures)]
     assert main([str(YAMLS / f"{stem}.yaml"), *options, *written]) == 0, capsys.readouterr().err
-    told = json.loads(figures.read_text())
-    assert told["passed"] and not told["first_difference"]
-    for case in told["cases"]:
+    report = json.loads(figures.read_text())
+    assert report["passed"] and not report["first_difference"]
+    for case in report["cases"]:
         errors = case["largest_relative_error"]
         assert all(
-            errors[quantity] <= bound for quantity, bound in told["bounds"][case["precision"]].items()
+            errors[quantity] <= bound for quantity, bound in report["bounds"][case["precision"]].items()
         ), case
         assert case["layout"] in page.read_text()
 
@@ -135,7 +135,7 @@ def test_a_failure_has_status_1_and_names_what_differs_first(
     assert "0 of 1 cases passed" in page.read_text()
 
 
-def test_a_mistake_in_the_recipe_has_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_in_the_recipe_has_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(YAMLS / "smoke.yaml"), "model.moe.top_k=99"]) == 2
     assert "top_k" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Runs that are killed or preempted resume exactly, here and under other layouts; it is noticed if not."""
+"""Killed or preempted runs resume exactly, also under other layouts; a difference is noticed."""
 
 import random
 from dataclasses import replace

@@ -34,7 +34,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     [
         (["import", "folder"], "import: give SOURCE and OUT, or --verify and a folder"),
         (["import", "folder", "out", "--verify"], "import: give SOURCE and OUT, or --verify and a folder"),
-        (["check", "folder"], "check: give SOURCE and FOLDER, or neither: then every architecture is tried"),
+        (["check", "folder"], "check: give SOURCE and FOLDER, or neither to check every architecture"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_a_line(

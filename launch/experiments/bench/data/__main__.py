@@ -1,18 +1,16 @@
 """The order, the loader and the cache against Streaming: `python -m launch.experiments.bench.data`.
 
-start: seconds and memory until the first batch, anywhere in yamls/mixtures/12t.yaml, with the indexes of its
-shards, which are left out on Streaming's side. loader: tokens a second, one worker. fetches: a simulated
-epoch on 64 nodes. shuffle: quality of the order. resume: random places of five phases on other worlds.
-Shards are synthetic, in a temporary folder that is removed.
+start: seconds and memory until the first batch, anywhere in yamls/mixtures/12t.yaml, including reading shard
+indexes, which Streaming's side does not do. loader: tokens per second, one worker. fetches: a simulated epoch
+on 64 nodes. shuffle: quality of the order. resume: random positions in five phases with other world sizes.
+Shards are synthetic, in a temporary folder.
 """
 
-import argparse
 import datetime
-import json
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -23,6 +21,7 @@ from launch.experiments.bench.data.shuffle import shuffle
 from launch.experiments.bench.data.speed import speed
 from launch.experiments.bench.data.start import start
 from train.layout.device import describe_hardware
+from train.record.command import Figures, command
 from train.record.provenance import git_commit
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
@@ -34,12 +33,14 @@ PARTS: dict[str, Callable[[], list[Figure]]] = {
 }
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; exit status 1 if a goal is missed."""
-    parser = argparse.ArgumentParser(prog="python -m launch.experiments.bench.data", description=__doc__)
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments."""
     parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "all"], help="default: all")
-    parser.add_argument("--json", metavar="FILE", help="write the figures")
-    options = parser.parse_args(arguments)
+
+
+@command("python -m launch.experiments.bench.data", __doc__, add_arguments, json="write the figures")
+def main(options: Namespace) -> Figures:
+    """Runs the benchmark; status 1 if a goal is missed."""
     parts = [part for part in PARTS if options.part in (part, "all")]
     figures = [figure for part in tqdm(parts, desc="parts") for figure in PARTS[part]()]
     where = {
@@ -48,10 +49,8 @@ def main(arguments: list[str]) -> int:
         "date": datetime.date.today().isoformat(),
     }
     print("\n".join([table(figures), "", *(f"{key}: {value}" for key, value in where.items())]))
-    if options.json:
-        content = {"figures": [asdict(figure) for figure in figures], "machine": where}
-        Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
-    return 0 if all(figure.is_reached for figure in figures) else 1
+    content = {"figures": [asdict(figure) for figure in figures], "machine": where}
+    return Figures(content, 0 if all(figure.is_reached for figure in figures) else 1)
 
 
 if __name__ == "__main__":

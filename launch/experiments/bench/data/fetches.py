@@ -1,7 +1,8 @@
-"""How often a node of 64 fetches a shard in an epoch: the cache's own policy, step by step.
+"""Simulation of the shard cache: how often a node of 64 fetches a shard in an epoch.
 
-Every loader process keeps maps of the shards that it read last, as :class:`data.shards.streams.ShardFolder`
-does; the cache evicts the shard that was opened longest ago, as :class:`data.shards.cache.ShardCache` does.
+Every loader process keeps maps of the shards that it read last, like
+:class:`data.shards.streams.ShardFolder`; the cache evicts the least recently opened shard, like
+:class:`data.shards.cache.ShardCache`.
 """
 
 from collections import OrderedDict
@@ -18,17 +19,17 @@ from launch.experiments.bench.data.speed import one_stage
 
 NODES, RANKS, WORKERS = 64, 8, 4
 SIMULATED = 16
-"""Nodes that are simulated, spread over all."""
+"""Number of nodes that are simulated, evenly spread over all."""
 BATCH = 2048
 SHARD_SAMPLES, WINDOW_SHARDS = 8192, 32
 SHARDS = {"web": 320, "code": 128, "science": 96, "reference": 64, "multilingual": 32}
-"""Of 64 MB; read once, in these proportions."""
+"""Shards of 64 MB by domain; read once, in these proportions."""
 BOUND = 2 * WINDOW_SHARDS * len(SHARDS)
-"""Shards of a cache of two windows of each domain."""
+"""Size of the cache in shards: two windows of each domain."""
 
 
 def fetches() -> list[Figure]:
-    """Shards fetched again, and how many are needed at a time."""
+    """Simulates an epoch: shards fetched more than once, and shards needed at a time."""
     total = sum(SHARDS.values()) * SHARD_SAMPLES
     weights = {name: count / sum(SHARDS.values()) for name, count in SHARDS.items()}
     curriculum = one_stage(total, weights, batch=BATCH, tokens=2048)
@@ -58,7 +59,7 @@ def fetches() -> list[Figure]:
 
 
 def _fetched(shards: Indices) -> Indices:
-    """How often each shard is fetched by a node, from those of its samples [batches, ranks, samples]."""
+    """Number of times that a node fetches each shard, given its samples' shards [batches, ranks, samples]."""
     count = np.zeros(sum(SHARDS.values()), np.int64)
     cache: OrderedDict[int, None] = OrderedDict()
     maps: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(RANKS * WORKERS)]
@@ -84,7 +85,7 @@ def _fetched(shards: Indices) -> Indices:
 
 
 def _needed(shards: Indices) -> int:
-    """The most shards of a node between their first sample and their last."""
+    """The most shards that a node needs at a time, each from its first sample to its last."""
     flat = shards.ravel()
     numbers, first = np.unique(flat, return_index=True)
     last = flat.size - 1 - np.unique(flat[::-1], return_index=True)[1]

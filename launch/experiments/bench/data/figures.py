@@ -1,6 +1,8 @@
-"""A figure of the data benchmark, and all of them as a table."""
+"""Figures of the data benchmark and their table."""
 
 from dataclasses import dataclass
+
+from train.record.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -12,11 +14,11 @@ class Figure:
     value: float
     unit: str
     goal: str = ""
-    """A sign and a number, `<= 1`; empty: stands beside another."""
+    """A sign and a number, `<= 1`; empty if it is only for comparison."""
 
     @property
     def is_reached(self) -> bool:
-        """Whether the goal is."""
+        """True if the goal is reached, or there is none."""
         if not self.goal:
             return True
         sign, bound = self.goal.split()
@@ -24,10 +26,10 @@ class Figure:
 
 
 def table(figures: list[Figure]) -> str:
-    """The figures beside their goals."""
-    lines = ["| part | what | figure | goal |", "|---|---|---:|---|"]
+    """Formats the figures with their goals."""
+    rows = []
     for one in figures:
         number = f"{one.value:,.0f}" if abs(one.value) >= 100 else f"{one.value:.3g}"
         missed = "" if one.is_reached else ", **not reached**"
-        lines.append(f"| {one.part} | {one.what} | {number} {one.unit} | {one.goal}{missed} |")
-    return "\n".join(lines)
+        rows.append((one.part, one.what, f"{number} {one.unit}", f"{one.goal}{missed}"))
+    return markdown_table(("part", "what", "figure", "goal"), rows, "<<><")

@@ -1,4 +1,4 @@
-"""Resuming at random places of five phases, on other worlds: the same sequences in the same order."""
+"""Resuming at random positions of five phases, with other world sizes, gives the same sequences in order."""
 
 import tempfile
 from itertools import islice
@@ -17,7 +17,7 @@ from train.recipe.curriculum import Curriculum, plan_stages
 from train.recipe.schema import Data, Phase, Recipe, Training
 
 PLACES, READ = 20, 4
-"""Places to resume at, and batches that are compared at each."""
+"""Positions to resume at, and batches compared at each."""
 SAMPLES, S, BATCH = 4096, 64, 8
 PHASES = [
     Phase(tokens=60 * BATCH * S, weights={"code": 0.7, "web": 0.3}),
@@ -29,7 +29,7 @@ PHASES = [
 
 
 def resume() -> list[Figure]:
-    """How many of the places give what the uninterrupted run reads there."""
+    """Counts the positions at which a resumed run reads the same as the uninterrupted run."""
     curriculum = plan_stages(
         Recipe(
             name="resume",
@@ -62,7 +62,7 @@ def resume() -> list[Figure]:
 def _read(
     root: Path, curriculum: Curriculum, first: int, count: int, *, world_size: int, workers: int
 ) -> list[Batch]:
-    """Global batches from number ``first`` on, put together from all ranks."""
+    """Reads global batches, starting with number ``first``, concatenated over all ranks."""
     folders = {name: ShardFolder(root / name) for name in ("code", "web")}
     plan = OrderPlan(
         curriculum.segments(),

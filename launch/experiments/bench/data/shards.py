@@ -1,4 +1,4 @@
-"""Synthetic shards in a temporary folder: random tokens in documents of random lengths."""
+"""Synthetic shards: random tokens in documents of random lengths."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Quality of the order beside Streaming's py1e and a full random permutation."""
+"""Quality of the order against Streaming's py1e and a full random permutation."""
 
 from collections.abc import Iterator
 
@@ -10,16 +10,16 @@ from data.order.shard_order import Grouping, ShardOrder, ShardSizes
 from launch.experiments.bench.data.figures import Figure
 
 SHARDS, SHARD_SAMPLES = 256, 8192
-"""64 MB each in sequences of 2048 tokens."""
+"""Shards of 64 MB each, in sequences of 2048 tokens."""
 WINDOW_SHARDS = 32
 BLOCK = WINDOW_SHARDS * SHARD_SAMPLES
-"""py1e's default block, 2^18 samples, which is as many as a window's."""
+"""py1e's default block, 2^18 samples, the same as a window."""
 BATCH = 2048
 SEEDS = 5
 
 
 def shuffle() -> list[Figure]:
-    """Correlation with the order of the shards, and neighbours that stay within a batch."""
+    """Measures correlation with the shards' order, and neighbours that stay within a batch."""
     correlation: dict[str, list[float]] = {}
     together: dict[str, list[float]] = {}
     for seed in range(SEEDS):
@@ -41,7 +41,7 @@ def shuffle() -> list[Figure]:
 
 
 def _orders(seed: int) -> Iterator[tuple[str, Indices]]:
-    """The samples of one epoch of a domain in each order."""
+    """Yields the samples of one epoch of a domain in each order."""
     sizes = np.full(SHARDS, SHARD_SAMPLES, np.int64)
     total = int(sizes.sum())
     ours = ShardOrder(

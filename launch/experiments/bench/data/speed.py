@@ -1,4 +1,4 @@
-"""Tokens a second of the loader against StreamingDataset through StreamingDataLoader."""
+"""Tokens per second of the loader against StreamingDataset with StreamingDataLoader."""
 
 import statistics
 import tempfile
@@ -28,7 +28,7 @@ ROUNDS = 3
 
 
 def one_stage(sequences: int, weights: dict[str, float], *, batch: int, tokens: int) -> Curriculum:
-    """A curriculum of constant weights."""
+    """Builds a curriculum of one stage with constant weights."""
     stage = Stage(
         phase=0,
         first_batch=0,
@@ -48,7 +48,7 @@ def one_stage(sequences: int, weights: dict[str, float], *, batch: int, tokens: 
 
 
 def speed() -> list[Figure]:
-    """Median over rounds in which the sides read in turn; every round is an epoch from a fresh worker on."""
+    """Measures medians over rounds in which the sides alternate; a round is an epoch with a fresh worker."""
     clean_stale_shared_memory()
     with tempfile.TemporaryDirectory(prefix="bench-") as root:
         folder = Path(root) / "web"
@@ -62,7 +62,7 @@ def speed() -> list[Figure]:
                 TrainSequences(plan, [files], curriculum, rank=0, world_size=1, start=0), workers=1
             ),
             "Streaming, the same tensors": _streaming(dataset, _whole_batch),
-            "Streaming, tokens alone": _streaming(dataset, _tokens_alone),
+            "Streaming, tokens alone": _streaming(dataset, _only_tokens),
         }
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(ROUNDS):
@@ -80,7 +80,7 @@ def _streaming(dataset: StreamingDataset, collate: Any) -> StreamingDataLoader:
 
 
 def _timed(batches: Iterator[Any]) -> float:
-    """Seconds from the first batch on, which is there when the worker is."""
+    """Seconds after the first batch, so that starting the worker does not count."""
     next(batches)
     begin = time.perf_counter()
     read = sum(1 for _ in islice(batches, BATCHES))
@@ -94,5 +94,5 @@ def _whole_batch(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return make_batch([Sample(**sample) for sample in samples], numbers, numbers)
 
 
-def _tokens_alone(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _only_tokens(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.from_numpy(np.stack([s["tokens"] for s in samples]).astype(np.int64))}

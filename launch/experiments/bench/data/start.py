@@ -1,4 +1,4 @@
-"""Starting anywhere in twelve trillion tokens, beside what Streaming plans before its first batch."""
+"""Starting anywhere in twelve trillion tokens, against Streaming's planning before its first batch."""
 
 import hashlib
 import json
@@ -26,16 +26,16 @@ from train.recipe.phases import domains_of
 from train.recipe.reading import load_recipe
 
 MIXTURE = Path(__file__).resolve().parents[4] / "yamls/dbrx.yaml"
-"""Takes yamls/mixtures/12t.yaml."""
+"""Recipe that uses yamls/mixtures/12t.yaml."""
 SHARD_SAMPLES = 4096
-"""Of 4096 tokens each: a shard of 64 MB."""
+"""Samples of 4096 tokens in a shard of 64 MB."""
 STARTS = 6
 STREAMING_SAMPLES = (1_000_000, 3_000_000, 10_000_000)
 ASKED = 100_000_000
 
 
 def start() -> list[Figure]:
-    """Seconds and peak memory of indexes, plan and first batch, each in a fresh process."""
+    """Measures seconds and peak memory of indexes, plan and first batch, each in a fresh process."""
     batches = plan_stages(load_recipe(MIXTURE)).batches
     places = [0, *sorted(np.random.default_rng(0).integers(1, batches, STARTS - 1).tolist())]
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +64,7 @@ def start() -> list[Figure]:
 
 
 def _write_indexes(folder: Path) -> int:
-    """Indexes of shards that last 12T tokens one epoch, without the shards; returns how many they list."""
+    """Writes the indexes, without shards, of one epoch of 12T tokens; returns the number of shards listed."""
     total, config = 0, column_config(4096)
     for name, count in _samples().items():
         (folder / name).mkdir()
@@ -83,7 +83,7 @@ def _write_indexes(folder: Path) -> int:
 
 
 def _measured(side: str, number: int, folder: str) -> tuple[float, int]:
-    """Seconds and bytes of peak memory above the imports, in a Python of its own."""
+    """Seconds and bytes of peak memory, both without the imports, in a new Python process."""
     call = "import sys; from launch.experiments.bench.data.start import measure; measure(*sys.argv[1:])"
     command = [sys.executable, "-c", call, side, str(number), folder]
     root = Path(__file__).resolve().parents[4]
@@ -93,9 +93,9 @@ def _measured(side: str, number: int, folder: str) -> tuple[float, int]:
 
 
 def measure(side: str, number: str, folder: str) -> None:
-    """Prints seconds and bytes of a start at batch ``number``, or of Streaming's with as many samples."""
+    """Prints seconds and bytes of our start at batch ``number``, or of Streaming's with that many samples."""
     work = _ours(int(number), Path(folder)) if side == "ours" else _streaming(int(number))
-    # The high-water mark is set back, so that it holds nothing of the imports.
+    # Resets the high-water mark, so that it does not include the imports.
     Path("/proc/self/clear_refs").write_text("5")
     before, begin = _memory("VmRSS"), time.perf_counter()
     work()
@@ -108,7 +108,7 @@ def _memory(key: str) -> int:
 
 
 def _samples() -> dict[str, int]:
-    """Samples of each domain that the 12T tokens take."""
+    """Samples per domain in the 12T tokens."""
     recipe = load_recipe(MIXTURE)
     curriculum = plan_stages(recipe)
     taken = Mixture(curriculum.segments()).consumed(curriculum.samples)
@@ -116,7 +116,7 @@ def _samples() -> dict[str, int]:
 
 
 def _ours(batch: int, folder: Path) -> Callable[[], None]:
-    """To be measured: a start at a batch of the 12T tokens, over shards that last one epoch."""
+    """Prepares our measurement: a start at a batch of the 12T tokens, over shards for one epoch."""
     recipe = load_recipe(MIXTURE)
     return partial(
         _start_ours, plan_stages(recipe), {name: folder / name for name in domains_of(recipe)}, batch
@@ -124,7 +124,7 @@ def _ours(batch: int, folder: Path) -> Callable[[], None]:
 
 
 def _start_ours(curriculum: Curriculum, folders: dict[str, Path], batch: int) -> None:
-    """Indexes, hashed as a run does and opened; the plan; and all ranks' first batch."""
+    """Hashes the indexes as a run does, opens them, builds the plan, and reads all ranks' first batch."""
     for folder in folders.values():
         assert file_fault(folder / INDEX_FILE, None, "another hash")
     shards = {name: ShardFolder(folder).shard_samples for name, folder in folders.items()}
@@ -135,7 +135,7 @@ def _start_ours(curriculum: Curriculum, folders: dict[str, Path], batch: int) ->
 
 
 def _streaming(samples: int) -> Callable[[], None]:
-    """To be measured: how StreamingDataset plans an epoch on each of 64 nodes of 8 ranks."""
+    """Prepares Streaming's measurement: StreamingDataset plans an epoch for 64 nodes of 8 ranks."""
     from streaming.base.batching import generate_work
     from streaming.base.dataset import StreamingDataset
     from streaming.base.world import World
