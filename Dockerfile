@@ -5,8 +5,8 @@ FROM pytorch/pytorch:2.7.0-cuda12.6-cudnn9-devel
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# InfiniBand's user-space libraries (NCCL loads libibverbs when it starts), tools that find a bad port or link, and
-# pkill for launch/submit/node.sh. Versions are not pinned: the distribution keeps only the newest.
+# InfiniBand's user-space libraries (NCCL loads libibverbs when it starts), tools that find a bad port or link,
+# and pkill for launch/submit/node.sh. Versions are not pinned: the distribution keeps only the newest.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
@@ -34,7 +34,7 @@ RUN if [ "$COMPILED_MEGABLOCKS" = yes ]; then \
 
 COPY . .
 
-# --build-arg COMMIT=$(git rev-parse HEAD): the commit that runs in the image report, since .git is not copied.
+# --build-arg COMMIT=$(git rev-parse HEAD): the commit that runs report; .git is not in the image.
 ARG COMMIT=unknown
 # The ranks' other variables are in launch/submit/environment.py, for every launcher.
 ENV PATH=/finegrain/.venv/bin:$PATH \
