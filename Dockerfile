@@ -5,8 +5,8 @@ FROM pytorch/pytorch:2.7.0-cuda12.6-cudnn9-devel
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# InfiniBand's user-space libraries (NCCL loads libibverbs when it starts), tools that find a bad port or link,
-# and pkill for launch/submit/node.sh. Versions are not pinned: the distribution keeps only the newest.
+# InfiniBand's user-space libraries (NCCL loads libibverbs when it starts), tools that find a bad port or
+# link, and pkill for launch/submit/node.sh. Versions are not pinned: the distribution keeps only the newest.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
@@ -21,9 +21,9 @@ COPY requirements.lock requirements-megablocks.lock ./
 COPY launch/install.sh launch/install.sh
 RUN PYTHON=$(command -v python3.11 || command -v python3) bash launch/install.sh
 
-# --build-arg COMPILED_MEGABLOCKS=yes compiles MegaBlocks' own sort, histogram and cumulative sum for H100s, in
-# place of PyTorch's (train/model/megablocks_ops.py). They are a small share of a step; the default needs no
-# compiler.
+# --build-arg COMPILED_MEGABLOCKS=yes compiles MegaBlocks' own sort, histogram and cumulative sum for H100s,
+# in place of PyTorch's (train/model/megablocks_ops.py). They are a small share of a step; the default needs
+# no compiler.
 ARG COMPILED_MEGABLOCKS=no
 RUN if [ "$COMPILED_MEGABLOCKS" = yes ]; then \
         export TORCH_CUDA_ARCH_LIST=9.0 PATH="$PWD/.cache/tools/bin:$PATH" \
