@@ -1,7 +1,8 @@
 """Bring-up of a machine: `python -m launch.gpu_check` proves kernels, numerics, memory and speed of its GPU.
 
-It ends after 10 minutes, with what it has found until then: not yet run on a GPU. Without one it says so and
-ends with status 0.
+It ends after 10 minutes, with what it has found until then. Without a GPU it says so and ends with status 0.
+PyTorch, MegaBlocks as pure Python and OmegaConf are all it needs: it runs in a vendor's container without
+Composer and without a network.
 """
 
 import datetime
@@ -47,7 +48,7 @@ def main(options: Namespace) -> int | Figures:
     if not torch.cuda.is_available():
         print("gpu-check: this machine has no NVIDIA GPU that torch sees: nothing to check")
         return 0
-    progress.info("gpu-check: importing Composer and MegaBlocks")
+    progress.info("gpu-check: importing MegaBlocks")
     from launch.gpu_check.rows import CheckRow, table
     from train.layout.device import describe_hardware
     from train.record.provenance import git_commit
@@ -89,6 +90,7 @@ def parts() -> "dict[str, Callable[[], list[CheckRow]]]":
     """The checks by name, in order, for the GPU of this machine."""
     import torch
 
+    from launch.gpu_check.attention import check_attention
     from launch.gpu_check.kernels import check_kernels
     from launch.gpu_check.numerics import check_numerics
     from launch.gpu_check.step import check_step, gpu_of, slice_of
@@ -99,6 +101,7 @@ def parts() -> "dict[str, Callable[[], list[CheckRow]]]":
     properties = torch.cuda.get_device_properties(0)
     return {
         "kernels": lambda: check_kernels("cuda"),
+        "attention": lambda: check_attention("cuda"),
         "numerics": lambda: check_numerics(
             "cuda", load_recipe(root / NUMERICS_RECIPE), (Precision.fp32, Precision.bf16)
         ),
