@@ -1,12 +1,12 @@
 # For nodes of H100s on InfiniBand (not yet run on a GPU). Build: docker build -t finegrain .
-# CUDA 12.6 and Python 3.11, as the locked torch 2.7.0 wants them; -devel has the compilers that Triton and
+# CUDA 12.6 and Python 3.11, as the locked torch 2.7.0 requires; -devel has the compilers that Triton and
 # MegaBlocks' extension need. Checked by hadolint and tests/test_dockerfile.py.
 FROM pytorch/pytorch:2.7.0-cuda12.6-cudnn9-devel
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# InfiniBand's user-space libraries (NCCL loads libibverbs when it starts) and the tools that name a bad port or
-# link; pkill for launch/submit/node.sh. Versions are the base image's distribution's, which keeps only the newest.
+# InfiniBand's user-space libraries (NCCL loads libibverbs when it starts), tools that find a bad port or
+# link, and pkill for launch/submit/node.sh. Versions are not pinned: the distribution keeps only the newest.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
@@ -16,13 +16,14 @@ RUN apt-get update \
 
 WORKDIR /finegrain
 
-# The packages first: they change less often than the code.
+# Packages first: they change less often than the code.
 COPY requirements.lock requirements-megablocks.lock ./
 COPY launch/install.sh launch/install.sh
 RUN PYTHON=$(command -v python3.11 || command -v python3) bash launch/install.sh
 
-# --build-arg COMPILED_MEGABLOCKS=yes compiles MegaBlocks' own sort, histogram and cumulative sums for H100s in
-# place of PyTorch's (train/model/megablocks_ops.py). They are a small share of a step: the default needs no compiler to work.
+# --build-arg COMPILED_MEGABLOCKS=yes compiles MegaBlocks' own sort, histogram and cumulative sum for H100s,
+# in place of PyTorch's (train/model/megablocks_ops.py). They are a small share of a step; the default needs
+# no compiler.
 ARG COMPILED_MEGABLOCKS=no
 RUN if [ "$COMPILED_MEGABLOCKS" = yes ]; then \
         export TORCH_CUDA_ARCH_LIST=9.0 PATH="$PWD/.cache/tools/bin:$PATH" \
@@ -33,9 +34,9 @@ RUN if [ "$COMPILED_MEGABLOCKS" = yes ]; then \
 
 COPY . .
 
-# --build-arg COMMIT=$(git rev-parse HEAD): what runs in the image call their code; .git stays outside.
+# --build-arg COMMIT=$(git rev-parse HEAD): the commit that runs report; .git is not in the image.
 ARG COMMIT=unknown
-# What ranks need beside this is in launch/submit/environment.py, for every launcher.
+# The ranks' other variables are in launch/submit/environment.py, for every launcher.
 ENV PATH=/finegrain/.venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     FINEGRAIN_COMMIT=$COMMIT

@@ -1,40 +1,40 @@
-# Every target installs what it needs first; a second call finds it and starts at once.
+# Every target first installs what it needs; later calls find it and start at once.
 SHELL := /bin/bash
 PY := .venv/bin/python
 RUN ?= $(shell ls -td runs/*/ 2>/dev/null | head -1)
 
 .PHONY: help install smoke test check format ui bench gpu-check lock clean
 
-help: ## what can be made
+help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: ## .venv with everything locked
+install: ## create .venv with the locked packages
 	@PYTHON="$(PYTHON)" bash launch/install.sh
 
 smoke: install ## train a small DBRX on real text, in minutes on two CPU cores
 	@$(PY) train/main.py yamls/smoke.yaml $(ARGS)
 
-test: install ## all tests
+test: install ## run all tests
 	@$(PY) -m pytest $(ARGS)
 
-check: install ## format, lint and types
+check: install ## check format, lint and types
 	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
 
-format: install ## format, and repair what ruff can
+format: install ## format, and apply ruff's fixes
 	@.venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
-ui: install ## MLflow's page on the runs made here
+ui: install ## serve MLflow's page on the local runs
 	@$(PY) -m train.tracking ui
 
-bench: install ## speed and memory against the peers, both sides in one run
+bench: install ## compare speed and memory with other frameworks, both sides in one run
 	@$(PY) -m launch.experiments.bench $(ARGS)
 
-gpu-check: install ## prove kernels, numerics, memory and speed of this machine's GPU
+gpu-check: install ## check kernels, numerics, memory and speed of this machine's GPU
 	@$(PY) -m launch.gpu_check $(ARGS)
 
-lock: install ## resolve requirements.lock anew from pyproject.toml
+lock: install ## resolve requirements.lock again from pyproject.toml
 	@uv=$$(command -v uv || echo .cache/tools/bin/uv); $$uv pip compile pyproject.toml --group dev --group fast-tokenizer \
 	    --generate-hashes --no-annotate --no-header --python-version 3.11 -q -o requirements.lock
 
-clean: ## remove what was installed and cached; runs/ stays
+clean: ## remove what was installed and cached, but not runs/
 	rm -rf .venv .cache
