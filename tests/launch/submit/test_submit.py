@@ -218,11 +218,11 @@ def test_placement_by_counting_nodes() -> None:
             spans = {len({rank // gpus for rank in group}) for group in mesh}
             placed = replace(recipe, parallelism=layout)
             if spans == {1}:
-                assert "inside a node" in check_placement(job, placed)[0]
+                assert "within a node" in check_placement(job, placed)[0]
             elif len(spans) == 1:
                 assert f"span {max(spans)} nodes" in check_placement(job, placed)[0]
             else:
-                with pytest.raises(UserError, match=r"parallelism\.expert.*border"):
+                with pytest.raises(UserError, match=r"parallelism\.expert.*boundary"):
                     check_placement(job, placed)
 
 
@@ -255,7 +255,7 @@ def test_command_line(
     for option, value in (("--image", "i"), ("--partition", "p"), ("--claim", "a=/b"), ("--mount", "/d")):
         words = ["--on", "composer", "--hosts", "h", "--nodes", "1", option, value, "--render"]
         assert main([RECIPE, *words]) == USAGE_STATUS
-        assert f"{option}: composer does not read it; it is for" in capsys.readouterr().err
+        assert f"{option}: composer does not use it; it is for" in capsys.readouterr().err
     sbatch = tmp_path / "bin/sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text('#!/bin/bash\ncat "$1" >got\n')
