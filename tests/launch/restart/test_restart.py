@@ -106,7 +106,7 @@ def test_waits_double_while_nothing_is_gained_and_the_limit_holds(job: Job) -> N
     job.tries = [job.fails(9), job.fails(3), job.fails(5), job.fails(10), *[job.fails(8)] * 9]
     assert job.supervise(policy) == STOPPED_STATUS
     assert job.waits == [5, 10, 15, 5, 10, 15, 15]
-    assert "gained no batch" in job.said[-1]
+    assert "without progress" in job.said[-1]
 
 
 def test_a_recipe_that_is_wrong_is_not_tried_again(job: Job) -> None:

@@ -163,7 +163,7 @@ def test_a_host_that_hangs_is_replaced_by_the_spare_one(
     script = script_of(on_this_machine, launcher)
     ended = subprocess.run(["bash", "-c", script], check=False, timeout=60, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert "rank 1 on 127.0.0.2 is stopped; 127.0.0.2 is left out from now on" in ended.stderr
+    assert "rank 1 on 127.0.0.2 is stopped; 127.0.0.2 is excluded from now on" in ended.stderr
     words = f"127.0.0.1 2 {{}} lo {JOB.environment['SITE']} {' '.join(JOB.arguments)}\n"
     said = {host: (checkout / f"said by {host}").read_text() for host in on_this_machine.hosts}
     first, second = words.format(0), words.format(1)
@@ -247,7 +247,7 @@ def test_a_host_that_cannot_be_reached_is_replaced_by_the_spare_one(
     (checkout / ".venv/bin/composer").write_text('#!/bin/bash\nsleep 1\necho "$MASTER_ADDR" >>log\n')
     ended = subprocess.run(["bash", "-c", script], check=False, timeout=60, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert "the connection to 127.0.0.1 was lost or never came about; 127.0.0.1 is left out" in ended.stderr
+    assert "the connection to 127.0.0.1 was lost or never came about; 127.0.0.1 is excluded" in ended.stderr
     assert (checkout / "log").read_text().endswith("127.0.0.2\n127.0.0.2\n")
 
 

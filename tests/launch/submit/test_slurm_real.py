@@ -190,7 +190,7 @@ def test_a_run_that_is_preempted_and_loses_nodes_ends_with_the_same_losses(
     reach(real_runs, max(losses("disturbed")) + 5)
     # The spare node took its place, in the same allocation.
     assert cluster.of_job(disturbed)["Restarts"] == "1"
-    assert "n2 is left out" in (folder / f"disturbed-{disturbed}.log").read_text()
+    assert "n2 is excluded" in (folder / f"disturbed-{disturbed}.log").read_text()
 
     cluster.kill_node("n3")
     wait_for(lambda: cluster.of_job(disturbed).get("Restarts") == "2", "a requeue without spare nodes")
