@@ -155,7 +155,7 @@ def test_the_table_has_a_line_for_many_nodes_and_one_verdict() -> None:
     assert "worst of 297 nodes: n103" in lines[1] and lines[1].endswith(UNFIT)
     assert lines[-2:] == [
         "UNFIT: n103: disk: full",
-        "UNFIT: 1 fault; a job of 2376 ranks must not start here",
+        "UNFIT: 1 problem; a job of 2376 ranks must not start here",
     ]
     (*_, last) = describe(Findings(rows[:1], warnings=[([1], "rank 1 on n1: 4.0 times as slow")]), 2)
     assert last.startswith("FIT, but slow")
