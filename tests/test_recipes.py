@@ -1,4 +1,4 @@
-"""Every recipe is valid, has the size it claims, and trains in its shrunken form."""
+"""Every recipe is valid, has the size it claims, and trains as a tiny recipe."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from train.recipe.topology import Topology
 YAMLS = Path(__file__).resolve().parents[1] / "yamls"
 LADDERS = set(YAMLS.glob("ladder*.yaml"))  # families of recipes: tests/launch/ladder checks them
 RECIPES = sorted(set(YAMLS.glob("*.yaml")) - LADDERS)
-GPUS = {  # as in the recipes' comments; one for those that are meant for one machine
+GPUS = {  # as in the recipes' comments; one for those that target a single machine
     "dbrx": 3072,
     "continue": 3072,
     "dbrx-moe-a": 64,
@@ -37,7 +37,7 @@ PUBLISHED = {  # design.md, section 9: total, and active without the input embed
     "mpt-7b": (6_649_286_656, 6_649_286_656),
     "llama2-13b": (13_015_864_320, 12_852_024_320),
 }
-ROUNDED = {  # the same page, in billions with the digits that it gives
+ROUNDED = {  # the same page, in billions with the published digits
     "dbrx-9b": ("9.17", "2.62"),
     "dbrx-18b": ("18.61", "5.22"),
     "dbrx-35b": ("35.65", "9.88"),
@@ -108,7 +108,7 @@ def test_shrunken_form_trains_two_steps(path: Path) -> None:
 
 
 def _train(recipe: Recipe) -> list[float]:
-    """Two optimizer steps over the same random tokens, in microbatches, on one process."""
+    """Runs two optimizer steps over the same random tokens, in microbatches, on one process."""
     import torch
 
     from train.layout.optim import build_optimizer, clip_gradients

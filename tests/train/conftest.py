@@ -1,4 +1,4 @@
-"""For tests: tiny recipes, a migrated MLflow store to copy, its real server in a thread, a run's folder."""
+"""Fixtures: tiny recipes, a migrated MLflow store to copy, a real MLflow server in a thread, run folders."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ TinyRecipe = Callable[..., Recipe]
 
 @pytest.fixture(scope="session")
 def tiny_recipe() -> TinyRecipe:
-    """Makes recipes of 12 batches of 8 sequences of 64 tokens; further overrides win."""
+    """Makes recipes of 12 batches of 8 sequences of 64 tokens; overrides take precedence."""
 
     def make(runs: Path, shards: Path, name: str, *overrides: str) -> Recipe:
         return load_recipe(
@@ -59,7 +59,7 @@ def tiny_recipe() -> TinyRecipe:
 
 
 class MlflowServer:
-    """MLflow's own REST server, which can go away and come back at the same port."""
+    """MLflow's own REST server, which can stop and return at the same port."""
 
     def __init__(self, store: Path) -> None:
         self.store = store
@@ -85,7 +85,7 @@ class MlflowServer:
 
 @pytest.fixture(scope="session")
 def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An embedded store as it is after its first migration, which takes seconds."""
+    """Returns an embedded store as it is after its first migration, which takes seconds."""
     from train.tracking.mlflow_upload import connect
 
     store = tmp_path_factory.mktemp("store") / "mlflow.db"
@@ -95,7 +95,7 @@ def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mlflow_server(new_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    """A server on a store of its own, not yet listening: `with mlflow_server:` has it listen."""
+    """A server on its own store, not yet listening; `with mlflow_server:` starts it."""
     before = dict(os.environ)
     store = tmp_path_factory.mktemp("served") / "mlflow.db"
     shutil.copy(new_store, store)
@@ -109,7 +109,7 @@ def mlflow_server(new_store: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def mlflow_folder(tmp_path: Path, new_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for runs with a store in it; no variable points elsewhere, requests are given up soon."""
+    """A folder for runs with a store; no variable points elsewhere, and requests fail fast."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
@@ -123,7 +123,7 @@ MakeRun = Callable[[Recipe], tuple[Path, "Decoder"]]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """Makes the folder of a run: recipe, tokenizer, and a checkpoint of a decoder with random weights."""
+    """Makes a run's folder: recipe, tokenizer, and a checkpoint of a decoder with random weights."""
 
     def make(recipe: Recipe) -> tuple[Path, "Decoder"]:
         import torch
@@ -141,9 +141,9 @@ def make_run(tmp_path: Path) -> MakeRun:
         initialize(decoder, recipe.model, seed=3)
         with torch.no_grad():
             for name, parameter in decoder.named_parameters():
-                if parameter.ndim == 1 or "router" in name:  # Norms of one would hide a wrong order.
+                if parameter.ndim == 1 or "router" in name:  # Norms of 1 would hide a wrong order.
                     parameter.add_(torch.randn(parameter.shape) * 0.3)
-        wrapped = torch.nn.ModuleDict({"decoder": decoder})  # LanguageModel's name for it.
+        wrapped = torch.nn.ModuleDict({"decoder": decoder})  # LanguageModel's prefix.
         optimizer = torch.optim.AdamW(decoder.parameters())
         saver = CheckpointSaver(folder / "checkpoints", Topology(), keep_last=2)
         saver.start(wrapped, optimizer, Progress(7, 56, 448, 1.0))

@@ -23,7 +23,7 @@ class Openings:
         self._patch = patch
 
     def count(self, function: Callable[..., Any], what: Callable[..., object] = lambda *_, **__: "") -> None:
-        """Counts a function under whatever name modules have imported it."""
+        """Counts calls of a function under every name that modules have imported it as."""
         counted = self._counted(function.__name__, function, what)
         for module in list(sys.modules.values()):
             for name, value in list(getattr(module, "__dict__", {}).items()):
@@ -70,7 +70,7 @@ def test_a_start_opens_hashes_and_builds_everything_once(
 
     root = shards if where == "folder" else tmp_path / "cache"
     store = [] if where == "folder" else [f"data.remote={shards}", "data.corpus=null"]
-    # Worker processes would count for themselves; preflight looks at the shards too.
+    # Worker processes would count separately; preflight reads the shards too.
     recipe = tiny_recipe(
         tmp_path,
         root,

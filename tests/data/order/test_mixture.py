@@ -15,7 +15,7 @@ def named(shares: list[float]) -> dict[str, float]:
 
 
 def counts(mixture: Mixture, count: int, start: int = 0) -> np.ndarray:
-    """Samples of each domain [N, D] after each of the positions."""
+    """Returns samples of each domain [N, D] after each position."""
     domain, _ = mixture.assign(np.arange(start, start + count))
     return np.cumsum(domain[:, None] == np.arange(len(mixture.domains)), axis=0)
 
@@ -33,7 +33,7 @@ def test_every_prefix_follows_the_weights(shares: list[float]):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(WEIGHTS, st.integers(1, 40), st.sampled_from([1, 2, 4])), min_size=1, max_size=12))
 def test_an_error_is_carried_from_stretch_to_stretch(parts: list[tuple[list[float], int, int]]):
-    """In sequences of the longest step a domain is never two off, however often weights change."""
+    """In sequences of the longest step no domain is ever off by two, however often the weights change."""
     segments, quota, at = [], [], 0
     for shares, sequences, step in parts:
         segments.append(MixtureSegment(at, named(shares), step))

@@ -1,4 +1,4 @@
-"""Shards of sources: the same bytes for any engine, number of workers and cut; nothing is lost in silence."""
+"""Shards built from sources: the same bytes for any engine, worker count and split; losses are reported."""
 
 import dataclasses
 import gc
@@ -46,7 +46,7 @@ def story(seed: int, words: int = 80) -> str:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """One dataset in four forms, with faults of each kind."""
+    """One dataset in four formats, with every kind of fault."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     texts = [story(n) + (" <|endoftext|> end" if n % 7 == 0 else "") for n in range(60)]
@@ -115,7 +115,7 @@ def test_every_record_is_in_the_shards_or_in_the_list_of_rejected(
         "JSON", "encoding", "no text", "empty", "size", "exact duplicate", "near duplicate",
         "evaluation text",
     }  # fmt: skip
-    # 60 and one that is compressed; ten were added to be rejected; the task is a record without text.
+    # 60 and a compressed one; ten were added to be rejected; the task is a record without text.
     assert len(rejected(recipe, "prose")) == 11
     kept = {side: manifest.domains["prose"].splits[side].documents for side in ("train", "validation")}
     assert sum(kept.values()) == 61 and min(kept.values()) > 0
@@ -124,7 +124,7 @@ def test_every_record_is_in_the_shards_or_in_the_list_of_rejected(
     assert sum(manifest.domains["code"].rejected.values()) == len(rejected(recipe, "code")) == 5
     copy = next(line for line in rejected(recipe, "prose") if line["reason"] == "near duplicate")
     assert copy["of"].startswith("tales/a.jsonl#") and copy["of"] != copy["place"]
-    # A place leads to its record.
+    # A position leads to its record.
     bad = next(line for line in rejected(recipe, "prose") if line["reason"] == "JSON")
     offset = int(bad["place"].partition("#")[2])
     assert (corpus / "a.jsonl").read_bytes()[offset:].startswith(b'{"text": "cut off')

@@ -1,4 +1,4 @@
-"""Injected faults are survived exactly and called by their names."""
+"""Runs survive injected faults bit-exactly, and the faults are identified."""
 
 import random
 from pathlib import Path

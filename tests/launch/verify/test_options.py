@@ -1,4 +1,4 @@
-"""The command line says which checks are run, and refuses what none of them reads."""
+"""The command line selects the checks to run and rejects options that none of them uses."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_checks_are_those_asked_for(given: list[str], checks: list[str]) -> None
         (["--faults", "r.yaml"], 50),
         (["--all", "r.yaml"], 50),
         (["--all", "--faults=3", "r.yaml"], 3),
-        # launch.drill, which is `launch.verify --faults` now, had a count of that name.
+        # launch.drill, which is now `launch.verify --faults`, had a count of that name.
         (["--faults", "r.yaml", "--faults", "9"], 9),
     ],
 )

@@ -1,4 +1,4 @@
-"""Runs that are killed or preempted resume exactly, here and under other layouts; it is noticed if not."""
+"""Killed or preempted runs resume bit-exactly, in the same and in other layouts; any mismatch is detected."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Dispatch by device: a CPU's tensors go to its own version, all others to the plain one."""
+"""Dispatch by device: tensors on a CPU go to the CPU version, all others to the plain one."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def on_cpu(x: Tensor, word: str) -> str:
 
 @with_cpu_version(on_cpu)
 def anywhere(x: Tensor, word: str) -> str:
-    """The plain form."""
+    """The plain version."""
     return f"plain {word}"
 
 

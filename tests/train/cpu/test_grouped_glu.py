@@ -1,4 +1,4 @@
-"""The CPU's grouped GLU against a loop over the experts and against MegaBlocks' own."""
+"""The grouped GLU on CPUs against a loop over the experts and against MegaBlocks' own."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_grouped_glu_equals_megablocks_own() -> None:
     results = []
     for function in (glu.memory_optimized_grouped_glu, glu.memory_optimized_grouped_glu.plain):
         out = function(*inputs, sizes, functional.silu)
-        # MegaBlocks writes its input's gradient over the output's.
+        # MegaBlocks overwrites the output's gradient with its input's.
         results.append(
             [out, *torch.autograd.grad(out, inputs, torch.linspace(-1, 1, 96).view(12, 8).clone())]
         )

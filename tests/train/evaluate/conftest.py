@@ -1,4 +1,4 @@
-"""For tests of evaluation: task files in LLM Foundry's form and in lm-eval's, and a tokenizer of them."""
+"""Fixtures for evaluation: task files in LLM Foundry's and lm-eval's formats, with a tokenizer."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ tasks:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Where a suite and its files are."""
+    """Paths of a suite and its files."""
 
     suite: Path
     data: Path
@@ -111,7 +111,7 @@ def small_tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     for place in ("allenai/ai2_arc/ARC-Easy/test.jsonl", "allenai/winogrande/winogrande_xl/validation.jsonl"):
         shutil.copy(
             hub / place, (hub / place).with_name("train.jsonl")
-        )  # lm-eval wants it without shots too.
+        )  # lm-eval requires it even without shots.
     (root / "suite.yaml").write_text(SUITE)
     text = "\n".join(path.read_text() for path in sorted(data.glob("*.jsonl")))
     train_bpe(Tokenizer(kind=TokenizerKind.bpe, vocab_size=400), iter([text])).to_hugging_face(shards)

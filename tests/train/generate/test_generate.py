@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, a batch answers as each prompt alone, draws are transformers'."""
+"""Generation: the cache changes nothing, batches equal single prompts, sampling equals transformers'."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def _decoder(model: Model) -> Decoder:
     initialize(decoder, model, seed=11)
     with torch.no_grad():
         for parameter in decoder.parameters():
-            parameter.mul_(3)  # Enough for the likeliest token to depend on the text.
+            parameter.mul_(3)  # Enough for the most likely token to depend on the text.
     return decoder
 
 
@@ -77,7 +77,7 @@ def run(tokenizer_folder: Path, make_run: MakeRun) -> Path:
 def _continue(
     decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, use_cache: bool
 ) -> list[Tensor]:
-    """Logits of each greedy step."""
+    """Returns the logits of each greedy step."""
     cached = CachedDecoder(decoder, use_cache=use_cache)
     fed = flush_right(prompts, torch.device("cpu"))
     logits = []
@@ -161,7 +161,7 @@ def test_seeds_repeat_and_differ(run: Path) -> None:
 
 
 class Script:
-    """A tokenizer of bytes."""
+    """A byte tokenizer."""
 
     def __init__(self, end: int = 300) -> None:
         self.end_ids = frozenset({end})
@@ -174,7 +174,7 @@ class Script:
 
 
 class Scripted(Decoder):
-    """A decoder that says what it is told to: the last norm's output is replaced by one hot rows."""
+    """A decoder with scripted output: the last norm's output is replaced by one-hot rows."""
 
     def __init__(self, script: bytes) -> None:
         super().__init__(replace(DBRX, d_model=260, n_heads=2, n_layers=1, moe=None, vocab_size=260))

@@ -1,4 +1,4 @@
-"""Import of folders that transformers wrote: the same function, the same bytes back, every fault found."""
+"""Import of folders written by transformers: same function, identical bytes back, all defects detected."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def _model(kind: str, dtype: torch.dtype) -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A DBRX in several files, as transformers writes it."""
+    """Returns a DBRX in several files as transformers writes it."""
     _model("dbrx", torch.bfloat16).save_pretrained(tmp_path / "hf", max_shard_size="20KB")
     return tmp_path / "hf"
 
@@ -72,7 +72,7 @@ def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, t
     assert main(["import", str(tmp_path / "hf"), str(tmp_path / "ours"), "--shard-gb", "3e-5"]) == 0
     source = open_weights(tmp_path / "ours")
     assert len(SafetensorsFolder(tmp_path / "ours").files) > 2
-    for start in (tmp_path / "ours", tmp_path / "hf"):  # Imported, or read where it lies.
+    for start in (tmp_path / "ours", tmp_path / "hf"):  # Imported, or read in place.
         decoder = Decoder(source.model, device="cpu")
         load_initial_weights(decoder, start)
         ids = torch.randint(0, 96, (2, 20))
@@ -106,7 +106,7 @@ class CutOff:
 
 
 def _killed_in_a_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
-    """Stands for save_file: the process ends in the middle of the last file."""
+    """Replaces save_file: the process dies in the middle of the last file."""
     save_file(tensors, path, metadata)
     if "lm_head.weight" in tensors:
         path.write_bytes(path.read_bytes()[:1000])
@@ -267,7 +267,7 @@ def test_a_changed_file_is_found_by_verify(
 
 
 def test_one_file_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    """Two tensors of 128 MiB pass through one after the other."""
+    """Two tensors of 128 MiB are converted one after the other."""
     import transformers
 
     config = transformers.LlamaConfig(**(LLAMA | {"vocab_size": 1 << 20, "num_hidden_layers": 1}))

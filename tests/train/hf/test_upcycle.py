@@ -1,4 +1,4 @@
-"""Upcycling: the mixture's loss is the dense model's, its experts then part."""
+"""Upcycling: the MoE starts with the dense model's loss, then its experts diverge."""
 
 from collections.abc import Callable
 from dataclasses import replace

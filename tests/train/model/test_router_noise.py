@@ -1,4 +1,4 @@
-"""The router's noise: uniform, the same however the batch is split, different everywhere else."""
+"""Router noise: uniform, independent of how the batch is split, otherwise always different."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Slow ranks and pairs are named and no healthy one accused; what is wrong with a node is one line."""
+"""Slow ranks and pairs are named and healthy ones are not; a node's problem is reported in one line."""
 
 import os
 import shutil
@@ -57,11 +57,11 @@ def test_a_slow_pair_is_named_and_not_its_ranks() -> None:
 
 
 def test_links_are_held_to_their_own_kind() -> None:
-    """Two nodes of four: between them a link takes ten times as long as inside, and nobody is slow."""
+    """Two nodes of four: links between them take ten times as long as links within, and none is slow."""
     pairs = [(one, other) for one in range(8) for other in range(one + 1, 8)]
     inside = {pair: 0.001 for pair in pairs if pair[0] // 4 == pair[1] // 4}
     between = {pair: 0.01 for pair in pairs if pair not in inside}
-    # A link inside that is as slow as one between nodes: only its kind gives it away.
+    # A link within a node that is as slow as one between nodes: only its kind reveals it.
     odd = inside | {(0, 1): 0.01}
     assert find_slow(odd | between, 3.0) == ([], [])
     assert find_slow(by_kind(odd, between), 3.0) == ([], [(0, 1)])
@@ -149,7 +149,7 @@ def test_the_table_has_a_line_for_many_nodes_and_one_verdict() -> None:
     lines = list(describe(Findings(rows), 2376))
     assert len(lines) == 5 and lines[-1] == "FIT: a job of 2376 ranks may start"
     assert "worst of 297 nodes: n3  3 MB/s" in lines[1] and "297 nodes " in lines[2]
-    # What is wrong is shown before what is worst.
+    # Unfit nodes are shown before the slowest.
     rows[100] = replace(rows[100], verdict=UNFIT)
     lines = list(describe(Findings(rows, faults=[([824], "n103: disk: full")]), 2376))
     assert "worst of 297 nodes: n103" in lines[1] and lines[1].endswith(UNFIT)

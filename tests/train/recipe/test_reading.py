@@ -1,4 +1,4 @@
-"""Recipes: merging, one-line errors, and that every key is read."""
+"""Recipes: merging, one-line errors, and a use for every key."""
 
 import ast
 import subprocess
@@ -117,7 +117,7 @@ def test_a_mistake_is_one_line_with_file_key_and_remedy(override: str, expected:
 
 @pytest.mark.parametrize(("ranks", "is_refused"), [(18, True), (16, False)])
 def test_experts_whose_rows_do_not_shard_evenly_are_refused(ranks: int, is_refused: bool) -> None:
-    """Before FSDP2 does, in the middle of a start on all GPUs."""
+    """Refused before FSDP2 would fail in the middle of a start on all GPUs."""
     overrides = ["parallelism.expert=2", f"training.global_batch_sequences={ranks}"]
     recipe = load_recipe(SMOKE, [*overrides, "training.microbatch_sequences=1"])
     if not is_refused:
@@ -161,13 +161,13 @@ def test_the_command_line_answers_within_seconds_and_without_torch() -> None:
         "try: runpy.run_path('train/main.py', run_name='__main__')\n"
         "except SystemExit as e: print('status', e.code, 'torch' in sys.modules)"
     )
-    # runpy leaves sys.path[0] alone, which main.py replaces as it would the script's own folder.
+    # runpy leaves sys.path[0] alone; main.py replaces it as it would the script's own folder.
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.stdout.strip() == "status 2 False"
     assert result.stderr.strip().count("\n") == 0 and "top_k=99 exceeds" in result.stderr
-    assert time.monotonic() - begin < 30  # A bound on hanging, not a figure.
+    assert time.monotonic() - begin < 30  # A bound against hanging, not a measurement.
 
 
 def test_every_key_of_the_schema_is_read_somewhere() -> None:

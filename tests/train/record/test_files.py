@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and nothing is left of a failed write."""
+"""Files are written completely or not at all, and a failed write leaves nothing behind."""
 
 import hashlib
 import json

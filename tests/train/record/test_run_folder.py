@@ -1,4 +1,4 @@
-"""A run's folder is claimed, resumed or renamed, and never overwritten unless asked."""
+"""A run's folder is claimed, resumed or renamed, and overwritten only on request."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Registered models: signature, lineage to run, data and parent, and Unity Catalog's form of the call."""
+"""Registered models: signature, lineage to run, data and parent, and the call for Unity Catalog."""
 
 import json
 import threading
@@ -24,7 +24,7 @@ MakeRun = Callable[[Recipe], tuple[Path, Decoder]]
 
 @pytest.fixture(autouse=True)
 def places(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """MLflow keeps where it was told to look in the process."""
+    """MLflow remembers its configured store within the process."""
     import mlflow
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -47,7 +47,7 @@ def recipe(mlflow_folder: Path) -> Recipe:
 
 
 def _finished_run(recipe: Recipe, make_run: MakeRun) -> Path:
-    """A run whose record waits on disk to be uploaded."""
+    """Returns a run whose record is still to be uploaded."""
     run, _ = make_run(recipe)
     (run / "metrics.jsonl").write_text("")
     datasets = [DatasetInput("code/train", "ab" * 32, "shards/code", 1000)]
@@ -98,7 +98,7 @@ def test_a_version_with_signature_and_lineage_that_answers(
 
 
 class Databricks(BaseHTTPRequestHandler):
-    """Takes down what is asked of Unity Catalog and declines."""
+    """A fake Unity Catalog that records requests and declines them."""
 
     asked: list[tuple[str, str]]
 
@@ -116,7 +116,7 @@ class Databricks(BaseHTTPRequestHandler):
         self.do_POST()
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Says nothing."""
+        """Suppresses the server's log."""
 
 
 @pytest.fixture
