@@ -170,6 +170,8 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
         UserError: if the recipe asks for bf16 where the device has none.
     """
     device = get_device(None)
+    # Composer turns TF32 on, whose 10 bits of mantissa would decide near-ties of the fp32 router.
+    torch.backends.cuda.matmul.allow_tf32 = False
     device_type = "cuda" if device.name == "gpu" else "cpu"
     if topology.world_size > 1:
         join(recipe, device, topology)

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from train.checkpoint.files import Progress
 from train.recipe.curriculum import Curriculum
 from train.recipe.schema import Recipe
-from train.step.language_model import Batch, LanguageModel
+from train.step.language_model import LanguageModel
+from train.step.microbatch import Batch
 
 
 def build_trainer(

@@ -1,7 +1,8 @@
 """Bring-up check of a GPU: `python -m launch.gpu_check` checks kernels, numerics, memory and speed.
 
 It ends after at most 10 minutes with its findings so far. Without a GPU it says so and exits with status 0.
-Not yet run on a GPU.
+It needs only PyTorch, MegaBlocks as pure Python and OmegaConf, and so runs in a vendor's container without
+Composer or a network.
 """
 
 import datetime
@@ -47,7 +48,7 @@ def main(options: Namespace) -> int | Figures:
     if not torch.cuda.is_available():
         print("gpu-check: torch sees no NVIDIA GPU on this machine: nothing to check")
         return 0
-    progress.info("gpu-check: importing Composer and MegaBlocks")
+    progress.info("gpu-check: importing MegaBlocks")
     from launch.gpu_check.rows import CheckRow, table
     from train.layout.device import describe_hardware
     from train.record.provenance import git_commit
@@ -89,6 +90,7 @@ def parts() -> "dict[str, Callable[[], list[CheckRow]]]":
     """Returns the checks for this machine's GPU by name, in order."""
     import torch
 
+    from launch.gpu_check.attention import check_attention
     from launch.gpu_check.kernels import check_kernels
     from launch.gpu_check.numerics import check_numerics
     from launch.gpu_check.step import check_step, gpu_of, slice_of
@@ -99,6 +101,7 @@ def parts() -> "dict[str, Callable[[], list[CheckRow]]]":
     properties = torch.cuda.get_device_properties(0)
     return {
         "kernels": lambda: check_kernels("cuda"),
+        "attention": lambda: check_attention("cuda"),
         "numerics": lambda: check_numerics(
             "cuda", load_recipe(root / NUMERICS_RECIPE), (Precision.fp32, Precision.bf16)
         ),

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from launch.gpu_check.kernels import relative_error
+from launch.gpu_check.one_device import build_on_one_device
 from launch.gpu_check.rows import CheckRow, deviation_row
 from launch.verify.cases import INPUTS, STEPS, Layout, make_batches, make_case
 from train.layout.optim import clip_gradients
 from train.recipe.schema import Precision, Recipe
 from train.recipe.tiny import tiny_recipe
-from train.recipe.topology import Topology
-from train.run import Machine, build_model
 
 BOUNDS = {
     Precision.fp32: {"loss": 1e-5, "expert choices": 0.0, "gradients": 1e-4, "weights": 1e-4},
@@ -45,7 +44,7 @@ def train_steps(device: str, recipe: Recipe, precision: Precision) -> Record:
     """Trains a few steps; returns losses, choices, gradients and weights per step and tensor, on the CPU."""
     plain = INPUTS[0]
     small = make_case(tiny_recipe(recipe, steps=STEPS), Layout(1, 1, 1), plain, precision).recipe
-    model, optimizer = build_model(small, Machine(Topology(), device, precision))
+    model, optimizer = build_on_one_device(small, device, precision)
     record: Record = {"loss": [], "expert choices": [], "gradients": [], "whole gradient": []}
     for batch in make_batches(small, plain, seed=0):
         moved = {key: value.to(device) for key, value in batch.items()}

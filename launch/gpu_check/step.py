@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from launch.gpu_check.one_device import build_on_one_device
 from launch.gpu_check.rows import CheckRow
 from launch.plan.hardware import GPUS, Gpu
 from launch.plan.memory import memory
@@ -14,9 +15,7 @@ from train.layout.optim import clip_gradients
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import Parallelism, Precision, Recipe
-from train.recipe.topology import Topology
-from train.run import Machine, build_model
-from train.step.language_model import Batch, LanguageModel
+from train.step.microbatch import Batch, MicrobatchModel
 
 MEMORY_BOUND = 0.15
 """Largest error of the planned peak relative to the measured one."""
@@ -105,7 +104,7 @@ def _speed(
 
 def measure(device: str, recipe: Recipe, precision: Precision, steps: int) -> Measured:
     """Runs optimizer steps on random tokens; measures the median time and the memory."""
-    model, optimizer = build_model(recipe, Machine(Topology(), device, precision))
+    model, optimizer = build_on_one_device(recipe, device, precision)
     batch = _random_batch(recipe, device)
     times = []
     for step in range(WARMUP_STEPS + steps):
@@ -126,7 +125,7 @@ def measure(device: str, recipe: Recipe, precision: Precision, steps: int) -> Me
 
 
 def _step(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float | None
+    model: MicrobatchModel, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float | None
 ) -> None:
     optimizer.zero_grad(set_to_none=True)
     model.loss(model(batch), batch)["total"].backward()

@@ -34,7 +34,8 @@ from train.recipe.schema import Precision
 from train.recipe.topology import Topology
 from train.record.metrics import GRADIENT_NORM
 from train.run import Machine, build_model
-from train.step.language_model import Batch, LanguageModel
+from train.step.language_model import LanguageModel
+from train.step.microbatch import Batch
 from train.step.step import TrainingStep
 from train.trainer import build_trainer
 

@@ -15,7 +15,7 @@ from train.model.loss import IGNORE
 from train.recipe.curriculum import plan_stages
 from train.recipe.schema import BalanceScope, OptimizerKind, Parallelism, Precision, Recipe
 from train.recipe.tiny import tiny_recipe
-from train.step.language_model import Batch
+from train.step.microbatch import Batch
 
 STEPS = 3
 SEQUENCES = 8

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from train.model.decoder import DecoderOutput
 from train.step.domain_counts import DomainCounts
-from train.step.language_model import Batch
+from train.step.microbatch import Batch
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
-"""The decoder as Composer trains it: losses of a microbatch, validation loss."""
+"""The decoder as Composer trains it: the microbatch model and its validation loss."""
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -8,13 +7,8 @@ from composer.models import ComposerModel
 from torch import Tensor
 from torchmetrics import Metric
 
-from train.model.decoder import Decoder, DecoderOutput
-from train.model.router import Jitter, Router
-from train.recipe.schema import Balance, Precision, Recipe
-
-# Shapes: B sequences of a microbatch, S tokens per sequence, L layers, E experts.
-
-Batch = dict[str, Tensor]
+from train.model.decoder import DecoderOutput
+from train.step.microbatch import Batch, MicrobatchModel
 
 
 class TokenLoss(Metric):
@@ -39,63 +33,8 @@ class TokenLoss(Metric):
         return (self.loss_sum / self.tokens).float()
 
 
-class LanguageModel(ComposerModel):
-    """Composer's view of :class:`train.model.decoder.Decoder`."""
-
-    def __init__(self, decoder: Decoder, recipe: Recipe, precision: Precision) -> None:
-        super().__init__()
-        self.decoder = decoder
-        moe = recipe.model.moe
-        by_loss = moe is not None and moe.balance is Balance.loss
-        self.balance_weight = moe.balance_loss_weight if moe and by_loss else 0.0
-        self.z_weight = moe.z_loss_weight if moe else 0.0
-        self.seed = recipe.seed
-        routers = [module for module in decoder.modules() if isinstance(module, Router)]
-        self.jittered = routers if moe and moe.jitter_eps > 0 else []
-        self.precision = precision
-        self.document_masking = recipe.training.document_masking
-
-    def forward(self, batch: Batch) -> DecoderOutput:
-        """Losses of a microbatch of input_ids, document_ids and targets, each [B, S]."""
-        return self._decode(batch)
-
-    @torch.no_grad()
-    def count_choices(self, batch: Batch) -> Tensor:
-        """Tokens per expert that a microbatch will be routed with, [L, E]; nothing else is computed."""
-        return self._decode(batch, choices_only=True).expert_tokens_LE
-
-    def _decode(self, batch: Batch, choices_only: bool = False) -> DecoderOutput:
-        for layer, router in enumerate(self.jittered):
-            router.jitter = Jitter(self.seed, layer, batch["sample_positions"])
-        device_type = batch["input_ids"].device.type
-        # Weights stay fp32; autocast makes the bf16 copies that matrix products read.
-        cast: AbstractContextManager[Any] = torch.autocast(
-            device_type, torch.bfloat16, enabled=self.precision is Precision.bf16
-        )
-        with cast:
-            outputs: DecoderOutput = self.decoder(
-                batch["input_ids"],
-                batch["document_ids"] if self.document_masking else None,
-                batch["targets"],
-                choices_only=choices_only,
-            )
-        return outputs
-
-    def loss(self, outputs: DecoderOutput, batch: Batch, *_: Any, **__: Any) -> dict[str, Tensor]:
-        """The losses of a microbatch, `total` being what is differentiated.
-
-        The summed token loss is divided by the number of positions, a constant, so that the mean over
-        microbatches and ranks is the mean over the global batch however it is split.
-        """
-        sequences, length = batch["targets"].shape
-        language = outputs.loss_sum / (sequences * (length - 1))
-        total = language + self.balance_weight * outputs.balance_loss + self.z_weight * outputs.z_loss
-        return {
-            "total": total,
-            "language": language,
-            "balance": outputs.balance_loss,
-            "z": outputs.z_loss,
-        }
+class LanguageModel(MicrobatchModel, ComposerModel):
+    """Composer's view of :class:`train.step.microbatch.MicrobatchModel`: validation loss beside it."""
 
     def eval_forward(self, batch: Batch, outputs: Any = None) -> DecoderOutput:
         """Losses without gradients."""

@@ -18,6 +18,7 @@ from launch.plan.step_time import Efficiency
 from launch.plan.table5 import table5
 from train.recipe import sizes
 from train.recipe.errors import UserError
+from train.recipe.exit_status import USAGE_STATUS
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Parallelism, Recipe
 
@@ -104,7 +105,7 @@ def test_mistakes_take_one_line(
     arguments: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert plan.main(arguments) == plan.USAGE_STATUS
+    assert plan.main(arguments) == USAGE_STATUS
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert line in error

@@ -14,7 +14,8 @@ from train.model.init import initialize
 from train.recipe.curriculum import plan_stages
 from train.recipe.schema import Precision, Recipe
 from train.recipe.topology import Topology
-from train.step.language_model import Batch, LanguageModel
+from train.step.language_model import LanguageModel
+from train.step.microbatch import Batch
 from train.step.step import TrainingStep
 
 TinyRecipe = Callable[..., Recipe]
