@@ -81,7 +81,7 @@ def test_decoder_has_exactly_the_listed_weights(path: Path) -> None:
     assert real == {weight.name: weight.shape for weight in sizes.weights(cfg)}
 
 
-def test_shrunken_form_is_valid_and_keeps_the_features(path: Path) -> None:
+def test_tiny_recipe_is_valid_and_keeps_the_features(path: Path) -> None:
     recipe = load_recipe(path)
     small = tiny_recipe(recipe, steps=2)
     validate(small, Topology(), str(path))
@@ -92,7 +92,7 @@ def test_shrunken_form_is_valid_and_keeps_the_features(path: Path) -> None:
     assert small.model.n_heads * recipe.model.n_kv_heads == recipe.model.n_heads * small.model.n_kv_heads
 
 
-def test_shrunken_form_of_a_curriculum_has_its_change_of_length() -> None:
+def test_tiny_recipe_of_a_curriculum_has_its_change_of_length() -> None:
     recipe = load_recipe(YAMLS / "dbrx.yaml", ["data.phases[3].rope_theta=1e6"])
     small = tiny_recipe(recipe, steps=3)
     assert [phase.sequence_tokens for phase in small.data.phases] == [64, 128]
@@ -102,7 +102,7 @@ def test_shrunken_form_of_a_curriculum_has_its_change_of_length() -> None:
     assert not tiny_recipe(load_recipe(YAMLS / "smoke.yaml"), steps=3).data.phases
 
 
-def test_shrunken_form_trains_two_steps(path: Path) -> None:
+def test_tiny_recipe_trains_two_steps(path: Path) -> None:
     losses = _train(tiny_recipe(load_recipe(path), steps=2))
     assert losses[1] < losses[0], "the second step on the same tokens must have a lower loss"
 

@@ -41,7 +41,7 @@ def _trained(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("balance", ["loss", "bias"])
-def test_a_run_that_was_cut_off_goes_on_bit_for_bit(
+def test_an_interrupted_run_resumes_bit_for_bit(
     tmp_path: Path, shards: Path, tiny_recipe: TinyRecipe, balance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from train.record.console import Console

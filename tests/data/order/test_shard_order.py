@@ -56,7 +56,7 @@ def test_epochs_differ_and_a_part_equals_the_whole():
         assert np.array_equal(order.samples(np.arange(begin, begin + 50))[0], samples[begin : begin + 50])
 
 
-def test_a_shard_is_read_within_its_window_alone():
+def test_a_shard_is_read_only_within_its_window():
     order = make_order([16] * 10 + [7], window=4)
     samples, _ = everything(order, 1)
     shards = samples // 16

@@ -86,7 +86,7 @@ def real_states(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[i
 @pytest.mark.parametrize("kind", OptimizerKind)
 @pytest.mark.parametrize("rank", [0, 13, 23])
 @pytest.mark.parametrize("stem", ["dbrx", "dbrx-dense-a", "mpt-7b", "llama2-13b"])
-def test_states_of_shrunken_recipes_to_the_byte(stem: str, rank: int, kind: OptimizerKind) -> None:
+def test_states_of_tiny_recipes_to_the_byte(stem: str, rank: int, kind: OptimizerKind) -> None:
     cfg = tiny_recipe(load_recipe(YAMLS / f"{stem}.yaml"), steps=2).model
     layout, world = Parallelism(replicate=2, expert=4 if cfg.moe else 1), 24
     with sharded(cfg, layout, world, rank) as decoder:
@@ -242,7 +242,7 @@ def planned_peak(case: Case, checkpointing: bool, bf16: bool) -> int:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_saved_tensors_are_those_of_the_ledger(case: Case) -> None:
+def test_saved_tensors_are_those_listed(case: Case) -> None:
     loss = loss_bytes(case.model, case.batch, CPU_FP32, case.chunk_tokens)
     planned = kept_bytes(case.model, case.batch, CPU_FP32, checkpointing=False)
     planned += norm_bytes(case.model, case.batch, CPU_FP32) + loss.hidden_gradient + loss.weight_gradient
@@ -265,7 +265,7 @@ def test_peak_in_bf16_within_a_tenth() -> None:
     assert weight_copies(case.model, CPU_BF16).all_layers > 0
 
 
-def test_parts_add_up_and_imbalance_counts_with_expert_parallelism_alone() -> None:
+def test_parts_add_up_and_imbalance_matters_only_with_expert_parallelism() -> None:
     recipe = load_recipe(YAMLS / "dbrx.yaml")
     found = memory(recipe, 3072)
     assert found.total == sum(getattr(found, part) for part in Memory.parts())

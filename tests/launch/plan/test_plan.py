@@ -195,7 +195,7 @@ PHASES = [
 ]
 
 
-def test_each_form_of_a_run_is_planned_as_a_run_of_its_own() -> None:
+def test_each_step_shape_is_planned_as_a_run_of_its_own() -> None:
     whole = recipe("dbrx", *PHASES)
     plan_of_run = make_plan(whole, 3072, H100)
     assert [plan.shape.phases for plan in plan_of_run.step_shapes] == [(0, 1, 2), (3,)]

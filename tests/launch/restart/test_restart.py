@@ -115,7 +115,7 @@ def test_a_recipe_that_is_wrong_is_not_tried_again(job: Job) -> None:
     assert len(job.tries) == 1
 
 
-def test_a_bad_host_is_left_out_while_there_is_a_spare_one(job: Job) -> None:
+def test_a_bad_host_is_excluded_while_there_is_a_spare_one(job: Job) -> None:
     job.tries = [job.hangs(3, "n2"), job.hangs(5, "n1"), job.fails(6), lambda: 0]
     assert job.supervise(hosts=("n1", "n2", "n3"), nodes=2) == 0
     assert job.hosts == [("n1", "n2"), ("n1", "n3"), ("n1", "n3"), ("n1", "n3")]
