@@ -1,4 +1,4 @@
-"""A run resumes from the newest checkpoint that was not trained on now excluded data."""
+"""A run goes on from the newest checkpoint that was trained on nothing that is left out now."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ RECIPE = Recipe(data=Data(domains={"a": 1.0}, sequence_tokens=32), training=Trai
 
 
 def save(folder: Path, batch: int, *skips: Skip) -> Path:
-    """Saves a checkpoint of only its progress."""
+    """A checkpoint of nothing but its progress."""
     import torch
 
     from train.checkpoint.saver import CheckpointSaver

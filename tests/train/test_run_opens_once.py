@@ -23,7 +23,7 @@ class Openings:
         self._patch = patch
 
     def count(self, function: Callable[..., Any], what: Callable[..., object] = lambda *_, **__: "") -> None:
-        """Counts calls of a function under every name that modules have imported it as."""
+        """Counts a function under whatever name modules have imported it."""
         counted = self._counted(function.__name__, function, what)
         for module in list(sys.modules.values()):
             for name, value in list(getattr(module, "__dict__", {}).items()):

@@ -1,4 +1,4 @@
-"""A run of three phases resumes exactly from any batch, on one or several ranks, data log included."""
+"""A run of three phases goes on exactly from anywhere, on one process and several ranks, as do its books."""
 
 import os
 import signal
@@ -33,14 +33,14 @@ PHASES = (
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Folder where the first run builds shards of 25 samples; some longer sequences join neighbours."""
+    """Where the first run builds shards of 25 samples, so that some longer sequences are of neighbours."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data.text.mds.SHARD_BYTES", 1 << 13)
         yield tmp_path_factory.mktemp("shards") / "tiny"
 
 
 def _trained(recipe: Recipe) -> list[dict[str, Any]]:
-    """Returns the computed values of each step of a run, without timings."""
+    """What each step of a run computed, without what the clock said."""
     return [
         {k: v for k, v in step.items() if k != "time" and not k.startswith(("time/", "throughput/"))}
         for step in read_steps(Path(recipe.runs_dir) / recipe.name / "metrics.jsonl")
@@ -48,14 +48,14 @@ def _trained(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _books(recipe: Recipe) -> list[dict[str, Any]]:
-    """Returns the lines of a run's data log, which must pass its audit."""
+    """The lines of a run's data log, which its audit has nothing against."""
     folder = Path(recipe.runs_dir) / recipe.name
     assert prove(RunBooks(folder)).faults == []
     return [{k: v for k, v in line.items() if k != "time"} for line in read_steps(folder / "data_log.jsonl")]
 
 
 def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0, by: signal.Signals = signal.SIGTERM) -> None:
-    """Trains in forked ranks; the last one gets a signal in the batch after which all should stop."""
+    """Trains in forked ranks; the last one gets a signal in the batch after which all are to end."""
     from train.run import run
     from train.step.step import TrainingStep
 
@@ -82,7 +82,7 @@ def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0, by: signal.Signals
 
 @pytest.fixture(scope="module")
 def whole(tiny_recipe: TinyRecipe, shards: Path) -> Recipe:
-    """An undisturbed run on one process."""
+    """A run on one process that nothing disturbed."""
     recipe: Recipe = tiny_recipe(shards.parent, shards, "whole", *PHASES)
     _run(recipe)
     return recipe

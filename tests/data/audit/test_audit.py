@@ -95,7 +95,7 @@ def test_each_fault_is_named(run: tuple[Path, Lines]) -> None:
     assert "step 7: positions 40 to 47 were read again" in faults(folder, again)
     skipped = [line | {"step": n + 1} for n, line in enumerate(missing)]
     assert faults(folder, skipped) == ["step 7: positions 48 to 55 were skipped before it"]
-    # Another step's batch under this one's positions: a loader that repeats itself would train on that.
+    # The batch of another step under this one's positions: what a loader that repeats itself would train on.
     foreign = [*lines]
     foreign[9] = lines[9] | {"domains": lines[8]["domains"]}
     assert any(fault.startswith("step 10, prose: fed with other tokens") for fault in faults(folder, foreign))

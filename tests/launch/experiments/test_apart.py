@@ -1,4 +1,4 @@
-"""Experiments are evidence, not product: nothing else imports them, and their README lists them all."""
+"""Experiments are evidence, not product: nothing outside of them imports them; the README has them all."""
 
 import re
 from pathlib import Path

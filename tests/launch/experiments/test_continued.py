@@ -1,4 +1,4 @@
-"""The table of replay experiments: paired by seed, with Student's interval."""
+"""The table of replay: paired by seed, with Student's interval."""
 
 import pytest
 

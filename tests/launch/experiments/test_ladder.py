@@ -1,4 +1,4 @@
-"""Ladders: the experiments planned from their file, and one that runs to its end with interruptions."""
+"""Ladders: what they make of their file, and one that is run to its end, cut off in between."""
 
 import json
 import math
@@ -96,10 +96,10 @@ def test_families_train_with_equal_flops_on_equal_data(path: Path) -> None:
 def test_a_ladder_is_climbed_cut_off_and_finished(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Two learning rates are tried per family; another test covers which is best.
+    # Two rates are tried of each family; where the best lies is another test's.
     monkeypatch.setattr(search, "MOST_TRIED", 2)
     arguments = [str(tiny), f"runs_dir={tmp_path}/runs", "--json", str(tmp_path / "figures.json")]
-    # The search and one family only; then the rest, without training anything again.
+    # The search and one family alone; then the rest, without training anything again.
     assert ladder.main([*arguments, "--only", "*dense*", "--no-mlflow"]) == ladder.INCOMPLETE_STATUS
     assert "2 of 4 runs are missing" in capsys.readouterr().out
     folder = tmp_path / "runs/tiny"
@@ -161,7 +161,7 @@ def test_the_search_goes_on_until_the_best_rate_lies_between_others(tiny: Path, 
     assert "dense: learning rate 4x the recipe's (0.5x" in told(losses)[0] and "edge" not in told(losses)[0]
     counted = {(run.family, run.multiplier) for run in plan.runs(chosen(losses))}
     assert counted == {("dense", 4.0), ("fine", 0.125)}
-    # An interrupted search chooses nothing.
+    # A search that is cut off chooses nothing.
     assert search_rates(plan, list)[1] == {}
 
 
@@ -189,7 +189,7 @@ def test_a_rate_is_judged_by_the_mean_over_the_search_s_seeds(tiny: Path, tmp_pa
     runs, losses = search_rates(plan, train)
     assert chosen(losses) == {("dense", "one"): 0.5, ("fine", "one"): 0.5}
     assert losses["fine", "one"] == pytest.approx({0.25: 3.5, 0.5: 3.1, 1: 3.2})
-    # Runs of the first seed keep the names that they have without a second.
+    # Those of the first seed have the names that they have without a second.
     names = {run.recipe.name for run in runs if run.family == "fine"}
     assert {"tiny-fine-rate1", "tiny-fine-rate1-seed8"} < names and len(names) == 6
     assert search_rates(plan, list)[1] == {}
@@ -205,13 +205,13 @@ def test_a_rate_that_makes_a_run_diverge_is_passed_over(
     printed = capfd.readouterr().out
     assert printed.count("diverged within") == 2 and printed.count("1e+30x diverged)") == 2
     assert "fine: learning rate 1x the recipe's" in printed
-    # Each was tried again: a transient failure would not have come back.
+    # Each was tried again before: a passing fault of the machine would not have come back.
     assert printed.count(f"ended with status {REPLAY_STATUS}") == 4
-    # Given up for good, and not used to predict the time of other runs.
+    # Given up for good, and no other run's time is predicted from theirs.
     assert ladder.main(arguments) == ladder.INCOMPLETE_STATUS
     assert "to train" not in capfd.readouterr().out
     assert len(Timings(tmp_path / "runs/tiny/timings.jsonl").read()) == 2
-    # A run that is part of the result is never given up.
+    # A run that counts is never given up.
     tiny.write_text(tiny.read_text().replace("search:", "#"))
     assert ladder.main([str(tiny), f"runs_dir={tmp_path}/high", "optimizer.learning_rate=1e30"]) == 2
     assert "-seed1: ended early: a step is not finite, twice" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""A run that meets documents of noise rolls back, skips them, and equals one that never saw them."""
+"""A run that meets documents of noise goes back, leaves them out, and equals one that never saw them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The export of a tiny run computes the same in transformers; a model that cannot be exported is refused."""
+"""The export of a tiny run is what transformers computes with; a model that cannot be exported is refused."""
 
 from pathlib import Path
 

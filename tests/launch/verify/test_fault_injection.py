@@ -1,4 +1,4 @@
-"""Runs survive injected faults bit-exactly, and the faults are identified."""
+"""Injected faults are survived exactly and called by their names."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The harness runs its checks, reports every row and failure, and exits with the verdict."""
+"""The harness runs what it is given, tells every row and failure, and exits with the verdict."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 
 
 class Given(TableCheck):
-    """A check that returns given rows, then optionally fails."""
+    """Gives the rows that it was made with, then fails if it was told to."""
 
     def __init__(self, name: str, rows: list[Row], error: str = "") -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The command line selects the checks to run and rejects options that none of them uses."""
+"""The command line says which checks are run, and refuses what none of them reads."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The parity gate passes correct layouts and fails for every injected fault."""
+"""The parity gate passes where layouts are right, and fails for every fault that is put in."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Killed or preempted runs resume bit-exactly, in the same and in other layouts; any mismatch is detected."""
+"""Runs that are killed or preempted resume exactly, here and under other layouts; it is noticed if not."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Fixtures for evaluation: task files in LLM Foundry's and lm-eval's formats, with a tokenizer."""
+"""For tests of evaluation: task files in LLM Foundry's form and in lm-eval's, and a tokenizer of them."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ tasks:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Paths of a suite and its files."""
+    """Where a suite and its files are."""
 
     suite: Path
     data: Path

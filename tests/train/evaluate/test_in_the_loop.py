@@ -1,4 +1,4 @@
-"""A suite in the training loop: its results equal those of evaluating the checkpoint."""
+"""A suite in the training loop: what it leaves, and that the checkpoint's evaluation is the same."""
 
 import json
 from pathlib import Path

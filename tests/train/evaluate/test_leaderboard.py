@@ -1,4 +1,4 @@
-"""The six tasks of the Open LLM Leaderboard in lm-eval, on questions in each dataset's own format."""
+"""The six tasks of the Open LLM Leaderboard through lm-eval, on questions in each dataset's own form."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping

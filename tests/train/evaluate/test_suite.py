@@ -1,4 +1,4 @@
-"""Scores of a suite against manual calculation; no category with a missing task is averaged."""
+"""Scores of a suite: by hand against the module, and no category that lacks a task is averaged away."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rows read from a checkpoint equal those that torch.distributed.checkpoint loads, for any sharding."""
+"""Rows of a checkpoint are those that torch.distributed.checkpoint loads, however they were sharded."""
 
 import pickle
 import resource

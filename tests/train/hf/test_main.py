@@ -1,4 +1,4 @@
-"""The command line: its list of commands, and its errors for conflicting arguments."""
+"""The command line: what it lists, and what it says of arguments that do not go together."""
 
 import subprocess
 import sys

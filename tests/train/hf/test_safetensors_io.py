@@ -1,4 +1,4 @@
-"""Folders of safetensors: data types, distribution over files, and complete or absent files."""
+"""Folders of safetensors: what counts as a number, which file holds what, and files whole or not there."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Initial weights of a recipe: checked before torch is imported, with errors in one line."""
+"""What a recipe may start from: checked before torch is imported, told in words."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Upcycling: the MoE starts with the dense model's loss, then its experts diverge."""
+"""Upcycling: the mixture's loss is the dense model's, its experts then part."""
 
 from collections.abc import Callable
 from dataclasses import replace

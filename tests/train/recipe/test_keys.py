@@ -1,4 +1,4 @@
-"""Declarations of keys: ranges are enforced, and exactly the intended keys may change on resume and start."""
+"""Declarations of keys: ranges are enforced, and what may change on resume and start is what was meant."""
 
 import functools
 from dataclasses import replace
@@ -36,7 +36,7 @@ EDITABLE_KEYS = {
 
 
 def with_value(section: Any, path: list[str], value: object) -> Any:
-    """Returns a section with another value for one key, given by the parts of its name."""
+    """A section in which one key, by the parts of its name, has another value."""
     name, rest = path[0], path[1:]
     if name.endswith("[]"):
         items = getattr(section, name[:-2])
@@ -56,7 +56,7 @@ def with_every_section() -> Recipe:
 
 
 def beyond(rules: KeyRules) -> list[float]:
-    """Returns numbers just outside a range."""
+    """Numbers just outside a range."""
     below = [rules.above] if rules.above is not None else []
     below += [rules.at_least - 1] if rules.at_least is not None else []
     over = [rules.below] if rules.below is not None else []

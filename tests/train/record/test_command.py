@@ -1,4 +1,4 @@
-"""Commands report mistakes in one line with status 2, Ctrl-C with status 130, and write files whole."""
+"""Commands end mistakes in one line and status 2, Ctrl-C in one and status 130, and write figures whole."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Files are written completely or not at all, and a failed write leaves nothing behind."""
+"""Files are written whole or not at all, and nothing is left of a failed write."""
 
 import hashlib
 import json

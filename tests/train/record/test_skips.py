@@ -1,4 +1,4 @@
-"""Excluded ranges: batches are skipped whole, and all later ones stay in place."""
+"""What is left out by declaration: batches are passed over whole, and all behind them stays in its place."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tables have columns as wide as their cells and show every cell as the given text."""
+"""Tables have columns as wide as their cells, and take every cell as the text that it is."""
 
 from train.record.tables import markdown_table, text_table
 

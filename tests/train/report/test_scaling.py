@@ -25,7 +25,7 @@ def runs_of(
     domains: int = 2,
     seed: int = 0,
 ) -> Runs:
-    """Returns runs with noise ``noise`` each, and ``common`` shared by all of the same budget and seed."""
+    """Runs whose losses scatter by ``noise`` each, and by ``common`` with all of their budget and seed."""
     generator = np.random.default_rng(seed)
     of_seed = generator.normal(0, common, (len(BUDGETS), seeds))
     family, flops, losses = [], [], []
