@@ -1,4 +1,4 @@
-"""Five phases, some with longer sequences: the same global order on any world size, from any batch."""
+"""Five phases, some of longer sequences: the same global order on any world, from anywhere."""
 
 import dataclasses
 from itertools import islice
@@ -40,7 +40,7 @@ def recipe(built: Recipe) -> Recipe:
 
 @pytest.fixture(scope="module")
 def whole(recipe: Recipe) -> list[Batch]:
-    """Returns every batch of the run, read by a single rank."""
+    """Every batch of the run, read by one rank for itself."""
     loader = build_train_loader(OpenedData(recipe), rank=0, world_size=1)
     return list(islice(loader, plan_stages(recipe).batches))
 

@@ -101,9 +101,9 @@ def test_trained_tokenizer_is_read_back(bpe: TokenizerHandle, tmp_path: Path):
 def test_training_is_deterministic_and_fills_the_vocabulary(bpe: TokenizerHandle):
     assert train_bpe(SMALL, iter(texts())).fingerprint == bpe.fingerprint
     assert bpe.vocab_size == 400 and bpe.eos_id == 398 and bpe.pad_id == 399
-    # No further pairs occur twice: fewer tokens than requested.
+    # No more pairs occur twice: fewer tokens than asked for.
     assert train_bpe(SMALL, iter(["abc abd"])).vocab_size < 270
-    # All 256 bytes are present, so any text can be written.
+    # All 256 bytes are there, so that any text can be written.
     assert all(bytes([byte]) in bpe.ranks for byte in range(256))
 
 

@@ -1,4 +1,4 @@
-"""The audit of a run with a data log from the loader's batches, and of the same run with injected faults."""
+"""The audit of a run whose data log comes from the loader's batches, and of the same with planted faults."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ Lines = list[dict[str, Any]]
 
 
 def line_of(step: int, batch: dict[str, Any]) -> dict[str, Any]:
-    """Returns the line that the data log writes for a batch."""
+    """What the data log's callback writes of a batch."""
     domains = {}
     for index, name in enumerate(DOMAINS):
         mine = (batch["domain_ids"] == index).numpy()
@@ -134,7 +134,7 @@ def test_documents_and_steps_are_each_others_inverse(run: tuple[Path, Lines]) ->
         found = steps_of_document(books, name)
         assert {(sight.step, sight.position, sight.sample, sight.epoch) for sight in found} == mine
     assert sum(bool(steps_of_document(books, f"prose/{n}.txt")) for n in range(60)) > 30
-    for name in ("nowhere", "train"):  # Most documents have the second line, like their side.
+    for name in ("nowhere", "train"):  # The lines of most documents have the second, as their side.
         with pytest.raises(UserError, match="no domain has a document"):
             steps_of_document(books, name)
     with pytest.raises(UserError, match="it has steps 1 to 40"):

@@ -1,4 +1,4 @@
-"""Checkpoints: loads equal saves, damage is detected, and the newest valid one is used."""
+"""Checkpoints: what is saved comes back; what is damaged is found; the newest whole one is used."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Dispatch by device: tensors on a CPU go to the CPU version, all others to the plain one."""
+"""Dispatch by device: a CPU's tensors go to its own version, all others to the plain one."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Stragglers are named, but only if their own time is known."""
+"""Ranks that are slower than the others are named, and only where their own time is known."""
 
 import pytest
 

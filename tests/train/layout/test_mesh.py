@@ -1,4 +1,4 @@
-"""Several ranks: placement of weights, saves in which one rank fails, and SIGTERM."""
+"""Several ranks: who holds what, what a save does when one rank fails, and what SIGTERM does."""
 
 import os
 import resource
@@ -60,7 +60,7 @@ def test_initial_weights_do_not_depend_on_the_layout_and_no_rank_holds_them_all(
 
 
 def _save(topology: Topology, root: Path, batch: int, limited_rank: int | None, keep_last: int = 1) -> str:
-    """Saves with a file-size limit of a few bytes on one rank, like a full disk."""
+    """Saves; the files of one rank may not grow beyond a few bytes, as on a full disk."""
     decoder = _decoder(topology, LAYOUT)
     optimizer = build_optimizer(decoder, Optimizer(learning_rate=0.01))
     saver = CheckpointSaver(root, topology, keep_last)
@@ -158,7 +158,7 @@ def test_a_rank_that_hangs_is_killed() -> None:
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 def test_recomputed_layers_give_the_kept_ones_gradients_when_sharded(precision: Precision) -> None:
-    """FSDP2 casts a layer's inputs in the forward pass, but not in the recomputation."""
+    """FSDP2 casts what a layer is given in the forward pass, but not when it is computed again."""
 
     def work(topology: Topology) -> list[float]:
         norms = []

@@ -1,4 +1,4 @@
-"""Initial weights: each value is a function of seed, name and position, whichever rows a rank holds."""
+"""Initial weights: each value a function of seed, name and place, whatever rows a rank holds."""
 
 import itertools
 from dataclasses import replace

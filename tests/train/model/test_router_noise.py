@@ -1,4 +1,4 @@
-"""Router noise: uniform, independent of how the batch is split, otherwise always different."""
+"""The router's noise: uniform, the same however the batch is split, different everywhere else."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The clock skips excluded batches, and the learning rate is that of a batch's position in the run."""
+"""The clock is moved over excluded batches, and the rate is that of a batch's place in the run."""
 
 import dataclasses
 from types import SimpleNamespace

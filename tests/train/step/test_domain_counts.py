@@ -1,4 +1,4 @@
-"""Domain counts of a batch: equal for any split into microbatches, different for another batch."""
+"""A batch's parts by domain: equal however it is split over microbatches, others for another batch."""
 
 import dataclasses
 

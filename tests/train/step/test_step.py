@@ -1,4 +1,4 @@
-"""Sums are those of the whole batch for any split, and a refused update changes nothing."""
+"""Sums are the whole batch's however it is split, and a refused update leaves nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ def recipe(tiny_recipe: TinyRecipe) -> Recipe:
 
 
 class Refusing:
-    """An alarm that applies updates or not, and records its arguments."""
+    """Alarms that apply an update or not, and keep what they were asked about."""
 
     def __init__(self, applies: bool) -> None:
         self.applies = applies
@@ -40,7 +40,7 @@ class Refusing:
 
 
 def trained(recipe: Recipe, microbatch: int, alarms: Any = None, batches: int = 1) -> TrainingStep:
-    """Runs batches without the optimizer step, in microbatches of the given number of sequences."""
+    """Batches without the optimizer's step, in microbatches of so many sequences."""
     decoder = Decoder(recipe.model)
     initialize(decoder, recipe.model, 3)
     model = LanguageModel(decoder, recipe, Precision.fp32)
