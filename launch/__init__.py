@@ -1,4 +1,4 @@
-"""Everything before, around and about a run: plans, jobs, checks, proofs, experiments."""
+"""Tools around a training run: plans, jobs, restarts, checks, verification and experiments."""
 
 from train import old_names
 

@@ -1,8 +1,8 @@
 """Checks nodes and links before a job: `python -m launch.preflight yamls/dbrx.yaml`.
 
-Started through `composer`, torchrun or srun it checks all of their ranks; by itself, this node, or with
---ranks as many forked ranks of it.
-Exit status: 0 fit, 2 a mistake, 78 unfit.
+Started through composer, torchrun or srun it checks all of their ranks; by itself it checks this node, with
+--ranks N using N forked ranks.
+Exit status: 0 fit, 2 a usage or recipe error, 78 unfit.
 """
 
 import sys
@@ -27,11 +27,11 @@ logger = log.get_logger("launch.preflight")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
-    parser.add_argument("recipe", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
+    """Adds the command's arguments."""
+    parser.add_argument("recipe", help="YAML file, for example yamls/dbrx.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
     parser.add_argument(
-        "--ranks", type=int, default=1, metavar="N", help="fork N ranks over gloo on this node"
+        "--ranks", type=int, default=1, metavar="N", help="fork N gloo ranks on this node (default 1)"
     )
 
 
@@ -44,7 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     intermixed=True,
 )
 def main(options: Namespace) -> int | Figures:
-    """Checks the nodes and prints what is found."""
+    """Checks the nodes and prints the findings."""
     topology = Topology.from_environment()
     recipe = load_recipe(options.recipe, options.overrides)
     validate(recipe, topology, options.recipe)
@@ -75,7 +75,7 @@ def main(options: Namespace) -> int | Figures:
 
 
 def describe(findings: "Findings", ranks: int) -> Iterator[str]:
-    """The findings as a table, what is wrong, and the verdict: lines."""
+    """Yields the lines of the table of findings, the problems and the verdict."""
     rows = map(_cells, _by_check(findings.rows))
     yield from text_table(("check", "where", "found", "wanted", ""), rows, "<<<<<").splitlines()
     yield ""
@@ -84,15 +84,15 @@ def describe(findings: "Findings", ranks: int) -> Iterator[str]:
     job = f"a job of {ranks} rank{'s' * (ranks > 1)}"
     if findings.faults:
         count = len(findings.faults)
-        yield f"UNFIT: {count} fault{'s' * (count > 1)}; {job} must not start here"
+        yield f"UNFIT: {count} problem{'s' * (count > 1)}; {job} must not start here"
     elif findings.warnings:
-        yield f"FIT, but slow: {job} may start; what is named above holds it up"
+        yield f"FIT, but slow: {job} may start, held up by the above"
     else:
         yield f"FIT: {job} may start"
 
 
 def _by_check(rows: "list[PreflightRow]") -> "Iterator[PreflightRow]":
-    """The rows; of what was looked at on several nodes, how many are alike, or the worst of them."""
+    """Yields the rows, merging a check of several nodes into one: their number if equal, else the worst."""
     seen = set()
     for row in rows:
         alike = [each for each in rows if each.is_of_node and each.check == row.check]

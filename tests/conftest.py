@@ -1,5 +1,5 @@
-"""For all tests: tensors are tiny, so a second thread only waits, and for long on a busy machine."""
+"""Fixtures of all tests: one thread, since tensors are tiny and a second thread would only wait."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # Read when torch is imported, after this file.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it on import, after this file.

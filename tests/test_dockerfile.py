@@ -1,4 +1,4 @@
-"""The image's recipe: what it copies is there, what it runs is there, and a linter has no complaint."""
+"""The Dockerfile: everything it copies and runs exists, and a linter has no complaints."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
     assert {"requirements.lock", "requirements-megablocks.lock", "launch/install.sh"} <= set(sources)
     for source in sources:
         assert (ROOT / source).exists() and source not in ignored, source
-    # Code that is called like a folder of data must reach the image.
+    # Code named like a data folder must reach the image.
     assert not {"data", "train", "launch", "yamls"} & set(ignored)
 
 
@@ -30,7 +30,7 @@ def test_python_and_cuda_are_those_of_the_lock() -> None:
     lock = (ROOT / "requirements.lock").read_text()
     assert f"torch=={base[1]} " in lock
     major, minor = base[2].split(".")
-    # torch's wheel brings this CUDA's run-time libraries.
+    # torch's wheel ships the runtime libraries of this CUDA version.
     assert f"nvidia-cuda-runtime-cu{major}=={major}.{minor}." in lock
 
 
@@ -40,7 +40,7 @@ def test_every_path_and_command_in_it_exists() -> None:
 
 
 def test_every_system_package_can_be_had() -> None:
-    """By the package lists of this machine; Debian's and Ubuntu's names are the same ones."""
+    """Checked against the package lists of this machine; Debian and Ubuntu use the same names."""
     if shutil.which("apt-cache") is None or not APT_LISTS.is_dir() or not any(APT_LISTS.glob("*_Packages*")):
         pytest.skip("no lists of apt's here")
     (words,) = re.findall(r"apt-get install((?: +[\w.-]+)+)", TEXT)

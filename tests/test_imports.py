@@ -1,7 +1,7 @@
-"""Which package may import which. An arrow that is added, or that is no longer there, is written down here.
+"""Allowed imports between packages. Every arrow that is added or disappears is recorded here.
 
-A package is a folder directly below `train`, `data` or `launch` with all that it holds; `train`, `data` and
-`launch` themselves stand for the modules that lie flat in them.
+A package is a folder directly below `train`, `data` or `launch` with everything in it; `train`, `data` and
+`launch` themselves stand for the modules directly in them.
 """
 
 import ast
@@ -68,7 +68,7 @@ LAWS = {
 
 
 def allowed() -> set[tuple[str, str]]:
-    """The arrows of the table; a line that begins with a space goes on with the line above it."""
+    """Returns the arrows of the table; a line that begins with a space continues the previous one."""
     pairs, package = set(), ""
     for line in MAY_IMPORT.splitlines():
         words = line.split()
@@ -79,7 +79,7 @@ def allowed() -> set[tuple[str, str]]:
 
 
 def arrows() -> dict[tuple[str, str], list[str]]:
-    """By importing and imported package the lines that import, those inside of functions too."""
+    """Returns the importing lines by importing and imported package, including imports inside functions."""
     found: dict[tuple[str, str], list[str]] = {}
     for file in sorted(path for top in TOP for path in (ROOT / top).rglob("*.py")):
         place = file.relative_to(ROOT)
@@ -99,7 +99,7 @@ def arrows() -> dict[tuple[str, str], list[str]]:
 
 
 def package_of(parts: list[str]) -> str:
-    """The package of a module, by the parts of its name."""
+    """Returns the package of a module, by the parts of its name."""
     is_folder = len(parts) > 1 and (ROOT / parts[0] / parts[1]).is_dir()
     return ".".join(parts[: 1 + is_folder])
 
@@ -122,7 +122,7 @@ def test_the_table_keeps_the_floors_apart() -> None:
 
 
 def is_within(package: str, other: str) -> bool:
-    """Whether a package is another or lies in it."""
+    """Returns True if a package is another one or inside it."""
     return f"{package}.".startswith(f"{other}.")
 
 

@@ -1,4 +1,4 @@
-"""README names every folder, and no command that does not exist."""
+"""The README names every folder, and no command that does not exist."""
 
 import re
 import subprocess

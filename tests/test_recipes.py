@@ -1,4 +1,4 @@
-"""Every recipe is valid, has the size it claims, and trains in its shrunken form."""
+"""Every recipe is valid, has the size it claims, and trains as a tiny recipe."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from train.recipe.topology import Topology
 YAMLS = Path(__file__).resolve().parents[1] / "yamls"
 LADDERS = set(YAMLS.glob("ladder*.yaml"))  # families of recipes: tests/launch/ladder checks them
 RECIPES = sorted(set(YAMLS.glob("*.yaml")) - LADDERS)
-GPUS = {  # as in the recipes' comments; one for those that are meant for one machine
+GPUS = {  # as in the recipes' comments; one for those that target a single machine
     "dbrx": 3072,
     "continue": 3072,
     "dbrx-moe-a": 64,
@@ -37,7 +37,7 @@ PUBLISHED = {  # design.md, section 9: total, and active without the input embed
     "mpt-7b": (6_649_286_656, 6_649_286_656),
     "llama2-13b": (13_015_864_320, 12_852_024_320),
 }
-ROUNDED = {  # the same page, in billions with the digits that it gives
+ROUNDED = {  # the same page, in billions with the published digits
     "dbrx-9b": ("9.17", "2.62"),
     "dbrx-18b": ("18.61", "5.22"),
     "dbrx-35b": ("35.65", "9.88"),
@@ -81,7 +81,7 @@ def test_decoder_has_exactly_the_listed_weights(path: Path) -> None:
     assert real == {weight.name: weight.shape for weight in sizes.weights(cfg)}
 
 
-def test_shrunken_form_is_valid_and_keeps_the_features(path: Path) -> None:
+def test_tiny_recipe_is_valid_and_keeps_the_features(path: Path) -> None:
     recipe = load_recipe(path)
     small = tiny_recipe(recipe, steps=2)
     validate(small, Topology(), str(path))
@@ -92,7 +92,7 @@ def test_shrunken_form_is_valid_and_keeps_the_features(path: Path) -> None:
     assert small.model.n_heads * recipe.model.n_kv_heads == recipe.model.n_heads * small.model.n_kv_heads
 
 
-def test_shrunken_form_of_a_curriculum_has_its_change_of_length() -> None:
+def test_tiny_recipe_of_a_curriculum_has_its_change_of_length() -> None:
     recipe = load_recipe(YAMLS / "dbrx.yaml", ["data.phases[3].rope_theta=1e6"])
     small = tiny_recipe(recipe, steps=3)
     assert [phase.sequence_tokens for phase in small.data.phases] == [64, 128]
@@ -102,13 +102,13 @@ def test_shrunken_form_of_a_curriculum_has_its_change_of_length() -> None:
     assert not tiny_recipe(load_recipe(YAMLS / "smoke.yaml"), steps=3).data.phases
 
 
-def test_shrunken_form_trains_two_steps(path: Path) -> None:
+def test_tiny_recipe_trains_two_steps(path: Path) -> None:
     losses = _train(tiny_recipe(load_recipe(path), steps=2))
     assert losses[1] < losses[0], "the second step on the same tokens must have a lower loss"
 
 
 def _train(recipe: Recipe) -> list[float]:
-    """Two optimizer steps over the same random tokens, in microbatches, on one process."""
+    """Runs two optimizer steps over the same random tokens, in microbatches, on one process."""
     import torch
 
     from train.layout.optim import build_optimizer, clip_gradients

@@ -1,6 +1,6 @@
-"""Commands under the names of the release before: `python -m train.export` runs `python -m train.hf export`.
+"""Old names of commands from the previous release: `python -m train.export` runs `python -m train.hf export`.
 
-Each is kept for one release and says on standard error what it is called now.
+Each is kept for one release and prints its new name to standard error.
 """
 
 import runpy
@@ -28,11 +28,11 @@ RENAMED = {
     "launch.bench.checkpoint": "launch.experiments.bench.save_stall",
     "launch.bench.interchange": "launch.experiments.bench.hf",
 }
-"""New command by old: a module, and the arguments that come first where it has grown subcommands."""
+"""New command by old one: a module, with leading arguments where it is now a subcommand or an option."""
 
 
 def run(old: str) -> None:
-    """Runs an old command as the new one, with the arguments of this process."""
+    """Runs the new command of an old name with the arguments of this process."""
     module, *first = RENAMED[old].split()
     print(f"python -m {old} is now called python -m {RENAMED[old]}", file=sys.stderr)
     sys.argv[1:1] = first
@@ -40,7 +40,7 @@ def run(old: str) -> None:
 
 
 def install() -> None:
-    """Lets `python -m` find the old names; where a module has one of them again, the module wins."""
+    """Lets `python -m` find the old names; a real module of the same name takes precedence."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 
@@ -49,7 +49,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """A package for each old name and its parents, with a ``__main__`` that runs the new command."""
+        """Returns a package for an old name or its parents, with a ``__main__`` that runs the new command."""
         if any(old == fullname or old.startswith(f"{fullname}.") for old in RENAMED):
             return spec_from_loader(fullname, _Source(""), is_package=True)
         package, _, leaf = fullname.rpartition(".")
@@ -65,9 +65,9 @@ class _Source(InspectLoader):
         self.text = text
 
     def get_source(self, fullname: str) -> str:
-        """The program of the module."""
+        """Returns the source of the module."""
         return self.text
 
     def is_package(self, fullname: str) -> bool:
-        """Whether other modules may lie below it: below all but a ``__main__``."""
+        """Returns True unless the module is a ``__main__``."""
         return not self.text

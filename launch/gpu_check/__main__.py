@@ -1,8 +1,8 @@
-"""Bring-up of a machine: `python -m launch.gpu_check` proves kernels, numerics, memory and speed of its GPU.
+"""Bring-up check of a GPU: `python -m launch.gpu_check` checks kernels, numerics, memory and speed.
 
-It ends after 10 minutes, with what it has found until then. Without a GPU it says so and ends with status 0.
-PyTorch, MegaBlocks as pure Python and OmegaConf are all it needs: it runs in a vendor's container without
-Composer and without a network.
+It ends after at most 10 minutes with its findings so far. Without a GPU it says so and exits with status 0.
+It needs only PyTorch, MegaBlocks as pure Python and OmegaConf, and so runs in a vendor's container without
+Composer or a network.
 """
 
 import datetime
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 NUMERICS_RECIPE = "yamls/smoke.yaml"
 SPEED_RECIPE = "yamls/dbrx-moe-a.yaml"
 LIMIT_SECONDS = 590
-LAST_WORDS_SECONDS = 10
-"""What hangs in C hears no signal: then the stacks are printed, and nothing else."""
+STACK_DUMP_SECONDS = 10
+"""Grace after the limit: a hang in C ignores signals, so the stacks are dumped and the process exits."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
+    """Adds the command's arguments."""
     parser.add_argument("--output", default="gpu-check.md", help="file of the table (default %(default)s)")
 
 
 @command(
     "python -m launch.gpu_check",
-    "Proves kernels, numerics, memory and speed on this GPU, in a table for the docs.",
+    "Checks kernels, numerics, memory and speed of this GPU and writes a table for the docs.",
     add_arguments,
     json="write the rows as JSON too",
 )
 def main(options: Namespace) -> int | Figures:
-    """Does all checks; status 1 where something fails."""
+    """Runs all checks; returns status 1 if one fails."""
     import torch
 
     if not torch.cuda.is_available():
-        print("gpu-check: this machine has no NVIDIA GPU that torch sees: nothing to check")
+        print("gpu-check: torch sees no NVIDIA GPU on this machine: nothing to check")
         return 0
     progress.info("gpu-check: importing MegaBlocks")
     from launch.gpu_check.rows import CheckRow, table
@@ -56,14 +56,14 @@ def main(options: Namespace) -> int | Figures:
     rows: list[CheckRow] = []
     begun = time.monotonic()
     signal.signal(signal.SIGALRM, _is_over)
-    faulthandler.dump_traceback_later(LIMIT_SECONDS + LAST_WORDS_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(LIMIT_SECONDS + STACK_DUMP_SECONDS, exit=True)
     for name, check in parts().items():
         progress.info(f"gpu-check: {name}")
         try:
-            # Parts that come after the limit get a moment, in which they are told so.
+            # Parts after the limit get a moment, so that they are reported as not done.
             signal.setitimer(signal.ITIMER_REAL, max(0.01, LIMIT_SECONDS - (time.monotonic() - begun)))
             rows += check()
-        except Exception as error:  # One part that breaks must not hide what the others find.
+        except Exception as error:  # A part that breaks must not hide the findings of the others.
             rows.append(
                 CheckRow(name, "raised", f"{type(error).__name__}: {error}".split("\n")[0], "", False)
             )
@@ -87,7 +87,7 @@ def _is_over(_number: int, _frame: FrameType | None) -> None:
 
 
 def parts() -> "dict[str, Callable[[], list[CheckRow]]]":
-    """The checks by name, in order, for the GPU of this machine."""
+    """Returns the checks for this machine's GPU by name, in order."""
     import torch
 
     from launch.gpu_check.attention import check_attention

@@ -1,4 +1,4 @@
-"""Attention on the device against fp32 on the CPU: documents apart, heads that share keys and values.
+"""Checks of the device's attention against fp32 on the CPU: document masking and grouped-query heads.
 
 Shapes: B sequences, H query heads, G key-value heads, S tokens, W width of a head.
 """
@@ -11,11 +11,11 @@ from train.model.attention import Attention, plan_attention
 from train.recipe.schema import Model
 
 BOUND = 2e-2
-"""Largest norm of an error over the norm of what is right, in bf16: that of a few hundred rounded terms."""
+"""Largest relative error norm in bf16: rounding of a few hundred terms."""
 
 
 def check_attention(device: str, length: int = 4096) -> list[CheckRow]:
-    """Output and gradient of :class:`train.model.attention.Attention`, one and three documents a sequence."""
+    """Checks output and gradient of :class:`train.model.attention.Attention`, one and three documents."""
     model = Model(1024, 1, 8, 4, 1024, 128, length)
     documents_BS = (torch.arange(length) * 3 // length).int().expand(2, length)
     rows = []
@@ -46,7 +46,7 @@ def _in_bf16(model: Model, device: str, length: int, ids: Tensor | None) -> tupl
 
 
 def _in_fp32(model: Model, length: int, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same on the CPU: a product per pair of positions, masked, in fp32."""
+    """Runs the same on the CPU: masked products per pair of positions, in fp32."""
     attention, x_BSD, grad_BSD = _inputs(model, length)
     x = x_BSD.requires_grad_()
     plan = plan_attention(

@@ -1,7 +1,7 @@
-"""The kernels that a device uses against plain definitions in float64 on the CPU.
+"""Checks of a device's kernels against plain float64 definitions on the CPU.
 
 On a GPU these are MegaBlocks' Triton kernels (gather, scatter, their gradients), the grouped matrix product
-and, where it is compiled, MegaBlocks' extension. On a CPU they are those of train/cpu.
+and, if compiled, MegaBlocks' extension. On a CPU they are those of train/cpu.
 
 Shapes: T tokens, K experts per token, R = T x K routed rows, D width, N outputs, E experts.
 """
@@ -17,11 +17,11 @@ from launch.gpu_check.rows import CheckRow, deviation_row
 from train.model import megablocks_ops
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Largest error as a share of the largest value: rounding of the type over sums of some hundred terms."""
+"""Largest error relative to the largest value: rounding of the type over sums of some hundred terms."""
 
 
 def check_kernels(device: str, tokens: int = 4096, width: int = 1024) -> list[CheckRow]:
-    """Every kernel in fp32 and bf16, with experts that get no token, and with one that gets them all."""
+    """Checks every kernel in fp32 and bf16, with idle experts and with one expert that gets all tokens."""
     megablocks_ops.install()
     rows = []
     for dtype, bound in BOUNDS.items():
@@ -37,7 +37,7 @@ def check_kernels(device: str, tokens: int = 4096, width: int = 1024) -> list[Ch
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Largest difference over the largest wanted value; infinite where something is not finite."""
+    """Returns the largest difference over the largest wanted value; infinity if that is NaN."""
     difference = (got.detach().cpu().double() - wanted.double()).abs().max()
     error = float(difference / wanted.double().abs().max().clamp(min=1e-30))
     return float("inf") if math.isnan(error) else error
@@ -46,7 +46,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 def _pairs(
     device: str, dtype: torch.dtype, tokens: int, width: int, busy: list[int], experts: int = 16
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, result on the device, definition in float64."""
+    """Yields name, result on the device and float64 reference."""
     top_k = min(4, len(busy))
     generator = torch.Generator().manual_seed(0)
 
@@ -100,7 +100,7 @@ def _permutation(
 def _grouped_product(
     device: str, counts_E: Tensor, randn: Callable[..., Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    grouped_gemm = importlib.import_module("grouped_gemm")  # where it is compiled, or ours
+    grouped_gemm = importlib.import_module("grouped_gemm")  # the compiled package, or ours
 
     rows, inner, outer = int(counts_E.sum()), 256, 128
     a_RD, b_EDN, gradient_RN = randn(rows, inner), randn(len(counts_E), inner, outer), randn(rows, outer)

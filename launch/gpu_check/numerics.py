@@ -1,6 +1,6 @@
-"""The same model, weights and batches on the CPU and on the device: losses, gradients and weights agree.
+"""Checks that losses, gradients and weights agree between the CPU and the device.
 
-The input, the shrunken recipe and the clipping are the parity gate's (launch/verify), on one process.
+Input, tiny recipe and clipping are those of the parity gate (launch/verify), on one process.
 """
 
 import torch
@@ -16,17 +16,17 @@ from train.recipe.tiny import tiny_recipe
 
 BOUNDS = {
     Precision.fp32: {"loss": 1e-5, "expert choices": 0.0, "gradients": 1e-4, "weights": 1e-4},
-    # bf16 keeps 3 digits, and experts that are nearly tied may be chosen otherwise.
+    # bf16 keeps 3 digits, and nearly tied experts may be chosen differently.
     Precision.bf16: {"loss": 1e-2, "expert choices": 0.05, "whole gradient": 0.2},
 }
-"""Largest deviation. Of choices: the share of tokens that went to another expert; of the whole gradient: the
-Euclidean norm of the difference over all weights; of the rest: the largest difference within a tensor."""
+"""Largest deviations. Choices: the share of tokens that went to another expert. Whole gradient: the relative
+Euclidean norm of the difference over all weights. Others: the largest relative error of a tensor."""
 
 Record = dict[str, list[Tensor]]
 
 
 def check_numerics(device: str, recipe: Recipe, precisions: tuple[Precision, ...]) -> list[CheckRow]:
-    """Trains the shrunken recipe for a few clipped steps on both, and compares."""
+    """Trains the tiny recipe for a few clipped steps on the CPU and the device, and compares."""
     rows = []
     expected = train_steps("cpu", recipe, Precision.fp32)
     for precision in precisions:
@@ -41,7 +41,7 @@ def check_numerics(device: str, recipe: Recipe, precisions: tuple[Precision, ...
 
 
 def train_steps(device: str, recipe: Recipe, precision: Precision) -> Record:
-    """What a few steps saw: per step and tensor, on the CPU."""
+    """Trains a few steps; returns losses, choices, gradients and weights per step and tensor, on the CPU."""
     plain = INPUTS[0]
     small = make_case(tiny_recipe(recipe, steps=STEPS), Layout(1, 1, 1), plain, precision).recipe
     model, optimizer = build_on_one_device(small, device, precision)
@@ -64,7 +64,7 @@ def train_steps(device: str, recipe: Recipe, precision: Precision) -> Record:
 
 
 def _moved_share(ours: Tensor, theirs: Tensor) -> float:
-    """Share of choices that fell on another expert."""
+    """Returns the share of choices that differ."""
     return float((ours - theirs).abs().sum() / (2 * theirs.sum()))
 
 

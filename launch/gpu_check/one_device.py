@@ -1,4 +1,4 @@
-"""A recipe's model and optimizer on one device, built from the same parts as a run's. Needs no Composer."""
+"""Model and optimizer of a recipe on one device, built from the same parts as in a run. Needs no Composer."""
 
 from torch.optim import Optimizer
 
@@ -15,9 +15,9 @@ def build_on_one_device(
     """Builds the model with its initial weights, and its optimizer.
 
     Args:
-        recipe: of the run; its layout is not read.
+        recipe: the recipe; its layout is ignored.
         device: `cpu` or `cuda`.
-        precision: of the matrix products.
+        precision: precision of matrix products.
     """
     decoder = Decoder(
         recipe.model,

@@ -1,4 +1,4 @@
-"""Memory and speed of real optimizer steps of a recipe's slice: the plan against what is measured."""
+"""Measured memory and speed of optimizer steps of a slice of a recipe, compared with the plan."""
 
 import time
 from dataclasses import dataclass, replace
@@ -18,28 +18,28 @@ from train.recipe.schema import Parallelism, Precision, Recipe
 from train.step.microbatch import Batch, MicrobatchModel
 
 MEMORY_BOUND = 0.15
-"""Largest error of the plan's peak, as a share of what was measured."""
+"""Largest error of the planned peak relative to the measured one."""
 WARMUP_STEPS, TIMED_STEPS = 3, 10
 MOST_SHARE = 0.9
-"""Of the device's memory that a slice may take by its plan."""
+"""Share of the device's memory that a slice may take by its plan."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Some optimizer steps."""
+    """Measurements of some optimizer steps."""
 
     step_seconds: float
     held_bytes: int
     """Weights, gradients and optimizer state."""
     peak_bytes: int | None
-    """Largest allocation during a step; None where the device does not count."""
+    """Peak allocation during a step; None if the device does not track it."""
 
 
 def slice_of(recipe: Recipe, memory_bytes: int) -> Recipe:
-    """As many layers and sequences of a recipe as fit one device, layers first.
+    """Returns the recipe with as many layers and sequences as fit one device, layers first.
 
     Raises:
-        UserError: if not one layer and one sequence fit.
+        UserError: if one layer and one sequence do not fit.
     """
     for layers in (4, 2, 1):
         for sequences in (8, 4, 2, 1):
@@ -57,12 +57,12 @@ def slice_of(recipe: Recipe, memory_bytes: int) -> Recipe:
 
 
 def check_step(device: str, recipe: Recipe, gpu: Gpu | None, steps: int = TIMED_STEPS) -> list[CheckRow]:
-    """Memory and speed of a slice.
+    """Checks memory and reports speed of a slice.
 
     Args:
         device: `cpu` or `cuda`.
         recipe: the slice, see :func:`slice_of`.
-        gpu: the device's data sheet, where it is known.
+        gpu: the device's data sheet, if known.
         steps: timed steps.
     """
     precision = Precision.bf16 if recipe.training.precision is not Precision.fp32 else Precision.fp32
@@ -70,7 +70,7 @@ def check_step(device: str, recipe: Recipe, gpu: Gpu | None, steps: int = TIMED_
     planned = memory(recipe, 1)
     states = planned.weights + planned.gradients + planned.optimizer
     name = f"{recipe.name}, {recipe.model.n_layers} layers, {recipe.training.microbatch_sequences} sequences"
-    # A step count per tensor, and nothing else, may differ.
+    # Only a step counter per tensor may differ.
     rows = [_bytes_row(f"weights, gradients, optimizer ({name})", found.held_bytes, states, 1e-3)]
     if found.peak_bytes is not None:
         peak = planned.total - planned.fragmentation - planned.reserved
@@ -103,7 +103,7 @@ def _speed(
 
 
 def measure(device: str, recipe: Recipe, precision: Precision, steps: int) -> Measured:
-    """Runs optimizer steps on random tokens; the median time counts."""
+    """Runs optimizer steps on random tokens; measures the median time and the memory."""
     model, optimizer = build_on_one_device(recipe, device, precision)
     batch = _random_batch(recipe, device)
     times = []
@@ -134,7 +134,7 @@ def _step(
 
 
 def _random_batch(recipe: Recipe, device: str) -> Batch:
-    """Two documents per sequence."""
+    """Returns random tokens with two documents per sequence."""
     shape = (recipe.training.microbatch_sequences, recipe.data.sequence_tokens)
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(recipe.model.vocab_size, shape, generator=generator)
@@ -153,5 +153,5 @@ def _bytes_row(what: str, found: int, planned: int, bound: float) -> CheckRow:
 
 
 def gpu_of(device_name: str) -> Gpu | None:
-    """The data sheet of a device by the name that torch gives it, `NVIDIA H100 80GB HBM3` for example."""
+    """Returns the data sheet of a device by torch's name for it, for example `NVIDIA H100 80GB HBM3`."""
     return next((gpu for name, gpu in GPUS.items() if name.upper() in device_name.upper()), None)

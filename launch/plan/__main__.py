@@ -1,7 +1,6 @@
-"""What a recipe will cost before it runs: `python -m launch.plan yamls/X.yaml --gpus 3072 --gpu h100`.
+"""The cost of a recipe before it runs: `python -m launch.plan yamls/X.yaml --gpus 3072 --gpu h100`.
 
-Needs no GPU and no torch. Nothing that it says of a GPU was measured by us on one; where its figures
-come from is in docs/planner.md.
+Needs no GPU and no torch. We have measured none of its GPU figures; docs/planner.md gives their sources.
 """
 
 import sys
@@ -25,30 +24,33 @@ SHOWN = 10
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
+    """Adds the command's arguments."""
     parser.add_argument("recipe", nargs="?", help="YAML file, for example yamls/dbrx.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
-    parser.add_argument("--gpus", type=int, default=8, help="how many (default 8)")
-    parser.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (default h100)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default 8)")
+    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (default h100)")
     parser.add_argument(
-        "--imbalance", type=float, default=1.0, help="rows of the busiest experts over the mean"
+        "--imbalance",
+        type=float,
+        default=1.0,
+        help="rows of the busiest experts relative to the mean (default 1)",
     )
     parser.add_argument("--price", type=float, default=0.0, help="dollars per GPU-hour")
     parser.add_argument(
-        "--search", action="store_true", help="try layouts and microbatches, rank those that fit"
+        "--search", action="store_true", help="try layouts and microbatches and rank those that fit"
     )
     parser.add_argument("--table5", action="store_true", help="the announcement's table 5 from the recipes")
     parser.add_argument(
-        "--published", action="store_true", help="predicted against published training speeds"
+        "--published", action="store_true", help="compare predicted with published training speeds"
     )
     parser.add_argument(
-        "--html", metavar="FILE", help="write the plan as a page: memory bars, timeline of a step"
+        "--html", metavar="FILE", help="write the plan as a page: memory bars and the timeline of a step"
     )
 
 
 @command(
     "python -m launch.plan",
-    "Memory, traffic, time and money of a recipe on GPUs, without a GPU.",
+    "Predicts the memory, traffic, time and cost of a recipe on GPUs, without a GPU.",
     add_arguments,
     json="write the figures as JSON too",
     file="recipe",
@@ -56,7 +58,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     intermixed=True,
 )
 def main(options: Namespace) -> Figures:
-    """Plans a recipe or prints a table; status 1 for a plan that does not fit."""
+    """Plans a recipe or prints a table; returns status 1 if the plan does not fit."""
     if options.table5:
         rows = table5()
         print(format_table5(rows))

@@ -1,7 +1,7 @@
-"""What a forward pass keeps for the backward pass, and what the backward pass and the loss need beside it.
+"""Activation memory: what is kept for the backward pass, and what that pass and the loss need besides.
 
-A ledger of the tensors that autograd saves in :mod:`train.model.decoder`, read off the code and held to
-what it really saves on a CPU. Needs no torch.
+A list of the tensors that autograd saves in :mod:`train.model.decoder`, derived from the code and tested
+against what it really saves on a CPU. Needs no torch.
 
 Legend: B sequences, S tokens of each, T = B x S, D d_model, H query heads, G key-value width (n_kv_heads x
 head width), F ffn_hidden_size, E experts, K top_k, V vocab_size, C loss_chunk_tokens, L layers.
@@ -19,47 +19,47 @@ INT64 = 8
 
 @dataclass(frozen=True)
 class Numerics:
-    """Bytes per element of the kinds of tensors that differ between set-ups."""
+    """Bytes per element of the tensors whose precision depends on the device and on autocast."""
 
     stream: int
     """The residual stream between layers."""
     norm_input: int
-    """What a norm saves of its input: the stream itself, or the fp32 copy that autocast made of it."""
+    """The input that a norm saves: the stream itself, or autocast's fp32 copy of it."""
     compute: int
     """Inputs and outputs of matrix products and of attention."""
     copies_weights: bool = False
-    """Autocast keeps a bf16 copy of each fp32 matrix until the backward pass is through."""
+    """Autocast keeps a bf16 copy of each fp32 matrix until the backward pass is done."""
     on_gpu: bool = False
-    """FlexAttention masks documents, and the loss takes a chunk's softmax at once."""
+    """FlexAttention masks documents, and the loss computes a chunk's softmax at once."""
 
 
 CPU_FP32 = Numerics(FP32, FP32, FP32)
 CPU_BF16 = Numerics(FP32, FP32, BF16, copies_weights=True)
-"""Autocast on a CPU, weights fp32 and not sharded: the stream stays fp32."""
+"""Autocast on a CPU with unsharded fp32 weights: the stream stays fp32."""
 GPU_BF16 = Numerics(BF16, FP32, BF16, on_gpu=True)
-"""FSDP2 casts what enters a layer to bf16; autocast on CUDA takes norms in fp32. Not yet run on a GPU."""
+"""FSDP2 casts a layer's inputs to bf16; autocast on CUDA computes norms in fp32. Not yet run on a GPU."""
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """The shape of one forward and backward pass of a rank."""
+    """Shape of one forward and backward pass of a rank."""
 
     sequences: int
     sequence_tokens: int
     masked: bool = True
-    """Documents are masked from each other, so that attention gets a mask."""
+    """Documents are masked from each other, so attention gets a mask."""
     imbalance: float = 1.0
-    """Rows that this rank's experts get over the mean; 1 where each rank has all experts."""
+    """Rows of this rank's experts relative to the mean; 1 if each rank has all experts."""
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """T, tokens of the microbatch."""
         return self.sequences * self.sequence_tokens
 
 
 def norm_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
-    """Bytes that one norm saves: its input and statistics; RMSNorm, which is no fused operation, its
-    normalised output too.
+    """Bytes that one norm saves: its input and statistics; for RMSNorm, which is not fused, also its
+    normalised output.
     """
     D = model.d_model
     if model.norm is Norm.rmsnorm:
@@ -68,7 +68,7 @@ def norm_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
 
 
 def attention_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict[str, int]:
-    """Bytes that one layer's attention half saves."""
+    """Bytes that the attention half of one layer saves."""
     T, D, c = batch.tokens, model.d_model, numerics.compute
     G = D // model.n_heads * model.n_kv_heads
     saved = {"norm 1": norm_bytes(model, batch, numerics), "Wqkv input": T * D * c}
@@ -83,7 +83,7 @@ def attention_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict
 
 
 def ffn_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict[str, int]:
-    """Bytes that one layer's second norm and feed-forward save."""
+    """Bytes that the second norm and feed-forward of one layer save."""
     T, D, F, c = batch.tokens, model.d_model, model.ffn_hidden_size, numerics.compute
     saved = {"norm 2": norm_bytes(model, batch, numerics)}
     if model.moe is None:
@@ -116,7 +116,7 @@ def shared_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
 
 
 def kept_bytes(model: Model, batch: Microbatch, numerics: Numerics, *, checkpointing: bool) -> int:
-    """Bytes that the layers keep until the backward pass: all, or their inputs alone if ``checkpointing``."""
+    """Bytes that the layers keep until the backward pass: all, or only their inputs if ``checkpointing``."""
     per_layer = batch.tokens * model.d_model * numerics.stream
     if not checkpointing:
         per_layer = layer_bytes(model, batch, numerics)
@@ -125,18 +125,18 @@ def kept_bytes(model: Model, batch: Microbatch, numerics: Numerics, *, checkpoin
 
 @dataclass(frozen=True)
 class WeightCopies:
-    """Bytes of the bf16 copies that autocast makes of fp32 matrices; the router and the norms stay fp32."""
+    """Bytes of autocast's bf16 copies of fp32 matrices; the router and the norms stay fp32."""
 
     all_layers: int
-    """Without checkpointing: kept by autograd from the forward pass on."""
+    """Without checkpointing: kept by autograd from the forward pass onwards."""
     cached: int
-    """With it: autocast's own cache of all but the experts, until the loss is known."""
+    """With checkpointing: autocast's own cache of all but the experts, until the loss is known."""
     one_layer: int
-    """With it, in the backward pass: those of the layer that is computed again."""
+    """With checkpointing, in the backward pass: those of the recomputed layer."""
 
 
 def weight_copies(model: Model, numerics: Numerics) -> WeightCopies:
-    """Copies where weights are not sharded; FSDP2 gathers bf16 and needs none."""
+    """Copies of unsharded weights; FSDP2 gathers bf16 and needs none."""
     if not numerics.copies_weights:
         return WeightCopies(0, 0, 0)
     cast = [w for w in sizes.layer_weights(model, 0) if len(w.shape) > 1 and ".router." not in w.name]
@@ -147,25 +147,25 @@ def weight_copies(model: Model, numerics: Numerics) -> WeightCopies:
 
 @dataclass(frozen=True)
 class LossBytes:
-    """Memory of the chunked loss, which makes its gradients while it has the logits."""
+    """Memory of the chunked loss, which computes its gradients while it has the logits."""
 
     hidden_gradient: int
-    """Gradient of the hidden states, and each token's loss, until the backward pass takes them."""
+    """Gradient of the hidden states, and each token's loss, until the backward pass uses them."""
     weight_gradient: int
     """fp32 gradient of the output projection."""
     working: int
-    """Chunks of logits and their gradient, casts; gone when the loss is known."""
+    """Chunks of logits, their gradient, and casts; freed once the loss is known."""
 
     @property
     def total(self) -> int:
-        """Bytes while the loss is made."""
+        """Bytes while the loss is computed."""
         return self.hidden_gradient + self.weight_gradient + self.working
 
 
 def loss_bytes(model: Model, batch: Microbatch, numerics: Numerics, chunk_tokens: int) -> LossBytes:
     """Bytes of :func:`train.model.loss.chunked_cross_entropy`.
 
-    A chunk's logits become their own gradient; its softmax is taken in fp32, on a CPU a few rows at a time.
+    A chunk's logits are overwritten by their gradient; softmax is in fp32, on a CPU a few rows at a time.
     """
     T, D, V, c = batch.tokens, model.d_model, model.vocab_size, numerics.compute
     C = min(chunk_tokens, T)
@@ -179,11 +179,11 @@ def loss_bytes(model: Model, batch: Microbatch, numerics: Numerics, chunk_tokens
 
 
 def backward_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
-    """Most bytes that a layer's backward pass needs beside what the layer saved and weights' gradients.
+    """Peak bytes of a layer's backward pass besides what the layer saved and the weights' gradients.
 
-    With experts: gradients of the routed rows before and after the experts, and on a GPU the hidden rows
-    made again with their gradients. With a dense GLU: at the product of gate and value, where both
-    gradients are made. Around it: the stream's gradient and that of the layer's output.
+    With experts: gradients of the routed rows before and after the experts, and on a GPU the recomputed
+    hidden rows with their gradients. With a dense GLU: the gradients of gate and value. Always: the gradients
+    of the residual stream and of the layer's output.
     """
     T, D, F, c = batch.tokens, model.d_model, model.ffn_hidden_size, numerics.compute
     stream = T * D * (numerics.stream + c)
@@ -197,7 +197,7 @@ def backward_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes beside weights, optimizer state and stored gradients, at the moments that can be the worst."""
+    """Bytes besides weights, optimizer state and stored gradients at the candidate peaks."""
 
     loss: int
     """All layers' activations and the loss with its logits."""
@@ -210,7 +210,7 @@ class Peaks:
 def peaks(
     model: Model, batch: Microbatch, numerics: Numerics, *, checkpointing: bool, chunk_tokens: int
 ) -> Peaks:
-    """The three moments; a caller adds the gradients that stand at each."""
+    """Returns the three candidate peaks; the caller adds the gradients stored at each."""
     kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
     copies = weight_copies(model, numerics)
     at_loss = copies.cached if checkpointing else copies.all_layers
@@ -229,9 +229,9 @@ def peaks(
 
 
 def layer_gradient_elements(model: Model) -> tuple[int, int]:
-    """Elements of a layer's weights, and of those whose gradients are made while its activations stand.
+    """Elements of a layer's weights, and of those whose gradients coexist with its activations.
 
-    The latter are all of the experts', or the last matrix of a dense feed-forward.
+    The latter are the experts' weights, or the last matrix of a dense feed-forward.
     """
     found = list(sizes.layer_weights(model, 0))
     experts = sum(weight.elements for weight in found if weight.is_expert)

@@ -1,4 +1,4 @@
-"""GPUs and the links between them, as their data sheets say."""
+"""GPUs and the links between them, from their data sheets."""
 
 from dataclasses import dataclass
 
@@ -10,24 +10,24 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU in a node of several, each with a network card of its own. Rates are per GPU, one way."""
+    """A GPU in a node of several, each with its own network card. Rates are per GPU and direction."""
 
     name: str
     memory_bytes: int
-    """What torch reports as the device's total memory, less than the name says."""
+    """Total memory that torch reports, which is less than the name says."""
     matrix_flops: float
-    """bf16 matrix products per second without sparsity, in FLOP."""
+    """FLOP/s of dense bf16 matrix products, without sparsity."""
     memory_bandwidth: float
-    """Bytes per second from and to its own memory."""
+    """Bytes per second to and from its own memory."""
     nvlink_bandwidth: float
     """Bytes per second to the other GPUs of the node."""
     network_bandwidth: float
     """Bytes per second to other nodes (InfiniBand)."""
     gpus_per_node: int = 8
     nvlink_hop_seconds: float = 1e-6
-    """From one GPU to its neighbour: picked, of the order of NCCL's own tuning tables."""
+    """Latency from one GPU to its neighbour: assumed, of the order of NCCL's own tuning tables."""
     network_hop_seconds: float = 4e-6
-    """From one node to the next: picked likewise."""
+    """Latency from one node to the next: assumed likewise."""
 
 
 GPUS = {
@@ -41,14 +41,14 @@ GPUS = {
     )
     for row in read_rows("gpus.csv")
 }
-"""Efficiencies were fitted on H100s only: for the others they are carried over, not checked."""
+"""GPUs by name. Efficiencies were fitted on H100s only; for the others they are carried over, unchecked."""
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU of that name.
+    """Returns the GPU of that name.
 
     Raises:
-        UserError: if it is not known.
+        UserError: if there is none.
     """
     if name not in GPUS:
         raise UserError(f"{name!r} is not known", key="--gpu", remedy=f"one of {', '.join(GPUS)}")

@@ -1,8 +1,8 @@
-"""Where a GPU's memory goes at the worst moment of a step.
+"""Memory of a GPU at the peak of a step, by purpose.
 
 Weights, gradients and optimizer state are exact; activations and loss follow
 :mod:`launch.plan.activations`; gathered weights and exchanged tokens follow what FSDP2 and MegaBlocks
-allocate. None of it was measured on a GPU yet.
+allocate. None of it has been measured on a GPU yet.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -24,43 +24,43 @@ from train.recipe import sizes
 from train.recipe.schema import Model, OptimizerKind, Parallelism, Precision, Recipe
 
 FRAGMENTATION_SHARE = 0.05
-"""Picked: of all that the allocator hands out, with expandable segments."""
+"""Assumed: share of all allocated memory, with expandable segments."""
 RESERVED_BYTES = 2 * GIB
-"""Picked: the CUDA context, cuBLAS' workspace and NCCL's buffers, which no allocator of ours sees."""
+"""Assumed: the CUDA context, cuBLAS' workspace and NCCL's buffers, which torch's allocator does not see."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the busiest rank at the worst moment of its step."""
+    """Bytes of one rank at the peak of its step."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """Kept for the backward pass, and what is computed again and needed beside it."""
+    """Kept for the backward pass, recomputed, and needed in the backward pass."""
     loss: int
-    """Logits of a chunk and gradients that the loss makes."""
+    """Logits of a chunk, and the gradients that the loss computes."""
     gathered: int
-    """Whole weights that are gathered at the time, whole gradients, and what they are reduced from."""
+    """Weights that are gathered at the time, unsharded gradients, and the buffers to reduce them from."""
     exchanged: int
-    """Tokens on their way to experts on other ranks and back."""
+    """Buffers of the all-to-all to experts on other ranks and back."""
     fragmentation: int
     reserved: int
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(asdict(self).values())
 
     @staticmethod
     def parts() -> list[str]:
-        """Names of the parts, in order."""
+        """Returns the names of the parts, in order."""
         return [part.name for part in fields(Memory)]
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of what a rank holds between steps, and of its gradients."""
+    """Bytes of a rank's weights, optimizer state and gradients."""
 
     weights: int
     gradients: int
@@ -68,7 +68,7 @@ class States:
 
 
 def states(model: Model, layout: Parallelism, world_size: int, rank: int, optimizer: OptimizerKind) -> States:
-    """Bytes of one rank's shards, all fp32: AdamW has two moments and a counter per weight, Lion a moment."""
+    """Bytes of one rank's fp32 shards: AdamW has two moments and a counter per tensor, Lion one moment."""
     held = sizes.rank_weights(model, layout, world_size, rank)
     elements = sum(held.values())
     moments = 2 * elements * FP32 + len(held) * FP32 if optimizer is OptimizerKind.adamw else elements * FP32
@@ -76,18 +76,18 @@ def states(model: Model, layout: Parallelism, world_size: int, rank: int, optimi
 
 
 def numerics_of(recipe: Recipe) -> Numerics:
-    """Of a run on GPUs."""
+    """Returns the numerics of a run on GPUs."""
     return CPU_FP32 if recipe.training.precision is Precision.fp32 else GPU_BF16
 
 
 def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 0) -> Memory:
-    """Memory of one rank; of rank 0, whose shards are the fullest, unless told otherwise.
+    """Returns the memory of one rank, by default of rank 0, which has the largest shards.
 
     Args:
         recipe: a valid recipe.
         world_size: ranks.
-        imbalance: rows of this rank's experts over the mean; counts with expert parallelism alone.
-        rank: which rank.
+        imbalance: rows of this rank's experts relative to the mean; matters only with expert parallelism.
+        rank: index of the rank.
     """
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     batch = Microbatch(
@@ -114,8 +114,8 @@ def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 
 
 
 def _moments(recipe: Recipe, world_size: int, batch: Microbatch) -> list[tuple[int, int, int, int]]:
-    """Activations, loss, gathered weights and exchanged tokens: in the loss, in the backward pass of the
-    last layer, and at its end, when the embeddings' gradients are reduced.
+    """Activations, loss, gathered weights and exchanged tokens at three moments: in the loss, in the backward
+    pass of the last layer, and at the end of the backward pass, when the embeddings' gradients are reduced.
     """
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     numerics = numerics_of(recipe)
@@ -143,13 +143,13 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch) -> list[tuple[i
 
 
 def gathered_bytes(model: Model, layout: Parallelism, world_size: int, compute_bytes: int) -> dict[str, int]:
-    """Bytes of every unit's weights once FSDP2 has gathered them, by the unit's module, shards padded.
+    """Bytes of each FSDP2 unit's gathered weights, by the unit's module; shards are padded.
 
     Args:
         model: the decoder.
         layout: degrees of the mesh.
         world_size: ranks.
-        compute_bytes: bytes per element of all that is not kept in fp32.
+        compute_bytes: bytes per element of weights that are not kept in fp32.
     """
     found: dict[str, int] = {}
     for weight in sizes.weights(model):
@@ -165,9 +165,9 @@ class _Whole:
     """Bytes of gathered weights."""
 
     outside: int
-    """Embeddings, gathered from the first layer to the last gradient."""
+    """Embeddings, gathered from the first layer until the last gradient."""
     in_backward: int
-    """A layer, the next one gathered ahead (once as it arrives, once unpacked), the layer's gradients, and
+    """A layer, the prefetched next one (the receive buffer and its unpacked copy), the layer's gradients, and
     the fp32 copy that is reduced."""
 
     @classmethod
@@ -183,5 +183,5 @@ class _Whole:
 
 
 def fits(memory_of_rank: Memory, gpu: Gpu) -> bool:
-    """Whether a rank's worst moment is within its GPU's memory."""
+    """Returns True if a rank's peak is within its GPU's memory."""
     return memory_of_rank.total <= gpu.memory_bytes

@@ -1,4 +1,4 @@
-"""A plan as one self-contained page: a memory bar per GPU of the first node, and a timeline of one step."""
+"""A plan as a self-contained page: a memory bar per GPU of the first node and the timeline of a step."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,28 +29,28 @@ KINDS = {
     "matrix": "matrix products",
     "attention": "attention",
     "memory": "memory bandwidth",
-    "links": "links between GPUs, open",
+    "links": "links between GPUs, exposed",
 }
-HIDDEN = {"overlap": "traffic between GPUs that runs behind arithmetic"}
+HIDDEN = {"overlap": "traffic between GPUs that overlaps with arithmetic"}
 WIDTH, BAR, GAP, LEFT = 900, 22, 8, 90
 SHOWN_MICROBATCHES = 4
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of the drawing, in its units."""
+    """A rectangle in the drawing's units."""
 
     left: float
     top: float
     width: float
     colour: str
     title: str
-    """Shown under the pointer."""
+    """The tooltip."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """Text of the drawing; ``base`` is the height of its baseline."""
+    """A text of the drawing; ``base`` is the height of its baseline."""
 
     left: float
     base: float
@@ -60,23 +60,23 @@ class Label:
 
 @dataclass
 class Drawing:
-    """Rows of boxes, with labels."""
+    """Rows of boxes with labels."""
 
     height: float
     boxes: list[Box] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     limit: float = 0.0
-    """Where a line stands from top to bottom; 0: nowhere."""
+    """Position of the vertical limit line; 0 for none."""
 
 
 def write_html(file: Path, plan: Plan) -> None:
-    """Writes the page."""
+    """Writes the plan's page."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(plan_page(plan))
 
 
 def plan_page(plan: Plan) -> str:
-    """The page as HTML."""
+    """Returns the page as HTML."""
     return render(
         "launch/plan/plan.html.j2",
         title=f"{plan.recipe.name} on {plan.world_size} x {plan.gpu.name}",
@@ -93,9 +93,9 @@ def plan_page(plan: Plan) -> str:
 
 
 def _memory_bars(plan: Plan) -> Drawing:
-    """A bar of all parts for each GPU of the first node, and a line at the GPU's memory."""
+    """Draws a memory bar for each GPU of the first node and a line at the GPU's memory."""
     ranks = range(min(plan.gpu.gpus_per_node, plan.world_size))
-    of_ranks = [memory(plan.fullest.form.recipe, plan.world_size, plan.imbalance, rank) for rank in ranks]
+    of_ranks = [memory(plan.fullest.shape.recipe, plan.world_size, plan.imbalance, rank) for rank in ranks]
     scale = (WIDTH - LEFT) / max(plan.gpu.memory_bytes, *(found.total for found in of_ranks)) / 1.08
     drawing = Drawing(30 + len(of_ranks) * (BAR + GAP), limit=LEFT + plan.gpu.memory_bytes * scale)
     for row, (rank, found) in enumerate(zip(ranks, of_ranks, strict=True)):
@@ -112,7 +112,7 @@ def _memory_bars(plan: Plan) -> Drawing:
 
 
 def _timeline(plan: Plan) -> Drawing:
-    """The first microbatches and the optimizer's step, by what their time goes to."""
+    """Draws the first microbatches and the optimizer step, by kind of work."""
     forward, backward, optimizer = plan.parts
     shown = min(plan.microbatches, SHOWN_MICROBATCHES)
     drawn = [part for _ in range(shown) for part in (forward, backward)] + [optimizer]
@@ -133,11 +133,11 @@ def _timeline(plan: Plan) -> Drawing:
             drawing.boxes.append(Box(at, top, seconds * scale, COLOURS[kind], title))
             at += seconds * scale
         hidden = plan.hidden_seconds(part.seconds)
-        title = f"{part.name}, traffic behind arithmetic: {hidden:.3f} s"
+        title = f"{part.name}, traffic overlapped with arithmetic: {hidden:.3f} s"
         drawing.boxes.append(Box(left, tops[-1], max(hidden, 0) * scale, COLOURS["overlap"], title))
         left += width
     if more := plan.microbatches - shown:
-        drawing.labels.append(Label(LEFT, drawing.height + 8, f"and {more} more microbatches like these"))
+        drawing.labels.append(Label(LEFT, drawing.height + 8, f"and {more} more microbatches"))
         drawing.height += 14
     return drawing
 

@@ -1,15 +1,15 @@
 """Published training speeds on H100s: five rows fit the two efficiencies, all others are predicted.
 
-The runs are the rows of `published_speeds.csv`, their models those of `published_models.csv`. Sources, with
-the inputs as given there:
+Runs are rows of `published_speeds.csv`, their models rows of `published_models.csv`. Sources, with their
+inputs:
 
 - LLM Foundry, scripts/train/benchmarking/README.md, "H100 80GB BF16": MPT models under FSDP full sharding,
   tokens per second and GPU. All rows of 1b and larger with sequences of up to 8192 tokens.
 - Liu et al. 2025, "MoE Parallel Folding", arXiv 2504.14960: Megatron-Core on Eos (DGX H100), sequences of
   4096, microbatches of one, capacity factor 1, utilisation with the attention term. Tables 1, 3 and 4, "MCore
-  w/ Folding" and "FSDP + EP". Not given there and assumed here: one layer per virtual pipeline stage.
+  w/ Folding" and "FSDP + EP". Not given there, assumed here: one layer per virtual pipeline stage.
 
-Head widths are 128; biases and learned positions of MPT, under 0.2% of its parameters, are left out.
+Head widths are 128; biases and learned positions of MPT, under 0.2% of its parameters, are not counted.
 """
 
 import math
@@ -35,14 +35,14 @@ from train.recipe.schema import Ffn, Model, Moe, Position
 
 ADAM_BYTES = 8
 WITHIN = 0.15
-"""Error that a prediction should not exceed."""
+"""Largest relative error that a prediction should have."""
 BF16 = 2
 FP32 = 4
 
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A published run: model, layout, batch, and what was measured."""
+    """A published run: model, layout, batch and measured speed."""
 
     name: str
     model: Model
@@ -56,21 +56,21 @@ class PublishedRun:
     pipeline: int = 1
     expert: int = 1
     shards_weights: bool = True
-    """FSDP; otherwise only the optimizer's state is sharded."""
+    """FSDP; otherwise only the optimizer state is sharded."""
     measured_tokens_per_second: float | None = None
-    """Per GPU."""
+    """Tokens per second and GPU."""
     measured_utilisation: float | None = None
     fits: bool = False
     """Used to fit the efficiencies."""
 
     @property
     def copies(self) -> int:
-        """GPUs that hold the same part of the model, outside of the experts."""
+        """GPUs that hold the same part of the model, outside the experts."""
         return self.gpus // (self.tensor * self.pipeline)
 
 
 def flops_per_token(system: PublishedRun) -> float:
-    """Model FLOPs of a token in training, all positions attended to, as both sources count."""
+    """Training FLOPs per token with attention over all positions, as both sources count them."""
     flops = sizes.flops_per_token_training(system.model, system.sequence_tokens)
     shared = 6 * 3 * system.model.d_model * system.shared_ffn * system.model.n_layers
     return flops.total + shared
@@ -96,7 +96,7 @@ def predicted(system: PublishedRun, gpu: Gpu, efficiency: Efficiency = FITTED) -
 
 
 def _microbatch_seconds(system: PublishedRun, tokens: int, gpu: Gpu, efficiency: Efficiency) -> Seconds:
-    """One forward and backward pass of one pipeline stage."""
+    """Time of a forward and backward pass of one pipeline stage."""
     split = Split(system.tensor, system.expert)
     forward = layer_work(system.model, tokens, system.sequence_tokens, split, system.shared_ffn)
     layer = forward + forward.backward() + (forward if system.checkpointing else forward.times(0))
@@ -127,14 +127,14 @@ def _exchanges(system: PublishedRun, tokens: int) -> Iterable[Collective]:
 
 
 def _sharded(system: PublishedRun) -> list[tuple[float, int, int]]:
-    """Weights of one GPU's tensor, pipeline and expert part, and the group that shards them: size, stride."""
+    """Weights of a GPU's tensor, pipeline and expert part, with size and stride of the sharding group."""
     model = system.model
     experts = sum(w.elements for w in sizes.layer_weights(model, 0) if w.is_expert) * model.n_layers
     shared = 3 * model.d_model * system.shared_ffn * model.n_layers
     rest = sizes.total_parameters(model) - experts + shared
     parts = [(rest / system.tensor / system.pipeline, system.copies, system.tensor)]
     if experts:
-        # Folded, experts are spread over neighbouring GPUs whatever shares the other matrices.
+        # With folding, experts are distributed over neighbouring GPUs, however the other matrices are split.
         over = system.expert * (system.tensor if system.shards_weights else 1)
         ranks = system.gpus // (over * system.pipeline)
         parts.append((experts / over / system.pipeline, ranks, over))
@@ -142,7 +142,7 @@ def _sharded(system: PublishedRun) -> list[tuple[float, int, int]]:
 
 
 def _step_seconds(system: PublishedRun, gpu: Gpu, efficiency: Efficiency) -> Seconds:
-    """What happens once per step: the optimizer, and without FSDP the gradients and the new weights."""
+    """Time once per step: the optimizer, and without FSDP also reducing gradients and gathering weights."""
     parts = _sharded(system)
     held = sum(weights / ranks for weights, ranks, _ in parts)
     total = compute_seconds(update_work(held, ADAM_BYTES, clips=False), gpu, efficiency)
@@ -155,9 +155,9 @@ def _step_seconds(system: PublishedRun, gpu: Gpu, efficiency: Efficiency) -> Sec
 
 
 def fit(systems: Iterable[PublishedRun], gpu: Gpu) -> Efficiency:
-    """The two efficiencies with the least squared logarithm of predicted over measured, to two digits.
+    """Fits the two efficiencies by least squares of log(predicted / measured), to two digits.
 
-    A step's time is linear in both efficiencies' inverses, so that three predictions of each system give all.
+    A step's time is linear in the inverses of both efficiencies, so three predictions per system suffice.
     """
     parts = []
     for system in systems:
@@ -183,7 +183,7 @@ def fit(systems: Iterable[PublishedRun], gpu: Gpu) -> Efficiency:
 
 
 def published_models() -> dict[str, tuple[Model, int]]:
-    """The models of the published runs by name, each with the width of a GLU that every token takes too."""
+    """Returns the models of the published runs by name, each with the hidden size of its shared expert."""
     return {
         row["model"]: (
             Model(
@@ -208,7 +208,7 @@ def published_models() -> dict[str, tuple[Model, int]]:
 
 
 def published_systems() -> list[PublishedRun]:
-    """The published runs, in the order of the file."""
+    """Returns the published runs in the order of the file."""
     models = published_models()
     systems = []
     for row in read_rows("published_speeds.csv"):
@@ -239,7 +239,7 @@ def published_systems() -> list[PublishedRun]:
 
 
 def published_figures(gpu: Gpu = GPUS["h100"]) -> list[dict[str, str | int | float | bool]]:
-    """Predicted against published, row by row."""
+    """Returns predicted and published speed of each run."""
     return [
         {
             "system": system.name,
@@ -254,7 +254,7 @@ def published_figures(gpu: Gpu = GPUS["h100"]) -> list[dict[str, str | int | flo
 
 
 def format_published(gpu: Gpu = GPUS["h100"]) -> str:
-    """The same for a terminal."""
+    """Formats predicted and published speeds for a terminal."""
     lines = [f"{'system':44}{'GPUs':>6}{'published':>11}{'predicted':>11}{'error':>8}  tokens/s per GPU"]
     rows = published_figures(gpu)
     for row in rows:

@@ -1,4 +1,4 @@
-"""Tries layouts, microbatch sizes and recomputation, and says what would make an impossible plan fit."""
+"""Search over layouts, microbatch sizes and recomputation, and remedies for plans that do not fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ MOST_GPUS = 2**17
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search varies."""
+    """The settings that the search varies."""
 
     replicate: int
     expert: int
@@ -22,7 +22,7 @@ class Choice:
     activation_checkpointing: bool
 
     def applied(self, recipe: Recipe) -> Recipe:
-        """The recipe with this choice."""
+        """Returns the recipe with these settings."""
         return replace(
             recipe,
             parallelism=Parallelism(replicate=self.replicate, expert=self.expert),
@@ -34,7 +34,7 @@ class Choice:
         )
 
     def overrides(self) -> str:
-        """As arguments of a command line."""
+        """Returns the settings as command-line overrides."""
         return (
             f"parallelism.replicate={self.replicate} parallelism.expert={self.expert} "
             f"training.microbatch_sequences={self.microbatch_sequences} "
@@ -43,7 +43,7 @@ class Choice:
 
 
 def choice_of(recipe: Recipe) -> Choice:
-    """The recipe's own."""
+    """Returns the recipe's own settings."""
     return Choice(
         recipe.parallelism.replicate,
         recipe.parallelism.expert,
@@ -53,7 +53,7 @@ def choice_of(recipe: Recipe) -> Choice:
 
 
 def choices(recipe: Recipe, world_size: int) -> Iterator[Choice]:
-    """All that the arithmetic of batch and ranks allows."""
+    """Yields all settings that divide batch, ranks and experts evenly."""
     per_rank = recipe.training.global_batch_sequences // world_size
     experts = recipe.model.moe.experts if recipe.model.moe else 1
     for expert in divisors(experts):
@@ -68,7 +68,7 @@ def choices(recipe: Recipe, world_size: int) -> Iterator[Choice]:
 def search(
     recipe: Recipe, world_size: int, gpu: Gpu, *, imbalance: float = 1.0, dollars_per_gpu_hour: float = 0.0
 ) -> list[Plan]:
-    """All plans that fit, the fastest first.
+    """Returns all plans that fit, the fastest first.
 
     Raises:
         UserError: if no layout is possible, such as for a batch that cannot be split over the GPUs.
@@ -89,18 +89,18 @@ def search(
         if plan.fits:
             found.append(plan)
     if not is_possible:
-        make_plan(recipe, world_size, gpu)  # says why
+        make_plan(recipe, world_size, gpu)  # raises the reason
     return sorted(found, key=lambda plan: plan.days)
 
 
 def remedies(plan: Plan) -> list[str]:
-    """What would make a plan fit that does not: each change that does so alone, then the fastest of all."""
+    """Remedies for a plan that does not fit: single changes that suffice, then the fastest layout of all."""
     recipe, own = plan.recipe, choice_of(plan.recipe)
-    alone = []
+    single_changes = []
     for choice in choices(recipe, plan.world_size):
         changed = [name for name in vars(own) if getattr(own, name) != getattr(choice, name)]
         if len(changed) == 1 and _fits(choice.applied(recipe), plan.world_size, plan):
-            alone.append((changed[0], choice))
+            single_changes.append((changed[0], choice))
     lines = []
     for name, key in (
         ("activation_checkpointing", "training.activation_checkpointing"),
@@ -108,7 +108,7 @@ def remedies(plan: Plan) -> list[str]:
         ("replicate", "parallelism.replicate"),
         ("expert", "parallelism.expert"),
     ):
-        values = [getattr(choice, name) for changed, choice in alone if changed == name]
+        values = [getattr(choice, name) for changed, choice in single_changes if changed == name]
         if values:
             lines.append(f"{key}={str(max(values)).lower()} alone makes it fit")
     best = search(recipe, plan.world_size, plan.gpu, imbalance=plan.imbalance)
@@ -121,7 +121,7 @@ def remedies(plan: Plan) -> list[str]:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
+    """Returns all divisors in ascending order."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
@@ -133,7 +133,7 @@ def _fits(recipe: Recipe, world_size: int, like: Plan) -> bool:
 
 
 def _gpus_needed(plan: Plan) -> int | None:
-    """The fewest GPUs, doubling, on which one sequence at a time fits with everything sharded."""
+    """The fewest GPUs, by doubling, on which microbatches of one sequence fit with everything sharded."""
     world_size = plan.world_size * 2
     while world_size <= MOST_GPUS:
         recipe = _divisible(plan.recipe, world_size)
@@ -145,7 +145,7 @@ def _gpus_needed(plan: Plan) -> int | None:
 
 
 def _divisible(recipe: Recipe, world_size: int) -> Recipe:
-    """The recipe with batches rounded up to a multiple of the GPUs, one sequence a microbatch."""
+    """The recipe with batches rounded up to a multiple of the GPUs and one sequence per microbatch."""
 
     def rounded(batch: int) -> int:
         return -(-batch // world_size) * world_size

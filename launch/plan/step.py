@@ -1,4 +1,4 @@
-"""The plan of a recipe on a number of GPUs: memory, traffic, time and money."""
+"""The plan of a recipe on a number of GPUs: memory, traffic, time and cost."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ DAY_SECONDS = 24 * HOUR_SECONDS
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a step, as it appears on the timeline."""
+    """One part of a step on the timeline."""
 
     name: str
     seconds: Seconds
@@ -38,22 +38,22 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will cost. The figures of a step are those of one form of its steps."""
+    """The predicted cost of a recipe. Per-step figures are those of one step shape."""
 
     recipe: Recipe
-    form: StepShape
+    shape: StepShape
     gpu: Gpu
     world_size: int
     imbalance: float
     dollars_per_gpu_hour: float
     memory: Memory
     collectives: list[Collective]
-    """Of one microbatch."""
+    """Those of one microbatch."""
     microbatches: int
     parts: list[Part]
     efficiency: Efficiency
     others: tuple["Plan", ...] = ()
-    """Of the run's other step shapes, such as longer sequences in a later phase."""
+    """Plans of the run's other step shapes, such as longer sequences in a later phase."""
 
     @property
     def step_shapes(self) -> tuple["Plan", ...]:
@@ -62,17 +62,17 @@ class Plan:
 
     @property
     def fullest(self) -> "Plan":
-        """The form that needs the most memory."""
+        """The plan of the step shape that needs the most memory."""
         return max(self.step_shapes, key=lambda plan: plan.memory.total)
 
     @property
     def fits(self) -> bool:
-        """Whether the worst moment of the whole run is within the GPU's memory."""
+        """True if the peak of the whole run is within the GPU's memory."""
         return self.fullest.memory.total <= self.gpu.memory_bytes
 
     @property
     def seconds(self) -> Seconds:
-        """Of a step, by what it goes to."""
+        """Time of a step by kind of work."""
         total = Seconds()
         for part in self.parts:
             total += part.seconds.times(part.repeats)
@@ -84,12 +84,12 @@ class Plan:
         return self.seconds.total
 
     def hidden_seconds(self, seconds: Seconds) -> float:
-        """Traffic that hides behind arithmetic: at the links' full rate it takes longer than it is open."""
+        """Traffic hidden behind arithmetic: its time at the links' full rate minus its exposed time."""
         return max(0.0, self.efficiency.links - 1) * seconds.links
 
     @property
     def step_seconds_if_hidden(self) -> float:
-        """The same if traffic of weights and gradients hid behind arithmetic: a bound, no prediction."""
+        """A lower bound: step time if all traffic of weights and gradients overlapped with arithmetic."""
         exchange = [c for c in self.collectives if c.kind is CollectiveKind.all_to_all]
         hidden = [c for c in self.collectives if c.kind is not CollectiveKind.all_to_all]
         compute = self.step_seconds - self.seconds.links
@@ -101,40 +101,40 @@ class Plan:
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
-        """Throughput of a GPU."""
-        return sizes.tokens_per_batch(self.form.recipe) / self.step_seconds / self.world_size
+        """Throughput per GPU."""
+        return sizes.tokens_per_batch(self.shape.recipe) / self.step_seconds / self.world_size
 
     @property
     def utilisation(self) -> float:
-        """Model FLOPs, attention over all positions included, as a share of the peak (PaLM, appendix B)."""
-        token = sizes.flops_per_token_training(self.recipe.model, self.form.recipe.data.sequence_tokens)
+        """Model FLOPs, including attention over all positions, as a share of the peak (PaLM, appendix B)."""
+        token = sizes.flops_per_token_training(self.recipe.model, self.shape.recipe.data.sequence_tokens)
         return token.total * self.tokens_per_second_per_gpu / self.gpu.matrix_flops
 
     @property
     def utilisation_of_weights(self) -> float:
-        """6 x active parameters x tokens alone, as a share of the peak."""
-        token = sizes.flops_per_token_training(self.recipe.model, self.form.recipe.data.sequence_tokens)
+        """6 x active parameters x tokens only, as a share of the peak."""
+        token = sizes.flops_per_token_training(self.recipe.model, self.shape.recipe.data.sequence_tokens)
         return token.weights * self.tokens_per_second_per_gpu / self.gpu.matrix_flops
 
     @property
     def days(self) -> float:
-        """Of the whole run, all step shapes, without interruptions and evaluations."""
-        return sum(plan.form.batches * plan.step_seconds for plan in self.step_shapes) / DAY_SECONDS
+        """Duration of the whole run over all step shapes, without interruptions and evaluations."""
+        return sum(plan.shape.batches * plan.step_seconds for plan in self.step_shapes) / DAY_SECONDS
 
     @property
     def flops(self) -> sizes.Flops:
-        """Of the whole run, attention at each form's length."""
-        each = [plan.form.flops for plan in self.step_shapes]
+        """FLOPs of the whole run, with attention at the sequence length of each step shape."""
+        each = [plan.shape.flops for plan in self.step_shapes]
         return sizes.Flops(sum(flops.weights for flops in each), sum(flops.attention for flops in each))
 
     @property
     def gpu_hours(self) -> float:
-        """Of the whole run."""
+        """GPU-hours of the whole run."""
         return self.days * DAY_SECONDS / HOUR_SECONDS * self.world_size
 
     @property
     def dollars(self) -> float:
-        """Of the whole run."""
+        """Cost of the whole run."""
         return self.gpu_hours * self.dollars_per_gpu_hour
 
 
@@ -148,30 +148,30 @@ def make_plan(
     file: str = "",
     efficiency: Efficiency = FITTED,
 ) -> Plan:
-    """Plans a recipe: every form of its steps, the one with the most tokens first.
+    """Plans a recipe: every step shape, the one with the most tokens first.
 
     Args:
         recipe: the recipe.
         world_size: GPUs.
-        gpu: which.
-        imbalance: rows of the busiest expert rank over the mean, at least 1.
-        dollars_per_gpu_hour: price.
-        file: the recipe's file, for errors.
-        efficiency: shares of the GPU's rates.
+        gpu: type of the GPUs.
+        imbalance: rows of the busiest expert rank relative to the mean, at least 1.
+        dollars_per_gpu_hour: price of a GPU-hour.
+        file: the recipe's file, for error messages.
+        efficiency: shares of the GPU's peak rates.
 
     Raises:
         UserError: one line, if the recipe or the layout is impossible.
     """
     validate(recipe, Topology(0, world_size, 0, 1), file)
     if imbalance < 1:
-        raise UserError(f"is {imbalance}", key="--imbalance", remedy="the busiest is at least the mean: 1")
+        raise UserError(f"is {imbalance}", key="--imbalance", remedy="give at least 1, the mean")
 
-    def plan_of(form: StepShape, others: tuple[Plan, ...] = ()) -> Plan:
-        shaped = form.recipe
+    def plan_of(shape: StepShape, others: tuple[Plan, ...] = ()) -> Plan:
+        shaped = shape.recipe
         traffic = _traffic(shaped, world_size)
         return Plan(
             recipe=recipe,
-            form=form,
+            shape=shape,
             gpu=gpu,
             world_size=world_size,
             imbalance=imbalance,
@@ -185,7 +185,7 @@ def make_plan(
         )
 
     main, *others = step_shapes(recipe)
-    return plan_of(main, tuple(plan_of(form) for form in others))
+    return plan_of(main, tuple(plan_of(shape) for shape in others))
 
 
 def _traffic(recipe: Recipe, world_size: int) -> list[Collective]:
@@ -207,7 +207,7 @@ def _parts(
     imbalance: float,
     efficiency: Efficiency,
 ) -> list[Part]:
-    """Forward and backward passes of a microbatch, repeated, and the optimizer's step."""
+    """Forward and backward passes of a microbatch, repeated, then the optimizer step."""
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     microbatches = sizes.microbatches_per_rank(recipe, world_size)
     tokens = training.microbatch_sequences * recipe.data.sequence_tokens
@@ -215,7 +215,7 @@ def _parts(
     forward = layer_work(model, tokens, recipe.data.sequence_tokens, split).times(model.n_layers)
     head = head_work(model, tokens)
     again = forward if training.activation_checkpointing else forward.times(0)
-    # The loss makes its gradients in the forward pass.
+    # The loss computes its gradients in the forward pass.
     ahead = compute_seconds(forward + head + head.backward(), gpu, efficiency)
     back = compute_seconds(forward.backward() + again, gpu, efficiency)
     links = link_seconds(traffic, gpu, efficiency)
@@ -231,7 +231,7 @@ def _parts(
 
 
 def _forward_share(traffic: list[Collective], gpu: Gpu) -> float:
-    """Share of the traffic's time in the forward pass: one gathering, and half of the exchanges."""
+    """Share of the traffic's time in the forward pass: one gather of the weights, half of the all-to-alls."""
     total = ahead = 0.0
     for collective in traffic:
         seconds = collective.seconds(gpu)
@@ -245,7 +245,7 @@ def _forward_share(traffic: list[Collective], gpu: Gpu) -> float:
 
 
 def _layers_of(traffic: list[Collective], gathered: Collective) -> int:
-    """Units of that kind: each has its gradients reduced once."""
+    """The number of units of that kind: the gradients of each are reduced once."""
     return next(
         c.calls for c in traffic if c.what == gathered.what and c.kind is CollectiveKind.reduce_scatter
     )

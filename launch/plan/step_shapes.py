@@ -1,7 +1,7 @@
-"""The shapes of a run's steps: one for each sequence length and batch that its phases train with.
+"""Step shapes of a run: one for each sequence length and batch that its phases train with.
 
-What a step costs depends on the length of its sequences and on its batch; mixtures and learning rates cost
-nothing. Phases that differ in these alone are one form.
+The cost of a step depends on its sequence length and batch, not on mixture or learning rate: phases that
+differ only in these share a step shape.
 """
 
 from dataclasses import dataclass, replace
@@ -14,38 +14,38 @@ from train.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class StepShape:
-    """Steps that cost the same."""
+    """A group of steps that cost the same."""
 
     recipe: Recipe
-    """The whole recipe as if all of it had this length, batch and microbatch."""
+    """The recipe as if the whole run had this length, batch and microbatch."""
     batches: int
-    """Optimizer steps of this form in the run."""
+    """Optimizer steps of this shape in the run."""
     tokens: int
     phases: tuple[int, ...]
-    """Numbers of the phases that train in this form."""
+    """Indices of the phases that train with this shape."""
 
     @property
     def flops(self) -> sizes.Flops:
-        """Of all its tokens, attention at this length."""
+        """Training FLOPs of all its tokens, with attention at this length."""
         token = sizes.flops_per_token_training(self.recipe.model, self.recipe.data.sequence_tokens)
         return sizes.Flops(token.weights * self.tokens, token.attention * self.tokens)
 
 
 def step_shapes(recipe: Recipe) -> list[StepShape]:
-    """Every form of a valid recipe; first the one with the most tokens."""
+    """Returns every step shape of a valid recipe, the one with the most tokens first."""
     found: dict[tuple[int, int, int], StepShape] = {}
     curriculum, phases = plan_stages(recipe), phases_of(recipe)
     for stage in curriculum.stages:
         length = stage.sequence_samples * curriculum.sample_tokens
         shape = (length, stage.batch_sequences, microbatch_sequences(recipe, phases[stage.phase]))
-        before = found.get(shape) or StepShape(_in_shape(recipe, *shape), 0, 0, ())
+        previous = found.get(shape) or StepShape(_in_shape(recipe, *shape), 0, 0, ())
         found[shape] = replace(
-            before,
-            batches=before.batches + stage.end_batch - stage.first_batch,
-            tokens=before.tokens + (stage.end_sample - stage.first_sample) * curriculum.sample_tokens,
-            phases=(*before.phases, stage.phase),
+            previous,
+            batches=previous.batches + stage.end_batch - stage.first_batch,
+            tokens=previous.tokens + (stage.end_sample - stage.first_sample) * curriculum.sample_tokens,
+            phases=(*previous.phases, stage.phase),
         )
-    return sorted(found.values(), key=lambda form: -form.tokens)
+    return sorted(found.values(), key=lambda each: -each.tokens)
 
 
 def _in_shape(recipe: Recipe, length: int, batch: int, microbatch: int) -> Recipe:

@@ -1,9 +1,9 @@
-"""How long a step takes: arithmetic, traffic with a GPU's own memory, traffic between GPUs.
+"""Step time: arithmetic, memory traffic of a GPU, and traffic between GPUs.
 
 Time = FLOPs / (share x peak) + bytes / (share x bandwidth), summed over all three kinds. Two shares are
-fitted on published runs and predict the others (:mod:`launch.plan.published`); the rest is counted.
-That the kinds add up, rather than hide behind each other, is what the published runs show: collectives
-that could run behind arithmetic take processors and memory bandwidth from it.
+fitted to published runs and predict other runs (:mod:`launch.plan.published`); the rest is counted.
+The kinds are added rather than overlapped because published runs behave that way: collectives that could
+overlap with arithmetic take SMs and memory bandwidth from it.
 
 Legend: T tokens, S tokens of a sequence, D d_model, G key-value width, F hidden size, K experts of a token.
 """
@@ -21,16 +21,16 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of the data sheet's rates that runs reach."""
+    """Shares of the data sheet's rates that real runs reach."""
 
     matrix: float = 0.61
-    """Fitted: of the peak of matrix products."""
+    """Fitted: share of the peak of matrix products."""
     links: float = 1.09
-    """Fitted: of a link's rate, hiding behind arithmetic included, which is why it may exceed 1."""
+    """Fitted: share of a link's rate; above 1 because of overlap with arithmetic."""
     memory: float = 0.85
-    """Picked: of memory bandwidth, what copies of large tensors reach."""
+    """Assumed: share of memory bandwidth that copies of large tensors reach."""
     attention: float = 0.35
-    """Published: of the peak, FlashAttention-2 on an H100 (Shah et al. 2024, arXiv 2407.08608, abstract)."""
+    """Published: share of the peak, FlashAttention-2 on an H100 (Shah et al. 2024, arXiv 2407.08608)."""
 
 
 FITTED = Efficiency()
@@ -38,14 +38,14 @@ FITTED = Efficiency()
 
 @dataclass(frozen=True)
 class Work:
-    """What one GPU computes."""
+    """The computation of one GPU."""
 
     matrix_flops: float = 0.0
-    """Products with weights."""
+    """FLOPs of products with weights."""
     attention_flops: float = 0.0
-    """Scores and values, the masked half left out."""
+    """FLOPs of scores and values, without the masked half."""
     memory_bytes: float = 0.0
-    """Read and written: operands of products, and everything element by element."""
+    """Bytes read and written: operands of products, and all elementwise operations."""
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -55,13 +55,13 @@ class Work:
         )
 
     def times(self, count: float) -> "Work":
-        """The same, ``count`` times."""
+        """The work repeated ``count`` times."""
         return Work(self.matrix_flops * count, self.attention_flops * count, self.memory_bytes * count)
 
     def backward(self) -> "Work":
-        """Of the backward pass of this forward pass: gradients of inputs and of weights.
+        """Returns the work of the backward pass: gradients of inputs and of weights.
 
-        Attention's takes 5 products where the forward pass has 2, for the scores are made again (Dao et
+        Attention takes 5 products where the forward pass takes 2, since it recomputes the scores (Dao et
         al. 2022, arXiv 2205.14135, algorithm 4).
         """
         return Work(2 * self.matrix_flops, 2.5 * self.attention_flops, 2 * self.memory_bytes)
@@ -69,7 +69,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time by what it goes to."""
+    """Time by kind of work."""
 
     matrix: float = 0.0
     attention: float = 0.0
@@ -78,7 +78,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all kinds."""
         return self.matrix + self.attention + self.memory + self.links
 
     def __add__(self, other: "Seconds") -> "Seconds":
@@ -90,20 +90,20 @@ class Seconds:
         )
 
     def times(self, count: float) -> "Seconds":
-        """The same, ``count`` times."""
+        """The time repeated ``count`` times."""
         return Seconds(*(count * value for value in (self.matrix, self.attention, self.memory, self.links)))
 
 
 @dataclass(frozen=True)
 class Split:
-    """How a layer's work is divided among GPUs; Finegrain itself has no tensor parallelism."""
+    """The split of a layer's work over GPUs; Finegrain itself has no tensor parallelism."""
 
     tensor: int = 1
-    """GPUs that share each matrix outside of the experts."""
+    """GPUs that share each matrix outside the experts."""
     expert: int = 1
-    """GPUs that the experts are spread over."""
+    """GPUs that the experts are distributed over."""
     imbalance: float = 1.0
-    """Rows of the busiest GPU's experts over the mean."""
+    """Rows of the busiest GPU's experts relative to the mean."""
 
 
 def layer_work(
@@ -111,16 +111,16 @@ def layer_work(
 ) -> Work:
     """Forward pass of one layer for T tokens of one GPU, or of the GPUs that share its matrices.
 
-    Passes over memory element by element are counted as written in :mod:`train.model.decoder`: two norms, two
+    Elementwise passes over memory are counted as written in :mod:`train.model.decoder`: two norms, two
     residual sums and their casts (12 D); clipping and rotation of queries, keys and values (4 D); gate,
-    SiLU and product (5 F), or GELU (2 F); gathering and scattering routed rows (6 D for each).
+    SiLU and product (5 F), or GELU (2 F); gathering and scattering routed rows (6 D each).
 
     Args:
         model: the decoder.
         tokens: T.
         sequence_tokens: S.
         split: how many GPUs share the work.
-        shared_ffn: hidden size of a GLU beside the experts that every token takes; published models only.
+        shared_ffn: hidden size of a shared expert (a GLU for every token); published models only.
     """
     T, D, F = tokens, model.d_model, model.ffn_hidden_size
     G = D // model.n_heads * model.n_kv_heads
@@ -145,26 +145,26 @@ def layer_work(
 
 
 def head_work(model: Model, tokens: int, split: Split = Split()) -> Work:
-    """Forward pass of the output projection and the loss: logits are passed over twice in fp32."""
+    """Forward pass of the output projection and the loss, which passes over the fp32 logits twice."""
     logits = tokens * model.vocab_size / split.tensor
     product = _product(tokens, model.d_model, model.vocab_size / split.tensor)
     return product + Work(memory_bytes=2 * FP32 * logits)
 
 
 def update_work(elements: float, optimizer_bytes_per_element: int, clips: bool) -> Work:
-    """The optimizer's step over one GPU's weights: weight and moments read and written, gradient read.
+    """Optimizer step over one GPU's weights: reads and writes weights and moments, reads gradients.
 
     Args:
         elements: weights of one GPU.
-        optimizer_bytes_per_element: of the moments.
-        clips: gradients are read for their norm, then read and written to scale them.
+        optimizer_bytes_per_element: bytes of the moments per weight.
+        clips: reads gradients for their norm, then reads and writes them to scale them.
     """
     passes = 3 * FP32 + 2 * optimizer_bytes_per_element + (3 * FP32 if clips else 0)
     return Work(memory_bytes=elements * passes)
 
 
 def compute_seconds(work: Work, gpu: Gpu, efficiency: Efficiency = FITTED) -> Seconds:
-    """Time of work on one GPU."""
+    """Returns the time of the work on one GPU."""
     return Seconds(
         matrix=work.matrix_flops / (gpu.matrix_flops * efficiency.matrix),
         attention=work.attention_flops / (gpu.matrix_flops * efficiency.attention),
@@ -173,7 +173,7 @@ def compute_seconds(work: Work, gpu: Gpu, efficiency: Efficiency = FITTED) -> Se
 
 
 def link_seconds(collectives: Iterable[Collective], gpu: Gpu, efficiency: Efficiency = FITTED) -> Seconds:
-    """Time that collectives take out of a microbatch."""
+    """Returns the time that collectives add to a microbatch."""
     total = sum(collective.calls * collective.seconds(gpu) for collective in collectives)
     return Seconds(links=total / efficiency.links)
 

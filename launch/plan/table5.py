@@ -1,7 +1,7 @@
-"""Table 5 of the DBRX announcement, computed from the recipes: how many FLOPs each model took to train.
+"""Table 5 of the DBRX announcement, computed from the recipes: training FLOPs of each model.
 
-Relative FLOPs are 6 x active parameters x tokens (Kaplan et al. 2020, section 2.1), the announcement's
-way of counting, with the attention term beside it.
+Relative FLOPs are 6 x active parameters x tokens (Kaplan et al. 2020, section 2.1), as the announcement
+counts them; the attention term is shown separately.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ YAMLS = Path(__file__).resolve().parents[2] / "yamls"
 
 @dataclass(frozen=True)
 class TableLine:
-    """A line of the table: a recipe, the line that it is compared with, and where its tokens come from."""
+    """A line of the table: a recipe, the recipe that it is compared with, and the source of its tokens."""
 
     title: str
     recipe: str
@@ -35,26 +35,26 @@ ENTRIES = tuple(
 
 @dataclass(frozen=True)
 class TableRow:
-    """A line with its figures."""
+    """A line of the table with its figures."""
 
     title: str
     recipe: str
     total_parameters: int
     active_parameters: int
-    """Without the input embedding."""
+    """Excludes the input embedding."""
     tokens: int
     tokens_source: str
     flops: int
     """6 x active x tokens."""
     attention_flops: int
-    """12 L D S more per token, S the length in its phase."""
+    """12 L D S per token, S the sequence length of its phase."""
     relative_flops: float
     relative_flops_with_attention: float
     published_relative: str
 
 
 def table5() -> list[TableRow]:
-    """The table's rows, from the recipes in ``yamls/``."""
+    """Returns the table's rows, computed from the recipes in ``yamls/``."""
     weights: dict[str, int] = {}
     attention: dict[str, int] = {}
     recipes = {entry.recipe: load_recipe(YAMLS / f"{entry.recipe}.yaml") for entry in ENTRIES}
@@ -85,7 +85,7 @@ def table5() -> list[TableRow]:
 
 
 def format_table5(rows: list[TableRow]) -> str:
-    """The table for a terminal."""
+    """Formats the table for a terminal."""
     lines = [
         f"{'model':28}{'total':>9}{'active':>9}{'tokens':>9}  {'FLOPs':>9}{'relative':>10}"
         f"{'published':>11}{'with attention':>22}"

@@ -1,4 +1,4 @@
-"""A plan as lines for a terminal and as plain values for JSON."""
+"""Plans as text for a terminal and as plain values for JSON."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -31,7 +31,7 @@ def format_plan(plan: Plan) -> str:
     parts = [_headline(plan), _memory_table(plan), _imbalance_table(plan), _traffic_table(plan)]
     parts.append(_time_table(plan))
     if plan.others:
-        parts.append(_forms_table(plan))
+        parts.append(_shapes_table(plan))
     return "\n\n".join([*parts, _verdict(plan)])
 
 
@@ -56,7 +56,7 @@ def format_search(plans: list[Plan], show: int) -> str:
 
 
 def plan_figures(plan: Plan) -> dict[str, Any]:
-    """All figures of a plan as plain values, in units that the keys name."""
+    """All figures of a plan as plain values; the keys name the units."""
     layout = plan.recipe.parallelism
     return {
         "recipe": plan.recipe.name,
@@ -68,7 +68,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
             "expert": layout.expert,
         },
         "microbatches": plan.microbatches,
-        "microbatch_sequences": plan.form.recipe.training.microbatch_sequences,
+        "microbatch_sequences": plan.shape.recipe.training.microbatch_sequences,
         "activation_checkpointing": plan.recipe.training.activation_checkpointing,
         "imbalance": plan.imbalance,
         "memory_bytes": {
@@ -85,7 +85,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu,
         "utilisation": plan.utilisation,
         "utilisation_of_weights": plan.utilisation_of_weights,
-        "forms": [_form_figures(each) for each in plan.step_shapes],
+        "forms": [_shape_figures(each) for each in plan.step_shapes],
         "training_flops": asdict(plan.flops),
         "batches": sizes.batches(plan.recipe),
         "days": plan.days,
@@ -97,7 +97,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
 
 
 def nearest_to_limit(plan: Plan) -> str:
-    """Memory if it is nearly full, or else what most of the step's time goes to."""
+    """The bottleneck: memory if it is nearly full, otherwise whatever takes most of the step."""
     filled = plan.fullest.memory.total / plan.gpu.memory_bytes
     seconds = plan.seconds
     kinds = {
@@ -113,7 +113,7 @@ def nearest_to_limit(plan: Plan) -> str:
 
 def _headline(plan: Plan) -> str:
     recipe, layout = plan.recipe, plan.recipe.parallelism
-    training, shape = recipe.training, plan.form.recipe
+    training, shaped = recipe.training, plan.shape.recipe
     shard = sizes.shard_degree(layout, plan.world_size)
     plural = "" if plan.microbatches == 1 else "es"
     recomputes = "with" if training.activation_checkpointing else "without"
@@ -123,15 +123,15 @@ def _headline(plan: Plan) -> str:
             f"{sizes.active_parameters(recipe.model) / 1e9:.2f}B active, "
             f"{short_number(training.duration_tokens)} tokens on {plan.world_size} x {plan.gpu.name}",
             f"layout: replicate {layout.replicate} x shard {shard} x expert {layout.expert}; "
-            f"{plan.microbatches} microbatch{plural} of {shape.training.microbatch_sequences} x "
-            f"{shape.data.sequence_tokens} tokens per GPU, {recomputes} recomputation",
+            f"{plan.microbatches} microbatch{plural} of {shaped.training.microbatch_sequences} x "
+            f"{shaped.data.sequence_tokens} tokens per GPU, {recomputes} recomputation",
         ]
     )
 
 
 def _memory_table(plan: Plan) -> str:
     fullest = plan.fullest
-    where = f", with {fullest.form.recipe.data.sequence_tokens} tokens a sequence" if plan.others else ""
+    where = f", with {fullest.shape.recipe.data.sequence_tokens} tokens a sequence" if plan.others else ""
     lines = [f"memory of the fullest GPU at its worst moment{where}, GiB"]
     for name in Memory.parts():
         lines.append(f"  {name:16}{getattr(fullest.memory, name) / GIB:>8.2f}  {EXPLANATIONS[name]}")
@@ -142,7 +142,7 @@ def _memory_table(plan: Plan) -> str:
 
 
 def _imbalance_table(plan: Plan) -> str:
-    both = {again: _with_checkpointing(plan.fullest.form.recipe, again) for again in (False, True)}
+    both = {again: _with_checkpointing(plan.fullest.shape.recipe, again) for again in (False, True)}
     lines = ["activations, GiB, by rows of the busiest expert rank over the mean"]
     lines.append("  " + " " * 24 + "".join(f"{imbalance:>8.2f}" for imbalance in IMBALANCES))
     for again, recipe in both.items():
@@ -217,40 +217,40 @@ def _time_table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _forms_table(plan: Plan) -> str:
+def _shapes_table(plan: Plan) -> str:
     lines = [
         "phases, by what their steps are made of (above: a step of the first line)",
         f"  {'phases':10}{'sequence':>9}{'batch':>7}{'micro':>6}{'steps':>11}{'memory':>11}{'step':>9}"
         f"{'tok/s/GPU':>11}{'util':>7}{'days':>8}{'FLOPs':>11}",
     ]
     for each in plan.step_shapes:
-        shape, form = each.form.recipe, each.form
+        shaped, shape = each.shape.recipe, each.shape
         lines.append(
-            f"  {', '.join(str(number + 1) for number in form.phases):10}{shape.data.sequence_tokens:>9}"
-            f"{shape.training.global_batch_sequences:>7}{shape.training.microbatch_sequences:>6}"
-            f"{form.batches:>11,}{each.memory.total / GIB:>7.1f} GiB{each.step_seconds:>7.2f} s"
+            f"  {', '.join(str(number + 1) for number in shape.phases):10}{shaped.data.sequence_tokens:>9}"
+            f"{shaped.training.global_batch_sequences:>7}{shaped.training.microbatch_sequences:>6}"
+            f"{shape.batches:>11,}{each.memory.total / GIB:>7.1f} GiB{each.step_seconds:>7.2f} s"
             f"{each.tokens_per_second_per_gpu:>11.0f}{each.utilisation:>7.1%}"
-            f"{form.batches * each.step_seconds / DAY_SECONDS:>8.1f}{form.flops.total:>11.4g}"
+            f"{shape.batches * each.step_seconds / DAY_SECONDS:>8.1f}{shape.flops.total:>11.4g}"
         )
     lines.append(f"  {'total':43}{'':30}{'':7}{plan.days:>8.1f}{plan.flops.total:>11.4g}")
     return "\n".join(lines)
 
 
-def _form_figures(plan: Plan) -> dict[str, Any]:
-    shape = plan.form.recipe
+def _shape_figures(plan: Plan) -> dict[str, Any]:
+    shaped = plan.shape.recipe
     return {
-        "phases": list(plan.form.phases),
-        "sequence_tokens": shape.data.sequence_tokens,
-        "global_batch_sequences": shape.training.global_batch_sequences,
-        "microbatch_sequences": shape.training.microbatch_sequences,
-        "batches": plan.form.batches,
-        "tokens": plan.form.tokens,
-        "training_flops": asdict(plan.form.flops),
+        "phases": list(plan.shape.phases),
+        "sequence_tokens": shaped.data.sequence_tokens,
+        "global_batch_sequences": shaped.training.global_batch_sequences,
+        "microbatch_sequences": shaped.training.microbatch_sequences,
+        "batches": plan.shape.batches,
+        "tokens": plan.shape.tokens,
+        "training_flops": asdict(plan.shape.flops),
         "memory_bytes": plan.memory.total,
         "step_seconds": plan.step_seconds,
         "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu,
         "utilisation": plan.utilisation,
-        "days": plan.form.batches * plan.step_seconds / DAY_SECONDS,
+        "days": plan.shape.batches * plan.step_seconds / DAY_SECONDS,
     }
 
 

@@ -1,8 +1,8 @@
-"""What ranks send each other in one microbatch, collective by collective, and over which links.
+"""Traffic between ranks in one microbatch, by collective and link.
 
 Bytes are those that :mod:`train.layout.mesh` really moves: FSDP2 pads every weight to equal shards, gathers
-bf16 and reduces fp32, and does so for every microbatch. Held to counted collectives of real gloo runs.
-Left out: collectives of a few bytes (the gradients' norm, counts of tokens).
+bf16 and reduces fp32, once per microbatch. Tested against collectives counted in real gloo runs.
+Not counted: collectives of a few bytes (the gradient norm, token counts).
 
 Legend: T tokens of a rank's microbatch, K experts per token, D d_model, L layers, n ranks of a group.
 """
@@ -19,7 +19,7 @@ INT32 = 4
 
 
 class CollectiveKind(str, Enum):
-    """Which collective."""
+    """Kind of collective."""
 
     all_gather = "all-gather"
     reduce_scatter = "reduce-scatter"
@@ -37,22 +37,22 @@ class LinkBytes:
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective of a step, and how often it is called."""
+    """A collective of a step, with its size and number of calls."""
 
     what: str
     kind: CollectiveKind
     payload_bytes: float
-    """The whole: what an all-gather gives, a reduce-scatter takes, an all-reduce adds, and of an all-to-all
-    what each rank holds for all ranks together, itself included."""
+    """The full tensor: the output of an all-gather, the input of a reduce-scatter or all-reduce; for an
+    all-to-all, what each rank holds for all ranks, including itself."""
     ranks: int
     """n, the size of the group."""
     stride: int
-    """Distance between neighbours of the group: 1 where they are neighbouring ranks."""
+    """Distance between consecutive ranks of the group: 1 if they are neighbours."""
     calls: int
-    """Per microbatch and rank."""
+    """Calls per microbatch and rank."""
 
     def sent_bytes(self) -> float:
-        """Bytes that one rank sends per call, with ring algorithms (Patarasuk and Yuan 2009)."""
+        """Bytes that one rank sends per call with ring algorithms (Patarasuk and Yuan 2009)."""
         rounds = 2 if self.kind is CollectiveKind.all_reduce else 1
         return rounds * self.payload_bytes * (self.ranks - 1) / self.ranks
 
@@ -61,9 +61,9 @@ class Collective:
         return max(1, min(self.ranks, gpus_per_node // self.stride))
 
     def link_bytes(self, gpus_per_node: int) -> LinkBytes:
-        """Bytes that one GPU sends per call by link.
+        """Bytes that one GPU sends per call, by link.
 
-        A ring leaves each node once, and its parallel rings take turns over the members' network cards.
+        A ring leaves each node once; parallel rings take turns over the members' network cards.
         An all-to-all sends an equal share to every rank.
         """
         members, sent = self.members_per_node(gpus_per_node), self.sent_bytes()
@@ -75,7 +75,7 @@ class Collective:
         return LinkBytes(sent * (members - 1) / members, sent / members)
 
     def seconds(self, gpu: Gpu) -> float:
-        """Time of one call at the links' full rates: the slower link, and a hop for every round of a ring."""
+        """Time of one call at the links' full rates: the slower link, plus a hop for each round of a ring."""
         if self.ranks == 1:
             return 0.0
         members, links = self.members_per_node(gpu.gpus_per_node), self.link_bytes(gpu.gpus_per_node)
@@ -83,7 +83,7 @@ class Collective:
         if self.kind is CollectiveKind.all_to_all:
             transfer = max(links.nvlink / gpu.nvlink_bandwidth, links.network / gpu.network_bandwidth)
             return transfer + (gpu.nvlink_hop_seconds if one_node else gpu.network_hop_seconds)
-        # Every byte passes every link of the ring, so the slowest kind of link sets the pace.
+        # Every byte passes every link of the ring, so the slowest kind of link determines the rate.
         rate = gpu.nvlink_bandwidth
         hop = gpu.nvlink_hop_seconds
         if not one_node:
@@ -108,9 +108,9 @@ def collectives(
         model: the recipe's model.
         layout: degrees of the mesh.
         world_size: ranks.
-        tokens: T, of one rank's microbatch.
-        compute_bytes: bytes per element that weights and activations travel in; 2 for bf16.
-        checkpointing: layers are computed again in the backward pass.
+        tokens: T, tokens of one rank's microbatch.
+        compute_bytes: bytes per element in which weights and activations are sent; 2 for bf16.
+        checkpointing: layers are recomputed in the backward pass.
     """
     found = []
     for unit in _units(model, layout, world_size):
@@ -129,7 +129,7 @@ def collectives(
 
 @dataclass(frozen=True)
 class _Unit:
-    """Weights that FSDP2 gathers as one; one layer's stand for all layers'."""
+    """Weights that FSDP2 gathers together; one layer's represent those of all layers."""
 
     what: str
     weights: tuple[sizes.Weight, ...]
@@ -138,7 +138,7 @@ class _Unit:
 
     @property
     def padded_elements(self) -> int:
-        """Elements on the fullest rank, to which all are padded."""
+        """Elements of the largest shard, to which all shards are padded."""
         return sum(
             self.placement.rows_at_most(weight) * (weight.elements // weight.shape[0])
             for weight in self.weights
@@ -171,11 +171,10 @@ def _unit_name(weight: sizes.Weight) -> str:
 
 
 def _gathers(unit: _Unit, layers: int) -> int:
-    """All-gathers of all units of this kind in one microbatch.
+    """Number of all-gathers of all units of this kind in one microbatch.
 
-    Weights are gathered for the forward and again for the backward pass, which recomputation shares
-    (:func:`train.layout.torch_patches.keep_recomputed_weights`); what is outside of the layers stays
-    gathered.
+    Weights are gathered for the forward pass and again for the backward pass, which recomputation shares
+    (:func:`train.layout.torch_patches.keep_recomputed_weights`). Weights outside the layers stay gathered.
     """
     if unit.count == 1 and unit.what == "embeddings":
         return 1

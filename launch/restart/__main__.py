@@ -23,9 +23,9 @@ from train.record.run_folder import require_resumption
 from train.record.tables import text_table
 
 EPILOG = """
-Any failure, an exception, a kill, a lost node or a hang, is followed by another try, which resumes from the
-newest whole checkpoint. Exit status: 0 done, 2 a mistake in the recipe, 70 another try would not help, 75
-told to end (SIGTERM) with everything saved. {hosts} and {nodes} in COMMAND stand for the hosts of a try:
+After any failure (an exception, a kill, a lost node, a hang) the job is started again and resumes from the
+newest valid checkpoint. Exit status: 0 finished, 2 a mistake in the recipe, 70 another try would not help,
+75 stopped by SIGTERM with everything saved. {hosts} and {nodes} in COMMAND become the hosts of a try:
 
   python -m launch.restart --hosts n1,n2,n3 --nodes 2 -- srun --nodelist={hosts} --nodes={nodes} job.sh
 """
@@ -33,21 +33,21 @@ told to end (SIGTERM) with everything saved. {hosts} and {nodes} in COMMAND stan
 logger = log.get_logger("launch.restart")
 
 LIMITS: tuple[tuple[str, float, str, str], ...] = (
-    ("--restarts", Policy.restarts, "N", "failures in a row that gain no batch"),
-    ("--same-batch", Policy.same_batch, "N", "failures in a row at one batch that stop the job"),
+    ("--restarts", Policy.restarts, "N", "failures in a row without progress that stop the job"),
+    ("--same-batch", Policy.same_batch, "N", "failures in a row at the same batch that stop the job"),
     (
         "--backoff",
         Policy.backoff_seconds,
         "SECONDS",
-        "wait before a restart, doubled while nothing is gained",
+        "wait before a restart, doubled while there is no progress",
     ),
     ("--longest-backoff", Policy.longest_backoff_seconds, "SECONDS", "upper bound of that wait"),
-    ("--grace", 300.0, "SECONDS", "time to save in after SIGTERM"),
+    ("--grace", 300.0, "SECONDS", "time to save after SIGTERM"),
 )
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
+    """Adds the command's arguments."""
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="the training command, after --")
     for option, default, unit, meaning in LIMITS:
         kind = type(default)
@@ -57,17 +57,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--records",
         metavar="DIR",
-        help="folder of the ranks' records and of the log, on a file system that all nodes "
-        "share (default: RUNS_DIR/NAME.restarts of the recipe in COMMAND)",
+        help="folder of the ranks' records and of the log, on a shared file system "
+        "(default: RUNS_DIR/NAME.restarts of the recipe in COMMAND)",
     )
-    parser.add_argument("--hosts", metavar="A,B,...", help="hosts to choose from, spare ones included")
-    parser.add_argument("--nodes", type=int, metavar="N", help="hosts that a try takes (default: all)")
-    parser.add_argument("--show", action="store_true", help="print the log of tries and end")
+    parser.add_argument("--hosts", metavar="A,B,...", help="hosts to choose from, including spare ones")
+    parser.add_argument("--nodes", type=int, metavar="N", help="hosts per try (default: all)")
+    parser.add_argument("--show", action="store_true", help="print the log of tries and exit")
     parser.add_argument(
         "--look-back",
         action="store_true",
-        help="for systems that restart jobs by themselves: log how the last try ended, wait, and end with "
-        "0, or with 70 if another would not help",
+        help="for systems that restart jobs by themselves: log how the previous try ended and wait; exits "
+        "with 0, or with 70 if another try would not help",
     )
 
 
@@ -80,7 +80,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     epilog=EPILOG,
 )
 def main(options: Namespace) -> int | Figures:
-    """Supervises the command; returns the status that the job ends with."""
+    """Supervises the command; returns the exit status of the job."""
     if not options.command and not ((options.show or options.look_back) and options.records):
         raise UserError(
             "no COMMAND: write it after --, for example -- composer -n 8 train/main.py RECIPE.yaml"
@@ -95,7 +95,7 @@ def main(options: Namespace) -> int | Figures:
     nodes = options.nodes or len(hosts)
     if nodes > len(hosts) and hosts:
         what = f"{nodes} nodes of {len(hosts)} hosts"
-        raise UserError(what, key="--nodes", remedy="name more with --hosts")
+        raise UserError(what, key="--nodes", remedy="give more with --hosts")
     training = TrainingCommand(options.command, folder, options.grace)
     supervisor = Supervisor(training.run, policy, folder, hosts, nodes, logger.warning)
 
@@ -109,7 +109,7 @@ def main(options: Namespace) -> int | Figures:
 
 
 class TrainingCommand:
-    """The training command, run once per try in a session of its own."""
+    """The training command, run once per try in its own session."""
 
     def __init__(self, words: list[str], folder: Path, grace_seconds: float) -> None:
         self.words, self.folder, self.grace_seconds = words, folder, grace_seconds
@@ -117,7 +117,7 @@ class TrainingCommand:
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, hosts: tuple[str, ...]) -> int:
-        """Runs it on some hosts and returns its exit status, negative for a signal."""
+        """Runs the command on the given hosts; returns its exit status, negative for a signal."""
         places = {"{hosts}": ",".join(hosts), "{nodes}": str(len(hosts))}
         words = []
         for word in self.words:
@@ -128,23 +128,23 @@ class TrainingCommand:
         try:
             self._process = subprocess.Popen(words, env=environment, start_new_session=True)
         except OSError as error:
-            logger.error(f"{words[0]}: {error.strerror}; give a command that can be started")
+            logger.error(f"{words[0]}: {error.strerror}; give an executable command")
             return USAGE_STATUS
         status = self._process.wait()
         if self._is_told_to_end and self._have_all_ended() and status == -signal.SIGTERM:
-            # A launcher that dies of SIGTERM leaves ranks that save and end by themselves.
+            # A launcher killed by SIGTERM leaves ranks that save and end by themselves.
             status = PREEMPTED_STATUS
         self.signal(signal.SIGKILL)
         end_leftovers(self.folder)
         return status
 
     def end(self) -> None:
-        """Tells the job to save and to end: by SIGTERM, whatever the supervisor was told by."""
+        """Asks the job to save and stop, by SIGTERM whichever signal the supervisor received."""
         self._is_told_to_end = True
         self.signal(signal.SIGTERM)
 
     def _have_all_ended(self) -> bool:
-        """Waits until no process of the command is left, for as long as a save may take."""
+        """Waits for all processes of the command, at most for the grace period; False if some still live."""
         assert self._process is not None
         end = time.monotonic() + self.grace_seconds
         while time.monotonic() < end:
@@ -156,19 +156,19 @@ class TrainingCommand:
         return False
 
     def signal(self, number: int) -> None:
-        """Sends a signal to all of its processes on this host."""
+        """Sends a signal to all processes of the command on this host."""
         if self._process is not None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
 
 
 def end_leftovers(folder: Path) -> None:
-    """Kills ranks of this job that still live on this host, stopped ones for example."""
+    """Kills ranks of this job that are still alive on this host, for example stopped ones."""
     mark, here = f"{RECORDS_VARIABLE}={folder.resolve()}".encode(), pid_space()
     for beat in read_records(folder, "beat-*.json", Heartbeat):
         if beat.pid_space != here:
             continue
-        # The process's own environment says that it is ours and not another's with the same number.
+        # The process's environment proves that it is ours and not another with a reused pid.
         with suppress(OSError):
             if mark in Path(f"/proc/{beat.pid}/environ").read_bytes().split(b"\0"):
                 os.kill(beat.pid, signal.SIGKILL)
@@ -184,7 +184,7 @@ def show(folder: Path) -> Figures:
             f"{line['seconds']:.0f} s",
             line["kind"],
             f"batch {line['batch']}",
-            line["line"] + (f"; {line['excluded']} left out" if line["excluded"] else ""),
+            line["line"] + (f"; {line['excluded']} excluded" if line["excluded"] else ""),
         )
         for line in tries
     ]
@@ -193,10 +193,10 @@ def show(folder: Path) -> Figures:
 
 
 def _folder_of(command: list[str]) -> Path:
-    """The records' folder beside the run of the recipe that a command names."""
+    """Returns the records' folder beside the run of the recipe that the command names."""
     recipes = [word for word in command if word.endswith((".yaml", ".yml"))]
     if not recipes:
-        raise UserError("COMMAND names no recipe", key="--records", remedy="give the folder with --records")
+        raise UserError("is missing, and COMMAND names no recipe", key="--records", remedy="give the folder")
     after = command[command.index(recipes[0]) + 1 :]
     recipe = load_recipe(recipes[0], [word for word in after if "=" in word and not word.startswith("-")])
     try:

@@ -1,4 +1,4 @@
-"""Why a try of a job ended, from its exit status and from what its ranks left. Needs no torch."""
+"""The reason that a try of a job ended, from its exit status and its ranks' records. Needs no torch."""
 
 import json
 import os
@@ -26,12 +26,12 @@ PEER_LOST = re.compile(
     r"remote process exited|ranks have come within|nccl.*(remote|unhandled system) error",
     re.IGNORECASE,
 )
-"""What a rank says when another has gone: a consequence, and not the cause."""
+"""Errors of a rank whose peer has gone: a consequence, not the cause."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a try ended."""
+    """The end of a try and its reason."""
 
     status: int
     """Exit status; negative for a signal."""
@@ -40,21 +40,22 @@ class Ending:
     line: str
     """The reason in one line."""
     batch: int
-    """Batches that the run's record holds."""
+    """Batches in the run's metrics."""
     checkpoint: int
-    """Batches of the newest checkpoint; 0 for none."""
+    """Batch of the newest checkpoint; 0 if there is none."""
     rank: int | None = None
+    """The rank to blame, if known."""
     host: str | None = None
-    """Of the rank that the reason names."""
+    """The host to blame, if known."""
 
 
 def explain(status: int, folder: Path, hosts: tuple[str, ...] = ()) -> Ending:
-    """Names the cause.
+    """Finds the reason that a try ended.
 
     Args:
         status: the command's exit status; negative for a signal.
-        folder: the ranks' records.
-        hosts: that the try was on, as far as known.
+        folder: folder of the ranks' records.
+        hosts: hosts of the try, as far as known.
     """
     beats = read_records(folder, "beat-*.json", Heartbeat)
     failures = read_records(folder, "failed-*.json", Failure)
@@ -67,7 +68,7 @@ def explain(status: int, folder: Path, hosts: tuple[str, ...] = ()) -> Ending:
     if status == 0:
         return ending("finished", "finished")
     if status == USAGE_STATUS:
-        return ending("recipe", _first_words(failures) or "a mistake in the recipe: see the output")
+        return ending("recipe", _first_error(failures) or "a mistake in the recipe: see the output")
     if finding is not None:
         first = finding.suspects[0] if finding.suspects else None
         return ending("hang", finding.line, first.rank if first else None, first.host if first else None)
@@ -78,34 +79,34 @@ def explain(status: int, folder: Path, hosts: tuple[str, ...] = ()) -> Ending:
         line = f"rank {first_failure.rank} on {first_failure.host}: {first_failure.error}"
         return ending(kind, line, first_failure.rank, first_failure.host)
     if status == PREEMPTED_STATUS:
-        return ending("preempted", "told to end (SIGTERM); everything is saved")
+        return ending("preempted", "stopped by SIGTERM; everything is saved")
     if status == HANG_STATUS:
-        return ending("hang", "a rank ended a hang; its finding was not written")
+        return ending("hang", "the watchdog ended a hang, but its finding was not written")
     lost = folder / LOST_HOST_FILE
     if lost.is_file():
         host = lost.read_text().strip()
         return ending("killed", f"the connection to {host} was lost or never came about", host=host)
     seen = {beat.host for beat in beats}
     absent = [host for host in hosts if host not in seen]
-    # Where no name is known, the ranks call their hosts otherwise than the list does.
+    # If no host is among those seen, the ranks use other host names than the list.
     if absent and len(absent) < len(hosts):
-        line = f"no rank on {absent[0]} has begun: it is down, or does not reach the others"
+        line = f"no rank on {absent[0]} has begun: it is down or cannot reach the others"
         return ending("killed", line, host=absent[0])
-    wordless = [beat for beat in beats if beat.rank not in {failure.rank for failure in failures}]
-    if wordless:
-        gone = min(wordless, key=lambda beat: beat.time)
+    unexplained = [beat for beat in beats if beat.rank not in {failure.rank for failure in failures}]
+    if unexplained:
+        gone = min(unexplained, key=lambda beat: beat.time)
         line = (
-            f"rank {gone.rank} on {gone.host} left no word: killed (out of memory?), or its node is gone "
+            f"rank {gone.rank} on {gone.host} left no error: killed (out of memory?), or its node is gone "
             f"(last seen in: {gone.where}); {_status_text(status)}"
         )
         return ending("killed", line, gone.rank, gone.host)
     if failures:
-        return ending("exception", _first_words(failures))
+        return ending("exception", _first_error(failures))
     return ending("unknown", f"{_status_text(status)}, and no rank left a record: see the output")
 
 
 def _progress(beats: list[Heartbeat]) -> tuple[int, int]:
-    """Batches in the run's record, and those of its newest checkpoint."""
+    """Returns the batches in the run's metrics and the batch of its newest checkpoint."""
     if not beats:
         return 0, 0
     run = Path(beats[0].run)
@@ -114,7 +115,7 @@ def _progress(beats: list[Heartbeat]) -> tuple[int, int]:
 
 
 def last_step(file: Path) -> int:
-    """The step of a log's last whole line, from its end alone; 0 without one."""
+    """Returns the step of the last complete line, read from the end of the file; 0 if there is none."""
     if not file.is_file():
         return 0
     with file.open("rb") as stream:
@@ -133,7 +134,7 @@ def _checkpoints(run: Path) -> list[Path]:
     return [path for path in (run / CHECKPOINTS_FOLDER).glob("batch-*") if path.name[6:].isdecimal()]
 
 
-def _first_words(failures: list[Failure]) -> str:
+def _first_error(failures: list[Failure]) -> str:
     return min(failures, key=lambda failure: failure.time).error if failures else ""
 
 

@@ -1,4 +1,4 @@
-"""Tries of a job, one after the other: their log, and whether another one is worth it."""
+"""The history of a job's tries: their log and the decision whether to try again."""
 
 import json
 import time
@@ -12,27 +12,27 @@ from train.health.heartbeat import host_name
 
 LOG_FILE = "restarts.jsonl"
 STOPPED_STATUS = 70
-"""Exit status (EX_SOFTWARE) of a job that another try would not help."""
+"""Exit status (EX_SOFTWARE) of a job for which another try would not help."""
 BLAMES_HOST = ("hang", "killed", "unfit")
-"""Endings after which the host of the named rank is left out."""
+"""Kinds of endings after which the blamed host is excluded."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How long a supervisor goes on."""
+    """Limits on restarts."""
 
     restarts: int = 10
-    """Restarts in a row after which none has trained a batch more than the ones before."""
+    """Restarts in a row without progress, that is without a batch beyond the furthest so far."""
     same_batch: int = 3
     """Failures in a row at the same batch that stop the job."""
     backoff_seconds: float = 10.0
-    """Wait before a restart; doubled for each in a row that gained nothing."""
+    """Wait before a restart, doubled for each one in a row without progress."""
     longest_backoff_seconds: float = 600.0
 
 
 @dataclass
 class History:
-    """The tries so far, judged one by one.
+    """The tries so far and the verdict on each.
 
     Args:
         policy: limits.
@@ -44,15 +44,15 @@ class History:
     endings: list[Ending] = field(default_factory=list)
     _furthest: int = -1
     _idle: int = 0
-    """Failures in a row that gained nothing."""
+    """Failures in a row without progress."""
 
     def judge(self, ending: Ending) -> int | None:
-        """Adds a try; returns the exit status if it was the last one, else None."""
+        """Adds a try; returns the exit status of the job if it was the last one, else None."""
         self.endings.append(ending)
         if ending.kind == "finished":
             return 0
         if ending.kind == "recipe":
-            self.say(f"restart: not tried again, the recipe must be corrected: {ending.line}")
+            self.say(f"restart: stopped: the recipe must be corrected: {ending.line}")
             return ending.status
         if ending.kind == "preempted":
             return None
@@ -64,19 +64,19 @@ class History:
             return STOPPED_STATUS
         if self._idle > self.policy.restarts:
             self.say(
-                f"restart: stopped: {self._idle} failures in a row gained no batch; the last: {ending.line}"
+                f"restart: stopped: {self._idle} failures in a row without progress; the last: {ending.line}"
             )
             return STOPPED_STATUS
         return None
 
     def wait_seconds(self) -> float:
-        """How long the next try waits."""
+        """Returns the wait before the next try."""
         if self.endings and self.endings[-1].kind == "preempted":
             return 0.0
         return min(self.policy.longest_backoff_seconds, self.policy.backoff_seconds * 2.0**self._idle)
 
     def _same_batch(self) -> list[Ending]:
-        """The last failures, as far as they were at one batch."""
+        """Returns the latest failures in a row at the same batch, newest first."""
         failures = [ending for ending in self.endings if ending.kind != "preempted"]
         same: list[Ending] = []
         for ending in reversed(failures):
@@ -87,19 +87,19 @@ class History:
 
 
 def diagnosis(same: list[Ending]) -> str:
-    """What several failures at one batch have in common, newest first, and what to do about it."""
+    """Describes repeated failures at the same batch, newest first, with a remedy."""
     newest = same[0]
     lines = {ending.line for ending in same}
     hosts = {ending.host for ending in same}
     where = f"{len(same)} failures in a row after batch {newest.batch}"
     if len(hosts) == 1 and None not in hosts and newest.kind in BLAMES_HOST:
-        remedy = f"every time on {newest.host}: take it out of the job and check it"
+        remedy = f"every time on {newest.host}: exclude it and check it"
     elif newest.kind == "replay":
-        remedy = "no passing fault of a machine: read the batch's documents, or set guard.nonfinite=skip"
+        remedy = "not a transient hardware error: read the batch's documents, or set guard.nonfinite=skip"
     elif len(lines) == 1:
         remedy = "the same error every time: the code or the data of this batch, not the machines"
     else:
-        remedy = "different errors: look at what the batch, the file system and the network have in common"
+        remedy = "different errors: check the batch, the file system and the network"
     return f"{where}: {newest.line}; {remedy}"
 
 
@@ -107,12 +107,12 @@ def write_log(folder: Path, number: int, ending: Ending, begun: float, is_last: 
     """Adds a try to the log.
 
     Args:
-        folder: of the log.
-        number: of the try, from 1.
-        ending: how it ended.
-        begun: seconds since 1970.
-        is_last: whether there is no other try.
-        more: what else is known of it.
+        folder: folder of the log.
+        number: number of the try, from 1.
+        ending: its end.
+        begun: its start, in seconds since 1970.
+        is_last: True if no other try follows.
+        more: further fields.
     """
     line = {
         "try": number,
@@ -129,11 +129,11 @@ def write_log(folder: Path, number: int, ending: Ending, begun: float, is_last: 
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Every try that the log holds, oldest first."""
+    """Returns all tries in the log, oldest first."""
     file = folder / LOG_FILE
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def ending_of(line: dict[str, Any]) -> Ending:
-    """The ending that a line of the log tells of."""
+    """Returns the ending that a line of the log records."""
     return Ending(**{each.name: line[each.name] for each in fields(Ending)})

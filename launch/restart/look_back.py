@@ -1,8 +1,8 @@
-"""How the last try ended, asked by the next one: for systems that start a job again by themselves.
+"""A look back at the previous try by the next one, for systems that restart jobs by themselves.
 
-Kubernetes, mcli and SkyPilot restart what failed, and know no reason. Before the ranks start, the first node
-reads what those of the last try left (``python -m launch.restart --look-back``), adds it to the log, waits
-longer while nothing is gained, and ends with status 70 where the supervisor would stop.
+Kubernetes, mcli and SkyPilot restart failed jobs without knowing the reason. Before the ranks start, the
+first node reads the records of the previous try (``python -m launch.restart --look-back``), adds it to the
+log, backs off while there is no progress, and exits with status 70 where the supervisor would stop.
 """
 
 import time
@@ -26,7 +26,7 @@ from train.recipe.exit_status import HANG_STATUS, REPLAY_STATUS, UNFIT_STATUS
 from train.record.run_folder import SUMMARY_FILE
 
 BEGUN_FILE = "begun"
-"""Its time is when the last try began."""
+"""A file whose modification time is the start of the previous try."""
 FAILED_STATUS = 1
 STATUS_OF_ERROR = {
     "UnfitError": UNFIT_STATUS,
@@ -34,7 +34,7 @@ STATUS_OF_ERROR = {
     "RollbackError": REPLAY_STATUS,
 }
 STOPS = ("finished", "preempted", "recipe")
-"""Endings at which a supervisor stops without a fault that stands in the way of another try."""
+"""Endings at which a supervisor stops although nothing prevents another try."""
 
 
 def look_back(
@@ -43,10 +43,10 @@ def look_back(
     say: Callable[[str], object] = print,
     sleep: Callable[[float], object] = time.sleep,
 ) -> int:
-    """Logs the last try, if there was one, and waits; returns 0 if another is worth it, else 70.
+    """Logs the previous try, if there was one, and waits; returns 0 to try again, else 70.
 
     Args:
-        folder: of the ranks' records and of the log.
+        folder: folder of the ranks' records and of the log.
         policy: limits.
         say: prints a line.
         sleep: waits, in seconds.
@@ -55,8 +55,8 @@ def look_back(
     mark, log = folder / BEGUN_FILE, read_log(folder)
     if log and log[-1]["next"] == "end" and log[-1]["kind"] not in STOPS:
         say(
-            f"restart: stopped before, after batch {log[-1]['batch']}: {log[-1]['line']}; once its cause is "
-            f"gone, remove {folder / LOG_FILE}"
+            f"restart: already stopped after batch {log[-1]['batch']}: {log[-1]['line']}; remove "
+            f"{folder / LOG_FILE} once the cause is fixed"
         )
         return STOPPED_STATUS
     wait = 0.0
@@ -89,7 +89,7 @@ def look_back(
 
 
 def status_of(folder: Path) -> int:
-    """The exit status that a try's records speak of."""
+    """Returns the exit status that the records of a try imply."""
     beats = read_records(folder, "beat-*.json", Heartbeat)
     if beats and (Path(beats[0].run) / SUMMARY_FILE).exists():
         return 0

@@ -1,9 +1,9 @@
-"""Starts a job again until it is done, and says why each try ended.
+"""The supervisor: restarts a job until it is finished and logs why each try ended.
 
-Every ending but three is followed by another try, which resumes from the newest whole checkpoint: a run
-that is done, a mistake in the recipe, and a SIGTERM that was meant for the supervisor too. Tries that gain
-nothing wait longer each time and are counted; a failure that comes back at the same batch is no accident
-and stops the job with a diagnosis. A host that hangs or vanishes is left out where there is a spare one.
+Three endings are final: a finished run, a mistake in the recipe, and a SIGTERM to the supervisor itself.
+After any other the job resumes from the newest valid checkpoint. Tries without progress are counted and wait
+longer each time; repeated failures at the same batch stop the job with a diagnosis. A host that hangs or
+vanishes is excluded if there is a spare one.
 """
 
 import time
@@ -19,14 +19,14 @@ from train.recipe.exit_status import PREEMPTED_STATUS
 
 @dataclass
 class Supervisor:
-    """Runs one job to its end.
+    """Runs a job to its end.
 
     Args:
-        start: runs one try on the given hosts and returns its exit status, negative for a signal.
+        start: runs one try on the given hosts; returns its exit status, negative for a signal.
         policy: limits.
-        folder: of the ranks' records; the log is kept there too.
-        hosts: hosts to choose from; empty where something else places the ranks.
-        nodes: how many of them a try takes.
+        folder: folder of the ranks' records and of the log.
+        hosts: hosts to choose from; empty if something else places the ranks.
+        nodes: hosts per try.
         say: prints a line.
         sleep: waits, in seconds.
     """
@@ -39,13 +39,13 @@ class Supervisor:
     say: Callable[[str], object] = print
     sleep: Callable[[float], object] = time.sleep
     is_told_to_end: bool = False
-    """Set by a signal handler: the job was told to end, and is not started again."""
+    """Set by a signal handler: the job is stopped and not restarted."""
 
     def __post_init__(self) -> None:
         self.history = History(self.policy, self.say)
 
     def run(self) -> int:
-        """Tries until the job is done or another try would not help; returns the exit status."""
+        """Runs tries until the job is finished or another would not help; returns the exit status."""
         self.folder.mkdir(parents=True, exist_ok=True)
         excluded = self._excluded_before()
         while True:
@@ -63,36 +63,36 @@ class Supervisor:
             write_log(self.folder, number, ending, begun, is_last, excluded=bad, wait_seconds=wait)
             if verdict is not None:
                 return verdict
-            left_out = f"; {bad} is left out from now on" if bad else ""
+            exclusion = f"; {bad} is excluded from now on" if bad else ""
             self.say(
-                f"restart: {ending.kind} after batch {ending.batch}: {ending.line}{left_out}; starting "
+                f"restart: {ending.kind} after batch {ending.batch}: {ending.line}{exclusion}; starting "
                 f"again from batch {ending.checkpoint} in {wait:.0f} s"
             )
             self.sleep(wait)
 
     def _judge(self, ending: Ending) -> int | None:
-        """The exit status if this was the last try, else None."""
+        """Returns the exit status if this was the last try, else None."""
         if self.is_told_to_end and ending.kind not in ("finished", "recipe"):
             self.history.endings.append(ending)
             return PREEMPTED_STATUS if ending.kind == "preempted" else ending.status
         return self.history.judge(ending)
 
     def _bad_host(self, ending: Ending, excluded: list[str]) -> str | None:
-        """The host to leave out from now on, if there is a spare one in its place."""
+        """Returns the host to exclude from now on, if a spare one can replace it."""
         if ending.kind not in BLAMES_HOST or ending.host not in self.hosts or ending.host in excluded:
             return None
         if len(self.hosts) - len(excluded) <= self.nodes:
-            self.say(f"restart: {ending.host} is suspect, and there is no spare host: it is tried again")
+            self.say(f"restart: {ending.host} is suspect, but there is no spare host: trying it again")
             return None
         return ending.host
 
     def _excluded_before(self) -> list[str]:
-        """Hosts that an earlier supervisor of this job left out."""
+        """Returns the hosts that earlier supervisors of this job excluded."""
         found = [line["excluded"] for line in read_log(self.folder) if line.get("excluded")]
         excluded = [host for host in dict.fromkeys(found) if host in self.hosts]
         if excluded:
-            self.say(f"restart: left out as before: {', '.join(excluded)}; {LOG_FILE} says why")
+            self.say(f"restart: still excluded: {', '.join(excluded)}; {LOG_FILE} says why")
         while excluded and len(self.hosts) - len(excluded) < self.nodes:
-            self.say(f"restart: too few hosts are left: {excluded[0]} is taken back")
+            self.say(f"restart: too few hosts are left: using {excluded[0]} again")
             excluded.pop(0)
         return excluded

@@ -1,6 +1,6 @@
-"""Sends a recipe to a cluster: `python -m launch.submit yamls/X.yaml --on slurm --nodes 384 [--render]`.
+"""Submits a recipe to a cluster: `python -m launch.submit yamls/X.yaml --on slurm --nodes 384 [--render]`.
 
-Not yet run on a GPU. SLURM's script has run on a real SLURM with CPU ranks (docs/cluster.md).
+Not yet run on a GPU. The SLURM script has run on a real SLURM with CPU ranks (docs/cluster.md).
 """
 
 import logging
@@ -30,12 +30,12 @@ logger = log.get_logger("launch.submit")
 
 @dataclass(frozen=True)
 class System:
-    """A system that runs jobs."""
+    """A system that runs jobs: a scheduler, or a launcher on given hosts."""
 
     render: Callable[[Job], str]
     suffix: str
     submit: tuple[str, ...]
-    """The command that takes the file, which is its last word."""
+    """The command to submit with; the file is appended as its last argument."""
     needs_image: bool = False
     needs_hosts: bool = False
 
@@ -51,66 +51,72 @@ SYSTEMS = {
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
+    """Adds the command's arguments."""
     job = Job("")
     parser.add_argument("recipe", nargs="?", help="YAML file, for example yamls/dbrx.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
     add = parser.add_argument
     add("--on", choices=SYSTEMS, default="slurm", help="the system (default slurm)")
-    add("--render", action="store_true", help="print the file and submit nothing")
-    add("--nodes", type=int, default=job.nodes, help="nodes that train (default %(default)s)")
+    add("--render", action="store_true", help="print the file without submitting it")
+    add("--nodes", type=int, default=job.nodes, help="nodes to train on (default %(default)s)")
     add(
         "--spare-nodes",
         type=int,
         default=0,
-        help="held to replace one that fails (slurm, composer, torchrun)",
+        help="extra nodes to replace failed ones (slurm, composer, torchrun)",
     )
-    add("--gpus-per-node", type=int, default=job.gpus_per_node, help="ranks of a node (default %(default)s)")
-    add("--device", choices=[d.value for d in Device], default="cuda", help="cpu: to try a scheduler")
-    add("--gpu-type", default=job.gpu_type, help="to ask for (mcli, skypilot; default %(default)s)")
+    add("--gpus-per-node", type=int, default=job.gpus_per_node, help="ranks per node (default %(default)s)")
+    add("--device", choices=[d.value for d in Device], default="cuda", help="cpu: for trying out a scheduler")
+    add("--gpu-type", default=job.gpu_type, help="GPU to request (mcli, skypilot; default %(default)s)")
     add("--hours", type=float, default=job.hours, help="time limit (default %(default)s)")
-    add("--name", default="", help="of the job (default: the recipe's file name)")
-    add("--image", default="", help="container image; none: the checkout's .venv")
-    add("--mount", action="append", default=[], metavar="DIR", help="folder that containers see too")
+    add("--name", default="", help="name of the job (default: the recipe's file name)")
+    add("--image", default="", help="container image (default: none, the checkout's .venv)")
+    add("--mount", action="append", default=[], metavar="DIR", help="folder to mount into containers")
     add(
         "--claim",
         action="append",
         default=[],
         metavar="NAME=DIR",
-        help="persistent volume claim, mounted there: shards, runs (kubernetes)",
+        help="persistent volume claim and its mount point, for shards and runs (kubernetes)",
     )
     add(
         "--resource",
         action="append",
         default=[],
         metavar="NAME=COUNT",
-        help="that each pod asks for beside its GPUs, for example rdma/ib=8 (kubernetes)",
+        help="extra resource that each pod requests, for example rdma/ib=8 (kubernetes)",
     )
     add(
         "--workdir",
         default="",
         help=f"checkout on the nodes (default: this one; {IMAGE_WORKDIR} in an image)",
     )
-    add("--env", action="append", default=[], metavar="NAME=VALUE", help="variable of every rank")
-    add("--interface", default="", help="network interface of the rendezvous, for example eth0")
-    add("--hosts", default="", metavar="A,B,...", help="hosts, spare ones included (composer, torchrun)")
+    add(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable for every rank"
+    )
+    add("--interface", default="", help="network interface for the rendezvous, for example eth0")
+    add("--hosts", default="", metavar="A,B,...", help="hosts, including spare ones (composer, torchrun)")
     add(
         "--remote-shell",
         default=job.remote_shell,
         metavar="COMMAND",
-        help="gets a host and a line for a shell on it (default %(default)s; `bash launch/submit/here.sh`: "
-        "every host is this machine)",
+        help="command that takes a host and a shell line to run on it (default %(default)s; `bash "
+        "launch/submit/here.sh`: every host is this machine)",
     )
-    add("--partition", default="", help="SLURM's")
-    add("--account", default="", help="SLURM's")
-    add("--cluster", default="", help="mcli's")
-    add("--restarts", type=int, default=job.restarts, help="of the whole job (default %(default)s)")
-    add("--environment-table", action="store_true", help="print every variable with its reason and end")
+    add("--partition", default="", help="SLURM partition")
+    add("--account", default="", help="SLURM account")
+    add("--cluster", default="", help="mcli cluster")
+    add("--restarts", type=int, default=job.restarts, help="restarts of the whole job (default %(default)s)")
+    add(
+        "--environment-table",
+        action="store_true",
+        help="print every environment variable with its reason, then exit",
+    )
 
 
 @command(
     "python -m launch.submit",
-    "Checks a recipe against a cluster, writes the system's own file, and submits it.",
+    "Checks a recipe against a cluster, writes a job file for its system, and submits it.",
     add_arguments,
     file="recipe",
     mistakes=(OSError,),
@@ -135,7 +141,7 @@ def main(options: Namespace) -> int:
 
 
 def submit(system: System, job: Job, text: str) -> int:
-    """Keeps the file, and hands it to the system; returns its command's status.
+    """Saves the file and submits it; returns the status of the system's command.
 
     Raises:
         UserError: if the system's command is not installed.
@@ -155,10 +161,10 @@ def submit(system: System, job: Job, text: str) -> int:
 
 
 def job_from(options: Namespace) -> Job:
-    """The description of the job that the command line gives.
+    """Builds the job that the command line describes.
 
     Raises:
-        UserError: for what is missing or malformed.
+        UserError: if something is missing or malformed.
     """
     if not options.recipe:
         raise UserError("is missing", key="RECIPE", remedy="give a YAML file, for example yamls/dbrx.yaml")
@@ -216,7 +222,7 @@ def _check_system(name: str, system: System, job: Job) -> None:
         ("--cluster", job.cluster, ("mcli",)),
     ):
         if value and name not in readers:
-            what = f"{name} does not read it; it is for {', '.join(readers)}"
+            what = f"{name} does not use it; it is for {', '.join(readers)}"
             raise UserError(what, key=option, remedy="remove the option")
 
 

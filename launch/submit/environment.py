@@ -1,7 +1,7 @@
-"""Environment of every rank: NCCL, InfiniBand, memory, and why each variable is set; the one place for it.
+"""Environment of every rank: NCCL, InfiniBand and memory variables, with the reason for each.
 
 Meanings are those of NCCL's user guide (Environment Variables) and of torch 2.7.0's documentation of
-ProcessGroupNCCL and of the caching allocator. What is not here is left at its default.
+ProcessGroupNCCL and of the caching allocator. Variables not listed here keep their defaults.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from train.health.heartbeat import RECORDS_VARIABLE
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable that every rank gets."""
+    """An environment variable of every rank."""
 
     name: str
     value: str
     reason: str
     device: Device | None = Device.cuda
-    """Set where ranks compute on it; None: on any."""
+    """The device of the ranks that get it; None: any."""
 
 
 TABLE = (
@@ -55,21 +55,21 @@ TABLE = (
 
 
 def environment(job: Job) -> dict[str, str]:
-    """Every variable of a job's ranks; what the user gave wins."""
+    """Returns the environment of a job's ranks; the user's own variables take precedence."""
     found = {v.name: v.value for v in TABLE if v.device in (None, job.device)}
     if job.interface:
-        # Rendezvous and gloo: a host name that resolves to 127.0.1.1 would keep nodes from meeting.
+        # Rendezvous and gloo: nodes cannot connect to a host name that resolves to 127.0.1.1.
         found |= {"NCCL_SOCKET_IFNAME": job.interface, "GLOO_SOCKET_IFNAME": job.interface}
     return found | job.environment
 
 
 def look_back_environment(job: Job) -> dict[str, str]:
-    """What launch/submit/node.sh reads under systems that restart jobs by themselves."""
+    """Returns the variables of launch/submit/node.sh for systems that restart jobs by themselves."""
     return {"LOOK_BACK": "yes", RECORDS_VARIABLE: job.records} if job.records else {}
 
 
 def describe() -> str:
-    """The table, for `--environment` and for the docs."""
+    """Formats the table, for `--environment-table` and the docs."""
     rows = [(v.name, v.value, v.reason) for v in TABLE]
     return "\n".join(
         ["| variable | value | reason |", "|---|---|---|", *(f"| {' | '.join(r)} |" for r in rows)]

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Stands in for a remote shell where all "hosts" are this machine: bash launch/submit/here.sh HOST LINE
-# As a remote shell does, it passes on none of the caller's environment.
+# Replaces a remote shell if all "hosts" are this machine: bash launch/submit/here.sh HOST LINE
+# Like a remote shell, it does not pass on the caller's environment.
 exec env -i HOME="$HOME" PATH="$PATH" bash -c "$2"

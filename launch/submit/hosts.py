@@ -7,7 +7,7 @@ from launch.submit.job import Job
 
 MASTER_PORT = 29500
 SCRIPT = """#!/usr/bin/env bash
-# Run: bash FILE, in the checkout, on a machine that reaches every host without a password.
+# Run: bash FILE, in the checkout, on a machine that can reach every host without a password.
 set -u
 cd {workdir} || exit 2
 export RANKS_PER_NODE={ranks} MASTER_PORT={port} LAUNCHER={launcher} SAVE_SECONDS={save_seconds} WORKDIR=$PWD
@@ -18,7 +18,7 @@ exec .venv/bin/python -m launch.restart --hosts {hosts} --nodes {nodes} -- \\
 
 
 def render(job: Job, launcher: str) -> str:
-    """The script; `launcher` is composer or torchrun."""
+    """Returns the script; `launcher` is composer or torchrun."""
     words = [f"{name}={shlex.quote(value)}" for name, value in environment(job).items()]
     return SCRIPT.format(
         workdir=shlex.quote(job.workdir),

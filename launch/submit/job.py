@@ -1,4 +1,4 @@
-"""One description of a job, whatever the system that runs it, and what can be wrong with it."""
+"""The description of a job, independent of the system that runs it, and its checks."""
 
 import re
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Device(str, Enum):
-    """What a rank computes on."""
+    """The device that a rank computes on."""
 
     cuda = "cuda"
     cpu = "cpu"
@@ -27,73 +27,73 @@ class Device(str, Enum):
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe, and what it is to run on."""
+    """A recipe and the resources to run it on."""
 
     recipe_file: str
     """Path of the recipe, relative to the checkout."""
     overrides: tuple[str, ...] = ()
-    """key=value on top of it."""
+    """key=value pairs that override it."""
     name: str = "finegrain"
     """Name of the job."""
     nodes: int = 1
-    """Nodes that train."""
+    """Nodes to train on."""
     spare_nodes: int = 0
-    """Nodes more that are held, to replace one that fails (SLURM, hosts)."""
+    """Extra nodes to replace failed ones (SLURM, hosts)."""
     gpus_per_node: int = 8
-    """Ranks per node, one for each GPU."""
+    """Ranks per node, one per GPU."""
     device: Device = Device.cuda
-    """`cpu`: ranks without GPUs, to try a scheduler."""
+    """`cpu`: ranks without GPUs, for trying out a scheduler."""
     hours: float = 24.0
     """Time limit."""
     image: str = ""
-    """Container image; none: the checkout's .venv."""
+    """Container image; if empty, the checkout's .venv."""
     mounts: tuple[str, ...] = ()
-    """Folders that containers see: shards, runs; the same path inside and outside."""
+    """Folders mounted into containers under the same path, for shards and runs."""
     claims: dict[str, str] = field(default_factory=dict)
-    """Kubernetes' persistent volume claims, ReadWriteMany, for shards and runs: name to folder inside."""
+    """Kubernetes persistent volume claims (ReadWriteMany) for shards and runs: name to mount point."""
     resources: dict[str, str] = field(default_factory=dict)
-    """What a pod asks for beside GPUs: name to count."""
+    """Resources that a pod requests besides GPUs: name to count."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables more, which win over the table's."""
+    """Extra variables, which override the table's."""
     interface: str = ""
-    """Network interface of the rendezvous, for example eth0."""
+    """Network interface for the rendezvous, for example eth0."""
     workdir: str = "."
-    """The checkout on the nodes, on a file system that all share; /finegrain in the image."""
+    """The checkout on the nodes, on a shared file system; /finegrain in the image."""
     hosts: tuple[str, ...] = ()
-    """Hosts that are reached by `remote_shell`."""
+    """Hosts that `remote_shell` reaches."""
     remote_shell: str = "ssh -o BatchMode=yes -o ServerAliveInterval=30"
-    """Command that gets a host and a line for a shell on it."""
+    """Command that takes a host and a shell line to run on it."""
     partition: str = ""
-    """SLURM's partition."""
+    """SLURM partition."""
     account: str = ""
-    """SLURM's account."""
+    """SLURM account."""
     cluster: str = ""
-    """mcli's cluster."""
+    """mcli cluster."""
     gpu_type: str = "H100"
-    """Name of the GPU to ask for."""
+    """Name of the GPU to request."""
     restarts: int = 20
     """Restarts of the whole job by the system that runs it."""
     records: str = ""
-    """Folder of the ranks' records, where the system itself restarts jobs (launch/restart/look_back.py)."""
+    """Folder of the ranks' records, if the system itself restarts jobs (launch/restart/look_back.py)."""
     save_seconds: int = 300
-    """Warning before the time limit, in which ranks save."""
+    """Seconds between the warning and the time limit, for saving a checkpoint."""
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Total number of ranks."""
         return self.nodes * self.gpus_per_node
 
     @property
     def arguments(self) -> list[str]:
-        """What train/main.py is called with."""
+        """Command-line arguments of train/main.py."""
         return [self.recipe_file, *self.overrides]
 
 
 def check_job(job: Job) -> Recipe:
-    """Everything that can be wrong with a job, before a system sees it; returns the recipe.
+    """Checks a job before it is submitted; returns the recipe.
 
     Raises:
-        UserError: one line that names the option and the remedy.
+        UserError: one line with the option and the remedy.
     """
     recipe = load_recipe(job.recipe_file, list(job.overrides))
     for option, value in (("--nodes", job.nodes), ("--gpus-per-node", job.gpus_per_node)):
@@ -106,26 +106,28 @@ def check_job(job: Job) -> Recipe:
         raise UserError(f"is {job.hours} hours", key="--hours", remedy="give the time limit, for example 24")
     if not NAME.fullmatch(job.name) or len(job.name) > LONGEST_NAME:
         raise UserError(
-            f"{job.name!r} is no name for a job",
+            f"{job.name!r} is not a valid job name",
             key="--name",
-            remedy=f"at most {LONGEST_NAME} small letters, digits and hyphens, a letter first",
+            remedy=f"use up to {LONGEST_NAME} lowercase letters, digits and hyphens, a letter first",
         )
     for variable in job.environment:
         if not VARIABLE.fullmatch(variable):
-            raise UserError(f"{variable!r} is no variable", key="--env", remedy="write NAME=value")
+            raise UserError(f"{variable!r} is not a variable name", key="--env", remedy="write NAME=value")
     if job.hosts and len(job.hosts) < job.nodes + job.spare_nodes:
         raise UserError(
             f"{len(job.hosts)} hosts for {job.nodes} nodes and {job.spare_nodes} spare ones",
             key="--hosts",
-            remedy="name more hosts, or take fewer nodes",
+            remedy="give more hosts or fewer nodes",
         )
     for option, folders in (("--mount", job.mounts), ("--claim", job.claims.values())):
         for folder in folders:
             if not Path(folder).is_absolute():
-                raise UserError(f"{folder!r} is relative", key=option, remedy="give a whole path")
+                raise UserError(f"{folder!r} is relative", key=option, remedy="give an absolute path")
     for claim in job.claims:
         if not CLAIM.fullmatch(claim):
-            raise UserError(f"{claim!r} is no name of a claim", key="--claim", remedy="write NAME=/folder")
+            raise UserError(
+                f"{claim!r} is not a valid claim name", key="--claim", remedy="write NAME=/folder"
+            )
     require_resumption(recipe)
     validate(recipe, Topology(0, job.world_size, 0, job.gpus_per_node), job.recipe_file)
     return recipe

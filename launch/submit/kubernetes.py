@@ -1,4 +1,4 @@
-"""A job as a Kubernetes JobSet: one indexed Job of as many pods as nodes, restarted as a whole.
+"""A job as a Kubernetes JobSet: one indexed Job with a pod per node, restarted as a whole.
 
 Fields are those of JobSet's jobset.x-k8s.io/v1alpha2 and of batch/v1.
 """
@@ -17,16 +17,16 @@ REPLICATED_JOB = "node"
 MASTER_PORT = 29500
 SHARED_MEMORY = "64Gi"
 FINAL_STATUSES = [USAGE_STATUS, STOPPED_STATUS]
-"""Of a pod, at which the job is not started again."""
+"""Exit statuses of a pod after which the job is not restarted."""
 
 
 def render(job: Job) -> str:
-    """The JobSet and nothing else, as YAML for kubectl apply."""
+    """Returns the JobSet as YAML for kubectl apply."""
     return yaml.safe_dump(manifest(job), sort_keys=False, width=110)
 
 
 def manifest(job: Job) -> dict[str, Any]:
-    """The JobSet as nested values."""
+    """Returns the JobSet as nested values."""
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -35,9 +35,9 @@ def manifest(job: Job) -> dict[str, Any]:
             "network": {"enableDNSHostnames": True, "subdomain": job.name},
             "failurePolicy": {
                 "maxRestarts": job.restarts,
-                # Ranks of the last try that still save must not write beside the next.
+                # Ranks of the previous try may still be saving; they must end before the next try starts.
                 "restartStrategy": "BlockingRecreate",
-                # A mistake in the recipe would only come back.
+                # A mistake in the recipe would fail again.
                 "rules": [
                     {
                         "name": "mistake",
@@ -55,7 +55,7 @@ def manifest(job: Job) -> dict[str, Any]:
 
 
 def job_spec(job: Job) -> dict[str, Any]:
-    """The indexed Job (batch/v1 JobSpec): a pod per node, and none restarted alone."""
+    """Returns the indexed Job (batch/v1 JobSpec): a pod per node, never restarted individually."""
     return {
         "completionMode": "Indexed",
         "completions": job.nodes,
@@ -75,7 +75,7 @@ def job_spec(job: Job) -> dict[str, Any]:
 
 
 def pod_spec(job: Job) -> dict[str, Any]:
-    """The pod of one node."""
+    """Returns the pod of one node."""
     master = f"{job.name}-{REPLICATED_JOB}-0-0.{job.name}"
     variables: dict[str, str] = (
         environment(job)
@@ -95,7 +95,7 @@ def pod_spec(job: Job) -> dict[str, Any]:
         "command": ["bash", "launch/submit/node.sh", *job.arguments],
         "env": [
             {"name": "NODE_RANK", "valueFrom": index},
-            # What ranks say names the node, and not the pod.
+            # Ranks report the node's name, not the pod's.
             {"name": HOST_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
             *({"name": name, "value": value} for name, value in variables.items()),
         ],
@@ -104,7 +104,7 @@ def pod_spec(job: Job) -> dict[str, Any]:
             *({"name": f"mount-{n}", "mountPath": mount} for n, mount in enumerate(job.mounts)),
             *({"name": f"claim-{n}", "mountPath": path} for n, path in enumerate(job.claims.values())),
         ],
-        # RDMA pins the memory that it sends from.
+        # RDMA pins memory.
         "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
     }
     gpus = {"nvidia.com/gpu": str(job.gpus_per_node)} if job.device is Device.cuda else {}

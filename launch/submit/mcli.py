@@ -1,4 +1,4 @@
-"""A job as a run configuration of Databricks' mcli (mcli run -f FILE).
+"""A job as a run configuration for Databricks' mcli (mcli run -f FILE).
 
 The platform sets NODE_RANK, MASTER_ADDR and MASTER_PORT on each node.
 """
@@ -12,17 +12,17 @@ from launch.submit.environment import environment, look_back_environment
 from launch.submit.job import Device, Job
 
 GPU_TYPES = {"A100": "a100_80gb", "H100": "h100_80gb", "H200": "h200_141gb"}
-"""The platform's names, with the memory (H200's by analogy, not yet tried); any other is passed on in small
-letters, as `mcli get clusters` lists it."""
+"""The platform's names, with memory (H200's by analogy, not yet tried); any other name is passed on in
+lower case, as `mcli get clusters` lists it."""
 
 
 def render(job: Job) -> str:
-    """The run configuration as YAML."""
+    """Returns the run configuration as YAML."""
     return yaml.safe_dump(configuration(job), sort_keys=False, width=110)
 
 
 def configuration(job: Job) -> dict[str, Any]:
-    """The run configuration; keys are those of mcli's RunConfig."""
+    """Returns the run configuration; keys are those of mcli's RunConfig."""
     compute: dict[str, Any] = {"nodes": job.nodes}
     if job.cluster:
         compute["cluster"] = job.cluster
@@ -45,5 +45,5 @@ def configuration(job: Job) -> dict[str, Any]:
 
 
 def command(job: Job) -> str:
-    """What each node runs."""
+    """Returns the command that each node runs."""
     return f"cd {shlex.quote(job.workdir)} && exec bash launch/submit/node.sh {shlex.join(job.arguments)}\n"

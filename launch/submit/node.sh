@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The ranks of one node: bash launch/submit/node.sh RECIPE.yaml [key=value ...]
+# Starts the ranks of one node: bash launch/submit/node.sh RECIPE.yaml [key=value ...]
 # Reads NODES, NODE_RANK, RANKS_PER_NODE, MASTER_ADDR, MASTER_PORT; LAUNCHER is composer (default) or torchrun;
-# LOOK_BACK and FINEGRAIN_RECORDS where no supervisor keeps the job running (launch/restart/look_back.py).
-# SIGTERM goes on to the ranks alone: the launchers would not pass it on, or kill what saves. What has not ended
-# SAVE_SECONDS (default 300) later, a stopped rank for example, is killed. Status 75: told to end, start the same
-# command again.
+# LOOK_BACK and FINEGRAIN_RECORDS if no supervisor keeps the job running (launch/restart/look_back.py).
+# SIGTERM is passed to the ranks only: the launchers would not pass it on, or would kill ranks that are saving.
+# Ranks that have not ended SAVE_SECONDS (default 300) later, for example a stopped one, are killed. Status 75:
+# stopped by SIGTERM; start the same command again.
 set -u
 cd "$(dirname "$0")/../.." || exit 2
 export PATH=$PWD/.venv/bin:$PATH
-# The launcher sets its own; a scheduler's would be taken for them.
+# The launcher sets its own; it would mistake a scheduler's for them.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 
 case ${LAUNCHER:-composer} in
@@ -20,18 +20,18 @@ torchrun) launcher=(torchrun --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE
 *) echo "node.sh: LAUNCHER=$LAUNCHER is not known; use composer or torchrun" >&2 && exit 2 ;;
 esac
 
-# A system that restarts jobs by itself keeps no account of them: the first node does, and may stop the job (70).
+# Systems that restart jobs by themselves keep no log of tries: the first node does, and may stop the job (70).
 if [ "${LOOK_BACK:-}" = yes ] && [ "$NODE_RANK" = 0 ]; then
     python -m launch.restart --look-back --records "$FINEGRAIN_RECORDS" || exit
 fi
 
-kill_launcher() { # and the ranks below it
+kill_launcher() { # and its ranks
     pkill -KILL -P "$1"
     kill -KILL "$1" 2>/dev/null
 }
 # A try whose connection was lost may still run here and hold the port and the GPUs.
 if [ -n "${PID_FILE:-}" ] && before=$(cat "$PID_FILE" 2>/dev/null) && grep -qs node.sh "/proc/$before/cmdline"; then
-    echo "node.sh: an earlier try still runs here: it is ended" >&2
+    echo "node.sh: an earlier try still runs here: killing it" >&2
     for pid in $(pgrep -P "$before"); do kill_launcher "$pid"; done
     kill -KILL "$before" 2>/dev/null
 fi
@@ -39,7 +39,7 @@ fi
 "${launcher[@]}" train/main.py "$@" &
 running=$!
 deadline=
-# Once: ranks that have saved would die of another.
+# Only once: a second SIGTERM would kill ranks that have saved.
 # shellcheck disable=SC2317  # called by the trap
 terminate() {
     [ -n "$deadline" ] && return
@@ -47,17 +47,17 @@ terminate() {
     pkill -TERM -P "$running"
 }
 trap terminate TERM
-if [ -n "${PID_FILE:-}" ]; then # from here on it can be told to end
+if [ -n "${PID_FILE:-}" ]; then # from here on it can be stopped
     echo $$ >"$PID_FILE"
     trap 'rm -f "$PID_FILE"' EXIT
 fi
 wait "$running"
-# A trapped signal ends `wait`, not the process.
+# A trapped signal ends `wait` but not the process.
 while kill -0 "$running" 2>/dev/null; do
     if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then
         echo "node.sh: not ended ${SAVE_SECONDS:-300} s after SIGTERM: killed" >&2
         kill_launcher "$running"
-        deadline= # not everything is saved
+        deadline= # the save is incomplete
     fi
     sleep 0.5
 done

@@ -1,8 +1,8 @@
-"""Where the ranks of each group of a layout land on nodes, by arithmetic.
+"""Placement of a layout's rank groups on nodes.
 
-Rank r is on node r // gpus_per_node. Neighbouring ranks differ in `expert` first (train/layout/mesh.py), so
-a group of `expert` ranks is a run of neighbours that begins at a multiple of its size: it stays inside a
-node exactly if its size divides the node's GPUs. Every launcher here numbers ranks node by node.
+Rank r is on node r // gpus_per_node: every launcher here numbers ranks node by node. Neighbouring ranks
+differ in `expert` first (train/layout/mesh.py), so a group of `expert` ranks is contiguous and starts at a
+multiple of its size. It stays within a node exactly if its size divides the number of GPUs per node.
 """
 
 from launch.submit.job import Job
@@ -11,21 +11,21 @@ from train.recipe.schema import Recipe
 
 
 def expert_group(rank: int, expert: int) -> range:
-    """Ranks that exchange tokens with a rank."""
+    """Returns the ranks that a rank exchanges tokens with, including itself."""
     first = rank - rank % expert
     return range(first, first + expert)
 
 
 def nodes_of(ranks: range, gpus_per_node: int) -> int:
-    """On how many nodes some neighbouring ranks are."""
+    """Returns the number of nodes that contiguous ranks span."""
     return (ranks[-1] // gpus_per_node) - (ranks[0] // gpus_per_node) + 1
 
 
 def check_placement(job: Job, recipe: Recipe) -> list[str]:
-    """How the groups lie on the nodes, a line each; a line that begins with `warning:` asks to be read.
+    """Describes the placement of each kind of group in a line; lines of concern begin with `warning:`.
 
     Raises:
-        UserError: where some expert groups would lie across a node's border and others not.
+        UserError: if some expert groups would cross a node boundary and others not.
     """
     layout, gpus = recipe.parallelism, job.gpus_per_node
     lines = []
@@ -34,13 +34,13 @@ def check_placement(job: Job, recipe: Recipe) -> list[str]:
         least = -(-layout.expert // gpus)
         if spans != {least}:
             raise UserError(
-                f"{layout.expert} ranks do not fit the nodes' {gpus} GPUs evenly: some groups lie across "
-                "a node's border",
+                f"groups of {layout.expert} ranks do not fit nodes of {gpus} GPUs evenly: some cross a node "
+                "boundary",
                 key="parallelism.expert",
-                remedy=f"take a divisor or a multiple of {gpus}",
+                remedy=f"use a divisor or a multiple of {gpus}",
             )
         if least == 1:
-            lines.append(f"placement: expert groups of {layout.expert} stay inside a node, on NVLink")
+            lines.append(f"placement: expert groups of {layout.expert} stay within a node, on NVLink")
         else:
             lines.append(
                 f"warning: expert groups of {layout.expert} span {least} nodes of {gpus} GPUs: "
@@ -51,6 +51,6 @@ def check_placement(job: Job, recipe: Recipe) -> list[str]:
     if copy > gpus:
         where = f"spans {nodes_of(range(copy), gpus)} nodes"
     else:
-        where = "stays inside a node" if gpus % copy == 0 else "lies across nodes"
+        where = "stays within a node" if gpus % copy == 0 else "crosses node boundaries"
     lines.append(f"placement: {layout.replicate} copies of {copy} ranks each; a copy {where}")
     return lines

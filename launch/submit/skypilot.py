@@ -13,12 +13,12 @@ MASTER_PORT = 29500
 
 
 def render(job: Job) -> str:
-    """The task as YAML."""
+    """Returns the task as YAML."""
     return yaml.safe_dump(task(job), sort_keys=False, width=110)
 
 
 def task(job: Job) -> dict[str, Any]:
-    """The task; keys are those of SkyPilot's task schema."""
+    """Returns the task; keys are those of SkyPilot's task schema."""
     resources: dict[str, Any] = {
         "job_recovery": {
             "max_restarts_on_errors": job.restarts,
@@ -26,7 +26,7 @@ def task(job: Job) -> dict[str, Any]:
         },
     }
     if job.device is Device.cuda:
-        # `best` asks for the provider's InfiniBand or its like.
+        # `best` requests the provider's InfiniBand or equivalent.
         resources |= {"accelerators": f"{job.gpu_type}:{job.gpus_per_node}", "network_tier": "best"}
     if job.image:
         resources["image_id"] = f"docker:{job.image}"

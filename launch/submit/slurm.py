@@ -1,4 +1,4 @@
-"""A job as a SLURM batch script: requeued, warned before its time limit, restarted on spare nodes."""
+"""A job as a SLURM batch script: restarted on spare nodes, saved before its time limit, requeued."""
 
 import shlex
 
@@ -7,30 +7,30 @@ from launch.submit.job import Device, Job
 
 SCRIPT = """#!/bin/bash
 {directives}
-# Submit: sbatch FILE. The job is requeued when a node fails or its time is up, and resumes by itself.
+# Submit: sbatch FILE. The job is requeued if a node fails or its time is up, and resumes by itself.
 set -u
 cd {workdir} || exit 2
 {exports}
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
-# Restarts, back-off, diagnosis and the exclusion of bad nodes are the supervisor's; requeueing is SLURM's.
+# The supervisor restarts, backs off, diagnoses and excludes bad nodes; SLURM requeues.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
 .venv/bin/python -m launch.restart --hosts "$hosts" --nodes {nodes} -- \\
     bash launch/submit/srun_step.sh '{{hosts}}' {arguments} &
 supervisor=$!
-# SLURM sends SIGTERM {save_seconds} s before the time limit, to this shell alone (--signal=B:).
+# SLURM sends SIGTERM {save_seconds} s before the time limit, only to this shell (--signal=B:).
 trap 'kill -TERM "$supervisor"' TERM
 wait "$supervisor"
-# A trapped signal ends `wait`, not the process.
+# A trapped signal ends `wait` but not the process.
 while kill -0 "$supervisor" 2>/dev/null; do wait "$supervisor"; done
 wait "$supervisor"
 status=$?
-# 75: everything is saved, the same job goes on from there.
+# 75: everything is saved; the same job resumes from there.
 if [ "$status" -eq 75 ]; then
     if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
         scontrol requeue "$SLURM_JOB_ID"
     else
-        echo "requeued {restarts} times: submit again to go on" >&2
+        echo "requeued {restarts} times: submit again to continue" >&2
     fi
 fi
 exit "$status"
@@ -38,7 +38,7 @@ exit "$status"
 
 
 def render(job: Job) -> str:
-    """The batch script."""
+    """Returns the batch script."""
     minutes = round(job.hours * 60)
     directives = {
         "job-name": job.name,
@@ -53,7 +53,7 @@ def render(job: Job) -> str:
         "account": job.account or False,
         "gpus-per-node": job.gpus_per_node if job.device is Device.cuda else False,
         "exclusive": None if job.device is Device.cuda else False,
-        # The allocation outlives a node where a spare one can take its place.
+        # Keep the allocation when a node fails if a spare one can replace it.
         "no-kill": None if job.spare_nodes else False,
     }
     lines = [
@@ -76,6 +76,6 @@ def render(job: Job) -> str:
 
 
 def container_arguments(job: Job) -> str:
-    """Options of srun for pyxis, which starts enroot containers on the nodes."""
+    """Returns srun's options for pyxis, which starts enroot containers on the nodes."""
     mounts = ",".join(f"{mount}:{mount}" for mount in (job.workdir, *job.mounts))
     return f"--container-image={job.image} --container-mounts={mounts} --container-workdir={job.workdir}"

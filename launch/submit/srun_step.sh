@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One try of a job on SLURM: bash launch/submit/srun_step.sh HOST,HOST,... RECIPE.yaml [key=value ...]
+# Runs one try of a job on SLURM: bash launch/submit/srun_step.sh HOST,HOST,... RECIPE.yaml [key=value ...]
 # Reads RANKS_PER_NODE and, for containers, CONTAINER_ARGUMENTS. srun starts the ranks itself, one task each.
-# SIGTERM is passed to the ranks, which save and end with 75; srun alone would kill them.
+# SIGTERM is passed to the ranks, which save and end with 75; srun by itself would kill them.
 set -um
 hosts=$1
 shift
-# The supervisor leaves a bad host out while there is a spare one: a host that is down has none left.
+# The supervisor excludes bad hosts while there are spare ones: a chosen host that is down means none is left.
 if sinfo --noheader --Node --nodes="$hosts" --states=down | grep -q .; then
     echo "srun_step.sh: a node of $hosts is down and no spare one is left: requeued" >&2
     scontrol requeue "$SLURM_JOB_ID" && sleep 600
@@ -28,10 +28,10 @@ step=$!
 is_told_to_end=
 trap 'is_told_to_end=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 wait "$step"
-# A trapped signal ends `wait`, not the process.
+# A trapped signal ends `wait` but not the process.
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step"
 status=$?
-# srun ends ranks that leave a moment after the first with 75; the checkpoint is whole before any leaves.
+# srun may kill ranks that exit after the first one with 75; the checkpoint is complete before any exits.
 [ -n "$is_told_to_end" ] && [ "$status" -ne 0 ] && status=75
 exit "$status"

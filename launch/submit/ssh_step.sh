@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One try of a job on hosts that a remote shell reaches: bash launch/submit/ssh_step.sh HOST,HOST,... RECIPE.yaml [key=value ...]
-# Reads RANKS_PER_NODE, MASTER_PORT, LAUNCHER, WORKDIR, SAVE_SECONDS, VARIABLES, the ranks' environment in shell's
-# words, REMOTE_SHELL, the words of a command that gets a host and a line for a shell on it, and FINEGRAIN_RECORDS,
-# the supervisor's. A remote shell passes no variable on: what ranks need is in the line.
-# The first host that fails ends the others; SIGTERM goes to all. With -m each remote shell is a process group of its
-# own: the supervisor signals this one's, and a remote shell that died of it would say nothing of what is saved.
+# Runs one try of a job on hosts over a remote shell: bash launch/submit/ssh_step.sh HOST,HOST,... RECIPE.yaml [key=value ...]
+# Reads RANKS_PER_NODE, MASTER_PORT, LAUNCHER, WORKDIR, SAVE_SECONDS; VARIABLES, the ranks' environment as shell
+# words; REMOTE_SHELL, a command that takes a host and a shell line to run on it; and FINEGRAIN_RECORDS, set by the
+# supervisor. A remote shell does not pass variables on, so the line contains all that ranks need.
+# The first host that fails ends the others; SIGTERM goes to all. With -m each remote shell has its own process group:
+# the supervisor signals only this script's, since a remote shell killed by SIGTERM could not report the save.
 set -um
 IFS=, read -ra hosts <<<"$1"
 shift
 read -ra shell <<<"$REMOTE_SHELL"
-# One for each host: jobs on other hosts may share the checkout.
+# One per host: jobs on other hosts may share the checkout.
 pid_file() { printf %q "$WORKDIR/.cache/job-$MASTER_PORT-$1.pid"; }
 is_ending=
 terminate_all() {
@@ -35,7 +35,7 @@ done
 trap terminate_all TERM
 status=0 waker=
 while [ ${#running[@]} -gt 0 ]; do
-    # Told again and again: a host may not have come so far that its process can be told.
+    # SIGTERM is repeated: a host's process may not have been ready for it.
     if [ -n "$is_ending" ] && [ -z "$waker" ]; then
         sleep 5 &
         waker=$!
@@ -54,8 +54,8 @@ while [ ${#running[@]} -gt 0 ]; do
     running=("${left[@]}")
     if [ "$this" -ne 0 ] && [ "$status" -eq 0 ]; then
         status=$this
-        echo "ssh_step.sh: ${host_of[$ended]} ended with $this: the others are ended" >&2
-        # 255 is the remote shell's own failure: the supervisor is told which host it was.
+        echo "ssh_step.sh: ${host_of[$ended]} ended with $this: stopping the others" >&2
+        # 255 is a failure of the remote shell itself: record the host for the supervisor.
         if [ "$this" -eq 255 ] && [ -n "${FINEGRAIN_RECORDS:-}" ]; then
             echo "${host_of[$ended]}" >"$FINEGRAIN_RECORDS/lost-host"
         fi

@@ -30,7 +30,7 @@ def small_documents() -> Iterator[CorpusDocument]:
 
 @pytest.fixture(scope="session")
 def make_recipe() -> Callable[..., Recipe]:
-    """A recipe over small shards; keywords change its data section."""
+    """Returns a recipe over small shards; keywords override its data section."""
 
     def make(shards: Path, **changes: object) -> Recipe:
         data = Data(

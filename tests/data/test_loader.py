@@ -66,7 +66,7 @@ def test_a_batch_is_what_the_plan_says(built: Recipe, whole: list[Batch]):
     folders = [ShardFolder(root / domain / "train") for domain in plan.domains]
     for row, (domain, sample) in enumerate(zip(picks.domain, picks.sample, strict=True)):
         assert everything["input_ids"][row].tolist() == folders[domain][sample].tokens.tolist()
-    # Small domains are read more than once in this many batches.
+    # Small domains are repeated within this many batches.
     assert picks.epoch.max() > 0
     shares = np.bincount(picks.domain) / picks.domain.size
     assert dict(zip(plan.domains, shares, strict=True)) == pytest.approx(

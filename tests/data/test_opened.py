@@ -1,4 +1,4 @@
-"""OpenedData opens lazily and once; what it has checked is not hashed again."""
+"""OpenedData opens lazily and once; checked files are not hashed again."""
 
 import dataclasses
 import shutil

@@ -147,7 +147,7 @@ def test_damage_is_named_in_one_line(copy: Recipe, damage: Callable[[Path], None
     assert str(path) in line or (damage is Path.unlink and name == "manifest.json")
 
 
-def test_large_shards_are_hashed_on_demand_alone(copy: Recipe, monkeypatch: pytest.MonkeyPatch):
+def test_large_shards_are_hashed_only_on_demand(copy: Recipe, monkeypatch: pytest.MonkeyPatch):
     root = Path(copy.data.shards)
     flip(root / "code/train/shard.00000.mds")
     monkeypatch.setattr("data.shards.manifest.HASHED_BYTES", 10)

@@ -23,7 +23,7 @@ TinyRecipe = Callable[..., Recipe]
 
 @pytest.fixture(scope="session")
 def tiny_recipe() -> TinyRecipe:
-    """Makes recipes of 12 batches of 8 sequences of 64 tokens; further overrides win."""
+    """Makes recipes of 12 batches of 8 sequences of 64 tokens; overrides take precedence."""
 
     def make(runs: Path, shards: Path, name: str, *overrides: str) -> Recipe:
         return load_recipe(
@@ -123,7 +123,7 @@ MakeRun = Callable[[Recipe], tuple[Path, "Decoder"]]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """Makes the folder of a run: recipe, tokenizer, and a checkpoint of a decoder with random weights."""
+    """Makes a run's folder: recipe, tokenizer, and a checkpoint of a decoder with random weights."""
 
     def make(recipe: Recipe) -> tuple[Path, "Decoder"]:
         import torch
@@ -141,9 +141,9 @@ def make_run(tmp_path: Path) -> MakeRun:
         initialize(decoder, recipe.model, seed=3)
         with torch.no_grad():
             for name, parameter in decoder.named_parameters():
-                if parameter.ndim == 1 or "router" in name:  # Norms of one would hide a wrong order.
+                if parameter.ndim == 1 or "router" in name:  # Norms of 1 would hide a wrong order.
                     parameter.add_(torch.randn(parameter.shape) * 0.3)
-        wrapped = torch.nn.ModuleDict({"decoder": decoder})  # LanguageModel's name for it.
+        wrapped = torch.nn.ModuleDict({"decoder": decoder})  # LanguageModel's prefix.
         optimizer = torch.optim.AdamW(decoder.parameters())
         saver = CheckpointSaver(folder / "checkpoints", Topology(), keep_last=2)
         saver.start(wrapped, optimizer, Progress(7, 56, 448, 1.0))

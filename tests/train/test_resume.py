@@ -45,7 +45,7 @@ def test_it_goes_back_before_what_is_left_out(tmp_path: Path, capsys: pytest.Cap
     for batch in (10, 20, 30):
         save(tmp_path, batch)
     assert find_checkpoint(RECIPE, tmp_path, ALONE).progress.batch == 30
-    # Positions from the 21st batch on were trained in the third checkpoint, and in no other.
+    # Positions from the 21st batch on were trained in the third checkpoint only.
     resumed = find_checkpoint(declaring(160, 200), tmp_path, ALONE)
     assert resumed.progress.batch == 20 and resumed.curriculum.skipped == ((20, 25),)
     assert "batch-00000030: was trained on other positions than are left out now" in capsys.readouterr().out
@@ -55,7 +55,7 @@ def test_it_goes_back_before_what_is_left_out(tmp_path: Path, capsys: pytest.Cap
         "batch-00000020",
         "rolled-back-00000030",
     ]
-    # What knows of it serves; what was set aside goes when the run has come as far again.
+    # A checkpoint that knows of the skip is valid; set-aside ones go once the run has come as far again.
     save(tmp_path, 26, Skip(160, 200, "bad"))
     assert (root / "rolled-back-00000030").is_dir()
     save(tmp_path, 34, Skip(160, 200, "bad"))

@@ -41,7 +41,7 @@ def _trained(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("balance", ["loss", "bias"])
-def test_a_run_that_was_cut_off_goes_on_bit_for_bit(
+def test_an_interrupted_run_resumes_bit_for_bit(
     tmp_path: Path, shards: Path, tiny_recipe: TinyRecipe, balance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from train.record.console import Console
@@ -78,13 +78,13 @@ def test_what_a_run_leaves_and_that_it_learns(
     assert str(folder / "report.html") in printed and "unigram" in printed
     summary = json.loads((folder / "summary.json").read_text())
     for domain, loss in summary["validation_loss"].items():
-        # Two layers of width 32 and 120 steps: a nat below not knowing the tokens' frequencies.
+        # Two layers of width 32 and 120 steps: one nat below a model that ignores token frequencies.
         assert loss < math.log(recipe.model.vocab_size) - 1
         assert 0 < summary["unigram_entropy"][domain] < math.log(recipe.model.vocab_size)
         assert steps[-1][f"loss/validation/{domain}"] == loss
     assert len(list((folder / "checkpoints").iterdir())) == recipe.checkpoint.keep_last
 
-    # The same command once more: complete, so nothing is trained and nothing overwritten.
+    # The same command again: the run is complete, so nothing is trained or overwritten.
     before = (folder / "metrics.jsonl").read_bytes()
     assert _run(recipe) == steps
     assert (folder / "metrics.jsonl").read_bytes() == before
@@ -95,7 +95,7 @@ def test_a_run_goes_on_from_another_and_validates_what_it_does_not_train_on(
 ) -> None:
     only_code = ("data.domains={code: 1.0}", "data.validation_domains=[prose]")
     old = _run(tiny_recipe(tmp_path, shards, "old", *only_code))[-1]
-    # Steps of next to nothing leave the weights of step 0, so that their losses are the old run's.
+    # A tiny learning rate keeps the weights of step 0, so their losses are those of the old run.
     new = (
         "data.domains={prose: 1.0}",
         "data.validation_domains=[code]",

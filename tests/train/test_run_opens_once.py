@@ -70,7 +70,7 @@ def test_a_start_opens_hashes_and_builds_everything_once(
 
     root = shards if where == "folder" else tmp_path / "cache"
     store = [] if where == "folder" else [f"data.remote={shards}", "data.corpus=null"]
-    # Worker processes would count for themselves; preflight looks at the shards too.
+    # Worker processes would count separately; preflight reads the shards too.
     recipe = tiny_recipe(
         tmp_path,
         root,

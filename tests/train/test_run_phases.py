@@ -99,7 +99,7 @@ def test_each_phase_takes_effect_at_its_first_batch(
     _run(recipe, stop_after=5)
     *before, last = _trained(recipe)
     assert before == steps[:4]
-    # The rate counts after the batch, so that the base of RoPE alone makes this difference.
+    # The learning rate takes effect after the batch, so only the RoPE base makes this difference.
     assert last[metrics.LOSS] != steps[4][metrics.LOSS]
     assert steps[4][metrics.LEARNING_RATE] == 0.5 * last[metrics.LEARNING_RATE]
 
@@ -119,7 +119,7 @@ def test_a_run_that_was_thrown_back_counts_no_step_twice(
 ) -> None:
     recipe = tiny_recipe(shards.parent, shards, "killed", *PHASES)
     _run(recipe, stop_after=7, by=signal.SIGKILL)
-    # Two steps have no checkpoint yet: they are in the books, and will be trained again.
+    # Two steps are not in a checkpoint yet: they are in the data log, and will be trained again.
     assert _books(recipe) == _books(whole)[:6]
     assert RunBooks(Path(recipe.runs_dir) / recipe.name).progress["batch"] == 4
     _run(recipe)

@@ -31,7 +31,7 @@ def test_the_budget_of_each_domain_is_what_the_plan_reads():
 def test_the_domain_that_is_exhausted_first_is_named():
     with pytest.raises(UserError) as caught:
         require_epoch_budget(RECIPE, CURRICULUM, plan_of(50, 10))
-    # 40 of prose are 4 epochs, 160 samples into the run; code lasts for 200 of its own.
+    # 40 of prose are 4 epochs, up to sample 160 of the run; code lasts for 200 of its own.
     assert str(caught.value).startswith("data.domain_max_epochs.prose: prose is exhausted at token 5,1")
     assert "8 epochs of its 320 tokens, and 4 are allowed" in str(caught.value)
     data = dataclasses.replace(RECIPE.data, domain_max_epochs={"prose": 8.0, "code": 5.0})

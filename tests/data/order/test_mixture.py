@@ -32,8 +32,8 @@ def test_every_prefix_follows_the_weights(shares: list[float]):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(WEIGHTS, st.integers(1, 40), st.sampled_from([1, 2, 4])), min_size=1, max_size=12))
-def test_an_error_is_carried_from_stretch_to_stretch(parts: list[tuple[list[float], int, int]]):
-    """In sequences of the longest step a domain is never two off, however often weights change."""
+def test_an_error_is_carried_from_segment_to_segment(parts: list[tuple[list[float], int, int]]):
+    """In sequences of the longest step no domain is ever off by two, however often the weights change."""
     segments, quota, at = [], [], 0
     for shares, sequences, step in parts:
         segments.append(MixtureSegment(at, named(shares), step))
@@ -45,13 +45,13 @@ def test_an_error_is_carried_from_stretch_to_stretch(parts: list[tuple[list[floa
     assert np.abs(counts(mixture, at) - wanted)[ends].max() < 2 * max(step for *_, step in parts)
 
 
-def test_a_ramp_of_many_stretches_is_as_exact_as_one():
+def test_a_ramp_of_many_segments_is_as_exact_as_one():
     segments = [MixtureSegment(7 * n, {"a": 0.9 - 0.0008 * n, "b": 0.1 + 0.0008 * n}) for n in range(1000)]
     wanted = np.cumsum(np.repeat([segment.weights["a"] for segment in segments], 7))
     assert np.abs(counts(Mixture(segments), 7000)[:, 0] - wanted).max() < 1.01
 
 
-def test_ordinals_count_each_domain_up_over_all_stretches():
+def test_ordinals_count_each_domain_up_over_all_segments():
     mixture = Mixture(
         [
             MixtureSegment(0, FIVE),
@@ -99,7 +99,7 @@ def test_decimal_weights_are_exact_after_billions():
     assert PARTS * 0.67 == 670_000_000
 
 
-def test_a_later_stretch_changes_nothing_before_it():
+def test_a_later_segment_changes_nothing_before_it():
     one = Mixture([MixtureSegment(0, FIVE)])
     other = Mixture([MixtureSegment(0, FIVE), MixtureSegment(500, {"new": 0.5, "web": 0.5})])
     domain, ordinal = one.assign(np.arange(500))

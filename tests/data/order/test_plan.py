@@ -95,7 +95,7 @@ def test_positions_of_a_sample_are_those_at_which_it_is_read():
             assert plan.positions_of(name, sample, 2000) == places.tolist()
 
 
-def test_a_domain_runs_dry_at_the_first_position_beyond_its_epochs():
+def test_a_domain_is_exhausted_at_the_first_position_beyond_its_epochs():
     plan = constant({"code": 0.3, "prose": 0.7}, {"code": 50, "prose": 30})
     picks = plan.samples(0, 400)
     at = plan.exhausted_at("prose", 2.5, 400)

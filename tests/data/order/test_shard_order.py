@@ -35,7 +35,7 @@ SIZES = st.lists(st.sampled_from([1, 2, 5, 16, 16, 16, 16]), min_size=1, max_siz
 def test_every_epoch_reads_everything_once_whatever_the_lengths(
     sizes: list[int], window: int, changes: list[tuple[int, int]]
 ):
-    """The rule that matters: nothing is skipped and nothing read twice when the length changes anywhere."""
+    """The rule that matters: nothing is skipped or read twice, wherever the length changes."""
     at, step, groupings = 0, 1, [(0, 1)]
     for sequences, next_step in changes:
         at, step = at + sequences * step, next_step
@@ -56,7 +56,7 @@ def test_epochs_differ_and_a_part_equals_the_whole():
         assert np.array_equal(order.samples(np.arange(begin, begin + 50))[0], samples[begin : begin + 50])
 
 
-def test_a_shard_is_read_within_its_window_alone():
+def test_a_shard_is_read_only_within_its_window():
     order = make_order([16] * 10 + [7], window=4)
     samples, _ = everything(order, 1)
     shards = samples // 16

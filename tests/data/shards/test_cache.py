@@ -124,7 +124,7 @@ def store(source: Recipe) -> Iterator[FaultyStore]:
 
 
 def cached(root: Path, remote: str, limit: int | None = None) -> tuple[ShardCache, ShardFolder]:
-    """A cache of the prose domain and its folder, indices fetched."""
+    """Returns a cache of the prose domain and its folder, with indices fetched."""
     cache = ShardCache(root, remote, limit, HURRIED)
     manifest = cache.fetch_manifest()
     cache.require(root / "prose/train/index.json", manifest.domains["prose"].splits["train"].index_sha256)

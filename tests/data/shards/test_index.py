@@ -22,7 +22,7 @@ def file_entry(name: str, number: int) -> dict[str, Any]:
 
 
 def entries(count: int) -> list[dict[str, Any]]:
-    """Shards of two kinds, one of them compressed, some without a hash."""
+    """Returns shards of two kinds, one of them compressed, some without a hash."""
     made = []
     for n in range(count):
         level = 3 if n % 5 == 0 else None

@@ -1,4 +1,4 @@
-"""Sources and shards in an object store: moto's S3, and a stand-in for Unity Catalog's files API."""
+"""Sources and shards in an object store: moto's S3, and a fake of Unity Catalog's files API."""
 
 import dataclasses
 import json
@@ -307,7 +307,7 @@ def test_compressed_shards_are_sent_in_place_of_the_others_and_unpacked_by_each_
     for one, other, _ in zip(ours, theirs, range(20), strict=False):
         assert one["input_ids"].tolist() == other["input_ids"].tolist()
     assert {path.suffix for path in (tmp_path / "cache/code/train").iterdir()} == {".mds", ".json"}
-    # Streaming reads them too.
+    # Streaming can read them too.
     streamed = StreamingDataset(
         remote="s3://store/packed/code/train", local=str(tmp_path / "streamed"), batch_size=1
     )

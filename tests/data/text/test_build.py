@@ -115,7 +115,7 @@ def test_every_record_is_in_the_shards_or_in_the_list_of_rejected(
         "JSON", "encoding", "no text", "empty", "size", "exact duplicate", "near duplicate",
         "evaluation text",
     }  # fmt: skip
-    # 60 and one that is compressed; ten were added to be rejected; the task is a record without text.
+    # 60 and a compressed one; ten were added to be rejected; the task is a record without text.
     assert len(rejected(recipe, "prose")) == 11
     kept = {side: manifest.domains["prose"].splits[side].documents for side in ("train", "validation")}
     assert sum(kept.values()) == 61 and min(kept.values()) > 0

@@ -11,7 +11,7 @@ from data.text.quality import is_generated, is_good_code, is_good_prose
 
 
 def story(name: str) -> str:
-    """Prose of 24 lines about something."""
+    """Returns prose of 24 lines about a topic."""
     line = "That is the story of a {} which lived with the birds of the wood.\nThey have all been friends.\n"
     return line.format(name) * 12
 
@@ -22,7 +22,7 @@ def module_text(name: str) -> str:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
-    """Two packages that vendor a file of each other, with documentation and a licence."""
+    """Two packages that vendor each other's file, with documentation and a licence."""
     files = {
         "one/alpha.py": module_text("alpha"),
         "one/beta.py": module_text("beta"),
@@ -100,7 +100,7 @@ def test_docstrings_are_those_that_the_parser_finds(name: str):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node, clean=False)
-            # A backslash is spelt out in the source, and one in single quotes is not looked for.
+            # A backslash is spelled out in the source, and strings in single quotes are not searched.
             if text and "\\" not in text and f'"""{text}' in source:
                 expected.append(inspect.cleandoc(text))
     found = docstrings(source)

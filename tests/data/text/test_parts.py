@@ -1,4 +1,4 @@
-"""Parts of the preparation against references: Streaming's writer, Jaccard similarity, real sentences."""
+"""Parts of data preparation against references: Streaming's writer, Jaccard similarity, real sentences."""
 
 from pathlib import Path
 

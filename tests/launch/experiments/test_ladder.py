@@ -116,7 +116,7 @@ def test_a_ladder_is_interrupted_and_completed(
 
 
 def assert_sent(runs: Path) -> None:
-    """One experiment, its parent, and each run below it with its losses."""
+    """Asserts that there is one experiment, its parent, and each run below it with its losses."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{runs / 'mlflow.db'}")

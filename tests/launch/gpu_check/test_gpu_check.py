@@ -1,4 +1,4 @@
-"""The bring-up check's own functions on the CPU, and that they find what is broken."""
+"""The bring-up check on the CPU, and its detection of injected faults."""
 
 import json
 import re
@@ -98,7 +98,7 @@ def test_numerics_find_a_router_that_differs_on_one_side(monkeypatch: pytest.Mon
     def crooked(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         before(self, *args, **kwargs)  # type: ignore[arg-type]
         built.append(self)
-        if len(built) > 2:  # two layers of the reference come first
+        if len(built) > 2:  # the reference's two layers come first
             self.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 0.5, *inputs[1:]))
 
     monkeypatch.setattr(Router, "__init__", crooked)

@@ -1,4 +1,4 @@
-"""What the docs show of the planner is what it says today."""
+"""Planner output shown in the docs equals what the planner prints today."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The planner's bytes against real modules: states to the byte, activations and loss to 10%."""
+"""The planner's memory against real modules: states to the byte, activations and loss to 10%."""
 
 import gc
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[Decoder]:
-    """The decoder as one rank of a world that is not there holds it."""
+    """Returns the decoder as held by one rank of a fake world."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         decoder = Decoder(cfg, device="meta")
@@ -72,7 +72,7 @@ def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[
 
 
 def real_states(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer state after a step."""
+    """Returns bytes of weights, gradients and optimizer state after a step."""
     parameters = list(decoder.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -86,7 +86,7 @@ def real_states(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[i
 @pytest.mark.parametrize("kind", OptimizerKind)
 @pytest.mark.parametrize("rank", [0, 13, 23])
 @pytest.mark.parametrize("stem", ["dbrx", "dbrx-dense-a", "mpt-7b", "llama2-13b"])
-def test_states_of_shrunken_recipes_to_the_byte(stem: str, rank: int, kind: OptimizerKind) -> None:
+def test_states_of_tiny_recipes_to_the_byte(stem: str, rank: int, kind: OptimizerKind) -> None:
     cfg = tiny_recipe(load_recipe(YAMLS / f"{stem}.yaml"), steps=2).model
     layout, world = Parallelism(replicate=2, expert=4 if cfg.moe else 1), 24
     with sharded(cfg, layout, world, rank) as decoder:
@@ -98,7 +98,7 @@ def test_states_of_shrunken_recipes_to_the_byte(stem: str, rank: int, kind: Opti
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_states_of_every_recipe_to_the_byte(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At full size, on the meta device: a step of the recipe's own optimizer makes every state."""
+    """At full size on the meta device: a step of the recipe's own optimizer creates every state."""
     monkeypatch.setattr(mesh, "initialize", lambda *_: None)
     monkeypatch.setattr(Decoder, "to_empty", lambda *_, **__: None)
     recipe = load_recipe(path)
@@ -107,7 +107,7 @@ def test_states_of_every_recipe_to_the_byte(path: Path, monkeypatch: pytest.Monk
     with sharded(recipe.model, layout, world, rank=world - 1) as decoder:
         optimizer = build_optimizer(decoder, recipe.optimizer)
         for group in optimizer.param_groups:
-            group["fused"] = False  # the fused step refuses the meta device; its states are the same
+            group["fused"] = False  # the fused step rejects the meta device; its states are the same
         real = real_states(decoder, optimizer)
         assert all(local(p).is_meta for p in decoder.parameters())
     planned = states(recipe.model, layout, world, world - 1, recipe.optimizer.kind)
@@ -178,7 +178,7 @@ CASES = {
 
 
 class Step:
-    """Forward and backward passes of a decoder on two documents per sequence."""
+    """A forward and backward pass of a decoder on two documents per sequence."""
 
     def __init__(self, case: Case, checkpointing: bool, bf16: bool) -> None:
         self.decoder = Decoder(
@@ -196,7 +196,7 @@ class Step:
         return output.loss_sum / self.ids.numel() + output.balance_loss + output.z_loss
 
     def saved_bytes(self) -> int:
-        """What autograd holds after the forward pass, each storage once, weights left out."""
+        """Returns bytes that autograd holds after the forward pass, each storage once, without weights."""
         weights = {p.untyped_storage().data_ptr() for p in self.decoder.parameters()}
         storages: dict[int, int] = {}
 
@@ -212,11 +212,11 @@ class Step:
         return sum(storages.values())
 
     def peak_bytes(self) -> int:
-        """Most bytes that the allocator has handed out during a step, beside weights."""
+        """Returns peak allocated bytes during a step, without weights."""
         self.forward().backward()
         for parameter in self.decoder.parameters():
             parameter.grad = None
-        gc.collect()  # Tensors that only the collector frees would count as freed by the step.
+        gc.collect()  # Tensors that only the garbage collector frees would count as freed by the step.
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             self.forward().backward()
         events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -228,7 +228,7 @@ class Step:
 
 
 def planned_peak(case: Case, checkpointing: bool, bf16: bool) -> int:
-    """Of one process, which keeps whole gradients: whichever moment is the worst."""
+    """Returns the planned peak of one process with unsharded gradients."""
     model, batch = case.model, case.batch
     numerics = CPU_BF16 if bf16 else CPU_FP32
     found = peaks(model, batch, numerics, checkpointing=checkpointing, chunk_tokens=case.chunk_tokens)
@@ -242,7 +242,7 @@ def planned_peak(case: Case, checkpointing: bool, bf16: bool) -> int:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_saved_tensors_are_those_of_the_ledger(case: Case) -> None:
+def test_saved_tensors_are_those_listed(case: Case) -> None:
     loss = loss_bytes(case.model, case.batch, CPU_FP32, case.chunk_tokens)
     planned = kept_bytes(case.model, case.batch, CPU_FP32, checkpointing=False)
     planned += norm_bytes(case.model, case.batch, CPU_FP32) + loss.hidden_gradient + loss.weight_gradient
@@ -265,7 +265,7 @@ def test_peak_in_bf16_within_a_tenth() -> None:
     assert weight_copies(case.model, CPU_BF16).all_layers > 0
 
 
-def test_parts_add_up_and_imbalance_counts_with_expert_parallelism_alone() -> None:
+def test_parts_add_up_and_imbalance_matters_only_with_expert_parallelism() -> None:
     recipe = load_recipe(YAMLS / "dbrx.yaml")
     found = memory(recipe, 3072)
     assert found.total == sum(getattr(found, part) for part in Memory.parts())

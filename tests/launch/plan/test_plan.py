@@ -195,28 +195,28 @@ PHASES = [
 ]
 
 
-def test_each_form_of_a_run_is_planned_as_a_run_of_its_own() -> None:
+def test_each_step_shape_is_planned_as_a_run_of_its_own() -> None:
     whole = recipe("dbrx", *PHASES)
     plan_of_run = make_plan(whole, 3072, H100)
-    assert [plan.form.phases for plan in plan_of_run.step_shapes] == [(0, 1, 2), (3,)]
-    for plan_of_form, length, batch, microbatch in zip(
+    assert [plan.shape.phases for plan in plan_of_run.step_shapes] == [(0, 1, 2), (3,)]
+    for plan_of_shape, length, batch, microbatch in zip(
         plan_of_run.step_shapes, (4096, 32768), (6144, 3072), (2, 1), strict=True
     ):
         training = replace(whole.training, global_batch_sequences=batch, microbatch_sequences=microbatch)
-        tokens = plan_of_form.form.tokens
+        tokens = plan_of_shape.shape.tokens
         alone = replace(
             whole,
             data=replace(whole.data, phases=[], domains={"web": 1.0}, sequence_tokens=length),
             training=replace(training, duration_tokens=tokens),
         )
         expected = make_plan(alone, 3072, H100)
-        assert tokens == plan_of_form.form.batches * batch * length
+        assert tokens == plan_of_shape.shape.batches * batch * length
         for quantity in ("memory", "collectives", "microbatches", "parts", "step_seconds", "utilisation"):
-            assert getattr(plan_of_form, quantity) == getattr(expected, quantity), quantity
-    days = [plan.form.batches * plan.step_seconds / 86400 for plan in plan_of_run.step_shapes]
+            assert getattr(plan_of_shape, quantity) == getattr(expected, quantity), quantity
+    days = [plan.shape.batches * plan.step_seconds / 86400 for plan in plan_of_run.step_shapes]
     assert plan_of_run.days == pytest.approx(sum(days))
     assert plan_of_run.flops == sizes.training_flops(whole)
-    assert sum(plan.form.batches for plan in plan_of_run.step_shapes) == sizes.batches(whole)
+    assert sum(plan.shape.batches for plan in plan_of_run.step_shapes) == sizes.batches(whole)
 
 
 def test_a_run_fits_only_if_its_longest_phase_does(

@@ -1,4 +1,4 @@
-"""The time model against published training speeds."""
+"""The step-time model against published training speeds."""
 
 import pytest
 

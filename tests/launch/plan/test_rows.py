@@ -1,4 +1,4 @@
-"""Files of published figures are complete: no cell is empty, every row has a source and a date."""
+"""Files of published figures are complete: no empty cell, and a source and a date in every row."""
 
 import datetime
 
@@ -7,9 +7,9 @@ import pytest
 from launch.plan.rows import FOLDER, read_rows
 
 MAY_BE_EMPTY = {
-    # A run is measured by one of the two.
+    # A run has exactly one of the two measurements.
     "published_speeds.csv": {"tokens_per_second_per_gpu", "flop_utilisation"},
-    # The announcement compares DBRX with nothing.
+    # The announcement compares DBRX with no other model.
     "table5.csv": {"published_relative"},
 }
 FILES = sorted(file.name for file in FOLDER.glob("*.csv"))
@@ -24,7 +24,7 @@ def test_every_row_is_complete_and_says_where_from_and_when(file: str) -> None:
     rows = read_rows(file)
     assert rows and {"source", "date"} <= rows[0].keys()
     for row in rows:
-        # A row that is too long has a key None, one that is too short a value None.
+        # Rows that are too long have a key None, rows that are too short a value None.
         empty = {column for column, cell in row.items() if not cell or column is None}
         assert empty <= MAY_BE_EMPTY.get(file, set()), row
         assert datetime.date.fromisoformat(row["date"]) < datetime.date.today()

@@ -1,4 +1,4 @@
-"""The planner's bytes against collectives counted on real gloo ranks."""
+"""The planner's traffic against collectives counted on real gloo ranks."""
 
 from collections import Counter
 from typing import Any
@@ -73,7 +73,7 @@ class Counting(TorchDispatchMode):
 def count(
     cfg: Model, layout: Parallelism, precision: Precision, checkpointing: bool, rank: Topology
 ) -> Counting:
-    """Collectives of one forward and backward pass: of the second, for the first one sets things up."""
+    """Counts collectives of a second forward and backward pass, since the first one initialises state."""
     decoder = Decoder(cfg, device="meta", activation_checkpointing=checkpointing, loss_chunk_tokens=64)
     ranks = build_mesh(layout, rank.world_size, "cpu")
     build_sharded(decoder, ranks, precision, seed=0)
@@ -118,7 +118,7 @@ def test_bytes_are_those_counted_on_gloo(
     ):
         predicted_bytes[collective.kind] += round(collective.payload_bytes) * collective.calls
         predicted_calls[collective.kind] += collective.calls
-    # Tokens come back from experts in unequal shares, so that only the sum over ranks is fixed.
+    # Tokens return from experts in unequal shares, so only the sum over ranks is fixed.
     counted_bytes = sum((rank.payloads for rank in ranks), Counter())
     assert counted_bytes == Counter({kind: world * n for kind, n in predicted_bytes.items()})
     assert ranks[0].calls == predicted_calls

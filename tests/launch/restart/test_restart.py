@@ -1,4 +1,4 @@
-"""Endings are named by their cause; tries go on, stop, wait and leave out hosts as they must."""
+"""Endings are named by their cause; the supervisor retries, stops, waits and excludes hosts as it should."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ FAILED = 1
 
 
 class Job:
-    """Tries that end as they are told, each with the records that such a try leaves."""
+    """Tries with scripted endings, each with the records that such a try leaves."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.run = folder / "records", folder / "run"
@@ -106,7 +106,7 @@ def test_waits_double_while_nothing_is_gained_and_the_limit_holds(job: Job) -> N
     job.tries = [job.fails(9), job.fails(3), job.fails(5), job.fails(10), *[job.fails(8)] * 9]
     assert job.supervise(policy) == STOPPED_STATUS
     assert job.waits == [5, 10, 15, 5, 10, 15, 15]
-    assert "gained no batch" in job.said[-1]
+    assert "without progress" in job.said[-1]
 
 
 def test_a_recipe_that_is_wrong_is_not_tried_again(job: Job) -> None:
@@ -115,7 +115,7 @@ def test_a_recipe_that_is_wrong_is_not_tried_again(job: Job) -> None:
     assert len(job.tries) == 1
 
 
-def test_a_bad_host_is_left_out_while_there_is_a_spare_one(job: Job) -> None:
+def test_a_bad_host_is_excluded_while_there_is_a_spare_one(job: Job) -> None:
     job.tries = [job.hangs(3, "n2"), job.hangs(5, "n1"), job.fails(6), lambda: 0]
     assert job.supervise(hosts=("n1", "n2", "n3"), nodes=2) == 0
     assert job.hosts == [("n1", "n2"), ("n1", "n3"), ("n1", "n3"), ("n1", "n3")]
@@ -149,7 +149,7 @@ def test_a_host_whose_ranks_never_came_is_named(job: Job) -> None:
     assert job.hosts == [("n1", "n2"), ("n1", "n3")] and "no rank on n2 has begun" in job.said[0]
     joins_alone()
     assert explain(UNFIT_STATUS, job.folder, ("10.0.0.1", "10.0.0.2")).host is None, "other names for them"
-    # Where the hosts are not known, what the ranks said is the best there is.
+    # If the hosts are not known, the ranks' errors are the best evidence.
     joins_alone()
     ending = explain(UNFIT_STATUS, job.folder)
     assert ending.kind == "exception" and "ranks 1" in ending.line
@@ -164,7 +164,7 @@ def test_the_last_step_is_read_from_the_end(tmp_path: Path) -> None:
 
 
 def test_a_system_that_restarts_by_itself_gets_a_log_and_a_limit(job: Job) -> None:
-    """What each try leaves is read by the next, as by a supervisor that saw it end."""
+    """Each try reads the records of the previous one, like a supervisor that saw it end."""
     waits: list[float] = []
 
     def next_try(left_by_the_last: Callable[[], int] | None) -> int:
@@ -198,7 +198,7 @@ def test_a_system_that_restarts_by_itself_gets_a_log_and_a_limit(job: Job) -> No
     assert next_try(replays) == 0
     assert next_try(replays) == STOPPED_STATUS
     assert "3 failures in a row after batch 11" in job.said[-1]
-    # Whoever starts it all the same is told what to do about it.
+    # Starting it anyway prints the remedy.
     assert next_try(None) == STOPPED_STATUS and "remove" in job.said[-1]
     (job.folder / LOG_FILE).unlink()
     job.fails(11)()

@@ -1,4 +1,4 @@
-"""For jobs that really train: the smoke recipe at a size that two cores train in a minute."""
+"""Fixtures for jobs that really train: the smoke recipe at a size that two cores train in a minute."""
 
 from pathlib import Path
 
@@ -14,18 +14,18 @@ BATCH_TOKENS = 4 * 128
 
 
 class RealRuns:
-    """Jobs of two nodes of one CPU rank each and a spare node, and what they left.
+    """Jobs of two nodes with one CPU rank each and a spare node, and their results.
 
     Args:
-        folder: of the runs.
-        batches: that each trains.
+        folder: folder of the runs.
+        batches: batches that each run trains.
     """
 
     def __init__(self, folder: Path, batches: int = 80) -> None:
         self.folder, self.batches = folder, batches
 
     def job(self, name: str) -> Job:
-        """A job, under the name of its run."""
+        """Returns a job named after its run."""
         small = {
             "name": name,
             "runs_dir": self.folder,
@@ -62,12 +62,12 @@ class RealRuns:
         )
 
     def losses(self, name: str) -> dict[int, float]:
-        """Losses by batch, as far as the run has come."""
+        """Returns losses by batch, as far as the run has come."""
         file = self.folder / name / METRICS_FILE
         return {row[STEP]: row[LOSS] for row in read_steps(file) if LOSS in row} if file.is_file() else {}
 
 
 @pytest.fixture
 def real_runs(tmp_path: Path) -> RealRuns:
-    """Of a folder that is this test's."""
+    """Real runs in a folder of this test."""
     return RealRuns(tmp_path)

@@ -1,4 +1,4 @@
-"""The commands that README and docs/cluster.md show are accepted as they stand there."""
+"""Commands shown in README and docs/cluster.md are accepted as written."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ ANY_RECIPE = "yamls/dbrx-moe-a.yaml"
 
 
 def commands(beginning: str) -> list[str]:
-    """Commands in fences, tables and sentences, without comments."""
+    """Returns the commands in fences, tables and sentences, without comments."""
     found = re.findall(rf"(?:^|`){beginning} [^`#\n]*(?:#\w[^`\n]*)?", TEXT, re.MULTILINE)
     return sorted({line.strip("`").split("  #")[0].strip() for line in found})
 

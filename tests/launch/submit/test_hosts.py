@@ -1,4 +1,4 @@
-"""Jobs on hosts: the scripts that start, end and replace them, with stand-ins for the launchers alone."""
+"""Jobs on hosts: the real scripts that start, stop and replace them, with only the launchers faked."""
 
 import json
 import os
@@ -28,7 +28,7 @@ JOB = Job(
 
 
 def wait_for_words(file: Path, word: str, count: int) -> None:
-    """Waits until a file has a word so many times."""
+    """Waits until a file contains a word a given number of times."""
     end = time.monotonic() + 60
     while not (file.exists() and file.read_text().count(word) == count):
         assert time.monotonic() < end, f"waited for {count} times {word!r} in {file}"
@@ -37,7 +37,7 @@ def wait_for_words(file: Path, word: str, count: int) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout whose launchers and train/main.py are stand-ins that say what they were given."""
+    """A checkout with fake launchers and a fake train/main.py that print their arguments."""
     folder = tmp_path / "a checkout"
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / "train").mkdir()
@@ -46,7 +46,7 @@ def checkout(tmp_path: Path) -> Path:
     rank = 'trap "sleep 1; echo saved >>log; exit 75" TERM; echo ready >>log; while :; do sleep 0.1; done'
     for name in ("composer", "torchrun"):
         launcher = folder / ".venv/bin" / name
-        # As the real ones: they do not pass SIGTERM on, and torchrun knows no status but 1.
+        # Like the real ones: they do not pass SIGTERM on, and torchrun exits only with 1.
         lost = "1" if name == "torchrun" else "$?"
         launcher.write_text(
             '#!/bin/bash\nprintf "%s\\n" "$@" >args\n'
@@ -66,7 +66,7 @@ def test_node_passes_sigterm_to_the_ranks_and_ends_with_75(checkout: Path, launc
         "MASTER_ADDR": "h0",
         "MASTER_PORT": "29500",
         "LAUNCHER": launcher,
-        "RANK": "17",  # a scheduler's, which must not reach the launcher
+        "RANK": "17",  # set by a scheduler; must not reach the launcher
         "FAIL": "",
     }
     command = ["bash", str(checkout / "launch/submit/node.sh"), "yamls/x.yaml", "a=it's $b"]
@@ -87,10 +87,10 @@ def test_node_passes_sigterm_to_the_ranks_and_ends_with_75(checkout: Path, launc
 
 @pytest.fixture
 def by_ssh(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The command of a try on two hosts, where ssh runs everything on this machine."""
+    """Returns the command of a try on two hosts, with ssh running everything on this machine."""
     ssh = checkout / "bin/ssh"
     ssh.parent.mkdir()
-    # As the real one: no variable goes over, and what it has started goes on when it dies.
+    # Like the real one: no variable is passed on, and its children survive it.
     ssh.write_text(
         '#!/bin/bash\nwhile [ "$1" = -o ]; do shift 2; done\n'
         'setsid env -i PATH="$PATH" HOME="$HOME" bash -c "$2" &\nwait $!\n'
@@ -123,7 +123,7 @@ def test_sigterm_reaches_the_ranks_of_every_host(checkout: Path, by_ssh: list[st
 
 @pytest.fixture
 def on_this_machine(checkout: Path) -> Job:
-    """A job on two hosts and a spare one, all of them this machine; its Python is this one's."""
+    """A job on two hosts and a spare one, all of them this machine, with this Python."""
     python = checkout / ".venv/bin/python"
     python.write_text(f'#!/bin/bash\nPYTHONPATH={shlex.quote(str(ROOT))} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
@@ -140,7 +140,7 @@ def on_this_machine(checkout: Path) -> Job:
 
 
 def script_of(job: Job, launcher: str) -> str:
-    """The rendered script, which waits for nothing between two tries."""
+    """Returns the rendered script, without waits between tries."""
     return hosts.render(job, launcher).replace("launch.restart", "launch.restart --backoff 0")
 
 
@@ -148,7 +148,7 @@ def script_of(job: Job, launcher: str) -> str:
 def test_a_host_that_hangs_is_replaced_by_the_spare_one(
     checkout: Path, on_this_machine: Job, launcher: str
 ) -> None:
-    """The script, the supervisor and the steps are the real ones; the launcher is a stand-in."""
+    """Script, supervisor and steps are real; the launcher is fake."""
     stand_in = checkout / ".venv/bin" / launcher
     finding = asdict(Finding(0.0, 4, 9.0, "", [], [Suspect(1, "$FINEGRAIN_HOST", "is stopped")]))
     stand_in.write_text(
@@ -156,14 +156,14 @@ def test_a_host_that_hangs_is_replaced_by_the_spare_one(
         'words="$MASTER_ADDR $NODES $NODE_RANK $GLOO_SOCKET_IFNAME $SITE ${*: -3}"\n'
         'echo "$words" >>"said by $FINEGRAIN_HOST"\n'
         '[ "$FINEGRAIN_HOST" != 127.0.0.2 ] && exit 0\n'
-        # What the watchdog leaves, where the supervisor looks for it.
+        # The watchdog's finding, where the supervisor looks for it.
         f'cat >"$FINEGRAIN_RECORDS/{FINDING_FILE}" <<END\n{json.dumps(finding)}\nEND\n'
         f"exit {HANG_STATUS}\n"
     )
     script = script_of(on_this_machine, launcher)
     ended = subprocess.run(["bash", "-c", script], check=False, timeout=60, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert "rank 1 on 127.0.0.2 is stopped; 127.0.0.2 is left out from now on" in ended.stderr
+    assert "rank 1 on 127.0.0.2 is stopped; 127.0.0.2 is excluded from now on" in ended.stderr
     words = f"127.0.0.1 2 {{}} lo {JOB.environment['SITE']} {' '.join(JOB.arguments)}\n"
     said = {host: (checkout / f"said by {host}").read_text() for host in on_this_machine.hosts}
     first, second = words.format(0), words.format(1)
@@ -247,7 +247,7 @@ def test_a_host_that_cannot_be_reached_is_replaced_by_the_spare_one(
     (checkout / ".venv/bin/composer").write_text('#!/bin/bash\nsleep 1\necho "$MASTER_ADDR" >>log\n')
     ended = subprocess.run(["bash", "-c", script], check=False, timeout=60, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert "the connection to 127.0.0.1 was lost or never came about; 127.0.0.1 is left out" in ended.stderr
+    assert "the connection to 127.0.0.1 was lost or never came about; 127.0.0.1 is excluded" in ended.stderr
     assert (checkout / "log").read_text().endswith("127.0.0.2\n127.0.0.2\n")
 
 

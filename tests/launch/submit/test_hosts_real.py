@@ -1,8 +1,8 @@
 """The rendered script with real launchers and ranks, on hosts that are all this machine.
 
-The test with faults is skipped unless FINEGRAIN_HOSTS=1 asks for it: four starts of a job take minutes.
-FINEGRAIN_REMOTE_SHELL is the command that reaches 127.0.0.1, .2 and .3, an ssh for example; without it
-launch/submit/here.sh is.
+The test with faults is skipped unless FINEGRAIN_HOSTS=1 is set: starting a job four times takes minutes.
+FINEGRAIN_REMOTE_SHELL is a command that reaches 127.0.0.1, .2 and .3, for example ssh (default:
+launch/submit/here.sh).
 """
 
 import os

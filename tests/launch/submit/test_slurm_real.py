@@ -1,8 +1,8 @@
 """The rendered script on a real SLURM: slurmctld and several slurmd on loopback, ranks on CPUs.
 
-Needs Debian's slurm-wlm and munge, root, and FINEGRAIN_SLURM=1; skipped, saying so, elsewhere. A run that
-is told to save is requeued; a node that is killed is replaced by the spare one, the next by a requeue; the
-losses are the undisturbed run's.
+Needs Debian's slurm-wlm and munge, root, and FINEGRAIN_SLURM=1; otherwise skipped with the reason. A run
+stopped by SIGTERM saves and is requeued; the first killed node is replaced by the spare one, the next by
+requeueing; the losses equal those of an undisturbed run.
 """
 
 import os
@@ -65,7 +65,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 class Cluster:
-    """A SLURM of this machine alone."""
+    """A SLURM on this machine only."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -117,7 +117,7 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def kill_node(self, node: str) -> None:
-        """Kills a node's daemon, its job steps and everything below them at once."""
+        """Kills a node's daemon, its job steps and all their descendants at once."""
         self.daemons[node].kill()
         self.daemons[node].wait()
         for pid in processes_with(f"SLURMD_NODENAME={node}"):
@@ -138,7 +138,7 @@ class Cluster:
 
 
 def processes_with(variable: str) -> list[int]:
-    """Processes other than this one in whose environment a variable has this value."""
+    """Returns other processes that have a variable with this value in their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -177,7 +177,7 @@ def test_a_run_that_is_preempted_and_loses_nodes_ends_with_the_same_losses(
 
     disturbed = cluster.submit(real_runs.job("disturbed"))
     wait_for(lambda: len(losses("disturbed")) >= 5, "batch 5")
-    # What SLURM sends before the time limit.
+    # The signal that SLURM sends before the time limit.
     cluster.call("scancel", "--batch", "--signal=TERM", disturbed)
     wait_for(lambda: cluster.of_job(disturbed).get("Restarts") == "1", "a requeue after SIGTERM")
     after_signal = max(losses("disturbed"))
@@ -190,7 +190,7 @@ def test_a_run_that_is_preempted_and_loses_nodes_ends_with_the_same_losses(
     reach(real_runs, max(losses("disturbed")) + 5)
     # The spare node took its place, in the same allocation.
     assert cluster.of_job(disturbed)["Restarts"] == "1"
-    assert "n2 is left out" in (folder / f"disturbed-{disturbed}.log").read_text()
+    assert "n2 is excluded" in (folder / f"disturbed-{disturbed}.log").read_text()
 
     cluster.kill_node("n3")
     wait_for(lambda: cluster.of_job(disturbed).get("Restarts") == "2", "a requeue without spare nodes")

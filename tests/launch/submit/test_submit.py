@@ -1,4 +1,4 @@
-"""Rendered jobs: against the systems' own parsers, against shellcheck, and run where they can run."""
+"""Rendered jobs, checked by the systems' own parsers and shellcheck, and run where possible."""
 
 import json
 import os
@@ -45,7 +45,7 @@ JOB = Job(
 
 
 def last_words(text: str) -> list[str]:
-    """The recipe and its overrides as a shell would read them from a rendered line."""
+    """Returns the recipe and its overrides as a shell reads them from a rendered line."""
     line = next(line for line in text.splitlines() if RECIPE in line)
     return shlex.split(line.removesuffix("&").strip())[-3:]
 
@@ -79,7 +79,7 @@ def test_slurm_asks_for_what_the_job_says() -> None:
         "--no-kill",
         "--partition=gpu",
     } <= directives
-    assert "--nodes 8 --" in text  # of 10, the supervisor takes 8
+    assert "--nodes 8 --" in text  # of 10, the supervisor uses 8
     without = slurm.render(replace(JOB, device=Device.cpu))
     assert "--gpus-per-node" not in without and "--no-kill" not in without and "NCCL_DEBUG" not in without
 
@@ -90,7 +90,7 @@ def test_kubernetes_knows_every_field(device: Device) -> None:
     job = replace(JOB, device=device)
     api = client.ApiClient()
 
-    # The client drops what its models do not know, so that what comes back shows it.
+    # The client drops fields that its models do not know, which the round trip shows.
     parsed = api.deserialize(json.dumps(kubernetes.job_spec(job)), "V1JobSpec", "application/json")
     assert api.sanitize_for_serialization(parsed) == kubernetes.job_spec(job)
     assert yaml.safe_load(kubernetes.render(job)) == kubernetes.manifest(job)
@@ -104,7 +104,7 @@ def test_kubernetes_names_the_first_pod_as_master_and_stops_at_a_mistake() -> No
     assert variables["MASTER_ADDR"] == "moe-a-node-0-0.moe-a" and spec["network"]["subdomain"] == "moe-a"
     assert pod["containers"][0]["command"][-3:] == JOB.arguments
     assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": "8", "rdma/ib": "8"}
-    # Records and messages name the node that a pod is on.
+    # Records and messages name the pod's node.
     (host,) = (v["valueFrom"] for v in pod["containers"][0]["env"] if v["name"] == HOST_VARIABLE)
     assert host == {"fieldRef": {"fieldPath": "spec.nodeName"}}
     job = spec["replicatedJobs"][0]["template"]["spec"]
@@ -130,7 +130,7 @@ def test_jobset_knows_every_field(device: Device) -> None:
 
 
 def strict(schema: Any) -> Any:
-    """A CRD's schema, in which a field that is not listed is an error: the server would drop it."""
+    """Returns a CRD's schema that rejects unlisted fields, which the server would drop."""
     if isinstance(schema, list):
         return [strict(each) for each in schema]
     if not isinstance(schema, dict):
@@ -142,7 +142,7 @@ def strict(schema: Any) -> Any:
 
 
 def test_mcli_knows_every_field() -> None:
-    """In an environment with mosaicml-cli beside PyYAML and OmegaConf; it is not locked."""
+    """Needs an environment with mosaicml-cli, PyYAML and OmegaConf, which is not locked."""
     models = pytest.importorskip("mcli", reason="mosaicml-cli is not installed: not part of the lock")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -160,7 +160,7 @@ def test_mcli_asks_for_the_gpu(gpu: str, name: str) -> None:
 
 
 def test_skypilot_knows_every_field() -> None:
-    """In an environment with skypilot; it is not locked."""
+    """Needs an environment with skypilot, which is not locked."""
     sky = pytest.importorskip("sky", reason="skypilot is not installed: not part of the lock")
     task = sky.Task.from_yaml_config(yaml.safe_load(skypilot.render(JOB)))
     assert task.num_nodes == 8
@@ -203,7 +203,7 @@ def test_environment_has_a_reason_each_and_the_users_wins() -> None:
 
 
 def test_placement_by_counting_nodes() -> None:
-    """The arithmetic against a count over the mesh that the ranks build."""
+    """Compares the formula with a count over the mesh that the ranks build."""
     from train.recipe.sizes import shard_degree
 
     recipe = load_recipe(RECIPE, ["training.global_batch_sequences=6144", "training.microbatch_sequences=1"])
@@ -218,11 +218,11 @@ def test_placement_by_counting_nodes() -> None:
             spans = {len({rank // gpus for rank in group}) for group in mesh}
             placed = replace(recipe, parallelism=layout)
             if spans == {1}:
-                assert "inside a node" in check_placement(job, placed)[0]
+                assert "within a node" in check_placement(job, placed)[0]
             elif len(spans) == 1:
                 assert f"span {max(spans)} nodes" in check_placement(job, placed)[0]
             else:
-                with pytest.raises(UserError, match=r"parallelism\.expert.*border"):
+                with pytest.raises(UserError, match=r"parallelism\.expert.*boundary"):
                     check_placement(job, placed)
 
 
@@ -255,7 +255,7 @@ def test_command_line(
     for option, value in (("--image", "i"), ("--partition", "p"), ("--claim", "a=/b"), ("--mount", "/d")):
         words = ["--on", "composer", "--hosts", "h", "--nodes", "1", option, value, "--render"]
         assert main([RECIPE, *words]) == USAGE_STATUS
-        assert f"{option}: composer does not read it; it is for" in capsys.readouterr().err
+        assert f"{option}: composer does not use it; it is for" in capsys.readouterr().err
     sbatch = tmp_path / "bin/sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text('#!/bin/bash\ncat "$1" >got\n')

@@ -1,4 +1,4 @@
-"""The first difference of two runs is found in what they record, before any checkpoint is opened."""
+"""The first difference between two runs is found in their records, before any checkpoint is opened."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from train.record.run_folder import DATA_LOG_FILE, METRICS_FILE
 
 
 def recorded(folder: Path, losses: list[float], tokens: int = 8) -> Path:
-    """A run's folder with its metrics and its data log."""
+    """Returns a run's folder with its metrics and data log."""
     folder.mkdir()
     rows = [{"step": step + 1, metrics.LOSS: loss} for step, loss in enumerate(losses)]
     (folder / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))

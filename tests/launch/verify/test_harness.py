@@ -26,7 +26,7 @@ class Given(TableCheck):
         self.given, self.ends_with = rows, error
 
     def run(self, workspace: Workspace) -> Iterator[Row]:
-        """The rows."""
+        """Returns the rows."""
         assert workspace.folder.is_dir()
         yield from self.given
         if self.ends_with:

@@ -41,7 +41,7 @@ def test_checks_are_those_asked_for(given: list[str], checks: list[str]) -> None
         (["--faults", "r.yaml"], 50),
         (["--all", "r.yaml"], 50),
         (["--all", "--faults=3", "r.yaml"], 3),
-        # launch.drill, which is `launch.verify --faults` now, had a count of that name.
+        # launch.drill, which is now `launch.verify --faults`, had a count of that name.
         (["--faults", "r.yaml", "--faults", "9"], 9),
     ],
 )

@@ -30,7 +30,7 @@ def _imported() -> None:
 
 @functools.cache
 def _reference(case_key: tuple[str, str, bool, Precision], folder: Path) -> tuple[Case, int, Path]:
-    """The case of a fault with its reference, made once for faults that share it."""
+    """The case of a fault with its reference, cached for faults that share it."""
     name, layout, needs_global_scope, precision = case_key
     recipe = load_recipe(YAMLS / "smoke.yaml")
     if needs_global_scope:

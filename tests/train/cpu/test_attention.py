@@ -1,4 +1,4 @@
-"""The CPU's clipping and rotation, whose gradient is written by hand, against the plain operations."""
+"""Clipping and rotation on CPUs, with hand-written gradients, against the plain operations."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_output_and_gradient_equal_the_plain_operations(
 ) -> None:
     generator = torch.Generator().manual_seed(3)
     qkv = torch.randn(BATCH, LENGTH, sum(HEADS), WIDTH, generator=generator, dtype=torch.float64).to(dtype)
-    qkv[0, 0, 0, :2] = torch.tensor([0.75, -0.75])  # at the bounds, where there is a choice of gradient
+    qkv[0, 0, 0, :2] = torch.tensor([0.75, -0.75])  # at the bounds, where the gradient is ambiguous
     qkv.requires_grad_()
     cos_SR, sin_SR = tables(dtype) if rope else (None, None)
     results = []

@@ -12,7 +12,7 @@ def on_cpu(x: Tensor, word: str) -> str:
 
 @with_cpu_version(on_cpu)
 def anywhere(x: Tensor, word: str) -> str:
-    """The plain form."""
+    """The plain version."""
     return f"plain {word}"
 
 

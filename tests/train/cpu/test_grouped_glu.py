@@ -1,4 +1,4 @@
-"""The CPU's grouped GLU against a loop over the experts and against MegaBlocks' own."""
+"""The grouped GLU on CPUs against a loop over the experts and against MegaBlocks' own."""
 
 import pytest
 import torch

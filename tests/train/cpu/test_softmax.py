@@ -1,4 +1,4 @@
-"""The CPU's softmax, block by block, against the plain one."""
+"""Blockwise softmax on CPUs against the plain one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Run as a program under TRITON_INTERPRET=1: what MegaBlocks' own Triton kernels make of the given cases.
+"""Reference results of MegaBlocks' own Triton kernels, run as a program under TRITON_INTERPRET=1.
 
 Usage: python triton_reference.py CASES.pt RESULTS.pt, where a case is a dict of tensors and ``top_k``.
 """
@@ -17,7 +17,7 @@ from megablocks.backend import kernels  # noqa: E402
 
 
 def permuted(case: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gather and scatter of MegaBlocks with their gradients, through whatever kernels are in place."""
+    """Runs MegaBlocks' gather and scatter with their gradients, with whatever kernels are installed."""
     top_k = int(case["top_k"])
     experts = case["bins"].numel()
     bin_ids, indices = ops.sort(case["experts_R"], max(experts - 1, 1).bit_length())

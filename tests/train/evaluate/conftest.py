@@ -111,7 +111,7 @@ def small_tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     for place in ("allenai/ai2_arc/ARC-Easy/test.jsonl", "allenai/winogrande/winogrande_xl/validation.jsonl"):
         shutil.copy(
             hub / place, (hub / place).with_name("train.jsonl")
-        )  # lm-eval wants it without shots too.
+        )  # lm-eval requires it even without shots.
     (root / "suite.yaml").write_text(SUITE)
     text = "\n".join(path.read_text() for path in sorted(data.glob("*.jsonl")))
     train_bpe(Tokenizer(kind=TokenizerKind.bpe, vocab_size=400), iter([text])).to_hugging_face(shards)

@@ -29,7 +29,7 @@ def _write(folder: Path, rows: Iterable[Mapping[str, Any]], *splits: str) -> Non
 
 
 def _hub(root: Path) -> Path:
-    """Datasets of the six tasks: names, configs, splits and columns are lm-eval's."""
+    """Datasets of the six tasks; names, configs, splits and columns are lm-eval's."""
     import lm_eval.tasks
 
     numbers, letters = range(ROWS), list("ABCD")
@@ -130,7 +130,7 @@ def test_the_six_tasks_run_with_their_shots_and_show_their_metrics(
     assert prompt("truthfulqa_mc2").count("Is ") == 1
     assert prompt("winogrande").count("hid the bag") == 5 + 1
     assert prompt("gsm8k").count("####") == 5
-    # The share of probability that the true answers have, by hand.
+    # The probability share of the true answers, computed by hand.
     (sample,) = found["samples"]["truthfulqa_mc2"]
     likely = [2.718281828459045 ** float(response[0]) for response in sample["filtered_resps"]]
     assert shown["truthfulqa_mc2"] == ("acc", pytest.approx(sum(likely[:2]) / sum(likely)))

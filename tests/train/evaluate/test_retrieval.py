@@ -18,7 +18,7 @@ def _encode(text: str) -> list[int]:
 def test_a_prompt_fits_and_asks_for_the_pair_at_its_depth(depth: float) -> None:
     ids, answer, pairs = make_prompt(_encode, 500, depth, random.Random(1))
     text, value = bytes(ids).decode(), bytes(answer).decode()
-    # The longest that fits: another pair of 24 characters would not.
+    # The longest that fits: no room for another pair of 24 characters.
     assert 500 - 24 - 4 <= len(ids) + len(answer) <= 500 and text.count('": "') == pairs
     key = text.rpartition('Key: "')[2][:8]
     place = text.index(f'"{key}": "{value}"')
@@ -28,7 +28,7 @@ def test_a_prompt_fits_and_asks_for_the_pair_at_its_depth(depth: float) -> None:
 
 
 class Copier:
-    """A model that looks up what followed the same eight letters earlier, in the first `reach` of them."""
+    """A model that copies what followed the same eight letters earlier, within the first `reach` letters."""
 
     def __init__(self, reach: int) -> None:
         self.reach, self.limit = reach, 10_000

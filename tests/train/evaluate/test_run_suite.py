@@ -1,4 +1,4 @@
-"""Two ways of scoring agree question by question, and so do one rank and two."""
+"""Both scorers agree question by question, and so do one rank and two."""
 
 import json
 import math
@@ -82,14 +82,14 @@ def test_a_run_and_its_export_under_lm_eval_agree_question_by_question(
             if name == "lambada_openai":
                 assert answer["is_correct"] == bool(sample["acc"])
                 continue
-            # lm-eval takes the likeliest sum, LLM Foundry the likeliest per token: the same of the same sums.
+            # lm-eval takes the largest sum of log-likelihoods, LLM Foundry the largest mean per token.
             per_token = [r / n for r, n in zip(responses, answer["tokens"], strict=True)]
             assert answer["choice"] == per_token.index(max(per_token))
             assert answer["logprobs"].index(max(answer["logprobs"])) == responses.index(max(responses))
             if len(set(answer["tokens"])) == 1:
                 assert answer["is_correct"] == bool(sample["acc"])
         assert any(abs(a - b) > 1e-3 for a in mine[0]["logprobs"] for b in mine[-1]["logprobs"])
-    # One continuation of two contexts is of one length, so that even the accuracy is the same.
+    # Both continuations have the same length, so even the accuracy is equal.
     assert headline("winogrande", tasks["winogrande"], theirs)[1] == pytest.approx(
         accuracy["winogrande"]["accuracy"]
     )

@@ -32,7 +32,7 @@ def test_scores_by_hand() -> None:
     scores = score(SUITE, {"a": 0.75, "b": 0.1, "c": 0.1})
     assert scores.tasks == pytest.approx({"a": 0.5, "b": 0.1, "c": -0.2})
     assert scores.categories == pytest.approx({"one": 0.3, "two": -0.2})
-    # Over the categories, not over the tasks: 0.4 / 3 would be that.
+    # Averaged over categories; averaging over tasks would give 0.4 / 3.
     assert scores.average == pytest.approx(0.05)
 
 

@@ -49,7 +49,7 @@ def _decoder(model: Model) -> Decoder:
     initialize(decoder, model, seed=11)
     with torch.no_grad():
         for parameter in decoder.parameters():
-            parameter.mul_(3)  # Enough for the likeliest token to depend on the text.
+            parameter.mul_(3)  # Enough for the most likely token to depend on the text.
     return decoder
 
 
@@ -77,7 +77,7 @@ def run(tokenizer_folder: Path, make_run: MakeRun) -> Path:
 def _continue(
     decoder: Decoder, prompts: Sequence[Sequence[int]], steps: int, use_cache: bool
 ) -> list[Tensor]:
-    """Logits of each greedy step."""
+    """Returns the logits of each greedy step."""
     cached = CachedDecoder(decoder, use_cache=use_cache)
     fed = flush_right(prompts, torch.device("cpu"))
     logits = []

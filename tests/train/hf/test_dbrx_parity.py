@@ -1,4 +1,4 @@
-"""The same weights in Hugging Face's DBRX give the same logits, gradients and generated tokens."""
+"""Our decoder and Hugging Face's DBRX with the same weights: equal logits, gradients and generated tokens."""
 
 import random
 from typing import Any
@@ -43,7 +43,7 @@ def both(cfg: Model) -> tuple[Decoder, Any]:
     initialize(ours, cfg, seed=3)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
-            if "norm_" in name:  # Norms of one would hide a missing weight.
+            if "norm_" in name:  # Norms of 1 would hide a missing weight.
                 noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
                 parameter.add_(noise, alpha=0.2)
     config = DbrxConfig(

@@ -1,4 +1,4 @@
-"""Exported folders: transformers loads them offline and computes what our decoder computes."""
+"""Exported folders load offline in transformers and compute the same as our decoder."""
 
 import json
 from collections.abc import Callable

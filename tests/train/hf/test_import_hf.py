@@ -58,7 +58,7 @@ def _model(kind: str, dtype: torch.dtype) -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A DBRX in several files, as transformers writes it."""
+    """Returns a DBRX in several files as transformers writes it."""
     _model("dbrx", torch.bfloat16).save_pretrained(tmp_path / "hf", max_shard_size="20KB")
     return tmp_path / "hf"
 
@@ -72,7 +72,7 @@ def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, t
     assert main(["import", str(tmp_path / "hf"), str(tmp_path / "ours"), "--shard-gb", "3e-5"]) == 0
     source = open_weights(tmp_path / "ours")
     assert len(SafetensorsFolder(tmp_path / "ours").files) > 2
-    for start in (tmp_path / "ours", tmp_path / "hf"):  # Imported, or read where it lies.
+    for start in (tmp_path / "ours", tmp_path / "hf"):  # Imported, or read in place.
         decoder = Decoder(source.model, device="cpu")
         load_initial_weights(decoder, start)
         ids = torch.randint(0, 96, (2, 20))

@@ -31,7 +31,7 @@ MODEL = Model(
     n_heads=4,
     n_kv_heads=2,
     ffn_hidden_size=40,
-    vocab_size=301,  # Divisible by no number of ranks.
+    vocab_size=301,  # Not divisible by any number of ranks.
     max_sequence_tokens=64,
     clip_qkv=8,
     moe=Moe(experts=4, top_k=2, balance=Balance.bias),

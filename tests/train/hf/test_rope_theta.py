@@ -1,4 +1,4 @@
-"""A checkpoint's RoPE base is that of the phase in which it was saved."""
+"""The RoPE base of a checkpoint is that of the phase in which it was saved."""
 
 import dataclasses
 import json

@@ -51,7 +51,7 @@ def test_tensorrt_llm_is_filled(degree: int, folder: Path, capsys: pytest.Captur
 
 
 def test_published_dbrx_at_8_gpus() -> None:
-    """Names and shapes that vLLM's modules have for the real model, spelled out."""
+    """Names and shapes of vLLM's modules for the real model, spelled out."""
     model = load_recipe(Path(__file__).parents[3] / "yamls" / "dbrx.yaml").model
     shapes = {slot.name: slot.shape for slot in slots("vllm", model, 8)}
     block = "transformer.blocks.39."

@@ -28,7 +28,7 @@ def parent() -> Recipe:
 
 @pytest.fixture
 def run(parent: Recipe, tmp_path: Path) -> Path:
-    """Folder of the parent's run."""
+    """Returns the folder of the parent run."""
     folder = tmp_path / "parent"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(to_yaml(parent))
@@ -95,7 +95,7 @@ def test_trained_tokenizers_are_compared(parent: Recipe, run: Path, tmp_path: Pa
         (tmp_path / name).mkdir()
         write_form(tmp_path / name / "tokenizer.json", ".+", ranks, special_ids)
     new = tmp_path / "new" / "tokenizer.json"
-    new.write_text(json.dumps(json.loads(new.read_text()), indent=1))  # Spelled otherwise, but the same.
+    new.write_text(json.dumps(json.loads(new.read_text()), indent=1))  # Spelled differently, but the same.
     check_start(recipe, "x.yaml")
     write_form(new, ".+", ranks | {b"ab": 256}, {"<|endoftext|>": 257})
     with pytest.raises(UserError, match="tokenizer"):

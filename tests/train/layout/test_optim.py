@@ -10,7 +10,7 @@ from train.recipe.schema import Optimizer, OptimizerKind, Schedule, ScheduleKind
 
 def _model() -> nn.Sequential:
     torch.manual_seed(0)
-    # float64: gradients through a norm are small differences, whose rounding Adam would magnify.
+    # float64: gradients through a norm are small differences, and Adam would magnify their rounding.
     return nn.Sequential(nn.Linear(4, 3, bias=False), nn.LayerNorm(3, bias=False)).double()
 
 

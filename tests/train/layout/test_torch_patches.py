@@ -1,7 +1,7 @@
 """Each patch of torch is applied where torch needs it, and is still needed there.
 
-Without a patch the installed torch must fail as the patch says. Once torch does right by itself the test
-fails: end the patch's range of versions there, or remove it.
+Without a patch the installed torch must fail as the patch says. Once torch is correct by itself the test
+fails: end the patch's range of versions there, or remove the patch.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def shards_with_replicas(topology: Topology) -> bool:
 
 
 class TwoBranches(nn.Module):
-    """Two units of which only the second has a backward pass."""
+    """Two units, only the second with a backward pass."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Attention against its definition: positions, shared key-value heads, clipping, documents, the past."""
+"""Attention against its definition: positions, shared key-value heads, clipping, documents, the KV cache."""
 
 import math
 from dataclasses import replace

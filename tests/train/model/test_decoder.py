@@ -1,4 +1,4 @@
-"""The decoder as a whole: names, documents, checkpointing, losses, dense relatives."""
+"""The whole decoder: names, documents, checkpointing, losses, dense variants."""
 
 from dataclasses import replace
 
@@ -113,7 +113,7 @@ def test_activation_checkpointing_changes_nothing(precision: torch.dtype) -> Non
     results = []
     for checkpointing in (False, True):
         model = make(activation_checkpointing=checkpointing)
-        torch.manual_seed(5)  # the jitter's draws, which the second pass must repeat
+        torch.manual_seed(5)  # the jitter's draws, which the recomputation must repeat
         with torch.autocast("cpu", precision, enabled=precision is torch.bfloat16):
             out = model(*batch())
         total(out).backward()

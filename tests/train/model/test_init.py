@@ -38,7 +38,7 @@ def test_slices_equal_the_whole(block_rows: int, monkeypatch: pytest.MonkeyPatch
         if name.endswith("expert_bias"):
             continue
         rows = whole.shape[0]
-        # Cuts at experts, within experts, within blocks of 64, and of a single row.
+        # Splits at experts, within experts, within blocks of 64, and of a single row.
         cuts = sorted({0, rows, min(rows, 39), min(rows, 40), min(rows, 64), min(rows, 71), rows // 2})
         for first, end in itertools.pairwise(cuts):
             part = torch.full_like(whole[first:end], torch.nan)

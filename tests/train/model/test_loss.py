@@ -56,7 +56,7 @@ def test_under_autocast_products_are_bf16_and_the_sum_over_chunks_fp32() -> None
     ours = torch.autograd.grad(total, weight_VD)[0]
     exact = torch.autograd.grad(plain(hidden_TD, weight_VD, targets_T).sum(), weight_VD)[0]
     assert ours.dtype == torch.float32
-    # One rounding of a chunk's product, not of the running sum: the error stays that of one product.
+    # One rounding per chunk's product, not of the running sum: the error stays that of one product.
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-2 * exact.abs().max().item())
     assert not torch.equal(ours, ours.bfloat16().float())
 

@@ -1,4 +1,4 @@
-"""MegaBlocks' low-level operations against their definitions, and how they are installed."""
+"""MegaBlocks' low-level operations against their definitions, and their installation."""
 
 import sys
 from pathlib import Path

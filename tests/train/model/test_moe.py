@@ -160,7 +160,7 @@ def test_balancing_by_loss_keeps_no_bias() -> None:
     assert "router.expert_bias" not in make_layer().state_dict()
 
 
-def test_jitter_moves_the_choice_in_training_alone() -> None:
+def test_jitter_changes_the_choice_only_in_training() -> None:
     layer, x = make_layer(replace(SETTINGS, jitter_eps=0.3)), inputs().view(-1, D)
     plain = make_layer().router(x)
     assert torch.equal(layer.eval().router(x).logits_TE, plain.logits_TE)

@@ -61,7 +61,7 @@ def test_links_are_held_to_their_own_kind() -> None:
     pairs = [(one, other) for one in range(8) for other in range(one + 1, 8)]
     inside = {pair: 0.001 for pair in pairs if pair[0] // 4 == pair[1] // 4}
     between = {pair: 0.01 for pair in pairs if pair not in inside}
-    # A link inside that is as slow as one between nodes: only its kind gives it away.
+    # A link within a node that is as slow as one between nodes: only its kind reveals it.
     odd = inside | {(0, 1): 0.01}
     assert find_slow(odd | between, 3.0) == ([], [])
     assert find_slow(by_kind(odd, between), 3.0) == ([], [(0, 1)])
@@ -149,13 +149,13 @@ def test_the_table_has_a_line_for_many_nodes_and_one_verdict() -> None:
     lines = list(describe(Findings(rows), 2376))
     assert len(lines) == 5 and lines[-1] == "FIT: a job of 2376 ranks may start"
     assert "worst of 297 nodes: n3  3 MB/s" in lines[1] and "297 nodes " in lines[2]
-    # What is wrong is shown before what is worst.
+    # Unfit nodes are shown before the slowest.
     rows[100] = replace(rows[100], verdict=UNFIT)
     lines = list(describe(Findings(rows, faults=[([824], "n103: disk: full")]), 2376))
     assert "worst of 297 nodes: n103" in lines[1] and lines[1].endswith(UNFIT)
     assert lines[-2:] == [
         "UNFIT: n103: disk: full",
-        "UNFIT: 1 fault; a job of 2376 ranks must not start here",
+        "UNFIT: 1 problem; a job of 2376 ranks must not start here",
     ]
     (*_, last) = describe(Findings(rows[:1], warnings=[([1], "rank 1 on n1: 4.0 times as slow")]), 2)
     assert last.startswith("FIT, but slow")

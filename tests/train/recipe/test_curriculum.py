@@ -32,7 +32,7 @@ def make(*phases: Phase, batch: int = 8) -> Recipe:
 
 def test_stages_are_the_phases_in_whole_batches():
     curriculum = plan_stages(make(FIRST, RAMP, LONG))
-    # 100 samples take 13 batches of 8; the second phase ends where 300 samples are reached.
+    # 100 samples take 13 batches of 8; the second phase ends once 300 samples are reached.
     assert [(s.first_batch, s.batches, s.first_sample, s.end_sample) for s in curriculum.stages] == [
         (0, 13, 0, 104),
         (13, 25, 104, 304),

@@ -1,4 +1,4 @@
-"""Recipes: merging, one-line errors, and that every key is read."""
+"""Recipes: merging, one-line errors, and a use for every key."""
 
 import ast
 import subprocess
@@ -161,13 +161,13 @@ def test_the_command_line_answers_within_seconds_and_without_torch() -> None:
         "try: runpy.run_path('train/main.py', run_name='__main__')\n"
         "except SystemExit as e: print('status', e.code, 'torch' in sys.modules)"
     )
-    # runpy leaves sys.path[0] alone, which main.py replaces as it would the script's own folder.
+    # runpy leaves sys.path[0] alone; main.py replaces it as it would the script's own folder.
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.stdout.strip() == "status 2 False"
     assert result.stderr.strip().count("\n") == 0 and "top_k=99 exceeds" in result.stderr
-    assert time.monotonic() - begin < 30  # A bound on hanging, not a figure.
+    assert time.monotonic() - begin < 30  # A bound against hanging, not a measurement.
 
 
 def test_every_key_of_the_schema_is_read_somewhere() -> None:

@@ -40,7 +40,7 @@ def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[
         yield decoder
     finally:
         dist.destroy_process_group()
-        # Torch remembers flattened meshes by shape, with the process groups of the world that is gone.
+        # torch caches flattened meshes by shape, with the process groups of the previous world.
         _mesh_resources.root_to_flatten_mapping.clear()
         _mesh_resources.child_to_root_mapping.clear()
 
@@ -79,7 +79,7 @@ RECIPES = sorted(set(YAMLS.glob("*.yaml")) - set(YAMLS.glob("ladder*.yaml")))  #
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_weights_of_every_recipe_to_the_byte(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh, "initialize", lambda *_: None)  # values do not matter here
+    monkeypatch.setattr(mesh, "initialize", lambda *_: None)  # values are irrelevant here
     recipe = load_recipe(path)
     world = 8 * recipe.parallelism.replicate * recipe.parallelism.expert
     expected = sizes.rank_weights(recipe.model, recipe.parallelism, world, rank=world - 1)

@@ -11,7 +11,7 @@ def test_known_counts() -> None:
     assert (balanced.busiest, balanced.idlest, balanced.dead) == (0.25, 0.25, 0)
     assert balanced.entropy == pytest.approx(1)
     assert (skewed.busiest, skewed.idlest, skewed.dead) == (0.5, 0.125, 0)
-    # Half, a quarter and two eighths: 1.75 bits of at most 2.
+    # Half, a quarter and two eighths: 1.75 of at most 2 bits.
     assert skewed.entropy == pytest.approx(1.75 / 2)
     assert (single.busiest, single.idlest, single.dead) == (1, 0, 3)
     assert single.entropy == 0

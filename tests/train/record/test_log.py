@@ -67,7 +67,7 @@ def test_json_logs_take_the_libraries_too(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_json_logs_take_warnings_too() -> None:
-    # In a process of its own: pytest records warnings itself.
+    # In its own process: pytest records warnings itself.
     code = "import warnings; from train.record import log; log.configure(as_json=True); warnings.warn('old')"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     said = json.loads(ended.stderr)

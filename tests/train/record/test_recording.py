@@ -113,7 +113,7 @@ def test_every_step_is_one_line_with_every_figure(toy_run: tuple[Path, str]) -> 
 def test_validation_joins_the_line_of_its_batch(toy_run: tuple[Path, str]) -> None:
     lines = {line["step"]: line for line in read_steps(toy_run[0] / "metrics.jsonl")}
     key = metrics.validation_loss("code")
-    # Batch 4 by the interval, the last one because the run ends.
+    # Batch 4 by the interval, the last one at the end of the run.
     assert [step for step, line in lines.items() if key in line] == [4, BATCHES]
     assert lines[4][key] == pytest.approx(2 * math.log(2))
     assert lines[4][metrics.bits_per_byte("code")] == pytest.approx(2 / 4)

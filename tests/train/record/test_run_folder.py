@@ -1,4 +1,4 @@
-"""A run's folder is claimed, resumed or renamed, and never overwritten unless asked."""
+"""A run's folder is claimed, resumed or renamed, and overwritten only on request."""
 
 import dataclasses
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_overwrite_removes_a_run_but_never_a_folder_that_is_none(tmp_path: Path)
     assert (folder / "letters.txt").read_text() == "mine"
 
 
-def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path) -> None:
+def test_a_run_resumes_only_with_its_own_data(tmp_path: Path) -> None:
     require_same_data(tmp_path, {"code/train": "a" * 64})
     require_same_data(tmp_path, {"code/train": "a" * 64, "new/train": "c" * 64})
     with pytest.raises(UserError, match=r"data\.shards: holds bbbb.* for code/train, .* begun with aaaa"):

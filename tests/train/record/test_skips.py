@@ -16,7 +16,7 @@ SKIPS = (Skip(43, 50, "b"), Skip(16, 24, "a"), Skip(56, 57, "c"))
 
 
 def staged(*skips: Skip) -> Curriculum:
-    """20 batches of 8 positions, then 20 of 16."""
+    """Returns 20 batches of 8 positions, then 20 of 16."""
     phases = [
         Phase(tokens=5120, weights={"a": 1.0}),
         Phase(tokens=10240, weights={"a": 1.0}, global_batch_sequences=16),

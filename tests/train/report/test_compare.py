@@ -88,7 +88,7 @@ def test_one_budget_is_compared_at_equal_flops_alone(ladder: list[Path]) -> None
     comparison = compare(read_entries(of_largest))
     assert not comparison.curves and any("No curves" in note for note in comparison.notes)
     fine = next(cell for cell in comparison.cells if cell.family != "dense")
-    # 1.6 - 1.6 * 2^-0.16: what half of the FLOPs is worth in loss here.
+    # 1.6 - 1.6 * 2^-0.16: the loss that half the FLOPs is worth here.
     assert fine.difference == pytest.approx(1.6 * (2.0**-0.16 - 1), abs=0.01)
     assert fine.interval is not None and fine.interval[1] < 0
 
@@ -131,7 +131,7 @@ def test_seeds_that_both_sides_have_are_paired(tmp_path: Path) -> None:
     entries = read_entries(runs, group=["model.moe.balance"])
     (row,) = [cell for cell in compare(entries, baseline="balance=loss").cells if cell.difference]
     assert row.verdict == "higher loss"
-    # Without the pairs, what seeds do hides it: the same runs, as if of other seeds.
+    # Without pairing, seed noise hides the effect: the same runs, as if of other seeds.
     others = [replace(it, seed=it.seed + 10) if it.family == "balance=bias" else it for it in entries]
     (row,) = [cell for cell in compare(others, baseline="balance=loss").cells if cell.difference]
     assert row.verdict == "not significant"

@@ -1,4 +1,4 @@
-"""Curves and FLOP ratios from synthetic runs whose truth is known."""
+"""Curves and FLOP ratios from synthetic runs with known truth."""
 
 from dataclasses import replace
 
@@ -73,13 +73,13 @@ def test_the_ratio_of_a_family_that_needs_half_is_two() -> None:
 
 @pytest.mark.parametrize(("noise", "common"), [(0.01, 0.0), (0.003, 0.03)])
 def test_the_interval_covers_the_truth_about_as_often_as_it_says(noise: float, common: float) -> None:
-    # Over seeds alone: one domain, so that the domains' draws add nothing.
+    # Only over seeds: with one domain, resampling domains adds nothing.
     hits = 0
     for seed in range(16):
         runs = runs_of(TRUTH, noise=noise, common=common, domains=1, seed=seed)
         (found,) = advantages(runs, [("fine", "dense")], draws=60)
         hits += found.low <= 2.0 <= found.high
-    # 95% is asked for; a percentile interval of three seeds is still somewhat narrow.
+    # 95% is the target; a percentile interval of three seeds is still somewhat narrow.
     assert hits >= 12
 
 
@@ -99,7 +99,7 @@ def test_a_draw_scatters_as_much_as_the_seeds_do() -> None:
     runs = runs_of(TRUTH, noise=0.01, domains=1)
     generator = np.random.default_rng(0)
     means = np.array([runs.draw(generator).losses[:3].mean() for _ in range(4000)])
-    # The standard error of a mean of three, with n - 1 in it.
+    # The standard error of a mean of three, with n - 1.
     assert means.std() == pytest.approx(runs.losses[:3].std(ddof=1) / np.sqrt(3), rel=0.05)
 
 

@@ -55,7 +55,7 @@ def write_steps(run_dir: Path, first: int, last: int, offset: float = 0.0) -> No
 
 
 def at_server(upload: Upload) -> dict[str, list[tuple[int, float]]]:
-    """Every (step, value) of every metric that the server has."""
+    """Returns every (step, value) of every metric on the server."""
     client, run_id = upload._client, upload.state.run_id
     keys = client.get_run(run_id).data.metrics
     return {key: sorted((m.step, m.value) for m in client.get_metric_history(run_id, key)) for key in keys}
@@ -193,7 +193,7 @@ def test_resumed_run_goes_on_and_repeats_no_step(run_dir: Path) -> None:
     first = Upload(run_dir)
     first.sync()
     before = at_server(first)
-    # The checkpoint was of batch 5: five steps are trained again, and cost other times.
+    # The checkpoint was of batch 5: five steps are trained again, with other timings.
     facts(params={"model.d_model": "64", "seed": "17", "data.workers": "2"}).write(run_dir)
     write_steps(run_dir, 6, 13, offset=0.5)
     upload = Upload(run_dir)
@@ -221,7 +221,7 @@ def test_other_lines_at_the_old_place_hide_no_step(run_dir: Path) -> None:
     write_padded(1, 10, width=128)
     upload = Upload(run_dir)
     upload.sync()
-    # From batch 4 on again, in shorter lines: that of step 13 begins where that of step 10 began.
+    # From batch 4 again, with shorter lines: that of step 13 begins where that of step 10 began.
     write_padded(5, 16, width=80)
     assert upload.sync() == 6
     assert at_server(upload) == on_disk(run_dir)

@@ -47,7 +47,7 @@ def recipe(mlflow_folder: Path) -> Recipe:
 
 
 def _finished_run(recipe: Recipe, make_run: MakeRun) -> Path:
-    """A run whose record waits on disk to be uploaded."""
+    """Returns a run whose record is still to be uploaded."""
     run, _ = make_run(recipe)
     (run / "metrics.jsonl").write_text("")
     datasets = [DatasetInput("code/train", "ab" * 32, "shards/code", 1000)]

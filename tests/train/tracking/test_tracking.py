@@ -1,4 +1,4 @@
-"""The process that follows a run, and the commands, against MLflow's real store and server."""
+"""The process that follows a run, and the commands, with MLflow's real store and server."""
 
 import dataclasses
 import json
@@ -113,7 +113,7 @@ def test_server_that_hangs_then_upload_by_command(
     assert main(["upload", str(run_dir), "--uri", here, "--json", str(sent)]) == 0
     assert losses_at_server(run_dir, here) == losses_on_disk(run_dir)
     assert json.loads(sent.read_text())[0]["metric_values_sent"] == 10
-    # The new place is kept: a further upload sends nothing twice.
+    # The new position is kept: a further upload sends nothing twice.
     del os.environ["MLFLOW_TRACKING_URI"]
     assert main(["upload", str(run_dir)]) == 0
     assert "0 metric values sent" in capfd.readouterr().out
@@ -129,7 +129,7 @@ def test_killed_training_is_sent_to_its_end_and_marked(run_dir: Path) -> None:
         os.kill(os.getpid(), 9)
     os.waitpid(training, 0)
     wait_for(lambda: sent_step(run_dir) == 10)
-    with exclusive(run_dir / "mlflow.lock"):  # Given back when the process has sent everything.
+    with exclusive(run_dir / "mlflow.lock"):  # Released once the process has sent everything.
         uri = store_uri(run_dir)
         assert losses_at_server(run_dir, uri) == losses_on_disk(run_dir)
         run_id = json.loads((run_dir / "mlflow.json").read_text())["run_id"]

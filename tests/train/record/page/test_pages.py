@@ -1,4 +1,4 @@
-"""Every page of ours from hostile names: they are text on it, and nothing is loaded, run or left open."""
+"""Every page of ours with hostile names: they appear as text, and nothing is loaded, run or left unclosed."""
 
 import json
 import re
@@ -46,7 +46,7 @@ SCRIPTS = 2
 
 
 class Page(HTMLParser):
-    """A page as a browser takes it apart, which fails where markup is not ours."""
+    """A page as a browser parses it; fails on markup that is not ours."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
