@@ -48,7 +48,7 @@ def test_it_goes_back_before_what_is_left_out(tmp_path: Path, capsys: pytest.Cap
     # Positions from the 21st batch on were trained in the third checkpoint, and in no other.
     resumed = find_checkpoint(declaring(160, 200), tmp_path, ALONE)
     assert resumed.progress.batch == 20 and resumed.curriculum.skipped == ((20, 25),)
-    assert "batch-00000030: was trained on other positions than are left out now" in capsys.readouterr().out
+    assert "batch-00000030: skipped other positions than the recipe does now" in capsys.readouterr().out
     root = tmp_path / CHECKPOINTS_FOLDER
     assert sorted(path.name for path in root.iterdir()) == [
         "batch-00000010",
@@ -62,7 +62,7 @@ def test_it_goes_back_before_what_is_left_out(tmp_path: Path, capsys: pytest.Cap
     assert not (root / "rolled-back-00000030").exists()
     assert find_checkpoint(declaring(160, 200), tmp_path, ALONE).progress.batch == 34
     keep_newest(root, 2)
-    with pytest.raises(UserError, match=r"data.skips: .*no whole checkpoint from before"):
+    with pytest.raises(UserError, match=r"data.skips: .*no complete checkpoint from before"):
         find_checkpoint(RECIPE, tmp_path, ALONE)
     assert find_checkpoint(declaring(160, 200), tmp_path, ALONE).progress.batch == 34
 
