@@ -73,7 +73,7 @@ def test_scores_in_the_loop_are_those_of_the_checkpoint(tmp_path: Path, small_ta
     ("override", "complaint"),
     [
         ("evaluation.suite_interval_batches=4", "evaluation.suite_interval_batches: 4 is no multiple"),
-        ("evaluation.suite=null", "evaluation.suite_data: is set, but no suite"),
+        ("evaluation.suite=null", "evaluation.suite_data: is set without a suite"),
         ("evaluation.suite_data=nowhere", "evaluation.suite_tasks: nowhere lacks arc_easy"),
         ("evaluation.suite=none.yaml", "none.yaml: no such suite"),
         ("evaluation.suite_tasks=[essay]", "has no task 'essay'"),

@@ -91,7 +91,7 @@ def test_a_number_out_of_range_is_refused_by_its_key(name: str) -> None:
         ("schedule.final_share=1.5", "schedule.final_share: is 1.5; must lie in [0, 1]"),
         ("preflight.slow_factor=1", "preflight.slow_factor: is 1.0; must be above 1; 3 is usual"),
         ("data.domain_max_epochs.code=0", "data.domain_max_epochs.code: is 0.0; must be above 0"),
-        ("data.domains.code=0", "data.domains.code: is 0.0; must be above 0, or leave the domain out"),
+        ("data.domains.code=0", "data.domains.code: is 0.0; must be above 0, or omit the domain"),
         ("data.phases=[{tokens: -3, weights: {code: 1}}]", "data.phases[0].tokens: is -3; must be above 0"),
         ("tokenizer.vocab_size=9", "tokenizer.vocab_size: is 9; 256 bytes and 2 special tokens need 258"),
     ],
