@@ -25,7 +25,7 @@ logger = log.get_logger("train.generate")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
+    """Adds the command's arguments."""
     parser.add_argument(
         "source", type=Path, help="runs/NAME, a checkpoint, an imported or a Hugging Face folder"
     )

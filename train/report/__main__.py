@@ -11,7 +11,7 @@ from train.report.run_record import read_run
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
+    """Adds the command's arguments."""
     parser.add_argument("run", type=Path, nargs="+", help="folder of a run, runs/NAME")
     parser.add_argument("--compare", action="store_true", help="hold the given runs against each other")
     parser.add_argument(

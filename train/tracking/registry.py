@@ -39,7 +39,7 @@ class Registered:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
+    """Adds the command's arguments."""
     parser.add_argument("folder", type=Path, help="folder that `train.hf export` wrote")
     parser.add_argument("--run", type=Path, help="runs/NAME (default: the one that it was exported from)")
     parser.add_argument("--name", help="in the registry (default: tracking.registered_model, or the run's)")

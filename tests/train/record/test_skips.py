@@ -53,5 +53,5 @@ def test_decisions_read_back_and_follow_the_recipes(tmp_path: Path) -> None:
         Skip(80, 96, "rolled back at step 11: spike: loss 9"),
     )
     (tmp_path / "skips.json").write_text('[{"first_position": 80}]')
-    with pytest.raises(UserError, match=r"skips.json can't be read.*put it back"):
+    with pytest.raises(UserError, match=r"skips.json can't be read.*restore it"):
         declared_skips(recipe, tmp_path)
