@@ -167,9 +167,9 @@ def _edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
 W1 = "transformer.blocks.1.ffn.experts.mlp.w1"
 TENSOR_FAULTS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     f"{W1} is missing": lambda tensors: tensors.pop(W1),
-    f"{W1} is of shape": lambda tensors: tensors.update({W1: tensors[W1][:-1].contiguous()}),
+    f"{W1} has shape": lambda tensors: tensors.update({W1: tensors[W1][:-1].contiguous()}),
     f"{W1} is F8_E4M3": lambda tensors: tensors.update({W1: tensors[W1].to(torch.float8_e4m3fn)}),
-    "surplus is no tensor": lambda tensors: tensors.update({"surplus": torch.zeros(2)}),
+    "surplus is not a tensor": lambda tensors: tensors.update({"surplus": torch.zeros(2)}),
     f"{W1}: holds NaN": lambda tensors: tensors[W1][3].fill_(float("nan")),
     "wte.weight: holds NaN or infinity": lambda tensors: tensors["transformer.wte.weight"][95, 31].fill_(
         float("inf")
@@ -213,9 +213,9 @@ def _config(**changes: object) -> Callable[[Path], None]:
 
 
 FOLDER_FAULTS: dict[str, Callable[[Path], object]] = {
-    "is not a whole safetensors file": _truncate,
+    "is not a complete safetensors file": _truncate,
     "pickles are not read": _pickles_only,
-    "is not a file of the folder": _outside,
+    "is not a file in the folder": _outside,
     "lists transformer": lambda folder: (
         shutil.copy(sorted(folder.glob("*.safetensors"))[0], sorted(folder.glob("*.safetensors"))[1]) and None
     ),
@@ -301,5 +301,5 @@ def _memory(key: str) -> int:
 
 def test_a_model_of_another_shape_is_refused(folder: Path) -> None:
     decoder = Decoder(replace(open_weights(folder).model, vocab_size=97), device="cpu")
-    with pytest.raises(UserError, match=r"wte.weight is of shape \(96, 32\), the recipe's of \(97, 32\)"):
+    with pytest.raises(UserError, match=r"wte.weight has shape \(96, 32\), the recipe's has \(97, 32\)"):
         load_initial_weights(decoder, folder)
