@@ -281,6 +281,6 @@ def test_exported_folders_speak_the_same(
 
 def test_a_folder_without_a_tokenizer_is_named(run: Path, tmp_path: Path) -> None:
     source = open_weights(run)
-    with pytest.raises(UserError, match=r"without tokenizer\.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         text_of(replace(source, recipe=None))
     assert isinstance(text_of(source), OwnText)
