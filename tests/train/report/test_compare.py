@@ -102,7 +102,7 @@ def test_a_family_of_one_budget_leaves_the_others_their_curves(ladder: list[Path
     comparison = compare(read_entries([*ladder, *more]))
     alone = compare(read_entries(ladder))
     assert comparison.curves == alone.curves and comparison.advantages == alone.advantages
-    assert any(note.startswith("8 experts, top-2: one FLOP budget") for note in comparison.notes)
+    assert any(note.startswith("8 experts, top-2: a single FLOP budget") for note in comparison.notes)
     assert {cell.family for cell in comparison.cells} == {"dense", "16 experts, top-4", "8 experts, top-2"}
 
 

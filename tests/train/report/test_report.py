@@ -45,7 +45,7 @@ SECTIONS = [
     "Optimisation",
     "Expert load",
     "Evaluation",
-    "A sample of text",
+    "Sample text",
     "Origin",
     "Recipe",
 ]

@@ -141,7 +141,7 @@ def test_unity_catalog_is_asked_by_the_same_call(
     run = _finished_run(replace(recipe, tracking=tracking), make_run)
     assert hf(["export", str(run), str(run.parent / "out")]) == 0
     assert main([str(run.parent / "out")]) == 1
-    assert "registry: MLflow does not take it" in capsys.readouterr().err
+    assert "registry: MLflow does not accept it" in capsys.readouterr().err
     assert any(
         "/unity-catalog/registered-models/create" in path and "main.models.child" in body
         for path, body in databricks
