@@ -97,7 +97,9 @@ def run_suite(
             begun = time.perf_counter()
             task, accuracies, questions = suite.tasks[name], {}, 0
             for part in open_tasks(name, task, data, tokenizer, scorer.limit, scratch, most):
-                accuracies[part.category], answered = _ask(scorer, name, task, part, sequences, progress)
+                accuracies[part.category], answered = _run_questions(
+                    scorer, name, task, part, sequences, progress
+                )
                 answers += answered
                 questions += len(part.examples)
             mean = sum(accuracies.values()) / len(accuracies)
@@ -107,7 +109,7 @@ def run_suite(
     return SuiteResult(results, scores, _gather(answers, scorer))
 
 
-def _ask(
+def _run_questions(
     scorer: Scorer,
     name: str,
     task: Task,

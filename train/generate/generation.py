@@ -163,14 +163,14 @@ def _extend(answer: Answer, token: int, text: Text, stop: Sequence[str]) -> None
         answer.text = text.decode(answer.ids)
         return
     answer.ids.append(token)
-    said = text.decode(answer.ids)
+    decoded = text.decode(answer.ids)
     for end in stop:
-        if end in said:
-            answer.ending, answer.text = "stop", said[: said.index(end)]
+        if end in decoded:
+            answer.ending, answer.text = "stop", decoded[: decoded.index(end)]
             return
     # The last character may be incomplete, and a stop text may have begun.
-    said = said.rstrip(REPLACEMENT)
-    held = max((k for end in stop for k in range(1, len(end)) if said.endswith(end[:k])), default=0)
-    said = said[: len(said) - held]
-    if said.startswith(answer.text):
-        answer.text = said
+    decoded = decoded.rstrip(REPLACEMENT)
+    held = max((k for end in stop for k in range(1, len(end)) if decoded.endswith(end[:k])), default=0)
+    decoded = decoded[: len(decoded) - held]
+    if decoded.startswith(answer.text):
+        answer.text = decoded

@@ -119,7 +119,7 @@ def _compare(name: str, decoder: Decoder, folder: Path) -> Parity:
     for _ in range(NEW_TOKENS):
         fed_BS = cached.feed(fed_BS).argmax(-1, keepdim=True)
     difference_BSV = (theirs_BSV - ours_BSV).abs()
-    said = theirs.generate(
+    generated = theirs.generate(
         ids_BS[:1],
         attention_mask=torch.ones_like(ids_BS[:1]),
         max_new_tokens=NEW_TOKENS,
@@ -128,7 +128,7 @@ def _compare(name: str, decoder: Decoder, folder: Path) -> Parity:
         pad_token_id=0,
     )
     assert cached.tokens_BN is not None
-    differing = (said != torch.cat([cached.tokens_BN, fed_BS], dim=1)).flatten().nonzero()
+    differing = (generated != torch.cat([cached.tokens_BN, fed_BS], dim=1)).flatten().nonzero()
     return Parity(
         name,
         type(theirs).__name__,

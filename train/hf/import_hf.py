@@ -39,8 +39,8 @@ def import_folder(source: Path, out: Path, shard_gb: float = 5.0) -> Written:
         "config": read_json(source / CONFIG_FILE),
         "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
     }
-    beside = {f"{SOURCE_FOLDER}/{file.name}": file.read_bytes() for file in texts_of(source)}
-    beside[f"{SOURCE_FOLDER}/{HEADERS_FILE}"] = json.dumps(headers, indent=1).encode()
+    extra_files = {f"{SOURCE_FOLDER}/{file.name}": file.read_bytes() for file in texts_of(source)}
+    extra_files[f"{SOURCE_FOLDER}/{HEADERS_FILE}"] = json.dumps(headers, indent=1).encode()
     return write_weights_folder(
-        out, opened.model, opened.weights, origin, round(shard_gb * 1e9), beside=beside
+        out, opened.model, opened.weights, origin, round(shard_gb * 1e9), extra_files=extra_files
     )

@@ -31,10 +31,10 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
             str(error), key="start.weights", remedy="name a folder of weights", file=file
         ) from None
     _same_shapes(recipe.model, model, file)
-    told = [f"initial weights from {path}"]
-    told += [
+    changes = [f"initial weights from {path}"]
+    changes += [
         f"{name}: {_value(model, name)} before, {_value(recipe.model, name)} now"
-        for name in _keys(OnStart.told)
+        for name in _keys(OnStart.reported)
         if _value(model, name) != _value(recipe.model, name)
     ]
     if parent is None:
@@ -45,7 +45,7 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
                 remedy="set it to fresh",
                 file=file,
             )
-        return told
+        return changes
     _same_tokenizer(recipe, parent, file)
     if recipe.start.optimizer is OptimizerStart.restored and parent.optimizer.kind != recipe.optimizer.kind:
         raise UserError(
@@ -54,7 +54,7 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
             remedy=f"set it to fresh, or optimizer.kind={parent.optimizer.kind.value}",
             file=file,
         )
-    return [*told, _rates(recipe, parent)]
+    return [*changes, _rates(recipe, parent)]
 
 
 def _rates(recipe: Recipe, parent: Recipe) -> str:

@@ -50,7 +50,7 @@ def write_weights_folder(
     origin: Mapping[str, object],
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     *,
-    beside: Mapping[str, bytes] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
 ) -> Written:
     """Streams weights into a folder that recipes can start from.
 
@@ -61,7 +61,7 @@ def write_weights_folder(
         origin: identifies the source and is kept in the manifest; a folder that was started from another
             origin is not resumed.
         shard_bytes: maximum bytes per file.
-        beside: additional files by their path in the folder.
+        extra_files: additional files by their path in the folder.
 
     Raises:
         UserError: if the folder is in use, or a weight is not finite.
@@ -87,7 +87,7 @@ def write_weights_folder(
         for name, digest in write_files(out, left, read):
             done[name] = {"bytes": (out / name).stat().st_size, "sha256": digest}
             _write_json(out / UNFINISHED_FILE, identity | {"files": done})
-    for path, content in (beside or {}).items():
+    for path, content in (extra_files or {}).items():
         (out / path).parent.mkdir(exist_ok=True)
         (out / path).write_bytes(content)
     write_index(out, files)

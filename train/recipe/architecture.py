@@ -89,19 +89,19 @@ class Model:
     """Hidden size F of a dense feed-forward network, or of each expert. DBRX: 1.75 d_model per expert."""
     vocab_size: int = key(above=0)
     """Rows of the embedding, at least the tokenizer's vocabulary size. DBRX pads 100,278 to 100,352."""
-    max_sequence_tokens: int = key(above=0, on_start=OnStart.told)
+    max_sequence_tokens: int = key(above=0, on_start=OnStart.reported)
     """Longest sequence that the model is meant for; exported, and an upper bound of data.sequence_tokens."""
     ffn: Ffn = Ffn.glu
     """`glu`: w2(silu(w1 x) * v1 x) (Shazeer 2020). `mlp`: w2 gelu(w1 x), for MPT; dense only."""
-    position: Position = key(Position.rope, on_start=OnStart.told)
+    position: Position = key(Position.rope, on_start=OnStart.reported)
     """`rope` (Su et al. 2021) or `alibi` (Press et al. 2021), for MPT."""
-    rope_theta: float = key(500000.0, above=0, read_when="model.position == rope", on_start=OnStart.told)
+    rope_theta: float = key(500000.0, above=0, read_when="model.position == rope", on_start=OnStart.reported)
     """Base of RoPE's wavelengths. DBRX: 500,000."""
     norm: Norm = Norm.layernorm
     """`layernorm` without bias (DBRX, MPT) or `rmsnorm` (LLaMA)."""
-    norm_eps: float = key(1e-5, above=0, on_start=OnStart.told)
+    norm_eps: float = key(1e-5, above=0, on_start=OnStart.reported)
     """Added to the variance. DBRX, MPT, LLaMA 2: 1e-5."""
-    clip_qkv: Optional[float] = key(None, above=0, on_start=OnStart.told)
+    clip_qkv: Optional[float] = key(None, above=0, on_start=OnStart.reported)
     """Queries, keys and values are clipped to [-c, c]. DBRX: 8. null: not clipped."""
     qk_norm: bool = False
     """Queries and keys are RMS-normalised over all their heads, before clipping (Muennighoff et al. 2024,

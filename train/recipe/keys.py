@@ -35,7 +35,7 @@ class OnStart(str, Enum):
 
     free = "free"
     """It changes neither a shape nor the function at step 0, or is meant to be changed."""
-    told = "told"
+    reported = "reported"
     """It changes the function but no shape: allowed, and the change is printed."""
     equal = "equal"
 

@@ -83,7 +83,7 @@ def to_read_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested plain values, without the keys that its choices leave unread."""
     tree = to_dict(recipe)
     for key, condition in _conditions().items():
-        if not _holds(recipe, condition):
+        if not _is_met(recipe, condition):
             parent, leaf = key.rsplit(".", 1)
             branch = _dig(tree, parent)
             if branch is not None:
@@ -168,7 +168,7 @@ def _refuse_unread(recipe: Recipe, given: dict[str, tuple[int, str]]) -> None:
     A base recipe's key is ignored if a later layer made the other choice: in the base it was right.
     """
     for key, condition in _conditions().items():
-        if key not in given or _holds(recipe, condition):
+        if key not in given or _is_met(recipe, condition):
             continue
         depth, file = given[key]
         choice = condition.split(" == ")[0]
@@ -187,7 +187,7 @@ def _conditions() -> dict[str, str]:
     return {name: key.rules.read_when for name, key in schema_keys().items() if key.rules.read_when}
 
 
-def _holds(recipe: Recipe, condition: str) -> bool:
+def _is_met(recipe: Recipe, condition: str) -> bool:
     key, _, wanted = condition.partition(" == ")
     value = _dig(to_dict(recipe), key)
     return str(value) == wanted

@@ -1,4 +1,4 @@
-"""A suite in the training loop: what it leaves, and that the checkpoint's evaluation is the same."""
+"""A suite in the training loop: its records, and agreement with the evaluation of the checkpoint."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The comparison with transformers passes what is the same and sees what is not."""
+"""The comparison with transformers passes equal models and detects differences."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Import of folders that transformers wrote: the same function, the same bytes back, every fault found."""
+"""Import of folders written by transformers: same function, same bytes back, every defect found."""
 
 import json
 import os
@@ -106,7 +106,7 @@ class CutOff:
 
 
 def _killed_in_a_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
-    """Stands for save_file: the process ends in the middle of the last file."""
+    """Stand-in for save_file that fails in the middle of the last file."""
     save_file(tensors, path, metadata)
     if "lm_head.weight" in tensors:
         path.write_bytes(path.read_bytes()[:1000])
@@ -267,7 +267,7 @@ def test_a_changed_file_is_found_by_verify(
 
 
 def test_one_file_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    """Two tensors of 128 MiB pass through one after the other."""
+    """Two tensors of 128 MiB are imported one at a time."""
     import transformers
 
     config = transformers.LlamaConfig(**(LLAMA | {"vocab_size": 1 << 20, "num_hidden_layers": 1}))

@@ -1,4 +1,4 @@
-"""Folders of safetensors: what counts as a number, which file holds what, and files whole or not there."""
+"""Folders of safetensors: finite values, agreement of files and index, atomic files."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What a recipe may start from: checked before torch is imported, told in words."""
+"""Checks of the weights that a recipe starts from, before torch is imported."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Slow ranks and pairs are named and no healthy one accused; what is wrong with a node is one line."""
+"""Preflight: slow ranks and pairs are named, healthy ones are not; each problem of a node is one line."""
 
 import os
 import shutil
@@ -57,7 +57,7 @@ def test_a_slow_pair_is_named_and_not_its_ranks() -> None:
 
 
 def test_links_are_held_to_their_own_kind() -> None:
-    """Two nodes of four: between them a link takes ten times as long as inside, and nobody is slow."""
+    """Two nodes of four: links between them take ten times as long as inside, and no rank is slow."""
     pairs = [(one, other) for one in range(8) for other in range(one + 1, 8)]
     inside = {pair: 0.001 for pair in pairs if pair[0] // 4 == pair[1] // 4}
     between = {pair: 0.01 for pair in pairs if pair not in inside}

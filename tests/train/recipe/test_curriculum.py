@@ -1,4 +1,4 @@
-"""Phases become stages of whole batches; a run that goes on keeps its past whatever the recipe says."""
+"""Phases become stages of whole batches; a resumed run keeps its past regardless of the recipe."""
 
 import dataclasses
 import json

@@ -117,7 +117,7 @@ def test_a_mistake_is_one_line_with_file_key_and_remedy(override: str, expected:
 
 @pytest.mark.parametrize(("ranks", "is_refused"), [(18, True), (16, False)])
 def test_experts_whose_rows_do_not_shard_evenly_are_refused(ranks: int, is_refused: bool) -> None:
-    """Before FSDP2 does, in the middle of a start on all GPUs."""
+    """The recipe check fails first, not FSDP2 in the middle of a start on all GPUs."""
     overrides = ["parallelism.expert=2", f"training.global_batch_sequences={ranks}"]
     recipe = load_recipe(SMOKE, [*overrides, "training.microbatch_sequences=1"])
     if not is_refused:

@@ -1,4 +1,4 @@
-"""What is left out by declaration: batches are passed over whole, and all behind them stays in its place."""
+"""Excluded ranges: whole batches are skipped, and everything after them keeps its position."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Comparisons of runs left in folders, whose losses follow known curves."""
+"""Comparisons of run folders whose losses follow known curves."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def leave(
 
 @pytest.fixture(scope="module")
 def ladder(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Dense and fine models at three budgets of three seeds; fine needs half of the FLOPs."""
+    """Dense and fine models at three budgets of three seeds; fine needs half the FLOPs."""
     folder = tmp_path_factory.mktemp("ladder")
     generator = np.random.default_rng(1)
     runs = []

@@ -1,4 +1,4 @@
-"""The page about a run: every section from real files, nothing from outside, unfinished runs too."""
+"""The report page: every section from real files, no external resources, unfinished runs too."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def leave_run(run_dir: Path, *, steps: int = STEPS, experts: bool = True, summar
 
 
 class Links(HTMLParser):
-    """Collects whatever a page would load, and its headings."""
+    """Collects the resources that a page would load, and its headings."""
 
     def __init__(self) -> None:
         super().__init__()
