@@ -1,4 +1,4 @@
-"""Commands of the release before run under their old names."""
+"""Commands of the previous release run under their old names."""
 
 import subprocess
 import sys

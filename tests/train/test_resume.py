@@ -1,4 +1,4 @@
-"""A run goes on from the newest checkpoint that was trained on nothing that is left out now."""
+"""A run resumes from its newest checkpoint whose skips still match."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ RECIPE = Recipe(data=Data(domains={"a": 1.0}, sequence_tokens=32), training=Trai
 
 
 def save(folder: Path, batch: int, *skips: Skip) -> Path:
-    """A checkpoint of nothing but its progress."""
+    """Saves a checkpoint with little more than its progress."""
     import torch
 
     from train.checkpoint.saver import CheckpointSaver

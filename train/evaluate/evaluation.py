@@ -1,6 +1,4 @@
-"""Evaluation of one model for `python -m train.evaluate`: opens it, runs it, stores and prints the
-results.
-"""
+"""Evaluation of one model for `python -m train.evaluate`; stores and prints the results."""
 
 import argparse
 import dataclasses

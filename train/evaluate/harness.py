@@ -139,9 +139,7 @@ def local_datasets(data: Path | None) -> Iterator[None]:
     import datasets
 
     class _Splits(datasets.DatasetDict):
-        """Splits by name; a missing one raises on access, as lm-eval asks for the few-shot split in any
-        case.
-        """
+        """Splits by name; a missing one raises only on access, as lm-eval always looks up few-shot splits."""
 
         def __init__(self, folder: Path, splits: Any) -> None:
             super().__init__(splits)

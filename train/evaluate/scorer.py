@@ -82,9 +82,7 @@ class Scorer:
         return answers
 
     def _next(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Returns the most likely token after each row, recomputing everything: there is no key-value cache
-        for a sharded model.
-        """
+        """Returns the most likely token after each row, without a key-value cache: the model is sharded."""
         lengths = [len(row) for row in rows]
         ids_BS = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
         for number, row in enumerate(rows):

@@ -16,8 +16,7 @@ PARENT = "parent."
 
 
 def lineage(weights: Path) -> dict[str, str]:
-    """Returns the known lineage of weights: folder, and for a run name, checkpoint, tokens, MLflow run,
-    parent.
+    """Returns the lineage of weights: folder and, for a run, name, checkpoint, tokens, MLflow run, parent.
 
     Args:
         weights: a run, one of its checkpoints, or any other folder of weights.

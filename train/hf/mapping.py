@@ -1,5 +1,4 @@
-"""Mapping between our models and Hugging Face's architectures: a table of names for each, for both
-directions.
+"""Mapping between our models and Hugging Face's architectures: one table of names each, for both directions.
 
 A rule of a table maps one of our tensors to theirs: the same tensor, the same transposed, its rows in parts
 (queries, keys, values), or one tensor per expert. A new architecture needs a table, a reader and a writer of
@@ -162,9 +161,7 @@ def _take_apart(name: str) -> tuple[bool, str, str]:
 
 
 def _dbrx_extra(model: Model) -> Iterator[Link]:
-    """Yields a zero router for dense layers, which are DBRX with a single expert, and a copy of a tied
-    head.
-    """
+    """Yields a zero router for dense layers, which become a single expert, and a copy of a tied head."""
     if model.moe is None:
         for layer in range(model.n_layers):
             router = f"transformer.blocks.{layer}.ffn.router.layer.weight"

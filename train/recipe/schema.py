@@ -151,9 +151,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class DataSkip:
-    """An excluded range of training positions, numbered as in `alarms.jsonl`, the data log and
-    `data.audit`.
-    """
+    """An excluded range of positions, numbered as in `alarms.jsonl`, the data log and `data.audit`."""
 
     first_position: int = key()
     """First excluded position. A position is one sequence of data.sequence_tokens; every batch that contains

@@ -152,9 +152,7 @@ def no_bars() -> Iterator[None]:
 
 
 def _rank() -> int:
-    """Returns this process's rank; 0 if the launcher's variables are invalid, so that every rank reports
-    it.
-    """
+    """Returns this process's rank; 0 if the launcher's variables are invalid, so every rank reports it."""
     try:
         return Topology.from_environment().rank
     except UserError:

@@ -184,9 +184,7 @@ def step_parts(run: RunRecord) -> list[dict[str, str]]:
 
 
 def expert_counts(run: RunRecord) -> dict[str, int] | None:
-    """Counts layers, experts per layer, and experts without tokens in the last batch; None for a dense
-    model.
-    """
+    """Counts layers, experts per layer and experts idle in the last batch; None for a dense model."""
     if run.load_shares.size == 0:
         return None
     _, layers, experts = run.load_shares.shape

@@ -108,9 +108,7 @@ def public_uri(uri: str) -> str:
 
 
 def store_uri(run_dir: Path, facts_uri: str = "") -> str:
-    """Returns the address to send to: the recorded one, with the variable's password, or the embedded
-    store.
-    """
+    """Returns the server's address: the recorded one with the variable's password, or the embedded store."""
     variable = os.environ.get(URI_VARIABLE, "")
     if facts_uri:
         return variable if public_uri(variable) == facts_uri else facts_uri
