@@ -346,7 +346,7 @@ def finish(
 
 
 def unwrap(trainer: Trainer) -> LanguageModel:
-    """The model that a trainer trains."""
+    """Returns the trainer's model."""
     assert isinstance(trainer.state.model, LanguageModel)
     return trainer.state.model
 

@@ -61,7 +61,7 @@ class KeyRules:
 
     @property
     def range(self) -> str:
-        """The range in words; empty where there is none."""
+        """The range in words; empty if there is none."""
         if self.at_least is not None and self.at_most is not None:
             return f"in [{self.at_least:g}, {self.at_most:g}]"
         if self.at_least is not None and self.below is not None:

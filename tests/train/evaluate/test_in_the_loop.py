@@ -72,7 +72,7 @@ def test_scores_in_the_loop_are_those_of_the_checkpoint(tmp_path: Path, small_ta
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("evaluation.suite_interval_batches=4", "evaluation.suite_interval_batches: 4 is no multiple"),
+        ("evaluation.suite_interval_batches=4", "evaluation.suite_interval_batches: 4 is not a multiple"),
         ("evaluation.suite=null", "evaluation.suite_data: is set without a suite"),
         ("evaluation.suite_data=nowhere", "evaluation.suite_tasks: nowhere lacks arc_easy"),
         ("evaluation.suite=none.yaml", "none.yaml: no such suite"),

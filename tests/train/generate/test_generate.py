@@ -252,7 +252,7 @@ def test_mistakes_are_a_line(
         (["x", "--max-tokens", "160"], "exceed the model's 160"),
         ([], "no prompt"),
         (["-"], "has no tokens"),
-        (["x", "--checkpoint", "batch-1"], "is no checkpoint"),
+        (["x", "--checkpoint", "batch-1"], "is not a checkpoint"),
     ):
         assert main([str(run), *arguments]) == 2
         complaint = capsys.readouterr().err.strip().splitlines()[-1]

@@ -170,8 +170,8 @@ TENSOR_FAULTS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     f"{W1} has shape": lambda tensors: tensors.update({W1: tensors[W1][:-1].contiguous()}),
     f"{W1} is F8_E4M3": lambda tensors: tensors.update({W1: tensors[W1].to(torch.float8_e4m3fn)}),
     "surplus is not a tensor": lambda tensors: tensors.update({"surplus": torch.zeros(2)}),
-    f"{W1}: holds NaN": lambda tensors: tensors[W1][3].fill_(float("nan")),
-    "wte.weight: holds NaN or infinity": lambda tensors: tensors["transformer.wte.weight"][95, 31].fill_(
+    f"{W1}: contains NaN": lambda tensors: tensors[W1][3].fill_(float("nan")),
+    "wte.weight: contains NaN or infinity": lambda tensors: tensors["transformer.wte.weight"][95, 31].fill_(
         float("inf")
     ),
 }

@@ -164,7 +164,7 @@ def test_bits_per_byte_compares_tokenizers_and_nats_do_not(ladder: list[Path], t
     [
         (["--group", "model.nothing"], "no such key"),
         (["--baseline", "sparse"], "families are 16 experts, top-4, dense"),
-        (["--group", "optimizer.kind"], "all runs are of one family, kind="),
+        (["--group", "optimizer.kind"], "all runs belong to one family, kind="),
     ],
 )
 def test_mistakes_take_one_line(
