@@ -87,7 +87,10 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
             "data.validation_domains=[music]",
             f"{SMOKE}: data.validation_domains: music is not in the installed corpus",
         ),
-        ("data.validation_domains=[code]", f"{SMOKE}: data.validation_domains: code is in data.domains"),
+        (
+            "data.validation_domains=[code]",
+            f"{SMOKE}: data.validation_domains: code is already in data.domains",
+        ),
         ("data.cache_bytes=9", f"{SMOKE}: data.cache_bytes: limits the cache of data.remote, which is null"),
         ("data.remote=s3://x", f"{SMOKE}: data.corpus: builds shards, but data.remote says where they are"),
         (

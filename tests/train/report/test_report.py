@@ -143,7 +143,7 @@ def test_figures_and_texts_of_the_run(page: str) -> None:
         "ab" * 32,
         "n_kv_heads: 2",
         "1.70 TFLOP/s",
-        "In the last batch 2 of 8 experts took none",
+        "In the last batch, 2 of 8 experts took none",
     ):
         assert text in page
 
