@@ -1,13 +1,13 @@
 """The main job: `composer train/main.py RECIPE.yaml [key=value ...]`.
 
-Everything that can be wrong with a recipe is found here, in a second, before torch is imported.
+The whole recipe is checked here, within a second, before torch is imported.
 """
 
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-# `python train/main.py` puts train/ itself on the path, where modules would shadow others.
+# `python train/main.py` puts train/ itself on the path, where its modules would shadow others.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.evaluate.suite import check_suite
@@ -22,13 +22,13 @@ from train.record.log import progress
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
+    """Adds the command's arguments."""
     parser.add_argument("recipe", help="YAML file, for example yamls/smoke.yaml")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="wins over the file, for example training.clip_norm=0.5",
+        help="override a key of the file, for example training.clip_norm=0.5",
     )
     parser.add_argument(
         "--dry-run",
@@ -39,9 +39,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 @command(
     "composer train/main.py",
-    "Trains the model of a recipe. The same command resumes a run that was cut off.",
+    "Trains the model of a recipe. The same command resumes an interrupted run.",
     add_arguments,
-    json="with --dry-run: write its figures as JSON too",
+    json="with --dry-run: also write its figures as JSON",
     file="recipe",
     intermixed=True,
     epilog=describe_keys(),

@@ -1,4 +1,4 @@
-"""Resume: the newest valid checkpoint, the remaining stages, and what is held to what was read before."""
+"""Resume: the newest valid checkpoint, the remaining stages, and checks against what was already read."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,22 +35,22 @@ from train.step.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where the run goes on."""
+    """The point that a run resumes from."""
 
     checkpoint: Path | None
-    """None: at its beginning."""
+    """None: the beginning."""
     progress: Progress
     curriculum: Curriculum
 
 
 def find_checkpoint(recipe: Recipe, folder: Path, topology: Topology) -> Resumed:
-    """The run's newest whole checkpoint, and the stages from there on as the recipe has them now.
+    """Finds the run's newest complete checkpoint and the stages from there, as the recipe now has them.
 
-    A checkpoint that was trained on what recipe or guard leave out now is set aside for an older one.
+    A checkpoint whose batches no longer match the skips of recipe and guard is set aside for an older one.
 
     Raises:
-        UserError: if the recipe would rewrite what the run has read, or no checkpoint is as old as what is
-            to be left out.
+        UserError: if the recipe would rewrite what the run has read, or no checkpoint is old enough for a
+            changed skip.
     """
     skips = declared_skips(recipe, folder)
     refused: list[Path] = []
@@ -62,16 +62,16 @@ def find_checkpoint(recipe: Recipe, folder: Path, topology: Topology) -> Resumed
         if past.skipped_before(progress.batch) == now.skipped_before(progress.batch):
             return ""
         refused.append(checkpoint)
-        return f"{checkpoint}: was trained on other positions than are left out now"
+        return f"{checkpoint}: skipped other positions than the recipe does now"
 
     found, complaints = newest_whole_checkpoint(folder / CHECKPOINTS_FOLDER, topology, refuse)
     for complaint in complaints:
         log_on_rank_0(topology, complaint)
     if refused and found is None:
         raise UserError(
-            f"{folder} has no whole checkpoint from before what is to be left out, or taken in again",
+            f"{folder} has no complete checkpoint from before the changed skips",
             key="data.skips",
-            remedy="name later positions, or give the run another name",
+            remedy="skip later positions, or give the run another name",
         )
     run_on_rank_0(topology, lambda: set_aside(refused))
     if found is None:
@@ -80,20 +80,20 @@ def find_checkpoint(recipe: Recipe, folder: Path, topology: Topology) -> Resumed
     past = from_json(progress.curriculum) if progress.curriculum else plan_stages(recipe)
     curriculum = replace(continue_stages(past, recipe, progress.samples), skips=skips)
     if len(curriculum.edits) > len(past.edits):
-        log_on_rank_0(topology, f"the curriculum is edited from token {progress.tokens:,} on")
+        log_on_rank_0(topology, f"the curriculum is edited from token {progress.tokens:,}")
     return Resumed(found, progress, curriculum)
 
 
 def accept(opened: OpenedData, folder: Path, curriculum: Curriculum) -> None:
-    """Records the recipe and the shards that the run continues with, once they are found possible.
+    """Checks the recipe and shards that the run continues with, and records them in its folder.
 
     Args:
-        opened: the data of the recipe as it is now.
-        folder: of the run.
+        opened: the data of the current recipe.
+        folder: the run's folder.
         curriculum: the run's stages.
 
     Raises:
-        UserError: if a domain is exhausted too early, or the shards are not those that were read.
+        UserError: if a domain is exhausted too early, or the shards differ from those read before.
     """
     require_epoch_budget(opened.recipe, curriculum, opened.plan(curriculum))
     splits = {
@@ -106,7 +106,7 @@ def accept(opened: OpenedData, folder: Path, curriculum: Curriculum) -> None:
 
 
 def drop_after(folder: Path, batch: int) -> None:
-    """Cuts off what records have of later batches: there may be nothing left to train, which would do it."""
+    """Drops later batches from the records; training does so too, but there may be nothing left to train."""
     for name in (METRICS_FILE, DATA_LOG_FILE, ALARMS_FILE, EXPERT_LOAD_FILE):
         if (folder / name).exists():
             log = StepLog(folder / name)
@@ -117,7 +117,7 @@ def drop_after(folder: Path, batch: int) -> None:
 def load_weights(
     recipe: Recipe, resumed: Resumed, model: LanguageModel, optimizer: Optimizer, topology: Topology
 ) -> None:
-    """Loads the run's checkpoint; without one, the weights that the recipe starts from."""
+    """Loads the run's checkpoint or, if it has none, the weights of `start.weights`."""
     if resumed.checkpoint is not None:
         load_checkpoint(resumed.checkpoint, model, optimizer, topology)
         log_on_rank_0(topology, f"resumed from {resumed.checkpoint}, {resumed.progress.tokens:,} tokens")
@@ -126,6 +126,8 @@ def load_weights(
         start = run_on_rank_0(topology, lambda: find_start(recipe))
         if start is not None:
             start_from(start, recipe, model, optimizer, topology)
-            log_on_rank_0(topology, f"weights of step 0 from {start}")
+            log_on_rank_0(topology, f"initial weights from {start}")
     except UserError as error:
-        raise UserError(str(error), key="start.weights", remedy="name whole weights of this model") from None
+        raise UserError(
+            str(error), key="start.weights", remedy="name complete weights of this model"
+        ) from None

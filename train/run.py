@@ -70,7 +70,7 @@ from train.trainer import build_trainer
 
 @dataclass(frozen=True)
 class Machine:
-    """What the run computes on."""
+    """The device type and precision that a run computes with, and its ranks."""
 
     topology: Topology
     device_type: str
@@ -78,12 +78,12 @@ class Machine:
 
     @property
     def matrix_dtype(self) -> torch.dtype:
-        """Type of the operands of matrix products."""
+        """Data type of the operands of matrix products."""
         return torch.bfloat16 if self.precision is Precision.bf16 else torch.float32
 
 
 def run(recipe: Recipe, topology: Topology) -> int:
-    """Trains, or goes on training, and leaves the run's folder; returns the exit status."""
+    """Trains or resumes training, fills the run's folder and returns the exit status."""
     machine = start_processes(recipe, topology)
     claim = run_on_rank_0(topology, lambda: claim_run_folder(recipe))
     if claim.is_complete:
@@ -110,7 +110,7 @@ def run(recipe: Recipe, topology: Topology) -> int:
         train_to_end(opened, folder, machine, resumed)
         status = "FINISHED"
     except (NotFiniteError, RollbackError) as error:
-        line = f"{error}; ended with status {REPLAY_STATUS}: the same command trains it again"
+        line = f"{error}; ended with status {REPLAY_STATUS}: the same command resumes the run"
         log_on_rank_0(topology, line, logging.WARNING)
         return REPLAY_STATUS
     except SystemExit:
@@ -124,7 +124,7 @@ def run(recipe: Recipe, topology: Topology) -> int:
 
 
 def train_to_end(opened: OpenedData, folder: Path, machine: Machine, resumed: Resumed) -> None:
-    """Trains from where the run stands to its end, under watch; then summary and report are written."""
+    """Trains from the checkpoint to the end under the watchdog, then writes summary and report."""
     recipe = opened.recipe
     with watched(recipe, folder, machine.topology) as watch:
         model, optimizer = build_model(recipe, machine)
@@ -143,7 +143,7 @@ def train_to_end(opened: OpenedData, folder: Path, machine: Machine, resumed: Re
 
 
 def is_fit(opened: OpenedData, folder: Path, machine: Machine) -> bool:
-    """Checks nodes and links; tells what was found and returns whether the run may start."""
+    """Checks nodes and links, logs the findings and returns whether the run may start."""
     topology = machine.topology
     with watched(opened.recipe, folder, topology) as watch:
         watch.move("preflight")
@@ -160,14 +160,14 @@ def is_fit(opened: OpenedData, folder: Path, machine: Machine) -> bool:
 
 
 class UnfitError(RuntimeError):
-    """A machine that must not take part."""
+    """A machine that failed the preflight checks."""
 
 
 def start_processes(recipe: Recipe, topology: Topology) -> Machine:
-    """Joins the process group, where there are several ranks, and settles the precision.
+    """Joins the process group, if there are several ranks, and chooses the precision.
 
     Raises:
-        UserError: if the recipe asks for bf16 where the device has none.
+        UserError: if the recipe asks for bf16 and the device does not support it.
     """
     device = get_device(None)
     # Composer turns TF32 on, whose 10 bits of mantissa would decide near-ties of the fp32 router.
@@ -181,13 +181,13 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
         precision = Precision.bf16 if supports_bf16(device_type) else Precision.fp32
     elif precision is Precision.bf16 and not supports_bf16(device_type):
         raise UserError(
-            f"this {device_type} has no bf16 arithmetic", key="training.precision", remedy="use auto or fp32"
+            f"this {device_type} does not support bf16", key="training.precision", remedy="use auto or fp32"
         )
     return Machine(topology, device_type, precision)
 
 
 def build_model(recipe: Recipe, machine: Machine) -> tuple[LanguageModel, Optimizer]:
-    """Model and optimizer on their device, sharded as the recipe's layout says, initial weights in place."""
+    """Builds model and optimizer on their device, sharded in the recipe's layout and initialised."""
     training, topology = recipe.training, machine.topology
     decoder = Decoder(
         recipe.model,
@@ -219,10 +219,10 @@ def assemble(
     resumed: Resumed,
     watch: Watched,
 ) -> Trainer:
-    """The Trainer with its loaders, its step, and the callbacks that watch and record it."""
+    """Builds the Trainer with its loaders, its training step and the callbacks that watch and record it."""
     recipe, shards = opened.recipe, opened.manifest
     topology, curriculum, progress = machine.topology, resumed.curriculum, resumed.progress
-    # Evaluation without training is of the last phase that was trained.
+    # Evaluation without training uses the last phase that was trained.
     model.decoder.set_rope_theta(curriculum.stage_of(max(0, progress.batch - 1)).rope_theta)
     place = {"rank": topology.rank, "world_size": topology.world_size}
     train_loader = build_train_loader(opened, curriculum, start_sample=progress.samples, **place)
@@ -245,14 +245,14 @@ def assemble(
     trainer = build_trainer(
         recipe, model, optimizer, train_loader, validation_loaders, callbacks, loggers, progress, curriculum
     )
-    outlast_watchdog(recipe)  # The callbacks have groups of their own.
+    outlast_watchdog(recipe)  # The callbacks made process groups of their own.
     return trainer
 
 
 def build_step(
     opened: OpenedData, folder: Path, topology: Topology, model: LanguageModel, resumed: Resumed
 ) -> TrainingStep:
-    """The training step with its guard, data log and checkpoints, each continued from the checkpoint."""
+    """Builds the training step; guard, data log and checkpoint policy resume from the checkpoint."""
     recipe, curriculum, progress = opened.recipe, resumed.curriculum, resumed.progress
     guard = UpdateGuard(recipe.guard, progress.recent, progress.counts)
     data_log = open_data_log(folder, topology, opened.plan(curriculum), progress, curriculum)
@@ -277,7 +277,7 @@ def build_step(
 def open_data_log(
     folder: Path, topology: Topology, plan: OrderPlan, progress: Progress, curriculum: Curriculum
 ) -> DataLog:
-    """The log of what the run reads, with the checkpoint's sums so far."""
+    """Opens the data log with the totals of the checkpoint."""
     domains = [Domain(name, size) for name, size in zip(plan.domains, plan.sizes, strict=True)]
     run_dir = folder if topology.is_main else None
     return DataLog(run_dir, domains, curriculum.sample_tokens, progress.consumed, curriculum)
@@ -286,7 +286,7 @@ def open_data_log(
 def suite_evaluation(
     opened: OpenedData, folder: Path, scorer: Scorer, batches: int, moved: Callable[[str], None]
 ) -> SuiteEvaluation:
-    """The evaluation of the recipe's suite of tasks during training."""
+    """Builds the evaluation of the recipe's task suite during training."""
     evaluation = opened.recipe.evaluation
     assert evaluation.suite is not None
     suite = load_suite(Path(evaluation.suite))
@@ -295,19 +295,19 @@ def suite_evaluation(
 
 
 def throughput(recipe: Recipe, machine: Machine, curriculum: Curriculum) -> Throughput:
-    """The clock of the steps, held to the measured peak of the machine's devices."""
+    """Builds the throughput callback, with utilisation against the devices' measured peak."""
     flops = functools.partial(sizes.batch_flops_per_token, recipe.model, curriculum)
     peak = measured_peak_flops(machine.device_type, machine.matrix_dtype)
     return Throughput(flops, peak, machine.topology.world_size, machine.device_type == "cuda")
 
 
 def bytes_per_token(shards: Manifest, split: str) -> dict[str, float]:
-    """Mean bytes of a token of each domain, which take nats per token to bits per byte."""
+    """Mean bytes per token of each domain, to convert nats per token to bits per byte."""
     return {name: domain.splits[split].bytes_per_token for name, domain in shards.domains.items()}
 
 
 def final_losses(trainer: Trainer, domains: list[str]) -> dict[str, float]:
-    """Validation loss of each domain at the end, in nats per token; every rank calls it."""
+    """Final validation loss of each domain in nats per token; collective, every rank calls it."""
     metrics = trainer.state.eval_metrics
     return {domain: metrics[f"validation/{domain}"]["token_loss"].compute().item() for domain in domains}
 
@@ -315,7 +315,7 @@ def final_losses(trainer: Trainer, domains: list[str]) -> dict[str, float]:
 def finish(
     opened: OpenedData, folder: Path, machine: Machine, trainer: Trainer, losses: dict[str, float]
 ) -> None:
-    """Logs the final losses and writes the run's summary and report; only rank 0 calls it."""
+    """Logs the final losses and writes the run's summary and report; called on rank 0 only."""
     recipe, state, unigram_entropy = opened.recipe, trainer.state, validation_entropy(opened)
     for domain, loss in losses.items():
         log_on_rank_0(
@@ -348,13 +348,13 @@ def finish(
 
 
 def unwrap(trainer: Trainer) -> LanguageModel:
-    """The model that a trainer trains."""
+    """Returns the trainer's model."""
     assert isinstance(trainer.state.model, LanguageModel)
     return trainer.state.model
 
 
 def dataset_inputs(opened: OpenedData) -> list[DatasetInput]:
-    """The splits that a run reads, with the hash of their content."""
+    """Lists the splits that a run reads, with their content hashes."""
     recipe, shards = opened.recipe, opened.manifest
     contexts = {"train": "training", "validation": "validation"}
     read = [(domain, split) for domain in domains_of(recipe) for split in contexts]

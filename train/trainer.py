@@ -26,11 +26,11 @@ def build_trainer(
     progress: Progress,
     curriculum: Curriculum,
 ) -> Trainer:
-    """Composer's Trainer for a run that has come as far as ``progress``.
+    """Builds Composer's Trainer for a run at ``progress``.
 
     Model and optimizer are on their device, sharded and loaded; the training loader begins at the next
-    batch. The whole run is one epoch of Composer's, and its samples are the curriculum's: sequences of
-    the shards' length, several of which make up a sequence of a longer phase.
+    batch. The whole run is one Composer epoch. A sample is a sequence of the shards' length; in a phase of
+    longer sequences, several samples make up one sequence.
     """
     batches, sample_tokens = curriculum.batches, curriculum.sample_tokens
     trainer = Trainer(
@@ -52,7 +52,7 @@ def build_trainer(
         callbacks=callbacks,
         loggers=loggers,
         progress_bar=False,
-        # bf16 is autocast's, inside the model, where CPU and GPU take the same path.
+        # The model itself applies bf16 autocast, on the same path for CPU and GPU.
         precision="fp32",
         device_train_microbatch_size=recipe.training.microbatch_sequences,
         seed=recipe.seed,
@@ -74,7 +74,7 @@ def build_trainer(
 
 
 def _data_spec(loader: DataLoader[Batch], sample_tokens: int) -> DataSpec:
-    """Tells Composer how to count and to split a batch."""
+    """Wraps a loader so that Composer can count and split its batches."""
     return DataSpec(
         loader,
         get_num_samples_in_batch=lambda batch: batch["input_ids"].numel() // sample_tokens,

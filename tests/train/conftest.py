@@ -1,4 +1,4 @@
-"""For tests: tiny recipes, a migrated MLflow store to copy, its real server in a thread, a run's folder."""
+"""Fixtures: tiny recipes, a migrated MLflow store to copy, its real server in a thread, a run's folder."""
 
 import os
 import shutil
@@ -59,7 +59,7 @@ def tiny_recipe() -> TinyRecipe:
 
 
 class MlflowServer:
-    """MLflow's own REST server, which can go away and come back at the same port."""
+    """MLflow's own REST server, which can stop and restart on the same port."""
 
     def __init__(self, store: Path) -> None:
         self.store = store
@@ -85,7 +85,7 @@ class MlflowServer:
 
 @pytest.fixture(scope="session")
 def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An embedded store as it is after its first migration, which takes seconds."""
+    """An embedded store after its first migration, which takes seconds."""
     from train.tracking.mlflow_upload import connect
 
     store = tmp_path_factory.mktemp("store") / "mlflow.db"
@@ -95,7 +95,7 @@ def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mlflow_server(new_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    """A server on a store of its own, not yet listening: `with mlflow_server:` has it listen."""
+    """A server with its own store, not yet listening: `with mlflow_server:` starts it."""
     before = dict(os.environ)
     store = tmp_path_factory.mktemp("served") / "mlflow.db"
     shutil.copy(new_store, store)
@@ -109,7 +109,7 @@ def mlflow_server(new_store: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def mlflow_folder(tmp_path: Path, new_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for runs with a store in it; no variable points elsewhere, requests are given up soon."""
+    """A folder for runs with a store in it; no variable points elsewhere, and requests time out quickly."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")

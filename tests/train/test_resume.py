@@ -1,4 +1,4 @@
-"""A run goes on from the newest checkpoint that was trained on nothing that is left out now."""
+"""A run resumes from its newest checkpoint whose skips still match."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ RECIPE = Recipe(data=Data(domains={"a": 1.0}, sequence_tokens=32), training=Trai
 
 
 def save(folder: Path, batch: int, *skips: Skip) -> Path:
-    """A checkpoint of nothing but its progress."""
+    """Saves a checkpoint with little more than its progress."""
     import torch
 
     from train.checkpoint.saver import CheckpointSaver
@@ -48,7 +48,7 @@ def test_it_goes_back_before_what_is_left_out(tmp_path: Path, capsys: pytest.Cap
     # Positions from the 21st batch on were trained in the third checkpoint only.
     resumed = find_checkpoint(declaring(160, 200), tmp_path, ALONE)
     assert resumed.progress.batch == 20 and resumed.curriculum.skipped == ((20, 25),)
-    assert "batch-00000030: was trained on other positions than are left out now" in capsys.readouterr().out
+    assert "batch-00000030: skipped other positions than the recipe does now" in capsys.readouterr().out
     root = tmp_path / CHECKPOINTS_FOLDER
     assert sorted(path.name for path in root.iterdir()) == [
         "batch-00000010",
@@ -62,7 +62,7 @@ def test_it_goes_back_before_what_is_left_out(tmp_path: Path, capsys: pytest.Cap
     assert not (root / "rolled-back-00000030").exists()
     assert find_checkpoint(declaring(160, 200), tmp_path, ALONE).progress.batch == 34
     keep_newest(root, 2)
-    with pytest.raises(UserError, match=r"data.skips: .*no whole checkpoint from before"):
+    with pytest.raises(UserError, match=r"data.skips: .*no complete checkpoint from before"):
         find_checkpoint(RECIPE, tmp_path, ALONE)
     assert find_checkpoint(declaring(160, 200), tmp_path, ALONE).progress.batch == 34
 

@@ -1,4 +1,4 @@
-"""The main job from end to end on a tiny recipe: what it leaves, that it learns, that it resumes exactly."""
+"""The main job end to end on a tiny recipe: its files, that it learns, that it resumes exactly."""
 
 import json
 import math
@@ -17,7 +17,7 @@ TinyRecipe = Callable[..., Recipe]
 
 
 class CutOffError(Exception):
-    """Stands for a process that ends in the middle of a run."""
+    """Stand-in for a process that ends in the middle of a run."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def _run(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _trained(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a step computed, without what the clock said."""
+    """Returns the figures of a step without times."""
     return [
         {k: v for k, v in step.items() if k != "time" and not k.startswith(("time/", "throughput/"))}
         for step in steps

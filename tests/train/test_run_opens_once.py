@@ -16,14 +16,14 @@ TinyRecipe = Callable[..., Recipe]
 
 
 class Openings:
-    """Counts calls of real functions by what they open."""
+    """Counts calls of real functions by the files they open."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
         self._patch = patch
 
     def count(self, function: Callable[..., Any], what: Callable[..., object] = lambda *_, **__: "") -> None:
-        """Counts a function under whatever name modules have imported it."""
+        """Counts a function under any name by which modules have imported it."""
         counted = self._counted(function.__name__, function, what)
         for module in list(sys.modules.values()):
             for name, value in list(getattr(module, "__dict__", {}).items()):

@@ -1,4 +1,4 @@
-"""A run of three phases goes on exactly from anywhere, on one process and several ranks, as do its books."""
+"""A run of three phases resumes exactly from anywhere, on one and several ranks, as does its data log."""
 
 import os
 import signal
@@ -33,14 +33,14 @@ PHASES = (
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the first run builds shards of 25 samples, so that some longer sequences are of neighbours."""
+    """Folder in which the first run builds shards of 25 samples, so some longer sequences mix shards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data.text.mds.SHARD_BYTES", 1 << 13)
         yield tmp_path_factory.mktemp("shards") / "tiny"
 
 
 def _trained(recipe: Recipe) -> list[dict[str, Any]]:
-    """What each step of a run computed, without what the clock said."""
+    """Returns the figures of each step of a run without times."""
     return [
         {k: v for k, v in step.items() if k != "time" and not k.startswith(("time/", "throughput/"))}
         for step in read_steps(Path(recipe.runs_dir) / recipe.name / "metrics.jsonl")
@@ -48,14 +48,14 @@ def _trained(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _books(recipe: Recipe) -> list[dict[str, Any]]:
-    """The lines of a run's data log, which its audit has nothing against."""
+    """Returns the lines of a run's data log, which must pass its audit."""
     folder = Path(recipe.runs_dir) / recipe.name
     assert prove(RunBooks(folder)).faults == []
     return [{k: v for k, v in line.items() if k != "time"} for line in read_steps(folder / "data_log.jsonl")]
 
 
 def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0, by: signal.Signals = signal.SIGTERM) -> None:
-    """Trains in forked ranks; the last one gets a signal in the batch after which all are to end."""
+    """Trains in forked ranks; the last one gets a signal in the batch after which all must end."""
     from train.run import run
     from train.step.step import TrainingStep
 
@@ -82,7 +82,7 @@ def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0, by: signal.Signals
 
 @pytest.fixture(scope="module")
 def whole(tiny_recipe: TinyRecipe, shards: Path) -> Recipe:
-    """A run on one process that nothing disturbed."""
+    """An undisturbed run on one process."""
     recipe: Recipe = tiny_recipe(shards.parent, shards, "whole", *PHASES)
     _run(recipe)
     return recipe

@@ -1,7 +1,7 @@
-"""Evaluates checkpoints: `python -m train.evaluate RUN --suite yamls/suites/gauntlet.yaml --data FOLDER`.
+"""Evaluation of checkpoints: `python -m train.evaluate RUN --suite yamls/suites/gauntlet.yaml --data FOLDER`.
 
-A suite of in-context-learning tasks (the Gauntlet), tasks of lm-eval on the exported model, key-value
-retrieval at depth x length, bits per byte of each domain. Results go into the run's folder and its report.
+A suite of in-context learning tasks (the Gauntlet), lm-eval tasks on the exported model, key-value retrieval
+by depth and length, bits per byte of each domain. Results go into the run's folder and its report.
 """
 
 import sys
@@ -20,33 +20,35 @@ logger = log.get_logger("train.evaluate")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
+    """Adds the command's arguments."""
     parser.add_argument(
         "source", type=Path, nargs="+", help="runs/NAME, a checkpoint, an imported or a Hugging Face folder"
     )
-    parser.add_argument("--checkpoint", help="of a run: batch-..., instead of the newest whole one")
-    suite = parser.add_argument_group("a suite of tasks")
-    suite.add_argument("--suite", type=Path, help="for example yamls/suites/gauntlet.yaml")
-    suite.add_argument("--data", type=Path, help="folder of its task files")
+    parser.add_argument(
+        "--checkpoint", help="a run's checkpoint, batch-... (default: the newest complete one)"
+    )
+    suite = parser.add_argument_group("task suite")
+    suite.add_argument("--suite", type=Path, help="suite file, for example yamls/suites/gauntlet.yaml")
+    suite.add_argument("--data", type=Path, help="folder of the suite's task files")
     suite.add_argument(
         "--task",
         action="append",
         default=[],
-        help="only this task; repeatable. Categories must be whole to score",
+        help="only this task; repeatable. Incomplete categories get no score",
     )
     suite.add_argument(
         "--available",
         action="store_true",
-        help="only tasks whose file is there; broken categories get no score",
+        help="only tasks whose file exists; incomplete categories get no score",
     )
     suite.add_argument(
-        "--answers", type=Path, metavar="FILE", help="write each question's outcome as JSON lines"
+        "--answers", type=Path, metavar="FILE", help="write the answer to each question as JSON lines"
     )
     harness = parser.add_argument_group("lm-eval, on the exported model")
     harness.add_argument(
         "--harness",
         metavar="TASKS",
-        help="names with commas, or a file such as yamls/suites/open-llm-leaderboard.yaml",
+        help="comma-separated names, or a file such as yamls/suites/open-llm-leaderboard.yaml",
     )
     harness.add_argument(
         "--harness-data",
@@ -55,41 +57,46 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="local datasets, OWNER/NAME/CONFIG/SPLIT.jsonl; no network",
     )
     harness.add_argument(
-        "--harness-tasks", type=Path, metavar="DIR", help="task files of your own, lm-eval's form"
+        "--harness-tasks", type=Path, metavar="DIR", help="your own task files, in lm-eval's format"
     )
     retrieval = parser.add_argument_group("key-value retrieval")
     retrieval.add_argument("--retrieval", action="store_true", help="accuracy at each depth and length")
     retrieval.add_argument(
-        "--lengths", type=_numbers(int), default=LENGTHS, help=f"tokens (default: {LENGTHS})"
+        "--lengths",
+        type=_numbers(int),
+        default=LENGTHS,
+        help=f"prompt lengths in tokens (default: {LENGTHS})",
     )
-    retrieval.add_argument("--depths", type=_numbers(float), default=DEPTHS, help=f"default: {DEPTHS}")
+    retrieval.add_argument(
+        "--depths", type=_numbers(float), default=DEPTHS, help=f"depths in [0, 1] (default: {DEPTHS})"
+    )
     retrieval.add_argument("--trials", type=_positive, default=10, help="prompts per cell (default: 10)")
     parser.add_argument(
         "--bits-per-byte",
         action="store_true",
-        help="loss on the validation set of each domain of a run's shards",
+        help="bits per byte on the validation set of each domain of a run's shards",
     )
     parser.add_argument(
-        "--questions", type=_positive, metavar="N", help="per task, the first N (default: all)"
-    )
-    parser.add_argument("--sequences", type=_positive, default=8, help="of a forward pass (default: 8)")
-    parser.add_argument(
-        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of matrix products (default: fp32)"
+        "--questions", type=_positive, metavar="N", help="only the first N questions per task (default: all)"
     )
     parser.add_argument(
-        "--device", help="cpu or cuda (default: cuda where there is one; not yet run on a GPU)"
+        "--sequences", type=_positive, default=8, help="sequences per forward pass (default: 8)"
     )
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="type of matrix products (default: fp32)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available; not yet run on a GPU)")
 
 
 @command(
     "python -m train.evaluate",
-    "Evaluates models: suites of tasks, lm-eval, key-value retrieval, bits per byte.",
+    "Evaluates models: task suites, lm-eval, key-value retrieval, bits per byte.",
     add_arguments,
-    json="write all results as JSON too",
+    json="also write all results as JSON",
     name="evaluate",
 )
 def main(options: Namespace) -> Figures:
-    """Evaluates each model that is given."""
+    """Evaluates each model given."""
     if not (options.suite or options.harness or options.retrieval or options.bits_per_byte):
         raise UserError("nothing to do; give --suite, --harness, --retrieval or --bits-per-byte")
     if options.suite:
@@ -102,7 +109,7 @@ def main(options: Namespace) -> Figures:
 
 
 def tasks_of(options: Namespace) -> list[str]:
-    """The names of the suite's tasks to run, whose files are all there.
+    """Returns the names of the suite's tasks to run, all of whose files exist.
 
     Raises:
         UserError: if a task is unknown or a file is missing.
@@ -113,7 +120,7 @@ def tasks_of(options: Namespace) -> list[str]:
     names = select(suite, options.task)
     if options.available:
         lacking = missing_files(suite, names, options.data)
-        logger.info(f"evaluate: left out, no file: {', '.join(lacking) or 'none'}")
+        logger.info(f"evaluate: tasks without a file: {', '.join(lacking) or 'none'}")
         names = [name for name in names if name not in lacking]
     require_files(suite, names, options.data)
     return names

@@ -1,4 +1,4 @@
-"""What `python -m train.evaluate` does with one model: opens it, evaluates it, keeps and prints results."""
+"""Evaluation of one model for `python -m train.evaluate`; stores and prints the results."""
 
 import argparse
 import dataclasses
@@ -37,36 +37,35 @@ logger = log.get_logger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A model that is evaluated."""
+    """A model opened for evaluation."""
 
     scorer: Scorer
     tokenizer: Any
     source: WeightSource
     data: OpenedData | None = None
-    """Of the run that it is of; None for weights from elsewhere."""
+    """Data of the model's run; None for weights that are not from a run."""
 
     @property
     def run_dir(self) -> Path | None:
-        """Folder of the run that it is of."""
+        """Folder of the model's run; None if it has none."""
         return self.source.path.parent.parent if self.source.recipe is not None else None
 
     @property
     def batch(self) -> int | None:
-        """Batches that it was trained for."""
+        """Batches that the model was trained for; None if unknown."""
         return int(self.source.path.name.rpartition("-")[2]) if self.source.recipe is not None else None
 
     def keep(self, kind: str, name: str, fields: dict[str, Any]) -> None:
-        """Puts a result into the run's folder."""
+        """Stores a result in the run's folder."""
         if self.run_dir is not None:
             results.add_result(self.run_dir, kind, name, self.batch, fields)
 
 
 def evaluate_source(path: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates one model as the command line says; returns all results as plain values.
+    """Runs the evaluations of the command line on one model; returns all results as plain values.
 
     Raises:
-        UserError: if there are no whole weights.
-        UserError: for data that is not what it should be.
+        UserError: if the weights are incomplete or the data is invalid.
     """
     opened = open_model(path, options)
     print(f"{opened.source.path}: sequences of {opened.scorer.limit} tokens")
@@ -81,7 +80,7 @@ def evaluate_source(path: Path, options: argparse.Namespace) -> dict[str, Any]:
         found[results.HARNESS] = evaluate_harness(opened, options)
     if opened.run_dir is not None and (opened.run_dir / CHECKPOINTS_FOLDER).is_dir():
         page = write_report(opened.run_dir)
-        print(f"{page}; `python -m train.tracking upload {opened.run_dir}` sends it to MLflow")
+        print(f"{page}; `python -m train.tracking upload {opened.run_dir}` uploads it to MLflow")
     return found
 
 
@@ -90,7 +89,7 @@ def _advance(bar: Any) -> None:
 
 
 def open_model(path: Path, options: argparse.Namespace) -> Opened:
-    """The decoder with its tokenizer."""
+    """Opens a decoder with its tokenizer."""
     decoder, source = open_decoder(path, options.checkpoint, options.device)
     precision = Precision.bf16 if options.dtype == "bf16" else Precision.fp32
     scorer = Scorer(decoder, precision, Topology(), source.model.max_sequence_tokens)
@@ -105,11 +104,11 @@ def open_model(path: Path, options: argparse.Namespace) -> Opened:
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
             return Opened(scorer, tokenizer, source)
-    raise UserError(f"{source.path}: came without tokenizer.json")
+    raise UserError(f"{source.path}: has no tokenizer.json")
 
 
 def evaluate_suite(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
-    """The suite's scores, printed as a table."""
+    """Runs the suite; prints its scores as a table and returns them."""
     suite = load_suite(options.suite)
     with tqdm(total=len(options.task), unit="task") as bar:
         done: list[str] = []
@@ -149,7 +148,7 @@ def evaluate_suite(opened: Opened, options: argparse.Namespace) -> dict[str, Any
 
 
 def suite_table(suite: Suite, result: SuiteResult) -> str:
-    """Tasks, categories and the average as a table for a terminal."""
+    """Formats tasks, categories and the average as a text table."""
     rows = [
         (
             name,
@@ -169,10 +168,10 @@ def suite_table(suite: Suite, result: SuiteResult) -> str:
 
 
 def evaluate_retrieval(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy of retrieval by length and depth, printed as a table."""
+    """Measures retrieval accuracy by length and depth; prints a table and returns the figures."""
     lengths = [length for length in options.lengths if length <= opened.scorer.limit]
     if len(lengths) < len(options.lengths):
-        logger.warning(f"retrieval: lengths above the model's {opened.scorer.limit} tokens are left out")
+        logger.warning(f"retrieval: lengths above the model's {opened.scorer.limit} tokens are skipped")
 
     def encode(text: str) -> list[int]:
         return list(opened.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -194,13 +193,13 @@ def evaluate_retrieval(opened: Opened, options: argparse.Namespace) -> dict[str,
 
 @torch.no_grad()
 def evaluate_bits(opened: Opened) -> dict[str, Any]:
-    """Loss and bits per byte of each domain's validation set, printed as a table.
+    """Measures loss and bits per byte of each domain's validation set; prints a table and returns them.
 
     Raises:
-        UserError: for a model that is not a run's, as it has no shards.
+        UserError: for a model that is not from a run, as it has no shards.
     """
     if (data := opened.data) is None:
-        raise UserError("is no run, so that it has no shards", key="--bits-per-byte", remedy="give a run")
+        raise UserError("needs the shards of a run", key="--bits-per-byte", remedy="give a run")
     ensure_shards(data)
     data.fetch()
     domains = {}
@@ -229,7 +228,7 @@ def evaluate_bits(opened: Opened) -> dict[str, Any]:
 
 
 def evaluate_harness(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
-    """lm-eval's figures, printed as a table."""
+    """Runs lm-eval; prints its figures as a table and returns them."""
     tasks = read_tasks(options.harness)
     dtype = "bfloat16" if options.dtype == "bf16" else "float32"
     with tempfile.TemporaryDirectory(prefix="exported-") as scratch:

@@ -1,8 +1,8 @@
-"""EleutherAI's lm-eval on a folder in Hugging Face's form, its datasets read from local files.
+"""EleutherAI's lm-eval on a Hugging Face folder, with datasets read from local files.
 
-A task of lm-eval names a dataset of a hub. Here that name is a path below a folder:
-``OWNER/NAME/CONFIG/SPLIT.jsonl`` (``default`` where the task names no config), so that every task of
-lm-eval runs unchanged without a network.
+An lm-eval task names a dataset of the Hub. Here that name is a path below a folder:
+``OWNER/NAME/CONFIG/SPLIT.jsonl`` (``default`` if the task names no config), so every lm-eval task runs
+unchanged without network access.
 """
 
 import os
@@ -20,26 +20,26 @@ from train.recipe.errors import UserError
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """A task of lm-eval as it is to be run."""
+    """Settings for an lm-eval task."""
 
     shots: int | None = None
-    """Examples before each question; None: as lm-eval's task says."""
+    """Examples before each question; None: the task's own number."""
     metric: str = ""
-    """The metric that is shown, by lm-eval's name; empty: its first."""
+    """The metric to report, by lm-eval's name; empty: the first."""
 
 
 def read_tasks(text: str) -> dict[str, HarnessTask]:
-    """Tasks from a YAML file (``TASK: {shots: N, metric: NAME}``), or from names with commas between.
+    """Reads tasks from a YAML file (``TASK: {shots: N, metric: NAME}``), or from comma-separated names.
 
     Raises:
-        UserError: for a file that says something else.
+        UserError: for a file of another format.
     """
     if not text.endswith((".yaml", ".yml")):
         return {name: HarnessTask() for name in text.split(",") if name}
     try:
         tree = OmegaConf.load(text)
         if not isinstance(tree, DictConfig):
-            raise UserError("is no mapping of tasks", remedy="write `task: {shots: N}` lines", file=text)
+            raise UserError("is not a mapping of tasks", remedy="write `task: {shots: N}` lines", file=text)
         found = {}
         for name, fields in tree.items():
             task = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(HarnessTask), fields))
@@ -63,23 +63,23 @@ def run_harness(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """Runs tasks of lm-eval.
+    """Runs lm-eval tasks.
 
     Args:
-        folder: a model in Hugging Face's form with its tokenizer.
-        tasks: by lm-eval's names; groups such as mmlu too.
+        folder: a Hugging Face folder with model and tokenizer.
+        tasks: by lm-eval's names, including groups such as mmlu.
         data: local datasets as above; None: lm-eval may use the network.
-        include: folder with task files of one's own in lm-eval's form.
+        include: folder of custom task files in lm-eval's format.
         limit: questions per task.
-        batch_size: sequences of a forward pass.
+        batch_size: sequences per forward pass.
         device: cpu or cuda.
-        dtype: of weights and arithmetic.
+        dtype: data type of weights and arithmetic.
 
     Returns:
         ``results`` by task (and ``groups``), ``samples`` with every question's log-likelihoods.
 
     Raises:
-        UserError: for a task that lm-eval does not know, or data that is missing.
+        UserError: for an unknown task or missing data.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -92,7 +92,7 @@ def run_harness(
             )
     merged: dict[str, Any] = {"results": {}, "groups": {}, "samples": {}}
     with local_datasets(data):
-        # One call per number of shots: lm-eval takes one for all of its tasks.
+        # One call per number of shots, as lm-eval applies one to all tasks.
         for shots in dict.fromkeys(task.shots for task in tasks.values()):
             found = lm_eval.simple_evaluate(
                 model="hf",
@@ -103,7 +103,7 @@ def run_harness(
                 batch_size=batch_size,
                 device=device,
                 task_manager=manager,
-                # Its bootstrap starts a pool whose processes inherit Composer's SIGTERM handler and hang.
+                # lm-eval's bootstrap pool would inherit Composer's SIGTERM handler and hang.
                 bootstrap_iters=0,
             )
             assert found is not None
@@ -113,10 +113,10 @@ def run_harness(
 
 
 def headline(name: str, task: HarnessTask, results: Mapping[str, Any]) -> tuple[str, float]:
-    """The metric that is shown for a task, and its value.
+    """Returns the reported metric of a task and its value.
 
     Raises:
-        UserError: if lm-eval gave no such metric.
+        UserError: if lm-eval has no such metric for the task.
     """
     figures = results["results"].get(name) or results["groups"].get(name) or {}
     known = {
@@ -132,14 +132,14 @@ def headline(name: str, task: HarnessTask, results: Mapping[str, Any]) -> tuple[
 
 @contextmanager
 def local_datasets(data: Path | None) -> Iterator[None]:
-    """Has lm-eval's datasets read from a folder, and the network left alone."""
+    """Makes lm-eval read its datasets from a folder, without network access."""
     if data is None:
         yield
         return
     import datasets
 
     class _Splits(datasets.DatasetDict):
-        """Splits by name; lm-eval wants the one that shots come from even where there are none."""
+        """Splits by name; a missing one raises only on access, as lm-eval always looks up few-shot splits."""
 
         def __init__(self, folder: Path, splits: Any) -> None:
             super().__init__(splits)
@@ -155,13 +155,13 @@ def local_datasets(data: Path | None) -> Iterator[None]:
     original = datasets.load_dataset
 
     def load(path: str, name: str | None = None, *_: Any, **settings: Any) -> Any:
-        if path == "json":  # A task file of one's own that names local files itself.
+        if path == "json":  # A custom task that names local files itself.
             return original(path, name, **settings)
         folder = data / path / (name or "default")
         files = {file.stem: str(file) for file in sorted(folder.glob("*.jsonl"))}
         if not files:
             raise UserError(
-                f"holds no SPLIT.jsonl, which lm-eval wants for {path}",
+                f"contains no SPLIT.jsonl, which lm-eval needs for {path}",
                 remedy="put the dataset's splits there as JSON lines",
                 file=str(folder),
             )

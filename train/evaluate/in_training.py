@@ -1,4 +1,4 @@
-"""Puts a suite of tasks to the model while it is trained, after a validation."""
+"""Evaluation of a task suite during training, after a validation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from train.recipe.schema import Evaluation
 
 
 class SuiteEvaluation(Callback):
-    """Evaluates a suite at its interval and at the end of training; every rank takes its share.
+    """Evaluates a suite at its interval and at the end of training; each rank evaluates its share.
 
     Args:
-        scorer: the model that is trained.
-        suite: its tasks.
-        recipe: the interval, the tasks and the questions.
-        tokenizer: in Hugging Face's form.
-        folder: of the run, which rank 0 writes the results to.
-        batches: of the whole run.
-        moved: told of each batch of questions, so that the watchdog sees that nothing hangs.
+        scorer: the model in training.
+        suite: the tasks.
+        recipe: interval, tasks and number of questions.
+        tokenizer: a Hugging Face tokenizer.
+        folder: the run's folder, to which rank 0 writes the results.
+        batches: batches of the whole run.
+        moved: called for each batch of questions, as a heartbeat for the watchdog.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class SuiteEvaluation(Callback):
         self.folder, self.batches, self.moved = folder, batches, moved
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Forgets what was found at batches that will be trained again."""
+        """Drops results of batches that will be trained again."""
         if self.scorer.topology.is_main:
             drop_results_after(self.folder, state.timestamp.batch.value)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        """Evaluates, if the suite is due at this validation."""
+        """Evaluates the suite if it is due at this validation."""
         batch, every = state.timestamp.batch.value, self.recipe.suite_interval_batches
         if batch < self.batches and (every is None or batch % every):
             return

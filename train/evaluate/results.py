@@ -1,4 +1,4 @@
-"""Results of evaluations in a run's folder: one file, a record per kind, name and checkpoint.
+"""Evaluation results in a run's folder: one file with a record per kind, name and checkpoint.
 
 Needs no torch.
 """
@@ -20,20 +20,20 @@ KEY = ("kind", "name", "batch")
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
-    """All records, in the order in which they were first written; none if there is no file."""
+    """Reads all records, in the order in which they were first written; none if there is no file."""
     path = run_dir / EVALUATION_FILE
     return json.loads(path.read_text()) if path.is_file() else []
 
 
 def add_result(run_dir: Path, kind: str, name: str, batch: int | None, fields: Mapping[str, Any]) -> Path:
-    """Adds a record, in the place of one of the same kind, name and checkpoint; whole or not at all.
+    """Adds a record, replacing one of the same kind, name and checkpoint; atomic.
 
     Args:
         run_dir: folder of the run.
         kind: one of the kinds above.
-        name: of the suite, say.
-        batch: batches that the model was trained for; None where that is not known.
-        fields: what is to be kept.
+        name: for example the suite's name.
+        batch: batches that the model was trained for; None if unknown.
+        fields: the record's contents.
     """
     record = {"kind": kind, "name": name, "batch": batch, **fields}
     kept = [r for r in read_results(run_dir) if any(r[key] != record[key] for key in KEY)]
@@ -41,7 +41,7 @@ def add_result(run_dir: Path, kind: str, name: str, batch: int | None, fields: M
 
 
 def drop_results_after(run_dir: Path, batch: int) -> None:
-    """Removes what was found with later checkpoints than the one that the run goes on from."""
+    """Removes the results of checkpoints later than the one that the run resumes from."""
     records = read_results(run_dir)
     kept = [r for r in records if r["batch"] is None or r["batch"] <= batch]
     if len(kept) < len(records):
@@ -49,7 +49,7 @@ def drop_results_after(run_dir: Path, batch: int) -> None:
 
 
 def as_metrics(scores: Scores) -> dict[str, float]:
-    """Scores under the keys of the run's record."""
+    """Returns scores under the keys of the run's record."""
     found = {metrics.EVALUATION_TASK.replace("TASK", name): value for name, value in scores.tasks.items()}
     for name, value in scores.categories.items():
         found[metrics.EVALUATION_CATEGORY.replace("CATEGORY", name)] = value
@@ -59,7 +59,7 @@ def as_metrics(scores: Scores) -> dict[str, float]:
 
 
 def add_metrics(run_dir: Path, batch: int | None, figures: Mapping[str, float]) -> bool:
-    """Adds figures to the last step of a run's record; returns whether they are of that step."""
+    """Adds metrics to the last step of a run's record; returns False if they are not of that step."""
     path = run_dir / METRICS_FILE
     steps = read_steps(path)
     if batch is None or not steps or batch != steps[-1][STEP]:

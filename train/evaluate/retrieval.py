@@ -1,9 +1,8 @@
-"""Key-value retrieval at depth x length: does the model find a value anywhere in its context?
+"""Key-value retrieval by depth and length: can the model find a value anywhere in its context?
 
-The prompt is a JSON object of random keys and values and asks for the value of one key, as in Liu et al.
-2023 ("Lost in the Middle", section 3); the pair that is asked for stands at a chosen depth. Greedy text is
-right if it is the value, which one forward pass tells: each of its tokens must be the likeliest after the
-true ones before it.
+The prompt is a JSON object of random keys and values and asks for the value of one key, as in Liu et al. 2023
+("Lost in the Middle", section 3); the requested pair is at a given depth. Greedy decoding must produce the
+value, which one forward pass shows: each of its tokens must be the most likely after the true previous ones.
 """
 
 import dataclasses
@@ -21,17 +20,17 @@ HEX_DIGITS = 8
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalCell:
-    """One length and depth."""
+    """The result for one length and depth."""
 
     length_tokens: int
-    """Prompt and answer, at most."""
+    """Maximum length of prompt and answer."""
     depth: float
-    """Place of the pair: 0 is the beginning, 1 the end."""
+    """Position of the pair: 0 is the beginning, 1 the end."""
     pairs: int
-    """Pairs of the first prompt."""
+    """Number of pairs in the first prompt."""
     accuracy: float
     token_loss: float
-    """Mean cross entropy of the value's tokens, in nats; tells of progress while no value is whole."""
+    """Mean cross entropy of the value's tokens, in nats; shows progress before any value is fully right."""
 
 
 def retrieval(
@@ -43,16 +42,16 @@ def retrieval(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[RetrievalCell]:
-    """Measures every length and depth.
+    """Measures every combination of length and depth.
 
     Args:
         scorer: the decoder.
         encode: text to token ids.
-        lengths: of prompt and answer in tokens.
-        depths: places in [0, 1].
+        lengths: lengths of prompt and answer in tokens.
+        depths: positions in [0, 1].
         trials: prompts per cell.
-        seed: of keys and values; the same prompts for every model with this tokenizer.
-        progress: told the cells that are done, and of how many.
+        seed: seed of keys and values; the same prompts for every model with this tokenizer.
+        progress: called with the number of finished cells and their total.
 
     Raises:
         UserError: if a length exceeds the model's, or is too short for two pairs.
@@ -78,13 +77,13 @@ def retrieval(
 def make_prompt(
     encode: Encode, length: int, depth: float, draw: random.Random
 ) -> tuple[list[int], list[int], int]:
-    """Token ids of a prompt and of its answer, and the number of pairs; the longest that fits.
+    """Makes the longest prompt that fits; returns its token ids, the answer's, and the number of pairs.
 
     Raises:
         UserError: if two pairs do not fit.
     """
     pairs: list[tuple[str, str]] = []
-    # A pair costs about as many tokens as the first; grow to what fits, then take away what does not.
+    # All pairs have about as many tokens as the first: make enough, then remove the surplus.
     cost = max(1, len(encode(_pair(*_draw_pair(draw)))))
     pairs = [_draw_pair(draw) for _ in range(max(2, length // cost + 1))]
     while True:
@@ -95,7 +94,7 @@ def make_prompt(
         surplus = len(ids) + len(answer) - length
         pairs = pairs[: len(pairs) - max(1, surplus // (2 * cost))]
         if len(pairs) < 2:
-            raise UserError(f"{length} tokens do not hold two pairs", key="--lengths", remedy="raise it")
+            raise UserError(f"two pairs do not fit in {length} tokens", key="--lengths", remedy="raise it")
 
 
 def _draw_pair(draw: random.Random) -> tuple[str, str]:
@@ -112,7 +111,7 @@ def _prompt(pairs: Sequence[tuple[str, str]], asked: int) -> str:
 
 
 def _answer(scorer: Scorer, ids: list[int], answer: list[int]) -> tuple[bool, float]:
-    """Whether greedy text would be the answer, and the answer's loss per token."""
+    """Returns whether greedy decoding would give the answer, and the answer's loss per token."""
     logits_SV = scorer.logits(torch.tensor([ids + answer]))[0, len(ids) - 1 : -1]
     wanted = torch.tensor(answer, device=logits_SV.device)
     loss = torch.nn.functional.cross_entropy(logits_SV, wanted)

@@ -1,7 +1,7 @@
-"""Puts the questions of a suite to a decoder, every rank its share, each question once.
+"""Evaluation of a suite on a decoder; each rank takes a share of the questions, each question runs once.
 
-The same code runs in the training loop, under any layout, and on checkpoints. Accuracy is LLM Foundry's
-metric; beside it each question's log-likelihoods are kept, to be compared and looked into.
+The same code runs in the training loop, in any layout, and on checkpoints. Accuracy is LLM Foundry's metric;
+each question's log-likelihoods are kept as well, for comparison and inspection.
 
 Shapes: B sequences, S tokens, V vocabulary.
 """
@@ -26,22 +26,22 @@ IGNORE = -100
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """One question and what the model made of it."""
+    """The model's answer to one question."""
 
     task: str
     category: str
     index: int
-    """Place in the file, or in its category."""
+    """Index in the file, or in its category."""
     is_correct: bool
     choice: int | None = None
-    """What was chosen, where there was a choice: the likeliest per token."""
+    """Selected option of a multiple-choice question: the most likely per token."""
     gold: int | None = None
     logprobs: list[float] = dataclasses.field(default_factory=list)
     """Log-likelihood of each continuation, in nats, summed over its tokens."""
     tokens: list[int] = dataclasses.field(default_factory=list)
     """Length of each continuation."""
     text: str = ""
-    """What was generated."""
+    """The generated text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TaskResult:
     """Accuracy of a task."""
 
     accuracy: float
-    """Mean over the categories of its file, where it is split; else over questions."""
+    """Mean over the file's categories if it is split by them; else over questions."""
     questions: int
     seconds: float
     categories: dict[str, float]
@@ -57,7 +57,7 @@ class TaskResult:
 
 @dataclasses.dataclass(frozen=True)
 class SuiteResult:
-    """What a suite came to; the same on every rank but for the answers, which rank 0 alone has."""
+    """The results of a suite; the same on every rank, except that only rank 0 has all answers."""
 
     results: dict[str, TaskResult]
     scores: Scores
@@ -79,16 +79,16 @@ def run_suite(
 
     Args:
         scorer: the decoder.
-        suite: the tasks and how they count.
-        names: those that are evaluated.
-        data: folder of their files.
-        tokenizer: in Hugging Face's form.
-        sequences: sequences of one forward pass; at least one question's are taken together.
+        suite: the tasks and their weighting.
+        names: the tasks to evaluate.
+        data: folder of the task files.
+        tokenizer: a Hugging Face tokenizer.
+        sequences: sequences per forward pass; a question's sequences are never split.
         most: questions per task, or per category of its file; None: all.
-        progress: told the task, the batches that are done, and of how many.
+        progress: called with the task, the number of finished batches and their total.
 
     Raises:
-        UserError: for a file that is not what the suite says.
+        UserError: for a task file of the wrong kind.
     """
     results: dict[str, TaskResult] = {}
     answers: list[Answered] = []
@@ -97,7 +97,9 @@ def run_suite(
             begun = time.perf_counter()
             task, accuracies, questions = suite.tasks[name], {}, 0
             for part in open_tasks(name, task, data, tokenizer, scorer.limit, scratch, most):
-                accuracies[part.category], answered = _ask(scorer, name, task, part, sequences, progress)
+                accuracies[part.category], answered = _run_questions(
+                    scorer, name, task, part, sequences, progress
+                )
                 answers += answered
                 questions += len(part.examples)
             mean = sum(accuracies.values()) / len(accuracies)
@@ -107,7 +109,7 @@ def run_suite(
     return SuiteResult(results, scores, _gather(answers, scorer))
 
 
-def _ask(
+def _run_questions(
     scorer: Scorer,
     name: str,
     task: Task,
@@ -115,7 +117,7 @@ def _ask(
     sequences: int,
     progress: Callable[[str, int, int], None],
 ) -> tuple[float, list[Answered]]:
-    """Accuracy over all ranks, and this rank's answers."""
+    """Runs a task's questions; returns the accuracy over all ranks and this rank's answers."""
     metric = _metric(task.kind).to(scorer.device)
     rank, ranks = scorer.topology.rank, scorer.topology.world_size
     choices = part.examples[0].get("continuation_indices")
@@ -130,7 +132,7 @@ def _ask(
     for start in range(0, share, size):
         mine = [rank + ranks * i for i in range(start, min(start + size, share))]
         real = [i for i in mine if i < len(part.examples)]
-        # A rank whose questions have run out computes one with the others and counts nothing.
+        # A rank with no questions left still joins the forward pass, with a question that does not count.
         batch = _trim(part.dataset.collate_fn([part.examples[i] for i in real or [0]]), task.kind)
         if task.kind is TaskKind.generation:
             outcomes = _generate(scorer, batch, part.dataset, task, metric if real else None)
@@ -152,9 +154,9 @@ def _metric(kind: TaskKind) -> Any:
 
 
 def _trim(batch: dict[str, Any], kind: TaskKind) -> dict[str, Any]:
-    """Takes away the columns in which all sequences have padding: LLM Foundry pads to the limit.
+    """Removes columns in which all sequences are padding: LLM Foundry pads to the limit.
 
-    Padding is left of a prompt that is to be continued, and else right of the answer.
+    Prompts to be continued are left-padded, everything else right-padded.
     """
     length = max(1, int(batch["attention_mask"].sum(dim=1).max()))
     kept = slice(-length, None) if kind is TaskKind.generation else slice(0, length)
@@ -166,11 +168,11 @@ def _trim(batch: dict[str, Any], kind: TaskKind) -> dict[str, Any]:
 
 
 def _choose(scorer: Scorer, batch: dict[str, Any], metric: Any) -> list[dict[str, Any]]:
-    """One forward pass over continuations, and what the metric makes of it."""
+    """Scores continuations in one forward pass with the metric."""
     logits_BSV = scorer.logits(batch["input_ids"])
     if metric is None:
         return []
-    # The metric reads the prediction of a token where the token before it stands, and its label there.
+    # The metric expects a token's prediction and label at the previous token's position.
     labels_BS = batch["labels"].roll(-1, dims=1).to(scorer.device)
     labels_BS[:, -1] = IGNORE
     spans = [span.to(scorer.device) for span in batch["continuation_indices"]]
@@ -193,7 +195,7 @@ def _choose(scorer: Scorer, batch: dict[str, Any], metric: Any) -> list[dict[str
 
 
 def _log_likelihood(logits_SV: Tensor, labels_S: Tensor, span: Tensor) -> float:
-    """Log-likelihood of a continuation in nats."""
+    """Returns the log-likelihood of a continuation in nats."""
     logprobs = torch.log_softmax(logits_SV[span - 1], dim=-1)
     return float(logprobs.gather(1, labels_S[span - 1][:, None]).sum())
 
@@ -201,7 +203,7 @@ def _log_likelihood(logits_SV: Tensor, labels_S: Tensor, span: Tensor) -> float:
 def _generate(
     scorer: Scorer, batch: dict[str, Any], dataset: Any, task: Task, metric: Any
 ) -> list[dict[str, Any]]:
-    """Greedy answers, and what the metric makes of them."""
+    """Generates greedy answers and scores them with the metric."""
     prompts = [
         ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
@@ -217,7 +219,7 @@ def _generate(
     if metric is None:
         return []
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-    # The metric splits by regular expressions; these are texts.
+    # The metric splits by regular expressions, but our stops are plain text.
     quoted = batch | {"stopping_criteria": [re.escape(stop) for stop in stops] or None}
     outcome = metric.update(quoted, texts, batch["labels"])
     return [
@@ -227,7 +229,7 @@ def _generate(
 
 
 def _gather(answers: list[Answered], scorer: Scorer) -> list[Answered]:
-    """All ranks' answers in the order of tasks and files, on rank 0; elsewhere this rank's."""
+    """Gathers all ranks' answers on rank 0, in the order of tasks and files; other ranks keep their own."""
     if scorer.topology.world_size == 1:
         return answers
     gathered: list[Any] | None = [None] * scorer.topology.world_size if scorer.topology.is_main else None

@@ -1,6 +1,6 @@
-"""What evaluation asks of a decoder: logits of token ids, and greedy text; sharded or whole.
+"""Logits, losses and greedy decoding for evaluation, on a decoder that is sharded or whole.
 
-Every rank calls these equally often: a sharded model gathers its weights in each forward pass.
+All methods are collective: a sharded model gathers its weights in each forward pass.
 
 Shapes: B sequences, S tokens, V vocabulary.
 """
@@ -20,13 +20,13 @@ from train.recipe.topology import Topology
 
 
 class Scorer:
-    """A decoder in evaluation.
+    """A decoder for evaluation.
 
     Args:
         decoder: on its device, whole or sharded.
-        precision: of matrix products.
+        precision: precision of matrix products.
         topology: this rank.
-        limit: longest sequence that is fed, in tokens.
+        limit: maximum sequence length in tokens.
     """
 
     def __init__(self, decoder: Decoder, precision: Precision, topology: Topology, limit: int) -> None:
@@ -39,7 +39,7 @@ class Scorer:
 
     @torch.no_grad()
     def logits(self, ids_BS: Tensor) -> Tensor:
-        """Logits [B, S, V] in fp32; what follows a token does not change its logits."""
+        """Returns logits [B, S, V] in fp32; those of a token do not depend on later tokens."""
         with self._cast():
             logits_BSV = self.decoder(ids_BS.to(self.device)).logits_BSV
         assert logits_BSV is not None
@@ -47,7 +47,7 @@ class Scorer:
 
     @torch.no_grad()
     def loss(self, ids_BS: Tensor, documents_BS: Tensor | None, targets_BS: Tensor) -> tuple[float, int]:
-        """Sum of the cross entropy over all targets, in nats, and their number."""
+        """Returns the sum of the cross entropy over all targets, in nats, and their number."""
         documents_BS = None if documents_BS is None else documents_BS.to(self.device)
         with self._cast():
             outputs = self.decoder(ids_BS.to(self.device), documents_BS, targets_BS.to(self.device))
@@ -57,12 +57,12 @@ class Scorer:
     def continue_greedily(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, is_done: Callable[[list[int]], bool]
     ) -> list[list[int]]:
-        """The likeliest next tokens, one at a time, until all answers of all ranks are done.
+        """Continues prompts by greedy decoding until all answers of all ranks are done.
 
         Args:
             prompts: token ids, none of them empty.
-            max_tokens: most tokens of an answer.
-            is_done: whether an answer needs no more tokens.
+            max_tokens: maximum tokens per answer.
+            is_done: returns True if an answer needs no more tokens.
         """
         answers: list[list[int]] = [[] for _ in prompts]
         cached = CachedDecoder(self.decoder) if self.topology.world_size == 1 else None
@@ -82,9 +82,7 @@ class Scorer:
         return answers
 
     def _next(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The likeliest token after each row, everything computed anew: keys and values of a sharded
-        model are not kept.
-        """
+        """Returns the most likely token after each row, without a key-value cache: the model is sharded."""
         lengths = [len(row) for row in rows]
         ids_BS = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
         for number, row in enumerate(rows):

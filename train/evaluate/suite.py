@@ -1,8 +1,8 @@
-"""A suite of in-context-learning tasks and its score, Mosaic's Gauntlet above all. Needs no torch.
+"""Suites of in-context learning tasks, such as Mosaic's Gauntlet, and their scores. Needs no torch.
 
-A task's accuracy is rescaled so that guessing gives 0 and perfection 1; tasks weigh the same within their
-category, and categories within the average (LLM Foundry's Gauntlet with EQUAL weighting). A category that
-lacks a task has no score: LLM Foundry leaves such a category out and averages the rest.
+A task's accuracy is rescaled so that guessing gives 0 and perfection 1. Tasks have equal weight in their
+category, and categories in the average (LLM Foundry's Gauntlet with EQUAL weighting). An incomplete category
+has no score, and neither has the average; LLM Foundry drops such a category and averages the rest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from train.recipe.schema import Recipe
 
 
 class TaskKind(str, Enum):
-    """What a task asks for."""
+    """The kind of a task."""
 
     multiple_choice = "multiple_choice"
     schema = "schema"
@@ -32,34 +32,35 @@ class Task:
     """One benchmark."""
 
     category: str = MISSING
-    """Category that it counts for; empty: none, the task is only reported."""
+    """Category to which the task counts; empty: none, the task is only reported."""
     kind: TaskKind = MISSING
-    """`multiple_choice`: the likeliest per token of several continuations; `schema`: of several contexts;
-    `language_modeling`: the continuation is what greedy decoding gives; `generation`: greedy text begins
-    with an answer."""
+    """`multiple_choice`: the most likely per token of several continuations; `schema`: of several contexts;
+    `language_modeling`: greedy decoding gives the continuation; `generation`: greedy text begins with an
+    answer."""
     file: str = MISSING
-    """JSON lines below the data's folder, in LLM Foundry's form."""
+    """JSON lines below the data folder, in LLM Foundry's format."""
     shots: int = MISSING
     """Examples with answers before each question, drawn from the same file."""
     baseline: float = MISSING
     """Accuracy of guessing."""
     continuation_delimiter: str = " "
-    """Between question and answer."""
+    """Text between question and answer."""
     prelimiter: str = ""
-    """Before each question."""
+    """Text before each question."""
     cot_delimiter: str = ""
-    """Between reasoning and answer, in answers that have both."""
+    """Text between reasoning and answer, in answers that have both."""
     stop: list[str] = field(default_factory=list)
     """Texts that end a generated answer."""
     normalize: bool = True
     """Compare generated answers in lower case, without articles and punctuation."""
     by_category: bool = False
-    """The file's `category` splits it; shots come from the same one, and they weigh the same."""
+    """Split the file by its `category`: shots come from the same category, and categories have equal
+    weight."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks under one name."""
+    """A named set of tasks."""
 
     name: str = MISSING
     tasks: dict[str, Task] = field(default_factory=dict)
@@ -76,16 +77,16 @@ class Suite:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a suite came to."""
+    """The scores of a suite."""
 
     tasks: dict[str, float]
     """Rescaled accuracy of each task."""
     categories: dict[str, float]
-    """Mean of each category that is whole."""
+    """Mean of each complete category."""
     average: float | None
-    """Mean of all categories; None if one of them is not whole."""
+    """Mean of all categories; None if one is incomplete."""
     missing: dict[str, list[str]]
-    """Tasks that a category lacks."""
+    """Missing tasks by category."""
 
 
 def load_suite(path: Path) -> Suite:
@@ -121,7 +122,7 @@ def load_suite(path: Path) -> Suite:
 
 
 def select(suite: Suite, names: Sequence[str]) -> list[str]:
-    """Names of the chosen tasks, in the suite's order; all, where none is named.
+    """Returns the names of the selected tasks, in the suite's order; all, if none is named.
 
     Raises:
         UserError: for a name that the suite does not have.
@@ -135,12 +136,12 @@ def select(suite: Suite, names: Sequence[str]) -> list[str]:
 
 
 def missing_files(suite: Suite, names: Sequence[str], data: Path) -> list[str]:
-    """The tasks whose file is not in the data's folder."""
+    """Returns the tasks whose file is not in the data folder."""
     return [name for name in names if not (data / suite.tasks[name].file).is_file()]
 
 
 def require_files(suite: Suite, names: Sequence[str], data: Path) -> None:
-    """Raises for tasks without a file, before any model is built.
+    """Raises if files of tasks are missing; called before any model is built.
 
     Raises:
         UserError: one line with every such task and its category.
@@ -153,12 +154,12 @@ def require_files(suite: Suite, names: Sequence[str], data: Path) -> None:
         raise UserError(
             f"lacks {listed}",
             key=str(data),
-            remedy="add them, or choose tasks by name: a category that lacks one has no score",
+            remedy="add them, or select tasks by name: an incomplete category has no score",
         )
 
 
 def check_suite(recipe: Recipe, file: str) -> None:
-    """Raises where the suite that a recipe evaluates cannot be, or lacks a file.
+    """Raises if a recipe's suite is invalid or lacks a file.
 
     Raises:
         UserError: one line that names file, key and remedy.
@@ -166,7 +167,7 @@ def check_suite(recipe: Recipe, file: str) -> None:
     evaluation = recipe.evaluation
     if evaluation.suite is None:
         return
-    assert evaluation.suite_data is not None, "validate() was to be called first"
+    assert evaluation.suite_data is not None, "validate() must be called first"
     suite = load_suite(Path(evaluation.suite))
     try:
         require_files(suite, select(suite, evaluation.suite_tasks), Path(evaluation.suite_data))
@@ -177,11 +178,11 @@ def check_suite(recipe: Recipe, file: str) -> None:
 
 
 def score(suite: Suite, accuracies: Mapping[str, float]) -> Scores:
-    """Scores of tasks, categories and the whole.
+    """Computes the scores of tasks, categories and the suite.
 
     Args:
-        suite: what was asked for.
-        accuracies: share of right answers by task.
+        suite: the tasks.
+        accuracies: accuracy by task.
     """
     tasks = {
         name: (accuracies[name] - task.baseline) / (1 - task.baseline)
@@ -203,7 +204,7 @@ def score(suite: Suite, accuracies: Mapping[str, float]) -> Scores:
 
 
 def as_dict(scores: Scores) -> dict[str, Any]:
-    """Scores as plain values."""
+    """Converts scores to plain values."""
     return {
         "tasks": scores.tasks,
         "categories": scores.categories,

@@ -1,4 +1,4 @@
-"""Tasks of a suite as LLM Foundry's in-context-learning datasets, tokenised with the run's tokenizer."""
+"""Tasks of a suite as LLM Foundry's in-context learning datasets, tokenised with the run's tokenizer."""
 
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from train.recipe.errors import UserError
 from train.recipe.topology import Topology
 
 FOUNDRY_TYPES = {TaskKind.generation: "generation_task_with_answers"}
-"""LLM Foundry's names of its task types, where they are not ours."""
+"""LLM Foundry's names of task types that differ from ours."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Questions:
     """Questions that share their shots: a task, or one category of its file."""
 
     category: str
-    """Empty where the file is not split."""
+    """Empty if the file is not split."""
     dataset: Any
     """LLM Foundry's InContextLearningDataset."""
     examples: list[dict[str, Any]]
@@ -31,7 +31,7 @@ class Questions:
 
 
 def hugging_face_tokenizer(handle: TokenizerHandle) -> Any:
-    """A run's tokenizer as LLM Foundry's datasets want it."""
+    """Converts a run's tokenizer to the Hugging Face tokenizer that LLM Foundry's datasets need."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
@@ -41,9 +41,9 @@ def hugging_face_tokenizer(handle: TokenizerHandle) -> Any:
 
 @contextmanager
 def scratch_folder(topology: Topology) -> Iterator[Path]:
-    """A folder that every rank names alike, for the copies that LLM Foundry makes; gone afterwards.
+    """Creates a temporary folder with the same name on every rank, for LLM Foundry's copies of task files.
 
-    Its local rank 0 writes them there on each node, and the others wait for them.
+    On each node, LLM Foundry's local rank 0 writes the copies, and the other ranks wait for them.
     """
     with tempfile.TemporaryDirectory(prefix="evaluation-") as own:
         name: list[Any] = [own]
@@ -63,17 +63,17 @@ def open_tasks(
     """Tokenises the questions of a task.
 
     Args:
-        name: of the task.
+        name: name of the task.
         task: its settings.
         data: folder of the task files.
-        tokenizer: in Hugging Face's form, with a padding token.
-        limit: longest sequence in tokens; longer contexts lose their beginning.
+        tokenizer: a Hugging Face tokenizer with a padding token.
+        limit: maximum sequence length in tokens; longer contexts are cut at their beginning.
         scratch: see :func:`scratch_folder`.
-        most: questions of each category that are taken, from the first; None: all. Shots are drawn from
-            the whole file in either case, so that these are questions of the full task.
+        most: number of questions per category, from the first; None: all. Shots are drawn from the whole file
+            in either case, so the questions are the same as in the full task.
 
     Raises:
-        UserError: if the file is not one of this kind of task.
+        UserError: if the file is not of this kind of task.
     """
     from llmfoundry.eval.datasets.in_context_learning_evaluation import get_icl_task_dataloader
 
@@ -108,13 +108,13 @@ def open_tasks(
         raise UserError(
             f"cannot be read as {task.kind.value}: {type(error).__name__}: {error}",
             key=name,
-            remedy="see docs/evaluation.md for the form of a task file",
+            remedy="see docs/evaluation.md for the format of a task file",
             file=str(data / task.file),
         ) from error
 
 
 def _prepare(dataset: Any, shots: int, most: int | None) -> list[dict[str, Any]]:
-    """What the dataset's own preparation gives, for the first questions alone and without its files."""
+    """Prepares the first questions as the dataset itself does, but without writing files."""
     count = len(dataset) if most is None else min(most, len(dataset))
     return [
         dataset._prep_example(dataset.dataset[i], i, shots, dataset.prompt_string, dataset.fewshot_rng)
@@ -124,7 +124,7 @@ def _prepare(dataset: Any, shots: int, most: int | None) -> list[dict[str, Any]]
 
 @contextmanager
 def _datasets_cache(folder: Path) -> Iterator[None]:
-    """Has the datasets library keep its copies here, and be quiet."""
+    """Makes the datasets library use this cache folder, without progress bars."""
     import datasets
 
     before = datasets.config.HF_DATASETS_CACHE

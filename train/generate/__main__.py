@@ -1,7 +1,7 @@
-"""Continues text: `python -m train.generate runs/NAME "Once upon a time"`.
+"""Text generation: `python -m train.generate runs/NAME "Once upon a time"`.
 
-Several prompts are answered as one batch; one prompt is answered as it is written. Takes a run, a
-checkpoint, an imported folder, or a folder in Hugging Face's form.
+Several prompts form one batch; the answer to a single prompt is streamed. Takes a run, a checkpoint, an
+imported folder or a Hugging Face folder.
 """
 
 import sys
@@ -25,42 +25,46 @@ logger = log.get_logger("train.generate")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
+    """Adds the command's arguments."""
     parser.add_argument(
         "source", type=Path, help="runs/NAME, a checkpoint, an imported or a Hugging Face folder"
     )
     parser.add_argument(
-        "prompt", nargs="*", help="text to continue; several are one batch; - reads standard input"
+        "prompt", nargs="*", help="text to continue; several form one batch; - reads standard input"
     )
-    parser.add_argument("--checkpoint", help="of a run: batch-..., instead of the newest whole one")
-    parser.add_argument("--file", type=Path, help="further prompts, one per line")
+    parser.add_argument(
+        "--checkpoint", help="a run's checkpoint, batch-... (default: the newest complete one)"
+    )
+    parser.add_argument("--file", type=Path, help="file of further prompts, one per line")
     parser.add_argument("--max-tokens", type=_at_least(int, 1), default=128, help="default: 128")
     parser.add_argument(
         "--temperature",
         type=_at_least(float, 0),
         default=0.8,
-        help="0 takes the likeliest token (default: 0.8)",
+        help="0: greedy decoding (default: 0.8)",
     )
-    parser.add_argument("--top-k", type=_at_least(int, 1), help="only the K likeliest tokens")
-    parser.add_argument("--top-p", type=_share, help="only the likeliest tokens that reach this probability")
-    parser.add_argument("--min-p", type=_share, help="only tokens this share as likely as the likeliest")
+    parser.add_argument("--top-k", type=_at_least(int, 1), help="sample from the K most likely tokens")
+    parser.add_argument(
+        "--top-p", type=_share, help="sample from the most likely tokens that together reach this probability"
+    )
+    parser.add_argument(
+        "--min-p", type=_share, help="sample from tokens at least this fraction as likely as the most likely"
+    )
     parser.add_argument(
         "--repetition-penalty", type=_at_least(float, 1), default=1.0, help="default: 1, none"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (default: 0)")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable"
+        "--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer; repeatable"
     )
     parser.add_argument(
-        "--chat", action="store_true", help="put each prompt in ChatML, as DBRX Instruct expects"
+        "--chat", action="store_true", help="wrap each prompt in ChatML, as DBRX Instruct expects"
     )
     parser.add_argument("--system", help="with --chat: the system message")
     parser.add_argument(
-        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights (default: fp32)"
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="data type of the weights (default: fp32)"
     )
-    parser.add_argument(
-        "--device", help="cpu or cuda (default: cuda where there is one; not yet run on a GPU)"
-    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available; not yet run on a GPU)")
     parser.add_argument("--no-cache", action="store_true", help="recompute keys and values for each token")
 
 
@@ -68,7 +72,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     "python -m train.generate",
     "Continues text with a trained model.",
     add_arguments,
-    json="write prompts and answers as JSON too",
+    json="also write prompts and answers as JSON",
     name="generate",
     mistakes=(OSError, ValueError),
     intermixed=True,
@@ -89,10 +93,10 @@ def main(options: Namespace) -> Figures:
 
 
 def prompts_of(options: Namespace) -> list[str]:
-    """The prompts of the command line, of a file with one per line, or of standard input as a whole.
+    """Returns the prompts of the command line and of a file (one per line), or standard input as one prompt.
 
     Raises:
-        UserError: if there is none, or a system message without a chat.
+        UserError: if there is none, or if a system message is given without --chat.
     """
     if options.system and not options.chat:
         raise UserError("--system needs --chat")
@@ -102,7 +106,7 @@ def prompts_of(options: Namespace) -> list[str]:
     if prompts == ["-"]:
         prompts = [sys.stdin.read()]
     if not prompts:
-        raise UserError("no prompt; give one, or --file, or - for standard input")
+        raise UserError("no prompt; give one, or use --file, or - for standard input")
     if not options.chat:
         return prompts
     system = [Message("system", options.system)] if options.system else []
@@ -110,7 +114,7 @@ def prompts_of(options: Namespace) -> list[str]:
 
 
 def load(options: Namespace) -> "tuple[Decoder, Text]":
-    """The decoder on its device with its weights, and its tokenizer."""
+    """Loads the decoder and its tokenizer."""
     import torch
 
     from train.generate.generation import text_of
@@ -124,7 +128,7 @@ def load(options: Namespace) -> "tuple[Decoder, Text]":
 def write_answers(
     decoder: "Decoder", text: "Text", prompts: Sequence[str], options: Namespace
 ) -> "tuple[list[Answer], float]":
-    """Prints the answers, a single one as it grows, and returns them with the seconds they took."""
+    """Prints the answers, streaming a single one, and returns them with the seconds they took."""
     from train.generate.generation import generate
     from train.generate.sampling import Sampling
 

@@ -1,4 +1,4 @@
-"""ChatML, the form of a conversation that DBRX Instruct was trained on."""
+"""ChatML, the conversation format that DBRX Instruct was trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class Message:
 
 
 def chatml(messages: Sequence[Message]) -> str:
-    """The conversation as text, up to where the assistant's next answer begins.
+    """Formats a conversation as text, up to the start of the assistant's next answer.
 
     Raises:
-        UserError: for a role that does not exist, or a turn that forges the marks of others.
+        UserError: for an unknown role, or a message that contains ChatML's special tokens.
     """
     for message in messages:
         if message.role not in ROLES:

@@ -1,4 +1,4 @@
-"""Text from a decoder: prompts in, pieces of text out, as they come.
+"""Text generation with a decoder: prompts in, streamed text out.
 
 Shapes: B prompts, S tokens.
 """
@@ -23,16 +23,16 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Text(Protocol):
-    """Text to ids and back."""
+    """A tokenizer: text to ids and back."""
 
     end_ids: frozenset[int]
     """Tokens that end a text."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+        """Encodes a text."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
+        """Decodes ids, without special tokens."""
 
 
 class OwnText:
@@ -44,16 +44,16 @@ class OwnText:
         self._special = frozenset(handle.special_ids.values())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, in which nothing is special."""
+        """Encodes a text; never as special tokens."""
         return [int(i) for i in self._handle.encode_documents([text])[0]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
+        """Decodes ids, without special tokens."""
         return self._handle.decode(i for i in ids if i not in self._special)
 
 
 class HuggingFaceText:
-    """The tokenizer of a Hugging Face folder; its own code, if it has any, is not run."""
+    """The tokenizer of a Hugging Face folder; custom code is not run."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
@@ -64,26 +64,26 @@ class HuggingFaceText:
         self.end_ids = frozenset(i for i in ids if i is not None and i != self._tokenizer.unk_token_id)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; marks such as ChatML's are single tokens where the tokenizer has them."""
+        """Encodes a text; special tokens such as ChatML's are single tokens if the tokenizer has them."""
         return [int(i) for i in self._tokenizer(text)["input_ids"]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
+        """Decodes ids, without special tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def text_of(source: WeightSource) -> Text:
-    """The tokenizer that belongs to weights.
+    """Returns the tokenizer of a source of weights.
 
     Raises:
-        UserError: if none came with them.
+        UserError: if it has none.
     """
     if source.recipe is not None:
         return OwnText(open_tokenizer(source.recipe.tokenizer, Path(source.recipe.data.shards)))
     for folder in (source.path / SOURCE_FOLDER, source.path):
         if (folder / TOKENIZER_FILE).is_file():
             return HuggingFaceText(folder)
-    raise UserError(f"{source.path}: came without {TOKENIZER_FILE}")
+    raise UserError(f"{source.path}: has no {TOKENIZER_FILE}")
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     ending: str = ""
-    """`end of text`, `stop`, `length`; empty while it goes on."""
+    """`end of text`, `stop` or `length`; empty while it is still growing."""
 
 
 def generate(
@@ -107,20 +107,20 @@ def generate(
     stop: Sequence[str] = (),
     use_cache: bool = True,
 ) -> Iterator[list[Answer]]:
-    """Continues prompts, one token each at a time.
+    """Continues prompts, one token per prompt at a time.
 
     Args:
         decoder: whole on one device.
         text: its tokenizer.
-        prompts: none of them empty of tokens.
-        sampling: how tokens are drawn.
-        max_tokens: most tokens of each answer.
+        prompts: each of at least one token.
+        sampling: the sampling settings.
+        max_tokens: maximum tokens per answer.
         stop: texts that end an answer and are not part of it.
         use_cache: False recomputes everything for each token.
 
     Yields:
-        All answers after each token; the same objects every time. Text grows by whole characters and is
-        final up to the point where a stop text might have begun.
+        All answers after each token, as the same objects every time. Text grows by whole characters and
+        excludes any partial match of a stop text.
 
     Raises:
         UserError: if prompt and answer do not fit the model's sequence length.
@@ -163,14 +163,14 @@ def _extend(answer: Answer, token: int, text: Text, stop: Sequence[str]) -> None
         answer.text = text.decode(answer.ids)
         return
     answer.ids.append(token)
-    said = text.decode(answer.ids)
+    decoded = text.decode(answer.ids)
     for end in stop:
-        if end in said:
-            answer.ending, answer.text = "stop", said[: said.index(end)]
+        if end in decoded:
+            answer.ending, answer.text = "stop", decoded[: decoded.index(end)]
             return
-    # The last character may still lack bytes, and a stop text may have begun.
-    said = said.rstrip(REPLACEMENT)
-    held = max((k for end in stop for k in range(1, len(end)) if said.endswith(end[:k])), default=0)
-    said = said[: len(said) - held]
-    if said.startswith(answer.text):
-        answer.text = said
+    # The last character may be incomplete, and a stop text may have begun.
+    decoded = decoded.rstrip(REPLACEMENT)
+    held = max((k for end in stop for k in range(1, len(end)) if decoded.endswith(end[:k])), default=0)
+    decoded = decoded[: len(decoded) - held]
+    if decoded.startswith(answer.text):
+        answer.text = decoded

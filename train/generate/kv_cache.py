@@ -1,7 +1,7 @@
-"""The decoder with a key-value cache: each position's keys and values are computed once.
+"""Decoding with a key-value cache: each position's keys and values are computed once.
 
-Prompts of unequal length stand flush right. What is to their left is hidden from them, and positions
-count from the left edge of the batch, which relative positions (RoPE, ALiBi) do not notice.
+Prompts of unequal length are left-padded, and the padding is masked. Positions count from the left edge of
+the batch, which makes no difference to relative positions (RoPE, ALiBi).
 
 Shapes: B sequences, S new positions, P past positions, V vocabulary.
 """
@@ -16,11 +16,11 @@ from train.model.attention import AttentionPlan, KeyValue, plan_attention
 from train.model.decoder import Block, Decoder
 
 PADDING = -1
-"""Marks a place without a token."""
+"""Marks a padded position."""
 
 
 class CachedDecoder:
-    """A batch of sequences in a decoder, fed piece by piece.
+    """A decoder with a batch of sequences, fed in pieces.
 
     Args:
         decoder: whole on one device.
@@ -36,10 +36,10 @@ class CachedDecoder:
 
     @torch.no_grad()
     def feed(self, new_BS: Tensor) -> Tensor:
-        """Logits [B, V] of the token after the new ones.
+        """Returns the logits [B, V] of the token after the new ones.
 
         Args:
-            new_BS: tokens that follow those fed before; PADDING only on the left of the first piece.
+            new_BS: tokens that continue those fed before; PADDING only on the left of the first piece.
         """
         assert self.tokens_BN is None or (new_BS != PADDING).all()
         self.tokens_BN = new_BS if self.tokens_BN is None else torch.cat([self.tokens_BN, new_BS], dim=1)
@@ -75,7 +75,7 @@ class CachedDecoder:
 def hide_padding(
     plan: AttentionPlan, padding_B: Tensor, past_length: int, length: int, dtype: torch.dtype
 ) -> AttentionPlan:
-    """A plan in which no position sees padding, but padding itself: a row of nothing would be NaN."""
+    """Masks padding for all positions except padding itself, as a fully masked row would be NaN."""
     if not padding_B.any():
         return plan
     device = padding_B.device
@@ -92,7 +92,7 @@ def hide_padding(
 
 
 def flush_right(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Prompts as one tensor [B, S], PADDING to the left of the shorter ones."""
+    """Left-pads prompts to one tensor [B, S]."""
     length = max(len(prompt) for prompt in prompts)
     rows = [[PADDING] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     return torch.tensor(rows, device=device)

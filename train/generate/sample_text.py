@@ -1,4 +1,4 @@
-"""What the model writes at the end of a run: a few continuations in `sample.txt`, for a person to read."""
+"""Sample text at the end of a run: a few continuations in `sample.txt`, for a quick look."""
 
 from pathlib import Path
 

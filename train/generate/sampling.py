@@ -1,4 +1,4 @@
-"""The next token from logits: greedy, or drawn from a distribution that was cut and sharpened.
+"""Sampling of the next token from logits: greedy, or from a truncated and sharpened distribution.
 
 Shapes: B sequences, V vocabulary, N tokens so far.
 """
@@ -11,31 +11,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; each step narrows what the one before left, in this order."""
+    """The sampling settings; each step applies to the result of the previous one, in this order."""
 
     repetition_penalty: float = 1.0
     """Logits of tokens that occurred are divided by it if positive, multiplied if negative (Keskar et al.
     2019, section 4.1). 1: none."""
     temperature: float = 0.0
-    """Logits are divided by it. 0: the likeliest token, and nothing below applies."""
+    """Logits are divided by it. 0: greedy decoding, and nothing below applies."""
     top_k: int | None = None
-    """Only the K likeliest tokens (Fan et al. 2018)."""
+    """Only the K most likely tokens (Fan et al. 2018)."""
     top_p: float | None = None
-    """Only the likeliest tokens that together reach this probability (Holtzman et al. 2020)."""
+    """Only the most likely tokens that together reach this probability (Holtzman et al. 2020)."""
     min_p: float | None = None
-    """Only tokens at least this share as likely as the likeliest (Nguyen et al. 2024)."""
+    """Only tokens at least this fraction as likely as the most likely (Nguyen et al. 2024)."""
     seed: int = 0
-    """Of the draws."""
+    """Random seed."""
 
 
 def next_tokens(logits_BV: Tensor, seen_BN: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draws a token for each sequence.
+    """Samples a token for each sequence.
 
     Args:
-        logits_BV: of the next token, any precision.
-        seen_BN: tokens so far, -1 where there is none.
-        sampling: how to draw.
-        generator: source of the draws, on the CPU.
+        logits_BV: logits of the next token, any precision.
+        seen_BN: tokens so far, -1 for padding.
+        sampling: the sampling settings.
+        generator: random generator, on the CPU.
 
     Returns:
         Token ids [B].
@@ -49,14 +49,14 @@ def next_tokens(logits_BV: Tensor, seen_BN: Tensor, sampling: Sampling, generato
 
 
 def narrow(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Logits with -inf for the tokens that top-k, top-p and min-p leave out."""
+    """Sets the logits of tokens that top-k, top-p and min-p exclude to -inf."""
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         least_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
         likelihood_BV = sorted_BV.softmax(dim=-1)
-        # A token stays while those before it have not yet reached the sum; so the first always does.
+        # A token is kept if the more likely ones have not yet reached top_p, so the first always is.
         beyond_BV = likelihood_BV.cumsum(dim=-1) - likelihood_BV >= sampling.top_p
         beyond_BV = torch.zeros_like(beyond_BV).scatter(-1, order_BV, beyond_BV)
         logits_BV = logits_BV.masked_fill(beyond_BV, -torch.inf)
@@ -70,7 +70,7 @@ def narrow(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 def _penalize(logits_BV: Tensor, seen_BN: Tensor, penalty: float) -> Tensor:
     if penalty == 1:
         return logits_BV
-    # One column more than there are tokens takes what was never seen.
+    # An extra column collects the padding.
     occurred_BV = torch.zeros(logits_BV.shape[0], logits_BV.shape[1] + 1, dtype=torch.bool)
     occurred_BV.scatter_(1, seen_BN.cpu() % occurred_BV.shape[1], True)
     occurred_BV = occurred_BV[:, :-1].to(logits_BV.device)

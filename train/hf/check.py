@@ -1,8 +1,8 @@
-"""Our decoder beside what transformers computes from an export.
+"""Parity check of our decoder against transformers on exported weights.
 
-Compares a run, a checkpoint or an imported folder with what `python -m train.hf export` made of it; or a
-small random model of each architecture, which is exported, compared, imported and exported once more. In
-fp32 on the CPU; both must fit in memory.
+Compares a run, a checkpoint or an imported folder with its `python -m train.hf export`; or takes a small
+random model of each architecture, exports it, compares, imports and exports it again. In fp32 on the CPU;
+both models must fit in memory.
 """
 
 import tempfile
@@ -31,7 +31,7 @@ from train.record.log import no_bars
 TOLERANCE = 1e-5
 """Largest difference of a logit, absolute below 1 and relative above."""
 NEW_TOKENS = 16
-"""Tokens that both continue a text with, the likeliest each time."""
+"""Tokens with which both models continue a text greedily."""
 
 _DBRX = Model(
     d_model=64,
@@ -55,28 +55,28 @@ SMALL_MODELS = {
     "OLMoE": replace(_LLAMA, qk_norm=True, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)),
     "MPT": replace(_MPT, tie_embeddings=True),
 }
-"""What each architecture is tried with."""
+"""Models with which each architecture is tested."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """One model, twice."""
+    """The comparison of one model."""
 
     model: str
     architecture: str
     largest_logit: float
     largest_difference: float
-    """Of a logit."""
+    """Between two logits."""
     excess: float
-    """The largest difference as a share of what is allowed for that logit."""
+    """The largest difference relative to the tolerance for that logit."""
     same_tokens: int
-    """How many of the tokens that both continue with are the same, up to the first other one."""
+    """Number of generated tokens that agree before the first that differs."""
     same_bytes: bool | None
-    """Whether import and export gave the files back; None where that was not tried."""
+    """True if import and export reproduced the files; None if not tested."""
 
     @property
     def passed(self) -> bool:
-        """Whether all of it is as it should be."""
+        """True if logits, tokens and files all agree."""
         return self.excess <= 1 and self.same_tokens == NEW_TOKENS and self.same_bytes is not False
 
 
@@ -97,13 +97,13 @@ def compare_all() -> Iterator[Parity]:
 
 
 def compare(source: Path, folder: Path) -> Parity:
-    """Our decoder with the weights of ``source`` beside transformers' with those of ``folder``.
+    """Compares our decoder with the weights of ``source`` to transformers' with those of ``folder``.
 
     Raises:
-        UserError: if either holds no model.
+        UserError: if either contains no model.
     """
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder}: is no export; {CONFIG_FILE} is missing")
+        raise UserError(f"{folder}: is not an export; {CONFIG_FILE} is missing")
     decoder, _ = open_decoder(source, device="cpu")
     return _compare(source.name, decoder, folder)
 
@@ -119,7 +119,7 @@ def _compare(name: str, decoder: Decoder, folder: Path) -> Parity:
     for _ in range(NEW_TOKENS):
         fed_BS = cached.feed(fed_BS).argmax(-1, keepdim=True)
     difference_BSV = (theirs_BSV - ours_BSV).abs()
-    said = theirs.generate(
+    generated = theirs.generate(
         ids_BS[:1],
         attention_mask=torch.ones_like(ids_BS[:1]),
         max_new_tokens=NEW_TOKENS,
@@ -128,7 +128,7 @@ def _compare(name: str, decoder: Decoder, folder: Path) -> Parity:
         pad_token_id=0,
     )
     assert cached.tokens_BN is not None
-    differing = (said != torch.cat([cached.tokens_BN, fed_BS], dim=1)).flatten().nonzero()
+    differing = (generated != torch.cat([cached.tokens_BN, fed_BS], dim=1)).flatten().nonzero()
     return Parity(
         name,
         type(theirs).__name__,
@@ -141,7 +141,7 @@ def _compare(name: str, decoder: Decoder, folder: Path) -> Parity:
 
 
 def _random_decoder(model: Model) -> Decoder:
-    """Weights of a size at which every part of the model matters to the logits."""
+    """Builds a decoder with weights large enough that every part of the model affects the logits."""
     decoder = Decoder(model, device="cpu").eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def _random_decoder(model: Model) -> Decoder:
 
 
 class _DecoderWeights:
-    """A decoder's weights, to be exported as they are."""
+    """A decoder's weights as a source of an export."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._state = decoder.state_dict()
@@ -166,7 +166,7 @@ class _DecoderWeights:
 
 
 def table(rows: list[Parity]) -> str:
-    """One line for each model."""
+    """Formats a Markdown table with one row per model."""
     lines = [
         "| model | transformers' class | largest logit | largest difference | same tokens | same bytes | |",
         "|---|---|---:|---:|---:|---|---|",

@@ -1,4 +1,4 @@
-"""The decoder's tensors in a checkpoint of a run, loaded one at a time, whatever its layout was."""
+"""The decoder's tensors in a run's checkpoint, loaded one at a time from any layout."""
 
 import math
 from pathlib import Path
@@ -12,14 +12,14 @@ from train.hf.safetensors_io import TensorInfo
 from train.recipe.errors import UserError
 
 WRAPPER = "model.decoder."
-"""What begins the decoder's names in a checkpoint of a run."""
+"""Prefix of the decoder's names in a run's checkpoint."""
 
 
 class CheckpointWeights:
-    """Weights of a checkpoint; the tensor that was read last is held for its next rows.
+    """Weights of a checkpoint; the last tensor read stays in memory for its next rows.
 
     Raises:
-        UserError: if the folder holds no decoder, or only parts of a tensor.
+        UserError: if the folder contains no decoder, or only parts of a tensor.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,13 +34,13 @@ class CheckpointWeights:
             if sum(math.prod(chunk.sizes) for chunk in entry.chunks) < math.prod(entry.size):
                 raise UserError(f"{self._folder}: parts of {name} are missing")
         if not self.tensors:
-            raise UserError(f"{folder}: holds no decoder")
+            raise UserError(f"{folder}: contains no decoder")
         self._held: dict[str, Tensor] = {}
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows of a tensor, a view of the whole."""
+        """Reads rows of a tensor, as a view of the whole."""
         if name not in self._held:
-            self._held.clear()  # Before the next one is loaded: never two at a time.
+            self._held.clear()  # Before the next one is loaded: never two in memory.
             self._held[name] = self._load(name)
         return self._held[name][first:last]
 
@@ -48,7 +48,7 @@ class CheckpointWeights:
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
         try:
-            # Only what the dictionary names is read; each rank may do so by itself.
+            # Reads only the tensors named in the dictionary; ranks can do so independently.
             dcp.load({WRAPPER + name: tensor}, checkpoint_id=self._folder, no_dist=True)
         except dcp.CheckpointException as error:
             _, (reason, _) = error.failures.popitem()

@@ -1,7 +1,7 @@
-"""Hugging Face's `config.json` as a recipe's model, and back, one pair of functions per architecture.
+"""Conversion between Hugging Face's `config.json` and a recipe's model, a pair of functions per architecture.
 
-A config that says something our decoder cannot be is refused by name and value; keys that change
-nothing about the function (dropout of zero, caching, versions, remote code) are passed over.
+A config that our decoder cannot express is refused, naming key and value; keys that do not change the
+function (dropout of zero, caching, versions, remote code) are ignored.
 """
 
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from train.recipe.schema import Ffn, Model, Moe, Norm, Position
 Config = Mapping[str, Any]
 
 NEVER_CLIPPED = 1e30
-"""Written for `clip_qkv: null`: DBRX in transformers 4.51 fails without a number."""
+"""Written for `clip_qkv: null`, as DBRX in transformers 4.51 fails without a number."""
 
 
 def dbrx_to_model(config: Config) -> Model:
-    """DBRX: `attn_config` and `ffn_config` hold what concerns attention and experts.
+    """Reads a DBRX config, with `attn_config` for attention and `ffn_config` for experts.
 
-    With a single expert it is a dense model, whatever its router says: one score has a softmax of 1.
+    With a single expert the model is dense regardless of its router: the softmax of one score is 1.
     """
     attn, ffn = dict(config.get("attn_config") or {}), dict(config.get("ffn_config") or {})
     _only(config, resid_pdrop=0, emb_pdrop=0, tie_word_embeddings=False)
@@ -53,7 +53,7 @@ def _dbrx_experts(ffn: Config) -> Moe:
 
 
 def dbrx_from_model(model: Model) -> dict[str, object]:
-    """DBRX; a dense model becomes a single expert."""
+    """Writes a DBRX config; a dense model becomes a single expert."""
     moe = model.moe
     return {
         "d_model": model.d_model,
@@ -86,7 +86,7 @@ def dbrx_from_model(model: Model) -> dict[str, object]:
 
 
 def llama_to_model(config: Config) -> Model:
-    """LLaMA 1 and 2, and what else uses their class without biases and scaled positions."""
+    """Reads a config of LLaMA 1, 2 or any other model of their class without biases and scaled positions."""
     _only(config, mlp_bias=False)
     return _llama_like(
         config, rms_norm_eps=1e-6, rope_theta=10000.0, kv_heads=config.get("num_attention_heads")
@@ -94,12 +94,12 @@ def llama_to_model(config: Config) -> Model:
 
 
 def llama_from_model(model: Model) -> dict[str, object]:
-    """A dense model of LLaMA's kind."""
+    """Writes a LLaMA config for a dense model."""
     return _llama_like_config(model) | {"mlp_bias": False}
 
 
 def mixtral_to_model(config: Config) -> Model:
-    """Mixtral: LLaMA's attention; top-k weights always add up to 1."""
+    """Reads a Mixtral config: LLaMA's attention; top-k weights always add up to 1."""
     _only(config, sliding_window=None)
     return _llama_like(
         config,
@@ -117,7 +117,7 @@ def mixtral_to_model(config: Config) -> Model:
 
 
 def mixtral_from_model(model: Model) -> dict[str, object]:
-    """A mixture-of-experts model with LLaMA's attention."""
+    """Writes a Mixtral config for a mixture of experts with LLaMA's attention."""
     assert model.moe is not None
     return _llama_like_config(model) | {
         "num_local_experts": model.moe.experts,
@@ -130,7 +130,7 @@ def mixtral_from_model(model: Model) -> dict[str, object]:
 
 
 def olmoe_to_model(config: Config) -> Model:
-    """OLMoE: LLaMA's attention with normalised queries and keys."""
+    """Reads an OLMoE config: LLaMA's attention with normalised queries and keys."""
     clip = config.get("clip_qkv")
     model = _llama_like(
         config,
@@ -148,7 +148,7 @@ def olmoe_to_model(config: Config) -> Model:
 
 
 def olmoe_from_model(model: Model) -> dict[str, object]:
-    """A mixture-of-experts model with normalised queries and keys."""
+    """Writes an OLMoE config for a mixture of experts with normalised queries and keys."""
     assert model.moe is not None
     return _llama_like_config(model) | {
         "num_experts": model.moe.experts,
@@ -161,7 +161,7 @@ def olmoe_from_model(model: Model) -> dict[str, object]:
 
 
 def mpt_to_model(config: Config) -> Model:
-    """MPT with ALiBi."""
+    """Reads an MPT config with ALiBi."""
     attn = dict(config.get("attn_config") or {})
     _only(config, no_bias=True, expansion_ratio=4, logit_scale=None, resid_pdrop=0, emb_pdrop=0)
     _only(attn, attn_pdrop=0, qk_ln=False, prefix_lm=False, softmax_scale=None, alibi_bias_max=8)
@@ -187,7 +187,7 @@ def mpt_to_model(config: Config) -> Model:
 
 
 def mpt_from_model(model: Model) -> dict[str, object]:
-    """A dense model of MPT's kind."""
+    """Writes an MPT config for a dense model."""
     return {
         "d_model": model.d_model,
         "n_layers": model.n_layers,
@@ -216,7 +216,7 @@ def mpt_from_model(model: Model) -> dict[str, object]:
 def _llama_like(
     config: Config, *, rms_norm_eps: float, rope_theta: float, kv_heads: int | None, moe: Moe | None = None
 ) -> Model:
-    """What LLaMA and its relatives share; the numbers are their classes' defaults."""
+    """Reads the keys shared by LLaMA and its relatives; the arguments are their classes' defaults."""
     d_model, n_heads = _need(config, "hidden_size"), _need(config, "num_attention_heads")
     _only(config, hidden_act="silu", attention_bias=False, attention_dropout=0, rope_scaling=None)
     _only(config, head_dim=d_model // n_heads)
@@ -258,7 +258,7 @@ def _llama_like_config(model: Model) -> dict[str, object]:
 
 
 def _need(config: Config, key: str) -> int:
-    """A count that has no default worth trusting."""
+    """Returns a required count, which has no reliable default."""
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{key} is {value!r}, not a positive number")
@@ -266,7 +266,7 @@ def _need(config: Config, key: str) -> int:
 
 
 def _only(config: Config, **expressible: object) -> None:
-    """Refuses a key whose value our decoder cannot be; a key that is not there is its default."""
+    """Refuses values that our decoder cannot express; a missing key has its default."""
     for key, value in expressible.items():
         given = config.get(key, value)
         if given != value and given is not None:
@@ -274,5 +274,5 @@ def _only(config: Config, **expressible: object) -> None:
 
 
 def _number(value: float) -> float | int:
-    """Whole numbers as such, as DBRX's own config has them."""
+    """Returns whole numbers as int, as in DBRX's own config."""
     return int(value) if value == int(value) and abs(value) < 2**53 else value

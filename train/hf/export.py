@@ -1,7 +1,7 @@
-"""Writes weights of ours as a Hugging Face folder: files of safetensors, index, config, tokenizer, card.
+"""Export to a Hugging Face folder: safetensors files, index, config, tokenizer, model card.
 
-One file is in memory at a time, whatever the size of the model. An imported folder that nothing has changed
-goes back into the files that it came in, byte for byte.
+One file is in memory at a time, whatever the size of the model. An unchanged imported folder is exported to
+the files that it came from, byte for byte.
 """
 
 from collections.abc import Mapping
@@ -30,12 +30,12 @@ from train.hf.weights import Weights, WeightSource
 from train.recipe.errors import UserError
 
 Layout = Mapping[str, FilePlan]
-"""What each file holds."""
+"""The contents of each file."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote."""
+    """The result of an export."""
 
     folder: str
     architecture: str
@@ -48,13 +48,13 @@ class Exported:
 def write_folder(
     source: WeightSource, out: Path, dtype: torch.dtype | None = None, shard_bytes: int | None = None
 ) -> Exported:
-    """Writes the folder.
+    """Exports weights to a Hugging Face folder.
 
     Args:
-        source: what to export.
+        source: the weights to export.
         out: the folder; must not exist, or be empty.
-        dtype: type of the weights; None keeps the one that they are stored in.
-        shard_bytes: most bytes per file; None takes 5e9, or the files that an imported folder came in.
+        dtype: data type of the weights; None keeps the stored one.
+        shard_bytes: maximum bytes per file; None takes 5e9, or the original files of an imported folder.
 
     Raises:
         UserError: if no architecture expresses the model, a weight is not finite, or the folder
@@ -62,7 +62,7 @@ def write_folder(
     """
     family = family_for(source.model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists; name a new folder")
+        raise UserError(f"{out}: already exists; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
     links = {link.theirs: link for link in family.links(source.model)}
     layout = _layout(source, links, dtype, shard_bytes)
@@ -91,7 +91,7 @@ def _write_weights(weights: Weights, links: Mapping[str, Link], layout: Layout, 
 
 
 def _read(weights: Weights, link: Link, dtype: torch.dtype) -> Tensor:
-    """A tensor of theirs."""
+    """Reads one of their tensors."""
     if link.ours is None:
         return torch.zeros(link.shape, dtype=dtype)
     rows = weights.read(link.ours, link.first, link.first + link.rows)
@@ -116,7 +116,7 @@ def _layout(
 
 
 def _most_common_dtype(layout: Layout) -> str:
-    """Type of most of the bytes, as PyTorch calls it."""
+    """Returns the data type of most of the bytes, by PyTorch's name."""
     sizes: dict[str, int] = {}
     for plan in layout.values():
         for info in plan.tensors:

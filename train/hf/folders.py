@@ -1,4 +1,4 @@
-"""Folders of weights: how each kind is told apart, and the model that it says it holds. Needs no torch."""
+"""Folders of weights: their kinds, and the model that each declares. Needs no torch."""
 
 import json
 from dataclasses import replace
@@ -15,34 +15,34 @@ from train.recipe.schema import Model, Recipe
 from train.record.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE
 
 MODEL_FILE = "model.yaml"
-"""Of a folder of weights under our names: the recipe's model, to be extended by a recipe."""
+"""The model of a folder of weights under our names, for a recipe to extend."""
 CONFIG_FILE = "config.json"
-"""Of a Hugging Face folder: the architecture."""
+"""The architecture of a Hugging Face folder."""
 STATE_FOLDER = "state"
-"""Of a checkpoint: model and optimizer."""
+"""Model and optimizer of a checkpoint."""
 SOURCE_FOLDER = "source"
-"""Of an imported folder: what the Hugging Face folder held beside the weights."""
+"""The contents of the Hugging Face folder besides the weights, in an imported folder."""
 HEADERS_FILE = "headers.json"
-"""In it: the headers of the files of weights, byte for byte."""
+"""The headers of the safetensors files, byte for byte, in the source folder."""
 
 
 def recipe_file_of(path: Path) -> Path | None:
-    """The recipe of a run, or of the run that a checkpoint is of; None for other folders."""
+    """Returns the recipe file of a run, or of a checkpoint's run; None for other folders."""
     if (path / CHECKPOINTS_FOLDER).is_dir():
         return path / RECIPE_FILE
     return path.parent.parent / RECIPE_FILE if (path / STATE_FOLDER).is_dir() else None
 
 
 def model_at(path: Path) -> tuple[Model, Recipe | None]:
-    """The model whose weights a folder holds, and the recipe of the run that made them, if a run did.
+    """Returns the model of a folder of weights and the recipe of the run that trained them, if any.
 
     Raises:
-        UserError: if the folder holds none, or one that the decoder cannot be.
+        UserError: if the folder contains no model, or one that the decoder cannot express.
     """
     recipe_file = recipe_file_of(path)
     if recipe_file is not None:
         if not recipe_file.is_file():
-            raise UserError(f"{path}: is not within the folder of its run; {recipe_file} is missing")
+            raise UserError(f"{path}: is outside its run's folder; {recipe_file} is missing")
         recipe = load_recipe(recipe_file)
         return recipe.model, recipe
     if (path / MODEL_FILE).is_file():
@@ -54,19 +54,19 @@ def model_at(path: Path) -> tuple[Model, Recipe | None]:
         except UserError as error:
             raise UserError(f"{path / CONFIG_FILE}: {error}") from None
     raise UserError(
-        f"{path}: is no run, no checkpoint, and has neither {MODEL_FILE} (imported) nor {CONFIG_FILE} "
+        f"{path}: is not a run or checkpoint, and has neither {MODEL_FILE} (imported) nor {CONFIG_FILE} "
         "(Hugging Face)"
     )
 
 
 def write_model(path: Path, model: Model) -> None:
-    """Writes a model as a part of a recipe, for :func:`read_model` and for `extends:`."""
+    """Writes a model as part of a recipe, for :func:`read_model` and for `extends:`."""
     whole = OmegaConf.create(to_yaml(replace(Recipe(), model=model)))
     path.write_text(OmegaConf.to_yaml(OmegaConf.create({"model": whole.model})))
 
 
 def read_model(path: Path) -> Model:
-    """The model that :func:`write_model` wrote.
+    """Reads the model that :func:`write_model` wrote.
 
     Raises:
         UserError: if the file cannot be read.
@@ -81,10 +81,10 @@ def read_model(path: Path) -> Model:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Reads a JSON object.
 
     Raises:
-        UserError: if the file is missing or holds none.
+        UserError: if the file is missing or contains something else.
     """
     try:
         tree = json.loads(path.read_text())

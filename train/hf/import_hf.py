@@ -1,8 +1,8 @@
 """Import of a Hugging Face folder as weights that a recipe can start from.
 
-Only safetensors are read: no pickle, no remote code. Every tensor is checked before the first is
-copied (present, of the right shape and type, none too many) and for NaN before it is written. A call that
-was cut off is continued by the same call.
+Only safetensors files are read: no pickle, no remote code. Before anything is copied, all tensors are checked
+(present, of the right shape and type, none unexpected), and each is checked for NaN before it is written. An
+interrupted import is resumed by the same call.
 """
 
 import json
@@ -17,21 +17,21 @@ from train.recipe.errors import UserError
 
 
 def import_folder(source: Path, out: Path, shard_gb: float = 5.0) -> Written:
-    """Checks and streams a Hugging Face folder into a folder of weights under our names.
+    """Checks a Hugging Face folder and streams it into a folder of weights under our names.
 
     Args:
         source: `config.json` and safetensors, of an architecture in :mod:`train.hf.mapping`.
         out: new, empty, or left unfinished by the same call.
-        shard_gb: most gigabytes (1e9 bytes) per file.
+        shard_gb: maximum gigabytes (1e9 bytes) per file.
 
     Raises:
-        UserError: if the source cannot be expressed, is damaged or holds NaN.
+        UserError: if the source cannot be expressed, is damaged or contains NaN.
     """
     if (out / MODEL_FILE).is_file():
-        raise UserError(f"{out}: is a complete import already; name a new folder")
+        raise UserError(f"{out}: is already a complete import; name a new folder")
     opened = open_weights(source)
     if not isinstance(opened.weights, HuggingFaceWeights):
-        raise UserError(f"{source}: is not in Hugging Face's form; needs {CONFIG_FILE}")
+        raise UserError(f"{source}: is not a Hugging Face folder; needs {CONFIG_FILE}")
     files = [source / name for name in opened.weights.folder.files]
     headers = {file.name: read_header(file) for file in files}
     origin = {
@@ -39,8 +39,8 @@ def import_folder(source: Path, out: Path, shard_gb: float = 5.0) -> Written:
         "config": read_json(source / CONFIG_FILE),
         "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
     }
-    beside = {f"{SOURCE_FOLDER}/{file.name}": file.read_bytes() for file in texts_of(source)}
-    beside[f"{SOURCE_FOLDER}/{HEADERS_FILE}"] = json.dumps(headers, indent=1).encode()
+    extra_files = {f"{SOURCE_FOLDER}/{file.name}": file.read_bytes() for file in texts_of(source)}
+    extra_files[f"{SOURCE_FOLDER}/{HEADERS_FILE}"] = json.dumps(headers, indent=1).encode()
     return write_weights_folder(
-        out, opened.model, opened.weights, origin, round(shard_gb * 1e9), beside=beside
+        out, opened.model, opened.weights, origin, round(shard_gb * 1e9), extra_files=extra_files
     )

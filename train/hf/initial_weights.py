@@ -1,6 +1,6 @@
-"""Weights of step 0 from elsewhere, into any layout; freezing; an optimizer's state restored.
+"""Initial weights from other training, into any layout; frozen weights; restored optimizer state.
 
-Each rank takes only the rows that it holds; of a folder of safetensors it reads no others.
+Each rank copies only the rows of its shard; from safetensors it reads no others.
 """
 
 from fnmatch import fnmatchcase
@@ -23,14 +23,16 @@ from train.recipe.topology import Topology
 from train.record.run_folder import CHECKPOINTS_FOLDER
 
 MOMENTS = "optimizer.state."
-"""What begins the names of the optimizer's state in a checkpoint."""
+"""Prefix of the optimizer state's names in a checkpoint."""
 
 
 def find_start(recipe: Recipe) -> Path | None:
-    """What the recipe starts from: of a run, its newest whole checkpoint; for one rank, as it reads it all.
+    """Returns the weights that the recipe starts from; for a run, its newest complete checkpoint.
+
+    To be called by one rank, as it reads the whole checkpoint.
 
     Raises:
-        UserError: if the run has none.
+        UserError: if the run has no complete checkpoint.
     """
     if recipe.start.weights is None:
         return None
@@ -41,14 +43,14 @@ def find_start(recipe: Recipe) -> Path | None:
 def start_from(
     path: Path, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology
 ) -> None:
-    """Puts weights of step 0, and the optimizer's state where the recipe restores it, in their places.
+    """Loads the initial weights and, if the recipe restores it, the optimizer state; every rank calls it.
 
     Args:
-        path: what :func:`find_start` gave the main rank.
+        path: the result of :func:`find_start` on rank 0.
         recipe: the recipe of this run.
         model: the trainer's model around a decoder; on its device, sharded, already initialised.
-        optimizer: this model's, over the parameters that are trained.
-        topology: every rank calls this.
+        optimizer: the model's optimizer, over the trained parameters.
+        topology: this rank.
     """
     load_initial_weights(next(m for m in model.modules() if isinstance(m, Decoder)), path)
     if recipe.start.optimizer is OptimizerStart.restored:
@@ -56,32 +58,31 @@ def start_from(
 
 
 def load_initial_weights(decoder: Decoder, path: Path) -> WeightSource:
-    """Fills a decoder, whole or sharded, with weights that another training made.
+    """Fills a decoder, whole or sharded, with existing weights.
 
     Args:
-        decoder: on its device, sharded as the layout says.
-        path: one checkpoint, or a folder of weights; a run's folder too, but each rank would then check
-            the whole checkpoint, so that several ranks had better be given
-            :func:`train.hf.weights.newest`.
+        decoder: on its device, sharded in the run's layout.
+        path: a checkpoint or a folder of weights. A run's folder works too, but each rank would then verify
+            the whole checkpoint: with several ranks, pass the result of :func:`train.hf.weights.newest`.
 
     Returns:
-        The source, with the model and the recipe that the weights come from.
+        The source, with the model and recipe of the weights.
 
     Raises:
-        UserError: if a tensor is missing or of another shape.
+        UserError: if a tensor is missing or has another shape.
     """
     source = open_weights(path)
     targets = {name: parameter.detach() for name, parameter in decoder.named_parameters()}
     targets |= {
         name: buffer for name, buffer in decoder.named_buffers() if name in source.weights.tensors
-    }  # A balancing bias that the source does not have stays zero.
+    }  # A balancing bias that the source lacks stays zero.
     for name, target in targets.items():
         info = source.weights.tensors.get(name)
         if info is None:
             raise UserError(f"{source.path}: has no {name}")
         if info.shape != tuple(target.shape):
             raise UserError(
-                f"{source.path}: {name} is of shape {info.shape}, the recipe's of {tuple(target.shape)}"
+                f"{source.path}: {name} has shape {info.shape}, the recipe's has {tuple(target.shape)}"
             )
     for name, target in targets.items():
         first, local = _local_rows(target)
@@ -91,9 +92,9 @@ def load_initial_weights(decoder: Decoder, path: Path) -> WeightSource:
 
 
 def freeze(decoder: Decoder, patterns: list[str]) -> int:
-    """Takes the parameters whose names match out of training; returns how many numbers stay fixed.
+    """Freezes the parameters whose names match; returns the number of frozen elements.
 
-    To be called after sharding and before the optimizer is made, which then leaves them out.
+    To be called after sharding and before the optimizer is built, which then excludes them.
     """
     frozen = 0
     for name, parameter in decoder.named_parameters():
@@ -109,13 +110,13 @@ def restore_optimizer(
     """Loads model and optimizer state from another run's checkpoint, keeping this recipe's rates and decay.
 
     Raises:
-        UserError: if the checkpoint lacks the state of a parameter that is trained here.
+        UserError: if the checkpoint lacks the optimizer state of a trained parameter.
     """
     saved = dcp.FileSystemReader(checkpoint / STATE_FOLDER).read_metadata().state_dict_metadata
     having = {key.removeprefix(MOMENTS).rpartition(".")[0] for key in saved if key.startswith(MOMENTS)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in having:
-            raise UserError(f"{checkpoint}: has no optimizer state of {name}, which is trained here")
+            raise UserError(f"{checkpoint}: has no optimizer state of {name}, which this run trains")
     settings = [_settings(group) for group in optimizer.param_groups]
     load_checkpoint(checkpoint, model, optimizer, topology)
     for group, before in zip(optimizer.param_groups, settings, strict=True):
@@ -127,7 +128,7 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _local_rows(target: Tensor) -> tuple[int, Tensor]:
-    """First of the whole tensor's rows that this rank holds, and its part."""
+    """Returns this rank's first row of the whole tensor, and its shard."""
     if not isinstance(target, DTensor):
         return 0, target
     _, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)

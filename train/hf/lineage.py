@@ -1,4 +1,4 @@
-"""Where weights come from, as flat text that folders, MLflow's tags and model cards carry."""
+"""Lineage of weights, as flat text for folders, MLflow tags and model cards."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ from train.record.provenance import git_commit
 from train.tracking.mlflow_upload import STATE_FILE
 
 PROVENANCE_FILE = "provenance.json"
-"""Of an exported folder."""
+"""The lineage file of an exported folder."""
 PARENT = "parent."
 
 
 def lineage(weights: Path) -> dict[str, str]:
-    """What is known of weights: folder, and of a run its name, checkpoint, tokens, MLflow run and parent.
+    """Returns the lineage of weights: folder and, for a run, name, checkpoint, tokens, MLflow run, parent.
 
     Args:
         weights: a run, one of its checkpoints, or any other folder of weights.
@@ -37,16 +37,16 @@ def lineage(weights: Path) -> dict[str, str]:
 
 
 def parent_tags(recipe: Recipe) -> dict[str, str]:
-    """Tags of a run that starts from weights: what is known of these, each under `parent.`."""
+    """Returns the tags of a run that starts from weights: their lineage, each key under `parent.`."""
     if recipe.start.weights is None:
         return {}
     parent = lineage(Path(recipe.start.weights))
-    # One generation is enough: each parent's own record names the one before.
+    # One generation is enough: each parent's own record names its parent.
     return {PARENT + key: value for key, value in parent.items() if not key.startswith(PARENT)}
 
 
 def write_provenance(folder: Path, weights: Path, files: dict[str, str]) -> None:
-    """Writes where an exported folder's weights come from, with the SHA-256 of its files."""
+    """Writes the lineage of an exported folder's weights, with the SHA-256 of its files."""
     tree = {"lineage": lineage(weights) | {"exported_at_commit": git_commit()}, "sha256": files}
     (folder / PROVENANCE_FILE).write_text(json.dumps(tree, indent=1) + "\n")
 

@@ -1,9 +1,8 @@
-"""Our models and Hugging Face's architectures: one table of names for each, read in both directions.
+"""Mapping between our models and Hugging Face's architectures: one table of names each, for both directions.
 
-A rule of a table says which tensors of theirs one tensor of ours is: the same one, the same transposed,
-its rows in parts (queries, keys, values), or one tensor for each expert. A new architecture is a new
-table, a reader and a writer of its `config.json` (:mod:`train.hf.config`), and what it asks
-of a model.
+A rule of a table maps one of our tensors to theirs: the same tensor, the same transposed, its rows in parts
+(queries, keys, values), or one tensor per expert. A new architecture needs a table, a reader and a writer of
+its `config.json` (:mod:`train.hf.config`), and its requirements on a model.
 
 Shapes: D d_model, F ffn_hidden_size, E experts, H heads, G key-value heads, R head width.
 """
@@ -20,25 +19,25 @@ from train.recipe.schema import Balance, Ffn, Model, Norm, Position
 
 @dataclass(frozen=True)
 class Link:
-    """One tensor of theirs: rows of one of ours, as they are or transposed."""
+    """One of their tensors: rows of one of ours, possibly transposed."""
 
     theirs: str
     shape: tuple[int, ...]
     ours: str | None
-    """None: zeros, a tensor that theirs has and ours does without."""
+    """None: a tensor of zeros that ours does not need."""
     first: int = 0
-    """First of the rows in ours."""
+    """First row in ours."""
     transposed: bool = False
 
     @property
     def rows(self) -> int:
-        """How many rows of ours it is."""
+        """Number of rows in ours."""
         return self.shape[1] if self.transposed else self.shape[0]
 
 
 @dataclass(frozen=True)
 class Same:
-    """One tensor of theirs equals one of ours, possibly transposed."""
+    """One of their tensors equals one of ours, possibly transposed."""
 
     name: str
     transposed: bool = False
@@ -46,25 +45,25 @@ class Same:
 
 @dataclass(frozen=True)
 class Qkv:
-    """Rows of ours are three tensors of theirs: H x R queries, G x R keys, G x R values."""
+    """The rows of one of our tensors are three of theirs: H x R queries, G x R keys, G x R values."""
 
     names: tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class PerExpert:
-    """Each expert's rows of ours, [F, D], are one tensor of theirs, possibly transposed."""
+    """Each expert's rows, [F, D], of one of our tensors are one of theirs, possibly transposed."""
 
     name: str
-    """With `{e}` for the expert."""
+    """With `{e}` for the expert's number."""
     transposed: bool = False
 
 
 Rule = Same | Qkv | PerExpert
 Need = tuple[str, Callable[[Model], bool]]
-"""What a model must be, in words and as a test."""
+"""A requirement on a model, in words and as a test."""
 Table = Mapping[str, Rule]
-"""Rules by our name; a layer's begin after `transformer.blocks.N.`."""
+"""Rules by our name, for layers without the prefix `transformer.blocks.N.`."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +73,19 @@ class Architecture:
     model_type: str
     architecture: str
     layer: str
-    """What begins a layer's names, with `{n}` for its number."""
+    """Prefix of a layer's names, with `{n}` for its number."""
     table: Table
     needs: tuple[Need, ...]
-    """What a model of ours must be, to be one of theirs exactly."""
+    """Requirements on our model to be expressed exactly."""
     to_model: Callable[[Config], Model]
     from_model: Callable[[Model], dict[str, object]]
     extra: Callable[[Model], Iterator[Link]] = lambda model: iter(())
-    """Tensors of theirs that say nothing new."""
+    """Additional tensors of theirs that carry no information."""
     ignored: tuple[str, ...] = ()
-    """Endings of names that old files hold and that are no weights."""
+    """Name suffixes of entries in old files that are not weights."""
 
     def links(self, model: Model) -> Iterator[Link]:
-        """Every tensor of theirs, in the order of ours."""
+        """Yields every tensor of theirs, in the order of ours."""
         for weight in sizes.weights(model):
             head, layer, suffix = _take_apart(weight.name)
             rule = self.table[suffix]
@@ -95,34 +94,34 @@ class Architecture:
         yield from self.extra(model)
 
     def obstacles(self, model: Model) -> list[str]:
-        """What of a model this architecture cannot express."""
+        """Returns the requirements that a model does not meet."""
         return [name for name, holds in self.needs if not holds(model)]
 
 
 def family_for(model: Model) -> Architecture:
-    """The first architecture that expresses a model exactly.
+    """Returns the first architecture that expresses a model exactly.
 
     Raises:
-        UserError: if there is none; it names what stands in the way.
+        UserError: if there is none; it names the unmet requirements.
     """
     if model.moe is not None and model.moe.balance is Balance.bias:
         raise UserError(
-            "model.moe.balance=bias: experts are chosen with a bias that no architecture of transformers "
-            "with this router has; train with balance=loss to export"
+            "model.moe.balance=bias: experts are selected with a bias that no transformers architecture "
+            "with this router supports; train with balance=loss to export"
         )
     obstacles = {family.model_type: family.obstacles(model) for family in FAMILIES}
     for family in FAMILIES:
         if not obstacles[family.model_type]:
             return family
     reasons = "; ".join(f"{name} needs {', '.join(needs)}" for name, needs in obstacles.items())
-    raise UserError(f"no architecture of transformers expresses this model exactly: {reasons}")
+    raise UserError(f"no transformers architecture expresses this model exactly: {reasons}")
 
 
 def family_of(config: Config) -> Architecture:
-    """The architecture that a `config.json` names.
+    """Returns the architecture that a `config.json` names.
 
     Raises:
-        UserError: if it is not in the table.
+        UserError: if it is not supported.
     """
     model_type = str(config.get("model_type", "none"))
     for family in FAMILIES:
@@ -154,7 +153,7 @@ def _apply(rule: Rule, weight: sizes.Weight, prefix: str, model: Model) -> Itera
 
 
 def _take_apart(name: str) -> tuple[bool, str, str]:
-    """Whether a weight belongs to a layer, which one, and its name in the table."""
+    """Splits a weight's name: True if it is in a layer, the layer's number, and its name in the table."""
     if not name.startswith("transformer.blocks."):
         return False, "", name
     layer, _, suffix = name.removeprefix("transformer.blocks.").partition(".")
@@ -162,7 +161,7 @@ def _take_apart(name: str) -> tuple[bool, str, str]:
 
 
 def _dbrx_extra(model: Model) -> Iterator[Link]:
-    """A dense layer is DBRX with one expert, whose router has nothing to choose; a tied head is a copy."""
+    """Yields a zero router for dense layers, which become a single expert, and a copy of a tied head."""
     if model.moe is None:
         for layer in range(model.n_layers):
             router = f"transformer.blocks.{layer}.ffn.router.layer.weight"

@@ -1,4 +1,4 @@
-"""What stands in a Hugging Face folder beside the weights: configs, tokenizer, model card."""
+"""The contents of a Hugging Face folder besides the weights: configs, tokenizer, model card."""
 
 import json
 import shutil
@@ -24,13 +24,13 @@ ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def write_texts(out: Path, source: WeightSource, config: dict[str, object], dtype: str) -> None:
     """Writes config, generation config, tokenizer and model card.
 
-    What an imported folder held of these goes back as it came, as long as it is still true.
+    Those of an imported folder are copied unchanged as long as they still apply.
 
     Args:
         out: the Hugging Face folder.
-        source: what is exported; a run has a tokenizer of its own, an imported folder kept its source's.
-        config: what the architecture's `config.json` holds of the model.
-        dtype: type of the weights, as PyTorch calls it.
+        source: the exported weights; a run has its own tokenizer, an imported folder kept its source's.
+        config: the model's part of the architecture's `config.json`.
+        dtype: data type of the weights, by PyTorch's name.
     """
     kept = source.path / SOURCE_FOLDER
     kept = kept if kept.is_dir() else source.path
@@ -57,7 +57,7 @@ def write_texts(out: Path, source: WeightSource, config: dict[str, object], dtyp
 
 
 def texts_of(folder: Path) -> list[Path]:
-    """What a Hugging Face folder holds beside the weights and their index, code excepted."""
+    """Returns a Hugging Face folder's files other than weights, their index and code."""
     return sorted(
         file
         for file in folder.iterdir()
@@ -68,7 +68,7 @@ def texts_of(folder: Path) -> list[Path]:
 
 
 def model_card(source: WeightSource, architecture: str, dtype: str) -> str:
-    """The card: what the model is, what it was trained on, how to load it, what to beware of."""
+    """Returns the model card: model, training data, use and limitations."""
     model = source.model
     name = source.recipe.name if source.recipe else source.path.resolve().name
     tags = ["text-generation", *(["moe"] if model.moe else [])]
@@ -92,8 +92,8 @@ def model_card(source: WeightSource, architecture: str, dtype: str) -> str:
         "",
         "## Limits",
         "",
-        "A base model: it continues text, follows no instructions, was not aligned, and repeats what its",
-        "data held, errors and prejudices included. Nothing but the figures above was measured.",
+        "A base model: it continues text, does not follow instructions, has not been aligned, and may repeat",
+        "errors and biases of its training data. Only the figures above were measured.",
         "",
     ]
     return "\n".join(lines)
@@ -147,7 +147,7 @@ def _figures(summary: Summary) -> list[str]:
 
 
 def _is_true(config: dict[str, object], model: Model, dtype: str) -> bool:
-    """Whether an imported config still says what is exported."""
+    """Returns True if an imported config still describes the exported model."""
     same_type = config.get("torch_dtype", dtype) == dtype
     return same_type and family_of(config).to_model(config) == model
 

@@ -1,4 +1,4 @@
-"""A decoder with its weights, whole on one device, from wherever weights are."""
+"""Loading of a decoder with its weights, whole on one device, from any source of weights."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from train.model.decoder import Decoder
 def open_decoder(
     path: Path, checkpoint: str | None = None, device: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Decoder, WeightSource]:
-    """Builds a decoder and fills it.
+    """Builds a decoder and loads its weights.
 
     Args:
-        path: a run, a checkpoint, an imported folder, or one in Hugging Face's form.
-        checkpoint: of a run: which one, by name; None: the newest whole one.
-        device: cpu or cuda; None: cuda where there is one.
-        dtype: of the weights.
+        path: a run, a checkpoint, an imported folder or a Hugging Face folder.
+        checkpoint: name of a run's checkpoint; None: the newest complete one.
+        device: cpu or cuda; None: cuda if available.
+        dtype: data type of the weights.
 
     Raises:
         UserError: if there are no weights, or they are damaged.

@@ -1,7 +1,7 @@
 """Folders of safetensors files: checked and read by rows, written one file at a time with its SHA-256.
 
-Nothing in such a file can run code, which is why weights from elsewhere are only read in this form. A folder
-is one file or several with an index; both are checked against each other before any weight is read.
+Such files cannot run code, so external weights are read only in this format. A folder has one file, or
+several with an index; files and index are checked against each other before any weight is read.
 """
 
 import json
@@ -25,7 +25,7 @@ from train.record.files import sha256
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""The types that weights may have, by the names that the format gives them."""
+"""Supported data types of weights, by their names in the format."""
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
@@ -45,15 +45,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """What goes into one file."""
+    """The contents of one file."""
 
     tensors: Sequence[TensorInfo]
     metadata: dict[str, str] | None = field(default_factory=lambda: {"format": "pt"})
-    """Text in the header; transformers asks for the format."""
+    """Text in the header; transformers requires the format."""
 
 
 class SafetensorsFolder:
-    """The tensors of a folder: found, checked and read by rows.
+    """The tensors of a folder: located, checked and read by rows.
 
     Raises:
         UserError: if files, headers and index do not agree.
@@ -73,7 +73,7 @@ class SafetensorsFolder:
         self._check_index()
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows ``first`` up to ``last`` (the end, if None) of a tensor, mapped into memory, not copied."""
+        """Reads rows ``first`` up to ``last`` (the end, if None) of a tensor, memory-mapped, not copied."""
         with safe_open(self.folder / self._file_of[name], framework="pt") as file:
             rows: Tensor = file.get_slice(name)[first:last]
         return rows
@@ -85,23 +85,23 @@ class SafetensorsFolder:
         listed = read_json(path).get("weight_map", {})
         for name, file in listed.items():
             if name not in self._file_of:
-                raise UserError(f"{path}: lists {name}, which {file} does not hold")
+                raise UserError(f"{path}: lists {name}, which {file} does not contain")
             if self._file_of[name] != file:
                 raise UserError(f"{path}: {name} is in {self._file_of[name]}, not in {file}")
         for name, file in self._file_of.items():
             if name not in listed:
-                raise UserError(f"{self.folder / file}: holds {name}, which {path.name} does not list")
+                raise UserError(f"{self.folder / file}: contains {name}, which {path.name} does not list")
 
 
 def read_header(file: Path) -> str:
-    """The header of a file that has been found whole: JSON, as it was written."""
+    """Reads the header of an intact file: JSON, as it was written."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         return stream.read(length).decode()
 
 
 def plan_from_header(header: str) -> FilePlan:
-    """What the file with this header holds."""
+    """Returns the contents of the file with this header."""
     tree = json.loads(header)
     metadata = tree.pop("__metadata__", None)
     infos = [TensorInfo(name, DTYPES[e["dtype"]], tuple(e["shape"])) for name, e in tree.items()]
@@ -109,7 +109,7 @@ def plan_from_header(header: str) -> FilePlan:
 
 
 def plan_files(tensors: Sequence[TensorInfo], shard_bytes: int) -> dict[str, FilePlan]:
-    """Which tensors go to which file; a file is larger than asked only for a single tensor."""
+    """Assigns tensors to files; only a file with a single tensor may exceed ``shard_bytes``."""
     infos = {info.name: info for info in tensors}
     shapes = {info.name: torch.empty(info.shape, dtype=info.dtype, device="meta") for info in tensors}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=shard_bytes)
@@ -121,15 +121,15 @@ def plan_files(tensors: Sequence[TensorInfo], shard_bytes: int) -> dict[str, Fil
 def write_files(
     folder: Path, files: Mapping[str, FilePlan], read: Callable[[TensorInfo], Tensor]
 ) -> Iterator[tuple[str, str]]:
-    """Writes files; one is in memory at a time, and the one before it is hashed meanwhile.
+    """Writes files with one in memory at a time, while the previous one is hashed.
 
     Args:
-        folder: where they go.
-        files: what each holds.
-        read: gives the tensor for an entry of the plan.
+        folder: destination.
+        files: contents of each file.
+        read: returns the tensor for an entry of the plan.
 
     Yields:
-        Name and SHA-256 of a file as soon as it is whole and on the disk; one that is not leaves nothing.
+        Name and SHA-256 of each file once it is complete and on disk; no partial file remains.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         hashing: tuple[str, Future[str]] | None = None
@@ -148,7 +148,7 @@ def write_files(
 
 
 def write_index(folder: Path, files: Mapping[str, FilePlan]) -> None:
-    """Writes the index of several files; one file needs none."""
+    """Writes the index of several files; a single file needs none."""
     if list(files) == [SINGLE_FILE]:
         return
     total = sum(info.bytes for plan in files.values() for info in plan.tensors)
@@ -158,13 +158,13 @@ def write_index(folder: Path, files: Mapping[str, FilePlan]) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises where a tensor holds NaN or infinity.
+    """Raises if a tensor contains NaN or infinity.
 
     Raises:
         UserError: naming the tensor.
     """
     if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN anywhere makes both of them NaN.
-        raise UserError(f"{name}: holds NaN or infinity")
+        raise UserError(f"{name}: contains NaN or infinity")
 
 
 def _files_of(folder: Path) -> Iterator[str]:
@@ -172,7 +172,7 @@ def _files_of(folder: Path) -> Iterator[str]:
     if index.is_file():
         for name in sorted(set(read_json(index).get("weight_map", {}).values())):
             if Path(name).name != name or not (folder / name).is_file():
-                raise UserError(f"{index}: names {name}, which is not a file of the folder")
+                raise UserError(f"{index}: names {name}, which is not a file in the folder")
             yield name
         return
     if not (folder / SINGLE_FILE).is_file():
@@ -191,7 +191,7 @@ def _read_infos(file: Path) -> Iterator[TensorInfo]:
                     raise UserError(f"{file}: {name} is {entry.get_dtype()}, not one of {', '.join(DTYPES)}")
                 yield TensorInfo(name, DTYPES[entry.get_dtype()], tuple(entry.get_shape()))
     except SafetensorError as error:
-        raise UserError(f"{file}: is not a whole safetensors file ({error})") from None
+        raise UserError(f"{file}: is not a complete safetensors file ({error})") from None
 
 
 def _tensors_of(plan: FilePlan, read: Callable[[TensorInfo], Tensor]) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ def _tensors_of(plan: FilePlan, read: Callable[[TensorInfo], Tensor]) -> dict[st
     places: set[int] = set()
     for info in plan.tensors:
         tensor = read(info).contiguous()
-        # safetensors refuses two tensors in the same memory, as an embedding and a head tied to it are.
+        # safetensors refuses two tensors in the same memory, such as an embedding and its tied head.
         tensors[info.name] = tensor.clone() if tensor.data_ptr() in places else tensor
         places.add(tensor.data_ptr())
     return tensors
@@ -211,12 +211,12 @@ def _partial(file: Path) -> Path:
 
 def _sync_and_hash(file: Path) -> str:
     with file.open("rb") as stream:
-        os.fsync(stream.fileno())  # What a manifest calls whole must outlast the machine.
+        os.fsync(stream.fileno())  # A file listed in a manifest must survive a crash of the machine.
     return sha256(file)
 
 
 def _settle(folder: Path, name: str, digest: Future[str]) -> tuple[str, str]:
-    """Gives a file its name once it is on the disk."""
+    """Renames a file to its final name once it is on disk."""
     found = digest.result()
     _partial(folder / name).replace(folder / name)
     return name, found

@@ -1,9 +1,9 @@
 """Parameters that vLLM and TensorRT-LLM fill from an exported DBRX folder.
 
-Each engine's parameters as a table of names, shapes and the tensors that fill them, so that a folder can
-be held to it without the engine. Read from vLLM's `model_executor/models/dbrx.py` (its loader of 2024
-with `ws` and `w2s`, and the one since, with `experts.w13_weight`) and from TensorRT-LLM's
-`examples/dbrx/convert_checkpoint.py` with tensor-parallel experts. Neither engine was run.
+A table of each engine's parameters, with names, shapes and source tensors, by which a folder can be checked
+without the engine. Taken from vLLM's `model_executor/models/dbrx.py` (its loader of 2024 with `ws` and `w2s`,
+and the later one with `experts.w13_weight`) and from TensorRT-LLM's `examples/dbrx/convert_checkpoint.py`
+with tensor-parallel experts. Neither engine was run.
 
 Shapes: D d_model, F hidden size of an expert, E experts, H heads, G key-value heads, R head width,
 V vocabulary, P tensor-parallel degree.
@@ -26,46 +26,48 @@ class Slot:
     name: str
     shape: tuple[int, ...]
     sources: tuple[str, ...]
-    """Tensors of the folder that it is filled from, in the order in which they lie in it."""
+    """Tensors of the folder that fill it, in their order within it."""
     copies: float = 1
-    """Elements of the engine over all ranks per element of the sources."""
+    """Elements in the engine, over all ranks, per element of the sources."""
 
 
 def slots(engine: str, model: Model, degree: int) -> list[Slot]:
-    """Every parameter of an engine.
+    """Returns every parameter of an engine.
 
     Args:
         engine: one of :data:`ENGINES`.
-        model: what the folder's config says.
+        model: the model of the folder's config.
         degree: tensor-parallel degree P.
 
     Raises:
-        UserError: if the engine cannot split the model so, or computes another function.
+        UserError: if the engine cannot split the model this way, or computes another function.
     """
     moe = model.moe
     if moe is not None and moe.normalize_weights_p != 1:
         raise UserError(
-            f"{engine} always divides the chosen experts' weights by their sum, and this model has "
+            f"{engine} always divides the selected experts' weights by their sum, but this model has "
             f"model.moe.normalize_weights_p={moe.normalize_weights_p}"
         )
     for name, count in (("heads", model.n_heads), ("expert hidden size", model.ffn_hidden_size)):
         if count % degree:
             raise UserError(f"{name} {count} is not divisible by tensor-parallel degree {degree}")
     if model.n_kv_heads % degree and degree % model.n_kv_heads:
-        raise UserError(f"{model.n_kv_heads} key-value heads and degree {degree} do not divide")
+        raise UserError(
+            f"{model.n_kv_heads} key-value heads: degree {degree} is neither a divisor nor a multiple"
+        )
     return list(ENGINES[engine](model, degree))
 
 
 def check_folder(folder: Path, engine: str, degree: int) -> list[Slot]:
-    """The slots of an engine, each of which the folder fills exactly, with nothing left over.
+    """Checks that a folder fills every slot of an engine exactly, with nothing left over; returns the slots.
 
     Raises:
-        UserError: for the first that it does not.
+        UserError: for the first mismatch.
     """
     from train.hf.safetensors_io import SafetensorsFolder  # Imports torch, which `--help` does without.
 
     if read_json(folder / CONFIG_FILE).get("model_type") != "dbrx":
-        raise UserError(f"{folder}: is no DBRX; there are tables for DBRX only")
+        raise UserError(f"{folder}: is not a DBRX model; only DBRX is supported")
     model, _ = model_at(folder)
     shapes = {name: info.shape for name, info in SafetensorsFolder(folder).tensors.items()}
     table = slots(engine, model, degree)
@@ -111,7 +113,7 @@ def _vllm_attention(model: Model, degree: int, prefix: str) -> Iterator[Slot]:
     rows = (model.n_heads // degree + 2 * kv_heads) * R
     whole = (model.n_heads + 2 * model.n_kv_heads) * R
     qkv = f"{prefix}attn.Wqkv.weight"
-    # Fewer key-value heads than ranks are copied to several.
+    # With fewer key-value heads than ranks, each head is copied to several ranks.
     yield Slot(qkv, (rows, D), (qkv,), rows * degree / whole)
     yield Slot(f"{prefix}attn.out_proj.weight", (D, D // degree), (f"{prefix}attn.out_proj.weight",))
     for norm in ("norm_1", "norm_2"):
@@ -123,7 +125,7 @@ def _tensorrt_llm(model: Model, degree: int) -> Iterator[Slot]:
     E = model.moe.experts if model.moe else 1
     R = D // model.n_heads
     if model.n_kv_heads % P or V % P:
-        raise UserError(f"its converter splits key-value heads and vocabulary evenly; not so by {P}")
+        raise UserError(f"the converter must split key-value heads and vocabulary evenly, but cannot by {P}")
     yield Slot("transformer.vocab_embedding.weight", (V, D), ("transformer.wte.weight",), P)
     for layer in range(model.n_layers):
         ours, theirs = f"transformer.blocks.{layer}.", f"transformer.layers.{layer}."

@@ -1,4 +1,4 @@
-"""Checks what a recipe starts from, before torch is imported: kind of folder, model, tokenizer."""
+"""Checks of the weights that a recipe starts from, before torch is imported: folder, model, tokenizer."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def check_start(recipe: Recipe, file: str) -> list[str]:
-    """Raises where the recipe cannot begin with the weights it names; returns what changes, in words.
+    """Raises if the recipe cannot start from the weights it names; returns lines that describe the changes.
 
     Args:
         recipe: a valid recipe.
-        file: where it was read from, for the error.
+        file: the recipe's file, for the error.
 
     Raises:
         UserError: one line that names file, key and remedy.
@@ -31,21 +31,21 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
             str(error), key="start.weights", remedy="name a folder of weights", file=file
         ) from None
     _same_shapes(recipe.model, model, file)
-    told = [f"weights of step 0 from {path}"]
-    told += [
+    changes = [f"initial weights from {path}"]
+    changes += [
         f"{name}: {_value(model, name)} before, {_value(recipe.model, name)} now"
-        for name in _keys(OnStart.told)
+        for name in _keys(OnStart.reported)
         if _value(model, name) != _value(recipe.model, name)
     ]
     if parent is None:
         if recipe.start.optimizer is OptimizerStart.restored:
             raise UserError(
-                f"is restored, but {path} holds only weights",
+                f"is restored, but {path} contains only weights",
                 key="start.optimizer",
                 remedy="set it to fresh",
                 file=file,
             )
-        return told
+        return changes
     _same_tokenizer(recipe, parent, file)
     if recipe.start.optimizer is OptimizerStart.restored and parent.optimizer.kind != recipe.optimizer.kind:
         raise UserError(
@@ -54,11 +54,11 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
             remedy=f"set it to fresh, or optimizer.kind={parent.optimizer.kind.value}",
             file=file,
         )
-    return [*told, _rates(recipe, parent)]
+    return [*changes, _rates(recipe, parent)]
 
 
 def _rates(recipe: Recipe, parent: Recipe) -> str:
-    """The new peak of the learning rate against the old peak and the old end."""
+    """Compares the new peak learning rate with the old peak and the old final rate."""
     peak, old_peak = recipe.optimizer.learning_rate, parent.optimizer.learning_rate
     old_end = old_peak * parent.schedule.final_share
     against_end = f"{peak / old_end:.3g} x the old end" if old_end else "the old end was 0"
@@ -67,12 +67,12 @@ def _rates(recipe: Recipe, parent: Recipe) -> str:
 
 
 def _keys(on_start: OnStart) -> list[str]:
-    """The model's keys of which the schema says this."""
+    """Returns the model's keys with this ``on_start``."""
     return [key.name for key in walk(Model, "model.") if (key.rules.on_start or OnStart.equal) is on_start]
 
 
 def _value(model: Model, name: str) -> object:
-    """The value of a key of the model; None too where its section is null."""
+    """Returns the value of a model key; None also if its section is null."""
     value: object = model
     for part in name.split(".")[1:]:
         value = getattr(value, part, None)
@@ -84,7 +84,7 @@ def _same_shapes(now: Model, before: Model, file: str) -> None:
         raise UserError(
             "the weights are of a dense model" if now.moe else "the weights are of a mixture of experts",
             key="model.moe",
-            remedy="python -m train.hf upcycle makes experts of a dense model"
+            remedy="python -m train.hf upcycle makes experts from a dense model"
             if now.moe
             else "set model.moe",
             file=file,
@@ -104,7 +104,7 @@ def _same(key: str, now: object, before: object, file: str) -> None:
 
 
 def _same_tokenizer(recipe: Recipe, parent: Recipe, file: str) -> None:
-    """Ids must mean the same text; a trained tokenizer lies with the shards."""
+    """Raises if token ids mean other text; a trained tokenizer is stored with the shards."""
     here, there = recipe.tokenizer, parent.tokenizer
     equal = here.kind is there.kind
     if equal and here.kind is TokenizerKind.bpe:
@@ -116,7 +116,7 @@ def _same_tokenizer(recipe: Recipe, parent: Recipe, file: str) -> None:
         raise UserError(
             f"{_words(here)} is not the {_words(there)} that the weights were trained with",
             key="tokenizer",
-            remedy="take the same tokenizer and shards written with it",
+            remedy="use the same tokenizer, and shards written with it",
             file=file,
         )
 

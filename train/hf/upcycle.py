@@ -1,10 +1,10 @@
 """Upcycling: a dense model becomes a mixture of experts with the same loss.
 
-Each expert is the dense feed-forward, copied (Komatsuzaki et al. 2023), or with `--granularity G` one of G
-slices of its hidden units (He et al. 2024, "virtual groups"): the G slices of a copy share a router row,
-so that the top k = G x m choices are always m whole copies. Weights of the chosen add up to 1, and the
-slices' outputs are scaled by G; so the mixture's output is the dense one's, whatever the router says.
-Training then tells the experts apart.
+Each expert is a copy of the dense feed-forward network (Komatsuzaki et al. 2023) or, with `--granularity G`,
+one of G slices of its hidden units (He et al. 2024, "virtual groups"). The G slices of a copy share a router
+row, so the top k = G x m experts are always m whole copies. Weights of the selected experts add up to 1 and
+the slices' outputs are scaled by G, so the mixture's output equals the dense one's regardless of the router.
+Training then differentiates the experts.
 
 Shapes: D d_model, F dense hidden size, E experts, G granularity, N = E / G copies; an expert has F / G hidden
 units. Expert e is slice e % G of copy e // G.
@@ -32,14 +32,14 @@ def upcycle(source: Path, out: Path, moe: Moe, granularity: int = 1, seed: int =
     """Streams the mixture's weights into a folder that recipes can start from.
 
     Args:
-        source: a dense model: a run, a checkpoint, an imported folder or Hugging Face's form.
+        source: a dense model: a run, a checkpoint, an imported folder or a Hugging Face folder.
         out: new, empty, or left unfinished by the same call.
-        moe: experts and top-k; weights are normalised to add up to 1 in any case.
-        granularity: G, slices that the dense feed-forward is cut into.
-        seed: of the router's initial rows.
+        moe: experts and top-k; weights are always normalised to add up to 1.
+        granularity: G, slices per dense feed-forward network.
+        seed: seed of the router's initial rows.
 
     Raises:
-        UserError: if the numbers do not go together, or the source is no dense GLU model.
+        UserError: if the numbers are incompatible, or the source is not a dense GLU model.
     """
     opened = open_weights(source)
     model = mixture_of(opened.model, replace(moe, normalize_weights_p=1), granularity)
@@ -49,13 +49,13 @@ def upcycle(source: Path, out: Path, moe: Moe, granularity: int = 1, seed: int =
 
 
 def mixture_of(dense: Model, moe: Moe, granularity: int) -> Model:
-    """The mixture's architecture.
+    """Returns the mixture's architecture.
 
     Raises:
-        UserError: if the numbers do not go together.
+        UserError: if the numbers are incompatible, or the source is not a dense GLU model.
     """
     if dense.moe is not None or dense.ffn is not Ffn.glu:
-        raise UserError("the source is a mixture of experts already, or its feed-forward is no GLU")
+        raise UserError("the source is already a mixture of experts, or its feed-forward is not a GLU")
     for name, number in (
         ("experts", moe.experts),
         ("top-k", moe.top_k),
@@ -69,7 +69,7 @@ def mixture_of(dense: Model, moe: Moe, granularity: int) -> Model:
 
 
 class UpcycledWeights:
-    """The mixture's tensors, made as they are read."""
+    """The mixture's tensors, computed as they are read."""
 
     def __init__(self, dense: Weights, model: Model, granularity: int, seed: int) -> None:
         self._dense, self._model, self._granularity, self._seed = dense, model, granularity, seed
@@ -79,7 +79,7 @@ class UpcycledWeights:
         }
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows of a tensor of the mixture."""
+        """Reads rows of a tensor of the mixture."""
         if name.endswith(ROUTER):
             return self._router(name)[first:last]
         if EXPERTS not in name:
@@ -91,7 +91,7 @@ class UpcycledWeights:
         return dense_FD.repeat(copies, 1)[first:last]  # A copy's slices are its rows in their order.
 
     def _router(self, name: str) -> Tensor:
-        """N rows drawn as for any router, each repeated for the slices of its copy."""
+        """Draws N rows as for any router and repeats each for the slices of its copy."""
         info = self.tensors[name]
         copies = info.shape[0] // self._granularity
         rows_ND = torch.empty(copies, *info.shape[1:])
@@ -100,7 +100,7 @@ class UpcycledWeights:
 
 
 def _source(name: str) -> str:
-    """The dense tensor that a tensor of the mixture is made of, or takes its type from."""
+    """Returns the dense tensor that gives a tensor of the mixture its values, or only its data type."""
     if name.endswith(ROUTER):
         return name.removesuffix(ROUTER) + "ffn.w1.weight"
     if EXPERTS in name:

@@ -1,7 +1,7 @@
-"""Weights by our names, wherever they are: a run, a checkpoint, an imported folder, Hugging Face's form.
+"""Weights under our names from any source: a run, a checkpoint, an imported folder, a Hugging Face folder.
 
-Whatever reads weights (export, generation, continued training, upcycling) asks for rows of a tensor, so
-that none of them knows where they come from, and none needs a model in memory.
+Consumers of weights (export, generation, continued training, upcycling) read rows of a tensor, so they do not
+depend on the source and need no model in memory.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from train.recipe.schema import Model, Recipe
 from train.record.run_folder import CHECKPOINTS_FOLDER
 
 BALANCING_BIAS = "router.expert_bias"
-"""A buffer that some models have beside their weights."""
+"""A buffer that some models have besides their weights."""
 
 
 class Weights(Protocol):
@@ -32,26 +32,26 @@ class Weights(Protocol):
     tensors: dict[str, TensorInfo]
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows ``first`` up to ``last`` (the end, if None) of a tensor."""
+        """Reads rows ``first`` up to ``last`` (the end, if None) of a tensor."""
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Weights with what is known about them."""
+    """Weights with their model, location and recipe."""
 
     path: Path
-    """The run's checkpoint or the folder that they were found in."""
+    """The checkpoint or folder that contains them."""
     model: Model
     weights: Weights
     recipe: Recipe | None = None
-    """The recipe of the run that made them; None for weights from elsewhere."""
+    """The recipe of the run that trained them; None for weights that are not from a run."""
 
 
 class HuggingFaceWeights:
-    """A folder in Hugging Face's form under our names, put together from its tensors as they are read.
+    """A Hugging Face folder under our names, assembled from its tensors as they are read.
 
     Raises:
-        UserError: for a tensor that is missing, of another shape, or one too many.
+        UserError: for a missing or unexpected tensor, or one of the wrong shape.
     """
 
     def __init__(self, folder: SafetensorsFolder, family: Architecture, model: Model) -> None:
@@ -65,16 +65,16 @@ class HuggingFaceWeights:
                 self._links.setdefault(link.ours, []).append(link)
         for name in folder.tensors:
             if name not in expected and not name.endswith(family.ignored or ("\0",)):
-                raise UserError(f"{folder.folder}: {name} is no tensor of a {family.model_type} model")
+                raise UserError(f"{folder.folder}: {name} is not a tensor of a {family.model_type} model")
         self.tensors = {}
         for weight in sizes.weights(model):
             dtypes = {folder.tensors[link.theirs].dtype for link in self._links[weight.name]}
             if len(dtypes) > 1:
-                raise UserError(f"{folder.folder}: parts of {weight.name} are of different types")
+                raise UserError(f"{folder.folder}: parts of {weight.name} have different data types")
             self.tensors[weight.name] = TensorInfo(weight.name, dtypes.pop(), weight.shape)
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows of a tensor of ours."""
+        """Reads rows of one of our tensors."""
         last = self.tensors[name].shape[0] if last is None else last
         parts = []
         for link in self._links[name]:
@@ -93,30 +93,30 @@ class HuggingFaceWeights:
             raise UserError(f"{self.folder.folder}: {link.theirs} is missing")
         if info.shape != link.shape:
             raise UserError(
-                f"{self.folder.folder}: {link.theirs} is of shape {info.shape} instead of {link.shape}"
+                f"{self.folder.folder}: {link.theirs} has shape {info.shape} instead of {link.shape}"
             )
 
 
 def open_weights(path: Path, checkpoint: str | None = None) -> WeightSource:
-    """Opens weights wherever they are; nothing but headers and metadata is read.
+    """Opens weights of any source; only headers and metadata are read.
 
     Args:
         path: a run's folder, one of its checkpoints, a folder that `train.hf import` or `train.hf upcycle`
-            wrote, or a folder in Hugging Face's form.
-        checkpoint: for a run: which checkpoint, by the folder's name; None takes the newest whole one.
+            wrote, or a Hugging Face folder.
+        checkpoint: folder name of a run's checkpoint; None: the newest complete one.
 
     Raises:
-        UserError: if there is nothing of these kinds, or it is damaged.
+        UserError: if there are no weights, or they are damaged.
     """
     model, recipe = model_at(path)
     if recipe is None and checkpoint is not None:
-        raise UserError(f"{path}: is not a run, so that it has no checkpoint {checkpoint}")
+        raise UserError(f"{path}: is not a run, so it has no checkpoint {checkpoint}")
     weights: Weights
     if recipe is not None:
         if (path / CHECKPOINTS_FOLDER).is_dir():
             path = path / CHECKPOINTS_FOLDER / checkpoint if checkpoint else newest(path)
         if not (path / STATE_FOLDER).is_dir():
-            raise UserError(f"{path}: is no checkpoint")
+            raise UserError(f"{path}: is not a checkpoint")
         weights = CheckpointWeights(path)
         model = replace(model, rope_theta=rope_theta_at(path, model))
     elif (path / MODEL_FILE).is_file():
@@ -130,7 +130,7 @@ def open_weights(path: Path, checkpoint: str | None = None) -> WeightSource:
 
 
 def rope_theta_at(checkpoint: Path, model: Model) -> float:
-    """RoPE's base in the phase that a checkpoint was saved in; the model's, if there were no phases."""
+    """Returns RoPE's base in the phase of a checkpoint; the model's, if there were no phases."""
     progress = read_progress(checkpoint)
     if progress.curriculum is None:
         return model.rope_theta
@@ -138,33 +138,31 @@ def rope_theta_at(checkpoint: Path, model: Model) -> float:
 
 
 def newest(run: Path) -> Path:
-    """The newest whole checkpoint of a run.
+    """Returns the newest complete checkpoint of a run.
 
     Raises:
         UserError: if there is none.
     """
     found, complaints = newest_whole_checkpoint(run / CHECKPOINTS_FOLDER)
     if found is None:
-        raise UserError(f"{run}: has no whole checkpoint {'; '.join(complaints)}".strip())
+        raise UserError(f"{run}: has no complete checkpoint {'; '.join(complaints)}".strip())
     return found
 
 
 def check_complete(source: WeightSource) -> None:
-    """Compares names and shapes with those of the model.
+    """Checks names and shapes against the model's.
 
     Raises:
-        UserError: for the first tensor that is missing, of another shape, or one too many.
+        UserError: for the first missing or unexpected tensor, or one of the wrong shape.
     """
     expected = list(sizes.weights(source.model))
     surplus = source.weights.tensors.keys() - {weight.name for weight in expected}
     for name in sorted(surplus):
         if not name.endswith(BALANCING_BIAS):
-            raise UserError(f"{source.path}: {name} is no tensor of its model")
+            raise UserError(f"{source.path}: {name} is not a tensor of its model")
     for weight in expected:
         info = source.weights.tensors.get(weight.name)
         if info is None:
             raise UserError(f"{source.path}: {weight.name} is missing")
         if info.shape != weight.shape:
-            raise UserError(
-                f"{source.path}: {weight.name} is of shape {info.shape} instead of {weight.shape}"
-            )
+            raise UserError(f"{source.path}: {weight.name} has shape {info.shape} instead of {weight.shape}")

@@ -1,8 +1,7 @@
-"""Writes weights under our names: files of safetensors, index, manifest, and the model last of all.
+"""Writes folders of weights under our names: safetensors files, index, manifest and, last, the model.
 
-The folder is begun, cut off and gone on with as often as it takes: what is whole is listed in a
-manifest of its own name, and the model's description, without which the folder counts as nothing,
-comes when everything is there.
+Writing can be interrupted and resumed any number of times: a partial manifest lists the complete files. The
+model's description, without which the folder is not valid, is written when everything else is complete.
 """
 
 import json
@@ -34,14 +33,14 @@ UNFINISHED_FILE = "manifest.partial.json"
 
 @dataclass(frozen=True)
 class Written:
-    """What was written."""
+    """A folder that was written."""
 
     folder: str
     parameters: int
     bytes: int
     files: int
     resumed_files: int
-    """Files that an earlier call had written whole."""
+    """Files that an earlier call had completed."""
 
 
 def write_weights_folder(
@@ -51,18 +50,18 @@ def write_weights_folder(
     origin: Mapping[str, object],
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     *,
-    beside: Mapping[str, bytes] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
 ) -> Written:
     """Streams weights into a folder that recipes can start from.
 
     Args:
-        out: the folder; new, empty, or one that the same call left unfinished.
-        model: whose weights they are.
-        weights: where they come from.
-        origin: what identifies the source, kept in the manifest; a folder that was begun from another
-            origin is not gone on with.
-        shard_bytes: most bytes per file.
-        beside: further files by their path in the folder.
+        out: the folder; new, empty, or left unfinished by the same call.
+        model: the weights' model.
+        weights: their source.
+        origin: identifies the source and is kept in the manifest; a folder that was started from another
+            origin is not resumed.
+        shard_bytes: maximum bytes per file.
+        extra_files: additional files by their path in the folder.
 
     Raises:
         UserError: if the folder is in use, or a weight is not finite.
@@ -88,7 +87,7 @@ def write_weights_folder(
         for name, digest in write_files(out, left, read):
             done[name] = {"bytes": (out / name).stat().st_size, "sha256": digest}
             _write_json(out / UNFINISHED_FILE, identity | {"files": done})
-    for path, content in (beside or {}).items():
+    for path, content in (extra_files or {}).items():
         (out / path).parent.mkdir(exist_ok=True)
         (out / path).write_bytes(content)
     write_index(out, files)
@@ -103,7 +102,7 @@ def verify_weights_folder(folder: Path) -> int:
     """Reads every file and compares it with the manifest; returns the bytes read.
 
     Raises:
-        UserError: for the first file that is missing or is not what was written.
+        UserError: for the first file that is missing or was changed.
     """
     total = 0
     for name, entry in read_json(folder / MANIFEST_FILE)["files"].items():
@@ -111,26 +110,26 @@ def verify_weights_folder(folder: Path) -> int:
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             raise UserError(f"{file}: is missing or not {entry['bytes']} bytes long")
         if sha256(file) != entry["sha256"]:
-            raise UserError(f"{file}: its content is not what was written (SHA-256 differs)")
+            raise UserError(f"{file}: was changed since it was written (SHA-256 differs)")
         total += entry["bytes"]
     return total
 
 
 def _begin(out: Path, identity: dict[str, object]) -> dict[str, dict[str, object]]:
-    """Makes the folder, or finds what an earlier call left whole in it."""
+    """Creates the folder, or returns the files that an earlier call completed in it."""
     unfinished = out / UNFINISHED_FILE
     if unfinished.is_file():
         before = read_json(unfinished)
         done: dict[str, dict[str, object]] = before.pop("files")
         if before != identity:
-            raise UserError(f"{out}: was begun from another source or with other files; remove it")
+            raise UserError(f"{out}: was started from another source or with other files; remove it")
         return {
             name: entry
             for name, entry in done.items()
             if (out / name).is_file() and (out / name).stat().st_size == entry["bytes"]
         }
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists; name a new folder")
+        raise UserError(f"{out}: already exists; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
     _write_json(unfinished, identity | {"files": {}})
     return {}

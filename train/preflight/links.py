@@ -1,12 +1,12 @@
-"""How fast ranks reach each other, and which rank or pair is slow.
+"""Speed of the links between ranks, and detection of slow ranks and pairs.
 
-Pairs take turns as in a tournament, all ranks at once: in each round everybody exchanges a message with one
-other, there and back, a few times. The tournament is held several times over, so that the measurements of a
-link lie apart. A link's time is the median over the tournaments of the shortest exchange in each: noise only
-adds, and a burst of it spoils one tournament of several. A rank's time is the median over its links, so that
-a slow partner does not accuse it. Links inside a node and between nodes are held to their own kind. A rank
-or pair is slow if it takes several times as long as the median of the others, and is so each time: who is
-suspect is measured again, and only what is found every time is named.
+Pairs are measured as in a round-robin tournament, all ranks at once: in each round every rank exchanges a
+message with one partner, there and back, a few times. The tournament is repeated, so that a link's
+measurements are spread over time. A link's time is the median over tournaments of the fastest exchange in
+each: noise only adds time, and a burst affects one tournament of several. A rank's time is the median over
+its links, so a slow partner does not make it look slow. Links within a node and between nodes are compared
+separately. A rank or pair is slow if it takes several times as long as the median of the others; suspects are
+measured again, and only those found slow every time are reported.
 """
 
 import statistics
@@ -22,50 +22,50 @@ MESSAGE_BYTES = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Large enough on a GPU that a port at a quarter of its bandwidth stands out: 3 ms there and back at
 400 Gbit/s (not yet run on a GPU)."""
 COLLECTIVE_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
-"""Large enough that thousands of ranks exchange more than latencies (not yet run on a GPU)."""
+"""Large enough that bandwidth, not latency, dominates with thousands of ranks (not yet run on a GPU)."""
 MOST_ROUNDS = 16
-"""Partners of each rank; all of them up to 17 ranks."""
+"""Maximum number of partners per rank; up to 17 ranks, all of them."""
 TOURNAMENTS = 5
 EXCHANGES = 3
-"""Of a pair in a tournament."""
+"""Exchanges per pair and tournament."""
 CONFIRMATIONS = 2
-"""Measurements more that a suspect has to be found in."""
+"""Further measurements in which a suspect must be found slow."""
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all")
 REPEATS = 7
-"""Of a collective."""
+"""Repetitions of each collective."""
 LEAST_SECONDS = {"cpu": 0.01, "cuda": 0.0005}
-"""Links that are slower by less than this are let go: a host's scheduler does as much where ranks share
-cores. The GPU's not yet run on one."""
+"""Smaller differences are ignored: scheduling alone causes as much if ranks share cores (the GPU's value not
+yet run on a GPU)."""
 
 
 @dataclass(frozen=True)
 class Links:
-    """What was measured and who is slow."""
+    """Measured links and the slow ranks and pairs."""
 
     seconds: dict[tuple[int, int], float]
-    """There and back, by pair; links inside nodes scaled by :func:`by_kind`."""
+    """Round-trip time by pair; links within nodes are scaled by :func:`by_kind`."""
     slow_ranks: list[int]
     slow_pairs: list[tuple[int, int]]
-    """Slow pairs of ranks that are not slow themselves."""
+    """Slow pairs of ranks that are not themselves slow."""
     usual_inside: float | None
-    """The median link inside a node; None where there is none."""
+    """Median link within a node; None if there is none."""
     usual_between: float | None
-    """The median link between nodes; None on one node."""
+    """Median link between nodes; None on one node."""
 
     @property
     def usual(self) -> float:
-        """The median link between ranks that are not slow."""
-        sound = [took for pair, took in self.seconds.items() if not set(pair) & set(self.slow_ranks)]
-        return statistics.median(sound or self.seconds.values())
+        """Median link between ranks that are not slow."""
+        normal = [took for pair, took in self.seconds.items() if not set(pair) & set(self.slow_ranks)]
+        return statistics.median(normal or self.seconds.values())
 
 
 def measure_links(device: torch.device, factor: float, nodes: Sequence[str] = ()) -> Links:
-    """Measures pairs of ranks; every rank calls it and gets the same answer.
+    """Measures pairs of ranks; every rank calls it and gets the same result.
 
     Args:
-        device: that the messages lie on.
-        factor: over the median of the others from which something is slow.
-        nodes: name of each rank's node; empty: all are on one.
+        device: device of the messages.
+        factor: ratio to the median of the others above which a rank or pair is slow.
+        nodes: name of each rank's node; empty: all on one node.
     """
     found = _measure_once(device, factor, nodes)
     for _ in range(CONFIRMATIONS):
@@ -110,15 +110,15 @@ def _measure_once(device: torch.device, factor: float, nodes: Sequence[str]) -> 
 def by_kind(
     inside: dict[tuple[int, int], float], between: dict[tuple[int, int], float]
 ) -> dict[tuple[int, int], float]:
-    """Times of all links, those inside nodes scaled so that they compare with those between nodes.
+    """Merges the times of all links, scaling those within nodes to be comparable with those between nodes.
 
     Args:
-        inside: seconds by pair of ranks of one node.
-        between: of two nodes.
+        inside: seconds by pair of ranks on the same node.
+        between: seconds by pair of ranks on different nodes.
     """
     if not inside or not between:
         return inside | between
-    # The low median: where half of a kind's links are slow, the others are what is usual.
+    # The low median: if half of the links of a kind are slow, the other half is normal.
     scale = statistics.median_low(between.values()) / statistics.median_low(inside.values())
     return {pair: took * scale for pair, took in inside.items()} | between
 
@@ -126,12 +126,12 @@ def by_kind(
 def find_slow(
     seconds: dict[tuple[int, int], float], factor: float, least: float = 0.0
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Slow ranks, and slow pairs of other ranks.
+    """Finds slow ranks, and slow pairs of other ranks.
 
     Args:
-        seconds: by pair.
-        factor: over the median of the others from which something is slow.
-        least: seconds above that median which are let go.
+        seconds: seconds by pair.
+        factor: ratio to the median of the others above which a rank or pair is slow.
+        least: seconds above that median that are tolerated.
     """
     links: dict[int, list[float]] = {}
     for pair, took in seconds.items():
@@ -141,11 +141,11 @@ def find_slow(
     fastest = min(seconds.values(), default=0.0)
     slow_ranks = []
     for rank, median in of_rank.items():
-        # No median is below the fastest: of thousands of ranks only a few must be looked at.
+        # No median is below the fastest link, so of thousands of ranks only a few need a closer look.
         if median <= max(factor * fastest, fastest + least):
             continue
         others = [took for pair, took in seconds.items() if rank not in pair]
-        # With two ranks there is nobody to compare with.
+        # With two ranks there is nothing to compare with.
         if others and median > max(factor * (usual := statistics.median(others)), usual + least):
             slow_ranks.append(rank)
     rest = {pair: took for pair, took in seconds.items() if not set(pair) & set(slow_ranks)}
@@ -156,7 +156,7 @@ def find_slow(
 
 
 def rounds(world: int, most: int = MOST_ROUNDS) -> Iterator[dict[int, int]]:
-    """Partners by rank, round by round: a round-robin tournament by the circle method."""
+    """Yields partners by rank for each round of a round-robin tournament, by the circle method."""
     places = world + world % 2
     count = places - 1
     for number in range(min(count, most)):
@@ -171,10 +171,10 @@ def rounds(world: int, most: int = MOST_ROUNDS) -> Iterator[dict[int, int]]:
 
 
 def measure_collectives(device: torch.device, repeats: int = REPEATS) -> dict[str, float]:
-    """Bus bandwidth of three collectives in Gbit/s, by name, equal on all ranks.
+    """Measures the bus bandwidth of three collectives in Gbit/s, by name; all ranks get the same result.
 
-    It is what each rank sends over the time, as NVIDIA's nccl-tests define it: 2 (n-1)/n of the bytes for
-    all-reduce, (n-1)/n for the others.
+    Bus bandwidth as NVIDIA's nccl-tests define it: the bytes that each rank sends, 2 (n-1)/n of the size for
+    all-reduce and (n-1)/n for the others, over the time.
     """
     world = dist.get_world_size()
     count = COLLECTIVE_BYTES[device.type] // 4 // world * world

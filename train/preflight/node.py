@@ -1,4 +1,4 @@
-"""What one node must have before a job starts on it: GPUs, links, disk, memory, folders. Needs no torch."""
+"""Checks of one node before a job starts on it: GPUs, links, disk, memory, folders. Needs no torch."""
 
 import itertools
 import os
@@ -19,33 +19,33 @@ if TYPE_CHECKING:
 GPU_QUERY = "index,ecc.errors.uncorrected.volatile.total,clocks.max.sm,clocks_throttle_reasons.hw_slowdown"
 WRITTEN_BYTES = 1 << 24
 LEAST_SHARED_MEMORY_BYTES = 1 << 28
-"""Loader workers hand batches over through it; a container's default of 64 MB is too little."""
+"""Loader workers pass batches through it; a container's default of 64 MB is too little."""
 COMMAND_SECONDS = 30
 SHARDS = "shards"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     found: str
     wanted: str = ""
     """The limit, in words."""
-    fault: str = ""
-    """What is wrong and what to do, in one line; empty if nothing is."""
+    problem: str = ""
+    """The problem and its remedy, in one line; empty if there is none."""
     level: float = 0.0
-    """By which nodes are compared: the least is the worst."""
+    """Value for comparing nodes: the lowest is the worst."""
 
 
 def check_node(limits: Preflight, opened: "OpenedData", run_folder: Path, gpus: int) -> list[Check]:
-    """Looks at this node.
+    """Checks this node.
 
     Args:
-        limits: what the recipe wants of a node.
+        limits: the recipe's limits.
         opened: the run's data.
         run_folder: folder of the run.
-        gpus: that the job wants on each node; 0 for a run on CPUs, where no GPU or InfiniBand is looked for.
+        gpus: GPUs that the job needs per node; 0 for a run on CPUs, which checks neither GPUs nor InfiniBand.
     """
     checks = [
         check_disk(run_folder, limits.least_disk_bytes, limits.least_disk_speed),
@@ -62,12 +62,12 @@ def check_node(limits: Preflight, opened: "OpenedData", run_folder: Path, gpus: 
 
 
 def check_disk(folder: Path, least_bytes: int, least_speed: float = 0.0) -> Check:
-    """Room for checkpoints, and how fast 16 MiB get there.
+    """Checks the free space for checkpoints and the write speed for 16 MiB.
 
     Args:
-        folder: of runs.
-        least_bytes: that must be free.
-        least_speed: bytes per second that it must take.
+        folder: the run's folder.
+        least_bytes: minimum free bytes.
+        least_speed: minimum bytes per second.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,100 +82,103 @@ def check_disk(folder: Path, least_bytes: int, least_speed: float = 0.0) -> Chec
         speed = WRITTEN_BYTES / (time.perf_counter() - begun)
         probe.unlink()
     except OSError as error:
-        remedy = f"{folder}: {error.strerror}; mount it, or give another runs_dir"
-        return Check("disk", "not writable", fault=remedy, level=-1.0)
+        remedy = f"{folder}: {error.strerror}; mount it, or use another runs_dir"
+        return Check("disk", "not writable", problem=remedy, level=-1.0)
     found = f"{free / 1e9:,.0f} GB free, {speed / 1e6:,.0f} MB/s"
     wanted = f"{least_bytes / 1e9:,.0f} GB" + (f", {least_speed / 1e6:,.0f} MB/s" if least_speed else "")
-    fault = ""
+    problem = ""
     if free < least_bytes:
-        fault = (
-            f"{folder} has {free:,} bytes free, below preflight.least_disk_bytes={least_bytes:,}; make room"
+        problem = (
+            f"{folder} has {free:,} bytes free, below preflight.least_disk_bytes={least_bytes:,}; "
+            "free some space"
         )
     elif speed < least_speed:
-        fault = (
-            f"{folder} takes {speed:,.0f} bytes/s, below preflight.least_disk_speed={least_speed:,.0f}; "
-            "look for a full or failing disk, or a mount over another network"
+        problem = (
+            f"{folder} writes {speed:,.0f} bytes/s, below preflight.least_disk_speed={least_speed:,.0f}; "
+            "check for a full or failing disk, or a mount over another network"
         )
-    return Check("disk", found, wanted, fault, speed)
+    return Check("disk", found, wanted, problem, speed)
 
 
 def check_shared_memory(folder: Path) -> Check:
-    """Room in shared memory."""
+    """Checks the free shared memory."""
     stat = os.statvfs(folder) if folder.is_dir() else None
     free = stat.f_bavail * stat.f_frsize if stat else 0
-    fault = ""
+    problem = ""
     if free < LEAST_SHARED_MEMORY_BYTES:
-        fault = f"{folder} has {free / 1e6:.0f} MB free; start the container with --ipc=host or --shm-size=1g"
+        problem = (
+            f"{folder} has {free / 1e6:.0f} MB free; start the container with --ipc=host or --shm-size=1g"
+        )
     wanted = f"{LEAST_SHARED_MEMORY_BYTES / 1e9:.1f} GB"
-    return Check("shared memory", f"{free / 1e9:.1f} GB free", wanted, fault, free)
+    return Check("shared memory", f"{free / 1e9:.1f} GB free", wanted, problem, free)
 
 
 def check_shards(opened: "OpenedData") -> Check:
-    """Whether this node reads the shards; those that are still to be built or fetched are no fault.
+    """Checks that this node can read the shards; shards still to be built or fetched are fine.
 
-    The main rank has compared every file with the manifest; here one file of each folder is opened.
+    Rank 0 has compared every file with the manifest; here one file of each folder is opened.
     """
     root, data = opened.root, opened.recipe.data
     try:
         manifest = opened.manifest
     except UserError as error:
         is_made_later = data.corpus is not None or data.remote is not None
-        fault = "" if is_made_later and not root.exists() else str(error)
-        return Check(SHARDS, "not there yet", fault=fault, level=-1.0)
+        problem = "" if is_made_later and not root.exists() else str(error)
+        return Check(SHARDS, "not there yet", problem=problem, level=-1.0)
     try:
         for name, domain in manifest.domains.items():
-            # Those of an object store come when they are read.
+            # Shards in an object store are fetched when they are read.
             for split in domain.splits if data.remote is None else ():
                 for shard in itertools.islice(opened.index(name, split), 1):
                     with shard.path.open("rb") as stream:
                         stream.read(1)
     except (OSError, ValueError, LookupError) as error:
-        fault = f"{error}; mount {root} on this node so that it can be read"
-        return Check(SHARDS, "not readable", fault=fault, level=-1.0)
+        problem = f"{error}; mount {root} on this node so that it can be read"
+        return Check(SHARDS, "not readable", problem=problem, level=-1.0)
     return Check(SHARDS, manifest.digest[:12], "the same everywhere")
 
 
 def check_gpus(listing: str, wanted: int) -> Iterator[Check]:
-    """Number, ECC errors and clocks, from nvidia-smi's list (not yet run on a GPU)."""
+    """Checks number, ECC errors and clocks in nvidia-smi's list (not yet run on a GPU)."""
     rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines() if line.strip()]
-    fault = f"{len(rows)} GPUs answer, {wanted} are wanted; drain the node" if len(rows) < wanted else ""
-    yield Check("GPUs", str(len(rows)), str(wanted), fault, len(rows))
+    problem = f"{len(rows)} GPUs answer, {wanted} are wanted; drain the node" if len(rows) < wanted else ""
+    yield Check("GPUs", str(len(rows)), str(wanted), problem, len(rows))
     bad = [f"GPU {row[0]}" for row in rows if len(row) > 3 and row[1] not in ("0", "[N/A]")]
-    fault = f"{', '.join(bad)}: uncorrected ECC errors; reset the GPU or drain the node" if bad else ""
-    yield Check("ECC", f"{len(bad)} with errors", "0", fault, -len(bad))
+    problem = f"{', '.join(bad)}: uncorrected ECC errors; reset the GPU or drain the node" if bad else ""
+    yield Check("ECC", f"{len(bad)} with errors", "0", problem, -len(bad))
     slow = [f"GPU {row[0]}" for row in rows if len(row) > 3 and row[3] == "Active"]
-    fault = f"{', '.join(slow)}: slowed down by its hardware (heat, power); check cooling" if slow else ""
-    yield Check("slowed down", f"{len(slow)} by heat or power", "0", fault, -len(slow))
+    problem = f"{', '.join(slow)}: throttled by hardware (heat, power); check cooling" if slow else ""
+    yield Check("slowed down", f"{len(slow)} by heat or power", "0", problem, -len(slow))
     yield _check_clocks([(row[0], row[2]) for row in rows if len(row) > 3])
 
 
 def _check_clocks(clocks: list[tuple[str, str]]) -> Check:
-    """GPUs whose highest clock is not that of the node's others."""
+    """Checks for GPUs whose maximum clock differs from the node's others."""
     usual = Counter(clock for _, clock in clocks).most_common(1)[0][0] if clocks else "none"
     odd = [f"GPU {index} ({clock})" for index, clock in clocks if clock != usual]
-    remedy = f"the others have {usual}; another model or a limited one: drain the node"
+    remedy = f"the others have {usual}; another model or a limited clock: drain the node"
     return Check("GPU clocks", usual, "all equal", f"{', '.join(odd)}: {remedy}" if odd else "", -len(odd))
 
 
 def check_nvlink(status: str) -> Check:
-    """Links between the node's GPUs, from nvidia-smi's list (not yet run on a GPU)."""
+    """Checks the links between the node's GPUs in nvidia-smi's list (not yet run on a GPU)."""
     links = [line for line in status.splitlines() if line.strip().startswith("Link")]
     down = [line.strip() for line in links if "inactive" in line.lower()]
-    fault = f"{len(down)} of {len(links)} links are down ({down[0]}); drain the node" if down else ""
+    problem = f"{len(down)} of {len(links)} links are down ({down[0]}); drain the node" if down else ""
     up = len(links) - len(down)
-    return Check("NVLink", f"{up} links up", "none down", fault, up)
+    return Check("NVLink", f"{up} links up", "none down", problem, up)
 
 
 def check_infiniband(root: Path) -> Check:
-    """Ports that are up, from the kernel's files."""
+    """Checks that all ports are up, from the kernel's files."""
     states = {
         f"{file.parents[2].name}/{file.parent.name}": file.read_text().strip()
         for file in sorted(root.glob("*/ports/*/state"))
     }
     down = [port for port, state in states.items() if "ACTIVE" not in state]
-    fault = f"{', '.join(down)}: down; check cable and switch, or drain the node" if down else ""
+    problem = f"{', '.join(down)}: down; check cable and switch, or drain the node" if down else ""
     up = len(states) - len(down)
-    return Check("InfiniBand", f"{up} ports up", "none down", fault, up)
+    return Check("InfiniBand", f"{up} ports up", "none down", problem, up)
 
 
 def _output(command: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The whole check before a job: each node by itself, then what all ranks must agree on, then the links."""
+"""Preflight before a job: checks of each node, then agreement between all ranks, then the links."""
 
 import hashlib
 import secrets
@@ -31,98 +31,98 @@ SPEEDS = (LINKS, *COLLECTIVES)
 
 @dataclass(frozen=True)
 class PreflightRow:
-    """One thing that was looked at, and where."""
+    """The result of one check, and its place."""
 
     check: str
     where: str
-    """A node, or which ranks together."""
+    """A node, or a group of ranks."""
     found: str
     wanted: str = ""
-    """The limit, in words; empty: only told."""
+    """The limit, in words; empty: reported only."""
     verdict: str = FIT
-    """FIT, SLOW, UNFIT; empty where nothing was looked at."""
+    """FIT, SLOW, UNFIT; empty if nothing was checked."""
     is_of_node: bool = False
-    """Looked at on one node, and on the others alike."""
+    """True for a check that every node has."""
     level: float = 0.0
-    """By which nodes are compared: the least is the worst."""
+    """Value for comparing nodes: the lowest is the worst."""
 
     @property
     def is_bad(self) -> bool:
-        """Whether the limit is broken."""
+        """True if the limit is violated."""
         return self.verdict in (SLOW, UNFIT)
 
 
 @dataclass
 class Findings:
-    """What preflight came to, equal on all ranks."""
+    """The results of preflight, equal on all ranks."""
 
     rows: list[PreflightRow] = field(default_factory=list)
     faults: list[tuple[list[int], str]] = field(default_factory=list)
-    """Ranks that are to blame, and why in one line: the job must not start."""
+    """Problems because of which the job must not start: the ranks concerned, and one line."""
     warnings: list[tuple[list[int], str]] = field(default_factory=list)
-    """The same for what only slows it down."""
+    """Problems that only slow the job down, in the same form."""
 
     @property
     def speed(self) -> str:
-        """What the links carry, in a line."""
+        """Measured speed of the links, in one line."""
         return "; ".join(f"{row.check} {row.found}" for row in self.rows if row.check in SPEEDS)
 
 
 def is_wanted(recipe: Preflight, topology: Topology) -> bool:
-    """Whether a run begins with preflight."""
+    """Returns True if a run begins with preflight."""
     if recipe.when is PreflightWhen.multi_node:
         return topology.world_size > topology.local_world_size
     return recipe.when is PreflightWhen.always
 
 
 def preflight(opened: OpenedData, run_folder: Path, topology: Topology, device: torch.device) -> Findings:
-    """Checks everything; every rank calls it, in the process group that the job will use."""
+    """Runs all checks; every rank calls it, in the process group that the job will use."""
     recipe = opened.recipe
     findings, limits = Findings(), recipe.preflight
     gpus = topology.local_world_size if device.type == "cuda" else 0
-    # One rank of a node looks at the node.
+    # One rank checks each node.
     checks = check_node(limits, opened, run_folder, gpus) if topology.local_rank == 0 else []
     mine = {"host": host_name(), "checks": checks, "token": secrets.token_hex(8)}
-    said = gather(mine, topology)
-    of_nodes = [(rank, one["host"], check) for rank, one in enumerate(said) for check in one["checks"]]
+    by_rank = gather(mine, topology)
+    of_nodes = [(rank, one["host"], check) for rank, one in enumerate(by_rank) for check in one["checks"]]
     for rank, host, check in _same_shards(of_nodes):
-        verdict = UNFIT if check.fault else FIT
+        verdict = UNFIT if check.problem else FIT
         findings.rows.append(
             PreflightRow(check.name, host, check.found, check.wanted, verdict, True, check.level)
         )
-        if check.fault:
-            findings.faults.append(([rank], f"{host}: {check.name}: {check.fault}"))
+        if check.problem:
+            findings.faults.append(([rank], f"{host}: {check.name}: {check.problem}"))
     if not gpus:
         findings.rows.append(
             PreflightRow("GPUs, InfiniBand", "no node", "not looked at: ranks on CPUs", verdict="")
         )
-    _agree(findings, recipe, topology, said)
-    _share_folder(findings, run_folder, topology, said)
+    _agree(findings, recipe, topology, by_rank)
+    _share_folder(findings, run_folder, topology, by_rank)
     if topology.world_size > 1:
-        _compare_clocks(findings, limits, topology, said)
-        _compare_links(findings, limits, device, said)
+        _compare_clocks(findings, limits, topology, by_rank)
+        _compare_links(findings, limits, device, by_rank)
     else:
-        findings.rows.append(PreflightRow(LINKS, "one rank", "not measured: nobody to send to", verdict=""))
+        findings.rows.append(PreflightRow(LINKS, "one rank", "not measured: a single rank", verdict=""))
     return findings
 
 
 def gather(mine: Any, topology: Topology) -> list[Any]:
-    """What every rank has to say, by rank."""
+    """Gathers an object from every rank, by rank."""
     if topology.world_size == 1:
         return [mine]
-    said: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(said, mine)
-    return said
+    by_rank: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(by_rank, mine)
+    return by_rank
 
 
 def _same_shards(checks: list[tuple[int, str, Check]]) -> Iterator[tuple[int, str, Check]]:
-    """The nodes' checks, with a fault where a node has other shards than most: rank, node, check."""
+    """Yields the nodes' checks (rank, node, check), adding a problem if a node has other shards than most."""
     seen = Counter(check.found for _, _, check in checks if _has_shards(check))
     for rank, host, check in checks:
         usual = seen.most_common(1)[0][0] if _has_shards(check) else check.found
         if check.found != usual:
-            fault = f"{check.found}, elsewhere {usual}; mount the same folder everywhere"
-            check = replace(check, fault=fault)  # noqa: PLW2901
+            problem = f"{check.found}, elsewhere {usual}; mount the same folder everywhere"
+            check = replace(check, problem=problem)  # noqa: PLW2901
         yield rank, host, check
 
 
@@ -130,8 +130,8 @@ def _has_shards(check: Check) -> bool:
     return check.name == SHARDS and check.level >= 0
 
 
-def _agree(findings: Findings, recipe: Recipe, topology: Topology, said: list[Any]) -> None:
-    """Recipe, code and packages must be the same on all ranks."""
+def _agree(findings: Findings, recipe: Recipe, topology: Topology, by_rank: list[Any]) -> None:
+    """Checks that recipe, code and packages are the same on all ranks."""
     mine = {
         "recipe": hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12],
         "code": provenance.git_commit(),
@@ -149,21 +149,21 @@ def _agree(findings: Findings, recipe: Recipe, topology: Topology, said: list[An
             )
         is_odd_package |= bool(odd) and name not in ("recipe", "code")
         if odd:
-            where = f"rank {odd[0]} on {said[odd[0]]['host']}"
+            where = f"rank {odd[0]} on {by_rank[odd[0]]['host']}"
             line = f"{where}: {name} is {everybody[odd[0]].get(name)}, elsewhere {usual}; install the same"
             findings.faults.append((odd, line))
     packages = PreflightRow("packages", "all ranks", f"{len(mine) - 2} versions", "all equal")
     findings.rows.append(replace(packages, verdict=UNFIT if is_odd_package else FIT))
 
 
-def _share_folder(findings: Findings, run_folder: Path, topology: Topology, said: list[Any]) -> None:
-    """Whether all ranks see in the run's folder what rank 0 writes there."""
-    file, token = run_folder / TOKEN_FILE, said[0]["token"]
+def _share_folder(findings: Findings, run_folder: Path, topology: Topology, by_rank: list[Any]) -> None:
+    """Checks that all ranks see what rank 0 writes to the run's folder."""
+    file, token = run_folder / TOKEN_FILE, by_rank[0]["token"]
     if topology.is_main:
         try:
             file.write_text(token)
         except OSError:
-            # The node's own check says why.
+            # The node's own check reports the reason.
             token = ""
     gather(True, topology)
     sees = gather(_reads(file, token), topology)
@@ -173,7 +173,7 @@ def _share_folder(findings: Findings, run_folder: Path, topology: Topology, said
         PreflightRow("checkpoint folder", "all ranks", seen_by, "all", UNFIT if blind else FIT)
     )
     if blind:
-        where = f"rank {blind[0]} on {said[blind[0]]['host']}"
+        where = f"rank {blind[0]} on {by_rank[blind[0]]['host']}"
         line = f"{where}: does not see what rank 0 wrote to {run_folder}; mount one file system on all nodes"
         findings.faults.append((blind, line))
     if topology.is_main:
@@ -187,8 +187,8 @@ def _reads(file: Path, token: str) -> bool:
         return False
 
 
-def _compare_clocks(findings: Findings, limits: Preflight, topology: Topology, said: list[Any]) -> None:
-    """Clocks read just after a barrier, the median of several."""
+def _compare_clocks(findings: Findings, limits: Preflight, topology: Topology, by_rank: list[Any]) -> None:
+    """Compares clocks read just after a barrier, by the median of several readings."""
     readings = []
     for _ in range(5):
         dist.barrier()
@@ -210,12 +210,12 @@ def _compare_clocks(findings: Findings, limits: Preflight, topology: Topology, s
         )
     )
     if late:
-        where = f"rank {late[0]} on {said[late[0]]['host']}"
+        where = f"rank {late[0]} on {by_rank[late[0]]['host']}"
         findings.faults.append((late, f"{where}: its clock is {skews[late[0]]:+.1f} s off; start NTP"))
 
 
-def _compare_links(findings: Findings, limits: Preflight, device: torch.device, said: list[Any]) -> None:
-    links = measure_links(device, limits.slow_factor, [one["host"] for one in said])
+def _compare_links(findings: Findings, limits: Preflight, device: torch.device, by_rank: list[Any]) -> None:
+    links = measure_links(device, limits.slow_factor, [one["host"] for one in by_rank])
     place, bad = (findings.faults, UNFIT) if limits.stop_on_slow else (findings.warnings, SLOW)
     wanted = f"none {limits.slow_factor:g} times the others'"
     verdict = bad if links.slow_ranks or links.slow_pairs else FIT
@@ -227,11 +227,14 @@ def _compare_links(findings: Findings, limits: Preflight, device: torch.device, 
     for rank in links.slow_ranks:
         took = statistics.median(s for pair, s in links.seconds.items() if rank in pair)
         place.append(
-            ([rank], f"rank {rank} on {said[rank]['host']}: {took / links.usual:.1f} times as slow as usual")
+            (
+                [rank],
+                f"rank {rank} on {by_rank[rank]['host']}: {took / links.usual:.1f} times as slow as usual",
+            )
         )
     for one, other in links.slow_pairs:
         times = links.seconds[one, other] / links.usual
-        where = f"rank {one} on {said[one]['host']} and rank {other} on {said[other]['host']}"
+        where = f"rank {one} on {by_rank[one]['host']} and rank {other} on {by_rank[other]['host']}"
         place.append(([one, other], f"between {where}: {times:.1f} times as slow as usual"))
     least = limits.expected_gigabits and limits.expected_gigabits / limits.slow_factor
     for name, gigabits in measure_collectives(device).items():

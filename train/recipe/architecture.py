@@ -1,4 +1,4 @@
-"""The part of a recipe's schema that says what the decoder is: width, depth, attention, experts."""
+"""The schema's part for the decoder: width, depth, attention, experts."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -8,14 +8,14 @@ from train.recipe.keys import OnStart, key
 
 
 class Balance(str, Enum):
-    """How tokens are spread over experts."""
+    """Load balancing of the experts."""
 
     loss = "loss"
     bias = "bias"
 
 
 class BalanceScope(str, Enum):
-    """Whose tokens an expert's share is counted over in the balance loss."""
+    """The tokens over which the balance loss counts an expert's share."""
 
     microbatch = "microbatch"
     rank = "rank"
@@ -24,7 +24,7 @@ class BalanceScope(str, Enum):
 
 
 class Position(str, Enum):
-    """How attention learns of positions."""
+    """Position encoding."""
 
     rope = "rope"
     alibi = "alibi"
@@ -38,7 +38,7 @@ class Norm(str, Enum):
 
 
 class Ffn(str, Enum):
-    """Feed-forward form of a dense layer, or of an expert."""
+    """Feed-forward network of a dense layer or of an expert."""
 
     glu = "glu"
     mlp = "mlp"
@@ -46,36 +46,36 @@ class Ffn(str, Enum):
 
 @dataclass(frozen=True)
 class Moe:
-    """Mixture of experts in place of each layer's dense feed-forward."""
+    """Mixture of experts in place of each layer's dense feed-forward network."""
 
     experts: int = key(16, above=0, on_start=OnStart.equal)
     """Experts E per layer. DBRX: 16."""
     top_k: int = key(4, above=0)
     """Experts K that each token uses. DBRX: 4."""
     normalize_weights_p: Optional[float] = key(1.0, above=0)
-    """Order of the norm that the K chosen weights are divided by; null leaves them. DBRX: 1."""
+    """Order p of the norm by which the K selected weights are divided; null: not normalised. DBRX: 1."""
     jitter_eps: float = key(0.0, at_least=0, below=1, remedy="must lie in [0, 1); 0.01 is usual")
-    """Router inputs are multiplied by noise from [1 - eps, 1 + eps] in training. 0: none, as DBRX."""
+    """Router inputs are multiplied by noise from [1 - eps, 1 + eps] in training. 0: none, like DBRX."""
     balance: Balance = Balance.loss
-    """`loss` (Shazeer et al. 2017; Fedus et al. 2021, eq. 4) or `bias`: no loss but a bias on the
-    choice of experts (Wang et al. 2024, DeepSeek-V3, section 2.1.2)."""
+    """`loss` (Shazeer et al. 2017; Fedus et al. 2021, eq. 4) or `bias`: instead of a loss, a bias on the
+    selection of experts (Wang et al. 2024; DeepSeek-V3, section 2.1.2)."""
     balance_loss_weight: float = key(0.05, at_least=0, read_when="model.moe.balance == loss")
     """Weight of the balance loss, averaged over layers. DBRX: 0.05."""
     balance_scope: BalanceScope = key(BalanceScope.microbatch, read_when="model.moe.balance == loss")
-    """Tokens over which experts' shares are counted: `microbatch` of one rank (MegaBlocks' and so, as far
-    as is known, DBRX's: the result depends on the microbatch), `rank` (its whole batch), `expert_group` (a
-    microbatch of every rank that shares experts) or `global_batch`, the same under every layout and split,
-    which lets experts specialise by domain (Qiu et al. 2025, arXiv 2501.11873). `rank` and `global_batch`
-    cost one more forward pass where gradients are accumulated."""
+    """Tokens over which experts' shares are counted: `microbatch` of one rank (MegaBlocks and so, as far as
+    is known, DBRX; the result depends on the microbatch size), `rank` (a rank's whole batch), `expert_group`
+    (one microbatch of every rank in the expert-parallel group) or `global_batch`, which is the same under
+    every layout and microbatch size and lets experts specialise by domain (Qiu et al. 2025, arXiv
+    2501.11873). `rank` and `global_batch` cost an extra forward pass when gradients are accumulated."""
     bias_update_rate: float = key(0.001, at_least=0, read_when="model.moe.balance == bias")
-    """Step of the balancing bias per optimizer step. DeepSeek-V3: 0.001."""
+    """Change of the balancing bias per optimizer step. DeepSeek-V3: 0.001."""
     z_loss_weight: float = key(0.0, at_least=0)
     """Weight of the router z-loss (Zoph et al. 2022, eq. 5), averaged over layers. ST-MoE: 0.001."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """The decoder. Names follow Hugging Face's DBRX."""
+    """The decoder. Names follow DBRX in Hugging Face."""
 
     d_model: int = key(above=0)
     """Width D of the residual stream."""
@@ -86,28 +86,28 @@ class Model:
     n_kv_heads: int = key(above=0)
     """Key-value heads (Ainslie et al. 2023); n_heads means plain multi-head attention."""
     ffn_hidden_size: int = key(above=0)
-    """Hidden size F of a dense feed-forward, or of each expert. DBRX: 1.75 d_model per expert."""
+    """Hidden size F of a dense feed-forward network, or of each expert. DBRX: 1.75 d_model per expert."""
     vocab_size: int = key(above=0)
-    """Rows of the embedding. At least the tokenizer's; DBRX pads 100,278 to 100,352."""
-    max_sequence_tokens: int = key(above=0, on_start=OnStart.told)
-    """Longest sequence that the model is meant for; exported, and an upper bound of data's."""
+    """Rows of the embedding, at least the tokenizer's vocabulary size. DBRX pads 100,278 to 100,352."""
+    max_sequence_tokens: int = key(above=0, on_start=OnStart.reported)
+    """Longest sequence that the model is meant for; exported, and an upper bound of data.sequence_tokens."""
     ffn: Ffn = Ffn.glu
     """`glu`: w2(silu(w1 x) * v1 x) (Shazeer 2020). `mlp`: w2 gelu(w1 x), for MPT; dense only."""
-    position: Position = key(Position.rope, on_start=OnStart.told)
+    position: Position = key(Position.rope, on_start=OnStart.reported)
     """`rope` (Su et al. 2021) or `alibi` (Press et al. 2021), for MPT."""
-    rope_theta: float = key(500000.0, above=0, read_when="model.position == rope", on_start=OnStart.told)
+    rope_theta: float = key(500000.0, above=0, read_when="model.position == rope", on_start=OnStart.reported)
     """Base of RoPE's wavelengths. DBRX: 500,000."""
     norm: Norm = Norm.layernorm
     """`layernorm` without bias (DBRX, MPT) or `rmsnorm` (LLaMA)."""
-    norm_eps: float = key(1e-5, above=0, on_start=OnStart.told)
+    norm_eps: float = key(1e-5, above=0, on_start=OnStart.reported)
     """Added to the variance. DBRX, MPT, LLaMA 2: 1e-5."""
-    clip_qkv: Optional[float] = key(None, above=0, on_start=OnStart.told)
+    clip_qkv: Optional[float] = key(None, above=0, on_start=OnStart.reported)
     """Queries, keys and values are clipped to [-c, c]. DBRX: 8. null: not clipped."""
     qk_norm: bool = False
     """Queries and keys are RMS-normalised over all their heads, before clipping (Muennighoff et al. 2024,
     OLMoE, section 4.2.5). DBRX: false."""
     tie_embeddings: bool = False
-    """Output projection shares the embedding's weights. DBRX: false; MPT: true."""
+    """Share the weights of embedding and output projection. DBRX: false; MPT: true."""
     init_std: float = key(0.02, above=0, on_start=OnStart.free)
     """Standard deviation of initial weights; projections into the residual stream are divided by
     sqrt(2 n_layers) (Radford et al. 2019)."""

@@ -1,4 +1,4 @@
-"""The catalogue of a recipe's keys: each by its name, what `--help` says of it, and whether it may change."""
+"""The catalogue of recipe keys: by name, with their `--help` text and whether they may change on resume."""
 
 import dataclasses
 import functools
@@ -10,19 +10,19 @@ from train.recipe.keys import OnResume, SchemaKey, walk
 from train.recipe.schema import Recipe
 
 RESUME_WORDS = {OnResume.free: "free on resume", OnResume.edit: "editable on resume"}
-HELP = """keys of a recipe, each also a key=value argument. A resumed run keeps the recipe that it was begun
-with; only keys that are `free on resume` may differ, and those `editable on resume` for what is to come:
+HELP = """recipe keys, each also a key=value argument. On resume, keys marked `free on resume` may change,
+those marked `editable on resume` may change for batches still to come, and all others must stay the same:
 """
 
 
 @functools.cache
 def schema_keys() -> dict[str, SchemaKey]:
-    """Every key of the schema by its name, in the schema's order."""
+    """Returns every key of the schema by name, in the schema's order."""
     return {key.name: key for key in walk(Recipe)}
 
 
 def on_resume(name: str) -> OnResume:
-    """Whether a key, or an entry of a key that is a mapping, may differ when a run is resumed."""
+    """Returns whether a key, or an entry of a mapping key, may change on resume."""
     keys = schema_keys()
     while name and name not in keys:
         name = name.rpartition(".")[0]
@@ -30,7 +30,7 @@ def on_resume(name: str) -> OnResume:
 
 
 def describe_keys() -> str:
-    """Every key with its default, range, what may change, and docstring, for ``--help``."""
+    """Describes every key for ``--help``: default, range, changes on resume, and docstring."""
     lines = [HELP]
     for key in schema_keys().values():
         facts = [_default_text(key), key.rules.range, RESUME_WORDS.get(on_resume(key.name), "")]

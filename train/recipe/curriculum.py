@@ -1,9 +1,8 @@
-"""The stages of a run: what its phases come to in whole batches, and what a later edit makes of them.
+"""The stages of a run: its phases in whole batches, as changed by later edits.
 
-A stage is a run of batches of one composition. The stages of a new run follow from its recipe. Those of a
-run that goes on are the ones that it was trained on so far, from its checkpoint, and behind them what the
-recipe says now: the past is never computed anew, so that neither rounding nor an edit can change it.
-Nothing here needs NumPy or torch.
+A stage is a series of batches of the same composition. The stages of a new run follow from its recipe. A
+resumed run takes its past stages from its checkpoint and the following ones from the current recipe: the past
+is never recomputed, so neither rounding nor an edit can change it. Nothing here needs NumPy or torch.
 """
 
 import itertools
@@ -18,51 +17,51 @@ from train.recipe.phases import batch_sequences, phase_tokens, phases_of
 from train.recipe.schema import Interpolation, Recipe
 
 RAMP_PIECES = 256
-"""Pieces of constant weights that a ramp is made of, each with the ramp's mean over it."""
+"""Segments of constant weights that approximate a ramp; each has the ramp's mean over the segment."""
 
 
 @dataclass(frozen=True)
 class MixtureSegment:
-    """Positions of constant weights, from ``first`` up to the next segment's, the last one's without end."""
+    """A range of positions with constant weights, up to the next segment; the last one is unbounded."""
 
     first: int
-    """Position, in samples, at which it begins."""
+    """First position, in samples."""
     weights: Mapping[str, float]
     """Share of the samples per domain, not negative; they are normalised."""
     step: int = 1
-    """Samples of a sequence: as many in a row are of one domain."""
+    """Samples per sequence: so many consecutive samples come from one domain."""
     stage: int = 0
     """Number of its stage."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Batches of one composition. Samples are sequences of the shards' length, data.sequence_tokens."""
+    """Batches of the same composition. A sample is a sequence of the shards' length, data.sequence_tokens."""
 
     phase: int
     """Number of its phase in the recipe, from 0."""
     first_batch: int
     first_sample: int
     end_sample: int
-    """Sample after its last; whole batches."""
+    """Sample after the last; the stage has whole batches."""
     sequence_samples: int
-    """Samples of a sequence, above 1 where sequences are longer than the shards'."""
+    """Samples per sequence, above 1 if sequences are longer than the shards'."""
     batch_sequences: int
-    """Sequences of a global batch."""
+    """Sequences per global batch."""
     weights: dict[str, float]
     end_weights: dict[str, float]
     """Empty: weights are constant."""
     interpolation: str
     ramp_start: int
-    """Sample at which the weights are ``weights`` ..."""
+    """Sample at which the ramp starts from ``weights``."""
     ramp_end: int
-    """... and at which they are ``end_weights``, although the stage may end before."""
+    """Sample at which the ramp reaches ``end_weights``; the stage may end earlier."""
     learning_rate_scale: float
     rope_theta: float
 
     @property
     def batch_samples(self) -> int:
-        """Samples of a global batch."""
+        """Samples per global batch."""
         return self.batch_sequences * self.sequence_samples
 
     @property
@@ -72,28 +71,28 @@ class Stage:
 
     @property
     def end_batch(self) -> int:
-        """Batch after its last."""
+        """Batch after the last."""
         return self.first_batch + self.batches
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What a change of the recipe replaced when a run went on."""
+    """A change of the recipe on resume, with the stages that it replaced."""
 
     batch: int
     """The first batch under the new stages."""
     sample: int
     replaced: tuple[Stage, ...]
-    """The stages that were planned from there on before."""
+    """The stages that had been planned from there on."""
 
 
 @dataclass(frozen=True)
 class Skip:
-    """Positions that are left out: every batch that holds one of them is passed over, not trained."""
+    """An excluded range of positions: every batch that contains one of them is skipped."""
 
     first_sample: int
     end_sample: int
-    """Position after the last."""
+    """Position after the last excluded one."""
     reason: str
 
 
@@ -103,21 +102,21 @@ class Curriculum:
 
     stages: tuple[Stage, ...]
     sample_tokens: int
-    """Tokens of a sample."""
+    """Tokens per sample."""
     edits: tuple[Edit, ...] = ()
     """Every edit so far, in order; never shortened."""
     skips: tuple[Skip, ...] = ()
-    """What is left out by declaration; numbers of batches, positions and the learning rate go on over it."""
+    """Excluded ranges; batch numbers, positions and the learning rate count on over them."""
 
     @property
     def batches(self) -> int:
-        """Number of the run's last step: what is left out counts, unless nothing is trained behind it."""
+        """Number of the run's last trained step; skipped batches count unless they are the last ones."""
         end = self.stages[-1].end_batch
         return next((first for first, after in self.skipped if first < end <= after), end)
 
     @cached_property
     def skipped(self) -> tuple[tuple[int, int], ...]:
-        """The batches that are left out, as ascending ranges (first, after the last) that do not touch."""
+        """The skipped batches, as ascending ranges (first, after the last) that do not touch."""
         found: list[tuple[int, int]] = []
         for skip in sorted(self.skips, key=lambda skip: skip.first_sample):
             first, after = self._batch_of(skip.first_sample), self._batch_of(skip.end_sample - 1) + 1
@@ -128,22 +127,22 @@ class Curriculum:
         return tuple(found)
 
     def skipped_before(self, batch: int) -> list[tuple[int, int]]:
-        """The ranges of :attr:`skipped` as far as they lie before a batch."""
+        """Returns the parts of :attr:`skipped` before a batch."""
         return [(first, min(after, batch)) for first, after in self.skipped if first < batch]
 
     def trained_from(self, batch: int) -> int:
-        """The first batch, from this one on, that is not left out."""
+        """Returns the first batch from this one on that is not skipped."""
         return next((after for first, after in self.skipped if first <= batch < after), batch)
 
     def trained_before(self, batch: int) -> Iterator[int]:
-        """The batches before one that are not left out."""
+        """Yields the batches before this one that are not skipped."""
         at = 0
         for first, after in [*self.skipped_before(batch), (batch, batch)]:
             yield from range(at, first)
             at = after
 
     def samples_before(self, batch: int) -> int:
-        """The position at which a batch begins."""
+        """Returns the position at which a batch begins."""
         return 0 if batch == 0 else self.tokens_after(batch - 1) // self.sample_tokens
 
     @property
@@ -157,45 +156,47 @@ class Curriculum:
         return self.samples * self.sample_tokens
 
     def stage_of(self, batch: int) -> Stage:
-        """The stage of a batch; the last one goes on beyond its end."""
+        """Returns the stage of a batch; batches after the end belong to the last stage."""
         return next((stage for stage in self.stages if batch < stage.end_batch), self.stages[-1])
 
     def tokens_after(self, batch: int) -> int:
-        """Tokens up to the end of a batch."""
+        """Returns the tokens up to the end of a batch."""
         stage, batch = self.stage_of(batch), batch + 1
         return (stage.first_sample + (batch - stage.first_batch) * stage.batch_samples) * self.sample_tokens
 
     def batch_at(self, sample: int) -> int:
-        """The batch that begins at a sample."""
+        """Returns the batch that begins at a sample."""
         batch = self._batch_of(sample)
         assert self.samples_before(batch) == sample, (sample, batch)
         return batch
 
     def _batch_of(self, sample: int) -> int:
-        """The batch that holds a sample."""
+        """Returns the batch that contains a sample."""
         stage = next((stage for stage in self.stages if sample < stage.end_sample), self.stages[-1])
         return stage.first_batch + (sample - stage.first_sample) // stage.batch_samples
 
     def segments(self) -> list[MixtureSegment]:
-        """The weights of all stages, ramps cut into pieces."""
-        return [piece for number, stage in enumerate(self.stages) for piece in _pieces(stage, number)]
+        """Returns the mixture segments of all stages, with ramps cut into segments of constant weights."""
+        return [
+            segment for number, stage in enumerate(self.stages) for segment in _stage_segments(stage, number)
+        ]
 
 
 def plan_stages(recipe: Recipe) -> Curriculum:
-    """The stages of a new run.
+    """Plans the stages of a new run.
 
     Raises:
-        UserError: for a phase that is over before its first batch.
+        UserError: for a phase that ends before its first batch.
     """
     skips = tuple(Skip(skip.first_position, skip.end_position, skip.reason) for skip in recipe.data.skips)
     return Curriculum(tuple(_append(recipe, [], phases_from=0)), recipe.data.sequence_tokens, skips=skips)
 
 
 def continue_stages(past: Curriculum, recipe: Recipe, sample: int) -> Curriculum:
-    """The stages of a run that goes on at ``sample``, a batch's beginning, with what the recipe says now.
+    """Plans the stages of a run that resumes at ``sample``, the start of a batch, under the current recipe.
 
-    Later phases may be changed, added and taken away. The phase in progress may change its end and its
-    batch; another mixture is another phase behind it.
+    Later phases may be changed, added and removed. The current phase may change its end and its batch size;
+    another mixture needs a new phase after it.
 
     Raises:
         UserError: if the recipe would rewrite what was read before ``sample``.
@@ -208,9 +209,9 @@ def continue_stages(past: Curriculum, recipe: Recipe, sample: int) -> Curriculum
         _require_same(stage, recipe, is_over=True, sample=stage.end_sample)
         if following.phase != stage.phase and _end_sample(recipe, stage.phase) > stage.end_sample:
             raise UserError(
-                f"has another end than token {stage.end_sample * past.sample_tokens:,}, where it was over",
+                f"no longer ends at token {stage.end_sample * past.sample_tokens:,}, as it did in this run",
                 key=f"data.phases[{stage.phase}]",
-                remedy="leave the phase as it was; a change belongs into later phases",
+                remedy="leave the phase as it was and change later phases",
             )
     _require_same(last, recipe, is_over=sample >= last.end_sample, sample=sample)
     phase = phases_of(recipe)[last.phase]
@@ -237,12 +238,12 @@ def continue_stages(past: Curriculum, recipe: Recipe, sample: int) -> Curriculum
 
 
 def to_json(curriculum: Curriculum) -> dict[str, Any]:
-    """Plain values that :func:`from_json` reads back."""
+    """Converts a curriculum to plain values that :func:`from_json` reads back."""
     return asdict(curriculum)
 
 
 def from_json(tree: Mapping[str, Any]) -> Curriculum:
-    """The stages that :func:`to_json` wrote."""
+    """Reads the curriculum that :func:`to_json` wrote."""
     edits = tuple(
         Edit(edit["batch"], edit["sample"], tuple(Stage(**stage) for stage in edit["replaced"]))
         for edit in tree["edits"]
@@ -252,7 +253,7 @@ def from_json(tree: Mapping[str, Any]) -> Curriculum:
 
 
 def _append(recipe: Recipe, stages: list[Stage], *, phases_from: int) -> list[Stage]:
-    """The stages and behind them one for each phase from a number on."""
+    """Returns the stages followed by one for each phase from ``phases_from`` on."""
     stages = list(stages)
     for number, phase in enumerate(phases_of(recipe)):
         if number < phases_from:
@@ -262,10 +263,10 @@ def _append(recipe: Recipe, stages: list[Stage], *, phases_from: int) -> list[St
         left = _end_sample(recipe, number) - first
         if left <= 0:
             raise UserError(
-                f"is over at token {_end_sample(recipe, number) * recipe.data.sequence_tokens:,}, which the "
-                "batches of the phase before have passed",
+                f"ends at token {_end_sample(recipe, number) * recipe.data.sequence_tokens:,}, within the "
+                "last batch of the previous phase",
                 key=f"data.phases[{number}].tokens",
-                remedy="lengthen it by a batch at least, or leave it out",
+                remedy="lengthen it by at least a batch, or remove it",
             )
         step, batch = phase.sequence_tokens // recipe.data.sequence_tokens, batch_sequences(recipe, phase)
         stages.append(
@@ -289,7 +290,7 @@ def _append(recipe: Recipe, stages: list[Stage], *, phases_from: int) -> list[St
 
 
 def _end_sample(recipe: Recipe, number: int) -> int:
-    """The sample at which a phase's tokens, and those of all before it, are reached."""
+    """Returns the sample at which the tokens of a phase and of all phases before it are reached."""
     tokens = sum(phase_tokens(phase) for phase in phases_of(recipe)[: number + 1])
     return -(-tokens // recipe.data.sequence_tokens)
 
@@ -299,18 +300,18 @@ def _whole_batches(samples: int, batch_samples: int) -> int:
 
 
 def _require_same(stage: Stage, recipe: Recipe, *, is_over: bool, sample: int) -> None:
-    """Raises where the recipe's phase is not the one that a stage was trained in, up to ``sample``."""
+    """Raises if the recipe's phase differs from what a stage was trained with up to ``sample``."""
     key = f"data.phases[{stage.phase}]"
     tokens = sample * recipe.data.sequence_tokens
     phases = phases_of(recipe)
-    remedy = "leave the phase as it was; a change belongs into later phases"
+    remedy = "leave the phase as it was and change later phases"
     if not is_over:
         remedy = (
-            f"leave the phase as it was but for stop_after_tokens, so that it ends at token {tokens:,}, "
-            "and let another phase follow it"
+            f"leave the phase as it was, end it at token {tokens:,} with stop_after_tokens, and add another "
+            "phase after it"
         )
     if len(phases) <= stage.phase:
-        raise UserError(f"is gone, but was read up to token {tokens:,}", key=key, remedy=remedy)
+        raise UserError(f"was removed, but was read up to token {tokens:,}", key=key, remedy=remedy)
     phase = phases[stage.phase]
     assert phase.sequence_tokens is not None
     was_and_is: dict[str, tuple[object, object]] = {
@@ -337,11 +338,11 @@ def _require_same(stage: Stage, recipe: Recipe, *, is_over: bool, sample: int) -
                 remedy=remedy,
             )
     if _end_sample(recipe, stage.phase) <= sample - stage.batch_samples:
-        raise UserError(f"ends before token {tokens:,}, which was read in it", key=key, remedy=remedy)
+        raise UserError(f"ends before token {tokens:,}, up to which it was read", key=key, remedy=remedy)
 
 
-def _pieces(stage: Stage, number: int) -> Iterator[MixtureSegment]:
-    """A stage's weights as segments."""
+def _stage_segments(stage: Stage, number: int) -> Iterator[MixtureSegment]:
+    """Yields the mixture segments of a stage."""
     step = stage.sequence_samples
     if not stage.end_weights:
         yield MixtureSegment(stage.first_sample, stage.weights, step, number)
@@ -365,7 +366,7 @@ def _pieces(stage: Stage, number: int) -> Iterator[MixtureSegment]:
 
 
 def _mean_progress(interpolation: str, begin: float, end: float) -> float:
-    """Mean of the way from the first weights to the last over a part of the ramp, all in 0..1."""
+    """Mean progress from the first weights to the last over a part of the ramp, all in 0..1."""
 
     def integral(at: float) -> float:
         if interpolation == Interpolation.linear.value:

@@ -1,4 +1,4 @@
-"""What a recipe amounts to, before anything is built: sizes, FLOPs, batches, phases, layout."""
+"""Summary of a recipe before anything is built: sizes, FLOPs, batches, phases, layout."""
 
 from dataclasses import asdict
 
@@ -10,7 +10,7 @@ from train.recipe.topology import Topology
 
 
 def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, object]]:
-    """The figures of a run as an aligned table and as a JSON-ready dictionary."""
+    """Returns the figures of a run as an aligned table and as a JSON-ready dictionary."""
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     per_token = sizes.flops_per_token_training(model, recipe.data.sequence_tokens)
     total = sizes.training_flops(recipe)
@@ -57,7 +57,7 @@ def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, obj
 
 
 def _phase_rows(recipe: Recipe) -> list[tuple[str, str]]:
-    """A line for each phase of the curriculum; none for a single mixture."""
+    """Returns a row for each phase of the curriculum; none for a single mixture."""
     curriculum, rows = plan_stages(recipe), []
     for stage in curriculum.stages if recipe.data.phases else ():
         tokens = (stage.end_sample - stage.first_sample) * curriculum.sample_tokens

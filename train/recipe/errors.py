@@ -1,10 +1,10 @@
-"""Mistakes of the user: the one error that every command turns into a line and exit status 2."""
+"""User errors, which every command turns into one line and exit status 2."""
 
 from dataclasses import dataclass
 
 
 class UserError(ValueError):
-    """A mistake in a recipe, a file or an option: one line with file, key, what is wrong and the remedy."""
+    """An error in a recipe, a file or an option: one line with file, key, what is wrong and the remedy."""
 
     def __init__(self, what: str, *, key: str = "", remedy: str = "", file: str = "") -> None:
         self.what, self.key, self.remedy, self.file = what, key, remedy, file
@@ -16,13 +16,13 @@ class UserError(ValueError):
         return " ".join((line + (f"; {self.remedy}" if self.remedy else "")).split())
 
     def at(self, file: str) -> "UserError":
-        """The same error, naming the file that it came from."""
+        """Returns the same error with the file that it came from."""
         return self if self.file else UserError(self.what, key=self.key, remedy=self.remedy, file=file)
 
 
 @dataclass(frozen=True)
 class Violation:
-    """A rule of recipes that is broken: the key to change, what is wrong, and the remedy."""
+    """A violated rule of recipes: the key to change, what is wrong, and the remedy."""
 
     key: str
     what: str

@@ -1,16 +1,16 @@
-"""With which status a run ends, for launchers and supervisors to act on."""
+"""Exit statuses of a run, for launchers and supervisors to act on."""
 
 import os
 
 USAGE_STATUS = 2
 """A mistake in the recipe: the same command would fail again."""
 PREEMPTED_STATUS = os.EX_TEMPFAIL
-"""75, after SIGTERM: everything is saved, the same command goes on from here."""
+"""75, after SIGTERM: everything is saved, the same command resumes from here."""
 HANG_STATUS = 76
-"""A rank ended a hang: the same command goes on from the newest checkpoint."""
+"""A rank detected a hang: the same command resumes from the newest checkpoint."""
 REPLAY_STATUS = 77
-"""The last steps are to be trained again, from the newest checkpoint: a gradient was not finite."""
+"""A gradient was not finite: the same command retrains the last steps from the newest checkpoint."""
 UNFIT_STATUS = 78
 """Preflight found a machine unfit: no step was trained."""
 INTERRUPTED_STATUS = 130
-"""After Ctrl-C, as shells have it."""
+"""After Ctrl-C, as in shells."""

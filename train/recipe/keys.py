@@ -1,7 +1,7 @@
-"""A key of a recipe, declared once: default, range, the choice that reads it, and where it may change.
+"""A recipe key, declared once: default, range, the choice that reads it, and when it may change.
 
-The schema's fields are made by :func:`key`. The rules, ``--help``, the check of a run that is resumed or
-that starts from other weights, and the digest of prepared shards all read the same declaration.
+:func:`key` makes the schema's fields. The rules, ``--help``, the checks on resume and on a start from other
+weights, and the digest of prepared shards all read the same declaration.
 """
 
 import ast
@@ -20,48 +20,48 @@ from train.recipe.errors import Violation
 
 
 class OnResume(str, Enum):
-    """Whether a key may differ when a run is resumed."""
+    """Permission to change a key when a run is resumed."""
 
     free = "free"
     """It does not change what is trained."""
     edit = "edit"
-    """For what is still to come: :func:`train.recipe.curriculum.continue_stages` refuses what would rewrite
-    the past, and :func:`train.record.run_folder.require_same_data` other shards than were read."""
+    """For the batches still to come: :func:`train.recipe.curriculum.continue_stages` refuses changes to the
+    past, and :func:`train.record.run_folder.require_same_data` refuses other shards than were read."""
     never = "never"
 
 
 class OnStart(str, Enum):
-    """Whether a key of the model may differ from that of the weights which step 0 starts from."""
+    """Permission for a model key to differ from the model whose weights training starts from."""
 
     free = "free"
     """It changes neither a shape nor the function at step 0, or is meant to be changed."""
-    told = "told"
-    """It changes the function but no shape: the change is printed."""
+    reported = "reported"
+    """It changes the function but no shape: allowed, and the change is printed."""
     equal = "equal"
 
 
 @dataclass(frozen=True)
 class KeyRules:
-    """What holds for a key besides its type."""
+    """The rules of a key besides its type."""
 
     above: float | None = None
     at_least: float | None = None
     below: float | None = None
     at_most: float | None = None
     remedy: str = ""
-    """Of a number out of range; empty: made of the range."""
+    """Shown for a number out of range; empty: derived from the range."""
     read_when: str = ""
-    """The only choice that reads it, ``some.key == value``; empty: always read."""
+    """The only choice that reads the key, ``some.key == value``; empty: always read."""
     on_resume: OnResume | None = None
-    """None: as the section says, and without one there ``never``."""
+    """None: the section's, or ``never`` if it has none."""
     on_start: OnStart | None = None
-    """None: as the section says, and without one there ``equal``."""
+    """None: the section's, or ``equal`` if it has none."""
     in_shards_digest: bool = True
-    """Of a source or the preparation: whether other values make other shards."""
+    """For keys of sources and preparation: another value makes other shards."""
 
     @property
     def range(self) -> str:
-        """The range in words; empty where there is none."""
+        """The range in words; empty if there is none."""
         if self.at_least is not None and self.at_most is not None:
             return f"in [{self.at_least:g}, {self.at_most:g}]"
         if self.at_least is not None and self.below is not None:
@@ -75,7 +75,7 @@ class KeyRules:
         return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
 
     def admits(self, number: float) -> bool:
-        """Whether a number lies in the range; infinity and NaN lie in none."""
+        """True if a number is in the range; infinity and NaN never are."""
         return not self.range or (
             math.isfinite(number)
             and (self.above is None or number > self.above)
@@ -85,7 +85,7 @@ class KeyRules:
         )
 
     def within(self, section: "KeyRules") -> "KeyRules":
-        """These rules, with the section's where the key says nothing of its own."""
+        """Returns these rules, with the section's where the key declares none."""
         return replace(
             self,
             on_resume=self.on_resume or section.on_resume,
@@ -98,20 +98,20 @@ class SchemaKey:
     """A key as the schema declares it."""
 
     name: str
-    """With dots; ``[]`` stands for the number of a list's item."""
+    """Dotted; ``[]`` stands for a list index."""
     field: dataclasses.Field[Any]
     doc: str
     rules: KeyRules
-    """With what its sections say."""
+    """Including those inherited from its sections."""
 
 
 def key(default: Any = MISSING, *, factory: Callable[[], Any] | None = None, **rules: Any) -> Any:
-    """A field of the schema.
+    """Declares a field of the schema.
 
     Args:
-        default: its value where a recipe does not give it; none: every recipe must.
-        factory: makes the default, where that can be changed: a list, a mapping, a section.
-        **rules: fields of :class:`KeyRules`; those of a section hold for the keys in it.
+        default: value if a recipe does not set it; without one, every recipe must.
+        factory: makes a mutable default: a list, a mapping or a section.
+        **rules: fields of :class:`KeyRules`; the keys of a section inherit its rules.
     """
     metadata = {"rules": KeyRules(**rules)}
     if factory is not None:
@@ -120,19 +120,19 @@ def key(default: Any = MISSING, *, factory: Callable[[], Any] | None = None, **r
 
 
 def rules_of(schema_field: dataclasses.Field[Any]) -> KeyRules:
-    """What a field of the schema declares itself."""
+    """Returns the rules that a field declares itself."""
     return schema_field.metadata.get("rules", KeyRules())
 
 
 def walk(schema: type, prefix: str = "", within: KeyRules = KeyRules()) -> Iterator[SchemaKey]:
-    """Every key of a part of the schema, those of its sections behind it.
+    """Yields every key of a part of the schema; a section's keys follow the section.
 
-    A section without a docstring of its own is no key.
+    A section field without a docstring is not itself a key.
 
     Args:
         schema: dataclass of the part.
-        prefix: of the names.
-        within: rules of the section that the part is.
+        prefix: prefix of the names.
+        within: rules inherited from the enclosing section.
     """
     docs = _field_docs(schema)
     for schema_field in fields(schema):
@@ -146,11 +146,11 @@ def walk(schema: type, prefix: str = "", within: KeyRules = KeyRules()) -> Itera
 
 
 def out_of_range(section: Any, prefix: str = "") -> Iterator[Violation]:
-    """Every number of a section, and of the sections in it, that its key's range does not admit.
+    """Yields a violation for every number in a section, or in the sections within it, that is out of range.
 
     Args:
         section: instance of the schema or of a part of it.
-        prefix: of the keys that are named.
+        prefix: prefix of the keys' names.
     """
     for schema_field in fields(section):
         name, rules = prefix + schema_field.name, rules_of(schema_field)
@@ -168,7 +168,7 @@ def _remedy(rules: KeyRules) -> str:
 
 
 def _values(value: Any) -> list[tuple[str, Any]]:
-    """A value, or those of a list or a mapping, each with what names it behind the key."""
+    """Returns a value, or the items of a list or mapping, each with its suffix of the key's name."""
     if isinstance(value, list):
         return [(f"[{n}]", item) for n, item in enumerate(value)]
     if isinstance(value, dict):
@@ -185,7 +185,7 @@ def _section_type(schema_field: dataclasses.Field[Any]) -> type | None:
 
 @functools.cache
 def _field_docs(schema: type) -> dict[str, str]:
-    """The string literal under each field, which Python itself does not keep."""
+    """Returns the string literal under each field; Python itself does not keep it."""
     body = ast.parse(inspect.getsource(schema)).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}

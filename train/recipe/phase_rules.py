@@ -1,4 +1,4 @@
-"""The arithmetic of a curriculum: shares, lengths and batches of its phases."""
+"""The rules of a curriculum: shares, lengths and batches of its phases."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from train.recipe.topology import Topology
 
 
 def check_phases(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
-    """Every rule that the phases break, the first first."""
+    """Yields every rule that the phases violate, in order."""
     data = recipe.data
     if not data.phases:
         return
@@ -44,28 +44,28 @@ def check_phases(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
 def _shares(key: str, shares: Mapping[str, float], *, may_be_zero: bool) -> Iterator[Violation]:
     for domain, share in shares.items():
         if not (share > 0 or (may_be_zero and share == 0)):
-            yield Violation(f"{key}.{domain}", f"is {share}", "must be above 0, or leave the domain out")
+            yield Violation(f"{key}.{domain}", f"is {share}", "must be above 0, or omit the domain")
     total = math.fsum(shares.values())
     if abs(total - 1) > 1e-6:
         yield Violation(key, f"shares add up to {total:g}", "must add up to 1")
 
 
 def _shape(recipe: Recipe, topology: Topology, key: str, phase: Phase) -> Iterator[Violation]:
-    """Sequence and batches of a phase whose null keys are filled in."""
+    """Checks sequence length and batches of a phase whose null keys are filled in."""
     shards, longest = recipe.data.sequence_tokens, recipe.model.max_sequence_tokens
     length, ranks = phase.sequence_tokens, topology.world_size
     assert length is not None
     if length % shards:
-        what = f"{length} is no multiple of data.sequence_tokens={shards}"
-        yield Violation(f"{key}.sequence_tokens", what, "a sequence is made of whole sequences of the shards")
+        what = f"{length} is not a multiple of data.sequence_tokens={shards}"
+        yield Violation(f"{key}.sequence_tokens", what, "it consists of whole sequences of the shards")
         return
     if length > longest:
         what = f"{length} exceeds model.max_sequence_tokens={longest}"
         yield Violation(f"{key}.sequence_tokens", what, "lower it or raise the model's")
     tokens = recipe.training.global_batch_sequences * shards
     if phase.global_batch_sequences is None and tokens % length:
-        what = f"is null, but the batch of {tokens} tokens is no multiple of {length}"
-        yield Violation(f"{key}.global_batch_sequences", what, "give it, or change the batch or the length")
+        what = f"is null, but the batch of {tokens} tokens is not a multiple of {length}"
+        yield Violation(f"{key}.global_batch_sequences", what, "set it, or change the batch or the length")
     batch, microbatch = batch_sequences(recipe, phase), microbatch_sequences(recipe, phase)
     if batch % ranks:
         what = f"{batch} sequences of {length} tokens are not divisible by {ranks} ranks"

@@ -1,4 +1,4 @@
-"""A recipe's phases as everything reads them: what each takes over from those before, batches, tokens."""
+"""A recipe's phases with inherited values filled in, and their batch sizes and tokens."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from train.recipe.schema import Phase, Recipe
 
 
 def phases_of(recipe: Recipe) -> list[Phase]:
-    """The recipe's phases with what they take over from those before: nothing is null but the batch sizes.
+    """Returns the recipe's phases with inherited values filled in; only batch sizes may still be null.
 
     ``data.domains`` is one phase.
     """
@@ -21,25 +21,25 @@ def phases_of(recipe: Recipe) -> list[Phase]:
 
 
 def domains_of(recipe: Recipe) -> tuple[str, ...]:
-    """Every domain that some phase reads, in alphabetical order."""
+    """Returns every domain that a phase reads, in alphabetical order."""
     phases = phases_of(recipe)
     return tuple(sorted({name for phase in phases for name in (*phase.weights, *phase.end_weights)}))
 
 
 def batch_sequences(recipe: Recipe, phase: Phase) -> int:
-    """Sequences of a global batch in a phase of :func:`phases_of`, at least one."""
+    """Returns the sequences per global batch in a phase of :func:`phases_of`, at least one."""
     assert phase.sequence_tokens is not None
     of_shards = recipe.training.global_batch_sequences * recipe.data.sequence_tokens
     return phase.global_batch_sequences or max(1, of_shards // phase.sequence_tokens)
 
 
 def microbatch_sequences(recipe: Recipe, phase: Phase) -> int:
-    """Sequences of a rank's microbatch in a phase of :func:`phases_of`, at least one."""
+    """Returns the sequences per microbatch of a rank in a phase of :func:`phases_of`, at least one."""
     assert phase.sequence_tokens is not None
     of_shards = recipe.training.microbatch_sequences * recipe.data.sequence_tokens
     return phase.microbatch_sequences or max(1, of_shards // phase.sequence_tokens)
 
 
 def phase_tokens(phase: Phase) -> int:
-    """Tokens that a phase really takes."""
+    """Returns the tokens that a phase actually reads."""
     return min(phase.tokens, phase.stop_after_tokens or phase.tokens)

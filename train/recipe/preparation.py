@@ -1,6 +1,6 @@
-"""The part of a recipe's schema that says how text becomes shards: sources, filters, duplicates.
+"""The schema's part for data preparation: sources, filters, duplicates.
 
-Read by ``data.write_shards`` alone; the manifest beside the shards holds a digest of it.
+Read only by ``data.write_shards``; the manifest of the shards holds a digest of it.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from train.recipe.keys import key
 
 
 class SourceKind(str, Enum):
-    """Form of a source's files."""
+    """File format of a source."""
 
     jsonl = "jsonl"
     parquet = "parquet"
@@ -20,7 +20,7 @@ class SourceKind(str, Enum):
 
 
 class Quality(str, Enum):
-    """Which heuristics of quality a source's documents must satisfy."""
+    """Quality heuristics that a source's documents must satisfy."""
 
     none = "none"
     prose = "prose"
@@ -32,49 +32,49 @@ class Source:
     """Files of one dataset that go into one domain."""
 
     domain: str = key()
-    """Domain that the documents belong to; several sources may share one."""
+    """Domain of the documents; several sources may share one."""
     kind: SourceKind = key()
-    """`jsonl` (one object a line; .gz and .zst are read too), `parquet`, `text` (each file is a document) or
-    `hf` (folder of a Hugging Face dataset: what `save_to_disk` writes, or parquet or JSONL files)."""
+    """`jsonl` (one object per line; also .gz and .zst), `parquet`, `text` (each file is a document) or `hf`
+    (folder of a Hugging Face dataset: the output of `save_to_disk`, or parquet or JSONL files)."""
     path: str = key(in_shards_digest=False)
     """File, folder or pattern with * and ?; or an address that Streaming reads: s3://, dbfs:/Volumes/..."""
     text_column: str = "text"
-    """Column or key that holds the text; `text` sources have none."""
+    """Column or key of the text; `text` sources have none."""
     quality: Quality = Quality.none
     """`prose`: Rae et al. 2021 (Gopher), section A.1.1; `code`: Chen et al. 2021, 3.1. `none`: all."""
     languages: list[str] = key(factory=list)
-    """ISO 639-1 codes of the languages to keep, found by function words and script; empty: all."""
+    """ISO 639-1 codes of the languages to keep, detected by function words and script; empty: all."""
     dataset: str = key()
     """Name of the dataset, for the manifest and MLflow."""
     version: str = key()
-    """Its version, revision or date."""
+    """Version, revision or date of the dataset."""
     origin: str = key()
-    """Where it was published: an address or a citation."""
+    """Place of publication: an address or a citation."""
     licence: str = key()
     """SPDX identifier or a sentence."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to documents of `data.sources` before they become tokens."""
+    """Filtering of the documents of `data.sources` before tokenization."""
 
     near_duplicates: Optional[float] = key(
         0.8, at_least=0.5, at_most=1, remedy="give a Jaccard similarity from 0.5 to 1"
     )
-    """Documents whose sets of five-word sequences have at least this Jaccard similarity count as one, and the
-    first is kept (Lee et al. 2022, section 4.2). null: exact copies alone are removed."""
+    """Documents whose sets of five-word sequences have at least this Jaccard similarity are duplicates, of
+    which the first is kept (Lee et al. 2022, section 4.2). null: only exact copies are removed."""
     evaluation_texts: list[str] = key(factory=list, in_shards_digest=False)
-    """Task files (.jsonl, .json, .txt), folders or patterns of them: a document that shares an n-gram with
-    their text is removed."""
+    """Evaluation task files (.jsonl, .json, .txt), folders or patterns: documents that share an n-gram with
+    their text are removed."""
     evaluation_ngram: int = key(13, at_least=8, remedy="set it to at least 8")
-    """Words of such an n-gram (Brown et al. 2020, appendix C: 13); shorter texts of at least 8 words count
-    whole."""
+    """Length of these n-grams in words (Brown et al. 2020, appendix C: 13); shorter texts of at least 8 words
+    are matched as a whole."""
     max_document_bytes: int = key(10_000_000, at_least=1, remedy="set it to at least 1")
-    """Larger documents are rejected: more often than not they are no documents."""
+    """Larger documents are rejected: most of them are not text documents."""
     chunk_bytes: int = key(8_000_000, at_least=1, remedy="set it to at least 1", in_shards_digest=False)
-    """Input that one task reads; a row group, record batch or compressed file is never cut."""
+    """Input per task; row groups, record batches and compressed files are never split."""
     zstd_level: Optional[int] = key(
         None, at_least=1, at_most=22, remedy="give a level from 1 to 22", in_shards_digest=False
     )
-    """Each shard is compressed too, at this level of Zstandard (1 to 22), and `--upload` sends that in its
-    place: less to store and to fetch. Nodes unpack what they fetch. null: shards are sent as they are."""
+    """Zstandard level (1 to 22) at which each shard is also compressed; `--upload` then sends the compressed
+    shards, which nodes decompress after fetching. null: shards are sent uncompressed."""

@@ -20,10 +20,10 @@ from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 
 MIXTURE = "data.domains"
-"""Shares have to add up to 1, so that a mixture replaces that of the layer below as a whole;
-`data.domains.X=0.5` on the command line changes one share."""
+"""Shares must add up to 1, so a mixture replaces the base recipe's as a whole; `data.domains.X=0.5` on the
+command line changes one share."""
 PHASES = "data.phases"
-"""The other form of a mixture: each form replaces the other of a layer below.
+"""The alternative to `data.domains`: setting either replaces the other in a base recipe.
 `data.phases[0].tokens=1000000000` on the command line changes one phase."""
 _ONE_PHASE = re.compile(r"data\.phases[\[.]\d")
 
@@ -72,9 +72,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that :func:`load_recipe` reads back to an equal recipe.
+    """Writes the resolved recipe as YAML that :func:`load_recipe` reads back to an equal recipe.
 
-    Keys that this recipe's choices leave unread are left out.
+    Omits keys that the recipe's choices leave unread.
     """
     return OmegaConf.to_yaml(OmegaConf.create(to_read_dict(recipe)))
 
@@ -83,7 +83,7 @@ def to_read_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested plain values, without the keys that its choices leave unread."""
     tree = to_dict(recipe)
     for key, condition in _conditions().items():
-        if not _holds(recipe, condition):
+        if not _is_met(recipe, condition):
             parent, leaf = key.rsplit(".", 1)
             branch = _dig(tree, parent)
             if branch is not None:
@@ -107,7 +107,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
     """The recipe's files, base first, each as (file, config)."""
     if path.resolve() in seen:
-        raise UserError("extends itself", key="extends", remedy="remove the circle", file=str(path))
+        raise UserError("extends itself", key="extends", remedy="remove the cycle", file=str(path))
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
@@ -132,7 +132,7 @@ def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
     for text in overrides:
         key, equals, _ = text.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"`{text}` is not key=value", remedy="write for example training.clip_norm=0.5")
+            raise UserError(f"`{text}` is not key=value", remedy="for example training.clip_norm=0.5")
         if _ONE_PHASE.match(text):
             layers.append(("command line", text))
             continue
@@ -146,7 +146,7 @@ def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
 
 
 def _explain(error: OmegaConfBaseException, file: str) -> UserError:
-    """OmegaConf's error as one line of ours."""
+    """Turns OmegaConf's error into one of ours, in one line."""
     text = str(error).split("\n")[0]
     key = str(error.full_key or error.key or "")
     in_schema = re.sub(r"\[\d+\]", "[]", key)
@@ -163,12 +163,12 @@ def _explain(error: OmegaConfBaseException, file: str) -> UserError:
 
 
 def _refuse_unread(recipe: Recipe, given: dict[str, tuple[int, str]]) -> None:
-    """Raises for a key that was given although the recipe's other choices leave it unread.
+    """Raises for a key that is set but left unread by the recipe's choices.
 
-    A base recipe's key is let go when a later layer made the other choice: the base was right then.
+    A base recipe's key is ignored if a later layer made the other choice: in the base it was right.
     """
     for key, condition in _conditions().items():
-        if key not in given or _holds(recipe, condition):
+        if key not in given or _is_met(recipe, condition):
             continue
         depth, file = given[key]
         choice = condition.split(" == ")[0]
@@ -183,11 +183,11 @@ def _refuse_unread(recipe: Recipe, given: dict[str, tuple[int, str]]) -> None:
 
 
 def _conditions() -> dict[str, str]:
-    """By key the only choice that reads it."""
+    """Maps each conditional key to the choice that reads it."""
     return {name: key.rules.read_when for name, key in schema_keys().items() if key.rules.read_when}
 
 
-def _holds(recipe: Recipe, condition: str) -> bool:
+def _is_met(recipe: Recipe, condition: str) -> bool:
     key, _, wanted = condition.partition(" == ")
     value = _dig(to_dict(recipe), key)
     return str(value) == wanted

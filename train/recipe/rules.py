@@ -1,4 +1,4 @@
-"""The arithmetic that a recipe must satisfy, checked before torch is imported or a process group made."""
+"""The rules that a recipe must satisfy, checked before torch is imported or a process group made."""
 
 import difflib
 import fnmatch
@@ -23,14 +23,14 @@ from train.recipe.schema import (
 from train.recipe.topology import Topology
 
 CL100K_TOKENS = 100_278
-"""Ids of cl100k_base with DBRX's padding token (100277) included."""
+"""Token ids of cl100k_base, including DBRX's padding token (100277)."""
 
 INSTALLED_DOMAINS = ("code", "prose")
-"""Domains of the corpus that every installation has."""
+"""Domains of the installed corpus."""
 
 
 def validate(recipe: Recipe, topology: Topology, file: str) -> None:
-    """Raises for the first impossible number.
+    """Raises for the first violated rule.
 
     Raises:
         UserError: one line that names file, key and remedy.
@@ -47,9 +47,9 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
         _registry,
         _evaluation,
     ):
-        fault = next(iter(check(recipe, topology)), None)
-        if fault:
-            raise UserError(fault.what, key=fault.key, remedy=fault.remedy, file=file)
+        violation = next(iter(check(recipe, topology)), None)
+        if violation:
+            raise UserError(violation.what, key=violation.key, remedy=violation.remedy, file=file)
 
 
 def _ranges(recipe: Recipe, _: Topology) -> Iterator[Violation]:
@@ -59,7 +59,7 @@ def _ranges(recipe: Recipe, _: Topology) -> Iterator[Violation]:
 def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     model = recipe.model
     if "/" in recipe.name or recipe.name in {"", ".", ".."}:
-        yield Violation("name", f"{recipe.name!r} is no folder's name", "use letters, digits, - and _")
+        yield Violation("name", f"{recipe.name!r} is not a folder name", "use letters, digits, - and _")
     if model.d_model % model.n_heads:
         d_model, n_heads = model.d_model, model.n_heads
         yield Violation("model.n_heads", f"{d_model=} is not divisible by {n_heads=}", "change either")
@@ -98,17 +98,21 @@ def _data(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     data, domains = recipe.data, domains_of(recipe)
     mixture = "data.phases" if data.phases else "data.domains"
     if data.domains and data.phases:
-        yield Violation("data.domains", "is given beside data.phases", "give one of them")
+        yield Violation("data.domains", "is set, but so is data.phases", "set only one of them")
     if not domains:
         yield Violation(
             mixture, "is empty", "name each domain and its share, for example {code: 0.5, prose: 0.5}"
         )
     for name in data.validation_domains:
         if name in domains:
-            yield Violation("data.validation_domains", f"{name} is in {mixture}", "name it once, there")
+            yield Violation(
+                "data.validation_domains",
+                f"{name} is already in {mixture}",
+                "remove it: it is validated anyway",
+            )
     for name in data.domain_max_epochs:
         if name not in domains:
-            yield Violation(f"data.domain_max_epochs.{name}", "is no domain", f"{mixture} has {domains}")
+            yield Violation(f"data.domain_max_epochs.{name}", "is not a domain", f"{mixture} has {domains}")
     named = {name: f"data.domains.{name}" if data.domains else mixture for name in domains}
     named |= {name: "data.validation_domains" for name in data.validation_domains}
     for name, key in named.items():
@@ -116,13 +120,13 @@ def _data(recipe: Recipe, _: Topology) -> Iterator[Violation]:
             yield Violation(key, f"{name} is not in the installed corpus", f"it has {INSTALLED_DOMAINS}")
     for index, skip in enumerate(data.skips):
         if not 0 <= skip.first_position < skip.end_position:
-            what = f"leaves out positions {skip.first_position} up to {skip.end_position}, which are none"
-            yield Violation(f"data.skips[{index}]", what, "end_position is the one after the last, from 0 on")
+            what = f"positions {skip.first_position} to {skip.end_position} are an empty range"
+            yield Violation(f"data.skips[{index}]", what, "positions count from 0; end_position is exclusive")
     total = math.fsum(data.domains.values())
     if data.domains and abs(total - 1) > 1e-6:
         yield Violation("data.domains", f"shares add up to {total:g}", "must add up to 1")
     if data.remote is None and data.cache_bytes is not None:
-        yield Violation("data.cache_bytes", "bounds the cache of data.remote, which is null", "remove it")
+        yield Violation("data.cache_bytes", "limits the cache of data.remote, which is null", "remove it")
     if data.remote is not None and data.corpus is not None:
         yield Violation("data.corpus", "builds shards, but data.remote says where they are", "remove either")
     if data.corpus not in (None, "installed"):
@@ -140,7 +144,7 @@ def _start(recipe: Recipe, _: Topology) -> Iterator[Violation]:
         yield Violation(
             "start.optimizer",
             "is restored, but start.weights is null",
-            "set start.weights to the run whose optimizer goes on",
+            "set start.weights to the run whose optimizer state is to be restored",
         )
     names = [weight.name for weight in sizes.weights(recipe.model)]
     trained = set(names)
@@ -149,11 +153,11 @@ def _start(recipe: Recipe, _: Topology) -> Iterator[Violation]:
         if not matching:
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0)
             yield Violation(
-                "training.frozen", f"{pattern!r} matches no weight", f"{near[0]} is one, * is any text"
+                "training.frozen", f"{pattern!r} matches no weight", f"{near[0]} is one; * is any text"
             )
         trained -= set(matching)
     if not trained:
-        yield Violation("training.frozen", "freezes every weight", "leave something to train")
+        yield Violation("training.frozen", "freezes every weight", "leave at least one to train")
 
 
 def _registry(recipe: Recipe, _: Topology) -> Iterator[Violation]:
@@ -205,7 +209,7 @@ def _evaluation(recipe: Recipe, _: Topology) -> Iterator[Violation]:
         for key in ("suite_data", "suite_questions", "suite_interval_batches", "suite_tasks"):
             if getattr(evaluation, key):
                 yield Violation(
-                    f"evaluation.{key}", "is set, but no suite", "set evaluation.suite, or remove it"
+                    f"evaluation.{key}", "is set without a suite", "set evaluation.suite, or remove it"
                 )
         return
     if evaluation.suite_data is None:
@@ -214,8 +218,8 @@ def _evaluation(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     if every is not None and (interval is None or every % interval):
         yield Violation(
             "evaluation.suite_interval_batches",
-            f"{every} is no multiple of evaluation.interval_batches={interval}",
-            "the suite is put to the model after a validation",
+            f"{every} is not a multiple of evaluation.interval_batches={interval}",
+            "the suite runs after a validation",
         )
 
 
@@ -226,13 +230,13 @@ def _batch_and_layout(recipe: Recipe, topology: Topology) -> Iterator[Violation]
         yield Violation(
             "training.global_batch_sequences",
             f"{global_batch} is not divisible by {ranks} ranks",
-            f"take a multiple of {ranks}, or another number of ranks",
+            f"use a multiple of {ranks}, or another number of ranks",
         )
     elif (global_batch // ranks) % microbatch:
         yield Violation(
             "training.microbatch_sequences",
             f"{global_batch // ranks} sequences of each rank are not divisible by {microbatch}",
-            f"take a divisor of {global_batch // ranks}",
+            f"use a divisor of {global_batch // ranks}",
         )
     if ranks % (layout.replicate * layout.expert):
         yield Violation(
@@ -248,14 +252,14 @@ def _batch_and_layout(recipe: Recipe, topology: Topology) -> Iterator[Violation]
             yield Violation(
                 "parallelism.expert",
                 f"{experts=} is not divisible by {expert_degree=}",
-                f"take a divisor of {experts}",
+                f"use a divisor of {experts}",
             )
         else:
             yield from _uneven_experts(recipe, ranks)
 
 
 def _uneven_experts(recipe: Recipe, ranks: int) -> Iterator[Violation]:
-    """FSDP2 (torch 2.7) shards rows that are spread over experts' ranks only if they divide evenly."""
+    """Yields a violation for expert rows that do not shard evenly, as FSDP2 (torch 2.7) requires."""
     layout, moe = recipe.parallelism, recipe.model.moe
     assert moe is not None
     if ranks % (layout.replicate * layout.expert):

@@ -1,7 +1,7 @@
-"""How large a recipe is, in closed form: parameters, who holds them, FLOPs, batches. Needs no torch.
+"""Sizes of a recipe in closed form: parameters, their placement, FLOPs, batches. Needs no torch.
 
-The shapes below are those of the decoder (Hugging Face's DBRX: names and layouts); tests hold them to
-the real modules. Legend: D d_model, L n_layers, H n_heads, KV n_kv_heads, F ffn_hidden_size, E experts,
+The shapes are those of the decoder (names and layouts of Hugging Face's DBRX); tests compare them with the
+real modules. Legend: D d_model, L n_layers, H n_heads, KV n_kv_heads, F ffn_hidden_size, E experts,
 K top_k, V vocab_size, S sequence tokens.
 """
 
@@ -28,7 +28,7 @@ class Weight:
 
     @property
     def is_expert(self) -> bool:
-        """Whether this is a matrix of all experts of a layer, E blocks of rows."""
+        """True for a matrix that stacks all experts of a layer, E blocks of rows."""
         return ".experts." in self.name
 
 
@@ -39,16 +39,16 @@ class Flops:
     weights: int
     """Matrix products with weights."""
     attention: int
-    """Scores and their products with the values, which no weight takes part in."""
+    """Attention scores and their products with the values, which involve no weights."""
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """The sum of both."""
         return self.weights + self.attention
 
 
 def layer_weights(model: Model, layer: int) -> Iterator[Weight]:
-    """The parameters of one decoder layer, in the order of the module."""
+    """Yields the parameters of one decoder layer, in the module's order."""
     D, F = model.d_model, model.ffn_hidden_size
     head = D // model.n_heads
     prefix = f"transformer.blocks.{layer}"
@@ -71,7 +71,7 @@ def layer_weights(model: Model, layer: int) -> Iterator[Weight]:
 
 
 def weights(model: Model) -> Iterator[Weight]:
-    """Every parameter once: norms without bias, no biases, no parameters for RoPE or ALiBi.
+    """Yields every parameter once: norms without bias, no biases, no parameters for RoPE or ALiBi.
 
     The per-expert-choice bias of ``balance: bias`` is a buffer, not a parameter. A tied output
     projection is the embedding itself and not listed again.
@@ -87,41 +87,41 @@ def weights(model: Model) -> Iterator[Weight]:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which ranks hold what of a weight, and with which others it is gathered."""
+    """The sharding of a weight, and the FSDP2 unit that it belongs to."""
 
     unit: str
-    """The module that FSDP2 gathers and reduces as one."""
+    """The module that FSDP2 gathers and reduces as a unit."""
     experts_over: int
-    """Ranks that whole experts are split over first; 1 for all but expert weights."""
+    """Ranks over which whole experts are split first; 1 for all other weights."""
     rows_over: int
-    """Ranks that the rows are then sharded over."""
+    """Ranks over which the rows are then sharded."""
     stays_fp32: bool
-    """Gathered in fp32 even where the rest is gathered in bf16."""
+    """Gathered in fp32 even if the others are gathered in bf16."""
 
     def rows_at_most(self, weight: Weight) -> int:
-        """Rows of the fullest rank, to which FSDP2 pads all others when it gathers."""
+        """Returns the rows of the fullest rank, to which FSDP2 pads all others when it gathers."""
         return -(-weight.shape[0] // self.experts_over // self.rows_over)
 
     def rows(self, weight: Weight, index: int) -> int:
-        """Rows of the rank that is at place ``index`` of those that share the rows.
+        """Returns the rows of the rank with number ``index`` among those that share the rows.
 
-        As ``torch.chunk``: every rank takes the rounded-up share until nothing is left.
+        Like ``torch.chunk``: every rank takes the rounded-up share until nothing is left.
         """
         whole, share = weight.shape[0] // self.experts_over, self.rows_at_most(weight)
         return min(share, max(0, whole - index * share))
 
 
 def shard_degree(layout: Parallelism, world_size: int) -> int:
-    """Ranks along the mesh's middle dimension: what `replicate` and `expert` leave."""
+    """Returns the size of the mesh's `shard` dimension: what `replicate` and `expert` leave."""
     return world_size // (layout.replicate * layout.expert)
 
 
 def placement(weight: Weight, layout: Parallelism, world_size: int) -> Placement:
-    """Where :mod:`train.layout.mesh` puts a weight.
+    """Returns the placement of a weight by :mod:`train.layout.mesh`.
 
     Experts are split over `expert`, then their rows over `shard`. Everything else is sharded over `shard`
-    and `expert` together. Units are the experts and the router of a layer, the rest of a layer, and what
-    is outside of all layers. `replicate` holds copies.
+    and `expert` together. The FSDP2 units are a layer's experts, its router, the rest of the layer, and
+    everything outside the layers. `replicate` holds copies.
     """
     shard = shard_degree(layout, world_size)
     if weight.is_expert:
@@ -135,9 +135,9 @@ def placement(weight: Weight, layout: Parallelism, world_size: int) -> Placement
 
 
 def rank_weights(model: Model, layout: Parallelism, world_size: int, rank: int) -> dict[str, int]:
-    """Elements of every weight that one rank holds, by name.
+    """Returns the number of elements of every weight on one rank, by name.
 
-    Neighbouring ranks differ in `expert` first, then in `shard`, then in `replicate`.
+    In the order of ranks, `expert` varies fastest, then `shard`, then `replicate`.
     """
     dense_index = rank % (shard_degree(layout, world_size) * layout.expert)
     held = {}
@@ -149,7 +149,7 @@ def rank_weights(model: Model, layout: Parallelism, world_size: int, rank: int) 
 
 
 def total_parameters(model: Model) -> int:
-    """Parameters of the whole model.
+    """Returns the number of parameters of the whole model.
 
     V D (2 if untied) + D + L (2 D + (D + 2 KV D/H) D + D^2 + FFN), where FFN is E D + 3 E F D with
     experts, 3 F D for a dense GLU and 2 F D for a two-matrix MLP.
@@ -159,13 +159,13 @@ def total_parameters(model: Model) -> int:
 
 
 def active_parameters(model: Model, *, input_embedding: bool = False) -> int:
-    """Parameters that a token is multiplied with: K of the E experts, and all that is not an expert.
+    """Returns the active parameters per token: K of the E experts, and everything that is not an expert.
 
     Args:
         model: the decoder.
-        input_embedding: count the input embedding too. By default it is left out, a look-up that costs
-            no FLOP (Kaplan et al. 2020, section 2.1); the output projection counts, and with tied
-            embeddings it is the same matrix, so that nothing is left out.
+        input_embedding: count the input embedding too. By default it does not count, being a look-up
+            without FLOPs (Kaplan et al. 2020, section 2.1). The output projection always counts; with tied
+            embeddings it is the same matrix, so everything counts.
     """
     idle = 0
     if model.moe:
@@ -176,7 +176,7 @@ def active_parameters(model: Model, *, input_embedding: bool = False) -> int:
 
 
 def flops_per_token_forward(model: Model, sequence_tokens: int, *, causal: bool = False) -> Flops:
-    """FLOPs of one token's forward pass.
+    """Returns the FLOPs of one token's forward pass.
 
     Weights: 2 x active parameters without the input embedding. Attention: 4 L D S, scores and values
     against S positions (Kaplan et al. 2020, table 1; PaLM, Chowdhery et al. 2022, appendix B).
@@ -185,40 +185,39 @@ def flops_per_token_forward(model: Model, sequence_tokens: int, *, causal: bool 
         model: the decoder.
         sequence_tokens: S, the length of a sequence.
         causal: count only the positions up to the token's own, half of S on average (what a kernel
-            that skips masked blocks computes). By default all S count, as PaLM's utilisation does.
+            that skips masked blocks computes). By default all S count, as in PaLM's utilisation.
     """
     attention = 4 * model.n_layers * model.d_model * sequence_tokens
     return Flops(2 * active_parameters(model), attention // 2 if causal else attention)
 
 
 def flops_per_token_training(model: Model, sequence_tokens: int, *, causal: bool = False) -> Flops:
-    """FLOPs of one token's forward and backward pass: three times the forward pass.
+    """Returns the FLOPs of one token's forward and backward pass: three times the forward pass.
 
-    Weights: 6 x active parameters; attention: 12 L D S (half of it if ``causal``). The sources are
-    those of :func:`flops_per_token_forward`. Recomputed activations are not counted: they are not
-    the model's work.
+    Weights: 6 x active parameters; attention: 12 L D S (half of it if ``causal``). Sources: see
+    :func:`flops_per_token_forward`. Recomputed activations do not count as model FLOPs.
     """
     forward = flops_per_token_forward(model, sequence_tokens, causal=causal)
     return Flops(3 * forward.weights, 3 * forward.attention)
 
 
 def tokens_per_batch(recipe: Recipe) -> int:
-    """Tokens per optimizer step, over all ranks; a phase may have another batch."""
+    """Returns the tokens per optimizer step, over all ranks; a phase may have another batch size."""
     return recipe.training.global_batch_sequences * recipe.data.sequence_tokens
 
 
 def batches(recipe: Recipe) -> int:
-    """Optimizer steps of the run: the tokens of each phase in batches, the last one filled up."""
+    """Returns the optimizer steps of the run: the tokens of each phase, rounded up to whole batches."""
     return plan_stages(recipe).batches
 
 
 def trained_tokens(recipe: Recipe) -> int:
-    """Tokens that the run trains on: whole batches."""
+    """Returns the tokens that the run trains on, in whole batches."""
     return plan_stages(recipe).tokens
 
 
 def microbatches_per_rank(recipe: Recipe, world_size: int) -> int:
-    """Forward and backward passes of each rank per optimizer step.
+    """Returns the forward and backward passes of each rank per optimizer step.
 
     The recipe must have passed :func:`train.recipe.rules.validate` for this number of ranks.
     """
@@ -230,7 +229,7 @@ def microbatches_per_rank(recipe: Recipe, world_size: int) -> int:
 
 
 def training_flops(recipe: Recipe, *, causal: bool = False) -> Flops:
-    """FLOPs of the whole run: :func:`flops_per_token_training` x tokens, stage by stage."""
+    """Returns the FLOPs of the whole run: :func:`flops_per_token_training` x tokens, stage by stage."""
     weights = attention = 0
     curriculum = plan_stages(recipe)
     for stage in curriculum.stages:
@@ -242,13 +241,13 @@ def training_flops(recipe: Recipe, *, causal: bool = False) -> Flops:
 
 
 def batch_flops_per_token(model: Model, curriculum: Curriculum, batch: int) -> int:
-    """Training FLOPs of one token of a batch, attention over the sequences of the batch's phase."""
+    """Returns the training FLOPs per token of a batch, with its phase's sequence length."""
     length = curriculum.stage_of(batch).sequence_samples * curriculum.sample_tokens
     return flops_per_token_training(model, length).total
 
 
 def most_microbatches(recipe: Recipe, world_size: int) -> int:
-    """Forward and backward passes of each rank per optimizer step, in the phase that has the most."""
+    """Returns the forward and backward passes per rank and step, in the phase that has the most."""
     return max(
         batch_sequences(recipe, phase) // world_size // microbatch_sequences(recipe, phase)
         for phase in phases_of(recipe)

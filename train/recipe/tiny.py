@@ -1,11 +1,11 @@
-"""A recipe's shrunken form: every feature of it at a size that trains in a moment on any machine.
+"""The tiny recipe: every feature of a recipe at a size that trains in seconds on any machine.
 
-Kept: the kind of feed-forward, positions, norms, clipping of queries, tied embeddings, the ratio of query
+Kept: the kind of feed-forward network, positions, norms, QKV clipping, tied embeddings, the ratio of query
 to key-value heads, the ratio of hidden size to width, experts and top-k, losses, optimizer, schedule
 shape, precision policy, checkpointing. Changed: widths, depth, vocabulary and tokenizer, sequence
-length, batch, length of the run, corpus; a curriculum becomes two phases that differ in mixture and, where
-the recipe's do, in length, RoPE's base and learning rate; weights are drawn anew, and the layout is that
-of one rank.
+length, batch, length of the run, corpus. A curriculum becomes two phases that differ in mixture and, if
+the recipe's do, in sequence length, RoPE's base and learning rate. Weights are drawn from the seed, and the
+layout is that of one rank.
 """
 
 from dataclasses import replace
@@ -20,20 +20,20 @@ LAYERS = 2
 VOCABULARY = 512
 SEQUENCE_TOKENS = 64
 LONGER = 2
-"""Times the length of a phase of longer sequences."""
+"""Factor by which a phase of longer sequences is longer."""
 MICROBATCH_SEQUENCES = 2
 
 
 def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) -> Recipe:
-    """The same recipe, small, for ``steps`` optimizer steps.
+    """Makes the tiny recipe for ``steps`` optimizer steps.
 
     Args:
         recipe: any valid recipe.
-        steps: length of the shrunken run.
-        global_batch_sequences: its batch; each rank's share should allow for microbatches.
+        steps: length of the tiny run.
+        global_batch_sequences: its batch; large enough for several microbatches per rank.
 
     Returns:
-        A valid recipe that reads the corpus which every installation has.
+        A valid recipe that reads the installed corpus.
     """
     model, training = _tiny_model(recipe.model), recipe.training
     phases = _two_phases(recipe, steps, global_batch_sequences) if steps > 1 else []
@@ -77,7 +77,7 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
 
 
 def _tiny_model(model: Model) -> Model:
-    """A model of the same ratios: query to key-value heads, hidden size to width."""
+    """Makes a tiny model of the same ratios: query to key-value heads, hidden size to width."""
     queries_per_kv = model.n_heads // model.n_kv_heads
     kv_heads = min(model.n_kv_heads, MOST_KV_HEADS)
     d_model = kv_heads * queries_per_kv * HEAD_WIDTH
@@ -94,7 +94,7 @@ def _tiny_model(model: Model) -> Model:
 
 
 def _two_phases(recipe: Recipe, steps: int, sequences: int) -> list[Phase]:
-    """Half of the steps in each; the second has what the recipe's last phase has. Empty for one phase."""
+    """Makes two phases of half the steps each, like the recipe's first and last; empty for a single phase."""
     if len(recipe.data.phases) < 2:
         return []
     phases = phases_of(recipe)

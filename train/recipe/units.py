@@ -1,8 +1,8 @@
-"""Numbers for people: 983k tokens, 3 min 05 s."""
+"""Human-readable numbers: 983k tokens, 3 min 05 s."""
 
 
 def short_number(value: float) -> str:
-    """Three significant digits with k, M, G or T: 983k, 1.25M."""
+    """Formats a number to three significant digits with k, M, G or T: 983k, 1.25M."""
     units = ("", "k", "M", "G", "T")
     place = 0
     while abs(value) >= 999.5 and place < len(units) - 1:
@@ -12,7 +12,7 @@ def short_number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the two largest units that fit: 45 s, 3 min 05 s, 2 h 10 min, 4 d 03 h."""
+    """Formats seconds in the two largest units that fit: 45 s, 3 min 05 s, 2 h 10 min, 4 d 03 h."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

@@ -1,11 +1,11 @@
-"""A command: its options, mistakes in one line, Ctrl-C, figures as JSON and how it logs, the same for all.
+"""Commands: options, one-line errors, Ctrl-C, figures as JSON and logging, the same for all.
 
-A module states its arguments and a function that does the work::
+A module defines its arguments and a function that does the work::
 
     def add_arguments(parser: ArgumentParser) -> None:
         parser.add_argument("run", type=Path)
 
-    @command("python -m train.report", "Writes a run's report.", add_arguments, json="write the figures too")
+    @command("python -m train.report", "Writes a run's report.", add_arguments, json="also write the figures")
     def main(options: Namespace) -> Figures: ...
 
     if __name__ == "__main__":
@@ -28,7 +28,7 @@ logger = log.get_logger("command")
 
 @dataclass(frozen=True)
 class Figures:
-    """What a command found, for ``--json``, and the status that it ends with."""
+    """A command's results, for ``--json``, and its exit status."""
 
     tree: Any
     """Plain values, or JSON as text."""
@@ -63,23 +63,25 @@ class Command:
         return self.run(parse(arguments))
 
     def add_to(self, parser: ArgumentParser) -> None:
-        """Adds the command's own options and those that every command has."""
+        """Adds the command's own options and those common to all commands."""
         self.arguments(parser)
         if self.json:
             parser.add_argument("--json", type=Path, metavar="FILE", help=self.json)
         messages = parser.add_argument_group("messages")
         messages.add_argument("--quiet", action="store_true", help="only warnings and errors")
-        messages.add_argument("--json-logs", action="store_true", help="one JSON object a line")
+        messages.add_argument("--json-logs", action="store_true", help="one JSON object per line")
         messages.add_argument("--timestamps", action="store_true", help="time and level before each line")
 
     def run(self, options: Namespace) -> int:
-        """Does the work; returns the exit status: 2 for a mistake, 130 after Ctrl-C, else the work's own."""
+        """Does the work; returns the exit status: 2 for a user error, 130 after Ctrl-C, else the work's."""
         log.configure(quiet=options.quiet, as_json=options.json_logs, timestamps=options.timestamps)
         mistakes: tuple[type[Exception], ...] = (UserError, *self.mistakes)
         file = (getattr(options, self.file) or "command line") if self.file else ""
         try:
             if self.json and options.json and not options.json.parent.is_dir():
-                raise UserError(f"{options.json.parent} is no folder", key="--json", remedy="make it first")
+                raise UserError(
+                    f"{options.json.parent} is not a folder", key="--json", remedy="create it first"
+                )
             outcome = self.work(options)
             if isinstance(outcome, int):
                 return outcome
@@ -113,17 +115,17 @@ def command(
     intermixed: bool = False,
     epilog: str = "",
 ) -> Callable[[Work], Command]:
-    """Makes a command of the function that does its work.
+    """Makes a command from the function that does its work.
 
     Args:
-        prog: how it is called, for the help.
+        prog: command line, for the help.
         description: for the help.
-        arguments: adds its arguments to a parser.
-        json: help of ``--json FILE``, for commands whose work returns :class:`Figures`; none without it.
-        file: argument that holds the file which a mistake is in, unless the mistake names one itself.
-        name: stands before the line of a mistake.
-        mistakes: exceptions that are the user's to mend, beside :class:`UserError`.
-        intermixed: whether options may stand between arguments of which there are several.
+        arguments: adds the command's arguments to a parser.
+        json: help text of ``--json FILE``, if the function returns :class:`Figures`; empty: no such option.
+        file: argument whose value is named as the file of an error that names none itself.
+        name: prefix of an error's line.
+        mistakes: exceptions to report as user errors, besides :class:`UserError`.
+        intermixed: allow options between positional arguments.
         epilog: for the help.
     """
 
@@ -152,7 +154,7 @@ class CommandGroup:
 
 
 def write_figures(file: Path, tree: Any) -> None:
-    """Writes what ``--json`` asks for, whole.
+    """Writes the figures for ``--json``, atomically.
 
     Raises:
         UserError: if the file can't be written.
@@ -167,7 +169,7 @@ def write_figures(file: Path, tree: Any) -> None:
 
 
 def _line(error: Exception) -> str:
-    """An exception in one line; the system's errors without their number."""
+    """Formats an exception in one line; system errors without their number."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())

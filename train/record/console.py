@@ -1,4 +1,4 @@
-"""Progress on the screen: a line every few batches, and a bar where somebody is watching."""
+"""Progress on the console: a line every few batches, and a progress bar on a terminal."""
 
 import sys
 import time
@@ -15,12 +15,12 @@ from train.record import log, metrics
 
 
 class Console(LoggerDestination):
-    """Logs means over the batches since the last line as the run's progress; for the main rank alone.
+    """Logs the run's progress as means over the batches since the previous line; for rank 0 only.
 
     Args:
         total_batches: length of the run.
         interval_batches: batches between lines; the first and the last batch have lines too.
-        bar: where the progress bar goes, standard error by default; none is drawn off a terminal.
+        bar: stream of the progress bar, standard error by default; drawn only on a terminal.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Console(LoggerDestination):
         self._first_batch = 0
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Gathers figures; Composer calls this."""
+        """Collects figures; Composer calls this."""
         for key, value in metrics.items():
             self._gather(key, float(value))
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Starts clock and bar."""
+        """Starts the clock and the bar."""
         self._begun = time.monotonic()
         self._first_batch = state.timestamp.batch.value
         if self._bar_stream is not None:
@@ -58,7 +58,7 @@ class Console(LoggerDestination):
             )
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Moves the bar; prints a line when it is due."""
+        """Updates the bar; prints a line when it is due."""
         batch = state.timestamp.batch.value
         if self._bar is not None:
             self._bar.update(batch - self._bar.n)
@@ -115,9 +115,9 @@ class Console(LoggerDestination):
 def format_batch(
     batch: int, total: int, tokens: int, figures: Mapping[str, float], seconds_left: float
 ) -> str:
-    """A line such as `batch  120/489  983k tokens  loss 4.123  ...  14.2k tokens/s  left 1 min 32 s`.
+    """Formats a line such as `batch  120/489  983k tokens  loss 4.123  ...  14.2k tokens/s  left 1 min 32 s`.
 
-    Figures that were not logged are left out; every figure keeps its column.
+    Omits figures that were not logged; every figure keeps its column width.
     """
     width = len(str(total))
     parts = [f"batch {batch:{width}d}/{total}", f"{short_number(tokens):>5} tokens"]
@@ -136,7 +136,7 @@ def format_batch(
 
 
 def format_validation(batch: int, total: int, losses: Mapping[str, float]) -> str:
-    """A line such as `batch  100/489  validation loss  code 4.312  prose 4.501`."""
+    """Formats a line such as `batch  100/489  validation loss  code 4.312  prose 4.501`."""
     width = len(str(total))
     each = "  ".join(f"{domain} {loss:.3f}" for domain, loss in losses.items())
     return f"batch {batch:{width}d}/{total}  validation loss  {each}"

@@ -1,4 +1,4 @@
-"""How evenly a batch's tokens were spread over the experts of each layer."""
+"""Expert load: the distribution of a batch's tokens over the experts of each layer."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ HEAT_MAP_COLUMNS = 400
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """One layer's spread."""
+    """The load of one layer's experts."""
 
     busiest: float
     """Share of the token assignments that the busiest expert took; 1 / E when balanced."""
@@ -29,14 +29,14 @@ class LayerLoad:
     entropy: float
     """Entropy of the shares over ln E: 1 when balanced, 0 when one expert takes all."""
     dead: int
-    """Experts without a token."""
+    """Number of experts without tokens."""
 
 
 def measure_load(counts_LE: Tensor) -> list[LayerLoad]:
-    """The spread of each layer.
+    """Measures the load of each layer.
 
     Args:
-        counts_LE: tokens that each expert got; int64.
+        counts_LE: tokens per expert; int64.
     """
     counts_LE = counts_LE.to("cpu", torch.float64)
     experts = counts_LE.shape[1]
@@ -54,16 +54,15 @@ def measure_load(counts_LE: Tensor) -> list[LayerLoad]:
 
 
 class ExpertLoad(Callback):
-    """Logs each layer's spread at every step and keeps whole shares for the report's heat map.
+    """Logs each layer's load at every step and records the shares of all experts for the report's heat map.
 
-    For the main rank only.
+    For rank 0 only.
 
     Args:
         run_dir: folder of the run; shares go to ``expert_load.jsonl`` in it.
-        total_batches: length of the run; shares are kept at about 400 steps spread over it, which is as
-            many as a heat map can show, so that a long run of a large model leaves megabytes and not
-            gigabytes.
-        expert_tokens: gives the last batch's tokens per expert over all ranks, [L, E]; None for a dense
+        total_batches: length of the run; shares are recorded at about 400 evenly spaced steps, as many as a
+            heat map can show, so that a long run of a large model takes megabytes instead of gigabytes.
+        expert_tokens: returns the last batch's tokens per expert over all ranks, [L, E]; None for a dense
             model.
     """
 

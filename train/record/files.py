@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and their SHA-256."""
+"""Files: atomic writes and SHA-256."""
 
 import hashlib
 import json
@@ -8,21 +8,21 @@ from typing import Any
 
 
 def write_whole(path: Path, content: str | bytes | memoryview, *, sync: bool = True) -> Path:
-    """Writes a file under a temporary name of this process's own, then renames it.
+    """Writes a file atomically: under a temporary name of this process, then renamed.
 
-    A reader finds the file of before or the new one, and never a part. The folder must exist.
+    A reader sees the old file or the new one, never a partial one. The folder must exist.
 
     Args:
         path: the file.
         content: text, in UTF-8, or bytes.
-        sync: wait until the disk has the content, so that not even a power cut leaves an empty file. Without
-            it, what is written often or can be made again costs no wait.
+        sync: wait until the content is on disk, so that not even a power cut leaves an empty file. False
+            saves the wait for files that are written often or can be recreated.
 
     Returns:
         The path.
 
     Raises:
-        OSError: if the file can't be written; nothing is left of it then.
+        OSError: if the file can't be written; no partial file remains.
     """
     partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
     try:
@@ -39,12 +39,12 @@ def write_whole(path: Path, content: str | bytes | memoryview, *, sync: bool = T
 
 
 def write_json(path: Path, tree: Any, *, sync: bool = True, sort_keys: bool = False) -> Path:
-    """Writes plain values as indented JSON, by :func:`write_whole`."""
+    """Writes plain values as indented JSON with :func:`write_whole`."""
     return write_whole(path, json.dumps(tree, indent=1, sort_keys=sort_keys) + "\n", sync=sync)
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content.
+    """Returns the hexadecimal SHA-256 of a file's content.
 
     Raises:
         OSError: if the file can't be read.

@@ -1,9 +1,8 @@
-"""Messages of a process: `logging` with a rank filter, as plain lines or as one JSON object a line.
+"""Logging: the `logging` module with a rank filter, as plain lines or as one JSON object per line.
 
-A module's logger is ``get_logger(__name__)``. Its lines go to standard error, and only rank 0 writes them; a
-line that every rank should write is logged with ``extra=ALL_RANKS``. :data:`progress` is for what a user
-follows while a model is trained, on standard output. Results that a command was asked for, tables and
-figures, are printed and not logged.
+A module's logger is ``get_logger(__name__)``. Its lines go to standard error, from rank 0 only; to log from
+every rank, pass ``extra=ALL_RANKS``. :data:`progress` is for the progress of training, on standard output.
+The results of a command, tables and figures, are printed rather than logged.
 """
 
 import json
@@ -22,18 +21,18 @@ from train.recipe.topology import Topology
 ROOT = "finegrain"
 PROGRESS = "progress"
 ALL_RANKS = {"all_ranks": True}
-"""``extra`` of a message that not only rank 0 writes."""
+"""``extra`` of a message that every rank writes."""
 
 
 class _Formatter(logging.Formatter):
-    """A message as it is, after time and level where asked for, or as a JSON object."""
+    """Formats a record as plain text, optionally with time and level, or as a JSON object."""
 
     def __init__(self, *, as_json: bool = False, timestamps: bool = False) -> None:
         super().__init__()
         self.as_json, self.timestamps = as_json, timestamps
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as text."""
+        """Formats a record."""
         message = record.getMessage()
         if record.exc_info:
             message += "\n" + self.formatException(record.exc_info)
@@ -51,15 +50,15 @@ class _Formatter(logging.Formatter):
 
 
 class _RankFilter(logging.Filter):
-    """Lets only rank 0 write, unless the record says otherwise."""
+    """Drops records on ranks other than 0, unless they are meant for all ranks."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether this rank writes the record."""
+        """True if this rank writes the record."""
         return getattr(record, "all_ranks", False) or _rank() == 0
 
 
 class _Lines(logging.Handler):
-    """Writes each record as a line to what ``sys.stdout`` or ``sys.stderr`` is at the time."""
+    """Writes each record as a line to the current ``sys.stdout`` or ``sys.stderr``."""
 
     def __init__(self, stream: str) -> None:
         super().__init__()
@@ -69,23 +68,23 @@ class _Lines(logging.Handler):
         """Writes one record."""
         try:
             print(self.format(record), file=getattr(sys, self.stream), flush=True)
-        except Exception:  # A message that can't be written ends no training: logging's own rule.
+        except Exception:  # A logging failure must not stop training: logging's own rule.
             self.handleError(record)
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module, such as ``data.text.build``."""
+    """Returns the logger of a module, such as ``data.text.build``."""
     return logging.getLogger(f"{ROOT}.{name}")
 
 
 progress = get_logger(PROGRESS)
-"""What a user follows while a model is trained; goes to standard output."""
+"""The progress of training; goes to standard output."""
 _libraries = _Lines("stderr")
-"""Takes the messages of libraries where they are to be JSON too; they are every rank's."""
+"""Handles the messages of libraries, from every rank, if logs are JSON."""
 
 
 def _attach() -> None:
-    """Gives our loggers their handlers, once per process."""
+    """Attaches handlers to our loggers, once per process."""
     for name, stream in ((ROOT, "stderr"), (f"{ROOT}.{PROGRESS}", "stdout")):
         logger = logging.getLogger(name)
         handler = _Lines(stream)
@@ -96,12 +95,12 @@ def _attach() -> None:
 
 
 def configure(*, quiet: bool = False, as_json: bool = False, timestamps: bool = False) -> None:
-    """Sets how this process logs.
+    """Configures the logging of this process.
 
     Args:
         quiet: only warnings and errors.
-        as_json: one object a line with time, level, logger, rank and message; libraries' messages and
-            warnings too.
+        as_json: one object per line with time, level, logger, rank and message, also for libraries'
+            messages and warnings.
         timestamps: time and level before each line of text.
     """
     formatter = _Formatter(as_json=as_json, timestamps=timestamps)
@@ -118,7 +117,7 @@ def configure(*, quiet: bool = False, as_json: bool = False, timestamps: bool = 
 
 
 def options() -> list[str]:
-    """The options of a command that make another process log as this one does."""
+    """Returns the command-line options that make another process log like this one."""
     formatter = progress.handlers[0].formatter
     assert isinstance(formatter, _Formatter)
     asked = {
@@ -130,12 +129,12 @@ def options() -> list[str]:
 
 
 def is_quiet() -> bool:
-    """Whether only warnings and errors are written."""
+    """Returns True if only warnings and errors are written."""
     return not progress.isEnabledFor(logging.INFO)
 
 
 def quiet_libraries() -> None:
-    """Hides warnings about what is as it should be: checkpoints, forked loaders, LLM Foundry's tasks."""
+    """Hides warnings about intended behaviour: checkpoints, forked loaders, LLM Foundry's tasks."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for message in (
         "torch.distributed is disabled",
@@ -147,13 +146,13 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Discards standard error, where libraries draw their progress bars."""
+    """Discards standard error, to which libraries write their progress bars."""
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
         yield
 
 
 def _rank() -> int:
-    """This process's rank; 0 where the launcher's variables are impossible, which every rank must say."""
+    """Returns this process's rank; 0 if the launcher's variables are invalid, so every rank reports it."""
     try:
         return Topology.from_environment().rank
     except UserError:

@@ -1,7 +1,7 @@
-"""The figures of a run: every metric key once, with its unit and meaning.
+"""The metrics of a run: every key once, with its unit and meaning.
 
 Callbacks log under these keys, the run's record keeps no others, and console, MLflow and report read
-them. A part in capitals stands for a name or a number: ``loss/validation/DOMAIN``.
+them. A part in capitals is a placeholder for a name or number: ``loss/validation/DOMAIN``.
 """
 
 import math
@@ -47,7 +47,7 @@ STEP_PARTS = (TIME_LOADER, TIME_FORWARD, TIME_BACKWARD, TIME_OPTIMIZER, TIME_OTH
 
 @dataclass(frozen=True)
 class Metric:
-    """What a key stands for."""
+    """A metric's key, unit and meaning."""
 
     key: str
     unit: str
@@ -102,43 +102,43 @@ _PATTERNS = [
 
 
 def validation_loss(domain: str) -> str:
-    """Key of a domain's validation loss."""
+    """Returns the key of a domain's validation loss."""
     return of_domain(LOSS_VALIDATION, domain)
 
 
 def bits_per_byte(domain: str) -> str:
-    """Key of a domain's validation loss in bits per byte."""
+    """Returns the key of a domain's validation loss in bits per byte."""
     return of_domain(BITS_PER_BYTE, domain)
 
 
 def of_domain(key: str, domain: str) -> str:
-    """A key that holds DOMAIN for one domain."""
+    """Fills in the DOMAIN of a key."""
     return key.replace("DOMAIN", domain)
 
 
 def in_bits_per_byte(token_loss: float, bytes_per_token: float) -> float:
-    """A loss in nats per token as bits per byte of text, by which tokenizers can be compared."""
+    """Converts a loss in nats per token to bits per byte of text, which is comparable across tokenizers."""
     return token_loss / math.log(2) / bytes_per_token
 
 
 def of_layer(key: str, layer: int) -> str:
-    """An ``experts/LAYER/...`` key for one layer, counted from 0."""
+    """Fills in the LAYER of an ``experts/LAYER/...`` key, counted from 0."""
     return key.replace("LAYER", str(layer))
 
 
 def find_metric(key: str) -> Metric | None:
-    """What a key stands for; None if it is not one of ours."""
+    """Returns the metric of a key; None if it is not one of ours."""
     return next((metric for pattern, metric in _PATTERNS if pattern.fullmatch(key)), None)
 
 
 def match_names(template: str, keys: list[str]) -> dict[str, str]:
-    """The keys that fit a template, by the name in its place: ``{"code": "loss/validation/code"}``."""
+    """Returns the keys that match a template, by placeholder value: ``{"code": "loss/validation/code"}``."""
     pattern = next(pattern for pattern, metric in _PATTERNS if metric.key == template)
     return {found.group(1): key for key in keys if (found := pattern.fullmatch(key))}
 
 
 def translate(composer_key: str) -> str | None:
-    """Our key for one that Composer logs by itself; None for what the record leaves out."""
+    """Returns our key for one that Composer logs; None for keys that the record does not keep."""
     if validation := _COMPOSER_VALIDATION.fullmatch(composer_key):
         return validation_loss(validation.group(1))
     key = _FROM_COMPOSER.get(composer_key, composer_key)

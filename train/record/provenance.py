@@ -1,4 +1,4 @@
-"""Where a run came from: commit of the code, versions of the packages."""
+"""Provenance of a run: commit of the code, versions of the packages."""
 
 import os
 import subprocess
@@ -22,9 +22,9 @@ PACKAGES = (
 
 
 def git_commit(checkout: Path | None = None) -> str:
-    """The commit of the code, `-dirty` appended where tracked files differ.
+    """Returns the commit of the code, with `-dirty` appended if tracked files differ.
 
-    Outside of git, in an image, it is FINEGRAIN_COMMIT's, which the image was built with; else `unknown`.
+    Outside a git checkout it is FINEGRAIN_COMMIT, which a container image sets at build time, or `unknown`.
     """
     folder = checkout or Path(__file__).resolve().parents[2]
     commit = _git(folder, "rev-parse", "HEAD")
@@ -34,7 +34,7 @@ def git_commit(checkout: Path | None = None) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that a run's numbers depend on; those not installed are left out."""
+    """Returns the versions of the installed packages that a run's numbers depend on."""
     versions = {}
     for package in PACKAGES:
         try:

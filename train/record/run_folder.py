@@ -17,7 +17,7 @@ RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 DATA_LOG_FILE = "data_log.jsonl"
 OLD_DATA_LOG_FILE = "ledger.jsonl"
-"""Its name in runs begun before this release; resuming such a run renames it."""
+"""Former name of the data log, in runs begun before this release; resuming such a run renames it."""
 SKIPS_FILE = "skips.json"
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
@@ -28,7 +28,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A run's folder and the recipe under the name that it was given."""
+    """A run's folder and its recipe, with the name that the run got."""
 
     folder: Path
     recipe: Recipe
@@ -36,10 +36,10 @@ class Claim:
 
 
 def claim_run_folder(recipe: Recipe) -> Claim:
-    """Finds or makes the folder of this run; to be called by one rank alone.
+    """Finds or creates the folder of this run; to be called by one rank only.
 
-    ``on_existing`` decides where the folder exists: see :class:`train.recipe.schema.OnExisting`. A complete
-    run is one with a summary.
+    If the folder exists, ``on_existing`` decides: see :class:`train.recipe.schema.OnExisting`. A run with a
+    summary is complete.
 
     Raises:
         UserError: if the folder holds a run of another recipe.
@@ -67,48 +67,48 @@ def claim_run_folder(recipe: Recipe) -> Claim:
 
 
 def data_log_of(folder: Path) -> Path:
-    """The data log of a run, under its old name where it has that."""
+    """Returns the path of a run's data log, under its former name if the run is that old."""
     old = folder / OLD_DATA_LOG_FILE
     return old if old.is_file() else folder / DATA_LOG_FILE
 
 
 def require_resumption(recipe: Recipe) -> None:
-    """Refuses to start a run again and again that would begin anew each time.
+    """Refuses automatic restarts of a run that would start from scratch each time.
 
     Raises:
         UserError: if the recipe says `on_existing: overwrite`.
     """
     if recipe.on_existing is OnExisting.overwrite:
         raise UserError(
-            "is overwrite: a restart would throw away what the try before has trained",
+            "is overwrite: each restart would discard the previous attempt's progress",
             key="on_existing",
-            remedy="use resume; to begin anew, remove the run's folder or give another name",
+            remedy="use resume; to start again, remove the run's folder or use another name",
         )
 
 
 def keep_recipe(recipe: Recipe, folder: Path) -> None:
-    """Writes the recipe that the run goes on with, once it is accepted."""
+    """Writes the accepted recipe to the run's folder."""
     write_whole(folder / RECIPE_FILE, to_yaml(recipe))
 
 
 def require_same_data(folder: Path, digests: dict[str, str]) -> None:
-    """Notes which shards a run reads, and refuses others when it is resumed; domains may join.
+    """Records which shards a run reads and refuses others on resume; domains may be added.
 
     Args:
-        folder: of the run.
-        digests: hash of everything in the shards of each domain and split, by their names.
+        folder: the run's folder.
+        digests: content hash of the shards of each domain and split, by name.
 
     Raises:
-        UserError: if the run was begun with other shards.
+        UserError: if the run was started with other shards.
     """
     file = folder / DATA_FILE
     before: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
     for name, digest in digests.items():
         if before.get(name, digest) != digest:
             raise UserError(
-                f"holds {digest[:12]} for {name}, but {folder} was begun with {before[name][:12]}",
+                f"contains {digest[:12]} for {name}, but {folder} was started with {before[name][:12]}",
                 key="data.shards",
-                remedy="put the old shards back, or give the run another name",
+                remedy="restore the old shards, or give the run another name",
             )
     write_json(file, before | digests, sort_keys=True)
 
@@ -116,21 +116,21 @@ def require_same_data(folder: Path, digests: dict[str, str]) -> None:
 def _refuse_foreign(folder: Path) -> None:
     if not (folder / RECIPE_FILE).is_file():
         raise UserError(
-            f"{folder} exists and is not a run", key="name", remedy="choose another name or runs_dir"
+            f"{folder} exists and is not a run folder", key="name", remedy="choose another name or runs_dir"
         )
 
 
 def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
-    """Raises where the folder's recipe would train something else."""
-    # A key that is not read is not kept with the run either, so that it must not be compared.
+    """Raises if the folder's recipe would train something else."""
+    # Unread keys are not kept with the run, so they must not be compared.
     before = _flat(to_read_dict(load_recipe(folder / RECIPE_FILE)))
     now = _flat(to_read_dict(recipe))
     for key in sorted(before.keys() | now.keys()):
         if on_resume(key) is OnResume.never and before.get(key) != now.get(key):
             raise UserError(
-                f"is {now.get(key)}, but {folder} was begun with {before.get(key)}",
+                f"is {now.get(key)}, but {folder} was started with {before.get(key)}",
                 key=key,
-                remedy="give the run another name, or on_existing=overwrite to begin it again",
+                remedy="give the run another name, or set on_existing=overwrite to start it again",
             )
 
 

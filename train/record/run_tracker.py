@@ -1,8 +1,7 @@
-"""The run's own record: every step's figures as one line of ``metrics.jsonl``.
+"""The run's own record: each step's metrics as one line of ``metrics.jsonl``.
 
-It needs no server and no library; MLflow and the report read it. Logged figures are gathered while a
-batch is trained and written at its end; those of an evaluation are added to the line of the batch that
-it follows.
+It needs no server and no library; MLflow and the report read it. Metrics are collected while a batch is
+trained and written at its end; those of an evaluation are added to the line of the preceding batch.
 """
 
 import time
@@ -21,17 +20,17 @@ logger = get_logger(__name__)
 
 
 class RunTracker(LoggerDestination):
-    """Appends to ``metrics.jsonl``; for the main rank alone.
+    """Appends to ``metrics.jsonl``; for rank 0 only.
 
-    A line holds ``step`` (batches trained, from 1), ``tokens`` (trained so far), ``time`` (seconds since
-    1970) and every figure of :mod:`train.record.metrics` that was logged. A run that goes on from a
-    checkpoint first drops the lines after it, so that no step is there twice.
+    A line contains ``step`` (batches trained, from 1), ``tokens`` (trained so far), ``time`` (seconds since
+    1970) and every logged metric of :mod:`train.record.metrics`. A resumed run first drops the lines after
+    its checkpoint, so no step appears twice.
 
     Args:
         run_dir: folder of the run.
-        bytes_per_token: mean bytes of a validation token by domain; where given, bits per byte are
-            recorded next to the validation loss.
-        train_bytes_per_token: the same of training tokens, for the domains' training losses.
+        bytes_per_token: mean bytes per validation token by domain; if given, bits per byte are recorded
+            next to the validation loss.
+        train_bytes_per_token: the same for training tokens and the domains' training losses.
     """
 
     def __init__(
@@ -45,14 +44,14 @@ class RunTracker(LoggerDestination):
             metrics.LOSS_VALIDATION: (metrics.BITS_PER_BYTE, dict(bytes_per_token or {})),
             metrics.LOSS_DOMAIN: (metrics.BITS_PER_BYTE_DOMAIN, dict(train_bytes_per_token or {})),
         }
-        """For losses in nats per token: the key in bits per byte, and bytes per token by domain."""
+        """For each loss in nats per token, its key in bits per byte and the bytes per token by domain."""
         self.latest: dict[str, float] = {}
         """The newest value of every key."""
         self._pending: dict[str, float] = {}
         self._is_failing = False
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Keeps what is one of ours until the batch or the evaluation ends; Composer calls this."""
+        """Keeps our metrics until the batch or the evaluation ends; Composer calls this."""
         for key, value in metrics.items():
             self._keep(key, float(value))
 
@@ -62,7 +61,7 @@ class RunTracker(LoggerDestination):
         self._pending.clear()
 
     def eval_standalone_start(self, state: State, logger: Logger) -> None:
-        """Finds the line that an evaluation without training belongs to."""
+        """Finds the line to which an evaluation without training belongs."""
         self.log.drop_after(state.timestamp.batch.value)
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -70,7 +69,7 @@ class RunTracker(LoggerDestination):
         self._write(state)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        """Adds an evaluation to the line of the batch that it follows."""
+        """Adds an evaluation to the line of the preceding batch."""
         self._write(state)
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
@@ -102,7 +101,7 @@ class RunTracker(LoggerDestination):
             self.log.write(stamp.batch.value, fields)
         except OSError as error:
             if not self._is_failing:
-                logger.error(f"{self.log.path} NOT written: {error}; training goes on")
+                logger.error(f"{self.log.path} NOT written: {error}; training continues")
             self._is_failing = True
         else:
             self._is_failing = False

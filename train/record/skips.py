@@ -1,7 +1,7 @@
-"""Positions that a run leaves out by declaration: its recipe's, and those that its guard decided on.
+"""A run's excluded ranges: those of its recipe and those that its guard decided on.
 
-The recipe's are ``data.skips``. The guard's are in the run's ``skips.json``, written whole before the run
-ends to go back, and never shortened: whoever resumes the run reads it and so repeats the same decisions.
+The recipe's are ``data.skips``. The guard's are in the run's ``skips.json``, written before the run ends for
+a rollback and never shortened: every resumption reads it and so repeats the same decisions.
 """
 
 import json
@@ -19,23 +19,23 @@ from train.record.run_folder import SKIPS_FILE
 
 @dataclass(frozen=True)
 class GuardDecision:
-    """One of the guard's, as ``skips.json`` has it."""
+    """A rollback decision of the guard, as recorded in ``skips.json``."""
 
     first_position: int
     end_position: int
-    """Position after the last that is left out."""
+    """Position after the last excluded one."""
     step: int
     """The step that raised the alarm, from 1."""
     alarms: list[str]
     documents: list[dict[str, Any]] = field(default_factory=list)
-    """What that step read, as ``alarms.jsonl`` has it."""
+    """Documents that the step read, as in ``alarms.jsonl``."""
 
 
 def read_decisions(folder: Path) -> list[GuardDecision]:
-    """The guard's decisions in a run so far, in the order in which they were made.
+    """Reads the guard's decisions in a run so far, in the order in which they were made.
 
     Raises:
-        UserError: for a file that is not as it was written.
+        UserError: if the file is damaged.
     """
     file = folder / SKIPS_FILE
     if not file.is_file():
@@ -44,21 +44,21 @@ def read_decisions(folder: Path) -> list[GuardDecision]:
         return [GuardDecision(**tree) for tree in json.loads(file.read_text())]
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{file} can't be read: {error}", remedy="put it back: without it the run would not repeat itself"
+            f"{file} can't be read: {error}", remedy="restore it: the run can't be reproduced without it"
         ) from None
 
 
 def write_decisions(folder: Path, decisions: Sequence[GuardDecision]) -> None:
-    """Writes all decisions of a run, whole or not at all.
+    """Writes all decisions of a run, atomically.
 
     Raises:
-        OSError: where the disk has no room.
+        OSError: if the disk is full.
     """
     write_json(folder / SKIPS_FILE, [asdict(decision) for decision in decisions])
 
 
 def declared_skips(recipe: Recipe, folder: Path) -> tuple[Skip, ...]:
-    """Everything that a run leaves out: the recipe's first, then the guard's decisions.
+    """Returns all excluded ranges of a run: the recipe's first, then the guard's decisions.
 
     Raises:
         UserError: if the record can't be read.

@@ -1,7 +1,7 @@
-"""A file of JSON lines, one per step, that survives being cut off at any byte.
+"""A file of JSON lines, one per step, that survives truncation at any byte.
 
-Steps rise from line to line. A line is written by one system call, so that it is on its way to the disk
-as soon as the step ends, and a reader in another process sees whole lines or none.
+Steps increase from line to line. Each line is written by one system call as soon as the step ends, so a
+reader in another process sees only whole lines.
 """
 
 import json
@@ -23,7 +23,7 @@ SHARES = "shares"
 
 
 class StepLog:
-    """Writes such a file; one process at a time."""
+    """Writes a step log; one process at a time."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,14 +32,14 @@ class StepLog:
         self._last: dict[str, Any] = {}
         self._start = self._end = os.fstat(self._file).st_size
         self._tail: list[bytes] = []
-        """The last line, and before it those that a full disk has refused."""
+        """The last line, preceded by earlier lines that could not be written because the disk was full."""
         self._is_written = True
 
     def drop_after(self, step: int) -> int:
-        """Cuts off every line of a later step, and what a killed process left half written.
+        """Drops every line of a later step and any partial line that a killed process left.
 
         Returns:
-            The number of whole lines that were cut off.
+            The number of whole lines dropped.
         """
         self._last, self._start, self._end = {}, 0, 0
         self._tail, self._is_written = [], True
@@ -53,10 +53,10 @@ class StepLog:
         return dropped
 
     def write(self, step: int, fields: dict[str, Any]) -> None:
-        """Appends a step; fields of the step that is the last one already are added to its line.
+        """Appends a step; if it is the last step already, its fields are added to that line.
 
         Raises:
-            OSError: if the disk has no room; the line is kept and written with the next one.
+            OSError: if the disk is full; the line is kept and written with the next one.
         """
         if self._last.get(STEP) == step:
             self._last |= fields
@@ -69,7 +69,7 @@ class StepLog:
         self._tail.append((json.dumps(_finite(self._last), separators=(",", ":")) + "\n").encode())
         text = b"".join(self._tail)
         self._is_written = False
-        # The beginning stays and the line grows: who reads meanwhile finds the old one or the new.
+        # The line grows in place from the same start: a concurrent reader sees the old line or the new one.
         if os.pwrite(self._file, text, self._start) < len(text):
             raise OSError(f"{self.path}: no room for another line")
         self._is_written = True
@@ -85,7 +85,7 @@ class StepLog:
 
 
 def lines_from(path: Path, offset: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Whole lines from a byte offset on, as (start, end, fields); stops at the first torn one."""
+    """Yields whole lines from a byte offset on, as (start, end, fields); stops at the first partial line."""
     if not path.is_file():
         return
     with path.open("rb") as stream:
@@ -105,12 +105,12 @@ def lines_from(path: Path, offset: int) -> Iterator[tuple[int, int, dict[str, An
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of the file; none if there is no file."""
+    """Reads every whole line of the file; none if there is no file."""
     return [fields for _, _, fields in lines_from(path, 0)]
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinities as null: JSON has no word for them."""
+    """Replaces NaN and infinities by None, as JSON has no literal for them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

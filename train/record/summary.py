@@ -1,4 +1,4 @@
-"""What a run came to, in `summary.json`; a run with a summary is complete."""
+"""Summary of a run, in `summary.json`; a run with a summary is complete."""
 
 import dataclasses
 import json
@@ -19,11 +19,11 @@ class DatasetInput:
     source: str
     """Folder or address of the shards."""
     tokens: int
-    """Tokens in it."""
+    """Number of tokens."""
     context: str = "training"
     """`training` or `validation`."""
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What governance asks for: dataset, version, origin, licence, transformation."""
+    """Facts for data governance: dataset, version, origin, licence, transformation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Summary:
     batches: int
     tokens: int
     seconds: float
-    """Time of training in all, over every resumption."""
+    """Total training time, over all resumptions."""
     validation_loss: dict[str, float]
     """Final validation loss by domain, in nats per token."""
     unigram_entropy: dict[str, float]
-    """Entropy of the token frequencies of the same validation sets: what knowing no context gives."""
+    """Entropy of the token frequencies of the same validation sets: the loss of a model without context."""
     parameters_total: int
     parameters_active: int
-    """Parameters that a token meets, without the input embedding."""
+    """Active parameters per token, without the input embedding."""
     flops_per_token: float
-    """Training FLOPs per token, the mean of the run: a phase of longer sequences has more."""
+    """Training FLOPs per token, averaged over the run: longer sequences need more."""
     peak_flops: float
     """Measured matrix-product peak of one device in the run's precision, FLOP/s."""
     precision: str
@@ -55,22 +55,22 @@ class Summary:
 
     @property
     def mean_validation_loss(self) -> float:
-        """Mean over domains, each with equal weight; NaN where nothing was validated."""
+        """Mean over domains with equal weights; NaN if nothing was validated."""
         return _mean(self.validation_loss)
 
     @property
     def mean_unigram_entropy(self) -> float:
-        """Mean over domains, each with equal weight; NaN where nothing was validated."""
+        """Mean over domains with equal weights; NaN if nothing was validated."""
         return _mean(self.unigram_entropy)
 
 
 def write_summary(run_dir: Path, summary: Summary) -> Path:
-    """Writes `summary.json`, whole or not at all."""
+    """Writes `summary.json`, atomically."""
     return write_json(run_dir / SUMMARY_FILE, dataclasses.asdict(summary))
 
 
 def read_summary(run_dir: Path) -> Summary | None:
-    """The summary of a run; None while the run is not complete."""
+    """Reads the summary of a run; None while the run is not complete."""
     path = run_dir / SUMMARY_FILE
     if not path.is_file():
         return None

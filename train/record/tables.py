@@ -8,18 +8,18 @@ ALIGNMENTS = {"<": "left", ">": "right"}
 
 
 def text_table(heads: Sequence[str], rows: Iterable[Sequence[object]], align: str) -> str:
-    """Rows under their heads in columns as wide as what is in them, two spaces apart.
+    """Formats a text table with columns two spaces apart.
 
     Args:
-        heads: of the columns; with none of them there is no line of heads.
-        rows: cells, as they are to be read.
+        heads: column heads; empty: no head line.
+        rows: cells, formatted.
         align: for each column ``<`` or ``>``, to which side its cells go.
     """
     return _table(heads, rows, align, "plain")
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[object]], align: str) -> str:
-    """The same as a table of Markdown."""
+    """Formats the same as a Markdown table."""
     return _table(heads, rows, align, "pipe")
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, tokens per second, and utilisation of the measured peak."""
+"""Time per part of a step, tokens per second, and utilisation of the measured peak."""
 
 import time
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from train.record import metrics
 
 
 class StepClock:
-    """Marks moments of a step.
+    """Takes time marks within a step.
 
-    On a CPU a mark is the time of day. On a GPU, where kernels run behind the program, it is an event
-    in the stream, read after the step's update is done (not yet run on a GPU).
+    On a CPU a mark is the time of day. On a GPU, where kernels run asynchronously, it is an event in the
+    stream, read after the step's update is done (not yet run on a GPU).
     """
 
     def __init__(self, on_gpu: bool) -> None:
         self.on_gpu = on_gpu
 
     def now(self) -> Any:
-        """A mark of this moment."""
+        """Returns a mark of the current time."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -30,24 +30,24 @@ class StepClock:
         return event
 
     def wait(self) -> None:
-        """Waits until every mark has been passed; the step's loss is read anyway before this."""
+        """Waits until every mark has been reached; costs little, as the step's loss has already been read."""
         if self.on_gpu:
             torch.cuda.synchronize()
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Seconds between two marks."""
+        """Returns the seconds between two marks."""
         return start.elapsed_time(end) / 1e3 if self.on_gpu else end - start
 
 
 class Throughput(Callback):
     """Logs ``time/...`` and ``throughput/...`` of every step.
 
-    ``time/step`` runs from asking for the batch to the end of the batch; evaluation and checkpoints lie
-    between steps and have keys of their own. The update ends in a hook of the optimizer.
+    ``time/step`` runs from requesting the batch to its end; evaluation and checkpoints are between steps and
+    have their own keys. An optimizer hook marks the end of the update.
 
     Args:
-        flops_per_token: FLOPs of training on one token of a batch (:mod:`train.recipe.sizes`), by the batch's
-            number from 0: attention's depend on the length of the phase's sequences.
+        flops_per_token: training FLOPs per token (:mod:`train.recipe.sizes`) of a batch, by its number from
+            0: attention's depend on the phase's sequence length.
         peak_flops: measured peak of one device in FLOP/s (:mod:`train.layout.device`).
         devices: ranks of the run.
         on_gpu: whether the model runs on a GPU.
@@ -73,11 +73,11 @@ class Throughput(Callback):
         self._hook: Any = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Hooks into the optimizer's end."""
+        """Registers the optimizer hook."""
         self._hook = state.optimizers[0].register_step_post_hook(lambda *_: self._update_done())
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """A step begins."""
+        """Starts a step."""
         self._parts = {}
         self._begun = self._phase = self.clock.now()
         if self._rest_begun is not None:
@@ -91,23 +91,23 @@ class Throughput(Callback):
         self._rest_begun, self._evaluation_seconds = None, 0.0
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        """The batch is there."""
+        """Ends the wait for the loader."""
         self._end(metrics.TIME_LOADER)
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Where the batch stands is known: those before it may have been left out."""
+        """Reads the batch's position, which is known only now: batches before it may have been skipped."""
         self._tokens_before, self._batch = state.timestamp.token.value, state.timestamp.batch.value
 
     def before_forward(self, state: State, logger: Logger) -> None:
-        """A microbatch begins."""
+        """Starts a microbatch."""
         self._phase = self.clock.now()
 
     def before_backward(self, state: State, logger: Logger) -> None:
-        """Forward pass and loss are done."""
+        """Ends forward pass and loss."""
         self._end(metrics.TIME_FORWARD)
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        """The backward pass is done; after the last one, clipping and update follow."""
+        """Ends the backward pass; after the last one, clipping and update follow."""
         self._end(metrics.TIME_BACKWARD)
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -129,15 +129,15 @@ class Throughput(Callback):
         self._rest_begun = time.perf_counter()
 
     def eval_before_all(self, state: State, logger: Logger) -> None:
-        """An evaluation begins."""
+        """Starts an evaluation."""
         self._evaluation_begun = time.perf_counter()
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        """An evaluation ends."""
+        """Ends an evaluation."""
         self._evaluation_seconds += time.perf_counter() - self._evaluation_begun
 
     def close(self, state: State, logger: Logger) -> None:
-        """Unhooks."""
+        """Removes the optimizer hook."""
         if self._hook is not None:
             self._hook.remove()
 

@@ -11,13 +11,13 @@ from train.report.run_record import read_run
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
+    """Adds the command's arguments."""
     parser.add_argument("run", type=Path, nargs="+", help="folder of a run, runs/NAME")
-    parser.add_argument("--compare", action="store_true", help="hold the given runs against each other")
+    parser.add_argument("--compare", action="store_true", help="compare the given runs")
     parser.add_argument(
         "--group",
         metavar="KEYS",
-        help="recipe keys, with commas between, that name a family, such as model.moe.balance "
+        help="comma-separated recipe keys that define a family, such as model.moe.balance "
         "(default: dense, or experts and top-k)",
     )
     parser.add_argument("--baseline", metavar="FAMILY", help="family to compare with (default: dense)")
@@ -37,10 +37,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 @command(
     "python -m train.report",
-    "Writes runs/NAME/report.html from the files of the run and prints its key figures, "
-    "or compares runs: loss at equal FLOPs, FLOPs at equal loss, with intervals.",
+    "Writes runs/NAME/report.html from the run's files and prints its key figures, "
+    "or compares runs: loss at equal FLOPs, FLOPs at equal loss, with confidence intervals.",
     add_arguments,
-    json="write the figures as JSON too",
+    json="also write the figures as JSON",
     mistakes=(OSError,),
 )
 def main(options: Namespace) -> Figures:
@@ -51,7 +51,7 @@ def main(options: Namespace) -> Figures:
 def report(options: Namespace) -> Figures:
     """Writes the page of one run and prints its key figures."""
     if len(options.run) != 1:
-        raise UserError("several runs are given", key="RUN", remedy="add --compare, or give one")
+        raise UserError("several runs given", key="RUN", remedy="add --compare, or give one")
     path = write_report(options.run[0])
     figures = key_figures(read_run(options.run[0]))
     print(f"{describe(figures)}\n{path}")
@@ -72,7 +72,7 @@ def compare_runs(options: Namespace) -> Figures:
     write_page(comparison, page)
     write_png(comparison, options.out / "comparison.png")
     write_csv(comparison, options.out / "comparison.csv")
-    print(f"\n{page}, and comparison.png and comparison.csv beside it")
+    print(f"\n{page}, with comparison.png and comparison.csv next to it")
     return Figures(as_json(comparison))
 
 

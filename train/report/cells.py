@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, and what sets them apart from the baseline's at equal FLOPs."""
+"""Cells of runs that differ only in their seed, and their difference from the baseline at equal FLOPs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one family at one budget, and what they differ by from the baseline's."""
+    """The runs of one family at one budget, with their difference from the baseline's."""
 
     family: str
     parameters_total: int
@@ -42,16 +42,16 @@ class Cell:
     loss: float
     """Mean over domains and seeds."""
     loss_error: float
-    """Standard error over seeds; not-a-number for one seed."""
+    """Standard error over seeds; NaN for one seed."""
     by_domain: dict[str, float]
     difference: float | None
-    """Loss less the baseline's at equal FLOPs; None where the baseline has no such budget."""
+    """Loss minus the baseline's at equal FLOPs; None if the baseline has no such budget."""
     interval: tuple[float, float] | None
-    """Of the difference; None where either side has one seed. See :func:`_interval`."""
+    """Confidence interval of the difference; None if either side has one seed. See :func:`_interval`."""
 
     @property
     def verdict(self) -> str:
-        """What may be said of the difference."""
+        """The conclusion about the difference, in words."""
         if self.difference is None:
             return ""
         if self.interval is None:
@@ -61,12 +61,12 @@ class Cell:
 
 
 def cells_of(ordered: Sequence[ComparedRun], runs: Runs, baseline: str) -> list[Cell]:
-    """The cells of a comparison.
+    """Computes the cells of a comparison.
 
     Args:
         ordered: the runs.
-        runs: the same, as the fit takes them.
-        baseline: family that the others are held against.
+        runs: the same runs in the form for the fit.
+        baseline: family to compare the others with.
     """
     members = {key: [ordered[run] for run in chosen] for key, chosen in runs.cells().items()}
     smallest = min(entry.flops for entry in ordered)
@@ -104,16 +104,16 @@ def cells_of(ordered: Sequence[ComparedRun], runs: Runs, baseline: str) -> list[
 
 
 def _means(entries: Sequence[ComparedRun]) -> Floats:
-    """The loss of each run, over its domains, in the order of seeds."""
+    """Returns the mean loss over domains of each run, in the order of seeds."""
     ordered = sorted(entries, key=lambda entry: entry.seed)
     return np.array([np.mean(list(entry.losses.values())) for entry in ordered])
 
 
 def _interval(these: Sequence[ComparedRun], others: Sequence[ComparedRun]) -> tuple[float, float] | None:
-    """Of the difference of two cells' mean losses: Student's t over seeds.
+    """Returns the confidence interval of the difference of two cells' mean losses, by Student's t over seeds.
 
-    Runs of one seed see the same data in the same order, so they are paired where both sides have the same
-    seeds; Welch's test, which takes them for independent, is for all else.
+    Runs with the same seed see the same data in the same order, so they are paired if both sides have the
+    same seeds. Otherwise Welch's test treats them as independent.
     """
     if min(len(these), len(others)) < 2:
         return None

@@ -1,7 +1,7 @@
-"""Runs held against each other: loss at equal FLOPs, FLOPs at equal loss, as tables, plots and a page.
+"""Comparison of runs: loss at equal FLOPs, FLOPs at equal loss, as tables, plots and a page.
 
-Runs that share the values of the grouping keys are a family; runs of a family with equal training
-FLOPs differ in their seed alone. What the figures can't tell apart is said to be not significant.
+Runs that share the values of the grouping keys form a family; runs of a family with equal training FLOPs
+differ only in their seed. Differences that the figures do not support are reported as not significant.
 """
 
 import csv
@@ -35,20 +35,20 @@ UNITS = {"nats": "nats/token", "bits_per_byte": "bits/byte"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that follows from a set of runs."""
+    """The comparison of a set of runs."""
 
     metric: str
     baseline: str
     cells: list[Cell]
     curves: dict[str, Curve]
-    """Empty where there are too few budgets for curves."""
+    """Empty if there are too few budgets for curves."""
     advantages: list[Advantage]
     notes: list[str]
     entries: list[ComparedRun]
 
     @property
     def unit(self) -> str:
-        """Of every loss."""
+        """Unit of every loss."""
         return UNITS[self.metric]
 
 
@@ -59,18 +59,18 @@ def read_entries(
 
     Args:
         run_dirs: folders of runs.
-        group: recipe keys whose values name a family; none: the kind of feed-forward.
+        group: recipe keys whose values define a family; none: dense, or experts and top-k.
         metric: `nats` per token, or `bits_per_byte`.
 
     Raises:
-        UserError: for a folder that is no complete run, or runs that cannot be compared.
+        UserError: for a folder that is not a complete run, or runs that cannot be compared.
     """
     entries, tokenizers, domains = [], {}, {}
     for run_dir in run_dirs:
         run = read_run(run_dir)
         recipe = load_recipe(run_dir / RECIPE_FILE)
         if run.summary is None:
-            raise UserError("is not complete", file=str(run_dir), remedy="finish it, or leave it out")
+            raise UserError("is not complete", file=str(run_dir), remedy="finish it, or omit it")
         losses = run.summary.validation_loss if metric == "nats" else _bits_per_byte(run)
         if not losses:
             raise UserError(f"has no held-out loss in {UNITS[metric]}", file=str(run_dir))
@@ -99,13 +99,13 @@ def read_entries(
 def compare(
     entries: Sequence[ComparedRun], *, baseline: str | None = None, metric: str = "nats"
 ) -> Comparison:
-    """Tables, curves and FLOP ratios of runs.
+    """Computes tables, curves and FLOP ratios of runs.
 
     Args:
         entries: the runs.
-        baseline: family that the others are held against; None: the first in the order of names that
-            begins with `dense`, else the first.
-        metric: that the entries were read in.
+        baseline: family to compare the others with; None: the first by name that begins with `dense`, else
+            the first.
+        metric: metric of the entries' losses.
 
     Raises:
         UserError: if there is no such family, or only one.
@@ -115,13 +115,13 @@ def compare(
         baseline = next((family for family in families if family.startswith("dense")), families[0])
     if len(families) < 2:
         raise UserError(
-            f"all runs are of one family, {families[0]}",
+            f"all runs belong to one family, {families[0]}",
             key="--group",
-            remedy="name a key of the recipe that sets them apart, for example optimizer.kind",
+            remedy="name a recipe key in which they differ, for example optimizer.kind",
         )
     if baseline not in families:
         there = ", ".join(families)
-        raise UserError(f"families are {there}", key="--baseline", remedy="give one of them")
+        raise UserError(f"families are {there}", key="--baseline", remedy="name one of them")
     ordered = sorted(entries, key=lambda entry: (entry.family != baseline, entry.family, entry.flops))
     runs = Runs(
         tuple(entry.family for entry in ordered),
@@ -131,13 +131,15 @@ def compare(
     )
     notes = []
     if min(len(members) for members in runs.cells().values()) < 2:
-        notes.append("Some budgets have one seed: intervals there are those of the domains alone.")
+        notes.append("Some budgets have a single seed: their intervals reflect only the domains.")
     if runs.losses.shape[1] < 5:
-        notes.append(f"{runs.losses.shape[1]} held-out domains: their share of an interval is coarse.")
+        notes.append(
+            f"Only {runs.losses.shape[1]} held-out domains: their contribution to intervals is coarse."
+        )
     single = [family for family, count in runs.budgets().items() if count < 2]
     on_curves = runs.of(set(runs.families) - set(single))
     if baseline in on_curves.families and len(on_curves.families) > 1:
-        notes += [f"{family}: one FLOP budget, so that it has no curve." for family in single]
+        notes += [f"{family}: a single FLOP budget, so no curve." for family in single]
     else:
         on_curves = runs
     try:
@@ -152,7 +154,7 @@ def compare(
 
 
 def write_csv(comparison: Comparison, path: Path) -> None:
-    """A line per run."""
+    """Writes a CSV file with one line per run."""
     domains = list(comparison.entries[0].losses)
     heads: Row = ("run", "family", "seed", "parameters_total", "parameters_active", "tokens", "flops")
     heads += (*(f"{comparison.metric}_{domain}" for domain in domains), "seconds", "commit")
@@ -167,7 +169,7 @@ def write_csv(comparison: Comparison, path: Path) -> None:
 
 
 def as_json(comparison: Comparison) -> str:
-    """All figures."""
+    """Returns all figures as JSON."""
     tree = asdict(comparison)
     tree["cells"] = [asdict(cell) | {"verdict": cell.verdict} for cell in comparison.cells]
     tree["advantages"] = [asdict(it) | {"verdict": it.verdict} for it in comparison.advantages]
@@ -175,7 +177,7 @@ def as_json(comparison: Comparison) -> str:
 
 
 def cell_rows(comparison: Comparison) -> Table:
-    """Heads and rows of the table of runs, in the form of the announcement's Table 5."""
+    """Returns heads and rows of the table of runs, in the layout of Table 5 of DBRX's announcement."""
     heads: Row = ("model", "total", "active", "tokens", "FLOPs", "relative", "seeds", comparison.unit)
     heads += (f"less {comparison.baseline}", f"{CONFIDENCE:.0%} interval", "")
     rows: list[Row] = []
@@ -201,7 +203,7 @@ def cell_rows(comparison: Comparison) -> Table:
 
 
 def advantage_rows(comparison: Comparison) -> Table:
-    """Heads and rows of the table of FLOP ratios."""
+    """Returns heads and rows of the table of FLOP ratios."""
     heads: Row = (
         "family",
         "against",
@@ -225,7 +227,7 @@ def advantage_rows(comparison: Comparison) -> Table:
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """Both tables for a terminal."""
+    """Formats both tables for a terminal."""
     parts = [_columns(*cell_rows(comparison))]
     if comparison.advantages:
         parts.append(_columns(*advantage_rows(comparison)))
@@ -243,7 +245,7 @@ def _columns(heads: Row, rows: list[Row]) -> str:
 
 
 def _pairs(curves: dict[str, Curve], baseline: str) -> list[tuple[str, str]]:
-    """Each family against the baseline, the best first, then each against the next best."""
+    """Pairs each family with the baseline, the best first, then each with the next best."""
     level = float(curves[baseline].loss(curves[baseline].range_flops[1]))
     ranked = sorted((family for family in curves if family != baseline), key=lambda f: curves[f].flops(level))
     return [(family, baseline) for family in ranked] + list(pairwise(ranked))
@@ -255,14 +257,14 @@ def _family(recipe: Recipe, group: Sequence[str], run_dir: Path) -> str:
     try:
         values = [reduce(getattr, key.split("."), recipe) for key in group]
     except AttributeError as error:
-        raise UserError(f"its recipe has no such key ({error})", key="--group", file=str(run_dir)) from None
+        raise UserError(f"the recipe has no such key ({error})", key="--group", file=str(run_dir)) from None
     return ", ".join(
         f"{key.rsplit('.', 1)[-1]}={_plain(value)}" for key, value in zip(group, values, strict=True)
     )
 
 
 def family_of(model: Model) -> str:
-    """The kind of a model's feed-forward: `dense`, or `16 experts, top-4`."""
+    """Returns a model's default family: `dense`, or `16 experts, top-4`."""
     return f"{model.moe.experts} experts, top-{model.moe.top_k}" if model.moe else "dense"
 
 
@@ -283,7 +285,7 @@ def _refuse_unequal(values: dict[str, Any], what: str, remedy: str) -> None:
 
 
 def _finite(tree: Any) -> Any:
-    """JSON has no infinity and no not-a-number."""
+    """Replaces infinity and NaN by None, as JSON has neither."""
     if isinstance(tree, dict):
         return {key: _finite(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

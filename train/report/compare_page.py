@@ -1,4 +1,4 @@
-"""The comparison of runs as one self-contained page, and its figure as PNG."""
+"""The comparison of runs as a self-contained page, and its figure as PNG."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,16 +13,16 @@ from train.report.compare import Comparison, advantage_rows, cell_rows
 CURVE_POINTS = 200
 FLOPS = "training FLOPs"
 BEYOND = 3.0
-"""How far a curve is drawn beyond its runs, as a factor of FLOPs; dashed there."""
+"""Factor of FLOPs by which a curve is drawn (dashed) beyond its runs."""
 
 
 def write_page(comparison: Comparison, path: Path) -> None:
-    """Writes the page; it loads nothing from anywhere."""
+    """Writes the page, without external resources."""
     path.write_text(comparison_page(comparison))
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The page as HTML."""
+    """Returns the page as HTML."""
     title = "Loss against training FLOPs"
     domains = list(comparison.entries[0].losses)
     return render(
@@ -41,7 +41,7 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def write_png(comparison: Comparison, path: Path) -> None:
-    """Writes the figure for a document, on white."""
+    """Writes the figure for documents, on white."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

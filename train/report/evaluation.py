@@ -1,4 +1,4 @@
-"""The report's part on evaluations: scores over training, tables of the newest checkpoint, heat maps."""
+"""The report's evaluation section: scores over training, tables of the newest checkpoint, heat maps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of a run, as its page shows it."""
+    """One evaluation of a run, as shown on its page."""
 
     title: str
     tables: Sequence[Table] = ()
@@ -26,7 +26,7 @@ class Evaluation:
 
 
 def newest_evaluations(run: RunRecord) -> list[Evaluation]:
-    """Every evaluation in the run's file of results, each of the newest checkpoint that had it."""
+    """Returns every evaluation of a run's results, each for the newest checkpoint that has it."""
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for record in read_results(run.run_dir):
         key = record["kind"], record["name"]
@@ -74,12 +74,12 @@ def _bits(title: str, record: dict[str, Any]) -> Evaluation:
 
 
 def _retrieval(title: str, record: dict[str, Any]) -> Evaluation:
-    caption = f"Share of {record['trials']} values found, by length of the prompt and place in it."
+    caption = f"Share of {record['trials']} values found, by prompt length and depth."
     return Evaluation(title, figure=retrieval_figure(record["cells"]), caption=caption)
 
 
 def retrieval_figure(cells: Sequence[dict[str, Any]]) -> Markup:
-    """Heat maps of accuracy, and of the loss of the values' tokens, by depth and length."""
+    """Draws heat maps of accuracy and of the loss of the values' tokens, by depth and length."""
     import numpy as np
 
     lengths = sorted({cell["length_tokens"] for cell in cells})
@@ -107,7 +107,7 @@ def retrieval_figure(cells: Sequence[dict[str, Any]]) -> Markup:
 
 
 def scores_over_time(run: RunRecord) -> Markup | None:
-    """The suite's scores over tokens; None before there are two of one kind."""
+    """Draws the suite's scores over tokens; None while no score has two points."""
     keys = metrics.match_names(metrics.EVALUATION_CATEGORY, run.keys)
     shown = {name: run.series(key) for name, key in keys.items()}
     if metrics.EVALUATION_AVERAGE in run.keys:

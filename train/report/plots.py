@@ -16,11 +16,11 @@ from train.report.run_record import RunRecord, Series
 POINTS = 800
 HEAT_MAP_LAYERS = 12
 LOAD_OCTAVES = 2
-"""The heat map's colours end at a quarter and at four times the balanced load."""
+"""The heat map's colours range from a quarter to four times the balanced load."""
 
 
 def loss_figure(run: RunRecord) -> Markup:
-    """Training and validation loss over tokens, and the unigram entropy that context has to beat."""
+    """Draws training and validation loss over tokens, with the unigram entropy as the baseline."""
 
     def draw(axes: Sequence[Any]) -> None:
         (axis,) = axes
@@ -58,7 +58,7 @@ def loss_figure(run: RunRecord) -> Markup:
 
 
 def throughput_figure(run: RunRecord) -> Markup:
-    """Tokens per second and utilisation of the measured peak over tokens."""
+    """Draws tokens per second and utilisation of the measured peak over tokens."""
 
     def draw(axes: Sequence[Any]) -> None:
         for axis, key, label, scale, colour in (
@@ -77,7 +77,7 @@ def throughput_figure(run: RunRecord) -> Markup:
 
 
 def optimisation_figure(run: RunRecord) -> Markup:
-    """Learning rate and gradient norm over tokens."""
+    """Draws learning rate and gradient norm over tokens."""
 
     def draw(axes: Sequence[Any]) -> None:
         rate = thinned(run.series(metrics.LEARNING_RATE))
@@ -89,7 +89,7 @@ def optimisation_figure(run: RunRecord) -> Markup:
         axes[1].plot(millions(norm), norm.values, color=COLOURS[1], alpha=0.35, linewidth=0.8)
         axes[1].set_ylabel("gradient norm")
         if np.nanmin(norm.values, initial=np.inf) > 0:
-            # Means of logarithms: one spike lifts an ordinary mean over its whole window.
+            # Geometric means: a single spike would raise an arithmetic mean over its whole window.
             axes[1].plot(millions(norm), np.exp(smoothed(np.log(norm.values))), color=COLOURS[1])
             log_scale(axes[1])
 
@@ -97,7 +97,7 @@ def optimisation_figure(run: RunRecord) -> Markup:
 
 
 def router_figure(run: RunRecord) -> Markup:
-    """Router losses, and the load of each layer's busiest and idlest expert, over tokens."""
+    """Draws router losses and the load of each layer's busiest and idlest expert over tokens."""
     experts = run.load_shares.shape[2]
 
     def draw(axes: Sequence[Any]) -> None:
@@ -137,7 +137,7 @@ def router_figure(run: RunRecord) -> Markup:
 
 
 def entropy_figure(run: RunRecord) -> Markup:
-    """Evenness of each layer's load over tokens: a row per layer, a column per moment."""
+    """Draws the evenness of each layer's load over tokens: a row per layer."""
     layers = run.load_shares.shape[1]
     rows = [thinned(run.series(metrics.of_layer(metrics.EXPERT_ENTROPY, layer))) for layer in range(layers)]
 
@@ -166,13 +166,13 @@ def entropy_figure(run: RunRecord) -> Markup:
 
 
 def load_figure(run: RunRecord) -> Markup:
-    """Heat map of every expert's load over tokens, a panel per layer (at most 12, evenly spread)."""
+    """Draws a heat map of every expert's load over tokens, a panel per layer (at most 12, evenly spaced)."""
     _, layers, experts = run.load_shares.shape
     shown = np.unique(np.linspace(0, layers - 1, min(layers, HEAT_MAP_LAYERS)).round().astype(int))
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     tokens = Series(run.load_tokens, run.load_tokens)
-    # Octaves above and below the balanced load; an expert without tokens is at the bottom.
+    # Octaves above and below the balanced load; an expert without tokens has the lowest value.
     octaves_NLE = np.log2(np.maximum(run.load_shares * experts, 2.0**-LOAD_OCTAVES))
 
     def draw(axes: Sequence[Any]) -> None:
@@ -208,18 +208,18 @@ def load_figure(run: RunRecord) -> Markup:
 
 
 def millions(series: Series) -> np.ndarray:
-    """Tokens in millions, for the axis."""
+    """Returns tokens in millions, for the axis."""
     return series.tokens / 1e6
 
 
 def span(series: Series) -> tuple[float, float]:
-    """First and last million tokens of a heat map's columns."""
+    """Returns the first and last column of a heat map, in millions of tokens."""
     ends = millions(series)
     return float(ends[0]), float(ends[-1]) if ends[-1] > ends[0] else float(ends[0]) + 1e-6
 
 
 def thinned(series: Series, points: int = POINTS) -> Series:
-    """At most so many points, each the mean of its neighbours."""
+    """Reduces a series to at most ``points`` points, each the mean of a segment."""
     if len(series) <= points:
         return series
     parts = np.array_split(np.arange(len(series)), points)
@@ -228,19 +228,19 @@ def thinned(series: Series, points: int = POINTS) -> Series:
 
 
 def finite_mean(values: np.ndarray) -> float:
-    """Mean of the finite values; not-a-number if there is none."""
+    """Returns the mean of the finite values; NaN if there are none."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")
 
 
 def smoothed(values: np.ndarray, share: float = 0.03) -> np.ndarray:
-    """Mean over a window of a thirtieth of the run around each point, shorter at the ends."""
+    """Returns the moving average over about a thirtieth of the run, with a shorter window at the ends."""
     half = int(share * len(values) / 2)
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     at = np.arange(len(values))
-    # Near an end the window shrinks on both sides, so that a slope there is not bent.
+    # Near an end the window shrinks on both sides, so that a slope there stays unbiased.
     reach = np.minimum(half, np.minimum(at, len(values) - 1 - at))
     first, last = at - reach, at + reach + 1
     known = counts[last] - counts[first]

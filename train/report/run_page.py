@@ -1,4 +1,4 @@
-"""One page about a run, in one file that needs nothing else."""
+"""The report page of a run, in a single self-contained file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ PART_COLOURS = ("#ef4444", "#3b82f6", "#a855f7", "#10b981", "#94a3b8")
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes `report.html` into a run's folder, from the files there; the run need not be complete.
+    """Writes `report.html` from the files in a run's folder; the run need not be complete.
 
     Raises:
         UserError: if it is not the folder of a run.
@@ -31,7 +31,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def report_page(run: RunRecord) -> str:
-    """The page as HTML; a section that the run has nothing for is left out."""
+    """Returns the page as HTML, without the sections for which the run has no data."""
     return render(
         "train/report/run.html.j2",
         title=f"Run {run.name}",
@@ -51,7 +51,7 @@ def report_page(run: RunRecord) -> str:
 
 
 def key_figures(run: RunRecord) -> dict[str, float | str]:
-    """What a run came to, in few numbers; those that are not known yet are left out."""
+    """Returns the key figures of a run, without those not known yet."""
     figures: dict[str, float | str] = {
         "name": run.name,
         "status": "complete" if run.summary else "not complete",
@@ -85,7 +85,7 @@ def key_figures(run: RunRecord) -> dict[str, float | str]:
 
 
 def key_cards(run: RunRecord) -> list[tuple[str, str]]:
-    """The key figures that stand at the top, each with what it is."""
+    """Returns the key figures for the top of the page, each with its label."""
     figures, cards = key_figures(run), []
     for label, key, form in (
         ("validation loss, mean of domains (nats/token)", "validation loss, mean", "{:.3f}"),
@@ -96,8 +96,8 @@ def key_cards(run: RunRecord) -> list[tuple[str, str]]:
     if summary := run.summary:
         cards += [
             (duration(summary.seconds), "of training"),
-            (short_number(summary.parameters_total), "parameters in all"),
-            (short_number(summary.parameters_active), "active per token, input embedding left out"),
+            (short_number(summary.parameters_total), "parameters in total"),
+            (short_number(summary.parameters_active), "active per token, without the input embedding"),
             (summary.precision, "precision of matrix products"),
         ]
     if "tokens" in figures:
@@ -112,7 +112,7 @@ def key_cards(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def figures(run: RunRecord) -> dict[str, Markup | None]:
-    """SVG by section; None where the run has not recorded what the figure shows."""
+    """Draws the figure of each section; None if the run has no data for it."""
     from train.report import plots
 
     has_experts = run.load_shares.size > 0
@@ -128,7 +128,7 @@ def figures(run: RunRecord) -> dict[str, Markup | None]:
 
 
 def validation_rows(run: RunRecord) -> Sequence[tuple[str, ...]]:
-    """Of each domain: its newest validation loss, the text's unigram entropy, bits per byte."""
+    """Returns each domain's newest validation loss, unigram entropy and bits per byte."""
     rows = []
     for domain, key in metrics.match_names(metrics.LOSS_VALIDATION, run.keys).items():
         entropy = run.summary.unigram_entropy.get(domain) if run.summary else None
@@ -145,7 +145,7 @@ def validation_rows(run: RunRecord) -> Sequence[tuple[str, ...]]:
 
 
 def domain_rows(run: RunRecord) -> list[tuple[str, ...]]:
-    """What was read of each domain, and what its part of the last batch cost."""
+    """Returns the tokens read of each domain and its loss in the last batch."""
     rows = []
     for domain, key in metrics.match_names(metrics.DOMAIN_TOKENS, run.keys).items():
         row = [domain, f"{run.series(key).values[-1]:,.0f}"]
@@ -162,7 +162,7 @@ def domain_rows(run: RunRecord) -> list[tuple[str, ...]]:
 
 
 def step_parts(run: RunRecord) -> list[dict[str, str]]:
-    """The parts of the median step; none before one was timed."""
+    """Returns the parts of the median step; none before a step was timed."""
     medians = {part: run.median(part) for part in metrics.STEP_PARTS}
     total = sum(medians.values())
     if not total > 0:
@@ -184,7 +184,7 @@ def step_parts(run: RunRecord) -> list[dict[str, str]]:
 
 
 def expert_counts(run: RunRecord) -> dict[str, int] | None:
-    """Layers, experts in each, and experts that took no token of the last batch; None for a dense model."""
+    """Counts layers, experts per layer and experts idle in the last batch; None for a dense model."""
     if run.load_shares.size == 0:
         return None
     _, layers, experts = run.load_shares.shape
@@ -193,13 +193,13 @@ def expert_counts(run: RunRecord) -> dict[str, int] | None:
 
 
 def describe(figures: Mapping[str, float | str]) -> str:
-    """Key figures as lines for the console."""
+    """Formats key figures as lines for the console."""
     width = max(len(label) for label in figures)
     return "\n".join(f"{label:{width}}  {as_text(value)}" for label, value in figures.items())
 
 
 def as_text(value: float | str) -> str:
-    """A key figure as text: whole numbers whole, others to four digits and more."""
+    """Formats a key figure: integers in full, others with at least four digits."""
     if isinstance(value, str):
         return value
     if float(value).is_integer() and abs(value) < 1e12:

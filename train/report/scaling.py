@@ -1,8 +1,8 @@
-"""Loss against training FLOPs: saturating power laws, and how many FLOPs one family saves over another.
+"""Loss against training FLOPs: saturating power laws, and the FLOPs that one family saves over another.
 
-A family's curve is L(C) = E + A C^-alpha (Hoffmann et al. 2022, section 3.3, along the line of sizes and
-tokens that the runs stand on). E, the entropy of the text, is a property of the held-out data and
-not of a model, so all families share it; three sizes then leave a degree of freedom for the misfit.
+A family's curve is L(C) = E + A C^-alpha (Hoffmann et al. 2022, section 3.3, on the runs' line of sizes and
+tokens). E, the entropy of the text, is a property of the held-out data and not of a model, so all families
+share it; three sizes then leave a degree of freedom for the misfit.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,21 +19,21 @@ from train.recipe.errors import UserError
 Floats = NDArray[np.float64]
 
 HUBER_DELTA = 1e-3
-"""Residuals of the logarithm beyond this weigh linearly (Hoffmann et al. 2022, appendix D.2)."""
+"""Residuals of the logarithm beyond this count linearly (Hoffmann et al. 2022, appendix D.2)."""
 START_SHARES = (0.0, 0.3, 0.6, 0.8, 0.9)
-"""Where the search for E begins, as shares of the lowest loss."""
+"""Initial values of E in the search, as fractions of the lowest loss."""
 START_EXPONENTS = (0.05, 0.15, 0.3, 0.6)
 REFERENCE_FLOPS_SHARE = 0.5
-"""Quantile of the FLOPs that stand for one in the fit, so that A is a loss near the data."""
+"""Quantile of the runs' FLOPs that serves as unit in the fit, so that A is a loss near the data."""
 CONFIDENCE = 0.95
 SAME_FLOPS = 0.03
-"""Budgets that differ by less count as equal: families are matched to whole heads and experts."""
+"""Relative difference below which budgets count as equal: families are matched to whole heads and experts."""
 DRAWS = 1000
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What the fit needs to know of R runs."""
+    """The data of R runs for the fit."""
 
     family: tuple[str, ...]
     """Family of each run."""
@@ -42,24 +42,24 @@ class Runs:
     losses: Floats
     """Held-out loss by domain [R, D]."""
     seeds: tuple[int, ...]
-    """Seed of each run, which chose the order of its data."""
+    """Seed of each run, which determined the order of its data."""
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Names in the order of their first appearance."""
+        """Names in the order of first appearance."""
         return tuple(dict.fromkeys(self.family))
 
     def budgets(self) -> dict[str, int]:
-        """How many FLOP budgets each family was trained at."""
+        """Returns the number of FLOP budgets of each family."""
         return {name: len({cell for cell in self.cells() if cell[0] == name}) for name in self.families}
 
     def of(self, families: Collection[str]) -> "Runs":
-        """The runs of some families."""
+        """Selects the runs of some families."""
         kept = [run for run, family in enumerate(self.family) if family in families]
         return self.take(np.array(kept, dtype=int))
 
     def take(self, chosen: NDArray[np.int_]) -> "Runs":
-        """Some of the runs, in this order; one may be there twice."""
+        """Selects runs in the given order, possibly with repetitions."""
         return Runs(
             tuple(self.family[run] for run in chosen),
             self.flops[chosen],
@@ -68,19 +68,19 @@ class Runs:
         )
 
     def cells(self) -> dict[tuple[str, float], list[int]]:
-        """The runs that differ in their seed alone: by family and FLOPs."""
+        """Groups runs that differ only in their seed, by family and FLOPs."""
         cells: dict[tuple[str, float], list[int]] = {}
         for run, (family, flops) in enumerate(zip(self.family, self.flops, strict=True)):
             cells.setdefault((family, float(f"{flops:.6g}")), []).append(run)
         return cells
 
     def draw(self, generator: np.random.Generator) -> "Runs":
-        """Runs drawn anew, as many in every cell, and domains, the same for all runs.
+        """Draws a bootstrap sample: runs within each cell, and domains, the same for all runs.
 
-        Cells of equal FLOPs that were trained with the same seeds draw the same ones: a seed chose the
-        order of the data for all of them, and what that does to a loss is no difference between families.
-        Losses are drawn away from their cell's mean by sqrt(n / (n - 1)), without which the variance of n
-        seeds would be too small by (n - 1) / n (the rescaled bootstrap of Rao and Wu 1988).
+        Cells of equal FLOPs that were trained with the same seeds draw the same ones: a seed determines the
+        order of the data for all of them, and its effect on the loss is not a difference between families.
+        Deviations from a cell's mean are scaled by sqrt(n / (n - 1)); otherwise the variance over n seeds
+        would be too small by (n - 1) / n (the rescaled bootstrap of Rao and Wu 1988).
         """
         drawn: dict[tuple[object, ...], NDArray[np.int_]] = {}
         chosen, losses = [], []
@@ -100,7 +100,7 @@ class Runs:
         return replace(self.take(np.concatenate(chosen)), losses=np.concatenate(losses)[:, columns])
 
     def _budget(self, flops: float) -> float:
-        """The least FLOPs of any run that count as equal to these."""
+        """Returns the smallest FLOPs of any run that count as equal to these."""
         return float(min(self.flops[np.abs(self.flops / flops - 1) < SAME_FLOPS]))
 
 
@@ -111,38 +111,38 @@ class Curve:
     irreducible: float
     """E, in the unit of the losses."""
     amplitude: float
-    """A: what is above E at ``unit`` FLOPs."""
+    """A: the loss above E at ``unit`` FLOPs."""
     exponent: float
     """alpha."""
     unit: float
-    """FLOPs that count as one."""
+    """Unit of FLOPs."""
     range_flops: tuple[float, float]
-    """Fewest and most FLOPs of the runs behind it."""
+    """Smallest and largest FLOPs of the fitted runs."""
 
     def loss(self, flops: Floats | float) -> Floats | float:
-        """The loss after so many training FLOPs."""
+        """Returns the loss at the given training FLOPs."""
         return self.irreducible + self.amplitude * (flops / self.unit) ** -self.exponent
 
     def flops(self, loss: float) -> float:
-        """The FLOPs that reach a loss; infinite at or below E."""
+        """Returns the FLOPs that reach a loss; infinite at or below E."""
         if loss <= self.irreducible:
             return float("inf")
         return self.unit * ((loss - self.irreducible) / self.amplitude) ** (-1 / self.exponent)
 
     def is_within(self, flops: float) -> bool:
-        """Whether so many FLOPs lie between the runs, where the curve interpolates."""
+        """Returns True if the FLOPs are within the runs' range, where the curve interpolates."""
         low, high = self.range_flops
         return low * (1 - 1e-9) <= flops <= high * (1 + 1e-9)
 
 
 @dataclass(frozen=True)
 class Advantage:
-    """How many times fewer FLOPs a family takes to the loss that another reaches with its most."""
+    """The FLOP ratio between two families at the loss that the baseline reaches with its largest budget."""
 
     family: str
     baseline: str
     level: float
-    """The loss: that of the baseline's curve at its most FLOPs."""
+    """The loss of the baseline's curve at its largest budget."""
     ratio: float
     """FLOPs of the baseline over FLOPs of the family at that loss."""
     low: float
@@ -150,30 +150,30 @@ class Advantage:
     high: float
     """Upper end of the interval."""
     is_extrapolated: bool
-    """Whether the family's runs do not reach that far on either side."""
+    """True if that loss is outside the range of the family's runs."""
 
     @property
     def is_significant(self) -> bool:
-        """Whether the interval excludes 1."""
+        """True if the interval excludes 1."""
         return self.low > 1 or self.high < 1
 
     @property
     def verdict(self) -> str:
-        """What may be said of it."""
+        """The conclusion, in words."""
         if not self.is_significant:
             return "not significant"
         return "fewer FLOPs" if self.ratio > 1 else "more FLOPs"
 
 
 def fit_curves(runs: Runs, *, start: "dict[str, Curve] | None" = None) -> dict[str, Curve]:
-    """Fits all families' curves at once, with one E, to the mean loss over domains.
+    """Fits all families' curves jointly, with a shared E, to the mean loss over domains.
 
-    Huber loss of the residuals of log L, minimised by L-BFGS from a grid of starts (Hoffmann et al.
-    2022, appendix D.2).
+    Minimises the Huber loss of the residuals of log L by L-BFGS from a grid of starting points (Hoffmann et
+    al. 2022, appendix D.2).
 
     Args:
         runs: at least two FLOP budgets per family, and three in one of them.
-        start: curves of similar data, where the search begins in place of the grid.
+        start: curves of similar data, as the starting point in place of the grid.
 
     Raises:
         UserError: if there are too few FLOP budgets, or a loss is not finite.
@@ -184,7 +184,7 @@ def fit_curves(runs: Runs, *, start: "dict[str, Curve] | None" = None) -> dict[s
     if short or max(budgets.values(), default=0) < 3:
         counts = ", ".join(f"{family} {count}" for family, count in budgets.items())
         raise UserError(
-            f"a curve needs two FLOP budgets per family and three in one of them; there are {counts}"
+            f"curves need two FLOP budgets per family and three in one of them; there are {counts}"
         )
     losses = runs.losses.mean(axis=1)
     if not np.isfinite(losses).all():
@@ -206,7 +206,7 @@ def fit_curves(runs: Runs, *, start: "dict[str, Curve] | None" = None) -> dict[s
         gradient[0] = (slope * np.exp(log_e - predicted)).sum()
         gradient[1::2] = np.bincount(which, of_term, len(families))
         gradient[2::2] = np.bincount(which, -of_term * log_flops, len(families))
-        # Scaled so that the stopping rule, made for sums near one, sees differences this small.
+        # Scaled so that the stopping criterion, designed for values near one, sees such small differences.
         return float(cost.sum()) / HUBER_DELTA**2, gradient / HUBER_DELTA**2
 
     lowest = float(losses.min())
@@ -232,16 +232,16 @@ def fit_curves(runs: Runs, *, start: "dict[str, Curve] | None" = None) -> dict[s
 def advantages(
     runs: Runs, pairs: Sequence[tuple[str, str]], *, draws: int = DRAWS, seed: int = 0
 ) -> list[Advantage]:
-    """The FLOP ratio at equal loss for each pair, with a bootstrap interval.
+    """Computes the FLOP ratio at equal loss for each pair, with a bootstrap interval.
 
-    A draw takes seeds anew, with replacement, within each FLOP budget, and held-out domains anew, the
-    same for all runs (percentile interval; Efron and Tibshirani 1993, chapter 13). See :meth:`Runs.draw`.
+    Each draw resamples seeds within each FLOP budget, and held-out domains, the same for all runs (percentile
+    interval; Efron and Tibshirani 1993, chapter 13). See :meth:`Runs.draw`.
 
     Args:
-        runs: at least two runs per cell or two domains; the interval is empty of meaning otherwise.
+        runs: at least two runs per cell or two domains; otherwise the interval is meaningless.
         pairs: (family, baseline) of each comparison.
-        draws: bootstrap draws B.
-        seed: of the draws.
+        draws: number of bootstrap draws B.
+        seed: random seed of the draws.
     """
     curves = fit_curves(runs)
     point = {pair: _ratio(curves, *pair) for pair in pairs}
@@ -259,7 +259,7 @@ def advantages(
             baseline=baseline,
             level=point[family, baseline][1],
             ratio=point[family, baseline][0],
-            # "lower" and "higher": an infinite draw must not turn its neighbours into not-a-number.
+            # "lower" and "higher": interpolation with an infinite draw would give NaN.
             low=float(np.quantile(drawn[family, baseline], tail, method="lower")),
             high=float(np.quantile(drawn[family, baseline], 1 - tail, method="higher")),
             is_extrapolated=not curves[family].is_within(curves[family].flops(point[family, baseline][1])),
@@ -269,7 +269,7 @@ def advantages(
 
 
 def _ratio(curves: dict[str, Curve], family: str, baseline: str) -> tuple[float, float]:
-    """The FLOP ratio, and the loss at which it is taken."""
+    """Returns the FLOP ratio and the loss at which it is taken."""
     most = curves[baseline].range_flops[1]
     level = float(curves[baseline].loss(most))
     return most / curves[family].flops(level), level

@@ -1,6 +1,6 @@
-"""Runs and MLflow, by hand: `python -m train.tracking upload runs/NAME`, `... ui`.
+"""MLflow from the command line: `python -m train.tracking upload runs/NAME`, `... ui`.
 
-`follow` is the process beside a training run, see :mod:`train.tracking.uploader`.
+`follow` runs in the background of a training run, see :mod:`train.tracking.uploader`.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ logger = log.get_logger("train.tracking")
 
 
 def follow(run_dir: Path, parent: int) -> int:
-    """Sends what is new until the run is over; the process that :class:`MlflowUploader` starts."""
+    """Sends new records until the run ends; runs in the process that :class:`MlflowUploader` starts."""
     os.nice(LOWER_PRIORITY)
     with exclusive(run_dir / LOCK_FILE):
         upload = Upload(run_dir)
@@ -57,12 +57,12 @@ def follow(run_dir: Path, parent: int) -> int:
                 failures += 1
                 if failures == 1 and not is_last:
                     logger.warning(
-                        f"tracking: {place} does not take records ({error}); they wait in "
+                        f"tracking: {place} does not accept records ({error}); they wait in "
                         f"{short_path(run_dir)}"
                     )
             else:
                 if failures:
-                    logger.warning(f"tracking: {place} answers again; {sent} figures that waited are there")
+                    logger.warning(f"tracking: {place} responds again; {sent} waiting values were sent")
                 failures = 0
             if is_last:
                 return UNSENT_STATUS if failures else 0
@@ -70,7 +70,7 @@ def follow(run_dir: Path, parent: int) -> int:
 
 
 def _wait(run_dir: Path, parent: int, seconds: float) -> None:
-    """Waits, but not past the end of the run."""
+    """Waits, but at most until the end of the run."""
     facts = run_dir / FACTS_FILE
     changed = facts.stat().st_mtime_ns
     end = time.monotonic() + seconds
@@ -79,7 +79,7 @@ def _wait(run_dir: Path, parent: int, seconds: float) -> None:
 
 
 def upload_runs(run_dirs: Sequence[Path], uri: str | None) -> list[dict[str, object]]:
-    """Sends what is unsent of each run.
+    """Sends the unsent records of each run.
 
     Raises:
         UploadError: for the first run that cannot be sent.
@@ -95,10 +95,10 @@ def upload_runs(run_dirs: Sequence[Path], uri: str | None) -> list[dict[str, obj
                 upload = Upload(run_dir)
                 sent = upload.sync()
         except BlockingIOError:
-            raise UploadError(f"{run_dir}: another process is sending this run; wait for its end") from None
+            raise UploadError(f"{run_dir}: another process is sending this run; wait for it to end") from None
         except UploadError as error:
             place = store_of(run_dir, RunFacts.read(run_dir))
-            raise UploadError(f"{run_dir}: {place} does not take it ({error})") from None
+            raise UploadError(f"{run_dir}: {place} does not accept it ({error})") from None
         row = {"run": str(run_dir), "uri": store_of(run_dir, upload.facts), "run_id": upload.state.run_id}
         rows.append({**row, "metric_values_sent": sent})
         print(f"{run_dir}: {sent} metric values sent to {row['uri']}, MLflow run {row['run_id']}")
@@ -106,7 +106,7 @@ def upload_runs(run_dirs: Sequence[Path], uri: str | None) -> list[dict[str, obj
 
 
 def serve(runs_dir: Path, host: str, port: int) -> int:
-    """Opens MLflow's page on the embedded store; does not return while it runs.
+    """Serves MLflow's UI for the embedded store; replaces this process.
 
     Raises:
         UserError: if there is no store yet.
@@ -116,8 +116,8 @@ def serve(runs_dir: Path, host: str, port: int) -> int:
         raise UserError(
             f"{runs_dir}: has no {STORE_FILE} yet; train something first, for example `make smoke`"
         )
-    print(f"MLflow on {store}: http://{host}:{port} (end with Ctrl-C)", flush=True)
-    # Its server makes a folder where it is started.
+    print(f"MLflow on {store}: http://{host}:{port} (stop with Ctrl-C)", flush=True)
+    # MLflow's server creates a folder in its working directory.
     os.chdir(store.parent)
     arguments = ["server", "--backend-store-uri", f"sqlite:///{store}", "--workers", "1"]
     arguments += ["--default-artifact-root", (store.parent / ARTIFACTS_FOLDER).as_uri()]
@@ -128,7 +128,7 @@ def serve(runs_dir: Path, host: str, port: int) -> int:
 
 def _upload_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, nargs="+", help="folder of a run, runs/NAME")
-    parser.add_argument("--uri", help="send to this tracking server, from now on, instead of the recipe's")
+    parser.add_argument("--uri", help="send to this tracking server, also in future, instead of the recipe's")
 
 
 def _page_arguments(parser: ArgumentParser) -> None:
@@ -136,21 +136,21 @@ def _page_arguments(parser: ArgumentParser) -> None:
         "--runs-dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)"
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (default: this machine only)"
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
     parser.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
 
 
 def _follow_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--parent", type=int, required=True, help="process whose end ends this one")
+    parser.add_argument("--parent", type=int, required=True, help="stop when this process has ended")
 
 
 @command(
     "python -m train.tracking upload",
-    "send what is unsent of runs; again and again if you like",
+    "send the unsent records of runs; can be repeated at any time",
     _upload_arguments,
-    json="write what was sent as JSON too",
+    json="also write what was sent as JSON",
 )
 def _upload(options: Namespace) -> int | Figures:
     try:
@@ -161,14 +161,14 @@ def _upload(options: Namespace) -> int | Figures:
         return 1
 
 
-@command("python -m train.tracking ui", "MLflow's page on the embedded store", _page_arguments)
+@command("python -m train.tracking ui", "serve MLflow's UI for the embedded store", _page_arguments)
 def _page(options: Namespace) -> int:
     return serve(options.runs_dir, options.host, options.port)
 
 
 @command(
     "python -m train.tracking follow",
-    "send a run while it is trained; started by the training",
+    "send the records of a run in training; started by the run itself",
     _follow_arguments,
 )
 def _follow(options: Namespace) -> int:
@@ -182,7 +182,7 @@ def _follow(options: Namespace) -> int:
 
 @contextmanager
 def _quiet_mlflow() -> Iterator[None]:
-    """Hides what MLflow tells of every migration of a new store, forty lines; only warnings are written."""
+    """Hides MLflow's forty lines about the migrations of a new store; warnings are still written."""
     logging.disable(logging.INFO)
     try:
         yield
@@ -191,7 +191,9 @@ def _quiet_mlflow() -> Iterator[None]:
 
 
 main = CommandGroup(
-    "python -m train.tracking", "Runs and MLflow.", {"upload": _upload, "ui": _page, "follow": _follow}
+    "python -m train.tracking",
+    "Sends runs to MLflow and serves its UI.",
+    {"upload": _upload, "ui": _page, "follow": _follow},
 )
 
 

@@ -1,9 +1,9 @@
-"""Sends a run's record to MLflow, any number of times, each figure once.
+"""Upload of a run's record to MLflow: repeatable at any time, each value sent once.
 
-What is to be sent lies in the run's folder: `tracking.json` (parameters, tags, datasets, files) and
-`metrics.jsonl`. What has been sent is asked of the server: the latest step of every metric. So an upload
-can be cut off anywhere, even between the server's commit and its answer, and the next one goes on there.
-A step that is trained again after a crash is not sent again.
+The record is in the run's folder: `tracking.json` (parameters, tags, datasets, files) and `metrics.jsonl`.
+The server knows what has been sent: the latest step of every metric. So an upload can be interrupted
+anywhere, even between the server's commit and its response, and the next one continues there. A step that is
+retrained after a crash is not sent again.
 """
 
 import contextlib
@@ -37,20 +37,20 @@ METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 500
-"""MLflow's bound on the value of an input's tag."""
+"""MLflow's limit for the value of an input's tag."""
 DIGEST_CHARACTERS = 36
 
 
 class UploadError(RuntimeError):
-    """MLflow did not take it, said in one line; everything is still on disk, and is sent another time."""
+    """MLflow did not accept an upload; everything is still on disk and can be sent later."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFacts:
-    """What MLflow is told about a run besides its metrics."""
+    """The facts about a run that MLflow gets besides its metrics."""
 
     uid: str
-    """Names the run at the server, so that it is found even if its answer to the creation was lost."""
+    """Identifies the run on the server, so that it is found even if the response to its creation was lost."""
     name: str
     uri: str
     """Tracking server without user and password; empty for the store next to the run's folder."""
@@ -59,7 +59,7 @@ class RunFacts:
     tags: dict[str, str]
     datasets: list[DatasetInput]
     artifacts: list[str]
-    """Files of the run's folder that are sent at its end, where they exist."""
+    """Files of the run's folder to send at its end, if they exist."""
     started_ms: int
     status: str = RUNNING
     """RUNNING, FINISHED, FAILED or KILLED."""
@@ -85,22 +85,22 @@ class RunFacts:
 
 @dataclasses.dataclass
 class UploadState:
-    """How far the upload to one place has come; a hint, the server knows better."""
+    """Progress of the upload to one server; only a hint, as the server is authoritative."""
 
     uri: str = ""
     run_id: str = ""
     offset: int = 0
-    """Where the last line that was sent begins in `metrics.jsonl`."""
+    """Offset in `metrics.jsonl` of the last line sent."""
     step: int = -1
-    """Its step."""
+    """The line's step."""
     setup: str = ""
-    """Fingerprint of parameters, tags and datasets that were sent."""
+    """Fingerprint of the parameters, tags and datasets sent."""
     ending: str = ""
-    """Fingerprint of status and files that were sent."""
+    """Fingerprint of the status and files sent."""
 
 
 def public_uri(uri: str) -> str:
-    """The address without user and password, fit for files and screens."""
+    """Removes user and password from an address, for files and logs."""
     parts = urlsplit(uri)
     if "@" not in parts.netloc:
         return uri
@@ -108,7 +108,7 @@ def public_uri(uri: str) -> str:
 
 
 def store_uri(run_dir: Path, facts_uri: str = "") -> str:
-    """The address to send to: the recorded one, with the variable's password, or the embedded store."""
+    """Returns the server's address: the recorded one with the variable's password, or the embedded store."""
     variable = os.environ.get(URI_VARIABLE, "")
     if facts_uri:
         return variable if public_uri(variable) == facts_uri else facts_uri
@@ -116,7 +116,7 @@ def store_uri(run_dir: Path, facts_uri: str = "") -> str:
 
 
 class Upload:
-    """Sends one run; :meth:`sync` as often as wished, it sends what is new."""
+    """The upload of one run; each :meth:`sync` sends what is new."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -127,17 +127,16 @@ class Upload:
         self._latest: dict[str, int] | None = None
 
     def sync(self, status: str | None = None) -> int:
-        """Sends whatever the server lacks.
+        """Sends everything that the server lacks.
 
         Args:
-            status: the run's status where it is not the one in `tracking.json`, which a killed run
-                could not write any more.
+            status: the run's status if `tracking.json` is out of date, as after a kill.
 
         Returns:
-            The number of metric values that were sent.
+            The number of metric values sent.
 
         Raises:
-            UploadError: if the server does not take it.
+            UploadError: if the server does not accept it.
         """
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
@@ -149,12 +148,12 @@ class Upload:
             sent = self._send_metrics()
             self._send_ending(status or self.facts.status)
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            self._latest = None  # The server may have taken it nevertheless: ask again.
+            self._latest = None  # The server may have accepted it nevertheless: ask again.
             raise UploadError(_reason(error).replace(self.uri, public_uri(self.uri))) from error
         return sent
 
     def _open_run(self) -> None:
-        """Finds or creates the run and learns what it has."""
+        """Finds or creates the run and reads its latest steps."""
         if self._latest is not None:
             return
         if self._client is None:
@@ -162,7 +161,7 @@ class Upload:
         run = self._find_run() or self._create_run()
         self.state.run_id = run.info.run_id
         self._write_state()
-        # The latest steps come with the run in every store; MLflow shows them under this name alone.
+        # Every store returns the latest steps with the run; MLflow exposes them only under this name.
         self._latest = {metric.key: metric.step for metric in run.data._metric_objs}
 
     def _find_run(self) -> Any:
@@ -199,7 +198,7 @@ class Upload:
         )
 
     def _send_setup(self) -> None:
-        """Sends parameters, tags and datasets, once, and again where a resumed run changed them."""
+        """Sends parameters, tags and datasets once, and again if a resumed run changed them."""
         from mlflow.entities import Param, RunTag
 
         facts = self.facts
@@ -208,7 +207,7 @@ class Upload:
             return
         run = self._client.get_run(self.state.run_id)
         params = {key: value[:PARAM_CHARACTERS] for key, value in facts.params.items()}
-        # A parameter cannot be changed at the server: what a resumed run changed becomes a tag.
+        # Parameters are immutable on the server: changes of a resumed run become tags.
         changed = {key: value for key, value in params.items() if run.data.params.get(key, value) != value}
         new = [Param(key, value) for key, value in params.items() if key not in run.data.params]
         tags = facts.tags | {f"resumed_with.{key}": value for key, value in changed.items()}
@@ -227,7 +226,7 @@ class Upload:
         self._write_state()
 
     def _send_metrics(self) -> int:
-        """Sends new lines of `metrics.jsonl`, up to 1000 values a request."""
+        """Sends new lines of `metrics.jsonl`, up to 1000 values per request."""
         from mlflow.entities import Metric
 
         sent = 0
@@ -248,7 +247,7 @@ class Upload:
         return sent + self._send(batch, place)
 
     def _send(self, batch: list[Any], place: tuple[int, int]) -> int:
-        """Sends values, the last of them from the line of this offset and step."""
+        """Sends values, the last of which are from the line with this offset and step."""
         assert self._latest is not None
         for start in range(0, len(batch), METRICS_PER_REQUEST):
             part = batch[start : start + METRICS_PER_REQUEST]
@@ -260,10 +259,10 @@ class Upload:
         return len(batch)
 
     def _new_lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Lines from the last one that was sent, which may have grown by an evaluation since."""
+        """Yields lines from the last one sent, to which an evaluation may have been added since."""
         path = self.run_dir / METRICS_FILE
         first = next(lines_from(path, self.state.offset), None)
-        # A resumed run cuts the file and writes other lines; then the offset means nothing.
+        # A resumed run truncates the file and writes other lines, which invalidates the offset.
         offset = self.state.offset if first and first[2][STEP] <= self.state.step else 0
         for start, _, fields in lines_from(path, offset):
             yield start, fields
@@ -273,7 +272,7 @@ class Upload:
         return find_metric(key) is not None and step > self._latest.get(key, -1)
 
     def _send_ending(self, status: str) -> None:
-        """Sends the files and ends the run at the server; or has it running again."""
+        """Sends the files and ends the run on the server, or marks it as running again."""
         files = [self.run_dir / name for name in self.facts.artifacts if (self.run_dir / name).is_file()]
         if status == RUNNING:
             files = []
@@ -305,7 +304,7 @@ class Upload:
 
 @contextlib.contextmanager
 def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Holds a lock file, which the system gives back if the process dies.
+    """Holds a lock file; the system releases it if the process dies.
 
     Raises:
         BlockingIOError: if ``wait`` is false and another process holds it.
@@ -317,7 +316,7 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def connect(uri: str, artifacts: Path) -> Any:
-    """A client; an embedded store is created first, by one process at a time, which takes seconds."""
+    """Returns a client; first creates an embedded store, which takes seconds, one process at a time."""
     from mlflow import MlflowClient
 
     if uri.startswith("sqlite:///"):
@@ -327,14 +326,14 @@ def connect(uri: str, artifacts: Path) -> Any:
         with exclusive(store.with_suffix(".lock")):
             SqlAlchemyStore(uri, str(artifacts))
     client = MlflowClient(tracking_uri=uri)
-    # MLflow makes a folder for files of its default experiment wherever it is started.
+    # MLflow creates a folder for its default experiment in the working directory.
     with contextlib.suppress(OSError):
         Path("mlruns").rmdir()
     return client
 
 
 def _reason(error: BaseException) -> str:
-    """The error at the bottom of a chain, in one line: `ConnectionRefusedError: Connection refused`."""
+    """Returns the root cause of an error in one line: `ConnectionRefusedError: Connection refused`."""
     while below := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = below
     lines = str(error).splitlines() or [""]
@@ -348,7 +347,7 @@ def _mlflow_input(dataset: DatasetInput) -> Any:
     return MlflowInput(
         dataset=Dataset(
             name=dataset.name,
-            # MLflow keeps 36 characters of a digest; all of them stand in the source.
+            # MLflow keeps 36 characters of a digest; the source has the full one.
             digest=dataset.digest[:DIGEST_CHARACTERS],
             source_type=urlsplit(dataset.source).scheme or "local",
             source=json.dumps({"uri": dataset.source, "sha256": dataset.digest}),

@@ -1,8 +1,8 @@
-"""Puts an exported model into the MLflow Model Registry: `python -m train.tracking.registry OUT`.
+"""Registration of an exported model in the MLflow Model Registry: `python -m train.tracking.registry OUT`.
 
-The model is logged under the MLflow run that trained it, with a signature (that of OpenAI's completions,
-which MLflow's and Databricks' serving speak), and registered with its lineage: run, checkpoint, tokens,
-data, parent. The recipe's `tracking.registry: unity_catalog` sends the same call to Unity Catalog.
+The model is logged under the MLflow run that trained it, with the signature of OpenAI's completions API,
+which MLflow's and Databricks' serving support, and registered with its lineage: run, checkpoint, tokens,
+data, parent. With `tracking.registry: unity_catalog` in the recipe it is registered in Unity Catalog.
 """
 
 import os
@@ -39,23 +39,25 @@ class Registered:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
+    """Adds the command's arguments."""
     parser.add_argument("folder", type=Path, help="folder that `train.hf export` wrote")
-    parser.add_argument("--run", type=Path, help="runs/NAME (default: the one that it was exported from)")
-    parser.add_argument("--name", help="in the registry (default: tracking.registered_model, or the run's)")
+    parser.add_argument("--run", type=Path, help="runs/NAME (default: the run that it was exported from)")
+    parser.add_argument(
+        "--name", help="name in the registry (default: tracking.registered_model, or the run's name)"
+    )
 
 
 @command(
     "python -m train.tracking.registry",
     "Registers an exported model with its lineage.",
     add_arguments,
-    json="write name and version as JSON too",
+    json="also write name and version as JSON",
     name="registry",
 )
 def main(options: Namespace) -> int | Figures:
-    """Registers an exported folder; status 1 where MLflow refuses."""
+    """Registers an exported folder; exit status 1 if MLflow refuses."""
     logger.info("registry: importing MLflow and transformers")
-    # What is logged is a folder; nothing is asked of a hub.
+    # The model is a local folder; the Hub is not needed.
     os.environ["HF_HUB_OFFLINE"] = "1"
     from mlflow.exceptions import MlflowException
 
@@ -66,7 +68,7 @@ def main(options: Namespace) -> int | Figures:
     except UploadError as error:
         raise UserError(str(error)) from None
     except (MlflowException, OSError) as error:
-        logger.error(f"registry: MLflow does not take it: {str(error).splitlines()[0][:300]}")
+        logger.error(f"registry: MLflow does not accept it: {str(error).splitlines()[0][:300]}")
         return 1
     print(
         f"{registered.name} version {registered.version} in {registered.registry_uri}, logged under MLflow "
@@ -79,12 +81,12 @@ def register(folder: Path, run: Path | None = None, name: str | None = None) -> 
     """Logs and registers an exported folder.
 
     Args:
-        folder: what `python -m train.hf export` wrote.
-        run: the run whose recipe says where to; None takes the one that the folder was exported from.
-        name: in the registry; None takes the recipe's `tracking.registered_model`, or the run's name.
+        folder: written by `python -m train.hf export`.
+        run: the run whose recipe names the registry; None: the one that the folder was exported from.
+        name: name in the registry; None: the recipe's `tracking.registered_model`, or the run's name.
 
     Raises:
-        UserError: if the folder was not exported from a run, or that run is gone.
+        UserError: if the folder was not exported from a run, or that run no longer exists.
         MlflowException: if the server refuses.
     """
     from train.hf.lineage import PROVENANCE_FILE
@@ -96,7 +98,7 @@ def register(folder: Path, run: Path | None = None, name: str | None = None) -> 
             raise UserError(f"{folder}: was not exported from a run; name one with --run")
         run = Path(tags["run_folder"])
     if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run}: is no run; name one with --run")
+        raise UserError(f"{run}: is not a run; name one with --run")
     recipe = load_recipe(run / "recipe.yaml")
     name = name or recipe.tracking.registered_model or recipe.name
     return _log_and_register(folder, run, recipe, name, tags | _data_tags(run))
@@ -112,9 +114,9 @@ def _log_and_register(folder: Path, run: Path, recipe: Recipe, name: str, tags: 
     registry_uri = tracking_uri
     if recipe.tracking.registry is Registry.unity_catalog:
         if name.count(".") != 2:
-            raise UserError(f"{name}: Unity Catalog's names are catalog.schema.model")
+            raise UserError(f"{name}: Unity Catalog needs a name catalog.schema.model")
         registry_uri = UNITY_CATALOG_URI
-    # The run may have been trained without a server, or not all of it be there.
+    # The run may have been trained without a server, or be only partly uploaded.
     upload = Upload(run)
     upload.sync()
     run_id = upload.state.run_id
@@ -138,7 +140,7 @@ def _log_and_register(folder: Path, run: Path, recipe: Recipe, name: str, tags: 
 
 
 def _data_tags(run: Path) -> dict[str, str]:
-    """What the run was trained on, by digest."""
+    """Returns tags with the digests of the run's datasets."""
     from train.tracking.mlflow_upload import RunFacts
 
     datasets = RunFacts.read(run).datasets
@@ -146,7 +148,7 @@ def _data_tags(run: Path) -> dict[str, str]:
 
 
 def _requirements() -> list[str]:
-    """Packages that serve the model; given, so that MLflow need not load it to find out."""
+    """Returns the packages that serve the model, so that MLflow need not load it to infer them."""
     from importlib.metadata import version
 
     return [f"{package}=={version(package)}" for package in ("torch", "transformers", "accelerate")]

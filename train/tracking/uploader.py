@@ -1,8 +1,8 @@
-"""The process that sends a run to MLflow while it is trained, seen from the training.
+"""The training side of the process that sends a run to MLflow.
 
-Training never speaks to a server. It writes files; a second process of low priority, started here,
-reads them and sends what is new. A server that is down, hangs or dies costs the training nothing, and
-neither do MLflow's import and the first migration of its store, ten seconds of one core together.
+Training never talks to a server. It writes files; a second process of low priority, started here, reads them
+and sends what is new. A server that is down, hangs or dies does not affect training, nor do MLflow's import
+and the first migration of its store, which together take ten seconds of one core.
 """
 
 import dataclasses
@@ -43,16 +43,15 @@ logger = log.get_logger(__name__)
 
 
 class MlflowUploader:
-    """Starts and ends the process that follows a run's files; for the main rank alone.
+    """Starts and ends the process that follows a run's files; for rank 0 only.
 
-    The facts are written in any case, so that a run made with `tracking.mlflow=false` can be uploaded
-    later.
+    The facts are always written, so that a run with `tracking.mlflow=false` can be uploaded later.
 
     Args:
         run_dir: folder of the run.
         recipe: the resolved recipe; its leaves become MLflow's parameters.
-        datasets: what the run reads.
-        tags: further tags, for example the parent's run.
+        datasets: datasets that the run reads.
+        tags: additional tags, for example the parent's run.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class MlflowUploader:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Begins to send, in a process of its own."""
+        """Starts sending, in a separate process."""
         self.facts.write(self.run_dir)
         if not self.enabled:
             return
@@ -80,7 +79,7 @@ class MlflowUploader:
             "PYTHONPATH": os.pathsep.join([CHECKOUT, os.environ.get("PYTHONPATH", "")]),
         }
         if self.uri:
-            # A password is handed on in the environment and never written to a file.
+            # A password is passed in the environment and never written to a file.
             environment[URI_VARIABLE] = self.uri
         command = [sys.executable, "-m", "train.tracking", "follow", str(self.run_dir)]
         try:
@@ -88,21 +87,21 @@ class MlflowUploader:
                 [*command, "--parent", str(os.getpid()), *log.options()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                # An interrupt from the keyboard is for the training, which then ends this process.
+                # Ctrl-C is for the training process, which then ends this one.
                 start_new_session=True,
             )
         except OSError as error:
-            logger.warning(f"tracking: not started ({error}); later: {upload_command(self.run_dir)}")
+            logger.warning(f"tracking: not started ({error}); upload later: {upload_command(self.run_dir)}")
 
     def finish(self, status: str = "FINISHED", timeout_s: float = 60.0) -> bool:
-        """Has the rest sent, report and recipe included, and ends the process.
+        """Sends the rest, including report and recipe, and ends the process.
 
         Args:
             status: FINISHED, FAILED or KILLED.
-            timeout_s: how long to wait for a slow server; what is unsent then stays on disk.
+            timeout_s: time to wait for a slow server; unsent records stay on disk.
 
         Returns:
-            Whether everything has been sent.
+            True if everything has been sent.
         """
         self.facts = dataclasses.replace(self.facts, status=status)
         self.facts.write(self.run_dir)
@@ -121,8 +120,8 @@ class MlflowUploader:
         self._process = None
         if not is_sent:
             logger.warning(
-                f"tracking: not everything is at {store_of(self.run_dir, self.facts)}; "
-                f"later: {upload_command(self.run_dir)}"
+                f"tracking: not everything was sent to {store_of(self.run_dir, self.facts)}; "
+                f"upload later: {upload_command(self.run_dir)}"
             )
         return is_sent
 
@@ -130,7 +129,7 @@ class MlflowUploader:
 def collect_facts(
     run_dir: Path, recipe: Recipe, datasets: Sequence[DatasetInput], uri: str, tags: dict[str, str]
 ) -> RunFacts:
-    """What MLflow is told about this run; a resumed one keeps its identity."""
+    """Collects the facts of a run for MLflow; a resumed run keeps its identity."""
     try:
         before = RunFacts.read(run_dir)
         uid, started_ms = before.uid, before.started_ms
@@ -160,7 +159,7 @@ def collect_facts(
 
 
 def flatten(tree: object, prefix: str = "") -> dict[str, str]:
-    """Leaves of nested mappings as text under dotted keys."""
+    """Flattens nested mappings to text under dotted keys."""
     if isinstance(tree, dict) and tree:
         return {
             key: text
@@ -171,15 +170,15 @@ def flatten(tree: object, prefix: str = "") -> dict[str, str]:
 
 
 def store_of(run_dir: Path, facts: RunFacts) -> str:
-    """The store of a run, without a password."""
+    """Returns the store of a run, without a password."""
     return public_uri(store_uri(run_dir, facts.uri))
 
 
 def upload_command(run_dir: Path) -> str:
-    """What sends later what is unsent."""
+    """Returns the command that sends unsent records later."""
     return f"python -m train.tracking upload {short_path(run_dir)}"
 
 
 def short_path(path: Path) -> str:
-    """A path as short as it can be."""
+    """Returns a path relative to the working directory, if it is below it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,4 +1,4 @@
-"""For tests of evaluation: task files in LLM Foundry's form and in lm-eval's, and a tokenizer of them."""
+"""Fixtures for evaluation: task files in LLM Foundry's and lm-eval's formats, and a tokenizer for them."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ tasks:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Where a suite and its files are."""
+    """The location of a suite and its files."""
 
     suite: Path
     data: Path

@@ -1,4 +1,4 @@
-"""A suite in the training loop: what it leaves, and that the checkpoint's evaluation is the same."""
+"""A suite in the training loop: its records, and agreement with the evaluation of the checkpoint."""
 
 import json
 from pathlib import Path
@@ -72,8 +72,8 @@ def test_scores_in_the_loop_are_those_of_the_checkpoint(tmp_path: Path, small_ta
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("evaluation.suite_interval_batches=4", "evaluation.suite_interval_batches: 4 is no multiple"),
-        ("evaluation.suite=null", "evaluation.suite_data: is set, but no suite"),
+        ("evaluation.suite_interval_batches=4", "evaluation.suite_interval_batches: 4 is not a multiple"),
+        ("evaluation.suite=null", "evaluation.suite_data: is set without a suite"),
         ("evaluation.suite_data=nowhere", "evaluation.suite_tasks: nowhere lacks arc_easy"),
         ("evaluation.suite=none.yaml", "none.yaml: no such suite"),
         ("evaluation.suite_tasks=[essay]", "has no task 'essay'"),

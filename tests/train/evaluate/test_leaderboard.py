@@ -1,4 +1,4 @@
-"""The six tasks of the Open LLM Leaderboard through lm-eval, on questions in each dataset's own form."""
+"""The six tasks of the Open LLM Leaderboard through lm-eval, on questions in each dataset's own format."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping

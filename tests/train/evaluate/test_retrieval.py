@@ -1,4 +1,4 @@
-"""Retrieval: the pair stands where it should, and a model that copies finds it."""
+"""Retrieval: the pair is at its depth, and a model that copies finds it."""
 
 import random
 from typing import Any

@@ -109,7 +109,7 @@ def test_lm_eval_is_told_which_local_file_is_missing(small_tasks: Any, tmp_path:
             datasets.load_dataset("EleutherAI/lambada_openai", "default")["dev"]
 
         assert len(datasets.load_dataset("allenai/ai2_arc", "ARC-Easy")["test"]) == 7
-        with pytest.raises(UserError, match=r"cais/mmlu/anatomy: holds no SPLIT.jsonl"):
+        with pytest.raises(UserError, match=r"cais/mmlu/anatomy: contains no SPLIT.jsonl"):
             datasets.load_dataset("cais/mmlu", "anatomy")
 
 

@@ -1,4 +1,4 @@
-"""Scores of a suite: by hand against the module, and no category that lacks a task is averaged away."""
+"""Scores of a suite: equal to those computed by hand, and no incomplete category is averaged away."""
 
 from pathlib import Path
 

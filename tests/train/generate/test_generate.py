@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, a batch answers as each prompt alone, draws are transformers'."""
+"""Generation: same with and without cache, in a batch and alone; sampling as in transformers."""
 
 import io
 import json
@@ -161,7 +161,7 @@ def test_seeds_repeat_and_differ(run: Path) -> None:
 
 
 class Script:
-    """A tokenizer of bytes."""
+    """A byte tokenizer."""
 
     def __init__(self, end: int = 300) -> None:
         self.end_ids = frozenset({end})
@@ -174,7 +174,7 @@ class Script:
 
 
 class Scripted(Decoder):
-    """A decoder that says what it is told to: the last norm's output is replaced by one hot rows."""
+    """A decoder that generates given tokens: the last norm's output is replaced by one-hot rows."""
 
     def __init__(self, script: bytes) -> None:
         super().__init__(replace(DBRX, d_model=260, n_heads=2, n_layers=1, moe=None, vocab_size=260))
@@ -252,7 +252,7 @@ def test_mistakes_are_a_line(
         (["x", "--max-tokens", "160"], "exceed the model's 160"),
         ([], "no prompt"),
         (["-"], "has no tokens"),
-        (["x", "--checkpoint", "batch-1"], "is no checkpoint"),
+        (["x", "--checkpoint", "batch-1"], "is not a checkpoint"),
     ):
         assert main([str(run), *arguments]) == 2
         complaint = capsys.readouterr().err.strip().splitlines()[-1]
@@ -281,6 +281,6 @@ def test_exported_folders_speak_the_same(
 
 def test_a_folder_without_a_tokenizer_is_named(run: Path, tmp_path: Path) -> None:
     source = open_weights(run)
-    with pytest.raises(UserError, match=r"without tokenizer\.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         text_of(replace(source, recipe=None))
     assert isinstance(text_of(source), OwnText)

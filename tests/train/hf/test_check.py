@@ -46,4 +46,4 @@ def test_import_and_export_must_give_the_bytes_back(monkeypatch: pytest.MonkeyPa
 
 def test_a_folder_that_is_no_export_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tmp_path), str(tmp_path)]) == 2
-    assert "is no export; config.json is missing" in capsys.readouterr().err
+    assert "is not an export; config.json is missing" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Rows of a checkpoint are those that torch.distributed.checkpoint loads, however they were sharded."""
+"""Rows of a checkpoint equal those that torch.distributed.checkpoint loads, for any sharding."""
 
 import pickle
 import resource

@@ -73,7 +73,7 @@ def recipe_of(model: Model, shards: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of shards with nothing but a tokenizer trained on this file."""
+    """A folder of shards with only a tokenizer trained on this file."""
     from data.text.bpe import train_bpe
 
     folder = tmp_path_factory.mktemp("shards")

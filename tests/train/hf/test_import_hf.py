@@ -1,4 +1,4 @@
-"""Import of folders that transformers wrote: the same function, the same bytes back, every fault found."""
+"""Import of folders written by transformers: same function, same bytes back, every defect found."""
 
 import json
 import os
@@ -106,7 +106,7 @@ class CutOff:
 
 
 def _killed_in_a_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
-    """Stands for save_file: the process ends in the middle of the last file."""
+    """Stand-in for save_file that fails in the middle of the last file."""
     save_file(tensors, path, metadata)
     if "lm_head.weight" in tensors:
         path.write_bytes(path.read_bytes()[:1000])
@@ -167,11 +167,11 @@ def _edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
 W1 = "transformer.blocks.1.ffn.experts.mlp.w1"
 TENSOR_FAULTS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     f"{W1} is missing": lambda tensors: tensors.pop(W1),
-    f"{W1} is of shape": lambda tensors: tensors.update({W1: tensors[W1][:-1].contiguous()}),
+    f"{W1} has shape": lambda tensors: tensors.update({W1: tensors[W1][:-1].contiguous()}),
     f"{W1} is F8_E4M3": lambda tensors: tensors.update({W1: tensors[W1].to(torch.float8_e4m3fn)}),
-    "surplus is no tensor": lambda tensors: tensors.update({"surplus": torch.zeros(2)}),
-    f"{W1}: holds NaN": lambda tensors: tensors[W1][3].fill_(float("nan")),
-    "wte.weight: holds NaN or infinity": lambda tensors: tensors["transformer.wte.weight"][95, 31].fill_(
+    "surplus is not a tensor": lambda tensors: tensors.update({"surplus": torch.zeros(2)}),
+    f"{W1}: contains NaN": lambda tensors: tensors[W1][3].fill_(float("nan")),
+    "wte.weight: contains NaN or infinity": lambda tensors: tensors["transformer.wte.weight"][95, 31].fill_(
         float("inf")
     ),
 }
@@ -213,9 +213,9 @@ def _config(**changes: object) -> Callable[[Path], None]:
 
 
 FOLDER_FAULTS: dict[str, Callable[[Path], object]] = {
-    "is not a whole safetensors file": _truncate,
+    "is not a complete safetensors file": _truncate,
     "pickles are not read": _pickles_only,
-    "is not a file of the folder": _outside,
+    "is not a file in the folder": _outside,
     "lists transformer": lambda folder: (
         shutil.copy(sorted(folder.glob("*.safetensors"))[0], sorted(folder.glob("*.safetensors"))[1]) and None
     ),
@@ -267,7 +267,7 @@ def test_a_changed_file_is_found_by_verify(
 
 
 def test_one_file_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    """Two tensors of 128 MiB pass through one after the other."""
+    """Two tensors of 128 MiB are imported one at a time."""
     import transformers
 
     config = transformers.LlamaConfig(**(LLAMA | {"vocab_size": 1 << 20, "num_hidden_layers": 1}))
@@ -301,5 +301,5 @@ def _memory(key: str) -> int:
 
 def test_a_model_of_another_shape_is_refused(folder: Path) -> None:
     decoder = Decoder(replace(open_weights(folder).model, vocab_size=97), device="cpu")
-    with pytest.raises(UserError, match=r"wte.weight is of shape \(96, 32\), the recipe's of \(97, 32\)"):
+    with pytest.raises(UserError, match=r"wte.weight has shape \(96, 32\), the recipe's has \(97, 32\)"):
         load_initial_weights(decoder, folder)

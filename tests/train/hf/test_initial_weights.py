@@ -1,4 +1,4 @@
-"""Weights from elsewhere into any layout, each rank its rows; freezing; a restored optimizer."""
+"""Initial weights into any layout, each rank its rows; frozen weights; a restored optimizer."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,7 +60,7 @@ def _sharded(model: Model, layout: Parallelism, topology: Topology) -> Decoder:
 
 
 class Counted:
-    """Weights that count the numbers read of them."""
+    """Weights that count the elements read."""
 
     def __init__(self, weights: Weights) -> None:
         self.weights, self.tensors, self.count = weights, weights.tensors, 0
@@ -112,7 +112,7 @@ def test_each_rank_gets_its_rows(
 
 
 def _export_weights(run: Path, out: Path) -> None:
-    """The folder in Hugging Face's form; without a tokenizer, which this run has none of."""
+    """The Hugging Face folder, without a tokenizer, as this run has none."""
     from train.hf.export import write_folder
     from train.hf.weights import WeightSource
 
@@ -159,7 +159,7 @@ def test_frozen_parts_stay_and_the_rest_moves(recipe: Recipe) -> None:
 
 
 def _whole(decoder: Decoder) -> dict[str, torch.Tensor]:
-    """Copies of the parameters, gathered."""
+    """Gathered copies of the parameters."""
     copies = {}
     for name, parameter in decoder.named_parameters():
         assert isinstance(parameter, DTensor)

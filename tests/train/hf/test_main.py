@@ -1,4 +1,4 @@
-"""The command line: what it lists, and what it says of arguments that do not go together."""
+"""The command line: its help, and errors for incompatible arguments."""
 
 import subprocess
 import sys

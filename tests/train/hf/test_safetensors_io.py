@@ -1,4 +1,4 @@
-"""Folders of safetensors: what counts as a number, which file holds what, and files whole or not there."""
+"""Folders of safetensors: finite values, agreement of files and index, atomic files."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def test_what_is_no_number_is_found_anywhere(dtype: torch.dtype) -> None:
         for row, column in ((0, 0), (1, 1)):
             spoiled = matrix.clone()
             spoiled[row, column] = bad
-            with pytest.raises(UserError, match=r"^spoiled: holds NaN or infinity$"):
+            with pytest.raises(UserError, match=r"^spoiled: contains NaN or infinity$"):
                 check_finite("spoiled", spoiled)
 
 
@@ -82,7 +82,7 @@ def test_files_and_index_must_agree(tmp_path: Path) -> None:
         save_file({held: torch.ones(2)}, tmp_path / f"{name}.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     for listed, words in (
-        ({"t0": "a", "t1": "b", "t2": "b"}, "lists t2, which b.safetensors does not hold"),
+        ({"t0": "a", "t1": "b", "t2": "b"}, "lists t2, which b.safetensors does not contain"),
         ({"t0": "a", "t1": "a", "t9": "b"}, "t1 is in b.safetensors, not in a.safetensors"),
         ({"t0": "a"}, None),
     ):
@@ -95,5 +95,5 @@ def test_files_and_index_must_agree(tmp_path: Path) -> None:
                 SafetensorsFolder(tmp_path)
     index.write_text(json.dumps({"weight_map": {"t0": "a.safetensors"}}))
     save_file({"t0": torch.ones(2), "surplus": torch.ones(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"holds surplus, which .* does not list"):
+    with pytest.raises(UserError, match=r"contains surplus, which .* does not list"):
         SafetensorsFolder(tmp_path)

@@ -91,4 +91,4 @@ def test_what_the_engines_cannot_do(folder: Path, capsys: pytest.CaptureFixture[
     plain = replace(MODEL, moe=Moe(experts=4, top_k=2, normalize_weights_p=None))
     (folder / "config.json").write_text(json.dumps({"model_type": "dbrx"} | dbrx_from_model(plain)))
     assert main(["serving", str(folder)]) == 2
-    assert "always divides the chosen experts' weights by their sum" in capsys.readouterr().err
+    assert "always divides the selected experts' weights by their sum" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a recipe may start from: checked before torch is imported, told in words."""
+"""Checks of the weights that a recipe starts from, before torch is imported."""
 
 import json
 import subprocess
@@ -58,8 +58,8 @@ def test_what_changes_is_told(parent: Recipe, run: Path) -> None:
 
 def test_weights_alone_will_do(parent: Recipe, tmp_path: Path) -> None:
     write_model(tmp_path / "model.yaml", parent.model)
-    assert "weights of step 0" in check_start(_from(parent, tmp_path), "x.yaml")[0]
-    with pytest.raises(UserError, match=r"start.optimizer: is restored, but .* holds only weights"):
+    assert "initial weights" in check_start(_from(parent, tmp_path), "x.yaml")[0]
+    with pytest.raises(UserError, match=r"start.optimizer: is restored, but .* contains only weights"):
         check_start(_from(parent, tmp_path, OptimizerStart.restored), "x.yaml")
 
 
@@ -76,13 +76,13 @@ def test_misfits_are_refused(parent: Recipe, run: Path, tmp_path: Path) -> None:
         "start.optimizer: .*trained with adamw": replace(
             recipe, optimizer=replace(recipe.optimizer, kind=OptimizerKind.lion)
         ),
-        "start.weights: .*no run, no checkpoint": replace(recipe, start=Start(str(tmp_path / "nowhere"))),
+        "start.weights: .*not a run or checkpoint": replace(recipe, start=Start(str(tmp_path / "nowhere"))),
     }
     for words, wrong in misfits.items():
         with pytest.raises(UserError, match=f"x.yaml: {words}"):
             check_start(wrong, "x.yaml")
     write_model(tmp_path / "model.yaml", replace(parent.model, moe=None))
-    with pytest.raises(UserError, match=r"train.hf upcycle makes experts of a dense model"):
+    with pytest.raises(UserError, match=r"train.hf upcycle makes experts from a dense model"):
         check_start(_from(parent, tmp_path), "x.yaml")
 
 

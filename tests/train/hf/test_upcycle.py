@@ -1,4 +1,4 @@
-"""Upcycling: the mixture's loss is the dense model's, its experts then part."""
+"""Upcycling: the mixture's loss equals the dense model's, then its experts diverge."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,7 +65,7 @@ def test_the_loss_at_step_0_is_the_dense_models(
     torch.testing.assert_close(_loss(mixture), expected, atol=1e-5, rtol=1e-6)
     chosen = mixture(torch.randint(0, 300, (4, 32))).expert_tokens_LE
     whole_copies = chosen.view(2, -1, granularity)
-    assert (whole_copies == whole_copies[:, :, :1]).all(), "copies are chosen whole"
+    assert (whole_copies == whole_copies[:, :, :1]).all(), "copies are selected whole"
     assert (chosen.sum(1) == 4 * 32 * top_k).all()
 
 
@@ -97,7 +97,7 @@ def test_experts_part_in_training(dense: tuple[Path, Decoder]) -> None:
         optimizer.step()
     assert _loss(mixture).item() < before
     router = mixture.get_parameter("transformer.blocks.0.ffn.router.layer.weight").detach()
-    assert not torch.equal(router[0], router[1]), "slices of a copy may part ways"
+    assert not torch.equal(router[0], router[1]), "slices of a copy may diverge"
     w1 = mixture.get_parameter("transformer.blocks.0.ffn.experts.mlp.w1").detach().view(4, 2, 48, 32)
     assert not torch.equal(w1[0], w1[1])
 

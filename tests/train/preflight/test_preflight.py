@@ -1,4 +1,4 @@
-"""Slow ranks and pairs are named and no healthy one accused; what is wrong with a node is one line."""
+"""Preflight: slow ranks and pairs are named, healthy ones are not; each problem of a node is one line."""
 
 import os
 import shutil
@@ -57,7 +57,7 @@ def test_a_slow_pair_is_named_and_not_its_ranks() -> None:
 
 
 def test_links_are_held_to_their_own_kind() -> None:
-    """Two nodes of four: between them a link takes ten times as long as inside, and nobody is slow."""
+    """Two nodes of four: links between them take ten times as long as inside, and no rank is slow."""
     pairs = [(one, other) for one in range(8) for other in range(one + 1, 8)]
     inside = {pair: 0.001 for pair in pairs if pair[0] // 4 == pair[1] // 4}
     between = {pair: 0.01 for pair in pairs if pair not in inside}
@@ -166,35 +166,35 @@ def test_shards_are_opened_and_not_only_listed(tmp_path: Path) -> None:
         YAMLS / "smoke.yaml", [f"data.shards={tmp_path / 'shards'}", "data.corpus_bytes=1000000"]
     )
     build_shards(recipe, documents=small_documents)
-    assert not check_shards(OpenedData(recipe)).fault
+    assert not check_shards(OpenedData(recipe)).problem
     (shard, *_) = sorted((tmp_path / "shards/code/train").glob("shard.*"))
     shard.unlink()
-    assert str(shard) in check_shards(OpenedData(recipe)).fault
+    assert str(shard) in check_shards(OpenedData(recipe)).problem
     shutil.rmtree(tmp_path / "shards")
     # To be built when the run starts.
-    assert not check_shards(OpenedData(recipe)).fault
+    assert not check_shards(OpenedData(recipe)).problem
     no_corpus = replace(recipe, data=replace(recipe.data, corpus=None))
-    assert "no shards at" in check_shards(OpenedData(no_corpus)).fault
+    assert "no shards at" in check_shards(OpenedData(no_corpus)).problem
 
 
 def test_what_a_node_lacks_is_said(tmp_path: Path) -> None:
-    assert not check_disk(tmp_path, 1).fault
-    assert "make room" in check_disk(tmp_path, 1 << 60).fault
-    assert "preflight.least_disk_speed" in check_disk(tmp_path, 1, 1e15).fault
+    assert not check_disk(tmp_path, 1).problem
+    assert "free some space" in check_disk(tmp_path, 1 << 60).problem
+    assert "preflight.least_disk_speed" in check_disk(tmp_path, 1, 1e15).problem
     blocked = tmp_path / "file"
     blocked.touch()
     assert "not writable" in check_disk(blocked / "below", 1).found
-    assert "--shm-size" in check_shared_memory(tmp_path / "none").fault
+    assert "--shm-size" in check_shared_memory(tmp_path / "none").problem
     listing = "0, 0, 1980, Not Active\n1, 3, 1980, Not Active\n2, 0, 1980, Active\n"
     count, ecc, slowed, clocks = check_gpus(listing, 4)
-    assert "3 GPUs answer, 4 are wanted" in count.fault
-    assert ecc.fault.startswith("GPU 1:") and slowed.fault.startswith("GPU 2:") and not clocks.fault
+    assert "3 GPUs answer, 4 are wanted" in count.problem
+    assert ecc.problem.startswith("GPU 1:") and slowed.problem.startswith("GPU 2:") and not clocks.problem
     (*_, clocks) = check_gpus(listing + "3, 0, 1410, Not Active\n", 4)
-    assert clocks.fault.startswith("GPU 3 (1410): the others have 1980")
-    assert [check.fault for check in check_gpus(listing.splitlines()[0], 1)] == ["", "", "", ""]
+    assert clocks.problem.startswith("GPU 3 (1410): the others have 1980")
+    assert [check.problem for check in check_gpus(listing.splitlines()[0], 1)] == ["", "", "", ""]
     links = "GPU 0: H100\n\t Link 0: 26.5 GB/s\n\t Link 1: <inactive>\n"
-    assert "1 of 2 links are down" in check_nvlink(links).fault
+    assert "1 of 2 links are down" in check_nvlink(links).problem
     for port, state in (("mlx5_0/ports/1", "4: ACTIVE"), ("mlx5_1/ports/1", "1: DOWN")):
         (tmp_path / port).mkdir(parents=True)
         (tmp_path / port / "state").write_text(state)
-    assert check_infiniband(tmp_path).fault.startswith("mlx5_1/1: down")
+    assert check_infiniband(tmp_path).problem.startswith("mlx5_1/1: down")

@@ -1,4 +1,4 @@
-"""Phases become stages of whole batches; a run that goes on keeps its past whatever the recipe says."""
+"""Phases become stages of whole batches; a resumed run keeps its past regardless of the recipe."""
 
 import dataclasses
 import json
@@ -110,7 +110,7 @@ def test_another_batch_cuts_the_stage_and_keeps_the_books():
         (
             (dataclasses.replace(FIRST, tokens=6400), RAMP),
             200,
-            r"phases\[0\]: has another end than token 3,328",
+            r"phases\[0\]: no longer ends at token 3,328",
         ),
         (
             (FIRST, dataclasses.replace(RAMP, tokens=9600)),
@@ -119,7 +119,7 @@ def test_another_batch_cuts_the_stage_and_keeps_the_books():
         ),
         ((FIRST, dataclasses.replace(RAMP, sequence_tokens=64)), 200, r"phases\[1\].sequence_tokens: is 64"),
         ((FIRST, dataclasses.replace(RAMP, rope_theta=1e6)), 200, r"phases\[1\].rope_theta"),
-        ((FIRST,), 200, r"phases\[1\]: is gone"),
+        ((FIRST,), 200, r"phases\[1\]: was removed"),
     ],
 )
 def test_an_edit_that_would_rewrite_the_past_is_refused(phases: tuple[Phase, ...], sample: int, message: str):

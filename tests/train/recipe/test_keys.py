@@ -1,4 +1,4 @@
-"""Declarations of keys: ranges are enforced, and what may change on resume and start is what was meant."""
+"""Declarations of keys: ranges are enforced, and only the intended keys may change on resume and start."""
 
 import functools
 from dataclasses import replace
@@ -36,7 +36,7 @@ EDITABLE_KEYS = {
 
 
 def with_value(section: Any, path: list[str], value: object) -> Any:
-    """A section in which one key, by the parts of its name, has another value."""
+    """Returns a section with another value of one key, given by the parts of its name."""
     name, rest = path[0], path[1:]
     if name.endswith("[]"):
         items = getattr(section, name[:-2])
@@ -56,7 +56,7 @@ def with_every_section() -> Recipe:
 
 
 def beyond(rules: KeyRules) -> list[float]:
-    """Numbers just outside a range."""
+    """Returns numbers just outside a range."""
     below = [rules.above] if rules.above is not None else []
     below += [rules.at_least - 1] if rules.at_least is not None else []
     over = [rules.below] if rules.below is not None else []
@@ -91,7 +91,7 @@ def test_a_number_out_of_range_is_refused_by_its_key(name: str) -> None:
         ("schedule.final_share=1.5", "schedule.final_share: is 1.5; must lie in [0, 1]"),
         ("preflight.slow_factor=1", "preflight.slow_factor: is 1.0; must be above 1; 3 is usual"),
         ("data.domain_max_epochs.code=0", "data.domain_max_epochs.code: is 0.0; must be above 0"),
-        ("data.domains.code=0", "data.domains.code: is 0.0; must be above 0, or leave the domain out"),
+        ("data.domains.code=0", "data.domains.code: is 0.0; must be above 0, or omit the domain"),
         ("data.phases=[{tokens: -3, weights: {code: 1}}]", "data.phases[0].tokens: is -3; must be above 0"),
         ("tokenizer.vocab_size=9", "tokenizer.vocab_size: is 9; 256 bytes and 2 special tokens need 258"),
     ],
@@ -121,8 +121,8 @@ def test_what_may_differ_from_the_weights_of_step_0() -> None:
         *("d_model", "n_layers", "n_heads", "n_kv_heads", "ffn_hidden_size", "vocab_size"),
         *("ffn", "norm", "qk_norm", "tie_embeddings", "moe.experts"),
     }
-    told = {name.removeprefix("model.") for name, it in rules.items() if it is OnStart.told}
-    assert told == {"rope_theta", "max_sequence_tokens", "norm_eps", "clip_qkv", "position"}
+    reported = {name.removeprefix("model.") for name, it in rules.items() if it is OnStart.reported}
+    assert reported == {"rope_theta", "max_sequence_tokens", "norm_eps", "clip_qkv", "position"}
 
 
 @pytest.mark.parametrize(

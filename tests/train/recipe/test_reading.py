@@ -87,8 +87,11 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
             "data.validation_domains=[music]",
             f"{SMOKE}: data.validation_domains: music is not in the installed corpus",
         ),
-        ("data.validation_domains=[code]", f"{SMOKE}: data.validation_domains: code is in data.domains"),
-        ("data.cache_bytes=9", f"{SMOKE}: data.cache_bytes: bounds the cache of data.remote, which is null"),
+        (
+            "data.validation_domains=[code]",
+            f"{SMOKE}: data.validation_domains: code is already in data.domains",
+        ),
+        ("data.cache_bytes=9", f"{SMOKE}: data.cache_bytes: limits the cache of data.remote, which is null"),
         ("data.remote=s3://x", f"{SMOKE}: data.corpus: builds shards, but data.remote says where they are"),
         (
             "data.sequence_tokens=1024",
@@ -103,7 +106,7 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
             "parallelism.expert=2",
             f"{SMOKE}: parallelism: 1 ranks are not divisible by replicate=1 x expert=2",
         ),
-        ("name=a/b", f"{SMOKE}: name: 'a/b' is no folder's name"),
+        ("name=a/b", f"{SMOKE}: name: 'a/b' is not a folder name"),
     ],
 )
 def test_a_mistake_is_one_line_with_file_key_and_remedy(override: str, expected: str) -> None:
@@ -117,7 +120,7 @@ def test_a_mistake_is_one_line_with_file_key_and_remedy(override: str, expected:
 
 @pytest.mark.parametrize(("ranks", "is_refused"), [(18, True), (16, False)])
 def test_experts_whose_rows_do_not_shard_evenly_are_refused(ranks: int, is_refused: bool) -> None:
-    """Before FSDP2 does, in the middle of a start on all GPUs."""
+    """The recipe check fails first, not FSDP2 in the middle of a start on all GPUs."""
     overrides = ["parallelism.expert=2", f"training.global_batch_sequences={ranks}"]
     recipe = load_recipe(SMOKE, [*overrides, "training.microbatch_sequences=1"])
     if not is_refused:

@@ -1,4 +1,4 @@
-"""The closed form of who holds what, against the real modules sharded under a fake process group."""
+"""The closed form of placements against the real modules, sharded under a fake process group."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ TINY = Model(
 
 @contextmanager
 def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[Decoder]:
-    """The decoder as one rank of a world that is not there holds it."""
+    """The decoder as sharded on one rank of a fake process group."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         decoder = Decoder(cfg, device="meta")

@@ -1,4 +1,4 @@
-"""Commands end mistakes in one line and status 2, Ctrl-C in one and status 130, and write figures whole."""
+"""Commands: errors end in one line and status 2, Ctrl-C in status 130, and figures are written atomically."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and nothing is left of a failed write."""
+"""Files are written atomically, and a failed write leaves nothing."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Rank 0 logs, others only where told to; text, quiet, timestamps and JSON; the run's progress on stdout."""
+"""Rank 0 logs, others only on request; text, quiet, timestamps and JSON; the run's progress on stdout."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The callbacks together in a real Composer run of a toy model: record, clock, console, resumption."""
+"""The recording callbacks in a real Composer run of a toy model: record, clock, console, resumption."""
 
 import io
 import math
@@ -20,7 +20,7 @@ BATCH, TOKENS, BATCHES = 4, 8, 6
 
 
 def train_toy(run_dir: Path, *, batches: int, resume_batch: int = 0, fit: bool = True) -> tuple[str, dict]:
-    """Trains a toy with every callback; returns what the console showed and the tracker's last values."""
+    """Trains a toy model with every callback; returns the console output and the tracker's last values."""
     from composer import DataSpec, Evaluator, Time, Trainer
     from composer.models import ComposerModel
     from torch.utils.data import DataLoader

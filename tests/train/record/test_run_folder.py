@@ -28,7 +28,7 @@ def test_an_unfinished_run_is_resumed_and_a_complete_one_left(tmp_path: Path) ->
 def test_another_recipe_is_refused_by_the_key_that_differs(tmp_path: Path) -> None:
     folder = claim_run_folder(_recipe(tmp_path)).folder
     before = (folder / "recipe.yaml").read_text()
-    with pytest.raises(UserError, match=r"optimizer.learning_rate: is 0.5, but .* begun with 0.003"):
+    with pytest.raises(UserError, match=r"optimizer.learning_rate: is 0.5, but .* started with 0.003"):
         claim_run_folder(_recipe(tmp_path, "optimizer.learning_rate=0.5"))
     assert (folder / "recipe.yaml").read_text() == before
     claim_run_folder(_recipe(tmp_path, "data.workers=0", "checkpoint.keep_last=5"))
@@ -41,7 +41,7 @@ def test_a_key_that_is_not_read_refuses_no_resume(tmp_path: Path) -> None:
     folder = claim_run_folder(recipe).folder
     assert claim_run_folder(recipe).folder == folder
     other = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, corpus="installed"))
-    with pytest.raises(UserError, match=r"data\.corpus: is installed, but .* begun with None"):
+    with pytest.raises(UserError, match=r"data\.corpus: is installed, but .* started with None"):
         claim_run_folder(other)
 
 
@@ -69,7 +69,9 @@ def test_overwrite_removes_a_run_but_never_a_folder_that_is_none(tmp_path: Path)
 def test_a_run_resumes_only_with_its_own_data(tmp_path: Path) -> None:
     require_same_data(tmp_path, {"code/train": "a" * 64})
     require_same_data(tmp_path, {"code/train": "a" * 64, "new/train": "c" * 64})
-    with pytest.raises(UserError, match=r"data\.shards: holds bbbb.* for code/train, .* begun with aaaa"):
+    with pytest.raises(
+        UserError, match=r"data\.shards: contains bbbb.* for code/train, .* started with aaaa"
+    ):
         require_same_data(tmp_path, {"code/train": "b" * 64})
     with pytest.raises(UserError, match="for new/train"):
         require_same_data(tmp_path, {"new/train": "b" * 64})

@@ -1,4 +1,4 @@
-"""What is left out by declaration: batches are passed over whole, and all behind them stays in its place."""
+"""Excluded ranges: whole batches are skipped, and everything after them keeps its position."""
 
 import dataclasses
 from pathlib import Path
@@ -53,5 +53,5 @@ def test_decisions_read_back_and_follow_the_recipes(tmp_path: Path) -> None:
         Skip(80, 96, "rolled back at step 11: spike: loss 9"),
     )
     (tmp_path / "skips.json").write_text('[{"first_position": 80}]')
-    with pytest.raises(UserError, match=r"skips.json can't be read.*put it back"):
+    with pytest.raises(UserError, match=r"skips.json can't be read.*restore it"):
         declared_skips(recipe, tmp_path)

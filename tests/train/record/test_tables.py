@@ -1,4 +1,4 @@
-"""Tables have columns as wide as their cells, and take every cell as the text that it is."""
+"""Tables have columns as wide as their cells and print every cell as text."""
 
 from train.record.tables import markdown_table, text_table
 

@@ -1,4 +1,4 @@
-"""Comparisons of runs left in folders, whose losses follow known curves."""
+"""Comparisons of run folders whose losses follow known curves."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def leave(
 
 @pytest.fixture(scope="module")
 def ladder(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Dense and fine models at three budgets of three seeds; fine needs half of the FLOPs."""
+    """Dense and fine models at three budgets of three seeds; fine needs half the FLOPs."""
     folder = tmp_path_factory.mktemp("ladder")
     generator = np.random.default_rng(1)
     runs = []
@@ -102,7 +102,7 @@ def test_a_family_of_one_budget_leaves_the_others_their_curves(ladder: list[Path
     comparison = compare(read_entries([*ladder, *more]))
     alone = compare(read_entries(ladder))
     assert comparison.curves == alone.curves and comparison.advantages == alone.advantages
-    assert any(note.startswith("8 experts, top-2: one FLOP budget") for note in comparison.notes)
+    assert any(note.startswith("8 experts, top-2: a single FLOP budget") for note in comparison.notes)
     assert {cell.family for cell in comparison.cells} == {"dense", "16 experts, top-4", "8 experts, top-2"}
 
 
@@ -164,7 +164,7 @@ def test_bits_per_byte_compares_tokenizers_and_nats_do_not(ladder: list[Path], t
     [
         (["--group", "model.nothing"], "no such key"),
         (["--baseline", "sparse"], "families are 16 experts, top-4, dense"),
-        (["--group", "optimizer.kind"], "all runs are of one family, kind="),
+        (["--group", "optimizer.kind"], "all runs belong to one family, kind="),
     ],
 )
 def test_mistakes_take_one_line(

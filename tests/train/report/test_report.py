@@ -1,4 +1,4 @@
-"""The page about a run: every section from real files, nothing from outside, unfinished runs too."""
+"""The report page: every section from real files, no external resources, unfinished runs too."""
 
 import json
 import re
@@ -45,7 +45,7 @@ SECTIONS = [
     "Optimisation",
     "Expert load",
     "Evaluation",
-    "A sample of text",
+    "Sample text",
     "Origin",
     "Recipe",
 ]
@@ -75,7 +75,7 @@ def leave_run(run_dir: Path, *, steps: int = STEPS, experts: bool = True, summar
 
 
 class Links(HTMLParser):
-    """Collects whatever a page would load, and its headings."""
+    """Collects the resources that a page would load, and its headings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def test_figures_and_texts_of_the_run(page: str) -> None:
         "ab" * 32,
         "n_kv_heads: 2",
         "1.70 TFLOP/s",
-        "In the last batch 2 of 8 experts took none",
+        "In the last batch, 2 of 8 experts took none",
     ):
         assert text in page
 

@@ -25,7 +25,7 @@ def runs_of(
     domains: int = 2,
     seed: int = 0,
 ) -> Runs:
-    """Runs whose losses scatter by ``noise`` each, and by ``common`` with all of their budget and seed."""
+    """Runs with noise of scale ``noise`` each, and of ``common`` shared by budget and seed."""
     generator = np.random.default_rng(seed)
     of_seed = generator.normal(0, common, (len(BUDGETS), seeds))
     family, flops, losses = [], [], []

@@ -1,4 +1,4 @@
-"""Uploads against MLflow's own stores and its own server: everything once, whatever happens between."""
+"""Uploads to MLflow's own stores and server: everything once, despite any interruption."""
 
 import json
 import math
@@ -161,7 +161,7 @@ def test_killed_twice_and_still_everything_once(run_dir: Path, store: str) -> No
 
 
 def die_after_request(upload: Upload) -> None:
-    """Kills this process when the server has taken a request of metrics, before that is noted."""
+    """Kills this process when the server has accepted metrics, before that is recorded."""
     from mlflow import MlflowClient
 
     plain: Callable[..., Any] = MlflowClient.log_batch

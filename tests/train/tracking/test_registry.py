@@ -1,4 +1,4 @@
-"""Registered models: signature, lineage to run, data and parent, and Unity Catalog's form of the call."""
+"""Registered models: signature, lineage to run, data and parent, and the call to Unity Catalog."""
 
 import json
 import threading
@@ -24,7 +24,7 @@ MakeRun = Callable[[Recipe], tuple[Path, Decoder]]
 
 @pytest.fixture(autouse=True)
 def places(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """MLflow keeps where it was told to look in the process."""
+    """Resets the URIs that MLflow keeps in the process."""
     import mlflow
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -98,7 +98,7 @@ def test_a_version_with_signature_and_lineage_that_answers(
 
 
 class Databricks(BaseHTTPRequestHandler):
-    """Takes down what is asked of Unity Catalog and declines."""
+    """Records the requests to Unity Catalog and declines them."""
 
     asked: list[tuple[str, str]]
 
@@ -116,7 +116,7 @@ class Databricks(BaseHTTPRequestHandler):
         self.do_POST()
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_unity_catalog_is_asked_by_the_same_call(
     run = _finished_run(replace(recipe, tracking=tracking), make_run)
     assert hf(["export", str(run), str(run.parent / "out")]) == 0
     assert main([str(run.parent / "out")]) == 1
-    assert "registry: MLflow does not take it" in capsys.readouterr().err
+    assert "registry: MLflow does not accept it" in capsys.readouterr().err
     assert any(
         "/unity-catalog/registered-models/create" in path and "main.models.child" in body
         for path, body in databricks

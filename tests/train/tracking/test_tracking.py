@@ -82,7 +82,7 @@ def test_server_that_dies_and_comes_back_while_training(
     def is_told() -> bool:
         nonlocal shown
         shown += capfd.readouterr().err
-        return "does not take records" in shown
+        return "does not accept records" in shown
 
     wait_for(is_told)
     with mlflow_server:
@@ -90,7 +90,7 @@ def test_server_that_dies_and_comes_back_while_training(
         assert losses_at_server(run_dir, mlflow_server.uri) == losses_on_disk(run_dir)
     assert shown.count("\n") == 1
     assert "Connection" in shown
-    assert "answers again; 10 figures" in capfd.readouterr().err
+    assert "responds again; 10 waiting values" in capfd.readouterr().err
 
 
 def test_server_that_hangs_then_upload_by_command(

@@ -1,6 +1,6 @@
-"""Figures as inline SVG that is read in light and in dark.
+"""Figures as inline SVG, readable in light and dark mode.
 
-Ink is the page's own text colour; curves have colours of middle brightness.
+Ink is the page's text colour; curves have colours of medium brightness.
 """
 
 import io
@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#0ea5a4", "#d4a017", "#ec4899")
 INK = "#0a0b0c"
-"""Stands for the page's text colour until the SVG is written."""
+"""Placeholder for the page's text colour until the SVG is written."""
 WIDTH_INCHES = 9.0
 
 STYLE = {
@@ -35,7 +35,7 @@ STYLE = {
     "lines.linewidth": 1.6,
     "svg.fonttype": "none",
 }
-"""Of matplotlib, for every figure."""
+"""Matplotlib settings for every figure."""
 
 
 def draw_svg(
@@ -45,13 +45,13 @@ def draw_svg(
     columns: int = 1,
     bottom: str = "million tokens",
 ) -> Markup:
-    """Draws on fresh axes and returns inline SVG without any outside reference.
+    """Draws on new axes and returns inline SVG without external references.
 
     Args:
-        title: told to those who cannot see the figure.
-        draw: gets the axes, row by row.
+        title: text alternative for screen readers.
+        draw: draws on the axes, given row by row.
         heights: height of each row in inches.
-        columns: axes in a row.
+        columns: axes per row.
         bottom: label of the x axis at the bottom of a single column.
     """
     import matplotlib
@@ -73,7 +73,7 @@ def draw_svg(
 
 
 def inline_svg(svg: str, title: str) -> Markup:
-    """An SVG file as an element of a page: no prologue, no namespaces, the page's ink."""
+    """Turns an SVG file into an element of a page: no prologue, no namespaces, the page's ink."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = (
@@ -85,7 +85,7 @@ def inline_svg(svg: str, title: str) -> Markup:
 
 
 def log_scale(axis: Any) -> None:
-    """A logarithmic y axis with plain numbers."""
+    """Makes the y axis logarithmic, with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_yscale("log")
