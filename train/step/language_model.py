@@ -1,4 +1,4 @@
-"""The decoder as Composer trains it: losses of a microbatch, validation loss."""
+"""The decoder as a Composer model: training losses of a microbatch, and validation loss."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,7 +18,7 @@ Batch = dict[str, Tensor]
 
 
 class TokenLoss(Metric):
-    """Mean cross entropy per token in nats, exact over batches of unequal size and over ranks."""
+    """Mean cross-entropy per token in nats, exact over batches of unequal size and over ranks."""
 
     full_state_update = False
     loss_sum: Tensor
@@ -40,7 +40,7 @@ class TokenLoss(Metric):
 
 
 class LanguageModel(ComposerModel):
-    """Composer's view of :class:`train.model.decoder.Decoder`."""
+    """Composer model around :class:`train.model.decoder.Decoder`."""
 
     def __init__(self, decoder: Decoder, recipe: Recipe, precision: Precision) -> None:
         super().__init__()
@@ -56,19 +56,19 @@ class LanguageModel(ComposerModel):
         self.document_masking = recipe.training.document_masking
 
     def forward(self, batch: Batch) -> DecoderOutput:
-        """Losses of a microbatch of input_ids, document_ids and targets, each [B, S]."""
+        """Returns the losses of a microbatch of input_ids, document_ids and targets, each [B, S]."""
         return self._decode(batch)
 
     @torch.no_grad()
     def count_choices(self, batch: Batch) -> Tensor:
-        """Tokens per expert that a microbatch will be routed with, [L, E]; nothing else is computed."""
+        """Returns a microbatch's tokens per expert, [L, E], without computing logits or loss."""
         return self._decode(batch, choices_only=True).expert_tokens_LE
 
     def _decode(self, batch: Batch, choices_only: bool = False) -> DecoderOutput:
         for layer, router in enumerate(self.jittered):
             router.jitter = Jitter(self.seed, layer, batch["sample_positions"])
         device_type = batch["input_ids"].device.type
-        # Weights stay fp32; autocast makes the bf16 copies that matrix products read.
+        # Weights stay fp32; autocast makes the bf16 copies for matrix products.
         cast: AbstractContextManager[Any] = torch.autocast(
             device_type, torch.bfloat16, enabled=self.precision is Precision.bf16
         )
@@ -82,7 +82,7 @@ class LanguageModel(ComposerModel):
         return outputs
 
     def loss(self, outputs: DecoderOutput, batch: Batch, *_: Any, **__: Any) -> dict[str, Tensor]:
-        """The losses of a microbatch, `total` being what is differentiated.
+        """Returns the losses of a microbatch; the backward pass starts from `total`.
 
         The summed token loss is divided by the number of positions, a constant, so that the mean over
         microbatches and ranks is the mean over the global batch however it is split.
@@ -98,11 +98,11 @@ class LanguageModel(ComposerModel):
         }
 
     def eval_forward(self, batch: Batch, outputs: Any = None) -> DecoderOutput:
-        """Losses without gradients."""
+        """Returns the losses for validation."""
         return outputs if outputs is not None else self.forward(batch)
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
-        """Validation loss; the training loss comes from :meth:`loss`."""
+        """Returns the validation metrics; the training loss comes from :meth:`loss`."""
         return {} if is_train else {"token_loss": TokenLoss()}
 
     def update_metric(self, batch: Batch, outputs: DecoderOutput, metric: Metric) -> None:
