@@ -1,4 +1,4 @@
-"""Which documents a step saw, and which steps saw a document."""
+"""Looks up the documents of a step, and the steps of a document."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Sight:
-    """A piece of a document in a sequence that a step was trained on."""
+    """A piece of a document that a step was trained on."""
 
     step: int
     position: int
@@ -41,7 +41,7 @@ class Sight:
 
 
 def documents_of_step(books: RunBooks, step: int) -> list[Sight]:
-    """Everything that a step saw, in the order of the batch.
+    """Lists the documents that a step was trained on, in the order of the batch.
 
     Raises:
         UserError: if the data log has no such step.
@@ -49,7 +49,9 @@ def documents_of_step(books: RunBooks, step: int) -> list[Sight]:
     line = next((it for it in books.steps if it.step == step), None)
     if line is None or line.first is None:
         last = books.steps[-1].step if books.steps else 0
-        raise UserError(f"the data log has no sound line of step {step}", remedy=f"it has steps 1 to {last}")
+        raise UserError(
+            f"the data log has no usable line for step {step}", remedy=f"it has steps 1 to {last}"
+        )
     pieces = documents_at(books.plan, books.shards, books.documents_file, line.first, line.samples)
     return [Sight(step, **asdict(piece)) for piece in pieces]
 
@@ -61,15 +63,15 @@ def documents_at(
     first: int,
     samples: int,
 ) -> list[Piece]:
-    """Every piece of a document that stands at some positions, in their order.
+    """Lists every piece of a document at a range of positions, in order.
 
     Args:
         plan: the order of the run.
-        shards: of each domain.
-        documents_file: the list of a domain's documents, which is read up to the last that is looked for;
-            where it is None, documents are called by their place in it, `#7`.
-        first: position.
-        samples: how many positions from there on.
+        shards: shards of each domain.
+        documents_file: returns the list of a domain's documents, which is read up to the last one needed;
+            if it returns None, documents are named by their number in the list, `#7`.
+        first: first position.
+        samples: number of positions.
 
     Raises:
         UserError: one line that names a shard or a list that is missing or altered.
@@ -93,7 +95,7 @@ def documents_at(
 
 
 def steps_of_document(books: RunBooks, name: str) -> list[Sight]:
-    """Every time that the run saw a document, by the plan's inverse: only its own samples are read.
+    """Lists every time that the run trained on a document, by inverting the plan; reads only its own samples.
 
     Raises:
         UserError: if no domain has a document of that name.
@@ -105,7 +107,9 @@ def steps_of_document(books: RunBooks, name: str) -> list[Sight]:
             if line.get("split", "train") == "train":
                 found += list(_sights(books, domain, ordinal, name, end))
     if not is_known:
-        raise UserError(f"no domain has a document {name!r}", remedy="give its name in documents.jsonl whole")
+        raise UserError(
+            f"no domain has a document {name!r}", remedy="give its full name as in documents.jsonl"
+        )
     return sorted(found, key=lambda sight: sight.position)
 
 
@@ -121,7 +125,7 @@ def _sights(books: RunBooks, domain: str, ordinal: int, name: str, end: int) -> 
 
 
 def _lines_of(file: Path, name: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Places and lines of the documents of a name; others are not parsed, since there may be billions."""
+    """Numbers and lines of the documents with a name; others are not parsed, since there may be billions."""
     needle = json.dumps(name).encode()
     with file.open("rb") as lines:
         for ordinal, text in enumerate(lines):

@@ -65,7 +65,7 @@ def test_a_sound_run_is_proven(run: tuple[Path, Lines], capsys: pytest.CaptureFi
     folder, lines = run
     assert faults(folder, lines) == []
     assert main([str(folder)]) == 0
-    assert "nothing was skipped or read twice; the tokens of 40 steps" in capsys.readouterr().out
+    assert "nothing was skipped or read twice; the tokens of 40 steps match" in capsys.readouterr().out
 
 
 def test_what_is_declared_is_listed_and_must_not_have_been_read(
@@ -80,7 +80,7 @@ def test_what_is_declared_is_listed_and_must_not_have_been_read(
     assert sum(samples for samples, _ in proof.consumed.values()) == 8 * (STEPS - 2)
     assert main([str(folder)]) == 0
     shown = capsys.readouterr().out
-    assert "skipped by declaration: steps 10 to 11" in shown and "nothing else was skipped" in shown
+    assert "excluded: steps 10 to 11" in shown and "nothing else was skipped" in shown
     assert "step 10 was trained, although" in faults(folder, lines)[0]
     assert faults(folder, left[:8] + left[9:])[0] == "steps 9 to 11 are missing from the data log"
     shifted = [line | {"first": line["first"] - 16} if line["step"] > 11 else line for line in left]
@@ -94,11 +94,13 @@ def test_each_fault_is_named(run: tuple[Path, Lines]) -> None:
     again = [line | {"step": n + 1} for n, line in enumerate([*lines[:6], *lines[5:]])]
     assert "step 7: positions 40 to 47 were read again" in faults(folder, again)
     skipped = [line | {"step": n + 1} for n, line in enumerate(missing)]
-    assert faults(folder, skipped) == ["step 7: positions 48 to 55 were skipped before it"]
+    assert faults(folder, skipped) == ["step 7: positions 48 to 55 before it were skipped"]
     # The batch of another step under this one's positions: what a loader that repeats itself would train on.
     foreign = [*lines]
     foreign[9] = lines[9] | {"domains": lines[8]["domains"]}
-    assert any(fault.startswith("step 10, prose: fed with other tokens") for fault in faults(folder, foreign))
+    assert any(
+        fault.startswith("step 10, prose: trained on other tokens") for fault in faults(folder, foreign)
+    )
     swapped = [*lines]
     (code, prose) = (lines[9]["domains"][name] for name in DOMAINS)
     swapped[9] = lines[9] | {"domains": {"code": prose, "prose": code}}
@@ -108,7 +110,7 @@ def test_each_fault_is_named(run: tuple[Path, Lines]) -> None:
     )
     scattered = [*lines]
     scattered[3] = lines[3] | {"first": None}
-    assert any(fault.startswith("step 4: the positions") for fault in faults(folder, scattered))
+    assert any(fault.startswith("step 4: its positions") for fault in faults(folder, scattered))
 
 
 def test_an_altered_shard_is_named(run: tuple[Path, Lines]) -> None:

@@ -150,7 +150,7 @@ def test_a_store_that_fails_stalls_or_alters_is_asked_again(
     assert not store.faults
     assert not list((tmp_path / "cache").rglob("*.partial"))
     if fault == "fails":
-        assert "tried again in" in capsys.readouterr().err
+        assert "retrying in" in capsys.readouterr().err
 
 
 def test_a_store_that_never_recovers_is_named_in_one_line(tmp_path: Path, store: FaultyStore):
@@ -160,7 +160,7 @@ def test_a_store_that_never_recovers_is_named_in_one_line(tmp_path: Path, store:
         folder[0]
     assert "\n" not in str(e.value)
     store.faults.clear()
-    with pytest.raises(UserError, match=r"s3://shards/none/manifest\.json .*not there"):
+    with pytest.raises(UserError, match=r"s3://shards/none/manifest\.json .*not found"):
         ShardCache(tmp_path / "none", f"s3://{BUCKET}/none", patience=HURRIED).fetch_manifest()
 
 

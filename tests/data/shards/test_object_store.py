@@ -145,7 +145,7 @@ def test_other_shards_in_the_store_are_never_overwritten(
     build_shards(other, documents=small_documents)
     with pytest.raises(UserError, match="--upload: s3://store/mine holds other shards"):
         upload_shards(Path(other.data.shards), "s3://store/mine")
-    with pytest.raises(UserError, match="--upload: s3://nowhere/x does not take the shards"):
+    with pytest.raises(UserError, match="--upload: s3://nowhere/x does not accept the shards"):
         upload_shards(root, "s3://nowhere/x")
 
 
@@ -167,7 +167,7 @@ def test_shards_are_copied_to_a_path_and_what_is_missing_there_again(
 
     monkeypatch.setattr(LocalUploader, "upload_file", failing)
     monkeypatch.setattr("data.shards.upload.AT_ONCE", 1)
-    with pytest.raises(UserError, match=r"mounted/shards does not take the shards .*cable"):
+    with pytest.raises(UserError, match=r"mounted/shards does not accept the shards .*cable"):
         upload_shards(root, str(mounted))
     (mounted / "code/documents.jsonl").unlink()
     before = len(copied)
@@ -198,7 +198,7 @@ def test_a_store_without_a_manifest_holds_no_shards(
     monkeypatch.setattr(S3Uploader, "upload_file", failing)
     monkeypatch.setattr("data.shards.upload.AT_ONCE", 1)
     sent, loses = list[str](), ""
-    with pytest.raises(UserError, match=r"--upload: s3://store/cut does not take the shards .*cable"):
+    with pytest.raises(UserError, match=r"--upload: s3://store/cut does not accept the shards .*cable"):
         upload_shards(root, "s3://store/cut")
     names = {it["Key"] for it in s3.list_objects_v2(Bucket="store", Prefix="cut/")["Contents"]}
     assert "cut/code/train/shard.00000.mds" in names and "cut/manifest.json" not in names
@@ -266,7 +266,9 @@ def test_domains_join_those_in_the_store(
     loaders = (build_train_loader(open_data(it), rank=0, world_size=1) for it in (at_once, both, node))
     for one, other, another, _ in zip(*loaders, range(20), strict=False):
         assert one["input_ids"].tolist() == other["input_ids"].tolist() == another["input_ids"].tolist()
-    with pytest.raises(UserError, match=r"data\.domains: code is another there than here; give the domain"):
+    with pytest.raises(
+        UserError, match=r"data\.domains: code there differs from code here; give each domain"
+    ):
         upload_shards(made("third", {"prose": "code"}), "s3://store/parts", join=True)
     with pytest.raises(UserError, match="sequence_tokens: is 32 there, and 64 here"):
         upload_shards(made("longer", {"prose": "x"}, sequence_tokens=64), "s3://store/parts", join=True)
@@ -333,7 +335,7 @@ def test_the_command_uploads(
         "--upload: no address to send the shards to; give one, or set data.remote" in capsys.readouterr().err
     )
     assert main([str(recipe), "--join"]) == 2
-    assert "--join: joins nothing without --upload" in capsys.readouterr().err
+    assert "--join: needs --upload" in capsys.readouterr().err
     assert main([str(recipe), "data.remote=s3://store/by-command", "--upload"]) == 0
     assert ShardCache(tmp_path / "c", "s3://store/by-command").fetch_manifest() == check_shards(
         Path(built.data.shards)
