@@ -1,4 +1,4 @@
-"""First stage: a chunk's records become clean documents with signatures, or rejected ones."""
+"""First stage: cleans and filters a chunk's records, and computes their signatures."""
 
 import hashlib
 import json
@@ -30,24 +30,24 @@ def clean(job: PreparationJob, chunk: Chunk) -> Result:
     """Writes the documents that pass, their digests, sizes and signatures, and the list of rejected records.
 
     Returns:
-        Counts: ``kept`` documents, and ``rejected`` ones by reason.
+        Counts of ``kept`` documents, and of ``rejected`` ones by reason.
     """
     return job.once(STAGE, chunk.number, lambda: _clean(job, chunk))
 
 
 def normalise(text: str) -> str:
-    """NFC, line feeds at line ends, no control characters, no white space at the ends but a line feed."""
+    """Normalises text to NFC and line feeds; strips control characters and outer white space."""
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
     return _CONTROL.sub("", text).strip() + "\n"
 
 
 def read_documents(job: PreparationJob, number: int) -> Iterator[tuple[str, str]]:
-    """Name and text of each clean document of a chunk."""
+    """Yields name and text of each clean document of a chunk."""
     return read_texts(job.file(STAGE, number, "arrow"))
 
 
 def read_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Name and text of each document in a file of :func:`write_texts`."""
+    """Yields name and text of each document in a file of :func:`write_texts`."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as mapped:
@@ -57,7 +57,7 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def write_texts(path: Path, documents: list[tuple[str, str]]) -> None:
-    """Writes names and texts."""
+    """Writes names and texts to an Arrow file."""
     import pyarrow
 
     schema = pyarrow.schema([("name", pyarrow.string()), ("text", pyarrow.large_string())])
@@ -96,7 +96,7 @@ def _clean(job: PreparationJob, chunk: Chunk) -> Result:
 
 
 def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[tuple[SourceRecord, str, np.ndarray[Any, Any]]]:
-    """Each record, normalised, with the first rule that it breaks and its words."""
+    """Yields each record, normalised, with the first rule that it violates and the hashes of its words."""
     source, preparation = job.sources[chunk.source], job.preparation
     if job.spooled:
         for name, text in read_texts(Path(chunk.inputs[0].path)):
