@@ -8,7 +8,7 @@ from textwrap import indent
 
 from data.audit.lookup import Sight, documents_of_step, steps_of_document
 from data.audit.proof import Proof, prove
-from data.audit.run_data import RunBooks
+from data.audit.run_data import RunData
 from data.explore.__main__ import PAGE_FILE
 from data.explore.__main__ import main as explore
 from train.record.command import Figures, command
@@ -39,15 +39,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 )
 def main(options: Namespace) -> Figures:
     """Audits a run's data log, or lists a step's documents or a document's steps; status 1 on violations."""
-    books = RunBooks(Path(options.folder))
+    data = RunData(Path(options.folder))
     if options.step is None and options.document is None:
-        proof = prove(books, options.read_steps, progress=sys.stderr.isatty())
-        print(describe_proof(proof, books))
+        proof = prove(data, options.read_steps, progress=sys.stderr.isatty())
+        print(describe_proof(proof, data))
         return Figures(asdict(proof), status=0 if proof.holds else 1)
     sights = (
-        documents_of_step(books, options.step)
+        documents_of_step(data, options.step)
         if options.step is not None
-        else steps_of_document(books, options.document)
+        else steps_of_document(data, options.document)
     )
     print(describe_sights(sights))
     return Figures([asdict(sight) for sight in sights])
@@ -66,9 +66,9 @@ def run(arguments: list[str]) -> int:
     return explore(given)
 
 
-def describe_proof(proof: Proof, books: RunBooks) -> str:
+def describe_proof(proof: Proof, data: RunData) -> str:
     """Describes the proof in lines."""
-    lines = [f"{books.folder}: {proof.steps:,} steps, {proof.positions:,} samples"]
+    lines = [f"{data.folder}: {proof.steps:,} steps, {proof.positions:,} samples"]
     consumed = [
         (name, f"{samples:,} samples", f"{epochs:.3f} epochs")
         for name, (samples, epochs) in proof.consumed.items()

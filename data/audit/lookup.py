@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.audit.run_data import RunBooks
+from data.audit.run_data import RunData
 from data.explore.sample import samples_of
 from data.order.plan import OrderPlan
 from data.shards.packing import PADDING
@@ -40,19 +40,19 @@ class Sight:
     tokens: int
 
 
-def documents_of_step(books: RunBooks, step: int) -> list[Sight]:
+def documents_of_step(run: RunData, step: int) -> list[Sight]:
     """Lists the documents that a step was trained on, in the order of the batch.
 
     Raises:
         UserError: if the data log has no such step.
     """
-    line = next((it for it in books.steps if it.step == step), None)
+    line = next((it for it in run.steps if it.step == step), None)
     if line is None or line.first is None:
-        last = books.steps[-1].step if books.steps else 0
+        last = run.steps[-1].step if run.steps else 0
         raise UserError(
             f"the data log has no usable line for step {step}", remedy=f"it has steps 1 to {last}"
         )
-    pieces = documents_at(books.plan, books.shards, books.documents_file, line.first, line.samples)
+    pieces = documents_at(run.plan, run.shards, run.documents_file, line.first, line.samples)
     return [Sight(step, **asdict(piece)) for piece in pieces]
 
 
@@ -94,18 +94,18 @@ def documents_at(
     ]
 
 
-def steps_of_document(books: RunBooks, name: str) -> list[Sight]:
+def steps_of_document(run: RunData, name: str) -> list[Sight]:
     """Lists every time that the run trained on a document, by inverting the plan; reads only its own samples.
 
     Raises:
         UserError: if no domain has a document of that name.
     """
-    found, is_known, end = [], False, max(((s.first or 0) + s.samples for s in books.steps), default=0)
-    for domain in books.plan.domains:
-        for ordinal, line in _lines_of(books.documents_file(domain), name):
+    found, is_known, end = [], False, max(((s.first or 0) + s.samples for s in run.steps), default=0)
+    for domain in run.plan.domains:
+        for ordinal, line in _lines_of(run.documents_file(domain), name):
             is_known = True
             if line.get("split", "train") == "train":
-                found += list(_sights(books, domain, ordinal, name, end))
+                found += list(_sights(run, domain, ordinal, name, end))
     if not is_known:
         raise UserError(
             f"no domain has a document {name!r}", remedy="give its full name as in documents.jsonl"
@@ -113,13 +113,13 @@ def steps_of_document(books: RunBooks, name: str) -> list[Sight]:
     return sorted(found, key=lambda sight: sight.position)
 
 
-def _sights(books: RunBooks, domain: str, ordinal: int, name: str, end: int) -> Iterator[Sight]:
-    folder = books.shards[domain]
+def _sights(run: RunData, domain: str, ordinal: int, name: str, end: int) -> Iterator[Sight]:
+    folder = run.shards[domain]
     for number in samples_of(folder, ordinal):
         sample = folder[number]
         tokens = int(sample.lengths[sample.documents == ordinal].sum())
-        for epoch, position in enumerate(books.plan.positions_of(domain, number, end)):
-            step = books.step_at(position)
+        for epoch, position in enumerate(run.plan.positions_of(domain, number, end)):
+            step = run.step_at(position)
             if step is not None:
                 yield Sight(step, position, domain, number, epoch, name, tokens)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data.audit.run_data import LedgerStep, RunBooks
+from data.audit.run_data import LoggedStep, RunData
 from data.shards.digest import MASK, digest_sequences
 from train.recipe.errors import UserError
 
@@ -47,39 +47,39 @@ class Proof:
         return not self.faults
 
 
-def prove(books: RunBooks, steps_read: int | None = None, progress: bool = False) -> Proof:
+def prove(run: RunData, steps_read: int | None = None, progress: bool = False) -> Proof:
     """Compares a run's records with its plan and its shards.
 
     Args:
-        books: the run's records.
+        run: the run's records.
         steps_read: number of evenly spread steps whose tokens are compared with the shards; None: all.
         progress: show a progress bar.
     """
     from tqdm import tqdm
 
-    proof = Proof(steps=len(books.steps), declared=list(_declared(books)))
-    proof.faults += _check_lines(books)
-    chosen = _spread(len(books.steps), steps_read)
-    for number, step in enumerate(tqdm(books.steps, "steps", disable=not progress, mininterval=1)):
+    proof = Proof(steps=len(run.steps), declared=list(_declared(run)))
+    proof.faults += _check_lines(run)
+    chosen = _spread(len(run.steps), steps_read)
+    for number, step in enumerate(tqdm(run.steps, "steps", disable=not progress, mininterval=1)):
         if len(proof.faults) >= MOST_VIOLATIONS:
             proof.faults.append("further violations are not listed")
             return proof
         if step.first is None:
             continue
         proof.positions += step.samples
-        proof.faults += _check_counts(books, step)
+        proof.faults += _check_counts(run, step)
         if number in chosen:
-            proof.faults += _check_tokens(books, step)
+            proof.faults += _check_tokens(run, step)
             proof.steps_read += 1
-    proof.faults += _check_plan(books, proof)
-    proof.faults += _check_checkpoint(books)
+    proof.faults += _check_plan(run, proof)
+    proof.faults += _check_checkpoint(run)
     return proof
 
 
-def _check_lines(books: RunBooks) -> Iterator[str]:
-    curriculum, trained = books.curriculum, 0
+def _check_lines(run: RunData) -> Iterator[str]:
+    curriculum, trained = run.curriculum, 0
     expected_first = 0
-    for step in books.steps:
+    for step in run.steps:
         batch = step.step - 1
         expected = curriculum.trained_from(trained)
         if curriculum.trained_from(batch) != batch:
@@ -98,10 +98,10 @@ def _check_lines(books: RunBooks) -> Iterator[str]:
         trained = step.step
 
 
-def _declared(books: RunBooks) -> Iterator[str]:
+def _declared(run: RunData) -> Iterator[str]:
     """Lists the excluded ranges up to the end of the data log or directly after it, with their reasons."""
-    curriculum = books.curriculum
-    end = books.steps[-1].step if books.steps else 0
+    curriculum = run.curriculum
+    end = run.steps[-1].step if run.steps else 0
     for first, after in curriculum.skipped:
         if first > end:
             break
@@ -113,26 +113,26 @@ def _declared(books: RunBooks) -> Iterator[str]:
         )
 
 
-def _check_counts(books: RunBooks, step: LedgerStep) -> Iterator[str]:
+def _check_counts(run: RunData, step: LoggedStep) -> Iterator[str]:
     assert step.first is not None
-    picks = books.plan.samples(step.first, step.samples)
-    planned = np.bincount(picks.domain, minlength=len(books.plan.domains)) // step.stride
-    there = dict(zip(books.plan.domains, planned.tolist(), strict=True))
+    picks = run.plan.samples(step.first, step.samples)
+    planned = np.bincount(picks.domain, minlength=len(run.plan.domains)) // step.stride
+    there = dict(zip(run.plan.domains, planned.tolist(), strict=True))
     for name in sorted({*there, *step.domains}):
         has = step.domains[name].sequences if name in step.domains else 0
         if has != there.get(name, 0):
             yield f"step {step.step}: {has} sequences of {name}, but the plan has {there.get(name, 0)}"
 
 
-def _check_tokens(books: RunBooks, step: LedgerStep) -> Iterator[str]:
+def _check_tokens(run: RunData, step: LoggedStep) -> Iterator[str]:
     assert step.first is not None
-    picks = books.plan.samples(step.first, step.samples)
-    for index, name in enumerate(books.plan.domains):
+    picks = run.plan.samples(step.first, step.samples)
+    for index, name in enumerate(run.plan.domains):
         slots = np.flatnonzero(picks.domain == index)
         if not slots.size:
             continue
         try:
-            tokens = np.stack([books.shards[name][int(number)].tokens for number in picks.sample[slots]])
+            tokens = np.stack([run.shards[name][int(number)].tokens for number in picks.sample[slots]])
         except UserError as error:
             yield f"step {step.step}, {name}: can't be compared: {error.what}"
             continue
@@ -145,20 +145,20 @@ def _check_tokens(books: RunBooks, step: LedgerStep) -> Iterator[str]:
             )
 
 
-def _check_plan(books: RunBooks, proof: Proof) -> Iterator[str]:
-    end = max(((step.first or 0) + step.samples for step in books.steps), default=0)
-    excluded = [0] * len(books.plan.sizes)
-    for first, after in books.curriculum.skipped_before(books.steps[-1].step if books.steps else 0):
-        begin, stop = books.curriculum.samples_before(first), books.curriculum.samples_before(after)
-        before = books.plan.consumed(begin)
-        for index, (name, count) in enumerate(books.plan.consumed(stop).items()):
+def _check_plan(run: RunData, proof: Proof) -> Iterator[str]:
+    end = max(((step.first or 0) + step.samples for step in run.steps), default=0)
+    excluded = [0] * len(run.plan.sizes)
+    for first, after in run.curriculum.skipped_before(run.steps[-1].step if run.steps else 0):
+        begin, stop = run.curriculum.samples_before(first), run.curriculum.samples_before(after)
+        before = run.plan.consumed(begin)
+        for index, (name, count) in enumerate(run.plan.consumed(stop).items()):
             excluded[index] += count - before[name]
-    reads = [np.zeros(size, np.uint16) for size in books.plan.sizes]
+    reads = [np.zeros(size, np.uint16) for size in run.plan.sizes]
     for first in range(0, end, CHUNK):
-        picks = books.plan.samples(first, min(CHUNK, end - first))
+        picks = run.plan.samples(first, min(CHUNK, end - first))
         for index, counts in enumerate(reads):
             np.add.at(counts, picks.sample[picks.domain == index], 1)
-    for name, counts, less in zip(books.plan.domains, reads, excluded, strict=True):
+    for name, counts, less in zip(run.plan.domains, reads, excluded, strict=True):
         trained = int(counts.sum()) - less
         proof.consumed[name] = trained, trained / counts.size
         if counts.max() - counts.min() > 1:
@@ -169,20 +169,20 @@ def _check_plan(books: RunBooks, proof: Proof) -> Iterator[str]:
             )
 
 
-def _check_checkpoint(books: RunBooks) -> Iterator[str]:
-    batch = books.progress.get("batch")
+def _check_checkpoint(run: RunData) -> Iterator[str]:
+    batch = run.progress.get("batch")
     if batch is None:
         return
-    if not books.steps or books.steps[-1].step < batch:
-        last = books.steps[-1].step if books.steps else 0
+    if not run.steps or run.steps[-1].step < batch:
+        last = run.steps[-1].step if run.steps else 0
         yield f"the newest checkpoint is of step {batch}, but the data log ends with step {last}"
         return
     counted: dict[str, int] = {}
-    for step in books.steps:
+    for step in run.steps:
         if step.step <= batch:
             for name, entry in step.domains.items():
                 counted[name] = counted.get(name, 0) + entry.sequences * step.stride
-    for name, total in books.progress.get("consumed", {}).items():
+    for name, total in run.progress.get("consumed", {}).items():
         if total["samples"] != counted.get(name, 0):
             yield (
                 f"the checkpoint of step {batch} counts {total['samples']} samples of {name}, the data log "

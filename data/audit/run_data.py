@@ -32,7 +32,7 @@ class DomainPart:
 
 
 @dataclass(frozen=True)
-class LedgerStep:
+class LoggedStep:
     """One line of the data log."""
 
     step: int
@@ -45,8 +45,8 @@ class LedgerStep:
     domains: dict[str, DomainPart]
 
 
-class RunBooks:
-    """A run's records."""
+class RunData:
+    """A run's data."""
 
     def __init__(self, folder: Path) -> None:
         """Reads recipe, data log and the newest checkpoint's progress.
@@ -97,11 +97,11 @@ class RunBooks:
         return known[place].step
 
 
-def _step(line: dict[str, Any], sample_tokens: int) -> LedgerStep:
+def _step(line: dict[str, Any], sample_tokens: int) -> LoggedStep:
     domains = {
         name: DomainPart(n, targets, int(digest, 16))
         for name, (n, targets, digest) in line["domains"].items()
     }
     stride = line["length"] // sample_tokens
     samples = stride * sum(entry.sequences for entry in domains.values())
-    return LedgerStep(line[STEP], line["first"], samples, stride, domains)
+    return LoggedStep(line[STEP], line["first"], samples, stride, domains)

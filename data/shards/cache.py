@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.shards.index import PackedFile, ShardFile, file_fault
+from data.shards.index import PackedFile, ShardFile, file_mismatch
 from data.shards.manifest import MANIFEST_FILE, Manifest, read_manifest
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
@@ -108,7 +108,7 @@ class ShardCache:
             sha256: hash of its content; None if the reader checks it.
         """
         with self._locked(path):
-            if file_fault(path, None, sha256):
+            if file_mismatch(path, None, sha256):
                 self._fetch_checked(path, None, sha256).replace(path)
 
     def fetch(self, shard: ShardFile) -> None:
@@ -118,7 +118,7 @@ class ShardCache:
             UserError: one line that names the shard, if the store does not provide it intact.
         """
         with self._locked(shard.path):
-            if not file_fault(shard.path, shard.bytes, shard.sha256):
+            if not file_mismatch(shard.path, shard.bytes, shard.sha256):
                 return
             shard.path.unlink(missing_ok=True)
             if (packed := shard.packed) is None:
@@ -169,14 +169,14 @@ class ShardCache:
 
     def _fetch_checked(self, path: Path, size: int | None, sha256: str | None) -> Path:
         """Downloads to a temporary name and checks the file; fetches it again if it arrived altered."""
-        fault = ""
+        mismatch = ""
         for _ in range(2):
             partial = self._download(path)
-            fault = file_fault(partial, size, sha256)
-            if not fault:
+            mismatch = file_mismatch(partial, size, sha256)
+            if not mismatch:
                 return partial
             partial.unlink()
-        raise _damaged(f"{self._address(path)} {fault}, also when fetched again")
+        raise _damaged(f"{self._address(path)} {mismatch}, also when fetched again")
 
     def _unpack(self, shard: ShardFile, packed: PackedFile) -> Path:
         """Fetches a compressed shard and unpacks it to a temporary name."""
@@ -199,9 +199,9 @@ class ShardCache:
                 if error.errno not in DISK_IS_FULL:
                     raise
                 self._evict_one(address)
-        if fault := file_fault(partial, shard.bytes, shard.sha256):
+        if mismatch := file_mismatch(partial, shard.bytes, shard.sha256):
             partial.unlink()
-            raise _damaged(f"the shard in {address} {fault}")
+            raise _damaged(f"the shard in {address} {mismatch}")
         return partial
 
     def _evict_one(self, address: str) -> None:

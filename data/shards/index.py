@@ -95,8 +95,8 @@ class ShardIndex:
         """Index of a shard's config."""
         return int(self._columns["config"][number])
 
-    def fault(self, number: int) -> str:
-        """Checks a shard's file, see :func:`file_fault`.
+    def mismatch(self, number: int) -> str:
+        """Checks a shard's file, see :func:`file_mismatch`.
 
         Its content is hashed once per process, and again if the file was replaced or written to.
         """
@@ -104,13 +104,13 @@ class ShardIndex:
         try:
             status = file.path.stat()
         except OSError:
-            return file_fault(file.path, file.bytes, file.sha256)
+            return file_mismatch(file.path, file.bytes, file.sha256)
         mark = status.st_ino, status.st_mtime_ns, status.st_size
         if self._sound.get(number) == mark:
             return ""
-        if not (fault := file_fault(file.path, file.bytes, file.sha256)):
+        if not (mismatch := file_mismatch(file.path, file.bytes, file.sha256)):
             self._sound[number] = mark
-        return fault
+        return mismatch
 
     def entry(self, config: int) -> dict[str, Any]:
         """An index entry for Streaming's readers, with this config and an empty file."""
@@ -126,7 +126,7 @@ class ShardIndex:
         return self.folder / name.decode(), size, sha256.tobytes().hex() if has_hash else None
 
 
-def file_fault(path: Path, size: int | None, sha256: str | None) -> str:
+def file_mismatch(path: Path, size: int | None, sha256: str | None) -> str:
     """Checks a file and returns the mismatch, worded to follow its name; empty if there is none.
 
     Args:

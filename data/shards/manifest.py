@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards.index import INDEX_FILE, ShardIndex, file_fault, open_index
+from data.shards.index import INDEX_FILE, ShardIndex, file_mismatch, open_index
 from data.tokenizer import TokenizerHandle, bpe_name
 from train.recipe.errors import UserError
 from train.recipe.keys import rules_of
@@ -234,12 +234,12 @@ def check_files(
     total_bytes = 0
     for index in indexes:
         for shard in index:
-            _refuse(shard.path, file_fault(shard.path, shard.bytes, None))
+            _refuse(shard.path, file_mismatch(shard.path, shard.bytes, None))
             total_bytes += shard.bytes
     if every_byte or total_bytes <= HASHED_BYTES:
         for index in indexes:
             for number in range(len(index)):
-                _refuse(index[number].path, index.fault(number))
+                _refuse(index[number].path, index.mismatch(number))
 
 
 def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle | None = None) -> None:
@@ -328,9 +328,9 @@ def _digest(tree: dict[str, Any]) -> str:
 
 
 def _require_sound(path: Path, sha256: str) -> None:
-    _refuse(path, file_fault(path, None, sha256))
+    _refuse(path, file_mismatch(path, None, sha256))
 
 
-def _refuse(path: Path, fault: str) -> None:
-    if fault:
-        raise UserError(f"{path} {fault}", key="data.shards", remedy=REBUILD)
+def _refuse(path: Path, mismatch: str) -> None:
+    if mismatch:
+        raise UserError(f"{path} {mismatch}", key="data.shards", remedy=REBUILD)

@@ -98,10 +98,10 @@ class ShardFolder:
         Raises:
             UserError: one line that names the shard.
         """
-        file, fault = self._index[shard], ""
+        file, mismatch = self._index[shard], ""
         for _ in range(OPENINGS):
-            fault = self._fault(shard)
-            if not fault:
+            mismatch = self._mismatch(shard)
+            if not mismatch:
                 try:
                     with file.path.open("rb") as stream:
                         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -112,18 +112,18 @@ class ShardFolder:
             self._cache.fetch(file)
             self._let_go_of_evicted()
         raise UserError(
-            f"shard {file.path} {fault or 'is evicted before it is read'}",
+            f"shard {file.path} {mismatch or 'is evicted before it is read'}",
             key="data.shards" if self._cache is None else "data.cache_bytes",
             remedy=f"{REBUILD}, or set data.remote to a store to fetch it from"
             if self._cache is None
             else "raise it",
         )
 
-    def _fault(self, shard: int) -> str:
-        fault = self._index.fault(shard)
-        if not fault and self._cache is not None:
+    def _mismatch(self, shard: int) -> str:
+        mismatch = self._index.mismatch(shard)
+        if not mismatch and self._cache is not None:
             self._cache.note_use(self._index[shard])
-        return fault
+        return mismatch
 
     def _let_go_of_evicted(self) -> None:
         """Closes maps of evicted shards, since only then is their disk space freed."""

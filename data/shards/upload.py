@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from data.shards.cache import AbsentError, Patience, ShardCache
-from data.shards.index import file_fault, open_index
+from data.shards.index import file_mismatch, open_index
 from data.shards.manifest import (
     MANIFEST_FILE,
     REBUILD,
@@ -86,8 +86,8 @@ def _files_before_the_manifest(root: Path, manifest: Manifest) -> list[Path]:
     packed = [shard for folder in splits for shard in open_index(folder) if shard.packed]
     for shard in packed:
         assert shard.packed is not None
-        if fault := file_fault(shard.packed.path, shard.packed.bytes, shard.packed.sha256):
-            raise UserError(f"{shard.packed.path} {fault}", key="data.shards", remedy=REBUILD)
+        if mismatch := file_mismatch(shard.packed.path, shard.packed.bytes, shard.packed.sha256):
+            raise UserError(f"{shard.packed.path} {mismatch}", key="data.shards", remedy=REBUILD)
     not_sent = {root / MANIFEST_FILE, *(shard.path for shard in packed)}
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and path not in not_sent]
     names = [path.relative_to(root) for path in files]

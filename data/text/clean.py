@@ -16,7 +16,7 @@ from data.text.evaluation_overlap import open_evaluation_texts
 from data.text.inputs import Chunk
 from data.text.job import PreparationJob, Result, save_array
 from data.text.language import language_of
-from data.text.quality import fault_of_code, fault_of_prose, fault_of_repetition
+from data.text.quality import code_violation, prose_violation, repetition_violation
 from data.text.source_records import SourceRecord, read_records
 from data.text.words import hash_words
 from train.recipe.preparation import Quality, Source
@@ -73,9 +73,9 @@ def write_texts(path: Path, documents: list[tuple[str, str]]) -> None:
 def _clean(job: PreparationJob, chunk: Chunk) -> Result:
     kept: list[tuple[str, str]] = []
     signatures, rejected = [], []
-    for record, fault, words in _judged(job, chunk):
-        if fault:
-            rejected.append({"place": record.place, "reason": fault})
+    for record, reason, words in _judged(job, chunk):
+        if reason:
+            rejected.append({"place": record.place, "reason": reason})
         else:
             kept.append((record.place, record.text))
             signatures.append(sketch(words))
@@ -107,18 +107,18 @@ def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[tuple[SourceRecord, s
     for raw in read_records(chunk, source, preparation.max_document_bytes):
         place = f"{source.dataset}/{raw.place}"
         text = "" if raw.reason else normalise(raw.text)
-        fault = raw.reason or ("" if text.strip() else "empty") or _fault_of_text(text, source)
-        words = none if fault else hash_words(text)
-        if not fault and evaluation.touches(words):
-            fault = "evaluation text"
-        yield SourceRecord(place, text), fault, words
+        reason = raw.reason or ("" if text.strip() else "empty") or _violation(text, source)
+        words = none if reason else hash_words(text)
+        if not reason and evaluation.touches(words):
+            reason = "evaluation text"
+        yield SourceRecord(place, text), reason, words
 
 
-def _fault_of_text(text: str, source: Source) -> str:
+def _violation(text: str, source: Source) -> str:
     if source.languages and (language := language_of(text)) not in source.languages:
         return f"language: {language}"
     if source.quality is Quality.code:
-        return fault_of_code(text)
+        return code_violation(text)
     if source.quality is Quality.prose:
-        return fault_of_prose(text) or fault_of_repetition(text)
+        return prose_violation(text) or repetition_violation(text)
     return ""

@@ -13,16 +13,16 @@ _BULLETS = ("-", "*", "•", "+")
 
 
 def is_good_code(text: str) -> bool:
-    """Returns whether source code is hand-written and readable, see :func:`fault_of_code`."""
-    return not fault_of_code(text)
+    """Returns whether source code is hand-written and readable, see :func:`code_violation`."""
+    return not code_violation(text)
 
 
 def is_good_prose(text: str) -> bool:
-    """Returns whether text is prose for human readers, see :func:`fault_of_prose`."""
-    return not fault_of_prose(text)
+    """Returns whether text is prose for human readers, see :func:`prose_violation`."""
+    return not prose_violation(text)
 
 
-def fault_of_code(text: str) -> str:
+def code_violation(text: str) -> str:
     """The first rule that source code violates; empty if none.
 
     Lines average at most 100 characters and have at most 1000; at least a quarter of all characters are
@@ -44,7 +44,7 @@ def is_generated(text: str) -> bool:
     return _GENERATED.search(text[:1000]) is not None
 
 
-def fault_of_prose(text: str) -> str:
+def prose_violation(text: str) -> str:
     """The first rule that prose violates; empty if none.
 
     The quality rules of Rae et al. 2021 ("Scaling Language Models: Gopher", section A.1.1): 50 to 100,000
@@ -73,7 +73,7 @@ def fault_of_prose(text: str) -> str:
     return ""
 
 
-def fault_of_repetition(text: str) -> str:
+def repetition_violation(text: str) -> str:
     """The first rule on repetition that prose violates; empty if none.
 
     Rae et al. 2021, table A1, the rules on lines and on the most frequent n-grams: at most 30% of the lines,

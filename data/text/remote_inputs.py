@@ -53,8 +53,8 @@ def fetch_sources(job: PreparationJob, engine: Engine) -> dict[int, dict[str, Pa
             tasks += [Fetch(n, base, tuple(names[at : at + size])) for at in range(0, len(names), size)]
     results = engine.run("fetching sources", fetch, job, tasks) if tasks else []
     for task, result in zip(tasks, results, strict=True):
-        if result["fault"]:
-            raise _refused(task.source, result["fault"])
+        if result["error"]:
+            raise _refused(task.source, result["error"])
     return places
 
 
@@ -62,7 +62,7 @@ def fetch(job: PreparationJob, task: Fetch) -> Result:
     """Fetches a task's files, with retries.
 
     Returns:
-        ``fault``: the store's answer if it did not provide a file; empty otherwise.
+        ``error``: the store's answer if it did not provide a file; empty otherwise.
     """
     folder = _folder(job, task.base)
     cache = ShardCache(folder, task.base)
@@ -70,8 +70,8 @@ def fetch(job: PreparationJob, task: Fetch) -> Result:
         for name in task.names:
             cache.require(folder / name, None)
     except UserError as error:  # Returned as a result, since engines report exceptions differently.
-        return {"fault": error.what}
-    return {"fault": ""}
+        return {"error": error.what}
+    return {"error": ""}
 
 
 def _folder(job: PreparationJob, base: str) -> Path:

@@ -12,7 +12,7 @@ import pytest
 from data.audit.__main__ import main
 from data.audit.lookup import documents_of_step, steps_of_document
 from data.audit.proof import prove
-from data.audit.run_data import RunBooks
+from data.audit.run_data import RunData
 from data.loader import build_train_loader
 from data.opened import OpenedData
 from data.shards.digest import digest_sequences
@@ -58,7 +58,7 @@ def run(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> tuple[Path, Lines
 
 def faults(folder: Path, lines: Lines) -> list[str]:
     (folder / "data_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return prove(RunBooks(folder)).faults
+    return prove(RunData(folder)).faults
 
 
 def test_a_sound_run_is_proven(run: tuple[Path, Lines], capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_what_is_declared_is_listed_and_must_not_have_been_read(
     write_decisions(folder, [GuardDecision(76, 84, 12, ["spike: loss 9"])])
     left = [line for line in lines if line["step"] not in (10, 11)]
     assert faults(folder, left) == []
-    proof = prove(RunBooks(folder))
+    proof = prove(RunData(folder))
     assert proof.declared == ["steps 10 to 11, positions 72 to 87: rolled back at step 12: spike: loss 9"]
     assert sum(samples for samples, _ in proof.consumed.values()) == 8 * (STEPS - 2)
     assert main([str(folder)]) == 0
@@ -125,7 +125,7 @@ def test_an_altered_shard_is_named(run: tuple[Path, Lines]) -> None:
 def test_documents_and_steps_are_each_others_inverse(run: tuple[Path, Lines]) -> None:
     folder, lines = run
     faults(folder, lines)
-    books = RunBooks(folder)
+    books = RunData(folder)
     seen = [sight for line in lines for sight in documents_of_step(books, line["step"])]
     for name in ("code/3.txt", "prose/11.txt", "prose/50.txt"):
         mine = {

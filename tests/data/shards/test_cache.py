@@ -197,8 +197,10 @@ def test_a_shard_is_hashed_once(source: Recipe, monkeypatch: pytest.MonkeyPatch)
     import data.shards.index
 
     hashed: list[Path] = []
-    real = data.shards.index.file_fault
-    monkeypatch.setattr("data.shards.index.file_fault", lambda p, *rest: hashed.append(p) or real(p, *rest))
+    real = data.shards.index.file_mismatch
+    monkeypatch.setattr(
+        "data.shards.index.file_mismatch", lambda p, *rest: hashed.append(p) or real(p, *rest)
+    )
     monkeypatch.setattr("data.shards.streams.OPEN_SHARDS", 1)
     folder = ShardFolder(Path(source.data.shards) / "prose/train")
     assert not hashed

@@ -19,7 +19,7 @@ from data.text.mds import (
     packed_name,
     shard_name,
 )
-from data.text.quality import fault_of_repetition
+from data.text.quality import repetition_violation
 from data.text.tokens import open_once
 from data.text.words import hash_ngrams, hash_words
 from train.recipe.schema import Tokenizer, TokenizerKind
@@ -136,6 +136,6 @@ def test_normalised_text():
 
 
 def test_repetition():
-    assert fault_of_repetition("a line that comes again\n" * 9) == "prose: repeated lines"
-    assert fault_of_repetition("buy now " * 60) == "prose: repeated 2-grams"
-    assert not fault_of_repetition(" ".join(texts(1)[0]))
+    assert repetition_violation("a line that comes again\n" * 9) == "prose: repeated lines"
+    assert repetition_violation("buy now " * 60) == "prose: repeated 2-grams"
+    assert not repetition_violation(" ".join(texts(1)[0]))
