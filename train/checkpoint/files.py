@@ -207,6 +207,6 @@ def _agree(mine: Agreed, topology: Topology) -> list[Agreed]:
     """Gathers a value from every rank, by rank."""
     if topology.world_size == 1:
         return [mine]
-    said: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(said, mine)
-    return said
+    gathered: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(gathered, mine)
+    return gathered

@@ -57,15 +57,15 @@ def _mismatched(stuck: Mapping[int, Stuck]) -> list[Suspect]:
     for rank, record in stuck.items():
         for each in record.waiting:
             calls.setdefault((each["group"], each["number"]), {})[rank] = each["operation"]
-    for (group, number), said in sorted(calls.items()):
-        usual = statistics.mode(said.values())
-        odd = [rank for rank, operation in said.items() if operation != usual]
+    for (group, number), operations in sorted(calls.items()):
+        usual = statistics.mode(operations.values())
+        odd = [rank for rank, operation in operations.items() if operation != usual]
         if odd:
             return [
                 Suspect(
                     rank,
                     stuck[rank].host,
-                    f"calls {said[rank]} where others call {usual} (number {number} of group {group})",
+                    f"calls {operations[rank]} where others call {usual} (number {number} of group {group})",
                     stuck[rank].stacks,
                 )
                 for rank in odd

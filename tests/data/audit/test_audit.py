@@ -1,4 +1,4 @@
-"""The audit of a run whose data log comes from the loader's batches, and of the same with planted faults."""
+"""The audit of a run whose data log comes from the loader's batches, without and with planted faults."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ Lines = list[dict[str, Any]]
 
 
 def line_of(step: int, batch: dict[str, Any]) -> dict[str, Any]:
-    """What the data log's callback writes of a batch."""
+    """The data log's line for a batch."""
     domains = {}
     for index, name in enumerate(DOMAINS):
         mine = (batch["domain_ids"] == index).numpy()
@@ -95,7 +95,7 @@ def test_each_fault_is_named(run: tuple[Path, Lines]) -> None:
     assert "step 7: positions 40 to 47 were read again" in faults(folder, again)
     skipped = [line | {"step": n + 1} for n, line in enumerate(missing)]
     assert faults(folder, skipped) == ["step 7: positions 48 to 55 before it were skipped"]
-    # The batch of another step under this one's positions: what a loader that repeats itself would train on.
+    # Another step's batch at this step's positions, as from a loader that repeats itself.
     foreign = [*lines]
     foreign[9] = lines[9] | {"domains": lines[8]["domains"]}
     assert any(
@@ -136,7 +136,7 @@ def test_documents_and_steps_are_each_others_inverse(run: tuple[Path, Lines]) ->
         found = steps_of_document(books, name)
         assert {(sight.step, sight.position, sight.sample, sight.epoch) for sight in found} == mine
     assert sum(bool(steps_of_document(books, f"prose/{n}.txt")) for n in range(60)) > 30
-    for name in ("nowhere", "train"):  # The lines of most documents have the second, as their side.
+    for name in ("nowhere", "train"):  # Most documents' lines contain the second, as their split.
         with pytest.raises(UserError, match="no domain has a document"):
             steps_of_document(books, name)
     with pytest.raises(UserError, match="it has steps 1 to 40"):

@@ -73,7 +73,7 @@ def test_permutation_and_its_gradients_equal_tritons(
     name: str, triton_results: dict[str, dict[str, Tensor]]
 ) -> None:
     ours, theirs = permuted(make_case(*CASES[name])), triton_results[name]
-    # The kernels round each bf16 row before they add K of them; ours add in fp32 and round once.
+    # The kernels round each bf16 row before adding K of them; ours add in fp32 and round once.
     tolerance = {"rtol": 2e-2, "atol": 4e-2} if name == "bf16" else {"rtol": 1e-5, "atol": 1e-5}
     assert ours.keys() == theirs.keys()
     for result in ours:
