@@ -11,7 +11,7 @@ phase in which the window begins. If the step changes within a window, the windo
 order and its samples are joined as they come, so that a change of length neither skips nor repeats a sample;
 the sequences affected, in at most one window per domain, are made of samples that are not neighbours. If the
 samples of a shard are not a multiple of ``step``, its last samples are single. They are read at the end of
-the window, except for as many at its beginning as it takes to align groups with sequences.
+the window, except for a few read at its beginning to align its groups with sequences.
 """
 
 import functools

@@ -111,7 +111,7 @@ class Finding:
         """The finding in one line."""
         names = "; ".join(f"rank {each.rank} on {each.host} {each.why}" for each in self.suspects)
         if not names:
-            names = "every rank is in the same collective: look at the network between them"
+            names = "every rank is in the same collective: check the network between them"
         held = f", held up in {self.collective}: ranks {ranges(self.waiting)}" if self.waiting else ""
         return f"HANG: no progress for {self.seconds:.0f} s after batch {self.batch}: {names}{held}"
 

@@ -60,7 +60,7 @@ class Alarms:
             GuardError: if the run is to end.
         """
         verdict = self.guard.judge(totals.loss.item(), norm, _router_load(totals.expert_tokens_LE))
-        documents = self._tell(batch, first, positions, verdict) if verdict.alarms else []
+        documents = self._report(batch, first, positions, verdict) if verdict.alarms else []
         place = f"batch {batch + 1} (from position {first})"
         if verdict.action is Action.rollback:
             decision = self.rollback.decide(batch, verdict.batches, verdict.alarms, documents)
@@ -82,7 +82,7 @@ class Alarms:
         if self.log is not None:
             self.log.close()
 
-    def _tell(self, batch: int, first: int, positions: int, verdict: Verdict) -> list[dict[str, Any]]:
+    def _report(self, batch: int, first: int, positions: int, verdict: Verdict) -> list[dict[str, Any]]:
         """On the main rank, prints and records an alarm with the step's documents, and returns them."""
         if self.log is None:
             return []

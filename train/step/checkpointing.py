@@ -77,14 +77,14 @@ class Checkpointing:
         Raises:
             SystemExit: with status 75, once the state is saved after a SIGTERM.
         """
-        self._tell(self.saver.poll())
+        self._report(self.saver.poll())
         batch = state.timestamp.batch.value
-        is_due_by_time, is_terminated = self._ask_all()
+        is_due_by_time, is_terminated = self._agree()
         every = self.recipe.interval_batches
         if is_terminated:
             self._save(state)
-            self._tell(self.saver.wait())
-            self._say(f"SIGTERM: ended after batch {batch}; the same command resumes the run")
+            self._report(self.saver.wait())
+            self._log(f"SIGTERM: ended after batch {batch}; the same command resumes the run")
             raise SystemExit(PREEMPTED_STATUS)
         if is_due_by_time or (every is not None and batch % every == 0):
             self._save(state)
@@ -93,7 +93,7 @@ class Checkpointing:
         """Saves the final checkpoint and waits until it is written."""
         if state.timestamp.batch.value != self.last_batch:
             self._save(state)
-        self._tell(self.saver.wait())
+        self._report(self.saver.wait())
 
     def close(self) -> None:
         """Waits for a save that is still being written, and restores the SIGTERM handler."""
@@ -104,12 +104,12 @@ class Checkpointing:
 
     def wait(self) -> None:
         """Waits for a save that is still being written; every rank calls it."""
-        self._tell(self.saver.wait())
+        self._report(self.saver.wait())
 
     def _terminate(self, _number: int, _frame: FrameType | None) -> None:
         self._is_terminated = True
 
-    def _ask_all(self) -> tuple[bool, bool]:
+    def _agree(self) -> tuple[bool, bool]:
         """Returns whether a save is due by time, and whether any rank got a SIGTERM."""
         minutes = self.recipe.interval_minutes
         is_due = minutes is not None and time.monotonic() - self.last_save >= 60 * minutes
@@ -132,13 +132,13 @@ class Checkpointing:
             consumed=copy.deepcopy(self.data_log.totals) if self.data_log else {},
         )
         self.last_save, self.last_batch = time.monotonic(), progress.batch
-        self._tell(self.saver.start(state.model, state.optimizers[0], progress))
+        self._report(self.saver.start(state.model, state.optimizers[0], progress))
 
-    def _tell(self, saved: Saved | None) -> None:
+    def _report(self, saved: Saved | None) -> None:
         """Reports a save that failed."""
         if saved is not None and saved.error:
-            self._say(f"checkpoint of batch {saved.batch} NOT saved: {saved.error}; training continues")
+            self._log(f"checkpoint of batch {saved.batch} NOT saved: {saved.error}; training continues")
 
-    def _say(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         if self.topology.is_main:
             print(line, file=sys.stderr, flush=True)

@@ -41,7 +41,7 @@ def skip_excluded(state: State, curriculum: Curriculum, is_main: bool) -> None:
     if is_main:
         print(
             f"batches {batch + 1} to {after} (positions {curriculum.samples_before(batch)} to "
-            f"{samples - 1}) are skipped: they are excluded",
+            f"{samples - 1}) are excluded and skipped",
             file=sys.stderr,
             flush=True,
         )

@@ -76,7 +76,7 @@ class Rollback:
         if len(before) >= self.recipe.most_rollbacks:
             return None
         first = max(0, batch + 1 - batches - self.recipe.rollback_before_batches)
-        kept = whole_batches(self.folder / CHECKPOINTS_FOLDER)
+        kept = checkpointed_batches(self.folder / CHECKPOINTS_FOLDER)
         if kept:
             # The run can't be rolled back beyond its oldest checkpoint.
             first = max(first, min(kept))
@@ -91,7 +91,7 @@ class Rollback:
         return decision
 
 
-def whole_batches(root: Path) -> list[int]:
+def checkpointed_batches(root: Path) -> list[int]:
     """Batches of the checkpoints with no missing or truncated file, in ascending order."""
     found = []
     for folder in root.glob("batch-*[0-9]"):

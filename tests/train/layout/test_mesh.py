@@ -113,7 +113,7 @@ def test_the_main_ranks_clock_decides_for_all(late_rank: int, tmp_path: Path) ->
     def work(topology: Topology) -> tuple[bool, bool]:
         callback = Checkpointing(tmp_path, Checkpoint(interval_minutes=1.0), topology, None, STAGES)
         callback.last_save -= 3600.0 if topology.rank == late_rank else 0.0
-        return callback._ask_all()
+        return callback._agree()
 
     assert run_ranks(2, work) == [(late_rank == 0, False)] * 2
 
@@ -127,7 +127,7 @@ def test_a_signal_to_one_rank_counts_for_all(told_rank: int, tmp_path: Path) -> 
         signal.signal(signal.SIGTERM, callback._terminate)
         if topology.rank == told_rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        return callback._ask_all()
+        return callback._agree()
 
     assert run_ranks(2, work) == [(False, True)] * 2
 
