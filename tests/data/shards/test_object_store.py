@@ -205,7 +205,7 @@ def test_a_store_without_a_manifest_holds_no_shards(
     assert "cut/prose/validation/shard.00000.mds" not in names  # Nothing was started after the failure.
     s3.delete_object(Bucket="store", Key="cut/code/train/index.json")
     before, fails_at, loses = [*sent], "", "manifest.json"
-    with pytest.raises(UserError, match="--upload: s3://store/cut does not give back what was sent"):
+    with pytest.raises(UserError, match="--upload: s3://store/cut does not return what was sent"):
         upload_shards(root, "s3://store/cut")
     again = set(sent[len(before) :]) & set(before)
     assert len(before) > 5 and again == {"code/train/index.json"}  # Nothing else was sent twice.
@@ -332,7 +332,8 @@ def test_the_command_uploads(
     recipe.write_text(f"extends: {smoke}\n{tokenizer}{data}")
     assert main([str(recipe), "--upload"]) == 2
     assert (
-        "--upload: no address to send the shards to; give one, or set data.remote" in capsys.readouterr().err
+        "--upload: no address to upload the shards to; give one, or set data.remote"
+        in capsys.readouterr().err
     )
     assert main([str(recipe), "--join"]) == 2
     assert "--join: needs --upload" in capsys.readouterr().err

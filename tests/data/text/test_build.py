@@ -217,7 +217,7 @@ def test_other_sources_than_those_of_the_shards_are_refused(corpus: Path, make_r
     recipe = recipe_of(corpus, make_recipe, "one")
     manifest = build_shards(recipe, engine=Processes(1))
     other = recipe_of(corpus, make_recipe, "one", near_duplicates=0.9)
-    with pytest.raises(UserError, match=r"data.sources: are not those"):
+    with pytest.raises(UserError, match=r"data.sources: differ from those"):
         require_match(manifest, other)
     require_match(manifest, recipe_of(corpus, make_recipe, "one", zstd_level=3))
     moved = [dataclasses.replace(it, path="/elsewhere") for it in recipe.data.sources]
