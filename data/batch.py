@@ -1,4 +1,4 @@
-"""Samples as the tensors of a batch, in blocks that pass from a worker to the trainer as one tensor."""
+"""Batches of named tensors, built from samples in blocks that a worker sends to the trainer as one tensor."""
 
 import math
 
@@ -17,16 +17,16 @@ Positions = NDArray[np.int64]
 NO_TARGET = -100
 """Target of a position that has no loss."""
 HEADER = 3
-"""Words at the beginning of a block: its sequences, their length, and the sequences of each batch."""
+"""Words in a block's header: number of sequences, their length, and sequences per batch."""
 
 
 def make_batch(samples: list[Sample], positions: Positions, domains: Positions) -> Batch:
-    """Samples as the tensors of a batch.
+    """Builds a batch from samples.
 
     Args:
         samples: B samples of S tokens.
-        positions: [B], passed on.
-        domains: [B], passed on.
+        positions: ``sample_positions`` [B].
+        domains: ``domain_ids`` [B].
     """
     return open_block(make_block(samples, positions, domains))
 
@@ -40,18 +40,18 @@ def make_block(
     step: int = 1,
     batch: int = 0,
 ) -> Tensor:
-    """One or more batches as one int64 tensor, which begins with B, S and the sequences of each batch.
+    """Builds one or more batches as one int64 tensor, with a header of B, S and the sequences per batch.
 
-    Handing a tensor from a worker to the trainer takes longer than filling it, whatever its size, so it
-    is done seldom.
+    Sending a tensor from a worker to the trainer takes longer than filling it, whatever its size, so batches
+    are sent in blocks.
 
     Args:
-        samples: N samples of S / step tokens, ``step`` of them in a row for each of the B sequences.
-        positions: [B], passed on.
-        domains: [B], passed on.
-        follows: [N], whether a sample is the neighbour of the one before in the same sequence.
-        step: samples of a sequence.
-        batch: sequences of a batch; 0: all are one.
+        samples: N samples of S / step tokens, ``step`` consecutive ones for each of the B sequences.
+        positions: ``sample_positions`` [B].
+        domains: ``domain_ids`` [B].
+        follows: [N], whether a sample directly follows the previous one of its sequence in the shard.
+        step: samples per sequence.
+        batch: sequences per batch; 0: all are one batch.
     """
     count, size = len(samples), samples[0].tokens.size
     shape = count // step, size * step
@@ -66,9 +66,9 @@ def make_block(
     firsts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
     is_new = np.ones(lengths.size, np.int32)
     if follows is not None:
-        # A document that goes on in the neighbour is one document.
-        goes_on = firsts[follows]
-        is_new[goes_on[documents[goes_on] == documents[goes_on - 1]]] = 0
+        # A document that continues in the next sample stays one document.
+        continued = firsts[follows]
+        is_new[continued[documents[continued] == documents[continued - 1]]] = 0
     places = np.cumsum(is_new, dtype=np.int32)
     places -= np.repeat(places[firsts[::step]], np.diff(np.append(firsts[::step], lengths.size)))
     views["document_ids"].numpy()[:] = np.repeat(places, lengths).reshape(shape)
@@ -88,12 +88,12 @@ def make_block(
 
 
 def batch_of_block(block: Tensor) -> int:
-    """Sequences of each batch of a block."""
+    """Sequences per batch of a block."""
     return int(block[HEADER - 1])
 
 
 def open_block(block: Tensor) -> Batch:
-    """The tensors of a batch as views of the block that :func:`make_block` made."""
+    """Returns a batch of tensors as views of a block from :func:`make_block`."""
     sequences, length = block[: HEADER - 1].tolist()
     layout = _Layout(sequences, length)
     rows = block[HEADER : layout.token_end].view(-1, length)
@@ -108,7 +108,7 @@ def open_block(block: Tensor) -> Batch:
 
 
 class _Layout:
-    """Where the tensors of a batch lie in its block, in words of 8 bytes."""
+    """Offsets of a batch's tensors in its block, in words of 8 bytes."""
 
     def __init__(self, sequences: int, length: int) -> None:
         self.token_end = HEADER + 2 * sequences * length

@@ -1,17 +1,18 @@
-"""Batches of token ids for one rank, in an order that the recipe alone decides.
+"""Batches of token ids for one rank, in an order that depends only on the recipe.
 
 Position n of training is one sample, a sequence of the shards' length; see :mod:`data.order.plan`. The stages
-of :mod:`train.recipe.curriculum` say which positions a batch holds and how many of them make up a sequence;
-rank r takes the r-th contiguous part of a batch. Worker processes take runs of whole batches in turn, and
-the loader hands them out in order, so that nothing depends on them.
+of :mod:`train.recipe.curriculum` define which positions a batch holds and how many of them make up a
+sequence; rank r takes the r-th contiguous part of a batch. Worker processes take groups of whole batches in
+turn, and the loader returns them in order, so the number of workers changes nothing.
 
-**Resuming.** The loader has no state: it begins at ``start_sample``. A trainer saves how many samples
-it has trained on, over all ranks (Composer's ``timestamp.sample``), and builds the loader anew with
-that number. Nothing is read and thrown away, nothing is skipped, and ranks, workers or batch size may
-differ from before. With Composer: the loader never ends, so that a run is one epoch, and has no length;
-the Trainer stops by ``max_duration``, and needs ``spin_dataloaders=False``, since it would otherwise
-drop as many batches as it had trained. Composer leaves the random-number state as it is then, so it
-must be restored before ``fit``; iterating these loaders draws nothing from the global generators.
+**Resuming.** The loader has no state: it starts at ``start_sample``. A trainer saves how many samples it has
+trained on over all ranks (Composer's ``timestamp.sample``), and builds a new loader with that number. Nothing
+is read and discarded, nothing is skipped, and the number of ranks or workers and the batch size may change.
+
+With Composer: the loader has no length and never ends, so a run is one epoch and stops at ``max_duration``.
+The Trainer needs ``spin_dataloaders=False``; otherwise it would drop as many batches as it had trained. It
+then does not restore the random-number state, which must be restored before ``fit``; iterating these loaders
+draws nothing from the global generators.
 """
 
 import itertools
@@ -37,18 +38,18 @@ from train.recipe.errors import UserError
 # B sequences of a rank's batch, S tokens per sequence.
 
 NO_POSITION = -1
-"""Position of a sequence that fills up a validation batch."""
+"""Position of a padding sequence in a validation batch."""
 BLOCK_TOKENS = 1 << 17
-"""Batches are handed from a worker to the trainer together up to this many tokens, 2.6 MB ..."""
+"""A worker sends batches to the trainer in blocks of at most this many tokens, 2.6 MB ..."""
 BLOCK_BATCHES = 16
-"""... and this many batches, so that the first of small ones does not wait for many others."""
+"""... and at most this many batches, so that the first small batch does not wait for many others."""
 PREFETCHED_BLOCKS = 2
 
 
 class TrainSequences(IterableDataset[Tensor | UserError]):
-    """One rank's batches from a position on, without end, as blocks of one or more batches.
+    """One rank's batches from a position on, endless, in blocks of one or more batches.
 
-    Batches that the curriculum leaves out are passed over; nothing of them is read.
+    Batches that the curriculum excludes are skipped without being read.
     """
 
     def __init__(
@@ -61,34 +62,35 @@ class TrainSequences(IterableDataset[Tensor | UserError]):
         world_size: int,
         start: int,
     ) -> None:
-        """Reads nothing yet.
+        """Sets up the sequences; reads nothing yet.
 
         Args:
             plan: the order of the run.
             folders: shards of each of the plan's domains.
-            curriculum: the stages that the plan was made of.
-            rank: of this process.
+            curriculum: the stages from which the plan was built.
+            rank: this process's rank.
             world_size: number of ranks; divides the batch of every stage from ``start`` on.
-            start: first position; a batch's beginning.
+            start: first position, at the beginning of a batch.
         """
         assert 0 <= rank < world_size
         self.plan, self.folders, self._curriculum = plan, folders, curriculum
         self._rank, self._world_size, self._start = rank, world_size, start
 
     def __iter__(self) -> Iterator[Tensor | UserError]:
-        """Blocks of this rank, or of one of its workers; an error is the last that comes."""
+        """Yields the blocks of this rank, or of one of its workers; an error comes last."""
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for stage, batches in itertools.islice(self._blocks(), number, None, workers):
             try:
                 yield self._read(stage, batches)
             except UserError as error:
-                # Handed over, since what a worker raises reaches the trainer as a page of traceback.
+                # Sent as a value, since an exception raised in a worker reaches the trainer as a long
+                # traceback.
                 yield error
                 return
 
     def _blocks(self) -> Iterator[tuple[Stage, range]]:
-        """The run's batches in groups that are handed over together, each of one stage; without end."""
+        """Yields the run's batches in groups that are sent together, each within one stage; endless."""
         batch = self._curriculum.batch_at(self._start)
         while True:
             batch = self._curriculum.trained_from(batch)
@@ -102,7 +104,7 @@ class TrainSequences(IterableDataset[Tensor | UserError]):
             batch = end
 
     def _read(self, stage: Stage, batches: range) -> Tensor:
-        """This rank's part of some batches as a block."""
+        """Reads this rank's part of some batches as a block."""
         step, mine = stage.sequence_samples, stage.batch_sequences // self._world_size
         starts = stage.first_sample + (np.array(batches) - stage.first_batch) * stage.batch_samples
         starts += self._rank * mine * step
@@ -126,10 +128,10 @@ class TrainLoader(DataLoader[Any]):
     dataset: TrainSequences
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """Batches of named tensors, views of the blocks that workers send.
+        """Yields batches of named tensors, views of the blocks that workers send.
 
         Raises:
-            UserError: one line that names a shard that is missing, cut short or altered.
+            UserError: one line that names a missing, truncated or altered shard.
         """
         for block in super().__iter__():
             if isinstance(block, UserError):
@@ -142,8 +144,8 @@ class TrainLoader(DataLoader[Any]):
 class ValidationSequences(IterableDataset[Batch]):
     """One rank's share of a domain's validation sequences, the same at every evaluation.
 
-    They are spread evenly over the split. Every rank gets as many: where they do not divide, sequences
-    of padding without a target fill up.
+    They are spread evenly over the split. Every rank gets the same number: if they do not divide evenly,
+    padding sequences without targets are added.
     """
 
     def __init__(
@@ -157,16 +159,16 @@ class ValidationSequences(IterableDataset[Batch]):
         batch: int,
         pad_id: int,
     ) -> None:
-        """Reads nothing yet.
+        """Sets up the sequences; reads nothing yet.
 
         Args:
             folder: shards of the validation split.
             domain: index of the domain in the order of the plan.
             sequences: how many to read, over all ranks; at most ``len(folder)``.
-            rank: of this process.
+            rank: this process's rank.
             world_size: number of ranks.
-            batch: sequences of one rank's batch.
-            pad_id: fills up.
+            batch: sequences per rank and batch.
+            pad_id: the padding token.
         """
         self._folder, self._domain, self._batch, self._pad_id = folder, domain, batch, pad_id
         self._chosen = np.arange(sequences) * len(folder) // sequences
@@ -174,7 +176,7 @@ class ValidationSequences(IterableDataset[Batch]):
         self._mine = range(rank * per_rank, (rank + 1) * per_rank)
 
     def __iter__(self) -> Iterator[Batch]:
-        """This rank's batches; the last may be smaller."""
+        """Yields this rank's batches; the last may be smaller."""
         for begin in range(0, len(self._mine), self._batch):
             places = np.array(self._mine[begin : begin + self._batch])
             samples = [self._sample(place) for place in places]
@@ -186,7 +188,7 @@ class ValidationSequences(IterableDataset[Batch]):
         return math.ceil(len(self._mine) / self._batch)
 
     def unigram_entropy(self) -> float:
-        """Entropy of the frequencies of the targets of all ranks, in nats per token."""
+        """Unigram entropy of the targets of all ranks, in nats per token."""
         samples = [self._folder[int(number)] for number in self._chosen]
         targets = make_batch(samples, np.arange(len(samples)), np.zeros(len(samples), np.int64))["targets"]
         return unigram_entropy(targets[targets != NO_TARGET].numpy())
@@ -208,24 +210,24 @@ def build_train_loader(
     world_size: int,
     start_sample: int = 0,
 ) -> TrainLoader:
-    """The training batches of a rank; see the module's description for resuming.
+    """Builds the loader of a rank's training batches; see the module's docstring for resuming.
 
-    A batch has ``input_ids`` int64 [B, S], ``document_ids`` int32 [B, S] (the place of each token's
-    document in its sequence), ``targets`` int64 [B, S] (the next token, also where it begins another
-    document; -100 at the end of a sequence, before padding, and where pieces are joined that are no
-    neighbours), ``sample_positions`` int64 [B] (the position in the run of the sequence's first sample)
-    and ``domain_ids`` int64 [B] (indices into the sorted names of the domains).
-    Beside a GPU the batches lie in pinned memory (not yet run on a GPU).
+    A batch has ``input_ids`` int64 [B, S], ``document_ids`` int32 [B, S] (the number of each token's document
+    within its sequence), ``targets`` int64 [B, S] (the next token, even if it begins another document; -100
+    at the end of a sequence, before padding, and between joined samples that are not neighbours),
+    ``sample_positions`` int64 [B] (the position in the run of the sequence's first sample) and ``domain_ids``
+    int64 [B] (indices into the sorted names of the domains). On a GPU machine the batches are in pinned
+    memory (not yet run on a GPU).
 
     Args:
         opened: the run's data.
-        rank: of this process.
+        rank: this process's rank.
         world_size: number of ranks; divides the global batch.
-        start_sample: samples trained on before, over all ranks; a batch's beginning.
+        start_sample: samples already trained on, over all ranks; at the beginning of a batch.
         curriculum: the run's stages; None: those of a new run.
 
     Raises:
-        UserError: if the shards are not those that the recipe means.
+        UserError: if the shards do not match the recipe.
     """
     opened.require_match()
     curriculum = curriculum or plan_stages(opened.recipe)
@@ -242,10 +244,10 @@ def build_train_loader(
 
 
 def open_loader(dataset: TrainSequences, workers: int) -> TrainLoader:
-    """The batches of a rank, read in ``workers`` processes or, with 0, in this one."""
+    """Builds the loader of a rank's batches, read in ``workers`` processes or, with 0, in this one."""
     options: dict[str, Any] = {}
     if workers:
-        # Forked workers have everything imported; spawned ones would import it all again.
+        # Forked workers inherit all imports; spawned ones would import everything again.
         options = {
             "multiprocessing_context": "fork",
             "prefetch_factor": PREFETCHED_BLOCKS,
@@ -256,17 +258,17 @@ def open_loader(dataset: TrainSequences, workers: int) -> TrainLoader:
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        # Else each iterator would draw its seed from the global generator.
+        # Otherwise each iterator would draw its seed from the global generator.
         generator=torch.Generator(),
         **options,
     )
 
 
 def outlive_first_sigterm(_worker: int = 0) -> None:
-    """Lets this process survive one SIGTERM; the second ends it, as the end of the loader wants it.
+    """Makes this process survive one SIGTERM; the second, from the loader's shutdown, ends it.
 
-    Schedulers send SIGTERM to every process of a job (SLURM does), and a rank that is to save after its
-    batch must not lose the worker that reads it.
+    Schedulers such as SLURM send SIGTERM to every process of a job, and a rank that is to save after the
+    current batch must not lose the worker that reads it.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
@@ -274,13 +276,13 @@ def outlive_first_sigterm(_worker: int = 0) -> None:
 def build_validation_loaders(
     opened: OpenedData, *, rank: int, world_size: int
 ) -> dict[str, DataLoader[Batch]]:
-    """The validation batches of a rank by domain, with the keys of a training batch.
+    """Builds the loaders of a rank's validation batches by domain, with the keys of a training batch.
 
-    ``sample_positions`` are places among the domain's validation sequences, -1 for one that only fills
-    up. They are read in this process: there are few of them.
+    ``sample_positions`` are indices among the domain's validation sequences, -1 for padding sequences. The
+    batches are few, so they are read in this process.
 
     Raises:
-        UserError: if the shards are not those that the recipe means or hold too few sequences.
+        UserError: if the shards do not match the recipe or hold too few sequences.
     """
     datasets = _validation_sequences(opened, rank, world_size)
     return {
@@ -292,9 +294,9 @@ def build_validation_loaders(
 
 
 def validation_entropy(opened: OpenedData) -> dict[str, float]:
-    """Entropy of the frequencies of each domain's validation targets, in nats per token.
+    """Unigram entropy of each domain's validation targets, in nats per token.
 
-    Reads the sequences of all ranks: one rank is to call it.
+    Reads the sequences of all ranks, so only one rank needs to call it.
 
     Raises:
         UserError: as :func:`build_validation_loaders`.

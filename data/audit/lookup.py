@@ -1,11 +1,11 @@
-"""Which documents a step saw, and which steps saw a document."""
+"""Looks up the documents of a step, and the steps of a document."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.audit.run_data import RunBooks
+from data.audit.run_data import RunData
 from data.explore.sample import samples_of
 from data.order.plan import OrderPlan
 from data.shards.packing import PADDING
@@ -28,7 +28,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Sight:
-    """A piece of a document in a sequence that a step was trained on."""
+    """A piece of a document that a step was trained on."""
 
     step: int
     position: int
@@ -40,17 +40,19 @@ class Sight:
     tokens: int
 
 
-def documents_of_step(books: RunBooks, step: int) -> list[Sight]:
-    """Everything that a step saw, in the order of the batch.
+def documents_of_step(run: RunData, step: int) -> list[Sight]:
+    """Lists the documents that a step was trained on, in the order of the batch.
 
     Raises:
         UserError: if the data log has no such step.
     """
-    line = next((it for it in books.steps if it.step == step), None)
+    line = next((it for it in run.steps if it.step == step), None)
     if line is None or line.first is None:
-        last = books.steps[-1].step if books.steps else 0
-        raise UserError(f"the data log has no sound line of step {step}", remedy=f"it has steps 1 to {last}")
-    pieces = documents_at(books.plan, books.shards, books.documents_file, line.first, line.samples)
+        last = run.steps[-1].step if run.steps else 0
+        raise UserError(
+            f"the data log has no usable line for step {step}", remedy=f"it has steps 1 to {last}"
+        )
+    pieces = documents_at(run.plan, run.shards, run.documents_file, line.first, line.samples)
     return [Sight(step, **asdict(piece)) for piece in pieces]
 
 
@@ -61,15 +63,15 @@ def documents_at(
     first: int,
     samples: int,
 ) -> list[Piece]:
-    """Every piece of a document that stands at some positions, in their order.
+    """Lists every piece of a document at a range of positions, in order.
 
     Args:
         plan: the order of the run.
-        shards: of each domain.
-        documents_file: the list of a domain's documents, which is read up to the last that is looked for;
-            where it is None, documents are called by their place in it, `#7`.
-        first: position.
-        samples: how many positions from there on.
+        shards: shards of each domain.
+        documents_file: returns the list of a domain's documents, which is read up to the last one needed;
+            if it returns None, documents are named by their number in the list, `#7`.
+        first: first position.
+        samples: number of positions.
 
     Raises:
         UserError: one line that names a shard or a list that is missing or altered.
@@ -92,36 +94,38 @@ def documents_at(
     ]
 
 
-def steps_of_document(books: RunBooks, name: str) -> list[Sight]:
-    """Every time that the run saw a document, by the plan's inverse: only its own samples are read.
+def steps_of_document(run: RunData, name: str) -> list[Sight]:
+    """Lists every time that the run trained on a document, by inverting the plan; reads only its own samples.
 
     Raises:
         UserError: if no domain has a document of that name.
     """
-    found, is_known, end = [], False, max(((s.first or 0) + s.samples for s in books.steps), default=0)
-    for domain in books.plan.domains:
-        for ordinal, line in _lines_of(books.documents_file(domain), name):
+    found, is_known, end = [], False, max(((s.first or 0) + s.samples for s in run.steps), default=0)
+    for domain in run.plan.domains:
+        for ordinal, line in _lines_of(run.documents_file(domain), name):
             is_known = True
             if line.get("split", "train") == "train":
-                found += list(_sights(books, domain, ordinal, name, end))
+                found += list(_sights(run, domain, ordinal, name, end))
     if not is_known:
-        raise UserError(f"no domain has a document {name!r}", remedy="give its name in documents.jsonl whole")
+        raise UserError(
+            f"no domain has a document {name!r}", remedy="give its full name as in documents.jsonl"
+        )
     return sorted(found, key=lambda sight: sight.position)
 
 
-def _sights(books: RunBooks, domain: str, ordinal: int, name: str, end: int) -> Iterator[Sight]:
-    folder = books.shards[domain]
+def _sights(run: RunData, domain: str, ordinal: int, name: str, end: int) -> Iterator[Sight]:
+    folder = run.shards[domain]
     for number in samples_of(folder, ordinal):
         sample = folder[number]
         tokens = int(sample.lengths[sample.documents == ordinal].sum())
-        for epoch, position in enumerate(books.plan.positions_of(domain, number, end)):
-            step = books.step_at(position)
+        for epoch, position in enumerate(run.plan.positions_of(domain, number, end)):
+            step = run.step_at(position)
             if step is not None:
                 yield Sight(step, position, domain, number, epoch, name, tokens)
 
 
 def _lines_of(file: Path, name: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Places and lines of the documents of a name; others are not parsed, since there may be billions."""
+    """Numbers and lines of the documents with a name; others are not parsed, since there may be billions."""
     needle = json.dumps(name).encode()
     with file.open("rb") as lines:
         for ordinal, text in enumerate(lines):

@@ -1,12 +1,15 @@
-"""The proof from the records that a run skipped nothing undeclared and read nothing twice.
+"""The proof that a run skipped nothing except excluded ranges and read nothing twice.
 
-Four things are compared. The data log's lines with themselves: every step is there once, and the positions of
-one begin where those of the step before end; what recipe or guard declared to be left out
-(:mod:`train.record.skips`) is passed over, and must not have been read. Each line with the plan: as many
-sequences of each domain as it has at those positions. Each line with the shards: the digest that the ranks
-made of the tokens they were fed, with the digest of what the shards hold there, every shard held to its own
-hash. And the plan with
-itself: over all positions, no sample of a domain is read again before all of them were read as often.
+It makes four comparisons:
+
+- The lines of the data log with each other: every step is there once, and its positions begin where those of
+  the previous step end. Ranges that the recipe or the guard excluded (:mod:`train.record.skips`) must not
+  have been read.
+- Each line with the plan: it has as many sequences of each domain as the plan at those positions.
+- Each line with the shards: the digest of the tokens that the ranks were fed equals the digest of the tokens
+in
+  the shards, whose hashes are checked.
+- The plan with itself: no sample of a domain is read again before all its samples were read equally often.
 """
 
 from collections.abc import Iterator
@@ -14,91 +17,91 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data.audit.run_data import LedgerStep, RunBooks
+from data.audit.run_data import LoggedStep, RunData
 from data.shards.digest import MASK, digest_sequences
 from train.recipe.errors import UserError
 
 CHUNK = 1 << 20
-"""Positions whose picks are computed at once."""
-MOST_FAULTS = 50
+"""Positions computed at once."""
+MOST_VIOLATIONS = 50
 
 
 @dataclass
 class Proof:
-    """What was compared, and what does not hold."""
+    """The result of the comparisons."""
 
     steps: int = 0
     positions: int = 0
     steps_read: int = 0
     """Steps whose tokens were compared with the shards."""
     consumed: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Samples of each domain, and epochs."""
+    """Samples and epochs of each domain."""
     declared: list[str] = field(default_factory=list)
-    """What was left out by declaration."""
+    """Excluded ranges, with their reasons."""
     faults: list[str] = field(default_factory=list)
+    """Violations."""
 
     @property
     def holds(self) -> bool:
-        """Whether nothing was found."""
+        """True if there are no violations."""
         return not self.faults
 
 
-def prove(books: RunBooks, steps_read: int | None = None, progress: bool = False) -> Proof:
+def prove(run: RunData, steps_read: int | None = None, progress: bool = False) -> Proof:
     """Compares a run's records with its plan and its shards.
 
     Args:
-        books: the run's.
-        steps_read: steps, evenly spread, whose tokens are compared with the shards; None: all.
-        progress: show a bar.
+        run: the run's records.
+        steps_read: number of evenly spread steps whose tokens are compared with the shards; None: all.
+        progress: show a progress bar.
     """
     from tqdm import tqdm
 
-    proof = Proof(steps=len(books.steps), declared=list(_declared(books)))
-    proof.faults += _faults_of_lines(books)
-    chosen = _spread(len(books.steps), steps_read)
-    for number, step in enumerate(tqdm(books.steps, "steps", disable=not progress, mininterval=1)):
-        if len(proof.faults) >= MOST_FAULTS:
-            proof.faults.append("further faults are not listed")
+    proof = Proof(steps=len(run.steps), declared=list(_declared(run)))
+    proof.faults += _check_lines(run)
+    chosen = _spread(len(run.steps), steps_read)
+    for number, step in enumerate(tqdm(run.steps, "steps", disable=not progress, mininterval=1)):
+        if len(proof.faults) >= MOST_VIOLATIONS:
+            proof.faults.append("further violations are not listed")
             return proof
         if step.first is None:
             continue
         proof.positions += step.samples
-        faults = list(_faults_of_counts(books, step))
+        proof.faults += _check_counts(run, step)
         if number in chosen:
-            faults += _faults_of_tokens(books, step)
+            proof.faults += _check_tokens(run, step)
             proof.steps_read += 1
-        proof.faults += faults
-    proof.faults += _faults_of_plan(books, proof)
-    proof.faults += _faults_of_checkpoint(books)
+    proof.faults += _check_plan(run, proof)
+    proof.faults += _check_checkpoint(run)
     return proof
 
 
-def _faults_of_lines(books: RunBooks) -> Iterator[str]:
-    curriculum, trained = books.curriculum, 0
+def _check_lines(run: RunData) -> Iterator[str]:
+    curriculum, trained = run.curriculum, 0
     expected_first = 0
-    for step in books.steps:
+    for step in run.steps:
         batch = step.step - 1
         expected = curriculum.trained_from(trained)
         if curriculum.trained_from(batch) != batch:
-            yield f"step {step.step} was trained, although its positions are declared to be left out"
+            yield f"step {step.step} was trained, although its positions are excluded"
         elif batch != expected:
             yield f"steps {expected + 1} to {batch} are missing from the data log"
         if batch != trained:
             expected_first = curriculum.samples_before(batch)
         if step.first is None:
-            yield f"step {step.step}: the positions of its sequences are no range: some are missing or twice"
+            yield f"step {step.step}: its positions are not contiguous: some are missing or repeated"
         elif step.first < expected_first:
             yield f"step {step.step}: positions {step.first} to {expected_first - 1} were read again"
         elif step.first > expected_first:
-            yield f"step {step.step}: positions {expected_first} to {step.first - 1} were skipped before it"
+            yield f"step {step.step}: positions {expected_first} to {step.first - 1} before it were skipped"
         expected_first = (expected_first if step.first is None else step.first) + step.samples
         trained = step.step
 
 
-def _declared(books: RunBooks) -> Iterator[str]:
-    """The ranges that are left out before the data log's end or just behind it, with their reasons."""
-    curriculum = books.curriculum
-    end = books.steps[-1].step if books.steps else 0
+def _declared(run: RunData) -> Iterator[str]:
+    """Lists the excluded ranges up to the end of the data log or directly after it, with their reasons."""
+    curriculum = run.curriculum
+    end = run.steps[-1].step if run.steps else 0
     for first, after in curriculum.skipped:
         if first > end:
             break
@@ -110,26 +113,26 @@ def _declared(books: RunBooks) -> Iterator[str]:
         )
 
 
-def _faults_of_counts(books: RunBooks, step: LedgerStep) -> Iterator[str]:
+def _check_counts(run: RunData, step: LoggedStep) -> Iterator[str]:
     assert step.first is not None
-    picks = books.plan.samples(step.first, step.samples)
-    planned = np.bincount(picks.domain, minlength=len(books.plan.domains)) // step.stride
-    there = dict(zip(books.plan.domains, planned.tolist(), strict=True))
+    picks = run.plan.samples(step.first, step.samples)
+    planned = np.bincount(picks.domain, minlength=len(run.plan.domains)) // step.stride
+    there = dict(zip(run.plan.domains, planned.tolist(), strict=True))
     for name in sorted({*there, *step.domains}):
         has = step.domains[name].sequences if name in step.domains else 0
         if has != there.get(name, 0):
-            yield f"step {step.step}: {has} sequences of {name}, where the plan has {there.get(name, 0)}"
+            yield f"step {step.step}: {has} sequences of {name}, but the plan has {there.get(name, 0)}"
 
 
-def _faults_of_tokens(books: RunBooks, step: LedgerStep) -> Iterator[str]:
+def _check_tokens(run: RunData, step: LoggedStep) -> Iterator[str]:
     assert step.first is not None
-    picks = books.plan.samples(step.first, step.samples)
-    for index, name in enumerate(books.plan.domains):
+    picks = run.plan.samples(step.first, step.samples)
+    for index, name in enumerate(run.plan.domains):
         slots = np.flatnonzero(picks.domain == index)
         if not slots.size:
             continue
         try:
-            tokens = np.stack([books.shards[name][int(number)].tokens for number in picks.sample[slots]])
+            tokens = np.stack([run.shards[name][int(number)].tokens for number in picks.sample[slots]])
         except UserError as error:
             yield f"step {step.step}, {name}: can't be compared: {error.what}"
             continue
@@ -137,25 +140,25 @@ def _faults_of_tokens(books: RunBooks, step: LedgerStep) -> Iterator[str]:
         digest = digest_sequences(tokens, step.first + slots[:: step.stride])
         if name in step.domains and digest & MASK != step.domains[name].digest:
             yield (
-                f"step {step.step}, {name}: fed with other tokens than the shards have at positions "
+                f"step {step.step}, {name}: trained on other tokens than those of the shards at positions "
                 f"{step.first} to {step.first + step.samples - 1}"
             )
 
 
-def _faults_of_plan(books: RunBooks, proof: Proof) -> Iterator[str]:
-    end = max(((step.first or 0) + step.samples for step in books.steps), default=0)
-    left_out = [0] * len(books.plan.sizes)
-    for first, after in books.curriculum.skipped_before(books.steps[-1].step if books.steps else 0):
-        begin, stop = books.curriculum.samples_before(first), books.curriculum.samples_before(after)
-        before = books.plan.consumed(begin)
-        for index, (name, count) in enumerate(books.plan.consumed(stop).items()):
-            left_out[index] += count - before[name]
-    reads = [np.zeros(size, np.uint16) for size in books.plan.sizes]
+def _check_plan(run: RunData, proof: Proof) -> Iterator[str]:
+    end = max(((step.first or 0) + step.samples for step in run.steps), default=0)
+    excluded = [0] * len(run.plan.sizes)
+    for first, after in run.curriculum.skipped_before(run.steps[-1].step if run.steps else 0):
+        begin, stop = run.curriculum.samples_before(first), run.curriculum.samples_before(after)
+        before = run.plan.consumed(begin)
+        for index, (name, count) in enumerate(run.plan.consumed(stop).items()):
+            excluded[index] += count - before[name]
+    reads = [np.zeros(size, np.uint16) for size in run.plan.sizes]
     for first in range(0, end, CHUNK):
-        picks = books.plan.samples(first, min(CHUNK, end - first))
+        picks = run.plan.samples(first, min(CHUNK, end - first))
         for index, counts in enumerate(reads):
             np.add.at(counts, picks.sample[picks.domain == index], 1)
-    for name, counts, less in zip(books.plan.domains, reads, left_out, strict=True):
+    for name, counts, less in zip(run.plan.domains, reads, excluded, strict=True):
         trained = int(counts.sum()) - less
         proof.consumed[name] = trained, trained / counts.size
         if counts.max() - counts.min() > 1:
@@ -166,20 +169,20 @@ def _faults_of_plan(books: RunBooks, proof: Proof) -> Iterator[str]:
             )
 
 
-def _faults_of_checkpoint(books: RunBooks) -> Iterator[str]:
-    batch = books.progress.get("batch")
+def _check_checkpoint(run: RunData) -> Iterator[str]:
+    batch = run.progress.get("batch")
     if batch is None:
         return
-    if not books.steps or books.steps[-1].step < batch:
-        last = books.steps[-1].step if books.steps else 0
+    if not run.steps or run.steps[-1].step < batch:
+        last = run.steps[-1].step if run.steps else 0
         yield f"the newest checkpoint is of step {batch}, but the data log ends with step {last}"
         return
     counted: dict[str, int] = {}
-    for step in books.steps:
+    for step in run.steps:
         if step.step <= batch:
             for name, entry in step.domains.items():
                 counted[name] = counted.get(name, 0) + entry.sequences * step.stride
-    for name, total in books.progress.get("consumed", {}).items():
+    for name, total in run.progress.get("consumed", {}).items():
         if total["samples"] != counted.get(name, 0):
             yield (
                 f"the checkpoint of step {batch} counts {total['samples']} samples of {name}, the data log "

@@ -1,4 +1,4 @@
-"""What a run left of its data: recipe, stages, data log and shards, opened for reading."""
+"""A run's data for the audit: recipe, stages, data log and shards, opened for reading."""
 
 import json
 from bisect import bisect_right
@@ -27,32 +27,32 @@ class DomainPart:
 
     sequences: int
     targets: int
-    """Tokens that had a loss."""
+    """Tokens with a loss."""
     digest: int
 
 
 @dataclass(frozen=True)
-class LedgerStep:
+class LoggedStep:
     """One line of the data log."""
 
     step: int
     first: int | None
-    """Position of the first sample; None where the positions are no range."""
+    """Position of the first sample; None if the positions are not contiguous."""
     samples: int
     """Samples of the shards' length."""
     stride: int
-    """Samples of a sequence."""
+    """Samples per sequence."""
     domains: dict[str, DomainPart]
 
 
-class RunBooks:
-    """A run's records."""
+class RunData:
+    """A run's data."""
 
     def __init__(self, folder: Path) -> None:
         """Reads recipe, data log and the newest checkpoint's progress.
 
         Raises:
-            UserError: if the folder is not that of a run with a data_log, or its shards are gone.
+            UserError: if the folder is not that of a run with a data log, or its shards are missing.
         """
         if not data_log_of(folder).is_file():
             raise UserError(f"{folder} has no {DATA_LOG_FILE}", remedy="give the folder of a run, runs/NAME")
@@ -63,11 +63,11 @@ class RunBooks:
         self.steps = [_step(line, sample_tokens) for line in read_steps(data_log_of(folder))]
         found = sorted((folder / CHECKPOINTS_FOLDER).glob(f"batch-*[0-9]/{PROGRESS_FILE}"))
         self.progress: dict[str, Any] = json.loads(found[-1].read_text()) if found else {}
-        """Of the newest checkpoint; empty if there is none."""
+        """Progress at the newest checkpoint; empty if there is none."""
 
     @cached_property
     def curriculum(self) -> Curriculum:
-        """The stages that the run was trained in, and will be."""
+        """The run's stages, past and future."""
         past = self.progress.get("curriculum")
         stages = plan_stages(self.recipe)
         if past:
@@ -85,7 +85,7 @@ class RunBooks:
         return {domain: self.data.shards(domain, "train") for domain in self.plan.domains}
 
     def documents_file(self, domain: str) -> Path:
-        """The list of a domain's documents, fetched where it lies in a store."""
+        """The list of a domain's documents, fetched if it is in a store."""
         return self.data.documents_file(domain)
 
     def step_at(self, position: int) -> int | None:
@@ -97,11 +97,11 @@ class RunBooks:
         return known[place].step
 
 
-def _step(line: dict[str, Any], sample_tokens: int) -> LedgerStep:
+def _step(line: dict[str, Any], sample_tokens: int) -> LoggedStep:
     domains = {
         name: DomainPart(n, targets, int(digest, 16))
         for name, (n, targets, digest) in line["domains"].items()
     }
     stride = line["length"] // sample_tokens
     samples = stride * sum(entry.sequences for entry in domains.values())
-    return LedgerStep(line[STEP], line["first"], samples, stride, domains)
+    return LoggedStep(line[STEP], line["first"], samples, stride, domains)

@@ -1,4 +1,4 @@
-"""What shards hold, as a page: ``python -m data.explore SHARDS``."""
+"""Shows the contents of shards on an HTML page: ``python -m data.explore SHARDS``."""
 
 import sys
 from argparse import ArgumentParser, Namespace
@@ -12,14 +12,16 @@ PAGE_FILE = "shards.html"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds what the command reads."""
-    parser.add_argument("folder", metavar="SHARDS", help="of a mixture, of one of its domains, or of a run")
+    """Adds the command's arguments."""
+    parser.add_argument(
+        "folder", metavar="SHARDS", help="folder of a mixture, of one of its domains, or of a run"
+    )
     parser.add_argument(
         "--html",
         metavar="FILE",
         type=Path,
         default=Path(PAGE_FILE),
-        help=f"the page (default {PAGE_FILE} in the current folder)",
+        help=f"page to write (default {PAGE_FILE} in the current folder)",
     )
     parser.add_argument(
         "--sample", type=int, metavar="N", default=DOCUMENTS, help=f"documents to draw (default {DOCUMENTS})"
@@ -30,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     "python -m data.explore",
     "Writes a page on shards: sizes, lengths, duplicates, languages, rarity, a map of documents to search.",
     add_arguments,
-    json="write the figures there too",
+    json="also write the figures there",
     mistakes=(OSError,),
 )
 def main(options: Namespace) -> Figures:

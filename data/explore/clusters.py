@@ -1,8 +1,8 @@
-"""A map of documents: those that use the same words lie near each other, and clusters have names.
+"""A map of documents: documents with similar words lie near each other, and clusters are named.
 
 TF-IDF of words, truncated SVD (latent semantic analysis; Deerwester et al. 1990), k-means for the clusters,
-t-SNE (van der Maaten and Hinton 2008) for the plane, all scikit-learn's, on one thread and from one seed, so
-that the same documents give the same map.
+t-SNE (van der Maaten and Hinton 2008) for the plane; all from scikit-learn, on one thread with a fixed seed,
+so the same documents give the same map.
 """
 
 from collections.abc import Sequence
@@ -14,29 +14,29 @@ from numpy.typing import NDArray
 # N documents, W words, C clusters.
 
 CHARACTERS = 20_000
-"""Of each document that are looked at."""
+"""Characters used of each document."""
 WORDS = 20_000
 DIMENSIONS = 50
 MOST_CLUSTERS = 16
 LABEL_TERMS = 4
 FEWEST = 12
-"""Fewer documents are not worth a map."""
+"""With fewer documents there is no map."""
 
 
 @dataclass(frozen=True)
 class DocumentMap:
-    """Where documents lie."""
+    """Places and clusters of documents."""
 
     places: NDArray[np.float64]
-    """In the unit square [N, 2]."""
+    """Each document's place in the unit square [N, 2]."""
     cluster: NDArray[np.int64]
-    """Of each document [N]."""
+    """Each document's cluster [N]."""
     labels: list[str]
-    """The words [C] that set each cluster apart."""
+    """The words that distinguish each cluster [C]."""
 
 
 def map_documents(texts: Sequence[str], seed: int) -> DocumentMap:
-    """Clusters texts and lays them out; one cluster without a name where there is too little to go by."""
+    """Clusters texts and lays them out; a single cluster if there is too little text."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from threadpoolctl import threadpool_limits
 
@@ -44,7 +44,7 @@ def map_documents(texts: Sequence[str], seed: int) -> DocumentMap:
     flat = DocumentMap(np.full((count, 2), 0.5), np.zeros(count, np.int64), ["all"])
     if count < FEWEST:
         return flat
-    # A word of one document likens nothing, one of half of them hardly anything.
+    # A word that occurs in one document, or in half of them, says little about similarity.
     vectorizer = TfidfVectorizer(
         token_pattern=r"[^\W\d_]{2,}", min_df=2, max_df=0.5, max_features=WORDS, sublinear_tf=True
     )

@@ -1,4 +1,4 @@
-"""Looks into shards: draws documents, measures them, lays them out as a map. Read `explore` first."""
+"""Explores shards: samples documents, measures them, and maps them. Start reading at `explore`."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -15,16 +15,16 @@ from train.recipe.errors import UserError
 from train.record.tables import text_table
 
 DOCUMENTS = 1500
-"""Drawn where nobody says how many: a page of some 2 MB."""
+"""Default number of documents to draw, for a page of some 2 MB."""
 SEED = 0
 SHOWN_COPIES = 12
-"""Removed copies that are shown for each domain."""
+"""Removed copies shown per domain."""
 COPIES = ("exact duplicate", "near duplicate")
 
 
 @dataclass(frozen=True)
 class Exploration:
-    """What was found in shards."""
+    """The results of exploring shards."""
 
     shards: Shards
     documents: list[Document]
@@ -32,10 +32,10 @@ class Exploration:
     domains: dict[str, DomainMeasures]
     map: DocumentMap
     removed_copies: dict[str, list[dict[str, str]]]
-    """Of each domain, some of the documents that preparation removed, with the one that stayed."""
+    """For each domain, some of the copies that preparation removed, with the document that was kept."""
 
     def to_json(self) -> str:
-        """Figures of the domains and clusters, without the documents."""
+        """Returns the figures of domains and clusters, without the documents."""
         tree = {
             "shards": str(self.shards.root),
             "digest": self.shards.manifest.digest,
@@ -57,11 +57,11 @@ def explore(place: Path, count: int = DOCUMENTS, progress: bool = False) -> Expl
 
     Args:
         place: the folder of a mixture's shards, of one of its domains, or of a run.
-        count: documents to draw, as many from each domain.
-        progress: show a bar.
+        count: documents to draw, equally many from each domain.
+        progress: show a progress bar.
 
     Raises:
-        UserError: if there are no shards, or one that is needed is missing or altered.
+        UserError: if there are no shards, or a shard that is needed is missing or altered.
     """
     shards = Shards.open(place)
     if count < len(shards.domains):
@@ -86,7 +86,7 @@ def explore(place: Path, count: int = DOCUMENTS, progress: bool = False) -> Expl
 
 
 def describe(found: Exploration) -> str:
-    """The domains as a table for a terminal."""
+    """Describes the domains as a text table."""
     rows = []
     for name, domain in found.domains.items():
         languages: list[Any] = list(domain.languages.items())[:4]
@@ -101,7 +101,7 @@ def describe(found: Exploration) -> str:
                 ", ".join(shares),
             )
         )
-    heads = ("domain", "of", "median length", "copies", "seen once", "languages")
+    heads = ("domain", "documents", "median length", "copies", "seen once", "languages")
     return f"{len(found.documents):,} documents drawn\n{text_table(heads, rows, '<>>>><')}"
 
 
@@ -109,7 +109,7 @@ def _removed_copies(shards: Shards, domain: str) -> list[dict[str, str]]:
     record = shards.domains[domain]
     if not any(record.rejected.get(reason) for reason in COPIES):
         return []
-    # What is no copy is drawn too, and dropped: the list is read once, whatever its length.
+    # Other rejected documents are drawn too and dropped, so that the list is read only once.
     every = sum(record.rejected.values())
     share = sum(record.rejected.get(reason, 0) for reason in COPIES) / every
     lines = draw_lines(shards.file(domain, REJECTED_FILE), int(4 * SHOWN_COPIES / share), SEED)

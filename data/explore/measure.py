@@ -1,4 +1,4 @@
-"""What is measured of a sample of documents: languages, copies, rarity of tokens, lengths."""
+"""Measurements of a sample of documents: languages, copies, rarity of tokens, lengths."""
 
 import hashlib
 from collections import Counter
@@ -17,7 +17,7 @@ from data.tokenizer import TokenizerHandle
 # N documents, V vocabulary.
 
 NEAR = 0.8
-"""Jaccard similarity from which on two documents of the sample count as near-copies."""
+"""Minimum Jaccard similarity of near-copies."""
 TYPICAL = 12
 PRIOR_TOKENS = 1000.0
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -25,39 +25,39 @@ PERCENTILES = (5, 25, 50, 75, 95)
 
 @dataclass(frozen=True)
 class Measures:
-    """Of each document [N]."""
+    """The measurements of each document [N]."""
 
     texts: list[str]
     languages: list[str]
     surprisal: NDArray[np.float64]
-    """Nats per token under the frequencies of tokens in the other documents: high for unusual ones."""
+    """Nats per token under the token frequencies of the other documents: high for unusual documents."""
     copy_of: NDArray[np.int64]
-    """The first document of the sample that is the same or nearly so; its own number for all others."""
+    """The first equal or nearly equal document of the sample; its own number if there is none."""
     is_exact: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class DomainMeasures:
-    """Of the documents of a domain."""
+    """The measurements of a domain's documents."""
 
     documents: int
     tokens: int
     length_percentiles: dict[str, int]
-    """Tokens of a document."""
+    """Tokens per document."""
     languages: dict[str, int]
-    """Documents by language, most first."""
+    """Documents by language, most frequent first."""
     exact_copies: int
     near_copies: int
     distinct_tokens: int
-    """Ids that occur."""
+    """Number of ids that occur."""
     tokens_seen_once: int
     mean_surprisal: float
     typical_tokens: list[str]
-    """Far more frequent here than in the other domains."""
+    """Tokens that are far more frequent here than in the other domains."""
 
 
 def measure_documents(documents: Sequence[Document], tokenizer: TokenizerHandle) -> Measures:
-    """Measures each document, and each against the others."""
+    """Measures each document by itself and against the others."""
     texts = [tokenizer.decode(document.tokens.tolist()) for document in documents]
     copies = _copies(texts)
     return Measures(
@@ -72,7 +72,7 @@ def measure_documents(documents: Sequence[Document], tokenizer: TokenizerHandle)
 def measure_domains(
     documents: Sequence[Document], measures: Measures, tokenizer: TokenizerHandle
 ) -> dict[str, DomainMeasures]:
-    """Sums up the documents of each domain."""
+    """Summarises the documents of each domain."""
     domains = list(dict.fromkeys(document.domain for document in documents))
     counts = {
         domain: sum(
@@ -104,11 +104,12 @@ def measure_domains(
 
 
 def typical_ids(here_V: NDArray[np.int64], elsewhere_V: NDArray[np.int64]) -> list[int]:
-    """Ids by the z-score of their log-odds, with a prior of all counts (Monroe et al. 2008, section 3.5).
+    """Ranks ids by the z-score of their log-odds, with a prior of all counts (Monroe et al. 2008, section
+    3.5).
 
     Args:
-        here_V: how often each id [V] occurs in the domain.
-        elsewhere_V: how often in the others; nothing is typical where there are none.
+        here_V: count of each id [V] in the domain.
+        elsewhere_V: its count in the other domains; if all are 0, no id is typical.
     """
     if not here_V.sum() or not elsewhere_V.sum():
         return []
@@ -128,7 +129,7 @@ def typical_ids(here_V: NDArray[np.int64], elsewhere_V: NDArray[np.int64]) -> li
 
 
 def _surprisal(documents: Sequence[NDArray[np.int32]], vocab_size: int) -> NDArray[np.float64]:
-    """Mean of -ln p over each document's tokens; p from all other documents, with one added to each count."""
+    """Mean of -ln p over each document's tokens; p from all other documents, with add-one smoothing."""
     total = sum((np.bincount(tokens, minlength=vocab_size) for tokens in documents), np.zeros(vocab_size))
     everything = total.sum()
     means = np.zeros(len(documents))

@@ -1,4 +1,4 @@
-"""Documents of a folder of shards, drawn at random from each domain, with their tokens."""
+"""Draws random documents with their tokens from each domain of a folder of shards."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ class Document:
     name: str
     split: str
     tokens: NDArray[np.int32]
-    """Its token ids, without the one that ends it."""
+    """Its token ids, without the end-of-text token."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,16 @@ class Shards:
     root: Path
     manifest: Manifest
     domains: dict[str, DomainRecord]
-    """Those that were asked for."""
+    """The selected domains."""
     cache: ShardCache | None = None
-    """Where files come from that are not there; None: they all are."""
+    """Fetches missing files; None: all files are local."""
 
     @classmethod
     def open(cls, place: Path) -> "Shards":
         """Opens the shards of a mixture, of one of its domains, or of a run.
 
         Args:
-            place: folder with ``manifest.json``, a domain's folder within such a one, or ``runs/NAME``.
+            place: a folder with ``manifest.json``, a domain's folder inside one, or ``runs/NAME``.
 
         Raises:
             UserError: if it is none of these.
@@ -74,7 +74,7 @@ class Shards:
         return cls(place, manifest, manifest.domains)
 
     def open_tokenizer(self) -> TokenizerHandle:
-        """The tokenizer that made the shards."""
+        """Opens the tokenizer that made the shards."""
         made_by = self.manifest.tokenizer
         if made_by.name == TokenizerKind.cl100k_base.value:
             return open_tokenizer(Tokenizer(TokenizerKind.cl100k_base), self.root)
@@ -82,7 +82,7 @@ class Shards:
         return open_tokenizer(Tokenizer(TokenizerKind.bpe, size), self.root)
 
     def file(self, domain: str, name: str) -> Path:
-        """A list of a domain, fetched where it lies in a store."""
+        """The path of a domain's list, fetched if it is in a store."""
         path, record = self.root / domain / name, self.domains[domain]
         if self.cache is not None:
             hashes = {DOCUMENTS_FILE: record.documents_sha256, REJECTED_FILE: record.rejected_sha256}
@@ -90,20 +90,20 @@ class Shards:
         return path
 
     def documents(self, domain: str) -> int:
-        """Documents of a domain, both splits."""
+        """Number of documents of a domain in both splits."""
         return sum(split.documents for split in self.domains[domain].splits.values())
 
 
 def draw_documents(shards: Shards, domain: str, count: int, seed: int) -> list[Document]:
-    """Documents of a domain at random, each as likely as any other; all of them if there are no more.
+    """Draws documents of a domain uniformly at random; returns all of them if there are at most ``count``.
 
-    Only the list of documents is read whole. A document is found in the shards by halving.
+    Only the list of documents is read completely. Documents are located in the shards by binary search.
 
     Args:
-        shards: where from.
-        domain: its name.
-        count: how many.
-        seed: the same one draws the same documents.
+        shards: the shards.
+        domain: name of the domain.
+        count: number of documents.
+        seed: the same seed draws the same documents.
 
     Raises:
         UserError: if a shard is missing or altered.
@@ -122,7 +122,7 @@ def draw_documents(shards: Shards, domain: str, count: int, seed: int) -> list[D
 
 
 def draw_lines(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    """Lines of a JSONL file at random, in their order, in one pass (reservoir sampling, Vitter 1985)."""
+    """Draws random lines of a JSONL file, in file order, in one pass (reservoir sampling, Vitter 1985)."""
     rng = np.random.default_rng(seed)
     kept: list[tuple[int, str]] = []
     with path.open() as file:
@@ -135,7 +135,7 @@ def draw_lines(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def samples_of(folder: ShardFolder, ordinal: int) -> list[int]:
-    """The samples that hold a document: documents ascend through a split, so that halving finds the first."""
+    """The samples that contain a document, by binary search: document numbers ascend through a split."""
     low, high = 0, len(folder)
     while low < high:
         middle = (low + high) // 2
@@ -148,7 +148,7 @@ def samples_of(folder: ShardFolder, ordinal: int) -> list[int]:
 
 
 def tokens_of(folder: ShardFolder, ordinal: int) -> NDArray[np.int32]:
-    """Token ids of a document, its end included; none if the folder lacks it."""
+    """Token ids of a document, including the end-of-text token; empty if the folder does not contain it."""
     pieces = [np.empty(0, np.int32)]
     for number in samples_of(folder, ordinal):
         sample = folder[number]
@@ -162,6 +162,6 @@ def _lines_at(path: Path, numbers: list[int]) -> list[tuple[int, dict[str, Any]]
     with path.open() as file:
         found = [(n, json.loads(line)) for n, line in enumerate(file) if n in wanted]
     if len(found) != len(wanted):
-        remedy = "`python -m data.write_shards RECIPE --rebuild` makes the shards anew"
+        remedy = "`python -m data.write_shards RECIPE --rebuild` builds the shards again"
         raise UserError(f"{path} has fewer lines than the manifest has documents", remedy=remedy)
     return found

@@ -1,6 +1,6 @@
 "use strict";
-// Draws the map and the list of documents. What is asked for stands in the address after `#`, so that a view
-// can be bookmarked and sent.
+// Draws the map and the list of documents. The selection is kept in the address after `#`, so that a view can be
+// bookmarked and shared.
 const data = JSON.parse(document.getElementById("data").textContent);
 const controls = Object.fromEntries(
   ["q", "domain", "cluster", "language", "order", "colour"].map((id) => [id, document.getElementById(id)]));
@@ -33,7 +33,7 @@ function place(it) {
   return [MARGIN + it.x * (WIDTH - 2 * MARGIN), MARGIN + it.y * (HEIGHT - 2 * MARGIN)];
 }
 
-// As much of the text as matters, with what was searched for marked; only ever text, never markup.
+// Appends text with the search terms marked; as text nodes, never as markup.
 function marked(text, words, parent) {
   const lower = text.toLowerCase();
   for (let at = 0; at < text.length;) {
@@ -116,11 +116,11 @@ const boxes = [];
 for (const it of data.labels.toSorted((a, b) => a.y - b.y)) {
   const label = document.createElementNS(SVG, "text"), [x, y] = place(it);
   label.setAttribute("x", x.toFixed(1));
-  // Near an edge a label grows inwards.
+  // Near an edge, a label extends inwards.
   label.style.textAnchor = it.x < 0.15 ? "start" : it.x > 0.85 ? "end" : "middle";
   label.textContent = it.label;
   map.append(label);
-  // Below the labels that it would lie on.
+  // Moves it below labels that it would overlap.
   for (let at = y; ; at += 2) {
     label.setAttribute("y", at.toFixed(1));
     const box = label.getBBox();

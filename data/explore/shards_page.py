@@ -1,4 +1,4 @@
-"""What was found in shards as one self-contained page, light and dark, with documents to search and a map."""
+"""The results of exploring shards as one self-contained page, with a map and a search of documents."""
 
 import base64
 import hashlib
@@ -19,16 +19,16 @@ from train.record.page.svg import COLOURS, draw_svg
 Rows = list[list[str]]
 
 EXCERPT_CHARACTERS = 600
-"""Of each document, in the page."""
+"""Characters shown of each document."""
 WIDE_SHARE = 0.08
-"""The least share of a domain at which a language is named in the bar, not only in the legend."""
+"""Minimum share of a domain for a language to be named in the bar, not only in the legend."""
 
 
 def write_page(found: Exploration, path: Path) -> None:
     """Writes the page.
 
     Raises:
-        UserError: if it can't be written there.
+        UserError: if the file can't be written.
     """
     text = shards_page(found)
     try:
@@ -39,7 +39,7 @@ def write_page(found: Exploration, path: Path) -> None:
 
 
 def shards_page(found: Exploration) -> str:
-    """The page as HTML."""
+    """Renders the page as HTML."""
     script = verbatim("data/explore/shards_page.js")
     reasons, left_out = _left_out(found)
     return render(
@@ -109,7 +109,7 @@ def _sizes(found: Exploration) -> Rows:
 
 
 def _left_out(found: Exploration) -> tuple[list[str], Rows]:
-    """Reasons, copies first, and of each domain how many documents each of them left out."""
+    """The reasons for rejection, copies first, and each domain's number of rejected documents by reason."""
     records = found.shards.domains
     given = {reason for record in records.values() for reason in record.rejected}
     reasons = [reason for reason in COPIES if reason in given] + sorted(given - set(COPIES))
@@ -126,7 +126,7 @@ def _language_colours(found: Exploration) -> dict[str, str]:
 
 
 def _languages(found: Exploration) -> dict[str, list[dict[str, Any]]]:
-    """Of each domain, the parts of its bar."""
+    """The parts of each domain's bar."""
     colours = _language_colours(found)
     return {
         name: [
@@ -197,7 +197,7 @@ def _histogram(
 
 
 def _tree(found: Exploration) -> dict[str, Any]:
-    """What the page's script reads."""
+    """The data for the page's script."""
     clusters = [f"{n + 1}: {label}" for n, label in enumerate(found.map.labels)]
     documents = []
     for n, document in enumerate(found.documents):

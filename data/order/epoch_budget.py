@@ -1,4 +1,4 @@
-"""The epoch budget: how often a run reads each domain, held to what the recipe allows before it trains."""
+"""The epoch budget: how often a run reads each domain, checked against the recipe before it trains."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ from train.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class EpochBudget:
-    """How much of a domain a run reads, and how much there is."""
+    """Samples that a run reads of a domain, and samples that the domain has."""
 
     domain: str
     samples: int
-    """In the shards."""
+    """Samples in the shards."""
     consumed: int
-    """Samples that the run reads in all, repetitions included."""
+    """Samples that the run reads in total, repetitions included."""
     max_epochs: float
     exhausted_at: int | None
-    """Position that would read the domain more than ``max_epochs`` times; None: none."""
+    """First position that would exceed ``max_epochs``; None: the budget suffices."""
 
     @property
     def epochs(self) -> float:
@@ -28,12 +28,12 @@ class EpochBudget:
 
 
 def epoch_budgets(recipe: Recipe, curriculum: Curriculum, plan: OrderPlan) -> list[EpochBudget]:
-    """The epoch budget of every domain over the whole run.
+    """Computes every domain's epoch budget over the whole run.
 
     Args:
-        recipe: says how often each domain may be read.
+        recipe: sets how often each domain may be read.
         curriculum: the run's stages.
-        plan: the order that was made of them.
+        plan: the sample order built from them.
     """
     consumed = plan.consumed(curriculum.samples)
     found = []
@@ -45,12 +45,12 @@ def epoch_budgets(recipe: Recipe, curriculum: Curriculum, plan: OrderPlan) -> li
 
 
 def require_epoch_budget(recipe: Recipe, curriculum: Curriculum, plan: OrderPlan) -> None:
-    """Raises where a domain would be read more often than the recipe allows.
+    """Raises an error if a domain would be read more often than the recipe allows.
 
     Args:
-        recipe: says how often each domain may be read.
+        recipe: sets how often each domain may be read.
         curriculum: the run's stages.
-        plan: the order that was made of them.
+        plan: the sample order built from them.
 
     Raises:
         UserError: one line that names the domain that is exhausted first, and at which token.

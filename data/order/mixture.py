@@ -1,10 +1,10 @@
-"""Which domain stands at each position of training: weights of many phases, in closed form and exactly.
+"""The mixture: the domain of each position of training, exact and in closed form over all phases.
 
-Weights are constant over a :class:`train.recipe.curriculum.MixtureSegment` of positions; a ramp is many
-segments. Within one the domains are the leaves of a binary tree, and at every node the first m arrivals give
-``floor(e + share * m + 1/2)`` to one side and the rest to the other, so that both stay within half a
-sequence of their quota. What a domain is owed at the end of a segment goes on into the next: the error is
-carried over, never drawn at random, and all of it is arithmetic of integers, equal on every machine.
+Weights are constant over a :class:`train.recipe.curriculum.MixtureSegment` of positions; a ramp consists of
+many segments. Within a segment the domains are the leaves of a binary tree. At every node, of the first m
+arrivals ``floor(e + share * m + 1/2)`` go to one side and the rest to the other, so both stay within half a
+sequence of their quota. The error at the end of a segment is carried over into the next. Nothing is drawn at
+random, and all of it is integer arithmetic, equal on every machine.
 """
 
 from bisect import bisect_right
@@ -17,11 +17,11 @@ from data.order.permutation import Indices
 from train.recipe.curriculum import MixtureSegment
 
 PARTS = 1_000_000_000
-"""Weights are whole numbers of these parts of 1: decimal weights of up to nine digits are exact."""
+"""Weights are integers in units of 1/PARTS: decimal weights of up to nine digits are exact."""
 MOST_ARRIVALS = 1 << 33
-"""Sequences of one segment, so that a part times an arrival fits int64."""
+"""Maximum number of sequences in a segment, so that a part times an arrival fits int64."""
 EXHAUSTIVE_TREES = 8
-"""Subtrees up to which all trees over them are compared."""
+"""Up to this many subtrees, all trees over them are compared."""
 
 _Shape = tuple["_Shape", "_Shape"] | int
 """A tree over domains, which are its leaves."""
@@ -41,34 +41,35 @@ class _Branch(NamedTuple):
 
 
 class _DomainTree(NamedTuple):
-    """The tree over the domains of a segment, and what came before it."""
+    """The tree over the domains of a segment."""
 
     segment: MixtureSegment
     root: _Branch | int
     consumed: list[int]
-    """Samples of each domain before it."""
+    """Samples of each domain before the segment."""
 
 
 class Mixture:
-    """Positions to domains, and how many samples of each domain came before.
+    """Maps positions to domains and to the number of earlier samples of that domain.
 
-    Over one segment a domain is within one sequence of its quota for up to four domains of any weights, and
-    seldom more than one for more (1.6 in the worst case seen); where weights change, within two.
+    Within a segment of up to four domains, every domain stays within one sequence of its quota, whatever the
+    weights. With more domains it is rarely more than one (1.6 in the worst case seen); where weights change,
+    at most two.
     """
 
     def __init__(self, segments: Sequence[MixtureSegment]) -> None:
-        """Walks through the segments; costs O(segments x domains), whatever their lengths.
+        """Builds the trees of the segments in O(segments x domains), whatever their lengths.
 
         Args:
             segments: in order, the first from position 0; each holds whole sequences.
         """
         assert segments and segments[0].first == 0
         self.domains = tuple(sorted({name for segment in segments for name in segment.weights}))
-        """Names in alphabetical order, so that the recipe's order of keys changes nothing."""
+        """Names in alphabetical order, so that the order of keys in the recipe does not matter."""
         self._trees: list[_DomainTree] = []
         shapes: dict[tuple[int, tuple[int, ...]], _Shape] = {}
         consumed = [0] * len(self.domains)
-        # In samples x PARTS: quota less what was given.
+        # In samples x PARTS: quota minus samples given.
         owed = [0] * len(self.domains)
         for number, segment in enumerate(segments):
             parts = _parts([segment.weights.get(name, 0.0) for name in self.domains])
@@ -87,7 +88,7 @@ class Mixture:
         self._firsts = [segment.first for segment in segments]
 
     def assign(self, positions: Indices) -> tuple[Indices, Indices]:
-        """The domain of each position and the number of that domain's samples before it.
+        """Returns the domain of each position, and the number of that domain's samples before it.
 
         Args:
             positions: ascending, int64 [N].
@@ -115,11 +116,11 @@ class Mixture:
         return dict(zip(self.domains, self._consumed(tree, position), strict=True))
 
     def position_of(self, domain: str, ordinal: int) -> int:
-        """The position of a domain's sample number ``ordinal``; it must have a weight at some time."""
+        """The position of a domain's sample number ``ordinal``; it must have a weight in some phase."""
         high = 1
         while self.consumed(high)[domain] <= ordinal:
             high *= 2
-            assert high < 1 << 62, f"{domain} is never read so far"
+            assert high < 1 << 62, f"{domain} never reaches sample {ordinal}"
         return bisect_right(range(high), ordinal, key=lambda position: self.consumed(position)[domain]) - 1
 
     def _consumed(self, tree: _DomainTree, position: int) -> list[int]:
@@ -145,7 +146,7 @@ class Mixture:
 def _descend(
     node: _Branch | int, slots: Indices, arrivals: Indices, domain: Indices, ordinal: Indices
 ) -> None:
-    """Writes the domain of each arrival and how many arrivals of that domain came before."""
+    """Writes the domain of each arrival, and the number of earlier arrivals of that domain."""
     if isinstance(node, int):
         domain[slots], ordinal[slots] = node, arrivals
         return
@@ -156,11 +157,11 @@ def _descend(
 
 
 def _parts(weights: list[float]) -> list[int]:
-    """Weights as whole parts of :data:`PARTS`, by the method of largest remainders."""
+    """Converts weights to integers that sum to :data:`PARTS`, by the method of largest remainders."""
     total = sum(weights)
     assert total > 0 and min(weights) >= 0, weights
     shares = [weight / total * PARTS for weight in weights]
-    # Nine digits and no more: what remains of a decimal weight in binary is noise.
+    # Rounded to nine digits: what remains of a decimal weight is binary rounding error.
     shares = [float(round(share)) if abs(share - round(share)) < 1e-6 else share for share in shares]
     parts = [int(share) for share in shares]
     by_remainder = sorted(range(len(parts)), key=lambda index: parts[index] - shares[index])
@@ -170,13 +171,14 @@ def _parts(weights: list[float]) -> list[int]:
 
 
 def _plant(shape: _Shape, parts: list[int], owed: list[int], step: int) -> tuple[_Branch | int, int, int]:
-    """The tree of a segment, and the parts and the debt of all its leaves."""
+    """Builds the tree of a segment; also returns the sums of parts and of debt over its leaves."""
     if isinstance(shape, int):
         return shape, parts[shape], owed[shape]
     side, side_parts, side_owed = _plant(shape[0], parts, owed, step)
     other, other_parts, other_owed = _plant(shape[1], parts, owed, step)
     whole, all_owed = side_parts + other_parts, side_owed + other_owed
-    # The side's debt less its share of the node's own, which the nodes above see to; in 1 / whole sequences.
+    # The side's debt minus its share of the node's own debt, which the nodes above handle; in 1 / whole
+    # sequences.
     debt = (side_owed * whole - side_parts * all_owed) // (PARTS * step)
     return _Branch(side_parts, whole, debt + whole // 2, side, other), whole, all_owed
 
@@ -190,12 +192,12 @@ class _Subtree(NamedTuple):
 
 
 def _best_shape(parts: dict[int, int]) -> _Shape:
-    """The tree in which every domain stays nearest to its quota.
+    """Finds the tree in which every domain stays closest to its quota.
 
-    A leaf of weight w stays within one sequence if w times the sum of 1/weight over the inner nodes
-    above it, the root left out, is at most 1. So a subtree has a slack, the sum that it tolerates from
-    above: 1/w for a leaf, and for a node the smaller of its sides' less the node's own 1/weight. Of
-    all splits the one with the greatest slack is taken; beyond 8 subtrees the lightest are joined first.
+    A leaf of weight w stays within one sequence if w times the sum of 1/weight over the inner nodes above it,
+    except the root, is at most 1. So a subtree has a slack, the largest such sum it tolerates from above: 1/w
+    for a leaf; for a node, the smaller slack of its two sides minus the node's own 1/weight. The split with
+    the greatest slack is taken; beyond 8 subtrees the lightest are joined first.
     """
     trees = [_Subtree(part / PARTS, PARTS / part, leaf) for leaf, part in parts.items()]
     while len(trees) > EXHAUSTIVE_TREES:

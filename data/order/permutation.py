@@ -1,8 +1,8 @@
-"""A keyed permutation of 0..size-1 that needs no table: any part of a shuffle, at once.
+"""A keyed permutation of 0..size-1 without a table: any part of a shuffle is computed directly.
 
-A Feistel network over the grid ``rows x columns``, the smallest near-square one that holds ``size``
-points, with cycle walking for the few points outside (Black and Rogaway 2002, "Ciphers with Arbitrary
-Finite Domains", the generalized-Feistel and cycle-walking ciphers). It is for shuffling, not secrecy.
+A Feistel network over the smallest near-square grid ``rows x columns`` that holds ``size`` points, with cycle
+walking for the few points outside (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", the
+generalized-Feistel and cycle-walking ciphers). It is for shuffling, not for secrecy.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 Indices = NDArray[np.int64]
 
 ROUNDS = 4
-"""Passes over both halves. Two decorrelate neighbours already; the rest is margin."""
+"""Passes over both halves. Two already decorrelate neighbours; the rest is margin."""
 
 
 class KeyedPermutation:
-    """The bijection of 0..size-1 that a key selects; a call costs O(count) time and memory."""
+    """A bijection of 0..size-1 selected by a key; a call costs O(count) time and memory."""
 
     def __init__(self, size: int, *key: int | str) -> None:
         """Draws the round keys.
@@ -47,7 +47,7 @@ class KeyedPermutation:
         return images.astype(np.int64)
 
     def inverse(self, images: Indices) -> Indices:
-        """The indices whose images are given, each in 0..size-1; int64 [N] to int64 [N]."""
+        """Maps images back to their indices, each in 0..size-1; int64 [N] to int64 [N]."""
         points = images.astype(np.uint64)
         assert not points.size or int(points.max()) < self.size
         indices = self._decipher(points)

@@ -1,12 +1,12 @@
-"""Which sample of which domain stands at each position of training: a function, not a table.
+"""The sample order of a run: a function from positions to samples, not a table.
 
-Position n is the n-th sample of the run in global order, a sample being a sequence of the shards' length;
-a phase of longer sequences takes several positions for each. It says nothing of ranks, workers, batches
-or microbatches: those take their parts of it. Any position costs the same, the first or the 10^10-th.
+Position n is the n-th sample of the run in global order; a sample is a sequence of the shards' length. A
+phase of longer sequences uses several positions for each. The order is independent of ranks, workers, batches
+and microbatches. Every position costs the same, the first or the 10^10-th.
 
-Two functions make it up. :class:`data.order.mixture.Mixture` says which domain a position belongs to and how
-many of that domain came before. :class:`data.order.shard_order.ShardOrder` says which sample of the domain
-that is; it goes on through all phases, so that every sample is read once before any is read twice.
+It is composed of two functions. :class:`data.order.mixture.Mixture` gives the domain of a position and the
+number of earlier samples of that domain. :class:`data.order.shard_order.ShardOrder` gives the sample of the
+domain; it continues through all phases, so every sample is read once before any is read twice.
 """
 
 from bisect import bisect_left
@@ -22,18 +22,18 @@ from train.recipe.curriculum import MixtureSegment
 
 
 class Picks(NamedTuple):
-    """What stands at some positions, each int64 [N]."""
+    """The samples at some positions; each field is int64 [N]."""
 
     domain: Indices
     """Index into the plan's ``domains``."""
     sample: Indices
     """Sample of that domain, counted through its shards in the index's order."""
     epoch: Indices
-    """How often the domain had been read to its end before."""
+    """Number of complete earlier passes over the domain."""
 
 
 class OrderPlan:
-    """The order of all samples, from weights, sizes and a seed alone."""
+    """The order of all samples, which depends only on weights, sizes and a seed."""
 
     def __init__(
         self,
@@ -43,13 +43,13 @@ class OrderPlan:
         seed: int,
         window_shards: int,
     ) -> None:
-        """Prepares the plan; nothing grows with the sizes.
+        """Prepares the plan; time and memory do not depend on the number of samples.
 
         Args:
             segments: weights over the positions, see :class:`data.order.mixture.Mixture`.
-            shard_samples: samples of each shard of these domains, each above 0.
+            shard_samples: samples of each shard, by domain, each above 0.
             seed: selects the order within every domain and epoch.
-            window_shards: shards of a domain whose samples are shuffled among each other.
+            window_shards: shards of a domain whose samples are shuffled together.
         """
         self.mixture = Mixture(segments)
         changes = [(s.first, s.step) for s in segments]
@@ -72,15 +72,15 @@ class OrderPlan:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names that the indices in :class:`Picks` point to."""
+        """Names of the domains, indexed by :class:`Picks`."""
         return self.mixture.domains
 
     def samples(self, start: int, count: int) -> Picks:
-        """What stands at positions ``start`` to ``start + count``; O(count) time and memory."""
+        """The samples at positions ``start`` to ``start + count``; O(count) time and memory."""
         return self.pick(np.arange(start, start + count))
 
     def pick(self, positions: Indices) -> Picks:
-        """What stands at ascending positions [N]; O(N) time and memory."""
+        """The samples at ascending positions [N]; O(N) time and memory."""
         domain, ordinal = self.mixture.assign(positions)
         sample, epoch = np.empty_like(domain), np.empty_like(domain)
         for index, name in enumerate(self.domains):
@@ -94,7 +94,7 @@ class OrderPlan:
         return self.mixture.consumed(position)
 
     def positions_of(self, domain: str, sample: int, end: int) -> list[int]:
-        """The positions below ``end`` at which a sample stands, one for each epoch; nothing is searched."""
+        """The positions of a sample below ``end``, one per epoch, computed without a search."""
         order = self._orders[domain]
         read = self.consumed(end)[domain]
         ordinals = (order.ordinal_of(sample, epoch) for epoch in range(-(-read // order.sizes.total)))
@@ -105,7 +105,7 @@ class OrderPlan:
         return self._orders[domain]
 
     def exhausted_at(self, domain: str, epochs: float, end: int) -> int | None:
-        """The first position below ``end`` that would read a domain beyond ``epochs`` times; None: none."""
+        """The first position below ``end`` that would exceed ``epochs`` passes over a domain; None: none."""
         most = int(epochs * self._orders[domain].sizes.total)
         if self.consumed(end)[domain] <= most:
             return None

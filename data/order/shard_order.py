@@ -1,17 +1,17 @@
-"""In which order a domain's samples are read: shards shuffled, and their samples within windows of shards.
+"""The order of a domain's samples: shards are shuffled, and samples within windows of shards.
 
-An epoch takes the shards in an order of its own, a window of them at a time, and the samples of a window
-in shuffled order. So every sample is read once in an epoch, a shard is needed for one segment of the
-domain's samples alone, and a cache of two windows a domain holds all that is read at any time. Nothing is
-tabulated: both orders are keyed permutations, and memory does not grow with the domain.
+Each epoch reads the shards in its own shuffled order, one window of shards at a time, and the samples of a
+window in shuffled order. So every sample is read once per epoch, a shard is needed only during one window,
+and a cache of two windows per domain holds everything being read. There are no tables: both orders are keyed
+permutations, and memory does not grow with the domain.
 
-**Longer sequences.** A sequence of ``step`` samples is ``step`` neighbours of one shard, so that documents
-are whole; a window shuffles such groups instead of samples. The step of a window is that of the phase in
-which the window begins. A window that was begun with another step is read to its end in the order that it
-was begun in, its samples joined as they come, so that a change of length skips nothing and repeats
-nothing; those sequences, of one window a domain at most, are of pieces that are no neighbours. Where a
-shard is no multiple of ``step``, its last samples are single; they are read at the window's end, and as
-many as it takes at its beginning for groups to begin where sequences do.
+**Longer sequences.** A sequence of ``step`` samples consists of ``step`` neighbours in one shard, so that
+documents stay whole; a window shuffles such groups instead of samples. The step of a window is that of the
+phase in which the window begins. If the step changes within a window, the window is finished in its original
+order and its samples are joined as they come, so that a change of length neither skips nor repeats a sample;
+the sequences affected, in at most one window per domain, are made of samples that are not neighbours. If the
+samples of a shard are not a multiple of ``step``, its last samples are single. They are read at the end of
+the window, except for a few read at its beginning to align its groups with sequences.
 """
 
 import functools
@@ -24,20 +24,20 @@ import numpy as np
 from data.order.permutation import Indices, KeyedPermutation
 
 KEPT_WINDOWS = 4
-"""Windows whose tables are kept: readers move between one and the next."""
+"""Windows and epochs kept in memory: readers move between one and the next."""
 
 
 class ShardSizes:
-    """Samples of each shard of a row of shards, in constant memory where all but a few are of one size."""
+    """The sizes of a sequence of shards, in constant memory if almost all are equal."""
 
     def __init__(self, count: int, common: int, odd: Indices, excess: Indices) -> None:
-        """Takes the exceptions.
+        """Stores the common size and the exceptions.
 
         Args:
             count: number of shards.
-            common: samples of a shard that is no exception.
-            odd: ascending numbers of the others [O].
-            excess: their samples above ``common`` [O].
+            common: samples of every shard that is not an exception.
+            odd: ascending numbers of the exceptions [O].
+            excess: their samples minus ``common`` [O].
         """
         self.count, self.common = count, common
         self._odd, self._excess = odd, excess
@@ -47,7 +47,7 @@ class ShardSizes:
 
     @classmethod
     def of(cls, samples: Sequence[int] | Indices) -> "ShardSizes":
-        """From the samples of each shard; the most frequent size is the common one."""
+        """Builds it from the samples of each shard; the most frequent size becomes the common one."""
         sizes = np.asarray(samples, np.int64)
         assert sizes.size and sizes.min() > 0, "a shard is empty"
         values, counts = np.unique(sizes, return_counts=True)
@@ -60,7 +60,7 @@ class ShardSizes:
         return shards * self.common + self._excess_before[np.searchsorted(self._odd, shards)]
 
     def shuffled(self, order: KeyedPermutation) -> "ShardSizes":
-        """The same shards in the order that puts shard ``order(place)`` at ``place``."""
+        """Returns the same shards reordered, with shard ``order(place)`` at ``place``."""
         places = order.inverse(self._odd)
         ascending = np.argsort(places)
         return ShardSizes(self.count, self.common, places[ascending], self._excess[ascending])
@@ -71,17 +71,17 @@ class ShardSizes:
 
 
 class Grouping(NamedTuple):
-    """From one of a domain's samples on, sequences hold ``step`` of them."""
+    """A change of sequence length: from sample ``first`` on, sequences hold ``step`` samples."""
 
     first: int
-    """Samples of the domain that were read before, over all epochs."""
+    """Samples of the domain read before the change, over all epochs."""
     step: int
 
 
 class _Epoch(NamedTuple):
     shards: KeyedPermutation
     sizes: ShardSizes
-    """Of the shards in the epoch's order."""
+    """Sizes of the shards in the epoch's order."""
 
 
 class ShardOrder:
@@ -90,14 +90,14 @@ class ShardOrder:
     def __init__(
         self, name: str, sizes: ShardSizes, *, seed: int, window_shards: int, groupings: Sequence[Grouping]
     ) -> None:
-        """Prepares the order; nothing grows with the domain.
+        """Prepares the order; time and memory do not depend on the size of the domain.
 
         Args:
-            name: of the domain; not its index, so that a domain that joins later leaves the others' order.
-            sizes: of its shards.
+            name: the domain's name; not its index, so that adding a domain does not change the others' order.
+            sizes: sizes of its shards.
             seed: selects the order.
-            window_shards: shards of a window.
-            groupings: where the length of sequences changes, the first from 0.
+            window_shards: shards per window.
+            groupings: changes of sequence length, the first at 0.
         """
         assert groupings[0].first == 0 and window_shards > 0
         self.sizes = sizes
@@ -108,7 +108,7 @@ class ShardOrder:
         self._epoch = functools.lru_cache(KEPT_WINDOWS)(self._make_epoch)
 
     def samples(self, ordinals: Indices) -> tuple[Indices, Indices]:
-        """The domain's n-th samples.
+        """Returns the domain's n-th samples.
 
         Args:
             ordinals: numbers n, ascending, int64 [N].
@@ -126,7 +126,7 @@ class ShardOrder:
         return sample, ordinals // self.sizes.total
 
     def ordinal_of(self, sample: int, epoch: int) -> int:
-        """Which of the domain's samples, over all epochs, the given one is in an epoch."""
+        """The number of a sample among all samples read over all epochs, for its reading in an epoch."""
         turn = self._epoch(epoch)
         place = int(turn.shards.inverse(np.array([self.sizes.holding(sample)]))[0])
         window = self._window(epoch, place // self._window_shards)
@@ -179,15 +179,15 @@ class _Window:
         lead: int,
         key: tuple[int | str, ...],
     ) -> None:
-        """Makes tables of a few numbers a shard.
+        """Builds tables of a few numbers per shard.
 
         Args:
-            first: the domain's samples before it, over all epochs.
-            shards: numbers [W].
+            first: the domain's samples before the window, over all epochs.
+            shards: numbers of the shards [W].
             firsts: number of each shard's first sample [W].
-            sizes: samples of each [W].
-            step: samples of a group.
-            lead: samples that the last sequence of the window before is still short of.
+            sizes: samples of each shard [W].
+            step: samples per group.
+            lead: samples that complete the last sequence of the previous window.
             key: selects the order.
         """
         self.first, self.shards, self.size = first, shards, int(sizes.sum())
@@ -200,7 +200,7 @@ class _Window:
         self._lead = min(lead, self.size)
         self._grouped = groups * step
         if self._lead > self._singles.size:
-            # One group is taken apart, the last in the order.
+            # The last group in the order is split into singles.
             self._grouped -= step
             last = self._of_groups(np.arange(self._grouped, self._grouped + step))
             self._singles = np.concatenate([self._singles, last])
@@ -209,7 +209,7 @@ class _Window:
             self._singles = self._singles[order(np.arange(self._singles.size))]
 
     def samples(self, places: Indices) -> Indices:
-        """The samples at places 0..size-1 of the window."""
+        """Returns the samples at places 0..size-1 of the window."""
         shifted = places - self._lead
         in_group = (shifted >= 0) & (shifted < self._grouped)
         if in_group.all():
@@ -221,7 +221,7 @@ class _Window:
         return samples
 
     def place_of(self, sample: int) -> int:
-        """Where a sample of the window stands."""
+        """Returns the place of a sample in the window."""
         single = np.flatnonzero(self._singles == sample)
         if single.size:
             number = int(single[0])

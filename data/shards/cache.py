@@ -1,10 +1,10 @@
-"""Shards in an object store, and a bounded cache of them on the node's disk.
+"""A bounded cache on the node's disk for shards in an object store.
 
-Streaming's downloaders speak to the store: ``s3://``, ``gs://``, ``azure://``, ``hf://``, ``dbfs:/Volumes``,
-a path and others; its decompression unpacks shards that the store has compressed. What they leave to chance
-is done here: every file is held to its SHA-256 before it is given its name, failures and stalls are tried
-again with growing pauses, a full disk or a full cache gives up the shards that were read longest ago.
-Processes of a node share the cache: a file is fetched by one of them while the others wait for it.
+Streaming's downloaders access the store: ``s3://``, ``gs://``, ``azure://``, ``hf://``, ``dbfs:/Volumes``, a
+path and others; its decompression unpacks compressed shards. This module adds reliability: every file's
+SHA-256 is checked before the file gets its final name, failed and stalled downloads are retried with growing
+pauses, and if the disk or the cache is full, the least recently read shards are evicted. Processes of a node
+share the cache: one of them fetches a file while the others wait for it.
 """
 
 import errno
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.shards.index import PackedFile, ShardFile, file_fault
+from data.shards.index import PackedFile, ShardFile, file_mismatch
 from data.shards.manifest import MANIFEST_FILE, Manifest, read_manifest
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
@@ -34,29 +34,29 @@ PARTIAL = ".partial"
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 ABSENT = {"404", "NoSuchKey", "NoSuchBucket"}
 REFUSED = {"403", "AccessDenied"}
-"""Answers of a store that another try would not change, as those above."""
+"""Answers of a store that are not retried, like those in ABSENT."""
 
 
 class AbsentError(UserError):
-    """The store has no such file, and said so: another try would not change it."""
+    """The store answered that it has no such file: not retried."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How a store that fails is treated."""
+    """Retry policy for a store that fails."""
 
     attempts: int = 7
     first_pause_seconds: float = 0.5
-    """Doubled after each failure, up to ``longest_pause_seconds``; drawn from the upper half of it, so that
-    the nodes of a job don't all come back at once."""
+    """Doubled after each failure, up to ``longest_pause_seconds``. The pause is drawn from the upper half, so
+    that the nodes of a job don't all retry at once."""
     longest_pause_seconds: float = 30.0
     stall_seconds: float = 30.0
-    """A connection that sends nothing for so long counts as failed."""
+    """A connection that sends nothing for this long counts as failed."""
 
     def pause_seconds(self, failures: int) -> float:
-        """How long to wait after so many failures, from 1."""
+        """Draws the pause after a number of failures, from 1."""
         longest = min(self.longest_pause_seconds, self.first_pause_seconds * 2 ** (failures - 1))
-        # A generator of its own: training's must not notice that a store failed.
+        # A separate generator: a failing store must not affect training's random-number state.
         return random.SystemRandom().uniform(longest / 2, longest)
 
 
@@ -64,11 +64,11 @@ class ShardCache:
     """A folder of shards that is filled from a store as it is read.
 
     Args:
-        root: the folder on this node; it has the store's names.
+        root: the folder on this node; file names are those of the store.
         remote: address of the folder of shards in the store.
-        limit_bytes: shards kept, in bytes; exceeded by what other processes fetch at that moment at most.
+        limit_bytes: bytes of shards to keep, exceeded at most by what other processes are fetching.
             None: as much as the disk holds.
-        patience: with a store that fails.
+        patience: retry policy.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ShardCache:
         self._client: tuple[int, CloudDownloader] | None = None
 
     def fetch_manifest(self) -> Manifest:
-        """The store's manifest, brought into the cache; domains may have joined since it was.
+        """Fetches the store's manifest into the cache; domains may have been added to it since the last time.
 
         Raises:
             UserError: if the cache holds other shards, or the store has none.
@@ -101,24 +101,24 @@ class ShardCache:
         return manifest
 
     def require(self, path: Path, sha256: str | None) -> None:
-        """Brings a file that is no shard into the cache, unless it is there and whole.
+        """Fetches a file other than a shard into the cache, unless it is there and intact.
 
         Args:
-            path: its place in the cache.
-            sha256: of its content; None where its reader compares it.
+            path: its path in the cache.
+            sha256: hash of its content; None if the reader checks it.
         """
         with self._locked(path):
-            if file_fault(path, None, sha256):
+            if file_mismatch(path, None, sha256):
                 self._fetch_checked(path, None, sha256).replace(path)
 
     def fetch(self, shard: ShardFile) -> None:
-        """Brings a shard into the cache, unless another process just has; makes room for it first.
+        """Fetches a shard into the cache, unless another process just has; makes room for it first.
 
         Raises:
-            UserError: one line that names the shard, if the store does not give it whole.
+            UserError: one line that names the shard, if the store does not provide it intact.
         """
         with self._locked(shard.path):
-            if not file_fault(shard.path, shard.bytes, shard.sha256):
+            if not file_mismatch(shard.path, shard.bytes, shard.sha256):
                 return
             shard.path.unlink(missing_ok=True)
             if (packed := shard.packed) is None:
@@ -130,15 +130,15 @@ class ShardCache:
             whole.replace(shard.path)
 
     def note_use(self, shard: ShardFile) -> None:
-        """Puts a shard last in the order of eviction; its modification time stays."""
+        """Marks a shard as the most recently read; its modification time is kept."""
         with suppress(OSError):
             os.utime(shard.path, ns=(time.time_ns(), shard.path.stat().st_mtime_ns))
 
     def make_room(self, needed: int) -> None:
-        """Gives up the shards read longest ago until ``needed`` more bytes fit into the limit.
+        """Evicts the least recently read shards until ``needed`` more bytes fit into the limit.
 
         Raises:
-            UserError: if they never can.
+            UserError: if ``needed`` exceeds the limit.
         """
         if self.limit_bytes is None:
             return
@@ -146,19 +146,19 @@ class ShardCache:
             raise UserError(
                 f"is {self.limit_bytes:,}, less than one shard of {needed:,} bytes",
                 key="data.cache_bytes",
-                remedy="hold several shards per loader process in it",
+                remedy="make it large enough for several shards per loader process",
             )
         with self._locked(self.root / "room"):
             self._evict(self._kept_bytes() + needed - self.limit_bytes)
 
     def _evict(self, excess: int) -> int:
-        """Removes shards of at least ``excess`` bytes, those read longest ago first; returns the bytes."""
+        """Removes the least recently read shards until ``excess`` bytes are freed; returns the bytes."""
         shards = _sizes(self.root.glob("*/*/*.mds"))
         freed = 0
         for path, status in sorted(shards, key=lambda it: it[1].st_atime_ns):
             if freed >= excess:
                 break
-            # Who has it mapped reads on; the disk has its room back when the last of them lets go.
+            # Processes that have it mapped can still read it; the space is freed when the last map is closed.
             path.unlink(missing_ok=True)
             freed += status.st_size
         return freed
@@ -168,25 +168,25 @@ class ShardCache:
         return sum(status.st_size for _, status in _sizes(files))
 
     def _fetch_checked(self, path: Path, size: int | None, sha256: str | None) -> Path:
-        """Downloads under a name of its own and compares; a file that came altered is fetched again."""
-        fault = ""
+        """Downloads to a temporary name and checks the file; fetches it again if it arrived altered."""
+        mismatch = ""
         for _ in range(2):
             partial = self._download(path)
-            fault = file_fault(partial, size, sha256)
-            if not fault:
+            mismatch = file_mismatch(partial, size, sha256)
+            if not mismatch:
                 return partial
             partial.unlink()
-        raise _damaged(f"{self._address(path)} {fault}, also when fetched again")
+        raise _damaged(f"{self._address(path)} {mismatch}, also when fetched again")
 
     def _unpack(self, shard: ShardFile, packed: PackedFile) -> Path:
-        """Fetches a shard's compressed form and unpacks it beside the shard's place."""
+        """Fetches a compressed shard and unpacks it to a temporary name."""
         from streaming.base.compression import decompress
 
         source = self._fetch_checked(packed.path, packed.bytes, packed.sha256)
         address, partial = self._address(packed.path), _partial_name(shard.path)
         try:
             content = decompress(packed.compression, source.read_bytes())
-        except Exception as error:  # Each kind of compression has failures of its own.
+        except Exception as error:  # Each kind of compression has its own exceptions.
             raise _damaged(f"{address} can't be unpacked ({_line(error)})") from None
         finally:
             source.unlink()
@@ -199,13 +199,13 @@ class ShardCache:
                 if error.errno not in DISK_IS_FULL:
                     raise
                 self._evict_one(address)
-        if fault := file_fault(partial, shard.bytes, shard.sha256):
+        if mismatch := file_mismatch(partial, shard.bytes, shard.sha256):
             partial.unlink()
-            raise _damaged(f"what {address} holds {fault}")
+            raise _damaged(f"the shard in {address} {mismatch}")
         return partial
 
     def _evict_one(self, address: str) -> None:
-        """Gives up a shard where the disk is full.
+        """Evicts a shard when the disk is full.
 
         Raises:
             UserError: if there is none.
@@ -214,7 +214,7 @@ class ShardCache:
             raise _gave_up(address, f"{self.root} is full and holds no shard to evict")
 
     def _download(self, path: Path) -> Path:
-        """A file of the store under a name of its own beside ``path``, with retries.
+        """Downloads a file to a temporary name beside ``path``, with retries.
 
         Raises:
             UserError: one line that names the file and the last failure.
@@ -226,7 +226,7 @@ class ShardCache:
             try:
                 self._downloader().download(address, str(partial), timeout=self.patience.stall_seconds)
                 return partial
-            except Exception as error:  # Each store's client has failures of its own.
+            except Exception as error:  # Each store's client has its own exceptions.
                 self._client = None
                 partial.unlink(missing_ok=True)
                 if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
@@ -234,16 +234,16 @@ class ShardCache:
                     continue
                 failures += 1
                 if _is_absent(error):
-                    raise _gave_up(address, f"{_line(error)} (not there)", AbsentError) from None
+                    raise _gave_up(address, f"{_line(error)} (not found)", AbsentError) from None
                 if _answers(error) & REFUSED or failures >= self.patience.attempts:
                     raise _gave_up(address, f"{_line(error)} (tried {failures} times)") from None
                 pause = self.patience.pause_seconds(failures)
-                line = f"{address}: {_line(error)}; tried again in {pause:.1f} s"
+                line = f"{address}: {_line(error)}; retrying in {pause:.1f} s"
                 logger.warning(line, extra=log.ALL_RANKS)
                 time.sleep(pause)
 
     def _downloader(self) -> "CloudDownloader":
-        """This process's connection to the store: a forked loader must not share its parent's."""
+        """Returns this process's connection to the store; a forked loader must not share its parent's."""
         from streaming.base.storage import CloudDownloader
 
         if self._client is None or self._client[0] != os.getpid():
@@ -255,7 +255,7 @@ class ShardCache:
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
-        """One process of this node at a time."""
+        """Locks a file against the other processes of this node."""
         locks = self.root / LOCKS_FOLDER
         path.parent.mkdir(parents=True, exist_ok=True)
         locks.mkdir(exist_ok=True)
@@ -270,7 +270,7 @@ def _partial_name(path: Path) -> Path:
 
 
 def _sizes(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
-    """Files that are there; another process may remove or rename any of them at any moment."""
+    """Sizes of the files that exist; another process may remove or rename any of them at any moment."""
     found = []
     for path in paths:
         with suppress(FileNotFoundError):
@@ -279,7 +279,7 @@ def _sizes(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
 
 
 def open_cache(recipe: Recipe) -> ShardCache | None:
-    """The cache that a recipe asks for; None where its shards lie in ``data.shards`` for good."""
+    """Opens the recipe's cache; None if its shards are local, in ``data.shards``."""
     data = recipe.data
     if data.remote is None:
         return None
@@ -287,22 +287,22 @@ def open_cache(recipe: Recipe) -> ShardCache | None:
 
 
 def _damaged(what: str) -> UserError:
-    return UserError(what, key="data.remote", remedy="write that file to the store anew")
+    return UserError(what, key="data.remote", remedy="upload that file to the store again")
 
 
 def _gave_up(address: str, what: str, kind: type[UserError] = UserError) -> UserError:
     return kind(
-        f"{address} {what}", key="data.remote", remedy="the same command goes on from the last checkpoint"
+        f"{address} {what}", key="data.remote", remedy="the same command resumes from the last checkpoint"
     )
 
 
 def _is_absent(error: Exception) -> bool:
-    """Whether there is no such file, bucket or kind of store."""
+    """Returns whether there is no such file, bucket or kind of store."""
     return bool(_answers(error) & ABSENT) or isinstance(error, FileNotFoundError | ValueError | ImportError)
 
 
 def _answers(error: Exception) -> set[str]:
-    """What a store's client says of a failure: botocore's code, or the status of Google's or Azure's."""
+    """Error codes in a client's exception: botocore's code, or the status of Google's or Azure's."""
     answer = getattr(error, "response", None)
     code = answer.get("Error", {}).get("Code") if isinstance(answer, dict) else None
     return {str(it) for it in (code, getattr(error, "code", None), getattr(error, "status_code", None))}

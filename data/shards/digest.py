@@ -1,9 +1,9 @@
-"""A number for what a rank really trained on, added up over ranks: equal under every layout.
+"""The digest of the data that a step was trained on, summed over ranks: equal under every layout.
 
-Each sequence gives a 64-bit number made of its tokens, their order and its position in training. A step's
-digest is their sum modulo 2^64, so that it does not matter which rank, microbatch or worker had which
-sequence; a sequence that is missing, doubled, altered or at another place changes it (by chance it does
-not in one of 2^64 cases). It is for finding faults: no secret is in it, and it resists no forger.
+Each sequence is hashed to 64 bits from its tokens, their order and its position in training. A step's digest
+is the sum of these modulo 2^64, so it does not matter which rank, microbatch or worker had which sequence. A
+sequence that is missing, duplicated, altered or at another position changes it, except by chance in one of
+2^64 cases. It detects errors; it has no secret and is no protection against forgery.
 """
 
 import functools
@@ -22,7 +22,7 @@ MASK = (1 << 64) - 1
 
 
 def digest_sequences(tokens_BS: NDArray[np.integer], positions_B: NDArray[np.int64]) -> int:
-    """The digest of some sequences, in 0..2^64-1.
+    """Computes the digest of sequences, in 0..2^64-1.
 
     Args:
         tokens_BS: token ids.
@@ -33,10 +33,11 @@ def digest_sequences(tokens_BS: NDArray[np.integer], positions_B: NDArray[np.int
 
 
 def hash_sequences(tokens_BS: Tensor, positions_B: Tensor) -> Tensor:
-    """The number of each sequence, int64 [B] whose bits are those of the unsigned number.
+    """Hashes each sequence, int64 [B] with the bits of the unsigned hash.
 
-    A sum of the tokens, each times a factor of its place (a multilinear hash; Lemire and Kaser 2014, section
-    3), mixed with the position by SplitMix64's output function. Runs on any device without a round trip.
+    A sum of the tokens, each multiplied by a factor that depends on its place (a multilinear hash; Lemire and
+    Kaser 2014, section 3), mixed with the position by SplitMix64's output function. Runs on any device
+    without synchronising with the host.
     """
     factors_S = _place_factors(tokens_BS.shape[1], tokens_BS.device)
     content_B = ((tokens_BS + 1) * factors_S).sum(dim=1)
@@ -44,12 +45,12 @@ def hash_sequences(tokens_BS: Tensor, positions_B: Tensor) -> Tensor:
 
 
 def halves(hashes_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Upper and lower 32 bits in float64, which adds up to two million of each exactly, on any backend."""
+    """Upper and lower 32 bits in float64, which sums up to two million of each exactly, on any backend."""
     return ((hashes_B >> 32) & (HALF - 1)).double(), (hashes_B & (HALF - 1)).double()
 
 
 def join(upper: float, lower: float) -> int:
-    """The digest from the sums of both halves."""
+    """Computes the digest from the sums of both halves."""
     return (int(upper) * HALF + int(lower)) & MASK
 
 
@@ -67,7 +68,7 @@ def _mix(values: Tensor) -> Tensor:
 
 
 def _shift(values: Tensor, bits: int) -> Tensor:
-    """To the right with zeros, where int64's own shift repeats the sign."""
+    """Shifts right and fills with zeros; int64's own shift repeats the sign."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 

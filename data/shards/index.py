@@ -1,8 +1,9 @@
-"""The shards that the index of a folder lists, opened in a moment however many there are.
+"""The index of a folder of shards, opened instantly however many shards it lists.
 
-Streaming's ``index.json`` has some 450 bytes of text for each shard. Twelve trillion tokens are 720,000
-shards of 64 MB: to parse that and keep it as objects takes a process most of a minute and 2.6 GB. So the
-first process that opens a large index writes what it says as a table beside it, which all processes then map.
+Streaming's ``index.json`` has some 450 bytes of text per shard. Twelve trillion tokens are 720,000 shards of
+64 MB: parsing that and keeping it as objects takes a process most of a minute and 2.6 GB. So the first
+process that opens a large index writes it as a binary table beside it, which all processes then map into
+memory.
 """
 
 import fcntl
@@ -25,7 +26,7 @@ from train.record.files import write_whole
 INDEX_FILE = "index.json"
 TABLE = ".index-{size}-{modified_ns}.table"
 SMALL_BYTES = 4_000_000
-"""Smaller indexes, of 9,000 shards, are parsed at each start, in a tenth of a second."""
+"""Indexes up to this size, 9,000 shards, are parsed at each start, in a tenth of a second."""
 HAS_HASH, IS_PACKED, PACKED_HAS_HASH = 1, 2, 4
 
 # N shards.
@@ -35,34 +36,34 @@ Columns = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class PackedFile:
-    """A shard's compressed form as its index describes it."""
+    """A compressed shard as described by its index."""
 
     path: Path
     bytes: int
     sha256: str | None
     compression: str
-    """As Streaming names it, for example ``zstd:3``."""
+    """In Streaming's notation, for example ``zstd:3``."""
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One shard as its index describes it."""
+    """One shard as described by its index."""
 
     path: Path
     bytes: int
     sha256: str | None
-    """None where the index of a folder from elsewhere has none: such a file is held to its size alone."""
+    """None if an index from elsewhere has no hashes; then only the file's size is checked."""
     packed: PackedFile | None = None
-    """What a store holds in its place; None: itself."""
+    """The compressed file that a store holds instead; None: the store holds the shard itself."""
 
 
 class ShardIndex:
     """The shards of a folder, in the index's order.
 
     Args:
-        folder: of the shards.
-        configs: what the index says of a shard but for its files and samples; once for all that are alike.
-        columns: the rest, of every shard [N].
+        folder: folder of the shards.
+        configs: index entries without files and samples, one for each distinct entry.
+        columns: the rest of each shard's entry [N].
     """
 
     def __init__(self, folder: Path, configs: list[dict[str, Any]], columns: Columns) -> None:
@@ -71,18 +72,18 @@ class ShardIndex:
         """Samples of each shard [N]."""
         self._columns = columns
         self._sound: dict[int, tuple[int, ...]] = {}
-        """Inode, time and size of each shard when its content was compared."""
+        """Inode, modification time and size of each shard when its content was checked."""
 
     def __len__(self) -> int:
-        """N."""
+        """Number of shards N."""
         return self.samples.size
 
     def __iter__(self) -> Iterator[ShardFile]:
-        """Every shard."""
+        """Yields every shard."""
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, number: int) -> ShardFile:
-        """One shard, of 0..N-1."""
+        """Returns one shard, of 0..N-1."""
         flags = int(self._columns["flags"][number])
         packed = None
         if flags & IS_PACKED:
@@ -91,28 +92,28 @@ class ShardIndex:
         return ShardFile(*self._file("", number, bool(flags & HAS_HASH)), packed)
 
     def config_of(self, number: int) -> int:
-        """Which of the configs is a shard's."""
+        """Index of a shard's config."""
         return int(self._columns["config"][number])
 
-    def fault(self, number: int) -> str:
-        """What is wrong with a shard's file, see :func:`file_fault`.
+    def mismatch(self, number: int) -> str:
+        """Checks a shard's file, see :func:`file_mismatch`.
 
-        Its content is hashed once in each process, and again after the file was replaced or written to.
+        Its content is hashed once per process, and again if the file was replaced or written to.
         """
         file = self[number]
         try:
             status = file.path.stat()
         except OSError:
-            return file_fault(file.path, file.bytes, file.sha256)
+            return file_mismatch(file.path, file.bytes, file.sha256)
         mark = status.st_ino, status.st_mtime_ns, status.st_size
         if self._sound.get(number) == mark:
             return ""
-        if not (fault := file_fault(file.path, file.bytes, file.sha256)):
+        if not (mismatch := file_mismatch(file.path, file.bytes, file.sha256)):
             self._sound[number] = mark
-        return fault
+        return mismatch
 
     def entry(self, config: int) -> dict[str, Any]:
-        """What Streaming makes a reader of: an entry with this config and a file without content."""
+        """An index entry for Streaming's readers, with this config and an empty file."""
         return self.configs[config] | {
             "raw_data": {"basename": "", "bytes": 0, "hashes": {}},
             "samples": 0,
@@ -125,13 +126,13 @@ class ShardIndex:
         return self.folder / name.decode(), size, sha256.tobytes().hex() if has_hash else None
 
 
-def file_fault(path: Path, size: int | None, sha256: str | None) -> str:
-    """What is wrong with a file, to be put after its name; empty if nothing.
+def file_mismatch(path: Path, size: int | None, sha256: str | None) -> str:
+    """Checks a file and returns the mismatch, worded to follow its name; empty if there is none.
 
     Args:
         path: the file.
-        size: its bytes; None: not compared.
-        sha256: of its content; None: not compared, and nothing is read.
+        size: expected size in bytes; None: not compared.
+        sha256: expected hash of its content; None: not compared, and nothing is read.
     """
     try:
         actual = path.stat().st_size
@@ -147,7 +148,7 @@ def file_fault(path: Path, size: int | None, sha256: str | None) -> str:
 
 
 def open_index(folder: Path) -> ShardIndex:
-    """The index of a folder; writes its table where it is large and has none."""
+    """Opens the index of a folder; writes its table if it is large and has none."""
     path = folder / INDEX_FILE
     status = path.stat()
     if status.st_size <= SMALL_BYTES:
@@ -156,17 +157,17 @@ def open_index(folder: Path) -> ShardIndex:
     if not table.is_file():
         try:
             with (folder / ".index.lock").open("w") as lock:
-                # One process of a node parses, the others wait for its table.
+                # One process per node parses; the others wait for its table.
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not table.is_file():
                     _write(table, _parsed(folder, path.read_text()))
-        except OSError:  # A folder that can't be written to.
+        except OSError:  # The folder is not writable.
             return _parsed(folder, path.read_text())
     return _mapped(folder, table)
 
 
 def _entries(text: str) -> Iterator[dict[str, Any]]:
-    """What an index says of each shard, one at a time: as objects all of it is six times the text."""
+    """Yields an index's entries one at a time: all at once they would take six times the text's memory."""
     decoder = json.JSONDecoder()
     start = at = text.index("[", text.index('"shards"')) + 1
     while text[at := WHITESPACE.match(text, at).end()] != "]":
@@ -174,7 +175,7 @@ def _entries(text: str) -> Iterator[dict[str, Any]]:
         yield entry
         at = WHITESPACE.match(text, at).end()
         at += text[at] == ","
-    json.loads(text[:start] + text[at:])  # The rest is JSON too, or this is no index.
+    json.loads(text[:start] + text[at:])  # The rest must be valid JSON too.
 
 
 def _parsed(folder: Path, text: str) -> ShardIndex:
@@ -213,7 +214,7 @@ def _parsed(folder: Path, text: str) -> ShardIndex:
 
 
 def _write(table: Path, index: ShardIndex) -> None:
-    """A line of JSON that says what follows, and the columns; what was made of an older index goes."""
+    """Writes a line of JSON that describes the columns, then the columns; removes tables of older indexes."""
     columns = index._columns
     ends = list(accumulate(column.nbytes for column in columns.values()))
     kinds = {

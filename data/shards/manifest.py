@@ -1,7 +1,7 @@
-"""What a folder of shards holds, in `manifest.json` beside them, and whether it still holds that.
+"""The manifest of a folder of shards, `manifest.json`, and the check of the folder against it.
 
-The manifest has the hash of each split's ``index.json``, which has the hash of each shard file; so a
-manifest vouches for every byte. It is written last, and without it a folder is no folder of shards.
+The manifest has the hash of each split's ``index.json``, which has the hash of each shard file, so it
+covers every byte. It is written last; a folder without a manifest does not count as a folder of shards.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards.index import INDEX_FILE, ShardIndex, file_fault, open_index
+from data.shards.index import INDEX_FILE, ShardIndex, file_mismatch, open_index
 from data.tokenizer import TokenizerHandle, bpe_name
 from train.recipe.errors import UserError
 from train.recipe.keys import rules_of
@@ -28,12 +28,12 @@ DOCUMENTS_FILE = "documents.jsonl"
 REJECTED_FILE = "rejected.jsonl"
 FORMAT = 2
 READABLE = (1, 2)
-"""In format 1 ``content_sha256`` was the hash of the samples themselves rather than of their hashes."""
+"""In format 1, ``content_sha256`` was the hash of the samples themselves, not of their hashes."""
 
 HASHED_BYTES = 512_000_000
-"""Shards up to this size in all are hashed at every start, in under a second; larger ones on demand."""
+"""Shards of up to this total size are hashed at every start, in under a second; larger ones on demand."""
 
-REBUILD = "`python -m data.write_shards RECIPE --rebuild` makes them anew"
+REBUILD = "`python -m data.write_shards RECIPE --rebuild` builds them again"
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class SplitRecord:
     documents: int
     samples: int
     tokens: int
-    """Token ids in it, end-of-text tokens included and padding not."""
+    """Token ids, including end-of-text tokens but not padding."""
     padding_tokens: int
     text_bytes: int
     """UTF-8 bytes of the documents."""
     unigram_entropy: float
-    """Entropy of the token frequencies in nats per token: the loss of knowing them and no context."""
+    """Entropy of the token frequencies in nats per token: the loss of a model without context."""
     content_sha256: str
-    """Hash over the hash of documents, lengths and tokens of each sample, whatever the shard size."""
+    """Hash over each sample's hash of documents, lengths and tokens; independent of the shard size."""
     index_sha256: str
-    """Hash of the index, which holds the hash of each shard file."""
+    """Hash of the index, which contains the hash of each shard file."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -67,13 +67,13 @@ class DatasetRecord:
     name: str
     version: str
     source: str
-    """Where it was published."""
+    """Place of publication."""
     licence: str
 
 
 @dataclass(frozen=True)
 class DomainRecord:
-    """One domain: where it comes from, and its splits."""
+    """One domain: its provenance and its splits."""
 
     source: str
     licence: str
@@ -83,13 +83,13 @@ class DomainRecord:
     splits: dict[str, SplitRecord]
     datasets: list[DatasetRecord] = field(default_factory=list)
     rejected: dict[str, int] = field(default_factory=dict)
-    """Records and documents that were left out, by reason; each is listed in ``rejected.jsonl``."""
+    """Rejected records and documents, by reason; each is listed in ``rejected.jsonl``."""
     rejected_sha256: str | None = None
     """Hash of that list."""
 
     @property
     def facts(self) -> dict[str, str]:
-        """What governance asks for, as one text each."""
+        """Provenance facts for governance, one text each."""
         return {
             "dataset": "; ".join(dict.fromkeys(it.name for it in self.datasets)),
             "version": "; ".join(dict.fromkeys(it.version for it in self.datasets)),
@@ -101,7 +101,7 @@ class DomainRecord:
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer that made the ids."""
+    """The tokenizer that encoded the shards."""
 
     name: str
     fingerprint: str
@@ -112,38 +112,38 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A folder of shards."""
+    """The manifest of a folder of shards."""
 
     format: int
     tokenizer: TokenizerRecord
     sequence_tokens: int
     corpus: str | None
-    """The corpus that the shards were built from by this project; null: one from elsewhere."""
+    """This project's corpus that the shards were built from; null: other sources."""
     corpus_bytes: int | None
-    """Bound on the text per domain that it was built with."""
+    """Bound on the text per domain at the time of the build."""
     domains: dict[str, DomainRecord]
     preparation_sha256: str | None = None
-    """Digest of the recipe's sources and their preparation, :func:`preparation_digest`."""
+    """Digest of the recipe's sources and their preparation, see :func:`preparation_digest`."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all of the above: equal for equal shards, wherever they lie."""
+        """SHA-256 of all of the above: equal for equal shards, wherever they are stored."""
         return _digest(asdict(self))
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """Returns the text of the file."""
         return json.dumps(asdict(self) | {"digest": self.digest}, indent=1, sort_keys=True) + "\n"
 
 
 def read_manifest(root: Path, name: str = MANIFEST_FILE) -> Manifest:
-    """The manifest of a folder of shards; nothing else is looked at.
+    """Reads the manifest of a folder of shards; checks nothing else.
 
     Args:
         root: the folder.
-        name: of the file, where it has not got its own yet.
+        name: name of the file, if it is still a temporary one.
 
     Raises:
-        UserError: if there is none, or none that this version reads.
+        UserError: if there is no manifest, or this version can't read it.
     """
     path = root / name
     try:
@@ -169,23 +169,25 @@ def read_manifest(root: Path, name: str = MANIFEST_FILE) -> Manifest:
 
 
 def join_manifests(one: Manifest, other: Manifest) -> Manifest:
-    """The manifest of a folder that holds the domains of both.
+    """Builds the manifest of a folder that holds the domains of both.
 
     Raises:
-        UserError: if they are of another tokenizer or length, or have a domain in common that differs.
+        UserError: if tokenizers or sequence lengths differ, or a common domain does.
     """
     for what, mine, theirs in (
         ("tokenizer", one.tokenizer.fingerprint[:12], other.tokenizer.fingerprint[:12]),
         ("sequence_tokens", one.sequence_tokens, other.sequence_tokens),
     ):
         if mine != theirs:
-            raise UserError(f"is {theirs} there, and {mine} here", key=what, remedy="prepare both alike")
+            raise UserError(
+                f"is {theirs} there, and {mine} here", key=what, remedy="prepare both the same way"
+            )
     for name in one.domains.keys() & other.domains.keys():
         if one.domains[name] != other.domains[name]:
-            remedy = "give the domain of each part a name of its own"
-            raise UserError(f"{name} is another there than here", key="data.domains", remedy=remedy)
+            remedy = "give each domain a different name"
+            raise UserError(f"{name} there differs from {name} here", key="data.domains", remedy=remedy)
     domains = dict(sorted({**other.domains, **one.domains}.items()))
-    # What the whole was made of is no longer one recipe's sources; each domain says what its own were.
+    # The joined shards don't come from one recipe's sources; each domain's record names its own.
     return replace(
         one, format=FORMAT, domains=domains, corpus=None, corpus_bytes=None, preparation_sha256=None
     )
@@ -199,7 +201,7 @@ def check_shards(root: Path, *, every_byte: bool = False) -> Manifest:
         every_byte: see :func:`check_files`.
 
     Raises:
-        UserError: one line that names the first file that is missing, cut short or altered.
+        UserError: one line that names the first file that is missing, truncated or altered.
     """
     manifest = read_manifest(root)
     check_files(root, manifest, lambda name, side: open_index(root / name / side), every_byte=every_byte)
@@ -209,17 +211,17 @@ def check_shards(root: Path, *, every_byte: bool = False) -> Manifest:
 def check_files(
     root: Path, manifest: Manifest, index_of: Callable[[str, str], ShardIndex], *, every_byte: bool = False
 ) -> None:
-    """Compares the files of a folder of shards with its manifest, which has been read.
+    """Compares the files of a folder of shards with its manifest, which has already been read.
 
     Args:
         root: the folder.
         manifest: its manifest.
-        index_of: opens the index of a domain's split, once its hash has been compared.
-        every_byte: hash the shards however large they are; otherwise only sizes are compared where
-            they exceed :data:`HASHED_BYTES` in all.
+        index_of: opens the index of a domain's split, once its hash has been checked.
+        every_byte: hash the shards whatever their size; otherwise only sizes are compared if the shards
+            exceed :data:`HASHED_BYTES` in total.
 
     Raises:
-        UserError: one line that names the first file that is missing, cut short or altered.
+        UserError: one line that names the first file that is missing, truncated or altered.
     """
     indexes: list[ShardIndex] = []
     for name, domain in manifest.domains.items():
@@ -232,21 +234,21 @@ def check_files(
     total_bytes = 0
     for index in indexes:
         for shard in index:
-            _refuse(shard.path, file_fault(shard.path, shard.bytes, None))
+            _refuse(shard.path, file_mismatch(shard.path, shard.bytes, None))
             total_bytes += shard.bytes
     if every_byte or total_bytes <= HASHED_BYTES:
         for index in indexes:
             for number in range(len(index)):
-                _refuse(index[number].path, index.fault(number))
+                _refuse(index[number].path, index.mismatch(number))
 
 
 def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle | None = None) -> None:
-    """Raises where shards are not those that a recipe means.
+    """Raises an error if shards do not match a recipe.
 
     Args:
-        manifest: of the shards.
-        recipe: says what they should be.
-        tokenizer: the opened tokenizer, where its fingerprint is to be compared too.
+        manifest: the shards' manifest.
+        recipe: the recipe that they must match.
+        tokenizer: the opened tokenizer, to compare its fingerprint too.
 
     Raises:
         UserError: one line that names the key and both values.
@@ -272,7 +274,7 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
         what = f"is {data.corpus_bytes}, but {data.shards} was built with {manifest.corpus_bytes}"
         raise UserError(what, key="data.corpus_bytes", remedy=other_place)
     if data.sources and preparation_digest(recipe) != manifest.preparation_sha256:
-        what = f"are not those that {data.shards} was made of, or their preparation is another"
+        what = f"differ from those that {data.shards} was built from, or their preparation does"
         raise UserError(what, key="data.sources", remedy=other_place)
     keys = {name: f"data.domains.{name}" if data.domains else "data.phases" for name in domains_of(recipe)}
     for domain, key in (keys | dict.fromkeys(data.validation_domains, "data.validation_domains")).items():
@@ -282,10 +284,10 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
 
 
 def preparation_digest(recipe: Recipe) -> str | None:
-    """Digest of what the recipe says of its sources; None without sources.
+    """Digest of the recipe's keys on sources and their preparation; None without sources.
 
-    Where files lie, how they are cut into tasks and shards compressed is no part of it: the schema says so of
-    these keys (``in_shards_digest``).
+    Keys for the location of files, the size of tasks and the compression of shards are not part of it: the
+    schema marks them (``in_shards_digest``).
     """
     if not recipe.data.sources:
         return None
@@ -300,12 +302,12 @@ def preparation_digest(recipe: Recipe) -> str | None:
 
 
 def _digested(schema: type[Source | Preparation], values: dict[str, Any]) -> dict[str, Any]:
-    """The values of those keys that other shards follow from."""
+    """The values of the keys that change the shards."""
     return {it.name: values[it.name] for it in fields(schema) if rules_of(it).in_shards_digest}
 
 
 def unigram_entropy(tokens: NDArray[np.integer[Any]]) -> float:
-    """Entropy of the frequencies of token ids, in nats per token: the loss of knowing no context."""
+    """Entropy of the frequencies of token ids, in nats per token: the loss of a model without context."""
     return entropy(np.bincount(tokens))
 
 
@@ -326,9 +328,9 @@ def _digest(tree: dict[str, Any]) -> str:
 
 
 def _require_sound(path: Path, sha256: str) -> None:
-    _refuse(path, file_fault(path, None, sha256))
+    _refuse(path, file_mismatch(path, None, sha256))
 
 
-def _refuse(path: Path, fault: str) -> None:
-    if fault:
-        raise UserError(f"{path} {fault}", key="data.shards", remedy=REBUILD)
+def _refuse(path: Path, mismatch: str) -> None:
+    if mismatch:
+        raise UserError(f"{path} {mismatch}", key="data.shards", remedy=REBUILD)

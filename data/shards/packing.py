@@ -1,4 +1,4 @@
-"""Documents to sequences of one length, end to end, with their boundaries kept and no token dropped."""
+"""Packs documents end to end into sequences of one length; boundaries are kept and no token is dropped."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from numpy.typing import NDArray
 # S tokens of a sequence, P pieces of documents in it.
 
 PADDING = -1
-"""Document of the piece that fills the last sequence."""
+"""Document number of the padding in the last sequence."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sequence and what it is made of."""
+    """A sequence and the pieces of documents that it consists of."""
 
     tokens: NDArray[np.int32]
     """Token ids [S]."""
     lengths: NDArray[np.int32]
-    """Tokens of each piece [P], in order; they add up to S."""
+    """Tokens of each piece [P], in order; their sum is S."""
     documents: NDArray[np.int64]
-    """The document of each piece [P] by its place in the domain's list; :data:`PADDING` for filling."""
+    """Each piece's document [P], its number in the domain's list; :data:`PADDING` for padding."""
 
 
 def pack(
@@ -33,13 +33,13 @@ def pack(
 ) -> Iterator[Sample]:
     """Joins documents, each ended by the end-of-text token, and cuts the stream into sequences.
 
-    A document that does not fit goes on in the next sequence. The last sequence is filled up.
+    A document that does not fit continues in the next sequence. The last sequence is padded.
 
     Args:
-        documents: place in the domain's list and token ids of each.
+        documents: number in the domain's list and token ids of each document.
         sequence_tokens: S.
-        eos_id: ends each document; None: they are ended already, or only parts of documents.
-        pad_id: fills the last sequence.
+        eos_id: appended to each document; None: nothing is appended (already done, or parts of documents).
+        pad_id: pads the last sequence.
     """
     tokens: list[NDArray[np.int32]] = []
     lengths: list[int] = []

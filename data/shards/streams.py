@@ -1,8 +1,8 @@
-"""Samples by number from a folder of MDS shards, through Streaming's own readers.
+"""Random access to the samples of a folder of MDS shards, with Streaming's own readers.
 
-Streaming knows the format: it reads the index and decodes samples. Where a sample lies, this module
-takes from a memory map of the shard, not from a file opened anew for each sample. A shard is held to
-its SHA-256 before its first sample is read, once in each process.
+Streaming's readers decode the samples. This module reads their bytes from a memory map of the shard instead
+of opening the file for each sample. A shard's SHA-256 is checked before its first sample is read, once per
+process.
 """
 
 import mmap
@@ -21,9 +21,9 @@ from data.shards.packing import Sample
 from train.recipe.errors import UserError
 
 OPEN_SHARDS = 256
-"""Memory maps kept at once; each holds a file descriptor."""
+"""Maximum number of open memory maps; each holds a file descriptor."""
 OPENINGS = 5
-"""Tries to open a shard that other processes evict as soon as it has been fetched."""
+"""Attempts to open a shard that other processes evict as soon as it is fetched."""
 
 
 class ShardFolder:
@@ -32,16 +32,16 @@ class ShardFolder:
     def __init__(
         self, folder: Path, cache: ShardCache | None = None, index: ShardIndex | None = None
     ) -> None:
-        """Opens no shard.
+        """Opens the index, but no shard.
 
         Args:
             folder: holds ``index.json`` and the shards.
-            cache: where shards that are missing or altered come from; None: that is an error.
-            index: of the folder, where it is open already; None: it is opened.
+            cache: fetches missing or altered shards; None: they are errors.
+            index: the folder's index if already open; None: it is opened.
         """
         self.folder, self._cache = folder, cache
         self._index = open_index(folder) if index is None else index
-        # What a reader decodes depends on the columns alone, which most shards have in common.
+        # A reader depends only on the columns, which most shards have in common.
         configs = range(len(self._index.configs))
         self._readers: list[MDSReader] = [
             reader_from_json(str(folder), None, self._index.entry(config)) for config in configs
@@ -77,7 +77,7 @@ class ShardFolder:
         return Sample(**reader.decode_sample(mapped[begin:end]))
 
     def file_of(self, number: int) -> ShardFile:
-        """The shard that holds a sample."""
+        """The shard that contains a sample."""
         return self._index[self._shard_of(number)]
 
     def _shard_of(self, number: int) -> int:
@@ -93,15 +93,15 @@ class ShardFolder:
         return mapped
 
     def _open(self, shard: int) -> mmap.mmap:
-        """Maps a shard whose content is what its index says.
+        """Maps a shard after checking its content.
 
         Raises:
             UserError: one line that names the shard.
         """
-        file, fault = self._index[shard], ""
+        file, mismatch = self._index[shard], ""
         for _ in range(OPENINGS):
-            fault = self._fault(shard)
-            if not fault:
+            mismatch = self._mismatch(shard)
+            if not mismatch:
                 try:
                     with file.path.open("rb") as stream:
                         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -112,20 +112,20 @@ class ShardFolder:
             self._cache.fetch(file)
             self._let_go_of_evicted()
         raise UserError(
-            f"shard {file.path} {fault or 'is evicted faster than it is read'}",
+            f"shard {file.path} {mismatch or 'is evicted before it is read'}",
             key="data.shards" if self._cache is None else "data.cache_bytes",
-            remedy=f"{REBUILD}, or data.remote names a store to fetch it from"
+            remedy=f"{REBUILD}, or set data.remote to a store to fetch it from"
             if self._cache is None
             else "raise it",
         )
 
-    def _fault(self, shard: int) -> str:
-        fault = self._index.fault(shard)
-        if not fault and self._cache is not None:
+    def _mismatch(self, shard: int) -> str:
+        mismatch = self._index.mismatch(shard)
+        if not mismatch and self._cache is not None:
             self._cache.note_use(self._index[shard])
-        return fault
+        return mismatch
 
     def _let_go_of_evicted(self) -> None:
-        """Closes maps of shards that were evicted, since the disk has their room back only then."""
+        """Closes maps of evicted shards, since only then is their disk space freed."""
         for shard in [shard for shard in self._maps if not self._index[shard].path.exists()]:
             self._maps.pop(shard).close()

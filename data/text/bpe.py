@@ -9,24 +9,24 @@ from train.recipe.errors import UserError
 from train.recipe.schema import Tokenizer
 
 PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""Pieces that no token crosses: a word, up to three digits, a run of signs, each with the space before
-it; white space, whose last character goes to the word that follows."""
+"""Pieces that no token crosses: a word, up to three digits, a run of other characters, each with the space
+before it; white space, whose last character goes to the following word."""
 
 SMALLEST = 258
 """256 bytes and two special tokens."""
 
 
 def train_bpe(cfg: Tokenizer, texts: Iterator[str]) -> TokenizerHandle:
-    """Learns ``cfg.vocab_size`` tokens, or fewer where the text has no more pairs to join.
+    """Trains a tokenizer of ``cfg.vocab_size`` tokens, or fewer if the text has no more pairs to merge.
 
     The same texts give the same tokenizer: ties go to the pair that was learnt first.
 
     Args:
         cfg: the recipe's tokenizer section, of kind ``bpe``.
-        texts: what to learn from.
+        texts: training texts.
 
     Raises:
-        UserError: if the vocabulary cannot even hold every byte.
+        UserError: if the vocabulary is too small for all bytes.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -43,8 +43,8 @@ def train_bpe(cfg: Tokenizer, texts: Iterator[str]) -> TokenizerHandle:
         show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)
-    # Training used all cores. Processes that are forked from here on, for tasks and for loading, would each
-    # warn of that unless it is settled now that they tokenise on one core.
+    # Training used all cores. Without this setting, every process forked later (tasks, loader workers) would
+    # warn about it; with it they tokenise on one core.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     ranks = {from_letters(letters): rank for letters, rank in learner.get_vocab().items()}
     return TokenizerHandle(bpe_name(cfg), PATTERN, ranks, {EOS: len(ranks), PAD: len(ranks) + 1})

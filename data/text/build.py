@@ -1,4 +1,4 @@
-"""A recipe's documents become its shards: the stages, one after another. Read `build_into` first."""
+"""Builds a recipe's shards from its documents, stage by stage. Start reading at `build_into`."""
 
 import hashlib
 import json
@@ -51,11 +51,11 @@ from train.record import log
 logger = log.get_logger(__name__)
 
 VERSION = 1
-"""Of the stages: raised when they give other bytes, so that no job goes on with results of older ones."""
+"""Version of the stages: raise it when their output changes, so that no job continues from older results."""
 BPE_TEXT_BYTES = 16_000_000
-"""Text that a tokenizer is trained on; more of it no longer changes a small vocabulary."""
+"""Amount of text that a tokenizer is trained on; more no longer changes a small vocabulary."""
 SPOOL_BYTES = 4_000_000
-"""Text of the installed corpus that one task works on."""
+"""Amount of text of the installed corpus per task."""
 
 
 def build_into(
@@ -64,18 +64,18 @@ def build_into(
     """Builds shards in ``work/out``.
 
     Args:
-        work: folder that an earlier call may have left; what it holds of the same job is not done again.
-        recipe: says what of, and how.
-        engine: does the tasks.
-        documents: in place of the recipe's sources.
+        work: work folder; results of the same job from an earlier call are reused.
+        recipe: the recipe, with sources and preparation.
+        engine: runs the tasks.
+        documents: documents in place of the recipe's sources.
 
     Raises:
-        UserError: if a source is missing, a key means nothing, or a domain has too little text.
+        UserError: if a source is missing, a key is invalid, or a domain has too little text.
     """
     check_preparation(recipe.data.preparation)
     job, chunks = _spool(work, recipe, documents) if documents is not None else _list(work, recipe, engine)
     cleaned = engine.run("reading and filtering", clean, job, chunks)
-    logger.info("telling copies apart")
+    logger.info("finding duplicates")
     decision = decide(job, chunks, cleaned)
     _require_documents(recipe, job, decision, cleaned)
     if recipe.tokenizer.kind is TokenizerKind.bpe:
@@ -87,7 +87,7 @@ def build_into(
 
 
 def _list(work: Path, recipe: Recipe, engine: Engine) -> tuple[PreparationJob, list[Chunk]]:
-    """The job of the recipe's sources; results of another job in the work folder are removed."""
+    """Builds the job of the recipe's sources; removes results of another job from the work folder."""
     check_sources(recipe)
     data = recipe.data
     evaluation = list_evaluation_files(data.preparation.evaluation_texts)
@@ -108,7 +108,7 @@ def _list(work: Path, recipe: Recipe, engine: Engine) -> tuple[PreparationJob, l
     mark = json.dumps([*tree, recipe.data.sequence_tokens], sort_keys=True)
     record = work / "job.json"
     if record.is_file() and record.read_text() == mark:
-        logger.info(f"going on with what {work} holds")
+        logger.info(f"continuing the job in {work}")
     else:
         for place in work.iterdir():
             if place.is_dir() and place.name != FETCHED:
@@ -120,7 +120,7 @@ def _list(work: Path, recipe: Recipe, engine: Engine) -> tuple[PreparationJob, l
 def _spool(
     work: Path, recipe: Recipe, documents: Iterator[CorpusDocument]
 ) -> tuple[PreparationJob, list[Chunk]]:
-    """The job of documents that a program gives, written to files that tasks can read."""
+    """Builds the job of given documents, and writes them to files that tasks can read."""
     by_domain: dict[str, list[list[tuple[str, str]]]] = {}
     sizes: Counter[str] = Counter()
     with tqdm(desc="reading text", unit="B", unit_scale=True, mininterval=1) as bar:
@@ -175,7 +175,7 @@ def _require_documents(
 
 
 def _train_tokenizer(recipe: Recipe, job: PreparationJob, chunks: list[Chunk], decision: Decision) -> None:
-    """Trains a BPE on every n-th document, and writes it where the tasks open it."""
+    """Trains a BPE on every n-th document, and writes it where the tasks expect it."""
     stride = -(-decision.train_bytes // BPE_TEXT_BYTES)
     logger.info(f"training a tokenizer of {recipe.tokenizer.vocab_size} tokens")
 
@@ -269,7 +269,7 @@ def _split_record(
 
 
 def _join(path: Path, parts: list[Path]) -> str:
-    """Writes the parts one after another; returns the hash of the whole."""
+    """Concatenates the parts and returns the hash of the result."""
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for part in parts:

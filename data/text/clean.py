@@ -1,4 +1,4 @@
-"""First stage: a chunk's records become clean documents with signatures, or rejected ones."""
+"""First stage: cleans and filters a chunk's records, and computes their signatures."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from data.text.evaluation_overlap import open_evaluation_texts
 from data.text.inputs import Chunk
 from data.text.job import PreparationJob, Result, save_array
 from data.text.language import language_of
-from data.text.quality import fault_of_code, fault_of_prose, fault_of_repetition
+from data.text.quality import code_violation, prose_violation, repetition_violation
 from data.text.source_records import SourceRecord, read_records
 from data.text.words import hash_words
 from train.recipe.preparation import Quality, Source
@@ -30,24 +30,24 @@ def clean(job: PreparationJob, chunk: Chunk) -> Result:
     """Writes the documents that pass, their digests, sizes and signatures, and the list of rejected records.
 
     Returns:
-        Counts: ``kept`` documents, and ``rejected`` ones by reason.
+        Counts of ``kept`` documents, and of ``rejected`` ones by reason.
     """
     return job.once(STAGE, chunk.number, lambda: _clean(job, chunk))
 
 
 def normalise(text: str) -> str:
-    """NFC, line feeds at line ends, no control characters, no white space at the ends but a line feed."""
+    """Normalises text to NFC and line feeds; strips control characters and outer white space."""
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
     return _CONTROL.sub("", text).strip() + "\n"
 
 
 def read_documents(job: PreparationJob, number: int) -> Iterator[tuple[str, str]]:
-    """Name and text of each clean document of a chunk."""
+    """Yields name and text of each clean document of a chunk."""
     return read_texts(job.file(STAGE, number, "arrow"))
 
 
 def read_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Name and text of each document in a file of :func:`write_texts`."""
+    """Yields name and text of each document in a file of :func:`write_texts`."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as mapped:
@@ -57,7 +57,7 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def write_texts(path: Path, documents: list[tuple[str, str]]) -> None:
-    """Writes names and texts."""
+    """Writes names and texts to an Arrow file."""
     import pyarrow
 
     schema = pyarrow.schema([("name", pyarrow.string()), ("text", pyarrow.large_string())])
@@ -73,9 +73,9 @@ def write_texts(path: Path, documents: list[tuple[str, str]]) -> None:
 def _clean(job: PreparationJob, chunk: Chunk) -> Result:
     kept: list[tuple[str, str]] = []
     signatures, rejected = [], []
-    for record, fault, words in _judged(job, chunk):
-        if fault:
-            rejected.append({"place": record.place, "reason": fault})
+    for record, reason, words in _judged(job, chunk):
+        if reason:
+            rejected.append({"place": record.place, "reason": reason})
         else:
             kept.append((record.place, record.text))
             signatures.append(sketch(words))
@@ -96,7 +96,7 @@ def _clean(job: PreparationJob, chunk: Chunk) -> Result:
 
 
 def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[tuple[SourceRecord, str, np.ndarray[Any, Any]]]:
-    """Each record, normalised, with the first rule that it breaks and its words."""
+    """Yields each record, normalised, with the first rule that it violates and the hashes of its words."""
     source, preparation = job.sources[chunk.source], job.preparation
     if job.spooled:
         for name, text in read_texts(Path(chunk.inputs[0].path)):
@@ -107,18 +107,18 @@ def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[tuple[SourceRecord, s
     for raw in read_records(chunk, source, preparation.max_document_bytes):
         place = f"{source.dataset}/{raw.place}"
         text = "" if raw.reason else normalise(raw.text)
-        fault = raw.reason or ("" if text.strip() else "empty") or _fault_of_text(text, source)
-        words = none if fault else hash_words(text)
-        if not fault and evaluation.touches(words):
-            fault = "evaluation text"
-        yield SourceRecord(place, text), fault, words
+        reason = raw.reason or ("" if text.strip() else "empty") or _violation(text, source)
+        words = none if reason else hash_words(text)
+        if not reason and evaluation.touches(words):
+            reason = "evaluation text"
+        yield SourceRecord(place, text), reason, words
 
 
-def _fault_of_text(text: str, source: Source) -> str:
+def _violation(text: str, source: Source) -> str:
     if source.languages and (language := language_of(text)) not in source.languages:
         return f"language: {language}"
     if source.quality is Quality.code:
-        return fault_of_code(text)
+        return code_violation(text)
     if source.quality is Quality.prose:
-        return fault_of_prose(text) or fault_of_repetition(text)
+        return prose_violation(text) or repetition_violation(text)
     return ""

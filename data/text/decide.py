@@ -1,4 +1,4 @@
-"""Second stage, in one process: which documents stay, and on which side. Needs 60 bytes per document."""
+"""Second stage, in one process: removes duplicates and assigns splits. Needs 60 bytes per document."""
 
 import json
 from collections import Counter
@@ -23,23 +23,23 @@ REMOVED, TRAIN, VALIDATION = 0, 1, 2
 
 @dataclass(frozen=True)
 class Decision:
-    """What the later stages need to know of it."""
+    """The stage's results for later stages."""
 
     documents: dict[str, int]
-    """Documents that stay, by domain."""
+    """Number of documents kept, by domain."""
     train_bytes: int
-    """UTF-8 bytes of those to train on."""
+    """UTF-8 bytes of the training documents."""
     copies: list[Counter[str]]
-    """Documents of each chunk that were removed, by reason."""
+    """Number of documents removed from each chunk, by reason."""
 
 
 def decide(job: PreparationJob, chunks: list[Chunk], cleaned: list[Result]) -> Decision:
-    """Writes the fate of each document, an array per chunk, and the list of those that are copies.
+    """Writes the split or removal of each document, an array per chunk, and the list of copies.
 
     Args:
         job: the job.
-        chunks: all of them.
-        cleaned: results of the first stage for each.
+        chunks: all chunks.
+        cleaned: the first stage's result for each chunk.
     """
     bounds = np.cumsum([0, *(result["kept"] for result in cleaned)])
     domains = [job.sources[chunk.source].domain for chunk in chunks]
@@ -64,7 +64,7 @@ def decide(job: PreparationJob, chunks: list[Chunk], cleaned: list[Result]) -> D
 def _gather(
     job: PreparationJob, chunks: list[Chunk]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.uint64]]:
-    """Halves of digests [N, 2] to compare, sizes [N], and other bits of digests [N] to choose sides by."""
+    """Half of each digest [N, 2] for comparison, sizes [N], and other digest bits [N] to assign splits."""
     halves, sizes, keys = [np.empty((0, 2), np.uint64)], [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
     for chunk in chunks:
         whole = np.load(job.file(CLEAN, chunk.number, "digests.npy")).view(np.uint64).reshape(-1, 4)
@@ -85,7 +85,7 @@ def _resolve(
     for chunk, start, end in zip(chunks, bounds, bounds[1:], strict=False):
         signatures[start:end] = np.load(job.file(CLEAN, chunk.number, "signatures.npy"))
     found = resolve(digests_N2, signatures, job.preparation.near_duplicates)
-    if job.spooled:  # The program that gave them has removed what it wanted removed.
+    if job.spooled:  # Given documents are already deduplicated.
         return Resolution(np.arange(bounds[-1]), np.zeros(bounds[-1], bool), found.group)
     return found
 
@@ -97,7 +97,7 @@ def _keeper_names(
     found: Resolution,
     stays_N: NDArray[np.bool_],
 ) -> dict[int, str]:
-    """Names of the documents that others are copies of."""
+    """Names of the documents that have copies."""
     wanted = np.unique(found.keeper[~stays_N])
     names = {}
     for chunk, start, end in zip(chunks, bounds, bounds[1:], strict=False):
@@ -112,7 +112,7 @@ def _keeper_names(
 def _list_copies(
     job: PreparationJob, chunk: Chunk, numbers: range, found: Resolution, names: dict[int, str]
 ) -> Counter[str]:
-    """Writes the chunk's documents that are removed as copies, and counts them by reason."""
+    """Writes the list of the chunk's documents that are removed as copies, and counts them by reason."""
     reasons: Counter[str] = Counter()
     lines = []
     if any(found.keeper[n] != n for n in numbers):

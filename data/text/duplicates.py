@@ -1,11 +1,11 @@
-"""Which documents are copies of which, exactly or nearly: the same answer for any number of workers.
+"""Exact and near duplicates of documents, independent of the number of workers.
 
-MinHash (Broder 1997) over five-word sequences, as Lee et al. 2022 ("Deduplicating Training Data Makes
+MinHash (Broder 1997) over five-word sequences, as in Lee et al. 2022 ("Deduplicating Training Data Makes
 Language Models Better", section 4.2); signatures and the number of bands are datasketch's. Signatures are
-made with each chunk. The look-up goes over bands one after another, in one process: documents of a bucket are
-compared with the bucket's first and with the one before, in the order of the sources, so that nothing
-depends on who was ready first. Memory: 60 bytes per document, whatever their length; the signatures, 512
-bytes each, stay on disk.
+computed per chunk. The lookup goes through the bands one by one, in one process. Each document of a bucket is
+compared with the bucket's first and with the previous one, in the order of the sources, so the result does
+not depend on timing. Memory: 60 bytes per document, whatever its length; the signatures, 512 bytes each, stay
+on disk.
 """
 
 from dataclasses import dataclass
@@ -22,27 +22,27 @@ from data.text.words import hash_ngrams, mix
 PERMUTATIONS = 128
 SHINGLE_WORDS = 5
 SAME_SIDE = 0.5
-"""Jaccard similarity from which on documents go to the same side, train or validation."""
+"""Documents of at least this Jaccard similarity go to the same split, train or validation."""
 _BLOCK = 8192
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """What documents are to each other."""
+    """Copies and groups of similar documents."""
 
     keeper: NDArray[np.int64]
-    """The document [N] that stands for each: itself, or the first of its copies."""
+    """The document kept for each document [N]: itself, or the first of its copies."""
     is_exact: NDArray[np.bool_]
-    """Whether [N] the text is the keeper's, byte for byte."""
+    """True [N] if the text equals the keeper's, byte for byte."""
     group: NDArray[np.int64]
-    """A number [N], equal for documents that are alike, or joined by a chain of such."""
+    """A number [N], equal for documents that are similar or connected by a chain of similar ones."""
 
 
 def sketch(words: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    """The MinHash signature [P] of a text.
+    """Computes the MinHash signature [P] of a text.
 
     Args:
-        words: hashes of its words, :func:`data.text.words.hash_words`.
+        words: hashes of its words, see :func:`data.text.words.hash_words`.
     """
     from datasketch import MinHash
 
@@ -54,12 +54,12 @@ def sketch(words: NDArray[np.uint64]) -> NDArray[np.uint32]:
 
 
 def resolve(digests: NDArray[np.uint64], signatures: NDArray[np.uint32], near: float | None) -> Resolution:
-    """Finds copies.
+    """Finds copies and groups of similar documents.
 
     Args:
         digests: the first 16 bytes of each text's SHA-256 [N, 2].
-        signatures: [N, P], on disk or not.
-        near: Jaccard similarity from which on documents are copies; None: only equal texts are.
+        signatures: [N, P], in memory or mapped from disk.
+        near: minimum Jaccard similarity of copies; None: only equal texts are copies.
     """
     count = len(digests)
     order = np.lexsort((np.arange(count), digests[:, 1], digests[:, 0]))
@@ -76,7 +76,7 @@ def resolve(digests: NDArray[np.uint64], signatures: NDArray[np.uint32], near: f
 def _alike(
     signatures: NDArray[np.uint32], distinct: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Pairs [M, 2] of documents that are alike, and how much [M]."""
+    """Finds pairs [M, 2] of similar documents, and their similarity [M]."""
     from datasketch import MinHashLSH
 
     index = MinHashLSH(threshold=SAME_SIDE, num_perm=PERMUTATIONS)
@@ -111,7 +111,7 @@ def _estimate(signatures: NDArray[np.uint32], pairs: NDArray[np.int64]) -> NDArr
 
 
 def _first_of_component(pairs: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """The least document that each is joined to."""
+    """The lowest document number in each document's connected component."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -125,7 +125,7 @@ def _first_of_component(pairs: NDArray[np.int64], count: int) -> NDArray[np.int6
 
 @lru_cache(maxsize=1)
 def _permutations() -> Any:
-    """Datasketch's permutations for its default seed, drawn once rather than for each document."""
+    """Datasketch's permutations for its default seed, drawn once instead of once per document."""
     from datasketch import MinHash
 
     return MinHash(num_perm=PERMUTATIONS).permutations

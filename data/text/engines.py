@@ -1,4 +1,4 @@
-"""Who does the tasks of a stage: processes of this machine, or Spark. Neither changes a byte."""
+"""Engines that run a stage's tasks: processes on this machine, or Spark. The output is identical."""
 
 import gc
 import multiprocessing
@@ -27,24 +27,24 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Engine(Protocol):
-    """Does tasks."""
+    """Runs tasks."""
 
     def run(self, title: str, stage: Stage[Item], job: PreparationJob, items: Sequence[Item]) -> list[Result]:
-        """Results of a stage for each item, in their order."""
+        """Runs a stage for each item and returns the results in order."""
 
 
 class Processes:
-    """This machine's cores.
+    """Runs tasks on this machine's cores.
 
     Args:
-        workers: processes; 1: this one alone.
+        workers: number of processes; 1: only this one.
     """
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
 
     def run(self, title: str, stage: Stage[Item], job: PreparationJob, items: Sequence[Item]) -> list[Result]:
-        """Results of a stage for each item, in their order, with a bar."""
+        """Runs a stage for each item and returns the results in order, with a progress bar."""
         with self._mapped(partial(stage, job), items) as results:
             return list(tqdm(results, desc=title, total=len(items), unit="task", mininterval=1))
 
@@ -55,7 +55,7 @@ class Processes:
             yield map(task, items)
             return
         _import_for_tasks()
-        # Forked: a new interpreter would import everything again. Children open tokenizers of their own.
+        # Forked: a new interpreter would import everything again. Children open their own tokenizers.
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
         try:
             yield pool.map(task, items)
@@ -64,7 +64,7 @@ class Processes:
 
 
 def _import_for_tasks() -> None:
-    """Imports here what tasks import when they need it, or each process of each stage would."""
+    """Imports the modules that tasks import lazily, so that not every forked process has to."""
     import datasketch  # noqa: F401
     import pyarrow.parquet
 
@@ -72,27 +72,27 @@ def _import_for_tasks() -> None:
 
 
 class Spark:
-    """A Spark cluster, or Spark in this machine's processes where none is configured.
+    """Runs tasks on a Spark cluster, or in a local Spark session if no cluster is configured.
 
-    All workers must see the folder of the shards and have this checkout at the same place. A task that
-    fails is tried again by Spark, and what the failed attempt wrote is replaced.
+    All workers must see the folder of the shards, and this checkout at the same path. Spark retries failed
+    tasks; the retry replaces the files of the failed attempt.
 
     Args:
-        workers: cores of a local session; nothing on a cluster.
+        workers: cores of a local session; ignored on a cluster.
     """
 
     def __init__(self, workers: int) -> None:
         try:
             from pyspark.sql import SparkSession
         except ImportError:
-            remedy = "install pyspark from requirements.lock, or leave --engine out"
+            remedy = "install pyspark from requirements.lock, or omit --engine"
             raise UserError("pyspark is not installed", key="--engine spark", remedy=remedy) from None
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         paths = dict.fromkeys([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         builder: Any = SparkSession.builder
         builder = builder.appName("finegrain-shards").config("spark.executorEnv.PYTHONPATH", str(ROOT))
-        # spark-submit has begun a session with a master of its own; locally a task has four tries.
+        # spark-submit has already set a master; in a local session a task has four attempts.
         if "PYSPARK_GATEWAY_PORT" not in os.environ and SparkSession.getActiveSession() is None:
             builder = builder.master(f"local[{workers},4]").config("spark.ui.enabled", "false")
         try:
@@ -102,7 +102,7 @@ class Spark:
             raise UserError(what, key="--engine spark", remedy="it needs Java 8, 11 or 17") from None
 
     def run(self, title: str, stage: Stage[Item], job: PreparationJob, items: Sequence[Item]) -> list[Result]:
-        """Results of a stage for each item, in their order."""
+        """Runs a stage for each item and returns the results in order."""
         logger.info(f"{title}: {len(items)} tasks on Spark")
         if not items:
             return []
@@ -116,32 +116,33 @@ class Spark:
 
 
 def _on_spark(stage: Stage[Item], job: PreparationJob, item: Item) -> Result:
-    """A task in Spark's Python worker, which then collects garbage and looks at every path for new modules.
+    """Runs a task in Spark's Python worker, and makes two costs between tasks cheaper.
 
-    Either took 0.1 to 0.3 s a task, longer than many a task itself: garbage is looked for in all that imports
-    made, and Python 3.11 reads the contents of zip files on the path anew, of which Spark's jar has 5,000.
+    After each task the worker collects garbage, among all objects that imports created, and looks for new
+    modules on every path, for which Python 3.11 re-reads the contents of zip files (5,000 in Spark's jar).
+    Each took 0.1 to 0.3 s, longer than many tasks.
     """
     result = stage(job, item)
     _freeze(len(sys.modules))
     for path, finder in list(sys.path_importer_cache.items()):
-        if isinstance(finder, zipimporter):  # It is made again where a module is imported from there.
+        if isinstance(finder, zipimporter):  # It is created again if a module is imported from there.
             del sys.path_importer_cache[path]
     return result
 
 
 @lru_cache(maxsize=1)
 def _freeze(modules: int) -> None:
-    """Takes what is there out of garbage collection, anew where a task imported more.
+    """Excludes existing objects from garbage collection; repeated only if a task imported more modules.
 
     Args:
-        modules: how many there are in this process.
+        modules: number of modules in this process, the cache's key.
     """
     gc.collect()
     gc.freeze()
 
 
 def open_engine(name: str, workers: int | None) -> Engine:
-    """The engine of the command line: ``local`` or ``spark``.
+    """Opens an engine by its command-line name: ``local`` or ``spark``.
 
     Raises:
         UserError: if Spark is missing or does not start.

@@ -1,8 +1,8 @@
-"""Text of evaluation tasks, found in training documents by n-grams of words.
+"""Finds text of evaluation tasks in training documents, by n-grams of words.
 
 Brown et al. 2020 (GPT-3), appendix C: a document that shares a 13-gram with a task's text is contaminated;
-texts of 8 to 12 words count whole, shorter ones don't. It is removed as a whole, which loses more text than
-cutting a window out of it, and can't leave half of a question.
+texts of 8 to 12 words must match as a whole, shorter ones are ignored. The whole document is removed. This
+loses more text than cutting a window out of it, but can't leave half a question behind.
 """
 
 import glob
@@ -23,7 +23,7 @@ SUFFIXES = (".jsonl", ".json", ".txt")
 
 
 class EvaluationTexts:
-    """N-grams of all task files, by their number of words."""
+    """The n-grams of all task files, by number of words."""
 
     def __init__(self, files: tuple[str, ...], ngram: int) -> None:
         found: dict[int, list[NDArray[np.uint64]]] = {}
@@ -35,10 +35,10 @@ class EvaluationTexts:
         self._by_size = {size: np.unique(np.concatenate(found[size])) for size in sorted(found)}
 
     def touches(self, words: NDArray[np.uint64]) -> bool:
-        """Whether a document shares an n-gram with a task.
+        """Returns whether a document shares an n-gram with a task.
 
         Args:
-            words: hashes of the document's words, :func:`data.text.words.hash_words`.
+            words: hashes of the document's words, see :func:`data.text.words.hash_words`.
         """
         for size, known in self._by_size.items():
             if words.size >= size:
@@ -51,15 +51,15 @@ class EvaluationTexts:
 
 @lru_cache(maxsize=1)
 def open_evaluation_texts(files: tuple[str, ...], ngram: int) -> EvaluationTexts:
-    """The n-grams of task files, read once in each process."""
+    """Reads the n-grams of task files, once per process."""
     return EvaluationTexts(files, ngram)
 
 
 def list_evaluation_files(patterns: list[str]) -> tuple[str, ...]:
-    """The task files that a recipe names, in order.
+    """Lists a recipe's task files, in order.
 
     Raises:
-        UserError: if a pattern names none, or a file can't be read.
+        UserError: if a pattern matches no file, or a file can't be read.
     """
     files: list[str] = []
     for pattern in patterns:
@@ -70,9 +70,9 @@ def list_evaluation_files(patterns: list[str]) -> tuple[str, ...]:
         chosen = [str(file) for file in found if file.suffix in SUFFIXES and file.is_file()]
         if not chosen:
             raise UserError(
-                f"{pattern} names no file of {', '.join(SUFFIXES)}",
+                f"{pattern} matches no file with suffix {', '.join(SUFFIXES)}",
                 key="data.preparation.evaluation_texts",
-                remedy="correct the path, or leave it out",
+                remedy="correct or remove the path",
             )
         files += chosen
     for file in files:
@@ -83,13 +83,13 @@ def list_evaluation_files(patterns: list[str]) -> tuple[str, ...]:
             raise UserError(
                 f"{file} can't be read ({error})",
                 key="data.preparation.evaluation_texts",
-                remedy="tasks are UTF-8: JSON lines, JSON or plain lines",
+                remedy="task files must be UTF-8: JSON Lines, JSON or plain lines",
             ) from None
     return tuple(files)
 
 
 def _texts(file: Path) -> Iterator[str]:
-    """Every string in a task file."""
+    """Yields every string in a task file."""
     content = file.read_text("utf-8")
     if file.suffix == ".json":
         yield from _strings(json.loads(content))

@@ -1,9 +1,9 @@
-"""A rank table as Hugging Face's ``tokenizer.json``, and back.
+"""Converts a rank table to Hugging Face's ``tokenizer.json``, and back.
 
-tiktoken joins the two neighbours whose concatenation has the lowest rank; Hugging Face joins the first
-pair on a list of merges. They agree if every way to cut a token in two tokens is on the list, in the
-order of the tokens' ranks. ``transformers.convert_slow_tokenizer.TikTokenConverter`` makes the same list, but
-it imports torch, which preparing text does without, and has no place for ids that mean nothing.
+tiktoken merges the two neighbours whose concatenation has the lowest rank; Hugging Face merges the first pair
+on a list of merges. They agree if the list has every split of a token into two tokens, in the order of the
+tokens' ranks. ``transformers.convert_slow_tokenizer.TikTokenConverter`` makes the same list, but it imports
+torch, which data preparation does not need, and does not support unused ids.
 """
 
 import json
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
 UNUSED = "<|unused_"
-"""Beginning of the names of ids that no token has."""
+"""Name prefix of unused ids."""
 
 
 def write_form(path: Path, pattern: str, ranks: Mapping[bytes, int], special_ids: Mapping[str, int]) -> None:
@@ -25,7 +25,7 @@ def write_form(path: Path, pattern: str, ranks: Mapping[bytes, int], special_ids
 
     Args:
         path: the file.
-        pattern: tiktoken's expression for pieces.
+        pattern: tiktoken's regular expression for pieces.
         ranks: byte strings with their ids, 0 to their number - 1.
         special_ids: special tokens with their ids, all above those of the ranks.
     """
@@ -40,11 +40,11 @@ def write_form(path: Path, pattern: str, ranks: Mapping[bytes, int], special_ids
         if token[:cut] in ranks and token[cut:] in ranks
     ]
     vocabulary = {_to_letters(token): ranks[token] for token in ordered}
-    # A piece that is a token stays whole, as in tiktoken.
+    # As in tiktoken, a piece that is itself a token is not split.
     form = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     form.pre_tokenizer = byte_level_pieces(_for_oniguruma(pattern))
     form.decoder = decoders.ByteLevel()
-    # Added tokens are numbered without gaps, so that gaps are filled with tokens of no use.
+    # Added tokens are numbered without gaps, so gaps are filled with unused tokens.
     name_of = {number: name for name, number in special_ids.items()}
     numbers = range(len(ranks), max(special_ids.values()) + 1)
     names = [name_of.get(number, f"{UNUSED}{number}|>") for number in numbers]
@@ -53,7 +53,7 @@ def write_form(path: Path, pattern: str, ranks: Mapping[bytes, int], special_ids
 
 
 def read_form(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
-    """Pattern, ranks and special tokens of a file that :func:`write_form` wrote."""
+    """Reads pattern, ranks and special tokens from a file of :func:`write_form`."""
     tree = json.loads(path.read_text("utf-8"))
     pattern = tree["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     ranks = {from_letters(letters): rank for letters, rank in tree["model"]["vocab"].items()}
@@ -62,7 +62,7 @@ def read_form(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
 
 
 def byte_level_pieces(pattern: str) -> "PreTokenizer":
-    """Cuts text into the pieces that a pattern finds, spelled byte by byte."""
+    """Returns a pre-tokenizer that splits text by a pattern and spells the pieces byte by byte."""
     from tokenizers import Regex, pre_tokenizers
 
     return pre_tokenizers.Sequence(
@@ -74,7 +74,7 @@ def byte_level_pieces(pattern: str) -> "PreTokenizer":
 
 
 def from_letters(letters: str) -> bytes:
-    """The bytes behind a token in byte-level spelling."""
+    """Returns the bytes of a token in byte-level spelling."""
     return bytes(_byte_of_letter()[letter] for letter in letters)
 
 
@@ -84,7 +84,7 @@ def _to_letters(token: bytes) -> str:
 
 @lru_cache(maxsize=1)
 def _letters() -> list[str]:
-    """The letter that stands for each byte: itself if it prints, else one from U+0100 on."""
+    """The letter that represents each byte: itself if printable, else one from U+0100 on."""
     letters: list[str] = []
     for byte in range(256):
         prints = chr(byte).isprintable() and chr(byte) != " "
@@ -98,9 +98,9 @@ def _byte_of_letter() -> dict[str, int]:
 
 
 def _for_oniguruma(pattern: str) -> str:
-    """Spells tiktoken's pattern in the dialect of Hugging Face's engine.
+    """Translates tiktoken's pattern for Hugging Face's regex engine.
 
-    Possessive quantifiers only save time there, and `{1,3}+` would mean something else; `$` is the end
-    of the text in tiktoken, but of a line here.
+    Possessive quantifiers are removed: in tiktoken they only save time, and `{1,3}+` would mean something
+    else here. `$` means the end of the text in tiktoken, but the end of a line here.
     """
     return re.sub(r"(?<=[+*?])\+|(?<=[0-9]\})\+", "", pattern).replace("$", r"\z")

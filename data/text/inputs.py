@@ -1,6 +1,6 @@
-"""The files of the recipe's sources, and how they are cut into numbered chunks, which depends on them alone.
+"""The files of the recipe's sources, and their split into numbered chunks, which depends only on the files.
 
-A chunk is what one task reads: a range of bytes of a JSONL file, of row groups of a Parquet file, of record
+A chunk is the input of one task: a range of bytes of a JSONL file, of row groups of a Parquet file, of record
 batches of an Arrow file, or of the list of a source's text files.
 """
 
@@ -26,7 +26,7 @@ SUFFIXES = {
 }
 BOOKKEEPING = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 WHOLE = -1
-"""End of a chunk that is all of its file."""
+"""The end of a chunk that covers its whole file."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class SourceFile:
     """A file of a source."""
 
     source: int
-    """Its source's place in the recipe."""
+    """Index of its source in the recipe."""
     name: str
-    """Path below the source's folder: the same wherever the folder lies."""
+    """Path relative to the source's folder, independent of the folder's location."""
     path: str
     bytes: int
     modified_ns: int
@@ -44,31 +44,31 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one task reads."""
+    """The input of one task."""
 
     number: int
     source: int
     inputs: tuple[SourceFile, ...]
-    """One file; of `text` sources several."""
+    """One file; several for `text` sources."""
     start: int
     end: int
     """Bytes, row groups or record batches; unused for `text`."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is an address in a store."""
+    """Returns whether a path is an address in an object store."""
     return "://" in path or path.startswith("dbfs:/")
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Refuses sources that contradict the recipe.
+    """Rejects sources that contradict the recipe.
 
     Raises:
         UserError: one line that names the key.
     """
     data = recipe.data
     if data.corpus is not None:
-        raise UserError("builds shards, and so do data.sources", key="data.corpus", remedy="remove either")
+        raise UserError("conflicts with data.sources", key="data.corpus", remedy="remove either")
     there = {source.domain for source in data.sources}
     for domain in [*domains_of(recipe), *data.validation_domains]:
         if domain not in there:
@@ -78,19 +78,19 @@ def check_sources(recipe: Recipe) -> None:
         unknown = sorted(set(source.languages) - LANGUAGES)
         if unknown:
             raise UserError(
-                f"{unknown[0]} is none of the languages that are told apart",
+                f"{unknown[0]} is not a language that can be detected",
                 key=f"data.sources[{n}].languages",
-                remedy=f"they are {', '.join(sorted(LANGUAGES))}",
+                remedy=f"choose from {', '.join(sorted(LANGUAGES))}",
             )
         if not source.domain or "/" in source.domain or source.domain.startswith("."):
             key = f"data.sources[{n}].domain"
             raise UserError(
-                f"{source.domain!r} is no folder's name", key=key, remedy="use letters and digits"
+                f"{source.domain!r} is not a valid folder name", key=key, remedy="use letters and digits"
             )
 
 
 def check_preparation(preparation: Preparation) -> None:
-    """Refuses numbers that mean nothing.
+    """Rejects numbers out of range.
 
     Raises:
         UserError: one line that names the key.
@@ -100,12 +100,12 @@ def check_preparation(preparation: Preparation) -> None:
 
 
 def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list[SourceFile]:
-    """The files of a source, by name.
+    """Lists the files of a source, sorted by name.
 
     Args:
-        n: its place in the recipe.
-        source: what the recipe says of it.
-        fetched: files of a source in a store, here, by their names below its folder.
+        n: index of the source in the recipe.
+        source: the source.
+        fetched: local copies of the files of a source in a store, by name relative to its folder.
 
     Raises:
         UserError: if there are none.
@@ -128,14 +128,14 @@ def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list
 
 
 def is_wanted(name: str, kind: SourceKind) -> bool:
-    """Whether a source of this kind reads a file: none that is hidden, of bookkeeping or of another form."""
+    """Returns whether a source of this kind reads a file: not hidden, no metadata, with the right suffix."""
     path, suffixes = Path(name), SUFFIXES.get(kind)
     is_hidden = any(part.startswith(".") for part in path.parts)
     return not is_hidden and path.name not in BOOKKEEPING and (suffixes is None or name.endswith(suffixes))
 
 
 def cut(inputs: list[list[SourceFile]], kinds: list[SourceKind], chunk_bytes: int) -> list[Chunk]:
-    """Chunks of all sources, numbered in their order."""
+    """Splits all sources into chunks, numbered in order."""
     pieces: list[tuple[int, tuple[SourceFile, ...], int, int]] = []
     for n, (files, kind) in enumerate(zip(inputs, kinds, strict=True)):
         if kind is SourceKind.text:
@@ -151,12 +151,12 @@ def cut(inputs: list[list[SourceFile]], kinds: list[SourceKind], chunk_bytes: in
 
 
 def match(name: str, path: str) -> bool:
-    """Whether an object's address is what a source's path means: itself, below it, or its pattern."""
+    """Returns whether an object's address equals a source's path, lies below it, or matches its pattern."""
     return name == path or name.startswith(path.rstrip("/") + "/") or fnmatch.fnmatch(name, path)
 
 
 def _files_of(path: str) -> dict[str, Path]:
-    """Files that a path on this machine means, by their names below its folder."""
+    """Files of a local path or pattern, by name relative to its folder."""
     found = [Path(it) for it in glob.glob(path, recursive=True)]  # noqa: PTH207  (may be absolute)
     named: dict[str, Path] = {}
     for place in found:
@@ -171,7 +171,7 @@ def _spans(file: SourceFile, chunk_bytes: int) -> Iterator[tuple[int, int]]:
     if file.name.endswith((".parquet", ".arrow")):
         try:
             sizes = _group_bytes(file)
-        except (OSError, ValueError):  # The task that reads it says so in the list of rejected records.
+        except (OSError, ValueError):  # The task that reads the file records the error.
             yield 0, WHOLE
             return
         start = 0
@@ -187,7 +187,7 @@ def _spans(file: SourceFile, chunk_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def _group_bytes(file: SourceFile) -> list[int]:
-    """Bytes of each row group or record batch."""
+    """Size in bytes of each row group or record batch."""
     if file.name.endswith(".parquet"):
         from pyarrow import parquet
 
@@ -200,7 +200,7 @@ def _group_bytes(file: SourceFile) -> list[int]:
 
 
 def _fixed_part(pattern: str) -> Path:
-    """The folders of a pattern before the first that varies."""
+    """The folders of a pattern before the first wildcard."""
     parts = Path(pattern).parts
     varying = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     return Path(*parts[:varying])

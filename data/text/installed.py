@@ -1,8 +1,9 @@
-"""Real text that every installation has: code and prose of Python and the installed packages.
+"""The installed corpus: code and prose of Python and its packages, real text that every installation has.
 
-`code` is source files; `prose` is documentation: package descriptions, text files, Python's reference
-topics and docstrings. A docstring is part of its source file too, so each source file serves one domain
-alone, by a hash of its name; copies of a file in other packages have that name and go the same way.
+`code` consists of source files, `prose` of documentation: package descriptions, text files, Python's
+reference topics and docstrings. Since a docstring is also part of its source file, each source file is used
+for only one domain, chosen by a hash of its name. Copies of a file in other packages have the same name,
+hence the same domain.
 """
 
 import hashlib
@@ -37,23 +38,24 @@ _DOCSTRING_OR_TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class CorpusDocument:
-    """A text with the domain that it belongs to."""
+    """A text and its domain."""
 
     domain: str
     name: str
-    """Where it comes from, the same on every machine: `stdlib/...` or `packages/...`."""
+    """Its origin, the same on every machine: `stdlib/...` or `packages/...`."""
     text: str
 
 
 def installed_corpus(max_bytes: int, folders: dict[str, Path] | None = None) -> Iterator[CorpusDocument]:
-    """Documents of all domains, exact duplicates left out, in an order that depends on their names alone.
+    """Yields documents of all domains without exact duplicates, in an order that depends only on their names.
 
-    No package gives more than a twentieth of a domain, else generated clients of web services would fill it.
+    No package provides more than a twentieth of a domain; otherwise generated clients of web services would
+    dominate.
 
     Args:
         max_bytes: bound on the text of each domain, in UTF-8 bytes.
-        folders: what to read, by the name that documents are to carry; the standard library and the
-            installed packages where none are given.
+        folders: folders to read, by name prefix of their documents; None: the standard library and the
+            installed packages.
     """
     files = _list_files(folders or installed_folders())
     seen: set[bytes] = set()
@@ -77,15 +79,15 @@ def installed_corpus(max_bytes: int, folders: dict[str, Path] | None = None) -> 
 
 
 def installed_folders() -> dict[str, Path]:
-    """The folders that Python and its packages were installed in."""
+    """The folders of Python's standard library and packages."""
     return {"stdlib": Path(sysconfig.get_path("stdlib")), "packages": Path(sysconfig.get_path("purelib"))}
 
 
 def docstrings(source: str) -> list[str]:
-    """The docstrings of Python source, in order, without their indentation.
+    """Extracts the docstrings of Python source, in order, without indentation.
 
-    A scan of strings and comments, seven times as fast as parsing: a string in triple quotes is taken
-    where a colon, or nothing but comments, comes before it.
+    Scans strings and comments, seven times as fast as parsing: a triple-quoted string counts if it follows a
+    colon or only comments.
     """
     found = []
     is_first = True
@@ -100,14 +102,14 @@ def docstrings(source: str) -> list[str]:
 
 
 def domain_of_source(name: str) -> str:
-    """The domain that a source file serves; equal for copies of the file in other packages."""
+    """The domain of a source file; equal for copies of the file in other packages."""
     parts = name.split("/")
     key = "/".join(parts[-2:]) if parts[-1].startswith("__") else parts[-1]
     return DOMAINS[_hash(key) % 2]
 
 
 def _list_files(folders: dict[str, Path]) -> dict[str, str]:
-    """Names and paths of text files below the folders, ordered by a hash: that is, not at all."""
+    """Names and paths of text files below the folders, in pseudorandom order (sorted by a hash)."""
     files = {}
     for root_name, root in folders.items():
         for folder, below, names in os.walk(root):
@@ -126,7 +128,7 @@ def _code(files: dict[str, str], full: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def _prose(files: dict[str, str], full: set[str]) -> Iterator[tuple[str, str]]:
-    """Documentation first, since there is least of it, then docstrings."""
+    """Yields documentation first, since it is scarcer, then docstrings."""
     for name, text in _documentation(files):
         if is_good_prose(text):
             yield name, text
@@ -138,7 +140,7 @@ def _prose(files: dict[str, str], full: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def _sources(files: dict[str, str], full: set[str], domain: str) -> Iterator[tuple[str, str]]:
-    """Source files of a domain; a package that has become full in the meantime is not read on."""
+    """Yields source files of a domain, except those of packages that are already full."""
     for name, path in files.items():
         if name.endswith(".py") and domain_of_source(name) == domain and _package(name) not in full:
             yield name, _read(path)
@@ -148,7 +150,7 @@ def _documentation(files: dict[str, str]) -> Iterator[tuple[str, str]]:
     for name, path in files.items():
         if not name.endswith(".py") and not _LEGAL.search(name):
             text = _read(path)
-            # A package's METADATA is headers, an empty line, and its description.
+            # A package's METADATA consists of headers, an empty line, and the description.
             yield name, text.partition("\n\n")[2] if name.endswith("/METADATA") else text
     topics = importlib.import_module("pydoc_data.topics").topics
     for topic in sorted(topics):
@@ -156,7 +158,7 @@ def _documentation(files: dict[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _read(path: str) -> str:
-    """The text of a file, or nothing where it is no text."""
+    """Reads a file's text; empty if it is not text."""
     try:
         text = Path(path).read_text("utf-8-sig")
     except (UnicodeDecodeError, OSError):
@@ -165,13 +167,13 @@ def _read(path: str) -> str:
 
 
 def _package(name: str) -> str:
-    """The package that a document comes from, all of the standard library being one."""
+    """The package of a document; the whole standard library counts as one."""
     root, _, rest = name.partition("/")
     return rest.partition("/")[0] if root == "packages" else root
 
 
 def _uncommented(source: str) -> str:
-    """What comes in source besides comments, white space and a string's prefix."""
+    """Source without comments, outer white space and string prefixes."""
     return re.sub(r"#[^\n]*", "", source).strip().strip("rRuU")
 
 

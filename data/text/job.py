@@ -1,9 +1,9 @@
-"""What every task of a job knows, and the record that says a task is done.
+"""A preparation job: settings shared by all tasks, and the records of completed tasks.
 
-A job is a few stages over numbered items. A task is a pure function of the job, its item and the files
-of the stages before, so that its files are the same whoever makes them, and how often. They are
-renamed when whole; the record comes last: a task with a record is not done again, and files
-of a task that failed are replaced by the next try.
+A job consists of a few stages over numbered items. A task is a pure function of the job, its item and the
+files of earlier stages, so its files do not depend on where or how often it runs. Files are written
+atomically, and the task's record comes last: a task with a record is not run again, and a retry replaces the
+files of a failed task.
 """
 
 import json
@@ -24,17 +24,17 @@ OUT = "out"
 
 @dataclass(frozen=True)
 class PreparationJob:
-    """A recipe's preparation, small enough to go with every task."""
+    """A recipe's preparation, small enough to be sent with every task."""
 
     work: Path
-    """Folder that all workers see: results of the stages, and the shards in ``out/``."""
+    """Work folder, visible to all workers: results of the stages, and the shards in ``out/``."""
     sources: tuple[Source, ...]
     preparation: Preparation
     evaluation_files: tuple[str, ...]
     tokenizer: Tokenizer
     sequence_tokens: int
     spooled: bool
-    """Documents were given by the program, clean and without copies: nothing is removed."""
+    """True for given documents, which are already clean and deduplicated: nothing is removed."""
 
     @property
     def out(self) -> Path:
@@ -42,11 +42,11 @@ class PreparationJob:
         return self.work / OUT
 
     def file(self, stage: str, number: int, suffix: str) -> Path:
-        """A file of a task."""
+        """The path of a task's file."""
         return self.work / stage / f"{number:06}.{suffix}"
 
     def once(self, stage: str, number: int, make: Callable[[], Result]) -> Result:
-        """The result of a task, from its record or made now."""
+        """Returns a task's result from its record, or runs the task and writes the record."""
         record = self.file(stage, number, "json")
         if record.is_file():
             done: Result = json.loads(record.read_text())
@@ -58,7 +58,7 @@ class PreparationJob:
 
 
 def save_array(path: Path, array: np.ndarray[Any, Any]) -> None:
-    """Writes an array such that :func:`numpy.load` maps it."""
+    """Writes an array that :func:`numpy.load` can map."""
     import io
 
     buffer = io.BytesIO()

@@ -1,8 +1,8 @@
-"""Which language a text is in, by its script and its most frequent function words.
+"""Language identification by script and frequent function words.
 
-Grefenstette 1995, "Comparing two language identification schemes" (JADT): the share of a language's
-small words tells European languages apart as soon as there are some tens of words. Languages with a script of
-their own are told by it. What fits none is ``und``, ISO 639-2's code for undetermined.
+Grefenstette 1995, "Comparing two language identification schemes" (JADT): the share of a language's function
+words distinguishes European languages given a few dozen words. Languages with their own script are identified
+by it. Text that matches none is ``und``, ISO 639-2's code for undetermined.
 """
 
 import re
@@ -11,9 +11,9 @@ from collections import Counter
 
 UNDETERMINED = "und"
 SAMPLE_CHARACTERS = 4000
-"""Of the beginning of a text; more no longer changes the answer."""
+"""Characters examined at the beginning of a text; more does not change the result."""
 _LEAST_SHARE = 0.08
-"""Of words that are function words of the language; running text has 0.2 to 0.5."""
+"""Minimum share of the language's function words among all words; running text has 0.2 to 0.5."""
 
 FUNCTION_WORDS = {
     "en": "the of and to in is that for it with as was on are this be by from or have not which",
@@ -44,9 +44,9 @@ LANGUAGES = frozenset(FUNCTION_WORDS) | frozenset(SCRIPTS.values())
 
 
 def language_of(text: str) -> str:
-    """ISO 639-1 code of a text's language, or ``und``.
+    """Returns the ISO 639-1 code of a text's language, or ``und``.
 
-    A script stands for its language with the most speakers: Cyrillic counts as ``ru``.
+    A script counts as its language with the most speakers, for example Cyrillic as ``ru``.
     """
     sample = text[:SAMPLE_CHARACTERS].lower()
     letters = [character for character in sample if character.isalpha()]
@@ -55,7 +55,7 @@ def language_of(text: str) -> str:
     foreign = [character for character in letters[::5] if not character.isascii()]
     if len(foreign) > 0.4 * len(letters[::5]):
         scripts = Counter(unicodedata.name(character, "?").split()[0] for character in foreign)
-        # Japanese is written with Chinese characters between its own.
+        # Japanese text also contains Chinese characters.
         if scripts["HIRAGANA"] + scripts["KATAKANA"] > 0.1 * len(foreign):
             return "ja"
         script = min(scripts, key=lambda name: (-scripts[name], name))

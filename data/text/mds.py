@@ -1,7 +1,7 @@
-"""One MDS shard as bytes, a pure function of its samples.
+"""Encodes an MDS shard, a pure function of its samples.
 
-The same bytes as Streaming's ``MDSWriter`` gives (tests compare them), which can't begin with a shard in the
-middle, and whose import takes each worker process 15 s of a core.
+The bytes equal those of Streaming's ``MDSWriter`` (tests compare them), which can't start with a shard in the
+middle, and whose import takes 15 s of CPU time per worker process.
 """
 
 import hashlib
@@ -13,17 +13,17 @@ import numpy as np
 from data.shards.packing import Sample
 
 SHARD_BYTES = 1 << 26
-"""Size of a shard file, about: small enough to fetch at once, large enough to read on."""
+"""Approximate size of a shard file: small enough to fetch quickly, large enough for sequential reads."""
 COLUMNS = ("documents", "lengths", "tokens")
-"""In the order of their names, as the format wants them."""
+"""Sorted by name, as the format requires."""
 
 
 def column_config(sequence_tokens: int, zstd_level: int | None = None) -> dict[str, Any]:
-    """The part of a shard's entry in the index that its header repeats.
+    """Builds the part of a shard's index entry that is repeated in the shard's header.
 
     Args:
-        sequence_tokens: shape of the tokens column; the other two carry their lengths with them.
-        zstd_level: of the shard's compressed form; None: it has none.
+        sequence_tokens: shape of the tokens column; the other two columns store their lengths.
+        zstd_level: level of the compressed file; None: there is none.
     """
     return {
         "column_encodings": ["ndarray:int64", "ndarray:int32", f"ndarray:int32:{sequence_tokens}"],
@@ -38,12 +38,12 @@ def column_config(sequence_tokens: int, zstd_level: int | None = None) -> dict[s
 
 
 def samples_per_shard(sequence_tokens: int) -> int:
-    """Samples of each shard but the last: a fixed number, so that shards can be written side by side."""
+    """Samples per shard except the last: a fixed number, so that shards can be written in parallel."""
     return max(1, SHARD_BYTES // (4 * sequence_tokens + 64))
 
 
 def encode_shard(samples: list[Sample], sequence_tokens: int, zstd_level: int | None = None) -> bytes:
-    """The file of one shard, not compressed."""
+    """Encodes the uncompressed file of one shard."""
     encoded = [_encode_sample(sample) for sample in samples]
     config = json.dumps(column_config(sequence_tokens, zstd_level), sort_keys=True).encode()
     sizes = [4 + 4 * (len(encoded) + 1) + len(config), *map(len, encoded)]
@@ -53,7 +53,7 @@ def encode_shard(samples: list[Sample], sequence_tokens: int, zstd_level: int | 
 
 
 def compress_shard(content: bytes, zstd_level: int) -> bytes:
-    """The compressed form of a shard's file, on one thread: on several its bytes would depend on them."""
+    """Compresses a shard's file, on one thread: with several, the bytes would depend on their number."""
     import zstandard
 
     return zstandard.ZstdCompressor(level=zstd_level).compress(content)
@@ -66,14 +66,14 @@ def index_entry(
     sequence_tokens: int,
     packed: tuple[int, bytes] | None = None,
 ) -> dict[str, Any]:
-    """What the index says of a shard.
+    """Builds a shard's entry in the index.
 
     Args:
-        number: of the shard.
-        content: of its file.
-        samples: how many are in it.
-        sequence_tokens: tokens of each.
-        packed: level of Zstandard and content of its compressed form; None: it has none.
+        number: the shard's number.
+        content: content of its file.
+        samples: number of samples in it.
+        sequence_tokens: tokens per sample.
+        packed: Zstandard level and content of the compressed file; None: there is none.
     """
     level, zipped = packed or (None, b"")
     return column_config(sequence_tokens, level) | {
@@ -84,17 +84,17 @@ def index_entry(
 
 
 def index_text(entries: list[dict[str, Any]]) -> str:
-    """The text of ``index.json``."""
+    """Builds the text of ``index.json``."""
     return json.dumps({"shards": entries, "version": 2}, sort_keys=True)
 
 
 def shard_name(number: int) -> str:
-    """Name of the file of a shard."""
+    """File name of a shard."""
     return f"shard.{number:05}.mds"
 
 
 def packed_name(number: int) -> str:
-    """Name of the file of its compressed form."""
+    """File name of a compressed shard."""
     return f"{shard_name(number)}.zstd"
 
 
@@ -113,7 +113,7 @@ def _encode_sample(sample: Sample) -> bytes:
 
 
 def _with_shape(array: np.ndarray[Any, Any]) -> bytes:
-    """An array of one dimension, after a byte for dimensions and width, and its length."""
+    """Encodes a one-dimensional array: a byte for dimensions and width, its length, its content."""
     width = next(code for code, bits in enumerate((8, 16, 32)) if array.size < 1 << bits)
     shape = np.array([array.size], f"uint{8 << width}").tobytes()
     return bytes([1 << 2 | width]) + shape + array.tobytes()

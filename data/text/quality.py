@@ -1,10 +1,10 @@
-"""Which documents are worth learning from: published heuristics, each with its source."""
+"""Quality filters for documents: published heuristics, each with its source."""
 
 import re
 from collections import Counter
 
 LONGEST_BYTES = 200_000
-"""Larger files are tables and generated code more often than not."""
+"""Larger files are mostly tables and generated code."""
 
 _GENERATED = re.compile(r"auto-?generated|generated (?:by|from|automatically)|do not (?:edit|modify)", re.I)
 _LETTER = re.compile(r"[^\W\d_]")
@@ -13,21 +13,21 @@ _BULLETS = ("-", "*", "•", "+")
 
 
 def is_good_code(text: str) -> bool:
-    """Whether source code is written by hand and readable: :func:`fault_of_code`."""
-    return not fault_of_code(text)
+    """Returns whether source code is hand-written and readable, see :func:`code_violation`."""
+    return not code_violation(text)
 
 
 def is_good_prose(text: str) -> bool:
-    """Whether text is running text for people: :func:`fault_of_prose`."""
-    return not fault_of_prose(text)
+    """Returns whether text is prose for human readers, see :func:`prose_violation`."""
+    return not prose_violation(text)
 
 
-def fault_of_code(text: str) -> str:
-    """The first rule that source code breaks; empty if none.
+def code_violation(text: str) -> str:
+    """The first rule that source code violates; empty if none.
 
-    Lines of at most 100 characters on average and 1000 at most, a quarter of letters and digits (Chen
-    et al. 2021, "Evaluating Large Language Models Trained on Code", section 3.1); not made by a
-    generator (as Lozhkov et al. 2024, "StarCoder 2 and The Stack v2").
+    Lines average at most 100 characters and have at most 1000; at least a quarter of all characters are
+    letters and digits (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", section 3.1);
+    not generated (as in Lozhkov et al. 2024, "StarCoder 2 and The Stack v2").
     """
     if not 200 <= len(text) <= LONGEST_BYTES:
         return "code: length"
@@ -40,17 +40,17 @@ def fault_of_code(text: str) -> str:
 
 
 def is_generated(text: str) -> bool:
-    """Whether the beginning of a source file names a generator."""
+    """Returns whether the beginning of a source file says that it is generated."""
     return _GENERATED.search(text[:1000]) is not None
 
 
-def fault_of_prose(text: str) -> str:
-    """The first rule that running text for people breaks; empty if none.
+def prose_violation(text: str) -> str:
+    """The first rule that prose violates; empty if none.
 
-    The quality rules of Rae et al. 2021 ("Scaling Language Models: Gopher", section A.1.1): 50 to
-    100,000 words of 3 to 10 characters on average, four of five with a letter, two of eight stop words,
-    a hash or an ellipsis for at most one word in ten, at most nine of ten lines with a bullet and three
-    of ten ending in an ellipsis.
+    The quality rules of Rae et al. 2021 ("Scaling Language Models: Gopher", section A.1.1): 50 to 100,000
+    words of 3 to 10 characters on average, at least 80% of them with a letter, at least two of eight stop
+    words, at most one hash or ellipsis per ten words, at most 90% of lines starting with a bullet and 30%
+    ending in an ellipsis.
     """
     if len(text) > LONGEST_BYTES:
         return "prose: length"
@@ -73,11 +73,11 @@ def fault_of_prose(text: str) -> str:
     return ""
 
 
-def fault_of_repetition(text: str) -> str:
-    """The first rule on repetition that running text breaks; empty if none.
+def repetition_violation(text: str) -> str:
+    """The first rule on repetition that prose violates; empty if none.
 
     Rae et al. 2021, table A1, the rules on lines and on the most frequent n-grams: at most 30% of the lines,
-    and lines of 20% of the characters, came before; the most frequent 2-gram of words covers at most 20% of
+    with at most 20% of the characters, are repeated; the most frequent 2-gram of words covers at most 20% of
     the characters, 3-gram 18%, 4-gram 16%.
     """
     lines = [line.strip() for line in text.split("\n") if line.strip()]

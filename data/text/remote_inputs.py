@@ -1,7 +1,7 @@
-"""Brings sources from an object store to the work folder, by the downloaders that Streaming has.
+"""Fetches sources from an object store to the work folder, with Streaming's downloaders.
 
-The files of a source are listed once; fetching them is a stage like any other, so that all processes or
-nodes fetch at once, and a job that was cut off does not fetch again what it has.
+The files of a source are listed once. Fetching is a stage like any other, so all processes or nodes fetch in
+parallel, and an interrupted job does not fetch files again.
 """
 
 import glob
@@ -19,28 +19,28 @@ from train.recipe.preparation import Source
 
 FOLDER = "inputs"
 MOST_TASKS = 10_000
-"""More files than this go several to a task."""
+"""With more files than this, each task fetches several."""
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """Files that one task fetches."""
+    """The files that one task fetches."""
 
     source: int
-    """Their source's place in the recipe."""
+    """Index of their source in the recipe."""
     base: str
     """Their folder in the store."""
     names: tuple[str, ...]
 
 
 def fetch_sources(job: PreparationJob, engine: Engine) -> dict[int, dict[str, Path]]:
-    """Fetches the files of all sources that lie in a store, unless they are there.
+    """Fetches the files of all sources that are in a store, unless already fetched.
 
     Returns:
-        For each such source, by its place in the recipe, its files here by their names below its folder.
+        For each such source, by its index in the recipe: local files by name relative to its folder.
 
     Raises:
-        UserError: if a store does not list or give them.
+        UserError: if a store does not list or provide them.
     """
     places: dict[int, dict[str, Path]] = {}
     tasks: list[Fetch] = []
@@ -53,34 +53,34 @@ def fetch_sources(job: PreparationJob, engine: Engine) -> dict[int, dict[str, Pa
             tasks += [Fetch(n, base, tuple(names[at : at + size])) for at in range(0, len(names), size)]
     results = engine.run("fetching sources", fetch, job, tasks) if tasks else []
     for task, result in zip(tasks, results, strict=True):
-        if result["fault"]:
-            raise _refused(task.source, result["fault"])
+        if result["error"]:
+            raise _refused(task.source, result["error"])
     return places
 
 
 def fetch(job: PreparationJob, task: Fetch) -> Result:
-    """Brings a task's files here, with retries.
+    """Fetches a task's files, with retries.
 
     Returns:
-        ``fault``: what the store answered where it did not give one; empty otherwise.
+        ``error``: the store's answer if it did not provide a file; empty otherwise.
     """
     folder = _folder(job, task.base)
     cache = ShardCache(folder, task.base)
     try:
         for name in task.names:
             cache.require(folder / name, None)
-    except UserError as error:  # As a result, since each engine reports errors of tasks in its own way.
-        return {"fault": error.what}
-    return {"fault": ""}
+    except UserError as error:  # Returned as a result, since engines report exceptions differently.
+        return {"error": error.what}
+    return {"error": ""}
 
 
 def _folder(job: PreparationJob, base: str) -> Path:
-    """Where files of a folder in a store lie here."""
+    """The local folder for the files of a folder in a store."""
     return job.work / FOLDER / hashlib.sha256(base.encode()).hexdigest()[:12]
 
 
 def _addresses(n: int, source: Source) -> tuple[str, list[str]]:
-    """The folder in the store and the files below it that a source means."""
+    """The folder of a source in the store, and the names of its files below it."""
     path = source.path.rstrip("/")
     if Path(path).suffix and not glob.has_magic(path):
         base, _, name = path.rpartition("/")
@@ -91,7 +91,7 @@ def _addresses(n: int, source: Source) -> tuple[str, list[str]]:
     base = (path[: min(signs)] if signs else f"{path}/").rpartition("/")[0]
     try:
         keys = CloudUploader.get(base, exist_ok=True).list_objects("")
-    except Exception as error:  # Each store's client has failures of its own.
+    except Exception as error:  # Each store's client has its own exceptions.
         raise _refused(n, f"{base} can't be listed ({' '.join(str(error).split())[:150]})") from None
     if keys is None:
         raise _refused(n, f"{base}: Streaming can't list this store; name a file in each source")

@@ -1,4 +1,4 @@
-"""Records of a chunk: texts with their places, and what can't be read, with its reason."""
+"""The records of a chunk: texts with their places, and unreadable records with a reason."""
 
 import gzip
 import io
@@ -12,27 +12,27 @@ from data.text.inputs import WHOLE, Chunk, SourceFile
 from train.recipe.preparation import Source, SourceKind
 
 _SLACK = 8
-"""A line may be this much longer than the largest document: escapes and other columns."""
+"""A line may be this many times longer than the largest document, for escapes and other columns."""
 
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """A text, or why there is none."""
+    """A text, or the reason why there is none."""
 
     place: str
-    """File and, after a `#`, byte offset, row, or nothing: where a person finds it."""
+    """The file; for lines and rows followed by `#` and the byte offset or row number."""
     text: str
     reason: str = ""
     """Empty for a text; `encoding`, `JSON`, `no text`, `size` or `unreadable file` otherwise."""
 
 
 def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[SourceRecord]:
-    """Every record of a chunk, in its order; what is bad comes with a reason and stops nothing.
+    """Yields every record of a chunk, in order; a bad record has a reason and does not stop the task.
 
     Args:
-        chunk: what to read.
+        chunk: the chunk to read.
         source: names the text column.
-        max_bytes: of a document.
+        max_bytes: maximum size of a document.
     """
     for file in chunk.inputs:
         try:
@@ -59,7 +59,7 @@ def _records_of(file: SourceFile, chunk: Chunk, source: Source, max_bytes: int) 
 def _checked(record: SourceRecord, max_bytes: int) -> SourceRecord:
     try:
         size = len(record.text.encode())
-    except UnicodeEncodeError:  # Half of a surrogate pair: JSON can say it, UTF-8 can't.
+    except UnicodeEncodeError:  # A lone surrogate: valid in JSON, but not in UTF-8.
         return SourceRecord(record.place, "", "encoding")
     return record if size <= max_bytes else SourceRecord(record.place, "", "size")
 
@@ -96,7 +96,7 @@ def _rows(file: SourceFile, chunk: Chunk, column: str) -> Iterator[SourceRecord]
 
 
 def _groups(file: SourceFile, chunk: Chunk, column: str) -> Iterator[tuple[int, list[bytes | None]]]:
-    """The first row and the text column, as bytes, of each row group or record batch of the chunk."""
+    """Yields the first row and the text column as bytes of each row group or record batch of the chunk."""
     import pyarrow
     from pyarrow import parquet
 
@@ -126,12 +126,12 @@ def _as_bytes(column: Any) -> list[bytes | None]:
 
 
 def _lines(file: SourceFile, chunk: Chunk, longest: int) -> Iterator[tuple[int, bytes | None]]:
-    """Lines that begin in the chunk, with their offsets; None for one that is too long to hold."""
+    """Yields the lines that begin in the chunk, with their offsets; None for a line that is too long."""
     with _open(file) as stream:
         offset = chunk.start
         if offset:
             stream.seek(offset - 1)
-            # What begins before the chunk belongs to the chunk before.
+            # A line that begins before the chunk belongs to the previous chunk.
             skipped, _ = _next_line(stream, longest)
             offset += skipped - 1
         while chunk.end == WHOLE or offset < chunk.end:
@@ -143,7 +143,7 @@ def _lines(file: SourceFile, chunk: Chunk, longest: int) -> Iterator[tuple[int, 
 
 
 def _next_line(stream: IO[bytes], longest: int) -> tuple[int, bytes | None]:
-    """Bytes of the next line and the line; None where it is longer than may be held."""
+    """Reads the next line; returns its size and the line, or None for a line longer than ``longest``."""
     line = stream.readline(longest)
     size = len(line)
     if size < longest or line.endswith(b"\n"):

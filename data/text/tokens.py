@@ -1,7 +1,7 @@
-"""Third and fourth stage: token ids of each chunk, then each shard from the chunks that reach into it.
+"""Third and fourth stage: tokenises each chunk, then writes each shard from the chunks that overlap it.
 
-Where a shard begins and ends follows from the numbers of tokens alone, so that shards are written side by
-side, and no token is lost at the end of a chunk.
+The boundaries of shards follow from token counts only, so shards are written in parallel, and no token is
+lost at the end of a chunk.
 """
 
 import hashlib
@@ -36,55 +36,55 @@ from train.record.files import write_whole
 ENCODE, WRITE = "encode", "write"
 SIDES = dict(zip(SPLITS, (TRAIN, VALIDATION), strict=True))
 BATCH = 512
-"""Documents that are tokenised in one call."""
+"""Documents tokenised in one call."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens of a chunk on one side, and where they are in the domain's stream of tokens on that side."""
+    """A chunk's tokens of one split, and their place in the domain's token stream of that split."""
 
     chunk: int
     first_token: int
     first_document: int
-    """Place of the chunk's first document in the domain's list."""
+    """Number of the chunk's first document in the domain's list."""
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A shard to be written."""
+    """The task of writing one shard."""
 
     number: int
-    """Of the task."""
+    """Number of the task."""
     domain: str
     split: str
     shard: int
-    """Its number within the split."""
+    """Number of the shard within the split."""
     tokens: tuple[int, int]
-    """Its part of the stream."""
+    """The shard's range of the token stream."""
     segments: tuple[Segment, ...]
-    """What reaches into it."""
+    """The segments that overlap the shard."""
 
 
 def encode(job: PreparationJob, chunk: Chunk) -> Result:
-    """Writes token ids, each document ended, per side, and the chunk's part of the list of documents.
+    """Writes each split's token ids, with end-of-text tokens, and the chunk's part of the list of documents.
 
     Returns:
-        Per side: documents, tokens (ends of documents included), text_bytes; and the number of documents.
+        Per split: documents, tokens (end-of-text tokens included), text_bytes; and the number of documents.
     """
     return job.once(ENCODE, chunk.number, lambda: _encode(job, chunk))
 
 
 def write_shard(job: PreparationJob, task: ShardTask) -> Result:
-    """Writes one shard, compressed too if asked for, how often each token is in it, and its samples' hashes.
+    """Writes one shard, its compressed file if requested, its token counts and its samples' hashes.
 
     Returns:
-        Its entry in the index, samples, padding.
+        The shard's index entry, samples and padding.
     """
     return job.once(WRITE, task.number, lambda: _write(job, task))
 
 
 def plan_shards(job: PreparationJob, chunks: list[Chunk], encoded: list[Result]) -> list[ShardTask]:
-    """All shards, from the numbers of tokens of all chunks."""
+    """Plans all shards from the token counts of all chunks."""
     tasks: list[ShardTask] = []
     size = samples_per_shard(job.sequence_tokens) * job.sequence_tokens
     for domain in dict.fromkeys(source.domain for source in job.sources):
@@ -165,7 +165,7 @@ def _write(job: PreparationJob, task: ShardTask) -> Result:
 
 
 def _pieces(job: PreparationJob, task: ShardTask) -> Iterator[tuple[int, NDArray[np.int32]]]:
-    """The documents, or parts of them, that the shard holds, with their places in the domain's list."""
+    """Yields the shard's documents or parts of documents, with their numbers in the domain's list."""
     for segment in task.segments:
         files = {
             name: np.load(job.file(ENCODE, segment.chunk, f"{task.split}.{name}.npy"), mmap_mode="r")
@@ -190,7 +190,7 @@ def _digest(sample: Sample) -> bytes:
 
 
 def open_once(cfg: Tokenizer, folder: Path) -> TokenizerHandle:
-    """The tokenizer, opened and checked once in each process, and anew where its file is another."""
+    """Opens and checks the tokenizer once per process, and again if its file changes."""
     try:
         status = (folder / TOKENIZER_FILE).stat()
         return _open(cfg, folder, (status.st_ino, status.st_mtime_ns))
@@ -200,5 +200,5 @@ def open_once(cfg: Tokenizer, folder: Path) -> TokenizerHandle:
 
 @lru_cache(maxsize=1)
 def _open(cfg: Tokenizer, folder: Path, mark: tuple[int, int] | None) -> TokenizerHandle:
-    """Mark: tells the tokenizer's file from one that took its place; processes outlive a build."""
+    """Opens the tokenizer; ``mark`` identifies its file, since processes outlive a build."""
     return open_tokenizer(cfg, folder)

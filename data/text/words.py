@@ -1,4 +1,4 @@
-"""Words of a text as numbers, and n-grams of them: what likeness of texts is measured by."""
+"""Hashes of words and of their n-grams, by which the similarity of texts is measured."""
 
 import re
 import zlib
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 # W words, G n-grams.
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-# Languages without spaces: each character is a word, else a sentence would be one.
+# Languages without spaces: each character is a word; otherwise a sentence would be one word.
 _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
@@ -17,7 +17,7 @@ _REMEMBERED = 500_000
 
 
 class _Hashes(dict[str, int]):
-    """CRC-32 of words, remembered; the same on every machine, which Python's own hash is not."""
+    """Cached CRC-32 of words; the same on every machine, unlike Python's hash."""
 
     def __missing__(self, word: str) -> int:
         if len(self) >= _REMEMBERED:
@@ -30,16 +30,16 @@ _hashes = _Hashes()
 
 
 def hash_words(text: str) -> NDArray[np.uint64]:
-    """Hashes [W] of the words of a text, in order; case and punctuation don't count."""
+    """Hashes the words of a text [W], in order; ignores case and punctuation."""
     return np.array([_hashes[word] for word in _WORD.findall(text.lower())], np.uint64)
 
 
 def hash_ngrams(words: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
-    """Hashes [G = W - n + 1] of the n-grams of words; a text of fewer words is one n-gram.
+    """Hashes the n-grams of words [G = W - n + 1]; a text of fewer words is one n-gram.
 
     Args:
-        words: hashes [W].
-        n: words of an n-gram.
+        words: hashes of the words [W].
+        n: words per n-gram.
     """
     if not words.size:
         return words

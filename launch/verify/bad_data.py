@@ -17,7 +17,7 @@ from unittest import mock
 
 from data.audit.lookup import documents_of_step
 from data.audit.proof import prove
-from data.audit.run_data import RunBooks
+from data.audit.run_data import RunData
 from data.text.installed import CorpusDocument, installed_corpus
 from data.write_shards import build_shards
 from launch.restart.history import Policy
@@ -146,7 +146,7 @@ class BadDataCheck(TableCheck):
     def _only_alarms(self, run: Path, layout: Layout) -> Row:
         violations: list[str] = []
         audit, _ = self._audit(run, violations)
-        books = RunBooks(run)
+        books = RunData(run)
         alarms = read_steps(run / ALARMS_FILE)
         for alarm in alarms:
             sights = documents_of_step(books, alarm[STEP])
@@ -159,7 +159,7 @@ class BadDataCheck(TableCheck):
 
     def _audit(self, run: Path, violations: list[str]) -> tuple[str, list[str]]:
         """Audits a run; adds violations, returns the final loss in words and the excluded ranges."""
-        proof = prove(RunBooks(run))
+        proof = prove(RunData(run))
         violations += [f"audit of {run.name}: {each}" for each in proof.faults]
         losses = [row[metrics.LOSS] for _, row in sorted(record(run).items())][-LAST_STEPS:]
         self.outcome.losses[run.name] = sum(losses) / len(losses)

@@ -1,4 +1,4 @@
-"""A small corpus of two domains, and its shards built once for all tests of this folder."""
+"""A small corpus of two domains, with shards built once for all tests in this folder."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ WORDS = [
 
 
 def small_documents() -> Iterator[CorpusDocument]:
-    """60 documents a domain of 5 to 150 words, no two alike."""
+    """60 distinct documents per domain, of 5 to 150 words."""
     for domain, seed in (("code", 1), ("prose", 2)):
         rng = np.random.default_rng(seed)
         for number in range(60):
@@ -53,7 +53,7 @@ def make_recipe() -> Callable[..., Recipe]:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory, make_recipe: Callable[..., Recipe]) -> Recipe:
-    """The recipe of shards that are there; not to be changed."""
+    """The recipe of existing shards, which must not be changed."""
     recipe = make_recipe(tmp_path_factory.mktemp("data") / "shards")
     build_shards(recipe, documents=small_documents)
     return recipe

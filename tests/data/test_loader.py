@@ -27,7 +27,7 @@ BATCHES = 100
 
 @pytest.fixture(scope="module")
 def whole(built: Recipe) -> list[Batch]:
-    """The first batches of one rank that reads for itself."""
+    """The first batches of a single rank."""
     return read(built, BATCHES)
 
 
@@ -175,7 +175,7 @@ def test_too_few_validation_sequences_are_refused(built: Recipe, make_recipe: Ca
 @pytest.mark.parametrize("sequences", [1, 2, 3])
 def test_blocks_open_to_views_of_every_shape(sequences: int):
     rng = np.random.default_rng(0)
-    # An odd number of int32 does not end at a word's end.
+    # An odd number of int32 does not end at a word boundary.
     samples = [
         Sample(rng.integers(0, 99, 7).astype(np.int32), np.array([3, 4], np.int32), np.array([n, n + 1]))
         for n in range(sequences)
@@ -197,7 +197,7 @@ def test_a_worker_survives_the_schedulers_sigterm_and_ends_with_the_loader(built
     first = next(batches)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGTERM)
-    # More than what was read ahead.
+    # More than was prefetched.
     assert_equal([first, *islice(batches, 59)], whole[:60])
     assert worker.is_alive()
     del batches, loader
@@ -220,7 +220,7 @@ def test_skipped_batches_leave_the_others_as_they_were(
     left = [batch for number, batch in enumerate(every) if number not in (2, 5, 6, 7, 31)]
     assert len(left) == 35
     for start, first in ((0, 0), (24, 2), (40, 4), (48, 4)):
-        # Resumed at a batch's beginning: of the third, and of one that is left out.
+        # Resumed at the beginning of the third batch, and of an excluded batch.
         found = list(islice(build_train_loader(opened, less, start_sample=start, **place), 35 - first))
         for batch, expected in zip(found, left[first:], strict=True):
             assert all(torch.equal(batch[key], expected[key]) for key in expected), start

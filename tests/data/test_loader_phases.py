@@ -1,4 +1,4 @@
-"""Five phases, some of longer sequences: the same global order on any world, from anywhere."""
+"""Five phases, some with longer sequences: the global order is equal for any world size and start."""
 
 import dataclasses
 from itertools import islice
@@ -40,7 +40,7 @@ def recipe(built: Recipe) -> Recipe:
 
 @pytest.fixture(scope="module")
 def whole(recipe: Recipe) -> list[Batch]:
-    """Every batch of the run, read by one rank for itself."""
+    """Every batch of the run, read by a single rank."""
     loader = build_train_loader(OpenedData(recipe), rank=0, world_size=1)
     return list(islice(loader, plan_stages(recipe).batches))
 

@@ -39,8 +39,10 @@ def test_what_was_checked_is_hashed_again_only_when_it_has_changed(
     opened = OpenedData(make_recipe(tmp_path / "shards"))
     opened.check()
     hashed: list[Path] = []
-    real = data.shards.index.file_fault
-    monkeypatch.setattr("data.shards.index.file_fault", lambda p, *rest: hashed.append(p) or real(p, *rest))
+    real = data.shards.index.file_mismatch
+    monkeypatch.setattr(
+        "data.shards.index.file_mismatch", lambda p, *rest: hashed.append(p) or real(p, *rest)
+    )
     samples = opened.shards("code", "train")
     assert samples[0].tokens.size == 32 and not hashed
     shard = samples.file_of(0).path
@@ -48,7 +50,7 @@ def test_what_was_checked_is_hashed_again_only_when_it_has_changed(
     shard.unlink()
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     again = OpenedData(opened.recipe).shards("code", "train")
-    assert opened.index("code", "train").fault(0) == "is altered: its SHA-256 differs"
+    assert opened.index("code", "train").mismatch(0) == "is altered: its SHA-256 differs"
     with pytest.raises(UserError, match="is altered"):
         again[0]
     assert hashed == [shard, shard]

@@ -19,7 +19,7 @@ HOME = Path(__file__).parents[2]
 
 
 def texts() -> list[str]:
-    """Our own sources, and the probes."""
+    """This project's sources, and the probes."""
     return [path.read_text() for path in sorted((HOME / "data").glob("*.py"))] + list(PROBES)
 
 
@@ -101,9 +101,9 @@ def test_trained_tokenizer_is_read_back(bpe: TokenizerHandle, tmp_path: Path):
 def test_training_is_deterministic_and_fills_the_vocabulary(bpe: TokenizerHandle):
     assert train_bpe(SMALL, iter(texts())).fingerprint == bpe.fingerprint
     assert bpe.vocab_size == 400 and bpe.eos_id == 398 and bpe.pad_id == 399
-    # No more pairs occur twice: fewer tokens than asked for.
+    # No more pairs occur twice: fewer tokens than requested.
     assert train_bpe(SMALL, iter(["abc abd"])).vocab_size < 270
-    # All 256 bytes are there, so that any text can be written.
+    # All 256 bytes are tokens, so any text can be encoded.
     assert all(bytes([byte]) in bpe.ranks for byte in range(256))
 
 

@@ -24,7 +24,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def copy(built: Recipe, make_recipe: Callable[..., Recipe], tmp_path: Path) -> Recipe:
-    """A recipe of shards that may be damaged."""
+    """A recipe whose shards a test may damage."""
     shutil.copytree(built.data.shards, tmp_path / "shards")
     return make_recipe(tmp_path / "shards")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data.audit.proof import prove
-from data.audit.run_data import RunBooks
+from data.audit.run_data import RunData
 from launch.verify.forked_ranks import Ranks
 from train.recipe.exit_status import PREEMPTED_STATUS
 from train.recipe.rules import validate
@@ -50,7 +50,7 @@ def _trained(recipe: Recipe) -> list[dict[str, Any]]:
 def _books(recipe: Recipe) -> list[dict[str, Any]]:
     """Returns the lines of a run's data log, which must pass its audit."""
     folder = Path(recipe.runs_dir) / recipe.name
-    assert prove(RunBooks(folder)).faults == []
+    assert prove(RunData(folder)).faults == []
     return [{k: v for k, v in line.items() if k != "time"} for line in read_steps(folder / "data_log.jsonl")]
 
 
@@ -121,7 +121,7 @@ def test_a_run_that_was_thrown_back_counts_no_step_twice(
     _run(recipe, stop_after=7, by=signal.SIGKILL)
     # Two steps are not in a checkpoint yet: they are in the data log, and will be trained again.
     assert _books(recipe) == _books(whole)[:6]
-    assert RunBooks(Path(recipe.runs_dir) / recipe.name).progress["batch"] == 4
+    assert RunData(Path(recipe.runs_dir) / recipe.name).progress["batch"] == 4
     _run(recipe)
     assert _books(recipe) == _books(whole)
 

@@ -1,10 +1,10 @@
-"""Checkpoints: sharded files and, written last, a manifest without which they do not count.
+"""Checkpoints: sharded files, validated by a manifest that is written last.
 
 A checkpoint is a folder ``batch-00000100`` of torch.distributed.checkpoint files (model and optimizer,
 each rank its shards), one ``rank-N.json`` of random-number states per rank and ``progress.json``. It is
 written (:mod:`train.checkpoint.saver`) under a name that ends in ``.partial``; the manifest with every
-file's size and SHA-256 comes last and the rename after it. So a save that was cut off is never taken for
-a checkpoint, and a file that is missing, cut short or altered is found before anything is loaded.
+file's size and SHA-256 is written last, and then the folder is renamed. So an interrupted save is never
+mistaken for a checkpoint, and a missing, truncated or altered file is found before anything is loaded.
 """
 
 import json
@@ -33,30 +33,30 @@ PROGRESS_FILE = "progress.json"
 STATE_FOLDER = "state"
 PARTIAL = ".partial"
 ASIDE = "rolled-back-"
-"""Beginning of the names of checkpoints that were trained on what is left out now."""
+"""Name prefix of checkpoints that were trained on data that is excluded now."""
 MOST_THREADS = 8
-"""Most files that a rank reads at a time."""
-ALONE = Topology()
+"""Maximum number of files that a rank reads at a time."""
+ONE_RANK = Topology()
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is not whole, said in one line: a signal to take an older one."""
+    """A checkpoint is invalid; the message is one line. Callers fall back to an older one."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come."""
+    """A run's progress."""
 
     batch: int
     samples: int
     tokens: int
     seconds: float
     curriculum: dict[str, Any] | None = None
-    """The stages of the run and the edits of them so far, see :func:`train.recipe.curriculum.to_json`."""
+    """The run's stages and their edits so far, see :func:`train.recipe.curriculum.to_json`."""
     recent: list[list[float]] = field(default_factory=list)
-    """Loss and gradient norm of the last steps, which the guard compares the next with."""
+    """Loss and gradient norm of the last steps, with which the guard compares the next one."""
     counts: list[int] = field(default_factory=lambda: [0, 0])
-    """Of the guard, see :attr:`train.step.guard.UpdateGuard.counts`."""
+    """The guard's counts, see :attr:`train.step.guard.UpdateGuard.counts`."""
     consumed: dict[str, dict[str, int]] = field(default_factory=dict)
     """Samples and tokens of each domain so far, see :class:`train.step.data_log.DataLog`."""
 
@@ -64,9 +64,9 @@ class Progress:
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology
 ) -> Progress:
-    """Loads model and optimizer in place, on this run's own layout, and returns the progress.
+    """Loads model and optimizer in place, under this run's layout, and returns the progress.
 
-    Random-number states are restored by :func:`restore_random_states`, just before training goes on.
+    Random-number states are restored by :func:`restore_random_states`, just before training continues.
     """
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
@@ -76,12 +76,12 @@ def load_checkpoint(
 
 
 def read_progress(folder: Path) -> Progress:
-    """How far a run had come at a checkpoint."""
+    """Reads a run's progress at a checkpoint."""
     return Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
 
 
 def restore_random_states(folder: Path, topology: Topology) -> bool:
-    """Restores this rank's generators; False where the checkpoint is of another number of ranks."""
+    """Restores this rank's random-number states; False if the checkpoint has another number of ranks."""
     world_size = json.loads((folder / MANIFEST_FILE).read_text())["world_size"]
     if world_size != topology.world_size:
         return False
@@ -95,16 +95,16 @@ def restore_random_states(folder: Path, topology: Topology) -> bool:
 
 
 def newest_whole_checkpoint(
-    root: Path, topology: Topology = ALONE, refuse: Callable[[Path], str] = lambda _: ""
+    root: Path, topology: Topology = ONE_RANK, refuse: Callable[[Path], str] = lambda _: ""
 ) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and one line for each newer one that is not.
+    """Returns the newest valid checkpoint, and one line for each newer one that is not.
 
-    With a topology of several ranks all of them call it, and each reads its part of the files.
+    With several ranks, all of them call it and each reads its part of the files.
 
     Args:
         root: folder of the checkpoints.
         topology: this rank.
-        refuse: why a whole one does not serve nevertheless; empty if it does. Alike on all ranks.
+        refuse: returns why a valid checkpoint can't be used, or an empty string; identical on all ranks.
     """
     complaints: list[str] = []
     for folder in _agree([str(path) for path in sorted(root.glob("batch-*"), reverse=True)], topology)[0]:
@@ -122,16 +122,16 @@ def newest_whole_checkpoint(
     return None, complaints
 
 
-def check_checkpoint(folder: Path, *, content: bool = True, topology: Topology = ALONE) -> None:
-    """Compares every file with the manifest.
+def check_checkpoint(folder: Path, *, content: bool = True, topology: Topology = ONE_RANK) -> None:
+    """Compares every file of a checkpoint with its manifest.
 
     Args:
         folder: the checkpoint.
         content: compare checksums too, which reads every byte.
-        topology: of several ranks, each reads one file in ``world_size``.
+        topology: this rank; each rank reads one file in ``world_size``.
 
     Raises:
-        CheckpointError: for the first file that is missing, cut short or altered.
+        CheckpointError: for the first file that is missing, truncated or altered.
     """
     try:
         entries = json.loads((folder / MANIFEST_FILE).read_text())["files"]
@@ -146,7 +146,7 @@ def check_checkpoint(folder: Path, *, content: bool = True, topology: Topology =
     mine = [file for number, file in enumerate(files) if number % topology.world_size == topology.rank]
     if not content or not mine:
         return
-    # A hash takes a core longer than the disk takes to read; hashlib lets go of the interpreter meanwhile.
+    # Hashing on one core is slower than reading from disk; hashlib releases the GIL.
     with ThreadPoolExecutor(min(MOST_THREADS, usable_cores())) as pool:
         for file, found in zip(mine, pool.map(sha256, mine), strict=True):
             if found != files[file]["sha256"]:
@@ -154,23 +154,23 @@ def check_checkpoint(folder: Path, *, content: bool = True, topology: Topology =
 
 
 def keep_newest(root: Path, count: int) -> None:
-    """Removes older checkpoints than the newest ``count``, leftovers of saves that were cut off, and what was
-    set aside and is no longer needed.
+    """Removes all but the newest ``count`` checkpoints, leftovers of interrupted saves, and rolled-back
+    checkpoints that are no longer needed.
 
-    What lacks a file or part of one does not count among the ``count``; so the only whole checkpoint is
-    never removed. To be called after a save, whose checksums have just been taken from its files.
+    A checkpoint with a missing or truncated file does not count, so the only valid checkpoint is never
+    removed. Call it after a save, whose checksums have just been computed from its files.
     """
     for leftover in root.glob(f"batch-*{PARTIAL}"):
         shutil.rmtree(leftover, ignore_errors=True)
     kept = 0
     whole = sorted(root.glob(f"batch-*/{MANIFEST_FILE}"), reverse=True)
     for aside in root.glob(f"{ASIDE}*"):
-        # The run has come as far again without what this one was trained on.
+        # The run has come as far again without the data that this one was trained on.
         if whole and aside.name.removeprefix(ASIDE) <= whole[0].parent.name.removeprefix("batch-"):
             shutil.rmtree(aside, ignore_errors=True)
     for manifest in whole:
         if kept >= count:
-            # Without its manifest it no longer counts, even if the removal is cut off here.
+            # Without its manifest it no longer counts, even if the removal is interrupted here.
             manifest.unlink()
             shutil.rmtree(manifest.parent)
             continue
@@ -182,9 +182,9 @@ def keep_newest(root: Path, count: int) -> None:
 
 
 def set_aside(folders: Sequence[Path]) -> None:
-    """Gives checkpoints that the run goes back before another name, under which none is looked for.
+    """Renames checkpoints that a rollback discards, so that they are no longer found.
 
-    They are removed when the run has a checkpoint as far along (:func:`keep_newest`).
+    They are removed once the run has a checkpoint as far along (:func:`keep_newest`).
     """
     for folder in folders:
         aside = folder.with_name(ASIDE + folder.name.removeprefix("batch-"))
@@ -193,7 +193,7 @@ def set_aside(folders: Sequence[Path]) -> None:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of this process's random-number generators, as JSON can hold them."""
+    """Returns the states of this process's random-number generators as JSON values."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -204,9 +204,9 @@ def random_states() -> dict[str, Any]:
 
 
 def _agree(mine: Agreed, topology: Topology) -> list[Agreed]:
-    """What every rank has to say, by rank."""
+    """Gathers a value from every rank, by rank."""
     if topology.world_size == 1:
         return [mine]
-    said: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(said, mine)
-    return said
+    gathered: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(gathered, mine)
+    return gathered

@@ -1,8 +1,8 @@
-"""Writes checkpoints while training goes on, which stands still only for the copy.
+"""Writes checkpoints while training continues; only the copy to host memory stalls it.
 
-The state is copied to host memory; a thread of each rank then writes, hashes its own files and agrees with
-the others over a gloo group that nothing else uses. If any rank fails, a full disk say, the save ends on
-all ranks, what it wrote is removed, and training goes on.
+The state is copied to host memory. A thread of each rank then writes and hashes its own files and agrees with
+the others over a separate gloo group. If any rank fails, for example because its disk is full, the save ends
+on all ranks, its files are removed, and training continues.
 """
 
 import json
@@ -41,28 +41,28 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save went."""
+    """The outcome of a save."""
 
     batch: int
     folder: Path | None
-    """The checkpoint; None if there is none."""
+    """The checkpoint; None if the save failed."""
     error: str
-    """Why not, in one line."""
+    """Why it failed, in one line; empty if it did not."""
     copy_seconds: float
-    """How long training stood still."""
+    """How long training was stalled."""
     seconds: float
-    """The whole save, copy included."""
+    """Duration of the whole save, copy included."""
 
 
 class CheckpointSaver:
-    """Saves the state of a run below ``root``; every rank has one and calls it alike.
+    """Saves the state of a run below ``root``; every rank has one and makes the same calls.
 
-    Host memory for one copy of the rank's shards is kept for the run.
+    Host memory for one copy of the rank's shards is kept for the whole run.
 
     Args:
         root: folder of the run's checkpoints, on a file system that all ranks share.
         topology: this rank.
-        keep_last: how many are kept.
+        keep_last: how many checkpoints to keep.
     """
 
     def __init__(self, root: Path, topology: Topology, keep_last: int) -> None:
@@ -73,9 +73,9 @@ class CheckpointSaver:
         self._saved: Saved | None = None
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Saved | None:
-        """Copies the state and begins to write it; returns the outcome of the save before, if any.
+        """Copies the state and starts writing it; returns the outcome of the previous save, if any.
 
-        A save that is still being written is waited for first.
+        Waits first if the previous save is still being written.
         """
         before = self.wait()
         begun = time.perf_counter()
@@ -98,11 +98,11 @@ class CheckpointSaver:
         return before
 
     def poll(self) -> Saved | None:
-        """The outcome of a save that has come to its end since it was last asked for."""
+        """Returns the outcome of a save that has finished since the last call, if any; never waits."""
         return None if self._thread is None or self._thread.is_alive() else self.wait()
 
     def wait(self) -> Saved | None:
-        """Waits for the save that is being written and returns its outcome, once."""
+        """Waits for a save that is still being written, and returns its outcome once."""
         if self._thread is not None:
             self._thread.join()
             assert self._saved is not None, "the writing thread failed"
@@ -110,7 +110,7 @@ class CheckpointSaver:
         return saved
 
     def _copy(self, value: Any, path: str) -> Any:
-        """The same tree with tensors in host memory that training does not touch."""
+        """Returns the same tree with its tensors copied to host memory."""
         if isinstance(value, dict):
             return {key: self._copy(item, f"{path}/{key}") for key, item in value.items()}
         if isinstance(value, list):
@@ -122,17 +122,17 @@ class CheckpointSaver:
         value = value.detach()
         copy = self._copies.get(path)
         if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
-            # Pinned memory, which a GPU copies into at full speed.
+            # A GPU copies to pinned memory at full speed.
             copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
             self._copies[path] = copy
         copy.copy_(value)
         return copy
 
     def _write(self, state: dict[str, Any], randoms: str, progress: Progress) -> Path:
-        """Writes, hashes, agrees; on every rank in step.
+        """Writes and hashes the files and agrees with the other ranks; every rank calls it.
 
         Raises:
-            CheckpointError: on every rank, if it failed on any.
+            CheckpointError: on every rank, if the save failed on any.
         """
         final = self.root / f"batch-{progress.batch:08d}"
         partial = final.with_name(final.name + PARTIAL)
@@ -154,9 +154,9 @@ class CheckpointSaver:
     def _write_shards(
         self, partial: Path, state: dict[str, Any], randoms: str, progress: Progress
     ) -> dict[str, dict[str, int | str]]:
-        """Writes this rank's files and returns their sizes and checksums, taken from the files."""
-        rank, is_alone = self.topology.rank, self.group is None
-        dcp.save(state, checkpoint_id=partial / STATE_FOLDER, process_group=self.group, no_dist=is_alone)
+        """Writes this rank's files and returns their sizes and checksums, read back from the files."""
+        rank, no_dist = self.topology.rank, self.group is None
+        dcp.save(state, checkpoint_id=partial / STATE_FOLDER, process_group=self.group, no_dist=no_dist)
         files = sorted((partial / STATE_FOLDER).glob(f"__{rank}_*"))
         files.append(partial / f"rank-{rank}.json")
         write_whole(files[-1], randoms)
@@ -169,7 +169,7 @@ class CheckpointSaver:
         }
 
     def _finish(self, partial: Path, final: Path, entries: list[dict[str, Any]]) -> None:
-        """Writes the manifest, gives the folder its name and removes what is too old."""
+        """Writes the manifest, renames the folder and removes old checkpoints."""
         if not self.topology.is_main:
             return
         files = {name: entry for part in entries for name, entry in part.items()}
@@ -182,7 +182,7 @@ class CheckpointSaver:
         keep_newest(self.root, self.keep_last)
 
     def _agree(self, work: Callable[[], Result]) -> list[Result]:
-        """Does a part of the save on every rank; returns the results of all.
+        """Runs one part of the save on every rank, and returns all ranks' results.
 
         Raises:
             CheckpointError: on every rank, if the part failed on any.
@@ -190,10 +190,10 @@ class CheckpointSaver:
         result, error = None, ""
         try:
             result = work()
-        except CheckpointException as failure:  # not an Exception; each rank's own is in it
+        except CheckpointException as failure:  # not an Exception; holds each rank's own
             causes = {rank: cause[0] for rank, cause in failure.failures.items()}
             error = "; ".join(f"rank {rank}: {_line(cause)}" for rank, cause in causes.items())
-        except Exception as failure:  # Whatever it is, it ends the save on all ranks, and not the training.
+        except Exception as failure:  # Any error ends the save on all ranks, but not the training.
             error = f"rank {self.topology.rank}: {_line(failure)}"
         outcomes: list[Any] = [(result, error)]
         if self.group is not None:

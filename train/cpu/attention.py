@@ -1,6 +1,6 @@
-"""Attention's element-wise part on a CPU: splitting, clipping and rotation as one operation.
+"""The element-wise part of attention on a CPU: splitting, clipping and rotation in one operation.
 
-As separate operations they take as long on a CPU as the projection that they follow.
+As separate operations they take as long on a CPU as the projection before them.
 
 Shapes: B batch, S positions, H heads of one part, N heads of all parts, R width of a head.
 """
@@ -18,7 +18,7 @@ def clip_and_rotate(
     cos_SR: Tensor | None,
     sin_SR: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`train.model.attention.clip_and_rotate` with a gradient written by hand."""
+    """:func:`train.model.attention.clip_and_rotate` with a hand-written gradient."""
     result: tuple[Tensor, Tensor, Tensor] = _ClipAndRotate.apply(qkv_BSNR, heads, clip, cos_SR, sin_SR)
     return result
 
@@ -56,7 +56,7 @@ class _ClipAndRotate(torch.autograd.Function):
             else:
                 target.copy_(grad)
         if ctx.clip is not None:
-            # Clipping's gradient in one pass, where clamp's own takes four.
+            # The gradient of clipping in one pass; clamp's own takes four.
             torch.ops.aten.hardtanh_backward.grad_input(
                 grad_qkv, qkv, -ctx.clip, ctx.clip, grad_input=grad_qkv
             )

@@ -1,4 +1,4 @@
-"""Dispatch by device: a function of the model keeps its plain form, and a CPU runs a version of its own."""
+"""Dispatch by device: runs a CPU version of a function on a CPU, and the plain version elsewhere."""
 
 import functools
 from collections.abc import Callable
@@ -10,10 +10,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def with_cpu_version(cpu_version: Function) -> Callable[[Function], Function]:
-    """Decorates a function of tensors so that ``cpu_version`` runs where its first argument is on a CPU.
+    """Decorates a function of tensors so that ``cpu_version`` runs if its first argument is on a CPU.
 
-    The two take the same arguments and agree up to rounding. The decorated function keeps the one that
-    every other device runs as its attribute ``plain``.
+    Both take the same arguments and agree up to rounding. The decorated function keeps the plain version,
+    which all other devices run, as its attribute ``plain``.
     """
 
     def decorate(plain: Function) -> Function:

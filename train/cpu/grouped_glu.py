@@ -1,9 +1,9 @@
 """GLU experts on a CPU: MegaBlocks' memory-optimised grouped GLU, expert by expert.
 
-An expert's rows go through all of its products and element-wise passes while they are in the cache; what
-is cheap is made again in the backward pass, for reading it back from memory would take longer. In bf16
-the rows of a product are a multiple of 64: oneDNN compiles a kernel for every new shape, which takes some
-thirty times as long as running it, and every step has new counts of tokens.
+An expert's rows go through all of its products and element-wise passes while they are in the cache. Cheap
+results are recomputed in the backward pass, since reading them back from memory would take longer. In bf16
+the rows of a product are padded to a multiple of 64: oneDNN compiles a kernel for every new shape, which
+takes some thirty times as long as running it, and every step has new counts of tokens.
 
 Shapes: R routed rows sorted by expert, P rows of one expert and its padding, D model, F hidden, E experts.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 PADDED_ROWS = 64
-"""Granularity of the rows of one product in bf16."""
+"""In bf16, the rows of a product are padded to a multiple of this."""
 
 
 def grouped_glu(
@@ -26,13 +26,13 @@ def grouped_glu(
 
     Args:
         x_RD: rows sorted by expert.
-        w1_EFD: gates; under autocast all weights are cast here, once.
+        w1_EFD: gate projections; under autocast all weights are cast here, once.
         v1_EFD: up projections.
         w2_EFD: down projections, not transposed.
         batch_sizes_E: rows of each expert, on the CPU; zero is allowed.
 
     Returns:
-        [R, D] in autocast's precision where autocast is on.
+        [R, D], in autocast's precision if autocast is on.
     """
     result: Tensor = _GroupedGlu.apply(x_RD, w1_EFD, v1_EFD, w2_EFD, batch_sizes_E)
     return result
@@ -113,7 +113,7 @@ class _GroupedGlu(torch.autograd.Function):
             product_PF.mul_(up_PF)
             dproduct_PF.mul_(up_PF)
             torch.ops.aten.silu_backward.grad_input(dproduct_PF, gate_PF, grad_input=dgate_PF)
-            if size < padded:  # the padding is the next expert's: it must not count here
+            if size < padded:  # padding rows belong to the next expert and must not count here
                 scratch[:3, size:padded] = 0.0
             for left_PF, right_PD, target_FD in zip(
                 (dgate_PF, dup_PF, product_PF), (x_PD, x_PD, grad_PD), grads_FD, strict=True
@@ -128,19 +128,19 @@ class _GroupedGlu(torch.autograd.Function):
 
 
 class _Spans(NamedTuple):
-    """Where the rows of each busy expert lie, in the sorted rows and in buffers with room for padding.
+    """The span of rows of each busy expert, in the sorted rows and in buffers with room for padding.
 
-    A span of the sorted rows is padded by the rows of the next expert. What is written there is overwritten
-    in the next expert's turn, hence the ascending order.
+    A span of the sorted rows is padded with the next expert's rows. Results written there are overwritten
+    when the next expert is computed, hence the ascending order.
     """
 
     busy: list[int]
-    """Experts that have rows; the lists below are of these."""
+    """Experts that have rows; the lists below have an entry for each of these."""
     idle: list[int]
     sizes: list[int]
     padded: list[int]
     overhang: int
-    """Rows by which the last span may pass the end."""
+    """Rows by which the last span may exceed the end."""
 
     @classmethod
     def of(cls, batch_sizes_E: Tensor, dtype: torch.dtype) -> "_Spans":
@@ -152,7 +152,7 @@ class _Spans(NamedTuple):
         return cls(busy, idle, [sizes[expert] for expert in busy], padded, unit - 1)
 
     def windows(self, x_RD: Tensor) -> list[Tensor]:
-        """The padded spans of ``x_RD``; a copy with zeros for one that ends after the last row."""
+        """Returns the padded spans of ``x_RD``; one that exceeds the last row is copied and zero-padded."""
         starts = [0, *torch.tensor(self.sizes).cumsum(0).tolist()]
         windows = []
         for start, length in zip(starts, self.padded, strict=False):
@@ -162,10 +162,10 @@ class _Spans(NamedTuple):
         return windows
 
     def of_busy(self, weights_E: Tensor) -> list[Tensor]:
-        """The busy experts' matrices."""
+        """Returns the busy experts' matrices."""
         matrices = weights_E.unbind(0)
         return [matrices[expert] for expert in self.busy]
 
     def rows_like(self, x_RD: Tensor) -> Tensor:
-        """An uninitialised tensor like ``x_RD`` with room for the last span's padding."""
+        """Returns an uninitialised tensor like ``x_RD`` with room for the last span's padding."""
         return x_RD.new_empty(len(x_RD) + self.overhang, x_RD.shape[1])

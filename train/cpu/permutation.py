@@ -1,6 +1,6 @@
 """MegaBlocks' permutation of tokens on a CPU: sort by expert, gather, scatter and its weights' gradient.
 
-They take the arguments of MegaBlocks' own kernels, which are Triton's and run on a GPU only.
+They take the arguments of MegaBlocks' own kernels, which are written in Triton and run only on a GPU.
 
 Shapes: T tokens, K experts per token, R = T x K routed rows (sorted by expert), D model.
 ``indices_R`` holds, for each sorted row, its place t x K + k in the unsorted order.
@@ -13,9 +13,9 @@ from torch.nn import functional
 
 
 def sort(x_R: Tensor, _end_bit: int, sorted_R: Tensor, places_R: Tensor) -> None:
-    """:func:`train.model.megablocks_ops.sort` in the smallest type that holds the values.
+    """:func:`train.model.megablocks_ops.sort` in the smallest integer type that holds the values.
 
-    NumPy's stable sort of at most 16 bits is a radix sort, ten times as fast as torch.sort here.
+    NumPy's stable sort of up to 16 bits is a radix sort, ten times as fast as torch.sort here.
     """
     smallest = np.min_scalar_type(int(x_R.max()) if x_R.numel() else 0)
     order_R = np.argsort(x_R.numpy().astype(smallest), kind="stable")
@@ -26,7 +26,7 @@ def sort(x_R: Tensor, _end_bit: int, sorted_R: Tensor, places_R: Tensor) -> None
 def gather(
     x_TD: Tensor, indices_R: Tensor, _bin_ids: Tensor, weights_R: Tensor | None, _bins: Tensor, top_k: int
 ) -> Tensor:
-    """Copies each token's row to its K places in expert order, times its weight if there are weights."""
+    """Copies each token's row to its K places in expert order, multiplied by its weight if given."""
     tokens_R = indices_R if top_k == 1 else indices_R // top_k
     if weights_R is None:
         return x_TD.index_select(0, tokens_R)
@@ -36,7 +36,7 @@ def gather(
 def scatter(
     x_RD: Tensor, indices_R: Tensor, _bin_ids: Tensor, weights_R: Tensor | None, _bins: Tensor, top_k: int
 ) -> Tensor:
-    """Sums each token's K rows, times their weights if there are weights, back in token order."""
+    """Sums each token's K rows, multiplied by their weights if given, back in token order."""
     places_R = _inverse(indices_R)
     if top_k == 1 and weights_R is None:
         return x_RD.index_select(0, places_R)
@@ -58,7 +58,7 @@ def _weighted_sums(rows_ND: Tensor, places_MK: Tensor, weights_MK: Tensor | None
         picked_MKD = rows_ND[places_MK.long()]
         scaled_MKD = picked_MKD if weights_MK is None else picked_MKD * weights_MK.to(rows_ND).unsqueeze(2)
         return scaled_MKD.sum(dim=1)
-    # One fused pass that accumulates in fp32, where select, scale and sum would make three.
+    # One fused pass that accumulates in fp32, instead of three for select, scale and sum.
     weights_MK = None if weights_MK is None else weights_MK.to(rows_ND.dtype)
     return functional.embedding_bag(places_MK, rows_ND, mode="sum", per_sample_weights=weights_MK)
 

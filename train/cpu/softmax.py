@@ -1,4 +1,4 @@
-"""The loss's softmax on a CPU: a block of rows at a time, so that its passes stay in the cache.
+"""The softmax of the loss on a CPU: one block of rows at a time, so that its passes stay in the cache.
 
 Shapes: C tokens of a chunk, V vocabulary, N rows of a block.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 CACHED_ELEMENTS = 2**18
-"""Logits whose softmax is taken at once: 1 MB in fp32, half of a core's second-level cache."""
+"""Logits per block: 1 MB in fp32, half of a core's L2 cache."""
 
 
 def softmax_in_place(logits_CV: Tensor, write: bool) -> Tensor:

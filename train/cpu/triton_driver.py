@@ -1,4 +1,4 @@
-"""A driver for Triton on machines without a GPU, where importing MegaBlocks' kernels asks for one."""
+"""A stand-in Triton driver for machines without a GPU, since importing MegaBlocks' kernels needs one."""
 
 import importlib
 import time
@@ -10,7 +10,7 @@ class _NoGpu:
     """The part of a driver that Triton's autotuner calls."""
 
     def get_benchmarker(self) -> Callable[..., list[float]]:
-        """A clock: the interpreter's kernels are tuned by their wall time in milliseconds."""
+        """Returns a wall clock in milliseconds, by which the interpreter's kernels are tuned."""
 
         def milliseconds(call: Callable[[], Any], quantiles: list[float], **_: Any) -> list[float]:
             start = time.perf_counter()
@@ -21,7 +21,7 @@ class _NoGpu:
 
 
 def give_triton_a_driver() -> None:
-    """Sets the driver where Triton finds none; a GPU's stays."""
+    """Sets the stand-in driver if Triton finds none; a GPU's driver is kept."""
     driver = importlib.import_module("triton.runtime.driver").driver
     try:
         driver.active.get_benchmarker()

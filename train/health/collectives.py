@@ -1,10 +1,10 @@
-"""Collectives that this process issued and waits in: a flight recorder for gloo, which has none of its own.
+"""A flight recorder for gloo, which lacks one: the collectives that this process has issued and waits in.
 
-Every collective of torch.distributed's Python functions (FSDP2, MegaBlocks, Composer and this project use no
-others while they train) goes through a method of ``ProcessGroup`` and is waited for by ``Work.wait``;
-:func:`recorded_collectives` wraps both, and :func:`collectives_of` says when. Functional collectives, which
-are C++ from end to end, are not seen. A process on NCCL is never wrapped: NCCL has a recorder of its own
-(:mod:`train.health.nccl`), and each of its handles would hold the memory of a collective's output.
+Every collective of torch.distributed's Python functions goes through a method of ``ProcessGroup`` and is
+awaited with ``Work.wait``; FSDP2, MegaBlocks, Composer and this project use no others in training.
+:func:`recorded_collectives` wraps both, and :func:`collectives_of` decides when. Functional collectives,
+which are C++ from end to end, are not recorded. NCCL is never wrapped: it has its own recorder
+(:mod:`train.health.nccl`), and each of its handles would keep a collective's output in memory.
 """
 
 import functools
@@ -23,7 +23,7 @@ from train.health.nccl import NcclRecorder
 from train.health.snapshot import IssuedCollective, Snapshot
 
 KEPT = 64
-"""Collectives that are remembered; more than a microbatch of one layer issues."""
+"""Collectives kept; more than one layer issues for a microbatch."""
 METHODS = (
     "_allgather_base",
     "_reduce_scatter_base",
@@ -45,14 +45,14 @@ METHODS = (
 
 
 class Recorder(Protocol):
-    """Knowledge of this process's collectives, for the watchdog."""
+    """Recorder of this process's collectives, for the watchdog."""
 
     def progress(self) -> int:
-        """A number that changes while collectives are issued; read every few seconds."""
+        """Returns a number that changes while collectives are issued; read every few seconds."""
         ...
 
     def snapshot(self) -> Snapshot:
-        """Everything that is known; read when nothing moves."""
+        """Returns everything recorded; read when training hangs."""
         ...
 
 
@@ -60,37 +60,37 @@ class Recorder(Protocol):
 class _Seen:
     collective: IssuedCollective
     work: Any
-    """torch's handle until it is seen to be complete; None after that."""
+    """torch's handle until the collective is complete, then None."""
 
 
 @dataclass
 class CollectiveRecorder:
-    """The last collectives of this process and those that it still waits in."""
+    """The last collectives of this process, and which of them it still waits in."""
 
     issued: dict[str, int] = field(default_factory=dict)
-    """Collectives issued by group."""
+    """Number of collectives issued, by group."""
     ranks: dict[str, list[int]] = field(default_factory=dict)
     """Global ranks by group."""
     waited_seconds: float = 0.0
-    """Time that the main thread has stood in ``wait``."""
+    """Time that the main thread has spent in ``wait``."""
     _seen: deque[_Seen] = field(default_factory=lambda: deque(maxlen=KEPT))
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def progress(self) -> int:
-        """Collectives issued in all."""
+        """Returns the number of collectives issued."""
         return sum(list(self.issued.values()))
 
     def snapshot(self) -> Snapshot:
-        """Counts and ranks by group, and the collectives that are not complete."""
+        """Returns counts and ranks by group, and the incomplete collectives."""
         return Snapshot(dict(self.issued), dict(self.ranks), self.waiting())
 
     def last(self, count: int = 8) -> list[IssuedCollective]:
-        """The newest collectives, oldest first."""
+        """Returns the newest collectives, oldest first."""
         with self._lock:
             return [seen.collective for seen in list(self._seen)[-count:]]
 
     def waiting(self) -> list[IssuedCollective]:
-        """Collectives that are issued and not complete."""
+        """Returns the collectives that are issued and not complete."""
         with self._lock:
             return [seen.collective for seen in self._seen if not _is_complete(seen)]
 
@@ -104,7 +104,7 @@ class CollectiveRecorder:
             size = max((_size_bytes(argument) for argument in arguments), default=0)
             seen = _Seen(IssuedCollective(name, self.issued[name], operation, size, time.time()), _NOT_ISSUED)
             for older in self._seen:
-                # A handle keeps the tensors alive.
+                # Drops the handles of complete ones, which keep their tensors alive.
                 _is_complete(older)
             self._seen.append(seen)
         return seen
@@ -114,13 +114,13 @@ _NOT_ISSUED = object()
 
 
 def collectives_of(watches_for_hangs: bool) -> AbstractContextManager[Recorder | None]:
-    """The record of this process's collectives, to be entered for as long as it is watched.
+    """Returns a context in which this process's collectives are recorded.
 
     Args:
-        watches_for_hangs: whether a watchdog will read it; without one nothing is wrapped or read.
+        watches_for_hangs: whether a watchdog reads the recorder; without one nothing is wrapped.
 
     Returns:
-        A context of the backend's recorder; of None without a watchdog or a process group.
+        A context of the backend's recorder, or of None without a watchdog or a process group.
     """
     if not (watches_for_hangs and dist.is_initialized()):
         return nullcontext()
@@ -131,7 +131,7 @@ def collectives_of(watches_for_hangs: bool) -> AbstractContextManager[Recorder |
 
 @contextmanager
 def recorded_collectives() -> Iterator[CollectiveRecorder]:
-    """Records the collectives that this process issues within, through wrapped methods of torch."""
+    """Records the collectives that this process issues in this context, by wrapping torch's methods."""
     recorder = CollectiveRecorder()
     originals = {name: getattr(dist.ProcessGroup, name) for name in METHODS}
     wait = dist.Work.wait

@@ -1,8 +1,8 @@
-"""Diagnosis of a hang: from what each rank knows, the ranks that others wait for and that wait for nobody.
+"""Diagnosis of a hang: finds the ranks that others wait for and that themselves wait for no one.
 
-A rank that waits in collective n of a group waits for the group's ranks that have not issued their n-th.
-Followed from rank to rank this ends at those that wait for nobody: they are stopped, dead, or busy with
-something else. The same reading of NCCL's records is what PyTorch's flight-recorder analyzer does.
+A rank in collective n of a group waits for the group's ranks that have not issued their n-th. Followed from
+rank to rank, this ends at ranks that wait for no one: they are stopped, dead, or busy with something else.
+PyTorch's flight-recorder analyzer reads NCCL's records in the same way.
 """
 
 import statistics
@@ -18,23 +18,23 @@ def diagnose(
     """Names the ranks that hold up the others.
 
     Args:
-        stuck: what each rank that noticed the hang wrote, by rank.
+        stuck: the record of each rank that noticed the hang, by rank.
         beats: the last heartbeat of each rank.
         silent: ranks without a new heartbeat.
         now: seconds since 1970.
-        seconds: how long nothing has moved.
+        seconds: how long nothing has progressed.
     """
     batch = max((record.batch for record in stuck.values()), default=0)
     waiting = sorted(rank for rank, record in stuck.items() if record.waiting)
     collective = _oldest(stuck)
-    suspects = _odd_ones(stuck) or _sinks(stuck, beats, silent)
+    suspects = _mismatched(stuck) or _blockers(stuck, beats, silent)
     if not waiting and not suspects:
         suspects = [_suspect(rank, stuck, beats, silent) for rank in sorted(stuck)]
     return Finding(now, batch, seconds, collective, waiting, suspects)
 
 
-def _sinks(stuck: Mapping[int, Stuck], beats: Mapping[int, Heartbeat], silent: set[int]) -> list[Suspect]:
-    """Ranks that are waited for and wait for nobody."""
+def _blockers(stuck: Mapping[int, Stuck], beats: Mapping[int, Heartbeat], silent: set[int]) -> list[Suspect]:
+    """Ranks that others wait for and that wait for no one."""
     needs = {rank: _waits_for(record, stuck) for rank, record in stuck.items()}
     wanted = set().union(*needs.values()) if needs else set()
     return [_suspect(rank, stuck, beats, silent) for rank in sorted(wanted) if not needs.get(rank)]
@@ -51,21 +51,21 @@ def _waits_for(record: Stuck, stuck: Mapping[int, Stuck]) -> set[int]:
     return found
 
 
-def _odd_ones(stuck: Mapping[int, Stuck]) -> list[Suspect]:
-    """Ranks that issued something else under the number at which the others wait."""
+def _mismatched(stuck: Mapping[int, Stuck]) -> list[Suspect]:
+    """Ranks that issued another collective than the others under the same number."""
     calls: dict[tuple[str, int], dict[int, Any]] = {}
     for rank, record in stuck.items():
         for each in record.waiting:
             calls.setdefault((each["group"], each["number"]), {})[rank] = each["operation"]
-    for (group, number), said in sorted(calls.items()):
-        usual = statistics.mode(said.values())
-        odd = [rank for rank, operation in said.items() if operation != usual]
+    for (group, number), operations in sorted(calls.items()):
+        usual = statistics.mode(operations.values())
+        odd = [rank for rank, operation in operations.items() if operation != usual]
         if odd:
             return [
                 Suspect(
                     rank,
                     stuck[rank].host,
-                    f"calls {said[rank]} where others call {usual} (number {number} of group {group})",
+                    f"calls {operations[rank]} where others call {usual} (number {number} of group {group})",
                     stuck[rank].stacks,
                 )
                 for rank in odd
@@ -83,14 +83,14 @@ def _suspect(
         )
     beat = beats.get(rank)
     if beat is None:
-        return Suspect(rank, "an unknown host", "has left no sign of life")
+        return Suspect(rank, "an unknown host", "has never sent a heartbeat")
     if rank in silent:
-        return Suspect(rank, beat.host, f"gives no sign of life (last seen in: {beat.where})")
-    return Suspect(rank, beat.host, f"moves on by itself (in: {beat.where})")
+        return Suspect(rank, beat.host, f"has stopped sending heartbeats (last seen in: {beat.where})")
+    return Suspect(rank, beat.host, f"continues without the others (in: {beat.where})")
 
 
 def _oldest(stuck: Mapping[int, Stuck]) -> str:
-    """The collective that has been waited in for longest."""
+    """The collective that has been pending for the longest time."""
     waits = [each for record in stuck.values() for each in record.waiting]
     if not waits:
         return ""

@@ -1,4 +1,4 @@
-"""Joining a process group: missing ranks are named, and process groups wait longer than the watchdog."""
+"""Joining the process group: names missing ranks, and makes process groups time out after the watchdog."""
 
 import datetime
 import os
@@ -28,22 +28,22 @@ from train.record import log
 
 logger = log.get_logger(__name__)
 
-SHARE_OF_PATIENCE = 0.9
+SHARE_OF_TIMEOUT = 0.9
 """Failures before this share of the timeout are not timeouts: a port that is taken, for example."""
 
 
 class JoinError(RuntimeError):
-    """Ranks of the job have not come: recorded by its name for the supervisor, never raised."""
+    """Ranks of the job have not joined: recorded by this name for the supervisor, never raised."""
 
 
 def join(recipe: Recipe, device: Device, topology: Topology) -> None:
     """Joins the job's process group.
 
-    Under a supervisor each rank leaves a heartbeat first, so that those that never came can be told.
+    Under a supervisor each rank writes a heartbeat first, so that missing ranks can be named.
 
     Raises:
-        SystemExit: with status 78 if ranks have not come within `watch.start_seconds`.
-        RuntimeError: for what fails at once.
+        SystemExit: with status 78 if ranks have not joined within `watch.start_seconds`.
+        RuntimeError: for errors that occur at once.
     """
     run = Path(recipe.runs_dir) / recipe.name
     folder, seconds = records_folder(run), recipe.watch.start_seconds
@@ -56,7 +56,7 @@ def join(recipe: Recipe, device: Device, topology: Topology) -> None:
     try:
         composer_dist.initialize_dist(device, timeout=seconds)
     except RuntimeError as error:
-        has_waited = time.monotonic() - begun > SHARE_OF_PATIENCE * seconds
+        has_waited = time.monotonic() - begun > SHARE_OF_TIMEOUT * seconds
         failure = JoinError(missing_line(folder, topology, seconds)) if has_waited else error
         if is_supervised():
             record_failure(folder, topology, 0, failure)
@@ -67,23 +67,23 @@ def join(recipe: Recipe, device: Device, topology: Topology) -> None:
 
 
 def missing_line(folder: Path, topology: Topology, seconds: float) -> str:
-    """The ranks that have not come, as far as the records know."""
+    """Returns the message that names the missing ranks, as far as the records tell."""
     came = {beat.rank for beat in read_records(folder, "beat-*.json", Heartbeat)}
     missing = [rank for rank in range(topology.world_size) if rank not in came]
     who = f": ranks {ranges(missing)}" if is_supervised() and missing else ""
     address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
     return (
-        f"not all {topology.world_size} ranks have come within {seconds:.0f} s{who}; look at the logs of "
-        f"their nodes, and whether all nodes reach {address} (--interface)"
+        f"not all {topology.world_size} ranks have come within {seconds:.0f} s{who}; check the logs of "
+        f"their nodes, and that all nodes reach {address} (--interface)"
     )
 
 
 def outlast_watchdog(recipe: Recipe) -> None:
-    """Lets every process group of this rank wait longer than the watchdog, which knows more than they do.
+    """Makes every process group of this rank time out after the watchdog, whose report says more.
 
-    NCCL's groups would give up after 10 minutes by default, and abort the process before anybody is named.
+    By default NCCL's groups time out after 10 minutes and abort the process before any rank is named.
     """
     watch = recipe.watch
-    patience = datetime.timedelta(seconds=2 * max(watch.hang_seconds or 0.0, watch.start_seconds))
+    timeout = datetime.timedelta(seconds=2 * max(watch.hang_seconds or 0.0, watch.start_seconds))
     for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(patience, group)
+        dist.distributed_c10d._set_pg_timeout(timeout, group)

@@ -1,7 +1,7 @@
 """NCCL's collectives, read from torch's flight recorder in C++: nothing is wrapped and no handle is kept.
 
-The recorder holds as many collectives of a rank as TORCH_NCCL_TRACE_BUFFER_SIZE says, which must be set
-before the process group is made; without it the watchdog sees only a rank's steps and stacks.
+The recorder keeps TORCH_NCCL_TRACE_BUFFER_SIZE collectives per rank. The variable must be set before the
+process group is created; without it the watchdog sees only a rank's steps and stacks.
 """
 
 import json
@@ -24,27 +24,27 @@ DTYPE_BYTES = {
     "Long": 8,
     "Double": 8,
 }
-"""Bytes of an element by the recorder's name of its type; of other types no size is told."""
+"""Bytes per element by the recorder's name of its type; other types count as 0."""
 
 
 class NcclRecorder:
-    """This process's collectives as torch's flight recorder knows them."""
+    """This process's collectives in torch's flight recorder."""
 
     def progress(self) -> int:
-        """Collectives enqueued, started and completed, over all groups."""
+        """Returns the number of collectives enqueued, started and completed, over all groups."""
         status: dict[str, dict[str, int]] = json.loads(nccl_trace(entries=False) or "{}").get("pg_status", {})
         return sum(sum(counts.values()) for counts in status.values())
 
     def snapshot(self) -> Snapshot:
-        """All that the recorder holds."""
+        """Returns everything in the recorder."""
         return read_trace(nccl_trace())
 
 
 def nccl_trace(entries: bool = True) -> str:
-    """The flight recorder as JSON; empty where torch has none.
+    """Returns the flight recorder as JSON; empty if torch has none.
 
     Args:
-        entries: with the collectives, not only the groups' counts; this asks the GPU which are complete.
+        entries: include the collectives, not only counts by group; this asks the GPU which are complete.
     """
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
     if dump is None:
@@ -54,13 +54,13 @@ def nccl_trace(entries: bool = True) -> str:
 
 
 def read_trace(text: str) -> Snapshot:
-    """A trace as a snapshot. A group's collectives are numbered as on its other ranks."""
+    """Converts a trace to a snapshot. All ranks of a group number its collectives alike."""
     trace = json.loads(text or "{}")
     ranks = {group["name"]: _ranks(group["ranks"]) for group in trace.get("pg_config", {}).values()}
     issued: dict[str, int] = {}
     waiting = []
     for entry in trace.get("entries", []):
-        if entry.get("is_p2p"):  # counted apart, and by pairs of ranks
+        if entry.get("is_p2p"):  # counted separately, by pairs of ranks
             continue
         collective = _collective(entry)
         group = collective.group
@@ -89,5 +89,5 @@ def _collective(entry: dict[str, Any]) -> IssuedCollective:
 
 
 def _ranks(listed: str | list[int]) -> list[int]:
-    """Ranks of a group; torch writes the list as a string within JSON."""
+    """Parses the ranks of a group; torch writes the list as a string within JSON."""
     return json.loads(listed) if isinstance(listed, str) else listed

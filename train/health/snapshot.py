@@ -1,19 +1,19 @@
-"""A snapshot of a rank's collectives, whatever backend issued them. Needs no torch."""
+"""A snapshot of a rank's collectives, whatever the backend. No torch."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class IssuedCollective:
-    """One collective as a rank issued it."""
+    """One collective issued by a rank."""
 
     group: str
     """The group's name, equal on its ranks."""
     number: int
-    """Place among the group's collectives, from 1: ranks that are in step issue the same under it."""
+    """Number among the group's collectives, from 1; ranks in sync issue the same collective under it."""
     operation: str
     size_bytes: int
-    """Of the tensors that this rank hands in or gets."""
+    """Bytes of this rank's input or output tensors, whichever are larger."""
     since: float
     """Seconds since 1970."""
 
@@ -25,7 +25,7 @@ class Snapshot:
     issued: dict[str, int] = field(default_factory=dict)
     """Number of the last collective issued, by group."""
     ranks: dict[str, list[int]] = field(default_factory=dict)
-    """Global ranks by group; of each group that is waited in at least."""
+    """Global ranks by group, at least for every group with a pending collective."""
     waiting: list[IssuedCollective] = field(default_factory=list)
     """Collectives that are issued and not complete."""
     trace: str = ""

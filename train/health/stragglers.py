@@ -1,4 +1,4 @@
-"""Callbacks of a watched run: heartbeats for the watchdog, and ranks that are slower than the others."""
+"""Callbacks of a watched run: progress reports for the watchdog, and detection of slow ranks."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ from train.record.step_log import StepLog
 
 STRAGGLERS_FILE = "stragglers.jsonl"
 LEAST_DEVIATIONS = 6.0
-"""How many median absolute deviations a slow rank must be from the median rank."""
+"""A slow rank is at least this many median absolute deviations from the median rank."""
 
 
 class HeartbeatCallback(Callback):
@@ -31,11 +31,11 @@ class HeartbeatCallback(Callback):
         self._move(state, "waiting for the first batch")
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """A batch is asked for."""
+        """The next batch is requested."""
         self._move(state, "waiting for a batch")
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        """A batch is there."""
+        """The batch has arrived."""
         self._move(state, "starting a batch")
 
     def before_forward(self, state: State, logger: Logger) -> None:
@@ -68,7 +68,7 @@ class HeartbeatCallback(Callback):
         self._move(state, "end of training")
 
     def close(self, state: State, logger: Logger) -> None:
-        """Nothing is watched any more."""
+        """Stops the watchdog."""
         self.watchdog.stop()
 
     def _move(self, state: State, where: str) -> None:
@@ -78,17 +78,17 @@ class HeartbeatCallback(Callback):
 class Stragglers(Callback):
     """Compares the ranks' own time per step every few batches; every rank has one.
 
-    A rank's own time is the step without waiting for others in collectives: in step as they are, all
-    have equal steps, and the slow one is the one that waits least. Medians over the interval keep single
-    slow steps out. With NCCL the waiting happens on the GPU, behind the program: no rank's own time is known,
-    and :mod:`train.health.watched` leaves this callback out. A slow GPU shows in preflight.
+    A rank's own time is its step time without waiting for others in collectives. Step times are equal on all
+    ranks, since collectives synchronise them; the slow rank is the one that waits least. Medians over the
+    interval ignore single slow steps. With NCCL the waiting happens on the GPU, so own times are unknown, and
+    :mod:`train.health.watched` does not add this callback. A slow GPU shows in preflight.
 
     Args:
-        folder: of the run's records; rank 0 writes ``stragglers.jsonl`` there.
+        folder: folder of the run's records; rank 0 writes ``stragglers.jsonl`` there.
         interval_batches: batches between comparisons.
-        factor: own time over the median rank's from which a rank is named.
+        factor: a rank is named if its own time exceeds the median rank's by this factor.
         topology: this rank.
-        recorder: of this process's collectives.
+        recorder: recorder of this process's collectives.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Stragglers(Callback):
         self._begun, self._waited = time.perf_counter(), self.recorder.waited_seconds
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Ends a step; compares when the interval is over."""
+        """Ends a step, and compares the ranks at the end of the interval."""
         step = time.perf_counter() - self._begun
         self._own.append(step - (self.recorder.waited_seconds - self._waited))
         batch = state.timestamp.batch.value
@@ -136,7 +136,7 @@ class Stragglers(Callback):
             self.log.write(batch, {"seconds": seconds, "slow": named})
             for rank in named:
                 log.progress.warning(
-                    f"batch {batch}: rank {rank} is slow: {seconds[rank]:.3f} s of its own per step, the "
+                    f"batch {batch}: rank {rank} is slow: own time {seconds[rank]:.3f} s per step, "
                     f"median rank {median:.3f} s"
                 )
 
@@ -147,10 +147,10 @@ class Stragglers(Callback):
 
 
 def slow_ranks(seconds: list[float], factor: float) -> list[int]:
-    """Ranks whose time is ``factor`` over the median rank's and beyond the ranks' own spread.
+    """Ranks whose time exceeds the median rank's by ``factor`` and is beyond the ranks' spread.
 
-    The spread is the median absolute deviation, which a few slow ranks do not widen. Of two ranks the
-    faster is the measure.
+    The spread is the median absolute deviation, which a few slow ranks do not widen. Of two ranks, the
+    faster counts as the median.
     """
     median = statistics.median_low(seconds)
     spread = statistics.median_low([abs(one - median) for one in seconds])

@@ -1,12 +1,12 @@
-"""Watchdog: a thread of each rank that sees whether the rank still moves, and ends the job if none does.
+"""Hang watchdog: a thread of each rank that checks for progress, and ends the job if no rank makes any.
 
-It writes a heartbeat every few seconds. When its rank has not moved for too long it writes what the
-rank knows: the stack of every thread and the collectives that it waits in. A moment later all ranks have,
-or have been silent, and the lowest that is alive names the culprits (:mod:`train.health.diagnosis`). All
-end with status 76, which a supervisor takes as: start again from the newest checkpoint.
+It writes a heartbeat every few seconds. If its rank has made no progress for too long, it records the stack
+of every thread and the collectives that the rank waits in. A moment later all ranks have done so or are
+silent, and the lowest rank alive names the culprits (:mod:`train.health.diagnosis`). All exit with status 76,
+on which a supervisor restarts from the newest checkpoint.
 
-A process that is stopped, or stuck in C with Python's lock held, cannot write its stacks by itself. A rank
-on the same host sends it SIGUSR2, whose handler is faulthandler's (C, needs no lock), then SIGCONT.
+A process that is stopped, or stuck in C while holding the GIL, cannot write its stacks itself. A rank on the
+same host sends it SIGUSR2, whose handler is faulthandler's (C, needs no lock), then SIGCONT.
 """
 
 import contextlib
@@ -51,19 +51,19 @@ logger = log.get_logger(__name__)
 BEATS_PER_LIMIT = 10
 LONGEST_INTERVAL_SECONDS = 30.0
 STACK_SECONDS = 1.0
-"""How long a signalled process is given to write its stacks."""
+"""Time for a signalled process to write its stacks."""
 
 
 class Watchdog:
-    """Watches this rank from a thread of its own, between :meth:`start` and :meth:`stop`.
+    """Watches this rank from a separate thread, between :meth:`start` and :meth:`stop`.
 
     Args:
-        recipe: limits.
-        folder: of the records, shared by all ranks.
-        run_folder: of the run.
+        recipe: the recipe's limits.
+        folder: folder of the records, shared by all ranks.
+        run_folder: folder of the run.
         topology: this rank.
-        recorder: of this process's collectives; None: none are known.
-        end: ends the process; for tests.
+        recorder: recorder of this process's collectives; None: collectives are not recorded.
+        end: ends the process; replaced in tests.
     """
 
     def __init__(
@@ -91,15 +91,15 @@ class Watchdog:
         self._pid_space = pid_space()
 
     def start(self) -> None:
-        """Begins to watch."""
+        """Starts watching."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._stacks = stacks_file(self.folder, self.topology.rank).open("w")
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
-        self._sign()
+        self._beat()
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends watching."""
+        """Stops watching."""
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -109,17 +109,17 @@ class Watchdog:
             self._stacks = None
 
     def move(self, where: str, batch: int) -> None:
-        """Notes that the rank begins something; called very often, so it only sets fields."""
+        """Notes which part of the program the rank starts; called very often, so it only sets fields."""
         self._where, self.batch, self._steps = where, batch, self._steps + 1
 
     def has_trained(self) -> None:
-        """From now on the limit is that of a step, not that of the start."""
+        """Switches from the limit for the start to the limit for a step."""
         assert self.recipe.hang_seconds is not None
         self.limit = self.recipe.hang_seconds
 
     def _watch(self) -> None:
         while not self._over.wait(self.interval):
-            self._sign()
+            self._beat()
             progress = self._progress_now()
             now = time.monotonic()
             if progress != self._progress:
@@ -131,10 +131,10 @@ class Watchdog:
                     return
 
     def _progress_now(self) -> tuple[int, int]:
-        """Steps of the program and of its collectives: what is the same later has not moved."""
+        """Returns the counts of program parts and collectives; equal counts later mean no progress."""
         return self._steps, self.recorder.progress() if self.recorder is not None else 0
 
-    def _sign(self) -> None:
+    def _beat(self) -> None:
         self._count += 1
         rank = self.topology.rank
         beat = Heartbeat(
@@ -151,9 +151,9 @@ class Watchdog:
         write_record(heartbeat_file(self.folder, rank), beat)
 
     def _find(self, seconds: float) -> Finding | None:
-        """Writes what this rank knows, waits for the others, and returns the finding of one of them.
+        """Records this rank's state, waits for the others, and returns the finding of the lowest rank.
 
-        None if the rank has begun to move again.
+        None if the rank makes progress again.
         """
         rank = self.topology.rank
         self._write_stuck()
@@ -165,7 +165,7 @@ class Watchdog:
             return None
         known = {record.rank: record for record in read_records(self.folder, "stuck-*.json", Stuck)}
         if min(known, default=rank) != rank:
-            # The lowest writes; it is given as long again, and the time for stacks.
+            # The lowest rank writes the finding; it gets the same time again, plus the time for stacks.
             time.sleep(STACK_SECONDS)
             self._rest((self.folder / FINDING_FILE).exists)
             found = read_record(self.folder / FINDING_FILE, Finding)
@@ -177,7 +177,7 @@ class Watchdog:
         suspects = [self._with_stacks(suspect, beats) for suspect in finding.suspects]
         finding = replace(finding, suspects=suspects)
         write_record(self.folder / FINDING_FILE, finding)
-        say_finding(finding)
+        log_finding(finding)
         return finding
 
     def _write_stuck(self) -> None:
@@ -198,18 +198,18 @@ class Watchdog:
             (self.folder / f"nccl-{rank:05d}.json").write_text(known.trace)
 
     def _rest(self, is_over: Callable[[], bool]) -> None:
-        """Waits for three heartbeats or until ``is_over``; its own goes on meanwhile."""
+        """Waits for three heartbeats or until ``is_over``, and keeps sending its own."""
         for _ in range(3):
             if is_over():
                 return
             time.sleep(self.interval)
-            self._sign()
+            self._beat()
 
     def _all_are_stuck(self) -> bool:
         return len(list(self.folder.glob("stuck-*.json"))) == self.topology.world_size
 
     def _with_stacks(self, suspect: Suspect, beats: dict[int, Heartbeat]) -> Suspect:
-        """The suspect with the stacks that it could not write, if it is a process that can be reached."""
+        """Adds the stacks of a suspect that could not write them, if its process is on this machine."""
         beat = beats.get(suspect.rank)
         is_here = beat is not None and beat.pid_space == self._pid_space
         if suspect.stacks or beat is None or not is_here or not _is_rank(beat.pid):
@@ -221,13 +221,13 @@ class Watchdog:
             _signal_main_thread(beat.pid, signal.SIGUSR2)
             os.kill(beat.pid, signal.SIGCONT)
             _await_text(file)
-            # It must not train on by itself.
+            # The continued process must not train without the others.
             os.kill(beat.pid, signal.SIGKILL)
         return replace(suspect, why=why, stacks=file.read_text() if file.is_file() else "")
 
 
 def thread_stacks() -> str:
-    """The stack of every thread of this process, by the thread's name."""
+    """Returns the stack of every thread of this process, by thread name."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = []
     for ident, frame in sys._current_frames().items():
@@ -237,19 +237,19 @@ def thread_stacks() -> str:
     return "\n".join(parts)
 
 
-def say_finding(finding: Finding) -> None:
-    """Logs a finding with the stacks of those whom it names."""
+def log_finding(finding: Finding) -> None:
+    """Logs a finding with the stacks of its suspects."""
     logger.error(finding.line, extra=log.ALL_RANKS)
     for suspect in finding.suspects:
-        stacks = f"stacks of rank {suspect.rank}:\n{suspect.stacks or '(out of reach)'}"
+        stacks = f"stacks of rank {suspect.rank}:\n{suspect.stacks or '(not available)'}"
         logger.error(stacks, extra=log.ALL_RANKS)
 
 
 def _signal_main_thread(pid: int, number: int) -> None:
-    """Signals the thread that trains, where the C library can name a thread; else the process.
+    """Signals the main thread if the C library can (tgkill), else the process.
 
-    A stopped process would hand the signal to whichever of its threads wakes first, and the stacks that
-    one writes may show the main thread where it has gone since.
+    A stopped process hands the signal to whichever of its threads wakes first; by the time that thread writes
+    the stacks, the main thread may have moved.
     """
     tgkill = getattr(ctypes.CDLL(None), "tgkill", None)
     if tgkill is None or tgkill(pid, pid, number) != 0:
@@ -257,7 +257,7 @@ def _signal_main_thread(pid: int, number: int) -> None:
 
 
 def _await_text(file: Path) -> None:
-    """Waits until a file has text that grows no more, a second at most."""
+    """Waits until a file has text and stops growing, for a second at most."""
     end, before = time.monotonic() + STACK_SECONDS, 0
     while time.monotonic() < end:
         time.sleep(0.02)
@@ -268,7 +268,7 @@ def _await_text(file: Path) -> None:
 
 
 def _is_rank(pid: int) -> bool:
-    """Whether a process id still belongs to a Python process."""
+    """Returns whether a process id still belongs to a Python process."""
     try:
         return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -276,7 +276,7 @@ def _is_rank(pid: int) -> bool:
 
 
 def _state(pid: int) -> str:
-    """The process's state as Linux says it, T being stopped."""
+    """Returns the process's state in Linux's terms; T means stopped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):

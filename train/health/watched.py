@@ -1,4 +1,4 @@
-"""A run under watch: its watchdog from set-up to the end, and a record of the error that ends it."""
+"""A watched run: its watchdog from set-up to the end, and a record of the error that ends it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,28 +17,28 @@ from train.recipe.topology import Topology
 
 @dataclass
 class Watched:
-    """The watch over a run: its recorder, watchdog and callbacks."""
+    """A watched run's recorder, watchdog and callbacks."""
 
     recipe: Recipe
     topology: Topology
     folder: Path
-    """Of the records."""
+    """Folder of the records."""
     recorder: Recorder | None
-    """Of this process's collectives; None without a watchdog or a process group."""
+    """Recorder of this process's collectives; None without a watchdog or a process group."""
     watchdog: Watchdog | None
-    """None where the recipe says `watch.hang_seconds: null`."""
+    """None if the recipe says `watch.hang_seconds: null`."""
     batch: int = 0
     """Batches trained."""
 
     def move(self, where: str) -> None:
-        """Notes that set-up has come to another part."""
+        """Notes which part of set-up starts."""
         if self.watchdog is not None:
             self.watchdog.move(where, self.batch)
 
     def callbacks(self) -> list[Callback]:
-        """Callbacks that take part in every step.
+        """Returns the callbacks for the training loop.
 
-        Stragglers are compared only where the waiting in collectives is known: on gloo, under a watchdog.
+        Stragglers are compared only if waiting times in collectives are known: on gloo, with a watchdog.
         """
         watch, found = self.recipe.watch, list[Callback]()
         if self.watchdog is not None:
@@ -52,7 +52,7 @@ class Watched:
 
 @contextmanager
 def watched(recipe: Recipe, run_folder: Path, topology: Topology) -> Iterator[Watched]:
-    """Watches what is done within; an error that ends it is left in the records."""
+    """Watches the code in this context, and records an error that ends it."""
     folder = records_folder(run_folder)
     folder.mkdir(parents=True, exist_ok=True)
     watches_for_hangs = recipe.watch.hang_seconds is not None

@@ -1,4 +1,4 @@
-"""The device at hand: measured peak of matrix products, bf16 in hardware, one line of description."""
+"""This machine's device: measured peak FLOP/s, bf16 support in hardware, one line of description."""
 
 import functools
 import os
@@ -17,12 +17,12 @@ GPU_SIZE = 8192
 
 @functools.cache
 def measured_peak_flops(device_type: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the yardstick of utilisation; measured once per process.
+    """Measures FLOP/s of a large matrix product, once per process; utilisation is relative to it.
 
-    Products of two square matrices run for a second, and the fastest counts. It is a peak: on two shared
-    cores the median of a second moved by a factor of 6 with the neighbours (bf16, 270 to 1,600 GFLOP/s),
-    the fastest by 1.1. Sizes are large enough that a device reaches its pace (1024 on a CPU, 8192 on a
-    GPU; the GPU's not yet run on one).
+    Multiplies two square matrices for a second and takes the fastest product, since this is a peak: on two
+    shared cores the median of a second varied by a factor of 6 with other load (bf16, 270 to 1,600 GFLOP/s),
+    the fastest by 1.1. The sizes are large enough to reach full speed (1024 on a CPU, 8192 on a GPU; the
+    GPU's not yet run on one).
 
     Args:
         device_type: `cpu` or `cuda`.
@@ -46,14 +46,14 @@ def measured_peak_flops(device_type: str, dtype: torch.dtype) -> float:
 
 
 def supports_bf16(device_type: str) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware; where it emulates, fp32 is faster."""
+    """Returns whether the device multiplies bf16 matrices in hardware; if it emulates, fp32 is faster."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool({"avx512_bf16", "amx_bf16", "bf16", "svebf16"} & cpu_flags())
 
 
 def cpu_flags() -> frozenset[str]:
-    """Instruction sets that Linux reports; none where there is no /proc."""
+    """Instruction sets that Linux reports; empty without /proc."""
     for key in ("flags", "Features"):
         found = _cpuinfo(key)
         if found:
@@ -62,7 +62,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def describe_hardware(device_type: str, devices: int = 1) -> str:
-    """One line about the machine, such as `2 cores of Intel Xeon, 8 GiB`."""
+    """Describes the machine in one line, such as `2 cores of Intel Xeon, 8 GiB`."""
     if device_type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         return f"{devices} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB each"

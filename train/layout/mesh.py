@@ -1,10 +1,10 @@
-"""Layouts: the mesh (replicate, shard, expert) and which part of the model is sharded over which of it.
+"""Layouts: the device mesh (replicate, shard, expert), and the dimensions that each part is sharded over.
 
 Experts are split over `expert`, each rank holding E / expert whole experts, and their rows again over
 `shard`. Everything else is sharded over `shard` and `expert` together. `replicate` holds copies (hybrid
-sharding). MegaBlocks sends tokens to their experts' ranks; FSDP2 gathers weights and averages gradients:
-the experts' over `replicate` and `shard`, and since MegaBlocks divides them by the expert degree, every
-gradient is the mean over all ranks.
+sharding). MegaBlocks sends tokens to their experts' ranks; FSDP2 gathers weights and averages gradients.
+Expert gradients are averaged over `replicate` and `shard`, and MegaBlocks divides them by the expert degree:
+so every gradient is the mean over all ranks.
 
 Shapes: E experts, F expert hidden size, D model width.
 """
@@ -25,11 +25,11 @@ from train.recipe.schema import Parallelism, Precision
 
 REPLICATE, SHARD, EXPERT = "replicate", "shard", "expert"
 DENSE = "dense"
-"""`shard` and `expert` taken together: all but the experts are sharded over it."""
+"""`shard` and `expert` flattened into one dimension, over which everything but the experts is sharded."""
 
 
 def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> DeviceMesh:
-    """The mesh; ranks that are neighbours share `expert` first, which keeps tokens inside a node."""
+    """Builds the mesh. `expert` is its innermost dimension, which keeps tokens inside a node."""
     shard = world_size // (layout.replicate * layout.expert)
     mesh = init_device_mesh(
         device_type, (layout.replicate, shard, layout.expert), mesh_dim_names=(REPLICATE, SHARD, EXPERT)
@@ -39,9 +39,9 @@ def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Device
 
 
 def build_sharded(decoder: Decoder, mesh: DeviceMesh, precision: Precision, seed: int) -> None:
-    """Shards a decoder that is on the meta device, then gives each rank its own part and its values.
+    """Shards a decoder on the meta device, then allocates and initialises each rank's shards.
 
-    No rank ever holds more than one layer whole, and the values depend only on the seed.
+    No rank ever holds more than one full layer, and the initial weights depend only on the seed.
     """
     apply_torch_patches()
     moes = [module for module in decoder.modules() if isinstance(module, MoE)]
@@ -54,8 +54,8 @@ def build_sharded(decoder: Decoder, mesh: DeviceMesh, precision: Precision, seed
     over_experts = _sharding_mesh(mesh, SHARD)
     over_all = _sharding_mesh(mesh, DENSE)
     for moe in moes:
-        # What experts are given is cast by the layer itself. FSDP2 would round the routing weights too, and
-        # only in the forward pass: a recomputed layer would not match.
+        # The layer casts its experts' inputs itself. FSDP2 would also round the routing weights, and only in
+        # the forward pass: a recomputed layer would not match.
         fully_shard(moe.experts, mesh=over_experts, mp_policy=replace(cast, cast_forward_inputs=False))
         # The router stays fp32: rounded weights would send near-ties to other experts.
         fully_shard(moe.router, mesh=over_all, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
@@ -68,12 +68,12 @@ def build_sharded(decoder: Decoder, mesh: DeviceMesh, precision: Precision, seed
 
 
 def _sharding_mesh(mesh: DeviceMesh, over: str) -> DeviceMesh:
-    """The mesh that FSDP2 takes: two-dimensional where there are replicas."""
+    """Returns the mesh for FSDP2, which is two-dimensional if there are replicas."""
     return mesh[REPLICATE, over] if mesh[REPLICATE].size() > 1 else mesh[over]
 
 
 def _spread_experts(moe: MoE, experts: DeviceMesh) -> None:
-    """Leaves each rank its E / degree experts, and tells MegaBlocks to exchange tokens."""
+    """Leaves each rank E / degree experts, and makes MegaBlocks exchange tokens."""
     mlp = moe.experts.mlp
     for name in ("w1", "v1", "w2"):
         whole: nn.Parameter = getattr(mlp, name)
@@ -82,7 +82,7 @@ def _spread_experts(moe: MoE, experts: DeviceMesh) -> None:
         part = nn.Parameter(DTensor.from_local(local, experts, [Shard(0)], run_check=False))
         part.expert_model_parallel = True  # type: ignore[attr-defined]
         setattr(mlp, name, part)
-    # A rank's experts see the tokens of `degree` ranks, whose losses are means of their own.
+    # A rank's experts see tokens of `degree` ranks, each of which averages its own loss.
     mlp.gradient_scale = 1 / experts.size()
     args = moe.experts.args
     args.moe_expert_model_parallelism = True

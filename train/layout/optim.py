@@ -13,14 +13,14 @@ from train.recipe.schema import OptimizerKind, Schedule, ScheduleKind
 
 
 def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
-    """AdamW or Lion over the model's parameters, with decoupled decay of matrices only.
+    """Builds AdamW or Lion over the model's parameters, with decoupled weight decay of matrices only.
 
-    Experts form groups of their own: they may live on another mesh than the rest, and fused updates
-    take lists of tensors of one mesh.
+    Experts form separate parameter groups: their mesh may differ from that of the rest, and a fused update
+    needs all its tensors on one mesh.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:  # Frozen: neither moved nor decayed.
+        if not parameter.requires_grad:  # Frozen: neither updated nor decayed.
             continue
         groups.setdefault((parameter.ndim > 1, ".experts." in name), []).append(parameter)
     decay = recipe.weight_decay
@@ -33,7 +33,7 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Op
             eps=recipe.eps,
             fused=True,
         )
-    # LLM Foundry's Lion decays by weight_decay * lr / initial lr; ours, as AdamW, by weight_decay * lr.
+    # LLM Foundry's Lion decays by weight_decay * lr / initial lr; scaled, by weight_decay * lr like AdamW.
     megablocks_ops.install()
     from llmfoundry.optim.lion import DecoupledLionW
 
@@ -46,11 +46,11 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Op
 
 
 def learning_rate_share(tokens_seen: int, duration_tokens: int, schedule: Schedule) -> float:
-    """Learning rate as a share of its peak after ``tokens_seen`` tokens.
+    """Learning rate after ``tokens_seen`` tokens, as a share of its peak.
 
-    Warm-up rises linearly from 0; then either half a cosine falls to ``final_share`` at the end
-    (Loshchilov and Hutter 2017), or the peak holds until the last ``decay_tokens``, over which it
-    falls linearly to ``final_share`` (Hu et al. 2024, section 4.2).
+    Linear warm-up from 0; then either a half cosine that falls to ``final_share`` at the end (Loshchilov and
+    Hutter 2017), or a constant peak until the last ``decay_tokens``, over which the rate falls linearly to
+    ``final_share`` (Hu et al. 2024, section 4.2).
     """
     if tokens_seen < schedule.warmup_tokens:
         return tokens_seen / schedule.warmup_tokens
@@ -65,11 +65,11 @@ def learning_rate_share(tokens_seen: int, duration_tokens: int, schedule: Schedu
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scales gradients to a global L2 norm of at most ``max_norm`` and returns the norm before (fp32).
+    """Scales gradients to a global L2 norm of at most ``max_norm`` and returns the previous norm (fp32).
 
-    The norm is that of the unsharded model: each rank adds up its own shards in float64, a shard that
-    several ranks hold counts once, and one all-reduce adds the rest. Where every rank holds the whole
-    model there is nothing to reduce.
+    The norm is that of the unsharded model: each rank sums over its own shards in float64, a shard held by
+    several ranks counts once, and one all-reduce sums over ranks. If every rank holds the whole model there
+    is nothing to reduce.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
@@ -88,7 +88,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
 
 def _holders(gradient: Tensor) -> int:
-    """How many ranks hold the same shard of this gradient."""
+    """Number of ranks that hold the same shard of this gradient."""
     if not isinstance(gradient, DTensor):
         return 1
     mesh = gradient.device_mesh

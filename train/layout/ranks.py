@@ -1,4 +1,4 @@
-"""Rank 0 at work for all ranks: run something there and broadcast the result, or print a line once."""
+"""Work on rank 0 for all ranks: run something there and broadcast the result, or log a line once."""
 
 import logging
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""Patches of torch's private functions that FSDP2 needs here, each with the versions of torch that need it.
+"""Patches of torch's private functions for FSDP2, each with the versions of torch that need it.
 
-:func:`apply_torch_patches` applies those that the installed torch needs and no other. The ranges are known at
-their ends: torch 2.7.0 was seen to need all four, 2.11 and 2.15 none. The test of this module runs the
-installed torch without each patch, and fails where the range says something else than what it finds.
+:func:`apply_torch_patches` applies only those that the installed torch needs. The ends of the ranges were
+tested: torch 2.7.0 needs all four, 2.11 and 2.15 none. The test of this module runs the installed torch
+without each patch, and fails if the range is wrong for it.
 """
 
 from collections.abc import Callable
@@ -19,19 +19,19 @@ Version = tuple[int, int]
 
 
 class TorchVersions(NamedTuple):
-    """A range of torch's versions by major and minor number."""
+    """A range of torch versions by major and minor number."""
 
     first: Version
     before: Version
-    """The first that is not in the range."""
+    """The first version after the range."""
 
     def include(self, version: str) -> bool:
-        """Whether a version, such as `2.7.0+cu126`, is in the range."""
+        """Returns whether a version, such as `2.7.0+cu126`, is in the range."""
         major, minor, *_ = version.split(".")
         return self.first <= (int(major), int(minor)) < self.before
 
 
-# Torch's own, from before any patch: a patch that is applied again must not find itself here.
+# Torch's originals, saved before any patch, so that applying a patch twice does not wrap it twice.
 _divide_factors = _fsdp_collectives._get_gradient_divide_factors
 _record_event = torch.cpu.Stream.record_event
 _finalize_backward = FSDPParamGroup.finalize_backward
@@ -41,11 +41,11 @@ AVERAGES_ON_GLOO = TorchVersions((2, 7), before=(2, 11))
 
 
 def average_gradients_on_gloo() -> None:
-    """Lets FSDP2 add gradients and divide by itself on a CPU; a GPU's path stays.
+    """Makes FSDP2 on a CPU sum gradients and divide them itself; a GPU's path is unchanged.
 
-    FSDP2 asks for ReduceOp.AVG. Gloo refuses it in an all-reduce, and in a reduce-scatter returns the sum
-    without an error: gradients would be too large by the number of ranks, which Adam hides and clipping does
-    not. Given factors to divide by, FSDP2 asks for sums.
+    FSDP2 asks for ReduceOp.AVG. Gloo refuses it in an all-reduce, and in a reduce-scatter silently returns
+    the sum: gradients would be too large by the number of ranks, which Adam hides but clipping does not.
+    Given factors to divide by, FSDP2 asks for sums.
     """
 
     def factors(
@@ -66,7 +66,7 @@ EVENTS_OF_CPU_STREAMS = TorchVersions((2, 7), before=(2, 11))
 
 
 def give_cpu_streams_events() -> None:
-    """Makes a CPU stream's event an event: it is None, where hybrid sharding asserts that there is one."""
+    """Makes CPU streams record an event; torch returns None, and hybrid sharding asserts that it is not."""
     torch.cpu.Stream.record_event = lambda _stream: torch.cpu.Event()  # type: ignore
 
 
@@ -74,9 +74,9 @@ UNUSED_GATHERS_ON_CPU = TorchVersions((2, 7), before=(2, 11))
 
 
 def drop_events_of_unused_gathers() -> None:
-    """Lets a backward pass end on a CPU with weights gathered ahead that nothing came to use.
+    """Lets a backward pass on a CPU end with prefetched weights that were never used.
 
-    FSDP2 would wait for the gather's event, which a CPU's now is, on an accelerator's stream.
+    FSDP2 would make an accelerator's stream wait for the gather's event, now that a CPU records one.
     """
 
     def finalize_backward(group: FSDPParamGroup) -> None:
@@ -92,11 +92,12 @@ RECOMPUTED_WEIGHTS = TorchVersions((2, 7), before=(2, 11))
 
 
 def keep_recomputed_weights() -> None:
-    """Lets units inside of a recomputed layer keep their weights until their backward pass, on any device.
+    """Keeps the weights of units inside a recomputed layer until their backward pass, on any device.
 
-    Recomputation runs a layer's forward pass in the middle of the backward pass. FSDP2 would let go of the
-    experts' weights at its end and gather them again at once; and having noted the forward pass twice, it
-    would gather ahead experts whose turn is over. This way experts are gathered twice a step, not four times.
+    Recomputation runs a layer's forward pass in the middle of the backward pass. FSDP2 would free the
+    experts' weights at its end and gather them again at once; and having recorded the forward pass twice, it
+    would prefetch experts that are already done. With this patch experts are gathered twice a step, not four
+    times.
     """
 
     def post_forward(group: FSDPParamGroup, module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -117,7 +118,7 @@ PATCHES: dict[Callable[[], None], TorchVersions] = {
 
 
 def apply_torch_patches(version: str = torch.__version__) -> None:
-    """Applies the patches that a version of torch needs. Cheap to call again."""
+    """Applies the patches that a version of torch needs. Repeated calls are cheap."""
     for patch, versions in PATCHES.items():
         if versions.include(version):
             patch()

@@ -1,4 +1,4 @@
-"""Causal self-attention: grouped queries, RoPE or ALiBi, and documents that do not see each other.
+"""Causal self-attention: grouped queries, RoPE or ALiBi, and document masking.
 
 Shapes: B batch, S new positions, P past positions, H query heads, G key-value heads, R width of a head,
 D = H x R model, T = B x S tokens.
@@ -22,19 +22,19 @@ from train.cpu.dispatch import with_cpu_version
 from train.recipe.schema import Model, Position
 
 KeyValue = tuple[Tensor, Tensor]
-"""Keys and values of the positions so far, each [B, G, P, R], keys already rotated."""
+"""Keys and values of the past positions, each [B, G, P, R]; keys are already rotated."""
 
 
 class AttentionPlan(NamedTuple):
-    """Positions and visibility that all layers share in one forward pass; see :func:`plan_attention`."""
+    """Positions and masks that all layers share in one forward pass; see :func:`plan_attention`."""
 
     cos_SR: Tensor | None
     """Cosines of RoPE's angles, for half of a head: [S, R / 2]. None: no RoPE."""
     sin_SR: Tensor | None
     bias: Tensor | None = None
-    """Added to attention's logits: [B or 1, H or 1, S, P + S], -inf where not visible. None: plain causal."""
+    """Added to attention's logits: [B or 1, H or 1, S, P + S], -inf where masked. None: plain causal."""
     blocks: BlockMask | None = None
-    """The same visibility for FlexAttention, which skips blocks of invisible positions."""
+    """The same mask for FlexAttention, which skips fully masked blocks."""
 
 
 def plan_attention(
@@ -48,22 +48,22 @@ def plan_attention(
     past_length: int = 0,
     flex: bool | None = None,
 ) -> AttentionPlan:
-    """Positions and visibility for one batch.
+    """Builds positions and masks for one batch.
 
     Args:
         model: the recipe's model.
         batch: sequences B.
         length: new positions S.
         device: where attention runs.
-        dtype: precision of the queries, and so of the bias.
-        document_ids_BS: document of each token; None where a sequence is one document.
-        past_length: positions P whose keys and values are given to the layers.
-        flex: mask documents through FlexAttention instead of a bias of S x S; None: on a GPU only.
+        dtype: precision of the queries and the bias.
+        document_ids_BS: document of each token; None if each sequence is one document.
+        past_length: past positions P, whose keys and values the layers receive.
+        flex: mask documents with FlexAttention instead of an S x S bias; None: only on a GPU.
     """
     cos_SR = sin_SR = None
     if model.position is Position.rope:
-        # In the queries' precision from here: FSDP2 casts what a layer is given to bf16 in the forward pass,
-        # but not when the layer is computed again, and the two must save the same.
+        # Cast to the queries' precision here: FSDP2 casts a layer's inputs to bf16 in the forward pass but
+        # not in recomputation, and both must save the same tensors.
         cos_SR, sin_SR = (table.to(dtype) for table in _rotations(model, past_length, length, device))
     alibi = model.position is Position.alibi
     if document_ids_BS is None and not alibi and (past_length == 0 or length == 1):
@@ -75,7 +75,7 @@ def plan_attention(
     distance_SP = query_S[:, None] - torch.arange(past_length + length, device=device)[None, :]
     visible = (distance_SP >= 0)[None, None]
     if document_ids_BS is not None:
-        assert past_length == 0, "documents are packed for training, where nothing is past"
+        assert past_length == 0, "documents are packed only in training, which has no past positions"
         visible = visible & (document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :])
     bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -math.inf)
     if alibi:
@@ -85,7 +85,7 @@ def plan_attention(
 
 
 class Attention(nn.Module):
-    """Attention of one layer. Rows of ``Wqkv`` are queries, keys, values, as in Hugging Face's DBRX."""
+    """Attention of one layer. The rows of ``Wqkv`` are queries, keys, values, as in Hugging Face's DBRX."""
 
     def __init__(self, model: Model, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         """Attends from the new positions to the past ones and themselves.
 
         Returns:
-            The output [B, S, D], and the keys and values of all positions for a later call.
+            The output [B, S, D], and the keys and values of all positions, for later calls.
         """
         heads, kv_heads = self.model.n_heads, self.model.n_kv_heads
         qkv = self._normalize(self.Wqkv(x_BSD)).unflatten(-1, (heads + 2 * kv_heads, self.head_width))
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         return self.out_proj(out_BHSR.transpose(1, 2).flatten(2)), (k_BGSR, v_BGSR)
 
     def _normalize(self, qkv: Tensor) -> Tensor:
-        """Queries and keys normalised where the model says so."""
+        """Normalises queries and keys if the model has QK norm."""
         if self.q_norm is None or self.k_norm is None:
             return qkv
         widths = [norm.normalized_shape[0] for norm in (self.q_norm, self.k_norm, self.k_norm)]
@@ -141,14 +141,14 @@ def clip_and_rotate(
     cos_SR: Tensor | None,
     sin_SR: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, clipped, with queries and keys rotated by their positions.
+    """Splits queries, keys and values, clips them, and rotates queries and keys by their positions.
 
     Args:
         qkv_BSNR: all heads, N = H + 2 G.
         heads: H query heads, G key heads, G value heads.
-        clip: bound of the values' size, or None. Where a value is at the bound it has no gradient.
-        cos_SR: of RoPE's angles, with ``sin_SR``; None: no RoPE.
-        sin_SR: the same.
+        clip: bound on absolute values, or None. A value at the bound has no gradient.
+        cos_SR: cosines of RoPE's angles; None: no RoPE.
+        sin_SR: sines of RoPE's angles; None: no RoPE.
 
     Returns:
         Queries [B, S, H, R], keys and values [B, S, G, R], each contiguous.
@@ -158,7 +158,7 @@ def clip_and_rotate(
         q, k, v = (functional.hardtanh(part, -clip, clip) for part in (q, k, v))
     if cos_SR is not None and sin_SR is not None:
         q, k = (_rotate(part, cos_SR, sin_SR) for part in (q, k))
-    # A part that is still a view would keep all of qkv until the backward pass.
+    # A view would keep all of qkv alive until the backward pass.
     return q.contiguous(), k.contiguous(), v.contiguous()
 
 
@@ -172,10 +172,10 @@ def _rotate(x_BSHR: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
 def _dot_product_attention(
     q_BHSR: Tensor, k_BGSR: Tensor, v_BGSR: Tensor, bias: Tensor | None, is_causal: bool
 ) -> Tensor:
-    """Attention of one fused kernel: [B, H, S, R].
+    """Attention in one fused kernel: [B, H, S, R].
 
-    Of those kernels only a GPU's flash attention shares key-value heads by itself. The others would leave the
-    fused path, which takes three times as long on a CPU: for them the heads are repeated.
+    Only flash attention on a GPU supports grouped key-value heads. For other kernels the heads are repeated:
+    with grouped heads they would leave the fused path, which takes three times as long on a CPU.
     """
     shares_heads = q_BHSR.is_cuda and can_use_flash_attention(
         SDPAParams(q_BHSR, k_BGSR, v_BGSR, bias, 0.0, is_causal, True)
@@ -194,14 +194,14 @@ def _document_blocks(document_ids_BS: Tensor) -> BlockMask:
 
     batch, length = document_ids_BS.shape
     device = document_ids_BS.device
-    # Uncompiled, the mask would be made whole before it is cut into blocks.
+    # Uncompiled, the full mask would be built before it is cut into blocks.
     make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
     return make(visible, batch, None, length, length, device=str(device))
 
 
 @functools.cache
 def _flex_attention(device_type: str) -> Callable[..., Any]:
-    """FlexAttention: compiled to one kernel on a GPU, plain operations elsewhere (for tests)."""
+    """Returns FlexAttention, compiled to one kernel on a GPU, as plain operations elsewhere (for tests)."""
     compiled: Callable[..., Any] = torch.compile(flex_attention)
     return compiled if device_type == "cuda" else flex_attention
 
@@ -216,7 +216,7 @@ def _rotations(model: Model, start: int, length: int, device: torch.device) -> t
 
 
 def _repeat_heads(x_BGSR: Tensor, heads: int) -> Tensor:
-    """Each key-value head for all the query heads that share it."""
+    """Repeats each key-value head for the query heads that share it."""
     batch, kv_heads, length, width = x_BGSR.shape
     if kv_heads == heads:
         return x_BGSR
@@ -225,7 +225,7 @@ def _repeat_heads(x_BGSR: Tensor, heads: int) -> Tensor:
 
 
 def _alibi_slopes(heads: int) -> Tensor:
-    """Slope per head: a geometric series (Press et al. 2021, section 3), as ALiBi orders them."""
+    """Slopes of the heads in ALiBi's order, a geometric series (Press et al. 2021, section 3)."""
     power = 2 ** math.ceil(math.log2(heads))
     series = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     return torch.tensor((series[1::2] + series[::2])[:heads] if power != heads else series)

@@ -22,12 +22,12 @@ Device = torch.device | str | None
 
 
 class DecoderOutput(NamedTuple):
-    """Results of a forward pass. Losses are sums or plain means: the trainer weights them."""
+    """Outputs of a forward pass. Losses are unweighted sums or means: the trainer weights them."""
 
     logits_BSV: Tensor | None
     """Only without targets."""
     loss_sum: Tensor
-    """fp32: sum of the cross-entropy in nats over targets that are not -100; 0 without targets."""
+    """fp32: cross-entropy in nats, summed over targets that are not -100; 0 without targets."""
     target_tokens: Tensor
     """int64: number of targets that are not -100."""
     token_losses_BS: Tensor | None
@@ -37,7 +37,7 @@ class DecoderOutput(NamedTuple):
     z_loss: Tensor
     """fp32: mean over MoE layers; 0 for a dense model."""
     expert_tokens_LE: Tensor
-    """int64: choices of each expert in each layer, on this rank; [0, 0] for a dense model."""
+    """int64: tokens per layer and expert on this rank; [0, 0] for a dense model."""
 
 
 class DenseFfn(nn.Module):
@@ -52,14 +52,14 @@ class DenseFfn(nn.Module):
         self.gated = model.ffn is Ffn.glu
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, None]:
-        """The layer's output, and None where an MoE layer has its losses and counts."""
+        """Returns the layer's output, and None in place of an MoE layer's losses and counts."""
         if self.gated:
             return self.w2(functional.silu(self.w1(x_BSD)) * self.v1(x_BSD)), None
         return self.w2(functional.gelu(self.w1(x_BSD))), None
 
 
 class NormAttentionNorm(nn.Module):
-    """The half of a block around attention, a module of its own only because of DBRX's names."""
+    """The attention half of a block, a separate module only to match DBRX's parameter names."""
 
     def __init__(self, model: Model, device: Device = None) -> None:
         super().__init__()
@@ -68,14 +68,14 @@ class NormAttentionNorm(nn.Module):
         self.norm_2 = make_norm(model, device)
 
     def forward(self, x_BSD: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
-        """The residual stream after attention, and the same normalised for the feed-forward."""
+        """Returns the residual stream after attention, and its normalised copy for the feed-forward layer."""
         attended_BSD, _ = self.attn(self.norm_1(x_BSD), plan)
         x_BSD = x_BSD + attended_BSD
         return x_BSD, self.norm_2(x_BSD)
 
 
 class Block(nn.Module):
-    """One layer."""
+    """One transformer layer: attention, then a dense or an MoE feed-forward layer."""
 
     def __init__(self, model: Model, device: Device = None) -> None:
         super().__init__()
@@ -87,14 +87,14 @@ class Block(nn.Module):
             self.ffn = MoE(model.d_model, model.ffn_hidden_size, model.moe, device)
 
     def forward(self, x_BSD: Tensor, plan: AttentionPlan) -> tuple[Tensor, MoEAux | None]:
-        """The residual stream after the layer, and the MoE's losses and counts."""
+        """Returns the residual stream after the layer, and the MoE's losses and counts."""
         x_BSD, normed_BSD = self.norm_attn_norm(x_BSD, plan)
         out_BSD, aux = self.ffn(normed_BSD)
         return x_BSD + out_BSD, aux
 
 
 class Transformer(nn.Module):
-    """Embedding, layers and the last norm."""
+    """Embedding, layers and final norm."""
 
     def __init__(self, model: Model, device: Device, activation_checkpointing: bool) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Transformer(nn.Module):
         self.norm_f = make_norm(model, device)
 
     def forward(self, ids_BS: Tensor, document_ids_BS: Tensor | None) -> tuple[Tensor, list[MoEAux]]:
-        """Hidden states [B, S, D], and each MoE layer's losses and counts."""
+        """Returns hidden states [B, S, D], and each MoE layer's losses and counts."""
         x_BSD = self.wte(ids_BS)
         device = x_BSD.device
         autocast = torch.is_autocast_enabled(device.type)
@@ -128,12 +128,12 @@ class Transformer(nn.Module):
 
 
 class LanguageModelHead(nn.Linear):
-    """The output projection. The loss is computed inside it, so that a sharded weight is whole there."""
+    """The output projection. It computes the loss too, since a sharded weight is gathered only inside it."""
 
     def forward(  # type: ignore[override]
         self, hidden_TD: Tensor, targets_T: Tensor | None = None, chunk_tokens: int = 0
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [T, V], or with targets the loss's sum and each token's loss."""
+        """Returns logits [T, V], or with targets the summed loss and each token's loss."""
         return _project(hidden_TD, self.weight, targets_T, chunk_tokens)
 
 
@@ -142,9 +142,9 @@ class Decoder(nn.Module):
 
     Args:
         cfg: the recipe's model.
-        device: where weights are made, uninitialised; ``meta`` allocates nothing.
+        device: where weights are created, uninitialised; ``meta`` allocates nothing.
         activation_checkpointing: recompute each block in the backward pass.
-        loss_chunk_tokens: tokens whose logits are held at once.
+        loss_chunk_tokens: tokens whose logits are held in memory at once.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
             self.lm_head = LanguageModelHead(cfg.d_model, cfg.vocab_size, bias=False, device=device)
 
     def set_rope_theta(self, theta: float) -> None:
-        """Changes the base of RoPE's wavelengths from the next batch on; no weight depends on it."""
+        """Sets RoPE's base from the next batch on; no weight depends on it."""
         self.cfg = self.transformer.model = dataclasses.replace(self.cfg, rope_theta=theta)
 
     def forward(
@@ -174,13 +174,13 @@ class Decoder(nn.Module):
         targets_BS: Tensor | None = None,
         choices_only: bool = False,
     ) -> DecoderOutput:
-        """Logits, or with targets the losses.
+        """Computes logits, or with targets the losses.
 
         Args:
             input_ids_BS: token ids.
             document_ids_BS: document of each token; tokens see only their own document. None: one document.
             targets_BS: the token that follows each input, -100 where there is no loss.
-            choices_only: neither logits nor cross-entropy, only the experts' counts.
+            choices_only: compute only the experts' counts, neither logits nor cross-entropy.
         """
         hidden_BSD, layers = self.transformer(input_ids_BS, document_ids_BS)
         zero = torch.zeros((), dtype=torch.float32, device=hidden_BSD.device)
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
 
 
 def make_norm(model: Model, device: Device) -> nn.Module:
-    """The recipe's normalisation over D, without bias."""
+    """Builds the recipe's normalisation over D, without bias."""
     if model.norm is Norm.rmsnorm:
         return nn.RMSNorm(model.d_model, eps=model.norm_eps, device=device)
     return nn.LayerNorm(model.d_model, eps=model.norm_eps, bias=False, device=device)

@@ -1,7 +1,7 @@
 """Initial weights that depend only on the seed and the parameter's name, never on the layout.
 
 Each parameter is drawn in blocks of rows, every block from a generator seeded with a hash of (seed,
-name, block): a rank that holds some rows draws just the blocks that they lie in.
+name, block): a rank draws only the blocks that contain its rows.
 """
 
 import hashlib
@@ -15,17 +15,17 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from train.recipe.schema import Model
 
 BLOCK_ROWS = 4096
-"""Rows of a block, for all but expert weights, whose block is one expert."""
+"""Rows of a block; for expert weights a block is one expert."""
 EXPERT_WEIGHTS = ("experts.mlp.w1", "experts.mlp.v1", "experts.mlp.w2")
 RESIDUAL_OUTPUTS = ("attn.out_proj.weight", "experts.mlp.w2", "ffn.w2.weight")
-"""Projections into the residual stream, drawn smaller by sqrt(2 n_layers)."""
+"""Projections into the residual stream, whose std is divided by sqrt(2 n_layers)."""
 
 
 def initialize(model: nn.Module, cfg: Model, seed: int) -> None:
-    """Fills every parameter and buffer of a decoder, sharded or whole.
+    """Fills every parameter and buffer of a decoder, sharded or not.
 
     Args:
-        model: a :class:`train.model.decoder.Decoder` on a real device; DTensors get only their own rows.
+        model: a :class:`train.model.decoder.Decoder` on a real device; of DTensors, local rows are filled.
         cfg: the recipe's model.
         seed: the recipe's seed.
     """
@@ -48,10 +48,10 @@ def fill_rows(name: str, rows: Tensor, *, first_row: int, total_rows: int, cfg: 
     """Writes rows ``first_row`` onwards of the parameter ``name`` into ``rows``.
 
     Args:
-        name: the parameter's name in the whole model.
+        name: the parameter's name in the unsharded model.
         rows: the rows to fill, [N, D] or, for a norm, [N].
-        first_row: place of the first of them in the whole parameter.
-        total_rows: rows of the whole parameter.
+        first_row: index of the first of them in the unsharded parameter.
+        total_rows: rows of the unsharded parameter.
         cfg: the recipe's model.
         seed: the recipe's seed.
     """

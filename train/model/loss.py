@@ -1,7 +1,7 @@
-"""Cross-entropy from hidden states, chunk by chunk, so that the T x V logits are never held at once.
+"""Chunked cross-entropy from hidden states, which never holds all T x V logits at once.
 
-Gradients are made in the forward pass, while a chunk's logits exist: the backward pass only scales
-them. Memory is one chunk of logits and the gradients that any loss would have to return.
+Gradients are computed in the forward pass, while a chunk's logits exist; the backward pass only scales
+them. Memory is one chunk of logits plus the gradients that any loss has to return.
 
 Shapes: T tokens, C tokens of a chunk, V vocabulary, D model.
 """
@@ -30,7 +30,7 @@ def chunked_cross_entropy(
         chunk_tokens: rows of logits held at once.
 
     Returns:
-        The sum over tokens (fp32, with gradients where grad mode is on) and each token's loss
+        The sum over tokens (fp32, with gradients if grad mode is on) and each token's loss
         (fp32 [T], without gradient, 0 where ignored).
     """
     result: tuple[Tensor, Tensor] = _ChunkedCrossEntropy.apply(
@@ -51,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=_accumulated_in(weight)) if want_weight else None
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
-            # Cast in here, so that the weight's gradient is summed over chunks and returned in fp32.
+            # Cast here, so that the weight's gradient is accumulated over chunks and returned in fp32.
             dtype = torch.get_autocast_dtype(device)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         buffer_CV = hidden.new_empty(min(chunk, len(hidden)), len(weight))
@@ -71,7 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Scaled in place: nobody else holds them, and a second backward pass is refused by autograd.
+        # In place: nothing else holds these tensors, and autograd refuses a second backward pass.
         grad_hidden, grad_weight = ctx.saved_tensors
         for grad in (grad_hidden, grad_weight):
             if grad is not None:
@@ -80,14 +80,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _losses(logits_CV: Tensor, targets_C: Tensor, with_grad: bool) -> Tensor:
-    """Each token's loss; with ``with_grad`` the logits become their own gradient, in place."""
+    """Returns each token's loss; with ``with_grad``, overwrites the logits with their gradient."""
     ignored_C = targets_C == IGNORE
     targets_C1 = targets_C.long().masked_fill(ignored_C, 0).unsqueeze(1)
     target_logits_C = logits_CV.gather(1, targets_C1).squeeze(1)
     log_sums_C = softmax_in_place(logits_CV, with_grad)
     losses_C = log_sums_C - target_logits_C
     if with_grad:
-        # In fp32, since p - 1 of a bf16 p near 1 would have no digits left.
+        # In fp32: for a bf16 p near 1, p - 1 would lose all its digits.
         logits_CV.scatter_(1, targets_C1, torch.expm1(-losses_C).to(logits_CV.dtype).unsqueeze(1))
         logits_CV[ignored_C] = 0.0
     return losses_C.masked_fill_(ignored_C, 0.0).float()
@@ -95,12 +95,10 @@ def _losses(logits_CV: Tensor, targets_C: Tensor, with_grad: bool) -> Tensor:
 
 @with_cpu_version(softmax.softmax_in_place)
 def softmax_in_place(logits_CV: Tensor, write: bool) -> Tensor:
-    """The log of each row's sum of exponentials, at least in fp32; with ``write`` the logits become
-    probabilities.
-    """
+    """Returns each row's log-sum-exp, in fp32 at least; with ``write``, turns logits into probabilities."""
     logits = logits_CV.to(_accumulated_in(logits_CV))
     probs_CV = logits.softmax(dim=-1)
-    # From the largest logit and its probability: neither under- nor overflows.
+    # Computed from the largest logit and its probability, so it neither underflows nor overflows.
     log_sums_C = logits.amax(dim=-1) - probs_CV.amax(dim=-1).log()
     if write:
         logits_CV.copy_(probs_CV)
@@ -108,7 +106,7 @@ def softmax_in_place(logits_CV: Tensor, write: bool) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, the sum in ``total``'s precision."""
+    """Computes ``total += left @ right``, accumulating in ``total``'s precision."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
@@ -116,5 +114,5 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _accumulated_in(tensor: Tensor) -> torch.dtype:
-    """fp32, or the tensor's own precision where that is higher."""
+    """Returns fp32, or the tensor's own precision if that is higher."""
     return torch.promote_types(tensor.dtype, torch.float32)

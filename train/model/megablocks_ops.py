@@ -1,10 +1,9 @@
-"""MegaBlocks without its compiled extension: its low-level operations in plain PyTorch, on any device.
+"""MegaBlocks' low-level operations in plain PyTorch, on any device, in place of its compiled extensions.
 
 MegaBlocks imports two compiled modules, ``megablocks_ops`` and ``grouped_gemm``, and asks for a GPU when
-Triton is imported. :func:`install` supplies what is missing and leaves what is there: a compiled module wins
-where it is installed. Gather, scatter and the experts are MegaBlocks' own on a GPU; on a CPU, which has
-neither Triton nor its grouped products, :mod:`train.cpu` takes their place. Everything above these operations
-is MegaBlocks' code.
+Triton is imported. :func:`install` provides those that are missing; an installed compiled module is used as
+it is. On a GPU, gather, scatter and the experts are MegaBlocks' own; on a CPU, which has neither Triton nor
+grouped products, :mod:`train.cpu` replaces them. Everything above these operations is MegaBlocks' code.
 
 Shapes: R routed rows (sorted by expert), D model, N outputs, E experts.
 """
@@ -26,7 +25,7 @@ from train.cpu.triton_driver import give_triton_a_driver
 
 
 def install() -> None:
-    """Makes ``import megablocks`` work here. Cheap to call again."""
+    """Makes ``import megablocks`` work on this machine. Repeated calls are cheap."""
     give_triton_a_driver()
     for name, build in (("megablocks_ops", _megablocks_ops), ("grouped_gemm", _grouped_gemm)):
         if name not in sys.modules and importlib.util.find_spec(name) is None:
@@ -46,7 +45,7 @@ def install() -> None:
 
 @with_cpu_version(permutation.sort)
 def sort(x_R: Tensor, _end_bit: int, sorted_R: Tensor, places_R: Tensor) -> None:
-    """Stable ascending sort of small non-negative integers, written to ``sorted_R`` and ``places_R``."""
+    """Sorts small non-negative integers, stable and ascending, into ``sorted_R`` and ``places_R``."""
     values_R, order_R = torch.sort(x_R, stable=True)
     sorted_R.copy_(values_R)
     places_R.copy_(order_R)
@@ -54,7 +53,7 @@ def sort(x_R: Tensor, _end_bit: int, sorted_R: Tensor, places_R: Tensor) -> None
 
 def histogram(x_R: Tensor, bins: int) -> Tensor:
     """Counts of 0 .. bins - 1 in ``x_R``, as int32."""
-    # Not torch.bincount, for which the host waits for a GPU.
+    # Not torch.bincount, which makes the host wait for a GPU.
     counts = torch.zeros(int(bins), dtype=torch.int32, device=x_R.device)
     return counts.scatter_add_(0, x_R.long(), torch.ones_like(x_R, dtype=torch.int32))
 
@@ -65,7 +64,7 @@ def inclusive_cumsum(x: Tensor, dim: int, out: Tensor) -> None:
 
 
 def exclusive_cumsum(x: Tensor, dim: int, out: Tensor) -> None:
-    """Running sum along ``dim`` of the elements before each."""
+    """Running sum along ``dim``, each element excluded from its own sum."""
     out.copy_(torch.cumsum(x, dim) - x)
 
 
@@ -76,13 +75,13 @@ def replicate_forward(x_NE: Tensor, ends_E: Tensor, out_NR: Tensor) -> None:
 
 
 def replicate_backward(grad_NR: Tensor, ends_E: Tensor, out_NE: Tensor) -> None:
-    """Sums over the columns that :func:`replicate_forward` wrote from each column."""
+    """Sums, for each input column, the columns that :func:`replicate_forward` copied it to."""
     columns_R = torch.arange(grad_NR.shape[1], device=grad_NR.device, dtype=ends_E.dtype)
     out_NE.zero_().index_add_(1, torch.searchsorted(ends_E, columns_R, right=True), grad_NR)
 
 
 def gmm(a_RD: Tensor, b_EDN: Tensor, batch_sizes_E: Tensor, trans_b: bool = False) -> Tensor:
-    """Grouped matrix product with gradients: rows of expert e times ``b_EDN[e]``.
+    """Grouped matrix product with gradients: the rows of expert e times ``b_EDN[e]``.
 
     Args:
         a_RD: rows sorted by expert.
@@ -108,9 +107,9 @@ def backend_gmm(
     trans_b: bool = False,
     c: Tensor | None = None,
 ) -> Tensor:
-    """Grouped matrix product without gradients, written to ``c`` where given.
+    """Grouped matrix product without gradients, written to ``c`` if given.
 
-    With ``trans_a`` both sides are sorted rows and each expert's result is its own matrix: [E, D, N].
+    With ``trans_a`` both operands are sorted rows, and the result has one matrix per expert: [E, D, N].
     """
     sizes = [int(size) for size in batch_sizes.tolist()]
     if trans_a:

@@ -1,6 +1,6 @@
-"""The mixture-of-experts layer: MegaBlocks' dMoE with a router of our own (:mod:`train.model.router`).
+"""The mixture-of-experts layer: MegaBlocks' dMoE with our own router (:mod:`train.model.router`).
 
-MegaBlocks permutes tokens, runs the experts and, across ranks, exchanges tokens.
+MegaBlocks permutes tokens, runs the experts and exchanges tokens between ranks.
 
 Shapes: B batch, S sequence, T = B x S tokens, D model, F hidden, E experts, K experts per token.
 """
@@ -21,36 +21,36 @@ from train.recipe.schema import Moe
 
 megablocks_ops.install()
 
-from megablocks.layers.arguments import Arguments  # noqa: E402  (needs what install supplies)
+from megablocks.layers.arguments import Arguments  # noqa: E402  (needs the modules that install provides)
 from megablocks.layers.dmoe import dMoE  # noqa: E402
 
 
 class MoEAux(NamedTuple):
-    """Losses and counts of a layer, returned beside its output; nothing of it outlives the step."""
+    """Losses and counts of a layer, returned with its output; nothing is kept on the module."""
 
     balance_loss: Tensor
-    """Scalar, fp32, not weighted: E x sum over experts of (share of the choices) x (mean score)."""
+    """Scalar, fp32, unweighted: E x sum over experts of (share of the choices) x (mean score)."""
     z_loss: Tensor
-    """Scalar, fp32, not weighted: mean of the squared log-sum-exp of the router's logits."""
+    """Scalar, fp32, unweighted: mean of the squared log-sum-exp of the router's logits."""
     expert_tokens_E: Tensor
-    """int64: choices of each expert in this call, on this rank; sums to T x K."""
+    """int64: tokens per expert in this call, on this rank; sums to T x K."""
 
 
 class MoE(dMoE):
     """MegaBlocks' dropless MoE of GLU experts, named as in Hugging Face's DBRX.
 
-    Expert weights are ``experts.mlp.{w1,v1,w2}``, each [E x F, D]. They are made uninitialised;
+    Expert weights are ``experts.mlp.{w1,v1,w2}``, each [E x F, D]. They are created uninitialised;
     :func:`train.model.init.initialize` fills them.
 
     Args:
         d_model: width D.
         ffn_hidden_size: hidden size F of one expert.
         moe: the recipe's settings.
-        device: where weights are made; ``meta`` allocates nothing.
+        device: where weights are created; ``meta`` allocates nothing.
     """
 
     reduce_counts: Callable[[Tensor], Tensor] | None
-    """A layout's sum of ``expert_tokens_E`` over its ranks, so that the balance loss sees the whole batch."""
+    """Reduces ``expert_tokens_E`` to the counts that the balance loss uses; None: this call's counts."""
 
     def __init__(
         self, d_model: int, ffn_hidden_size: int, moe: Moe, device: torch.device | str | None = None
@@ -61,7 +61,7 @@ class MoE(dMoE):
                 key="model.ffn_hidden_size",
                 remedy=f"set it to at least {-(-128 // moe.experts)}",
             )
-        # MegaBlocks draws whole weight matrices more than once while it is built: let it draw on meta.
+        # MegaBlocks initialises full weight matrices several times while it is built: on meta this is free.
         args = Arguments(
             hidden_size=d_model,
             ffn_hidden_size=ffn_hidden_size,
@@ -76,8 +76,8 @@ class MoE(dMoE):
             mlp_impl="grouped",
             fp16=False,
             device=torch.device("meta"),
-            init_method=_leave,
-            output_layer_init_method=_leave,
+            init_method=_skip_init,
+            output_layer_init_method=_skip_init,
         )
         super().__init__(args)
         target = torch.device(device) if device is not None else torch.get_default_device()
@@ -90,12 +90,13 @@ class MoE(dMoE):
         """Runs every token through its K experts.
 
         Returns:
-            The output [B, S, D], in autocast's precision where autocast is on, and what the trainer needs.
+            The output [B, S, D], in autocast's precision if autocast is on, and the layer's losses and
+            counts.
         """
         routing = self.router(x_BSD.reshape(-1, x_BSD.shape[-1]))
         device = x_BSD.device.type
         if torch.is_autocast_enabled(device):
-            # Before the permutation, which then moves half the bytes.
+            # Cast before the permutation, which then moves half the bytes.
             x_BSD = x_BSD.to(torch.get_autocast_dtype(device))
         out_BSD = self.experts(x_BSD, routing.scores_TE, routing.weights_TK, routing.experts_TK)
         tokens_E = megablocks_ops.histogram(routing.experts_TK.flatten(), self.router.moe.experts).long()
@@ -112,5 +113,5 @@ class MoE(dMoE):
         return balance_loss, z_loss
 
 
-def _leave(_weight: Tensor) -> None:
-    """MegaBlocks' initialisation: none."""
+def _skip_init(_weight: Tensor) -> None:
+    """Does nothing, in place of MegaBlocks' initialisation."""

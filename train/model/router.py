@@ -1,7 +1,7 @@
-"""The router: scores experts for each token, picks K of them, and keeps the bias that balances them.
+"""The router: scores experts for each token, selects K of them, and holds the bias that balances them.
 
-It is ours, because MegaBlocks' takes the softmax in the input's precision, keeps logits and scores in
-module-level lists until somebody clears them, and knows no balancing without a loss.
+It replaces MegaBlocks' router, which takes the softmax in the input's precision, keeps logits and scores in
+module-level lists until they are cleared, and has no loss-free balancing.
 
 Shapes: B batch, T tokens, D model, E experts, K experts per token, L layers.
 """
@@ -28,7 +28,7 @@ class Routing(NamedTuple):
 
 
 class Jitter(NamedTuple):
-    """Place in training that the router's noise is drawn for; set before each microbatch."""
+    """The seed, layer and positions from which the router's noise is drawn; set before each microbatch."""
 
     seed: int
     layer: int
@@ -36,12 +36,12 @@ class Jitter(NamedTuple):
 
 
 class Router(nn.Module):
-    """Scores experts for each token and picks K of them, in fp32 whatever the surrounding precision.
+    """Scores experts for each token and selects K of them, in fp32 whatever the surrounding precision.
 
     Args:
         d_model: width D of a token.
         moe: the recipe's settings.
-        device: where the weights are made; ``meta`` allocates nothing.
+        device: where the weights are created; ``meta`` allocates nothing.
     """
 
     expert_bias: Tensor | None
@@ -56,7 +56,7 @@ class Router(nn.Module):
         self.jitter: Jitter | None = None
 
     def forward(self, x_TD: Tensor) -> Routing:
-        """Routes tokens. The bias affects only the choice of experts: weights are unbiased scores."""
+        """Routes tokens. The bias affects only which experts are selected; weights are unbiased scores."""
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
             if self.training and self.moe.jitter_eps > 0:
@@ -76,7 +76,7 @@ class Router(nn.Module):
             return Routing(logits_TE, scores_TE, weights_TK, experts_TK)
 
     def _noise(self, x_TD: Tensor) -> Tensor:
-        """Uniform in [0, 1): by place in training where that is known, else from torch's generator."""
+        """Noise in [0, 1), from the positions in training if known, else from torch's generator."""
         if self.jitter is None:
             return torch.rand_like(x_TD)
         seed, layer, positions_B = self.jitter
@@ -85,14 +85,14 @@ class Router(nn.Module):
 
 @torch.no_grad()
 def update_bias(model: nn.Module, total_counts_LE: Tensor, rate: float) -> None:
-    """Balances experts without a loss (DeepSeek-V3, section 2.1.2), once per optimizer step.
+    """Updates the routers' bias, once per optimizer step: loss-free balancing (DeepSeek-V3, section 2.1.2).
 
-    Experts below their layer's mean load get a higher bias, experts above it a lower one.
+    Raises the bias of experts below their layer's mean load, and lowers it for those above.
 
     Args:
-        model: a model with L layers of experts, balanced by bias.
-        total_counts_LE: choices of each expert in the whole batch, over microbatches and ranks.
-        rate: the step, ``bias_update_rate``.
+        model: a model with L MoE layers, balanced by bias.
+        total_counts_LE: tokens per expert in the whole batch, over microbatches and ranks.
+        rate: size of the update, ``bias_update_rate``.
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
     for router, counts_E in zip(routers, total_counts_LE, strict=True):

@@ -1,7 +1,7 @@
-"""Noise that depends only on seed, layer, place in training and column: the same under every layout.
+"""Router noise that depends only on seed, layer, position in training and column: equal under every layout.
 
-A generator's state depends on which rank drew how often. Here each number is a hash of what it is for, as
-in counter-based generators (Salmon et al. 2011), which a resumed, recomputed or resharded run finds again.
+A generator's state depends on how often each rank drew from it. Here each number is a hash of its place, as
+in counter-based generators (Salmon et al. 2011), so a resumed, recomputed or resharded run draws it again.
 
 Shapes: B sequences, S tokens per sequence, T = B x S, D columns.
 """
@@ -13,19 +13,19 @@ LOW_BITS = 32
 
 
 def uniform_noise(positions_B: Tensor, tokens: int, columns: int, *, seed: int, layer: int) -> Tensor:
-    """Numbers in [0, 1), fp32 [T, D].
+    """Draws numbers in [0, 1), fp32 [T, D].
 
     Args:
-        positions_B: place of each sequence in the order of training, int64.
+        positions_B: each sequence's position in training, int64.
         tokens: T; a multiple of B.
         columns: D.
-        seed: the recipe's.
-        layer: keeps layers apart.
+        seed: the recipe's seed.
+        layer: the layer's number, so that layers draw different noise.
     """
     device = positions_B.device
     length = tokens // positions_B.shape[0]
     key_B = mix(positions_B) ^ mix(positions_B >> LOW_BITS)
-    # Filled, not copied from the host, which would wait for a GPU.
+    # torch.full fills on the device; a copy from the host would wait for a GPU.
     key_B = mix(key_B ^ mix(torch.full((), seed * 1_000_003 + layer, device=device)))
     key_BS = mix(key_B[:, None] ^ mix(torch.arange(length, device=device)))
     columns_D = mix(torch.arange(columns, device=device) + 1)
@@ -35,9 +35,9 @@ def uniform_noise(positions_B: Tensor, tokens: int, columns: int, *, seed: int, 
 
 
 def mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers in which every bit of the result hangs on every bit of ``x``.
+    """Hashes 32-bit integers bijectively; every bit of the result depends on every bit of ``x``.
 
-    Multiply and xor-shift with the constants that Wellons found least biased (lowbias32, 2018).
+    Multiplies and xor-shifts with the constants that Wellons found least biased (lowbias32, 2018).
     """
     x = x.to(torch.int32)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):

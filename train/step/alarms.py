@@ -1,4 +1,4 @@
-"""Alarms: what the guard finds in a step is printed, recorded with its documents, and may end the run."""
+"""Alarms of the guard: printed, recorded with the step's documents, and fatal where the recipe says so."""
 
 import sys
 from pathlib import Path
@@ -20,16 +20,16 @@ class GuardError(RuntimeError):
 
 
 class NotFiniteError(GuardError):
-    """A step was not finite; it will be trained again from the newest checkpoint."""
+    """A step's loss or norm was not finite; it is trained again from the newest checkpoint."""
 
 
 class Alarms:
-    """Judges each step, on every rank alike, and raises an error where the run must end.
+    """Judges each step, identically on every rank, and raises an error if the run must end.
 
     Args:
-        guard: judges.
-        rollback: decides which positions are excluded where the recipe says so.
-        documents: looks up those at some positions.
+        guard: judges the step.
+        rollback: decides which positions to exclude, for the action ``rollback``.
+        documents: looks up the documents at given positions.
         run_folder: where ``alarms.jsonl`` is written; None except on the main rank.
     """
 
@@ -45,28 +45,28 @@ class Alarms:
             self.log.drop_after(batch)
 
     def is_applied(self, batch: int, first: int, positions: int, totals: BatchTotals, norm: float) -> bool:
-        """Whether a step's update is applied; on all ranks.
+        """Returns whether to apply a step's update; every rank calls it.
 
         Args:
-            batch: from 0.
-            first: its first position.
-            positions: how many it has.
-            totals: its loss and its tokens per expert.
+            batch: the batch's number, from 0.
+            first: the batch's first position.
+            positions: the batch's number of positions.
+            totals: the batch's loss and tokens per expert.
             norm: global gradient norm before clipping.
 
         Raises:
-            NotFiniteError: if it is to be trained again.
-            RollbackError: if the run is to go back; the positions to exclude are recorded by then.
+            NotFiniteError: if the step is to be trained again.
+            RollbackError: if the run is to be rolled back; the positions to exclude are already recorded.
             GuardError: if the run is to end.
         """
         verdict = self.guard.judge(totals.loss.item(), norm, _router_load(totals.expert_tokens_LE))
-        documents = self._tell(batch, first, positions, verdict) if verdict.alarms else []
+        documents = self._report(batch, first, positions, verdict) if verdict.alarms else []
         place = f"batch {batch + 1} (from position {first})"
         if verdict.action is Action.rollback:
             decision = self.rollback.decide(batch, verdict.batches, verdict.alarms, documents)
             if decision is None:
                 most = self.guard.recipe.most_rollbacks
-                raise GuardError(f"{place}: {verdict.alarms[-1]}; guard.most_rollbacks={most} are spent")
+                raise GuardError(f"{place}: {verdict.alarms[-1]}; guard.most_rollbacks={most} are used up")
             raise RollbackError(
                 f"{place}: {verdict.alarms[-1]}; positions {decision.first_position} to "
                 f"{decision.end_position - 1} are excluded from now on"
@@ -82,7 +82,7 @@ class Alarms:
         if self.log is not None:
             self.log.close()
 
-    def _tell(self, batch: int, first: int, positions: int, verdict: Verdict) -> list[dict[str, Any]]:
+    def _report(self, batch: int, first: int, positions: int, verdict: Verdict) -> list[dict[str, Any]]:
         """On the main rank, prints and records an alarm with the step's documents, and returns them."""
         if self.log is None:
             return []
@@ -97,7 +97,7 @@ class Alarms:
         try:
             self.log.write(batch + 1, fields)
         except OSError as error:
-            print(f"{self.log.path} NOT written: {error}; training goes on", file=sys.stderr, flush=True)
+            print(f"{self.log.path} NOT written: {error}; training continues", file=sys.stderr, flush=True)
         print(
             f"ALARM batch {batch + 1} (from position {first}): {'; '.join(verdict.alarms)}: "
             f"{verdict.action.value}; it read {names_of(documents)}",
@@ -108,7 +108,7 @@ class Alarms:
 
 
 def _router_load(tokens_LE: Tensor | None) -> RouterLoad | None:
-    """How the worst layer spread a batch, from tokens per expert; None for a dense model."""
+    """The worst layer's router load, from a batch's tokens per expert; None for a dense model."""
     if tokens_LE is None:
         return None
     loads, experts = measure_load(tokens_LE), tokens_LE.shape[1]

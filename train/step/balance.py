@@ -1,15 +1,14 @@
 """The scope of the balance loss: tokens of a microbatch, a rank, an expert group or the global batch.
 
-The loss is E x sum over experts of share x mean score (Fedus et al. 2021, eq. 4). It is linear in the mean
-score, which is differentiated and averages over microbatches and ranks by itself; the share is a count
-without a gradient. So with shares of the global batch in every microbatch, the mean of the losses is
-exactly the loss of the global batch (Qiu et al. 2025, arXiv 2501.11873, section 3).
+The loss is E x sum over experts of share x mean score (Fedus et al. 2021, eq. 4). The mean score carries the
+gradient, and the loss is linear in it; the share is a count without a gradient. So if every microbatch uses
+the shares of the global batch, the mean of the losses is exactly the loss of the global batch (Qiu et al.
+2025, arXiv 2501.11873, section 3).
 
-Shares of a whole batch are needed before its first microbatch is differentiated. Qiu et al. use what has
-accumulated so far; here a first pass routes all microbatches without gradients. It is exact however the
-batch is split and costs one more forward pass (a third of forward and backward, a quarter with
-recomputation). With one microbatch per rank no such pass is needed: each layer sums its counts, 8 E bytes,
-over the ranks as it runs.
+The shares of a whole batch are needed before the first backward pass. Qiu et al. use the counts accumulated
+so far; here a first pass routes all microbatches without gradients. This is exact however the batch is split
+and costs one more forward pass (a third of forward and backward, a quarter with recomputation). With one
+microbatch per rank it is not needed: each layer sums its counts, 8 E bytes, over the ranks as it runs.
 
 Shapes: L layers, E experts.
 """
@@ -27,12 +26,12 @@ from train.step.language_model import LanguageModel
 
 
 class BalanceCounts:
-    """Gives the balance loss of every MoE layer the counts of the recipe's scope.
+    """Supplies the balance loss of every MoE layer with expert counts over the recipe's scope.
 
     Args:
-        model: the model to be trained, sharded already.
+        model: the model to train, already sharded.
         scope: the recipe's ``model.moe.balance_scope``.
-        microbatches: microbatches of each rank in a batch.
+        microbatches: microbatches per rank and batch.
     """
 
     def __init__(self, model: LanguageModel, scope: BalanceScope, microbatches: int) -> None:
@@ -49,7 +48,7 @@ class BalanceCounts:
                 layer.reduce_counts = functools.partial(_sum_over, None)
 
     def count_batch(self, state: State) -> None:
-        """Routes the whole batch, if the scope's counts are needed before its first microbatch."""
+        """Routes the whole batch, if the scope needs its counts before the first microbatch."""
         if not self.needs_first_pass:
             return
         counts_LE = torch.stack([self.model.count_choices(part) for part in microbatches_of(state)]).sum(
@@ -62,7 +61,7 @@ class BalanceCounts:
 
 
 def microbatches_of(state: State) -> list[dict[str, Tensor]]:
-    """The microbatches that Composer is about to train on, on the device."""
+    """Returns the microbatches that Composer is about to train on, on the device."""
     assert state.dataloader is not None and state.device_train_microbatch_size is not None
     size = int(state.device_train_microbatch_size)
     batch = state.device.batch_to_device(state.batch)
@@ -71,12 +70,12 @@ def microbatches_of(state: State) -> list[dict[str, Tensor]]:
 
 
 def _sum_over(group: dist.ProcessGroup | None, counts_E: Tensor) -> Tensor:
-    """Counts summed over the ranks of a group; None: over all ranks."""
+    """Returns the counts summed over the ranks of a group; None: over all ranks."""
     total_E = counts_E.clone()
     dist.all_reduce(total_E, group=group)
     return total_E
 
 
 def _given(batch_counts_E: Tensor, _counts_E: Tensor) -> Tensor:
-    """The batch's counts in place of the microbatch's."""
+    """Returns the batch's counts in place of the microbatch's."""
     return batch_counts_E

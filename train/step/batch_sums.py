@@ -1,4 +1,4 @@
-"""What a batch adds up to: each rank sums its microbatches, then one sum goes over the ranks.
+"""Sums of a batch: each rank adds up its microbatches, then they are reduced over ranks.
 
 Shapes: B sequences of a microbatch, S tokens per sequence, L layers, E experts, G domains.
 """
@@ -18,24 +18,24 @@ from train.step.microbatch import Batch
 
 @dataclass(frozen=True)
 class BatchTotals:
-    """A whole batch, over all microbatches and ranks; tensors, since reading them waits for the device."""
+    """Totals of a batch over all microbatches and ranks; tensors, since reading them waits for the device."""
 
     loss: Tensor
     """Scalar, float64: mean cross-entropy, in nats per token."""
     tokens: int
     sequence_tokens: int
-    """S, tokens of a sequence."""
+    """S, tokens per sequence."""
     expert_tokens_LE: Tensor | None
-    """int64: choices of each expert in each layer; None for a dense model."""
+    """int64: tokens per layer and expert; None for a dense model."""
     domain_sums_GC: Tensor | None
-    """See :func:`train.step.domain_counts.read_entries`; None where domains are not counted."""
+    """See :func:`train.step.domain_counts.read_entries`; None if domains are not counted."""
 
 
 class BatchSums:
-    """Sums of a batch so far, on this rank.
+    """Running sums of a batch on this rank.
 
     Args:
-        domains: counts each domain's part of the batch; None: nothing is counted by domain.
+        domains: counts each domain's part of the batch; None: no counts by domain.
     """
 
     def __init__(self, domains: DomainCounts | None) -> None:
@@ -43,7 +43,7 @@ class BatchSums:
         self.clear()
 
     def clear(self) -> None:
-        """Begins a batch."""
+        """Resets the sums for a new batch."""
         self._losses: list[Tensor] = []
         self._tokens = self._sequence_tokens = 0
         self._expert_tokens_LE: Tensor | None = None
@@ -54,9 +54,9 @@ class BatchSums:
         """Adds a microbatch.
 
         Args:
-            batch: with ``input_ids`` [B, S]; counting by domain needs what :meth:`DomainCounts.add` does.
-            outputs: of the decoder.
-            loss: its mean cross-entropy, in nats per token.
+            batch: holds ``input_ids`` [B, S], and for counts by domain the keys of :meth:`DomainCounts.add`.
+            outputs: the decoder's outputs.
+            loss: mean cross-entropy of the microbatch, in nats per token.
         """
         self._losses.append(loss.detach())
         self._tokens += batch["input_ids"].numel()
@@ -69,7 +69,7 @@ class BatchSums:
             self.domains.add(batch, outputs.token_losses_BS)
 
     def reduce(self) -> BatchTotals:
-        """The batch over all ranks, which all call it; nothing is added to it afterwards."""
+        """Returns the totals over all ranks; every rank calls it, once per batch."""
         loss, ranks = torch.stack(self._losses).double().mean(), 1
         if dist.is_initialized():
             ranks = dist.get_world_size()

@@ -1,7 +1,7 @@
-"""Data in: the clock at the batch to be trained, past excluded ones, and the batch's learning rate.
+"""Data in: moves the clock past excluded batches and computes the batch's learning rate.
 
-Both are functions of the batch's number, so a resumed run needs no state for them. Composer's schedulers have
-state, and lag by a batch, since they step before the clock does.
+Both depend only on the batch number, so a resumed run needs no state for them. Composer's schedulers have
+state and lag by a batch, since they step before the clock does.
 """
 
 import sys
@@ -14,15 +14,15 @@ from train.recipe.schema import Recipe
 
 
 def skip_excluded(state: State, curriculum: Curriculum, is_main: bool) -> None:
-    """Moves the run's clock past excluded batches, which the loader has skipped; comes before any use of it.
+    """Moves the run's clock past excluded batches, which the loader has skipped.
 
-    Batches, samples and tokens count what is skipped: the positions, phases and learning rate of what
-    follows are those of a run that trained on it.
+    Skipped batches count towards batches, samples and tokens: positions, phases and learning rate continue as
+    if they had been trained. Call it before anything reads the clock.
 
     Args:
-        state: of the run, whose loader has just given a batch.
-        curriculum: the run's stages, and the ranges that are excluded.
-        is_main: whether this rank prints what is skipped.
+        state: Composer's state, whose loader has just returned a batch.
+        curriculum: the run's stages and excluded ranges.
+        is_main: whether this rank prints which batches are skipped.
     """
     batch = state.timestamp.batch.value
     after = curriculum.trained_from(batch)
@@ -41,13 +41,13 @@ def skip_excluded(state: State, curriculum: Curriculum, is_main: bool) -> None:
     if is_main:
         print(
             f"batches {batch + 1} to {after} (positions {curriculum.samples_before(batch)} to "
-            f"{samples - 1}) are skipped by declaration",
+            f"{samples - 1}) are excluded and skipped",
             file=sys.stderr,
             flush=True,
         )
 
 
 def learning_rate(recipe: Recipe, curriculum: Curriculum, batch: int) -> float:
-    """Learning rate of a batch, from 0: the schedule's at the batch's end times the scale of its phase."""
+    """Learning rate of a batch (counted from 0): the schedule at its end times its phase's scale."""
     share = learning_rate_share(curriculum.tokens_after(batch), curriculum.tokens, recipe.schedule)
     return recipe.optimizer.learning_rate * share * curriculum.stage_of(batch).learning_rate_scale

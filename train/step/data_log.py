@@ -1,13 +1,14 @@
-"""The data log: what each step was trained on, by domain, and what that makes in all.
+"""The data log: the data that each step was trained on, by domain, and its running totals.
 
 ``data_log.jsonl`` has a line per step::
 
     {"step": 7, "first": 48, "length": 512, "domains": {"code": [4, 2044, "9f0c..."], ...}}
 
-``first`` is the position of the batch's first sequence (null where its positions are no range), ``length``
-the tokens of a sequence; each domain has its sequences, its tokens with a loss and the digest
-(:mod:`data.shards.digest`) of what the ranks fed to the model. ``python -m data.audit RUN`` compares all of
-it with the plan and the shards. Sums are in every checkpoint; a run that resumes from one drops later lines.
+``first`` is the position of the batch's first sequence (null if its positions are not contiguous), ``length``
+the tokens per sequence. Each domain has its sequences, its tokens with a loss, and the digest
+(:mod:`data.shards.digest`) of the sequences that the ranks fed to the model. ``python -m data.audit RUN``
+compares all of it with the plan and the shards. Totals are saved in every checkpoint; a run that resumes from
+one drops later lines.
 """
 
 import sys
@@ -28,22 +29,22 @@ Totals = dict[str, dict[str, int]]
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain as the data log counts it."""
+    """A domain in the data log."""
 
     name: str
     samples: int
-    """Samples of its training split: as many are an epoch."""
+    """Samples of its training split, which make up an epoch."""
 
 
 class DataLog:
-    """Sums and records what was trained on; on every rank, since every rank takes part in a checkpoint.
+    """Sums and records the data trained on; on every rank, since every rank takes part in a checkpoint.
 
     Args:
         run_dir: folder of the run; None on ranks that don't write.
         domains: in the order that ``domain_ids`` index.
         sample_tokens: tokens of a sample of the shards.
-        totals: sums of the checkpoint that the run resumes from; empty for a new run.
-        curriculum: the run's stages, and the ranges that are excluded.
+        totals: totals in the checkpoint that the run resumes from; empty for a new run.
+        curriculum: the run's stages and excluded ranges.
     """
 
     def __init__(
@@ -60,11 +61,11 @@ class DataLog:
         empty = {"samples": 0, "tokens": 0}
         self.totals: Totals = {domain.name: {**empty, **totals.get(domain.name, {})} for domain in domains}
         """Samples and tokens of each domain so far, over all ranks."""
-        # A domain that is no longer read was read nevertheless.
+        # Keep the totals of domains that are no longer in the mixture.
         self.totals |= {name: dict(total) for name, total in totals.items() if name not in self.totals}
 
     def drop_after(self, batch: int) -> None:
-        """Drops lines of batches that will be trained again, and complains where earlier ones are missing."""
+        """Drops lines of batches that will be trained again, and warns if earlier lines are missing."""
         if self.log is None:
             return
         self.log.drop_after(batch)
@@ -73,17 +74,17 @@ class DataLog:
         if [line[STEP] for line in lines] != steps:
             print(
                 f"{self.log.path} has {len(lines)} of the {len(steps)} steps so far; "
-                "`python -m data.audit` will name those that are missing",
+                "`python -m data.audit` names the missing ones",
                 file=sys.stderr,
                 flush=True,
             )
 
     def record(self, step: int, batch: BatchTotals) -> dict[str, float]:
-        """Writes a batch's line and returns its figures by metric key; on all ranks.
+        """Writes a batch's line and returns its figures by metric key; every rank calls it.
 
         Args:
-            step: batches trained with it.
-            batch: counted by domain.
+            step: the step's number, from 1.
+            batch: totals with counts by domain.
         """
         assert batch.domain_sums_GC is not None
         entries = read_entries(batch.domain_sums_GC)
@@ -121,11 +122,11 @@ class DataLog:
         try:
             self.log.write(step, line)
         except OSError as error:
-            print(f"{self.log.path} NOT written: {error}; training goes on", file=sys.stderr, flush=True)
+            print(f"{self.log.path} NOT written: {error}; training continues", file=sys.stderr, flush=True)
 
 
 def first_position(entries: list[DomainEntry], stride: int) -> int | None:
-    """The first of the batch's positions, if they are every ``stride``-th of a range by their sum."""
+    """The batch's first position, if the sum of its positions is that of a range with this stride."""
     count = sum(entry.sequences for entry in entries)
     rest = sum(entry.position_sum for entry in entries) - stride * count * (count - 1) // 2
     return rest // count if count and rest % count == 0 else None

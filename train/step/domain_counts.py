@@ -1,7 +1,7 @@
 """Domain counts: each domain's sequences, tokens, loss and digest in a batch, taken from the batch itself.
 
-Every rank adds its microbatches; one sum over ranks ends a batch. So the counts are of what was really
-trained on, not of what was planned, and are the same under every layout.
+Every rank adds its microbatches; one all-reduce ends a batch. So the counts describe what was actually
+trained on, not what was planned, and are the same under every layout.
 """
 
 from dataclasses import dataclass
@@ -24,30 +24,30 @@ class DomainEntry:
 
     sequences: int
     targets: int
-    """Tokens that had a loss."""
+    """Tokens with a loss."""
     loss_sum: float
     """Cross-entropy summed over them, in nats."""
     position_sum: int
     """Sum of the sequences' positions in training."""
     digest: int
-    """Of tokens and positions, see :mod:`data.shards.digest`."""
+    """Digest of tokens and positions, see :mod:`data.shards.digest`."""
 
 
 class DomainCounts:
-    """Sums of one batch."""
+    """Sums by domain of one batch."""
 
     def __init__(self, domains: int, device: torch.device) -> None:
-        """Begins at zero.
+        """Starts at zero.
 
         Args:
             domains: G, number of domains that ``domain_ids`` index.
-            device: of the batches.
+            device: device of the batches.
         """
-        # In float64, which holds whole numbers up to 2^53 exactly: one sum over ranks for all of them.
+        # float64 holds integers up to 2^53 exactly, so one all-reduce sums all columns.
         self._sums_GC = torch.zeros(domains, len(COLUMNS), dtype=torch.float64, device=device)
 
     def clear(self) -> None:
-        """Begins a batch."""
+        """Resets the sums for a new batch."""
         self._sums_GC.zero_()
 
     @torch.no_grad()
@@ -55,8 +55,8 @@ class DomainCounts:
         """Adds a microbatch of this rank.
 
         Args:
-            batch: with ``input_ids``, ``targets``, ``sample_positions`` and ``domain_ids``.
-            token_losses_BS: each token's cross-entropy, 0 where it has none.
+            batch: holds ``input_ids``, ``targets``, ``sample_positions`` and ``domain_ids``.
+            token_losses_BS: each token's cross-entropy, 0 where it has no loss.
         """
         input_ids_BS, positions_B = batch["input_ids"], batch["sample_positions"]
         targets_B = (batch["targets"] != IGNORE).sum(dim=1)
@@ -75,7 +75,7 @@ class DomainCounts:
         self._sums_GC.index_add_(0, batch["domain_ids"], row_BC)
 
     def reduce(self) -> Tensor:
-        """The batch's sums over all ranks, float64 [G, C], for :func:`read_entries`; every rank calls it."""
+        """Returns the sums over all ranks, float64 [G, C], for :func:`read_entries`; every rank calls it."""
         sums_GC = self._sums_GC.clone()
         if dist.is_initialized():
             dist.all_reduce(sums_GC)
@@ -83,7 +83,7 @@ class DomainCounts:
 
 
 def read_entries(sums_GC: Tensor) -> list[DomainEntry]:
-    """Each domain's part of a batch, from its sums in the order of :data:`COLUMNS`."""
+    """Returns each domain's part of a batch, from sums in the order of :data:`COLUMNS`."""
     return [
         DomainEntry(int(count), int(targets), loss, int(positions), join(upper, lower))
         for count, targets, loss, positions, upper, lower in sums_GC.tolist()

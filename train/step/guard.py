@@ -1,9 +1,9 @@
-"""The guard: decides whether a step's update is applied, given spikes, non-finite numbers, collapsed routers.
+"""The guard: decides whether to apply a step's update, given spikes, non-finite numbers, collapsed routers.
 
-A step is judged by its loss and its gradient norm over all ranks, before the update. A spike is measured
-against the median of the last steps that were applied, in median absolute deviations, which a few outliers
-do not widen (Hampel 1974). All ranks judge the same numbers and so decide alike under every layout; what
-they are compared with is saved in the checkpoint, so that a resumed run decides alike. No torch.
+A step is judged by its loss and gradient norm over all ranks, before the update. A spike is measured against
+the median of the last applied steps, in median absolute deviations, which a few outliers do not widen (Hampel
+1974). All ranks judge the same numbers, so they decide alike under every layout. The history is saved in the
+checkpoint, so a resumed run decides alike too. No torch.
 """
 
 import math
@@ -19,11 +19,11 @@ from train.recipe.reliability import OnCollapse, OnSpike
 DEVIATIONS_PER_MAD = 1.4826
 """Standard deviations of a normal distribution in one median absolute deviation."""
 LEAST_SHARE = 0.01
-"""Spreads below this share of the median are taken for it: a flat segment makes no spikes of ripples."""
+"""The least deviation, as a share of the median: on a flat loss curve, ripples are not spikes."""
 
 
 class Action(str, Enum):
-    """What becomes of a step."""
+    """The action taken on a step."""
 
     apply = "apply"
     skip = "skip"
@@ -34,25 +34,25 @@ class Action(str, Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a step was judged."""
+    """The guard's verdict on a step."""
 
     action: Action
     alarms: list[str] = field(default_factory=list)
     """One line each; empty for an ordinary step."""
     batches: int = 1
-    """Batches at fault, up to this one: more than 1 for a collapse, which is seen only once it has lasted."""
+    """Batches that caused the alarm, up to this one: more than 1 for a collapse, which must last first."""
 
 
 @dataclass(frozen=True)
 class RouterLoad:
-    """How the worst layer spread a batch's tokens."""
+    """The worst layer's router load in a batch."""
 
     entropy: float
-    """Least entropy of a layer's shares over that of equal shares."""
+    """Lowest entropy of any layer's shares, relative to uniform shares."""
     dead_share: float
-    """Largest share of a layer's experts without a token."""
+    """Largest fraction of a layer's experts without a token."""
     busiest_over_mean: float
-    """Largest load of an expert over its layer's mean."""
+    """Largest load of an expert relative to its layer's mean."""
 
 
 class UpdateGuard:
@@ -61,7 +61,7 @@ class UpdateGuard:
     Args:
         recipe: bounds and actions.
         recent: loss and gradient norm of the last applied steps, from a checkpoint.
-        counts: updates skipped in a row, and batches in a row with collapsed routers, from a checkpoint.
+        counts: consecutive skipped updates, and consecutive batches with collapsed routers, likewise.
     """
 
     def __init__(
@@ -81,16 +81,16 @@ class UpdateGuard:
 
     @property
     def counts(self) -> list[int]:
-        """Updates skipped in a row, and batches in a row with collapsed routers, for a checkpoint."""
+        """Consecutive skipped updates, and consecutive batches with collapsed routers, for a checkpoint."""
         return [self._skips, self._collapsed]
 
     def judge(self, loss: float, norm: float, load: RouterLoad | None = None) -> Verdict:
         """Judges a step before its update.
 
         Args:
-            loss: mean cross entropy over all ranks, nats per token.
+            loss: mean cross-entropy over all ranks, nats per token.
             norm: global gradient norm before clipping.
-            load: of the routers; None for a dense model.
+            load: router load; None for a dense model.
         """
         alarms = self._collapse(load)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -120,7 +120,7 @@ class UpdateGuard:
 
     @property
     def _least(self) -> int:
-        """Applied steps that must come before anything is called a spike."""
+        """Applied steps needed before anything counts as a spike."""
         return max(8, self.recipe.window_batches // 4)
 
     def _skipping(self, action: Action, alarms: list[str]) -> Verdict:
@@ -131,25 +131,25 @@ class UpdateGuard:
         return Verdict(action, alarms)
 
     def _collapse(self, load: RouterLoad | None) -> list[str]:
-        """An alarm in the batch in which the routers have been collapsed for long enough."""
+        """Returns an alarm in the batch in which the routers have been collapsed for long enough."""
         recipe = self.recipe
         if load is None:
             return []
-        faults = []
+        reasons = []
         if load.entropy < recipe.least_entropy:
-            faults.append(f"entropy {load.entropy:.3f} below {recipe.least_entropy}")
+            reasons.append(f"entropy {load.entropy:.3f} below {recipe.least_entropy}")
         if load.dead_share > recipe.most_dead_share:
-            faults.append(f"{load.dead_share:.0%} of a layer's experts are dead")
+            reasons.append(f"{load.dead_share:.0%} of a layer's experts are dead")
         if load.busiest_over_mean > recipe.most_busiest_over_mean:
-            faults.append(f"an expert has {load.busiest_over_mean:.1f} times its layer's mean load")
-        self._collapsed = self._collapsed + 1 if faults else 0
+            reasons.append(f"an expert has {load.busiest_over_mean:.1f} times its layer's mean load")
+        self._collapsed = self._collapsed + 1 if reasons else 0
         if self._collapsed != recipe.collapse_batches:
             return []
-        return [f"routers collapsed, {self._collapsed} batches in a row: {', '.join(faults)}"]
+        return [f"routers collapsed, {self._collapsed} batches in a row: {', '.join(reasons)}"]
 
 
 def _spike(name: str, value: float, before: list[float], bound: float | None, least: int) -> list[str]:
-    """An alarm if a value stands out above those before it."""
+    """Returns an alarm if a value stands out above the previous ones."""
     if bound is None or len(before) < least:
         return []
     median = statistics.median(before)

@@ -1,4 +1,4 @@
-"""The decoder as Composer trains it: the microbatch model and its validation loss."""
+"""The decoder as a Composer model: the microbatch model and its validation loss."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from train.step.microbatch import Batch, MicrobatchModel
 
 
 class TokenLoss(Metric):
-    """Mean cross entropy per token in nats, exact over batches of unequal size and over ranks."""
+    """Mean cross-entropy per token in nats, exact over batches of unequal size and over ranks."""
 
     full_state_update = False
     loss_sum: Tensor
@@ -34,14 +34,14 @@ class TokenLoss(Metric):
 
 
 class LanguageModel(MicrobatchModel, ComposerModel):
-    """Composer's view of :class:`train.step.microbatch.MicrobatchModel`: validation loss beside it."""
+    """Composer model around :class:`train.step.microbatch.MicrobatchModel`, with the validation loss."""
 
     def eval_forward(self, batch: Batch, outputs: Any = None) -> DecoderOutput:
-        """Losses without gradients."""
+        """Returns the losses for validation."""
         return outputs if outputs is not None else self.forward(batch)
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
-        """Validation loss; the training loss comes from :meth:`loss`."""
+        """Returns the validation metrics; the training loss comes from :meth:`loss`."""
         return {} if is_train else {"token_loss": TokenLoss()}
 
     def update_metric(self, batch: Batch, outputs: DecoderOutput, metric: Metric) -> None:

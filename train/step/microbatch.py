@@ -17,7 +17,7 @@ Batch = dict[str, Tensor]
 
 
 class MicrobatchModel(nn.Module):
-    """The decoder with what a recipe trains it on.
+    """The decoder with the losses that a recipe trains it on.
 
     Args:
         decoder: on its device, sharded already where it is.
@@ -39,19 +39,19 @@ class MicrobatchModel(nn.Module):
         self.document_masking = recipe.training.document_masking
 
     def forward(self, batch: Batch) -> DecoderOutput:
-        """Losses of a microbatch of input_ids, document_ids and targets, each [B, S]."""
+        """Returns the losses of a microbatch of input_ids, document_ids and targets, each [B, S]."""
         return self._decode(batch)
 
     @torch.no_grad()
     def count_choices(self, batch: Batch) -> Tensor:
-        """Tokens per expert that a microbatch will be routed with, [L, E]; nothing else is computed."""
+        """Returns a microbatch's tokens per expert, [L, E], without computing logits or loss."""
         return self._decode(batch, choices_only=True).expert_tokens_LE
 
     def _decode(self, batch: Batch, choices_only: bool = False) -> DecoderOutput:
         for layer, router in enumerate(self.jittered):
             router.jitter = Jitter(self.seed, layer, batch["sample_positions"])
         device_type = batch["input_ids"].device.type
-        # Weights stay fp32; autocast makes the bf16 copies that matrix products read.
+        # Weights stay fp32; autocast makes the bf16 copies for matrix products.
         cast: AbstractContextManager[Any] = torch.autocast(
             device_type, torch.bfloat16, enabled=self.precision is Precision.bf16
         )
@@ -65,7 +65,7 @@ class MicrobatchModel(nn.Module):
         return outputs
 
     def loss(self, outputs: DecoderOutput, batch: Batch, *_: Any, **__: Any) -> dict[str, Tensor]:
-        """The losses of a microbatch, `total` being what is differentiated.
+        """Returns the losses of a microbatch; the backward pass starts from `total`.
 
         The summed token loss is divided by the number of positions, a constant, so that the mean over
         microbatches and ranks is the mean over the global batch however it is split.

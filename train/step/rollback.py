@@ -1,8 +1,8 @@
-"""Rollback: the positions that a run excludes after an alarm, decided once and recorded for later starts.
+"""Rollback: decides which positions a run excludes after an alarm, and records them for later starts.
 
-The run itself ends, as it does for a replay. When it is resumed, the decision is in its ``skips.json``,
-checkpoints that were trained on those positions are refused, and the curriculum skips them. So it is made
-once, from the state of the run at the alarm, and every later start follows it.
+The run itself ends, as it does for a replay. When it resumes, it reads the decision from ``skips.json``,
+refuses checkpoints that were trained on those positions, and the curriculum skips them. So the decision is
+made once, from the state of the run at the alarm, and every later start follows it.
 """
 
 import time
@@ -23,17 +23,17 @@ from train.record.run_folder import CHECKPOINTS_FOLDER
 from train.record.skips import GuardDecision, read_decisions, write_decisions
 
 Documents = Callable[[int, int], list[dict[str, Any]]]
-"""The documents at some positions, given the first and how many."""
+"""Looks up the documents at positions, given the first position and their number."""
 
 LISTING_SECONDS = 60.0
-"""How long an alarm may look up its documents while other ranks wait; ``data.audit --step`` has no limit."""
+"""Time limit for looking up an alarm's documents, since other ranks wait; ``data.audit --step`` has none."""
 LISTED_AT_ONCE = 64
 MOST_LIST_BYTES = 1 << 28
-"""Lists of documents beyond this are not searched for names: the alarm has their numbers in the list."""
+"""Larger lists of documents are not searched for names: the alarm then has only the documents' numbers."""
 
 
 class RollbackError(RuntimeError):
-    """The run is to go back to before an alarm, and to exclude what led to it."""
+    """The run is to be rolled back to before an alarm, excluding the data that led to it."""
 
 
 @dataclass(frozen=True)
@@ -41,44 +41,44 @@ class Rollback:
     """Decides and records which positions a run excludes."""
 
     folder: Path
-    """Of the run."""
+    """Folder of the run."""
     recipe: Guard
     curriculum: Curriculum
     topology: Topology
     wait: Callable[[], None]
-    """Waits for a checkpoint that is being written; on all ranks."""
+    """Waits for a checkpoint that is still being written; every rank calls it."""
 
     def decide(
-        self, batch: int, at_fault: int, alarms: list[str], documents: list[dict[str, Any]]
+        self, batch: int, batches: int, alarms: list[str], documents: list[dict[str, Any]]
     ) -> GuardDecision | None:
-        """Records the positions to exclude; every rank calls it and gets the same.
+        """Records the positions to exclude; every rank calls it and gets the same decision.
 
         Args:
-            batch: of the alarm, from 0.
-            at_fault: how many batches are at fault, this one being the last.
-            alarms: their lines.
-            documents: of the batch; on the main rank.
+            batch: the batch of the alarm, from 0.
+            batches: how many batches caused the alarm, this one being the last.
+            alarms: one line each.
+            documents: documents of the batch; on the main rank only.
 
         Returns:
-            The decision; None if the run has gone back as often as it may.
+            The decision; None if the run has already been rolled back as often as the recipe allows.
 
         Raises:
-            OSError: where the record can't be written.
+            OSError: if the record can't be written.
         """
-        # Only then is it settled which checkpoints there are.
+        # A save in progress may still add a checkpoint.
         self.wait()
-        return run_on_rank_0(self.topology, lambda: self._decide(batch, at_fault, alarms, documents))
+        return run_on_rank_0(self.topology, lambda: self._decide(batch, batches, alarms, documents))
 
     def _decide(
-        self, batch: int, at_fault: int, alarms: list[str], documents: list[dict[str, Any]]
+        self, batch: int, batches: int, alarms: list[str], documents: list[dict[str, Any]]
     ) -> GuardDecision | None:
         before = read_decisions(self.folder)
         if len(before) >= self.recipe.most_rollbacks:
             return None
-        first = max(0, batch + 1 - at_fault - self.recipe.rollback_before_batches)
-        kept = whole_batches(self.folder / CHECKPOINTS_FOLDER)
+        first = max(0, batch + 1 - batches - self.recipe.rollback_before_batches)
+        kept = checkpointed_batches(self.folder / CHECKPOINTS_FOLDER)
         if kept:
-            # What lies before the oldest checkpoint has been trained for good.
+            # The run can't be rolled back beyond its oldest checkpoint.
             first = max(first, min(kept))
         decision = GuardDecision(
             first_position=self.curriculum.samples_before(first),
@@ -91,8 +91,8 @@ class Rollback:
         return decision
 
 
-def whole_batches(root: Path) -> list[int]:
-    """Batches of the checkpoints of which no file is missing or truncated, in order."""
+def checkpointed_batches(root: Path) -> list[int]:
+    """Batches of the checkpoints with no missing or truncated file, in ascending order."""
     found = []
     for folder in root.glob("batch-*[0-9]"):
         try:
@@ -104,7 +104,7 @@ def whole_batches(root: Path) -> list[int]:
 
 
 def documents_of(opened: OpenedData, curriculum: Curriculum) -> Documents:
-    """Looks up which documents stand at positions of a run, from its plan and its shards."""
+    """Returns a lookup of the documents at a run's positions, from its plan and its shards."""
     plan = opened.plan(curriculum)
     folders = {domain: opened.shards(domain, "train") for domain in plan.domains}
 
@@ -121,17 +121,17 @@ def documents_of(opened: OpenedData, curriculum: Curriculum) -> Documents:
                     asdict(piece) for piece in documents_at(plan, folders, listed, first + begin, count)
                 ]
             except (UserError, OSError) as error:
-                # An alarm without its documents is better than a run without its alarm.
+                # Better an alarm without its documents than none.
                 return [*found, {"position": first + begin, "error": str(error)}]
             if time.monotonic() > end:
-                return [*found, {"position": first + begin + count, "error": "further ones not looked up"}]
+                return [*found, {"position": first + begin + count, "error": "the rest was not looked up"}]
         return found
 
     return documents
 
 
 def names_of(documents: list[dict[str, Any]], most: int = 4) -> str:
-    """A few of the documents' names, those with the most tokens first."""
+    """Names of a few documents, those with the most tokens first."""
     tokens: dict[str, int] = {}
     for piece in documents:
         if "document" in piece:

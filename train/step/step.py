@@ -1,20 +1,20 @@
 """The training step, in the order of the loop: one callback that Composer's Trainer calls as it goes.
 
 =========  ==========================================================================  ==================
-data in    skip excluded batches; set the phase's RoPE base and microbatch, the rate   `after_dataloader`,
+data in    skip excluded batches; set RoPE base, microbatch size and learning rate     `after_dataloader`,
                                                                                        `batch_start`
-balance    count the batch's expert choices first, where the balance loss needs them   `before_train_batch`
-forward    Composer's; then each microbatch's loss, expert tokens and domains add up   `after_loss`
+balance    count the whole batch's expert choices, if the balance loss needs them      `before_train_batch`
+forward    Composer's; then add each microbatch's loss, expert and domain counts       `after_loss`
 backward   Composer's; FSDP2 averages the gradients over ranks
-reduce     the batch's sums over ranks                                                 `after_train_batch`
-clip       gradients to a global norm                                                  `after_train_batch`
-guard      loss, norm and router load decide whether the update is applied             `after_train_batch`
-update     the routers' bias; the weights' is Composer's `optimizer.step()`            `after_train_batch`
-log        what the batch was made of                                                  `batch_end`
-save       a checkpoint, when one is due                                               `batch_checkpoint`
+reduce     sum the batch's loss and counts over ranks                                  `after_train_batch`
+clip       clip gradients to a global norm                                             `after_train_batch`
+guard      decide from loss, norm and router load whether to apply the update          `after_train_batch`
+update     update the router bias; Composer then calls `optimizer.step()`              `after_train_batch`
+log        record which data the batch consisted of                                    `batch_end`
+save       save a checkpoint, if one is due                                            `batch_checkpoint`
 =========  ==========================================================================  ==================
 
-Of all callbacks this one only changes what is trained; the others watch and record.
+This is the only callback that changes training; the others watch and record.
 """
 
 import torch
@@ -41,16 +41,16 @@ from train.step.language_model import LanguageModel
 
 
 class TrainingStep(Callback):
-    """What this project does in a step around the passes and the optimizer; see the module's table.
+    """The parts of a step around Composer's passes and optimizer; see the module's table.
 
     Args:
-        recipe: of the run.
-        model: the model to be trained, on its device and sharded already.
+        recipe: the run's recipe.
+        model: the model to train, already sharded and on its device.
         topology: this rank.
-        curriculum: the run's stages, and the ranges that are excluded.
-        alarms: judge each update, on every rank alike; None: every update is applied.
-        data_log: of what the steps read; None: nothing is counted by domain.
-        checkpointing: saves; None: nothing is saved.
+        curriculum: the run's stages and excluded ranges.
+        alarms: judges each update, identically on every rank; None: every update is applied.
+        data_log: records the data of each step; None: no counts by domain.
+        checkpointing: saves checkpoints; None: nothing is saved.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class TrainingStep(Callback):
         self.recipe, self.model, self.topology, self.curriculum = recipe, model, topology, curriculum
         self.alarms, self.data_log, self.checkpointing = alarms, data_log, checkpointing
         self.microbatches = [microbatch_sequences(recipe, phase) for phase in phases_of(recipe)]
-        """Sequences of a microbatch, by phase."""
+        """Sequences per microbatch, by phase."""
         moe = recipe.model.moe
         self.balance: BalanceCounts | None = None
         if moe is not None and moe.balance is Balance.loss:
@@ -76,14 +76,14 @@ class TrainingStep(Callback):
         device = next(model.parameters()).device
         self.sums = BatchSums(DomainCounts(len(data_log.domains), device) if data_log is not None else None)
         self.totals: BatchTotals | None = None
-        """Of the last whole batch."""
+        """Totals of the last complete batch."""
 
     def expert_tokens(self) -> Tensor | None:
-        """Tokens per expert of the last whole batch over all ranks, int64 [L, E]; None for a dense model."""
+        """Tokens per expert of the last batch over all ranks, int64 [L, E]; None for a dense model."""
         return None if self.totals is None else self.totals.expert_tokens_LE
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Drops records of batches that will be trained again; listens for SIGTERM."""
+        """Drops log lines of batches that will be trained again, and starts listening for SIGTERM."""
         batch = state.timestamp.batch.value
         if self.alarms is not None:
             self.alarms.drop_after(batch)
@@ -93,11 +93,11 @@ class TrainingStep(Callback):
             self.checkpointing.listen()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        """Data in: a batch is there; excluded ones before it are skipped."""
+        """Data in: moves the clock past excluded batches, which the loader has skipped."""
         skip_excluded(state, self.curriculum, self.topology.is_main)
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Sets what the curriculum has for the batch, a function of its number."""
+        """Data in: applies the curriculum's settings, which depend only on the batch number."""
         batch = state.timestamp.batch.value
         stage = self.curriculum.stage_of(batch)
         self.model.decoder.set_rope_theta(stage.rope_theta)
@@ -110,47 +110,47 @@ class TrainingStep(Callback):
             self.checkpointing.restore_random_states()
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Balance: routes the whole batch first, where its balance loss needs the counts of it."""
+        """Balance: routes the whole batch once without gradients, if the balance loss needs its counts."""
         if self.balance is not None:
             self.balance.count_batch(state)
         self.sums.clear()
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        """Forward: a microbatch's outputs and losses are there; its backward pass follows."""
+        """Forward: adds a microbatch's loss and counts; its backward pass follows."""
         assert isinstance(state.loss, dict)
         self.sums.add(state.batch, state.outputs, state.loss["language"])
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Reduce, clip, guard, update: between the last backward pass and the optimizer's step."""
+        """Reduce, clip, guard, update: between the last backward pass and `optimizer.step()`."""
         totals = self.totals = self.sums.reduce()
         with torch.no_grad():
             norm = clip_gradients(self.model.parameters(), self.recipe.training.clip_norm).item()
         logger.log_metrics({GRADIENT_NORM: norm})
         if not self._is_applied(state, totals, norm):
-            # No optimizer moves or decays a weight that has no gradient.
+            # Optimizers neither update nor decay a weight without a gradient.
             self.model.zero_grad(set_to_none=True)
         elif self.bias_rate is not None:
             assert totals.expert_tokens_LE is not None
             update_bias(self.model.decoder, totals.expert_tokens_LE, self.bias_rate)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Log: the batch is trained and the clock stands behind it."""
+        """Log: records the batch; the clock has already advanced past it."""
         if self.data_log is not None:
             assert self.totals is not None
             logger.log_metrics(self.data_log.record(state.timestamp.batch.value, self.totals))
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Save: a checkpoint when one is due; ends the run where it is told to end."""
+        """Save: saves a checkpoint if one is due, and ends the run after a SIGTERM."""
         if self.checkpointing is not None:
             self.checkpointing.save_if_due(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Saves the end of the run."""
+        """Saves the final checkpoint."""
         if self.checkpointing is not None:
             self.checkpointing.save_end(state)
 
     def close(self, state: State, logger: Logger) -> None:
-        """Closes the files, and waits for a checkpoint that is being written."""
+        """Closes the log files and waits for a checkpoint that is still being written."""
         if self.alarms is not None:
             self.alarms.close()
         if self.data_log is not None:
@@ -159,7 +159,7 @@ class TrainingStep(Callback):
             self.checkpointing.close()
 
     def _is_applied(self, state: State, totals: BatchTotals, norm: float) -> bool:
-        """Whether the guard lets the update through; raises where it ends the run."""
+        """Returns whether the guard applies the update; raises if it ends the run."""
         if self.alarms is None:
             return True
         batch, first = state.timestamp.batch.value, state.timestamp.sample.value

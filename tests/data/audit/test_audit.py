@@ -1,4 +1,4 @@
-"""The audit of a run whose data log comes from the loader's batches, and of the same with planted faults."""
+"""The audit of a run whose data log comes from the loader's batches, without and with planted faults."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import pytest
 from data.audit.__main__ import main
 from data.audit.lookup import documents_of_step, steps_of_document
 from data.audit.proof import prove
-from data.audit.run_data import RunBooks
+from data.audit.run_data import RunData
 from data.loader import build_train_loader
 from data.opened import OpenedData
 from data.shards.digest import digest_sequences
@@ -30,7 +30,7 @@ Lines = list[dict[str, Any]]
 
 
 def line_of(step: int, batch: dict[str, Any]) -> dict[str, Any]:
-    """What the data log's callback writes of a batch."""
+    """The data log's line for a batch."""
     domains = {}
     for index, name in enumerate(DOMAINS):
         mine = (batch["domain_ids"] == index).numpy()
@@ -58,14 +58,14 @@ def run(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> tuple[Path, Lines
 
 def faults(folder: Path, lines: Lines) -> list[str]:
     (folder / "data_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return prove(RunBooks(folder)).faults
+    return prove(RunData(folder)).faults
 
 
 def test_a_sound_run_is_proven(run: tuple[Path, Lines], capsys: pytest.CaptureFixture[str]) -> None:
     folder, lines = run
     assert faults(folder, lines) == []
     assert main([str(folder)]) == 0
-    assert "nothing was skipped or read twice; the tokens of 40 steps" in capsys.readouterr().out
+    assert "nothing was skipped or read twice; the tokens of 40 steps match" in capsys.readouterr().out
 
 
 def test_what_is_declared_is_listed_and_must_not_have_been_read(
@@ -75,12 +75,12 @@ def test_what_is_declared_is_listed_and_must_not_have_been_read(
     write_decisions(folder, [GuardDecision(76, 84, 12, ["spike: loss 9"])])
     left = [line for line in lines if line["step"] not in (10, 11)]
     assert faults(folder, left) == []
-    proof = prove(RunBooks(folder))
+    proof = prove(RunData(folder))
     assert proof.declared == ["steps 10 to 11, positions 72 to 87: rolled back at step 12: spike: loss 9"]
     assert sum(samples for samples, _ in proof.consumed.values()) == 8 * (STEPS - 2)
     assert main([str(folder)]) == 0
     shown = capsys.readouterr().out
-    assert "skipped by declaration: steps 10 to 11" in shown and "nothing else was skipped" in shown
+    assert "excluded: steps 10 to 11" in shown and "nothing else was skipped" in shown
     assert "step 10 was trained, although" in faults(folder, lines)[0]
     assert faults(folder, left[:8] + left[9:])[0] == "steps 9 to 11 are missing from the data log"
     shifted = [line | {"first": line["first"] - 16} if line["step"] > 11 else line for line in left]
@@ -94,11 +94,13 @@ def test_each_fault_is_named(run: tuple[Path, Lines]) -> None:
     again = [line | {"step": n + 1} for n, line in enumerate([*lines[:6], *lines[5:]])]
     assert "step 7: positions 40 to 47 were read again" in faults(folder, again)
     skipped = [line | {"step": n + 1} for n, line in enumerate(missing)]
-    assert faults(folder, skipped) == ["step 7: positions 48 to 55 were skipped before it"]
-    # The batch of another step under this one's positions: what a loader that repeats itself would train on.
+    assert faults(folder, skipped) == ["step 7: positions 48 to 55 before it were skipped"]
+    # Another step's batch at this step's positions, as from a loader that repeats itself.
     foreign = [*lines]
     foreign[9] = lines[9] | {"domains": lines[8]["domains"]}
-    assert any(fault.startswith("step 10, prose: fed with other tokens") for fault in faults(folder, foreign))
+    assert any(
+        fault.startswith("step 10, prose: trained on other tokens") for fault in faults(folder, foreign)
+    )
     swapped = [*lines]
     (code, prose) = (lines[9]["domains"][name] for name in DOMAINS)
     swapped[9] = lines[9] | {"domains": {"code": prose, "prose": code}}
@@ -108,7 +110,7 @@ def test_each_fault_is_named(run: tuple[Path, Lines]) -> None:
     )
     scattered = [*lines]
     scattered[3] = lines[3] | {"first": None}
-    assert any(fault.startswith("step 4: the positions") for fault in faults(folder, scattered))
+    assert any(fault.startswith("step 4: its positions") for fault in faults(folder, scattered))
 
 
 def test_an_altered_shard_is_named(run: tuple[Path, Lines]) -> None:
@@ -123,7 +125,7 @@ def test_an_altered_shard_is_named(run: tuple[Path, Lines]) -> None:
 def test_documents_and_steps_are_each_others_inverse(run: tuple[Path, Lines]) -> None:
     folder, lines = run
     faults(folder, lines)
-    books = RunBooks(folder)
+    books = RunData(folder)
     seen = [sight for line in lines for sight in documents_of_step(books, line["step"])]
     for name in ("code/3.txt", "prose/11.txt", "prose/50.txt"):
         mine = {
@@ -134,7 +136,7 @@ def test_documents_and_steps_are_each_others_inverse(run: tuple[Path, Lines]) ->
         found = steps_of_document(books, name)
         assert {(sight.step, sight.position, sight.sample, sight.epoch) for sight in found} == mine
     assert sum(bool(steps_of_document(books, f"prose/{n}.txt")) for n in range(60)) > 30
-    for name in ("nowhere", "train"):  # The lines of most documents have the second, as their side.
+    for name in ("nowhere", "train"):  # Most documents' lines contain the second, as their split.
         with pytest.raises(UserError, match="no domain has a document"):
             steps_of_document(books, name)
     with pytest.raises(UserError, match="it has steps 1 to 40"):

@@ -1,4 +1,4 @@
-"""What exploration finds in shards whose content is known, and its page in a browser."""
+"""Exploration of shards with known content, and its page in a browser."""
 
 import html
 import json
@@ -42,7 +42,7 @@ def tale(topic: str, number: int, small_words: str = ENGLISH) -> str:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, make_recipe: Callable[..., Recipe]) -> Recipe:
-    """Two domains of three topics: one English with copies, one that is German in part."""
+    """Two domains of three topics: one English with copies, one partly German."""
     folder = tmp_path_factory.mktemp("explore")
     code = [tale(topic, n) for topic in TOPICS for n in range(TEXTS_PER_TOPIC)]
     code += [code[0], code[1] + " Truly so.", " ", "zq%! " * 30 + "</script><b>bold</b>\n"]
@@ -91,7 +91,7 @@ def test_languages_copies_and_rarity_are_found(found: Exploration) -> None:
     assert found.removed_copies["prose"] == [] and found.domains["code"].near_copies == 0
     rarest = int(np.argmax(found.measures.surprisal))
     assert found.measures.texts[rarest].startswith("zq%!")
-    # Ids 1 and 4 are as frequent in both; 0 is here alone, 2 elsewhere alone, 3 is more frequent here.
+    # Ids 1 and 4 are equally frequent; 0 occurs only here, 2 only elsewhere, 3 is more frequent here.
     assert typical_ids(np.array([50, 20, 0, 30, 9]), np.array([0, 20, 75, 5, 9])) == [0, 3]
 
 
@@ -99,7 +99,7 @@ def test_copies_that_are_still_there_are_found(tmp_path: Path, make_recipe: Call
     texts = [tale(topic, n) for topic in TOPICS for n in range(3)]
     texts += [texts[0], texts[1] + "Truly so.\n", texts[1] + "Truly so, so.\n"]
     recipe = make_recipe(tmp_path / "shards", domains={"prose": 1.0})
-    # What a program gives is kept as it is.
+    # Given documents are kept as they are.
     given = [CorpusDocument("prose", f"{n}.txt", text) for n, text in enumerate(texts)]
     build_shards(recipe, documents=lambda: iter(given))
     found = explore(tmp_path / "shards")
@@ -145,7 +145,7 @@ def browser() -> str:
 
 
 def opened(page: Path, view: str = "") -> tuple[str, str]:
-    """The page as the browser has it after its scripts, and what it complains of."""
+    """The page in a browser after its scripts have run, and the browser's complaints."""
     options = [
         "--headless",
         "--no-sandbox",
@@ -182,7 +182,7 @@ def test_the_page_is_searched_in_a_browser(found: Exploration, tmp_path: Path) -
     inside = int((found.map.cluster == 1).sum())
     filtered, _ = opened(page, f"#cluster={label.replace(' ', '+')}")
     assert f"{inside} of 73 documents" in filtered and html.escape(label) in filtered
-    # Colours are of domains, whose key names both; the longest document comes first.
+    # Coloured by domain, and the key names both; the longest document comes first.
     ordered, _ = opened(page, "#order=longest&colour=domain")
     fills = re.findall(r'<circle [^>]*fill="([^"]+)"', ordered)
     domains = [it.domain for it in found.documents]

@@ -15,7 +15,7 @@ def named(shares: list[float]) -> dict[str, float]:
 
 
 def counts(mixture: Mixture, count: int, start: int = 0) -> np.ndarray:
-    """Samples of each domain [N, D] after each of the positions."""
+    """Samples of each domain [N, D] after each position."""
     domain, _ = mixture.assign(np.arange(start, start + count))
     return np.cumsum(domain[:, None] == np.arange(len(mixture.domains)), axis=0)
 

@@ -27,19 +27,19 @@ def test_every_part_of_the_key_matters():
     orders = [KeyedPermutation(1000, *key)(everything) for key in keys]
     for n, one in enumerate(orders):
         for other in orders[:n]:
-            # Random orders agree at one place of a thousand on average.
+            # Random orders agree at one place in a thousand on average.
             assert (one == other).sum() < 12
 
 
 @pytest.mark.parametrize("size", [1_000, 65_536, 100_003])
 def test_it_shuffles_like_a_random_permutation(size: int):
     images = KeyedPermutation(size, 3)(np.arange(size)).astype(float)
-    # Of a random order these are normal with deviation 1/sqrt(size).
+    # For a random order these are normal with deviation 1/sqrt(size).
     with_place = np.corrcoef(images, np.arange(size))[0, 1]
     with_neighbour = np.corrcoef(images[1:], images[:-1])[0, 1]
     assert abs(with_place) < 4 / size**0.5
     assert abs(with_neighbour) < 4 / size**0.5
-    # Neighbours end a third of the range apart.
+    # Neighbours end up a third of the range apart on average.
     assert np.abs(np.diff(images)).mean() / size == pytest.approx(1 / 3, abs=4 / size**0.5)
 
 

@@ -14,7 +14,7 @@ def make_plan(segments: list[MixtureSegment], shards: dict[str, list[int]], seed
 
 
 def constant(weights: dict[str, float], sizes: dict[str, int], seed: int = 5) -> OrderPlan:
-    """One phase over domains of one shard."""
+    """One phase over domains with one shard each."""
     return make_plan([MixtureSegment(0, weights)], {name: [size] for name, size in sizes.items()}, seed)
 
 
@@ -29,7 +29,7 @@ def test_any_part_of_the_order_equals_the_whole_of_it():
 
 @pytest.mark.parametrize("changes", [[], [(100, 1)], [(60, 4), (220, 2), (300, 1)]])
 def test_everything_is_read_once_before_anything_is_repeated(changes: list[tuple[int, int]]):
-    """Domains go on through all phases where the phase before left them."""
+    """Domains continue in each phase where the previous phase left them."""
     mixes = itertools.cycle([{"code": 0.3, "prose": 0.7}, {"code": 0.8, "prose": 0.2}])
     segments = [MixtureSegment(at, next(mixes), step) for at, step in [(0, 1), *changes]]
     sizes = {"code": [20, 20, 10], "prose": [16, 14]}

@@ -68,13 +68,13 @@ def test_a_shard_is_read_only_within_its_window():
 
 @pytest.mark.parametrize("start", [0, 3, 64, 131])
 def test_longer_sequences_are_neighbours_of_one_shard(start: int):
-    """From the first window that begins in the longer phase on, all but a few are whole."""
+    """From the first window in the longer phase on, all but a few sequences are neighbours."""
     order = make_order([16] * 30 + [13], window=3, groupings=((0, 1), (start, 4)))
     begin = start + (-start % 48 if start else 0)
     aligned = start + -(-(begin - start) // 4) * 4
     samples = order.samples(np.arange(aligned, aligned + 4 * ((493 - aligned) // 4)))[0].reshape(-1, 4)
     whole = (np.diff(samples) == 1).all(axis=1) & (samples[:, 0] // 16 == samples[:, 3] // 16)
-    # After the shard of 13 each of the 11 windows takes one group apart, to begin where sequences do.
+    # After the shard of 13, each of the 11 windows splits one group to align with sequences.
     assert whole.sum() >= len(whole) - 11
 
 

@@ -1,4 +1,4 @@
-"""Shards in a store that fails, stalls and lies, and a cache that is smaller than they are."""
+"""Shards in a store that fails, stalls and corrupts data, and a cache smaller than the shards."""
 
 import dataclasses
 import errno
@@ -34,7 +34,7 @@ HURRIED = Patience(attempts=4, first_pause_seconds=0.01, stall_seconds=0.5)
 
 
 class FaultyStore:
-    """A proxy before moto's S3 that does to the next reads of shards what it is told."""
+    """A proxy for moto's S3 that injects faults into the next reads of shards."""
 
     def __init__(self, port: int) -> None:
         self.faults: list[str] = []
@@ -150,7 +150,7 @@ def test_a_store_that_fails_stalls_or_alters_is_asked_again(
     assert not store.faults
     assert not list((tmp_path / "cache").rglob("*.partial"))
     if fault == "fails":
-        assert "tried again in" in capsys.readouterr().err
+        assert "retrying in" in capsys.readouterr().err
 
 
 def test_a_store_that_never_recovers_is_named_in_one_line(tmp_path: Path, store: FaultyStore):
@@ -160,7 +160,7 @@ def test_a_store_that_never_recovers_is_named_in_one_line(tmp_path: Path, store:
         folder[0]
     assert "\n" not in str(e.value)
     store.faults.clear()
-    with pytest.raises(UserError, match=r"s3://shards/none/manifest\.json .*not there"):
+    with pytest.raises(UserError, match=r"s3://shards/none/manifest\.json .*not found"):
         ShardCache(tmp_path / "none", f"s3://{BUCKET}/none", patience=HURRIED).fetch_manifest()
 
 
@@ -197,8 +197,10 @@ def test_a_shard_is_hashed_once(source: Recipe, monkeypatch: pytest.MonkeyPatch)
     import data.shards.index
 
     hashed: list[Path] = []
-    real = data.shards.index.file_fault
-    monkeypatch.setattr("data.shards.index.file_fault", lambda p, *rest: hashed.append(p) or real(p, *rest))
+    real = data.shards.index.file_mismatch
+    monkeypatch.setattr(
+        "data.shards.index.file_mismatch", lambda p, *rest: hashed.append(p) or real(p, *rest)
+    )
     monkeypatch.setattr("data.shards.streams.OPEN_SHARDS", 1)
     folder = ShardFolder(Path(source.data.shards) / "prose/train")
     assert not hashed
@@ -215,7 +217,7 @@ def test_the_cache_stays_within_its_limit_and_keeps_what_is_read(
     for number in np.random.default_rng(3).permutation(len(folder)).tolist():
         assert folder[number].tokens.tolist() == whole[number]
         assert cache._kept_bytes() <= limit
-        # Nothing that was evicted stays open, or its room would never be free.
+        # No evicted shard stays open, or its space would never be freed.
         assert all(folder._index[shard].path.exists() for shard in folder._maps)
     assert folder.file_of(number).path.exists(), "the shard read last was evicted"
     with pytest.raises(UserError, match="cache_bytes: is 100, less than one shard"):
@@ -255,13 +257,13 @@ def test_shards_that_other_processes_remove_meanwhile_are_not_counted(
     def racing(self: Path, pattern: str) -> Iterator[Path]:
         found = sorted(listed(self, pattern))
         if found:
-            found[0].unlink()  # By another process, between this one's look at the folder and at the file.
+            found[0].unlink()  # By another process, between listing the folder and reading the file.
         return iter(found)
 
     monkeypatch.setattr(Path, "glob", racing)
     ShardCache(tmp_path, "", limit_bytes=300).make_room(100)
     monkeypatch.undo()
-    # The first and the second went while they were counted, the third had to.
+    # The first and second vanished while being counted; the third was evicted.
     assert [path.name for path in folder.iterdir()] == ["shard.00003.mds"]
 
 

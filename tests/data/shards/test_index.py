@@ -1,4 +1,4 @@
-"""The table of an index says what the index says, for any kind of shard, and is made anew with it."""
+"""An index's table equals the index for any kind of shard, and is rewritten when the index changes."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ SHARDS = 500
 
 
 def file_entry(name: str, number: int) -> dict[str, Any]:
-    # A hash may end in zeros, which must not get lost.
+    # A hash may end in zeros, which must be kept.
     sha256 = hashlib.sha256(name.encode()).hexdigest()[: 64 - 2 * (number % 3)].ljust(64, "0")
     return {"basename": name, "bytes": 2**31 + number, "hashes": {"sha256": sha256} if number % 7 else {}}
 
@@ -52,7 +52,7 @@ def check(index: ShardIndex, folder: Path, made: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every index is a large one."""
+    """Treats every index as large."""
     monkeypatch.setattr("data.shards.index.SMALL_BYTES", 0)
 
 
@@ -78,7 +78,7 @@ def test_another_index_gets_another_table(tmp_path: Path, large: None) -> None:
         (tmp_path / "index.json").write_text(index_text(entries(count)))
         check(open_index(tmp_path), tmp_path, entries(count))
         assert len(tables(tmp_path)) == 1
-    # As many bytes, at another time.
+    # The same size at another time.
     text = index_text(entries(5)).replace("4001", "4009")
     (tmp_path / "index.json").write_text(text)
     os.utime(tmp_path / "index.json", ns=(1, 1))

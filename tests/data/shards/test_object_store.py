@@ -31,7 +31,7 @@ VOLUME = "/Volumes/main/pretraining/shards"
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Any]:
-    """A client of an S3 server that Streaming finds too; it has the bucket `store`."""
+    """A client of an S3 server that Streaming uses too; it has the bucket `store`."""
     pytest.importorskip("flask")
     import boto3
     from moto.server import ThreadedMotoServer
@@ -145,7 +145,7 @@ def test_other_shards_in_the_store_are_never_overwritten(
     build_shards(other, documents=small_documents)
     with pytest.raises(UserError, match="--upload: s3://store/mine holds other shards"):
         upload_shards(Path(other.data.shards), "s3://store/mine")
-    with pytest.raises(UserError, match="--upload: s3://nowhere/x does not take the shards"):
+    with pytest.raises(UserError, match="--upload: s3://nowhere/x does not accept the shards"):
         upload_shards(root, "s3://nowhere/x")
 
 
@@ -167,7 +167,7 @@ def test_shards_are_copied_to_a_path_and_what_is_missing_there_again(
 
     monkeypatch.setattr(LocalUploader, "upload_file", failing)
     monkeypatch.setattr("data.shards.upload.AT_ONCE", 1)
-    with pytest.raises(UserError, match=r"mounted/shards does not take the shards .*cable"):
+    with pytest.raises(UserError, match=r"mounted/shards does not accept the shards .*cable"):
         upload_shards(root, str(mounted))
     (mounted / "code/documents.jsonl").unlink()
     before = len(copied)
@@ -198,14 +198,14 @@ def test_a_store_without_a_manifest_holds_no_shards(
     monkeypatch.setattr(S3Uploader, "upload_file", failing)
     monkeypatch.setattr("data.shards.upload.AT_ONCE", 1)
     sent, loses = list[str](), ""
-    with pytest.raises(UserError, match=r"--upload: s3://store/cut does not take the shards .*cable"):
+    with pytest.raises(UserError, match=r"--upload: s3://store/cut does not accept the shards .*cable"):
         upload_shards(root, "s3://store/cut")
     names = {it["Key"] for it in s3.list_objects_v2(Bucket="store", Prefix="cut/")["Contents"]}
     assert "cut/code/train/shard.00000.mds" in names and "cut/manifest.json" not in names
-    assert "cut/prose/validation/shard.00000.mds" not in names  # Nothing was begun after the failure.
+    assert "cut/prose/validation/shard.00000.mds" not in names  # Nothing was started after the failure.
     s3.delete_object(Bucket="store", Key="cut/code/train/index.json")
     before, fails_at, loses = [*sent], "", "manifest.json"
-    with pytest.raises(UserError, match="--upload: s3://store/cut does not give back what was sent"):
+    with pytest.raises(UserError, match="--upload: s3://store/cut does not return what was sent"):
         upload_shards(root, "s3://store/cut")
     again = set(sent[len(before) :]) & set(before)
     assert len(before) > 5 and again == {"code/train/index.json"}  # Nothing else was sent twice.
@@ -226,7 +226,7 @@ def test_domains_join_those_in_the_store(
     from streaming.base.storage.download import S3Downloader
 
     def made(name: str, domains: dict[str, str], **changes: Any) -> Path:
-        """Shards with some of the domains, by the names that the texts know them by."""
+        """Shards with some of the domains, by the names of their texts."""
         recipe = make_recipe(tmp_path / name, domains=dict.fromkeys(domains.values(), 1.0), **changes)
         renamed = [
             CorpusDocument(domains[it.domain], it.name, it.text)
@@ -257,16 +257,18 @@ def test_domains_join_those_in_the_store(
     manifest = upload_shards(second, "s3://store/parts", join=True)
     assert sorted(manifest.domains) == ["code", "prose"]
     assert upload_shards(second, "s3://store/parts", join=True) == manifest
-    # A cache that was filled before goes on; the shards are those of one that was made at once.
+    # An older cache still works; its shards equal those of a new cache.
     assert ensured(both) == manifest
     at_once = make_recipe(made("at-once", {"code": "code", "prose": "prose"}))
     at_once = dataclasses.replace(at_once, tokenizer=both.tokenizer)
-    # So does that of a node that has not asked for the manifest since.
+    # So does the cache of a node that has not fetched the manifest since.
     node = dataclasses.replace(both, data=dataclasses.replace(both.data, shards=node.data.shards))
     loaders = (build_train_loader(open_data(it), rank=0, world_size=1) for it in (at_once, both, node))
     for one, other, another, _ in zip(*loaders, range(20), strict=False):
         assert one["input_ids"].tolist() == other["input_ids"].tolist() == another["input_ids"].tolist()
-    with pytest.raises(UserError, match=r"data\.domains: code is another there than here; give the domain"):
+    with pytest.raises(
+        UserError, match=r"data\.domains: code there differs from code here; give each domain"
+    ):
         upload_shards(made("third", {"prose": "code"}), "s3://store/parts", join=True)
     with pytest.raises(UserError, match="sequence_tokens: is 32 there, and 64 here"):
         upload_shards(made("longer", {"prose": "x"}, sequence_tokens=64), "s3://store/parts", join=True)
@@ -300,7 +302,7 @@ def test_compressed_shards_are_sent_in_place_of_the_others_and_unpacked_by_each_
     names = [it["Key"] for it in s3.list_objects_v2(Bucket="store", Prefix="packed/")["Contents"]]
     assert "packed/code/train/shard.00000.mds.zstd" in names
     assert not any(name.endswith(".mds") for name in names)
-    # Shards are the same whether a recipe asks for their compressed form or not.
+    # Shards are the same whether the recipe compresses them or not.
     recipe = make_recipe(tmp_path / "cache", remote="s3://store/packed")
     assert ensured(recipe).digest == manifest.digest
     ours, theirs = (build_train_loader(open_data(it), rank=0, world_size=1) for it in (built, recipe))
@@ -330,10 +332,11 @@ def test_the_command_uploads(
     recipe.write_text(f"extends: {smoke}\n{tokenizer}{data}")
     assert main([str(recipe), "--upload"]) == 2
     assert (
-        "--upload: no address to send the shards to; give one, or set data.remote" in capsys.readouterr().err
+        "--upload: no address to upload the shards to; give one, or set data.remote"
+        in capsys.readouterr().err
     )
     assert main([str(recipe), "--join"]) == 2
-    assert "--join: joins nothing without --upload" in capsys.readouterr().err
+    assert "--join: needs --upload" in capsys.readouterr().err
     assert main([str(recipe), "data.remote=s3://store/by-command", "--upload"]) == 0
     assert ShardCache(tmp_path / "c", "s3://store/by-command").fetch_manifest() == check_shards(
         Path(built.data.shards)
@@ -342,7 +345,7 @@ def test_the_command_uploads(
 
 @pytest.fixture
 def volume(built: Recipe, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A server of Databricks' files API over the shards; what was asked for, in order."""
+    """A server of Databricks' files API for the shards, and the requests in order."""
     pytest.importorskip("databricks.sdk")
     root, asked = Path(built.data.shards), list[str]()
 

@@ -10,7 +10,7 @@ from train.recipe.schema import Recipe
 
 @pytest.fixture
 def many_shards(tmp_path: Path) -> tuple[Path, list[dict[str, np.ndarray]]]:
-    """30 samples in shards of a few."""
+    """30 samples in small shards."""
     from streaming import MDSWriter
 
     columns = {"documents": "ndarray:int64", "lengths": "ndarray:int32", "tokens": "ndarray:int32:16"}

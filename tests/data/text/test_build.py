@@ -1,4 +1,4 @@
-"""Shards of sources: the same bytes for any engine, number of workers and cut; nothing is lost in silence."""
+"""Shards of sources are identical for any engine, workers and chunks; nothing is lost silently."""
 
 import dataclasses
 import gc
@@ -46,7 +46,7 @@ def story(seed: int, words: int = 80) -> str:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """One dataset in four forms, with faults of each kind."""
+    """One dataset in four formats, with every kind of bad record."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     texts = [story(n) + (" <|endoftext|> end" if n % 7 == 0 else "") for n in range(60)]
@@ -124,7 +124,7 @@ def test_every_record_is_in_the_shards_or_in_the_list_of_rejected(
     assert sum(manifest.domains["code"].rejected.values()) == len(rejected(recipe, "code")) == 5
     copy = next(line for line in rejected(recipe, "prose") if line["reason"] == "near duplicate")
     assert copy["of"].startswith("tales/a.jsonl#") and copy["of"] != copy["place"]
-    # A place leads to its record.
+    # A place identifies its record.
     bad = next(line for line in rejected(recipe, "prose") if line["reason"] == "JSON")
     offset = int(bad["place"].partition("#")[2])
     assert (corpus / "a.jsonl").read_bytes()[offset:].startswith(b'{"text": "cut off')
@@ -217,7 +217,7 @@ def test_other_sources_than_those_of_the_shards_are_refused(corpus: Path, make_r
     recipe = recipe_of(corpus, make_recipe, "one")
     manifest = build_shards(recipe, engine=Processes(1))
     other = recipe_of(corpus, make_recipe, "one", near_duplicates=0.9)
-    with pytest.raises(UserError, match=r"data.sources: are not those"):
+    with pytest.raises(UserError, match=r"data.sources: differ from those"):
         require_match(manifest, other)
     require_match(manifest, recipe_of(corpus, make_recipe, "one", zstd_level=3))
     moved = [dataclasses.replace(it, path="/elsewhere") for it in recipe.data.sources]

@@ -55,7 +55,7 @@ def test_domains_and_names(folders: dict[str, Path]):
     )
     metadata = next(d.text for d in documents if d.name.endswith("METADATA"))
     assert metadata.startswith("That is the story of a bear")
-    # Python's reference topics are prose too.
+    # Python's reference topics are also prose.
     assert any(name.startswith("stdlib/pydoc_data/topics.py#") for name in names)
 
 

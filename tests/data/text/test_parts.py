@@ -19,14 +19,14 @@ from data.text.mds import (
     packed_name,
     shard_name,
 )
-from data.text.quality import fault_of_repetition
+from data.text.quality import repetition_violation
 from data.text.tokens import open_once
 from data.text.words import hash_ngrams, hash_words
 from train.recipe.schema import Tokenizer, TokenizerKind
 
 
 def test_a_tokenizer_that_took_anothers_place_is_opened(tmp_path: Path):
-    # Processes of Spark outlive a build, and the next one may be made in the same folder.
+    # Spark's processes outlive a build, and the next build may use the same folder.
     cfg = Tokenizer(TokenizerKind.bpe, 270)
     made = [train_bpe(cfg, iter([text * 9])) for text in ("the cat sat on the mat ", "xyz zyx yxz ")]
     for handle in made:
@@ -89,7 +89,7 @@ def test_copies_and_near_copies_are_found_and_the_first_is_kept():
     found = resolved(documents, 0.8)
     assert found.keeper[:40].tolist() == list(range(40)) and found.keeper[40:42].tolist() == [1, 3]
     assert found.is_exact[40] and not found.is_exact[41]
-    # Alike: kept, but on the same side.
+    # Similar: kept, but in the same split.
     assert found.keeper[42] == 42 and found.group[42] == found.group[5] and found.group[6] != found.group[5]
     assert resolved(documents, None).keeper[41] == 41 and resolved(documents, None).keeper[40] == 1
 
@@ -136,6 +136,6 @@ def test_normalised_text():
 
 
 def test_repetition():
-    assert fault_of_repetition("a line that comes again\n" * 9) == "prose: repeated lines"
-    assert fault_of_repetition("buy now " * 60) == "prose: repeated 2-grams"
-    assert not fault_of_repetition(" ".join(texts(1)[0]))
+    assert repetition_violation("a line that comes again\n" * 9) == "prose: repeated lines"
+    assert repetition_violation("buy now " * 60) == "prose: repeated 2-grams"
+    assert not repetition_violation(" ".join(texts(1)[0]))

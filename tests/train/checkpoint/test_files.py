@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back; what is damaged is found; the newest whole one is used."""
+"""Checkpoints are restored exactly; damage is detected; the newest valid checkpoint is used."""
 
 import json
 import random

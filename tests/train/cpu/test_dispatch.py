@@ -1,4 +1,4 @@
-"""Dispatch by device: a CPU's tensors go to its own version, all others to the plain one."""
+"""Dispatch by device: CPU tensors use the CPU version, all others the plain one."""
 
 import torch
 from torch import Tensor

@@ -49,7 +49,7 @@ def test_grouped_glu_equals_megablocks_own() -> None:
     results = []
     for function in (glu.memory_optimized_grouped_glu, glu.memory_optimized_grouped_glu.plain):
         out = function(*inputs, sizes, functional.silu)
-        # MegaBlocks writes its input's gradient over the output's.
+        # MegaBlocks overwrites the output's gradient with the input's.
         results.append(
             [out, *torch.autograd.grad(out, inputs, torch.linspace(-1, 1, 96).view(12, 8).clone())]
         )

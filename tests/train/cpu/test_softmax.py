@@ -15,7 +15,7 @@ TOKENS, VOCABULARY = 23, 50
 def test_blocks_equal_the_whole(
     cached: int, write: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Softmax is of rows: any cut between them leaves the last bit as it is."""
+    """Softmax is row-wise: splitting between rows changes no bit."""
     monkeypatch.setattr(softmax, "CACHED_ELEMENTS", cached)
     logits = (10 * torch.randn(TOKENS, VOCABULARY, dtype=torch.float64)).to(dtype)
     ours, theirs = logits.clone(), logits.clone()

@@ -1,4 +1,4 @@
-"""Collectives are recorded on gloo under a watchdog, and are left as torch made them everywhere else."""
+"""Collectives are recorded on gloo with a watchdog; otherwise torch's methods are untouched."""
 
 import time
 from dataclasses import replace
@@ -23,7 +23,7 @@ TORCHS_OWN = {name: getattr(dist.ProcessGroup, name) for name in METHODS} | {"wa
 
 
 def wrapped() -> set[str]:
-    """Methods that are not torch's own."""
+    """Names of the methods that are wrapped."""
     now = {name: getattr(dist.ProcessGroup, name) for name in METHODS} | {"wait": dist.Work.wait}
     return {name for name, method in now.items() if method is not TORCHS_OWN[name]}
 

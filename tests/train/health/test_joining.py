@@ -1,4 +1,4 @@
-"""Ranks that never come are named; process groups outlast the watchdog."""
+"""Missing ranks are named; process groups time out after the watchdog."""
 
 import os
 import socket
@@ -22,7 +22,7 @@ from train.recipe.topology import Topology
 
 
 def places(port: int, records: Path) -> dict[str, str]:
-    """The launcher's variables of the first of three ranks, each on a node of its own."""
+    """The launcher's variables for the first of three ranks, each on its own node."""
     ranks = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": "0"}
     return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), RECORDS_VARIABLE: str(records)}
 

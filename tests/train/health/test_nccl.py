@@ -1,4 +1,4 @@
-"""NCCL's flight recorder is read as the record of gloo's collectives is."""
+"""NCCL's flight recorder is read into the same snapshot as the record of gloo's collectives."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ from train.health.snapshot import IssuedCollective
 
 
 def entry(number: int, state: str, group: str = "0", **other: Any) -> dict[str, Any]:
-    """A collective as torch 2.7 writes it."""
+    """A collective in torch 2.7's format."""
     return {
         "record_id": number,
         "pg_id": 0,
@@ -91,7 +91,7 @@ def test_a_group_that_is_waited_in_has_ranks_even_where_the_trace_has_lost_them(
 
 
 def test_torchs_own_record_can_be_read_where_nothing_was_sent() -> None:
-    """The pinned torch is built with NCCL, so that the call and its form are real; on a CPU it is empty."""
+    """The pinned torch is built with NCCL, so the call and its format are real; on a CPU it is empty."""
     assert {"pg_config", "pg_status"} <= json.loads(nccl_trace()).keys()
     assert NcclRecorder().progress() == 0
     assert NcclRecorder().snapshot().waiting == []

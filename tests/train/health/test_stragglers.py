@@ -1,4 +1,4 @@
-"""Ranks that are slower than the others are named, and only where their own time is known."""
+"""Slow ranks are named, but only if the ranks' own times are known."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A rank that hangs is found in time and named, with its stacks and what the others wait in."""
+"""A hung rank is found in time and named, with its stacks and the collective that others wait in."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ Hang = Callable[[Topology], None]
 
 
 def watch_steps(folder: Path, world_size: int, hang: Hang, output: Path) -> list[int | None]:
-    """Ranks that add up a tensor step by step; ``hang`` is called in the middle. Returns exit codes."""
+    """Runs ranks that all-reduce a tensor in every step and call ``hang`` midway; returns exit codes."""
 
     def work(topology: Topology) -> None:
         recipe = Watch(hang_seconds=LIMIT_SECONDS, start_seconds=LIMIT_SECONDS)
@@ -59,7 +59,7 @@ def watch_steps(folder: Path, world_size: int, hang: Hang, output: Path) -> list
 
 
 def all_ended(codes: list[int | None]) -> bool:
-    """No rank is left, and the watchdog ended one; another may have met the end of its peer first."""
+    """No rank is left, and the watchdog ended at least one; others may have seen a peer exit first."""
     return HANG_STATUS in codes and None not in codes
 
 
@@ -134,7 +134,7 @@ def test_the_chain_of_waiting_is_followed_to_its_end() -> None:
     records = {
         0: stuck(0, {"all": 9}, ("all", 9, "allreduce")),
         1: stuck(1, {"all": 9}, ("all", 9, "allreduce")),
-        # Rank 2 has not come to number 9 because it waits for rank 3 in a group of their own.
+        # Rank 2 has not reached number 9 because it waits for rank 3 in another group.
         2: stuck(2, {"all": 8, "pair": 5}, ("pair", 5, "alltoall")),
         3: stuck(3, {"all": 8, "pair": 4}),
     }

@@ -9,7 +9,7 @@ from train.layout.device import cpu_flags, describe_hardware, measured_peak_flop
 def test_peak_is_quick_cached_and_above_any_product() -> None:
     begun = time.perf_counter()
     peak = measured_peak_flops("cpu", torch.float32)
-    assert time.perf_counter() - begun < 10  # A second when alone; machines are shared.
+    assert time.perf_counter() - begun < 10  # One second on an idle machine; machines are shared.
     begun = time.perf_counter()
     assert measured_peak_flops("cpu", torch.float32) == peak
     assert time.perf_counter() - begun < 0.01

@@ -1,4 +1,4 @@
-"""Several ranks: who holds what, what a save does when one rank fails, and what SIGTERM does."""
+"""Several ranks: placement of weights, saves when one rank fails, and SIGTERM."""
 
 import os
 import resource
@@ -60,7 +60,7 @@ def test_initial_weights_do_not_depend_on_the_layout_and_no_rank_holds_them_all(
 
 
 def _save(topology: Topology, root: Path, batch: int, limited_rank: int | None, keep_last: int = 1) -> str:
-    """Saves; the files of one rank may not grow beyond a few bytes, as on a full disk."""
+    """Saves while one rank can't write more than a few bytes, as on a full disk."""
     decoder = _decoder(topology, LAYOUT)
     optimizer = build_optimizer(decoder, Optimizer(learning_rate=0.01))
     saver = CheckpointSaver(root, topology, keep_last)
@@ -103,7 +103,7 @@ def test_ranks_find_damage_together_and_agree_on_the_checkpoint(tmp_path: Path) 
 
 
 STAGES = Curriculum((), 64)
-"""Of no matter to what decides when a checkpoint is due."""
+"""Irrelevant to when a checkpoint is due."""
 
 
 @pytest.mark.parametrize("late_rank", [0, 1])
@@ -113,7 +113,7 @@ def test_the_main_ranks_clock_decides_for_all(late_rank: int, tmp_path: Path) ->
     def work(topology: Topology) -> tuple[bool, bool]:
         callback = Checkpointing(tmp_path, Checkpoint(interval_minutes=1.0), topology, None, STAGES)
         callback.last_save -= 3600.0 if topology.rank == late_rank else 0.0
-        return callback._ask_all()
+        return callback._agree()
 
     assert run_ranks(2, work) == [(late_rank == 0, False)] * 2
 
@@ -127,7 +127,7 @@ def test_a_signal_to_one_rank_counts_for_all(told_rank: int, tmp_path: Path) -> 
         signal.signal(signal.SIGTERM, callback._terminate)
         if topology.rank == told_rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        return callback._ask_all()
+        return callback._agree()
 
     assert run_ranks(2, work) == [(False, True)] * 2
 
@@ -158,7 +158,7 @@ def test_a_rank_that_hangs_is_killed() -> None:
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 def test_recomputed_layers_give_the_kept_ones_gradients_when_sharded(precision: Precision) -> None:
-    """FSDP2 casts what a layer is given in the forward pass, but not when it is computed again."""
+    """FSDP2 casts a layer's inputs in the forward pass, but not in recomputation."""
 
     def work(topology: Topology) -> list[float]:
         norms = []

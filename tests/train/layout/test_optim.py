@@ -1,4 +1,4 @@
-"""Optimizers against their formulas, schedules at their corners, clipping against PyTorch's."""
+"""Optimizers against their formulas, schedules at their breakpoints, clipping against PyTorch's."""
 
 import pytest
 import torch

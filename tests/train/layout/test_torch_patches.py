@@ -27,7 +27,7 @@ WIDTH = 2
 
 
 def restore_torch() -> None:
-    """Undoes what this process, or the one it was forked from, has patched."""
+    """Undoes the patches of this process and its parent."""
     _fsdp_collectives._get_gradient_divide_factors = torch_patches._divide_factors
     torch.cpu.Stream.record_event = torch_patches._record_event
     FSDPParamGroup.finalize_backward = torch_patches._finalize_backward
@@ -41,7 +41,7 @@ def linear(value: float = 1.0) -> nn.Linear:
 
 
 def mean_gradient(topology: Topology, shape: tuple[int, ...] = (2,)) -> list[float]:
-    """Gradients of a sharded weight to which rank r brings r + 1: their mean is 1.5."""
+    """Gradients of a sharded weight, to which rank r contributes r + 1: the mean is 1.5."""
     layer = linear()
     fully_shard(layer, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("a", "b")[: len(shape)]))
     layer(torch.full((1, WIDTH), topology.rank + 1.0)).sum().backward()
@@ -78,7 +78,7 @@ def gathers_ahead_in_vain(_: Topology) -> bool:
 
 
 class Layer(nn.Module):
-    """A layer with a unit inside of it."""
+    """A layer that contains another unit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ NEEDS: dict[Callable[[], None], Callable[[Topology], bool]] = {
 
 
 def does_right(left_out: Callable[[], None] | None, does: Callable[[Topology], bool]) -> bool:
-    """Whether two ranks do what they should with all patches but one."""
+    """Returns whether two ranks behave correctly with all patches but one."""
 
     def work(topology: Topology) -> bool:
         restore_torch()

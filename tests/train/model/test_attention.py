@@ -43,7 +43,7 @@ def attend(attention: Attention, x_BSD: Tensor, **plan: Tensor | bool | None) ->
 
 
 def definition(attention: Attention, x_BSD: Tensor, visible_BSS: Tensor) -> Tensor:
-    """Token by token: RoPE as a product of complex numbers, scores, softmax, values."""
+    """Attention token by token: RoPE as a product of complex numbers, scores, softmax, values."""
     model = attention.model
     qkv = attention.Wqkv(x_BSD)
     if model.clip_qkv is not None:
@@ -85,7 +85,7 @@ def test_output_and_gradients_equal_the_definition(name: str, documents: Tensor 
         visible = visible & (documents[:, :, None] == documents[:, None, :])
     out = attend(attention, x, document_ids_BS=documents)
     expected = definition(attention, x, visible)
-    # RoPE's angles are made in fp32, as Hugging Face makes them.
+    # RoPE's angles are computed in fp32, as in Hugging Face.
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     grad = torch.randn_like(out)
     weights = [x, attention.Wqkv.weight, attention.out_proj.weight]

@@ -1,4 +1,4 @@
-"""Initial weights: each value a function of seed, name and place, whatever rows a rank holds."""
+"""Initial weights depend only on seed, name and index, whatever rows a rank holds."""
 
 import itertools
 from dataclasses import replace

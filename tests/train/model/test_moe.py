@@ -32,7 +32,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def dense_reference(layer: MoE, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Every expert on every token, weighted by 0 where it was not chosen."""
+    """Runs every expert on every token, with weight 0 if it was not selected."""
     x_TD = x_BSD.reshape(-1, D)
     logits_TE = x_TD @ layer.router.layer.weight.t()
     scores_TE = logits_TE.exp() / logits_TE.exp().sum(dim=1, keepdim=True)

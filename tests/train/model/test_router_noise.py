@@ -1,4 +1,4 @@
-"""The router's noise: uniform, the same however the batch is split, different everywhere else."""
+"""Router noise is uniform, independent of the batch's split, and different at every place."""
 
 import torch
 

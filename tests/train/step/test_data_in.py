@@ -1,4 +1,4 @@
-"""The clock is moved over excluded batches, and the rate is that of a batch's place in the run."""
+"""The clock skips excluded batches, and the learning rate depends on a batch's place in the run."""
 
 import dataclasses
 from types import SimpleNamespace

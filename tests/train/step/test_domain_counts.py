@@ -1,4 +1,4 @@
-"""A batch's parts by domain: equal however it is split over microbatches, others for another batch."""
+"""A batch's domain counts do not depend on its split over microbatches, and differ for other batches."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Spikes, numbers that are not finite and collapsed routers are seen; a resumed guard decides alike."""
+"""The guard detects spikes, non-finite numbers and collapsed routers; a resumed guard decides alike."""
 
 import math
 import random
@@ -70,7 +70,7 @@ def test_a_rollback_has_the_batches_at_fault() -> None:
     assert guard.judge(7.0, 1.0).action is guard.judge(math.nan, 1.0).action is Action.rollback
     bad = RouterLoad(entropy=0.1, dead_share=0.0, busiest_over_mean=1.0)
     guard.judge(4.0, 1.0, bad)
-    # Half way through a collapse the run is resumed.
+    # The run is resumed halfway through a collapse.
     resumed = UpdateGuard(recipe, guard.recent, guard.counts)
     assert resumed.judge(4.0, 1.0, bad).action is Action.apply
     verdict = resumed.judge(4.0, 1.0, bad)

@@ -1,4 +1,4 @@
-"""What a rollback leaves out is settled by the alarm, the recipe and the checkpoints that there are."""
+"""A rollback's excluded range follows from the alarm, the recipe and the existing checkpoints."""
 
 import dataclasses
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_the_range_reaches_as_far_back_as_checkpoints_do(tmp_path: Path) -> None
     save(tmp_path, 18)
     save(tmp_path, 24)
     second = decide(30, 10, ["collapsed"], [])
-    # 21 - 4 = 17 lies before the oldest.
+    # 21 - 4 = 17 is before the oldest checkpoint.
     assert second is not None and (second.first_position, second.end_position) == (18 * 8, 33 * 8)
     assert read_decisions(tmp_path) == [first, second] and waited == ["waited"] * 2
     assert decide(35, 1, ["spike"], []) is None

@@ -1,4 +1,4 @@
-"""Sums are the whole batch's however it is split, and a refused update leaves nothing."""
+"""A batch's sums do not depend on how it is split, and a skipped update leaves no trace."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ def recipe(tiny_recipe: TinyRecipe) -> Recipe:
 
 
 class Refusing:
-    """Alarms that apply an update or not, and keep what they were asked about."""
+    """Alarms that apply or refuse every update and record the calls."""
 
     def __init__(self, applies: bool) -> None:
         self.applies = applies
@@ -40,7 +40,7 @@ class Refusing:
 
 
 def trained(recipe: Recipe, microbatch: int, alarms: Any = None, batches: int = 1) -> TrainingStep:
-    """Batches without the optimizer's step, in microbatches of so many sequences."""
+    """Runs batches without optimizer steps, in microbatches of the given number of sequences."""
     decoder = Decoder(recipe.model)
     initialize(decoder, recipe.model, 3)
     model = LanguageModel(decoder, recipe, Precision.fp32)

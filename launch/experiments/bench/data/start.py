@@ -17,7 +17,7 @@ import numpy as np
 from data.order.mixture import Mixture
 from data.order.plan import OrderPlan
 from data.shards.index import INDEX_FILE
-from data.shards.manifest import file_fault
+from data.shards.manifest import file_mismatch
 from data.shards.streams import ShardFolder
 from data.text.mds import column_config, shard_name
 from launch.experiments.bench.data.figures import Figure
@@ -126,7 +126,7 @@ def _ours(batch: int, folder: Path) -> Callable[[], None]:
 def _start_ours(curriculum: Curriculum, folders: dict[str, Path], batch: int) -> None:
     """Hashes the indexes as a run does, opens them, builds the plan, and reads all ranks' first batch."""
     for folder in folders.values():
-        assert file_fault(folder / INDEX_FILE, None, "another hash")
+        assert file_mismatch(folder / INDEX_FILE, None, "another hash")
     shards = {name: ShardFolder(folder).shard_samples for name, folder in folders.items()}
     plan = OrderPlan(curriculum.segments(), shards, seed=17, window_shards=32)
     stage = curriculum.stage_of(batch)
