@@ -201,7 +201,7 @@ def test_upload_by_two_at_once_is_refused(run_dir: Path, capsys: pytest.CaptureF
 
 
 def test_mistakes_are_one_line(mlflow_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["upload", "nowhere"]) == 1
+    assert main(["upload", "nowhere"]) == 2
     assert main(["ui", "--runs-dir", "nowhere"]) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 2
