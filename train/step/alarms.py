@@ -1,16 +1,18 @@
 """Alarms of the guard: printed, recorded with the step's documents, and fatal where the recipe says so."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from train.record import log
 from train.record.expert_load import measure_load
 from train.record.step_log import StepLog
 from train.step.batch_sums import BatchTotals
 from train.step.guard import Action, RouterLoad, UpdateGuard, Verdict
 from train.step.rollback import Documents, Rollback, RollbackError, names_of
+
+logger = log.get_logger(__name__)
 
 ALARMS_FILE = "alarms.jsonl"
 
@@ -97,12 +99,10 @@ class Alarms:
         try:
             self.log.write(batch + 1, fields)
         except OSError as error:
-            print(f"{self.log.path} NOT written: {error}; training continues", file=sys.stderr, flush=True)
-        print(
+            logger.warning(f"{self.log.path} NOT written: {error}; training continues")
+        logger.warning(
             f"ALARM batch {batch + 1} (from position {first}): {'; '.join(verdict.alarms)}: "
-            f"{verdict.action.value}; it read {names_of(documents)}",
-            file=sys.stderr,
-            flush=True,
+            f"{verdict.action.value}; it read {names_of(documents)}"
         )
         return documents
 

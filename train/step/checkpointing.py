@@ -2,7 +2,6 @@
 
 import copy
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,8 +17,11 @@ from train.recipe.curriculum import Curriculum, to_json
 from train.recipe.exit_status import PREEMPTED_STATUS
 from train.recipe.schema import Checkpoint
 from train.recipe.topology import Topology
+from train.record import log
 from train.step.data_log import DataLog
 from train.step.guard import UpdateGuard
+
+logger = log.get_logger(__name__)
 
 
 class Checkpointing:
@@ -141,4 +143,4 @@ class Checkpointing:
 
     def _log(self, line: str) -> None:
         if self.topology.is_main:
-            print(line, file=sys.stderr, flush=True)
+            logger.warning(line)

@@ -4,13 +4,14 @@ Both depend only on the batch number, so a resumed run needs no state for them. 
 state and lag by a batch, since they step before the clock does.
 """
 
-import sys
-
 from composer.core import State
 
 from train.layout.optim import learning_rate_share
 from train.recipe.curriculum import Curriculum
 from train.recipe.schema import Recipe
+from train.record import log
+
+logger = log.get_logger(__name__)
 
 
 def skip_excluded(state: State, curriculum: Curriculum, is_main: bool) -> None:
@@ -39,11 +40,9 @@ def skip_excluded(state: State, curriculum: Curriculum, is_main: bool) -> None:
         token_in_epoch=tokens,
     )
     if is_main:
-        print(
+        logger.warning(
             f"batches {batch + 1} to {after} (positions {curriculum.samples_before(batch)} to "
-            f"{samples - 1}) are excluded and skipped",
-            file=sys.stderr,
-            flush=True,
+            f"{samples - 1}) are excluded and skipped"
         )
 
 

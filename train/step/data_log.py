@@ -11,17 +11,18 @@ compares all of it with the plan and the shards. Totals are saved in every check
 one drops later lines.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from train.recipe.curriculum import Curriculum
-from train.record import metrics
+from train.record import log, metrics
 from train.record.run_folder import DATA_LOG_FILE
 from train.record.step_log import STEP, StepLog, read_steps
 from train.step.batch_sums import BatchTotals
 from train.step.domain_counts import DomainEntry, read_entries
+
+logger = log.get_logger(__name__)
 
 Totals = dict[str, dict[str, int]]
 """``{"code": {"samples": 10, "tokens": 5120}}``"""
@@ -72,11 +73,9 @@ class DataLog:
         lines = read_steps(self.log.path)
         steps = [trained + 1 for trained in self.curriculum.trained_before(batch)]
         if [line[STEP] for line in lines] != steps:
-            print(
+            logger.warning(
                 f"{self.log.path} has {len(lines)} of the {len(steps)} steps so far; "
-                "`python -m data.audit` names the missing ones",
-                file=sys.stderr,
-                flush=True,
+                "`python -m data.audit` names the missing ones"
             )
 
     def record(self, step: int, batch: BatchTotals) -> dict[str, float]:
@@ -122,7 +121,7 @@ class DataLog:
         try:
             self.log.write(step, line)
         except OSError as error:
-            print(f"{self.log.path} NOT written: {error}; training continues", file=sys.stderr, flush=True)
+            logger.warning(f"{self.log.path} NOT written: {error}; training continues")
 
 
 def first_position(entries: list[DomainEntry], stride: int) -> int | None:
