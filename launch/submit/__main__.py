@@ -70,6 +70,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--gpu-type", default=job.gpu_type, help="GPU to request (mcli, skypilot; default %(default)s)")
     add("--hours", type=float, default=job.hours, help="time limit (default %(default)s)")
     add("--name", default="", help="name of the job (default: the recipe's file name)")
+    _add_environment_arguments(parser, job)
+    add("--restarts", type=int, default=job.restarts, help="restarts of the whole job (default %(default)s)")
+    add(
+        "--environment-table",
+        action="store_true",
+        help="print every environment variable with its reason, then exit",
+    )
+
+
+def _add_environment_arguments(parser: ArgumentParser, job: Job) -> None:
+    """Adds what the job's processes find around them, and where they run."""
+    add = parser.add_argument
     add("--image", default="", help="container image (default: none, the checkout's .venv)")
     add("--mount", action="append", default=[], metavar="DIR", help="folder to mount into containers")
     add(
@@ -106,12 +118,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--partition", default="", help="SLURM partition")
     add("--account", default="", help="SLURM account")
     add("--cluster", default="", help="mcli cluster")
-    add("--restarts", type=int, default=job.restarts, help="restarts of the whole job (default %(default)s)")
-    add(
-        "--environment-table",
-        action="store_true",
-        help="print every environment variable with its reason, then exit",
-    )
 
 
 @command(

@@ -27,6 +27,27 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", help="a run's checkpoint, batch-... (default: the newest complete one)"
     )
+    _add_suite_arguments(parser)
+    _add_harness_arguments(parser)
+    _add_retrieval_arguments(parser)
+    parser.add_argument(
+        "--bits-per-byte",
+        action="store_true",
+        help="bits per byte on the validation set of each domain of a run's shards",
+    )
+    parser.add_argument(
+        "--questions", type=_positive, metavar="N", help="only the first N questions per task (default: all)"
+    )
+    parser.add_argument(
+        "--sequences", type=_positive, default=8, help="sequences per forward pass (default: 8)"
+    )
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="type of matrix products (default: fp32)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available; not yet run on a GPU)")
+
+
+def _add_suite_arguments(parser: ArgumentParser) -> None:
     suite = parser.add_argument_group("task suite")
     suite.add_argument("--suite", type=Path, help="suite file, for example yamls/suites/gauntlet.yaml")
     suite.add_argument("--data", type=Path, help="folder of the suite's task files")
@@ -44,6 +65,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     suite.add_argument(
         "--answers", type=Path, metavar="FILE", help="write the answer to each question as JSON lines"
     )
+
+
+def _add_harness_arguments(parser: ArgumentParser) -> None:
     harness = parser.add_argument_group("lm-eval, on the exported model")
     harness.add_argument(
         "--harness",
@@ -59,6 +83,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     harness.add_argument(
         "--harness-tasks", type=Path, metavar="DIR", help="your own task files, in lm-eval's format"
     )
+
+
+def _add_retrieval_arguments(parser: ArgumentParser) -> None:
     retrieval = parser.add_argument_group("key-value retrieval")
     retrieval.add_argument("--retrieval", action="store_true", help="accuracy at each depth and length")
     retrieval.add_argument(
@@ -71,21 +98,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--depths", type=_numbers(float), default=DEPTHS, help=f"depths in [0, 1] (default: {DEPTHS})"
     )
     retrieval.add_argument("--trials", type=_positive, default=10, help="prompts per cell (default: 10)")
-    parser.add_argument(
-        "--bits-per-byte",
-        action="store_true",
-        help="bits per byte on the validation set of each domain of a run's shards",
-    )
-    parser.add_argument(
-        "--questions", type=_positive, metavar="N", help="only the first N questions per task (default: all)"
-    )
-    parser.add_argument(
-        "--sequences", type=_positive, default=8, help="sequences per forward pass (default: 8)"
-    )
-    parser.add_argument(
-        "--dtype", choices=["fp32", "bf16"], default="fp32", help="type of matrix products (default: fp32)"
-    )
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if available; not yet run on a GPU)")
 
 
 @command(

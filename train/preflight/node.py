@@ -25,7 +25,7 @@ SHARDS = "shards"
 
 
 @dataclass(frozen=True)
-class Check:
+class NodeCheck:
     """The result of one check."""
 
     name: str
@@ -38,7 +38,7 @@ class Check:
     """Value for comparing nodes: the lowest is the worst."""
 
 
-def check_node(limits: Preflight, opened: "OpenedData", run_folder: Path, gpus: int) -> list[Check]:
+def check_node(limits: Preflight, opened: "OpenedData", run_folder: Path, gpus: int) -> list[NodeCheck]:
     """Checks this node.
 
     Args:
@@ -61,7 +61,7 @@ def check_node(limits: Preflight, opened: "OpenedData", run_folder: Path, gpus: 
     return checks
 
 
-def check_disk(folder: Path, least_bytes: int, least_speed: float = 0.0) -> Check:
+def check_disk(folder: Path, least_bytes: int, least_speed: float = 0.0) -> NodeCheck:
     """Checks the free space for checkpoints and the write speed for 16 MiB.
 
     Args:
@@ -83,7 +83,7 @@ def check_disk(folder: Path, least_bytes: int, least_speed: float = 0.0) -> Chec
         probe.unlink()
     except OSError as error:
         remedy = f"{folder}: {error.strerror}; mount it, or use another runs_dir"
-        return Check("disk", "not writable", problem=remedy, level=-1.0)
+        return NodeCheck("disk", "not writable", problem=remedy, level=-1.0)
     found = f"{free / 1e9:,.0f} GB free, {speed / 1e6:,.0f} MB/s"
     wanted = f"{least_bytes / 1e9:,.0f} GB" + (f", {least_speed / 1e6:,.0f} MB/s" if least_speed else "")
     problem = ""
@@ -97,10 +97,10 @@ def check_disk(folder: Path, least_bytes: int, least_speed: float = 0.0) -> Chec
             f"{folder} writes {speed:,.0f} bytes/s, below preflight.least_disk_speed={least_speed:,.0f}; "
             "check for a full or failing disk, or a mount over another network"
         )
-    return Check("disk", found, wanted, problem, speed)
+    return NodeCheck("disk", found, wanted, problem, speed)
 
 
-def check_shared_memory(folder: Path) -> Check:
+def check_shared_memory(folder: Path) -> NodeCheck:
     """Checks the free shared memory."""
     stat = os.statvfs(folder) if folder.is_dir() else None
     free = stat.f_bavail * stat.f_frsize if stat else 0
@@ -110,10 +110,10 @@ def check_shared_memory(folder: Path) -> Check:
             f"{folder} has {free / 1e6:.0f} MB free; start the container with --ipc=host or --shm-size=1g"
         )
     wanted = f"{LEAST_SHARED_MEMORY_BYTES / 1e9:.1f} GB"
-    return Check("shared memory", f"{free / 1e9:.1f} GB free", wanted, problem, free)
+    return NodeCheck("shared memory", f"{free / 1e9:.1f} GB free", wanted, problem, free)
 
 
-def check_shards(opened: "OpenedData") -> Check:
+def check_shards(opened: "OpenedData") -> NodeCheck:
     """Checks that this node can read the shards; shards still to be built or fetched are fine.
 
     Rank 0 has compared every file with the manifest; here one file of each folder is opened.
@@ -124,7 +124,7 @@ def check_shards(opened: "OpenedData") -> Check:
     except UserError as error:
         is_made_later = data.corpus is not None or data.remote is not None
         problem = "" if is_made_later and not root.exists() else str(error)
-        return Check(SHARDS, "not there yet", problem=problem, level=-1.0)
+        return NodeCheck(SHARDS, "not there yet", problem=problem, level=-1.0)
     try:
         for name, domain in manifest.domains.items():
             # Shards in an object store are fetched when they are read.
@@ -134,42 +134,44 @@ def check_shards(opened: "OpenedData") -> Check:
                         stream.read(1)
     except (OSError, ValueError, LookupError) as error:
         problem = f"{error}; mount {root} on this node so that it can be read"
-        return Check(SHARDS, "not readable", problem=problem, level=-1.0)
-    return Check(SHARDS, manifest.digest[:12], "the same everywhere")
+        return NodeCheck(SHARDS, "not readable", problem=problem, level=-1.0)
+    return NodeCheck(SHARDS, manifest.digest[:12], "the same everywhere")
 
 
-def check_gpus(listing: str, wanted: int) -> Iterator[Check]:
+def check_gpus(listing: str, wanted: int) -> Iterator[NodeCheck]:
     """Checks number, ECC errors and clocks in nvidia-smi's list (not yet run on a GPU)."""
     rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines() if line.strip()]
     problem = f"{len(rows)} GPUs answer, {wanted} are wanted; drain the node" if len(rows) < wanted else ""
-    yield Check("GPUs", str(len(rows)), str(wanted), problem, len(rows))
+    yield NodeCheck("GPUs", str(len(rows)), str(wanted), problem, len(rows))
     bad = [f"GPU {row[0]}" for row in rows if len(row) > 3 and row[1] not in ("0", "[N/A]")]
     problem = f"{', '.join(bad)}: uncorrected ECC errors; reset the GPU or drain the node" if bad else ""
-    yield Check("ECC", f"{len(bad)} with errors", "0", problem, -len(bad))
+    yield NodeCheck("ECC", f"{len(bad)} with errors", "0", problem, -len(bad))
     slow = [f"GPU {row[0]}" for row in rows if len(row) > 3 and row[3] == "Active"]
     problem = f"{', '.join(slow)}: throttled by hardware (heat, power); check cooling" if slow else ""
-    yield Check("slowed down", f"{len(slow)} by heat or power", "0", problem, -len(slow))
+    yield NodeCheck("slowed down", f"{len(slow)} by heat or power", "0", problem, -len(slow))
     yield _check_clocks([(row[0], row[2]) for row in rows if len(row) > 3])
 
 
-def _check_clocks(clocks: list[tuple[str, str]]) -> Check:
+def _check_clocks(clocks: list[tuple[str, str]]) -> NodeCheck:
     """Checks for GPUs whose maximum clock differs from the node's others."""
     usual = Counter(clock for _, clock in clocks).most_common(1)[0][0] if clocks else "none"
     odd = [f"GPU {index} ({clock})" for index, clock in clocks if clock != usual]
     remedy = f"the others have {usual}; another model or a limited clock: drain the node"
-    return Check("GPU clocks", usual, "all equal", f"{', '.join(odd)}: {remedy}" if odd else "", -len(odd))
+    return NodeCheck(
+        "GPU clocks", usual, "all equal", f"{', '.join(odd)}: {remedy}" if odd else "", -len(odd)
+    )
 
 
-def check_nvlink(status: str) -> Check:
+def check_nvlink(status: str) -> NodeCheck:
     """Checks the links between the node's GPUs in nvidia-smi's list (not yet run on a GPU)."""
     links = [line for line in status.splitlines() if line.strip().startswith("Link")]
     down = [line.strip() for line in links if "inactive" in line.lower()]
     problem = f"{len(down)} of {len(links)} links are down ({down[0]}); drain the node" if down else ""
     up = len(links) - len(down)
-    return Check("NVLink", f"{up} links up", "none down", problem, up)
+    return NodeCheck("NVLink", f"{up} links up", "none down", problem, up)
 
 
-def check_infiniband(root: Path) -> Check:
+def check_infiniband(root: Path) -> NodeCheck:
     """Checks that all ports are up, from the kernel's files."""
     states = {
         f"{file.parents[2].name}/{file.parent.name}": file.read_text().strip()
@@ -178,7 +180,7 @@ def check_infiniband(root: Path) -> Check:
     down = [port for port, state in states.items() if "ACTIVE" not in state]
     problem = f"{', '.join(down)}: down; check cable and switch, or drain the node" if down else ""
     up = len(states) - len(down)
-    return Check("InfiniBand", f"{up} ports up", "none down", problem, up)
+    return NodeCheck("InfiniBand", f"{up} ports up", "none down", problem, up)
 
 
 def _output(command: list[str]) -> str:

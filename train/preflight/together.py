@@ -16,7 +16,7 @@ import torch.distributed as dist
 from data.opened import OpenedData
 from train.health.heartbeat import host_name
 from train.preflight.links import COLLECTIVES, MESSAGE_BYTES, measure_collectives, measure_links
-from train.preflight.node import SHARDS, Check, check_node
+from train.preflight.node import SHARDS, NodeCheck, check_node
 from train.recipe.reading import to_yaml
 from train.recipe.reliability import Preflight, PreflightWhen
 from train.recipe.schema import Recipe
@@ -115,7 +115,7 @@ def gather(mine: Any, topology: Topology) -> list[Any]:
     return by_rank
 
 
-def _same_shards(checks: list[tuple[int, str, Check]]) -> Iterator[tuple[int, str, Check]]:
+def _same_shards(checks: list[tuple[int, str, NodeCheck]]) -> Iterator[tuple[int, str, NodeCheck]]:
     """Yields the nodes' checks (rank, node, check), adding a problem if a node has other shards than most."""
     seen = Counter(check.found for _, _, check in checks if _has_shards(check))
     for rank, host, check in checks:
@@ -126,7 +126,7 @@ def _same_shards(checks: list[tuple[int, str, Check]]) -> Iterator[tuple[int, st
         yield rank, host, check
 
 
-def _has_shards(check: Check) -> bool:
+def _has_shards(check: NodeCheck) -> bool:
     return check.name == SHARDS and check.level >= 0
 
 

@@ -16,7 +16,7 @@ Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationSection:
     """One evaluation of a run, as shown on its page."""
 
     title: str
@@ -25,7 +25,7 @@ class Evaluation:
     caption: str = ""
 
 
-def newest_evaluations(run: RunRecord) -> list[Evaluation]:
+def newest_evaluations(run: RunRecord) -> list[EvaluationSection]:
     """Returns every evaluation of a run's results, each for the newest checkpoint that has it."""
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for record in read_results(run.run_dir):
@@ -43,7 +43,7 @@ def _title(kind: str, name: str, record: dict[str, Any]) -> str:
     return f"{of} {name}{after}{limit}."
 
 
-def _suite(title: str, record: dict[str, Any]) -> Evaluation:
+def _suite(title: str, record: dict[str, Any]) -> EvaluationSection:
     scores = record["scores"]
     rows = [
         (name, f"{found['questions']:,}", f"{found['accuracy']:.4f}", f"{scores['tasks'][name]:.4f}")
@@ -56,26 +56,26 @@ def _suite(title: str, record: dict[str, Any]) -> Evaluation:
     tables: list[Table] = [(("task", "questions", "accuracy", "score (0 is guessing)"), rows)]
     if summed:
         tables.append((("category", "score"), summed))
-    return Evaluation(title, tables)
+    return EvaluationSection(title, tables)
 
 
-def _harness(title: str, record: dict[str, Any]) -> Evaluation:
+def _harness(title: str, record: dict[str, Any]) -> EvaluationSection:
     rows = [(name, found["metric"], f"{found['value']:.4f}") for name, found in record["tasks"].items()]
     rows.append(("average", "", f"{record['average']:.4f}"))
-    return Evaluation(title, [(("task", "metric", "value"), rows)])
+    return EvaluationSection(title, [(("task", "metric", "value"), rows)])
 
 
-def _bits(title: str, record: dict[str, Any]) -> Evaluation:
+def _bits(title: str, record: dict[str, Any]) -> EvaluationSection:
     rows = [
         (name, f"{found['loss']:.4f}", f"{found['bits_per_byte']:.4f}", f"{found['tokens']:,}")
         for name, found in record["domains"].items()
     ]
-    return Evaluation(title, [(("domain", "loss (nats/token)", "bits per byte", "tokens"), rows)])
+    return EvaluationSection(title, [(("domain", "loss (nats/token)", "bits per byte", "tokens"), rows)])
 
 
-def _retrieval(title: str, record: dict[str, Any]) -> Evaluation:
+def _retrieval(title: str, record: dict[str, Any]) -> EvaluationSection:
     caption = f"Share of {record['trials']} values found, by prompt length and depth."
-    return Evaluation(title, figure=retrieval_figure(record["cells"]), caption=caption)
+    return EvaluationSection(title, figure=retrieval_figure(record["cells"]), caption=caption)
 
 
 def retrieval_figure(cells: Sequence[dict[str, Any]]) -> Markup:

@@ -178,17 +178,8 @@ def fit_curves(runs: Runs, *, start: "dict[str, Curve] | None" = None) -> dict[s
     Raises:
         UserError: if there are too few FLOP budgets, or a loss is not finite.
     """
+    losses = _mean_losses(runs)
     families = runs.families
-    budgets = runs.budgets()
-    short = [family for family, count in budgets.items() if count < 2]
-    if short or max(budgets.values(), default=0) < 3:
-        counts = ", ".join(f"{family} {count}" for family, count in budgets.items())
-        raise UserError(
-            f"curves need two FLOP budgets per family and three in one of them; there are {counts}"
-        )
-    losses = runs.losses.mean(axis=1)
-    if not np.isfinite(losses).all():
-        raise UserError(f"{int((~np.isfinite(losses)).sum())} runs have no finite held-out loss")
     unit = float(np.quantile(runs.flops, REFERENCE_FLOPS_SHARE, method="nearest"))
     log_flops, log_losses = np.log(runs.flops / unit), np.log(losses)
     which = np.array([families.index(family) for family in runs.family])
@@ -227,6 +218,21 @@ def fit_curves(runs: Runs, *, start: "dict[str, Curve] | None" = None) -> dict[s
         )
         for place, family in enumerate(families)
     }
+
+
+def _mean_losses(runs: Runs) -> Floats:
+    """Each run's mean loss over domains, once curves can be fitted to the runs."""
+    budgets = runs.budgets()
+    short = [family for family, count in budgets.items() if count < 2]
+    if short or max(budgets.values(), default=0) < 3:
+        counts = ", ".join(f"{family} {count}" for family, count in budgets.items())
+        raise UserError(
+            f"curves need two FLOP budgets per family and three in one of them; there are {counts}"
+        )
+    losses: Floats = runs.losses.mean(axis=1)
+    if not np.isfinite(losses).all():
+        raise UserError(f"{int((~np.isfinite(losses)).sum())} runs have no finite held-out loss")
+    return losses
 
 
 def advantages(

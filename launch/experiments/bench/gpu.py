@@ -37,7 +37,7 @@ PAIRS = 10
 """Number of timed calls, of which the median counts, after two warm-up calls."""
 
 
-class Figure(NamedTuple):
+class Measurement(NamedTuple):
     """One measurement."""
 
     part: str
@@ -101,36 +101,36 @@ def main(options: Namespace) -> Figures:
     return Figures([figure._asdict() for figure in found])
 
 
-def machine(_: Recipe) -> Iterator[Figure]:
+def machine(_: Recipe) -> Iterator[Measurement]:
     """Measures the GPU, its link to the host, and the host's cost of a launch and of a synchronisation."""
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    yield Figure("machine", name, f"{memory / 2**30:.1f} GiB, torch {torch.__version__}")
+    yield Measurement("machine", name, f"{memory / 2**30:.1f} GiB, torch {torch.__version__}")
     square = _random(8192, 8192)
-    yield Figure("machine", "bf16 product of 8,192", _tflops(2 * 8192**3, _ms(lambda: square @ square)))
+    yield Measurement("machine", "bf16 product of 8,192", _tflops(2 * 8192**3, _ms(lambda: square @ square)))
     on_host = torch.empty(2**30, dtype=torch.uint8).pin_memory()
     on_gpu = torch.empty_like(on_host, device="cuda")
     beside = torch.empty_like(on_gpu)
     copied = 2 * on_gpu.nbytes / _ms(lambda: beside.copy_(on_gpu)) / 1e9
-    yield Figure("machine", "copy in GPU memory, read and written", f"{copied:.2f} TB/s")
+    yield Measurement("machine", "copy in GPU memory, read and written", f"{copied:.2f} TB/s")
     for what, target, source in (("host to GPU", on_gpu, on_host), ("GPU to host", on_host, on_gpu)):
 
         def copy(target: Tensor = target, source: Tensor = source) -> None:
             target.copy_(source, non_blocking=True)
 
-        yield Figure("machine", f"{what}, pinned", f"{on_host.nbytes / _ms(copy) / 1e6:.1f} GB/s")
+        yield Measurement("machine", f"{what}, pinned", f"{on_host.nbytes / _ms(copy) / 1e6:.1f} GB/s")
     small = _random(64)
-    yield Figure("machine", "host time of a launch", f"{_host_us(lambda: small.add_(1.0), 5000):.1f} us")
-    yield Figure("machine", "a number read back", f"{_host_us(small[0].item, 200):.1f} us")
+    yield Measurement("machine", "host time of a launch", f"{_host_us(lambda: small.add_(1.0), 5000):.1f} us")
+    yield Measurement("machine", "a number read back", f"{_host_us(small[0].item, 200):.1f} us")
 
 
-def grouped(_: Recipe) -> Iterator[Figure]:
+def grouped(_: Recipe) -> Iterator[Measurement]:
     """Measures products of all experts: one per expert, and torch's grouped product in one launch."""
     for shape in EXPERTS:
         for is_even in (True, False) if shape.experts > 1 else (True,):
             yield from _grouped(shape, is_even)
 
 
-def _grouped(shape: Grouped, is_even: bool) -> Iterator[Figure]:
+def _grouped(shape: Grouped, is_even: bool) -> Iterator[Measurement]:
     sizes_E = _row_counts(shape, is_even)
     ends_E = sizes_E.cumsum(0)
     offsets_E = ends_E.int().cuda()
@@ -164,7 +164,7 @@ def _grouped(shape: Grouped, is_even: bool) -> Iterator[Figure]:
             return out
 
         found = f"loop {_tflops(flops, _ms(loop))}, grouped_mm {_tflops(flops, _ms(in_one))}"
-        yield Figure("grouped product", f"{label}, {what}", found)
+        yield Measurement("grouped product", f"{label}, {what}", found)
 
 
 def _row_counts(shape: Grouped, is_even: bool) -> Tensor:
@@ -176,13 +176,13 @@ def _row_counts(shape: Grouped, is_even: bool) -> Tensor:
     return counts_E
 
 
-def attention(_: Recipe) -> Iterator[Figure]:
+def attention(_: Recipe) -> Iterator[Measurement]:
     """Measures causal attention: one document by SDPA, two documents per sequence by FlexAttention."""
     for shape in HEADS:
         yield from _attention(*shape)
 
 
-def _attention(name: str, batch: int, heads: int, kv_heads: int, length: int) -> Iterator[Figure]:
+def _attention(name: str, batch: int, heads: int, kv_heads: int, length: int) -> Iterator[Measurement]:
     counts = (heads, kv_heads, kv_heads)
     q, k, v = (_random(batch, count, length, HEAD_WIDTH).requires_grad_() for count in counts)
     documents_BS = (torch.arange(length) * 2 // length).int().expand(batch, length).cuda()
@@ -216,11 +216,11 @@ def _attention(name: str, batch: int, heads: int, kv_heads: int, length: int) ->
         forward = _ms(attend, 5)
         backward = _ms(both, 5) - forward
         found = f"{_tflops(seen * flops, forward)} forward, {_tflops(2.5 * seen * flops, backward)} backward"
-        yield Figure("attention", f"{name}, {what}", found)
-    yield Figure("attention", f"{name}, block mask", f"{_ms(mask, 5):.2f} ms")
+        yield Measurement("attention", f"{name}, {what}", found)
+    yield Measurement("attention", f"{name}, block mask", f"{_ms(mask, 5):.2f} ms")
 
 
-def loss(recipe: Recipe) -> Iterator[Figure]:
+def loss(recipe: Recipe) -> Iterator[Measurement]:
     """Measures forward and backward pass of the chunked loss over 32,768 tokens, weights in fp32."""
     tokens, width, vocabulary = 32_768, recipe.model.d_model, recipe.model.vocab_size
     hidden_TD = _random(tokens, width).requires_grad_()
@@ -238,10 +238,12 @@ def loss(recipe: Recipe) -> Iterator[Figure]:
         took = _ms(lambda chunk=chunk: both(chunk), 5)  # type: ignore[misc]
         peak = (torch.cuda.max_memory_allocated() - held) / 2**30
         rate = _tflops(6 * tokens * width * vocabulary, took)
-        yield Figure("loss", f"chunks of {chunk:,} tokens", f"{took:.1f} ms, {rate}, peak {peak:.2f} GiB")
+        yield Measurement(
+            "loss", f"chunks of {chunk:,} tokens", f"{took:.1f} ms, {rate}, peak {peak:.2f} GiB"
+        )
 
 
-def elementwise(recipe: Recipe) -> Iterator[Figure]:
+def elementwise(recipe: Recipe) -> Iterator[Measurement]:
     """Measures element-wise passes, eager and compiled; bandwidth is that of the least possible traffic."""
     tokens, width, hidden = 32_768, recipe.model.d_model, recipe.model.ffn_hidden_size
     x, y = _random(tokens, width), _random(tokens, width)
@@ -268,16 +270,16 @@ def elementwise(recipe: Recipe) -> Iterator[Figure]:
     ):
         plain, compiled = _ms(work), _ms(torch.compile(work))
         rates = f"{least / plain / 1e9:.2f} and {least / compiled / 1e9:.2f} TB/s"
-        yield Figure("element-wise", what, f"{plain:.3f} ms, compiled {compiled:.3f} ms ({rates})")
+        yield Measurement("element-wise", what, f"{plain:.3f} ms, compiled {compiled:.3f} ms ({rates})")
 
 
-def step(recipe: Recipe) -> Iterator[Figure]:
+def step(recipe: Recipe) -> Iterator[Measurement]:
     """Measures full optimizer steps of a slice of the recipe, and if gradients repeat bit for bit."""
     for chunk in (1024, 4096):
         yield from _step(recipe, chunk)
 
 
-def _step(recipe: Recipe, chunk: int, layers: int = 4, sequences: int = 8) -> Iterator[Figure]:
+def _step(recipe: Recipe, chunk: int, layers: int = 4, sequences: int = 8) -> Iterator[Measurement]:
     model, length = replace(recipe.model, n_layers=layers), recipe.data.sequence_tokens
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(model.vocab_size, (sequences, length), generator=generator).cuda()
@@ -305,13 +307,15 @@ def _step(recipe: Recipe, chunk: int, layers: int = 4, sequences: int = 8) -> It
     flops = sizes.flops_per_token_training(model, length).total * ids_BS.numel()
     name = f"{recipe.name}, {layers} layers, {sequences} x {length:,} tokens, loss in chunks of {chunk:,}"
     rate = f"{ids_BS.numel() / took * 1e3:,.0f} tokens/s, {flops / took / 1e9:.0f} TFLOP/s"
-    yield Figure("step", name, f"{took:.1f} ms, {rate}, peak {peak:.2f} GiB")
+    yield Measurement("step", name, f"{took:.1f} ms, {rate}, peak {peak:.2f} GiB")
     first, again = gradients(), gradients()
     equal = [torch.equal(one, other) for one, other in zip(first, again, strict=True)]
-    yield Figure("step", "gradients of a repeated pass", f"{sum(equal)} of {len(equal)} equal bit for bit")
+    yield Measurement(
+        "step", "gradients of a repeated pass", f"{sum(equal)} of {len(equal)} equal bit for bit"
+    )
 
 
-PARTS: dict[str, Callable[[Recipe], Iterator[Figure]]] = {
+PARTS: dict[str, Callable[[Recipe], Iterator[Measurement]]] = {
     "machine": machine,
     "grouped": grouped,
     "attention": attention,

@@ -20,4 +20,4 @@ def test_the_device_of_the_first_argument_decides() -> None:
     assert anywhere(torch.ones(1), word="a") == "cpu a"
     assert anywhere(torch.ones(1, device="meta"), "b") == "plain b"
     assert anywhere.plain(torch.ones(1), "c") == "plain c"
-    assert (anywhere.__name__, anywhere.__doc__) == ("anywhere", "The plain form.")
+    assert (anywhere.__name__, anywhere.__doc__) == ("anywhere", "The plain version.")

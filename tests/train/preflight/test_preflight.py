@@ -20,7 +20,7 @@ from train.health.heartbeat import FINDING_FILE, HOST_VARIABLE, RECORDS_FOLDER, 
 from train.preflight import together
 from train.preflight.links import by_kind, find_slow, rounds
 from train.preflight.node import (
-    Check,
+    NodeCheck,
     check_disk,
     check_gpus,
     check_infiniband,
@@ -92,7 +92,7 @@ def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
             mock.patch.object(provenance, "package_versions", lambda: versions),
             mock.patch.object(time, "time", lambda: clock() + (60 if topology.rank == 1 else 0)),
             mock.patch.dict(os.environ, {HOST_VARIABLE: f"n{topology.rank}"}),
-            mock.patch.object(together, "check_node", lambda *_: [Check("shards", digest)]),
+            mock.patch.object(together, "check_node", lambda *_: [NodeCheck("shards", digest)]),
         ):
             folder = tmp_path / ("elsewhere" if topology.rank == 0 else "shared")
             folder.mkdir(exist_ok=True)
@@ -125,7 +125,7 @@ def test_a_rank_that_hangs_in_preflight_is_named(tmp_path: Path) -> None:
     recipe = replace(load_recipe(YAMLS / "smoke.yaml", [f"data.shards={tmp_path / 'none'}"]), watch=limits)
 
     def work(topology: Topology) -> None:
-        def hang(*_: object) -> list[Check]:
+        def hang(*_: object) -> list[NodeCheck]:
             time.sleep(60 if topology.rank == 1 else 0)
             return []
 
