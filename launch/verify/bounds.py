@@ -1,6 +1,7 @@
 """Bounds on the deviation of a layout from one process, by precision and quantity, with their reasons.
 
-fp32. Layouts differ in summation order: 1e-5 relative for everything; token counts are equal.
+fp32. Layouts differ in summation order: 1e-5 relative for everything; token counts are equal. AdamW's eps is
+at least :data:`LEAST_EPS`.
 
 bf16. The reference is one process that rounds where FSDP2 rounds (one rank, weights gathered in bf16) and
 keeps its activations. Every layout starts each step from the reference's weights, so that rounding in one
@@ -51,6 +52,9 @@ FLOOR = 1e-4
 LEAST_GAP = 2e-7
 """Least gap between the scores of the last selected and the first rejected expert; rounding might swap
 closer ones."""
+LEAST_EPS = 1e-6
+"""Least eps of AdamW in fp32 cases. Its first step divides a gradient by its own size plus eps: at 1e-8, an
+element whose gradient is all rounding moves by up to the full learning rate in either direction."""
 LEAST_CHANGE = 1e-4
 """In bf16, a step that changes a weight by less than this fraction is measured against the fraction: times
 the bound, that is the fp32 bound."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from launch.verify.bounds import LEAST_EPS
 from train.model.loss import IGNORE
 from train.recipe.curriculum import plan_stages
 from train.recipe.schema import BalanceScope, OptimizerKind, Parallelism, Precision, Recipe
@@ -161,6 +162,8 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
         if optimizer.kind is OptimizerKind.lion:
             # Chen et al. 2023, section 5: Lion needs a learning rate three to ten times smaller.
             optimizer = replace(optimizer, learning_rate=optimizer.learning_rate / 10)
+    if precision is Precision.fp32:
+        optimizer = replace(optimizer, eps=max(optimizer.eps, LEAST_EPS))
     model = small.model
     if each.crowded:
         assert model.moe is not None
