@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 RUN ?= $(shell ls -td runs/*/ 2>/dev/null | head -1)
 
-.PHONY: help install smoke test check format ui bench gpu-check lock clean
+.PHONY: help install smoke test test-fast check format ui bench gpu-check lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,6 +16,9 @@ smoke: install ## train a small DBRX on real text, in minutes on two CPU cores
 
 test: install ## run all tests
 	@$(PY) -m pytest $(ARGS)
+
+test-fast: install ## tests that take a moment each, all of them in under three minutes
+	@$(PY) -m pytest -m "not slow" $(ARGS)
 
 check: install ## check format, lint and types
 	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy

@@ -12,6 +12,8 @@ from train.recipe.schema import Precision, Recipe
 from train.recipe.tiny import tiny_recipe
 from train.recipe.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 YAMLS = Path(__file__).resolve().parents[1] / "yamls"
 LADDERS = set(YAMLS.glob("ladder*.yaml"))  # families of recipes: tests/launch/ladder checks them
 RECIPES = sorted(set(YAMLS.glob("*.yaml")) - LADDERS)

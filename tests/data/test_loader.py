@@ -22,6 +22,8 @@ from train.recipe.curriculum import Skip, continue_stages, plan_stages
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 
+pytestmark = pytest.mark.slow
+
 BATCHES = 100
 
 

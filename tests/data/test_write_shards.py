@@ -17,6 +17,8 @@ from train.recipe.errors import UserError
 from train.recipe.reading import to_yaml
 from train.recipe.schema import Model, Recipe
 
+pytestmark = pytest.mark.slow
+
 
 def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}

@@ -9,6 +9,8 @@ import pytest
 
 from train.old_names import RENAMED
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

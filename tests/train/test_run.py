@@ -13,6 +13,8 @@ from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 from train.record.step_log import read_steps
 
+pytestmark = pytest.mark.slow
+
 TinyRecipe = Callable[..., Recipe]
 
 

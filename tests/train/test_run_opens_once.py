@@ -12,6 +12,8 @@ import pytest
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 TinyRecipe = Callable[..., Recipe]
 
 

@@ -18,6 +18,8 @@ from train.recipe.topology import Topology
 from train.record import metrics
 from train.record.step_log import read_steps
 
+pytestmark = pytest.mark.slow
+
 TinyRecipe = Callable[..., Recipe]
 
 # Batches 1 to 4, 5 to 8 and 9 to 12, of 512 tokens each; sequences of 64 tokens, then of 128.

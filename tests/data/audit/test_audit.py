@@ -23,6 +23,8 @@ from train.recipe.reading import to_yaml
 from train.recipe.schema import Recipe
 from train.record.skips import GuardDecision, write_decisions
 
+pytestmark = pytest.mark.slow
+
 STEPS = 40
 DOMAINS = ("code", "prose")
 

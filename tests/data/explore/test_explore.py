@@ -24,6 +24,8 @@ from train.recipe.errors import UserError
 from train.recipe.preparation import Source, SourceKind
 from train.recipe.schema import Recipe
 
+pytestmark = pytest.mark.slow
+
 TOPICS = {
     "sea": "ship sail harbour wave captain storm anchor island tide sailor",
     "kitchen": "bread oven butter flour spoon kettle pepper onion recipe salt",

@@ -29,6 +29,8 @@ from train.recipe.errors import UserError
 from train.recipe.preparation import Preparation
 from train.recipe.schema import Recipe
 
+pytestmark = pytest.mark.slow
+
 BUCKET = "shards"
 HURRIED = Patience(attempts=4, first_pause_seconds=0.01, stall_seconds=0.5)
 

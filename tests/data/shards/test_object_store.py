@@ -25,6 +25,8 @@ from train.recipe.errors import UserError
 from train.recipe.preparation import Preparation, Source, SourceKind
 from train.recipe.schema import Recipe, Tokenizer, TokenizerKind
 
+pytestmark = pytest.mark.slow
+
 FACTS = {"dataset": "tales", "version": "1", "origin": "https://example.org", "licence": "CC0-1.0"}
 VOLUME = "/Volumes/main/pretraining/shards"
 

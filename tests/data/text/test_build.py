@@ -28,6 +28,8 @@ from train.recipe.errors import UserError
 from train.recipe.preparation import Preparation, Quality, Source, SourceKind
 from train.recipe.schema import Recipe, Tokenizer
 
+pytestmark = pytest.mark.slow
+
 FACTS = {"dataset": "tales", "version": "1.2", "origin": "https://example.org/tales", "licence": "CC0-1.0"}
 QUESTION = (
     "which of the seven small red ships came home from the northern sea with silver in the year of snow"

@@ -4,6 +4,8 @@ import pytest
 
 from launch.experiments.continued import ReplayRow, against_none, estimate
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_interval_is_students() -> None:
     found = estimate([1.0, 2.0, 3.0])

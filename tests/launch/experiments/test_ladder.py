@@ -19,6 +19,8 @@ from train.recipe.errors import UserError
 from train.recipe.exit_status import REPLAY_STATUS
 from train.record.summary import write_summary
 
+pytestmark = pytest.mark.slow
+
 YAMLS = Path(__file__).parents[3] / "yamls"
 OF_SIZES = sorted(YAMLS.glob("ladder*.yaml"))
 LADDERS = [*OF_SIZES, *sorted(YAMLS.glob("ablations/*.yaml"))]

@@ -29,6 +29,8 @@ from train.recipe.reading import load_recipe
 from train.recipe.schema import Precision, Recipe
 from train.recipe.tiny import tiny_recipe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 TOKENS, WIDTH = 24, 32
 

@@ -49,6 +49,8 @@ from train.recipe.schema import (
 )
 from train.recipe.tiny import tiny_recipe
 
+pytestmark = pytest.mark.slow
+
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 RECIPES = sorted(set(YAMLS.glob("*.yaml")) - set(YAMLS.glob("ladder*.yaml")))
 

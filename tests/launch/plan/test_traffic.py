@@ -16,6 +16,8 @@ from train.model.decoder import Decoder
 from train.recipe.schema import Model, Moe, Parallelism, Precision
 from train.recipe.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 SEQUENCES, SEQUENCE_TOKENS = 2, 32
 MOE = Model(
     d_model=48,

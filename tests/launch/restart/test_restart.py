@@ -32,6 +32,8 @@ from train.health.heartbeat import (
 from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, UNFIT_STATUS
 from train.record.run_folder import SUMMARY_FILE
 
+pytestmark = pytest.mark.slow
+
 FAILED = 1
 
 

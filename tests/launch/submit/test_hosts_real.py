@@ -24,6 +24,8 @@ from train.health.heartbeat import Heartbeat, heartbeat_file, read_record
 from train.recipe.exit_status import PREEMPTED_STATUS
 from train.recipe.reading import load_recipe
 
+pytestmark = pytest.mark.slow
+
 PATIENCE_SECONDS = 600
 
 

@@ -30,9 +30,10 @@ ASKED = "FINEGRAIN_SLURM" in os.environ
 """Five starts of a job and SLURM's own waits take minutes: not in every test run."""
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not ASKED, reason="takes minutes; FINEGRAIN_SLURM=1 asks for it"),
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (slurm-wlm, munge)"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="slurmd starts jobs as root alone"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="slurmd starts jobs as root only"),
 ]
 
 CONF = """

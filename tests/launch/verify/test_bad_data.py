@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from launch.verify.bad_data import BadDataCheck
 from launch.verify.harness import Workspace
 from train.recipe.reading import load_recipe
+
+pytestmark = pytest.mark.slow
 
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 

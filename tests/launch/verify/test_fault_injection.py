@@ -10,6 +10,8 @@ from launch.verify.harness import Workspace
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 
+pytestmark = pytest.mark.slow
+
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 
 

@@ -19,6 +19,8 @@ from train.recipe.rules import validate
 from train.recipe.schema import Precision
 from train.recipe.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 GLOBAL = ["model.moe.balance_scope=global_batch"]
 

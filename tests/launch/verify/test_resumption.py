@@ -13,6 +13,8 @@ from launch.verify.tiny_runs import prepare, uninterrupted
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
 
+pytestmark = pytest.mark.slow
+
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 ONE, TWO = Layout(1, 1, 1), Layout(1, 1, 2)
 

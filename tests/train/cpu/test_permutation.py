@@ -14,6 +14,8 @@ from tests.train.cpu.triton_reference import permuted
 from train.cpu import permutation
 from train.model import megablocks_ops
 
+pytestmark = pytest.mark.slow
+
 # experts, top_k, experts that get tokens, precision
 CASES = {
     "top1": (5, 1, range(5), torch.float32),

@@ -14,6 +14,8 @@ from train.recipe.rules import validate
 from train.recipe.topology import Topology
 from train.record.step_log import read_steps
 
+pytestmark = pytest.mark.slow
+
 SMOKE = Path(__file__).resolve().parents[3] / "yamls/smoke.yaml"
 
 

@@ -15,6 +15,8 @@ from train.recipe.schema import Model, Moe, Recipe, Tokenizer, TokenizerKind
 if TYPE_CHECKING:
     from train.model.decoder import Decoder
 
+pytestmark = pytest.mark.slow
+
 YAMLS = Path(__file__).parents[3] / "yamls"
 LEADERBOARD = YAMLS / "suites/open-llm-leaderboard.yaml"
 ROWS = 30

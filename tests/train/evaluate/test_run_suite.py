@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from train.evaluate.run_suite import Answered, SuiteResult
     from train.model.decoder import Decoder
 
+pytestmark = pytest.mark.slow
+
 MakeRun = Callable[[Recipe], tuple[Path, "Decoder"]]
 
 MODEL = Model(

@@ -23,6 +23,8 @@ from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Ffn, Model, Moe, Norm, Position, Recipe, Tokenizer, TokenizerKind
 
+pytestmark = pytest.mark.slow
+
 MakeRun = Callable[[Recipe], tuple[Path, Decoder]]
 
 DBRX = Model(

@@ -20,6 +20,8 @@ from train.recipe.reliability import Watch
 from train.recipe.schema import Parallelism, Recipe
 from train.recipe.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 
 def places(port: int, records: Path) -> dict[str, str]:
     """The launcher's variables for the first of three ranks, each on its own node."""

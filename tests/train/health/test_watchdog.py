@@ -33,6 +33,8 @@ from train.recipe.reliability import Watch
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 LIMIT_SECONDS = 2.0
 STEPS = 8
 HUNG_STEP = 3

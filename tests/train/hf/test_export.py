@@ -16,6 +16,8 @@ from train.model.decoder import Decoder
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position, Recipe, Tokenizer, TokenizerKind
 
+pytestmark = pytest.mark.slow
+
 MakeRun = Callable[[Recipe], tuple[Path, Decoder]]
 
 DBRX = Model(

@@ -23,6 +23,8 @@ from train.recipe.reading import load_recipe
 from train.recipe.schema import Balance, Model, Moe, Optimizer, Parallelism, Precision, Recipe
 from train.recipe.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 MakeRun = Callable[[Recipe], tuple[Path, Decoder]]
 
 MODEL = Model(

@@ -22,6 +22,8 @@ from train.recipe.curriculum import Curriculum
 from train.recipe.schema import Checkpoint, Model, Moe, Optimizer, Parallelism, Precision
 from train.recipe.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 CFG = Model(
     d_model=16,
     n_layers=1,

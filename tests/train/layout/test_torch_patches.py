@@ -23,6 +23,8 @@ from train.layout import torch_patches
 from train.layout.torch_patches import PATCHES, TorchVersions, apply_torch_patches
 from train.recipe.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 2
 
 

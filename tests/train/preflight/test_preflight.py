@@ -36,6 +36,8 @@ from train.recipe.schema import Precision
 from train.recipe.topology import Topology
 from train.run import Machine, is_fit
 
+pytestmark = pytest.mark.slow
+
 TRIALS, WORLD = 6, 4
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 CPU = torch.device("cpu")

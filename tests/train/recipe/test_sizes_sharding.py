@@ -17,6 +17,8 @@ from train.recipe import sizes
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Model, Moe, Parallelism, Precision
 
+pytestmark = pytest.mark.slow
+
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 TINY = Model(
     d_model=48,

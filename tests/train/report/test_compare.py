@@ -17,6 +17,8 @@ from train.record.summary import write_summary
 from train.report.__main__ import main
 from train.report.compare import compare, read_entries
 
+pytestmark = pytest.mark.slow
+
 SMOKE = Path(__file__).parents[3] / "yamls" / "smoke.yaml"
 BUDGETS = (1e15, 3e15, 1e16)
 DENSE = ["model.moe=null"]

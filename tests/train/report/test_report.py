@@ -17,6 +17,8 @@ from train.report.plots import smoothed, thinned
 from train.report.run_page import key_figures, write_report
 from train.report.run_record import Series, read_run
 
+pytestmark = pytest.mark.slow
+
 SMOKE = Path(__file__).parents[3] / "yamls" / "smoke.yaml"
 LAYERS, EXPERTS, STEPS = 2, 4, 30
 SUMMARY = Summary(

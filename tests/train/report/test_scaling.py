@@ -8,6 +8,8 @@ import pytest
 from train.recipe.errors import UserError
 from train.report.scaling import Curve, Runs, advantages, fit_curves
 
+pytestmark = pytest.mark.slow
+
 BUDGETS = (1e15, 3e15, 1e16, 3e16)
 TRUTH = {
     "dense": Curve(1.8, 1.6, 0.16, 1e16, (BUDGETS[0], BUDGETS[-1])),

@@ -16,6 +16,8 @@ from train.record.step_log import StepLog, read_steps
 from train.record.summary import DatasetInput
 from train.tracking.mlflow_upload import RunFacts, Upload, UploadError, public_uri
 
+pytestmark = pytest.mark.slow
+
 DATASETS = [
     DatasetInput(
         "code/train",

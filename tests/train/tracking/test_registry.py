@@ -19,6 +19,8 @@ from train.record.summary import DatasetInput
 from train.tracking.mlflow_upload import RunFacts, Upload
 from train.tracking.registry import main
 
+pytestmark = pytest.mark.slow
+
 MakeRun = Callable[[Recipe], tuple[Path, Decoder]]
 
 

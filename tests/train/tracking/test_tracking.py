@@ -19,6 +19,8 @@ from train.tracking.__main__ import main
 from train.tracking.mlflow_upload import RunFacts, exclusive, store_uri
 from train.tracking.uploader import MlflowUploader, flatten
 
+pytestmark = pytest.mark.slow
+
 LOSS = "loss/train"
 SMOKE = Path(__file__).parents[3] / "yamls" / "smoke.yaml"
 
