@@ -23,7 +23,7 @@ class EpochBudget:
 
     @property
     def epochs(self) -> float:
-        """How often the run reads the domain."""
+        """Number of times that the run reads the domain."""
         return self.consumed / self.samples
 
 

@@ -97,7 +97,7 @@ def _cells(number: int, trial: Trial) -> tuple[object, ...]:
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the arguments."""
     parser.add_argument("recipe", help="YAML file; its preflight.slow_factor is used")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
     parser.add_argument("--ranks", type=int, default=4, metavar="N", help="at least 3 (default: 4)")
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="of each kind (default: 20)")
 

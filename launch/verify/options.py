@@ -54,7 +54,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Adds the arguments."""
     parser.allow_abbrev = False
     parser.add_argument("recipe", help="YAML file, for example yamls/smoke.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
     checks = parser.add_argument_group("checks, any of them")
     for name, help_text in CHECKS.items():
         if name == "faults":

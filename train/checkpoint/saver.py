@@ -49,7 +49,7 @@ class Saved:
     error: str
     """Why it failed, in one line; empty if it did not."""
     copy_seconds: float
-    """How long training was stalled."""
+    """Seconds that training was stalled."""
     seconds: float
     """Duration of the whole save, copy included."""
 

@@ -99,7 +99,7 @@ class Finding:
     time: float
     batch: int
     seconds: float
-    """How long nothing had progressed."""
+    """Seconds without progress."""
     collective: str
     """The collective that the others wait in; empty if no rank waits."""
     waiting: list[int]

@@ -26,7 +26,7 @@ TARGET_SHARE = 0.2
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the arguments."""
     parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
     parser.add_argument("--ranks", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--saves", type=int, default=5, help="checkpoints to measure (default 5)")
     parser.add_argument("--folder", type=Path, help="disk to write to; default: a temporary folder")
