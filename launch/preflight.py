@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train import old_names
 from train.recipe.exit_status import UNFIT_STATUS
 from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
@@ -111,4 +112,5 @@ def _cells(row: "PreflightRow") -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
+    old_names.run_if_given("launch.preflight", "--trials", keeps_value=True)
     sys.exit(main(sys.argv[1:]))

@@ -43,7 +43,7 @@ train              train.recipe train.record data data.order data.shards train.m
                    train.evaluate train.report train.tracking
 
 launch             train.recipe train.record data train.preflight train launch.verify
-launch.plan        train.recipe train.record
+launch.plan        train.recipe train.record train
 launch.restart     train.recipe train.record train.health
 launch.submit      train.recipe train.record train.health launch.restart
 launch.gpu_check   train.recipe train.record train.model train.layout train.step launch.plan
@@ -52,7 +52,7 @@ launch.verify      train.recipe train.record data data.text data.audit train.mod
                    train.checkpoint train.health train.step train.hf train launch.restart
 launch.experiments train.recipe train.record data data.order data.shards data.text train.model
                    train.layout train.checkpoint train.preflight train.hf train.report train.tracking
-                   train launch.verify
+                   train launch.plan launch.verify
 """
 """A package, and behind it those that it imports, from the ground floor up."""
 

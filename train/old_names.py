@@ -27,6 +27,8 @@ RENAMED = {
     "launch.bench.prepare": "launch.experiments.bench.prepare",
     "launch.bench.checkpoint": "launch.experiments.bench.save_stall",
     "launch.bench.interchange": "launch.experiments.bench.hf",
+    "launch.plan --published": "launch.experiments.published",
+    "launch.preflight --trials": "launch.experiments.preflight_trials",
 }
 """New command by old one: a module, with leading arguments where it is now a subcommand or an option."""
 
@@ -37,6 +39,21 @@ def run(old: str) -> None:
     print(f"python -m {old} is now called python -m {RENAMED[old]}", file=sys.stderr)
     sys.argv[1:1] = first
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_if_given(command: str, option: str, *, keeps_value: bool = False) -> None:
+    """Runs the command that an option has become, where this process was given the option; then exits.
+
+    Args:
+        command: that had the option.
+        option: with its dashes.
+        keeps_value: the new command has the option too, with its value.
+    """
+    if all(word.split("=")[0] != option for word in sys.argv[1:]):
+        return
+    if not keeps_value:
+        sys.argv.remove(option)
+    run(f"{command} {option}")
 
 
 def install() -> None:

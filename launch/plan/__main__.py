@@ -10,11 +10,11 @@ from pathlib import Path
 
 from launch.plan.hardware import GPUS, gpu_named
 from launch.plan.plan_page import write_html
-from launch.plan.published import format_published, published_figures
 from launch.plan.search import remedies, search
 from launch.plan.step import make_plan
 from launch.plan.table5 import format_table5, table5
 from launch.plan.text import format_plan, format_search, plan_figures
+from train import old_names
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.record.command import Figures, command
@@ -41,9 +41,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--table5", action="store_true", help="the announcement's table 5 from the recipes")
     parser.add_argument(
-        "--published", action="store_true", help="compare predicted with published training speeds"
-    )
-    parser.add_argument(
         "--html", metavar="FILE", help="write the plan as a page: memory bars and the timeline of a step"
     )
 
@@ -63,16 +60,13 @@ def main(options: Namespace) -> Figures:
         rows = table5()
         print(format_table5(rows))
         return Figures([asdict(row) for row in rows])
-    if options.published:
-        print(format_published(gpu_named(options.gpu)))
-        return Figures(published_figures(gpu_named(options.gpu)))
     return plan_recipe(options)
 
 
 def plan_recipe(options: Namespace) -> Figures:
     """Plans one recipe, or searches its layouts."""
     if not options.recipe:
-        raise UserError("is missing", key="RECIPE", remedy="give a YAML file, --table5 or --published")
+        raise UserError("is missing", key="RECIPE", remedy="give a YAML file, or --table5")
     if options.gpus < 1:
         raise UserError(f"is {options.gpus}", key="--gpus", remedy="give the number of GPUs, for example 64")
     recipe, gpu = load_recipe(options.recipe, options.overrides), gpu_named(options.gpu)
@@ -93,4 +87,5 @@ def plan_recipe(options: Namespace) -> Figures:
 
 
 if __name__ == "__main__":
+    old_names.run_if_given("launch.plan", "--published")
     sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,7 @@
 """GPUs and the links between them, from their data sheets."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from launch.plan.rows import read_rows
 from train.recipe.errors import UserError
@@ -39,7 +40,7 @@ GPUS = {
         float(row["nvlink_bandwidth"]),
         float(row["network_bandwidth"]),
     )
-    for row in read_rows("gpus.csv")
+    for row in read_rows(Path(__file__).with_name("gpus.csv"))
 }
 """GPUs by name. Efficiencies were fitted on H100s only; for the others they are carried over, unchecked."""
 

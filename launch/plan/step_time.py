@@ -1,7 +1,7 @@
 """Step time: arithmetic, memory traffic of a GPU, and traffic between GPUs.
 
 Time = FLOPs / (share x peak) + bytes / (share x bandwidth), summed over all three kinds. Two shares are
-fitted to published runs and predict other runs (:mod:`launch.plan.published`); the rest is counted.
+fitted to published runs and predict other runs (:mod:`launch.experiments.published`); the rest is counted.
 The kinds are added rather than overlapped because published runs behave that way: collectives that could
 overlap with arithmetic take SMs and memory bandwidth from it.
 

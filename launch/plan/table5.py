@@ -29,7 +29,7 @@ class TableLine:
 
 ENTRIES = tuple(
     TableLine(row["title"], row["recipe"], row["compared_with"], row["tokens"], row["published_relative"])
-    for row in read_rows("table5.csv")
+    for row in read_rows(Path(__file__).with_name("table5.csv"))
 )
 
 

@@ -34,3 +34,19 @@ def test_an_old_command_runs_the_new_one_and_says_so(old: str) -> None:
 
 def test_what_never_was_a_command_is_not_found() -> None:
     assert find_spec("train.exports") is None
+
+
+@pytest.mark.parametrize(
+    ("old", "words"),
+    [
+        ("launch.plan --published", ["--gpu", "b300"]),
+        ("launch.preflight --trials", ["0", "yamls/smoke.yaml"]),
+    ],
+)
+def test_an_option_that_became_a_command_runs_it(old: str, words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *old.split(), *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    first, mistake = done.stderr.splitlines()
+    assert first == f"python -m {old} is now called python -m {RENAMED[old]}"
+    assert done.returncode == 2 and ("b300" in mistake or "0 trials" in mistake)

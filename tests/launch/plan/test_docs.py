@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[3]
     ("page", "arguments"),
     [
         ("planner.md", ["yamls/dbrx.yaml", "--gpus", "3072"]),
-        ("planner.md", ["--published"]),
         ("recipes.md", ["--table5"]),
     ],
 )

@@ -1,16 +1,19 @@
 """The step-time model against published training speeds."""
 
+from pathlib import Path
+
 import pytest
 
-from launch.plan.hardware import GPUS
-from launch.plan.published import (
+from launch.experiments.published import (
     WITHIN,
     fit,
     format_published,
+    main,
     published_figures,
     published_models,
     published_systems,
 )
+from launch.plan.hardware import GPUS
 from launch.plan.step_time import FITTED
 from train.recipe import sizes
 
@@ -57,3 +60,9 @@ def test_models_have_the_published_sizes() -> None:
 
 def test_table_names_fitted_rows() -> None:
     assert format_published().count("  fitted\n") == 5
+
+
+def test_the_docs_show_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    page = (Path(__file__).resolve().parents[3] / "docs/planner.md").read_text()
+    assert f"```text\n{capsys.readouterr().out.strip()}\n```" in page

@@ -1,4 +1,6 @@
-"""Published training speeds on H100s: five rows fit the two efficiencies, all others are predicted.
+"""Published training speeds on H100s beside the planner's: `python -m launch.experiments.published`.
+
+Five rows fit the planner's two efficiencies; all others are predicted.
 
 Runs are rows of `published_speeds.csv`, their models rows of `published_models.csv`. Sources, with their
 inputs:
@@ -13,10 +15,13 @@ Head widths are 128; biases and learned positions of MPT, under 0.2% of its para
 """
 
 import math
+import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from launch.plan.hardware import GPUS, Gpu
+from launch.plan.hardware import GPUS, Gpu, gpu_named
 from launch.plan.rows import read_rows
 from launch.plan.step_time import (
     FITTED,
@@ -32,6 +37,7 @@ from launch.plan.step_time import (
 from launch.plan.traffic import Collective, CollectiveKind
 from train.recipe import sizes
 from train.recipe.schema import Ffn, Model, Moe, Position
+from train.record.command import Figures, command
 
 ADAM_BYTES = 8
 WITHIN = 0.15
@@ -203,7 +209,7 @@ def published_models() -> dict[str, tuple[Model, int]]:
             ),
             int(row["shared_ffn"]),
         )
-        for row in read_rows("published_models.csv")
+        for row in read_rows(Path(__file__).with_name("published_models.csv"))
     }
 
 
@@ -211,7 +217,7 @@ def published_systems() -> list[PublishedRun]:
     """Returns the published runs in the order of the file."""
     models = published_models()
     systems = []
-    for row in read_rows("published_speeds.csv"):
+    for row in read_rows(Path(__file__).with_name("published_speeds.csv")):
         model, shared = models[row["model"]]
         gpus, microbatch = int(row["gpus"]), int(row["microbatch_sequences"])
         tensor, pipeline = int(row["tensor"]), int(row["pipeline"])
@@ -272,3 +278,25 @@ def format_published(gpu: Gpu = GPUS["h100"]) -> str:
         f"links {FITTED.links:.0%} of their rate.",
     ]
     return "\n".join(lines)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (default h100)")
+
+
+@command(
+    "python -m launch.experiments.published",
+    "Compares predicted with published training speeds.",
+    add_arguments,
+    json="write the figures as JSON too",
+)
+def main(options: Namespace) -> Figures:
+    """Prints the table."""
+    gpu = gpu_named(options.gpu)
+    print(format_published(gpu))
+    return Figures(published_figures(gpu))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
