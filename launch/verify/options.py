@@ -1,9 +1,10 @@
 """Command line of the checks. Needs no torch, so that mistakes in it are reported at once."""
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from train.recipe.errors import UserError
+from train.record.command import at_least
 
 CHECKS = {
     "layouts": "the parity gate: every layout against one unsharded process (the default)",
@@ -58,7 +59,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     checks = parser.add_argument_group("checks, any of them")
     for name, help_text in CHECKS.items():
         if name == "faults":
-            checks.add_argument("--faults", nargs="?", const=FAULTS, type=_count, metavar="N", help=help_text)
+            checks.add_argument(
+                "--faults", nargs="?", const=FAULTS, type=at_least(int, 1), metavar="N", help=help_text
+            )
         else:
             checks.add_argument(f"--{name}", action="store_true", help=help_text)
     checks.add_argument("--all", action="store_true", help="all five")
@@ -74,7 +77,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def _add_options_of_checks(parser: ArgumentParser) -> None:
     layouts = parser.add_argument_group("--layouts")
     layouts.add_argument(
-        "--worlds", type=_count, nargs="+", metavar="N", help="numbers of ranks (default: 1 2 4)"
+        "--worlds", type=at_least(int, 1), nargs="+", metavar="N", help="numbers of ranks (default: 1 2 4)"
     )
     layouts.add_argument("--inputs", nargs="+", metavar="NAME", help="inputs (default: all)")
     layouts.add_argument(
@@ -85,13 +88,7 @@ def _add_options_of_checks(parser: ArgumentParser) -> None:
     )
     layouts.add_argument("--inject", metavar="FAULT", help="inject a known fault, to see the gate fail")
     resume = parser.add_argument_group("--resume")
-    resume.add_argument("--kills", type=_count, metavar="N", help="number of kills (default: 20)")
+    resume.add_argument("--kills", type=at_least(int, 1), metavar="N", help="number of kills (default: 20)")
     faults = parser.add_argument_group("--faults")
     faults.add_argument("--only", metavar="KIND", help="one kind of fault, for example SIGKILL")
     faults.add_argument("--seed", type=int, metavar="N", help="of the random draw (default: 0)")
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ArgumentTypeError("must be at least 1")
-    return value

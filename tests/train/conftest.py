@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from train.recipe.reading import load_recipe, to_yaml
-from train.recipe.schema import Recipe
+from train.recipe.schema import Recipe, Tokenizer, TokenizerKind
 
 if TYPE_CHECKING:
     from train.model.decoder import Decoder
@@ -151,3 +151,14 @@ def make_run(tmp_path: Path) -> MakeRun:
         return folder, decoder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards with only a tokenizer, of 300 ids, trained on this file."""
+    from data.text.bpe import train_bpe
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    cfg = Tokenizer(kind=TokenizerKind.bpe, vocab_size=300)
+    train_bpe(cfg, iter([Path(__file__).read_text()])).to_hugging_face(folder)
+    return folder

@@ -5,13 +5,13 @@ by depth and length, bits per byte of each domain. Results go into the run's fol
 """
 
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from train.evaluate.suite import load_suite, missing_files, require_files, select
 from train.recipe.errors import UserError
 from train.record import log
-from train.record.command import Figures, command
+from train.record.command import Figures, at_least, command
 
 LENGTHS = "128,256,512"
 DEPTHS = "0,0.25,0.5,0.75,1"
@@ -36,10 +36,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="bits per byte on the validation set of each domain of a run's shards",
     )
     parser.add_argument(
-        "--questions", type=_positive, metavar="N", help="only the first N questions per task (default: all)"
+        "--questions",
+        type=at_least(int, 1),
+        metavar="N",
+        help="only the first N questions per task (default: all)",
     )
     parser.add_argument(
-        "--sequences", type=_positive, default=8, help="sequences per forward pass (default: 8)"
+        "--sequences", type=at_least(int, 1), default=8, help="sequences per forward pass (default: 8)"
     )
     parser.add_argument(
         "--dtype", choices=["fp32", "bf16"], default="fp32", help="type of matrix products (default: fp32)"
@@ -97,7 +100,9 @@ def _add_retrieval_arguments(parser: ArgumentParser) -> None:
     retrieval.add_argument(
         "--depths", type=_numbers(float), default=DEPTHS, help=f"depths in [0, 1] (default: {DEPTHS})"
     )
-    retrieval.add_argument("--trials", type=_positive, default=10, help="prompts per cell (default: 10)")
+    retrieval.add_argument(
+        "--trials", type=at_least(int, 1), default=10, help="prompts per cell (default: 10)"
+    )
 
 
 @command(
@@ -143,13 +148,6 @@ def _numbers(kind: type) -> "type[list[float]]":
         return [kind(part) for part in text.split(",")]
 
     return parse_list  # type: ignore[return-value]
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ArgumentTypeError("must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from train.generate.chat import END, Message, chatml
 from train.recipe.errors import UserError
 from train.record import log
-from train.record.command import Figures, command
+from train.record.command import Figures, at_least, command
 
 if TYPE_CHECKING:
     from train.generate.generation import Answer, Text
@@ -36,23 +36,21 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--checkpoint", help="a run's checkpoint, batch-... (default: the newest complete one)"
     )
     parser.add_argument("--file", type=Path, help="file of further prompts, one per line")
-    parser.add_argument("--max-tokens", type=_at_least(int, 1), default=128, help="default: 128")
+    parser.add_argument("--max-tokens", type=at_least(int, 1), default=128, help="default: 128")
     parser.add_argument(
         "--temperature",
-        type=_at_least(float, 0),
+        type=at_least(float, 0),
         default=0.8,
         help="0: greedy decoding (default: 0.8)",
     )
-    parser.add_argument("--top-k", type=_at_least(int, 1), help="sample from the K most likely tokens")
+    parser.add_argument("--top-k", type=at_least(int, 1), help="sample from the K most likely tokens")
     parser.add_argument(
         "--top-p", type=_share, help="sample from the most likely tokens that together reach this probability"
     )
     parser.add_argument(
         "--min-p", type=_share, help="sample from tokens at least this fraction as likely as the most likely"
     )
-    parser.add_argument(
-        "--repetition-penalty", type=_at_least(float, 1), default=1.0, help="default: 1, none"
-    )
+    parser.add_argument("--repetition-penalty", type=at_least(float, 1), default=1.0, help="default: 1, none")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (default: 0)")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer; repeatable"
@@ -164,16 +162,6 @@ def write_answers(
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
             print(f"--- {number}: {prompt}\n{answer.text}")
     return answers, seconds
-
-
-def _at_least(kind: type, least: float) -> Any:
-    def number(text: str) -> Any:
-        value = kind(text)
-        if not least <= value < float("inf"):
-            raise ArgumentTypeError(f"must be at least {least}")
-        return value
-
-    return number
 
 
 def _share(text: str) -> float:

@@ -9,7 +9,7 @@ from train.hf.serving import ENGINES, check_folder
 from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Moe
 from train.record import log
-from train.record.command import CommandGroup, Figures, Outcome, command
+from train.record.command import CommandGroup, Figures, Outcome, at_least, command
 from train.record.tables import text_table
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -108,11 +108,13 @@ def run_export(options: Namespace) -> Figures:
 def _upcycle_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help=f"dense model: {WEIGHTS}, or a Hugging Face folder")
     parser.add_argument("out", type=Path, help="folder to write; the same call continues an interrupted one")
-    parser.add_argument("--experts", type=_count, default=16, help="experts E per layer (default: 16)")
-    parser.add_argument("--top-k", type=_count, default=4, help="experts per token (default: 4)")
+    parser.add_argument(
+        "--experts", type=at_least(int, 1), default=16, help="experts E per layer (default: 16)"
+    )
+    parser.add_argument("--top-k", type=at_least(int, 1), default=4, help="experts per token (default: 4)")
     parser.add_argument(
         "--granularity",
-        type=_count,
+        type=at_least(int, 1),
         default=1,
         metavar="G",
         help="slices per copy of the dense layer; top-k = G keeps its FLOPs (default: 1, copies)",
@@ -173,7 +175,9 @@ def run_check(options: Namespace) -> Figures:
 def _serving_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="folder that export wrote")
     parser.add_argument("--engine", choices=sorted(ENGINES), default="vllm", help="default: vllm")
-    parser.add_argument("--tensor-parallel", type=_count, default=1, metavar="P", help="degree (default: 1)")
+    parser.add_argument(
+        "--tensor-parallel", type=at_least(int, 1), default=1, metavar="P", help="degree (default: 1)"
+    )
 
 
 @command(
@@ -213,13 +217,6 @@ def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise ArgumentTypeError("must be above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ArgumentTypeError("must be at least 1")
     return value
 
 

@@ -12,7 +12,7 @@ A module defines its arguments and a function that does the work::
         sys.exit(main(sys.argv[1:]))
 """
 
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +151,18 @@ class CommandGroup:
             each.add_to(parsers.add_parser(name, help=each.description, prog=each.prog, **each._texts()))
         options = parser.parse_args(arguments)
         return self.commands[options.chosen_command].run(options)
+
+
+def at_least(kind: type, least: float) -> Callable[[str], Any]:
+    """Returns the type of an argument: a finite number, ``int`` or ``float``, of at least ``least``."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise ArgumentTypeError(f"must be at least {least}")
+        return value
+
+    return number
 
 
 def write_figures(file: Path, tree: Any) -> None:

@@ -1,20 +1,14 @@
 """The planner's memory against real modules: states to the byte, activations and loss to 10%."""
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import _mesh_resources
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from launch.plan.activations import (
     CPU_BF16,
@@ -30,6 +24,7 @@ from launch.plan.activations import (
 )
 from launch.plan.hardware import GPUS
 from launch.plan.memory import Memory, gathered_bytes, memory, states
+from tests.fake_world import local, sharded
 from train.layout import mesh
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
@@ -45,7 +40,6 @@ from train.recipe.schema import (
     OptimizerKind,
     Parallelism,
     Position,
-    Precision,
 )
 from train.recipe.tiny import tiny_recipe
 
@@ -53,24 +47,6 @@ pytestmark = pytest.mark.slow
 
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 RECIPES = sorted(set(YAMLS.glob("*.yaml")) - set(YAMLS.glob("ladder*.yaml")))
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@contextmanager
-def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[Decoder]:
-    """Returns the decoder as held by one rank of a fake world."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        decoder = Decoder(cfg, device="meta")
-        mesh.build_sharded(decoder, mesh.build_mesh(layout, world, "cpu"), Precision.bf16, seed=0)
-        yield decoder
-    finally:
-        dist.destroy_process_group()
-        _mesh_resources.root_to_flatten_mapping.clear()
-        _mesh_resources.child_to_root_mapping.clear()
 
 
 def real_states(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:

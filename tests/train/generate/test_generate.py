@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.text.bpe import train_bpe
 from train.generate.__main__ import main
 from train.generate.chat import Message, chatml
 from train.generate.generation import OwnText, generate, text_of
@@ -53,14 +52,6 @@ def _decoder(model: Model) -> Decoder:
         for parameter in decoder.parameters():
             parameter.mul_(3)  # Enough for the most likely token to depend on the text.
     return decoder
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    cfg = Tokenizer(kind=TokenizerKind.bpe, vocab_size=300)
-    train_bpe(cfg, iter([Path(__file__).read_text()])).to_hugging_face(folder)
-    return folder
 
 
 @pytest.fixture

@@ -73,17 +73,6 @@ def recipe_of(model: Model, shards: Path) -> Recipe:
     )
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of shards with only a tokenizer trained on this file."""
-    from data.text.bpe import train_bpe
-
-    folder = tmp_path_factory.mktemp("shards")
-    cfg = Tokenizer(kind=TokenizerKind.bpe, vocab_size=300)
-    train_bpe(cfg, iter([Path(__file__).read_text()])).to_hugging_face(folder)
-    return folder
-
-
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -92,11 +81,13 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("kind", MODELS)
-def test_transformers_computes_the_same(kind: str, shards: Path, tmp_path: Path, make_run: MakeRun) -> None:
+def test_transformers_computes_the_same(
+    kind: str, tokenizer_folder: Path, tmp_path: Path, make_run: MakeRun
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, architecture = MODELS[kind]
-    run, decoder = make_run(recipe_of(model, shards))
+    run, decoder = make_run(recipe_of(model, tokenizer_folder))
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(theirs).__name__ == architecture and theirs.dtype is torch.float32
@@ -115,14 +106,14 @@ def test_transformers_computes_the_same(kind: str, shards: Path, tmp_path: Path,
     said = theirs.generate(ids[:1], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert said.tolist() == text.tolist()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    handle = open_tokenizer(Tokenizer(TokenizerKind.bpe, 300), shards)
+    handle = open_tokenizer(Tokenizer(TokenizerKind.bpe, 300), tokenizer_folder)
     sample = "def export(checkpoint): return 'Straße'"
     np.testing.assert_array_equal(tokenizer(sample)["input_ids"], handle.encode_documents([sample])[0])
     assert tokenizer.eos_token_id == theirs.generation_config.eos_token_id == handle.eos_id
 
 
-def test_shards_index_and_dtype(shards: Path, tmp_path: Path, make_run: MakeRun) -> None:
-    run, decoder = make_run(recipe_of(DBRX, shards))
+def test_shards_index_and_dtype(tokenizer_folder: Path, tmp_path: Path, make_run: MakeRun) -> None:
+    run, decoder = make_run(recipe_of(DBRX, tokenizer_folder))
     arguments = ["--shard-gb", "2e-5", "--dtype", "bf16", "--json", str(tmp_path / "figures.json")]
     assert (
         main(["export", str(run), str(tmp_path / "out"), "--checkpoint", "batch-00000007", *arguments]) == 0
@@ -159,19 +150,19 @@ def test_shards_index_and_dtype(shards: Path, tmp_path: Path, make_run: MakeRun)
 def test_what_cannot_be_expressed_is_refused_in_a_line(
     model: Model,
     words: str,
-    shards: Path,
+    tokenizer_folder: Path,
     make_run: MakeRun,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run, _ = make_run(recipe_of(model, shards))
+    run, _ = make_run(recipe_of(model, tokenizer_folder))
     assert main(["export", str(run), str(run / "out")]) == 2
     complaint = capsys.readouterr().err.strip().splitlines()[-1]
     assert complaint.startswith("export: ") and words in complaint
     assert not (run / "out").exists()
 
 
-def test_nan_is_refused_and_leaves_no_file(shards: Path, tmp_path: Path, make_run: MakeRun) -> None:
-    run, _ = make_run(recipe_of(DBRX, shards))
+def test_nan_is_refused_and_leaves_no_file(tokenizer_folder: Path, tmp_path: Path, make_run: MakeRun) -> None:
+    run, _ = make_run(recipe_of(DBRX, tokenizer_folder))
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     exported = tmp_path / "out" / "model.safetensors"
     content = bytearray(exported.read_bytes())

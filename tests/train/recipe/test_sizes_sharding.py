@@ -1,21 +1,15 @@
 """The closed form of placements against the real modules, sharded under a fake process group."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import _mesh_resources
-from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tests.fake_world import local, sharded
 from train.layout import mesh
-from train.model.decoder import Decoder
 from train.recipe import sizes
 from train.recipe.reading import load_recipe
-from train.recipe.schema import Model, Moe, Parallelism, Precision
+from train.recipe.schema import Model, Moe, Parallelism
 
 pytestmark = pytest.mark.slow
 
@@ -30,25 +24,6 @@ TINY = Model(
     max_sequence_tokens=64,
     moe=Moe(experts=8, top_k=2),
 )
-
-
-@contextmanager
-def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[Decoder]:
-    """The decoder as sharded on one rank of a fake process group."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        decoder = Decoder(cfg, device="meta")
-        mesh.build_sharded(decoder, mesh.build_mesh(layout, world, "cpu"), Precision.bf16, seed=0)
-        yield decoder
-    finally:
-        dist.destroy_process_group()
-        # torch caches flattened meshes by shape, with the process groups of the previous world.
-        _mesh_resources.root_to_flatten_mapping.clear()
-        _mesh_resources.child_to_root_mapping.clear()
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @pytest.mark.parametrize(

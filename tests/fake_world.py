@@ -1,0 +1,34 @@
+"""A decoder as one rank of a large world holds it, on torch's fake process group and the meta device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import _mesh_resources
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from train.layout import mesh
+from train.model.decoder import Decoder
+from train.recipe.schema import Model, Parallelism, Precision
+
+
+@contextmanager
+def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[Decoder]:
+    """The decoder as sharded on one rank of a fake process group."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        decoder = Decoder(cfg, device="meta")
+        mesh.build_sharded(decoder, mesh.build_mesh(layout, world, "cpu"), Precision.bf16, seed=0)
+        yield decoder
+    finally:
+        dist.destroy_process_group()
+        # torch caches flattened meshes by shape, with the process groups of the previous world.
+        _mesh_resources.root_to_flatten_mapping.clear()
+        _mesh_resources.child_to_root_mapping.clear()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
