@@ -21,6 +21,7 @@ from train.health.heartbeat import (
     records_folder,
     write_record,
 )
+from train.health.nccl import keep_collectives
 from train.recipe.exit_status import UNFIT_STATUS
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
@@ -52,6 +53,8 @@ def join(recipe: Recipe, device: Device, topology: Topology) -> None:
         host, pid, where = host_name(), os.getpid(), "joining the job"
         beat = Heartbeat(topology.rank, host, pid, pid_space(), 0, time.time(), where, 0, str(run))
         write_record(heartbeat_file(folder, topology.rank), beat)
+    if recipe.watch.hang_seconds is not None:
+        keep_collectives()
     begun = time.monotonic()
     try:
         composer_dist.initialize_dist(device, timeout=seconds)

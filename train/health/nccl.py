@@ -1,11 +1,12 @@
 """NCCL's collectives, read from torch's flight recorder in C++: nothing is wrapped and no handle is kept.
 
-The recorder keeps TORCH_NCCL_TRACE_BUFFER_SIZE collectives per rank. The variable must be set before the
-process group is created; without it the watchdog sees only a rank's steps and stacks.
+The recorder keeps TORCH_NCCL_TRACE_BUFFER_SIZE collectives per rank, none by default;
+:func:`keep_collectives` sets it, before the process group is created.
 """
 
 import json
 import math
+import os
 from typing import Any
 
 import torch
@@ -25,6 +26,15 @@ DTYPE_BYTES = {
     "Double": 8,
 }
 """Bytes per element by the recorder's name of its type; other types count as 0."""
+
+
+KEPT_COLLECTIVES = 2000
+"""Collectives that the recorder keeps per rank, unless the environment says otherwise."""
+
+
+def keep_collectives() -> None:
+    """Makes the recorder keep collectives; has no effect once the process group exists."""
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(KEPT_COLLECTIVES))
 
 
 class NcclRecorder:

@@ -22,6 +22,8 @@ from train.recipe.topology import Topology
 
 pytestmark = pytest.mark.slow
 
+BUFFER = "TORCH_NCCL_TRACE_BUFFER_SIZE"
+
 
 def places(port: int, records: Path) -> dict[str, str]:
     """The launcher's variables for the first of three ranks, each on its own node."""
@@ -58,6 +60,28 @@ def test_what_fails_at_once_is_not_called_waiting(tmp_path: Path) -> None:
     failure = read_record(failure_file(tmp_path, 0), Failure)
     assert "address already in use" in said.lower() and failure is not None
     assert "address already in use" in failure.error.lower() and "JoinError" not in failure.error
+
+
+@pytest.mark.parametrize(
+    "hang,given,kept", [(600.0, None, "2000"), (600.0, "50", "50"), (None, None, None)], ids=str
+)
+def test_nccl_keeps_its_collectives_for_the_watchdog(
+    hang: float | None, given: str | None, kept: str | None
+) -> None:
+    recipe = replace(Recipe(), watch=Watch(hang_seconds=hang))
+
+    def work(topology: Topology) -> str | None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = places(port, Path()) | {"WORLD_SIZE": "1"}
+        with mock.patch.dict(os.environ, environment | ({} if given is None else {BUFFER: given})):
+            if given is None:
+                os.environ.pop(BUFFER, None)
+            join(recipe, get_device("cpu"), Topology())
+            return os.environ.get(BUFFER)
+
+    assert run_ranks(1, work) == [kept]
 
 
 @pytest.mark.parametrize("start,hang,patience", [(7.0, 3.0, 14.0), (7.0, None, 14.0), (1.0, 9.0, 18.0)])
