@@ -1,4 +1,4 @@
-"""Evaluation of one model for `python -m train.evaluate`; stores and prints the results."""
+"""Evaluation of one model for `python -m train.evaluate`; stores and prints the evaluations."""
 
 import argparse
 import dataclasses
@@ -13,12 +13,11 @@ from tqdm import tqdm
 from data.loader import build_validation_loaders
 from data.opened import OpenedData
 from data.write_shards import ensure_shards
-from train.evaluate import results
 from train.evaluate.harness import headline, read_tasks, run_harness
 from train.evaluate.retrieval import retrieval
 from train.evaluate.run_suite import SuiteResult, run_suite
 from train.evaluate.scorer import Scorer
-from train.evaluate.suite import Suite, as_dict, load_suite
+from train.evaluate.suite import Suite, as_dict, as_metrics, load_suite
 from train.evaluate.tasks import hugging_face_tokenizer
 from train.hf.export import write_folder
 from train.hf.folders import CONFIG_FILE, SOURCE_FOLDER
@@ -27,7 +26,7 @@ from train.hf.weights import WeightSource
 from train.recipe.errors import UserError
 from train.recipe.schema import Precision
 from train.recipe.topology import Topology
-from train.record import log, metrics
+from train.record import evaluations, log, metrics
 from train.record.run_folder import CHECKPOINTS_FOLDER
 from train.record.tables import text_table
 from train.report.run_page import write_report
@@ -58,7 +57,7 @@ class Opened:
     def keep(self, kind: str, name: str, fields: dict[str, Any]) -> None:
         """Stores a result in the run's folder."""
         if self.run_dir is not None:
-            results.add_result(self.run_dir, kind, name, self.batch, fields)
+            evaluations.add_result(self.run_dir, kind, name, self.batch, fields)
 
 
 def evaluate_source(path: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -71,13 +70,13 @@ def evaluate_source(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     print(f"{opened.source.path}: sequences of {opened.scorer.limit} tokens")
     found: dict[str, Any] = {"batch": opened.batch}
     if options.suite:
-        found[results.SUITE] = evaluate_suite(opened, options)
+        found[evaluations.SUITE] = evaluate_suite(opened, options)
     if options.retrieval:
-        found[results.RETRIEVAL] = evaluate_retrieval(opened, options)
+        found[evaluations.RETRIEVAL] = evaluate_retrieval(opened, options)
     if options.bits_per_byte:
-        found[results.BITS] = evaluate_bits(opened)
+        found[evaluations.BITS] = evaluate_bits(opened)
     if options.harness:
-        found[results.HARNESS] = evaluate_harness(opened, options)
+        found[evaluations.HARNESS] = evaluate_harness(opened, options)
     if opened.run_dir is not None and (opened.run_dir / CHECKPOINTS_FOLDER).is_dir():
         page = write_report(opened.run_dir)
         print(f"{page}; `python -m train.tracking upload {opened.run_dir}` uploads it to MLflow")
@@ -141,9 +140,9 @@ def evaluate_suite(opened: Opened, options: argparse.Namespace) -> dict[str, Any
         "scores": as_dict(result.scores),
         "limit": options.questions,
     }
-    opened.keep(results.SUITE, suite.name, fields)
+    opened.keep(evaluations.SUITE, suite.name, fields)
     if opened.run_dir is not None:
-        results.add_metrics(opened.run_dir, opened.batch, results.as_metrics(result.scores))
+        evaluations.add_metrics(opened.run_dir, opened.batch, as_metrics(result.scores))
     return fields
 
 
@@ -187,7 +186,7 @@ def evaluate_retrieval(opened: Opened, options: argparse.Namespace) -> dict[str,
     heads = ("depth", *(f"{length:,}" for length in lengths))
     print(f"{text_table(heads, rows, '>' * len(heads))}\naccuracy by depth and length in tokens")
     fields = {"cells": [dataclasses.asdict(cell) for cell in cells], "trials": options.trials}
-    opened.keep(results.RETRIEVAL, "key-value", fields)
+    opened.keep(evaluations.RETRIEVAL, "key-value", fields)
     return fields
 
 
@@ -223,7 +222,7 @@ def evaluate_bits(opened: Opened) -> dict[str, Any]:
     ]
     print(text_table((), rows, "<>>>"))
     fields = {"domains": domains}
-    opened.keep(results.BITS, "validation", fields)
+    opened.keep(evaluations.BITS, "validation", fields)
     return fields
 
 
@@ -255,5 +254,5 @@ def evaluate_harness(opened: Opened, options: argparse.Namespace) -> dict[str, A
         "average": average,
         "limit": options.questions,
     }
-    opened.keep(results.HARNESS, Path(options.harness).stem, fields)
+    opened.keep(evaluations.HARNESS, Path(options.harness).stem, fields)
     return fields

@@ -8,11 +8,11 @@ from typing import Any
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from train.evaluate.results import SUITE, add_result, as_metrics, drop_results_after
 from train.evaluate.run_suite import run_suite
 from train.evaluate.scorer import Scorer
-from train.evaluate.suite import Suite, as_dict
+from train.evaluate.suite import Suite, as_dict, as_metrics
 from train.recipe.schema import Evaluation
+from train.record.evaluations import SUITE, add_result, drop_results_after
 
 
 class SuiteEvaluation(Callback):

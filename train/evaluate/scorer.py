@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.generate.kv_cache import CachedDecoder, flush_right
 from train.model.decoder import Decoder
+from train.model.kv_cache import CachedDecoder, flush_right
 from train.recipe.schema import Precision
 from train.recipe.topology import Topology
 

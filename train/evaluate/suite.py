@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
+from train.record import metrics
 
 
 class TaskKind(str, Enum):
@@ -87,6 +88,16 @@ class Scores:
     """Mean of all categories; None if one is incomplete."""
     missing: dict[str, list[str]]
     """Missing tasks by category."""
+
+
+def as_metrics(scores: Scores) -> dict[str, float]:
+    """Returns scores under the keys of the run's record."""
+    found = {metrics.EVALUATION_TASK.replace("TASK", name): value for name, value in scores.tasks.items()}
+    for name, value in scores.categories.items():
+        found[metrics.EVALUATION_CATEGORY.replace("CATEGORY", name)] = value
+    if scores.average is not None:
+        found[metrics.EVALUATION_AVERAGE] = scores.average
+    return found
 
 
 def load_suite(path: Path) -> Suite:

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import torch
 
 from data.tokenizer import TokenizerHandle, open_tokenizer
-from train.generate.kv_cache import CachedDecoder, flush_right
 from train.generate.sampling import Sampling, next_tokens
 from train.hf.folders import SOURCE_FOLDER
 from train.hf.weights import WeightSource
 from train.model.decoder import Decoder
+from train.model.kv_cache import CachedDecoder, flush_right
 from train.recipe.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"

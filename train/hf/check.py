@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from train.generate.kv_cache import CachedDecoder
 from train.hf.export import write_folder
 from train.hf.folders import CONFIG_FILE
 from train.hf.import_hf import import_folder
@@ -23,6 +22,7 @@ from train.hf.open_decoder import open_decoder
 from train.hf.safetensors_io import TensorInfo
 from train.hf.weights import WeightSource, open_weights
 from train.model.decoder import Decoder
+from train.model.kv_cache import CachedDecoder
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import Ffn, Model, Moe, Norm, Position

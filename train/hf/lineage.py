@@ -8,7 +8,7 @@ from train.hf.folders import recipe_file_of
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
 from train.record.provenance import git_commit
-from train.tracking.mlflow_upload import STATE_FILE
+from train.record.run_folder import MLFLOW_FILE
 
 PROVENANCE_FILE = "provenance.json"
 """The lineage file of an exported folder."""
@@ -30,7 +30,7 @@ def lineage(weights: Path) -> dict[str, str]:
     if weights != run:
         progress = _read(weights / PROGRESS_FILE)
         tags |= {"checkpoint": weights.name, "tokens": str(progress.get("tokens", "unknown"))}
-    run_id = _read(run / STATE_FILE).get("run_id")
+    run_id = _read(run / MLFLOW_FILE).get("run_id")
     if run_id:
         tags["mlflow_run_id"] = str(run_id)
     return tags | parent_tags(recipe)

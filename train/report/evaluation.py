@@ -6,8 +6,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from train.evaluate.results import BITS, HARNESS, RETRIEVAL, SUITE, read_results
 from train.record import metrics
+from train.record.evaluations import BITS, HARNESS, RETRIEVAL, SUITE, read_results
 from train.record.page.svg import COLOURS, draw_svg
 from train.report.run_record import RunRecord
 

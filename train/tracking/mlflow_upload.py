@@ -20,12 +20,11 @@ from urllib.parse import urlsplit, urlunsplit
 from train.recipe.errors import UserError
 from train.record.files import write_json
 from train.record.metrics import find_metric
-from train.record.run_folder import METRICS_FILE
+from train.record.run_folder import METRICS_FILE, MLFLOW_FILE
 from train.record.step_log import STEP, TIMESTAMP, lines_from
 from train.record.summary import DatasetInput
 
 FACTS_FILE = "tracking.json"
-STATE_FILE = "mlflow.json"
 LOCK_FILE = "mlflow.lock"
 STORE_FILE = "mlflow.db"
 ARTIFACTS_FOLDER = "mlflow-artifacts"
@@ -290,7 +289,7 @@ class Upload:
         self._write_state()
 
     def _read_state(self) -> UploadState:
-        path = self.run_dir / STATE_FILE
+        path = self.run_dir / MLFLOW_FILE
         here = public_uri(self.uri)
         try:
             state = UploadState(**json.loads(path.read_text()))
@@ -299,7 +298,7 @@ class Upload:
         return state if state.uri == here else UploadState(uri=here)
 
     def _write_state(self) -> None:
-        write_json(self.run_dir / STATE_FILE, dataclasses.asdict(self.state))
+        write_json(self.run_dir / MLFLOW_FILE, dataclasses.asdict(self.state))
 
 
 @contextlib.contextmanager

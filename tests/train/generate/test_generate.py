@@ -13,11 +13,11 @@ from torch import Tensor
 from train.generate.__main__ import main
 from train.generate.chat import Message, chatml
 from train.generate.generation import OwnText, generate, text_of
-from train.generate.kv_cache import CachedDecoder, flush_right
 from train.generate.sampling import Sampling, next_tokens
 from train.hf.weights import open_weights
 from train.model.decoder import Decoder
 from train.model.init import initialize
+from train.model.kv_cache import CachedDecoder, flush_right
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Ffn, Model, Moe, Norm, Position, Recipe, Tokenizer, TokenizerKind

@@ -23,9 +23,9 @@ from launch.plan.hardware import GPUS
 from launch.plan.plan_page import plan_page
 from launch.plan.step import make_plan
 from tests.train.report.test_report import SUMMARY
-from train.evaluate.results import BITS, HARNESS, RETRIEVAL, SUITE, add_result
 from train.recipe.reading import load_recipe
 from train.record import metrics
+from train.record.evaluations import BITS, HARNESS, RETRIEVAL, SUITE, add_result
 from train.record.page.rendering import ROOT, numeric_columns, render
 from train.record.step_log import EXPERT_LOAD_FILE, StepLog
 from train.record.summary import DatasetInput, write_summary

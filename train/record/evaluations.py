@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.evaluate.suite import Scores
-from train.record import metrics
 from train.record.files import write_json
 from train.record.run_folder import EVALUATION_FILE, METRICS_FILE
 from train.record.step_log import STEP, StepLog, read_steps
@@ -46,16 +44,6 @@ def drop_results_after(run_dir: Path, batch: int) -> None:
     kept = [r for r in records if r["batch"] is None or r["batch"] <= batch]
     if len(kept) < len(records):
         write_json(run_dir / EVALUATION_FILE, kept)
-
-
-def as_metrics(scores: Scores) -> dict[str, float]:
-    """Returns scores under the keys of the run's record."""
-    found = {metrics.EVALUATION_TASK.replace("TASK", name): value for name, value in scores.tasks.items()}
-    for name, value in scores.categories.items():
-        found[metrics.EVALUATION_CATEGORY.replace("CATEGORY", name)] = value
-    if scores.average is not None:
-        found[metrics.EVALUATION_AVERAGE] = scores.average
-    return found
 
 
 def add_metrics(run_dir: Path, batch: int | None, figures: Mapping[str, float]) -> bool:
