@@ -145,6 +145,17 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
+def only_warnings() -> Iterator[None]:
+    """Discards messages below warnings of every logger, such as MLflow's forty on a new store's migrations."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
 def no_bars() -> Iterator[None]:
     """Discards standard error, to which libraries write their progress bars."""
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):

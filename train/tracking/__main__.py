@@ -4,13 +4,11 @@
 """
 
 import dataclasses
-import logging
 import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from train.recipe.errors import UserError
@@ -154,7 +152,7 @@ def _follow_arguments(parser: ArgumentParser) -> None:
 )
 def _upload(options: Namespace) -> int | Figures:
     try:
-        with _quiet_mlflow():
+        with log.only_warnings():
             return Figures(upload_runs(options.run, options.uri))
     except UploadError as error:
         logger.error(f"tracking: {error}")
@@ -173,21 +171,11 @@ def _page(options: Namespace) -> int:
 )
 def _follow(options: Namespace) -> int:
     try:
-        with _quiet_mlflow():
+        with log.only_warnings():
             return follow(options.run, options.parent)
     except UploadError as error:
         logger.error(f"tracking: {error}")
         return 1
-
-
-@contextmanager
-def _quiet_mlflow() -> Iterator[None]:
-    """Hides MLflow's forty lines about the migrations of a new store; warnings are still written."""
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 main = CommandGroup(

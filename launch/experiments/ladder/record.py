@@ -1,7 +1,6 @@
 """A ladder in MLflow: one experiment, a parent run with the comparison, and the ladder's runs as children."""
 
 import dataclasses
-import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from launch.experiments.ladder.plan import Ladder, Run
 from train.recipe.errors import UserError
+from train.record.log import only_warnings
 from train.record.provenance import git_commit
 from train.report.compare import Comparison, as_json, write_csv
 from train.report.compare_page import write_page, write_png
@@ -31,14 +31,13 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     (folder / FIGURES).write_text(as_json(comparison))
 
 
+@only_warnings()
 def send(ladder: Ladder, label: str, folder: Path, runs: Sequence[Run], *, is_complete: bool) -> None:
     """Sends the parent, then every complete run as its child; may be repeated.
 
     Raises:
         UploadError: if the server rejects it; everything stays on disk.
     """
-    # MLflow logs every migration of a new store, forty lines.
-    logging.disable(logging.INFO)
     parent = _send_parent(ladder, label, folder, is_complete=is_complete)
     for run in tqdm(runs, desc="MLflow", unit="run", dynamic_ncols=True):
         run_dir = Path(run.recipe.runs_dir) / run.recipe.name

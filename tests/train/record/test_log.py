@@ -51,6 +51,17 @@ def test_quiet_leaves_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     assert (shown.out, shown.err) == ("", "a warning\n")
 
 
+def test_only_warnings_ends_with_its_block(capsys: pytest.CaptureFixture[str]) -> None:
+    with log.only_warnings():
+        logger.info("hidden")
+        logger.warning("a warning")
+        with log.only_warnings():
+            pass
+        logger.info("hidden still")
+    logger.info("a message")
+    assert capsys.readouterr().err == "a warning\na message\n"
+
+
 def test_json_logs_take_the_libraries_too(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure(as_json=True)
     assert log.options() == ["--json-logs"]
