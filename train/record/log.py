@@ -146,7 +146,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def only_warnings() -> Iterator[None]:
-    """Discards messages below warnings of every logger, such as MLflow's forty on a new store's migrations."""
+    """Discards messages below warnings of all loggers, such as MLflow's forty on a new store's migrations."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:
