@@ -1,6 +1,8 @@
 # Every target first installs what it needs; later calls find it and start at once.
 SHELL := /bin/bash
-PY := .venv/bin/python
+STACK ?= default
+VENV := $(if $(filter minimum,$(STACK)),.venv-minimum,.venv)
+PY := $(VENV)/bin/python
 RUN ?= $(shell ls -td runs/*/ 2>/dev/null | head -1)
 
 .PHONY: help install smoke test test-fast check format ui bench gpu-check lock clean
@@ -8,23 +10,23 @@ RUN ?= $(shell ls -td runs/*/ 2>/dev/null | head -1)
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: ## create .venv with the locked packages
-	@PYTHON="$(PYTHON)" bash launch/install.sh
+install: ## create .venv with the locked packages; STACK=minimum: the oldest ones, in .venv-minimum
+	@PYTHON="$(PYTHON)" STACK="$(STACK)" bash launch/install.sh
 
 smoke: install ## train a small DBRX on real text, in minutes on two CPU cores
 	@$(PY) train/main.py yamls/smoke.yaml $(ARGS)
 
-test: install ## run all tests
+test: install ## run all tests; STACK=minimum: on the oldest packages
 	@$(PY) -m pytest $(ARGS)
 
 test-fast: install ## tests that take a moment each, all of them in under three minutes
 	@$(PY) -m pytest -m "not slow" $(ARGS)
 
 check: install ## check format, lint and types
-	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
+	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(PY) -m mypy
 
 format: install ## format, and apply ruff's fixes
-	@.venv/bin/ruff format . && .venv/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
 ui: install ## serve MLflow's page on the local runs
 	@$(PY) -m train.tracking ui
@@ -35,9 +37,11 @@ bench: install ## compare speed and memory with other frameworks, both sides in 
 gpu-check: install ## check kernels, numerics, memory and speed of this machine's GPU
 	@$(PY) -m launch.gpu_check $(ARGS)
 
-lock: install ## resolve requirements.lock again from pyproject.toml
-	@uv=$$(command -v uv || echo .cache/tools/bin/uv); $$uv pip compile pyproject.toml --group dev --group fast-tokenizer \
-	    --generate-hashes --no-annotate --no-header --python-version 3.11 -q -o requirements.lock
+COMPILE = pip compile pyproject.toml --group dev --group fast-tokenizer --generate-hashes --no-annotate --no-header -q
+lock: install ## resolve both locks again from pyproject.toml
+	@uv=$$(command -v uv || echo .cache/tools/bin/uv); \
+	    $$uv $(COMPILE) --python-version 3.12 --upgrade -o requirements.lock && \
+	    $$uv $(COMPILE) --group minimum --python-version 3.11 --upgrade -o requirements-minimum.lock
 
 clean: ## remove what was installed and cached, but not runs/
-	rm -rf .venv .cache
+	rm -rf .venv .venv-minimum .cache
