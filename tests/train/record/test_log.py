@@ -62,7 +62,10 @@ def test_only_warnings_ends_with_its_block(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == "a warning\na message\n"
 
 
-def test_json_logs_take_the_libraries_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_logs_take_the_libraries_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # Libraries of other tests left theirs.
     log.configure(as_json=True)
     assert log.options() == ["--json-logs"]
     logger.error("two\nlines")
