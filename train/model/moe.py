@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: MegaBlocks' dMoE with our own router (:mod:`train.model.router`).
 
-MegaBlocks permutes tokens, runs the experts and exchanges tokens between ranks.
+MegaBlocks permutes tokens and exchanges them between ranks; the experts' products are ours
+(:mod:`train.model.experts`).
 
 Shapes: B batch, S sequence, T = B x S tokens, D model, F hidden, E experts, K experts per token.
 """
@@ -23,6 +24,8 @@ megablocks_ops.install()
 
 from megablocks.layers.arguments import Arguments  # noqa: E402  (needs the modules that install provides)
 from megablocks.layers.dmoe import dMoE  # noqa: E402
+
+from train.model.experts import Experts  # noqa: E402
 
 
 class MoEAux(NamedTuple):
@@ -80,6 +83,7 @@ class MoE(dMoE):
             output_layer_init_method=_skip_init,
         )
         super().__init__(args)
+        self.experts.mlp = Experts(args)
         target = torch.device(device) if device is not None else torch.get_default_device()
         self.experts.to_empty(device=target)
         args.device = target
