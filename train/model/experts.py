@@ -32,10 +32,10 @@ class Experts(GroupedGLU):
     def forward(self, x_RD: Tensor, tokens_E: Tensor) -> Tensor:
         """Runs each row through its expert; ``tokens_E`` are the rows of each expert, on any device."""
         experts = mpu.experts_per_rank(self.args)
-        w1_EFD, v1_EFD, w2_EFD = (
+        w1_EFD, v1_EFD, w2_EFD = [
             resolve_dtensor(self.scale_grad(weight)).view(experts, -1, self.args.hidden_size)
             for weight in (self.w1, self.v1, self.w2)
-        )
+        ]
         return grouped_glu(x_RD, w1_EFD, v1_EFD, w2_EFD, tokens_E)
 
 
@@ -66,7 +66,7 @@ class _GroupedGlu(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         ctx.weight_dtype = w1.dtype
-        x, w1, v1, w2 = (tensor.to(dtype) for tensor in (x, w1, v1, w2))
+        x, w1, v1, w2 = [tensor.to(dtype) for tensor in (x, w1, v1, w2)]
         gate_RF = grouped_product(x, w1.mT, ends_E)
         up_RF = grouped_product(x, v1.mT, ends_E)
         ctx.save_for_backward(x, w1, v1, w2, gate_RF, up_RF, ends_E)
@@ -104,7 +104,7 @@ def grouped_product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
     Returns:
         [R, N], each row times its expert's matrix; or [E, D, N], each expert's product of its rows.
     """
-    if not HAS_GROUPED_MM or not all(_is_accepted(operand) for operand in (a, b)):
+    if not HAS_GROUPED_MM or not (_is_accepted(a) and _is_accepted(b)):
         return product_by_product(a, b, ends_E)
     out: Tensor = functional.grouped_mm(a, b, offs=ends_E)  # type: ignore[attr-defined, unused-ignore]
     return out

@@ -32,7 +32,8 @@ def install() -> None:
     for cpu_version in (permutation.gather, permutation.scatter, permutation.scatter_wgrad):
         original = getattr(kernels, cpu_version.__name__)
         if not hasattr(original, "plain"):
-            setattr(kernels, cpu_version.__name__, with_cpu_version(cpu_version)(original))
+            decorate = with_cpu_version(cpu_version, plain_if_compiled=False)
+            setattr(kernels, cpu_version.__name__, decorate(original))
 
 
 @with_cpu_version(permutation.sort)

@@ -3,6 +3,7 @@
 Shapes: B sequences of a microbatch, S tokens per sequence, L layers, E experts.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from train.model.decoder import Decoder, DecoderOutput
+from train.model.moe import balance_loss
 from train.model.router import Jitter, Router
 from train.recipe.schema import Balance, Precision, Recipe
 
@@ -18,6 +20,9 @@ Batch = dict[str, Tensor]
 
 class MicrobatchModel(nn.Module):
     """The decoder with the losses that a recipe trains it on.
+
+    ``reduce_counts`` turns a microbatch's tokens per expert into those that its balance loss uses, both
+    [L, E]; None: the same.
 
     Args:
         decoder: on its device, sharded already where it is.
@@ -30,6 +35,7 @@ class MicrobatchModel(nn.Module):
         self.decoder = decoder
         moe = recipe.model.moe
         by_loss = moe is not None and moe.balance is Balance.loss
+        self.reduce_counts: Callable[[Tensor], Tensor] | None = None
         self.balance_weight = moe.balance_loss_weight if moe and by_loss else 0.0
         self.z_weight = moe.z_loss_weight if moe else 0.0
         self.seed = recipe.seed
@@ -72,10 +78,14 @@ class MicrobatchModel(nn.Module):
         """
         sequences, length = batch["targets"].shape
         language = outputs.loss_sum / (sequences * (length - 1))
-        total = language + self.balance_weight * outputs.balance_loss + self.z_weight * outputs.z_loss
+        counts_LE = outputs.expert_tokens_LE
+        if self.reduce_counts is not None:
+            counts_LE = self.reduce_counts(counts_LE)
+        balance = balance_loss(outputs.mean_scores_LE, counts_LE)
+        total = language + self.balance_weight * balance + self.z_weight * outputs.z_loss
         return {
             "total": total,
             "language": language,
-            "balance": outputs.balance_loss,
+            "balance": balance,
             "z": outputs.z_loss,
         }
