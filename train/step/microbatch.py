@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from train.model.decoder import Decoder, DecoderOutput
 from train.model.moe import balance_loss
 from train.model.router import Jitter, Router
+from train.model.router_noise import noise_key
 from train.recipe.schema import Balance, Precision, Recipe
 
 Batch = dict[str, Tensor]
@@ -54,12 +55,12 @@ class MicrobatchModel(nn.Module):
         return self._decode(batch, choices_only=True).expert_tokens_LE
 
     def _decode(self, batch: Batch, choices_only: bool = False) -> DecoderOutput:
+        device = batch["input_ids"].device
         for layer, router in enumerate(self.jittered):
-            router.jitter = Jitter(self.seed, layer, batch["sample_positions"])
-        device_type = batch["input_ids"].device.type
+            router.jitter = Jitter(noise_key(self.seed, layer, device), batch["sample_positions"])
         # Weights stay fp32; autocast makes the bf16 copies for matrix products.
         cast: AbstractContextManager[Any] = torch.autocast(
-            device_type, torch.bfloat16, enabled=self.precision is Precision.bf16
+            device.type, torch.bfloat16, enabled=self.precision is Precision.bf16
         )
         with cast:
             outputs: DecoderOutput = self.decoder(
