@@ -33,6 +33,7 @@ from train.layout.device import describe_hardware, measured_peak_flops, supports
 from train.layout.mesh import build_mesh, build_sharded
 from train.layout.optim import build_optimizer
 from train.layout.ranks import log_on_rank_0, run_on_rank_0
+from train.model.compiling import compile_decoder
 from train.model.decoder import Decoder
 from train.model.init import initialize
 from train.preflight.together import is_wanted, preflight
@@ -203,6 +204,7 @@ def build_model(recipe: Recipe, machine: Machine) -> tuple[LanguageModel, Optimi
         decoder.to_empty(device=machine.device_type)
         initialize(decoder, recipe.model, recipe.seed)
     freeze(decoder, recipe.training.frozen)
+    compile_decoder(decoder, training.compile, is_sharded=topology.world_size > 1)
     model = LanguageModel(decoder, recipe, machine.precision)
     log_on_rank_0(
         topology, f"model of {sizes.total_parameters(recipe.model):,} parameters, {machine.precision.value}"

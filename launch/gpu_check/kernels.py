@@ -1,20 +1,21 @@
 """Checks of a device's kernels against plain float64 definitions on the CPU.
 
-On a GPU these are MegaBlocks' Triton kernels (gather, scatter, their gradients), the grouped matrix product
-and, if compiled, MegaBlocks' extension. On a CPU they are those of train/cpu.
+On a GPU these are MegaBlocks' Triton kernels (gather, scatter, their gradients), the experts with torch's
+grouped product and, if compiled, MegaBlocks' extension. On a CPU they are those of train/cpu.
 
-Shapes: T tokens, K experts per token, R = T x K routed rows, D width, N outputs, E experts.
+Shapes: T tokens, K experts per token, R = T x K routed rows, D width, F hidden, E experts.
 """
 
-import importlib
 import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from launch.gpu_check.rows import CheckRow, deviation_row
 from train.model import megablocks_ops
+from train.model.experts import grouped_glu
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error relative to the largest value: rounding of the type over sums of some hundred terms."""
@@ -58,7 +59,7 @@ def _pairs(
     x_TD, weights_R = randn(tokens, width), randn(tokens * top_k)
     yield from _permutation(device, experts_R, experts, x_TD, weights_R, randn(tokens * top_k, width))
     counts_E = torch.bincount(experts_R, minlength=experts)
-    yield from _grouped_product(device, counts_E, randn)
+    yield from _experts(device, counts_E, randn)
 
 
 def _permutation(
@@ -97,33 +98,28 @@ def _permutation(
     yield "scatter's gradient of weights", _gradient(weights), weights_gradient_R
 
 
-def _grouped_product(
+def _experts(
     device: str, counts_E: Tensor, randn: Callable[..., Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    grouped_gemm = importlib.import_module("grouped_gemm")  # the compiled package, or ours
-
-    rows, inner, outer = int(counts_E.sum()), 256, 128
-    a_RD, b_EDN, gradient_RN = randn(rows, inner), randn(len(counts_E), inner, outer), randn(rows, outer)
-    a, b = a_RD.to(device).requires_grad_(), b_EDN.to(device).requires_grad_()
-    out = grouped_gemm.ops.gmm(a, b, counts_E, False)
-    out.backward(gradient_RN.to(device))
-    parts = [
-        (a_RD.double()[end - size : end], gradient_RN.double()[end - size : end], matrix)
-        for size, end, matrix in zip(
-            counts_E.tolist(), counts_E.cumsum(0).tolist(), b_EDN.double(), strict=True
-        )
-    ]
-    yield "grouped product", out, torch.cat([part @ matrix for part, _, matrix in parts])
-    yield (
-        "grouped product's gradient of rows",
-        _gradient(a),
-        torch.cat([gradient @ matrix.t() for _, gradient, matrix in parts]),
+    rows, width, hidden = int(counts_E.sum()), 256, 128
+    shapes = {"rows": (rows, width)} | {name: (len(counts_E), hidden, width) for name in ("w1", "v1", "w2")}
+    drawn = {name: randn(*shape) for name, shape in shapes.items()}
+    given = {name: value.to(device).requires_grad_() for name, value in drawn.items()}
+    exact = {name: value.double().requires_grad_() for name, value in drawn.items()}
+    gradient_RD = randn(rows, width)
+    out = grouped_glu(*given.values(), counts_E.to(device))
+    out.backward(gradient_RD.to(device))
+    x_RD, w1_EFD, v1_EFD, w2_EFD = exact.values()
+    expected = torch.cat(
+        [
+            (functional.silu(part @ w1.t()) * (part @ v1.t())) @ w2
+            for part, w1, v1, w2 in zip(x_RD.split(counts_E.tolist()), w1_EFD, v1_EFD, w2_EFD, strict=True)
+        ]
     )
-    yield (
-        "grouped product's gradient of weights",
-        _gradient(b),
-        torch.stack([part.t() @ gradient for part, gradient, _ in parts]),
-    )
+    expected.backward(gradient_RD.double())
+    yield "experts", out, expected.detach()
+    for name in shapes:
+        yield f"experts' gradient of {name}", _gradient(given[name]), _gradient(exact[name])
 
 
 def _gradient(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from torch.optim import Optimizer
 
 from train.layout.optim import build_optimizer
+from train.model.compiling import compile_decoder
 from train.model.decoder import Decoder
 from train.model.init import initialize
 from train.recipe.schema import Precision, Recipe
@@ -27,5 +28,6 @@ def build_on_one_device(
     )
     decoder.to_empty(device=device)
     initialize(decoder, recipe.model, recipe.seed)
+    compile_decoder(decoder, recipe.training.compile, is_sharded=False)
     model = MicrobatchModel(decoder, recipe, precision)
     return model, build_optimizer(model, recipe.optimizer)

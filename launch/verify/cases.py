@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from launch.verify.bounds import LEAST_EPS
 from train.model.loss import IGNORE
 from train.recipe.curriculum import plan_stages
-from train.recipe.schema import BalanceScope, OptimizerKind, Parallelism, Precision, Recipe
+from train.recipe.schema import BalanceScope, Compile, OptimizerKind, Parallelism, Precision, Recipe
 from train.recipe.tiny import tiny_recipe
 from train.step.microbatch import Batch
 
@@ -61,6 +61,10 @@ class GateInput:
     The last two sequences have no targets: with four ranks, the last rank has no loss at all."""
     crowded: bool = False
     """Top-1, and one expert takes every token."""
+    compiled: bool = False
+    """With torch.compile; the reference is not compiled. Minutes per layout: only for a recipe with
+    `training.compile`, or by name. Only fp32: in bf16 a fused kernel rounds once where single passes round
+    each time, which sends near-ties to other experts."""
 
 
 INPUTS = (
@@ -77,6 +81,7 @@ INPUTS = (
         "idle", "experts and ranks without a token, a rank without a target", idle=True, recompute=True
     ),
     GateInput("crowded", "top-1, one expert takes every token", is_accumulated=True, crowded=True),
+    GateInput("compiled", "torch.compile, against none", is_accumulated=True, compiled=True),
 )
 
 
@@ -128,6 +133,9 @@ def cases(
     for each in INPUTS:
         if (names and each.name not in names) or (each.crowded and small.model.moe is None):
             continue
+        is_asked_for = names or recipe.training.compile is not Compile.off
+        if each.compiled and (precision is Precision.bf16 or not is_asked_for):
+            continue
         if precision is Precision.bf16:
             worlds = tuple(world for world in worlds if world > 1)
         found = [make_case(small, layout, each, precision) for layout in layouts(recipe, worlds)]
@@ -176,6 +184,7 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
         training=replace(
             small.training,
             activation_checkpointing=each.recompute,
+            compile=_compiled(small) if each.compiled else Compile.off,
             clip_norm=min(small.training.clip_norm or MOST_CLIP_NORM, MOST_CLIP_NORM),
         ),
     )
@@ -185,6 +194,11 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
         # Gradients are rounded once per microbatch: the reference must have as many as the layout.
         return Case(layout, each, recipe, rows, microbatch, together // microbatch, precision)
     return Case(layout, each, recipe, rows, together, 1, precision)
+
+
+def _compiled(recipe: Recipe) -> Compile:
+    asked = recipe.training.compile
+    return Compile.blocks if asked is Compile.off else asked
 
 
 def with_microbatch(recipe: Recipe, sequences: int) -> Recipe:

@@ -150,7 +150,7 @@ _original_loss = LanguageModel.loss
 
 def _count_each_microbatch() -> AbstractContextManager[Any]:
     """Never gathers counts over the balance scope."""
-    return mock.patch.object(balance, "_given", lambda _batch_counts_E, counts_E: counts_E)
+    return mock.patch.object(balance, "_given", lambda _batch_counts_LE, counts_LE: counts_LE)
 
 
 @contextlib.contextmanager

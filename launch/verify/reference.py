@@ -12,19 +12,19 @@ from train.hf.initial_weights import freeze
 from train.layout.mesh import build_mesh, build_sharded
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
-from train.model.moe import MoE
-from train.recipe.schema import BalanceScope, Parallelism, Precision, Recipe
+from train.recipe.schema import BalanceScope, Compile, Parallelism, Precision, Recipe
 from train.step.balance import microbatches_of
 from train.step.language_model import LanguageModel
 
 
 def reference_recipe(case: Case) -> Recipe:
-    """The case's recipe on one process, with a balance loss per microbatch.
+    """The case's recipe on one process, uncompiled, with a balance loss per microbatch.
 
     If the balance loss spans several microbatches, :class:`CountTogether` sums their counts. So the reference
     does not use the code of any balance scope that it checks.
     """
     recipe = with_microbatch(case.recipe, case.reference_microbatch)
+    recipe = replace(recipe, training=replace(recipe.training, compile=Compile.off))
     if recipe.model.moe is None:
         return recipe
     moe = replace(recipe.model.moe, balance_scope=BalanceScope.microbatch)
@@ -35,22 +35,13 @@ class CountTogether(Callback):
     """Computes the reference's balance loss over several consecutive microbatches."""
 
     def __init__(self, model: LanguageModel, microbatches: int) -> None:
-        self.layers = [module for module in model.decoder.modules() if isinstance(module, MoE)]
-        self.microbatches = microbatches
+        self.model, self.microbatches = model, microbatches
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Counts all microbatches, and gives each the sum over its group."""
-        if not self.layers:
-            return
-        for layer in self.layers:
-            layer.reduce_counts = None
-        assert isinstance(state.model, LanguageModel)
-        counts_NLE = torch.stack([state.model.count_choices(part) for part in microbatches_of(state)])
-        sums = [part.sum(dim=0) for part in counts_NLE.split(self.microbatches) for _ in part]
-        for layer, counts_NE in zip(self.layers, torch.stack(sums, dim=1), strict=True):
-            # Each microbatch has one forward pass: the rounding reference recomputes nothing.
-            turns = iter(counts_NE)
-            layer.reduce_counts = lambda _, turns=turns: next(turns)
+        counts_NLE = torch.stack([self.model.count_choices(part) for part in microbatches_of(state)])
+        turns = iter([part.sum(dim=0) for part in counts_NLE.split(self.microbatches) for _ in part])
+        self.model.reduce_counts = lambda _: next(turns)
 
 
 def build_rounding_reference(recipe: Recipe) -> tuple[LanguageModel, torch.optim.Optimizer]:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from train.model.attention import Attention, AttentionPlan, plan_attention
 from train.model.loss import IGNORE, chunked_cross_entropy
-from train.model.moe import MoE, MoEAux
+from train.model.moe import MoE, MoEAux, balance_loss
 from train.recipe.schema import Ffn, Model, Norm
 
 Device = torch.device | str | None
@@ -32,12 +32,17 @@ class DecoderOutput(NamedTuple):
     """int64: number of targets that are not -100."""
     token_losses_BS: Tensor | None
     """fp32, detached: each token's cross-entropy, 0 where the target is -100."""
-    balance_loss: Tensor
-    """fp32: mean over MoE layers; 0 for a dense model."""
+    mean_scores_LE: Tensor
+    """fp32: each expert's mean score; [0, 0] for a dense model."""
     z_loss: Tensor
     """fp32: mean over MoE layers; 0 for a dense model."""
     expert_tokens_LE: Tensor
     """int64: tokens per layer and expert on this rank; [0, 0] for a dense model."""
+
+    @property
+    def balance_loss(self) -> Tensor:
+        """Balance loss with the counts of this call; 0 for a dense model."""
+        return balance_loss(self.mean_scores_LE, self.expert_tokens_LE)
 
 
 class DenseFfn(nn.Module):
@@ -184,10 +189,10 @@ class Decoder(nn.Module):
         """
         hidden_BSD, layers = self.transformer(input_ids_BS, document_ids_BS)
         zero = torch.zeros((), dtype=torch.float32, device=hidden_BSD.device)
-        experts = (zero, zero, zero.new_zeros((0, 0), dtype=torch.int64))
+        experts = (zero.new_zeros((0, 0)), zero, zero.new_zeros((0, 0), dtype=torch.int64))
         if layers:
-            balance, z, tokens = zip(*layers, strict=True)
-            experts = (torch.stack(balance).mean(), torch.stack(z).mean(), torch.stack(tokens))
+            scores, z, tokens = zip(*layers, strict=True)
+            experts = (torch.stack(scores), torch.stack(z).mean(), torch.stack(tokens))
         if choices_only:
             return DecoderOutput(None, zero, zero.long(), None, *experts)
         hidden_TD = hidden_BSD.flatten(0, 1)

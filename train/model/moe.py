@@ -1,13 +1,13 @@
 """The mixture-of-experts layer: MegaBlocks' dMoE with our own router (:mod:`train.model.router`).
 
-MegaBlocks permutes tokens, runs the experts and exchanges tokens between ranks.
+MegaBlocks permutes tokens and exchanges them between ranks; the experts' products are ours
+(:mod:`train.model.experts`).
 
-Shapes: B batch, S sequence, T = B x S tokens, D model, F hidden, E experts, K experts per token.
+Shapes: B batch, S sequence, T = B x S tokens, D model, F hidden, L layers, E experts, K experts per token.
 """
 
 # ruff: noqa: N815  (shape suffixes)
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from train.model import megablocks_ops
-from train.model.router import Router, Routing
+from train.model.router import Router
 from train.recipe.errors import UserError
 from train.recipe.schema import Moe
 
@@ -24,12 +24,14 @@ megablocks_ops.install()
 from megablocks.layers.arguments import Arguments  # noqa: E402  (needs the modules that install provides)
 from megablocks.layers.dmoe import dMoE  # noqa: E402
 
+from train.model.experts import Experts  # noqa: E402
+
 
 class MoEAux(NamedTuple):
-    """Losses and counts of a layer, returned with its output; nothing is kept on the module."""
+    """What a layer's losses are made of, returned with its output; nothing is kept on the module."""
 
-    balance_loss: Tensor
-    """Scalar, fp32, unweighted: E x sum over experts of (share of the choices) x (mean score)."""
+    mean_score_E: Tensor
+    """fp32: each expert's score, averaged over the tokens; carries the balance loss's gradient."""
     z_loss: Tensor
     """Scalar, fp32, unweighted: mean of the squared log-sum-exp of the router's logits."""
     expert_tokens_E: Tensor
@@ -48,9 +50,6 @@ class MoE(dMoE):
         moe: the recipe's settings.
         device: where weights are created; ``meta`` allocates nothing.
     """
-
-    reduce_counts: Callable[[Tensor], Tensor] | None
-    """Reduces ``expert_tokens_E`` to the counts that the balance loss uses; None: this call's counts."""
 
     def __init__(
         self, d_model: int, ffn_hidden_size: int, moe: Moe, device: torch.device | str | None = None
@@ -80,18 +79,18 @@ class MoE(dMoE):
             output_layer_init_method=_skip_init,
         )
         super().__init__(args)
+        self.experts.mlp = Experts(args)
         target = torch.device(device) if device is not None else torch.get_default_device()
         self.experts.to_empty(device=target)
         args.device = target
         self.router = Router(d_model, moe, device)
-        self.reduce_counts = None
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, MoEAux]:
         """Runs every token through its K experts.
 
         Returns:
-            The output [B, S, D], in autocast's precision if autocast is on, and the layer's losses and
-            counts.
+            The output [B, S, D], in autocast's precision if autocast is on, and what the layer's losses
+            are made of.
         """
         routing = self.router(x_BSD.reshape(-1, x_BSD.shape[-1]))
         device = x_BSD.device.type
@@ -100,17 +99,21 @@ class MoE(dMoE):
             x_BSD = x_BSD.to(torch.get_autocast_dtype(device))
         out_BSD = self.experts(x_BSD, routing.scores_TE, routing.weights_TK, routing.experts_TK)
         tokens_E = megablocks_ops.histogram(routing.experts_TK.flatten(), self.router.moe.experts).long()
-        return out_BSD, MoEAux(*self._losses(routing, tokens_E), tokens_E)
-
-    def _losses(self, routing: Routing, tokens_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Balance loss (Fedus et al. 2021, eq. 4, with shares of all T x K choices) and z-loss."""
-        if self.reduce_counts is not None:
-            tokens_E = self.reduce_counts(tokens_E)
-        share_E = tokens_E / tokens_E.sum()
-        mean_score_E = routing.scores_TE.mean(dim=0)
-        balance_loss = share_E.numel() * torch.dot(share_E.to(mean_score_E.dtype), mean_score_E)
         z_loss = torch.logsumexp(routing.logits_TE, dim=-1).square().mean()
-        return balance_loss, z_loss
+        return out_BSD, MoEAux(routing.scores_TE.mean(dim=0), z_loss, tokens_E)
+
+
+def balance_loss(mean_scores_LE: Tensor, expert_tokens_LE: Tensor) -> Tensor:
+    """E x sum over experts of (share of the T x K choices) x (mean score), averaged over the layers.
+
+    Fedus et al. 2021, eq. 4. Scalar in the scores' precision, unweighted; 0 without MoE layers. The counts
+    may be those of more tokens than the scores are.
+    """
+    layers, experts = mean_scores_LE.shape
+    if layers == 0:
+        return mean_scores_LE.new_zeros(())
+    share_LE = expert_tokens_LE / expert_tokens_LE.sum(dim=1, keepdim=True)
+    return experts * (share_LE.to(mean_scores_LE.dtype) * mean_scores_LE).sum(dim=1).mean()
 
 
 def _skip_init(_weight: Tensor) -> None:

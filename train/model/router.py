@@ -28,10 +28,9 @@ class Routing(NamedTuple):
 
 
 class Jitter(NamedTuple):
-    """The seed, layer and positions from which the router's noise is drawn; set before each microbatch."""
+    """The key and positions from which the router's noise is drawn; set before each microbatch."""
 
-    seed: int
-    layer: int
+    key: Tensor
     positions_B: Tensor
 
 
@@ -79,8 +78,7 @@ class Router(nn.Module):
         """Noise in [0, 1), from the positions in training if known, else from torch's generator."""
         if self.jitter is None:
             return torch.rand_like(x_TD)
-        seed, layer, positions_B = self.jitter
-        return uniform_noise(positions_B, *x_TD.shape, seed=seed, layer=layer).to(x_TD.dtype)
+        return uniform_noise(self.jitter.positions_B, *x_TD.shape, self.jitter.key).to(x_TD.dtype)
 
 
 @torch.no_grad()

@@ -12,21 +12,28 @@ from torch import Tensor
 LOW_BITS = 32
 
 
-def uniform_noise(positions_B: Tensor, tokens: int, columns: int, *, seed: int, layer: int) -> Tensor:
+def noise_key(seed: int, layer: int, device: torch.device) -> Tensor:
+    """Returns the key of a layer's noise, a scalar on the device; layers draw different noise.
+
+    A tensor, since torch.compile would compile a layer anew for every number.
+    """
+    # torch.full fills on the device; a copy from the host would wait for a GPU.
+    return mix(torch.full((), seed * 1_000_003 + layer, device=device))
+
+
+def uniform_noise(positions_B: Tensor, tokens: int, columns: int, key: Tensor) -> Tensor:
     """Draws numbers in [0, 1), fp32 [T, D].
 
     Args:
         positions_B: each sequence's position in training, int64.
         tokens: T; a multiple of B.
         columns: D.
-        seed: the recipe's seed.
-        layer: the layer's number, so that layers draw different noise.
+        key: from :func:`noise_key`.
     """
     device = positions_B.device
     length = tokens // positions_B.shape[0]
     key_B = mix(positions_B) ^ mix(positions_B >> LOW_BITS)
-    # torch.full fills on the device; a copy from the host would wait for a GPU.
-    key_B = mix(key_B ^ mix(torch.full((), seed * 1_000_003 + layer, device=device)))
+    key_B = mix(key_B ^ key)
     key_BS = mix(key_B[:, None] ^ mix(torch.arange(length, device=device)))
     columns_D = mix(torch.arange(columns, device=device) + 1)
     bits_TD = mix(key_BS.view(-1, 1) ^ columns_D)

@@ -63,6 +63,14 @@ class Precision(str, Enum):
     fp32 = "fp32"
 
 
+class Compile(str, Enum):
+    """What torch.compile fuses."""
+
+    off = "off"
+    blocks = "blocks"
+    model = "model"
+
+
 class OptimizerKind(str, Enum):
     """Update rule; both have decoupled weight decay."""
 
@@ -230,6 +238,9 @@ class Training:
     """`auto`: bf16 on devices that multiply bf16 in hardware, fp32 elsewhere."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory for a third more arithmetic."""
+    compile: Compile = key(Compile.off, on_resume=OnResume.edit)
+    """What torch.compile fuses: each layer (`blocks`, one compilation for all), or the whole decoder with the
+    loss (`model`). The first batch takes a minute or more; needs a C++ compiler on a CPU, Triton on a GPU."""
     loss_chunk_tokens: int = key(1024, above=0)
     """Tokens whose logits are in memory at once when the loss is computed."""
     document_masking: bool = True

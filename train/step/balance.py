@@ -8,7 +8,8 @@ the shares of the global batch, the mean of the losses is exactly the loss of th
 The shares of a whole batch are needed before the first backward pass. Qiu et al. use the counts accumulated
 so far; here a first pass routes all microbatches without gradients. This is exact however the batch is split
 and costs one more forward pass (a third of forward and backward, a quarter with recomputation). With one
-microbatch per rank it is not needed: each layer sums its counts, 8 E bytes, over the ranks as it runs.
+microbatch per rank it is not needed: its counts, 8 L E bytes, are summed over the ranks after the forward
+pass.
 
 Shapes: L layers, E experts.
 """
@@ -26,7 +27,7 @@ from train.step.language_model import LanguageModel
 
 
 class BalanceCounts:
-    """Supplies the balance loss of every MoE layer with expert counts over the recipe's scope.
+    """Supplies the balance loss with expert counts over the recipe's scope.
 
     Args:
         model: the model to train, already sharded.
@@ -36,16 +37,14 @@ class BalanceCounts:
 
     def __init__(self, model: LanguageModel, scope: BalanceScope, microbatches: int) -> None:
         self.model, self.scope = model, scope
-        self.layers = [module for module in model.decoder.modules() if isinstance(module, MoE)]
         self.needs_first_pass = microbatches > 1 and scope in (BalanceScope.rank, BalanceScope.global_batch)
         if self.needs_first_pass or not dist.is_initialized():
             return
-        for layer in self.layers:
-            if scope is BalanceScope.expert_group and layer.experts.args.moe_expert_model_parallelism:
-                group = layer.experts.args.expert_parallel_group
-                layer.reduce_counts = functools.partial(_sum_over, group)
-            elif scope is BalanceScope.global_batch:
-                layer.reduce_counts = functools.partial(_sum_over, None)
+        first = next(module for module in model.decoder.modules() if isinstance(module, MoE)).experts.args
+        if scope is BalanceScope.expert_group and first.moe_expert_model_parallelism:
+            model.reduce_counts = functools.partial(_sum_over, first.expert_parallel_group)
+        elif scope is BalanceScope.global_batch:
+            model.reduce_counts = functools.partial(_sum_over, None)
 
     def count_batch(self, state: State) -> None:
         """Routes the whole batch, if the scope needs its counts before the first microbatch."""
@@ -56,8 +55,7 @@ class BalanceCounts:
         )
         if self.scope is BalanceScope.global_batch and dist.is_initialized():
             dist.all_reduce(counts_LE)
-        for layer, counts_E in zip(self.layers, counts_LE, strict=True):
-            layer.reduce_counts = functools.partial(_given, counts_E)
+        self.model.reduce_counts = functools.partial(_given, counts_LE)
 
 
 def microbatches_of(state: State) -> list[dict[str, Tensor]]:
@@ -69,13 +67,13 @@ def microbatches_of(state: State) -> list[dict[str, Tensor]]:
     return [{key: value[row : row + size] for key, value in batch.items()} for row in rows]
 
 
-def _sum_over(group: dist.ProcessGroup | None, counts_E: Tensor) -> Tensor:
+def _sum_over(group: dist.ProcessGroup | None, counts_LE: Tensor) -> Tensor:
     """Returns the counts summed over the ranks of a group; None: over all ranks."""
-    total_E = counts_E.clone()
-    dist.all_reduce(total_E, group=group)
-    return total_E
+    total_LE = counts_LE.clone()
+    dist.all_reduce(total_LE, group=group)
+    return total_LE
 
 
-def _given(batch_counts_E: Tensor, _counts_E: Tensor) -> Tensor:
+def _given(batch_counts_LE: Tensor, _counts_LE: Tensor) -> Tensor:
     """Returns the batch's counts in place of the microbatch's."""
-    return batch_counts_E
+    return batch_counts_LE

@@ -3,6 +3,7 @@
 Shapes: B sequences of a microbatch, S tokens per sequence, L layers, E experts.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from train.model.decoder import Decoder, DecoderOutput
+from train.model.moe import balance_loss
 from train.model.router import Jitter, Router
+from train.model.router_noise import noise_key
 from train.recipe.schema import Balance, Precision, Recipe
 
 Batch = dict[str, Tensor]
@@ -18,6 +21,9 @@ Batch = dict[str, Tensor]
 
 class MicrobatchModel(nn.Module):
     """The decoder with the losses that a recipe trains it on.
+
+    ``reduce_counts`` turns a microbatch's tokens per expert into those that its balance loss uses, both
+    [L, E]; None: the same.
 
     Args:
         decoder: on its device, sharded already where it is.
@@ -30,6 +36,7 @@ class MicrobatchModel(nn.Module):
         self.decoder = decoder
         moe = recipe.model.moe
         by_loss = moe is not None and moe.balance is Balance.loss
+        self.reduce_counts: Callable[[Tensor], Tensor] | None = None
         self.balance_weight = moe.balance_loss_weight if moe and by_loss else 0.0
         self.z_weight = moe.z_loss_weight if moe else 0.0
         self.seed = recipe.seed
@@ -48,12 +55,12 @@ class MicrobatchModel(nn.Module):
         return self._decode(batch, choices_only=True).expert_tokens_LE
 
     def _decode(self, batch: Batch, choices_only: bool = False) -> DecoderOutput:
+        device = batch["input_ids"].device
         for layer, router in enumerate(self.jittered):
-            router.jitter = Jitter(self.seed, layer, batch["sample_positions"])
-        device_type = batch["input_ids"].device.type
+            router.jitter = Jitter(noise_key(self.seed, layer, device), batch["sample_positions"])
         # Weights stay fp32; autocast makes the bf16 copies for matrix products.
         cast: AbstractContextManager[Any] = torch.autocast(
-            device_type, torch.bfloat16, enabled=self.precision is Precision.bf16
+            device.type, torch.bfloat16, enabled=self.precision is Precision.bf16
         )
         with cast:
             outputs: DecoderOutput = self.decoder(
@@ -72,10 +79,14 @@ class MicrobatchModel(nn.Module):
         """
         sequences, length = batch["targets"].shape
         language = outputs.loss_sum / (sequences * (length - 1))
-        total = language + self.balance_weight * outputs.balance_loss + self.z_weight * outputs.z_loss
+        counts_LE = outputs.expert_tokens_LE
+        if self.reduce_counts is not None:
+            counts_LE = self.reduce_counts(counts_LE)
+        balance = balance_loss(outputs.mean_scores_LE, counts_LE)
+        total = language + self.balance_weight * balance + self.z_weight * outputs.z_loss
         return {
             "total": total,
             "language": language,
-            "balance": outputs.balance_loss,
+            "balance": balance,
             "z": outputs.z_loss,
         }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from train.model.decoder import Decoder, DecoderOutput
 from train.model.init import initialize
-from train.model.moe import MoE
+from train.model.moe import MoE, balance_loss
 from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position
 
 # Shapes: B batch, S sequence, V vocabulary, L layers, E experts.
@@ -91,7 +91,8 @@ def test_balance_and_z_loss_are_means_over_layers() -> None:
         block.ffn.register_forward_hook(lambda _module, _inputs, result: seen.append(result[1]))
     out = model(ids, documents, targets)
     assert len(seen) == 2
-    torch.testing.assert_close(out.balance_loss, (seen[0].balance_loss + seen[1].balance_loss) / 2)
+    layers = [balance_loss(aux.mean_score_E[None], aux.expert_tokens_E[None]) for aux in seen]
+    torch.testing.assert_close(out.balance_loss, (layers[0] + layers[1]) / 2)
     torch.testing.assert_close(out.z_loss, (seen[0].z_loss + seen[1].z_loss) / 2)
     assert torch.equal(out.expert_tokens_LE, torch.stack([aux.expert_tokens_E for aux in seen]))
 

@@ -32,43 +32,19 @@ def test_replicate_repeats_columns_and_sums_them_back() -> None:
     assert back.tolist() == [[3, 0, 12]]
 
 
-SIZES = ([3, 0, 5, 1], [0, 0, 9, 0], [0, 2, 70, 0], [64, 64, 0, 64], [0, 0, 0, 0])
-
-
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("trans_b", [False, True])
-def test_grouped_product_and_gradients_equal_a_loop(sizes: list[int], trans_b: bool) -> None:
-    a = torch.randn(sum(sizes), 6, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(4, *((5, 6) if trans_b else (6, 5)), dtype=torch.float64, requires_grad=True)
-    out = megablocks_ops.gmm(a, b, torch.tensor(sizes), trans_b)
-    expected = torch.cat([rows @ (b[e].t() if trans_b else b[e]) for e, rows in enumerate(a.split(sizes))])
-    torch.testing.assert_close(out, expected)
-    grad = torch.randn_like(out)
-    ours = torch.autograd.grad(out, (a, b), grad)
-    theirs = torch.autograd.grad(expected, (a, b), grad)
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_under_autocast_grouped_products_are_bf16() -> None:
-    x, w = torch.randn(6, 8), torch.randn(2, 16, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert megablocks_ops.gmm(x, w, torch.tensor([2, 4]), trans_b=True).dtype == torch.bfloat16
-
-
 def test_installing_again_changes_nothing() -> None:
     from megablocks.backend import kernels
-    from megablocks.layers import glu
 
-    before = [sys.modules["megablocks_ops"], kernels.gather, glu.memory_optimized_grouped_glu]
+    before = [sys.modules["megablocks_ops"], kernels.gather]
     megablocks_ops.install()
-    assert before == [sys.modules["megablocks_ops"], kernels.gather, glu.memory_optimized_grouped_glu]
+    assert before == [sys.modules["megablocks_ops"], kernels.gather]
 
 
 def test_a_compiled_module_is_left_in_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "grouped_gemm.py").write_text("COMPILED = True\n")
+    (tmp_path / "megablocks_ops.py").write_text("COMPILED = True\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "grouped_gemm")
+    monkeypatch.delitem(sys.modules, "megablocks_ops")
     megablocks_ops.install()
-    import grouped_gemm
+    import megablocks_ops as compiled
 
-    assert grouped_gemm.COMPILED
+    assert compiled.COMPILED

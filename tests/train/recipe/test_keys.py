@@ -31,7 +31,10 @@ EDITABLE_KEYS = {
         "data.phases",
         "data.skips",
     ),
-    *(f"training.{name}" for name in ("duration_tokens", "global_batch_sequences", "microbatch_sequences")),
+    *(
+        f"training.{name}"
+        for name in ("duration_tokens", "global_batch_sequences", "microbatch_sequences", "compile")
+    ),
 }
 
 
