@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,14 +87,27 @@ def compare_all() -> Iterator[Parity]:
         # One bar is enough.
         with no_bars(), tempfile.TemporaryDirectory(prefix="parity-") as root:
             ours, theirs, back = (Path(root) / part for part in ("ours", "theirs", "back"))
-            decoder = _random_decoder(model)
-            write_folder(WeightSource(ours, model, _DecoderWeights(decoder)), theirs, shard_bytes=100_000)
+            decoder = export_random(model, theirs)
             row = _compare(name, decoder, theirs)
             import_folder(theirs, ours)
             write_folder(open_weights(ours), back)
             files = sorted(file.name for file in theirs.glob("*.safetensors"))
             same = all((theirs / file).read_bytes() == (back / file).read_bytes() for file in files)
         yield replace(row, same_bytes=same and len(files) > 1)
+
+
+def export_random(model: Model, folder: Path) -> Decoder:
+    """Writes a random model as a Hugging Face folder of several files, and returns it."""
+    decoder = _random_decoder(model)
+    source = WeightSource(Path("random"), model, _DecoderWeights(decoder))
+    write_folder(source, folder, shard_bytes=100_000)
+    return decoder
+
+
+def open_theirs(folder: Path) -> Any:
+    """Loads a Hugging Face folder in transformers, in fp32."""
+    # The option for a data type is called torch_dtype before transformers 4.56, dtype from there on.
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float()
 
 
 def compare(source: Path, folder: Path) -> Parity:
@@ -109,7 +123,7 @@ def compare(source: Path, folder: Path) -> Parity:
 
 
 def _compare(name: str, decoder: Decoder, folder: Path) -> Parity:
-    theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    theirs = open_theirs(folder)
     length = min(64, decoder.cfg.max_sequence_tokens - NEW_TOKENS)
     ids_BS = torch.randint(0, decoder.cfg.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     cached, fed_BS = CachedDecoder(decoder), ids_BS[:1]

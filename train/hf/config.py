@@ -2,16 +2,17 @@
 
 A config that our decoder cannot express is refused, naming key and value; keys that do not change the
 function (dropout of zero, caching, versions, remote code) are ignored.
+
+What is written is read alike by transformers 4.5x and 5: RoPE's base stands where each looks for it
+(:mod:`train.hf.rope`), and numbers have the types that 5 insists on. It refuses an int where a float is
+declared (`moe_normalize_expert_weights`, OLMoE's and MPT's `clip_qkv`), and a float as MPT's `attn_pdrop`.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from train.hf.rope import Config, rope_base, rope_keys
 from train.recipe.errors import UserError
 from train.recipe.schema import Ffn, Model, Moe, Norm, Position
-
-Config = Mapping[str, Any]
 
 NEVER_CLIPPED = 1e30
 """Written for `clip_qkv: null`, as DBRX in transformers 4.51 fails without a number."""
@@ -35,7 +36,7 @@ def dbrx_to_model(config: Config) -> Model:
         ffn_hidden_size=_need(ffn, "ffn_hidden_size"),
         vocab_size=_need(config, "vocab_size"),
         max_sequence_tokens=_need(config, "max_seq_len"),
-        rope_theta=float(_need(attn, "rope_theta")),
+        rope_theta=rope_base(config, 10000.0),
         clip_qkv=None if clip is None or clip >= NEVER_CLIPPED else float(clip),
         init_std=float(config.get("initializer_range", 0.02)),
         moe=None if _need(ffn, "moe_num_experts") == 1 else _dbrx_experts(ffn),
@@ -63,22 +64,23 @@ def dbrx_from_model(model: Model) -> dict[str, object]:
         "max_seq_len": model.max_sequence_tokens,
         "attn_config": {
             "attn_pdrop": 0.0,
-            "clip_qkv": _number(NEVER_CLIPPED if model.clip_qkv is None else model.clip_qkv),
+            "clip_qkv": NEVER_CLIPPED if model.clip_qkv is None else float(model.clip_qkv),
             "kv_n_heads": model.n_kv_heads,
-            "rope_theta": _number(model.rope_theta),
+            "rope_theta": float(model.rope_theta),
         },
         "ffn_config": {
             "ffn_act_fn": {"name": "silu"},
             "ffn_hidden_size": model.ffn_hidden_size,
             "moe_num_experts": moe.experts if moe else 1,
             "moe_top_k": moe.top_k if moe else 1,
-            "moe_normalize_expert_weights": moe.normalize_weights_p if moe else 1,
-            "moe_jitter_eps": _number(moe.jitter_eps) if moe else 0,
-            "moe_loss_weight": moe.balance_loss_weight if moe else 0.0,
+            "moe_normalize_expert_weights": _float(moe.normalize_weights_p) if moe else 1.0,
+            "moe_jitter_eps": float(moe.jitter_eps) if moe else 0.0,
+            "moe_loss_weight": float(moe.balance_loss_weight) if moe else 0.0,
         },
+        **rope_keys(model.rope_theta),
         "emb_pdrop": 0.0,
         "resid_pdrop": 0.0,
-        "initializer_range": model.init_std,
+        "initializer_range": float(model.init_std),
         "output_router_logits": False,
         "tie_word_embeddings": False,
         "use_cache": True,
@@ -122,8 +124,8 @@ def mixtral_from_model(model: Model) -> dict[str, object]:
     return _llama_like_config(model) | {
         "num_local_experts": model.moe.experts,
         "num_experts_per_tok": model.moe.top_k,
-        "router_jitter_noise": model.moe.jitter_eps,
-        "router_aux_loss_coef": model.moe.balance_loss_weight,
+        "router_jitter_noise": float(model.moe.jitter_eps),
+        "router_aux_loss_coef": float(model.moe.balance_loss_weight),
         "output_router_logits": False,
         "sliding_window": None,
     }
@@ -154,9 +156,9 @@ def olmoe_from_model(model: Model) -> dict[str, object]:
         "num_experts": model.moe.experts,
         "num_experts_per_tok": model.moe.top_k,
         "norm_topk_prob": model.moe.normalize_weights_p == 1,
-        "router_aux_loss_coef": model.moe.balance_loss_weight,
+        "router_aux_loss_coef": float(model.moe.balance_loss_weight),
         "output_router_logits": False,
-        "clip_qkv": None if model.clip_qkv is None else _number(model.clip_qkv),
+        "clip_qkv": _float(model.clip_qkv),
     }
 
 
@@ -198,16 +200,16 @@ def mpt_from_model(model: Model) -> dict[str, object]:
         "attn_config": {
             "alibi": True,
             "alibi_bias_max": 8,
-            "attn_pdrop": 0.0,
+            "attn_pdrop": 0,
             "attn_type": "multihead_attention",
-            "clip_qkv": None if model.clip_qkv is None else _number(model.clip_qkv),
+            "clip_qkv": _float(model.clip_qkv),
         },
-        "layer_norm_epsilon": model.norm_eps,
+        "layer_norm_epsilon": float(model.norm_eps),
         "learned_pos_emb": False,
         "no_bias": True,
         "emb_pdrop": 0.0,
         "resid_pdrop": 0.0,
-        "initializer_range": model.init_std,
+        "initializer_range": float(model.init_std),
         "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
     }
@@ -218,7 +220,7 @@ def _llama_like(
 ) -> Model:
     """Reads the keys shared by LLaMA and its relatives; the arguments are their classes' defaults."""
     d_model, n_heads = _need(config, "hidden_size"), _need(config, "num_attention_heads")
-    _only(config, hidden_act="silu", attention_bias=False, attention_dropout=0, rope_scaling=None)
+    _only(config, hidden_act="silu", attention_bias=False, attention_dropout=0)
     _only(config, head_dim=d_model // n_heads)
     return Model(
         d_model=d_model,
@@ -228,7 +230,7 @@ def _llama_like(
         ffn_hidden_size=_need(config, "intermediate_size"),
         vocab_size=_need(config, "vocab_size"),
         max_sequence_tokens=_need(config, "max_position_embeddings"),
-        rope_theta=float(config.get("rope_theta", rope_theta)),
+        rope_theta=rope_base(config, rope_theta),
         norm=Norm.rmsnorm,
         norm_eps=float(config.get("rms_norm_eps", rms_norm_eps)),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -247,11 +249,12 @@ def _llama_like_config(model: Model) -> dict[str, object]:
         "vocab_size": model.vocab_size,
         "max_position_embeddings": model.max_sequence_tokens,
         "hidden_act": "silu",
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": _number(model.rope_theta),
+        "rms_norm_eps": float(model.norm_eps),
+        "rope_theta": float(model.rope_theta),
+        **rope_keys(model.rope_theta),
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "initializer_range": model.init_std,
+        "initializer_range": float(model.init_std),
         "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
     }
@@ -273,6 +276,5 @@ def _only(config: Config, **expressible: object) -> None:
             raise UserError(f"{key} is {given!r}; only {value!r} can be expressed")
 
 
-def _number(value: float) -> float | int:
-    """Returns whole numbers as int, as in DBRX's own config."""
-    return int(value) if value == int(value) and abs(value) < 2**53 else value
+def _float(value: float | None) -> float | None:
+    return None if value is None else float(value)

@@ -8,6 +8,7 @@ from pathlib import Path
 from data.tokenizer import TokenizerHandle, open_tokenizer
 from train.hf.folders import CONFIG_FILE, HEADERS_FILE, SOURCE_FOLDER, read_json
 from train.hf.mapping import family_of
+from train.hf.rope import views
 from train.hf.safetensors_io import INDEX_FILE
 from train.hf.weights import WeightSource
 from train.recipe import sizes
@@ -24,7 +25,8 @@ ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def write_texts(out: Path, source: WeightSource, config: dict[str, object], dtype: str) -> None:
     """Writes config, generation config, tokenizer and model card.
 
-    Those of an imported folder are copied unchanged as long as they still apply.
+    Those of an imported folder are copied unchanged as long as they still apply. A config in which
+    transformers 4 and 5 read different bases of RoPE is written anew.
 
     Args:
         out: the Hugging Face folder.
@@ -34,7 +36,7 @@ def write_texts(out: Path, source: WeightSource, config: dict[str, object], dtyp
     """
     kept = source.path / SOURCE_FOLDER
     kept = kept if kept.is_dir() else source.path
-    ids: dict[str, object] = {}
+    ids: dict[str, object] = dict.fromkeys(ID_KEYS)  # Without them a config has those of its class.
     if source.recipe is not None:
         handle = open_tokenizer(source.recipe.tokenizer, Path(source.recipe.data.shards))
         handle.to_hugging_face(out, source.model.max_sequence_tokens)
@@ -84,7 +86,7 @@ def model_card(source: WeightSource, architecture: str, dtype: str) -> str:
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained(FOLDER, torch_dtype="auto")',
+        'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")  # before 4.56: torch_dtype',
         "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
         "```",
         "",
@@ -147,9 +149,12 @@ def _figures(summary: Summary) -> list[str]:
 
 
 def _is_true(config: dict[str, object], model: Model, dtype: str) -> bool:
-    """Returns True if an imported config still describes the exported model."""
-    same_type = config.get("torch_dtype", dtype) == dtype
-    return same_type and family_of(config).to_model(config) == model
+    """Returns True if an imported config still describes the exported model, to transformers 4 and to 5."""
+    # transformers 4 writes `torch_dtype`, 5 `dtype`.
+    if any((config.get(key) or dtype) != dtype for key in ("torch_dtype", "dtype")):
+        return False
+    read = family_of(config).to_model
+    return all(read(view) == model for view in (config, *views(config)))
 
 
 def _special_ids(handle: TokenizerHandle) -> dict[str, object]:

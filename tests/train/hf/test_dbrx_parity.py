@@ -53,6 +53,7 @@ def both(cfg: Model) -> tuple[Decoder, Any]:
         max_seq_len=cfg.max_sequence_tokens,
         vocab_size=cfg.vocab_size,
         attn_config={"kv_n_heads": cfg.n_kv_heads, "rope_theta": cfg.rope_theta, "clip_qkv": cfg.clip_qkv},
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},  # From transformers 5 on.
         ffn_config={
             "ffn_hidden_size": cfg.ffn_hidden_size,
             "moe_num_experts": cfg.moe.experts,

@@ -26,6 +26,9 @@ from train.recipe.errors import UserError
 
 SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA = SIZES | {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+THETA = 500000.0
+ROPE = {"rope_theta": THETA, "rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
+"""RoPE's base where transformers 4 reads it, and where 5 does."""
 
 
 def _model(kind: str, dtype: torch.dtype) -> Any:
@@ -39,15 +42,16 @@ def _model(kind: str, dtype: torch.dtype) -> Any:
             n_layers=2,
             max_seq_len=64,
             vocab_size=96,
-            attn_config={"clip_qkv": 0.1, "kv_n_heads": 2, "rope_theta": 500000},
+            attn_config={"clip_qkv": 0.1, "kv_n_heads": 2, "rope_theta": THETA},
+            rope_parameters=ROPE["rope_parameters"],
             ffn_config={"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0},
         )
     elif kind == "olmoe":
-        config = transformers.OlmoeConfig(**LLAMA, num_experts=8, num_experts_per_tok=3, clip_qkv=0.5)
+        config = transformers.OlmoeConfig(**LLAMA, **ROPE, num_experts=8, num_experts_per_tok=3, clip_qkv=0.5)
     elif kind == "llama":
-        config = transformers.LlamaConfig(**LLAMA)
+        config = transformers.LlamaConfig(**LLAMA, **ROPE)
     else:
-        config = transformers.MixtralConfig(**LLAMA, num_local_experts=4, sliding_window=None)
+        config = transformers.MixtralConfig(**LLAMA, **ROPE, num_local_experts=4, sliding_window=None)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -84,12 +88,40 @@ def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, t
     before = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir() if file.suffix != ".py"}
     after = {file.name: file.read_bytes() for file in (tmp_path / "back").iterdir()}
     after.pop("README.md")
+    # transformers 5 writes no `rope_theta`, without which 4 would compute something else: a new config.
+    config, written = json.loads(after.pop("config.json")), json.loads(before.pop("config.json"))
+    assert config == written or "rope_theta" not in written
+    assert open_weights(tmp_path / "back").model == source.model and source.model.rope_theta == THETA
     assert json.loads(after.pop("provenance.json"))["lineage"]["weights"] == str(tmp_path / "ours")
     assert {k: v for k, v in after.items() if "index" not in k} == {
         k: v for k, v in before.items() if "index" not in k
     }
     index = "model.safetensors.index.json"
     assert json.loads(after[index])["weight_map"] == json.loads(before[index])["weight_map"]
+
+
+@pytest.mark.parametrize("spelling", ["both", "rope_parameters", "attn_config"])
+def test_a_config_is_copied_only_if_every_version_reads_the_same_from_it(
+    spelling: str, folder: Path, tmp_path: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    if spelling == "rope_parameters":
+        del config["attn_config"]["rope_theta"]
+    elif spelling == "attn_config":
+        del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["import", str(folder), str(tmp_path / "ours")]) == 0
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    back = json.loads((tmp_path / "back/config.json").read_text())
+    assert (back == config) is (spelling == "both")
+    assert back["rope_parameters"]["rope_theta"] == back["attn_config"]["rope_theta"] == THETA
+
+
+def test_a_config_of_another_data_type_is_not_copied(folder: Path, tmp_path: Path) -> None:
+    assert main(["import", str(folder), str(tmp_path / "ours")]) == 0
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), "--dtype", "fp32"]) == 0
+    back = json.loads((tmp_path / "back/config.json").read_text())
+    assert {back[key] for key in ("dtype", "torch_dtype") if key in back} == {"float32"}
 
 
 class CutOff:
@@ -222,6 +254,12 @@ FOLDER_FAULTS: dict[str, Callable[[Path], object]] = {
     "model_type 'gpt2' is not one of": _config(model_type="gpt2"),
     "resid_pdrop is 0.1; only 0": _config(resid_pdrop=0.1),
     "n_layers is None": _config(n_layers=None),
+    "rope_parameters.rope_type is 'llama3'; only 'default'": _config(
+        rope_parameters={"rope_type": "llama3", "factor": 8.0}
+    ),
+    "attn_config.rope_theta is 500000.0, rope_parameters.rope_theta is 10000.0; they": _config(
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
+    ),
 }
 
 
@@ -239,7 +277,7 @@ def test_every_fault_of_a_folder_is_found(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling is"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"head_dim": 16}, "head_dim is 16; only 8"),
     ],

@@ -1,0 +1,185 @@
+"""`config.json`: what transformers 4 and 5 read from ours, and what ours reads from theirs. Needs neither."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from train.hf.config import Config
+from train.hf.mapping import FAMILIES, family_for, family_of
+from train.hf.rope import views
+from train.recipe.errors import UserError
+from train.recipe.schema import Ffn, Model, Moe, Norm, Position
+
+THETA = 123456.0
+DBRX = Model(
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=4,
+    ffn_hidden_size=128,
+    vocab_size=300,
+    max_sequence_tokens=64,
+    rope_theta=THETA,
+    moe=Moe(experts=4, top_k=2),
+)
+LLAMA = replace(DBRX, norm=Norm.rmsnorm, moe=None)
+MODELS = {
+    "dbrx": DBRX,
+    "llama": LLAMA,
+    "mixtral": replace(LLAMA, moe=DBRX.moe),
+    "olmoe": replace(LLAMA, moe=DBRX.moe, qk_norm=True),
+    "mpt": replace(DBRX, position=Position.alibi, ffn=Ffn.mlp, moe=None),
+}
+ROTARY = [kind for kind in MODELS if kind != "mpt"]
+
+
+def written(model: Model) -> dict[str, Any]:
+    """Our config of a model, as it is read from its file."""
+    family = family_for(model)
+    tree: dict[str, Any] = json.loads(
+        json.dumps({"model_type": family.model_type} | family.from_model(model))
+    )
+    return tree
+
+
+def read(config: Config) -> Model:
+    return family_of(config).to_model(config)
+
+
+def without_base(config: dict[str, Any]) -> dict[str, Any]:
+    """The same config without RoPE's base."""
+    left = {key: value for key, value in config.items() if key not in {"rope_theta", "rope_parameters"}}
+    if "attn_config" in left:
+        left["attn_config"] = {k: v for k, v in left["attn_config"].items() if k != "rope_theta"}
+    return left
+
+
+def with_old_base(config: dict[str, Any], theta: float) -> dict[str, Any]:
+    """The same config as transformers 4 writes it."""
+    left = without_base(config)
+    if "attn_config" in left:
+        return left | {"attn_config": left["attn_config"] | {"rope_theta": theta}}
+    return left | {"rope_theta": theta, "rope_scaling": None}
+
+
+def with_new_base(config: dict[str, Any], theta: float) -> dict[str, Any]:
+    """The same config as transformers 5 writes it."""
+    return without_base(config) | {"rope_parameters": {"rope_theta": theta, "rope_type": "default"}}
+
+
+def test_there_is_a_model_of_every_architecture() -> None:
+    assert list(MODELS) == [family.model_type for family in FAMILIES]
+    assert {kind: written(model)["model_type"] for kind, model in MODELS.items()} == {k: k for k in MODELS}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_both_versions_find_the_base_in_an_export(kind: str) -> None:
+    config = written(MODELS[kind])
+    old = config["attn_config"] if kind == "dbrx" else config
+    assert old["rope_theta"] == THETA
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": THETA}
+    assert [read(view) for view in (config, *views(config))] == [MODELS[kind]] * 3
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_numbers_have_the_types_on_which_transformers_5_insists(kind: str) -> None:
+    """An int is refused there where a float is declared, also a whole one such as 8; so is MPT's 0.0."""
+    moe = MODELS[kind].moe and Moe(4, 2, normalize_weights_p=1, jitter_eps=0, balance_loss_weight=1)
+    model = replace(MODELS[kind], moe=moe, rope_theta=10000, init_std=1)
+    if kind not in {"llama", "mixtral"}:
+        model = replace(model, clip_qkv=8)
+    config = dict(numbers(written(model)))
+    counts = {"d_model", "hidden_size", "max_seq_len", "max_position_embeddings", "vocab_size"}
+    counts |= {"n_layers", "n_heads", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+    counts |= {"kv_n_heads", "ffn_hidden_size", "intermediate_size", "expansion_ratio", "alibi_bias_max"}
+    counts |= {"moe_num_experts", "moe_top_k", "num_local_experts", "num_experts", "num_experts_per_tok"}
+    counts |= {"attn_pdrop"} if kind == "mpt" else set()
+    assert {key for key, value in config.items() if isinstance(value, int)} == counts & config.keys()
+    assert config.keys() - counts >= {"initializer_range"}
+    assert read(written(model)) == (replace(model, rope_theta=5e5) if kind == "mpt" else model)
+
+
+def numbers(tree: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from numbers(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, value
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_both_spellings_are_read_as_the_same_model(kind: str) -> None:
+    config = written(MODELS[kind])
+    assert read(with_old_base(config, THETA)) == read(with_new_base(config, THETA)) == MODELS[kind]
+    default = 1e6 if kind == "mixtral" else 1e4
+    assert read(without_base(config)).rope_theta == default
+    assert read(with_new_base(config, THETA) | {"rope_parameters": {"rope_type": "default"}}) == read(
+        without_base(config)
+    )
+    for nothing in (None, {}, {"type": "default"}, {"rope_type": "default", "partial_rotary_factor": 1.0}):
+        assert read(with_old_base(config, THETA) | {"rope_scaling": nothing}) == MODELS[kind]
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_what_a_version_does_not_read_is_seen(kind: str) -> None:
+    """An import in one spelling is not copied into an export, where another version would read a default."""
+    config, model = written(MODELS[kind]), MODELS[kind]
+    assert [read(view) == model for view in views(config)] == [True, True]
+    assert [read(view) == model for view in views(with_new_base(config, THETA))] == [False, True]
+    # Of the older spellings, transformers 5 does not read DBRX's.
+    assert [read(view) == model for view in views(with_old_base(config, THETA))] == [True, kind != "dbrx"]
+    scaling = {"rope_scaling": {"rope_type": "default"}}  # Which transformers 5 takes for rope_parameters.
+    old, new = views(with_new_base(config, THETA) | scaling)
+    assert read(old) != model and read(new) != model
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": THETA, "factor": 8.0}},
+            "rope_parameters.rope_type is 'llama3'; only 'default'",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling.type is 'linear'; only 'default'",
+        ),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type is 'dynamic'"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor is 2.0"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor is 0.5"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25; only 1"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": None}},
+            "rope_parameters differs by layer (full_attention)",
+        ),
+        ({"rope_parameters": {"rope_theta": 10000.0}}, "rope_parameters.rope_theta is 10000"),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 5.0}}, "rope_scaling.rope_theta is 5"),
+        (
+            {"rope_parameters": {"rope_theta": "10000"}},
+            "rope_parameters.rope_theta is '10000', not a positive",
+        ),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta is 0, not a positive number"),
+    ],
+)
+def test_positions_that_we_do_not_have_are_refused_by_name(
+    kind: str, change: dict[str, Any], words: str
+) -> None:
+    config = with_old_base(written(MODELS[kind]), THETA) | change
+    with pytest.raises(UserError) as caught:
+        read(config)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bases_that_differ_are_named_with_their_places() -> None:
+    """As transformers 5 writes a DBRX that it read from an older config."""
+    config = with_old_base(written(DBRX), THETA) | {"rope_parameters": {"rope_theta": 1e4}}
+    words = (
+        r"^attn_config.rope_theta is 123456.0, rope_parameters.rope_theta is 10000.0; they must be the same$"
+    )
+    with pytest.raises(UserError, match=words):
+        read(config)
