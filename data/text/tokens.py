@@ -130,7 +130,7 @@ def _encode(job: PreparationJob, chunk: Chunk) -> Result:
             for it in tokenizer.encode_documents(texts[at : at + BATCH])
         ]
         tokens = np.concatenate([np.empty(0, np.int32), *(part for it in ids for part in (it, end))])
-        arrays = {
+        arrays: dict[str, np.ndarray[Any, Any]] = {
             "tokens": tokens.astype(np.int32, copy=False),
             "lengths": np.array([it.size + 1 for it in ids], np.int64),
             "places": np.array(places, np.int64),
