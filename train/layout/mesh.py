@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from train.layout.torch_patches import apply_torch_patches
@@ -97,8 +97,9 @@ def sum_on_gloo(model: nn.Module) -> None:
     torch 2.7 lacks the call: :func:`train.layout.torch_patches.average_gradients_on_gloo` stands in for it.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule) and hasattr(module, "set_force_sum_reduction_for_comms"):
-            module.set_force_sum_reduction_for_comms(True)
+        force_sums = getattr(module, "set_force_sum_reduction_for_comms", None)
+        if force_sums is not None:
+            force_sums(True)
 
 
 def _spread_experts(moe: MoE, experts: DeviceMesh) -> None:

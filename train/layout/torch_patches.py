@@ -54,13 +54,14 @@ def average_gradients_on_gloo() -> None:
         all_reduce_group: dist.ProcessGroup | None,
         reduce_dtype: torch.dtype,
         device_type: str = "",
-    ) -> tuple[None, None] | tuple[float, float]:
+    ) -> Any:
         if device_type != "cpu":
             return _divide_factors(reduce_scatter_group, all_reduce_group, reduce_dtype, device_type)
         replicas = all_reduce_group.size() if all_reduce_group is not None else 1
         return 1.0, float(reduce_scatter_group.size() * replicas)
 
-    _fsdp_collectives._get_gradient_divide_factors = factors
+    # As a plain assignment it would not fit the types of later versions.
+    setattr(_fsdp_collectives, "_get_gradient_divide_factors", factors)  # noqa: B010
 
 
 EVENTS_OF_CPU_STREAMS = TorchVersions((2, 7), before=(2, 10))

@@ -57,9 +57,7 @@ class Checkpointing:
         self.saver = CheckpointSaver(root, topology, recipe.keep_last)
         # A separate group, since the saver's thread uses the saver's; gloo, so that nothing waits for a GPU.
         group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
-        assert not isinstance(
-            group, int
-        )  # torch's number for ranks outside of a group; all are in this one
+        assert not isinstance(group, int)  # torch's sign for ranks outside of a group
         self._group = group
         self.last_save = time.monotonic()
         self.last_batch = -1

@@ -160,7 +160,7 @@ def _grouped(shape: Grouped, is_even: bool) -> Iterator[Measurement]:
     ):
 
         def in_one(left: Tensor = left, right: Tensor = right) -> Tensor:
-            out: Tensor = functional.grouped_mm(left, right, offs=offsets_E)  # type: ignore[attr-defined]
+            out: Tensor = functional.grouped_mm(left, right, offs=offsets_E)  # type: ignore[attr-defined, unused-ignore]
             return out
 
         found = f"loop {_tflops(flops, _ms(loop))}, grouped_mm {_tflops(flops, _ms(in_one))}"
