@@ -1,7 +1,7 @@
 # For nodes of H100s on InfiniBand (not yet run on a GPU). Build: docker build -t finegrain .
-# CUDA 12.6 and Python 3.11, as the locked torch 2.7.0 requires; -devel has the compilers that Triton and
-# MegaBlocks' extension need. Checked by hadolint and tests/test_dockerfile.py.
-FROM pytorch/pytorch:2.7.0-cuda12.6-cudnn9-devel
+# CUDA 13.2, as the locked torch 2.15.0 requires: the driver must be of series 580 or newer. -devel has the
+# compilers that Triton and MegaBlocks' extension need. Checked by hadolint and tests/test_dockerfile.py.
+FROM pytorch/pytorch:2.15.0-cuda13.2-cudnn9-devel
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
@@ -19,7 +19,7 @@ WORKDIR /finegrain
 # Packages first: they change less often than the code.
 COPY requirements.lock requirements-megablocks.lock ./
 COPY launch/install.sh launch/install.sh
-RUN PYTHON=$(command -v python3.11 || command -v python3) bash launch/install.sh
+RUN bash launch/install.sh
 
 # --build-arg COMPILED_MEGABLOCKS=yes compiles MegaBlocks' own sort, histogram and cumulative sum for H100s,
 # in place of PyTorch's (train/model/megablocks_ops.py). They are a small share of a step; the default needs

@@ -1,5 +1,23 @@
 """Fixtures of all tests: one thread, since tensors are tiny and a second thread would only wait."""
 
 import os
+import sys
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it on import, after this file.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stays_forkable() -> None:
+    """Starts autograd before any test does, so that tests can fork ranks later.
+
+    Autograd starts a thread for each device at its first backward pass, and a process with such threads
+    cannot fork ranks that use autograd. Fake tensors, which torch.compile and the fake process group use,
+    register a device that is none, and in torch 2.15 a first backward pass after that starts a thread for it.
+    """
+    if "torch" in sys.modules:
+        import torch
+
+        if not torch.cuda.is_available():
+            torch.ones((), requires_grad=True).backward()

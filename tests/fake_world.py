@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import _mesh_resources
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -24,9 +23,6 @@ def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[
         yield decoder
     finally:
         dist.destroy_process_group()
-        # torch caches flattened meshes by shape, with the process groups of the previous world.
-        _mesh_resources.root_to_flatten_mapping.clear()
-        _mesh_resources.child_to_root_mapping.clear()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -313,7 +313,7 @@ def unigram_entropy(tokens: NDArray[np.integer[Any]]) -> float:
 
 def entropy(counts: NDArray[np.integer[Any]]) -> float:
     """Entropy of a distribution given by counts, in nats; 0 for none."""
-    shares = counts[counts > 0] / max(counts.sum(), 1)
+    shares = counts[counts > 0] / max(int(counts.sum()), 1)
     return float(-(shares * np.log(shares)).sum())
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,7 +131,7 @@ def _encode(job: PreparationJob, chunk: Chunk) -> Result:
             for it in tokenizer.encode_documents(texts[at : at + BATCH])
         ]
         tokens = np.concatenate([np.empty(0, np.int32), *(part for it in ids for part in (it, end))])
-        arrays = {
+        arrays: dict[str, NDArray[np.integer[Any]]] = {
             "tokens": tokens.astype(np.int32, copy=False),
             "lengths": np.array([it.size + 1 for it in ids], np.int64),
             "places": np.array(places, np.int64),

@@ -67,7 +67,9 @@ class CheckpointSaver:
 
     def __init__(self, root: Path, topology: Topology, keep_last: int) -> None:
         self.root, self.topology, self.keep_last = root, topology, keep_last
-        self.group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
+        group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
+        assert not isinstance(group, int)  # torch's sign for ranks outside of a group
+        self.group = group
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None

@@ -1,14 +1,16 @@
-"""The element-wise part of attention on a CPU: splitting, clipping and rotation in one operation.
+"""Attention on a CPU: splitting, clipping and rotation in one operation, and FlexAttention's mask for tests.
 
-As separate operations they take as long on a CPU as the projection before them.
+As separate operations the former take as long on a CPU as the projection before them.
 
-Shapes: B batch, S positions, H heads of one part, N heads of all parts, R width of a head.
+Shapes: B batch, S positions, H heads of one part, G key-value heads, N heads of all parts, R width of a head.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 
 def clip_and_rotate(
@@ -72,3 +74,13 @@ def _rotate(x_BSHR: Tensor, cos_SR: Tensor, sin_SR: Tensor, out: Tensor) -> None
     out_left.addcmul_(right, sin, value=-1.0)
     torch.mul(right, cos, out=out_right)
     out_right.addcmul_(left, sin)
+
+
+def block_attention(q_BHSR: Tensor, k_BGSR: Tensor, v_BGSR: Tensor, blocks: BlockMask) -> Tensor:
+    """:func:`train.model.attention.block_attention` with the whole S x S mask.
+
+    On a CPU only tests ask for blocks; torch 2.15's FlexAttention has no gradient there.
+    """
+    (batch, _, length, _), device = q_BHSR.shape, str(q_BHSR.device)
+    visible = create_mask(blocks.mask_mod, batch, None, length, k_BGSR.shape[2], device=device)
+    return functional.scaled_dot_product_attention(q_BHSR, k_BGSR, v_BGSR, visible, enable_gqa=True)

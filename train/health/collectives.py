@@ -24,24 +24,35 @@ from train.health.snapshot import IssuedCollective, Snapshot
 
 KEPT = 64
 """Collectives kept; more than one layer issues for a microbatch."""
-METHODS = (
-    "_allgather_base",
-    "_reduce_scatter_base",
-    "allgather",
-    "allgather_coalesced",
-    "allgather_into_tensor_coalesced",
-    "allreduce",
-    "allreduce_coalesced",
-    "alltoall",
-    "alltoall_base",
-    "barrier",
-    "broadcast",
-    "gather",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor_coalesced",
-    "scatter",
+METHODS = tuple(
+    name
+    for name in (
+        "_allgather_base",
+        "_reduce_scatter_base",
+        "all_gather_single",
+        "all_gather_single_coalesced",
+        "all_to_all_single",
+        "allgather",
+        "allgather_coalesced",
+        "allgather_into_tensor_coalesced",
+        "allreduce",
+        "allreduce_coalesced",
+        "alltoall",
+        "alltoall_base",
+        "barrier",
+        "broadcast",
+        "gather",
+        "gather_single",
+        "reduce",
+        "reduce_scatter",
+        "reduce_scatter_single",
+        "reduce_scatter_single_coalesced",
+        "reduce_scatter_tensor_coalesced",
+        "scatter",
+    )
+    if hasattr(dist.ProcessGroup, name)
 )
+"""Collectives of the installed torch's process groups; those ending in `single` are newer than torch 2.7."""
 
 
 class Recorder(Protocol):
@@ -130,19 +141,26 @@ def collectives_of(watches_for_hangs: bool) -> AbstractContextManager[Recorder |
 
 
 @contextmanager
-def recorded_collectives() -> Iterator[CollectiveRecorder]:
-    """Records the collectives that this process issues in this context, by wrapping torch's methods."""
-    recorder = CollectiveRecorder()
-    originals = {name: getattr(dist.ProcessGroup, name) for name in METHODS}
-    wait = dist.Work.wait
-    for name, issue in originals.items():
+def recorded_collectives(recorder: CollectiveRecorder | None = None) -> Iterator[CollectiveRecorder]:
+    """Records the collectives that this process issues in this context, by wrapping torch's methods.
+
+    Args:
+        recorder: where they are noted; None: a new one.
+    """
+    recorder = recorder or CollectiveRecorder()
+    # From the class's dictionary: as an attribute of the class, a method of torch 2.15 is a plain function,
+    # which, put back, would no longer receive its process group.
+    originals = {name: vars(dist.ProcessGroup)[name] for name in METHODS}
+    wait = vars(dist.Work)["wait"]
+    for name in METHODS:
+        issue = getattr(dist.ProcessGroup, name)
         setattr(dist.ProcessGroup, name, _recorded(recorder, issue, name.strip("_")))
-    setattr(dist.Work, "wait", _timed(recorder, wait))  # noqa: B010  (mypy knows it as a method)
+    setattr(dist.Work, "wait", _timed(recorder, dist.Work.wait))  # noqa: B010  (mypy knows it as a method)
     try:
         yield recorder
     finally:
-        for name, issue in originals.items():
-            setattr(dist.ProcessGroup, name, issue)
+        for name, method in originals.items():
+            setattr(dist.ProcessGroup, name, method)
         setattr(dist.Work, "wait", wait)  # noqa: B010
 
 

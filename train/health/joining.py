@@ -88,5 +88,7 @@ def outlast_watchdog(recipe: Recipe) -> None:
     """
     watch = recipe.watch
     timeout = datetime.timedelta(seconds=2 * max(watch.hang_seconds or 0.0, watch.start_seconds))
+    # torch 2.7 has no public call; no version has a public list of all groups.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
+        set_timeout(timeout, group)

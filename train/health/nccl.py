@@ -56,6 +56,7 @@ def nccl_trace(entries: bool = True) -> str:
     Args:
         entries: include the collectives, not only counts by group; this asks the GPU which are complete.
     """
+    # No version up to 2.15 has a public call; torch without NCCL lacks this one.
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
     if dump is None:
         return ""

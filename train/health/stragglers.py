@@ -102,7 +102,9 @@ class Stragglers(Callback):
         self.interval, self.factor = interval_batches, factor
         self.topology, self.recorder = topology, recorder
         self.log = StepLog(folder / STRAGGLERS_FILE) if topology.is_main else None
-        self._group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo")
+        assert not isinstance(group, int)  # torch's sign for ranks outside of a group
+        self._group = group
         self._begun = self._waited = 0.0
         self._own: list[float] = []
 

@@ -10,8 +10,10 @@ Shapes: E experts, F expert hidden size, D model width.
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -28,31 +30,51 @@ DENSE = "dense"
 """`shard` and `expert` flattened into one dimension, over which everything but the experts is sharded."""
 
 
-def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> DeviceMesh:
-    """Builds the mesh. `expert` is its innermost dimension, which keeps tokens inside a node."""
+class Mesh(NamedTuple):
+    """The ranks of a job, arranged for experts and for everything else."""
+
+    experts: DeviceMesh
+    """`replicate` x `shard` x `expert`."""
+    dense: DeviceMesh
+    """`replicate` x `dense`, or `dense` alone if there is one replica."""
+
+
+def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
+    """Builds the mesh. `expert` is the innermost dimension, which keeps tokens inside a node."""
     shard = world_size // (layout.replicate * layout.expert)
-    mesh = init_device_mesh(
+    experts = init_device_mesh(
         device_type, (layout.replicate, shard, layout.expert), mesh_dim_names=(REPLICATE, SHARD, EXPERT)
     )
-    mesh[SHARD, EXPERT]._flatten(DENSE)
-    return mesh
+    if layout.replicate == 1:
+        world = dist.group.WORLD
+        assert world is not None
+        return Mesh(experts, DeviceMesh.from_group(world, device_type, mesh_dim_names=(DENSE,)))
+    # A flattened dimension could only be had through private functions. The groups of `replicate` are shared
+    # with the other mesh.
+    ranks = torch.arange(world_size).view(layout.replicate, shard * layout.expert)
+    own, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+    assert isinstance(own, dist.ProcessGroup)  # every rank is in a row
+    groups = [experts[REPLICATE].get_group(), own]
+    dense = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=(REPLICATE, DENSE))
+    return Mesh(experts, dense)
 
 
-def build_sharded(decoder: Decoder, mesh: DeviceMesh, precision: Precision, seed: int) -> None:
+def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int) -> None:
     """Shards a decoder on the meta device, then allocates and initialises each rank's shards.
 
     No rank ever holds more than one full layer, and the initial weights depend only on the seed.
     """
     apply_torch_patches()
     moes = [module for module in decoder.modules() if isinstance(module, MoE)]
-    if mesh[EXPERT].size() > 1:
+    if mesh.experts[EXPERT].size() > 1:
         for moe in moes:
-            _spread_experts(moe, mesh[EXPERT])
+            _spread_experts(moe, mesh.experts[EXPERT])
     cast = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision is Precision.bf16 else None, reduce_dtype=torch.float32
     )
-    over_experts = _sharding_mesh(mesh, SHARD)
-    over_all = _sharding_mesh(mesh, DENSE)
+    has_replicas = mesh.experts[REPLICATE].size() > 1
+    over_experts = mesh.experts[REPLICATE, SHARD] if has_replicas else mesh.experts[SHARD]
+    over_all = mesh.dense
     for moe in moes:
         # The layer casts its experts' inputs itself. FSDP2 would also round the routing weights, and only in
         # the forward pass: a recomputed layer would not match.
@@ -63,13 +85,21 @@ def build_sharded(decoder: Decoder, mesh: DeviceMesh, precision: Precision, seed
         if isinstance(module, Block):
             fully_shard(module, mesh=over_all, mp_policy=cast)
     fully_shard(decoder, mesh=over_all, mp_policy=cast)
-    decoder.to_empty(device=mesh.device_type)
+    if over_all.device_type == "cpu":
+        sum_on_gloo(decoder)
+    decoder.to_empty(device=over_all.device_type)
     initialize(decoder, decoder.cfg, seed)
 
 
-def _sharding_mesh(mesh: DeviceMesh, over: str) -> DeviceMesh:
-    """Returns the mesh for FSDP2, which is two-dimensional if there are replicas."""
-    return mesh[REPLICATE, over] if mesh[REPLICATE].size() > 1 else mesh[over]
+def sum_on_gloo(model: nn.Module) -> None:
+    """Makes FSDP2 sum gradients and divide them itself, since gloo's own average is wrong before torch 2.11.
+
+    torch 2.7 lacks the call: :func:`train.layout.torch_patches.average_gradients_on_gloo` stands in for it.
+    """
+    for module in model.modules():
+        force_sums = getattr(module, "set_force_sum_reduction_for_comms", None)
+        if force_sums is not None:
+            force_sums(True)
 
 
 def _spread_experts(moe: MoE, experts: DeviceMesh) -> None:

@@ -1,8 +1,8 @@
 """Patches of torch's private functions for FSDP2, each with the versions of torch that need it.
 
-:func:`apply_torch_patches` applies only those that the installed torch needs. The ends of the ranges were
-tested: torch 2.7.0 needs all four, 2.11 and 2.15 none. The test of this module runs the installed torch
-without each patch, and fails if the range is wrong for it.
+:func:`apply_torch_patches` applies only those that the installed torch needs: 2.7.0 all four and 2.15 none,
+as tested; 2.8.0 and 2.9.1 three and 2.10 none, as read in their source. The test of this module runs the
+installed torch without each patch, and fails if the range is wrong for it.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,8 @@ _record_event = torch.cpu.Stream.record_event
 _finalize_backward = FSDPParamGroup.finalize_backward
 _post_forward = FSDPParamGroup.post_forward
 
-AVERAGES_ON_GLOO = TorchVersions((2, 7), before=(2, 11))
+AVERAGES_ON_GLOO = TorchVersions((2, 7), before=(2, 8))
+"""Later versions have a public call for it, see :func:`train.layout.mesh.sum_on_gloo`."""
 
 
 def average_gradients_on_gloo() -> None:
@@ -53,16 +54,17 @@ def average_gradients_on_gloo() -> None:
         all_reduce_group: dist.ProcessGroup | None,
         reduce_dtype: torch.dtype,
         device_type: str = "",
-    ) -> tuple[None, None] | tuple[float, float]:
+    ) -> Any:
         if device_type != "cpu":
             return _divide_factors(reduce_scatter_group, all_reduce_group, reduce_dtype, device_type)
         replicas = all_reduce_group.size() if all_reduce_group is not None else 1
         return 1.0, float(reduce_scatter_group.size() * replicas)
 
-    _fsdp_collectives._get_gradient_divide_factors = factors
+    # As a plain assignment it would not fit the types of later versions.
+    setattr(_fsdp_collectives, "_get_gradient_divide_factors", factors)  # noqa: B010
 
 
-EVENTS_OF_CPU_STREAMS = TorchVersions((2, 7), before=(2, 11))
+EVENTS_OF_CPU_STREAMS = TorchVersions((2, 7), before=(2, 10))
 
 
 def give_cpu_streams_events() -> None:
@@ -70,7 +72,7 @@ def give_cpu_streams_events() -> None:
     torch.cpu.Stream.record_event = lambda _stream: torch.cpu.Event()  # type: ignore
 
 
-UNUSED_GATHERS_ON_CPU = TorchVersions((2, 7), before=(2, 11))
+UNUSED_GATHERS_ON_CPU = TorchVersions((2, 7), before=(2, 10))
 
 
 def drop_events_of_unused_gathers() -> None:
@@ -88,7 +90,7 @@ def drop_events_of_unused_gathers() -> None:
     FSDPParamGroup.finalize_backward = finalize_backward  # type: ignore[method-assign]
 
 
-RECOMPUTED_WEIGHTS = TorchVersions((2, 7), before=(2, 11))
+RECOMPUTED_WEIGHTS = TorchVersions((2, 7), before=(2, 10))
 
 
 def keep_recomputed_weights() -> None:

@@ -70,7 +70,7 @@ def plan_attention(
         return AttentionPlan(cos_SR, sin_SR)
     flex = device.type == "cuda" if flex is None else flex
     if flex and document_ids_BS is not None and not alibi:
-        return AttentionPlan(cos_SR, sin_SR, blocks=_document_blocks(document_ids_BS))
+        return AttentionPlan(cos_SR, sin_SR, blocks=document_blocks(document_ids_BS))
     query_S = torch.arange(past_length, past_length + length, device=device)
     distance_SP = query_S[:, None] - torch.arange(past_length + length, device=device)[None, :]
     visible = (distance_SP >= 0)[None, None]
@@ -119,9 +119,7 @@ class Attention(nn.Module):
             is_causal = plan.bias is None and past is None
             out_BHSR = _dot_product_attention(q_BHSR, k_BGSR, v_BGSR, plan.bias, is_causal)
         else:
-            out_BHSR = _flex_attention(q_BHSR.device.type)(
-                q_BHSR, k_BGSR, v_BGSR, block_mask=plan.blocks, enable_gqa=True
-            )
+            out_BHSR = block_attention(q_BHSR, k_BGSR, v_BGSR, plan.blocks)
         return self.out_proj(out_BHSR.transpose(1, 2).flatten(2)), (k_BGSR, v_BGSR)
 
     def _normalize(self, qkv: Tensor) -> Tensor:
@@ -187,7 +185,9 @@ def _dot_product_attention(
     )
 
 
-def _document_blocks(document_ids_BS: Tensor) -> BlockMask:
+def document_blocks(document_ids_BS: Tensor) -> BlockMask:
+    """Returns the causal mask of packed documents, for :func:`block_attention`."""
+
     def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_document = document_ids_BS[batch, query] == document_ids_BS[batch, key]
         return (query >= key) & same_document
@@ -199,11 +199,17 @@ def _document_blocks(document_ids_BS: Tensor) -> BlockMask:
     return make(visible, batch, None, length, length, device=str(device))
 
 
+@with_cpu_version(cpu_attention.block_attention)
+def block_attention(q_BHSR: Tensor, k_BGSR: Tensor, v_BGSR: Tensor, blocks: BlockMask) -> Tensor:
+    """Attention with FlexAttention's mask, in one kernel that skips fully masked blocks: [B, H, S, R]."""
+    out: Tensor = _compiled_flex_attention()(q_BHSR, k_BGSR, v_BGSR, block_mask=blocks, enable_gqa=True)
+    return out
+
+
 @functools.cache
-def _flex_attention(device_type: str) -> Callable[..., Any]:
-    """Returns FlexAttention, compiled to one kernel on a GPU, as plain operations elsewhere (for tests)."""
+def _compiled_flex_attention() -> Callable[..., Any]:
     compiled: Callable[..., Any] = torch.compile(flex_attention)
-    return compiled if device_type == "cuda" else flex_attention
+    return compiled
 
 
 def _rotations(model: Model, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

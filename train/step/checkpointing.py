@@ -56,7 +56,9 @@ class Checkpointing:
         self.curriculum, self.data_log = curriculum, data_log
         self.saver = CheckpointSaver(root, topology, recipe.keep_last)
         # A separate group, since the saver's thread uses the saver's; gloo, so that nothing waits for a GPU.
-        self._group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
+        group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
+        assert not isinstance(group, int)  # torch's sign for ranks outside of a group
+        self._group = group
         self.last_save = time.monotonic()
         self.last_batch = -1
         self._is_terminated = False

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from train.layout.optim import build_optimizer, clip_gradients
 from train.model import loss as losses
-from train.model.attention import _document_blocks, _flex_attention
+from train.model.attention import block_attention, document_blocks
 from train.model.decoder import Decoder
 from train.model.init import initialize
 from train.recipe import sizes
@@ -160,7 +160,7 @@ def _grouped(shape: Grouped, is_even: bool) -> Iterator[Measurement]:
     ):
 
         def in_one(left: Tensor = left, right: Tensor = right) -> Tensor:
-            out: Tensor = functional.grouped_mm(left, right, offs=offsets_E)  # type: ignore[attr-defined]
+            out: Tensor = functional.grouped_mm(left, right, offs=offsets_E)  # type: ignore[attr-defined, unused-ignore]
             return out
 
         found = f"loop {_tflops(flops, _ms(loop))}, grouped_mm {_tflops(flops, _ms(in_one))}"
@@ -186,10 +186,10 @@ def _attention(name: str, batch: int, heads: int, kv_heads: int, length: int) ->
     counts = (heads, kv_heads, kv_heads)
     q, k, v = (_random(batch, count, length, HEAD_WIDTH).requires_grad_() for count in counts)
     documents_BS = (torch.arange(length) * 2 // length).int().expand(batch, length).cuda()
-    blocks = _document_blocks(documents_BS)
+    blocks = document_blocks(documents_BS)
 
     def mask() -> object:
-        return _document_blocks(documents_BS)
+        return document_blocks(documents_BS)
 
     def shared() -> Tensor:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -199,8 +199,7 @@ def _attention(name: str, batch: int, heads: int, kv_heads: int, length: int) ->
         return functional.scaled_dot_product_attention(q, k_BHSW, v_BHSW, is_causal=True)
 
     def flex() -> Tensor:
-        out: Tensor = _flex_attention("cuda")(q, k, v, block_mask=blocks, enable_gqa=True)
-        return out
+        return block_attention(q, k, v, blocks)
 
     flops = 4 * batch * heads * HEAD_WIDTH * length * length / 2
     for what, attend, seen in (

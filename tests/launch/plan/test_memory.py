@@ -103,12 +103,11 @@ def test_gathered_weights_are_what_fsdp_allocates(stem: str, expert: int) -> Non
         for name, module in decoder.named_modules():
             if not isinstance(module, FSDPModule):
                 continue
+            shards = {id(p) for p in module.parameters()}
             module.unshard()
-            group = module._get_fsdp_state()._fsdp_param_group
-            assert group is not None
-            gathered = [buffer for p in group.fsdp_params for buffer in p.all_gather_outputs]
-            # Before resharding, which resizes them to nothing.
-            real[name] = sum(buffer.untyped_storage().nbytes() for buffer in gathered)
+            # The gathered weights are views of the buffers, which resharding resizes to nothing.
+            gathered = [local(p) for p in module.parameters() if id(p) not in shards]
+            real[name] = sum(weight.untyped_storage().nbytes() for weight in gathered)
             module.reshard()
     assert real == gathered_bytes(cfg, layout, 24, compute_bytes=2)
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from train.cpu import attention as cpu_attention
-from train.model.attention import clip_and_rotate
+from train.model.attention import clip_and_rotate, document_blocks
 
 BATCH, LENGTH, HEADS, WIDTH = 2, 7, (4, 2, 2), 8
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -49,3 +50,11 @@ def test_attention_takes_it_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clip_and_rotate, "plain", None)
     parts = clip_and_rotate(torch.ones(1, 1, sum(HEADS), WIDTH), HEADS, 0.5, None, None)
     assert all(part.eq(0.5).all() for part in parts)
+
+
+def test_blocks_are_those_of_flex_attention() -> None:
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(BATCH, heads, LENGTH, WIDTH, generator=generator) for heads in HEADS)
+    blocks = document_blocks(torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 2, 2]]))
+    ours = cpu_attention.block_attention(q, k, v, blocks)
+    torch.testing.assert_close(ours, flex_attention(q, k, v, block_mask=blocks, enable_gqa=True))

@@ -66,7 +66,7 @@ def test_what_fails_at_once_is_not_called_waiting(tmp_path: Path) -> None:
     "hang,given,kept", [(600.0, None, "2000"), (600.0, "50", "50"), (None, None, None)], ids=str
 )
 def test_nccl_keeps_its_collectives_for_the_watchdog(
-    hang: float | None, given: str | None, kept: str | None
+    hang: float | None, given: str | None, kept: str | None, tmp_path: Path
 ) -> None:
     recipe = replace(Recipe(), watch=Watch(hang_seconds=hang))
 
@@ -74,7 +74,7 @@ def test_nccl_keeps_its_collectives_for_the_watchdog(
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        environment = places(port, Path()) | {"WORLD_SIZE": "1"}
+        environment = places(port, tmp_path) | {"WORLD_SIZE": "1"}
         with mock.patch.dict(os.environ, environment | ({} if given is None else {BUFFER: given})):
             if given is None:
                 os.environ.pop(BUFFER, None)

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from launch.verify.forked_ranks import RankError, Ranks, run_ranks
 from train.checkpoint.files import Progress, load_checkpoint, newest_whole_checkpoint
 from train.checkpoint.saver import CheckpointSaver
+from train.health.collectives import CollectiveRecorder, recorded_collectives
 from train.layout.mesh import build_mesh, build_sharded
 from train.layout.optim import build_optimizer, clip_gradients
 from train.model.decoder import Decoder
@@ -59,6 +61,29 @@ def test_initial_weights_do_not_depend_on_the_layout_and_no_rank_holds_them_all(
     for rank, held in enumerate(run_ranks(4, work)):
         assert held == sizes.rank_weights(CFG, layout, 4, rank)
         assert sum(held.values()) < 0.6 * sizes.total_parameters(CFG)
+
+
+class Reductions(CollectiveRecorder):
+    """Keeps what FSDP2 asks for when it reduces gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.are_sums: list[bool] = []
+
+    def note(self, group: Any, operation: str, arguments: tuple[Any, ...]) -> Any:
+        self.are_sums += [a.reduceOp == dist.ReduceOp.SUM for a in arguments if hasattr(a, "reduceOp")]
+        return super().note(group, operation, arguments)
+
+
+def test_on_a_cpu_gradients_are_summed_since_not_every_gloo_averages() -> None:
+    def work(topology: Topology) -> set[bool]:
+        decoder, ids_BS = _decoder(topology, LAYOUT), torch.arange(8).view(1, 8)
+        reductions = Reductions()
+        with recorded_collectives(reductions):
+            decoder(ids_BS, None, ids_BS).loss_sum.backward()
+        return set(reductions.are_sums)
+
+    assert run_ranks(4, work) == [{True}] * 4
 
 
 def _save(topology: Topology, root: Path, batch: int, limited_rank: int | None, keep_last: int = 1) -> str:
