@@ -1,8 +1,8 @@
 """Reads a checkpoint's files without running code from them.
 
 torch.distributed.checkpoint unpickles ``.metadata``, and every value that is not a tensor, with pickle
-itself: a folder from elsewhere would run whatever it names. Here only the names that a checkpoint consists of are
-resolved, and values are read with ``weights_only=True``, as torch reads the tensors.
+itself: a folder from elsewhere would run whatever it names. Here only the names that a checkpoint consists of
+are resolved, and values are read with ``weights_only=True``, as torch reads the tensors.
 """
 
 import io

@@ -24,9 +24,9 @@ from train.tracking.mlflow_upload import (
     RunFacts,
     Upload,
     UploadError,
-    exclusive,
     public_uri,
 )
+from train.tracking.store import exclusive, take_over
 from train.tracking.uploader import short_path, store_of
 
 POLL_SECONDS = 2.0
@@ -107,13 +107,15 @@ def serve(runs_dir: Path, host: str, port: int) -> int:
     """Serves MLflow's UI for the embedded store; replaces this process.
 
     Raises:
-        UserError: if there is no store yet.
+        UserError: if there is no store yet, or a newer MLflow wrote it.
     """
     store = (runs_dir / STORE_FILE).resolve()
     if not store.is_file():
         raise UserError(
             f"{runs_dir}: has no {STORE_FILE} yet; train something first, for example `make smoke`"
         )
+    with log.only_warnings(), exclusive(store.with_suffix(".lock")):
+        take_over(store)
     print(f"MLflow on {store}: http://{host}:{port} (stop with Ctrl-C)", flush=True)
     # MLflow's server creates a folder in its working directory.
     os.chdir(store.parent)
