@@ -46,8 +46,10 @@ class CheckpointReader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Returns the metadata that was checked."""
+        storage = self.metadata.storage_meta
+        assert storage is not None, "_read_metadata fills it in"
         # torch.distributed.checkpoint.load resets the reader, which gives it another id.
-        self.metadata.storage_meta.load_id = self.load_id
+        storage.load_id = self.load_id
         return self.metadata
 
     def load(self, state: dict[str, Any], *, no_dist: bool) -> None:

@@ -34,6 +34,8 @@ LONGEST_WAIT_SECONDS = 60.0
 TICK_SECONDS = 0.2
 UNSENT_STATUS = 3
 LOWER_PRIORITY = 10
+VIEW = "/#/experiments?workflowType=machine_learning"
+"""Experiments as trainings: without the choice MLflow 3 shows them as agents. MLflow 2 ignores it."""
 
 logger = log.get_logger("train.tracking")
 
@@ -116,7 +118,9 @@ def serve(runs_dir: Path, host: str, port: int) -> int:
         )
     with log.only_warnings(), exclusive(store.with_suffix(".lock")):
         take_over(store)
-    print(f"MLflow on {store}: http://{host}:{port} (stop with Ctrl-C)", flush=True)
+    print(f"MLflow on {store}: http://{host}:{port}{VIEW} (stop with Ctrl-C)", flush=True)
+    # MLflow 3 runs jobs for agents in a process of their own, of which runs have none.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     # MLflow's server creates a folder in its working directory.
     os.chdir(store.parent)
     arguments = ["server", "--backend-store-uri", f"sqlite:///{store}", "--workers", "1"]
