@@ -142,8 +142,8 @@ def _way_back(store: Path, known: set[str]) -> str:
         if copy.name.rpartition(COPY)[2] in known:
             aside = store.with_name(f"{store.name}.newer")
             return (
-                f"use the newer one, or go back: mv {store} {aside}; cp {copy} {store}; then "
-                f"`python -m train.tracking upload` sends the runs since"
+                f"use the newer one, or go back: mv --backup=numbered {store} {aside}; mv {copy} {store}; "
+                f"then `python -m train.tracking upload` sends the runs since"
             )
     return "use the newer one, or send to another store: `python -m train.tracking upload RUN --uri URI`"
 

@@ -232,7 +232,7 @@ def test_the_other_stacks_mlflow_there_and_back(run_dir: Path) -> None:
     refused = _upload_by(older, run_dir)
     assert refused.returncode == 1, refused
     assert refused.stderr.count("newer MLflow") == refused.stderr.count("\n") == 1, refused
-    if "cp " in refused.stderr:
+    if "mv " in refused.stderr:
         way = refused.stderr[refused.stderr.index("mv ") : refused.stderr.index("; then")]
         subprocess.run(["bash", "-ec", way], check=True)
         back = _upload_by(older, run_dir)

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+import urllib.request
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -202,6 +203,22 @@ def test_upload_by_two_at_once_is_refused(run_dir: Path, capsys: pytest.CaptureF
     os.kill(holder, 9)
     os.waitpid(holder, 0)
     assert "another process" in capsys.readouterr().err
+
+
+@pytest.mark.xfail(
+    version("graphene") < "3", reason="MLflow 2.22 allows graphene 2, which cannot be imported", strict=True
+)
+def test_the_page_of_a_run_gets_its_answer(mlflow_server: Any) -> None:
+    """MLflow's page asks by GraphQL; without an answer it shows an error."""
+    with mlflow_server:
+        question = 'query Q { mlflowGetExperiment(input: {experimentId: "0"}) { experiment { name } } }'
+        body = json.dumps({"operationName": "Q", "query": question, "variables": {}})
+        request = urllib.request.Request(
+            f"{mlflow_server.uri}/graphql", body.encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as response:
+            answer = json.load(response)
+    assert answer["data"]["mlflowGetExperiment"]["experiment"]["name"] == "Default"
 
 
 def test_mistakes_are_one_line(mlflow_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
