@@ -5,7 +5,7 @@ VENV := $(if $(filter minimum,$(STACK)),.venv-minimum,.venv)
 PY := $(VENV)/bin/python
 RUN ?= $(shell ls -td runs/*/ 2>/dev/null | head -1)
 
-.PHONY: help install smoke test test-fast check format ui bench gpu-check lock clean
+.PHONY: help install smoke test test-fast check format ui bench gpu-check audit lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ bench: install ## compare speed and memory with other frameworks, both sides in 
 
 gpu-check: install ## check kernels, numerics, memory and speed of this machine's GPU
 	@$(PY) -m launch.gpu_check $(ARGS)
+
+audit: install ## ask a vulnerability service about the locked packages; docs/advisories.md judges them
+	@$(PY) -m launch.advisories $(ARGS)
 
 COMPILE = pip compile pyproject.toml --group dev --group fast-tokenizer --generate-hashes --no-annotate --no-header -q
 lock: install ## resolve both locks again from pyproject.toml

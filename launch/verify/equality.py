@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from launch.verify.tiny_runs import record
 from train.checkpoint.files import STATE_FOLDER, newest_whole_checkpoint
+from train.checkpoint.reading import CheckpointReader
 from train.record import metrics
 from train.record.run_folder import CHECKPOINTS_FOLDER, DATA_LOG_FILE
 from train.record.step_log import read_steps
@@ -63,11 +63,11 @@ def unequal(expected: dict[str, Tensor], found: dict[str, Tensor]) -> Iterator[s
 
 def read_state(checkpoint: Path) -> dict[str, Tensor]:
     """Loads every tensor of model and optimizer in a checkpoint, unsharded, by its dotted name."""
-    saved = dcp.FileSystemReader(checkpoint / STATE_FOLDER).read_metadata().state_dict_metadata
+    reader = CheckpointReader(checkpoint / STATE_FOLDER)
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in saved.items()
+        for name, entry in reader.metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(state, checkpoint_id=checkpoint / STATE_FOLDER, no_dist=True)
+    reader.load(state, no_dist=True)
     return state

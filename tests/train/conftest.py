@@ -86,7 +86,7 @@ class MlflowServer:
 @pytest.fixture(scope="session")
 def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An embedded store after its first migration, which takes seconds."""
-    from train.tracking.mlflow_upload import connect
+    from train.tracking.store import connect
 
     store = tmp_path_factory.mktemp("store") / "mlflow.db"
     connect(f"sqlite:///{store}", store.parent / "mlflow-artifacts")

@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from train.checkpoint.reading import CheckpointReader
 from train.recipe.topology import Topology, usable_cores
 from train.record.files import sha256
 
@@ -67,10 +67,13 @@ def load_checkpoint(
     """Loads model and optimizer in place, under this run's layout, and returns the progress.
 
     Random-number states are restored by :func:`restore_random_states`, just before training continues.
+
+    Raises:
+        UserError: if a file of the checkpoint would run code.
     """
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder / STATE_FOLDER, no_dist=topology.world_size == 1)
+    CheckpointReader(folder / STATE_FOLDER).load(state, no_dist=topology.world_size == 1)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return read_progress(folder)
 

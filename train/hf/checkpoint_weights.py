@@ -7,6 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from train.checkpoint.reading import CheckpointReader
 from train.hf.folders import STATE_FOLDER
 from train.hf.safetensors_io import TensorInfo
 from train.recipe.errors import UserError
@@ -19,13 +20,14 @@ class CheckpointWeights:
     """Weights of a checkpoint; the last tensor read stays in memory for its next rows.
 
     Raises:
-        UserError: if the folder contains no decoder, or only parts of a tensor.
+        UserError: if the folder contains no decoder, or only parts of a tensor, or would run code.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / STATE_FOLDER
+        self._reader = CheckpointReader(self._folder)
         self.tensors: dict[str, TensorInfo] = {}
-        for key, entry in dcp.FileSystemReader(self._folder).read_metadata().state_dict_metadata.items():
+        for key, entry in self._reader.metadata.state_dict_metadata.items():
             if not key.startswith(WRAPPER):
                 continue
             assert isinstance(entry, dcp.metadata.TensorStorageMetadata), key
@@ -49,7 +51,7 @@ class CheckpointWeights:
         tensor = torch.empty(info.shape, dtype=info.dtype)
         try:
             # Reads only the tensors named in the dictionary; ranks can do so independently.
-            dcp.load({WRAPPER + name: tensor}, checkpoint_id=self._folder, no_dist=True)
+            self._reader.load({WRAPPER + name: tensor}, no_dist=True)
         except dcp.CheckpointException as error:
             _, (reason, _) = error.failures.popitem()
             raise UserError(f"{self._folder}: {name} cannot be loaded ({reason})") from None

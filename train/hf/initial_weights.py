@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from train.checkpoint.files import load_checkpoint
+from train.checkpoint.reading import CheckpointReader
 from train.hf.folders import STATE_FOLDER
 from train.hf.weights import WeightSource, newest, open_weights
 from train.model.decoder import Decoder
@@ -112,7 +112,7 @@ def restore_optimizer(
     Raises:
         UserError: if the checkpoint lacks the optimizer state of a trained parameter.
     """
-    saved = dcp.FileSystemReader(checkpoint / STATE_FOLDER).read_metadata().state_dict_metadata
+    saved = CheckpointReader(checkpoint / STATE_FOLDER).metadata.state_dict_metadata
     having = {key.removeprefix(MOMENTS).rpartition(".")[0] for key in saved if key.startswith(MOMENTS)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in having:

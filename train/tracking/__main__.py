@@ -24,9 +24,9 @@ from train.tracking.mlflow_upload import (
     RunFacts,
     Upload,
     UploadError,
-    exclusive,
     public_uri,
 )
+from train.tracking.store import exclusive, take_over
 from train.tracking.uploader import short_path, store_of
 
 POLL_SECONDS = 2.0
@@ -34,6 +34,8 @@ LONGEST_WAIT_SECONDS = 60.0
 TICK_SECONDS = 0.2
 UNSENT_STATUS = 3
 LOWER_PRIORITY = 10
+VIEW = "/#/experiments?workflowType=machine_learning"
+"""Experiments as trainings: without the choice MLflow 3 shows them as agents. MLflow 2 ignores it."""
 
 logger = log.get_logger("train.tracking")
 
@@ -107,14 +109,18 @@ def serve(runs_dir: Path, host: str, port: int) -> int:
     """Serves MLflow's UI for the embedded store; replaces this process.
 
     Raises:
-        UserError: if there is no store yet.
+        UserError: if there is no store yet, or a newer MLflow wrote it.
     """
     store = (runs_dir / STORE_FILE).resolve()
     if not store.is_file():
         raise UserError(
             f"{runs_dir}: has no {STORE_FILE} yet; train something first, for example `make smoke`"
         )
-    print(f"MLflow on {store}: http://{host}:{port} (stop with Ctrl-C)", flush=True)
+    with log.only_warnings(), exclusive(store.with_suffix(".lock")):
+        take_over(store)
+    print(f"MLflow on {store}: http://{host}:{port}{VIEW} (stop with Ctrl-C)", flush=True)
+    # MLflow 3 runs jobs for agents in a process of their own, of which runs have none.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     # MLflow's server creates a folder in its working directory.
     os.chdir(store.parent)
     arguments = ["server", "--backend-store-uri", f"sqlite:///{store}", "--workers", "1"]

@@ -6,9 +6,7 @@ anywhere, even between the server's commit and its response, and the next one co
 retrained after a crash is not sent again.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +21,7 @@ from train.record.metrics import find_metric
 from train.record.run_folder import METRICS_FILE, MLFLOW_FILE
 from train.record.step_log import STEP, TIMESTAMP, lines_from
 from train.record.summary import DatasetInput
+from train.tracking.store import connect
 
 FACTS_FILE = "tracking.json"
 LOCK_FILE = "mlflow.lock"
@@ -137,6 +136,7 @@ class Upload:
         Raises:
             UploadError: if the server does not accept it.
         """
+        from alembic.util import CommandError
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
@@ -146,7 +146,9 @@ class Upload:
             self._send_setup()
             sent = self._send_metrics()
             self._send_ending(status or self.facts.status)
-        except (MlflowException, SQLAlchemyError, OSError) as error:
+        except UserError as error:
+            raise UploadError(str(error)) from error
+        except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:
             self._latest = None  # The server may have accepted it nevertheless: ask again.
             raise UploadError(_reason(error).replace(self.uri, public_uri(self.uri))) from error
         return sent
@@ -158,10 +160,14 @@ class Upload:
         if self._client is None:
             self._client = connect(self.uri, self.run_dir.resolve().parent / ARTIFACTS_FOLDER)
         run = self._find_run() or self._create_run()
+        # Every store returns the latest steps with the run; MLflow exposes them only under this name.
+        latest = {metric.key: metric.step for metric in run.data._metric_objs}
+        if self.state.step > max(latest.values(), default=-1):
+            # The server has less than it was sent: somebody went back to an earlier copy of its store.
+            self.state = UploadState(uri=public_uri(self.uri))
         self.state.run_id = run.info.run_id
         self._write_state()
-        # Every store returns the latest steps with the run; MLflow exposes them only under this name.
-        self._latest = {metric.key: metric.step for metric in run.data._metric_objs}
+        self._latest = latest
 
     def _find_run(self) -> Any:
         from mlflow.exceptions import MlflowException
@@ -299,36 +305,6 @@ class Upload:
 
     def _write_state(self) -> None:
         write_json(self.run_dir / MLFLOW_FILE, dataclasses.asdict(self.state))
-
-
-@contextlib.contextmanager
-def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Holds a lock file; the system releases it if the process dies.
-
-    Raises:
-        BlockingIOError: if ``wait`` is false and another process holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-
-
-def connect(uri: str, artifacts: Path) -> Any:
-    """Returns a client; first creates an embedded store, which takes seconds, one process at a time."""
-    from mlflow import MlflowClient
-
-    if uri.startswith("sqlite:///"):
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-        store = Path(uri.removeprefix("sqlite:///"))
-        with exclusive(store.with_suffix(".lock")):
-            SqlAlchemyStore(uri, str(artifacts))
-    client = MlflowClient(tracking_uri=uri)
-    # MLflow creates a folder for its default experiment in the working directory.
-    with contextlib.suppress(OSError):
-        Path("mlruns").rmdir()
-    return client
 
 
 def _reason(error: BaseException) -> str:

@@ -3,8 +3,12 @@
 The model is logged under the MLflow run that trained it, with the signature of OpenAI's completions API,
 which MLflow's and Databricks' serving support, and registered with its lineage: run, checkpoint, tokens,
 data, parent. With `tracking.registry: unity_catalog` in the recipe it is registered in Unity Catalog.
+
+MLflow 3 keeps a logged model beside its run, under an id of its own and with the lineage as tags; MLflow 2
+keeps it among the run's artifacts.
 """
 
+import inspect
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -21,8 +25,11 @@ from train.record.command import Figures, command
 
 UNITY_CATALOG_URI = "databricks-uc"
 TASK = "llm/v1/completions"
-ARTIFACT_PATH = "model"
+MODEL_NAME = "model"
 TAG_CHARACTERS = 5000
+DECODING = {"do_sample": False}
+"""Greedy: transformers 5 samples where nothing is said, and then refuses the temperature 0 by which clients
+of OpenAI's API ask for greedy decoding."""
 
 logger = log.get_logger("train.tracking.registry")
 
@@ -34,6 +41,8 @@ class Registered:
     name: str
     version: str
     run_id: str
+    model_id: str
+    """MLflow 3's id of the logged model; empty where MLflow has none."""
     tracking_uri: str
     registry_uri: str
 
@@ -120,23 +129,39 @@ def _log_and_register(folder: Path, run: Path, recipe: Recipe, name: str, tags: 
     upload = Upload(run)
     upload.sync()
     run_id = upload.state.run_id
+    labels = {key: value[:TAG_CHARACTERS] for key, value in tags.items()}
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(registry_uri)
     status = mlflow.get_run(run_id).info.status
     with mlflow.start_run(run_id=run_id):
         logged: Any = mlflow.transformers.log_model(
             transformers_model=str(folder),
-            artifact_path=ARTIFACT_PATH,
             task=TASK,
+            model_config=DECODING,
             model_card=ModelCard.load(folder / "README.md"),
             pip_requirements=_requirements(),
             metadata=tags,
+            **_identity(labels),
         )
     mlflow.MlflowClient().set_terminated(run_id, status=status)
-    version = mlflow.register_model(
-        logged.model_uri, name, tags={key: value[:TAG_CHARACTERS] for key, value in tags.items()}
+    version = mlflow.register_model(logged.model_uri, name, tags=labels)
+    return Registered(
+        name=name,
+        version=str(version.version),
+        run_id=run_id,
+        model_id=getattr(logged, "model_id", None) or "",
+        tracking_uri=public_uri(tracking_uri),
+        registry_uri=public_uri(registry_uri),
     )
-    return Registered(name, str(version.version), run_id, public_uri(tracking_uri), public_uri(registry_uri))
+
+
+def _identity(labels: dict[str, str]) -> dict[str, Any]:
+    """Returns a model's name and tags as this MLflow takes them: version 2 knows only a place in its run."""
+    import mlflow
+
+    if "name" in inspect.signature(mlflow.transformers.log_model).parameters:
+        return {"name": MODEL_NAME, "tags": labels}
+    return {"artifact_path": MODEL_NAME}
 
 
 def _data_tags(run: Path) -> dict[str, str]:

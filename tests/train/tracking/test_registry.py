@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,10 +94,34 @@ def test_a_version_with_signature_and_lineage_that_answers(
     assert client.get_run(version.run_id).data.tags["parent.run"] == "parent"
     served = mlflow.pyfunc.load_model("models:/child/1")
     assert "prompt" in served.metadata.get_input_schema().input_names()
-    said = served.predict({"prompt": "def one", "max_tokens": 4, "temperature": 0.0})
+    greedy = {"prompt": "def one", "max_tokens": 4, "temperature": 0.0}
+    said = [served.predict(greedy)[0] for _ in range(3)]
     assert said[0]["usage"]["completion_tokens"] == 4
+    assert len({answer["choices"][0]["text"] for answer in said}) == 1
+    sampling = mlflow.pyfunc.load_model("models:/child/1", model_config={"do_sample": True})
+    assert sampling.predict({"prompt": "def one", "max_tokens": 4, "temperature": 9.0})[0]["choices"]
+    _assert_is_where_this_mlflow_keeps_models(client, registered, version)
     assert main([str(out), "--name", "other"]) == 0
     assert "other version 1" in capsys.readouterr().out
+
+
+def _assert_is_where_this_mlflow_keeps_models(client: Any, registered: dict[str, str], version: Any) -> None:
+    """MLflow 3: beside the run's artifacts, with an id and the lineage; 2: among them."""
+    import mlflow
+
+    artifacts = Path(client.get_run(registered["run_id"]).info.artifact_uri.removeprefix("file://"))
+    is_in_run = (artifacts / "model/MLmodel").is_file()
+    if not hasattr(mlflow.entities, "LoggedModel"):
+        assert registered["model_id"] == "" and is_in_run
+        return
+    assert not is_in_run and version.source == f"models:/{registered['model_id']}"
+    model = client.get_logged_model(registered["model_id"])
+    assert (model.name, model.source_run_id) == ("model", registered["run_id"])
+    assert model.tags["checkpoint"] == "batch-00000007"
+    assert "/mlflow-artifacts/models/m-" in model.artifact_location
+    assert "MLmodel" in {file.path for file in client.list_logged_model_artifacts(model.model_id)}
+    outputs = client.get_run(registered["run_id"]).outputs.model_outputs
+    assert registered["model_id"] in {output.model_id for output in outputs}
 
 
 class Databricks(BaseHTTPRequestHandler):
