@@ -8,7 +8,6 @@ compiled.
 """
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,18 +26,15 @@ def compile_decoder(decoder: Decoder, how: Compile, *, is_sharded: bool) -> None
         how: the recipe's `training.compile`.
         is_sharded: FSDP2's hooks may break the graph; else a break is an error.
     """
-    parts: Iterable[nn.Module] = {
-        Compile.off: (),
-        Compile.blocks: decoder.transformer.blocks,
-        Compile.model: (decoder,),
-    }[how]
+    if how is Compile.off:
+        return
+    parts = [decoder] if how is Compile.model else list(decoder.transformer.blocks)
     for part in parts:
         # Not nn.Module.compile: it would trace the hooks too.
-        part.forward = _compiled_in_training(part, fullgraph=not is_sharded)  # type: ignore[method-assign]
-    if how is not Compile.off:
-        for module in decoder.modules():
-            if isinstance(module, MoE) and module.experts.args.moe_expert_model_parallelism:
-                module.experts.forward_fn = torch.compiler.disable(module.experts.forward_fn)
+        part.forward = _compiled_in_training(part, fullgraph=not is_sharded)
+    for module in decoder.modules():
+        if isinstance(module, MoE) and module.experts.args.moe_expert_model_parallelism:
+            module.experts.forward_fn = torch.compiler.disable(module.experts.forward_fn)
 
 
 def _compiled_in_training(module: nn.Module, *, fullgraph: bool) -> Any:
