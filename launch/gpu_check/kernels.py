@@ -107,7 +107,8 @@ def _experts(
     given = {name: value.to(device).requires_grad_() for name, value in drawn.items()}
     exact = {name: value.double().requires_grad_() for name, value in drawn.items()}
     gradient_RD = randn(rows, width)
-    out = grouped_glu(*given.values(), counts_E.to(device))
+    x, w1, v1, w2 = given.values()
+    out = grouped_glu(x, w1, v1, w2, counts_E.to(device))
     out.backward(gradient_RD.to(device))
     x_RD, w1_EFD, v1_EFD, w2_EFD = exact.values()
     expected = torch.cat(

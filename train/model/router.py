@@ -78,7 +78,8 @@ class Router(nn.Module):
         """Noise in [0, 1), from the positions in training if known, else from torch's generator."""
         if self.jitter is None:
             return torch.rand_like(x_TD)
-        return uniform_noise(self.jitter.positions_B, *x_TD.shape, self.jitter.key).to(x_TD.dtype)
+        tokens, width = x_TD.shape
+        return uniform_noise(self.jitter.positions_B, tokens, width, self.jitter.key).to(x_TD.dtype)
 
 
 @torch.no_grad()
