@@ -156,7 +156,7 @@ def _count_each_microbatch() -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _round_in_forward_only() -> Iterator[None]:
-    """Lets FSDP2 cast the inputs of layers and experts, which it does not do in recomputation."""
+    """Lets FSDP2 cast the inputs of layers and experts; before torch 2.13 it does not in recomputation."""
     original = decoder.plan_attention
 
     def plan(*args: Any, **kwargs: Any) -> AttentionPlan:
@@ -224,7 +224,7 @@ FAULTS = {
         "the gradient of one expert dropped", lambda: after_building(_drop_gradient), "gradients"
     ),
     "rounded-in-forward-alone": KnownFault(
-        "rotations and routing weights rounded to bf16, but not when a layer is recomputed",
+        "rotations and routing weights rounded to bf16, but not when a layer is recomputed (torch before 2.13)",
         _round_in_forward_only,
         "",
         input="recomputed",

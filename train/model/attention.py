@@ -63,7 +63,7 @@ def plan_attention(
     cos_SR = sin_SR = None
     if model.position is Position.rope:
         # Cast to the queries' precision here: FSDP2 casts a layer's inputs to bf16 in the forward pass but
-        # not in recomputation, and both must save the same tensors.
+        # not in recomputation (torch before 2.13), and both must save the same tensors.
         cos_SR, sin_SR = (table.to(dtype) for table in _rotations(model, past_length, length, device))
     alibi = model.position is Position.alibi
     if document_ids_BS is None and not alibi and (past_length == 0 or length == 1):

@@ -185,7 +185,7 @@ def test_a_rank_that_hangs_is_killed() -> None:
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 def test_recomputed_layers_give_the_kept_ones_gradients_when_sharded(precision: Precision) -> None:
-    """FSDP2 casts a layer's inputs in the forward pass, but not in recomputation."""
+    """FSDP2 casts a layer's inputs in the forward pass; before torch 2.13 not in recomputation."""
 
     def work(topology: Topology) -> list[float]:
         norms = []
