@@ -224,7 +224,7 @@ FAULTS = {
         "the gradient of one expert dropped", lambda: after_building(_drop_gradient), "gradients"
     ),
     "rounded-in-forward-alone": KnownFault(
-        "rotations and routing weights rounded to bf16, but not when a layer is recomputed (torch before 2.13)",
+        "rotations and routing weights rounded to bf16, but not in recomputation (torch before 2.13)",
         _round_in_forward_only,
         "",
         input="recomputed",
