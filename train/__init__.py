@@ -1,5 +1,6 @@
 """The run: recipe, model, layouts, training step, checkpoints, records; main.py starts it."""
 
-from train import old_names
+from train import lazy_imports, old_names
 
+lazy_imports.install()
 old_names.install()
