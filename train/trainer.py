@@ -5,10 +5,12 @@ import datetime
 from composer import Evaluator, Time, Timestamp, Trainer
 from composer.core import Callback, DataSpec
 from composer.loggers import LoggerDestination
+from composer.utils import collect_env
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from train.checkpoint.files import Progress
+from train.layout.device import cpu_name
 from train.recipe.curriculum import Curriculum
 from train.recipe.schema import Recipe
 from train.step.language_model import LanguageModel
@@ -32,6 +34,8 @@ def build_trainer(
     batch. The whole run is one Composer epoch. A sample is a sequence of the shards' length; in a phase of
     longer sequences, several samples make up one sequence.
     """
+    # Composer's Trainer asks py-cpuinfo, which starts an interpreter of its own, in every rank.
+    collect_env.get_cpu_model = cpu_name
     batches, sample_tokens = curriculum.batches, curriculum.sample_tokens
     trainer = Trainer(
         model=model,

@@ -67,9 +67,13 @@ def describe_hardware(device_type: str, devices: int = 1) -> str:
         properties = torch.cuda.get_device_properties(0)
         return f"{devices} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB each"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    name = _cpuinfo("model name") or platform.processor() or platform.machine()
     ranks = f", {devices} processes" if devices > 1 else ""
-    return f"{usable_cores()} cores of {name}, {memory:.0f} GiB{ranks}"
+    return f"{usable_cores()} cores of {cpu_name()}, {memory:.0f} GiB{ranks}"
+
+
+def cpu_name() -> str:
+    """Returns the processor's name, or its architecture where Linux does not report one."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def _timed_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> float:

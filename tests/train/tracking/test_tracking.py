@@ -7,7 +7,6 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +204,6 @@ def test_upload_by_two_at_once_is_refused(run_dir: Path, capsys: pytest.CaptureF
     assert "another process" in capsys.readouterr().err
 
 
-@pytest.mark.xfail(
-    version("graphene") < "3", reason="MLflow 2.22 allows graphene 2, which cannot be imported", strict=True
-)
 def test_the_page_of_a_run_gets_its_answer(mlflow_server: Any) -> None:
     """MLflow's page asks by GraphQL; without an answer it shows an error."""
     with mlflow_server:
