@@ -104,8 +104,8 @@ def _experts(
     rows, width, hidden = int(counts_E.sum()), 256, 128
     shapes = {"rows": (rows, width)} | {name: (len(counts_E), hidden, width) for name in ("w1", "v1", "w2")}
     drawn = {name: randn(*shape) for name, shape in shapes.items()}
-    given = {name: value.to(device).requires_grad_() for name, value in drawn.items()}
     exact = {name: value.double().requires_grad_() for name, value in drawn.items()}
+    given = {name: value.to(device).requires_grad_() for name, value in drawn.items()}
     gradient_RD = randn(rows, width)
     x, w1, v1, w2 = given.values()
     out = grouped_glu(x, w1, v1, w2, counts_E.to(device))
