@@ -50,7 +50,7 @@ from train.record import log
 
 logger = log.get_logger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Version of the stages: raise it when their output changes, so that no job continues from older results."""
 BPE_TEXT_BYTES = 16_000_000
 """Amount of text that a tokenizer is trained on; more no longer changes a small vocabulary."""
@@ -134,7 +134,7 @@ def _spool(
     made: list[Chunk] = []
     for n, texts in enumerate(by_domain.values()):
         for part in texts:
-            path = work / "spool" / f"{len(made):06}.arrow"
+            path = work / "spool" / f"{len(made):06}.texts.jsonl"
             write_texts(path, part)
             made.append(Chunk(len(made), n, (SourceFile(n, path.name, str(path), 0, 0),), 0, WHOLE))
     sources = [

@@ -43,31 +43,22 @@ def normalise(text: str) -> str:
 
 def read_documents(job: PreparationJob, number: int) -> Iterator[tuple[str, str]]:
     """Yields name and text of each clean document of a chunk."""
-    return read_texts(job.file(STAGE, number, "arrow"))
+    return read_texts(job.file(STAGE, number, "texts.jsonl"))
 
 
 def read_texts(path: Path) -> Iterator[tuple[str, str]]:
     """Yields name and text of each document in a file of :func:`write_texts`."""
-    import pyarrow
-
-    with pyarrow.memory_map(str(path)) as mapped:
-        for batch in pyarrow.ipc.open_file(mapped).read_all().to_batches(max_chunksize=256):
-            columns = (batch.column(n).to_pylist() for n in (0, 1))
-            yield from zip(*columns, strict=True)
+    with path.open("rb") as stream:
+        for line in stream:
+            name, text = json.loads(line)
+            yield name, text
 
 
 def write_texts(path: Path, documents: list[tuple[str, str]]) -> None:
-    """Writes names and texts to an Arrow file."""
-    import pyarrow
-
-    schema = pyarrow.schema([("name", pyarrow.string()), ("text", pyarrow.large_string())])
-    columns = [[document[n] for document in documents] for n in (0, 1)]
-    table = pyarrow.table(columns, schema=schema)
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_file(sink, schema) as writer:
-        writer.write_table(table)
+    """Writes names and texts, a line of JSON for each document."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, sink.getvalue().to_pybytes(), sync=False)
+    lines = (json.dumps(document, ensure_ascii=False).encode() + b"\n" for document in documents)
+    write_whole(path, b"".join(lines), sync=False)
 
 
 def _clean(job: PreparationJob, chunk: Chunk) -> Result:
@@ -81,7 +72,7 @@ def _clean(job: PreparationJob, chunk: Chunk) -> Result:
             signatures.append(sketch(words))
     texts = [text.encode() for _, text in kept]
     digests = b"".join(hashlib.sha256(text).digest() for text in texts)
-    write_texts(job.file(STAGE, chunk.number, "arrow"), kept)
+    write_texts(job.file(STAGE, chunk.number, "texts.jsonl"), kept)
     made: dict[str, np.ndarray[Any, Any]] = {
         "signatures.npy": np.array(signatures, np.uint32).reshape(-1, PERMUTATIONS),
         "digests.npy": np.frombuffer(digests, np.uint8).reshape(-1, 32),

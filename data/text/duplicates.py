@@ -1,7 +1,7 @@
 """Exact and near duplicates of documents, independent of the number of workers.
 
 MinHash (Broder 1997) over five-word sequences, as in Lee et al. 2022 ("Deduplicating Training Data Makes
-Language Models Better", section 4.2); signatures and the number of bands are datasketch's. Signatures are
+Language Models Better", section 4.2); signatures are datasketch's. Signatures are
 computed per chunk. The lookup goes through the bands one by one, in one process. Each document of a bucket is
 compared with the bucket's first and with the previous one, in the order of the sources, so the result does
 not depend on timing. Memory: 60 bytes per document, whatever its length; the signatures, 512 bytes each, stay
@@ -23,6 +23,8 @@ PERMUTATIONS = 128
 SHINGLE_WORDS = 5
 SAME_SIDE = 0.5
 """Documents of at least this Jaccard similarity go to the same split, train or validation."""
+BANDS, BAND_ROWS = 25, 5
+"""Bands of a signature, and values of a band: what datasketch's MinHashLSH takes for `SAME_SIDE`."""
 _BLOCK = 8192
 
 
@@ -77,12 +79,9 @@ def _alike(
     signatures: NDArray[np.uint32], distinct: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Finds pairs [M, 2] of similar documents, and their similarity [M]."""
-    from datasketch import MinHashLSH
-
-    index = MinHashLSH(threshold=SAME_SIDE, num_perm=PERMUTATIONS)
     found = [np.empty((0, 2), np.int64)]
-    for band in range(index.b):
-        rows = signatures[distinct, band * index.r : (band + 1) * index.r]
+    for band in range(BANDS):
+        rows = signatures[distinct, band * BAND_ROWS : (band + 1) * BAND_ROWS]
         keys = np.zeros(len(rows), np.uint64)
         for column in rows.T:
             keys = mix(keys * np.uint64(0x9E3779B97F4A7C15) + column)
@@ -112,15 +111,17 @@ def _estimate(signatures: NDArray[np.uint32], pairs: NDArray[np.int64]) -> NDArr
 
 def _first_of_component(pairs: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """The lowest document number in each document's connected component."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    ones = np.ones(len(pairs), np.int8)
-    graph = coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
-    labels = connected_components(graph, directed=False)[1] if count else np.empty(0, np.int32)
-    least = np.full(count, count, np.int64)
-    np.minimum.at(least, labels, np.arange(count))
-    return least[labels]
+    least = np.arange(count)
+    while True:
+        roots = least[pairs]
+        lowest = roots.min(1)
+        joined = least.copy()
+        for end in (0, 1):
+            np.minimum.at(joined, roots[:, end], lowest)
+        joined = joined[joined]
+        if np.array_equal(joined, least):
+            return least
+        least = joined
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -65,10 +65,12 @@ class Processes:
 
 def _import_for_tasks() -> None:
     """Imports the modules that tasks import lazily, so that not every forked process has to."""
-    import datasketch  # noqa: F401
-    import pyarrow.parquet
+    from datasketch import MinHash  # noqa: F401
 
-    pyarrow.array([0])  # The first conversion imports pandas.
+    with suppress(ModuleNotFoundError):  # Only for text in Parquet and Arrow files.
+        import pyarrow.parquet
+
+        pyarrow.array([0])  # The first conversion imports pandas.
 
 
 class Spark:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from data.shards.packing import pack
+from data.text import duplicates
 from data.text.bpe import train_bpe
-from data.text.clean import normalise
+from data.text.clean import normalise, read_texts, write_texts
 from data.text.duplicates import resolve, sketch
 from data.text.evaluation_overlap import EvaluationTexts
 from data.text.language import language_of
@@ -92,6 +93,38 @@ def test_copies_and_near_copies_are_found_and_the_first_is_kept():
     # Similar: kept, but in the same split.
     assert found.keeper[42] == 42 and found.group[42] == found.group[5] and found.group[6] != found.group[5]
     assert resolved(documents, None).keeper[41] == 41 and resolved(documents, None).keeper[40] == 1
+
+
+def test_bands_are_those_of_datasketchs_index():
+    from datasketch import MinHashLSH
+
+    index = MinHashLSH(threshold=duplicates.SAME_SIDE, num_perm=duplicates.PERMUTATIONS)
+    assert (index.b, index.r) == (duplicates.BANDS, duplicates.BAND_ROWS)
+
+
+@pytest.mark.parametrize("count, edges", [(0, 0), (1, 0), (60, 20), (60, 45), (3000, 2500), (3000, 2999)])
+def test_components_are_scipys(count: int, edges: int):
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rng = np.random.default_rng(edges)
+    pairs = rng.integers(0, max(count, 1), (edges, 2))
+    if edges == count - 1 > 0:  # one chain, in no order
+        order = rng.permutation(count)
+        pairs = np.stack([order[:-1], order[1:]], 1)[rng.permutation(edges)]
+    least = duplicates._first_of_component(pairs, count)
+    if not count:
+        assert least.size == 0
+        return
+    graph = coo_array((np.ones(edges), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    labels = connected_components(graph, directed=False)[1]
+    assert least.tolist() == [int(np.flatnonzero(labels == label)[0]) for label in labels]
+
+
+def test_texts_are_read_as_they_were_written(tmp_path: Path):
+    texts = [("a", "one\r\ntwo\u2028three\x85\n"), ('b "quoted"', ""), ("c", "\U0001f600\t\\")]
+    write_texts(tmp_path / "new/file", texts)
+    assert list(read_texts(tmp_path / "new/file")) == texts
 
 
 def test_signatures_estimate_the_similarity():
