@@ -40,7 +40,7 @@ gpu-check: install ## check kernels, numerics, memory and speed of this machine'
 audit: install ## ask a vulnerability service about the locked packages; docs/advisories.md judges them
 	@$(PY) -m launch.advisories $(ARGS)
 
-COMPILE = pip compile pyproject.toml --group dev --group fast-tokenizer --generate-hashes --no-annotate --no-header -q
+COMPILE = pip compile pyproject.toml --group full --group dev --group fast-tokenizer --generate-hashes --no-annotate --no-header -q
 lock: install ## resolve both locks again from pyproject.toml
 	@uv=$$(command -v uv || echo .cache/tools/bin/uv); \
 	    $$uv $(COMPILE) --python-version 3.12 --upgrade -o requirements.lock && \

@@ -1,4 +1,4 @@
-"""Imports of Composer, Streaming and TorchMetrics that wait until something of them is used.
+"""Imports of Composer and others that wait until something of them is used.
 
 `import composer` runs TorchMetrics' audio and text, transformers, torchvision, torch's compiler, MosaicML's
 command line and the clients of eight services: more than half of the time from command to first step, in each
@@ -34,6 +34,7 @@ LAZY_PACKAGES = (
     "composer.profiler",
     "composer.utils",
     "composer.utils.object_store",  # a client of each kind of store
+    "datasketch",  # SciPy, for all of it but MinHash
     "streaming",
     "streaming.base",
     "torchmetrics",  # audio, text, images, detection

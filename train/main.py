@@ -14,6 +14,7 @@ from train.evaluate.suite import check_suite
 from train.hf.start import check_start
 from train.recipe.catalogue import describe_keys
 from train.recipe.describe import describe_run
+from train.recipe.packages import check_packages
 from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.rules import validate
 from train.recipe.topology import Topology
@@ -59,6 +60,7 @@ def main(options: Namespace) -> int | Figures:
         text, figures = describe_run(recipe, topology)
         print(f"{to_yaml(recipe)}\n{text}")
         return Figures(figures)
+    check_packages(recipe)
     for change in changes:
         progress.info(change)
     progress.info(f"{recipe.name}: recipe is sound; importing torch, Composer and MegaBlocks")

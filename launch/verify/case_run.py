@@ -6,7 +6,6 @@ is found too.
 """
 
 import contextlib
-import importlib
 import math
 import os
 from abc import ABC, abstractmethod
@@ -27,7 +26,7 @@ from launch.verify.cases import Case, idle_experts, make_batches, own_rows, stee
 from launch.verify.forked_ranks import run_ranks
 from launch.verify.reference import CountTogether, build_rounding_reference, reference_recipe
 from train.checkpoint.files import Progress
-from train.model import megablocks_ops
+from train.layout.optim import load_lion
 from train.model.router import Router, Routing
 from train.recipe.curriculum import plan_stages
 from train.recipe.schema import Precision
@@ -99,9 +98,8 @@ class ReferenceRecord:
 
 
 def import_optimizers() -> None:
-    """Imports the modules that optimizers import lazily, so that forked ranks do not have to."""
-    megablocks_ops.install()
-    importlib.import_module("llmfoundry.optim.lion")
+    """Imports the module that Lion imports lazily, so that forked ranks do not have to."""
+    load_lion()
 
 
 def make_reference(case: Case, file: Path) -> int:

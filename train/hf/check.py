@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from train.hf.export import write_folder
 from train.hf.folders import CONFIG_FILE
@@ -106,6 +105,8 @@ def export_random(model: Model, folder: Path) -> Decoder:
 
 def open_theirs(folder: Path) -> Any:
     """Loads a Hugging Face folder in transformers, in fp32."""
+    from transformers import AutoModelForCausalLM
+
     # The option for a data type is called torch_dtype before transformers 4.56, dtype from there on.
     return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float()
 

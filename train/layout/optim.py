@@ -1,13 +1,16 @@
 """Optimizers, learning-rate schedule and gradient clipping, the same under every layout."""
 
+import functools
+import importlib.util
 import math
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from train.model import megablocks_ops
 from train.recipe.schema import Optimizer as OptimizerRecipe
 from train.recipe.schema import OptimizerKind, Schedule, ScheduleKind
 
@@ -34,15 +37,25 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Op
             fused=True,
         )
     # LLM Foundry's Lion decays by weight_decay * lr / initial lr; scaled, by weight_decay * lr like AdamW.
-    megablocks_ops.install()
-    from llmfoundry.optim.lion import DecoupledLionW
-
     scaled = decay * recipe.learning_rate
-    return DecoupledLionW(
+    lion: torch.optim.Optimizer = load_lion().DecoupledLionW(
         [{"params": p, "weight_decay": scaled if matrix else 0.0} for (matrix, _), p in groups.items()],
         lr=recipe.learning_rate,
         betas=betas,
     )
+    return lion
+
+
+@functools.cache
+def load_lion() -> Any:
+    """Imports LLM Foundry's module of Lion alone; all of LLM Foundry takes longer to import than torch."""
+    package = importlib.util.find_spec("llmfoundry")
+    assert package is not None and package.origin is not None
+    spec = importlib.util.spec_from_file_location("lion", Path(package.origin).parent / "optim/lion.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def learning_rate_share(tokens_seen: int, duration_tokens: int, schedule: Schedule) -> float:

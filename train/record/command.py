@@ -20,6 +20,7 @@ from typing import Any
 
 from train.recipe.errors import UserError
 from train.recipe.exit_status import INTERRUPTED_STATUS, USAGE_STATUS
+from train.recipe.packages import left_out
 from train.record import log
 from train.record.files import write_json, write_whole
 
@@ -91,6 +92,12 @@ class Command:
         except mistakes as error:
             line = str(error.at(str(file))) if isinstance(error, UserError) else _line(error)
             logger.error(f"{self.name}: {line}" if self.name else line)
+            return USAGE_STATUS
+        except ModuleNotFoundError as error:
+            package = left_out(error)
+            if package is None:
+                raise
+            logger.error(f"{self.name or self.prog.split()[-1]}: {package}")
             return USAGE_STATUS
         except KeyboardInterrupt:
             logger.error(f"{self.name or self.prog.split()[-1]}: interrupted")

@@ -47,6 +47,8 @@ def draw_svg(
 ) -> Markup:
     """Draws on new axes and returns inline SVG without external references.
 
+    Without Matplotlib, which an installation may leave out, a line of text stands for the figure.
+
     Args:
         title: text alternative for screen readers.
         draw: draws on the axes, given row by row.
@@ -54,7 +56,10 @@ def draw_svg(
         columns: axes per row.
         bottom: label of the x axis at the bottom of a single column.
     """
-    import matplotlib
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return Markup("<p>{}: charts need Matplotlib, which this installation leaves out</p>").format(title)
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

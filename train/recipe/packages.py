@@ -1,0 +1,50 @@
+"""Packages that an installation may leave out (`launch/install.sh --core`), and which keys need them."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from train.recipe.errors import UserError
+from train.recipe.schema import Recipe
+
+LEFT_OUT = {
+    "alembic": "MLflow",
+    "boto3": "boto3",
+    "datasets": "Hugging Face's datasets",
+    "lm_eval": "lm-eval",
+    "matplotlib": "Matplotlib",
+    "mlflow": "MLflow",
+    "pyarrow": "PyArrow",
+    "scipy": "SciPy",
+    "sklearn": "scikit-learn",
+    "transformers": "transformers",
+}
+"""Module to import, and the package's name."""
+REMEDY = "install without --core"
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Checks that what the recipe's keys need is installed; imports nothing.
+
+    Raises:
+        UserError: for the first key that needs a package which is not there.
+    """
+    for key, module, instead in _needs(recipe):
+        if find_spec(module) is None:
+            what = f"needs {LEFT_OUT[module]}, which this installation leaves out"
+            raise UserError(what, key=key, remedy=f"{instead} or {REMEDY}")
+
+
+def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """Yields key, module, and what to set instead."""
+    if recipe.tracking.mlflow:
+        yield "tracking.mlflow", "mlflow", "set tracking.mlflow=false"
+    if (recipe.data.remote or "").startswith("s3://"):
+        yield "data.remote", "boto3", "use a folder that all nodes see"
+    if recipe.evaluation.suite is not None:
+        yield "evaluation.suite", "transformers", "remove it"
+
+
+def left_out(error: ModuleNotFoundError) -> str | None:
+    """Returns what to tell a user whose command needs a package that was left out; None for other modules."""
+    name = LEFT_OUT.get((error.name or "").partition(".")[0])
+    return name and f"needs {name}, which this installation leaves out; {REMEDY}"
