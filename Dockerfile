@@ -18,7 +18,7 @@ WORKDIR /finegrain
 
 # Packages first: they change less often than the code.
 COPY requirements.lock requirements-megablocks.lock ./
-COPY launch/install.sh launch/install.sh
+COPY launch/install.sh launch/packages.sh launch/
 RUN bash launch/install.sh
 
 # --build-arg COMPILED_MEGABLOCKS=yes compiles MegaBlocks' own sort, histogram and cumulative sum for H100s,

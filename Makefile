@@ -2,16 +2,20 @@
 SHELL := /bin/bash
 STACK ?= default
 VENV := $(if $(filter minimum,$(STACK)),.venv-minimum,.venv)
+WHEELS ?= .cache/wheels
 PY := $(VENV)/bin/python
 RUN ?= $(shell ls -td runs/*/ 2>/dev/null | head -1)
 
-.PHONY: help install smoke test test-fast check format ui bench gpu-check audit lock clean
+.PHONY: help install wheels smoke test test-fast check format ui bench gpu-check audit lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: ## create .venv with the locked packages; STACK=minimum: the oldest ones, in .venv-minimum
-	@PYTHON="$(PYTHON)" STACK="$(STACK)" bash launch/install.sh
+install: ## create .venv with the locked packages; STACK=minimum: the oldest, in .venv-minimum; OPTIONS="--core --system-torch --wheels DIR"
+	@PYTHON="$(PYTHON)" STACK="$(STACK)" bash launch/install.sh $(OPTIONS)
+
+wheels: ## collect wheels for machines without a network in WHEELS=DIR; CORE=yes: of the core alone
+	@PYTHON="$(PYTHON)" STACK="$(STACK)" bash launch/wheels.sh $(if $(CORE),--core) $(WHEELS)
 
 smoke: install ## train a small DBRX on real text, in minutes on two CPU cores
 	@$(PY) train/main.py yamls/smoke.yaml $(ARGS)
