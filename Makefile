@@ -14,8 +14,8 @@ help: ## list the targets
 install: ## create .venv with the locked packages; STACK=minimum: the oldest, in .venv-minimum; OPTIONS="--core --system-torch --wheels DIR"
 	@PYTHON="$(PYTHON)" STACK="$(STACK)" bash launch/install.sh $(OPTIONS)
 
-wheels: ## collect wheels for machines without a network in WHEELS=DIR; CORE=yes: of the core alone
-	@PYTHON="$(PYTHON)" STACK="$(STACK)" bash launch/wheels.sh $(if $(CORE),--core) $(WHEELS)
+wheels: ## collect wheels for machines without a network in WHEELS=DIR; OPTIONS=--core: of the core alone
+	@PYTHON="$(PYTHON)" STACK="$(STACK)" bash launch/wheels.sh $(OPTIONS) $(WHEELS)
 
 smoke: install ## train a small DBRX on real text, in minutes on two CPU cores
 	@$(PY) train/main.py yamls/smoke.yaml $(ARGS)
@@ -44,7 +44,7 @@ gpu-check: install ## check kernels, numerics, memory and speed of this machine'
 audit: install ## ask a vulnerability service about the locked packages; docs/advisories.md judges them
 	@$(PY) -m launch.advisories $(ARGS)
 
-COMPILE = pip compile pyproject.toml --group full --group dev --group fast-tokenizer --generate-hashes --no-annotate --no-header -q
+COMPILE = pip compile pyproject.toml --group full --group stores --group dev --group fast-tokenizer --generate-hashes --no-annotate --no-header -q
 lock: install ## resolve both locks again from pyproject.toml
 	@uv=$$(command -v uv || echo .cache/tools/bin/uv); \
 	    $$uv $(COMPILE) --python-version 3.12 --upgrade -o requirements.lock && \

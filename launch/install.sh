@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs everything the project runs on: the default stack into .venv, the oldest that is promised
 # (STACK=minimum) into .venv-minimum. Options, in any combination:
-#   --core          only what trains, checks and benchmarks: no MLflow, evaluation, exports, Spark, charts or Parquet
+#   --core          only what trains, checks and benchmarks: no MLflow, evaluation, exports, charts, Parquet or stores
 #   --system-torch  keeps torch, triton and NCCL of PYTHON or the Python on PATH, for example a vendor's container
 #   --wheels DIR    takes every package from a folder made by launch/wheels.sh, without a network, with pip;
 #                   includes --system-torch
@@ -84,7 +84,7 @@ if [ "$wheels" ]; then
 else
     if [ "$core$system_torch" ]; then
         groups=()
-        [ "$core" ] || groups=(--group full --group dev --group fast-tokenizer)
+        [ "$core" ] || groups=(--group full --group stores --group dev --group fast-tokenizer)
         list=$scratch/requirements.txt
         if [ "$system_torch" ]; then
             requirements_without_torch "$uv" "$python" "${groups[@]}" >"$list"

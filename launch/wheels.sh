@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Collects wheels for an installation without a network: bash launch/wheels.sh [--core] DIR, then
-# launch/install.sh --wheels DIR on a machine of the same kind. DIR gets everything but torch and the development
-# tools, with --core only the core, and in full.txt and core.txt each wheel's SHA-256. Needs a network and pip.
+# Collects wheels for an installation without a network: bash launch/wheels.sh [--core | --stores] DIR, then
+# launch/install.sh --wheels DIR on a machine of the same kind. DIR gets everything but torch, the development tools
+# and the clients of object stores; --core: only the core; --stores: the clients too. core.txt and full.txt there name
+# each wheel with its SHA-256. Needs a network and pip.
 set -euo pipefail
 called_from=$PWD
 cd "$(dirname "$0")/.."
 . launch/packages.sh
 
-sets=(core full)
-if [ "${1:-}" = --core ]; then
-    sets=(core)
-    shift
-fi
-case ${1:-} in "" | -*) fail "bash launch/wheels.sh [--core] DIR" ;; esac
-[ $# = 1 ] || fail "$2 is not known; bash launch/wheels.sh [--core] DIR"
+usage="bash launch/wheels.sh [--core | --stores] DIR"
+sets=(core full) groups=(--group full)
+case ${1:-} in
+--core) sets=(core) && shift ;;
+--stores) groups+=(--group stores) && shift ;;
+esac
+case ${1:-} in "" | -*) fail "$usage" ;; esac
+[ $# = 1 ] || fail "$2 is not known; $usage"
 wheels=$(cd "$called_from" && realpath -m -- "$1")
 
 uv=$(find_uv)
@@ -25,11 +27,8 @@ pip() {
     "$scratch/venv/bin/python" -m pip --disable-pip-version-check "$@"
 }
 
-for set in "${sets[@]}"; do
-    groups=()
-    [ "$set" = core ] || groups=(--group full)
-    requirements_without_torch "$uv" "$python" "${groups[@]}" >"$scratch/$set.txt"
-done
+requirements_without_torch "$uv" "$python" >"$scratch/core.txt"
+requirements_without_torch "$uv" "$python" "${groups[@]}" >"$scratch/full.txt"
 echo "wheels: into $wheels"
 collect=(pip wheel --quiet --no-deps --require-hashes --wheel-dir "$wheels")
 "${collect[@]}" -r "$scratch/${sets[-1]}.txt"

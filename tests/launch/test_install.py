@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("launch/install.sh", "launch/wheels.sh", "launch/packages.sh")
+USAGE = "bash launch/wheels.sh [--core | --stores] DIR"
 STACK = "minimum" if sys.version_info < (3, 12) else "default"
 ENVIRONMENT = {"minimum": ".venv-minimum", "default": ".venv"}[STACK]
 
@@ -70,9 +71,9 @@ def call(checkout: Path, script: str, *words: str, **variables: str) -> tuple[in
             ["--wheels", "x"],
             "--wheels: x is not a folder of wheels; make wheels WHEELS=DIR makes one",
         ),
-        ("wheels.sh", [], "bash launch/wheels.sh [--core] DIR"),
-        ("wheels.sh", ["--full", "x"], "bash launch/wheels.sh [--core] DIR"),
-        ("wheels.sh", ["x", "y"], "y is not known; bash launch/wheels.sh [--core] DIR"),
+        ("wheels.sh", [], USAGE),
+        ("wheels.sh", ["--full", "x"], USAGE),
+        ("wheels.sh", ["x", "y"], f"y is not known; {USAGE}"),
     ],
 )
 def test_mistakes_are_one_line(checkout: Path, script: str, words: list[str], line: str) -> None:

@@ -39,7 +39,7 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     if recipe.tracking.mlflow:
         yield "tracking.mlflow", "mlflow", "set tracking.mlflow=false"
     if (recipe.data.remote or "").startswith("s3://"):
-        yield "data.remote", "boto3", "use a folder that all nodes see"
+        yield "data.remote", "boto3", "use a folder that all nodes see, collect wheels with --stores,"
     if recipe.evaluation.suite is not None:
         yield "evaluation.suite", "transformers", "remove it"
 
