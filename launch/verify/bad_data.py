@@ -35,9 +35,9 @@ from train.record.skips import GuardDecision, read_decisions
 from train.record.step_log import STEP, read_steps
 from train.step.alarms import ALARMS_FILE
 
-STEPS = 72
+STEPS = 96
 NOISE_DOCUMENTS = 4
-MOST_BYTES = 60_000
+MOST_BYTES = 40_000
 """Of the normal text of each domain."""
 SHARD_BYTES = 1 << 13
 """Shards of 25 samples, read one after the other, so that a long document falls into neighbouring steps."""
@@ -49,7 +49,7 @@ GUARD = Guard(
     window_batches=64,
     rollback_before_batches=1,
     rollback_after_batches=6,
-    most_rollbacks=8,
+    most_rollbacks=16,
 )
 
 
@@ -170,7 +170,7 @@ def documents(seed: int) -> Iterator[CorpusDocument]:
     """The installed corpus with noise documents among its code."""
     generator, noise = random.Random(seed), list(noise_documents(seed))
     for number, document in enumerate(installed_corpus(MOST_BYTES)):
-        if document.domain == "code" and number % 5 == 4 and noise:
+        if document.domain == "code" and number % 4 == 3 and noise:
             yield noise.pop(generator.randrange(len(noise)))
         yield document
     assert not noise

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from launch.verify.cases import Layout
 from train import run
 from train.layout import mesh
-from train.layout.mesh import DENSE
+from train.layout.mesh import DENSE, REPLICATE
 from train.model import decoder
 from train.model.attention import AttentionPlan
 from train.model.moe import MoE
@@ -72,11 +72,17 @@ def _scale_expert_gradients(power: int, decoder: nn.Module) -> None:
 
 
 def _let_replicas_drift() -> AbstractContextManager[Any]:
-    """Shards the router within a replica only, so that each replica keeps its own router gradient."""
+    """Makes each replica keep its own router gradient: it is averaged over a group of one rank."""
     original = mesh.fully_shard
 
     def shard(module: nn.Module, *, mesh: DeviceMesh, **options: Any) -> FSDPModule:
-        return original(module, mesh=mesh[DENSE] if isinstance(module, Router) else mesh, **options)
+        if isinstance(module, Router):
+            alone, _ = dist.new_subgroups(group_size=1)
+            assert isinstance(alone, dist.ProcessGroup)
+            # Equal to the mesh of the other weights, with which torch 2.7's optimizers update them together.
+            groups = [alone, mesh.get_group(DENSE)]
+            mesh = DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=(REPLICATE, DENSE))
+        return original(module, mesh=mesh, **options)
 
     return mock.patch.object(mesh, "fully_shard", shard)
 
