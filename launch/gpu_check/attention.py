@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from launch.gpu_check.rows import CheckRow, deviation_row
-from train.model.attention import Attention, plan_attention
+from train.model.attention import HAS_VARLEN, Attention, DocumentKernel, plan_attention
 from train.recipe.schema import Model
 
 BOUND = 2e-2
@@ -15,19 +15,28 @@ BOUND = 2e-2
 
 
 def check_attention(device: str, length: int = 4096) -> list[CheckRow]:
-    """Checks output and gradient of :class:`train.model.attention.Attention`, one and three documents."""
+    """Checks output and gradient of :class:`train.model.attention.Attention`, one and three documents.
+
+    Three documents are checked with every kernel that the device has for them.
+    """
     model = Model(1024, 1, 8, 4, 1024, 128, length)
     documents_BS = (torch.arange(length) * 3 // length).int().expand(2, length)
+    kernels = [DocumentKernel.flex] + [DocumentKernel.varlen] * (HAS_VARLEN or device == "cpu")
     rows = []
-    for what, ids in (("one document", None), ("three documents", documents_BS)):
-        found, wanted = _in_bf16(model, device, length, ids), _in_fp32(model, length, ids)
-        for name, ours, theirs in zip(("output", "gradient of the input"), found, wanted, strict=True):
-            error = float((ours.float().cpu() - theirs).norm() / theirs.norm())
-            rows.append(deviation_row("attention", f"{name}, {what}, bf16 against fp32", error, BOUND))
+    for what, ids, tried in (("one document", None, [None]), ("three documents", documents_BS, kernels)):
+        wanted = _in_fp32(model, length, ids)
+        for kernel in tried:
+            label = what if kernel is None else f"{what}, {kernel.value}"
+            found = _in_bf16(model, device, length, ids, kernel)
+            for name, ours, theirs in zip(("output", "gradient of the input"), found, wanted, strict=True):
+                error = float((ours.float().cpu() - theirs).norm() / theirs.norm())
+                rows.append(deviation_row("attention", f"{name}, {label}, bf16 against fp32", error, BOUND))
     return rows
 
 
-def _in_bf16(model: Model, device: str, length: int, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+def _in_bf16(
+    model: Model, device: str, length: int, ids: Tensor | None, kernel: DocumentKernel | None
+) -> tuple[Tensor, Tensor]:
     attention, x_BSD, grad_BSD = _inputs(model, length)
     attention, x = attention.to(device), x_BSD.to(device).requires_grad_()
     plan = plan_attention(
@@ -37,6 +46,7 @@ def _in_bf16(model: Model, device: str, length: int, ids: Tensor | None) -> tupl
         device=torch.device(device),
         dtype=torch.bfloat16,
         document_ids_BS=None if ids is None else ids.to(device),
+        kernel=kernel,
     )
     with torch.autocast(device, torch.bfloat16):
         out, _ = attention(x, plan)

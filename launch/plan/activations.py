@@ -30,7 +30,7 @@ class Numerics:
     copies_weights: bool = False
     """Autocast keeps a bf16 copy of each fp32 matrix until the backward pass is done."""
     on_gpu: bool = False
-    """FlexAttention masks documents, and the loss computes a chunk's softmax at once."""
+    """Documents are kept apart without a bias, and the loss computes a chunk's softmax at once."""
 
 
 CPU_FP32 = Numerics(FP32, FP32, FP32)
@@ -75,7 +75,7 @@ def attention_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict
     if model.clip_qkv is not None:
         saved["before clipping"] = T * (D + 2 * G) * c
     saved["queries"] = T * D * c
-    # Only FlexAttention reads grouped keys and values as they are.
+    # Only the kernels for documents read grouped keys and values as they are.
     flex = numerics.on_gpu and batch.masked and model.position is Position.rope
     saved["keys and values"] = 2 * T * (G if flex else D) * c
     saved["attention output"] = T * (D * c + model.n_heads * FP32)

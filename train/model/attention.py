@@ -7,8 +7,10 @@ D = H x R model, T = B x S tokens.
 # ruff: noqa: N815  (shape suffixes)
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +23,35 @@ from train.cpu import attention as cpu_attention
 from train.cpu.dispatch import with_cpu_version
 from train.recipe.schema import Model, Position
 
+try:
+    from torch.nn.attention import varlen  # type: ignore[attr-defined, unused-ignore]
+except ImportError:  # torch before 2.10
+    HAS_VARLEN = False
+else:
+    HAS_VARLEN = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of the past positions, each [B, G, P, R]; keys are already rotated."""
+
+
+class DocumentKernel(Enum):
+    """What keeps packed documents apart."""
+
+    bias = "bias"
+    """A bias of S x S, added to the logits."""
+    flex = "flex"
+    """FlexAttention, whose mask of blocks skips what is masked fully."""
+    varlen = "varlen"
+    """A kernel that takes each document as a sequence of its own, and needs no mask."""
+
+
+class Documents(NamedTuple):
+    """Where the N packed documents of a batch lie among its T tokens."""
+
+    offsets: Tensor
+    """Where each begins, and T: int32 [N + 1]."""
+    longest: int
+    """Tokens of the longest."""
 
 
 class AttentionPlan(NamedTuple):
@@ -35,6 +64,8 @@ class AttentionPlan(NamedTuple):
     """Added to attention's logits: [B or 1, H or 1, S, P + S], -inf where masked. None: plain causal."""
     blocks: BlockMask | None = None
     """The same mask for FlexAttention, which skips fully masked blocks."""
+    documents: Documents | None = None
+    """The documents that a kernel of variable length takes one by one."""
 
 
 def plan_attention(
@@ -46,7 +77,7 @@ def plan_attention(
     dtype: torch.dtype,
     document_ids_BS: Tensor | None = None,
     past_length: int = 0,
-    flex: bool | None = None,
+    kernel: DocumentKernel | None = None,
 ) -> AttentionPlan:
     """Builds positions and masks for one batch.
 
@@ -58,7 +89,7 @@ def plan_attention(
         dtype: precision of the queries and the bias.
         document_ids_BS: document of each token; None if each sequence is one document.
         past_length: past positions P, whose keys and values the layers receive.
-        flex: mask documents with FlexAttention instead of an S x S bias; None: only on a GPU.
+        kernel: what keeps documents apart; None: what suits the device, see :func:`document_kernel`.
     """
     cos_SR = sin_SR = None
     if model.position is Position.rope:
@@ -68,9 +99,12 @@ def plan_attention(
     alibi = model.position is Position.alibi
     if document_ids_BS is None and not alibi and (past_length == 0 or length == 1):
         return AttentionPlan(cos_SR, sin_SR)
-    flex = device.type == "cuda" if flex is None else flex
-    if flex and document_ids_BS is not None and not alibi:
-        return AttentionPlan(cos_SR, sin_SR, blocks=document_blocks(document_ids_BS))
+    if document_ids_BS is not None and not alibi:
+        kernel = kernel or document_kernel(model, device, dtype)
+        if kernel is DocumentKernel.varlen:
+            return AttentionPlan(cos_SR, sin_SR, documents=document_offsets(document_ids_BS))
+        if kernel is DocumentKernel.flex:
+            return AttentionPlan(cos_SR, sin_SR, blocks=document_blocks(document_ids_BS))
     query_S = torch.arange(past_length, past_length + length, device=device)
     distance_SP = query_S[:, None] - torch.arange(past_length + length, device=device)[None, :]
     visible = (distance_SP >= 0)[None, None]
@@ -113,6 +147,10 @@ class Attention(nn.Module):
             qkv, (heads, kv_heads, kv_heads), self.model.clip_qkv, plan.cos_SR, plan.sin_SR
         )
         q_BHSR, k_BGSR, v_BGSR = (t.transpose(1, 2) for t in (q_BSHR, k_BSGR, v_BSGR))
+        if plan.documents is not None:
+            q_THR, k_TGR, v_TGR = (part.flatten(0, 1) for part in (q_BSHR, k_BSGR, v_BSGR))
+            out_THR = document_attention(q_THR, k_TGR, v_TGR, plan.documents)
+            return self.out_proj(out_THR.flatten(1).view_as(x_BSD)), (k_BGSR, v_BGSR)
         if past is not None:
             k_BGSR, v_BGSR = torch.cat([past[0], k_BGSR], dim=2), torch.cat([past[1], v_BGSR], dim=2)
         if plan.blocks is None:
@@ -183,6 +221,43 @@ def _dot_product_attention(
     return functional.scaled_dot_product_attention(
         q_BHSR, k_BGSR, v_BGSR, attn_mask=bias, is_causal=is_causal, enable_gqa=shares_heads
     )
+
+
+def document_kernel(model: Model, device: torch.device, dtype: torch.dtype) -> DocumentKernel:
+    """Returns the kernel for packed documents.
+
+    On a GPU that is the kernel of variable length where torch has it (from 2.15) and it takes the model; a
+    compiled decoder takes FlexAttention, since the host would wait for the number of documents.
+    """
+    if device.type != "cuda":
+        return DocumentKernel.bias
+    is_taken = dtype in (torch.bfloat16, torch.float16) and model.d_model // model.n_heads % 8 == 0
+    if HAS_VARLEN and is_taken and not torch.compiler.is_compiling():
+        return DocumentKernel.varlen
+    return DocumentKernel.flex
+
+
+def document_offsets(document_ids_BS: Tensor) -> Documents:
+    """Finds where documents begin; the host waits once. Sequences never share a document."""
+    begins_BS = functional.pad(document_ids_BS[:, 1:] != document_ids_BS[:, :-1], (1, 0), value=True).cpu()
+    starts_N = begins_BS.flatten().nonzero().flatten()
+    offsets = functional.pad(starts_N, (0, 1), value=begins_BS.numel())
+    longest = int(offsets.diff().max())
+    return Documents(offsets.int().to(document_ids_BS.device, non_blocking=True), longest)
+
+
+@with_cpu_version(cpu_attention.document_attention)
+def document_attention(q_THR: Tensor, k_TGR: Tensor, v_TGR: Tensor, documents: Documents) -> Tensor:
+    """Causal attention within each document, by the kernel of variable length: [T, H, R]."""
+    offsets, longest = documents
+    out = varlen.varlen_attn(
+        # The same tensor twice: some backends take causal attention only so.
+        *(q_THR, k_TGR, v_TGR, offsets, offsets, longest, longest),
+        window_size=(-1, 0),
+        enable_gqa=q_THR.shape[1] != k_TGR.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out
 
 
 def document_blocks(document_ids_BS: Tensor) -> BlockMask:

@@ -31,7 +31,8 @@ def compile_decoder(decoder: Decoder, how: Compile, *, is_sharded: bool) -> None
     parts = [decoder] if how is Compile.model else list(decoder.transformer.blocks)
     for part in parts:
         # Not nn.Module.compile: it would trace the hooks too.
-        part.forward = _compiled_in_training(part, fullgraph=not is_sharded)
+        compiled = _compiled_in_training(part, fullgraph=not is_sharded)
+        part.forward = compiled  # type: ignore[method-assign, unused-ignore]
     for module in decoder.modules():
         if isinstance(module, MoE) and module.experts.args.moe_expert_model_parallelism:
             module.experts.forward_fn = torch.compiler.disable(module.experts.forward_fn)

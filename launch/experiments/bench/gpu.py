@@ -23,7 +23,13 @@ from torch.nn import functional
 
 from train.layout.optim import build_optimizer, clip_gradients
 from train.model import loss as losses
-from train.model.attention import block_attention, document_blocks
+from train.model.attention import (
+    HAS_VARLEN,
+    block_attention,
+    document_attention,
+    document_blocks,
+    document_offsets,
+)
 from train.model.decoder import Decoder
 from train.model.init import initialize
 from train.recipe import sizes
@@ -177,7 +183,7 @@ def _row_counts(shape: Grouped, is_even: bool) -> Tensor:
 
 
 def attention(_: Recipe) -> Iterator[Measurement]:
-    """Measures causal attention: one document by SDPA, two documents per sequence by FlexAttention."""
+    """Measures causal attention: one document by SDPA, two per sequence by both kernels for documents."""
     for shape in HEADS:
         yield from _attention(*shape)
 
@@ -201,12 +207,21 @@ def _attention(name: str, batch: int, heads: int, kv_heads: int, length: int) ->
     def flex() -> Tensor:
         return block_attention(q, k, v, blocks)
 
+    q_THR, k_TGR, v_TGR = (part.transpose(1, 2).flatten(0, 1).contiguous() for part in (q, k, v))
+    documents = document_offsets(documents_BS)
+
+    def one_by_one() -> Tensor:
+        return document_attention(q_THR, k_TGR, v_TGR, documents)
+
     flops = 4 * batch * heads * HEAD_WIDTH * length * length / 2
-    for what, attend, seen in (
+    ways: list[tuple[str, Callable[[], Tensor], float]] = [
         ("SDPA, enable_gqa", shared, 1.0),
         ("SDPA, repeated heads", repeated, 1.0),
         ("FlexAttention, 2 documents", flex, 0.5),
-    ):
+    ]
+    if HAS_VARLEN:
+        ways.append(("variable length, 2 documents", one_by_one, 0.5))
+    for what, attend, seen in ways:
         grad = torch.randn_like(attend())
 
         def both(attend: Callable[[], Tensor] = attend, grad: Tensor = grad) -> object:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.model.attention import Attention, plan_attention
+from train.model.attention import Attention, DocumentKernel, document_offsets, plan_attention
 from train.model.init import initialize
 from train.recipe.schema import Model, Position
 
@@ -37,7 +37,7 @@ def inputs(length: int = S) -> Tensor:
     return torch.randn(B, length, H * R, generator=generator, dtype=torch.float64, requires_grad=True)
 
 
-def attend(attention: Attention, x_BSD: Tensor, **plan: Tensor | bool | None) -> Tensor:
+def attend(attention: Attention, x_BSD: Tensor, **plan: Tensor | DocumentKernel | None) -> Tensor:
     shared = plan_attention(attention.model, *x_BSD.shape[:2], device=x_BSD.device, dtype=x_BSD.dtype, **plan)
     return attention(x_BSD, shared)[0]
 
@@ -100,10 +100,10 @@ def test_clipping_is_active_above() -> None:
     assert (attend(free, x) - attend(clipped, x)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("flex", [False, True])
-def test_packed_documents_equal_separate_ones(flex: bool) -> None:
+@pytest.mark.parametrize("kernel", DocumentKernel)
+def test_packed_documents_equal_separate_ones(kernel: DocumentKernel) -> None:
     attention, x = make(), inputs()
-    packed = attend(attention, x, document_ids_BS=DOCUMENTS, flex=flex)
+    packed = attend(attention, x, document_ids_BS=DOCUMENTS, kernel=kernel)
     for row, ids in enumerate(DOCUMENTS):
         for document in ids.unique():
             own = ids == document
@@ -111,13 +111,22 @@ def test_packed_documents_equal_separate_ones(flex: bool) -> None:
             torch.testing.assert_close(packed[row, own], alone[0], rtol=1e-5, atol=1e-6)
 
 
-def test_both_forms_of_the_document_mask_have_equal_gradients() -> None:
+def test_all_document_kernels_have_equal_gradients() -> None:
     attention, x = make(), inputs()
-    grads = [
-        torch.autograd.grad(attend(attention, x, document_ids_BS=DOCUMENTS, flex=flex).square().sum(), x)[0]
-        for flex in (False, True)
+    expected, *grads = [
+        torch.autograd.grad(attend(attention, x, document_ids_BS=DOCUMENTS, kernel=kernel).square().sum(), x)[
+            0
+        ]
+        for kernel in DocumentKernel
     ]
-    torch.testing.assert_close(*grads)
+    for grad in grads:
+        torch.testing.assert_close(grad, expected)
+
+
+def test_documents_end_with_their_sequence() -> None:
+    """The second sequence goes on with the first one's number, and the last document has one token."""
+    offsets, longest = document_offsets(torch.tensor([[3, 3, 5, 5], [5, 5, 5, 0]]))
+    assert offsets.tolist() == [0, 2, 4, 7, 8] and offsets.dtype is torch.int32 and longest == 3
 
 
 @pytest.mark.parametrize("name", ["rope", "alibi"])
