@@ -238,8 +238,9 @@ def document_kernel(model: Model, device: torch.device, dtype: torch.dtype) -> D
 
 
 def document_offsets(document_ids_BS: Tensor) -> Documents:
-    """Finds where documents begin; the host waits once. Sequences never share a document."""
-    begins_BS = functional.pad(document_ids_BS[:, 1:] != document_ids_BS[:, :-1], (1, 0), value=True).cpu()
+    """Finds where documents begin; the host waits once, for a copy. Sequences never share a document."""
+    on_host_BS = document_ids_BS.cpu()
+    begins_BS = functional.pad(on_host_BS[:, 1:] != on_host_BS[:, :-1], (1, 0), value=True)
     starts_N = begins_BS.flatten().nonzero().flatten()
     offsets = functional.pad(starts_N, (0, 1), value=begins_BS.numel())
     longest = int(offsets.diff().max())
