@@ -12,6 +12,7 @@ import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,13 +20,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from launch.experiments.bench.loss import loss_memory
-from launch.experiments.bench.peers import LossOf, hugging_face_dbrx, llm_foundry_mpt
+from launch.experiments.bench.peers import (
+    TORCHTITAN,
+    LossOf,
+    experts_in_fp32,
+    hugging_face_dbrx,
+    hugging_face_mixtral,
+    llm_foundry_mpt,
+    torchtitan_moe,
+)
 from train.layout.device import describe_hardware, measured_peak_flops, supports_bf16
 from train.layout.optim import build_optimizer, clip_gradients
 from train.model.decoder import Decoder
 from train.model.init import initialize
 from train.model.moe import MoE
 from train.recipe.schema import Model, Moe, Optimizer
+from train.recipe.sizes import flops_per_token_training
 from train.record.command import Figures, command
 from train.record.provenance import git_commit
 from train.record.run_tracker import METRICS_FILE
@@ -47,16 +57,21 @@ BENCH_MODEL = Model(
 )
 SEQUENCES, TOKENS = 8, 512
 GOALS = {
-    "vs_hf_bf16": (">=", 1.4),
-    "vs_hf_fp32": (">=", 1.3),
+    "vs_hf_bf16": (">=", 1.5),
+    "vs_hf_fp32": (">=", 1.5),
+    "vs_hf_mixtral_bf16": (">=", 1.5),
+    "vs_hf_mixtral_fp32": (">=", 1.5),
     "vs_llmfoundry": (">=", 1.6),
-    "moe_vs_dense_balanced": ("<=", 1.15),
-    "moe_vs_dense_skewed": ("<=", 1.3),
+    "moe_vs_torchtitan_fp32": (">=", 1.3),
+    "moe_vs_torchtitan_bf16": (">=", 1.3),
+    "moe_vs_dense_fp32": ("<=", 1.1),
+    "moe_vs_dense_bf16": ("<=", 1.3),
     "loss_memory_ratio": ("<=", 0.35),
     "overhead_share": ("<=", 0.05),
 }
 
 Step = Callable[[], object]
+Peer = Callable[[Model], tuple[nn.Module, LossOf]]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -78,13 +93,13 @@ def main(options: Namespace) -> Figures:
     figures: dict[str, float] = {}
     if "loss_memory_ratio" in wanted:  # First: its child processes inherit a small parent.
         figures |= loss_memory(raw)
-    if wanted & {"vs_hf_fp32", "vs_hf_bf16", "vs_llmfoundry"}:
+    if any(key.startswith("vs_") for key in wanted):
         figures |= training_steps(wanted, options.rounds, raw)
-    if wanted & {"moe_vs_dense_balanced", "moe_vs_dense_skewed"}:
+    if any(key.startswith("moe_vs") for key in wanted):
         figures |= moe_layer(options.rounds * 3, raw)
     if "overhead_share" in wanted:
         figures |= step_split(raw)
-    figures = {key: figures[key] for key in GOALS if key in figures}
+    figures = {key: figures[key] for key in GOALS if key in figures and key in wanted}
     print(table(figures, raw))
     return Figures({**figures, "raw_medians": raw, "machine": machine()})
 
@@ -94,13 +109,20 @@ def training_steps(wanted: set[str], rounds: int, raw: dict[str, float]) -> dict
     ids_BS = torch.randint(0, BENCH_MODEL.vocab_size, (SEQUENCES, TOKENS))
     figures = {}
     bf16 = supports_bf16("cpu")
-    pairs: list[tuple[str, Callable[[Model], tuple[nn.Module, LossOf]], bool]] = [
+    pairs: list[tuple[str, Peer, bool]] = [
         ("vs_hf_fp32", hugging_face_dbrx, False),
         ("vs_hf_bf16", hugging_face_dbrx, True),
+        ("vs_hf_mixtral_fp32", hugging_face_mixtral, False),
+        ("vs_hf_mixtral_bf16", hugging_face_mixtral, True),
         ("vs_llmfoundry", llm_foundry_mpt, False),
     ]
+    major = version("transformers").partition(".")[0]
+    other: dict[Peer, str] = {hugging_face_mixtral: "5", llm_foundry_mpt: "4"}
     for key, build_peer, in_bf16 in pairs:
         if key not in wanted or (in_bf16 and not bf16):
+            continue
+        if other.get(build_peer, major) != major:
+            print(f"{key} is left out: it needs transformers {other[build_peer]}, on the other stack")
             continue
         sides = [_step(*build(BENCH_MODEL), ids_BS, in_bf16) for build in (_ours, build_peer)]
         ours, peer = alternate(key, sides, rounds)
@@ -110,34 +132,40 @@ def training_steps(wanted: set[str], rounds: int, raw: dict[str, float]) -> dict
             f"{key}/peer_tokens_per_second": tokens / peer,
         }
         figures[key] = peer / ours
+        if build_peer is hugging_face_dbrx:  # once per precision
+            flops = tokens * flops_per_token_training(BENCH_MODEL, TOKENS).total / ours
+            peak = measured_peak_flops("cpu", torch.bfloat16 if in_bf16 else torch.float32)
+            raw[f"{key}/ours_share_of_peak"] = flops / peak
         del sides
         gc.collect()
     return figures
 
 
 def moe_layer(rounds: int, raw: dict[str, float]) -> dict[str, float]:
-    """Measures one MoE layer, forward and backward, against a dense GLU of the same active FLOPs."""
+    """Measures one MoE layer, forward and backward, against torchtitan's and a dense GLU of equal FLOPs."""
     moe = BENCH_MODEL.moe
     assert moe is not None
     figures: dict[str, float] = {}
-    for precision in (torch.float32, torch.bfloat16) if supports_bf16("cpu") else (torch.float32,):
-        name = str(precision).removeprefix("torch.")
-        dense = _layer_step(
-            _DenseGlu(BENCH_MODEL.d_model, moe.top_k * BENCH_MODEL.ffn_hidden_size), precision
-        )
-        balanced = _layer_step(_moe_layer(skewed=False), precision)
-        skewed = _layer_step(_moe_layer(skewed=True), precision)
-        seconds = alternate(f"MoE layer, {name}", [dense, balanced, skewed], rounds)
-        raw |= dict(
-            zip(
-                (f"{side}_{name}_ms" for side in ("dense", "balanced", "skewed")),
-                [s * 1e3 for s in seconds],
-                strict=True,
-            )
-        )
-        for key, at in (("moe_vs_dense_balanced", 1), ("moe_vs_dense_skewed", 2)):
-            raw[f"{key}/{name}"] = seconds[at] / seconds[0]
-            figures[key] = max(figures.get(key, 0.0), raw[f"{key}/{name}"])
+    peer = _torchtitan_layer()
+    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for name in ("fp32", "bf16") if supports_bf16("cpu") else ("fp32",):
+        precision = precisions[name]
+        dense = _DenseGlu(BENCH_MODEL.d_model, moe.top_k * BENCH_MODEL.ffn_hidden_size)
+        sides = {
+            "dense": _layer_step(dense, precision),
+            "balanced": _layer_step(_moe_layer(), precision),
+            "skewed": _layer_step(_moe_layer(), precision, skewed=True),
+        }
+        if peer is not None:
+            sides["torchtitan"] = _layer_step(peer, precision)
+        with experts_in_fp32(precision is torch.float32):
+            medians = alternate(f"MoE layer, {name}", list(sides.values()), rounds)
+        seconds = dict(zip(sides, medians, strict=True))
+        raw |= {f"layer_{name}/{side}_ms": median * 1e3 for side, median in seconds.items()}
+        raw[f"layer_{name}/skewed_vs_dense"] = seconds["skewed"] / seconds["dense"]
+        figures[f"moe_vs_dense_{name}"] = seconds["balanced"] / seconds["dense"]
+        if peer is not None:
+            figures[f"moe_vs_torchtitan_{name}"] = seconds["torchtitan"] / seconds["balanced"]
     return figures
 
 
@@ -258,19 +286,31 @@ class _DenseGlu(nn.Module):
         return self.w2(nn.functional.silu(self.w1(x_BSD)) * self.v1(x_BSD))
 
 
-def _moe_layer(skewed: bool) -> nn.Module:
-    """Builds an MoE layer whose router spreads tokens evenly, or sends half of all choices to two experts."""
+def _moe_layer() -> nn.Module:
+    """Builds an MoE layer whose router reads its scores off the input."""
     assert BENCH_MODEL.moe is not None
-    experts, width = BENCH_MODEL.moe.experts, BENCH_MODEL.d_model
-    layer = MoE(width, BENCH_MODEL.ffn_hidden_size, BENCH_MODEL.moe)
+    layer = MoE(BENCH_MODEL.d_model, BENCH_MODEL.ffn_hidden_size, BENCH_MODEL.moe)
+    _set_router(layer, layer.router.layer.weight)
+    return layer
+
+
+def _torchtitan_layer() -> nn.Module | None:
+    """Builds torchtitan's layer likewise; None, with a word, where it is not installed."""
+    try:
+        layer = torchtitan_moe(BENCH_MODEL)
+    except ModuleNotFoundError as error:
+        print(f"torchtitan is left out ({error}); to compare: pip install --no-deps {TORCHTITAN}")
+        return None
+    _set_router(layer, layer.get_parameter("router.gate.weight"))
+    return layer
+
+
+def _set_router(layer: nn.Module, router_ED: Tensor) -> None:
+    """Draws a layer's weights; the first E features of an input say which experts a token wants."""
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(0.0, 0.02)
-        # The inputs' first E features say which experts a token wants (see _layer_input).
-        layer.router.layer.weight.zero_()
-        layer.router.layer.weight[:, :experts] = torch.eye(experts)
-    layer.skewed = skewed
-    return layer
+        router_ED.copy_(torch.eye(*router_ED.shape))
 
 
 def _layer_input(skewed: bool) -> Tensor:
@@ -287,8 +327,8 @@ def _layer_input(skewed: bool) -> Tensor:
     return x_TD.view(SEQUENCES, TOKENS, -1)
 
 
-def _layer_step(layer: nn.Module, precision: torch.dtype) -> Step:
-    x_BSD = _layer_input(bool(getattr(layer, "skewed", False))).requires_grad_()
+def _layer_step(layer: nn.Module, precision: torch.dtype, *, skewed: bool = False) -> Step:
+    x_BSD = _layer_input(skewed).requires_grad_()
     gradient_BSD = torch.randn_like(x_BSD)
 
     def step() -> None:
