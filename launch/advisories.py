@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from train.recipe.errors import UserError
 from train.record import log
 from train.record.command import Figures, command
 
@@ -58,10 +57,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "locks", nargs="*", type=Path, default=[ROOT / name for name in LOCKS], help="locks (default: all)"
     )
-    parser.add_argument(
-        "--service", choices=("pypi", "osv"), default="pypi", help="vulnerability service (default: pypi)"
-    )
-    parser.add_argument("--osv-url", help="address of a mirror of OSV, with --service osv")
+    parser.add_argument("--osv", action="store_true", help="ask OSV (default: the package index)")
+    parser.add_argument("--osv-url", help="address of a mirror of OSV; implies --osv")
 
 
 @command(
@@ -74,10 +71,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 )
 def main(options: Namespace) -> int | Figures:
     """Audits the locks."""
-    service = ["--vulnerability-service", options.service]
+    service = ["--vulnerability-service", "osv"] if options.osv or options.osv_url else []
     if options.osv_url:
-        if options.service != "osv":
-            raise UserError("is for --service osv", key="--osv-url", remedy="add it")
         service += ["--osv-url", options.osv_url]
     judged = judged_in((ROOT / PAGE).read_text())
     found: dict[str, list[Finding]] = {}
