@@ -5,15 +5,12 @@ As separate operations the former take as long on a CPU as the projection before
 Shapes: B batch, S positions, H heads of one part, G key-value heads, N heads of all parts, R width of a head.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_mask
-
-if TYPE_CHECKING:
-    from train.model.attention import Documents
 
 
 def clip_and_rotate(
@@ -89,9 +86,9 @@ def block_attention(q_BHSR: Tensor, k_BGSR: Tensor, v_BGSR: Tensor, blocks: Bloc
     return functional.scaled_dot_product_attention(q_BHSR, k_BGSR, v_BGSR, visible, enable_gqa=True)
 
 
-def document_attention(q_THR: Tensor, k_TGR: Tensor, v_TGR: Tensor, documents: "Documents") -> Tensor:
+def document_attention(q_THR: Tensor, k_TGR: Tensor, v_TGR: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """:func:`train.model.attention.document_attention`, document by document; only tests ask for it here."""
-    spans = documents.offsets.diff().tolist()
+    spans = offsets.diff().tolist()
     parts = zip(*(part.transpose(0, 1).split(spans, dim=1) for part in (q_THR, k_TGR, v_TGR)), strict=True)
     outs = [
         functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in parts

@@ -149,7 +149,7 @@ class Attention(nn.Module):
         q_BHSR, k_BGSR, v_BGSR = (t.transpose(1, 2) for t in (q_BSHR, k_BSGR, v_BSGR))
         if plan.documents is not None:
             q_THR, k_TGR, v_TGR = (part.flatten(0, 1) for part in (q_BSHR, k_BSGR, v_BSGR))
-            out_THR = document_attention(q_THR, k_TGR, v_TGR, plan.documents)
+            out_THR = document_attention(q_THR, k_TGR, v_TGR, *plan.documents)
             return self.out_proj(out_THR.flatten(1).view_as(x_BSD)), (k_BGSR, v_BGSR)
         if past is not None:
             k_BGSR, v_BGSR = torch.cat([past[0], k_BGSR], dim=2), torch.cat([past[1], v_BGSR], dim=2)
@@ -248,9 +248,8 @@ def document_offsets(document_ids_BS: Tensor) -> Documents:
 
 
 @with_cpu_version(cpu_attention.document_attention)
-def document_attention(q_THR: Tensor, k_TGR: Tensor, v_TGR: Tensor, documents: Documents) -> Tensor:
-    """Causal attention within each document, by the kernel of variable length: [T, H, R]."""
-    offsets, longest = documents
+def document_attention(q_THR: Tensor, k_TGR: Tensor, v_TGR: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """Causal attention within each of :class:`Documents`, by the kernel of variable length: [T, H, R]."""
     out = varlen.varlen_attn(
         # The same tensor twice: some backends take causal attention only so.
         *(q_THR, k_TGR, v_TGR, offsets, offsets, longest, longest),

@@ -211,7 +211,7 @@ def _attention(name: str, batch: int, heads: int, kv_heads: int, length: int) ->
     documents = document_offsets(documents_BS)
 
     def one_by_one() -> Tensor:
-        return document_attention(q_THR, k_TGR, v_TGR, documents)
+        return document_attention(q_THR, k_TGR, v_TGR, *documents)
 
     flops = 4 * batch * heads * HEAD_WIDTH * length * length / 2
     ways: list[tuple[str, Callable[[], Tensor], float]] = [
