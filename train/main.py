@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.evaluate.suite import check_suite
+from train.health.environment import set_defaults
 from train.hf.start import check_start
 from train.recipe.catalogue import describe_keys
 from train.recipe.describe import describe_run
@@ -61,6 +62,7 @@ def main(options: Namespace) -> int | Figures:
         print(f"{to_yaml(recipe)}\n{text}")
         return Figures(figures)
     check_packages(recipe)
+    set_defaults(topology)
     for change in changes:
         progress.info(change)
     progress.info(f"{recipe.name}: recipe is sound; importing torch, Composer and MegaBlocks")

@@ -17,9 +17,10 @@ from jsonschema import Draft202012Validator
 from launch.restart.history import STOPPED_STATUS
 from launch.submit import hosts, kubernetes, mcli, skypilot, slurm
 from launch.submit.__main__ import main
-from launch.submit.environment import TABLE, describe, environment
+from launch.submit.environment import describe, environment
 from launch.submit.job import Device, Job, check_job
 from launch.submit.placement import check_placement
+from train.health.environment import TABLE
 from train.health.heartbeat import HOST_VARIABLE
 from train.recipe.errors import UserError
 from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, USAGE_STATUS
@@ -194,7 +195,7 @@ def test_systems_that_restart_by_themselves_are_told_where_the_log_is(
 def test_environment_has_a_reason_each_and_the_users_wins() -> None:
     assert all(v.reason for v in TABLE)
     for device in Device:
-        names = [v.name for v in TABLE if v.device in (None, device)]
+        names = [v.name for v in TABLE if v.device in (None, device.value)]
         assert len(names) == len(set(names))
     found = environment(replace(JOB, environment={"NCCL_DEBUG": "INFO"}))
     assert found["NCCL_DEBUG"] == "INFO" and found["GLOO_SOCKET_IFNAME"] == "eth0"
