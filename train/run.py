@@ -29,7 +29,12 @@ from train.health.heartbeat import clear_records, is_supervised, record_failure,
 from train.health.joining import join, outlast_watchdog
 from train.health.watched import Watched, watched
 from train.hf.initial_weights import freeze
-from train.layout.device import describe_hardware, measured_peak_flops, supports_bf16
+from train.layout.device import (
+    add_in_fixed_order,
+    describe_hardware,
+    measured_peak_flops,
+    supports_bf16,
+)
 from train.layout.mesh import build_mesh, build_sharded
 from train.layout.optim import build_optimizer
 from train.layout.ranks import log_on_rank_0, run_on_rank_0
@@ -174,6 +179,8 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
     # Composer turns TF32 on, whose 10 bits of mantissa would decide near-ties of the fp32 router.
     torch.backends.cuda.matmul.allow_tf32 = False
     device_type = "cuda" if device.name == "gpu" else "cpu"
+    if device_type == "cuda" and recipe.training.deterministic:
+        add_in_fixed_order()
     if topology.world_size > 1:
         join(recipe, device, topology)
         outlast_watchdog(recipe)

@@ -54,6 +54,11 @@ TABLE = (
         "expandable_segments:True",
         "dropless experts get another number of rows each step, which splinters fixed segments",
     ),
+    Variable(
+        "CUBLAS_WORKSPACE_CONFIG",
+        ":4096:8",
+        "cuBLAS adds in a fixed order also where streams run side by side; 24 MB a handle",
+    ),
     Variable("TORCHINDUCTOR_COMPILE_THREADS", "4", "8 ranks with the 32 of the default are 256 compilers"),
     Variable(
         "OMP_NUM_THREADS", "8", "8 ranks x 8 threads on a node of 96 cores or more leaves room for loaders"

@@ -45,6 +45,18 @@ def measured_peak_flops(device_type: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds)
 
 
+def add_in_fixed_order() -> None:
+    """Makes a GPU's kernels add in a fixed order, for `training.deterministic`; holds for the process.
+
+    Flash attention's backward pass, scatters and index sums then take forms without atomic additions; cuDNN's
+    attention, which makes no promise, is left out. An operation without such a form warns, once, by its name.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Meant to find reads of memory that nobody wrote; here it would only fill every new buffer.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined, unused-ignore]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def supports_bf16(device_type: str) -> bool:
     """Returns whether the device multiplies bf16 matrices in hardware; if it emulates, fp32 is faster."""
     if device_type == "cuda":

@@ -241,6 +241,9 @@ class Training:
     compile: Compile = key(Compile.off, on_resume=OnResume.edit)
     """What torch.compile fuses: each layer (`blocks`, one compilation for all), or the whole decoder with the
     loss (`model`). The first batch takes a minute or more; needs a C++ compiler on a CPU, Triton on a GPU."""
+    deterministic: bool = key(True, on_resume=OnResume.edit)
+    """On a GPU: kernels that add in a fixed order, so that a resumed run is the same run bit for bit. False:
+    the fastest kernels. On a CPU the order is always fixed."""
     loss_chunk_tokens: int = key(1024, above=0)
     """Tokens whose logits are in memory at once when the loss is computed."""
     document_masking: bool = True

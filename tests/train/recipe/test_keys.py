@@ -33,7 +33,13 @@ EDITABLE_KEYS = {
     ),
     *(
         f"training.{name}"
-        for name in ("duration_tokens", "global_batch_sequences", "microbatch_sequences", "compile")
+        for name in (
+            "duration_tokens",
+            "global_batch_sequences",
+            "microbatch_sequences",
+            "compile",
+            "deterministic",
+        )
     ),
 }
 
