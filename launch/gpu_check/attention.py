@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from launch.gpu_check.rows import CheckRow, deviation_row
-from train.model.attention import HAS_VARLEN, Attention, DocumentKernel, plan_attention
+from train.model.attention import Attention, DocumentKernel, has_varlen, plan_attention
 from train.recipe.schema import Model
 
 BOUND = 2e-2
@@ -21,7 +21,7 @@ def check_attention(device: str, length: int = 4096) -> list[CheckRow]:
     """
     model = Model(1024, 1, 8, 4, 1024, 128, length)
     documents_BS = (torch.arange(length) * 3 // length).int().expand(2, length)
-    kernels = [DocumentKernel.flex] + [DocumentKernel.varlen] * (HAS_VARLEN or device == "cpu")
+    kernels = [DocumentKernel.flex] + [DocumentKernel.varlen] * (device == "cpu" or has_varlen())
     rows = []
     for what, ids, tried in (("one document", None, [None]), ("three documents", documents_BS, kernels)):
         wanted = _in_fp32(model, length, ids)

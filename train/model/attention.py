@@ -23,13 +23,6 @@ from train.cpu import attention as cpu_attention
 from train.cpu.dispatch import with_cpu_version
 from train.recipe.schema import Model, Position
 
-try:
-    from torch.nn.attention import varlen  # type: ignore[attr-defined, unused-ignore]
-except ImportError:  # torch before 2.10
-    HAS_VARLEN = False
-else:
-    HAS_VARLEN = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
-
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of the past positions, each [B, G, P, R]; keys are already rotated."""
 
@@ -232,9 +225,19 @@ def document_kernel(model: Model, device: torch.device, dtype: torch.dtype) -> D
     if device.type != "cuda":
         return DocumentKernel.bias
     is_taken = dtype in (torch.bfloat16, torch.float16) and model.d_model // model.n_heads % 8 == 0
-    if HAS_VARLEN and is_taken and not torch.compiler.is_compiling():
+    if has_varlen() and is_taken and not torch.compiler.is_compiling():
         return DocumentKernel.varlen
     return DocumentKernel.flex
+
+
+@functools.cache
+def has_varlen() -> bool:
+    """Returns whether torch has attention of variable length that takes grouped heads; imports Dynamo."""
+    try:
+        from torch.nn.attention import varlen  # type: ignore[attr-defined, unused-ignore]
+    except ImportError:  # torch before 2.10
+        return False
+    return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 def document_offsets(document_ids_BS: Tensor) -> Documents:
@@ -250,6 +253,8 @@ def document_offsets(document_ids_BS: Tensor) -> Documents:
 @with_cpu_version(cpu_attention.document_attention)
 def document_attention(q_THR: Tensor, k_TGR: Tensor, v_TGR: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """Causal attention within each of :class:`Documents`, by the kernel of variable length: [T, H, R]."""
+    from torch.nn.attention import varlen  # type: ignore[attr-defined, unused-ignore]
+
     out = varlen.varlen_attn(
         # The same tensor twice: some backends take causal attention only so.
         *(q_THR, k_TGR, v_TGR, offsets, offsets, longest, longest),

@@ -24,11 +24,11 @@ from torch.nn import functional
 from train.layout.optim import build_optimizer, clip_gradients
 from train.model import loss as losses
 from train.model.attention import (
-    HAS_VARLEN,
     block_attention,
     document_attention,
     document_blocks,
     document_offsets,
+    has_varlen,
 )
 from train.model.decoder import Decoder
 from train.model.init import initialize
@@ -219,7 +219,7 @@ def _attention(name: str, batch: int, heads: int, kv_heads: int, length: int) ->
         ("SDPA, repeated heads", repeated, 1.0),
         ("FlexAttention, 2 documents", flex, 0.5),
     ]
-    if HAS_VARLEN:
+    if has_varlen():
         ways.append(("variable length, 2 documents", one_by_one, 0.5))
     for what, attend, seen in ways:
         grad = torch.randn_like(attend())
