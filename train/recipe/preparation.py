@@ -36,7 +36,7 @@ class Source:
     kind: SourceKind = key()
     """`jsonl` (one object per line; also .gz and .zst), `parquet`, `text` (each file is a document) or `hf`
     (folder of a Hugging Face dataset: the output of `save_to_disk`, or parquet or JSONL files)."""
-    path: str = key(in_shards_digest=False)
+    path: str = key(in_shards_digest=False, is_path=True)
     """File, folder or pattern with * and ?; or an address that Streaming reads: s3://, dbfs:/Volumes/..."""
     text_column: str = "text"
     """Column or key of the text; `text` sources have none."""
@@ -63,7 +63,7 @@ class Preparation:
     )
     """Documents whose sets of five-word sequences have at least this Jaccard similarity are duplicates, of
     which the first is kept (Lee et al. 2022, section 4.2). null: only exact copies are removed."""
-    evaluation_texts: list[str] = key(factory=list, in_shards_digest=False)
+    evaluation_texts: list[str] = key(factory=list, in_shards_digest=False, is_path=True)
     """Evaluation task files (.jsonl, .json, .txt), folders or patterns: documents that share an n-gram with
     their text are removed."""
     evaluation_ngram: int = key(13, at_least=8, remedy="set it to at least 8")

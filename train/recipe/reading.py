@@ -9,7 +9,7 @@ import difflib
 import re
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import Container, DictConfig, OmegaConf, read_write
@@ -17,6 +17,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from train.recipe.catalogue import schema_keys
 from train.recipe.errors import UserError
+from train.recipe.scalars import meant, read_value, read_yaml
 from train.recipe.schema import Recipe
 
 MIXTURE = "data.domains"
@@ -44,12 +45,11 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     parts = {n for n, text in enumerate(overrides, len(files)) if text.startswith(f"{MIXTURE}.")}
     for depth, (file, layer) in enumerate([*files, *_override_layers(overrides)]):
         try:
-            if isinstance(layer, str):
-                key, _, value = layer.partition("=")
-                phase = OmegaConf.select(merged, key.rpartition(".")[0])
+            if isinstance(layer, Phase):
+                phase = OmegaConf.select(merged, layer.key.rpartition(".")[0])
                 with read_write(phase) if isinstance(phase, Container) else contextlib.nullcontext():
-                    OmegaConf.update(merged, key, OmegaConf.create({"value": yaml.safe_load(value)}).value)
-                given[key] = depth, file
+                    OmegaConf.update(merged, layer.key, OmegaConf.create({"value": layer.value}).value)
+                given[layer.key] = depth, file
                 continue
             has_phases = bool(OmegaConf.select(layer, PHASES))
             with read_write(merged.data):
@@ -66,6 +66,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     except MissingMandatoryValue as error:
         key = str(error.full_key)
         raise UserError("is missing", key=key, remedy=f"add `{key}:` to the recipe", file=str(path)) from None
+    except OmegaConfBaseException as error:  # a reference to something that is not there
+        raise _explain(error, str(path)) from None
     assert isinstance(recipe, Recipe)
     _refuse_unread(recipe, given)
     return recipe
@@ -113,9 +115,13 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
         hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
         raise UserError("no such recipe", remedy=hint, file=str(path))
     try:
-        config = OmegaConf.load(path)
-    except Exception as error:  # PyYAML and OmegaConf raise unrelated classes for malformed text.
-        raise UserError(f"is not YAML: {error}", remedy="correct the syntax", file=str(path)) from None
+        tree = read_yaml(path.read_text())
+        config = OmegaConf.create(meant("", tree)) if isinstance(tree, dict) else tree
+    except UserError as error:
+        raise error.at(str(path)) from None
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"is not YAML: {line}", remedy="correct the syntax", file=str(path)) from None
     if not isinstance(config, DictConfig):
         raise UserError("is not a mapping of keys", remedy="write `key: value` lines", file=str(path))
     bases = config.pop("extends", None) or []
@@ -127,21 +133,34 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
     return [*below, (str(path), config)]
 
 
+class Phase(NamedTuple):
+    """A setting of one phase, which changes that phase alone."""
+
+    key: str
+    value: Any
+
+
 def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
     layers: list[tuple[str, Any]] = []
     for text in overrides:
-        key, equals, _ = text.partition("=")
+        key, equals, written = text.partition("=")
         if not equals or not key.strip():
             raise UserError(f"`{text}` is not key=value", remedy="for example training.clip_norm=0.5")
-        if _ONE_PHASE.match(text):
-            layers.append(("command line", text))
-            continue
+        layer = OmegaConf.create({})
         try:
-            layers.append(("command line", OmegaConf.from_dotlist([text])))
-        except Exception as error:
+            value = read_value(key, written)
+            if _ONE_PHASE.match(text):
+                layers.append(("command line", Phase(key, value)))
+                continue
+            OmegaConf.update(layer, key, value)
+        except UserError as error:
+            raise error.at("command line") from None
+        except Exception as error:  # PyYAML and OmegaConf raise unrelated classes for malformed text.
+            line = " ".join(str(error).split())
             raise UserError(
-                f"cannot be read: {error}", key=key, remedy="quote it", file="command line"
+                f"cannot be read: {line}", key=key, remedy="quote it", file="command line"
             ) from None
+        layers.append(("command line", layer))
     return layers
 
 

@@ -174,9 +174,9 @@ class DataSkip:
 class Data:
     """Training data: shards, mixture or curriculum, and validation."""
 
-    shards: str = key(on_resume=OnResume.edit)
+    shards: str = key(on_resume=OnResume.edit, is_path=True)
     """Folder of MDS shards, with one folder per domain: DOMAIN/train and DOMAIN/validation."""
-    remote: Optional[str] = key(None, on_resume=OnResume.free)
+    remote: Optional[str] = key(None, on_resume=OnResume.free, is_path=True)
     """Address of the shards in a store that Streaming supports (s3://, gs://, azure://, hf://,
     dbfs:/Volumes/..., a path); `shards` is then the cache on each node. null: the shards are in `shards`."""
     cache_bytes: Optional[int] = key(None, above=0, on_resume=OnResume.free)
@@ -256,7 +256,7 @@ class Training:
 class Start:
     """Start of training from existing weights. A resumed run continues from its own checkpoint instead."""
 
-    weights: Optional[str] = None
+    weights: Optional[str] = key(None, is_path=True)
     """Folder of a run (its newest checkpoint), of one checkpoint, of `train.hf import` or
     `train.hf upcycle`, or of a Hugging Face model, in any layout; null: weights are drawn from the seed."""
     optimizer: OptimizerStart = OptimizerStart.fresh
@@ -310,9 +310,9 @@ class Evaluation:
 
     interval_batches: Optional[int] = key(None, above=0)
     """Batches between evaluations; null: only at the end."""
-    suite: Optional[str] = None
+    suite: Optional[str] = key(None, is_path=True)
     """Suite of in-context learning tasks, for example yamls/suites/gauntlet.yaml; null: none."""
-    suite_data: Optional[str] = None
+    suite_data: Optional[str] = key(None, is_path=True)
     """Folder of the suite's task files."""
     suite_tasks: list[str] = key(factory=list)
     """Tasks of the suite to evaluate; empty: all."""
@@ -362,7 +362,7 @@ class Recipe:
     """Name of the run and of its folder."""
     seed: int = key(17, at_least=0)
     """Seed of initial weights, sample order and router jitter."""
-    runs_dir: str = key("runs", on_resume=OnResume.free)
+    runs_dir: str = key("runs", on_resume=OnResume.free, is_path=True)
     """Parent folder of the run's folder."""
     on_existing: OnExisting = key(OnExisting.resume, on_resume=OnResume.free)
     """If the run's folder exists: `resume` continues the run (a complete one is left unchanged), `new`

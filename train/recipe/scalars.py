@@ -1,0 +1,135 @@
+"""Values of recipes as they are written: the schema's type decides what they mean, not their looks.
+
+To YAML 1.1 `name: on` is true, `version: 3.10` the number 3.1 and `tokens: 2e9` a text. Here a key for text
+gets the text, and a key for whole numbers every spelling of one. Folders begin at home with `~`, and may name
+variables of the environment.
+"""
+
+import os
+import re
+import types
+from collections.abc import Hashable
+from enum import Enum
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+
+from train.recipe.catalogue import schema_keys
+from train.recipe.errors import UserError
+
+
+class _AsWritten(yaml.SafeLoader):
+    """Reads plain scalars as text, but for null; refuses a key that occurs twice in a mapping."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  (PyYAML's own name and type)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for name, _ in node.value:
+            if name.value in seen and not name.tag.endswith(":merge"):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"`{name.value}` occurs twice", name.start_mark
+                )
+            seen.add(name.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """Reads YAML into mappings, lists, None, and scalars as they are written.
+
+    Raises:
+        yaml.YAMLError: for malformed text.
+    """
+    return yaml.load(text, _AsWritten)
+
+
+def read_value(key: str, text: str) -> Any:
+    """Reads the value of ``key=value`` on the command line; a key for text takes it whole, unless quoted.
+
+    Raises:
+        yaml.YAMLError: for malformed text.
+        UserError: see :func:`meant`.
+    """
+    known = schema_keys().get(_in_schema(key))
+    is_text = known is not None and known.field.type in (str, str | None)
+    if is_text and text and not re.match(r"""['"\s]|null$|~$""", text):
+        return meant(key, text)
+    return meant(key, read_yaml(text))
+
+
+def meant(key: str, value: Any) -> Any:
+    """Returns a value with its scalars as the schema's types want them, where OmegaConf cannot convert them.
+
+    Args:
+        key: dotted name, empty for a whole recipe.
+        value: as :func:`read_yaml` returns it.
+
+    Raises:
+        UserError: for a folder with a variable that is not set.
+    """
+    if isinstance(value, dict):
+        return {name: meant(f"{key}.{name}" if key else str(name), item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [meant(f"{key}[]", item) for item in value]
+    if not isinstance(value, str) or "${" in value:
+        return value
+    kind = _type_of(key)
+    if kind is int:
+        return _whole(value)
+    if kind is float and re.fullmatch(r"[-+]?\.(inf|nan)", value, re.IGNORECASE):
+        return float(value.replace(".", ""))
+    if kind is str and _names_a_folder(key):
+        return _folder(key, value)
+    return value
+
+
+def _whole(text: str) -> str | int:
+    """Returns the whole number that a text such as 2e9 or 1_000_000 means; any other text as it is."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if not number.is_integer():  # Infinity and NaN neither.
+        return text
+    return int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else int(number)
+
+
+def _folder(key: str, text: str) -> str:
+    found = os.path.expandvars(str(Path(text).expanduser()) if text.startswith("~") else text)
+    unset = re.search(r"\$(\w+)", found)
+    if unset:
+        raise UserError(f"${unset[1]} is not set", key=key, remedy="set it, or write the folder out")
+    return found
+
+
+def _names_a_folder(key: str) -> bool:
+    known = schema_keys().get(_in_schema(key.removesuffix("[]")))
+    return known is not None and known.rules.is_path
+
+
+def _type_of(key: str) -> type | None:
+    """Returns the type of a key's scalars: that of its elements for a list or mapping; None: unknown key."""
+    name, keys = _in_schema(key), schema_keys()
+    for candidate in (name, name.removesuffix("[]"), name.rpartition(".")[0]):
+        if candidate in keys:
+            kinds = _scalar_types(keys[candidate].field.type)
+            return kinds[-1] if kinds else None
+    return None
+
+
+def _in_schema(key: str) -> str:
+    return re.sub(r"\[\d+\]|\.\d+(?=\.|$)", "[]", key)
+
+
+def _scalar_types(kind: Any) -> list[type]:
+    """Returns the types of scalars within a type; of a mapping, those of its values."""
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType, list, dict):
+        inner = get_args(kind)[-1:] if origin is dict else get_args(kind)
+        return [found for part in inner for found in _scalar_types(part)]
+    is_scalar = isinstance(kind, type) and (kind in (str, int, float, bool) or issubclass(kind, Enum))
+    return [kind] if is_scalar else []
