@@ -25,6 +25,7 @@ from train.evaluate.suite import load_suite
 from train.evaluate.tasks import hugging_face_tokenizer
 from train.generate.generation import OwnText
 from train.generate.sample_text import write_sample
+from train.health.descriptors import raise_descriptor_limit
 from train.health.heartbeat import clear_records, is_supervised, record_failure, records_folder
 from train.health.joining import join, outlast_watchdog
 from train.health.watched import Watched, watched
@@ -35,7 +36,7 @@ from train.layout.device import (
     measured_peak_flops,
     supports_bf16,
 )
-from train.layout.mesh import build_mesh, build_sharded
+from train.layout.mesh import build_mesh, build_sharded, replicas_of
 from train.layout.optim import build_optimizer
 from train.layout.ranks import log_on_rank_0, run_on_rank_0
 from train.model.compiling import compile_decoder
@@ -173,7 +174,8 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
     """Joins the process group, if there are several ranks, and chooses the precision.
 
     Raises:
-        UserError: if the recipe asks for bf16 and the device does not support it.
+        UserError: if the recipe asks for bf16 and the device does not support it, or if this node allows too
+            few open files.
     """
     device = get_device(None)
     # Composer turns TF32 on, whose 10 bits of mantissa would decide near-ties of the fp32 router.
@@ -181,6 +183,7 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
     device_type = "cuda" if device.name == "gpu" else "cpu"
     if device_type == "cuda" and recipe.training.deterministic:
         add_in_fixed_order()
+    raise_descriptor_limit(recipe.parallelism, topology, uses_gpus=device_type == "cuda")
     if topology.world_size > 1:
         join(recipe, device, topology)
         outlast_watchdog(recipe)
@@ -273,6 +276,7 @@ def build_step(
         curriculum,
         guard,
         data_log,
+        replicas_of(model),
     )
     alarms = Alarms(
         guard,

@@ -1,7 +1,7 @@
 """Checkpoints: sharded files, validated by a manifest that is written last.
 
 A checkpoint is a folder ``batch-00000100`` of torch.distributed.checkpoint files (model and optimizer,
-each rank its shards), one ``rank-N.json`` of random-number states per rank and ``progress.json``. It is
+of each shard one copy), one ``rank-N.json`` of random-number states per rank and ``progress.json``. It is
 written (:mod:`train.checkpoint.saver`) under a name that ends in ``.partial``; the manifest with every
 file's size and SHA-256 is written last, and then the folder is renamed. So an interrupted save is never
 mistaken for a checkpoint, and a missing, truncated or altered file is found before anything is loaded.
@@ -193,6 +193,16 @@ def set_aside(folders: Sequence[Path]) -> None:
         aside = folder.with_name(ASIDE + folder.name.removeprefix("batch-"))
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
+
+
+def writing_ranks(world_size: int, replicas: int) -> list[int]:
+    """The ranks that write and read a checkpoint: of those that hold the same shard, one each.
+
+    They are of another replica for each shard, rank 0 among them. A replica's ranks are numbered one after
+    the other, node by node: so many nodes share the work, and not only those of the first replica.
+    """
+    size = world_size // replicas
+    return [place % replicas * size + place for place in range(size)]
 
 
 def random_states() -> dict[str, Any]:

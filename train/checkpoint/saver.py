@@ -1,8 +1,10 @@
 """Writes checkpoints while training continues; only the copy to host memory stalls it.
 
-The state is copied to host memory. A thread of each rank then writes and hashes its own files and agrees with
-the others over a separate gloo group. If any rank fails, for example because its disk is full, the save ends
-on all ranks, its files are removed, and training continues.
+Of the ranks that hold the same shard in each replica, one writes it (:func:`writing_ranks`). It copies its
+state to host memory; a thread then writes and hashes its files and agrees with the other writers over a gloo
+group of their own. If any of them fails, for example because its disk is full, the save ends on all, its
+files are removed, and training continues. The others hand their random-number states to the rank that writes
+their shard, and go on.
 """
 
 import json
@@ -32,6 +34,7 @@ from train.checkpoint.files import (
     check_checkpoint,
     keep_newest,
     random_states,
+    writing_ranks,
 )
 from train.recipe.topology import Topology
 from train.record.files import sha256, write_whole
@@ -63,13 +66,22 @@ class CheckpointSaver:
         root: folder of the run's checkpoints, on a file system that all ranks share.
         topology: this rank.
         keep_last: how many checkpoints to keep.
+        replicas: the ranks that hold the same shards as this one, see
+            :func:`train.layout.mesh.replicas_of`; None: no other does.
     """
 
-    def __init__(self, root: Path, topology: Topology, keep_last: int) -> None:
-        self.root, self.topology, self.keep_last = root, topology, keep_last
-        group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
-        assert not isinstance(group, int)  # torch's sign for ranks outside of a group
-        self.group = group
+    def __init__(
+        self, root: Path, topology: Topology, keep_last: int, replicas: dist.ProcessGroup | None = None
+    ) -> None:
+        self.root, self.topology, self.keep_last, self.replicas = root, topology, keep_last, replicas
+        self.writers = writing_ranks(topology.world_size, replicas.size() if replicas is not None else 1)
+        self.is_writer = topology.rank in self.writers
+        self.group: dist.ProcessGroup | None = None
+        if topology.world_size > 1:
+            # A group of their own, since training uses the others meanwhile; gloo, as nothing is on a GPU.
+            # Every rank calls it, as torch numbers groups; the others get no group.
+            group = dist.new_group(self.writers, backend="gloo")
+            self.group = group if isinstance(group, dist.ProcessGroup) and self.is_writer else None
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
@@ -77,13 +89,17 @@ class CheckpointSaver:
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Saved | None:
         """Copies the state and starts writing it; returns the outcome of the previous save, if any.
 
-        Waits first if the previous save is still being written.
+        Waits first if the previous save is still being written. A rank that writes nothing has no outcome.
         """
         before = self.wait()
         begun = time.perf_counter()
         names = ("model", "optimizer")
-        state = self._copy(dict(zip(names, get_state_dict(model, optimizer), strict=True)), "")
-        randoms = json.dumps(random_states())
+        # On every rank: it fills in the state of an optimizer that has not stepped yet.
+        held = dict(zip(names, get_state_dict(model, optimizer), strict=True))
+        randoms = self._gather_randoms()
+        if not self.is_writer:
+            return before
+        state = self._copy(held, "")
         copy_seconds = time.perf_counter() - begun
 
         def write() -> None:
@@ -111,6 +127,16 @@ class CheckpointSaver:
         saved, self._saved, self._thread = self._saved, None, None
         return saved
 
+    def _gather_randoms(self) -> dict[int, str]:
+        """The random-number states of this rank and of those that hold the same shards, by rank."""
+        mine = json.dumps(random_states())
+        if self.replicas is None:
+            return {self.topology.rank: mine}
+        ranks = dist.get_process_group_ranks(self.replicas)
+        gathered: list[Any] = [None] * len(ranks)
+        dist.all_gather_object(gathered, mine, group=self.replicas)
+        return dict(zip(ranks, gathered, strict=True))
+
     def _copy(self, value: Any, path: str) -> Any:
         """Returns the same tree with its tensors copied to host memory."""
         if isinstance(value, dict):
@@ -130,11 +156,11 @@ class CheckpointSaver:
         copy.copy_(value)
         return copy
 
-    def _write(self, state: dict[str, Any], randoms: str, progress: Progress) -> Path:
-        """Writes and hashes the files and agrees with the other ranks; every rank calls it.
+    def _write(self, state: dict[str, Any], randoms: dict[int, str], progress: Progress) -> Path:
+        """Writes and hashes the files and agrees with the other writers; each of them calls it.
 
         Raises:
-            CheckpointError: on every rank, if the save failed on any.
+            CheckpointError: on every writer, if the save failed on any.
         """
         final = self.root / f"batch-{progress.batch:08d}"
         partial = final.with_name(final.name + PARTIAL)
@@ -154,14 +180,15 @@ class CheckpointSaver:
             partial.mkdir(parents=True)
 
     def _write_shards(
-        self, partial: Path, state: dict[str, Any], randoms: str, progress: Progress
+        self, partial: Path, state: dict[str, Any], randoms: dict[int, str], progress: Progress
     ) -> dict[str, dict[str, int | str]]:
         """Writes this rank's files and returns their sizes and checksums, read back from the files."""
-        rank, no_dist = self.topology.rank, self.group is None
+        place, no_dist = self.writers.index(self.topology.rank), self.group is None
         dcp.save(state, checkpoint_id=partial / STATE_FOLDER, process_group=self.group, no_dist=no_dist)
-        files = sorted((partial / STATE_FOLDER).glob(f"__{rank}_*"))
-        files.append(partial / f"rank-{rank}.json")
-        write_whole(files[-1], randoms)
+        files = sorted((partial / STATE_FOLDER).glob(f"__{place}_*"))
+        for rank, states in randoms.items():
+            files.append(partial / f"rank-{rank}.json")
+            write_whole(files[-1], states)
         if self.topology.is_main:
             files += [partial / STATE_FOLDER / ".metadata", partial / PROGRESS_FILE]
             write_whole(files[-1], json.dumps(asdict(progress)))
@@ -184,22 +211,22 @@ class CheckpointSaver:
         keep_newest(self.root, self.keep_last)
 
     def _agree(self, work: Callable[[], Result]) -> list[Result]:
-        """Runs one part of the save on every rank, and returns all ranks' results.
+        """Runs one part of the save on every writer, and returns all their results.
 
         Raises:
-            CheckpointError: on every rank, if the part failed on any.
+            CheckpointError: on every writer, if the part failed on any.
         """
         result, error = None, ""
         try:
             result = work()
         except CheckpointException as failure:  # not an Exception; holds each rank's own
-            causes = {rank: cause[0] for rank, cause in failure.failures.items()}
+            causes = {self.writers[place]: cause[0] for place, cause in failure.failures.items()}
             error = "; ".join(f"rank {rank}: {_line(cause)}" for rank, cause in causes.items())
-        except Exception as failure:  # Any error ends the save on all ranks, but not the training.
+        except Exception as failure:  # Any error ends the save on all writers, but not the training.
             error = f"rank {self.topology.rank}: {_line(failure)}"
         outcomes: list[Any] = [(result, error)]
         if self.group is not None:
-            outcomes = [None] * self.topology.world_size
+            outcomes = [None] * len(self.writers)
             dist.all_gather_object(outcomes, (result, error), group=self.group)
         errors = [error for _, error in outcomes if error]
         if errors:

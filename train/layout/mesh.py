@@ -2,9 +2,10 @@
 
 Experts are split over `expert`, each rank holding E / expert whole experts, and their rows again over
 `shard`. Everything else is sharded over `shard` and `expert` together. `replicate` holds copies (hybrid
-sharding). MegaBlocks sends tokens to their experts' ranks; FSDP2 gathers weights and averages gradients.
-Expert gradients are averaged over `replicate` and `shard`, and MegaBlocks divides them by the expert degree:
-so every gradient is the mean over all ranks.
+sharding). A dimension of one rank has no group, except `shard`, which FSDP2 needs. MegaBlocks sends tokens to
+their experts' ranks; FSDP2 gathers weights and averages gradients. Expert gradients are averaged over
+`replicate` and `shard`, and MegaBlocks divides them by the expert degree: so every gradient is the mean over
+all ranks.
 
 Shapes: E experts, F expert hidden size, D model width.
 """
@@ -14,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -34,17 +35,22 @@ class Mesh(NamedTuple):
     """The ranks of a job, arranged for experts and for everything else."""
 
     experts: DeviceMesh
-    """`replicate` x `shard` x `expert`."""
+    """`replicate` x `shard` x `expert`; `shard` and those of the others that have several ranks."""
     dense: DeviceMesh
     """`replicate` x `dense`, or `dense` alone if there is one replica."""
 
 
 def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
-    """Builds the mesh. `expert` is the innermost dimension, which keeps tokens inside a node."""
+    """Builds the mesh. `expert` is the innermost dimension, which keeps tokens inside a node.
+
+    A rank is in one group per dimension; ``init_device_mesh`` would add one for each dimension of one rank.
+    """
     shard = world_size // (layout.replicate * layout.expert)
-    experts = init_device_mesh(
-        device_type, (layout.replicate, shard, layout.expert), mesh_dim_names=(REPLICATE, SHARD, EXPERT)
-    )
+    sizes = {REPLICATE: layout.replicate, SHARD: shard, EXPERT: layout.expert}
+    names = tuple(name for name, size in sizes.items() if size > 1 or name == SHARD)
+    ranks = torch.arange(world_size).view([sizes[name] for name in names])
+    of_experts = [_own_group(ranks, dimension) for dimension in range(ranks.ndim)]
+    experts = DeviceMesh.from_group(of_experts, device_type, ranks, mesh_dim_names=names)
     if layout.replicate == 1:
         world = dist.group.WORLD
         assert world is not None
@@ -52,11 +58,17 @@ def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
     # A flattened dimension could only be had through private functions. The groups of `replicate` are shared
     # with the other mesh.
     ranks = torch.arange(world_size).view(layout.replicate, shard * layout.expert)
-    own, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
-    assert isinstance(own, dist.ProcessGroup)  # every rank is in a row
-    groups = [experts[REPLICATE].get_group(), own]
+    groups = [of_experts[names.index(REPLICATE)], _own_group(ranks, 1)]
     dense = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=(REPLICATE, DENSE))
     return Mesh(experts, dense)
+
+
+def replicas_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks that hold the same shards of a model as this one; None if no other does."""
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor) and REPLICATE in (parameter.device_mesh.mesh_dim_names or ()):
+            return parameter.device_mesh.get_group(REPLICATE)
+    return None
 
 
 def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int) -> None:
@@ -66,14 +78,14 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int)
     """
     apply_torch_patches()
     moes = [module for module in decoder.modules() if isinstance(module, MoE)]
-    if mesh.experts[EXPERT].size() > 1:
+    names = mesh.experts.mesh_dim_names or ()
+    if EXPERT in names:
         for moe in moes:
             _spread_experts(moe, mesh.experts[EXPERT])
     cast = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision is Precision.bf16 else None, reduce_dtype=torch.float32
     )
-    has_replicas = mesh.experts[REPLICATE].size() > 1
-    over_experts = mesh.experts[REPLICATE, SHARD] if has_replicas else mesh.experts[SHARD]
+    over_experts = mesh.experts[REPLICATE, SHARD] if REPLICATE in names else mesh.experts[SHARD]
     over_all = mesh.dense
     for moe in moes:
         # The layer casts its experts' inputs itself. FSDP2 would also round the routing weights, and only in
@@ -100,6 +112,15 @@ def sum_on_gloo(model: nn.Module) -> None:
         force_sums = getattr(module, "set_force_sum_reduction_for_comms", None)
         if force_sums is not None:
             force_sums(True)
+
+
+def _own_group(ranks: Tensor, dimension: int) -> dist.ProcessGroup:
+    """Makes the group of this rank and of those that differ from it in one dimension only."""
+    rows = ranks.movedim(dimension, -1).reshape(-1, ranks.shape[dimension])
+    # Every rank names every row, as torch numbers groups by calls; a row without this rank costs no more.
+    own, _ = dist.new_subgroups_by_enumeration(rows.tolist())
+    assert isinstance(own, dist.ProcessGroup)  # every rank is in a row
+    return own
 
 
 def _spread_experts(moe: MoE, experts: DeviceMesh) -> None:

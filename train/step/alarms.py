@@ -46,14 +46,17 @@ class Alarms:
         if self.log is not None:
             self.log.drop_after(batch)
 
-    def is_applied(self, batch: int, first: int, positions: int, totals: BatchTotals, norm: float) -> bool:
+    def is_applied(
+        self, batch: int, first: int, positions: int, totals: BatchTotals, loss: float, norm: float
+    ) -> bool:
         """Returns whether to apply a step's update; every rank calls it.
 
         Args:
             batch: the batch's number, from 0.
             first: the batch's first position.
             positions: the batch's number of positions.
-            totals: the batch's loss and tokens per expert.
+            totals: the batch's tokens per expert.
+            loss: mean cross-entropy over all ranks, in nats per token.
             norm: global gradient norm before clipping.
 
         Raises:
@@ -61,7 +64,7 @@ class Alarms:
             RollbackError: if the run is to be rolled back; the positions to exclude are already recorded.
             GuardError: if the run is to end.
         """
-        verdict = self.guard.judge(totals.loss.item(), norm, _router_load(totals.expert_tokens_LE))
+        verdict = self.guard.judge(loss, norm, _router_load(totals.expert_tokens_LE))
         documents = self._report(batch, first, positions, verdict) if verdict.alarms else []
         place = f"batch {batch + 1} (from position {first})"
         if verdict.action is Action.rollback:

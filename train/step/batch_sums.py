@@ -1,10 +1,14 @@
 """Sums of a batch: each rank adds up its microbatches, then they are reduced over ranks.
 
+What else all ranks must agree on once per batch rides in the same sum: an all-reduce of its own would cost
+thousands of ranks a round trip each.
+
 Shapes: B sequences of a microbatch, S tokens per sequence, L layers, E experts, G domains.
 """
 
 # ruff: noqa: N815  (shape suffixes)
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +26,8 @@ class BatchTotals:
 
     loss: Tensor
     """Scalar, float64: mean cross-entropy, in nats per token."""
+    flags: Tensor
+    """float64, one per flag given to :meth:`BatchSums.reduce`: how many ranks raised it."""
     tokens: int
     sequence_tokens: int
     """S, tokens per sequence."""
@@ -68,17 +74,24 @@ class BatchSums:
             assert outputs.token_losses_BS is not None, "training has targets"
             self.domains.add(batch, outputs.token_losses_BS)
 
-    def reduce(self) -> BatchTotals:
-        """Returns the totals over all ranks; every rank calls it, once per batch."""
+    def reduce(self, flags: Sequence[bool] = ()) -> BatchTotals:
+        """Returns the totals over all ranks; every rank calls it, once per batch.
+
+        Args:
+            flags: what this rank tells the others; equally many on every rank.
+        """
         loss, ranks = torch.stack(self._losses).double().mean(), 1
+        # Filled on the device: a copy from the host would wait for it.
+        raised = [torch.full_like(loss, float(flag)) for flag in flags]
+        sums = torch.stack([loss, *raised])
         if dist.is_initialized():
             ranks = dist.get_world_size()
-            dist.all_reduce(loss)
-            loss /= ranks
+            dist.all_reduce(sums)
             if self._expert_tokens_LE is not None:
                 dist.all_reduce(self._expert_tokens_LE)
         return BatchTotals(
-            loss=loss,
+            loss=sums[0] / ranks,
+            flags=sums[1:],
             tokens=self._tokens * ranks,
             sequence_tokens=self._sequence_tokens,
             expert_tokens_LE=self._expert_tokens_LE,

@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 from types import FrameType
 
-import torch
 import torch.distributed as dist
 from composer.core import State
 
 from train.checkpoint.files import Progress, restore_random_states
 from train.checkpoint.saver import CheckpointSaver, Saved
+from train.layout.ranks import run_on_rank_0
 from train.recipe.curriculum import Curriculum, to_json
 from train.recipe.exit_status import PREEMPTED_STATUS
 from train.recipe.schema import Checkpoint
@@ -28,8 +28,9 @@ class Checkpointing:
     """Saves the state between batches, while training continues.
 
     All ranks agree on whether a save is due: rank 0's clock decides, and a SIGTERM to any rank counts for
-    all. SIGTERM, with which schedulers announce preemption, saves and ends the run with status 75
-    (EX_TEMPFAIL).
+    all. They do so in the sum of the batch's loss (:meth:`flags`), which every batch has anyway. SIGTERM, by
+    which schedulers announce preemption, saves after the batch and ends the run with status 75 (EX_TEMPFAIL);
+    one that comes after the batch's sum, during the update or the records, does so after the next batch.
 
     Args:
         root: folder of the run's checkpoints.
@@ -39,6 +40,7 @@ class Checkpointing:
         curriculum: the run's stages and edits, saved in every checkpoint.
         guard: its history is saved in every checkpoint.
         data_log: its sums are saved in every checkpoint; None: no data log.
+        replicas: ranks that hold the same shards as this one, see :class:`CheckpointSaver`.
     """
 
     def __init__(
@@ -50,15 +52,12 @@ class Checkpointing:
         curriculum: Curriculum,
         guard: UpdateGuard | None = None,
         data_log: DataLog | None = None,
+        replicas: dist.ProcessGroup | None = None,
     ) -> None:
         self.guard = guard
         self.recipe, self.topology, self.resumed_from = recipe, topology, resumed_from
         self.curriculum, self.data_log = curriculum, data_log
-        self.saver = CheckpointSaver(root, topology, recipe.keep_last)
-        # A separate group, since the saver's thread uses the saver's; gloo, so that nothing waits for a GPU.
-        group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
-        assert not isinstance(group, int)  # torch's sign for ranks outside of a group
-        self._group = group
+        self.saver = CheckpointSaver(root, topology, recipe.keep_last, replicas)
         self.last_save = time.monotonic()
         self.last_batch = -1
         self._is_terminated = False
@@ -75,19 +74,29 @@ class Checkpointing:
             restore_random_states(self.resumed_from, self.topology)
             self.resumed_from = None
 
-    def save_if_due(self, state: State) -> None:
+    def flags(self) -> list[bool]:
+        """Returns what this rank tells the others with each batch's sums, see :meth:`save_if_due`."""
+        minutes = self.recipe.interval_minutes
+        is_due = minutes is not None and time.monotonic() - self.last_save >= 60 * minutes
+        return [is_due and self.topology.is_main, self._is_terminated]
+
+    def save_if_due(self, state: State, is_due_by_time: bool, is_terminated: bool) -> None:
         """Saves if an interval has passed or a SIGTERM has arrived.
+
+        Args:
+            state: the state after the batch.
+            is_due_by_time: whether any rank's first flag was raised (:meth:`flags`).
+            is_terminated: whether any rank's second was.
 
         Raises:
             SystemExit: with status 75, once the state is saved after a SIGTERM.
         """
         self._report(self.saver.poll())
         batch = state.timestamp.batch.value
-        is_due_by_time, is_terminated = self._agree()
         every = self.recipe.interval_batches
         if is_terminated:
             self._save(state)
-            self._report(self.saver.wait())
+            self.wait()
             self._log(f"SIGTERM: ended after batch {batch}; the same command resumes the run")
             raise SystemExit(PREEMPTED_STATUS)
         if is_due_by_time or (every is not None and batch % every == 0):
@@ -97,31 +106,22 @@ class Checkpointing:
         """Saves the final checkpoint and waits until it is written."""
         if state.timestamp.batch.value != self.last_batch:
             self._save(state)
-        self._report(self.saver.wait())
+        self.wait()
 
     def close(self) -> None:
-        """Waits for a save that is still being written, and restores the SIGTERM handler."""
-        self.wait()
+        """Waits for this rank's part of a save that is being written, and restores the SIGTERM handler."""
+        self._report(self.saver.wait())
         if self._handler_before is not None:
             signal.signal(signal.SIGTERM, self._handler_before)
             self._handler_before = None
 
     def wait(self) -> None:
-        """Waits for a save that is still being written; every rank calls it."""
-        self._report(self.saver.wait())
+        """Waits for a save that is still being written; every rank calls it, those that write nothing too."""
+        run_on_rank_0(self.topology, lambda: self._report(self.saver.wait()))
+        self.saver.wait()
 
     def _terminate(self, _number: int, _frame: FrameType | None) -> None:
         self._is_terminated = True
-
-    def _agree(self) -> tuple[bool, bool]:
-        """Returns whether a save is due by time, and whether any rank got a SIGTERM."""
-        minutes = self.recipe.interval_minutes
-        is_due = minutes is not None and time.monotonic() - self.last_save >= 60 * minutes
-        if self._group is None:
-            return is_due, self._is_terminated
-        flags = torch.tensor([is_due and self.topology.is_main, self._is_terminated], dtype=torch.int32)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
-        return bool(flags[0]), bool(flags[1])
 
     def _save(self, state: State) -> None:
         stamp = state.timestamp

@@ -6,7 +6,7 @@ data in    skip excluded batches; set RoPE base, microbatch size and learning ra
 balance    count the whole batch's expert choices, if the balance loss needs them      `before_train_batch`
 forward    Composer's; then add each microbatch's loss, expert and domain counts       `after_loss`
 backward   Composer's; FSDP2 averages the gradients over ranks
-reduce     sum the batch's loss and counts over ranks                                  `after_train_batch`
+reduce     sum the batch's loss, counts and save flags over ranks                      `after_train_batch`
 clip       clip gradients to a global norm                                             `after_train_batch`
 guard      decide from loss, norm and router load whether to apply the update          `after_train_batch`
 update     update the router bias; Composer then calls `optimizer.step()`              `after_train_batch`
@@ -77,6 +77,8 @@ class TrainingStep(Callback):
         self.sums = BatchSums(DomainCounts(len(data_log.domains), device) if data_log is not None else None)
         self.totals: BatchTotals | None = None
         """Totals of the last complete batch."""
+        self._saves: list[bool] = []
+        """What the ranks agreed on with the batch's sums: :meth:`Checkpointing.flags`."""
 
     def expert_tokens(self) -> Tensor | None:
         """Tokens per expert of the last batch over all ranks, int64 [L, E]; None for a dense model."""
@@ -122,11 +124,15 @@ class TrainingStep(Callback):
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Reduce, clip, guard, update: between the last backward pass and `optimizer.step()`."""
-        totals = self.totals = self.sums.reduce()
+        flags = [] if self.checkpointing is None else self.checkpointing.flags()
+        totals = self.totals = self.sums.reduce(flags)
         with torch.no_grad():
-            norm = clip_gradients(self.model.parameters(), self.recipe.training.clip_norm).item()
-        logger.log_metrics({GRADIENT_NORM: norm})
-        if not self._is_applied(state, totals, norm):
+            norm = clip_gradients(self.model.parameters(), self.recipe.training.clip_norm)
+        # Read together, since each read waits for the device.
+        loss, read_norm, *raised = torch.stack([totals.loss, norm.to(totals.loss), *totals.flags]).tolist()
+        self._saves = [ranks > 0 for ranks in raised]
+        logger.log_metrics({GRADIENT_NORM: read_norm})
+        if not self._is_applied(state, totals, loss, read_norm):
             # Optimizers neither update nor decay a weight without a gradient.
             self.model.zero_grad(set_to_none=True)
         elif self.bias_rate is not None:
@@ -142,7 +148,7 @@ class TrainingStep(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Save: saves a checkpoint if one is due, and ends the run after a SIGTERM."""
         if self.checkpointing is not None:
-            self.checkpointing.save_if_due(state)
+            self.checkpointing.save_if_due(state, *self._saves)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Saves the final checkpoint."""
@@ -158,10 +164,10 @@ class TrainingStep(Callback):
         if self.checkpointing is not None:
             self.checkpointing.close()
 
-    def _is_applied(self, state: State, totals: BatchTotals, norm: float) -> bool:
+    def _is_applied(self, state: State, totals: BatchTotals, loss: float, norm: float) -> bool:
         """Returns whether the guard applies the update; raises if it ends the run."""
         if self.alarms is None:
             return True
         batch, first = state.timestamp.batch.value, state.timestamp.sample.value
         positions = totals.tokens // self.curriculum.sample_tokens
-        return self.alarms.is_applied(batch, first, positions, totals, norm)
+        return self.alarms.is_applied(batch, first, positions, totals, loss, norm)

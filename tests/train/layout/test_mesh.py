@@ -1,28 +1,42 @@
 """Several ranks: placement of weights, saves when one rank fails, and SIGTERM."""
 
+import json
 import os
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from composer import Timestamp
 from torch.distributed.tensor import DTensor
 
 from launch.verify.forked_ranks import RankError, Ranks, run_ranks
-from train.checkpoint.files import Progress, load_checkpoint, newest_whole_checkpoint
+from tests.fake_world import sharded
+from train.checkpoint.files import (
+    Progress,
+    check_checkpoint,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    restore_random_states,
+    writing_ranks,
+)
 from train.checkpoint.saver import CheckpointSaver
 from train.health.collectives import CollectiveRecorder, recorded_collectives
-from train.layout.mesh import build_mesh, build_sharded
+from train.layout.mesh import build_mesh, build_sharded, replicas_of
 from train.layout.optim import build_optimizer, clip_gradients
-from train.model.decoder import Decoder
+from train.model.decoder import Decoder, DecoderOutput
 from train.model.init import initialize
 from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
 from train.recipe.schema import Checkpoint, Model, Moe, Optimizer, Parallelism, Precision
 from train.recipe.topology import Topology
+from train.step.batch_sums import BatchSums
+from train.step.checkpointing import Checkpointing
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +51,7 @@ CFG = Model(
     moe=Moe(experts=8, top_k=2),
 )
 LAYOUT = Parallelism(replicate=2, expert=2)
+CFG_LARGE = replace(CFG, d_model=128, vocab_size=256, moe=Moe(experts=16, top_k=2))
 
 
 def _decoder(topology: Topology, layout: Parallelism) -> Decoder:
@@ -86,24 +101,43 @@ def test_on_a_cpu_gradients_are_summed_since_not_every_gloo_averages() -> None:
     assert run_ranks(4, work) == [{True}] * 4
 
 
-def _save(topology: Topology, root: Path, batch: int, limited_rank: int | None, keep_last: int = 1) -> str:
-    """Saves while one rank can't write more than a few bytes, as on a full disk."""
+def _save(
+    topology: Topology,
+    root: Path,
+    batch: int,
+    limited_rank: int | None,
+    keep_last: int = 1,
+    by_one_replica: bool = False,
+) -> str | None:
+    """Saves while one rank can't write more than a few bytes, as on a full disk; None if it writes none."""
     decoder = _decoder(topology, LAYOUT)
     optimizer = build_optimizer(decoder, Optimizer(learning_rate=0.01))
-    saver = CheckpointSaver(root, topology, keep_last)
+    saver = CheckpointSaver(root, topology, keep_last, replicas_of(decoder) if by_one_replica else None)
     dist.barrier()
     if topology.rank == limited_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
     saver.start(decoder, optimizer, Progress(batch, batch * 8, batch * 64, 1.0))
     saved = saver.wait()
-    assert saved is not None and saved.batch == batch
+    if saved is None:
+        return None
+    assert saved.batch == batch
     return saved.error
 
 
-def test_a_full_disk_at_one_rank_ends_the_save_on_all_and_spares_the_one_before(tmp_path: Path) -> None:
-    assert run_ranks(4, lambda topology: _save(topology, tmp_path, 1, None)) == [""] * 4
-    errors = run_ranks(4, lambda topology: _save(topology, tmp_path, 2, limited_rank=2))
-    assert len(set(errors)) == 1 and "rank 2" in errors[0]
+@pytest.mark.parametrize(("by_one_replica", "full_rank"), [(False, 2), (True, 3), (True, 0)])
+def test_a_full_disk_at_one_rank_ends_the_save_on_all_and_spares_the_one_before(
+    by_one_replica: bool, full_rank: int, tmp_path: Path
+) -> None:
+    def save(topology: Topology, batch: int, limited_rank: int | None) -> str | None:
+        return _save(topology, tmp_path, batch, limited_rank, by_one_replica=by_one_replica)
+
+    whole = run_ranks(4, lambda topology: save(topology, 1, None))
+    assert whole == (["", None, None, ""] if by_one_replica else [""] * 4)
+    errors = {
+        error for error in run_ranks(4, lambda topology: save(topology, 2, full_rank)) if error is not None
+    }
+    (error,) = errors
+    assert f"rank {full_rank}" in error
     assert [path.name for path in tmp_path.iterdir()] == ["batch-00000001"]
     found, complaints = newest_whole_checkpoint(tmp_path)
     assert found is not None and not complaints
@@ -114,6 +148,51 @@ def test_a_full_disk_at_one_rank_ends_the_save_on_all_and_spares_the_one_before(
         return load_checkpoint(found, decoder, optimizer, topology).batch
 
     assert run_ranks(2, load) == [1, 1]
+
+
+def test_one_rank_of_each_shard_writes_it_with_the_random_states_of_all(tmp_path: Path) -> None:
+    def save(topology: Topology) -> list[int]:
+        torch.manual_seed(topology.rank)
+        assert _save(topology, tmp_path, 1, 2, by_one_replica=True) in ("", None)
+        return torch.get_rng_state().tolist()
+
+    drawn = run_ranks(4, save)
+    folder = tmp_path / "batch-00000001"
+    assert sorted(file.name for file in (folder / "state").iterdir()) == [
+        ".metadata",
+        "__0_0.distcp",
+        "__1_0.distcp",
+    ]
+    check_checkpoint(folder)
+    for rank, state in enumerate(drawn):
+        assert json.loads((folder / f"rank-{rank}.json").read_text())["torch"] == state
+
+    def load(topology: Topology) -> bool:
+        decoder, whole = _decoder(topology, LAYOUT), Decoder(CFG)
+        initialize(whole, CFG, 17)
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter.zero_()
+        optimizer = build_optimizer(decoder, Optimizer(learning_rate=0.01))
+        load_checkpoint(folder, decoder, optimizer, topology)
+        assert restore_random_states(folder, topology)
+        assert torch.get_rng_state().tolist() == drawn[topology.rank]
+        pairs = decoder.named_parameters()
+        return all(torch.equal(_whole(tensor), whole.get_parameter(name)) for name, tensor in pairs)
+
+    assert run_ranks(4, load) == [True] * 4
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.full_tensor()
+
+
+@pytest.mark.parametrize(("world", "replicas"), [(8, 1), (8, 2), (24, 3), (3072, 24)])
+def test_the_writers_hold_every_shard_once_on_as_many_nodes_as_possible(world: int, replicas: int) -> None:
+    writers, size = writing_ranks(world, replicas), world // replicas
+    assert [rank % size for rank in writers] == list(range(size)) and writers[0] == 0
+    assert len({rank // 8 for rank in writers}) == min(size, world // 8)
 
 
 def test_ranks_find_damage_together_and_agree_on_the_checkpoint(tmp_path: Path) -> None:
@@ -133,30 +212,68 @@ STAGES = Curriculum((), 64)
 """Irrelevant to when a checkpoint is due."""
 
 
+def _agreed(callback: Checkpointing) -> tuple[float, list[bool]]:
+    """The mean loss over the ranks, and what they agree on with it; nothing else may be asked of them."""
+    sums, zero = BatchSums(None), torch.zeros(())
+    outputs = DecoderOutput(None, zero, zero, None, torch.zeros(0, 0), zero, torch.zeros(0, 0))
+    sums.add({"input_ids": torch.zeros(1, 8)}, outputs, torch.tensor(2.0 + dist.get_rank()))
+    with recorded_collectives() as asked:
+        totals = sums.reduce(callback.flags())
+        flags = [ranks > 0 for ranks in totals.flags.tolist()]
+        if not any(flags):
+            callback.save_if_due(SimpleNamespace(timestamp=Timestamp(batch=3)), *flags)  # type: ignore[arg-type]
+        assert asked.progress() == 1
+    return totals.loss.item(), flags
+
+
 @pytest.mark.parametrize("late_rank", [0, 1])
 def test_the_main_ranks_clock_decides_for_all(late_rank: int, tmp_path: Path) -> None:
-    from train.step.checkpointing import Checkpointing
-
-    def work(topology: Topology) -> tuple[bool, bool]:
+    def work(topology: Topology) -> tuple[float, list[bool]]:
         callback = Checkpointing(tmp_path, Checkpoint(interval_minutes=1.0), topology, None, STAGES)
         callback.last_save -= 3600.0 if topology.rank == late_rank else 0.0
-        return callback._agree()
+        return _agreed(callback)
 
-    assert run_ranks(2, work) == [(late_rank == 0, False)] * 2
+    assert run_ranks(2, work) == [(2.5, [late_rank == 0, False])] * 2
 
 
 @pytest.mark.parametrize("told_rank", [0, 1])
 def test_a_signal_to_one_rank_counts_for_all(told_rank: int, tmp_path: Path) -> None:
-    from train.step.checkpointing import Checkpointing
-
-    def work(topology: Topology) -> tuple[bool, bool]:
+    def work(topology: Topology) -> list[tuple[float, list[bool]]]:
         callback = Checkpointing(tmp_path, Checkpoint(), topology, None, STAGES)
-        signal.signal(signal.SIGTERM, callback._terminate)
+        callback.listen()
+        before = _agreed(callback)
         if topology.rank == told_rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        return callback._agree()
+        return [before, _agreed(callback)]
 
-    assert run_ranks(2, work) == [(False, True)] * 2
+    assert run_ranks(2, work) == [[(2.5, [False, False]), (2.5, [False, True])]] * 2
+
+
+def test_a_rank_of_a_large_job_is_in_one_group_per_dimension_and_in_no_other_of_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    new_group = dist.new_group
+
+    def faked(ranks: list[int], *args: Any, **kwargs: Any) -> Any:
+        # The saver's is gloo's, which can't be had without the other ranks.
+        return new_group(ranks, *args, **kwargs | {"backend": "fake"})
+
+    monkeypatch.setattr(dist, "new_group", faked)
+
+    def groups(layout: Parallelism, world: int, rank: int) -> list[int]:
+        def work(_alone: Topology) -> list[int]:
+            topology = Topology(rank, world, rank % 8, 8)
+            with sharded(CFG_LARGE, layout, world, rank) as decoder:
+                Checkpointing(tmp_path, Checkpoint(), topology, None, STAGES, replicas=replicas_of(decoder))
+                return [group.size() for group in dist.distributed_c10d._world.pg_map]
+
+        return run_ranks(1, work)[0]  # in a process of its own, as torch keeps meshes
+
+    dbrx = Parallelism(replicate=24, expert=16)
+    assert groups(dbrx, 3072, rank=0) == [3072, 24, 8, 16, 128, 128]
+    assert groups(dbrx, 3072, rank=3071) == [3072, 24, 8, 16, 128], "it writes no checkpoint"
+    assert groups(Parallelism(expert=8), 64, rank=63) == [64, 8, 8, 64]
+    assert groups(Parallelism(), 64, rank=63) == [64, 64, 64]
 
 
 def test_a_rank_that_fails_is_reported_with_its_traceback_and_ends_the_others() -> None:

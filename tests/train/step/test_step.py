@@ -83,8 +83,9 @@ def test_totals_are_those_of_the_batch_however_it_is_split(recipe: Recipe) -> No
 def test_the_guard_is_asked_about_the_batch(recipe: Recipe) -> None:
     alarms = Refusing(applies=True)
     step = trained(recipe, 4, alarms)
-    ((batch, first, positions, totals, norm),) = alarms.asked
+    ((batch, first, positions, totals, loss, norm),) = alarms.asked
     assert (batch, first, positions) == (6, 48, B) and totals is step.totals and norm > 0
+    assert loss == totals.loss.item()
 
 
 @pytest.mark.parametrize("applies", [True, False])
