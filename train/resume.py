@@ -15,6 +15,7 @@ from train.checkpoint.files import (
     set_aside,
 )
 from train.hf.initial_weights import find_start, start_from
+from train.layout.mesh import replicas_of
 from train.layout.ranks import log_on_rank_0, run_on_rank_0
 from train.recipe.curriculum import Curriculum, continue_stages, from_json, plan_stages
 from train.recipe.errors import UserError
@@ -119,7 +120,7 @@ def load_weights(
 ) -> None:
     """Loads the run's checkpoint or, if it has none, the weights of `start.weights`."""
     if resumed.checkpoint is not None:
-        load_checkpoint(resumed.checkpoint, model, optimizer, topology)
+        load_checkpoint(resumed.checkpoint, model, optimizer, topology, replicas_of(model))
         log_on_rank_0(topology, f"resumed from {resumed.checkpoint}, {resumed.progress.tokens:,} tokens")
         return
     try:

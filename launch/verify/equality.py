@@ -69,5 +69,5 @@ def read_state(checkpoint: Path) -> dict[str, Tensor]:
         for name, entry in reader.metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    reader.load(state, no_dist=True)
+    reader.load(state)
     return state

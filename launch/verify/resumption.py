@@ -21,6 +21,7 @@ from launch.verify.forked_ranks import Ranks, run_ranks
 from launch.verify.harness import ONE, Row, TableCheck, Workspace
 from launch.verify.tiny_runs import PATIENCE_SECONDS, STEPS, await_moment, named, record, steps, tail, trainer
 from train.checkpoint.files import PARTIAL, load_checkpoint, newest_whole_checkpoint
+from train.layout.mesh import replicas_of
 from train.recipe.schema import Precision, Recipe
 from train.recipe.topology import Topology
 from train.record import metrics
@@ -160,7 +161,7 @@ def _loading_mismatches(recipe: Recipe, layout: Layout, folder: Path) -> list[st
 
     def work(topology: Topology) -> list[str]:
         model, optimizer = build_model(recipe, Machine(topology, "cpu", Precision.fp32))
-        load_checkpoint(checkpoint, model, optimizer, topology)
+        load_checkpoint(checkpoint, model, optimizer, topology, replicas_of(model))
         model_state, optimizer_state = get_state_dict(model, optimizer)
         held = dict(_flatten({"model": model_state, "optimizer": optimizer_state}, ""))
         return list(unequal(expected, held))

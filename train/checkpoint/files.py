@@ -10,7 +10,7 @@ mistaken for a checkpoint, and a missing, truncated or altered file is found bef
 import json
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +19,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
 from train.checkpoint.reading import CheckpointReader
+from train.recipe.errors import UserError
 from train.recipe.topology import Topology, usable_cores
 from train.record.files import sha256
 
@@ -62,18 +65,42 @@ class Progress:
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    topology: Topology,
+    replicas: dist.ProcessGroup | None = None,
 ) -> Progress:
     """Loads model and optimizer in place, under this run's layout, and returns the progress.
 
+    Of the ranks that hold the same shard, one reads it (:func:`writing_ranks`) and sends it to the others.
     Random-number states are restored by :func:`restore_random_states`, just before training continues.
 
+    Args:
+        folder: the checkpoint.
+        model: a model of any layout.
+        optimizer: its optimizer.
+        topology: this rank.
+        replicas: the ranks that hold the same shards as this one, see
+            :func:`train.layout.mesh.replicas_of`; None: each rank reads its own.
+
     Raises:
-        UserError: if a file of the checkpoint would run code.
+        UserError: on every rank, if a file of the checkpoint would run code.
+        CheckpointError: on the ranks that could read, if others could not.
     """
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    CheckpointReader(folder / STATE_FOLDER).load(state, no_dist=topology.world_size == 1)
+    readers = writing_ranks(topology.world_size, replicas.size() if replicas is not None else 1)
+    failure: BaseException | None = None
+    if topology.rank in readers:
+        try:
+            CheckpointReader(folder / STATE_FOLDER).load(state)
+        except (Exception, CheckpointException) as error:  # The latter is no Exception.
+            failure = error
+    _raise_together(failure, topology)
+    if replicas is not None:
+        (source,) = set(dist.get_process_group_ranks(replicas)) & set(readers)
+        _send_state(state, source, replicas)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return read_progress(folder)
 
@@ -214,6 +241,48 @@ def random_states() -> dict[str, Any]:
         "torch": torch.get_rng_state().tolist(),
         "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
     }
+
+
+def _raise_together(failure: BaseException | None, topology: Topology) -> None:
+    """Raises this rank's failure, or another rank's; every rank calls it.
+
+    Raises:
+        UserError: for a user error on any rank.
+        CheckpointError: for any other, on the ranks without one.
+    """
+    failures = _agree((isinstance(failure, UserError), str(failure)) if failure else None, topology)
+    if failure is not None:
+        raise failure
+    for is_users, text in filter(None, failures):
+        raise UserError(text) if is_users else CheckpointError(text)
+
+
+def _send_state(state: dict[str, Any], source: int, group: dist.ProcessGroup) -> None:
+    """Fills the states of a group with that of one of its ranks, in place."""
+    places = list(_leaves(state))
+    values = [(tree, key) for tree, key in places if not isinstance(tree[key], Tensor)]
+    sent = [[tree[key] for tree, key in values]]
+    dist.broadcast_object_list(sent, source, group)
+    for (tree, key), value in zip(values, sent[0], strict=True):
+        tree[key] = value
+    tensors = [tree[key].detach() for tree, key in places if isinstance(tree[key], Tensor)]
+    shards = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    device = next(shard.device for shard, whole in zip(shards, tensors, strict=True) if shard is not whole)
+    for shard in shards:
+        if shard.numel():
+            # An optimizer's count of steps may be on the CPU, where NCCL has no tensors.
+            there = shard.to(device)
+            dist.broadcast(there, source, group)
+            shard.copy_(there)
+
+
+def _leaves(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields each value of nested dictionaries and lists by what it is in and its key there."""
+    for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
+        if isinstance(value, dict | list):
+            yield from _leaves(value)
+        else:
+            yield tree, key
 
 
 def _agree(mine: Agreed, topology: Topology) -> list[Agreed]:

@@ -52,19 +52,18 @@ class CheckpointReader(dcp.FileSystemReader):
         storage.load_id = self.load_id
         return self.metadata
 
-    def load(self, state: dict[str, Any], *, no_dist: bool) -> None:
-        """Fills a state in place, as ``torch.distributed.checkpoint.load`` does.
+    def load(self, state: dict[str, Any]) -> None:
+        """Fills a state in place, as ``torch.distributed.checkpoint.load`` does, without asking other ranks.
 
         Args:
             state: tensors and values to read, by name.
-            no_dist: read alone, without the other ranks.
 
         Raises:
             UserError: if a value's bytes would run code.
             CheckpointException: if something is missing or does not fit.
         """
         try:
-            dcp.load(state, storage_reader=self, planner=_Planner(), no_dist=no_dist)
+            dcp.load(state, storage_reader=self, planner=_Planner(), no_dist=True)
         except dcp.CheckpointException as error:
             for failure, _ in error.failures.values():
                 if isinstance(failure, UserError):

@@ -51,7 +51,7 @@ class CheckpointWeights:
         tensor = torch.empty(info.shape, dtype=info.dtype)
         try:
             # Reads only the tensors named in the dictionary; ranks can do so independently.
-            self._reader.load({WRAPPER + name: tensor}, no_dist=True)
+            self._reader.load({WRAPPER + name: tensor})
         except dcp.CheckpointException as error:
             _, (reason, _) = error.failures.popitem()
             raise UserError(f"{self._folder}: {name} cannot be loaded ({reason})") from None

@@ -93,7 +93,7 @@ def test_a_value_that_runs_code_is_refused_in_one_line(tmp_path: Path) -> None:
     dcp.save(state, checkpoint_id=folder / "state", no_dist=True)
     reader = CheckpointReader(folder / "state")
     with pytest.raises(UserError, match=r"state: optimizer\.param_groups\.0\.lr is no plain value") as caught:
-        reader.load({"optimizer": {"param_groups": [{"lr": 0.0}]}}, no_dist=True)
+        reader.load({"optimizer": {"param_groups": [{"lr": 0.0}]}})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
     dcp.load({"optimizer": {"param_groups": [{"lr": 0.0}]}}, checkpoint_id=folder / "state", no_dist=True)

@@ -1,0 +1,238 @@
+"""Of the ranks that hold the same shard one reads it, and a plan that stays the same is sent once."""
+
+import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.tensor import DTensor
+
+from launch.verify.forked_ranks import run_ranks
+from train.checkpoint.files import (
+    CheckpointError,
+    Progress,
+    check_checkpoint,
+    load_checkpoint,
+    writing_ranks,
+)
+from train.checkpoint.reading import CheckpointReader
+from train.checkpoint.saver import CheckpointSaver
+from train.layout.mesh import build_mesh, build_sharded, replicas_of
+from train.layout.optim import build_optimizer
+from train.model.decoder import Decoder
+from train.recipe.errors import UserError
+from train.recipe.schema import Model, Moe, Optimizer, OptimizerKind, Parallelism, Precision
+from train.recipe.topology import Topology
+
+pytestmark = pytest.mark.slow
+
+CFG = Model(
+    d_model=16,
+    n_layers=1,
+    n_heads=2,
+    n_kv_heads=1,
+    ffn_hidden_size=24,
+    vocab_size=33,
+    max_sequence_tokens=8,
+    moe=Moe(experts=8, top_k=2),
+)
+LAYOUTS = [Parallelism(replicate=2), Parallelism(replicate=2, expert=2), Parallelism(replicate=4)]
+
+
+def _built(
+    layout: Parallelism, topology: Topology, seed: int, kind: OptimizerKind = OptimizerKind.adamw
+) -> tuple[Decoder, torch.optim.Optimizer]:
+    decoder = Decoder(CFG, device="meta")
+    build_sharded(decoder, build_mesh(layout, topology.world_size, "cpu"), Precision.fp32, seed)
+    return decoder, build_optimizer(decoder, Optimizer(kind=kind, learning_rate=0.01 * seed))
+
+
+def _step(decoder: Decoder, optimizer: torch.optim.Optimizer) -> float:
+    ids_BS = torch.arange(16).view(2, 8)
+    loss = decoder(ids_BS, None, ids_BS).loss_sum
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def _held(decoder: Decoder, optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Everything that this rank holds."""
+    found: list[Any] = []
+
+    def collect(tree: Any) -> None:
+        if isinstance(tree, dict | list):
+            for item in tree.values() if isinstance(tree, dict) else tree:
+                collect(item)
+        elif isinstance(tree, Tensor):
+            local = tree.to_local() if isinstance(tree, DTensor) else tree
+            found.append(local.detach().tolist())
+        else:
+            found.append(tree)
+
+    for part in get_state_dict(decoder, optimizer):
+        collect(part)
+    return found
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[list[str]]:
+    """Notes the files of a checkpoint that this process opens."""
+    names: list[str] = []
+    is_on = True
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if is_on and event == "open" and str(arguments[0]).startswith(str(folder / "state")):
+            names.append(Path(str(arguments[0])).name)
+
+    sys.addaudithook(hook)  # for good: the rank is a process of its own
+    yield names
+    is_on = False
+
+
+def _saved(root: Path, layout: Parallelism, topology: Topology, kind: OptimizerKind) -> tuple[Any, ...]:
+    """Saves after a step, and returns what the rank held and the loss of its next step."""
+    decoder, optimizer = _built(layout, topology, 1, kind)
+    _step(decoder, optimizer)
+    saver = CheckpointSaver(root, topology, 1, replicas_of(decoder))
+    saver.start(decoder, optimizer, Progress(1, 8, 80, 1.5))
+    saved = saver.wait()
+    assert (saved is not None) == saver.is_writer and (saved is None or not saved.error)
+    return _held(decoder, optimizer), _step(decoder, optimizer)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("kind", list(OptimizerKind))
+def test_a_shard_is_read_once_and_held_by_all_that_held_it(
+    layout: Parallelism, kind: OptimizerKind, tmp_path: Path
+) -> None:
+    before = run_ranks(4, lambda topology: _saved(tmp_path, layout, topology, kind))
+    folder = tmp_path / "batch-00000001"
+    check_checkpoint(folder)
+
+    def load(topology: Topology) -> tuple[Any, ...]:
+        decoder, optimizer = _built(layout, topology, 2, kind)
+        with _opened(folder) as names:
+            load_checkpoint(folder, decoder, optimizer, topology, replicas_of(decoder))
+        return _held(decoder, optimizer), _step(decoder, optimizer), names
+
+    after = run_ranks(4, load)
+    for (held, loss), (held_again, loss_again, _) in zip(before, after, strict=True):
+        assert held_again == held and loss_again == loss
+    readers = writing_ranks(4, layout.replicate)
+    assert [rank for rank, (*_, names) in enumerate(after) if names] == readers
+    shards = {f"__{place}_0.distcp" for place in range(len(readers))}
+    assert {name for *_, names in after for name in names} == shards | {".metadata"}
+
+
+def test_a_run_of_another_layout_reads_what_one_replica_wrote(tmp_path: Path) -> None:
+    run_ranks(4, lambda topology: _saved(tmp_path, LAYOUTS[1], topology, OptimizerKind.adamw))
+    folder = tmp_path / "batch-00000001"
+
+    def load(layout: Parallelism) -> Any:
+        def work(topology: Topology) -> list[Any]:
+            decoder, optimizer = _built(layout, topology, 2)
+            load_checkpoint(folder, decoder, optimizer, topology, replicas_of(decoder))
+            return [_whole(each).tolist() for each in decoder.parameters()]
+
+        return run_ranks(4, work)
+
+    assert load(LAYOUTS[0]) == load(LAYOUTS[2]) == load(Parallelism(expert=4))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.full_tensor()
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("__1_0.distcp", CheckpointError), (".metadata", UserError)], ids=str
+)
+def test_a_file_that_one_rank_cannot_read_ends_the_load_on_all(
+    name: str, error: type[Exception], tmp_path: Path
+) -> None:
+    run_ranks(4, lambda topology: _saved(tmp_path, LAYOUTS[1], topology, OptimizerKind.adamw))
+    folder = tmp_path / "batch-00000001"
+    (folder / "state" / name).write_bytes(b"damaged")
+
+    def load(topology: Topology) -> str:
+        decoder, optimizer = _built(LAYOUTS[1], topology, 2)
+        try:
+            load_checkpoint(folder, decoder, optimizer, topology, replicas_of(decoder))
+        except BaseException as failure:  # torch's is no Exception
+            return type(failure).__name__
+        return ""
+
+    found = run_ranks(4, load)
+    assert all(found) and error.__name__ in found
+
+
+def test_a_plan_that_stays_the_same_is_sent_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather, scatter = dist.gather_object, dist.scatter_object_list
+
+    def work(topology: Topology) -> tuple[list[int], list[Any], list[bool]]:
+        sent: list[int] = []
+
+        def gathered(**named: Any) -> None:
+            sent.append(len(pickle.dumps(named["obj"])))
+            gather(**named)
+
+        def scattered(**named: Any) -> None:
+            sent.append(len(pickle.dumps(named["scatter_object_input_list"])))
+            scatter(**named)
+
+        monkeypatch.setattr(dist, "gather_object", gathered)
+        monkeypatch.setattr(dist, "scatter_object_list", scattered)
+        decoder, optimizer = _built(LAYOUTS[1], topology, 1)
+        _step(decoder, optimizer)
+        saver = CheckpointSaver(tmp_path, topology, 9, replicas_of(decoder))
+        sizes, metadata, are_equal = [], [], []
+        for batch in (1, 2, 3):
+            if batch == 3:  # a state of another form: the plan is made again
+                decoder.register_buffer("more", torch.ones(1000))
+            sent.clear()
+            saver.start(decoder, optimizer, Progress(batch, 8, 80, 1.5))
+            saved = saver.wait()
+            if saved is not None:
+                assert saved.folder is not None
+                reader = CheckpointReader(saved.folder / "state")
+                metadata.append(sorted(reader.metadata.state_dict_metadata))
+                # The plan's gather and, on rank 0, its scatter; the second gather is that of the results.
+                sizes.append(max(sent[:2] if topology.is_main else sent[:1]))
+            before = _held(decoder, optimizer)
+            other, other_optimizer = _built(LAYOUTS[1], topology, 2)
+            if batch == 3:
+                other.register_buffer("more", torch.zeros(1000))
+            load_checkpoint(
+                tmp_path / f"batch-{batch:08d}", other, other_optimizer, topology, replicas_of(other)
+            )
+            are_equal.append(_held(other, other_optimizer) == before)
+            _step(decoder, optimizer)
+        return sizes, metadata, are_equal
+
+    for rank, (sizes, metadata, are_equal) in enumerate(run_ranks(4, work)):
+        assert are_equal == [True] * 3
+        if rank in writing_ranks(4, 2):
+            first, second, third = sizes
+            assert second < 1000 < first and third > second
+            assert metadata[0] == metadata[1]
+
+
+def test_another_savers_plan_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    """Ranks are forked from a process that has saved before, as the checks' are."""
+    for number in range(2):
+        model = torch.nn.Linear(5, 4 + number)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        saver = CheckpointSaver(tmp_path / str(number), Topology(), 1)
+        saver.start(model, optimizer, Progress(1, 8, 80, 1.5))
+        assert (saver.wait() or pytest.fail("no outcome")).error == ""
+    run_ranks(4, lambda topology: _saved(tmp_path / "forked", LAYOUTS[1], topology, OptimizerKind.adamw))
+    names = {file.name for file in (tmp_path / "forked" / "batch-00000001" / "state").iterdir()}
+    assert names == {".metadata", "__0_0.distcp", "__1_0.distcp"}
