@@ -10,13 +10,13 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 
 from launch.verify.forked_ranks import run_ranks
-from train.preflight.links import measure_links
+from train.preflight import links
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.topology import Topology
@@ -55,19 +55,19 @@ def try_ranks(world: int, trials: int, factor: float) -> Iterator[Trial]:
     """Measures forked ranks, alternately without and with a slow one, ``trials`` times each."""
 
     def work(topology: Topology) -> list[Trial]:
-        send, found = dist.send, []
+        send, found = links.send, []
 
-        def late(tensor: torch.Tensor, dst: int) -> None:
+        def late(*message: Any) -> None:
             time.sleep(DELAY_SECONDS)
-            send(tensor, dst)
+            send(*message)
 
         for number in range(2 * trials):
             slow = number // 2 % world if number % 2 else None
             begun = time.perf_counter()
-            with mock.patch.object(dist, "send", late if topology.rank == slow else send):
-                links = measure_links(torch.device("cpu"), factor)
-            usual, took, load = 1e3 * links.usual, time.perf_counter() - begun, os.getloadavg()[0]
-            found.append(Trial(slow, links.slow_ranks, links.slow_pairs, usual, took, load))
+            with mock.patch.object(links, "send", late if topology.rank == slow else send):
+                measured = links.measure_links(torch.device("cpu"), factor)
+            usual, took, load = 1e3 * measured.usual, time.perf_counter() - begun, os.getloadavg()[0]
+            found.append(Trial(slow, measured.slow_ranks, measured.slow_pairs, usual, took, load))
         return found
 
     yield from run_ranks(world, work, timeout_seconds=2 * trials * TRIAL_SECONDS)[0]

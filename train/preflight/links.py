@@ -7,11 +7,15 @@ each: noise only adds time, and a burst affects one tournament of several. A ran
 its links, so a slow partner does not make it look slow. Links within a node and between nodes are compared
 separately. A rank or pair is slow if it takes several times as long as the median of the others; suspects are
 measured again, and only those found slow every time are reported.
+
+On GPUs all of it goes over one group that ends with the measurement (:func:`measuring_group`): a communicator
+keeps memory and connections to every peer that it has met, and training never meets most of them.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +34,7 @@ EXCHANGES = 3
 """Exchanges per pair and tournament."""
 CONFIRMATIONS = 2
 """Further measurements in which a suspect must be found slow."""
-COLLECTIVES = ("all-reduce", "all-gather", "all-to-all")
+COLLECTIVES = ALL_REDUCE, ALL_GATHER, ALL_TO_ALL = ("all-reduce", "all-gather", "all-to-all")
 REPEATS = 7
 """Repetitions of each collective."""
 LEAST_SECONDS = {"cpu": 0.01, "cuda": 0.0005}
@@ -59,19 +63,45 @@ class Links:
         return statistics.median(normal or self.seconds.values())
 
 
-def measure_links(device: torch.device, factor: float, nodes: Sequence[str] = ()) -> Links:
+@contextmanager
+def measuring_group(device: torch.device) -> Iterator[dist.ProcessGroup | None]:
+    """Makes a group of all ranks for measurements, and destroys it with its connections; every rank calls it.
+
+    None stands for the job's own group, on gloo: it is connected already, and destroying a gloo group may
+    deadlock on torch 2.7.
+    """
+    if dist.get_backend() == dist.Backend.GLOO:
+        yield None
+        return
+    group = dist.new_group()
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+    # NCCL connects a group in its first collective, in which all its ranks must take part.
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+def measure_links(
+    device: torch.device,
+    factor: float,
+    nodes: Sequence[str] = (),
+    group: dist.ProcessGroup | None = None,
+) -> Links:
     """Measures pairs of ranks; every rank calls it and gets the same result.
 
     Args:
         device: device of the messages.
         factor: ratio to the median of the others above which a rank or pair is slow.
         nodes: name of each rank's node; empty: all on one node.
+        group: all ranks, see :func:`measuring_group`; None: the job's own group.
     """
-    found = _measure_once(device, factor, nodes)
+    found = _measure_once(device, factor, nodes, group)
     for _ in range(CONFIRMATIONS):
         if not found.slow_ranks and not found.slow_pairs:
             break
-        again = _measure_once(device, factor, nodes)
+        again = _measure_once(device, factor, nodes, group)
         found = replace(
             again,
             slow_ranks=[rank for rank in again.slow_ranks if rank in found.slow_ranks],
@@ -80,7 +110,9 @@ def measure_links(device: torch.device, factor: float, nodes: Sequence[str] = ()
     return found
 
 
-def _measure_once(device: torch.device, factor: float, nodes: Sequence[str]) -> Links:
+def _measure_once(
+    device: torch.device, factor: float, nodes: Sequence[str], group: dist.ProcessGroup | None
+) -> Links:
     rank, world = dist.get_rank(), dist.get_world_size()
     size = MESSAGE_BYTES[device.type]
     message = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -89,10 +121,10 @@ def _measure_once(device: torch.device, factor: float, nodes: Sequence[str]) -> 
         for pairs in rounds(world):
             partner = pairs.get(rank)
             if partner is not None:
-                times = [_exchange(message, rank, partner) for _ in range(EXCHANGES)]
+                times = [_exchange(message, rank, partner, group) for _ in range(EXCHANGES)]
                 if rank < partner:
                     mine.setdefault((rank, partner), []).append(min(times))
-            dist.barrier()
+            dist.barrier(group)
     everybody: list[dict[tuple[int, int], list[float]]] = [{} for _ in range(world)]
     dist.all_gather_object(everybody, mine)
     seconds = {pair: statistics.median(times) for part in everybody for pair, times in part.items()}
@@ -170,45 +202,82 @@ def rounds(world: int, most: int = MOST_ROUNDS) -> Iterator[dict[int, int]]:
         yield pairs
 
 
-def measure_collectives(device: torch.device, repeats: int = REPEATS) -> dict[str, float]:
-    """Measures the bus bandwidth of three collectives in Gbit/s, by name; all ranks get the same result.
+def measure_collectives(
+    device: torch.device, expert: int, group: dist.ProcessGroup | None = None, repeats: int = REPEATS
+) -> dict[str, float]:
+    """Measures the bus bandwidth of collectives in Gbit/s, by name; all ranks get the same result.
 
-    Bus bandwidth as NVIDIA's nccl-tests define it: the bytes that each rank sends, 2 (n-1)/n of the size for
-    all-reduce and (n-1)/n for the others, over the time.
+    All-reduce and all-gather are over all ranks; all-to-all is over the expert groups, all at once, and is
+    left out if a rank is alone in its own. Bus bandwidth as NVIDIA's nccl-tests define it: the bytes that
+    each rank sends, 2 (n-1)/n of the size for all-reduce and (n-1)/n for the others, over the time.
+
+    Args:
+        device: device of the tensors.
+        expert: number of ranks that share out the experts, numbered one after the other.
+        group: all ranks, see :func:`measuring_group`; None: the job's own group.
+        repeats: repetitions of each.
     """
     world = dist.get_world_size()
-    count = COLLECTIVE_BYTES[device.type] // 4 // world * world
+    parts = world * expert
+    count = COLLECTIVE_BYTES[device.type] // 4 // parts * parts
     whole, out = torch.zeros(count, device=device), torch.empty(count, device=device)
     part = torch.zeros(count // world, device=device)
-    share = (world - 1) / world
-    works: list[tuple[Callable[[], object], float]] = [
-        (lambda: dist.all_reduce(whole), 2 * share),
-        (lambda: dist.all_gather_into_tensor(out, part), share),
-        (lambda: dist.all_to_all_single(out, whole), share),
-    ]
+    works: dict[str, tuple[Callable[[], object], float]] = {
+        ALL_REDUCE: (lambda: dist.all_reduce(whole, group=group), 2 * (world - 1) / world),
+        ALL_GATHER: (lambda: dist.all_gather_into_tensor(out, part, group), (world - 1) / world),
+    }
+    if expert > 1:
+        works[ALL_TO_ALL] = (lambda: _all_to_all(out, whole, expert, group), (expert - 1) / expert)
     found = {}
-    for name, (work, parts) in zip(COLLECTIVES, works, strict=True):
+    for name, (work, share) in works.items():
         times = []
         for _ in range(repeats):
-            dist.barrier()
+            dist.barrier(group)
             begun = time.perf_counter()
             work()
             _settle(whole)
             times.append(time.perf_counter() - begun)
         slowest = torch.tensor([statistics.median(times)], dtype=torch.float64, device=device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        found[name] = 8e-9 * 4 * count * parts / slowest.item()
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, group)
+        found[name] = 8e-9 * 4 * count * share / slowest.item()
     return found
 
 
-def _exchange(message: Tensor, rank: int, partner: int) -> float:
+def send(message: Tensor, partner: int, group: dist.ProcessGroup | None) -> None:
+    """Sends a message over the group's own communicator; ``dist.send`` would make one for each pair."""
+    _batch([dist.P2POp(dist.isend, message, partner, group)])
+
+
+def receive(message: Tensor, partner: int, group: dist.ProcessGroup | None) -> None:
+    """Receives a message that was sent by :func:`send`."""
+    _batch([dist.P2POp(dist.irecv, message, partner, group)])
+
+
+def _batch(messages: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(messages):
+        work.wait()
+
+
+def _all_to_all(out: Tensor, whole: Tensor, expert: int, group: dist.ProcessGroup | None) -> None:
+    """An all-to-all in each expert group, as NCCL's is: messages between its ranks, all at once."""
+    rank = dist.get_rank()
+    first, parts, into = rank // expert * expert, whole.chunk(expert), out.chunk(expert)
+    messages = []
+    for place in range(expert):
+        if first + place != rank:
+            messages.append(dist.P2POp(dist.isend, parts[place], first + place, group))
+            messages.append(dist.P2POp(dist.irecv, into[place], first + place, group))
+    _batch(messages)
+
+
+def _exchange(message: Tensor, rank: int, partner: int, group: dist.ProcessGroup | None) -> float:
     begun = time.perf_counter()
     if rank < partner:
-        dist.send(message, partner)
-        dist.recv(message, partner)
+        send(message, partner, group)
+        receive(message, partner, group)
     else:
-        dist.recv(message, partner)
-        dist.send(message, partner)
+        receive(message, partner, group)
+        send(message, partner, group)
     _settle(message)
     return time.perf_counter() - begun
 

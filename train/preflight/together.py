@@ -15,7 +15,15 @@ import torch.distributed as dist
 
 from data.opened import OpenedData
 from train.health.heartbeat import host_name
-from train.preflight.links import COLLECTIVES, MESSAGE_BYTES, measure_collectives, measure_links
+from train.health.joining import outlast_watchdog
+from train.preflight.links import (
+    ALL_TO_ALL,
+    COLLECTIVES,
+    MESSAGE_BYTES,
+    measure_collectives,
+    measure_links,
+    measuring_group,
+)
 from train.preflight.node import SHARDS, NodeCheck, check_node
 from train.recipe.reading import to_yaml
 from train.recipe.reliability import Preflight, PreflightWhen
@@ -100,7 +108,9 @@ def preflight(opened: OpenedData, run_folder: Path, topology: Topology, device: 
     _share_folder(findings, run_folder, topology, by_rank)
     if topology.world_size > 1:
         _compare_clocks(findings, limits, topology, by_rank)
-        _compare_links(findings, limits, device, by_rank)
+        with measuring_group(device) as group:
+            outlast_watchdog(recipe)
+            _compare_links(findings, recipe, device, by_rank, group)
     else:
         findings.rows.append(PreflightRow(LINKS, "one rank", "not measured: a single rank", verdict=""))
     return findings
@@ -214,8 +224,15 @@ def _compare_clocks(findings: Findings, limits: Preflight, topology: Topology, b
         findings.faults.append((late, f"{where}: its clock is {skews[late[0]]:+.1f} s off; start NTP"))
 
 
-def _compare_links(findings: Findings, limits: Preflight, device: torch.device, by_rank: list[Any]) -> None:
-    links = measure_links(device, limits.slow_factor, [one["host"] for one in by_rank])
+def _compare_links(
+    findings: Findings,
+    recipe: Recipe,
+    device: torch.device,
+    by_rank: list[Any],
+    group: dist.ProcessGroup | None,
+) -> None:
+    limits, expert = recipe.preflight, recipe.parallelism.expert
+    links = measure_links(device, limits.slow_factor, [one["host"] for one in by_rank], group)
     place, bad = (findings.faults, UNFIT) if limits.stop_on_slow else (findings.warnings, SLOW)
     wanted = f"none {limits.slow_factor:g} times the others'"
     verdict = bad if links.slow_ranks or links.slow_pairs else FIT
@@ -237,12 +254,13 @@ def _compare_links(findings: Findings, limits: Preflight, device: torch.device, 
         where = f"rank {one} on {by_rank[one]['host']} and rank {other} on {by_rank[other]['host']}"
         place.append(([one, other], f"between {where}: {times:.1f} times as slow as usual"))
     least = limits.expected_gigabits and limits.expected_gigabits / limits.slow_factor
-    for name, gigabits in measure_collectives(device).items():
+    for name, gigabits in measure_collectives(device, expert, group).items():
+        where = f"expert groups of {expert}" if name == ALL_TO_ALL else "all ranks"
         found = f"{gigabits:.2f} Gbit/s"
         if least is None:
-            findings.rows.append(PreflightRow(name, "all ranks", found, verdict=""))
+            findings.rows.append(PreflightRow(name, where, found, verdict=""))
             continue
         verdict = bad if gigabits < least else FIT
-        findings.rows.append(PreflightRow(name, "all ranks", found, f"{least:g} Gbit/s", verdict))
+        findings.rows.append(PreflightRow(name, where, found, f"{least:g} Gbit/s", verdict))
         if verdict is bad:
             place.append(([], f"{name}: {gigabits:.2f} Gbit/s, expected {limits.expected_gigabits:g}"))

@@ -5,10 +5,13 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from data.opened import OpenedData
 from data.write_shards import build_shards
@@ -17,8 +20,8 @@ from launch.preflight import describe
 from launch.verify.forked_ranks import Ranks, run_ranks
 from tests.data.conftest import small_documents
 from train.health.heartbeat import FINDING_FILE, HOST_VARIABLE, RECORDS_FOLDER, Finding, read_record
-from train.preflight import together
-from train.preflight.links import by_kind, find_slow, rounds
+from train.preflight import links, together
+from train.preflight.links import _all_to_all, by_kind, find_slow, measure_collectives, rounds
 from train.preflight.node import (
     NodeCheck,
     check_disk,
@@ -117,9 +120,51 @@ def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
     }
     bad = {row.check: row.verdict for row in findings.rows if row.is_bad}
     assert bad == dict.fromkeys(("shards", "packages", "checkpoint folder", "clocks"), UNFIT) | dict.fromkeys(
-        ("all-reduce", "all-gather", "all-to-all"), SLOW
+        ("all-reduce", "all-gather"), SLOW
     )
     assert {row.where for row in findings.rows if row.check == "links"} == {"between nodes"}
+
+
+def test_all_to_all_is_over_the_expert_groups() -> None:
+    def work(topology: Topology) -> tuple[set[str], set[str], list[float]]:
+        out = torch.full((4,), -1.0)
+        _all_to_all(out, 10.0 * topology.rank + torch.arange(4), 2, None)
+        return set(measure_collectives(CPU, 1)), set(measure_collectives(CPU, 2)), out.tolist()
+
+    found = run_ranks(4, work)
+    assert all(alone == {"all-reduce", "all-gather"} for alone, _, _ in found)
+    assert all(shared == {"all-reduce", "all-gather", "all-to-all"} for _, shared, _ in found)
+    # Each rank's half from its only peer; its own stays where it is.
+    assert [out for _, _, out in found] == [
+        [-1.0, -1.0, 10.0, 11.0],
+        [2.0, 3.0, -1.0, -1.0],
+        [-1.0, -1.0, 30.0, 31.0],
+        [22.0, 23.0, -1.0, -1.0],
+    ]
+
+
+def test_measurements_leave_no_group_and_make_one_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "TOURNAMENTS", 1)
+
+    def work(_alone: Topology) -> tuple[int, list[int], int]:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3072)
+        groups = dist.distributed_c10d._world.pg_map
+        made, new_group = [], dist.new_group
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            made.append(len(args[0]) if args else dist.get_world_size())
+            return new_group(*args, **kwargs)
+
+        monkeypatch.setattr(dist, "new_group", counted)
+        with links.measuring_group(CPU) as group:
+            assert group is not None
+            for pairs in rounds(3072):
+                links.send(torch.zeros(1), pairs[0], group)
+            measure_collectives(CPU, 16, group, repeats=1)
+            during = len(groups)
+        return during, made, len(groups)
+
+    assert run_ranks(1, work) == [(2, [3072], 1)]
 
 
 def test_a_rank_that_hangs_in_preflight_is_named(tmp_path: Path) -> None:
