@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from train.health.heartbeat import Finding, Heartbeat, Stuck, Suspect
+from train.health.heartbeat import Finding, Heartbeat, Stuck, Suspect, ranks_of
 
 
 def diagnose(
@@ -35,19 +35,30 @@ def diagnose(
 
 def _blockers(stuck: Mapping[int, Stuck], beats: Mapping[int, Heartbeat], silent: set[int]) -> list[Suspect]:
     """Ranks that others wait for and that wait for no one."""
-    needs = {rank: _waits_for(record, stuck) for rank, record in stuck.items()}
+    late: dict[tuple[Any, ...], set[int]] = {}
+    needs = {rank: _waits_for(record, stuck, late) for rank, record in stuck.items()}
     wanted = set().union(*needs.values()) if needs else set()
     return [_suspect(rank, stuck, beats, silent) for rank in sorted(wanted) if not needs.get(rank)]
 
 
-def _waits_for(record: Stuck, stuck: Mapping[int, Stuck]) -> set[int]:
-    found = set()
+def _waits_for(record: Stuck, stuck: Mapping[int, Stuck], late: dict[tuple[Any, ...], set[int]]) -> set[int]:
+    """Ranks that have not issued a collective that a rank waits in.
+
+    Args:
+        record: the rank that waits.
+        stuck: all records.
+        late: what was found for collectives so far; all of a group's ranks wait for the same ones.
+    """
+    found: set[int] = set()
     for collective in record.waiting:
         group, number = collective["group"], collective["number"]
-        for rank in record.groups[group]:
-            other = stuck.get(rank)
-            if other is None or other.issued.get(group, 0) < number:
-                found.add(rank)
+        key = (group, number, *map(tuple, record.groups[group]))
+        if key not in late:
+            others = {rank: stuck.get(rank) for rank in ranks_of(record.groups[group])}
+            late[key] = {
+                rank for rank, other in others.items() if other is None or other.issued.get(group, 0) < number
+            }
+        found |= late[key]
     return found
 
 

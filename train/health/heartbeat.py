@@ -74,8 +74,8 @@ class Stuck:
     where: str
     issued: dict[str, int]
     """Number of collectives issued, by group."""
-    groups: dict[str, list[int]]
-    """Ranks by group."""
+    groups: dict[str, list[list[int]]]
+    """Ranks of each group that it waits in, as :func:`runs`: thousands of ranks would list thousands each."""
     waiting: list[dict[str, Any]]
     """Collectives it waits in: :class:`train.health.snapshot.IssuedCollective` as plain values."""
     stacks: str
@@ -210,6 +210,24 @@ def record_failure(folder: Path, topology: Topology, batch: int, error: BaseExce
     trace = "".join(traceback.format_exception(error))[-8000:]
     failure = Failure(topology.rank, host_name(), time.time(), batch, line, trace)
     write_record(failure_file(folder, topology.rank), failure)
+
+
+def runs(ranks: list[int]) -> list[list[int]]:
+    """Writes ascending ranks as runs of first, step and count: [[0, 8, 4]] for 0, 8, 16, 24."""
+    found: list[list[int]] = []
+    for rank in ranks:
+        if found and found[-1][2] == 1:
+            found[-1][1:] = [rank - found[-1][0], 2]
+        elif found and rank == found[-1][0] + found[-1][1] * found[-1][2]:
+            found[-1][2] += 1
+        else:
+            found.append([rank, 1, 1])
+    return found
+
+
+def ranks_of(written: list[list[int]]) -> list[int]:
+    """Returns the ranks that :func:`runs` has written."""
+    return [first + step * place for first, step, count in written for place in range(count)]
 
 
 def ranges(ranks: list[int]) -> str:

@@ -2,8 +2,10 @@
 
 It writes a heartbeat every few seconds. If its rank has made no progress for too long, it records the stack
 of every thread and the collectives that the rank waits in. A moment later all ranks have done so or are
-silent, and the lowest rank alive names the culprits (:mod:`train.health.diagnosis`). All exit with status 76,
-on which a supervisor restarts from the newest checkpoint.
+silent. Rank 0 reads what they wrote and names the culprits (:mod:`train.health.diagnosis`); if it is silent
+itself, the first rank of a node does, then any: always one, since thousands of ranks that read thousands of
+files would be too much for a shared file system. All exit with status 76, on which a supervisor restarts from
+the newest checkpoint.
 
 A process that is stopped, or stuck in C while holding the GIL, cannot write its stacks itself. A rank on the
 same host sends it SIGUSR2, whose handler is faulthandler's (C, needs no lock), then SIGCONT.
@@ -18,8 +20,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
+from enum import Enum
 from pathlib import Path
 from typing import IO
 
@@ -36,6 +39,7 @@ from train.health.heartbeat import (
     pid_space,
     read_record,
     read_records,
+    runs,
     stacks_file,
     stuck_file,
     write_record,
@@ -52,6 +56,14 @@ BEATS_PER_LIMIT = 10
 LONGEST_INTERVAL_SECONDS = 30.0
 STACK_SECONDS = 1.0
 """Time for a signalled process to write its stacks."""
+
+
+class Turn(Enum):
+    """Who looks at all ranks' records, in order; the next ones only if there is no finding."""
+
+    rank_0 = 0
+    first_of_a_node = 1
+    any_rank = 2
 
 
 class Watchdog:
@@ -151,32 +163,66 @@ class Watchdog:
         write_record(heartbeat_file(self.folder, rank), beat)
 
     def _find(self, seconds: float) -> Finding | None:
-        """Records this rank's state, waits for the others, and returns the finding of the lowest rank.
+        """Records this rank's state, and returns the finding of the rank whose turn it is to look at all.
 
         None if the rank makes progress again.
         """
-        rank = self.topology.rank
         self._write_stuck()
-        before = {beat.rank: beat.count for beat in read_records(self.folder, "beat-*.json", Heartbeat)}
-        self._rest(self._all_are_stuck)
-        if self._progress_now() != self._progress:
-            stuck_file(self.folder, rank).unlink(missing_ok=True)
-            self._moved = time.monotonic()
-            return None
-        known = {record.rank: record for record in read_records(self.folder, "stuck-*.json", Stuck)}
-        if min(known, default=rank) != rank:
-            # The lowest rank writes the finding; it gets the same time again, plus the time for stacks.
-            time.sleep(STACK_SECONDS)
-            self._rest((self.folder / FINDING_FILE).exists)
-            found = read_record(self.folder / FINDING_FILE, Finding)
+        for turn in Turn:
+            if self._has_turn(turn):
+                return self._look(seconds)
+            found = self._await_finding()
             if found is not None:
                 return found
-        beats = {beat.rank: beat for beat in read_records(self.folder, "beat-*.json", Heartbeat)}
-        silent = {who for who, beat in beats.items() if beat.count == before.get(who)} - known.keys()
+            if self._has_moved():
+                return None
+        return self._look(seconds)  # whoever had the turn has died
+
+    def _has_turn(self, turn: Turn) -> bool:
+        """Returns whether this rank is the one that looks: the lowest of those that may and have noticed."""
+        rank, per_node = self.topology.rank, self.topology.local_world_size
+        if turn is Turn.rank_0:
+            return rank == 0
+        if turn is Turn.first_of_a_node and self.topology.local_rank != 0:
+            return False
+        stride = per_node if turn is Turn.first_of_a_node else 1
+        return rank == min((who for who in self._stuck_ranks() if who % stride == 0), default=rank)
+
+    def _await_finding(self) -> Finding | None:
+        """Waits for the finding as long as the rank that looks may take."""
+        file = self.folder / FINDING_FILE
+        self._rest(file.exists)
+        if not file.exists():
+            time.sleep(STACK_SECONDS)
+            self._rest(file.exists)
+        return read_record(file, Finding)
+
+    def _has_moved(self) -> bool:
+        """Returns whether the rank makes progress again, and then takes its record back."""
+        if self._progress_now() == self._progress:
+            return False
+        stuck_file(self.folder, self.topology.rank).unlink(missing_ok=True)
+        self._moved = time.monotonic()
+        return True
+
+    def _look(self, seconds: float) -> Finding | None:
+        """Reads what the others wrote and writes the finding; None if the rank makes progress again."""
+        before = self._beats_without(self._stuck_ranks())
+        self._rest(self._all_are_stuck)
+        if self._has_moved():
+            return None
+        known = {record.rank: record for record in read_records(self.folder, "stuck-*.json", Stuck)}
+        beats = self._beats_without(known)
+        silent = {who for who, beat in beats.items() if who in before and beat.count == before[who].count}
         finding = diagnose(known, beats, silent, time.time(), seconds)
-        suspects = [self._with_stacks(suspect, beats) for suspect in finding.suspects]
+        woken: list[int] = []
+        suspects = [self._with_stacks(suspect, beats, woken) for suspect in finding.suspects]
         finding = replace(finding, suspects=suspects)
         write_record(self.folder / FINDING_FILE, finding)
+        for pid in woken:
+            # A continued process must not train without the others. Its end may at once end this process too.
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
         log_finding(finding)
         return finding
 
@@ -189,7 +235,7 @@ class Watchdog:
             batch=self.batch,
             where=self._where,
             issued=known.issued,
-            groups=known.ranks,
+            groups={each.group: runs(known.ranks[each.group]) for each in known.waiting},
             waiting=[asdict(each) for each in known.waiting],
             stacks=thread_stacks(),
         )
@@ -205,11 +251,27 @@ class Watchdog:
             time.sleep(self.interval)
             self._beat()
 
-    def _all_are_stuck(self) -> bool:
-        return len(list(self.folder.glob("stuck-*.json"))) == self.topology.world_size
+    def _stuck_ranks(self) -> set[int]:
+        """Ranks that have noticed the hang, from the names of their files."""
+        return {int(file.stem.removeprefix("stuck-")) for file in self.folder.glob("stuck-*.json")}
 
-    def _with_stacks(self, suspect: Suspect, beats: dict[int, Heartbeat]) -> Suspect:
-        """Adds the stacks of a suspect that could not write them, if its process is on this machine."""
+    def _all_are_stuck(self) -> bool:
+        return len(self._stuck_ranks()) == self.topology.world_size
+
+    def _beats_without(self, known: Collection[int]) -> dict[int, Heartbeat]:
+        """Reads the last heartbeat of each rank but the known ones."""
+        others = (rank for rank in range(self.topology.world_size) if rank not in known)
+        beats = ((rank, read_record(heartbeat_file(self.folder, rank), Heartbeat)) for rank in others)
+        return {rank: beat for rank, beat in beats if beat is not None}
+
+    def _with_stacks(self, suspect: Suspect, beats: dict[int, Heartbeat], woken: list[int]) -> Suspect:
+        """Adds the stacks of a suspect that could not write them, if its process is on this machine.
+
+        Args:
+            suspect: the suspect.
+            beats: heartbeats by rank.
+            woken: the process is added here, to be killed.
+        """
         beat = beats.get(suspect.rank)
         is_here = beat is not None and beat.pid_space == self._pid_space
         if suspect.stacks or beat is None or not is_here or not _is_rank(beat.pid):
@@ -220,9 +282,8 @@ class Watchdog:
         with contextlib.suppress(OSError):
             _signal_main_thread(beat.pid, signal.SIGUSR2)
             os.kill(beat.pid, signal.SIGCONT)
+            woken.append(beat.pid)
             _await_text(file)
-            # The continued process must not train without the others.
-            os.kill(beat.pid, signal.SIGKILL)
         return replace(suspect, why=why, stacks=file.read_text() if file.is_file() else "")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from train.health import nccl
 from train.health.diagnosis import diagnose
-from train.health.heartbeat import Stuck
+from train.health.heartbeat import Stuck, runs
 from train.health.nccl import NcclRecorder, nccl_trace, read_trace
 from train.health.snapshot import IssuedCollective
 
@@ -75,7 +75,8 @@ def test_a_rank_that_did_not_issue_what_others_wait_in_is_named() -> None:
     for rank, entries in enumerate(([entry(6, "completed"), entry(7, "started")], [entry(6, "completed")])):
         known = read_trace(trace(*entries))
         waiting = [vars(each) for each in known.waiting]
-        stuck[rank] = Stuck(rank, f"host{rank}", 3, "update", known.issued, known.ranks, waiting, "")
+        groups = {name: runs(ranks) for name, ranks in known.ranks.items()}
+        stuck[rank] = Stuck(rank, f"host{rank}", 3, "update", known.issued, groups, waiting, "")
     finding = diagnose(stuck, {}, set(), 0.0, 10.0)
     assert [suspect.rank for suspect in finding.suspects] == [1] and finding.waiting == [0]
     assert finding.collective == "all_reduce of 28 bytes (number 7 of group 0)"

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,10 @@ from train.health.heartbeat import (
     Stuck,
     failure_file,
     heartbeat_file,
+    ranks_of,
     read_record,
+    runs,
+    stuck_file,
 )
 from train.health.watchdog import Watchdog
 from train.health.watched import watched
@@ -128,8 +133,69 @@ def stuck(rank: int, issued: dict[str, int], *waits: tuple[str, int, str]) -> St
         {"group": group, "number": number, "operation": operation, "size_bytes": 8, "since": float(rank)}
         for group, number, operation in waits
     ]
-    groups = {"all": [0, 1, 2, 3], "pair": [2, 3]}
+    groups = {"all": runs([0, 1, 2, 3]), "pair": runs([2, 3])}
     return Stuck(rank, f"host{rank}", 7, "update", issued, groups, waiting, f"stack of {rank}")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "written"),
+    [
+        ([], []),
+        ([5], [[5, 1, 1]]),
+        (list(range(3072)), [[0, 1, 3072]]),
+        (list(range(7, 3072, 128)), [[7, 128, 24]]),
+        ([0, 1, 2, 4, 9, 14], [[0, 1, 3], [4, 5, 3]]),
+    ],
+)
+def test_groups_of_thousands_are_written_in_a_few_numbers(ranks: list[int], written: list[list[int]]) -> None:
+    assert runs(ranks) == written and ranks_of(written) == ranks
+
+
+def stop_rank_0(topology: Topology) -> None:
+    if topology.rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("hang", "per_node", "looks"),
+    [
+        pytest.param(wait_for_a_lock, 2, 0, id="rank 0"),
+        pytest.param(stop_rank_0, 2, 2, id="the first rank of a node"),
+        pytest.param(stop_rank_0, 6, 1, id="any"),
+    ],
+)
+def test_one_rank_reads_the_others_records(hang: Hang, per_node: int, looks: int, tmp_path: Path) -> None:
+    def work(topology: Topology) -> None:
+        readers = tmp_path / f"read-by-{topology.rank}"
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            name = Path(str(arguments[0])).name if event == "open" and arguments else ""
+            is_read = event == "open" and len(arguments) > 1 and arguments[1] in ("r", "rb")
+            if is_read and name.startswith(("stuck-", "beat-")):
+                with readers.open("a") as stream:
+                    stream.write(f"{name}\n")
+
+        sys.addaudithook(hook)
+        limit = Watch(hang_seconds=LIMIT_SECONDS, start_seconds=LIMIT_SECONDS)
+        node = replace(topology, local_rank=topology.rank % per_node, local_world_size=per_node)
+        with recorded_collectives() as recorder:
+            watchdog = Watchdog(limit, tmp_path, tmp_path, node, recorder)
+            watchdog.start()
+            for step in range(STEPS):
+                watchdog.move("step", step)
+                if step == HUNG_STEP:
+                    hang(topology)
+                dist.all_reduce(torch.ones(4))
+            watchdog.stop()
+
+    with Ranks(6, work, tmp_path / "out") as ranks:
+        codes = ranks.exit_codes(40)
+    assert all_ended(codes)
+    finding = read_record(tmp_path / FINDING_FILE, Finding)
+    assert finding is not None
+    assert [suspect.rank for suspect in finding.suspects] == ([2] if looks == 0 else [0])
+    assert [file.name for file in tmp_path.glob("read-by-*")] == [f"read-by-{looks}"]
+    assert read_record(stuck_file(tmp_path, looks), Stuck).groups == {"0": [[0, 1, 6]]}  # type: ignore[union-attr]
 
 
 def test_the_chain_of_waiting_is_followed_to_its_end() -> None:
