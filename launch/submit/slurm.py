@@ -11,7 +11,8 @@ SCRIPT = """#!/bin/bash
 set -u
 cd {workdir} || exit 2
 {exports}
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# Below the ports that the kernel hands out by itself (32768 and up).
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # The supervisor restarts, backs off, diagnoses and excludes bad nodes; SLURM requeues.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)

@@ -85,6 +85,61 @@ def test_slurm_asks_for_what_the_job_says() -> None:
     assert "--gpus-per-node" not in without and "--no-kill" not in without and "NCCL_DEBUG" not in without
 
 
+STUBS = {
+    "sinfo": "exit 0",
+    "scontrol": 'echo "NodeName=$3 NodeAddr=10.0.0.7 Port=1"',
+    "srun": 'printf "%s\\n" "$@" > srun-words; while [ "$1" != bash ]; do shift; done; exec "$@"',
+    "python": 'echo "image $*"',
+    ".venv/bin/python": 'echo "checkout $*"',
+}
+"""SLURM's commands and two Pythons, as far as the step calls them."""
+
+
+@pytest.mark.parametrize(
+    ("container", "cpus", "python", "binding"),
+    [
+        ("", "192", "checkout", ["--cpus-per-task=24", "--cpu-bind=cores"]),
+        (
+            "--container-image=/shared/finegrain.sqsh",
+            "192",
+            "image",
+            ["--cpus-per-task=24", "--cpu-bind=cores"],
+        ),
+        ("", "2", "checkout", []),
+    ],
+    ids=["checkout", "image", "fewer CPUs than ranks"],
+)
+def test_a_slurm_step_binds_its_ranks_and_the_image_wins(
+    container: str, cpus: str, python: str, binding: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name, body in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RANKS_PER_NODE": "8", "SLURM_JOB_ID": "77"}
+    step = subprocess.run(
+        ["bash", ROOT / "launch/submit/srun_step.sh", "n1,n2", "yamls/X.yaml", "name=a b"],
+        cwd=tmp_path,
+        env=environment | {"CONTAINER_ARGUMENTS": container, "SLURM_CPUS_ON_NODE": cpus},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert step.stdout == f"{python} train/main.py yamls/X.yaml name=a b\n"
+    words = (tmp_path / "srun-words").read_text().split("\n")
+    assert [word for word in words if "cpu" in word] == binding
+    assert {"--nodes=2", "--ntasks=16", "--distribution=block:block"} <= set(words)
+
+
+def test_slurms_port_is_not_one_that_the_kernel_hands_out() -> None:
+    (line,) = (line for line in slurm.render(JOB).splitlines() if "MASTER_PORT" in line)
+    ports = [
+        int(subprocess.check_output(["bash", "-c", f"SLURM_JOB_ID={job}; {line}; echo $MASTER_PORT"]))
+        for job in (1, 9999, 19999, 123456)
+    ]
+    assert ports == [20001, 29999, 29999, 23456] and max(ports) < 32768
+
+
 @pytest.mark.parametrize("device", Device)
 def test_kubernetes_knows_every_field(device: Device) -> None:
     client = pytest.importorskip("kubernetes.client")
