@@ -73,7 +73,8 @@ class Operations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
-        if tensors and all(tensor.device.type == "cpu" and tensor.dim() for tensor in tensors):
+        is_vector = any(tensor.dim() and tensor.numel() for tensor in tensors)
+        if is_vector and all(tensor.device.type == "cpu" for tensor in tensors):
             self.on_cpu[place_of(sys._getframe(1))] += 1
         copies = name in ("copy_", "_to_copy", "clone", "cat", "stack", "contiguous")
         if copies and isinstance(out, torch.Tensor) and out.numel() >= self.large:

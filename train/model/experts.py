@@ -8,7 +8,6 @@ Shapes: R rows sorted by expert, D model, F hidden, E experts of this rank.
 """
 
 import functools
-import itertools
 from typing import Any
 
 import torch
@@ -59,7 +58,8 @@ def grouped_glu(x_RD: Tensor, w1_EFD: Tensor, v1_EFD: Tensor, w2_EFD: Tensor, to
         [R, D], in autocast's precision if autocast is on.
     """
     ends_E = tokens_E.cumsum(0).int().to(x_RD.device, non_blocking=True)
-    spans = None if HAS_GROUPED_MM else spans_of(tokens_E)
+    is_on_device = HAS_GROUPED_MM or torch.compiler.is_compiling()  # no graph takes what the host knows
+    spans = None if is_on_device else spans_of(tokens_E.cpu().cumsum(0))
     result: Tensor = _GroupedGlu.apply(x_RD, w1_EFD, v1_EFD, w2_EFD, ends_E, spans)
     return result
 
@@ -116,9 +116,7 @@ def grouped_product(a: Tensor, b: Tensor, ends_E: Tensor, spans: Spans | None = 
         [R, N], each row times its expert's matrix; or [E, D, N], each expert's product of its rows.
     """
     if not HAS_GROUPED_MM or not (_is_accepted(a) and _is_accepted(b)):
-        if spans is None:
-            spans = spans_of(ends_E.diff(prepend=ends_E.new_zeros(1)))
-        return product_by_product(a, b, spans)
+        return product_by_product(a, b, spans_of(ends_E) if spans is None else spans)
     out: Tensor = functional.grouped_mm(a, b, offs=ends_E)  # type: ignore[attr-defined, unused-ignore]
     return out
 
@@ -128,10 +126,10 @@ def _is_accepted(operand: Tensor) -> bool:
     return operand.dtype != torch.float64 and max(operand.stride()[-2:]) * operand.itemsize % 16 == 0
 
 
-def spans_of(tokens_E: Tensor) -> Spans:
-    """Returns each expert's rows, by their numbers; the host waits for them."""
-    ends = list(itertools.accumulate(tokens_E.tolist()))
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+def spans_of(ends_E: Tensor) -> Spans:
+    """Returns each expert's rows by where they end; the host waits for that."""
+    ends = ends_E.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def product_by_product(a: Tensor, b: Tensor, spans: Spans) -> Tensor:
