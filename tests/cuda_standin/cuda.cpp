@@ -519,17 +519,14 @@ UNSUPPORTED(cudaGraphNodeGetDependencies, cudaGraphNode_t, cudaGraphNode_t*, cud
 
 // ---- driver
 
-static CUresult address_of(const char* name, void** f) {
-  for (const char* suffix : {"", "_v2"})
-    if ((*f = dlsym(RTLD_DEFAULT, (std::string(name) + suffix).c_str()))) return CUDA_SUCCESS;
-  return CUDA_ERROR_NOT_FOUND;
-}
-static cudaError_t entry_point(const char* name, void** f, cudaDriverEntryPointQueryResult* result) {
-  bool is_found = address_of(name, f) == CUDA_SUCCESS;
-  if (result) *result = is_found ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-  return is_found ? cudaSuccess : cudaErrorSymbolNotFound;
-}
 typedef cudaDriverEntryPointQueryResult Query;
+
+static cudaError_t entry_point(const char* name, void** f, Query* result) {
+  *f = dlsym(RTLD_DEFAULT, name);
+  if (!*f) *f = dlsym(RTLD_DEFAULT, (std::string(name) + "_v2").c_str());
+  if (result) *result = *f ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return *f ? cudaSuccess : cudaErrorSymbolNotFound;
+}
 #if CUDART_VERSION < 13000
 EXPORT cudaError_t cudaGetDriverEntryPoint(const char* name, void** f, unsigned long long, Query* result) {
   return entry_point(name, f, result);

@@ -68,7 +68,8 @@ def _build() -> Path | str:
                 if any("No such file or directory" in line for line in errors):
                     return f"the stand-in for CUDA needs the headers of CUDA's wheels: {errors[0]}"
                 raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-            (Path(made) / "libcuda.so").symlink_to("libcuda.so.1")
+            for name in ("libcuda.so", "libnvidia-ml.so.1"):
+                (Path(made) / name).symlink_to("libcuda.so.1")
             shutil.copytree(made, target, symlinks=True)
     return target
 
@@ -84,7 +85,7 @@ def environment(devices: int = 1, **settings: str) -> dict[str, str]:
     mine = {"LD_PRELOAD": f"{library}/libcuda.so.1", "STANDIN_DEVICES": str(devices), "OMP_NUM_THREADS": "1"}
     mine |= {"TRITON_LIBCUDA_PATH": str(library), "TRITON_CACHE_DIR": str(CACHE / "triton")}
     mine |= {"TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    mine |= {"LD_LIBRARY_PATH": str(library)}
+    mine |= {"LD_LIBRARY_PATH": str(library), "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     return os.environ | mine | {f"STANDIN_{name}": value for name, value in settings.items()}
 
 

@@ -37,10 +37,11 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
     result = {
         "counts": inside.counts(),
         "waits": waits.places,
+        "has_varlen": attention.has_varlen(),
         "modules": modules,
         "peak": torch.cuda.max_memory_allocated(),
     }
-    model.document_masking = attention.HAS_VARLEN  # FlexAttention takes no dispatch mode.
+    model.document_masking = attention.has_varlen()  # FlexAttention takes no dispatch mode.
     with inside.Operations(moe.experts * recipe.model.ffn_hidden_size * recipe.model.d_model) as operations:
         _step(model, optimizer, batch, clip_norm)
     return result | {"on_cpu": operations.on_cpu, "large_copies": operations.large_copies}
@@ -48,7 +49,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
 
 inside.prepare()
 if "STANDIN_FLEX" in os.environ:
-    attention.HAS_VARLEN = False
+    attention.has_varlen = lambda: False
 found = []
 for case in json.loads(sys.argv[1]):
     found.append(measure(case[0], case[1:]))
