@@ -10,7 +10,6 @@ import torch
 from composer import Trainer
 from composer.core import Callback
 from composer.loggers import LoggerDestination
-from composer.utils import get_device
 from torch.optim import Optimizer
 
 from data.loader import build_train_loader, build_validation_loaders, validation_entropy
@@ -72,7 +71,7 @@ from train.step.language_model import LanguageModel
 from train.step.rollback import Rollback, RollbackError, documents_of
 from train.step.step import TrainingStep
 from train.tracking.uploader import MlflowUploader
-from train.trainer import build_trainer
+from train.trainer import build_trainer, composer_device
 
 
 @dataclass(frozen=True)
@@ -177,9 +176,7 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
         UserError: if the recipe asks for bf16 and the device does not support it, or if this node allows too
             few open files.
     """
-    device = get_device(None)
-    # Composer turns TF32 on, whose 10 bits of mantissa would decide near-ties of the fp32 router.
-    torch.backends.cuda.matmul.allow_tf32 = False
+    device = composer_device()
     device_type = "cuda" if device.name == "gpu" else "cpu"
     if device_type == "cuda" and recipe.training.deterministic:
         add_in_fixed_order()

@@ -2,8 +2,10 @@
 
 import datetime
 
+import torch
 from composer import Evaluator, Time, Timestamp, Trainer
 from composer.core import Callback, DataSpec
+from composer.devices import Device, DeviceCPU, DeviceGPU
 from composer.loggers import LoggerDestination
 from composer.utils import collect_env
 from torch.optim import Optimizer
@@ -15,6 +17,15 @@ from train.recipe.curriculum import Curriculum
 from train.recipe.schema import Recipe
 from train.step.language_model import LanguageModel
 from train.step.microbatch import Batch
+
+
+def composer_device() -> Device:
+    """Returns this rank's device for Composer.
+
+    By default Composer turns TF32 on, here and again where it makes a device of its own: 10 bits of mantissa
+    would decide near-ties of the fp32 router.
+    """
+    return DeviceGPU(allow_tf32=False) if torch.cuda.is_available() else DeviceCPU()
 
 
 def build_trainer(
@@ -56,6 +67,7 @@ def build_trainer(
         callbacks=callbacks,
         loggers=loggers,
         progress_bar=False,
+        device=composer_device(),
         # The model itself applies bf16 autocast, on the same path for CPU and GPU.
         precision="fp32",
         device_train_microbatch_size=recipe.training.microbatch_sequences,

@@ -37,7 +37,9 @@ CPU_FP32 = Numerics(FP32, FP32, FP32)
 CPU_BF16 = Numerics(FP32, FP32, BF16, copies_weights=True)
 """Autocast on a CPU with unsharded fp32 weights: the stream stays fp32."""
 GPU_BF16 = Numerics(BF16, FP32, BF16, on_gpu=True)
-"""FSDP2 casts a layer's inputs to bf16; autocast on CUDA computes norms in fp32. Not yet run on a GPU."""
+"""FSDP2 casts a layer's inputs to bf16; autocast on CUDA computes norms in fp32."""
+ONE_GPU_BF16 = Numerics(FP32, FP32, BF16, copies_weights=True, on_gpu=True)
+"""Autocast on a GPU that holds the whole model in fp32."""
 
 
 @dataclass(frozen=True)

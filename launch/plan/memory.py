@@ -2,22 +2,26 @@
 
 Weights, gradients and optimizer state are exact; activations and loss follow
 :mod:`launch.plan.activations`; gathered weights and exchanged tokens follow what FSDP2 and MegaBlocks
-allocate. None of it has been measured on a GPU yet.
+allocate. tests/cuda_standin/test_memory.py compares the sum with what PyTorch's allocator hands out.
 """
 
 from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
 
 from launch.plan.activations import (
     CPU_FP32,
     FP32,
     GPU_BF16,
+    ONE_GPU_BF16,
     Microbatch,
     Numerics,
     backward_bytes,
     kept_bytes,
     layer_bytes,
+    layer_gradient_elements,
     loss_bytes,
     norm_bytes,
+    weight_copies,
 )
 from launch.plan.hardware import GIB, Gpu
 from train.recipe import sizes
@@ -35,13 +39,15 @@ class Memory:
 
     weights: int
     gradients: int
+    """Those that exist at that moment."""
     optimizer: int
     activations: int
     """Kept for the backward pass, recomputed, and needed in the backward pass."""
     loss: int
     """Logits of a chunk, and the gradients that the loss computes."""
     gathered: int
-    """Weights that are gathered at the time, unsharded gradients, and the buffers to reduce them from."""
+    """Weights that are gathered at the time, unsharded gradients, and the buffers to reduce them from; on one
+    GPU autocast's copies of weights."""
     exchanged: int
     """Buffers of the all-to-all to experts on other ranks and back."""
     fragmentation: int
@@ -66,6 +72,11 @@ class States:
     gradients: int
     optimizer: int
 
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.weights + self.gradients + self.optimizer
+
 
 def states(model: Model, layout: Parallelism, world_size: int, rank: int, optimizer: OptimizerKind) -> States:
     """Bytes of one rank's fp32 shards: AdamW has two moments and a counter per tensor, Lion one moment."""
@@ -75,9 +86,11 @@ def states(model: Model, layout: Parallelism, world_size: int, rank: int, optimi
     return States(elements * FP32, elements * FP32, moments)
 
 
-def numerics_of(recipe: Recipe) -> Numerics:
-    """Returns the numerics of a run on GPUs."""
-    return CPU_FP32 if recipe.training.precision is Precision.fp32 else GPU_BF16
+def numerics_of(recipe: Recipe, world_size: int) -> Numerics:
+    """Returns the numerics of a run on GPUs; one GPU shards nothing."""
+    if recipe.training.precision is Precision.fp32:
+        return CPU_FP32
+    return GPU_BF16 if world_size > 1 else ONE_GPU_BF16
 
 
 def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 0) -> Memory:
@@ -97,48 +110,89 @@ def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 
         imbalance=imbalance if layout.expert > 1 else 1.0,
     )
     held = states(model, layout, world_size, rank, recipe.optimizer.kind)
-    moments = _moments(recipe, world_size, batch)
-    activations, loss, gathered, exchanged = max(moments, key=sum)
-    handed_out = sum((held.weights, held.gradients, held.optimizer, activations, loss, gathered, exchanged))
+    kept_gradients = held.gradients if sizes.microbatches_per_rank(recipe, world_size) > 1 else 0
+    moments = (_moments if world_size > 1 else _moments_of_one)(recipe, world_size, batch, kept_gradients)
+    fullest = max(moments, key=sum)
+    handed_out = held.weights + held.optimizer + sum(fullest)
     return Memory(
         weights=held.weights,
-        gradients=held.gradients,
+        gradients=fullest.gradients,
         optimizer=held.optimizer,
-        activations=activations,
-        loss=loss,
-        gathered=gathered,
-        exchanged=exchanged,
+        activations=fullest.activations,
+        loss=fullest.loss,
+        gathered=fullest.gathered,
+        exchanged=fullest.exchanged,
         fragmentation=round(handed_out * FRAGMENTATION_SHARE),
         reserved=RESERVED_BYTES,
     )
 
 
-def _moments(recipe: Recipe, world_size: int, batch: Microbatch) -> list[tuple[int, int, int, int]]:
-    """Activations, loss, gathered weights and exchanged tokens at three moments: in the loss, in the backward
-    pass of the last layer, and at the end of the backward pass, when the embeddings' gradients are reduced.
+class _Moment(NamedTuple):
+    """Bytes at a candidate for the peak, by the parts of :class:`Memory`."""
+
+    activations: int
+    loss: int
+    gathered: int
+    exchanged: int
+    gradients: int
+
+
+def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients: int) -> list[_Moment]:
+    """The candidates of a rank of several: in the loss, in the backward passes of the last and of the first
+    layer, and at the end of the backward pass, when the embeddings' gradients are reduced.
+
+    Gradients of earlier microbatches, ``kept_gradients``, exist all the time, those of the only one from the
+    backward pass of their layer on, in which the inputs that recomputation kept become fewer.
     """
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
-    numerics = numerics_of(recipe)
+    numerics = numerics_of(recipe, world_size)
     checkpointing = training.activation_checkpointing
     kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
+    per_layer = layer_bytes(model, batch, numerics)
+    stream = batch.tokens * model.d_model * numerics.stream
     loss = loss_bytes(model, batch, numerics, training.loss_chunk_tokens)
     whole = _Whole.of(model, layout, world_size, numerics.compute)
-    again = layer_bytes(model, batch, numerics) if checkpointing else 0
-    stream = batch.tokens * model.d_model * numerics.stream
     head_gradient = loss.weight_gradient * numerics.compute // FP32
     exchanged = 0
     if model.moe and layout.expert > 1:
         rows = batch.tokens * model.moe.top_k * model.d_model * numerics.compute
         exchanged = rows + round(rows * batch.imbalance)
+    all_gradients = states(model, layout, world_size, 0, recipe.optimizer.kind).gradients
+    in_layer = (per_layer if checkpointing else 0) + backward_bytes(model, batch, numerics)
+    above_first = (model.n_layers - 1) * (stream if checkpointing else per_layer)
+    gathered = whole.outside + whole.in_backward
     return [
-        (kept + norm_bytes(model, batch, numerics), loss.total, whole.outside, 0),
-        (
-            kept + again + backward_bytes(model, batch, numerics),
-            head_gradient,
-            whole.outside + whole.in_backward,
-            exchanged,
+        _Moment(kept + norm_bytes(model, batch, numerics), loss.total, whole.outside, 0, kept_gradients),
+        _Moment(kept + in_layer, head_gradient, gathered, exchanged, kept_gradients),
+        _Moment(kept - above_first + in_layer, head_gradient, gathered, exchanged, all_gradients),
+        _Moment(stream, 0, whole.outside * (2 + FP32 // numerics.compute), 0, all_gradients),
+    ]
+
+
+def _moments_of_one(recipe: Recipe, _world: int, batch: Microbatch, kept_gradients: int) -> list[_Moment]:
+    """The candidates of one process with the whole model: its gradients are made in place, in fp32."""
+    model, training = recipe.model, recipe.training
+    numerics = numerics_of(recipe, 1)
+    checkpointing = training.activation_checkpointing
+    kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
+    per_layer = layer_bytes(model, batch, numerics)
+    stream = batch.tokens * model.d_model * numerics.stream
+    loss = loss_bytes(model, batch, numerics, training.loss_chunk_tokens)
+    copies = weight_copies(model, numerics)
+    at_loss, in_backward = copies.all_layers, copies.all_layers
+    if checkpointing:
+        at_loss, in_backward = copies.cached, copies.one_layer
+    of_layer, made_first = (elements * FP32 for elements in layer_gradient_elements(model))
+    above_first = (model.n_layers - 1) * (stream if checkpointing else per_layer)
+    in_layer = (per_layer - stream if checkpointing else 0) + backward_bytes(model, batch, numerics)
+    of_layers_above = max(kept_gradients, (model.n_layers - 1) * of_layer)
+    return [
+        _Moment(kept + norm_bytes(model, batch, numerics), loss.total, at_loss, 0, kept_gradients),
+        _Moment(kept + in_layer, loss.weight_gradient, in_backward, 0, kept_gradients + made_first),
+        _Moment(
+            kept - above_first + in_layer, loss.weight_gradient, in_backward, 0, of_layers_above + made_first
         ),
-        (stream, 0, whole.outside * (2 + FP32 // numerics.compute), 0),
+        _Moment(stream, 0, 0, 0, sizes.total_parameters(model) * FP32),
     ]
 
 

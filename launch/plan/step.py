@@ -194,7 +194,7 @@ def _traffic(recipe: Recipe, world_size: int) -> list[Collective]:
         recipe.parallelism,
         world_size,
         tokens=recipe.training.microbatch_sequences * recipe.data.sequence_tokens,
-        compute_bytes=numerics_of(recipe).compute,
+        compute_bytes=numerics_of(recipe, world_size).compute,
         checkpointing=recipe.training.activation_checkpointing,
     )
 

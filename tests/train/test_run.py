@@ -114,13 +114,3 @@ def test_a_run_goes_on_from_another_and_validates_what_it_does_not_train_on(
             assert now[key] == pytest.approx(old[key], abs=1e-6)
     read = json.loads((tmp_path / "old" / "summary.json").read_text())["datasets"]
     assert [dataset["name"] for dataset in read] == ["code/train", "code/validation", "prose/validation"]
-
-
-def test_a_start_turns_off_tf32_which_composer_turns_on(tiny_recipe: TinyRecipe, tmp_path: Path) -> None:
-    import torch
-
-    from train.run import start_processes
-
-    torch.backends.cuda.matmul.allow_tf32 = True
-    start_processes(tiny_recipe(tmp_path, tmp_path, "tf32"), Topology())
-    assert not torch.backends.cuda.matmul.allow_tf32

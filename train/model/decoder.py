@@ -105,6 +105,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.model = model
         self.activation_checkpointing = activation_checkpointing
+        # Only a router's jitter draws random numbers, if it has no key.
+        self.draws = model.moe is not None and model.moe.jitter_eps > 0
         self.wte = nn.Embedding(model.vocab_size, model.d_model, device=device)
         self.blocks = nn.ModuleList(Block(model, device) for _ in range(model.n_layers))
         self.norm_f = make_norm(model, device)
@@ -124,7 +126,9 @@ class Transformer(nn.Module):
         layers: list[MoEAux] = []
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BSD, aux = checkpoint(block, x_BSD, plan, use_reentrant=False)
+                x_BSD, aux = checkpoint(
+                    block, x_BSD, plan, use_reentrant=False, preserve_rng_state=self.draws
+                )
             else:
                 x_BSD, aux = block(x_BSD, plan)
             if aux is not None:

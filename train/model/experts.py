@@ -7,6 +7,7 @@ run one product per expert. On a CPU :mod:`train.cpu.grouped_glu` replaces both.
 Shapes: R rows sorted by expert, D model, F hidden, E experts of this rank.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from megablocks.layers.glu import GroupedGLU  # noqa: E402
 from megablocks.layers.mlp import resolve_dtensor  # noqa: E402
 
 HAS_GROUPED_MM = hasattr(functional, "grouped_mm")
+
+Spans = list[slice]
+"""Each expert's rows, known to the host."""
 
 
 class Experts(GroupedGLU):
@@ -54,7 +58,9 @@ def grouped_glu(x_RD: Tensor, w1_EFD: Tensor, v1_EFD: Tensor, w2_EFD: Tensor, to
         [R, D], in autocast's precision if autocast is on.
     """
     ends_E = tokens_E.cumsum(0).int().to(x_RD.device, non_blocking=True)
-    result: Tensor = _GroupedGlu.apply(x_RD, w1_EFD, v1_EFD, w2_EFD, ends_E)
+    is_on_device = HAS_GROUPED_MM or torch.compiler.is_compiling()  # no graph takes what the host knows
+    spans = None if is_on_device else spans_of(tokens_E.cpu().cumsum(0))
+    result: Tensor = _GroupedGlu.apply(x_RD, w1_EFD, v1_EFD, w2_EFD, ends_E, spans)
     return result
 
 
@@ -62,50 +68,55 @@ class _GroupedGlu(torch.autograd.Function):
     """Saves gate and up, and recomputes their product in the backward pass, as MegaBlocks does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, v1: Tensor, w2: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, v1: Tensor, w2: Tensor, ends_E: Tensor, spans: Spans | None
+    ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         ctx.weight_dtype = w1.dtype
         x, w1, v1, w2 = [tensor.to(dtype) for tensor in (x, w1, v1, w2)]
-        gate_RF = grouped_product(x, w1.mT, ends_E)
-        up_RF = grouped_product(x, v1.mT, ends_E)
+        ctx.spans = spans
+        gate_RF = grouped_product(x, w1.mT, ends_E, spans)
+        up_RF = grouped_product(x, v1.mT, ends_E, spans)
         ctx.save_for_backward(x, w1, v1, w2, gate_RF, up_RF, ends_E)
-        return grouped_product(functional.silu(gate_RF).mul_(up_RF), w2, ends_E)
+        return grouped_product(functional.silu(gate_RF).mul_(up_RF), w2, ends_E, spans)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, v1, w2, gate_RF, up_RF, ends_E = ctx.saved_tensors
-        wants_x, *wants_weights, _ = ctx.needs_input_grad
+        wants_x, *wants_weights, _, _ = ctx.needs_input_grad
+        product = functools.partial(grouped_product, ends_E=ends_E, spans=ctx.spans)
         grad_RD = grads[0].contiguous()
         activated_RF = functional.silu(gate_RF)
         grad_w1 = grad_v1 = grad_w2 = grad_x = None
         if wants_weights[2]:
-            grad_w2 = grouped_product((activated_RF * up_RF).t(), grad_RD, ends_E).to(ctx.weight_dtype)
-        grad_product_RF = grouped_product(grad_RD, w2.mT, ends_E)
+            grad_w2 = product((activated_RF * up_RF).t(), grad_RD).to(ctx.weight_dtype)
+        grad_product_RF = product(grad_RD, w2.mT)
         grad_up_RF = activated_RF.mul_(grad_product_RF)
         grad_gate_RF = torch.ops.aten.silu_backward(grad_product_RF.mul_(up_RF), gate_RF)
         if wants_weights[0]:
-            grad_w1 = grouped_product(grad_gate_RF.t(), x, ends_E).to(ctx.weight_dtype)
+            grad_w1 = product(grad_gate_RF.t(), x).to(ctx.weight_dtype)
         if wants_weights[1]:
-            grad_v1 = grouped_product(grad_up_RF.t(), x, ends_E).to(ctx.weight_dtype)
+            grad_v1 = product(grad_up_RF.t(), x).to(ctx.weight_dtype)
         if wants_x:
-            grad_x = grouped_product(grad_gate_RF, w1, ends_E).add_(grouped_product(grad_up_RF, v1, ends_E))
-        return grad_x, grad_w1, grad_v1, grad_w2, None
+            grad_x = product(grad_gate_RF, w1).add_(product(grad_up_RF, v1))
+        return grad_x, grad_w1, grad_v1, grad_w2, None, None
 
 
-def grouped_product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_product(a: Tensor, b: Tensor, ends_E: Tensor, spans: Spans | None = None) -> Tensor:
     """Matrix products of groups, one for each expert.
 
     Args:
         a: rows sorted by expert, [R, D]; or the same transposed, [D, R].
         b: with rows in ``a``, one matrix per expert, [E, D, N]; with transposed rows, other rows [R, N].
         ends_E: int32, on the operands' device: where each expert's rows end.
+        spans: the same on the host, if it is known there.
 
     Returns:
         [R, N], each row times its expert's matrix; or [E, D, N], each expert's product of its rows.
     """
     if not HAS_GROUPED_MM or not (_is_accepted(a) and _is_accepted(b)):
-        return product_by_product(a, b, ends_E)
+        return product_by_product(a, b, spans_of(ends_E) if spans is None else spans)
     out: Tensor = functional.grouped_mm(a, b, offs=ends_E)  # type: ignore[attr-defined, unused-ignore]
     return out
 
@@ -115,10 +126,14 @@ def _is_accepted(operand: Tensor) -> bool:
     return operand.dtype != torch.float64 and max(operand.stride()[-2:]) * operand.itemsize % 16 == 0
 
 
-def product_by_product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
-    """:func:`grouped_product` as one product per expert, for which the host waits for their bounds."""
+def spans_of(ends_E: Tensor) -> Spans:
+    """Returns each expert's rows by where they end; the host waits for that."""
     ends = ends_E.tolist()
-    spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def product_by_product(a: Tensor, b: Tensor, spans: Spans) -> Tensor:
+    """:func:`grouped_product` as one product per expert."""
     if b.ndim == 2:
         out = a.new_empty(len(spans), len(a), b.shape[1])
         for rows, target in zip(spans, out, strict=True):

@@ -21,7 +21,7 @@ from launch.gpu_check.numerics import check_numerics
 from launch.gpu_check.rows import CheckRow
 from launch.gpu_check.step import check_step, gpu_of, slice_of
 from launch.plan.hardware import GPUS
-from launch.plan.memory import memory
+from launch.plan.memory import memory, states
 from train.cpu import permutation
 from train.model.router import Router
 from train.recipe.errors import UserError
@@ -118,8 +118,9 @@ def test_a_step_is_measured_and_its_states_are_the_plans() -> None:
 
 def test_states_that_the_plan_does_not_know_of_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = small("yamls/dbrx-moe-a.yaml")
-    more = replace(memory(recipe, 1), optimizer=memory(recipe, 1).optimizer * 2)
-    monkeypatch.setattr("launch.gpu_check.step.memory", lambda *_: more)
+    known = states(recipe.model, recipe.parallelism, 1, 0, recipe.optimizer.kind)
+    more = replace(known, optimizer=known.optimizer * 2)
+    monkeypatch.setattr("launch.gpu_check.step.states", lambda *_: more)
     assert "weights, gradients, optimizer" in failures(check_step("cpu", recipe, None, steps=1))
 
 

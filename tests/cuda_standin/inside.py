@@ -1,0 +1,139 @@
+"""For processes on the stand-in: reads what they did, and writes the values that others depend on.
+
+Kernels do nothing, so whatever one computes is what was in memory before. Where a value decides what happens
+next, it is set here: the tokens of each expert are even.
+"""
+
+import collections
+import ctypes
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[2]
+_library = ctypes.CDLL("libcuda.so.1")
+_library.standin_counts.restype = ctypes.c_char_p
+_ON_WAIT = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+
+Counts = dict[str, dict[str, tuple[int, float, float]]]
+"""By group and name: calls, sum and maximum of their amounts. Groups and amounts: see the sources."""
+
+
+def reset() -> None:
+    """Forgets what was counted."""
+    _library.standin_reset()
+
+
+def counts() -> Counts:
+    """Returns what was counted since :func:`reset`."""
+    found: Counts = collections.defaultdict(dict)
+    for line in _library.standin_counts().decode().splitlines():
+        group, name, calls, total, largest = line.split("\t")
+        found[group][name] = (int(calls), float(total), float(largest))
+    return found
+
+
+class Waits:
+    """Records the lines of ours at which the host waits for the device, while the context is entered."""
+
+    def __init__(self) -> None:
+        self.places: collections.Counter[str] = collections.Counter()
+        self._callback = _ON_WAIT(self._record)
+
+    def __enter__(self) -> "Waits":
+        _library.standin_on_wait(self._callback)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _library.standin_on_wait(_ON_WAIT())
+
+    def _record(self, _what: bytes) -> None:
+        self.places[place_of(sys._getframe(1))] += 1
+
+
+class Operations(TorchDispatchMode):
+    """Records what no step on a GPU should do: operations on the CPU, and copies of large tensors.
+
+    Args:
+        large: elements from which on a tensor is large.
+    """
+
+    def __init__(self, large: int) -> None:
+        super().__init__()
+        self.large = large
+        self.on_cpu: collections.Counter[str] = collections.Counter()
+        self.large_copies: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        is_vector = any(tensor.dim() and tensor.numel() for tensor in tensors)
+        if is_vector and all(tensor.device.type == "cpu" for tensor in tensors):
+            self.on_cpu[place_of(sys._getframe(1))] += 1
+        copies = name in ("copy_", "_to_copy", "clone", "cat", "stack", "contiguous")
+        if copies and isinstance(out, torch.Tensor) and out.numel() >= self.large:
+            source = tensors[0] if name == "_to_copy" else tensors[-1]
+            cast = f"{source.dtype} to {out.dtype}".replace("torch.", "")
+            self.large_copies[f"{place_of(sys._getframe(1))} {name} {cast}"] += 1
+        return out
+
+
+def place_of(frame: types.FrameType | None) -> str:
+    """Returns the innermost function of this project, or MegaBlocks', that a frame was called from."""
+    while frame is not None:
+        path, function = frame.f_code.co_filename, frame.f_code.co_qualname
+        for base in (f"{ROOT}/", "site-packages/megablocks/"):
+            own = path.partition(base)[2]
+            if own and "tests/cuda_standin" not in path and ".venv" not in own:
+                return f"{own}: {function.removesuffix('.<locals>.<listcomp>')}"
+        frame = frame.f_back
+    return "autograd"
+
+
+def prepare() -> None:
+    """Makes a process on the stand-in go where one on a GPU goes; call it before a model is built."""
+    # torch prefers cuDNN for attention. It looks into the device, which is none.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    _route_evenly()
+
+
+def _route_evenly() -> None:
+    """Gives each expert as many tokens as any other, after the kernels that would have counted them."""
+    from train.model import experts, megablocks_ops
+
+    histogram, grouped_glu = megablocks_ops.histogram, experts.grouped_glu
+
+    def even_histogram(x_R: torch.Tensor, bins: int) -> torch.Tensor:
+        return _written(histogram(x_R, bins), even(x_R.numel(), int(bins)))
+
+    def even_glu(x_RD: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        # With expert parallelism a kernel added what the ranks sent.
+        tokens_E = weights[-1]
+        return grouped_glu(x_RD, *weights[:-1], _written(tokens_E, even(len(x_RD), len(tokens_E))))
+
+    megablocks_ops.histogram = even_histogram
+    sys.modules["megablocks_ops"].histogram = even_histogram  # type: ignore[attr-defined]
+    experts.grouped_glu = even_glu
+
+
+def even(total: int, parts: int) -> list[int]:
+    """Returns ``parts`` counts that differ by at most 1 and sum to ``total``."""
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def _written(target: torch.Tensor, values: list[int]) -> torch.Tensor:
+    """Writes values from the host as if a kernel had, uncounted; not into a graph that is traced."""
+    if torch.compiler.is_compiling():
+        return target
+    _library.standin_counting(0)
+    try:
+        with _disable_current_modes():
+            return target.copy_(torch.tensor(values, dtype=target.dtype))
+    finally:
+        _library.standin_counting(1)

@@ -1,0 +1,58 @@
+"""Optimizer steps of recipes on one GPU of the stand-in, as `launch.gpu_check` takes them; prints JSON.
+
+`python -m tests.cuda_standin.step CASES`, a JSON list of lists: a recipe's file and overrides of its keys.
+With `STANDIN_FLEX` packed documents go through FlexAttention, as they do where torch has no better kernel.
+"""
+
+import gc
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+
+from launch.gpu_check.one_device import build_on_one_device
+from launch.gpu_check.step import _random_batch, _step
+from tests.cuda_standin import inside
+from train.model import attention
+from train.recipe.reading import load_recipe
+from train.recipe.schema import Precision
+
+
+def measure(path: str, overrides: list[str]) -> dict[str, Any]:
+    """Returns what the second step of a recipe did: counts, memory, where the host waited, odd operations."""
+    recipe = load_recipe(path, overrides)
+    clip_norm, moe = recipe.training.clip_norm, recipe.model.moe
+    assert moe is not None
+    model, optimizer = build_on_one_device(recipe, "cuda", Precision.bf16)
+    batch = _random_batch(recipe, "cuda")
+    inside.reset()
+    _step(model, optimizer, batch, clip_norm)  # compiles, and makes the optimizer's state
+    modules = inside.counts()["modules"]
+    torch.cuda.reset_peak_memory_stats()
+    inside.reset()
+    with inside.Waits() as waits:
+        _step(model, optimizer, batch, clip_norm)
+    result = {
+        "counts": inside.counts(),
+        "waits": waits.places,
+        "has_varlen": attention.has_varlen(),
+        "modules": modules,
+        "peak": torch.cuda.max_memory_allocated(),
+    }
+    model.document_masking = attention.has_varlen()  # FlexAttention takes no dispatch mode.
+    with inside.Operations(moe.experts * recipe.model.ffn_hidden_size * recipe.model.d_model) as operations:
+        _step(model, optimizer, batch, clip_norm)
+    return result | {"on_cpu": operations.on_cpu, "large_copies": operations.large_copies}
+
+
+inside.prepare()
+if "STANDIN_FLEX" in os.environ:
+    attention.has_varlen = lambda: False
+found = []
+for case in json.loads(sys.argv[1]):
+    found.append(measure(case[0], case[1:]))
+    gc.collect()
+    torch.cuda.empty_cache()
+print(json.dumps(found))

@@ -1,0 +1,69 @@
+"""The planner's memory against PyTorch's allocator at full size, as rank 0 of the job; the host's waits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.gpu_check.step import slice_of
+from launch.plan.memory import memory
+from tests.cuda_standin import standin
+from train.model.experts import HAS_GROUPED_MM
+from train.recipe.reading import load_recipe
+
+pytestmark = pytest.mark.slow
+
+YAMLS = Path(__file__).resolve().parents[2] / "yamls"
+H100_BYTES = 84943110144
+OF_32K = [
+    "data.sequence_tokens=32768",
+    "training.global_batch_sequences=3072",
+    "training.microbatch_sequences=1",
+]
+
+
+def of_slice() -> list[str]:
+    """Returns the overrides with which gpu-check measures MoE-A on an H100."""
+    found = slice_of(load_recipe(YAMLS / "dbrx-moe-a.yaml"), H100_BYTES)
+    sequences = found.training.microbatch_sequences
+    return [
+        f"model.n_layers={found.model.n_layers}",
+        f"training.microbatch_sequences={sequences}",
+        f"training.global_batch_sequences={sequences}",
+    ]
+
+
+Case = tuple[str, int, list[str]]
+CASES: dict[str, Case] = {
+    "MoE-A, gpu-check's slice, 1 GPU": ("dbrx-moe-a", 1, of_slice()),
+    "MoE-A, 64 GPUs": ("dbrx-moe-a", 64, []),
+    "DBRX, 3,072 GPUs": ("dbrx", 3072, []),
+    "DBRX, 3,072 GPUs, 32k": ("dbrx", 3072, OF_32K),
+}
+
+
+def measured(case: Case) -> Any:
+    """Runs a case on the stand-in."""
+    stem, ranks, overrides = case
+    return standin.run("world", str(ranks), str(YAMLS / f"{stem}.yaml"), *overrides, ALONE="1")
+
+
+def planned_bytes(case: Case) -> int:
+    """Returns what the plan says that the allocator hands out: its margins are not of that."""
+    stem, ranks, overrides = case
+    plan = memory(load_recipe(YAMLS / f"{stem}.yaml", overrides), ranks)
+    return plan.total - plan.fragmentation - plan.reserved
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_planned_memory_is_within_a_twentieth_of_the_allocators_peak(case: Case) -> None:
+    if not HAS_GROUPED_MM:
+        pytest.skip("the plan is of the kernels of today's torch")
+    stem, _, overrides = case
+    recipe, found = load_recipe(YAMLS / f"{stem}.yaml", overrides), measured(case)
+    assert planned_bytes(case) == pytest.approx(found["peak"], rel=0.05)
+    # At most the documents' places, at each pass, and the norm. MegaBlocks' exchange needs counts.
+    passes = 2 if recipe.training.activation_checkpointing else 1
+    exchanged = 2 * passes * recipe.model.n_layers if recipe.parallelism.expert > 1 else 0
+    assert found["waits"].pop("layers/moe.py: ParallelMLP.parallel_forward_once", 0) == exchanged
+    assert sum(found["waits"].values()) <= 3
