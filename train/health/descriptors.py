@@ -14,6 +14,8 @@ PER_GROUP = 3
 """Descriptors of a gloo group beside one for each of its ranks."""
 OTHERS = 512
 """For everything else: libraries, devices, shards, loader workers, NCCL's own sockets."""
+PLENTY = 65_536
+"""More than any rank needs, and few enough to close one by one."""
 
 
 def gloo_groups(layout: Parallelism, world_size: int, uses_gpus: bool) -> list[int]:
@@ -42,15 +44,19 @@ def needed_descriptors(layout: Parallelism, topology: Topology, uses_gpus: bool)
 
 
 def raise_descriptor_limit(layout: Parallelism, topology: Topology, uses_gpus: bool) -> None:
-    """Raises this process's limit of open files to the hard one, before it joins the job.
+    """Raises this process's limit of open files, if it may, before it joins the job.
 
     Raises:
         UserError: if the hard limit is below what the layout needs.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = needed_descriptors(layout, topology, uses_gpus)
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    is_limited = hard != resource.RLIM_INFINITY
+    # Not to any hard limit: where that is 2^30, programs that close every descriptor never get done.
+    target = min(max(needed, PLENTY), hard) if is_limited else max(needed, PLENTY)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+    if is_limited and hard < needed:
         raise UserError(
             f"rank {topology.rank} of {topology.world_size} may need {needed:,} open files, and this node's "
             f"hard limit is {hard:,}",

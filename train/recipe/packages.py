@@ -1,10 +1,11 @@
 """Packages that an installation may leave out (`launch/install.sh --core`), and which keys need them."""
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 
 from train.recipe.errors import UserError
-from train.recipe.schema import Recipe
+from train.recipe.schema import Compile, Recipe
 
 LEFT_OUT = {
     "alembic": "MLflow",
@@ -20,14 +21,21 @@ LEFT_OUT = {
 }
 """Module to import, and the package's name."""
 REMEDY = "install without --core"
+GROUPED_PRODUCT = (2, 10)
+"""The torch that first has a grouped product; without one, the experts' row counts break a compiled graph."""
 
 
 def check_packages(recipe: Recipe) -> None:
     """Checks that what the recipe's keys need is installed; imports nothing.
 
     Raises:
-        UserError: for the first key that needs a package which is not there.
+        UserError: for the first key that needs a package which is not there, or a newer torch.
     """
+    if recipe.training.compile is not Compile.off and recipe.model.moe is not None:
+        found = version("torch")
+        if tuple(int(part) for part in found.split(".")[:2]) < GROUPED_PRODUCT:
+            what = f"needs torch {'.'.join(map(str, GROUPED_PRODUCT))} with experts, and this is {found}"
+            raise UserError(what, key="training.compile", remedy="set it to off")
     for key, module, instead in _needs(recipe):
         if find_spec(module) is None:
             what = f"needs {LEFT_OUT[module]}, which this installation leaves out"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from train.model.experts import HAS_GROUPED_MM
 from train.recipe.errors import UserError
 from train.recipe.packages import LEFT_OUT, check_packages, left_out
 from train.recipe.reading import load_recipe
@@ -48,6 +49,17 @@ def test_the_key_is_named(
         check_packages(recipe)
     line = f"{key}: needs {LEFT_OUT[module]}, which this installation leaves out; {instead}"
     assert str(error.value).startswith(line) and str(error.value).endswith("install without --core")
+
+
+def test_a_torch_that_cannot_compile_experts_is_refused() -> None:
+    recipe = load_recipe(ROOT / "yamls/smoke.yaml", ["tracking.mlflow=false", "training.compile=blocks"])
+    if HAS_GROUPED_MM:
+        check_packages(recipe)
+    else:
+        with pytest.raises(
+            UserError, match=r"training\.compile: needs torch 2\.10 with experts, and this is"
+        ):
+            check_packages(recipe)
 
 
 def test_other_modules_are_no_matter_of_the_installation() -> None:
