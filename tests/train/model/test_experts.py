@@ -28,6 +28,11 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Glu
     return grouped_glu.plain  # type: ignore[attr-defined, no-any-return]
 
 
+@pytest.fixture(autouse=True)
+def the_same_numbers_in_every_run() -> None:
+    torch.manual_seed(3)
+
+
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
     return (0.3 * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_()
 
