@@ -14,7 +14,7 @@ help: ## list the targets
 install: ## create .venv with the locked packages; STACK=minimum: the oldest, in .venv-minimum; OPTIONS="--core --system-torch --wheels DIR"
 	@PYTHON="$(PYTHON)" STACK="$(STACK)" bash launch/install.sh $(OPTIONS)
 
-wheels: ## collect wheels for machines without a network in WHEELS=DIR; OPTIONS=--core: of the core alone
+wheels: ## collect wheels for machines without a network in WHEELS=DIR; OPTIONS=--core: only the core's
 	@PYTHON="$(PYTHON)" STACK="$(STACK)" bash launch/wheels.sh $(OPTIONS) $(WHEELS)
 
 smoke: install ## train a small DBRX on real text, in minutes on two CPU cores

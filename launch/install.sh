@@ -35,7 +35,7 @@ while [ $# -gt 0 ]; do
 done
 list=$wheels/$([ "$core" ] && echo core || echo full).txt
 if [ "$wheels" ]; then
-    [ -f "$list" ] || fail "--wheels: $wheels holds the core alone; add --core"
+    [ -f "$list" ] || fail "--wheels: $wheels holds only the core; add --core"
     versions=$(<"$wheels/python")
 fi
 
@@ -79,8 +79,8 @@ if [ "$wheels" ]; then
     echo "install: $venv from $list"
     "$python" -m venv --clear --system-site-packages "$venv"
     keep_system_torch
-    env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --compile \
-        --root-user-action=ignore --no-index --find-links "$wheels" --no-deps --require-hashes -r "$list"
+    env -u PYTHONDONTWRITEBYTECODE PIP_ROOT_USER_ACTION=ignore "$venv/bin/python" -m pip install --quiet \
+        --disable-pip-version-check --compile --no-index --find-links "$wheels" --no-deps --require-hashes -r "$list"
 else
     if [ "$core$system_torch" ]; then
         groups=()

@@ -36,7 +36,7 @@ find_uv() {
     command -v uv && return
     if [ ! -x .cache/tools/bin/uv ]; then
         echo "${0##*/}: uv into .cache/tools" >&2
-        python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore \
+        PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check \
             --target .cache/tools uv 2>"$scratch/uv.log" || { cat "$scratch/uv.log" >&2; exit 1; }
     fi
     echo "$PWD/.cache/tools/bin/uv"
@@ -52,7 +52,7 @@ requirements_without_torch() { # uv, python, then --group NAME ...
 }
 
 # Makes a folder with setuptools and a stand-in for torch, and prints it. MegaBlocks' build asks a GPU for its compute
-# capability before it compiles; the stand-in, seen by that build alone, makes it build as pure Python.
+# capability before it compiles; the stand-in, seen only by that build, makes it build as pure Python.
 # train/model/megablocks_ops.py supplies the operations. A compiled megablocks_ops, where there is one, takes
 # precedence at run time.
 torch_stand_in() { # command that installs

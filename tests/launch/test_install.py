@@ -104,7 +104,7 @@ def test_an_installation_without_a_network(checkout: Path, tmp_path: Path) -> No
     wheels.mkdir()
     (wheels / "core.txt").write_text("# no package\n")
     (wheels / "python").write_text("{}.{}\n".format(*sys.version_info))
-    line = f"launch/install.sh: --wheels: {wheels} holds the core alone; add --core\n"
+    line = f"launch/install.sh: --wheels: {wheels} holds only the core; add --core\n"
     assert call(checkout, "install.sh", "--wheels", "wheels", PYTHON=python) == (2, "", line)
 
     status, output, errors = call(checkout, "install.sh", "--wheels", "wheels", "--core", PYTHON=python)

@@ -4,7 +4,7 @@ Of the ranks that hold the same shard in each replica, one writes it (:func:`wri
 state to host memory; a thread then writes and hashes its files and agrees with the other writers over a gloo
 group of their own. If any of them fails, for example because its disk is full, the save ends on all, its
 files are removed, and training continues. The others hand their random-number states to the rank that writes
-their shard, and go on.
+their shard, and continue training.
 """
 
 import json

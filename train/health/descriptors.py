@@ -11,7 +11,7 @@ from train.recipe.schema import Parallelism
 from train.recipe.topology import Topology
 
 PER_GROUP = 3
-"""Descriptors of a gloo group beside one for each of its ranks."""
+"""Descriptors of a gloo group in addition to one for each of its ranks."""
 OTHERS = 512
 """For everything else: libraries, devices, shards, loader workers, NCCL's own sockets."""
 PLENTY = 65_536

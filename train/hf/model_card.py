@@ -26,7 +26,7 @@ def write_texts(out: Path, source: WeightSource, config: dict[str, object], dtyp
     """Writes config, generation config, tokenizer and model card.
 
     Those of an imported folder are copied unchanged as long as they still apply. A config in which
-    transformers 4 and 5 read different bases of RoPE is written anew.
+    transformers 4 and 5 read different bases of RoPE is written again.
 
     Args:
         out: the Hugging Face folder.

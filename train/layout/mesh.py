@@ -37,7 +37,7 @@ class Mesh(NamedTuple):
     experts: DeviceMesh
     """`replicate` x `shard` x `expert`; `shard` and those of the others that have several ranks."""
     dense: DeviceMesh
-    """`replicate` x `dense`, or `dense` alone if there is one replica."""
+    """`replicate` x `dense`, or only `dense` if there is one replica."""
 
 
 def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:

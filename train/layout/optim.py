@@ -48,7 +48,7 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Op
 
 @functools.cache
 def load_lion() -> Any:
-    """Imports LLM Foundry's module of Lion alone; all of LLM Foundry takes longer to import than torch."""
+    """Imports only LLM Foundry's module of Lion; all of LLM Foundry takes longer to import than torch."""
     package = importlib.util.find_spec("llmfoundry")
     assert package is not None and package.origin is not None
     spec = importlib.util.spec_from_file_location("lion", Path(package.origin).parent / "optim/lion.py")

@@ -219,13 +219,12 @@ def _dot_product_attention(
 def document_kernel(model: Model, device: torch.device, dtype: torch.dtype) -> DocumentKernel:
     """Returns the kernel for packed documents.
 
-    On a GPU that is the kernel of variable length where torch has it (from 2.15) and it takes the model; a
-    compiled decoder takes FlexAttention, since the host would wait for the number of documents.
+    On a GPU that is the kernel of variable length where torch has it (from 2.15) and it takes the model.
     """
     if device.type != "cuda":
         return DocumentKernel.bias
     is_taken = dtype in (torch.bfloat16, torch.float16) and model.d_model // model.n_heads % 8 == 0
-    if has_varlen() and is_taken and not torch.compiler.is_compiling():
+    if is_taken and has_varlen():
         return DocumentKernel.varlen
     return DocumentKernel.flex
 

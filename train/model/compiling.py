@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from train.model.attention import DocumentKernel
 from train.model.decoder import Decoder
 from train.model.moe import MoE
 from train.recipe.schema import Compile
@@ -28,6 +29,10 @@ def compile_decoder(decoder: Decoder, how: Compile, *, is_sharded: bool) -> None
     """
     if how is Compile.off:
         return
+    if next(decoder.parameters()).is_cuda:
+        # The other kernel takes documents' number and lengths, which differ between batches: a graph would
+        # be compiled for each, and the host would wait inside it.
+        decoder.transformer.document_kernel = DocumentKernel.flex
     parts = [decoder] if how is Compile.model else list(decoder.transformer.blocks)
     for part in parts:
         # Not nn.Module.compile: it would trace the hooks too.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from train.model.attention import Attention, AttentionPlan, plan_attention
+from train.model.attention import Attention, AttentionPlan, DocumentKernel, plan_attention
 from train.model.loss import IGNORE, chunked_cross_entropy
 from train.model.moe import MoE, MoEAux, balance_loss
 from train.recipe.schema import Ffn, Model, Norm
@@ -107,6 +107,8 @@ class Transformer(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         # Only a router's jitter draws random numbers, if it has no key.
         self.draws = model.moe is not None and model.moe.jitter_eps > 0
+        self.document_kernel: DocumentKernel | None = None
+        """What keeps packed documents apart; None: what suits the device."""
         self.wte = nn.Embedding(model.vocab_size, model.d_model, device=device)
         self.blocks = nn.ModuleList(Block(model, device) for _ in range(model.n_layers))
         self.norm_f = make_norm(model, device)
@@ -122,6 +124,7 @@ class Transformer(nn.Module):
             device=device,
             dtype=torch.get_autocast_dtype(device.type) if autocast else x_BSD.dtype,
             document_ids_BS=document_ids_BS,
+            kernel=self.document_kernel,
         )
         layers: list[MoEAux] = []
         for block in self.blocks:

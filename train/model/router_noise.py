@@ -15,7 +15,7 @@ LOW_BITS = 32
 def noise_key(seed: int, layer: int, device: torch.device) -> Tensor:
     """Returns the key of a layer's noise, a scalar on the device; layers draw different noise.
 
-    A tensor, since torch.compile would compile a layer anew for every number.
+    A tensor, since torch.compile would compile a layer again for every number.
     """
     # torch.full fills on the device; a copy from the host would wait for a GPU.
     return mix(torch.full((), seed * 1_000_003 + layer, device=device))

@@ -208,7 +208,7 @@ def measure_collectives(
     """Measures the bus bandwidth of collectives in Gbit/s, by name; all ranks get the same result.
 
     All-reduce and all-gather are over all ranks; all-to-all is over the expert groups, all at once, and is
-    left out if a rank is alone in its own. Bus bandwidth as NVIDIA's nccl-tests define it: the bytes that
+    left out if each group has one rank. Bus bandwidth as NVIDIA's nccl-tests define it: the bytes that
     each rank sends, 2 (n-1)/n of the size for all-reduce and (n-1)/n for the others, over the time.
 
     Args:

@@ -134,7 +134,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
 
 
 class Phase(NamedTuple):
-    """A setting of one phase, which changes that phase alone."""
+    """A setting of one phase, which changes only that phase."""
 
     key: str
     value: Any

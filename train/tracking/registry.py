@@ -4,7 +4,7 @@ The model is logged under the MLflow run that trained it, with the signature of 
 which MLflow's and Databricks' serving support, and registered with its lineage: run, checkpoint, tokens,
 data, parent. With `tracking.registry: unity_catalog` in the recipe it is registered in Unity Catalog.
 
-MLflow 3 keeps a logged model beside its run, under an id of its own and with the lineage as tags; MLflow 2
+MLflow 3 keeps a logged model next to its run, under an id of its own and with the lineage as tags; MLflow 2
 keeps it among the run's artifacts.
 """
 

@@ -24,7 +24,7 @@ COPY = ".schema-"
 
 logger = log.get_logger("train.tracking")
 
-# MLflow 3 reports its use to its makers, and asks at its import. Records are for the tracking server alone.
+# MLflow 3 reports its use to its makers, and asks at its import. Records are only for the tracking server.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 

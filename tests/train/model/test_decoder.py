@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from train.model.attention import AttentionPlan, DocumentKernel
 from train.model.decoder import Decoder, DecoderOutput
 from train.model.init import initialize
 from train.model.moe import MoE, balance_loss
@@ -95,6 +96,16 @@ def test_balance_and_z_loss_are_means_over_layers() -> None:
     torch.testing.assert_close(out.balance_loss, (layers[0] + layers[1]) / 2)
     torch.testing.assert_close(out.z_loss, (seen[0].z_loss + seen[1].z_loss) / 2)
     assert torch.equal(out.expert_tokens_LE, torch.stack([aux.expert_tokens_E for aux in seen]))
+
+
+def test_a_kernel_for_documents_may_be_chosen() -> None:
+    model = make(replace(CFG, moe=Moe(experts=4, top_k=2)))
+    expected = model(*batch()).loss_sum
+    plans: list[AttentionPlan] = []
+    model.transformer.blocks[0].register_forward_pre_hook(lambda _, inputs: plans.append(inputs[1]))
+    model.transformer.document_kernel = DocumentKernel.varlen
+    torch.testing.assert_close(model(*batch()).loss_sum, expected)
+    assert plans[0].documents is not None and plans[0].bias is None
 
 
 @pytest.mark.parametrize("cfg", [CFG, DENSE["mpt"]], ids=["rope", "alibi"])

@@ -69,13 +69,13 @@ def test_json_logs_take_the_libraries_too(
     log.configure(as_json=True)
     assert log.options() == ["--json-logs"]
     logger.error("two\nlines")
-    logging.getLogger("a.library").warning("theirs")
+    logging.getLogger("other.package").warning("theirs")
     log.progress.info("batch 1/2")
     shown = capsys.readouterr()
     said = [json.loads(line) for line in shown.err.splitlines()]
     assert [(line["level"], line["logger"], line["message"]) for line in said] == [
         ("error", "tests.log", "two\nlines"),
-        ("warning", "a.library", "theirs"),
+        ("warning", "other.package", "theirs"),
     ]
     assert json.loads(shown.out)["message"] == "batch 1/2"
 

@@ -106,7 +106,7 @@ def test_a_version_with_signature_and_lineage_that_answers(
 
 
 def _assert_is_where_this_mlflow_keeps_models(client: Any, registered: dict[str, str], version: Any) -> None:
-    """MLflow 3: beside the run's artifacts, with an id and the lineage; 2: among them."""
+    """MLflow 3: next to the run's artifacts, with an id and the lineage; 2: among them."""
     import mlflow
 
     artifacts = Path(client.get_run(registered["run_id"]).info.artifact_uri.removeprefix("file://"))

@@ -69,7 +69,7 @@ def dump(store: Path) -> list[str]:
 
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run's folder beside which there is no store yet."""
+    """A run's folder with no store next to it yet."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / "toy"
