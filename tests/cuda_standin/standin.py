@@ -86,6 +86,7 @@ def environment(devices: int = 1, **settings: str) -> dict[str, str]:
     mine |= {"TRITON_LIBCUDA_PATH": str(library), "TRITON_CACHE_DIR": str(CACHE / "triton")}
     mine |= {"TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     mine |= {"LD_LIBRARY_PATH": str(library), "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    mine |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     return os.environ | mine | {f"STANDIN_{name}": value for name, value in settings.items()}
 
 

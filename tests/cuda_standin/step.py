@@ -1,7 +1,8 @@
 """Optimizer steps of recipes on one GPU of the stand-in, as `launch.gpu_check` takes them; prints JSON.
 
 `python -m tests.cuda_standin.step CASES`, a JSON list of lists: a recipe's file and overrides of its keys.
-With `STANDIN_FLEX` packed documents go through FlexAttention, as they do where torch has no better kernel.
+An operation that adds in no
+fixed order raises. With `STANDIN_FLEX` packed documents go through FlexAttention, as they do where torch has no better kernel.
 """
 
 import gc
@@ -15,6 +16,7 @@ import torch
 from launch.gpu_check.one_device import build_on_one_device
 from launch.gpu_check.step import _random_batch, _step
 from tests.cuda_standin import inside
+from train.layout.device import add_in_fixed_order
 from train.model import attention
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Precision
@@ -48,6 +50,8 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
 
 
 inside.prepare()
+add_in_fixed_order()  # as a run does
+torch.use_deterministic_algorithms(True)  # An operation without a fixed order raises, where a run only warns.
 if "STANDIN_FLEX" in os.environ:
     attention.has_varlen = lambda: False
 found = []

@@ -89,7 +89,7 @@ def _losses(logits_CV: Tensor, targets_C: Tensor, with_grad: bool) -> Tensor:
     if with_grad:
         # In fp32: for a bf16 p near 1, p - 1 would lose all its digits.
         logits_CV.scatter_(1, targets_C1, torch.expm1(-losses_C).to(logits_CV.dtype).unsqueeze(1))
-        logits_CV[ignored_C] = 0.0
+        logits_CV.masked_fill_(ignored_C.unsqueeze(1), 0.0)
     return losses_C.masked_fill_(ignored_C, 0.0).float()
 
 
