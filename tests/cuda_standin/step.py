@@ -1,8 +1,8 @@
 """Optimizer steps of recipes on one GPU of the stand-in, as `launch.gpu_check` takes them; prints JSON.
 
 `python -m tests.cuda_standin.step CASES`, a JSON list of lists: a recipe's file and overrides of its keys.
-An operation that adds in no fixed order raises. With `STANDIN_FLEX` packed documents go through FlexAttention,
-as they do where torch has no better kernel.
+An operation that adds in no fixed order raises. With `STANDIN_FLEX` packed documents go through
+FlexAttention, as they do where torch has no better kernel.
 """
 
 import gc
