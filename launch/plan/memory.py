@@ -203,13 +203,15 @@ def gathered_bytes(model: Model, layout: Parallelism, world_size: int, compute_b
         model: the decoder.
         layout: degrees of the mesh.
         world_size: ranks.
-        compute_bytes: bytes per element of weights that are not kept in fp32.
+        compute_bytes: bytes per element of gathered weights.
     """
     found: dict[str, int] = {}
     for weight in sizes.weights(model):
         place = sizes.placement(weight, layout, world_size)
+        if place.is_replicated:
+            continue
         rows = place.rows_at_most(weight) * place.rows_over
-        size = rows * (weight.elements // weight.shape[0]) * (FP32 if place.stays_fp32 else compute_bytes)
+        size = rows * (weight.elements // weight.shape[0]) * compute_bytes
         found[place.unit] = found.get(place.unit, 0) + size
     return found
 

@@ -48,7 +48,7 @@ class Plan:
     dollars_per_gpu_hour: float
     memory: Memory
     collectives: list[Collective]
-    """Those of one microbatch."""
+    """Those of a microbatch, and those of a step."""
     microbatches: int
     parts: list[Part]
     efficiency: Efficiency
@@ -94,7 +94,7 @@ class Plan:
         hidden = [c for c in self.collectives if c.kind is not CollectiveKind.all_to_all]
         compute = self.step_seconds - self.seconds.links
         open_seconds, hidden_seconds = (
-            self.microbatches * link_seconds(part, self.gpu, self.efficiency).links
+            link_seconds(part, self.gpu, self.efficiency, self.microbatches).links
             for part in (exchange, hidden)
         )
         return max(compute, hidden_seconds) + open_seconds
@@ -218,15 +218,17 @@ def _parts(
     # The loss computes its gradients in the forward pass.
     ahead = compute_seconds(forward + head + head.backward(), gpu, efficiency)
     back = compute_seconds(forward.backward() + again, gpu, efficiency)
-    links = link_seconds(traffic, gpu, efficiency)
-    share = _forward_share(traffic, gpu)
+    of_step = [collective for collective in traffic if collective.is_once_a_step]
+    of_microbatch = [collective for collective in traffic if not collective.is_once_a_step]
+    links = link_seconds(of_microbatch, gpu, efficiency)
+    share = _forward_share(of_microbatch, gpu)
     held = sum(sizes.rank_weights(model, layout, world_size, 0).values())
     moments = 8 if recipe.optimizer.kind is OptimizerKind.adamw else 4
     update = update_work(held, moments, clips=training.clip_norm is not None)
     return [
         Part("forward", ahead + links.times(share), microbatches),
         Part("backward", back + links.times(1 - share), microbatches),
-        Part("optimizer", compute_seconds(update, gpu, efficiency)),
+        Part("optimizer", compute_seconds(update, gpu, efficiency) + link_seconds(of_step, gpu, efficiency)),
     ]
 
 

@@ -172,9 +172,11 @@ def compute_seconds(work: Work, gpu: Gpu, efficiency: Efficiency = FITTED) -> Se
     )
 
 
-def link_seconds(collectives: Iterable[Collective], gpu: Gpu, efficiency: Efficiency = FITTED) -> Seconds:
-    """Returns the time that collectives add to a microbatch."""
-    total = sum(collective.calls * collective.seconds(gpu) for collective in collectives)
+def link_seconds(
+    collectives: Iterable[Collective], gpu: Gpu, efficiency: Efficiency = FITTED, microbatches: int = 1
+) -> Seconds:
+    """Returns the time that collectives add to a step of so many microbatches."""
+    total = sum(each.calls_in_step(microbatches) * each.seconds(gpu) for each in collectives)
     return Seconds(links=total / efficiency.links)
 
 

@@ -182,7 +182,7 @@ def _traffic_table(plan: Plan) -> str:
 
 def _traffic_figures(plan: Plan, collective: Collective) -> dict[str, Any]:
     links = collective.link_bytes(plan.gpu.gpus_per_node)
-    calls = collective.calls * plan.microbatches
+    calls = collective.calls_in_step(plan.microbatches)
     return {
         "what": collective.what,
         "collective": collective.kind.value,

@@ -1,8 +1,9 @@
-"""Traffic between ranks in one microbatch, by collective and link.
+"""Traffic between ranks in one step, by collective and link.
 
 Bytes are those that :mod:`train.layout.mesh` really moves: FSDP2 pads every weight to equal shards, gathers
-bf16 and reduces fp32, once per microbatch. Tested against collectives counted in real gloo runs.
-Not counted: collectives of a few bytes (the gradient norm, token counts).
+bf16 and reduces fp32, once per microbatch; routers' gradients are averaged once a step. Tested against
+collectives counted in real gloo runs. Not counted: collectives of a few bytes (the gradient norm, token
+counts).
 
 Legend: T tokens of a rank's microbatch, K experts per token, D d_model, L layers, n ranks of a group.
 """
@@ -49,7 +50,13 @@ class Collective:
     stride: int
     """Distance between consecutive ranks of the group: 1 if they are neighbours."""
     calls: int
-    """Calls per microbatch and rank."""
+    """Calls per rank and microbatch, or step."""
+    is_once_a_step: bool = False
+    """Called per step, whatever the number of microbatches."""
+
+    def calls_in_step(self, microbatches: int) -> int:
+        """Calls of one rank in a step."""
+        return self.calls * (1 if self.is_once_a_step else microbatches)
 
     def sent_bytes(self) -> float:
         """Bytes that one rank sends per call with ring algorithms (Patarasuk and Yuan 2009)."""
@@ -102,7 +109,7 @@ def collectives(
     compute_bytes: int,
     checkpointing: bool,
 ) -> list[Collective]:
-    """All collectives of one microbatch (forward and backward) of one rank.
+    """All collectives of one rank: those of a microbatch's forward and backward pass, and those of a step.
 
     Args:
         model: the recipe's model.
@@ -113,6 +120,10 @@ def collectives(
         checkpointing: layers are recomputed in the backward pass.
     """
     found = []
+    routers = sum(w.elements for w in sizes.weights(model) if ".router." in w.name)
+    if routers:
+        averaged = (CollectiveKind.all_reduce, routers * FP32, world_size, 1, 1)
+        found.append(Collective("routers", *averaged, is_once_a_step=True))
     for unit in _units(model, layout, world_size):
         gathers = _gathers(unit, model.n_layers)
         found += _sharding_collectives(unit, layout, world_size, gathers, compute_bytes)
@@ -150,7 +161,9 @@ def _units(model: Model, layout: Parallelism, world_size: int) -> list[_Unit]:
     outside = [weight for weight in sizes.weights(model) if ".blocks." not in weight.name]
     groups: dict[str, list[sizes.Weight]] = {}
     for weight in one_layer + outside:
-        groups.setdefault(sizes.placement(weight, layout, world_size).unit, []).append(weight)
+        place = sizes.placement(weight, layout, world_size)
+        if not place.is_replicated:
+            groups.setdefault(place.unit, []).append(weight)
     return [
         _Unit(
             what=_unit_name(members[0]),
@@ -165,8 +178,6 @@ def _units(model: Model, layout: Parallelism, world_size: int) -> list[_Unit]:
 def _unit_name(weight: sizes.Weight) -> str:
     if weight.is_expert:
         return "experts"
-    if ".router." in weight.name:
-        return "routers"
     return "layers" if ".blocks." in weight.name else "embeddings"
 
 
@@ -185,11 +196,10 @@ def _sharding_collectives(
     unit: _Unit, layout: Parallelism, world_size: int, gathers: int, compute_bytes: int
 ) -> list[Collective]:
     placement = unit.placement
-    gathered_bytes = FP32 if placement.stays_fp32 else compute_bytes
     elements = unit.padded_elements * placement.rows_over
     group = (placement.rows_over, placement.experts_over)
     found = [
-        Collective(unit.what, CollectiveKind.all_gather, elements * gathered_bytes, *group, gathers),
+        Collective(unit.what, CollectiveKind.all_gather, elements * compute_bytes, *group, gathers),
         Collective(unit.what, CollectiveKind.reduce_scatter, elements * FP32, *group, unit.count),
     ]
     if layout.replicate > 1:

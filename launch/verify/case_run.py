@@ -159,7 +159,7 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
         {key: value[mine] for key, value in batch.items()} for batch in make_batches(recipe, case.input, seed)
     ]
     curriculum = plan_stages(recipe)
-    step = TrainingStep(recipe, model, topology, curriculum)
+    step = _WatchedStep(watcher, recipe, model, topology, curriculum)
     watcher.expert_tokens = step.expert_tokens
     is_split = isinstance(watcher, _Writer) and case.balance_microbatches > 1
     together = [CountTogether(model, case.balance_microbatches)] if is_split else []
@@ -169,7 +169,6 @@ def _train(case: Case, topology: Topology, seed: int, watcher: "_Watcher") -> No
         optimizer,
         DataLoader(_Batches(batches), batch_size=None),
         {},
-        # This order shows gradients before clipping and weights after the step.
         [watcher, step, *together],
         [watcher.figures],
         Progress(0, 0, 0, 0.0),
@@ -207,9 +206,6 @@ class _Watcher(Callback, ABC):
         self.expert_tokens: Callable[[], Tensor | None] = lambda: None
         """Tokens of each expert in the last batch, over all ranks."""
 
-    def after_train_batch(self, state: State, logger: Logger) -> None:
-        self.see_gradients(_step(state), _whole((n, p.grad) for n, p in _parameters(state)))
-
     def batch_end(self, state: State, logger: Logger) -> None:
         latest = self.figures.latest
         figures = {key: latest[f"loss/train/{name}"] for key, name in _LOSSES.items()}
@@ -229,6 +225,20 @@ class _Watcher(Callback, ABC):
     @abstractmethod
     def see_weights(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Weights after the step."""
+
+
+class _WatchedStep(TrainingStep):
+    """Shows gradients to the watcher before it clips them."""
+
+    def __init__(self, watcher: _Watcher, *args: Any) -> None:
+        super().__init__(*args)
+        self.watcher, self.steps = watcher, 0
+
+    def clip(self) -> Tensor:
+        named = self.model.decoder.named_parameters()
+        self.watcher.see_gradients(self.steps, _whole((name, p.grad) for name, p in named))
+        self.steps += 1
+        return super().clip()
 
 
 _LOSSES = {"loss": "language", "balance": "balance", "z": "z"}

@@ -15,18 +15,15 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from launch.verify.cases import Layout
 from train import run
-from train.layout import mesh
-from train.layout.mesh import DENSE, REPLICATE
+from train.layout import mesh, optim
+from train.layout.mesh import DENSE
 from train.model import decoder
 from train.model.attention import AttentionPlan
 from train.model.moe import MoE
-from train.model.router import Router
 from train.recipe.schema import Precision
 from train.step import balance, step
 from train.step.language_model import LanguageModel
@@ -71,20 +68,15 @@ def _scale_expert_gradients(power: int, decoder: nn.Module) -> None:
         moe.experts.mlp.gradient_scale /= FOUR.expert**power
 
 
-def _let_replicas_drift() -> AbstractContextManager[Any]:
-    """Makes each replica keep its own router gradient: it is averaged over a group of one rank."""
-    original = mesh.fully_shard
-
-    def shard(module: nn.Module, *, mesh: DeviceMesh, **options: Any) -> FSDPModule:
-        if isinstance(module, Router):
-            alone, _ = dist.new_subgroups(group_size=1)
-            assert isinstance(alone, dist.ProcessGroup)
-            # Equal to the mesh of the other weights, with which torch 2.7's optimizers update them together.
-            groups = [alone, mesh.get_group(DENSE)]
-            mesh = DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=(REPLICATE, DENSE))
-        return original(module, mesh=mesh, **options)
-
-    return mock.patch.object(mesh, "fully_shard", shard)
+def _average_in_each_replica(parameters: Iterable[nn.Parameter]) -> None:
+    """Averages routers' gradients over the ranks of one replica only."""
+    held = list(parameters)
+    meshes = [p.device_mesh for p in held if isinstance(p, DTensor)]
+    group = next(each.get_group(DENSE) for each in meshes if DENSE in (each.mesh_dim_names or ()))
+    for parameter in held:
+        if not isinstance(parameter, DTensor) and parameter.grad is not None:
+            dist.all_reduce(parameter.grad, group=group)
+            parameter.grad /= group.size()
 
 
 def _swap_experts(decoder: nn.Module) -> None:
@@ -139,10 +131,19 @@ def _clipping_with(
 
 
 def _times_for_experts(factor: float, parameter: nn.Parameter, shard: Tensor) -> Tensor:
-    """A shard's squared norm, times a factor if it is an expert's."""
-    placed = parameter.device_mesh if isinstance(parameter, DTensor) else None
-    is_expert = placed is not None and mesh.EXPERT in (placed.mesh_dim_names or ())
-    return shard.double().square().sum() * (factor if is_expert else 1.0)
+    """A shard's squared norm, times a factor if it is an expert's; of a router, this rank's share of a replica."""
+    square = shard.double().square().sum()
+    if not isinstance(parameter, DTensor):
+        return square * FOUR.replicate / FOUR.world_size
+    is_expert = mesh.EXPERT in (parameter.device_mesh.mesh_dim_names or ())
+    return square * (factor if is_expert else 1.0)
+
+
+def _one_holder_of_routers(gradient: Tensor, world_size: int) -> int:
+    return _original_holders(gradient, 1)
+
+
+_original_holders = optim._holders
 
 
 def _balance_of_rank_0(self: LanguageModel, *args: Any) -> dict[str, Tensor]:
@@ -220,8 +221,18 @@ FAULTS = {
     ),
     "router-not-synchronised": KnownFault(
         "replicas that keep their own gradients of the router",
-        _let_replicas_drift,
+        lambda: mock.patch.object(step, "average_replicated_gradients", _average_in_each_replica),
         "gradients",
+    ),
+    "router-not-reduced": KnownFault(
+        "ranks that keep their own gradients of the router",
+        lambda: mock.patch.object(step, "average_replicated_gradients", lambda _parameters: None),
+        "gradients",
+    ),
+    "norm-with-routers-of-all-ranks": KnownFault(
+        "routers counted once for each rank in the global norm",
+        lambda: mock.patch.object(optim, "_holders", _one_holder_of_routers),
+        "norm",
     ),
     "experts-swapped": KnownFault(
         "two experts swapped at load", lambda: after_building(_swap_experts), "gradients"

@@ -49,21 +49,28 @@ static double seconds() {
   return t.tv_sec + t.tv_nsec * 1e-9;
 }
 
-void count(const char* group, const std::string& name, double amount, const void* stream) {
+// Every call in its order, as lines of group, name, amount, stream and event.
+static FILE* timeline = nullptr;
+static void note(
+    const char* group, const std::string& name, double amount, const void* stream = nullptr,
+    const void* event = nullptr) {
+  Lock lock(mutex);
+  if (timeline) fprintf(timeline, "%s\t%s\t%.0f\t%lx\t%lx\n", group, name.c_str(), amount, (long)stream, (long)event);
+}
+
+void count(const char* group, const std::string& name, double amount, const void* stream, const void* event) {
   if (!counting) return;
   Lock lock(mutex);
   Count& found = counts()[{group, name}];
   found.calls++;
   found.amount += amount;
   found.largest = std::max(found.largest, amount);
-  static FILE* timeline = getenv("STANDIN_TIMELINE") ? fopen(getenv("STANDIN_TIMELINE"), "w") : nullptr;
-  if (timeline)
-    fprintf(timeline, "%.7f\t%s\t%s\t%.0f\t%lx\n", seconds(), group, name.c_str(), amount, (long)stream);
+  note(group, name, amount, stream, event);
 }
 
 // The host waits for the device.
-static void wait(const char* what, const void* stream = nullptr) {
-  count("waits", what, 0, stream);
+static void wait(const char* what, const void* stream = nullptr, const void* event = nullptr) {
+  count("waits", what, 0, stream, event);
   if (on_wait && counting) on_wait(what);
 }
 
@@ -80,6 +87,14 @@ EXPORT void standin_reset() {
   counts().clear();
 }
 EXPORT void standin_counting(int on) { counting = on; }
+// Writes a timeline into a file from now on; of no path, ends it.
+EXPORT void standin_timeline(const char* path) {
+  Lock lock(mutex);
+  if (timeline) fclose(timeline);
+  timeline = path ? fopen(path, "w") : nullptr;
+}
+// Notes on the timeline where an operation of PyTorch begins and ends, with the bytes or FLOPs that are its.
+EXPORT void standin_mark(const char* group, const char* name, double amount) { note(group, name, amount); }
 EXPORT void standin_on_wait(void (*callback)(const char*)) { on_wait = callback; }
 // Lines of group, name, calls, sum and maximum of the amounts, separated by tabs; valid until the next call.
 EXPORT const char* standin_counts() {
@@ -367,8 +382,8 @@ EXPORT cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 EXPORT cudaError_t cudaStreamGetPriority(cudaStream_t, int* p) { *p = 0; return cudaSuccess; }
 EXPORT cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t s) { wait("stream", s); return cudaSuccess; }
-EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t, unsigned) {
-  count("events", "a stream waits", 0, s);
+EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
+  count("events", "a stream waits", 0, s, e);
   return cudaSuccess;
 }
 EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
@@ -407,12 +422,12 @@ EXPORT cudaError_t cudaEventCreate(cudaEvent_t* e) { return cudaEventCreateWithF
 EXPORT cudaError_t cudaEventDestroy(cudaEvent_t e) { delete (Event*)e; return cudaSuccess; }
 EXPORT cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
   ((Event*)e)->at = seconds();
-  count("events", "record", 0, s);
+  count("events", "record", 0, s, e);
   return cudaSuccess;
 }
 EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned) { return cudaEventRecord(e, s); }
 EXPORT cudaError_t cudaEventQuery(cudaEvent_t) { count("events", "query"); return cudaSuccess; }
-EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t) { wait("event"); return cudaSuccess; }
+EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t e) { wait("event", nullptr, e); return cudaSuccess; }
 EXPORT cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
   // At least some: a benchmark that measures nothing would repeat itself for ever.
   *milliseconds = std::max(50.0, (((Event*)to)->at - ((Event*)from)->at) * 1e3);

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parents[2]
 _library = ctypes.CDLL("libcuda.so.1")
 _library.standin_counts.restype = ctypes.c_char_p
+_library.standin_mark.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_double]
 _ON_WAIT = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 
 Counts = dict[str, dict[str, tuple[int, float, float]]]
@@ -54,6 +57,51 @@ class Waits:
 
     def _record(self, _what: bytes) -> None:
         self.places[place_of(sys._getframe(1))] += 1
+
+
+class Timeline(TorchDispatchMode):
+    """Writes every call into a file while the context is entered, and between them what each operation is.
+
+    Each operation of PyTorch has a line with the bytes that it reads and writes, and one with its FLOPs if they
+    are known, before the calls that it makes, and one after them. :mod:`tests.cuda_standin.replay` reads it.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def __enter__(self) -> "Timeline":
+        _library.standin_timeline(self.path.encode())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        super().__exit__(*failure)
+        _library.standin_timeline(None)
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = str(func).encode()
+        _library.standin_mark(b"begin", name, 0.0)
+        out = func(*args, **kwargs)
+        read, written = _bytes((args, kwargs)), _bytes(out)
+        flops = flop_registry.get(func.overloadpacket)
+        if flops is not None and written:
+            _library.standin_mark(b"flops", name, float(flops(*args, **kwargs, out_val=out)))
+        _library.standin_mark(b"read", name, read)
+        _library.standin_mark(b"written", name, written)
+        _library.standin_mark(b"end", name, 0.0)
+        return out
+
+
+def _bytes(tree: Any) -> float:
+    """The bytes of a tree's tensors on the device; of a sharded one, those of this rank's shard."""
+    found = 0
+    for leaf in tree_leaves(tree):
+        tensor = leaf._local_tensor if isinstance(leaf, DTensor) else leaf
+        if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+            found += tensor.numel() * tensor.element_size()
+    return float(found)
 
 
 class Operations(TorchDispatchMode):

@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d
 from launch.gpu_check.step import _random_batch
 from tests.cuda_standin import inside
 from train.layout import mesh
-from train.layout.optim import build_optimizer, clip_gradients
+from train.layout.optim import average_replicated_gradients, build_optimizer, clip_gradients
 from train.model.decoder import Decoder
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Precision
@@ -54,6 +54,7 @@ def step() -> None:
     optimizer.zero_grad(set_to_none=True)
     for _ in range(min(2, microbatches_per_rank(recipe, world_size))):
         model.loss(model(batch), batch)["total"].backward()
+    average_replicated_gradients(model.parameters())
     clip_gradients(model.parameters(), training.clip_norm)
     optimizer.step()
 

@@ -1,11 +1,12 @@
 """Layouts: the device mesh (replicate, shard, expert), and the dimensions that each part is sharded over.
 
 Experts are split over `expert`, each rank holding E / expert whole experts, and their rows again over
-`shard`. Everything else is sharded over `shard` and `expert` together. `replicate` holds copies (hybrid
-sharding). A dimension of one rank has no group, except `shard`, which FSDP2 needs. MegaBlocks sends tokens to
-their experts' ranks; FSDP2 gathers weights and averages gradients. Expert gradients are averaged over
-`replicate` and `shard`, and MegaBlocks divides them by the expert degree: so every gradient is the mean over
-all ranks.
+`shard`. Routers are replicated: every rank holds them whole. Everything else is sharded over `shard` and
+`expert` together. `replicate` holds copies (hybrid sharding). A dimension of one rank has no group, except
+`shard`, which FSDP2 needs. MegaBlocks sends tokens to their experts' ranks; FSDP2 gathers weights, a layer
+ahead of its use, and averages gradients. Expert gradients are averaged over `replicate` and `shard`, and
+MegaBlocks divides them by the expert degree; routers' gradients are averaged once a step
+(:func:`train.layout.optim.average_replicated_gradients`): so every gradient is the mean over all ranks.
 
 Shapes: E experts, F expert hidden size, D model width.
 """
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from train.layout.torch_patches import apply_torch_patches
@@ -87,20 +88,45 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int)
     )
     over_experts = mesh.experts[REPLICATE, SHARD] if REPLICATE in names else mesh.experts[SHARD]
     over_all = mesh.dense
+    # Routers stay whole and fp32. As units they would be gathered and reduced between the experts' product and
+    # their reduce-scatter, which nothing would then hide; rounded, they would send near-ties elsewhere.
+    routers = {parameter for moe in moes for parameter in moe.router.parameters()}
     for moe in moes:
         # The layer casts its experts' inputs itself. FSDP2 would also round the routing weights, and only in
         # the forward pass: a recomputed layer would not match.
         fully_shard(moe.experts, mesh=over_experts, mp_policy=replace(cast, cast_forward_inputs=False))
-        # The router stays fp32: rounded weights would send near-ties to other experts.
-        fully_shard(moe.router, mesh=over_all, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     for module in decoder.modules():
         if isinstance(module, Block):
-            fully_shard(module, mesh=over_all, mp_policy=cast)
-    fully_shard(decoder, mesh=over_all, mp_policy=cast)
+            fully_shard(module, mesh=over_all, mp_policy=cast, ignored_params=routers)
+    fully_shard(decoder, mesh=over_all, mp_policy=cast, ignored_params=routers)
+    gather_ahead(decoder)
     if over_all.device_type == "cpu":
         sum_on_gloo(decoder)
     decoder.to_empty(device=over_all.device_type)
     initialize(decoder, decoder.cfg, seed)
+
+
+def gather_ahead(decoder: nn.Module) -> None:
+    """Makes FSDP2 gather each layer's weights while the layer before it computes, in both directions.
+
+    By itself FSDP2 gathers a unit's weights when the unit before it has its own: the experts' gather, nearly
+    all of a layer's traffic, would run beside only the attention. Forward gathers are asked for by layers and
+    not by experts: recomputation runs an expert's forward hooks again, in the middle of the backward pass,
+    where its own next layer is done; a layer's it skips.
+    """
+    layers = [_units(module) for module in decoder.modules() if isinstance(module, Block)]
+    assert isinstance(decoder, FSDPModule)
+    decoder.set_modules_to_forward_prefetch(layers[0])
+    decoder.set_modules_to_backward_prefetch(layers[-1])
+    for layer, after in zip(layers, layers[1:], strict=False):
+        layer[0].set_modules_to_forward_prefetch(after)
+        # Asked for by the last unit of a layer, whose backward pass is the first.
+        after[-1].set_modules_to_backward_prefetch(layer)
+
+
+def _units(block: Block) -> list[FSDPModule]:
+    """A layer's FSDP2 units in the order of their forward passes: its attention and norms, its experts."""
+    return [module for module in block.modules() if isinstance(module, FSDPModule)]
 
 
 def sum_on_gloo(model: nn.Module) -> None:

@@ -18,14 +18,15 @@ from train.recipe.schema import OptimizerKind, Schedule, ScheduleKind
 def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
     """Builds AdamW or Lion over the model's parameters, with decoupled weight decay of matrices only.
 
-    Experts form separate parameter groups: their mesh may differ from that of the rest, and a fused update
-    needs all its tensors on one mesh.
+    Experts form separate parameter groups, and so do routers where others are sharded: a fused update needs
+    all its tensors on one mesh.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:  # Frozen: neither updated nor decayed.
             continue
-        groups.setdefault((parameter.ndim > 1, ".experts." in name), []).append(parameter)
+        kind = (parameter.ndim > 1, ".experts." in name, isinstance(parameter, DTensor))
+        groups.setdefault(kind, []).append(parameter)
     decay = recipe.weight_decay
     betas = (recipe.betas[0], recipe.betas[1])
     if recipe.kind is OptimizerKind.adamw:
@@ -77,6 +78,24 @@ def learning_rate_share(tokens_seen: int, duration_tokens: int, schedule: Schedu
     return 1 - (1 - schedule.final_share) * fallen
 
 
+def average_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Averages, in one all-reduce over all ranks, the gradients of parameters that every rank holds whole.
+
+    FSDP2 averages those of sharded parameters in the backward pass. Where nothing is sharded, there is only
+    one rank. To be called once a step, after the last backward pass: microbatches add up on each rank.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    if not whole or len(whole) == len(gradients):
+        return
+    together = torch.cat([gradient.flatten() for gradient in whole])
+    # A sum, since gloo has no average.
+    torch.distributed.all_reduce(together)
+    together /= torch.distributed.get_world_size()
+    parts = together.split([gradient.numel() for gradient in whole])
+    torch._foreach_copy_(whole, [part.view_as(own) for part, own in zip(parts, whole, strict=True)])
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scales gradients to a global L2 norm of at most ``max_norm`` and returns the previous norm (fp32).
 
@@ -89,9 +108,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     if not shards:
         return torch.zeros(())
     norms = torch.stack(torch._foreach_norm(shards)).double()
-    holders = torch.tensor([_holders(g) for g in gradients], dtype=torch.float64, device=norms.device)
-    square = (norms.square() / holders).sum()
-    if any(isinstance(g, DTensor) for g in gradients):
+    is_sharded = any(isinstance(g, DTensor) for g in gradients)
+    world_size = torch.distributed.get_world_size() if is_sharded else 1
+    holders = [_holders(g, world_size) for g in gradients]
+    square = (norms.square() / torch.tensor(holders, dtype=torch.float64, device=norms.device)).sum()
+    if is_sharded:
         torch.distributed.all_reduce(square)
     norm = square.sqrt()
     if max_norm is not None:
@@ -100,10 +121,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     return norm.float()
 
 
-def _holders(gradient: Tensor) -> int:
+def _holders(gradient: Tensor, world_size: int) -> int:
     """Number of ranks that hold the same shard of this gradient."""
     if not isinstance(gradient, DTensor):
-        return 1
+        return world_size
     mesh = gradient.device_mesh
     return math.prod(
         mesh.size(dim)

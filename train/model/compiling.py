@@ -2,7 +2,7 @@
 
 The forward methods are compiled rather than the modules, so that FSDP2's hooks, which gather weights, stay
 outside. Where a rank holds the whole model nothing breaks the graph. Where it is sharded, the hooks of the
-units inside a layer (experts, router) do; and where experts exchange tokens, MegaBlocks' exchange runs as it
+experts, a unit inside a layer, do; and where experts exchange tokens, MegaBlocks' exchange runs as it
 is, since it waits for the numbers of tokens. Evaluation and generation, with their many shapes, are not
 compiled.
 """

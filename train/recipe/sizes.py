@@ -95,8 +95,8 @@ class Placement:
     """Ranks over which whole experts are split first; 1 for all other weights."""
     rows_over: int
     """Ranks over which the rows are then sharded."""
-    stays_fp32: bool
-    """Gathered in fp32 even if the others are gathered in bf16."""
+    is_replicated: bool = False
+    """Held whole by every rank: in no unit, neither gathered nor reduced with others."""
 
     def rows_at_most(self, weight: Weight) -> int:
         """Returns the rows of the fullest rank, to which FSDP2 pads all others when it gathers."""
@@ -119,19 +119,18 @@ def shard_degree(layout: Parallelism, world_size: int) -> int:
 def placement(weight: Weight, layout: Parallelism, world_size: int) -> Placement:
     """Returns the placement of a weight by :mod:`train.layout.mesh`.
 
-    Experts are split over `expert`, then their rows over `shard`. Everything else is sharded over `shard`
-    and `expert` together. The FSDP2 units are a layer's experts, its router, the rest of the layer, and
-    everything outside the layers. `replicate` holds copies.
+    Experts are split over `expert`, then their rows over `shard`. Routers are replicated. Everything else is
+    sharded over `shard` and `expert` together. The FSDP2 units are a layer's experts, the rest of the layer,
+    and everything outside the layers. `replicate` holds copies.
     """
     shard = shard_degree(layout, world_size)
     if weight.is_expert:
-        return Placement(weight.name.rpartition(".mlp.")[0], layout.expert, shard, stays_fp32=False)
-    unit, _, rest = weight.name.partition(".ffn.router.")
-    if rest:
-        return Placement(f"{unit}.ffn.router", 1, shard * layout.expert, stays_fp32=True)
+        return Placement(weight.name.rpartition(".mlp.")[0], layout.expert, shard)
+    if ".router." in weight.name:
+        return Placement("", 1, 1, is_replicated=True)
     parts = weight.name.split(".")
     unit = ".".join(parts[:3]) if parts[1] == "blocks" else ""
-    return Placement(unit, 1, shard * layout.expert, stays_fp32=False)
+    return Placement(unit, 1, shard * layout.expert)
 
 
 def rank_weights(model: Model, layout: Parallelism, world_size: int, rank: int) -> dict[str, int]:
@@ -143,7 +142,7 @@ def rank_weights(model: Model, layout: Parallelism, world_size: int, rank: int) 
     held = {}
     for weight in weights(model):
         place = placement(weight, layout, world_size)
-        index = dense_index // layout.expert if weight.is_expert else dense_index
+        index = dense_index // layout.expert if weight.is_expert else dense_index % place.rows_over
         held[weight.name] = place.rows(weight, index) * (weight.elements // weight.shape[0])
     return held
 

@@ -5,8 +5,9 @@ data in    skip excluded batches; set RoPE base, microbatch size and learning ra
                                                                                        `batch_start`
 balance    count the whole batch's expert choices, if the balance loss needs them      `before_train_batch`
 forward    Composer's; then add each microbatch's loss, expert and domain counts       `after_loss`
-backward   Composer's; FSDP2 averages the gradients over ranks
-reduce     sum the batch's loss, counts and save flags over ranks                      `after_train_batch`
+backward   Composer's; FSDP2 averages the gradients of sharded weights over ranks
+reduce     sum the batch's loss, counts and save flags over ranks; average the         `after_train_batch`
+           routers' gradients
 clip       clip gradients to a global norm                                             `after_train_batch`
 guard      decide from loss, norm and router load whether to apply the update          `after_train_batch`
 update     update the router bias; Composer then calls `optimizer.step()`              `after_train_batch`
@@ -22,7 +23,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from torch import Tensor
 
-from train.layout.optim import clip_gradients
+from train.layout.optim import average_replicated_gradients, clip_gradients
 from train.model.router import update_bias
 from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
@@ -126,8 +127,8 @@ class TrainingStep(Callback):
         """Reduce, clip, guard, update: between the last backward pass and `optimizer.step()`."""
         flags = [] if self.checkpointing is None else self.checkpointing.flags()
         totals = self.totals = self.sums.reduce(flags)
-        with torch.no_grad():
-            norm = clip_gradients(self.model.parameters(), self.recipe.training.clip_norm)
+        average_replicated_gradients(self.model.parameters())
+        norm = self.clip()
         # Read together, since each read waits for the device.
         loss, read_norm, *raised = torch.stack([totals.loss, norm.to(totals.loss), *totals.flags]).tolist()
         self._saves = [ranks > 0 for ranks in raised]
@@ -138,6 +139,11 @@ class TrainingStep(Callback):
         elif self.bias_rate is not None:
             assert totals.expert_tokens_LE is not None
             update_bias(self.model.decoder, totals.expert_tokens_LE, self.bias_rate)
+
+    def clip(self) -> Tensor:
+        """Clip: scales the batch's gradients, and returns their global norm before it."""
+        with torch.no_grad():
+            return clip_gradients(self.model.parameters(), self.recipe.training.clip_norm)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log: records the batch; the clock has already advanced past it."""

@@ -77,7 +77,7 @@ def measure(recipe: Recipe, topology: Topology, folder: Path, saves: int) -> lis
     from train.checkpoint.files import Progress
     from train.checkpoint.saver import CheckpointSaver
     from train.layout.mesh import build_mesh, build_sharded
-    from train.layout.optim import build_optimizer, clip_gradients
+    from train.layout.optim import average_replicated_gradients, build_optimizer, clip_gradients
     from train.model.decoder import Decoder
     from train.model.init import initialize
 
@@ -95,6 +95,7 @@ def measure(recipe: Recipe, topology: Topology, folder: Path, saves: int) -> lis
     def step() -> None:
         output = decoder(ids_BS, None, ids_BS)
         (output.loss_sum / ids_BS.numel()).backward()
+        average_replicated_gradients(decoder.parameters())
         clip_gradients(decoder.parameters(), recipe.training.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
