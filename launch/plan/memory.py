@@ -24,8 +24,9 @@ from launch.plan.activations import (
     weight_copies,
 )
 from launch.plan.hardware import GIB, Gpu
+from launch.plan.traffic import reduced_bytes
 from train.recipe import sizes
-from train.recipe.schema import Model, OptimizerKind, Parallelism, Precision, Recipe
+from train.recipe.schema import Model, OptimizerKind, Parallelism, Precision, Recipe, Reduction
 
 FRAGMENTATION_SHARE = 0.05
 """Assumed: share of all allocated memory, with expandable segments."""
@@ -110,7 +111,11 @@ def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 
         imbalance=imbalance if layout.expert > 1 else 1.0,
     )
     held = states(model, layout, world_size, rank, recipe.optimizer.kind)
-    kept_gradients = held.gradients if sizes.microbatches_per_rank(recipe, world_size) > 1 else 0
+    kept_gradients = 0
+    if sizes.microbatches_per_rank(recipe, world_size) > 1:
+        kept_gradients = held.gradients
+        if world_size > 1 and layout.reduce is Reduction.once_a_batch:
+            kept_gradients = sum(gathered_bytes(model, layout, world_size, reduced_bytes(layout)).values())
     moments = (_moments if world_size > 1 else _moments_of_one)(recipe, world_size, batch, kept_gradients)
     fullest = max(moments, key=sum)
     handed_out = held.weights + held.optimizer + sum(fullest)
@@ -152,18 +157,21 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
     stream = batch.tokens * model.d_model * numerics.stream
     loss = loss_bytes(model, batch, numerics, training.loss_chunk_tokens)
     whole = _Whole.of(model, layout, world_size, numerics.compute)
+    stays = whole.layer * layout.gathered_layers
     head_gradient = loss.weight_gradient * numerics.compute // FP32
     exchanged = 0
     if model.moe and layout.expert > 1:
         rows = batch.tokens * model.moe.top_k * model.d_model * numerics.compute
         exchanged = rows + round(rows * batch.imbalance)
-    all_gradients = states(model, layout, world_size, 0, recipe.optimizer.kind).gradients
+    all_gradients = max(kept_gradients, states(model, layout, world_size, 0, recipe.optimizer.kind).gradients)
     in_layer = (per_layer if checkpointing else 0) + backward_bytes(model, batch, numerics)
     above_first = (model.n_layers - 1) * (stream if checkpointing else per_layer)
     gathered = whole.outside + whole.in_backward
     return [
-        _Moment(kept + norm_bytes(model, batch, numerics), loss.total, whole.outside, 0, kept_gradients),
-        _Moment(kept + in_layer, head_gradient, gathered, exchanged, kept_gradients),
+        _Moment(
+            kept + norm_bytes(model, batch, numerics), loss.total, whole.outside + stays, 0, kept_gradients
+        ),
+        _Moment(kept + in_layer, head_gradient, gathered + stays, exchanged, kept_gradients),
         _Moment(kept - above_first + in_layer, head_gradient, gathered, exchanged, all_gradients),
         _Moment(stream, 0, whole.outside * (2 + FP32 // numerics.compute), 0, all_gradients),
     ]
@@ -222,20 +230,24 @@ class _Whole:
 
     outside: int
     """Embeddings, gathered from the first layer until the last gradient."""
+    layer: int
+    """One layer."""
     in_backward: int
-    """A layer, the prefetched next one (the receive buffer and its unpacked copy), the layer's gradients, and
-    the fp32 copy that is reduced."""
+    """A layer, what is received of the next, the layer's gradients, and the copies of them that are reduced,
+    one of the layer before."""
 
     @classmethod
     def of(cls, model: Model, layout: Parallelism, world_size: int, compute_bytes: int) -> "_Whole":
+        """The bytes of a model under a layout."""
         outside, layer, largest = 0, 0, 0
         for unit, size in gathered_bytes(model, layout, world_size, compute_bytes).items():
             if ".blocks." not in unit:
                 outside += size
             elif ".blocks.0" in unit:
                 layer, largest = layer + size, max(largest, size)
-        reduced = largest // compute_bytes * (compute_bytes + FP32)
-        return cls(outside=outside, in_backward=2 * layer + largest + reduced)
+        buffers = sizes.REDUCTIONS_IN_FLIGHT * reduced_bytes(layout)
+        reduced = largest // compute_bytes * (compute_bytes + buffers)
+        return cls(outside=outside, layer=layer, in_backward=2 * layer + reduced)
 
 
 def fits(memory_of_rank: Memory, gpu: Gpu) -> bool:

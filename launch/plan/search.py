@@ -7,7 +7,7 @@ from launch.plan.hardware import Gpu
 from launch.plan.step import Plan, make_plan
 from train.recipe.errors import UserError
 from train.recipe.phases import batch_sequences, phases_of
-from train.recipe.schema import Parallelism, Recipe
+from train.recipe.schema import Recipe
 
 MOST_GPUS = 2**17
 
@@ -25,7 +25,7 @@ class Choice:
         """Returns the recipe with these settings."""
         return replace(
             recipe,
-            parallelism=Parallelism(replicate=self.replicate, expert=self.expert),
+            parallelism=replace(recipe.parallelism, replicate=self.replicate, expert=self.expert),
             training=replace(
                 recipe.training,
                 microbatch_sequences=self.microbatch_sequences,

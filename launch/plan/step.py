@@ -16,7 +16,7 @@ from launch.plan.step_time import (
     link_seconds,
     update_work,
 )
-from launch.plan.traffic import Collective, CollectiveKind, collectives
+from launch.plan.traffic import OUTSIDE, Collective, CollectiveKind, collectives
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.rules import validate
@@ -221,7 +221,7 @@ def _parts(
     of_step = [collective for collective in traffic if collective.is_once_a_step]
     of_microbatch = [collective for collective in traffic if not collective.is_once_a_step]
     links = link_seconds(of_microbatch, gpu, efficiency)
-    share = _forward_share(of_microbatch, gpu)
+    share = _forward_share(of_microbatch, model.n_layers, gpu)
     held = sum(sizes.rank_weights(model, layout, world_size, 0).values())
     moments = 8 if recipe.optimizer.kind is OptimizerKind.adamw else 4
     update = update_work(held, moments, clips=training.clip_norm is not None)
@@ -232,22 +232,14 @@ def _parts(
     ]
 
 
-def _forward_share(traffic: list[Collective], gpu: Gpu) -> float:
+def _forward_share(traffic: list[Collective], layers: int, gpu: Gpu) -> float:
     """Share of the traffic's time in the forward pass: one gather of the weights, half of the all-to-alls."""
     total = ahead = 0.0
     for collective in traffic:
         seconds = collective.seconds(gpu)
         total += collective.calls * seconds
         if collective.kind is CollectiveKind.all_gather:
-            layers = 1 if collective.calls == 1 else _layers_of(traffic, collective)
-            ahead += layers * seconds
+            ahead += (1 if collective.what == OUTSIDE else layers) * seconds
         elif collective.kind is CollectiveKind.all_to_all:
             ahead += collective.calls * seconds / 2
     return ahead / total if total else 0.0
-
-
-def _layers_of(traffic: list[Collective], gathered: Collective) -> int:
-    """The number of units of that kind: the gradients of each are reduced once."""
-    return next(
-        c.calls for c in traffic if c.what == gathered.what and c.kind is CollectiveKind.reduce_scatter
-    )

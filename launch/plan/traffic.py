@@ -1,9 +1,9 @@
 """Traffic between ranks in one step, by collective and link.
 
 Bytes are those that :mod:`train.layout.mesh` really moves: FSDP2 pads every weight to equal shards, gathers
-bf16 and reduces fp32, once per microbatch; routers' gradients are averaged once a step. Tested against
-collectives counted in real gloo runs. Not counted: collectives of a few bytes (the gradient norm, token
-counts).
+bf16 and reduces what the recipe says; replicas and routers' gradients are averaged once a step. Tested
+against collectives counted in real gloo runs. Not counted: collectives of a few bytes (the gradient norm,
+token counts).
 
 Legend: T tokens of a rank's microbatch, K experts per token, D d_model, L layers, n ranks of a group.
 """
@@ -13,10 +13,12 @@ from enum import Enum
 
 from launch.plan.hardware import Gpu
 from train.recipe import sizes
-from train.recipe.schema import Model, Parallelism
+from train.recipe.schema import Model, Parallelism, ReducePrecision, Reduction
 
 FP32 = 4
 INT32 = 4
+OUTSIDE = "embeddings"
+"""The name of the unit of what is outside the layers."""
 
 
 class CollectiveKind(str, Enum):
@@ -125,7 +127,7 @@ def collectives(
         averaged = (CollectiveKind.all_reduce, routers * FP32, world_size, 1, 1)
         found.append(Collective("routers", *averaged, is_once_a_step=True))
     for unit in _units(model, layout, world_size):
-        gathers = _gathers(unit, model.n_layers)
+        gathers = _gathers(unit, model.n_layers, layout.gathered_layers)
         found += _sharding_collectives(unit, layout, world_size, gathers, compute_bytes)
     if model.moe and layout.expert > 1:
         passes = 3 if checkpointing else 2
@@ -178,18 +180,19 @@ def _units(model: Model, layout: Parallelism, world_size: int) -> list[_Unit]:
 def _unit_name(weight: sizes.Weight) -> str:
     if weight.is_expert:
         return "experts"
-    return "layers" if ".blocks." in weight.name else "embeddings"
+    return "layers" if ".blocks." in weight.name else OUTSIDE
 
 
-def _gathers(unit: _Unit, layers: int) -> int:
+def _gathers(unit: _Unit, layers: int, kept: int) -> int:
     """Number of all-gathers of all units of this kind in one microbatch.
 
     Weights are gathered for the forward pass and again for the backward pass, which recomputation shares
-    (:func:`train.layout.torch_patches.keep_recomputed_weights`). Weights outside the layers stay gathered.
+    (:func:`train.layout.torch_patches.keep_recomputed_weights`). Weights outside the layers stay gathered,
+    and so do those of the last ``kept`` layers.
     """
-    if unit.count == 1 and unit.what == "embeddings":
+    if unit.what == OUTSIDE:
         return 1
-    return 2 * layers
+    return 2 * layers - min(kept, layers)
 
 
 def _sharding_collectives(
@@ -198,13 +201,20 @@ def _sharding_collectives(
     placement = unit.placement
     elements = unit.padded_elements * placement.rows_over
     group = (placement.rows_over, placement.experts_over)
+    reduced = reduced_bytes(layout)
+    kinds = CollectiveKind
+    is_once = layout.reduce is Reduction.once_a_batch
     found = [
-        Collective(unit.what, CollectiveKind.all_gather, elements * compute_bytes, *group, gathers),
-        Collective(unit.what, CollectiveKind.reduce_scatter, elements * FP32, *group, unit.count),
+        Collective(unit.what, kinds.all_gather, elements * compute_bytes, *group, gathers),
+        Collective(unit.what, kinds.reduce_scatter, elements * reduced, *group, unit.count, is_once),
     ]
     if layout.replicate > 1:
         copies = (layout.replicate, world_size // layout.replicate)
-        found.append(
-            Collective(unit.what, CollectiveKind.all_reduce, unit.padded_elements * FP32, *copies, unit.count)
-        )
+        size = unit.padded_elements * reduced
+        found.append(Collective(unit.what, kinds.all_reduce, size, *copies, unit.count, is_once_a_step=True))
     return found
+
+
+def reduced_bytes(layout: Parallelism) -> int:
+    """Bytes per element of gradients that are summed over ranks."""
+    return FP32 if layout.reduce_precision is ReducePrecision.fp32 else FP32 // 2

@@ -14,7 +14,15 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from launch.verify.bounds import LEAST_EPS
 from train.model.loss import IGNORE
 from train.recipe.curriculum import plan_stages
-from train.recipe.schema import BalanceScope, Compile, OptimizerKind, Parallelism, Precision, Recipe
+from train.recipe.schema import (
+    BalanceScope,
+    Compile,
+    OptimizerKind,
+    Parallelism,
+    Precision,
+    Recipe,
+    ReducePrecision,
+)
 from train.recipe.tiny import tiny_recipe
 from train.step.microbatch import Batch
 
@@ -180,7 +188,7 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
         small,
         model=model,
         optimizer=optimizer,
-        parallelism=Parallelism(replicate=layout.replicate, expert=layout.expert),
+        parallelism=_layout_of(small, layout, precision),
         training=replace(
             small.training,
             activation_checkpointing=each.recompute,
@@ -194,6 +202,12 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
         # Gradients are rounded once per microbatch: the reference must have as many as the layout.
         return Case(layout, each, recipe, rows, microbatch, together // microbatch, precision)
     return Case(layout, each, recipe, rows, together, 1, precision)
+
+
+def _layout_of(small: Recipe, layout: Layout, precision: Precision) -> Parallelism:
+    """The recipe's own settings under a layout; in fp32, which shows all but rounding, nothing is rounded."""
+    own = replace(small.parallelism, replicate=layout.replicate, expert=layout.expert)
+    return replace(own, reduce_precision=ReducePrecision.fp32) if precision is Precision.fp32 else own
 
 
 def _compiled(recipe: Recipe) -> Compile:

@@ -131,7 +131,7 @@ def _clipping_with(
 
 
 def _times_for_experts(factor: float, parameter: nn.Parameter, shard: Tensor) -> Tensor:
-    """A shard's squared norm, times a factor if it is an expert's; of a router, this rank's share of a replica."""
+    """A shard's squared norm, times a factor if it is an expert's; of a router, this rank's share of it."""
     square = shard.double().square().sum()
     if not isinstance(parameter, DTensor):
         return square * FOUR.replicate / FOUR.world_size

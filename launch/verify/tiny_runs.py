@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.verify.cases import SEQUENCES, Layout
 from launch.verify.forked_ranks import RankError, Ranks
-from train.recipe.schema import BalanceScope, Checkpoint, OnExisting, Parallelism, Precision, Recipe
+from train.recipe.schema import BalanceScope, Checkpoint, OnExisting, Precision, Recipe
 from train.recipe.tiny import tiny_recipe
 from train.recipe.topology import Topology
 from train.record import metrics
@@ -40,9 +40,8 @@ def prepare(recipe: Recipe, folder: Path) -> Recipe:
 
 def named(small: Recipe, layout: Layout, name: str) -> Recipe:
     """The tiny recipe under a layout and another name."""
-    return replace(
-        small, name=name, parallelism=Parallelism(replicate=layout.replicate, expert=layout.expert)
-    )
+    parallelism = replace(small.parallelism, replicate=layout.replicate, expert=layout.expert)
+    return replace(small, name=name, parallelism=parallelism)
 
 
 def trainer(recipe: Recipe) -> Callable[[Topology], None]:

@@ -62,8 +62,9 @@ class Waits:
 class Timeline(TorchDispatchMode):
     """Writes every call into a file while the context is entered, and between them what each operation is.
 
-    Each operation of PyTorch has a line with the bytes that it reads and writes, and one with its FLOPs if they
-    are known, before the calls that it makes, and one after them. :mod:`tests.cuda_standin.replay` reads it.
+    Around the calls that an operation of PyTorch makes there are lines where it begins and ends, with the
+    bytes that it reads and writes, and its FLOPs if they are known; :mod:`tests.cuda_standin.replay` reads
+    it.
     """
 
     def __init__(self, path: str) -> None:
@@ -85,13 +86,20 @@ class Timeline(TorchDispatchMode):
         _library.standin_mark(b"begin", name, 0.0)
         out = func(*args, **kwargs)
         read, written = _bytes((args, kwargs)), _bytes(out)
-        flops = flop_registry.get(func.overloadpacket)
-        if flops is not None and written:
-            _library.standin_mark(b"flops", name, float(flops(*args, **kwargs, out_val=out)))
+        _library.standin_mark(b"flops", name, _flops(func.overloadpacket, args, kwargs, out))
         _library.standin_mark(b"read", name, read)
         _library.standin_mark(b"written", name, written)
         _library.standin_mark(b"end", name, 0.0)
         return out
+
+
+def _flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+    """FLOPs of an operation; 0 of one that is not a product or attention."""
+    if operation.__name__ == "_grouped_mm":
+        # Groups of rows by a stack of matrices, or, for their gradients, groups of rows by groups of rows.
+        return 2.0 * args[0].numel() * args[1].shape[-1]
+    counted = flop_registry.get(operation)
+    return 0.0 if counted is None or out is None else float(counted(*args, **kwargs, out_val=out))
 
 
 def _bytes(tree: Any) -> float:

@@ -1,9 +1,9 @@
 """The time of a step that was recorded on the stand-in: what ran beside what, and what nothing hid.
 
-The order of calls, their streams, events and the host's waits are as recorded. Durations are a model: products,
-attention and passes over memory at the rates that were measured on an H100 (docs/gpu.md), collectives at the
-planner's time of a ring. So a difference between two orders of the same calls means something; a time in
-milliseconds is only as good as the model.
+The order of calls, their streams, events and the host's waits are as recorded. Durations are a model:
+products, attention and passes over memory at the rates that were measured on an H100 (docs/gpu.md),
+collectives at the planner's time of a ring. So a difference between two orders of the same calls means
+something; a time in milliseconds is only as good as the model.
 """
 
 import collections
@@ -17,7 +17,7 @@ from train.recipe.schema import Parallelism
 from train.recipe.sizes import shard_degree
 
 PRODUCTS = {"bf16": 700e12, "fp32": 45e12, "tf32": 350e12}
-"""FLOP/s by precision; of bf16 793 TFLOP/s were measured in one large product, 630 to 770 in experts' grouped."""
+"""FLOP/s by precision. Of bf16 793 TFLOP/s were measured in a large product, 630 to 770 in grouped ones."""
 ATTENTION = 2 * 440e12
 """Likewise, of attention over all positions, of which a causal mask leaves half: SDPA with heads repeated."""
 MEMORY = 2.92e12
@@ -191,12 +191,16 @@ def _collective_seconds(call: Call, layout: Parallelism, world_size: int, gpu: G
         return 0.0
     # Experts exchange tokens; of two dimensions of one size the other is meant by all else.
     shard = shard_degree(layout, world_size)
-    strides = {layout.expert: 1} if kinds[0] is CollectiveKind.all_to_all else {
-        world_size: 1,
-        layout.replicate: world_size // layout.replicate,
-        shard * layout.expert: 1,
-        shard: layout.expert,
-    }
+    strides = (
+        {layout.expert: 1}
+        if kinds[0] is CollectiveKind.all_to_all
+        else {
+            world_size: 1,
+            layout.replicate: world_size // layout.replicate,
+            shard * layout.expert: 1,
+            shard: layout.expert,
+        }
+    )
     return Collective(what, kinds[0], call.amount, int(ranks), strides[int(ranks)], 1).seconds(gpu)
 
 

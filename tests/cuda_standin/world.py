@@ -1,7 +1,9 @@
 """Optimizer steps of one rank of a world that is not there, on the real paths of a run; prints JSON.
 
 `python -m tests.cuda_standin.world RANKS RECIPE [key=value ...]`, with `STANDIN_ALONE=1`: every other rank
-sends what this one sends. Of one rank: the whole model on one GPU. Weights are not initialised.
+sends what this one sends. Of one rank: the whole model on one GPU. Weights are not initialised. With
+`STANDIN_TIMELINE` a third step is written into that file; with `STANDIN_NOT_AHEAD` FSDP2 gathers as it would
+by itself.
 """
 
 import json
@@ -27,6 +29,8 @@ recipe = load_recipe(sys.argv[2], sys.argv[3:])
 inside.prepare()
 distributed_c10d._store_based_barrier = lambda *_, **__: None  # nobody else comes
 mesh.initialize = lambda *_: None
+if "STANDIN_NOT_AHEAD" in os.environ:
+    mesh.gather_ahead = lambda _: None
 os.environ["TORCH_NCCL_RANKS_PER_ROOT"] = str(world_size + 1)  # else other ranks would name communicators too
 torch.cuda.set_device(0)
 training = recipe.training
@@ -52,7 +56,9 @@ batch = _random_batch(recipe, "cuda")
 def step() -> None:
     """A step of at most two microbatches: more are as the second."""
     optimizer.zero_grad(set_to_none=True)
-    for _ in range(min(2, microbatches_per_rank(recipe, world_size))):
+    passes = min(2, microbatches_per_rank(recipe, world_size))
+    for left in reversed(range(passes)):
+        mesh.reduce_gradients(decoder, recipe.parallelism, after_this_pass=left == 0)
         model.loss(model(batch), batch)["total"].backward()
     average_replicated_gradients(model.parameters())
     clip_gradients(model.parameters(), training.clip_norm)
@@ -65,5 +71,8 @@ inside.reset()
 with inside.Waits() as waits:
     step()
 found = {"counts": inside.counts(), "waits": waits.places, "peak": torch.cuda.max_memory_allocated()}
+if "STANDIN_TIMELINE" in os.environ:
+    with inside.Timeline(os.environ["STANDIN_TIMELINE"]):
+        step()
 print(json.dumps(found), flush=True)
 os._exit(0)  # Destroying the process group would wait for the others.

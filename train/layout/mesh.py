@@ -11,6 +11,7 @@ MegaBlocks divides them by the expert degree; routers' gradients are averaged on
 Shapes: E experts, F expert hidden size, D model width.
 """
 
+import itertools
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,7 +26,8 @@ from train.layout.torch_patches import apply_torch_patches
 from train.model.decoder import Block, Decoder
 from train.model.init import initialize
 from train.model.moe import MoE
-from train.recipe.schema import Parallelism, Precision
+from train.recipe import sizes
+from train.recipe.schema import Parallelism, Precision, ReducePrecision, Reduction
 
 REPLICATE, SHARD, EXPERT = "replicate", "shard", "expert"
 DENSE = "dense"
@@ -39,6 +41,7 @@ class Mesh(NamedTuple):
     """`replicate` x `shard` x `expert`; `shard` and those of the others that have several ranks."""
     dense: DeviceMesh
     """`replicate` x `dense`, or only `dense` if there is one replica."""
+    layout: Parallelism
 
 
 def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
@@ -55,13 +58,13 @@ def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
     if layout.replicate == 1:
         world = dist.group.WORLD
         assert world is not None
-        return Mesh(experts, DeviceMesh.from_group(world, device_type, mesh_dim_names=(DENSE,)))
+        return Mesh(experts, DeviceMesh.from_group(world, device_type, mesh_dim_names=(DENSE,)), layout)
     # A flattened dimension could only be had through private functions. The groups of `replicate` are shared
     # with the other mesh.
     ranks = torch.arange(world_size).view(layout.replicate, shard * layout.expert)
     groups = [of_experts[names.index(REPLICATE)], _own_group(ranks, 1)]
     dense = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=(REPLICATE, DENSE))
-    return Mesh(experts, dense)
+    return Mesh(experts, dense, layout)
 
 
 def replicas_of(model: nn.Module) -> dist.ProcessGroup | None:
@@ -83,21 +86,28 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int)
     if EXPERT in names:
         for moe in moes:
             _spread_experts(moe, mesh.experts[EXPERT])
+    in_bf16 = mesh.layout.reduce_precision is ReducePrecision.bf16
     cast = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision is Precision.bf16 else None, reduce_dtype=torch.float32
+        param_dtype=torch.bfloat16 if precision is Precision.bf16 else None,
+        reduce_dtype=torch.bfloat16 if in_bf16 else torch.float32,
     )
     over_experts = mesh.experts[REPLICATE, SHARD] if REPLICATE in names else mesh.experts[SHARD]
     over_all = mesh.dense
-    # Routers stay whole and fp32. As units they would be gathered and reduced between the experts' product and
-    # their reduce-scatter, which nothing would then hide; rounded, they would send near-ties elsewhere.
+    # Routers stay whole and fp32. As units they would be gathered and reduced between the experts' product
+    # and their reduce-scatter, which nothing would then hide; rounded, they would send near-ties elsewhere.
     routers = {parameter for moe in moes for parameter in moe.router.parameters()}
-    for moe in moes:
-        # The layer casts its experts' inputs itself. FSDP2 would also round the routing weights, and only in
-        # the forward pass: a recomputed layer would not match.
-        fully_shard(moe.experts, mesh=over_experts, mp_policy=replace(cast, cast_forward_inputs=False))
-    for module in decoder.modules():
-        if isinstance(module, Block):
-            fully_shard(module, mesh=over_all, mp_policy=cast, ignored_params=routers)
+    blocks = decoder.transformer.blocks
+    for block, is_freed in zip(blocks, _freed_after_forward(len(blocks), mesh.layout), strict=True):
+        if isinstance(block.ffn, MoE):
+            # The layer casts its experts' inputs itself. FSDP2 would also round the routing weights, and only
+            # in the forward pass: a recomputed layer would not match.
+            of_experts = replace(cast, cast_forward_inputs=False)
+            fully_shard(
+                block.ffn.experts, mesh=over_experts, mp_policy=of_experts, reshard_after_forward=is_freed
+            )
+        fully_shard(
+            block, mesh=over_all, mp_policy=cast, reshard_after_forward=is_freed, ignored_params=routers
+        )
     fully_shard(decoder, mesh=over_all, mp_policy=cast, ignored_params=routers)
     gather_ahead(decoder)
     if over_all.device_type == "cpu":
@@ -116,12 +126,34 @@ def gather_ahead(decoder: nn.Module) -> None:
     """
     layers = [_units(module) for module in decoder.modules() if isinstance(module, Block)]
     assert isinstance(decoder, FSDPModule)
+    # Else a unit's gradients would not be summed before those of the unit before it are: the experts' sum, of
+    # all traffic in the backward pass the most, would run beside only the attention. From torch 2.15 on.
+    in_flight = getattr(decoder, "set_reduce_scatter_max_input_buffers", None)
+    if in_flight is not None:
+        in_flight(sizes.REDUCTIONS_IN_FLIGHT)
     decoder.set_modules_to_forward_prefetch(layers[0])
     decoder.set_modules_to_backward_prefetch(layers[-1])
-    for layer, after in zip(layers, layers[1:], strict=False):
+    for layer, after in itertools.pairwise(layers):
         layer[0].set_modules_to_forward_prefetch(after)
         # Asked for by the last unit of a layer, whose backward pass is the first.
         after[-1].set_modules_to_backward_prefetch(layer)
+
+
+def reduce_gradients(model: nn.Module, layout: Parallelism, *, after_this_pass: bool) -> None:
+    """Says before a backward pass whether FSDP2 sums gradients over ranks at its end, or adds them up.
+
+    Replicas are summed after a batch's last backward pass only: it costs nothing to add shards up before. The
+    ranks of a replica are if `parallelism.reduce` says so.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(after_this_pass)
+        if layout.reduce is Reduction.once_a_batch:
+            model.set_requires_gradient_sync(after_this_pass)
+
+
+def _freed_after_forward(layers: int, layout: Parallelism) -> list[bool]:
+    """Of each layer: are its gathered weights freed after the forward pass?"""
+    return [layer < layers - layout.gathered_layers for layer in range(layers)]
 
 
 def _units(block: Block) -> list[FSDPModule]:

@@ -31,7 +31,7 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Op
     betas = (recipe.betas[0], recipe.betas[1])
     if recipe.kind is OptimizerKind.adamw:
         return torch.optim.AdamW(
-            [{"params": p, "weight_decay": decay if matrix else 0.0} for (matrix, _), p in groups.items()],
+            [{"params": p, "weight_decay": decay if matrix else 0.0} for (matrix, *_), p in groups.items()],
             lr=recipe.learning_rate,
             betas=betas,
             eps=recipe.eps,
@@ -40,7 +40,7 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Op
     # LLM Foundry's Lion decays by weight_decay * lr / initial lr; scaled, by weight_decay * lr like AdamW.
     scaled = decay * recipe.learning_rate
     lion: torch.optim.Optimizer = load_lion().DecoupledLionW(
-        [{"params": p, "weight_decay": scaled if matrix else 0.0} for (matrix, _), p in groups.items()],
+        [{"params": p, "weight_decay": scaled if matrix else 0.0} for (matrix, *_), p in groups.items()],
         lr=recipe.learning_rate,
         betas=betas,
     )

@@ -244,6 +244,12 @@ def _batch_and_layout(recipe: Recipe, topology: Topology) -> Iterator[Violation]
             f"{ranks} ranks are not divisible by replicate={layout.replicate} x expert={layout.expert}",
             f"choose degrees whose product divides {ranks}, or start more ranks (composer -n)",
         )
+    if layout.gathered_layers > recipe.model.n_layers:
+        yield Violation(
+            "parallelism.gathered_layers",
+            f"is {layout.gathered_layers}, but the model has {recipe.model.n_layers} layers",
+            "give at most as many",
+        )
     if layout.expert > 1:
         if recipe.model.moe is None:
             yield Violation("parallelism.expert", "is above 1, but the model is dense", "set it to 1")

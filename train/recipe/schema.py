@@ -37,6 +37,8 @@ __all__ = [
     "Position",
     "Precision",
     "Recipe",
+    "ReducePrecision",
+    "Reduction",
     "Registry",
     "Schedule",
     "ScheduleKind",
@@ -69,6 +71,20 @@ class Compile(str, Enum):
     off = "off"
     blocks = "blocks"
     model = "model"
+
+
+class Reduction(str, Enum):
+    """When gradients are summed over the ranks."""
+
+    every_microbatch = "every_microbatch"
+    once_a_batch = "once_a_batch"
+
+
+class ReducePrecision(str, Enum):
+    """Precision in which gradients are summed over the ranks."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 class OptimizerKind(str, Enum):
@@ -302,6 +318,14 @@ class Parallelism:
     """Replicas of the sharded model (HSDP). More replicas: less traffic between nodes, more memory."""
     expert: int = key(1, above=0)
     """Expert parallelism: ranks that the experts of a layer are spread over."""
+    reduce: Reduction = Reduction.every_microbatch
+    """When gradients are summed over a replica's ranks: after `every_microbatch`, or `once_a_batch`, with less
+    traffic but whole gradients of all layers on every rank until then. Over replicas: once a batch."""
+    reduce_precision: ReducePrecision = ReducePrecision.fp32
+    """`bf16`: half the bytes; each sum over ranks is then rounded to 8 bits, and where gradients are reduced
+    `once_a_batch`, so is the sum over microbatches."""
+    gathered_layers: int = key(0, at_least=0)
+    """Layers, counted from the last, whose weights stay gathered between forward and backward pass."""
 
 
 @dataclass(frozen=True)

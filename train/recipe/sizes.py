@@ -85,6 +85,10 @@ def weights(model: Model) -> Iterator[Weight]:
         yield Weight("lm_head.weight", (V, D))
 
 
+REDUCTIONS_IN_FLIGHT = 2
+"""FSDP2 units whose gradients are summed over ranks at a time, each from a buffer of its own."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """The sharding of a weight, and the FSDP2 unit that it belongs to."""

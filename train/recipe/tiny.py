@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from train.recipe import sizes
 from train.recipe.phases import phases_of
-from train.recipe.schema import Model, Parallelism, Phase, Recipe, Start, TokenizerKind
+from train.recipe.schema import Model, Phase, Recipe, Start, TokenizerKind
 
 HEAD_WIDTH = 16
 MOST_KV_HEADS = 2
@@ -43,6 +43,8 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
         model = replace(model, max_sequence_tokens=longest)
         duration = sum(phase.tokens for phase in phases)
     scale = duration / sizes.trained_tokens(recipe)
+    # Of two layers one.
+    gathered = min(recipe.parallelism.gathered_layers, model.n_layers - 1)
     return replace(
         recipe,
         name=f"{recipe.name}-shrunken",
@@ -67,7 +69,7 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
             loss_chunk_tokens=min(training.loss_chunk_tokens, SEQUENCE_TOKENS),
         ),
         start=Start(),
-        parallelism=Parallelism(),
+        parallelism=replace(recipe.parallelism, replicate=1, expert=1, gathered_layers=gathered),
         schedule=replace(
             recipe.schedule,
             warmup_tokens=round(recipe.schedule.warmup_tokens * scale),

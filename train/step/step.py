@@ -5,7 +5,7 @@ data in    skip excluded batches; set RoPE base, microbatch size and learning ra
                                                                                        `batch_start`
 balance    count the whole batch's expert choices, if the balance loss needs them      `before_train_batch`
 forward    Composer's; then add each microbatch's loss, expert and domain counts       `after_loss`
-backward   Composer's; FSDP2 averages the gradients of sharded weights over ranks
+backward   Composer's; FSDP2 averages the gradients of sharded weights over ranks      `before_backward`
 reduce     sum the batch's loss, counts and save flags over ranks; average the         `after_train_batch`
            routers' gradients
 clip       clip gradients to a global norm                                             `after_train_batch`
@@ -23,6 +23,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from torch import Tensor
 
+from train.layout.mesh import reduce_gradients
 from train.layout.optim import average_replicated_gradients, clip_gradients
 from train.model.router import update_bias
 from train.recipe import sizes
@@ -80,6 +81,8 @@ class TrainingStep(Callback):
         """Totals of the last complete batch."""
         self._saves: list[bool] = []
         """What the ranks agreed on with the batch's sums: :meth:`Checkpointing.flags`."""
+        self._passes_left = 0
+        """Backward passes of this batch that have not begun."""
 
     def expert_tokens(self) -> Tensor | None:
         """Tokens per expert of the last batch over all ranks, int64 [L, E]; None for a dense model."""
@@ -117,11 +120,19 @@ class TrainingStep(Callback):
         if self.balance is not None:
             self.balance.count_batch(state)
         self.sums.clear()
+        assert state.device_train_microbatch_size is not None
+        sequences = state.batch["input_ids"].shape[0]
+        self._passes_left = -(-sequences // int(state.device_train_microbatch_size))
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Forward: adds a microbatch's loss and counts; its backward pass follows."""
         assert isinstance(state.loss, dict)
         self.sums.add(state.batch, state.outputs, state.loss["language"])
+
+    def before_backward(self, state: State, logger: Logger) -> None:
+        """Backward: says whether this is the batch's last pass, after which gradients are reduced."""
+        self._passes_left -= 1
+        reduce_gradients(self.model.decoder, self.recipe.parallelism, after_this_pass=self._passes_left == 0)
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Reduce, clip, guard, update: between the last backward pass and `optimizer.step()`."""

@@ -1,6 +1,7 @@
 """The planner's traffic against collectives counted on real gloo ranks."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,14 +12,15 @@ from launch.plan.hardware import GPUS
 from launch.plan.traffic import Collective, CollectiveKind, collectives
 from launch.verify.forked_ranks import run_ranks
 from train.health.collectives import CollectiveRecorder, recorded_collectives
-from train.layout.mesh import build_mesh, build_sharded
+from train.layout.mesh import build_mesh, build_sharded, reduce_gradients
+from train.layout.optim import average_replicated_gradients
 from train.model.decoder import Decoder
-from train.recipe.schema import Model, Moe, Parallelism, Precision
+from train.recipe.schema import Model, Moe, Parallelism, Precision, ReducePrecision, Reduction
 from train.recipe.topology import Topology
 
 pytestmark = pytest.mark.slow
 
-SEQUENCES, SEQUENCE_TOKENS = 2, 32
+SEQUENCES, SEQUENCE_TOKENS, MICROBATCHES = 2, 32, 2
 MOE = Model(
     d_model=48,
     n_layers=3,
@@ -39,6 +41,8 @@ DENSE = Model(
     max_sequence_tokens=64,
     tie_embeddings=True,
 )
+COPIES = Parallelism(replicate=2, expert=2)
+ONCE, IN_BF16 = Reduction.once_a_batch, replace(COPIES, reduce_precision=ReducePrecision.bf16)
 KINDS = {
     "allgather_base": CollectiveKind.all_gather,
     "all_gather_single": CollectiveKind.all_gather,
@@ -82,7 +86,7 @@ class Counting(CollectiveRecorder):
 def count(
     cfg: Model, layout: Parallelism, precision: Precision, checkpointing: bool, rank: Topology
 ) -> tuple[Counter[CollectiveKind], Counter[CollectiveKind]]:
-    """Counts a second forward and backward pass, since the first one initialises state.
+    """Counts a second step of two microbatches, since the first one initialises state.
 
     Returns:
         Bytes and calls of the collectives.
@@ -93,15 +97,18 @@ def count(
     generator = torch.Generator().manual_seed(rank.rank)
     ids = torch.randint(cfg.vocab_size, (SEQUENCES, SEQUENCE_TOKENS), generator=generator)
 
-    def forward_and_backward() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.bf16):
-            output = decoder(ids, None, ids)
-        (output.loss_sum / ids.numel() + output.balance_loss).backward()
+    def step() -> None:
+        for left in reversed(range(MICROBATCHES)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.bf16):
+                output = decoder(ids, None, ids)
+            reduce_gradients(decoder, layout, after_this_pass=left == 0)
+            (output.loss_sum / ids.numel() + output.balance_loss).backward()
+        average_replicated_gradients(decoder.parameters())
 
-    forward_and_backward()
+    step()
     counting = Counting()
     with recorded_collectives(counting):
-        forward_and_backward()
+        step()
     return counting.payloads, counting.calls
 
 
@@ -111,7 +118,10 @@ def count(
         pytest.param(MOE, Parallelism(), 2, Precision.bf16, False, id="sharded"),
         pytest.param(MOE, Parallelism(expert=2), 4, Precision.bf16, False, id="experts"),
         pytest.param(MOE, Parallelism(expert=4), 4, Precision.fp32, True, id="experts-recomputed"),
-        pytest.param(MOE, Parallelism(replicate=2, expert=2), 4, Precision.fp32, True, id="copies"),
+        pytest.param(MOE, COPIES, 4, Precision.fp32, True, id="copies"),
+        pytest.param(MOE, replace(COPIES, reduce=ONCE), 4, Precision.bf16, True, id="reduced-once"),
+        pytest.param(MOE, replace(COPIES, gathered_layers=2), 4, Precision.bf16, False, id="gathered"),
+        pytest.param(MOE, IN_BF16, 4, Precision.bf16, True, id="reduced-in-bf16"),
         pytest.param(DENSE, Parallelism(replicate=2), 4, Precision.bf16, False, id="dense"),
         pytest.param(DENSE, Parallelism(), 3, Precision.fp32, True, id="dense-recomputed"),
     ],
@@ -132,8 +142,9 @@ def test_bytes_are_those_counted_on_gloo(
     ):
         if collective.ranks == 1:
             continue
-        predicted_bytes[collective.kind] += round(collective.payload_bytes) * collective.calls
-        predicted_calls[collective.kind] += collective.calls
+        calls = collective.calls_in_step(MICROBATCHES)
+        predicted_bytes[collective.kind] += round(collective.payload_bytes) * calls
+        predicted_calls[collective.kind] += calls
     # Tokens return from experts in unequal shares, so only the sum over ranks is fixed.
     counted_bytes = sum((payloads for payloads, _ in ranks), Counter())
     assert counted_bytes == Counter({kind: world * n for kind, n in predicted_bytes.items()})
