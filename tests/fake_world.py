@@ -28,3 +28,8 @@ def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The unsharded tensor; every rank asks for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -207,7 +207,7 @@ def _parts(
     imbalance: float,
     efficiency: Efficiency,
 ) -> list[Part]:
-    """Forward and backward passes of a microbatch, repeated, then the optimizer step."""
+    """Forward and backward passes of a microbatch, repeated, sums over ranks, and the optimizer step."""
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     microbatches = sizes.microbatches_per_rank(recipe, world_size)
     tokens = training.microbatch_sequences * recipe.data.sequence_tokens
@@ -228,7 +228,8 @@ def _parts(
     return [
         Part("forward", ahead + links.times(share), microbatches),
         Part("backward", back + links.times(1 - share), microbatches),
-        Part("optimizer", compute_seconds(update, gpu, efficiency) + link_seconds(of_step, gpu, efficiency)),
+        Part("reduce", link_seconds(of_step, gpu, efficiency)),
+        Part("optimizer", compute_seconds(update, gpu, efficiency)),
     ]
 
 

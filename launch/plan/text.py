@@ -212,7 +212,7 @@ def _time_table(plan: Plan) -> str:
     )
     lines.append(
         f"  ({plan.step_seconds_if_hidden:.3f} if all traffic of weights hid behind arithmetic, "
-        "which published runs do not reach)"
+        "as published runs' does not)"
     )
     return "\n".join(lines)
 

@@ -319,8 +319,8 @@ class Parallelism:
     expert: int = key(1, above=0)
     """Expert parallelism: ranks that the experts of a layer are spread over."""
     reduce: Reduction = Reduction.every_microbatch
-    """When gradients are summed over a replica's ranks: after `every_microbatch`, or `once_a_batch`, with less
-    traffic but whole gradients of all layers on every rank until then. Over replicas: once a batch."""
+    """When gradients are summed over a replica's ranks: after `every_microbatch`, or `once_a_batch`, with
+    less traffic but whole gradients of all layers on every rank until then. Over replicas: once a batch."""
     reduce_precision: ReducePrecision = ReducePrecision.fp32
     """`bf16`: half the bytes; each sum over ranks is then rounded to 8 bits, and where gradients are reduced
     `once_a_batch`, so is the sum over microbatches."""

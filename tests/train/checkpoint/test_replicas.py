@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 
 from launch.verify.forked_ranks import run_ranks
+from tests.fake_world import whole
 from train.checkpoint.files import (
     CheckpointError,
     Progress,
@@ -140,16 +141,11 @@ def test_a_run_of_another_layout_reads_what_one_replica_wrote(tmp_path: Path) ->
         def work(topology: Topology) -> list[Any]:
             decoder, optimizer = _built(layout, topology, 2)
             load_checkpoint(folder, decoder, optimizer, topology, replicas_of(decoder))
-            return [_whole(each).tolist() for each in decoder.parameters()]
+            return [whole(each).tolist() for each in decoder.parameters()]
 
         return run_ranks(4, work)
 
     assert load(LAYOUTS[0]) == load(LAYOUTS[2]) == load(Parallelism(expert=4))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    assert isinstance(tensor, DTensor)
-    return tensor.full_tensor()
 
 
 @pytest.mark.parametrize(

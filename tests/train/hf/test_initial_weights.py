@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from launch.verify.forked_ranks import run_ranks
+from tests.fake_world import whole
 from train.checkpoint.files import Progress
 from train.checkpoint.saver import CheckpointSaver
 from train.hf import initial_weights
@@ -104,8 +105,8 @@ def test_each_rank_gets_its_rows(
         assert counted.count == sum(part.numel() for part in parts), "reads what other ranks hold"
         local = 0
         for name, tensor in sharded.state_dict().items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            torch.testing.assert_close(whole, expected[name], rtol=0, atol=0, msg=name)
+            found = whole(tensor)
+            torch.testing.assert_close(found, expected[name], rtol=0, atol=0, msg=name)
             local += tensor.to_local().numel() if isinstance(tensor, DTensor) else 0
         return local, sum(p.numel() for p in sharded.parameters())
 
@@ -162,11 +163,7 @@ def test_frozen_parts_stay_and_the_rest_moves(recipe: Recipe) -> None:
 
 def _whole(decoder: Decoder) -> dict[str, torch.Tensor]:
     """Gathered copies of the parameters."""
-    copies = {}
-    for name, parameter in decoder.named_parameters():
-        assert isinstance(parameter, DTensor)
-        copies[name] = parameter.full_tensor().detach().clone()
-    return copies
+    return {name: whole(parameter).detach().clone() for name, parameter in decoder.named_parameters()}
 
 
 def test_frozen_parts_stay_when_sharded(recipe: Recipe) -> None:

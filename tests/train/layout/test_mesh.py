@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from launch.verify.forked_ranks import RankError, Ranks, run_ranks
-from tests.fake_world import local, sharded
+from tests.fake_world import local, sharded, whole
 from train.checkpoint.files import (
     Progress,
     check_checkpoint,
@@ -63,15 +63,15 @@ def _decoder(topology: Topology, layout: Parallelism) -> Decoder:
 
 @pytest.mark.parametrize("layout", [LAYOUT, Parallelism(expert=4), Parallelism()])
 def test_initial_weights_do_not_depend_on_the_layout_and_no_rank_holds_them_all(layout: Parallelism) -> None:
-    whole = Decoder(CFG)
-    initialize(whole, CFG, 17)
+    expected = Decoder(CFG)
+    initialize(expected, CFG, 17)
 
     def work(topology: Topology) -> dict[str, int]:
         held = {}
         for name, parameter in _decoder(topology, layout).named_parameters():
             held[name] = local(parameter).numel()
             assert isinstance(parameter, DTensor) != (".router." in name)
-            assert torch.equal(_whole(parameter), whole.get_parameter(name)), name
+            assert torch.equal(whole(parameter), expected.get_parameter(name)), name
         return held
 
     for rank, held in enumerate(run_ranks(4, work)):
@@ -169,8 +169,8 @@ def test_one_rank_of_each_shard_writes_it_with_the_random_states_of_all(tmp_path
         assert json.loads((folder / f"rank-{rank}.json").read_text())["torch"] == state
 
     def load(topology: Topology) -> bool:
-        decoder, whole = _decoder(topology, LAYOUT), Decoder(CFG)
-        initialize(whole, CFG, 17)
+        decoder, expected = _decoder(topology, LAYOUT), Decoder(CFG)
+        initialize(expected, CFG, 17)
         with torch.no_grad():
             for parameter in decoder.parameters():
                 parameter.zero_()
@@ -179,13 +179,9 @@ def test_one_rank_of_each_shard_writes_it_with_the_random_states_of_all(tmp_path
         assert restore_random_states(folder, topology)
         assert torch.get_rng_state().tolist() == drawn[topology.rank]
         pairs = decoder.named_parameters()
-        return all(torch.equal(_whole(tensor), whole.get_parameter(name)) for name, tensor in pairs)
+        return all(torch.equal(whole(tensor), expected.get_parameter(name)) for name, tensor in pairs)
 
     assert run_ranks(4, load) == [True] * 4
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @pytest.mark.parametrize(("world", "replicas"), [(8, 1), (8, 2), (24, 3), (3072, 24)])

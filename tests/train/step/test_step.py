@@ -52,15 +52,19 @@ def trained(recipe: Recipe, microbatch: int, alarms: Any = None, batches: int = 
         "document_ids": torch.zeros_like(ids_BS),
         "sample_positions": torch.arange(B),
     }
-    state: Any = SimpleNamespace(timestamp=Timestamp(batch=6, sample=48))
+    state: Any = SimpleNamespace(
+        timestamp=Timestamp(batch=6, sample=48), device_train_microbatch_size=microbatch
+    )
     logger: Any = SimpleNamespace(log_metrics=lambda _: None)
     for _ in range(batches):
+        state.batch = whole
         step.before_train_batch(state, logger)
         for row in range(0, B, microbatch):
             state.batch = {key: value[row : row + microbatch] for key, value in whole.items()}
             state.outputs = model(state.batch)
             state.loss = model.loss(state.outputs, state.batch)
             step.after_loss(state, logger)
+            step.before_backward(state, logger)
             (state.loss["total"] * microbatch / B).backward()
         step.after_train_batch(state, logger)
     return step
