@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from launch.verify.cases import Layout
 from train import run
-from train.layout import mesh, optim
+from train.layout import mesh
 from train.layout.mesh import DENSE
 from train.model import decoder
 from train.model.attention import AttentionPlan
@@ -139,13 +139,6 @@ def _times_for_experts(factor: float, parameter: nn.Parameter, shard: Tensor) ->
     return square * (factor if is_expert else 1.0)
 
 
-def _one_holder_of_routers(gradient: Tensor, world_size: int) -> int:
-    return _original_holders(gradient, 1)
-
-
-_original_holders = optim._holders
-
-
 def _balance_of_rank_0(self: LanguageModel, *args: Any) -> dict[str, Tensor]:
     """Adds the balance loss only on the first rank."""
     if dist.get_rank():
@@ -228,11 +221,6 @@ FAULTS = {
         "ranks that keep their own gradients of the router",
         lambda: mock.patch.object(step, "average_replicated_gradients", lambda _parameters: None),
         "gradients",
-    ),
-    "norm-with-routers-of-all-ranks": KnownFault(
-        "routers counted once for each rank in the global norm",
-        lambda: mock.patch.object(optim, "_holders", _one_holder_of_routers),
-        "norm",
     ),
     "experts-swapped": KnownFault(
         "two experts swapped at load", lambda: after_building(_swap_experts), "gradients"

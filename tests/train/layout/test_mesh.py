@@ -355,3 +355,22 @@ def test_weights_are_gathered_a_layer_ahead_in_both_directions(recomputed: bool)
     in_forward = [1 + 2 * min(layer + 2, layers) for layer in range(layers)]
     in_backward = [1 + 2 * layers + 2 * min(done + 2, layers) for done in range(layers)]
     assert run_ranks(2, work) == [(in_forward, in_backward, 1 + 4 * layers)] * 2
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, Parallelism()])
+def test_the_norm_counts_every_weight_once_whoever_holds_it(layout: Parallelism) -> None:
+    def work(topology: Topology) -> tuple[float, float]:
+        decoder = _decoder(topology, layout)
+        for parameter in decoder.parameters():
+            parameter.grad = torch.full_like(parameter, 1.0 + topology.rank)
+        average_replicated_gradients(decoder.parameters())
+        (router,) = (p for name, p in decoder.named_parameters() if ".router." in name)
+        assert router.grad is not None and set(router.grad.flatten().tolist()) == {2.5}, "the mean of 1 to 4"
+        for parameter in decoder.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        norm = clip_gradients(decoder.parameters(), 1.0).item()
+        return norm, router.grad.max().item()
+
+    norm = sizes.total_parameters(CFG) ** 0.5
+    for found, scaled in run_ranks(4, work):
+        assert found == pytest.approx(norm, rel=1e-6) and scaled == pytest.approx(1 / norm, rel=1e-5)
