@@ -15,12 +15,15 @@ sign of the gradient. If gradients differ by the angle 2 u, a share 2 u / pi of 
 which moves weights by 2 sqrt(2 u / pi) of the step's change, 10%. That is for normally distributed gradients;
 real ones lie nearer to zero, so twice that. Weights are measured against the change of the step.
 
+With `parallelism.reduce_precision: bf16` the sums over ranks and microbatches are rounded too, each partial
+sum by at most u of it, with random signs: twice the gradients' bound, and the weights' that follows from it.
+
 A plain process rounds less than FSDP2 (norms and embeddings stay fp32), so bf16 is not run on one rank.
 """
 
 import math
 
-from train.recipe.schema import Precision
+from train.recipe.schema import Parallelism, Precision, ReducePrecision
 
 UNIT_ROUNDOFF = 2.0**-8
 """Unit roundoff of bf16, which has 8 significant bits."""
@@ -46,6 +49,8 @@ BOUNDS: dict[Precision, dict[str, float]] = {
     },
 }
 """Largest relative error that passes. `choices` are the experts' token counts."""
+REDUCED_IN_BF16 = {"gradients": 4 * UNIT_ROUNDOFF, "weights": 4 * math.sqrt(4 * UNIT_ROUNDOFF / math.pi)}
+"""Those of bf16 that are wider where gradients are also summed in it."""
 QUANTITIES = tuple(BOUNDS[Precision.fp32])
 FLOOR = 1e-4
 """The error of a near-zero gradient is measured against this fraction of the full gradient's RMS."""
@@ -58,3 +63,9 @@ element whose gradient is all rounding moves by up to the full learning rate in 
 LEAST_CHANGE = 1e-4
 """In bf16, a step that changes a weight by less than this fraction is measured against the fraction: times
 the bound, that is the fp32 bound."""
+
+
+def bounds_of(precision: Precision, layout: Parallelism) -> dict[str, float]:
+    """Returns the bounds of a case in a precision."""
+    is_wider = precision is Precision.bf16 and layout.reduce_precision is ReducePrecision.bf16
+    return BOUNDS[precision] | (REDUCED_IN_BF16 if is_wider else {})

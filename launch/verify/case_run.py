@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from launch.verify.bounds import BOUNDS, FLOOR, LEAST_CHANGE, LEAST_GAP
+from launch.verify.bounds import FLOOR, LEAST_CHANGE, LEAST_GAP, bounds_of
 from launch.verify.cases import Case, idle_experts, make_batches, own_rows, steer_router
 from launch.verify.forked_ranks import run_ranks
 from launch.verify.reference import CountTogether, build_rounding_reference, reference_recipe
@@ -285,7 +285,7 @@ class _Comparer(_Watcher):
     def __init__(self, record: ReferenceRecord, case: Case) -> None:
         super().__init__()
         self.record, self.case = record, case
-        self.bounds = BOUNDS[case.precision]
+        self.bounds = bounds_of(case.precision, case.recipe.parallelism)
         self.deviations = {quantity: Deviation() for quantity in self.bounds}
 
     def see_figures(self, step: int, figures: dict[str, float], choices_LE: Tensor | None) -> None:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from launch.verify.bounds import BOUNDS, QUANTITIES
+from launch.verify.bounds import QUANTITIES, bounds_of
 from launch.verify.case_run import CaseOutcome
 from launch.verify.cases import INPUTS
+from train.recipe.schema import Precision
 from train.record.page.rendering import render
 
 
@@ -46,7 +47,7 @@ def as_figures(summary: dict[str, Any], outcomes: list[CaseOutcome]) -> dict[str
     return {
         **summary,
         "passed": all(outcome.has_passed for outcome in outcomes),
-        "bounds": {precision.value: bounds for precision, bounds in BOUNDS.items()},
+        "bounds": {precision.value: bounds for precision, bounds in _bounds(outcomes).items()},
         "first_difference": first_difference(outcomes),
         "cases": [
             {
@@ -65,6 +66,11 @@ def as_figures(summary: dict[str, Any], outcomes: list[CaseOutcome]) -> dict[str
     }
 
 
+def _bounds(outcomes: list[CaseOutcome]) -> dict[Precision, dict[str, float]]:
+    cases = [outcome.case for outcome in outcomes]
+    return {case.precision: bounds_of(case.precision, case.recipe.parallelism) for case in cases}
+
+
 def write_html(file: Path, summary: dict[str, Any], outcomes: list[CaseOutcome]) -> None:
     """Writes a self-contained page: what was run, the table, and the first difference if there is one."""
     file.write_text(
@@ -76,7 +82,7 @@ def write_html(file: Path, summary: dict[str, Any], outcomes: list[CaseOutcome])
             difference=first_difference(outcomes),
             inputs={each.name: each.what for each in INPUTS},
             quantities=QUANTITIES,
-            bounds=BOUNDS,
+            bounds=_bounds(outcomes),
             cases=[_page_row(outcome) for outcome in outcomes],
         )
     )
