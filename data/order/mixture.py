@@ -18,8 +18,6 @@ from train.recipe.curriculum import MixtureSegment
 
 PARTS = 1_000_000_000
 """Weights are integers in units of 1/PARTS: decimal weights of up to nine digits are exact."""
-MOST_ARRIVALS = 1 << 33
-"""Maximum number of sequences in a segment, so that a part times an arrival fits int64."""
 EXHAUSTIVE_TREES = 8
 """Up to this many subtrees, all trees over them are compared."""
 
@@ -37,7 +35,9 @@ class _Branch(NamedTuple):
     other: "_Branch | int"
 
     def to_side(self, arrivals: Indices) -> Indices:
-        return np.clip((self.offset + self.part * arrivals) // self.whole, 0, arrivals)
+        # By whole rounds and the rest of one: a part times all arrivals would not fit int64 from 2^33 on.
+        rounds, rest = np.divmod(arrivals, self.whole)
+        return np.clip(self.part * rounds + (self.offset + self.part * rest) // self.whole, 0, arrivals)
 
 
 class _DomainTree(NamedTuple):
@@ -103,7 +103,6 @@ class Mixture:
             if begin < end:
                 segment = tree.segment
                 sequences, within = np.divmod(positions[begin:end] - segment.first, segment.step)
-                assert sequences[-1] < MOST_ARRIVALS
                 part = domain[begin:end]
                 _descend(tree.root, np.arange(end - begin), sequences, part, ordinal[begin:end])
                 ordinal[begin:end] *= segment.step

@@ -106,3 +106,30 @@ def test_a_later_segment_changes_nothing_before_it():
     others, other_ordinal = other.assign(np.arange(500))
     assert [one.domains[d] for d in domain] == [other.domains[d] for d in others]
     assert np.array_equal(ordinal, other_ordinal)
+
+
+@settings(max_examples=60, deadline=None)
+@given(WEIGHTS, st.integers(0, 2**45), st.sampled_from([1, 8]))
+def test_no_length_is_too_long(shares: list[float], sequences: int, step: int):
+    """1000T tokens are 2^43 sequences of 128; each is the one that whole numbers of any size give."""
+    mixture = Mixture([MixtureSegment(0, named(shares), step)])
+    start = sequences * step
+    domain, ordinal = mixture.assign(np.arange(start, start + 50))
+    for position, index, before in zip(range(start, start + 50), domain, ordinal, strict=True):
+        exact = mixture.consumed(position)[mixture.domains[index]]
+        assert mixture.consumed(position + 1)[mixture.domains[index]] == exact + 1 and before == exact
+    parts = [round(share * PARTS) for share in named(shares).values()]
+    for name, part in zip(mixture.domains, parts, strict=True):
+        # Weights are whole billionths.
+        assert abs(mixture.consumed(start)[name] * PARTS - part * start) <= 2 * PARTS * step + start
+    assert mixture.position_of(mixture.domains[domain[7]], int(ordinal[7])) == start + 7
+
+
+@pytest.mark.parametrize("position", [2**33 - 5, 2**33 + 2**20, 2**43])
+def test_a_stretch_after_a_long_one_begins_where_that_ended(position: int):
+    at = position // 8 * 8
+    mixture = Mixture([MixtureSegment(0, FIVE, stage=0), MixtureSegment(at, FIVE, step=8, stage=1)])
+    domain, ordinal = mixture.assign(np.arange(at - 20, at + 24))
+    for index in range(len(FIVE)):
+        mine = ordinal[domain == index]
+        assert np.array_equal(mine, np.arange(mine.size) + (mine[0] if mine.size else 0))
