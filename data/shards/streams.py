@@ -6,7 +6,7 @@ process.
 """
 
 import mmap
-from collections import OrderedDict
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,14 @@ from streaming.base.format.mds import MDSReader
 from data.shards.cache import ShardCache
 from data.shards.index import ShardFile, ShardIndex, open_index
 from data.shards.manifest import REBUILD
+from data.shards.open_maps import OpenMaps
 from data.shards.packing import Sample
 from train.recipe.errors import UserError
 
-OPEN_SHARDS = 256
-"""Maximum number of open memory maps; each holds a file descriptor."""
 OPENINGS = 5
 """Attempts to open a shard that other processes evict as soon as it is fetched."""
+_OPEN = OpenMaps()
+"""Of all folders of this process."""
 
 
 class ShardFolder:
@@ -50,7 +51,8 @@ class ShardFolder:
             # Pickled columns would run code from the shard.
             reader.validate(allow_unsafe_types=False)
         self._ends = np.cumsum(self._index.samples)
-        self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
+        self._number = _OPEN.new_folder()
+        weakref.finalize(self, _OPEN.close_folder, self._number)
 
     @property
     def shard_samples(self) -> NDArray[np.int64]:
@@ -76,6 +78,11 @@ class ShardFolder:
         reader = self._readers[self._index.config_of(shard)]
         return Sample(**reader.decode_sample(mapped[begin:end]))
 
+    @property
+    def open_shards(self) -> list[int]:
+        """The shards that are mapped into memory now."""
+        return _OPEN.shards_of(self._number)
+
     def file_of(self, number: int) -> ShardFile:
         """The shard that contains a sample."""
         return self._index[self._shard_of(number)]
@@ -84,13 +91,7 @@ class ShardFolder:
         return int(np.searchsorted(self._ends, number, "right"))
 
     def _map(self, shard: int) -> mmap.mmap:
-        if shard in self._maps:
-            self._maps.move_to_end(shard)
-            return self._maps[shard]
-        self._maps[shard] = mapped = self._open(shard)
-        while len(self._maps) > OPEN_SHARDS:
-            self._maps.popitem(last=False)[1].close()
-        return mapped
+        return _OPEN.get((self._number, shard)) or self._open(shard)
 
     def _open(self, shard: int) -> mmap.mmap:
         """Maps a shard after checking its content.
@@ -99,12 +100,12 @@ class ShardFolder:
             UserError: one line that names the shard.
         """
         file, mismatch = self._index[shard], ""
+        _OPEN.make_room()
         for _ in range(OPENINGS):
             mismatch = self._mismatch(shard)
             if not mismatch:
                 try:
-                    with file.path.open("rb") as stream:
-                        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                    return _OPEN.put((self._number, shard), file.path)
                 except FileNotFoundError:
                     continue
             if self._cache is None:
@@ -127,5 +128,6 @@ class ShardFolder:
 
     def _let_go_of_evicted(self) -> None:
         """Closes maps of evicted shards, since only then is their disk space freed."""
-        for shard in [shard for shard in self._maps if not self._index[shard].path.exists()]:
-            self._maps.pop(shard).close()
+        for shard in _OPEN.shards_of(self._number):
+            if not self._index[shard].path.exists():
+                _OPEN.close((self._number, shard))

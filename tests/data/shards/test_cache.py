@@ -203,7 +203,7 @@ def test_a_shard_is_hashed_once(source: Recipe, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         "data.shards.index.file_mismatch", lambda p, *rest: hashed.append(p) or real(p, *rest)
     )
-    monkeypatch.setattr("data.shards.streams.OPEN_SHARDS", 1)
+    monkeypatch.setattr("data.shards.open_maps.OPEN_SHARDS", 1)
     folder = ShardFolder(Path(source.data.shards) / "prose/train")
     assert not hashed
     for number in [0, len(folder) - 1, 1, len(folder) - 1]:
@@ -220,7 +220,7 @@ def test_the_cache_stays_within_its_limit_and_keeps_what_is_read(
         assert folder[number].tokens.tolist() == whole[number]
         assert cache._kept_bytes() <= limit
         # No evicted shard stays open, or its space would never be freed.
-        assert all(folder._index[shard].path.exists() for shard in folder._maps)
+        assert all(folder._index[shard].path.exists() for shard in folder.open_shards)
     assert folder.file_of(number).path.exists(), "the shard read last was evicted"
     with pytest.raises(UserError, match="cache_bytes: is 100, less than one shard"):
         cached(tmp_path / "tiny", source.data.shards, 100)[1][0]

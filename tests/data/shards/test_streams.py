@@ -1,3 +1,9 @@
+import gc
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -5,6 +11,7 @@ import pytest
 
 from data.shards.packing import Sample
 from data.shards.streams import ShardFolder
+from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 
 
@@ -48,12 +55,72 @@ def test_any_order_over_many_shards(
 def test_few_shards_stay_open(
     many_shards: tuple[Path, list[dict[str, np.ndarray]]], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("data.shards.streams.OPEN_SHARDS", 2)
+    monkeypatch.setattr("data.shards.open_maps.OPEN_SHARDS", 2)
     path, samples = many_shards
     folder = ShardFolder(path)
     for number in [0, 29, 15, 0, 1, 29]:
         assert same(folder[number], samples[number])
-        assert len(folder._maps) <= 2
+        assert len(folder.open_shards) <= 2
+
+
+@contextmanager
+def at_most_files(count: int) -> Iterator[None]:
+    """Lowers this process's limit of open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def take_the_rest() -> list[int]:
+    taken: list[int] = []
+    with suppress(OSError):
+        while True:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    return taken
+
+
+def test_all_folders_of_a_process_share_the_limit_of_open_files(
+    many_shards: tuple[Path, list[dict[str, np.ndarray]]], tmp_path: Path
+):
+    path, samples = many_shards
+    paths = [path, *(tmp_path / f"copy-{n}" for n in range(1, 40))]
+    for copy in paths[1:]:
+        shutil.copytree(path, copy)
+    gc.collect()  # Folders of earlier tests.
+    with at_most_files(256):
+        folders = [ShardFolder(it) for it in paths]
+        for number in (0, 29, 15, 5, 22):
+            assert all(same(folder[number], samples[number]) for folder in folders)
+        assert sum(len(folder.open_shards) for folder in folders) == 128
+        # The maps of folders that nobody reads any more are closed.
+        opened = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        del folders
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == opened - 128  # noqa: PTH208
+
+
+def test_maps_give_way_to_files_that_something_else_opens(
+    many_shards: tuple[Path, list[dict[str, np.ndarray]]],
+):
+    path, samples = many_shards
+    folder, other = ShardFolder(path), ShardFolder(path)
+    with at_most_files(len(os.listdir("/proc/self/fd")) + 60):  # noqa: PTH208
+        for number in range(30):
+            assert same(folder[number], samples[number])
+        before = len(folder.open_shards)
+        taken = take_the_rest()
+        try:
+            assert same(other[29], samples[29]) and len(folder.open_shards) < before
+            more = take_the_rest()
+            with pytest.raises(UserError, match=r"no file left to open a shard with.*ulimit -n"):
+                for number in range(30):
+                    other[number]
+        finally:
+            for descriptor in [*taken, *more]:
+                os.close(descriptor)
 
 
 def test_streaming_itself_reads_our_shards(built: Recipe):

@@ -13,7 +13,7 @@ import numpy as np
 from data.loader import BLOCK_BATCHES
 from data.order.permutation import Indices
 from data.order.plan import OrderPlan
-from data.shards.streams import OPEN_SHARDS
+from data.shards.open_maps import OPEN_SHARDS
 from launch.experiments.bench.data.figures import Figure
 from launch.experiments.bench.data.speed import one_stage
 
