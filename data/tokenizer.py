@@ -10,6 +10,7 @@ import base64
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -41,6 +42,12 @@ CL100K_CACHE_NAME = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
 """Name of the rank file in tiktoken's cache."""
 CACHE_FOLDER = Path(__file__).resolve().parents[1] / ".cache" / "tiktoken"
 TOKENIZER_FILE = "tokenizer.json"
+
+LONGEST_PART = 100_000
+"""Characters that are encoded at once. The regular expressions need a stack as long as the longest run of
+blanks, and fail at about a million."""
+LOOK_BACK = 1_000
+"""Characters among which the end of a part is looked for."""
 
 PROBES = (
     "It's 3.14159, isn't it? WE'LL SEE; they'd say 1234567.\r\n\r\n\tdef f(x):\n        return x**2  \n",
@@ -118,8 +125,14 @@ class TokenizerHandle:
         return digest.hexdigest()
 
     def encode_documents(self, texts: list[str]) -> list[Tokens]:
-        """Encodes texts on all cores, int32; text never becomes a special token, and none is added."""
-        return self._encode_batch(texts)
+        """Encodes texts on all cores, int32; text never becomes a special token, and none is added.
+
+        Time and memory are proportional to the text, whatever it is: long texts are encoded in parts, which
+        gives the same ids but for runs of thousands of characters without a word's end.
+        """
+        parts = [split_for_encoding(text) for text in texts]
+        ids = iter(self._encode_batch([part for of_text in parts for part in of_text]))
+        return [np.concatenate([next(ids) for _ in of_text]) for of_text in parts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids; special tokens appear by name, unknown ids as U+FFFD."""
@@ -186,6 +199,21 @@ def open_tokenizer(cfg: Tokenizer, shards_root: Path) -> TokenizerHandle:
             remedy="`python -m data.write_shards RECIPE --rebuild`, or another data.shards",
         )
     return handle
+
+
+def split_for_encoding(text: str) -> list[str]:
+    """Splits a text into parts of about :data:`LONGEST_PART` characters, at ends of words if there are any.
+
+    Both patterns end a piece where a letter or digit is followed by something else, and never look back, so
+    parts that end there have the ids that they have in the whole text.
+    """
+    cuts = [0]
+    while len(text) - cuts[-1] > LONGEST_PART:
+        end = cuts[-1] + LONGEST_PART
+        places = range(end, end - LOOK_BACK, -1)
+        ends = (at for at in places if text[at - 1].isalnum() and not text[at].isalnum())
+        cuts.append(next(ends, end))
+    return [text[begin:end] for begin, end in itertools.pairwise([*cuts, len(text)])]
 
 
 def bpe_name(cfg: Tokenizer) -> str:

@@ -2,17 +2,17 @@
 
 A folder of shards holds ``manifest.json`` and, if the tokenizer was trained, ``tokenizer.json``. Each domain
 has ``documents.jsonl`` (one line per document; samples refer to documents by line number), ``rejected.jsonl``
-(rejected documents with reasons), and MDS shards in ``train/`` and ``validation/``. The folder is built
-beside its final place and renamed when complete. The same documents give the same bytes with any engine.
+(rejected documents with reasons), and MDS shards in ``train/`` and ``validation/``. The folder takes its
+place when it is complete (:mod:`data.text.placement`). The same documents give the same bytes with any
+engine.
 """
 
 import dataclasses
-import fcntl
+import errno
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from data.opened import OpenedData
@@ -22,12 +22,16 @@ from data.text.build import build_into
 from data.text.engines import Engine, Processes, open_engine
 from data.text.installed import CorpusDocument, installed_corpus
 from data.text.job import OUT
+from data.text.placement import KEY, Placement, placement_of
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
 from train.recipe.topology import usable_cores
 from train.record.command import Figures, command
 from train.record.tables import text_table
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FAILING = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO, errno.EBUSY, errno.EXDEV)
 
 
 def ensure_shards(opened: OpenedData) -> None:
@@ -73,37 +77,27 @@ def build_shards(
         raise UserError("is null, so there is nothing to build from", key="data.corpus", remedy=remedy)
     if documents is not None or not recipe.data.sources:
         documents = documents or (lambda: installed_corpus(recipe.data.corpus_bytes))
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(root):
+    place = placement_of(root)
+    with place.locked():
         if (root / MANIFEST_FILE).exists() and not rebuild:
             return check_shards(root)
-        if root.exists() and any(root.iterdir()) and not (root / MANIFEST_FILE).exists():
-            what = f"{root} exists and holds no shards"
-            raise UserError(what, key="data.shards", remedy="give another folder, or empty it")
-        work = root.resolve().with_name(f".{root.name}.partial")
+        place.check()
         if documents is not None:
-            shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(exist_ok=True)
+            shutil.rmtree(place.work, ignore_errors=True)
         try:
+            place.work.mkdir(exist_ok=True)
             engine = engine or Processes(usable_cores())
-            manifest = build_into(work, recipe, engine, documents() if documents is not None else None)
-            (work / OUT / MANIFEST_FILE).write_text(manifest.to_json())
-            shutil.rmtree(root, ignore_errors=True)
-            (work / OUT).rename(root)
-            shutil.rmtree(work)
+            manifest = build_into(place.work, recipe, engine, documents() if documents is not None else None)
+            (place.work / OUT / MANIFEST_FILE).write_text(manifest.to_json())
+            place.take(place.work / OUT)
+        except OSError as error:
+            raise _as_user_error(error, place) from None
         finally:
             # A build from sources can continue later; one from given documents can't.
             if documents is not None:
-                shutil.rmtree(work, ignore_errors=True)
+                shutil.rmtree(place.work, ignore_errors=True)
+        shutil.rmtree(place.work, ignore_errors=True)
     return manifest
-
-
-@contextmanager
-def _lock(root: Path) -> Iterator[None]:
-    """Prevents other processes on this machine from building the same shards at the same time."""
-    with root.with_name(f".{root.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -185,10 +179,39 @@ def describe(manifest: Manifest, root: Path) -> str:
     heads = ("split", "documents", "samples", "tokens", "bytes/token", "entropy")
     lines.append(text_table(heads, rows, "<>>>>>"))
     for name, domain in manifest.domains.items():
+        kept = sum(split.documents for split in domain.splits.values())
+        kept_bytes = sum(split.text_bytes for split in domain.splits.values())
+        lost, lost_bytes = sum(domain.rejected.values()), domain.rejected_bytes
+        counts = {
+            "read": (kept + lost, kept_bytes + lost_bytes),
+            "kept": (kept, kept_bytes),
+            "rejected": (lost, lost_bytes),
+        }
+        # Older manifests have no bytes of what was rejected.
+        has_bytes = lost_bytes or not lost
+        words = [
+            f"{what} {n:,} records" + (f" of {size:,} bytes" if has_bytes else "")
+            for what, (n, size) in counts.items()
+        ]
+        lines.append(f"{name}: {', '.join(words)}")
         if domain.rejected:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in domain.rejected.items())
             lines.append(f"{name}: rejected {reasons}; each is listed in {root / name / REJECTED_FILE}")
+        lines += [f"{name}: {loss}" for loss in domain.losses]
     return "\n".join(lines)
+
+
+def _as_user_error(error: OSError, place: Placement) -> OSError | UserError:
+    """What a full, read-only or failing disk means for a build; other errors are returned as they are."""
+    again = "the same command goes on where it stopped"
+    if error.errno in _FULL:
+        what = f"no room is left for {error.filename or place.work} ({error.strerror})"
+        return UserError(what, key=KEY, remedy=f"make room, or give a folder on another disk; {again}")
+    if error.errno in _FAILING:
+        what = f"{error.filename or place.work} can't be used ({error.strerror})"
+        is_input = error.filename and not Path(str(error.filename)).is_relative_to(place.work)
+        return UserError(what, key="data.sources" if is_input else KEY, remedy=f"mend that; {again}")
+    return error
 
 
 if __name__ == "__main__":

@@ -86,6 +86,10 @@ class DomainRecord:
     """Rejected records and documents, by reason; each is listed in ``rejected.jsonl``."""
     rejected_sha256: str | None = None
     """Hash of that list."""
+    rejected_bytes: int = 0
+    """UTF-8 bytes of their text; of lines, rows and files without a text, their own."""
+    losses: list[str] = field(default_factory=list)
+    """A line for each source and file that lost most or all of its records."""
 
     @property
     def facts(self) -> dict[str, str]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from train.recipe.errors import UserError
 
 OPEN_SHARDS = 256
-"""Maximum number of open maps, however many files the process may open: what a rank's own limit allows for, see
-:mod:`train.health.descriptors`. Opening a shard again takes microseconds, as it is hashed only once."""
+"""Maximum number of open maps, however many files the process may open: it is within what a rank raises its
+limit to (:mod:`train.health.descriptors`). A shard is hashed only once, so opening it again takes no time."""
 SPARE_FILES = 8
 """Descriptors that must be free before a shard is opened: to hash it, fetch it, lock it and map it."""
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)

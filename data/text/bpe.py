@@ -12,6 +12,10 @@ PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """Pieces that no token crosses: a word, up to three digits, a run of other characters, each with the space
 before it; white space, whose last character goes to the following word."""
 
+_LEARNT = r" ?\p{L}{1,128}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,128}|\s{1,128}(?!\S)|\s{1,128}"
+"""The same pieces, but for those of more than 128 characters, which are learnt in parts: learning takes time
+that grows with the square of the longest piece, and a ruler or a gene may be a million characters long."""
+
 SMALLEST = 258
 """256 bytes and two special tokens."""
 
@@ -35,7 +39,7 @@ def train_bpe(cfg: Tokenizer, texts: Iterator[str]) -> TokenizerHandle:
             f"is {cfg.vocab_size}", key="tokenizer.vocab_size", remedy=f"every byte needs {SMALLEST}"
         )
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = byte_level_pieces(PATTERN)
+    learner.pre_tokenizer = byte_level_pieces(_LEARNT)
     trainer = trainers.BpeTrainer(
         vocab_size=cfg.vocab_size - 2,
         min_frequency=2,

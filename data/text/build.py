@@ -36,6 +36,7 @@ from data.text.evaluation_overlap import list_evaluation_files
 from data.text.inputs import WHOLE, Chunk, SourceFile, check_preparation, check_sources, cut, list_inputs
 from data.text.installed import CorpusDocument
 from data.text.job import PreparationJob, Result
+from data.text.losses import losses_of, require_readable_sources
 from data.text.mds import index_text
 from data.text.remote_inputs import FOLDER as FETCHED
 from data.text.remote_inputs import fetch_sources
@@ -47,10 +48,11 @@ from train.recipe.preparation import Preparation, Quality, Source, SourceKind
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe, TokenizerKind
 from train.record import log
+from train.record.files import sha256
 
 logger = log.get_logger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Version of the stages: raise it when their output changes, so that no job continues from older results."""
 BPE_TEXT_BYTES = 16_000_000
 """Amount of text that a tokenizer is trained on; more no longer changes a small vocabulary."""
@@ -78,6 +80,7 @@ def build_into(
     logger.info("finding duplicates")
     decision = decide(job, chunks, cleaned)
     _require_documents(recipe, job, decision, cleaned)
+    require_readable_sources(job, chunks, cleaned)
     if recipe.tokenizer.kind is TokenizerKind.bpe:
         _train_tokenizer(recipe, job, chunks, decision)
     encoded = engine.run("tokenising", encode, job, chunks)
@@ -94,7 +97,7 @@ def _list(work: Path, recipe: Recipe, engine: Engine) -> tuple[PreparationJob, l
     job = _job(work, recipe, data.sources, evaluation)
     fetched = fetch_sources(job, engine)
     inputs = [list_inputs(n, source, fetched.get(n)) for n, source in enumerate(data.sources)]
-    texts = [[file, hashlib.sha256(Path(file).read_bytes()).hexdigest()] for file in evaluation]
+    texts = [[file, sha256(Path(file))] for file in evaluation]
     files = [[asdict(file) for file in of] for of in inputs]
     section = to_dict(recipe)
     tree = [
@@ -229,6 +232,8 @@ def _assemble(
             datasets=[DatasetRecord(it.dataset, it.version, it.origin, it.licence) for it in sources],
             rejected=dict(sorted(reasons.items())),
             rejected_sha256=rejected,
+            rejected_bytes=sum(cleaned[n]["rejected_bytes"] + decision.copied_bytes[n] for n in at),
+            losses=losses_of(job, chunks, cleaned, decision, domain),
         )
     made_by = TokenizerRecord(
         tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id

@@ -1,17 +1,19 @@
 """First stage: cleans and filters a chunk's records, and computes their signatures."""
 
 import hashlib
+import itertools
 import json
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.text.duplicates import PERMUTATIONS, sketch
+from data.text.duplicates import PERMUTATIONS, sketch, sketch_without_words
 from data.text.evaluation_overlap import open_evaluation_texts
 from data.text.inputs import Chunk
 from data.text.job import PreparationJob, Result, save_array
@@ -24,20 +26,22 @@ from train.record.files import write_whole
 
 STAGE = "clean"
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_MOST_MARKS = 100
+"""Combining marks in a row that are put in order together; the time grows with the square of their number."""
 
 
 def clean(job: PreparationJob, chunk: Chunk) -> Result:
     """Writes the documents that pass, their digests, sizes and signatures, and the list of rejected records.
 
     Returns:
-        Counts of ``kept`` documents, and of ``rejected`` ones by reason.
+        Counts of ``kept`` documents and of ``rejected`` ones by reason, and the latters' ``rejected_bytes``.
     """
     return job.once(STAGE, chunk.number, lambda: _clean(job, chunk))
 
 
 def normalise(text: str) -> str:
     """Normalises text to NFC and line feeds; strips control characters and outer white space."""
-    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
+    text = _nfc(text).replace("\r\n", "\n").replace("\r", "\n")
     return _CONTROL.sub("", text).strip() + "\n"
 
 
@@ -63,13 +67,14 @@ def write_texts(path: Path, documents: list[tuple[str, str]]) -> None:
 
 def _clean(job: PreparationJob, chunk: Chunk) -> Result:
     kept: list[tuple[str, str]] = []
-    signatures, rejected = [], []
+    signatures, rejected, rejected_bytes = [], [], 0
     for record, reason, words in _judged(job, chunk):
         if reason:
             rejected.append({"place": record.place, "reason": reason})
+            rejected_bytes += record.size or len(record.text.encode())
         else:
             kept.append((record.place, record.text))
-            signatures.append(sketch(words))
+            signatures.append(sketch(words) if words.size else sketch_without_words(record.text))
     texts = [text.encode() for _, text in kept]
     digests = b"".join(hashlib.sha256(text).digest() for text in texts)
     write_texts(job.file(STAGE, chunk.number, "texts.jsonl"), kept)
@@ -83,7 +88,8 @@ def _clean(job: PreparationJob, chunk: Chunk) -> Result:
     lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in rejected)
     write_whole(job.file(STAGE, chunk.number, "rejected.jsonl"), lines, sync=False)
     reasons = Counter(line["reason"].partition(": ")[0] for line in rejected)
-    return {"kept": len(kept), "rejected": dict(sorted(reasons.items()))}
+    counts = dict(sorted(reasons.items()))
+    return {"kept": len(kept), "rejected": counts, "rejected_bytes": rejected_bytes}
 
 
 def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[tuple[SourceRecord, str, np.ndarray[Any, Any]]]:
@@ -102,7 +108,7 @@ def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[tuple[SourceRecord, s
         words = none if reason else hash_words(text)
         if not reason and evaluation.touches(words):
             reason = "evaluation text"
-        yield SourceRecord(place, text), reason, words
+        yield SourceRecord(place, text, size=raw.size), reason, words
 
 
 def _violation(text: str, source: Source) -> str:
@@ -113,3 +119,18 @@ def _violation(text: str, source: Source) -> str:
     if source.quality is Quality.prose:
         return prose_violation(text) or repetition_violation(text)
     return ""
+
+
+def _nfc(text: str) -> str:
+    """NFC in time proportional to the text's length, whatever marks it has."""
+    if text.isascii():
+        return text
+    cuts = [0, *(match.end() for match in _many_marks().finditer(text)), len(text)]
+    parts = (text[begin:end] for begin, end in itertools.pairwise(cuts))
+    return "".join(unicodedata.normalize("NFC", part) for part in parts)
+
+
+@lru_cache(maxsize=1)
+def _many_marks() -> re.Pattern[str]:
+    marks = "".join(chr(code) for code in range(0x300, 0x20000) if unicodedata.combining(chr(code)))
+    return re.compile(f"[{re.escape(marks)}]{{{_MOST_MARKS}}}")

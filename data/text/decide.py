@@ -1,8 +1,10 @@
 """Second stage, in one process: removes duplicates and assigns splits. Needs 60 bytes per document."""
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +33,8 @@ class Decision:
     """UTF-8 bytes of the training documents."""
     copies: list[Counter[str]]
     """Number of documents removed from each chunk, by reason."""
+    copied_bytes: list[int]
+    """UTF-8 bytes of the documents removed from each chunk."""
 
 
 def decide(job: PreparationJob, chunks: list[Chunk], cleaned: list[Result]) -> Decision:
@@ -53,12 +57,13 @@ def decide(job: PreparationJob, chunks: list[Chunk], cleaned: list[Result]) -> D
         fate_N[mine[held_out(keys_N[mine], found.group[mine])]] = VALIDATION
     (job.work / STAGE).mkdir(exist_ok=True)
     names = _keeper_names(job, chunks, bounds, found, stays_N)
-    copies = []
+    copies, copied_bytes = [], []
     for chunk, start, end in zip(chunks, bounds, bounds[1:], strict=False):
         save_array(job.file(STAGE, chunk.number, "npy"), fate_N[start:end])
         copies.append(_list_copies(job, chunk, range(start, end), found, names))
+        copied_bytes.append(int(sizes_N[start:end][~stays_N[start:end]].sum()))
     documents = {domain: int((stays_N & (domain_of_N == domain)).sum()) for domain in domains}
-    return Decision(documents, int(sizes_N[fate_N == TRAIN].sum()), copies)
+    return Decision(documents, int(sizes_N[fate_N == TRAIN].sum()), copies, copied_bytes)
 
 
 def _gather(
@@ -79,15 +84,25 @@ def _resolve(
 ) -> Resolution:
     path = job.work / "signatures.npy"
     shape = (int(bounds[-1]), PERMUTATIONS)
-    signatures = (
-        np.lib.format.open_memmap(path, "w+", np.uint32, shape) if shape[0] else np.empty(shape, "u4")
-    )
+    signatures = _mapped(path, shape) if shape[0] else np.empty(shape, np.uint32)
     for chunk, start, end in zip(chunks, bounds, bounds[1:], strict=False):
         signatures[start:end] = np.load(job.file(CLEAN, chunk.number, "signatures.npy"))
     found = resolve(digests_N2, signatures, job.preparation.near_duplicates)
     if job.spooled:  # Given documents are already deduplicated.
         return Resolution(np.arange(bounds[-1]), np.zeros(bounds[-1], bool), found.group)
     return found
+
+
+def _mapped(path: Path, shape: tuple[int, int]) -> NDArray[np.uint32]:
+    """A new array in a file.
+
+    Raises:
+        OSError: if the disk is full: writing to a map of a file without space would kill the process.
+    """
+    mapped = np.lib.format.open_memmap(path, "w+", np.uint32, shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return mapped
 
 
 def _keeper_names(

@@ -8,6 +8,7 @@ not depend on timing. Memory: 60 bytes per document, whatever its length; the si
 on disk.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -53,6 +54,11 @@ def sketch(words: NDArray[np.uint64]) -> NDArray[np.uint32]:
     for start in range(0, shingles.size, _BLOCK):
         made.update_batch(shingles[start : start + _BLOCK].tolist())
     return np.asarray(made.hashvalues, np.uint32)
+
+
+def sketch_without_words(text: str) -> NDArray[np.uint32]:
+    """Returns a signature [P] for a text without words, such as a run of signs; only equal texts share it."""
+    return np.frombuffer(hashlib.shake_256(text.encode()).digest(4 * PERMUTATIONS), "<u4").astype(np.uint32)
 
 
 def resolve(digests: NDArray[np.uint64], signatures: NDArray[np.uint32], near: float | None) -> Resolution:

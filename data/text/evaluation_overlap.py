@@ -5,7 +5,8 @@ texts of 8 to 12 words must match as a whole, shorter ones are ignored. The whol
 loses more text than cutting a window out of it, but can't leave half a question behind.
 """
 
-import glob
+import csv
+import io
 import json
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,11 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.text.file_listing import files_of, named
+from data.text.source_records import open_input
 from data.text.words import hash_ngrams, hash_words
 from train.recipe.errors import UserError
+from train.record import log
+
+logger = log.get_logger(__name__)
 
 FEWEST_WORDS = 8
-SUFFIXES = (".jsonl", ".json", ".txt")
+KEY = "data.preparation.evaluation_texts"
+TEXTS = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv")
+SUFFIXES = (*(suffix + packed for suffix in TEXTS for packed in ("", ".gz", ".zst")), ".parquet", ".arrow")
 
 
 class EvaluationTexts:
@@ -56,47 +64,83 @@ def open_evaluation_texts(files: tuple[str, ...], ngram: int) -> EvaluationTexts
 
 
 def list_evaluation_files(patterns: list[str]) -> tuple[str, ...]:
-    """Lists a recipe's task files, in order.
+    """Lists a recipe's task files, in order; files that are passed over or have no text are named in a line.
 
     Raises:
         UserError: if a pattern matches no file, or a file can't be read.
     """
     files: list[str] = []
     for pattern in patterns:
-        found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207  (may be absolute)
-        found = [
-            file for place in found for file in (sorted(place.rglob("*")) if place.is_dir() else [place])
-        ]
-        chosen = [str(file) for file in found if file.suffix in SUFFIXES and file.is_file()]
+        found = dict(sorted(files_of(pattern).items()))
+        chosen = [file for name, file in found.items() if name.endswith(SUFFIXES)]
         if not chosen:
             raise UserError(
                 f"{pattern} matches no file with suffix {', '.join(SUFFIXES)}",
-                key="data.preparation.evaluation_texts",
+                key=KEY,
                 remedy="correct or remove the path",
             )
-        files += chosen
-    for file in files:
-        try:
-            for _ in _texts(Path(file)):
-                pass
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{file} can't be read ({error})",
-                key="data.preparation.evaluation_texts",
-                remedy="task files must be UTF-8: JSON Lines, JSON or plain lines",
-            ) from None
+        others = [name for name in found if not name.endswith(SUFFIXES) and not _is_hidden(name)]
+        if others:
+            what = (
+                f"{pattern}: text of {named(others)} is not looked for: only {', '.join(SUFFIXES)} are read"
+            )
+            logger.warning(f"{KEY}: {what}")
+        empty = [str(file) for file in chosen if not _has_text(file)]
+        if empty:
+            logger.warning(f"{KEY}: there is no text in {named(empty)}")
+        files += map(str, chosen)
     return tuple(files)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
+def _has_text(file: Path) -> bool:
+    """Reads a file to its end; returns whether it has any text.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    try:
+        return sum(1 for text in _texts(file) if text.strip()) > 0
+    except Exception as error:  # Readers raise unrelated classes for damaged files.
+        what = " ".join(str(error).split()) or type(error).__name__
+        remedy = "give JSON Lines, JSON, CSV or plain lines in UTF-8, Parquet or Arrow"
+        raise UserError(f"{file} can't be read ({what[:150]})", key=KEY, remedy=remedy) from None
 
 
 def _texts(file: Path) -> Iterator[str]:
     """Yields every string in a task file."""
-    content = file.read_text("utf-8")
-    if file.suffix == ".json":
-        yield from _strings(json.loads(content))
+    if file.suffix in (".parquet", ".arrow"):
+        yield from _strings_of_table(file)
+        return
+    kind = Path(file.stem).suffix if file.suffix in (".gz", ".zst") else file.suffix
+    with open_input(file) as packed, io.TextIOWrapper(packed, "utf-8-sig", newline="") as stream:
+        if kind == ".json":
+            yield from _strings(json.load(stream))
+        elif kind in (".csv", ".tsv"):
+            # A cell may be longer than the csv module's 131,072 characters.
+            csv.field_size_limit(2**31 - 1)
+            yield from _strings(list(csv.reader(stream, delimiter="\t" if kind == ".tsv" else ",")))
+        else:
+            for line in stream.read().split("\n"):
+                if line.strip():
+                    yield from (line,) if kind == ".txt" else _strings(json.loads(line))
+
+
+def _strings_of_table(file: Path) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    if file.suffix == ".parquet":
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches():
+                yield from _strings(batch.to_pydict())
     else:
-        for line in content.split("\n"):
-            if line.strip():
-                yield from _strings(json.loads(line)) if file.suffix == ".jsonl" else (line,)
+        with pyarrow.memory_map(str(file)) as mapped:
+            for batch in pyarrow.ipc.open_stream(mapped):
+                yield from _strings(batch.to_pydict())
 
 
 def _strings(tree: Any) -> Iterator[str]:

@@ -5,26 +5,37 @@ batches of an Arrow file, or of the list of a source's text files.
 """
 
 import fnmatch
-import glob
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.text import saved_datasets
+from data.text.file_listing import files_of, named
 from data.text.language import LANGUAGES
 from train.recipe.errors import UserError
 from train.recipe.keys import out_of_range
 from train.recipe.phases import domains_of
 from train.recipe.preparation import Preparation, Source, SourceKind
 from train.recipe.schema import Recipe
+from train.record import log
+
+logger = log.get_logger(__name__)
 
 COMPRESSED = (".gz", ".zst")
 JSONL = (".jsonl", ".ndjson", ".json")
 SUFFIXES = {
     SourceKind.jsonl: tuple(s + c for s in JSONL for c in ("", *COMPRESSED)),
     SourceKind.parquet: (".parquet",),
-    SourceKind.hf: (".arrow", ".parquet", ".jsonl"),
+    SourceKind.hf: (
+        *(".arrow", ".parquet", ".jsonl"),
+        *(s + c for s in (".jsonl", ".json") for c in COMPRESSED),
+    ),
 }
-BOOKKEEPING = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+BOOKKEEPING = (
+    *("dataset_info.json", "dataset_infos.json", "_SUCCESS"),
+    *(saved_datasets.STATE, saved_datasets.SPLITS),
+)
 WHOLE = -1
 """The end of a chunk that covers its whole file."""
 
@@ -100,7 +111,7 @@ def check_preparation(preparation: Preparation) -> None:
 
 
 def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list[SourceFile]:
-    """Lists the files of a source, sorted by name.
+    """Lists the files of a source, sorted by name; what is passed over is named in a line.
 
     Args:
         n: index of the source in the recipe.
@@ -108,30 +119,49 @@ def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list
         fetched: local copies of the files of a source in a store, by name relative to its folder.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there are none, one can't be read, or a saved dataset lacks files or a training split.
     """
-    named = _files_of(source.path) if fetched is None else fetched
-    chosen = [
-        SourceFile(n, name, str(file), file.stat().st_size, file.stat().st_mtime_ns)
-        for name, file in sorted(named.items())
-        if is_wanted(name, source.kind)
-    ]
-    if not chosen:
-        suffixes = SUFFIXES.get(source.kind)
-        wanted = f" that ends in {', '.join(suffixes)}" if suffixes else ""
-        raise UserError(
-            f"{source.path} has no file{wanted}",
-            key=f"data.sources[{n}].path",
-            remedy="correct the path or the kind",
-        )
-    return chosen
+    key, kind = f"data.sources[{n}].path", source.kind
+    found = files_of(source.path) if fetched is None else fetched
+    wanted = {name: file for name, file in sorted(found.items()) if is_wanted(name, kind)}
+    if wanted:
+        report_passed_over(list(found), kind, key)
+    if kind is SourceKind.hf:
+        wanted = saved_datasets.data_files(wanted, key)
+    elif held_out := saved_datasets.held_out_beside_training(wanted):
+        what = f"reads {named(held_out)} as training text; a narrower pattern leaves them out"
+        logger.warning(f"{key}: {what}")
+    if not wanted:
+        suffixes = SUFFIXES.get(kind)
+        ending = f" that ends in {', '.join(suffixes)}" if suffixes else ""
+        raise UserError(f"{source.path} has no file{ending}", key=key, remedy="correct the path or the kind")
+    return _measured(n, wanted, key)
+
+
+def report_passed_over(names: list[str], kind: SourceKind, key: str) -> None:
+    """Names files of a source that its kind does not read, in one line.
+
+    Args:
+        names: all files of the source.
+        kind: its kind.
+        key: its key in the recipe.
+    """
+    others = sorted(name for name in names if not is_wanted(name, kind) and not _is_bookkeeping(name))
+    if others:
+        what = f"passed over {named(others)}: kind {kind.value} reads {', '.join(SUFFIXES[kind])}"
+        logger.warning(f"{key}: {what}")
 
 
 def is_wanted(name: str, kind: SourceKind) -> bool:
     """Returns whether a source of this kind reads a file: not hidden, no metadata, with the right suffix."""
-    path, suffixes = Path(name), SUFFIXES.get(kind)
-    is_hidden = any(part.startswith(".") for part in path.parts)
-    return not is_hidden and path.name not in BOOKKEEPING and (suffixes is None or name.endswith(suffixes))
+    suffixes = SUFFIXES.get(kind)
+    return not _is_bookkeeping(name) and (suffixes is None or name.endswith(suffixes))
+
+
+def is_fetched(name: str, kind: SourceKind) -> bool:
+    """Returns whether a source needs a file of a store, to read it or to know which files are its data."""
+    is_record = kind is SourceKind.hf and Path(name).name in (saved_datasets.STATE, saved_datasets.SPLITS)
+    return is_record or is_wanted(name, kind)
 
 
 def cut(inputs: list[list[SourceFile]], kinds: list[SourceKind], chunk_bytes: int) -> list[Chunk]:
@@ -139,12 +169,7 @@ def cut(inputs: list[list[SourceFile]], kinds: list[SourceKind], chunk_bytes: in
     pieces: list[tuple[int, tuple[SourceFile, ...], int, int]] = []
     for n, (files, kind) in enumerate(zip(inputs, kinds, strict=True)):
         if kind is SourceKind.text:
-            group: list[SourceFile] = []
-            for file in files:
-                group.append(file)
-                if sum(it.bytes for it in group) >= chunk_bytes or file is files[-1]:
-                    pieces.append((n, tuple(group), 0, WHOLE))
-                    group = []
+            pieces += [(n, group, 0, WHOLE) for group in _groups_of(files, chunk_bytes)]
         else:
             pieces += [(n, (file,), *span) for file in files for span in _spans(file, chunk_bytes)]
     return [Chunk(number, *piece) for number, piece in enumerate(pieces)]
@@ -155,31 +180,62 @@ def match(name: str, path: str) -> bool:
     return name == path or name.startswith(path.rstrip("/") + "/") or fnmatch.fnmatch(name, path)
 
 
-def _files_of(path: str) -> dict[str, Path]:
-    """Files of a local path or pattern, by name relative to its folder."""
-    found = [Path(it) for it in glob.glob(path, recursive=True)]  # noqa: PTH207  (may be absolute)
-    named: dict[str, Path] = {}
-    for place in found:
-        if place.is_dir():
-            named |= {str(file.relative_to(place)): file for file in place.rglob("*") if file.is_file()}
-        else:
-            named[place.name if len(found) == 1 else str(place.relative_to(_fixed_part(path)))] = place
-    return named
+def _is_bookkeeping(name: str) -> bool:
+    path = Path(name)
+    return path.name in BOOKKEEPING or any(part.startswith(".") for part in path.parts)
+
+
+def _measured(n: int, files: dict[str, Path], key: str) -> list[SourceFile]:
+    """The files with size and time; a file under two names, by links, is listed under the first."""
+    chosen, seen, again = [], set(), []
+    for name, file in files.items():
+        try:
+            status = file.stat()
+        except OSError as error:
+            remedy = "restore the file or what it is a link to"
+            raise UserError(f"{file} can't be read ({error.strerror})", key=key, remedy=remedy) from None
+        if not stat.S_ISREG(status.st_mode):  # Reading a pipe would wait for its writer.
+            continue
+        if status.st_ino and (status.st_dev, status.st_ino) in seen:
+            again.append(name)
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        chosen.append(SourceFile(n, name, str(file), status.st_size, status.st_mtime_ns))
+    if again:
+        logger.info(f"{key}: {named(again)}: links to files that are read under another name")
+    return chosen
+
+
+def _groups_of(files: list[SourceFile], least_bytes: int) -> Iterator[tuple[SourceFile, ...]]:
+    """Yields the files in groups of at least so many bytes, but for the last."""
+    group: list[SourceFile] = []
+    size = 0
+    for file in files:
+        group.append(file)
+        size += file.bytes
+        if size >= least_bytes:
+            yield tuple(group)
+            group, size = [], 0
+    if group:
+        yield tuple(group)
 
 
 def _spans(file: SourceFile, chunk_bytes: int) -> Iterator[tuple[int, int]]:
     if file.name.endswith((".parquet", ".arrow")):
         try:
             sizes = _group_bytes(file)
-        except (OSError, ValueError):  # The task that reads the file records the error.
+        except Exception:  # Readers raise unrelated classes; the task that reads the file records the error.
             yield 0, WHOLE
             return
-        start = 0
-        for end in range(1, len(sizes) + 1):
-            if sum(sizes[start:end]) >= chunk_bytes or end == len(sizes):
+        if not sizes:  # The task lists it as empty.
+            yield 0, WHOLE
+        start = size = 0
+        for end, one in enumerate(sizes, 1):
+            size += one
+            if size >= chunk_bytes or end == len(sizes):
                 yield start, end
-                start = end
-    elif file.name.endswith(COMPRESSED):
+                start, size = end, 0
+    elif file.name.endswith(COMPRESSED) or not file.bytes:
         yield 0, WHOLE
     else:
         for start in range(0, file.bytes, chunk_bytes):
@@ -187,20 +243,15 @@ def _spans(file: SourceFile, chunk_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def _group_bytes(file: SourceFile) -> list[int]:
-    """Size in bytes of each row group or record batch."""
+    """Size in bytes of each row group or record batch; empty for a file without rows."""
     if file.name.endswith(".parquet"):
         from pyarrow import parquet
 
         meta = parquet.ParquetFile(file.path).metadata
-        return [meta.row_group(n).total_byte_size for n in range(meta.num_row_groups)]
+        count = meta.num_row_groups if meta.num_rows else 0
+        return [meta.row_group(n).total_byte_size for n in range(count)]
     import pyarrow
 
     with pyarrow.memory_map(file.path) as mapped:
-        return [batch.nbytes for batch in pyarrow.ipc.open_stream(mapped)]
-
-
-def _fixed_part(pattern: str) -> Path:
-    """The folders of a pattern before the first wildcard."""
-    parts = Path(pattern).parts
-    varying = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    return Path(*parts[:varying])
+        sizes = [(batch.nbytes, batch.num_rows) for batch in pyarrow.ipc.open_stream(mapped)]
+    return [size for size, _ in sizes] if any(rows for _, rows in sizes) else []

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from data.shards.cache import ShardCache
 from data.text.engines import Engine
-from data.text.inputs import is_remote, is_wanted, match
+from data.text.inputs import is_fetched, is_remote, match, report_passed_over
 from data.text.job import PreparationJob, Result
 from train.recipe.errors import UserError
 from train.recipe.preparation import Source
@@ -97,8 +97,9 @@ def _addresses(n: int, source: Source) -> tuple[str, list[str]]:
         raise _refused(n, f"{base}: Streaming can't list this store; name a file in each source")
     parts = urlsplit(base)
     names = [f"{parts.scheme}://{parts.netloc}/{key}" for key in keys]
-    named = sorted(name.removeprefix(f"{base}/") for name in names if match(name, path))
-    return base, [name for name in named if is_wanted(name, source.kind)]
+    found = sorted(name.removeprefix(f"{base}/") for name in names if match(name, path))
+    report_passed_over(found, source.kind, f"data.sources[{n}].path")
+    return base, [name for name in found if is_fetched(name, source.kind)]
 
 
 def _refused(n: int, what: str) -> UserError:

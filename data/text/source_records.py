@@ -1,18 +1,28 @@
 """The records of a chunk: texts with their places, and unreadable records with a reason."""
 
-import gzip
 import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from data.text.file_listing import named
 from data.text.inputs import WHOLE, Chunk, SourceFile
 from train.recipe.preparation import Source, SourceKind
 
 _SLACK = 8
 """A line may be this many times longer than the largest document, for escapes and other columns."""
+_READ_BYTES = 4096
+"""Compressed bytes unpacked at a time: few, since each may unpack to 32 thousand."""
+_GZIP = 31
+"""Window bits by which zlib reads and checks gzip's members."""
+_MOST_WINDOW_BYTES = 1 << 31
+"""Window of a Zstandard file, as `zstd --long=31` makes it."""
+_KINDS = {str: "text", bool: "a truth value", type(None): "null", list: "a list", dict: "an object"}
+UNREADABLE, EMPTY_FILE, NO_TEXT, BAD_JSON = "unreadable file", "empty file", "no text", "JSON"
+"""Reasons of records that the reader finds, before `: ` and more words."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,10 @@ class SourceRecord:
     """The file; for lines and rows followed by `#` and the byte offset or row number."""
     text: str
     reason: str = ""
-    """Empty for a text; `encoding`, `JSON`, `no text`, `size` or `unreadable file` otherwise."""
+    """Empty for a text; otherwise `encoding`, `JSON`, `no text`, `size`, `unreadable file` or `empty file`,
+    some with more words after `: `."""
+    size: int = 0
+    """Without a text: bytes of the line, row or file, as far as they are known."""
 
 
 def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[SourceRecord]:
@@ -35,23 +48,46 @@ def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[Sourc
         max_bytes: maximum size of a document.
     """
     for file in chunk.inputs:
+        has_records = False
         try:
             for record in _records_of(file, chunk, source, max_bytes):
+                has_records = True
                 yield record if record.reason else _checked(record, max_bytes)
         except Exception as error:  # Readers raise unrelated classes for damaged files.
-            yield SourceRecord(file.name, "", f"unreadable file: {_line(error)}")
+            # After the first record, nobody knows how much is missing.
+            size = 0 if has_records else file.bytes
+            yield SourceRecord(file.name, "", f"{UNREADABLE}: {_line(error)}", size)
+        else:
+            if not has_records and chunk.end == WHOLE:
+                yield SourceRecord(file.name, "", EMPTY_FILE, file.bytes)
+
+
+def open_input(path: Path) -> IO[bytes]:
+    """Opens a file for reading, unpacked if its name ends in .gz or .zst.
+
+    Reading raises an error if a packed file is damaged or ends too early.
+    """
+    if path.name.endswith(".gz"):
+        return io.BufferedReader(_Unpacked(path.open("rb"), lambda: zlib.decompressobj(wbits=_GZIP), b"\0"))
+    if path.name.endswith(".zst"):
+        import zstandard
+
+        unpacker = zstandard.ZstdDecompressor(max_window_size=_MOST_WINDOW_BYTES)
+        return io.BufferedReader(_Unpacked(path.open("rb"), unpacker.decompressobj))
+    return path.open("rb")
 
 
 def _records_of(file: SourceFile, chunk: Chunk, source: Source, max_bytes: int) -> Iterator[SourceRecord]:
     if source.kind is SourceKind.text:
         yield _whole_file(file, max_bytes)
     elif file.name.endswith((".parquet", ".arrow")):
-        yield from _rows(file, chunk, source.text_column)
+        rows = _parquet_rows if file.name.endswith(".parquet") else _arrow_rows
+        yield from rows(file, chunk, source.text_column)
     else:
-        for offset, line in _lines(file, chunk, _SLACK * max_bytes + 65_536):
+        for offset, size, line in _lines(file, chunk, _SLACK * max_bytes + 65_536):
             place = f"{file.name}#{offset}"
             if line is None:
-                yield SourceRecord(place, "", "size")
+                yield SourceRecord(place, "", "size", size)
             elif line.strip():
                 yield _from_json(place, line, source.text_column)
 
@@ -60,13 +96,13 @@ def _checked(record: SourceRecord, max_bytes: int) -> SourceRecord:
     try:
         size = len(record.text.encode())
     except UnicodeEncodeError:  # A lone surrogate: valid in JSON, but not in UTF-8.
-        return SourceRecord(record.place, "", "encoding")
-    return record if size <= max_bytes else SourceRecord(record.place, "", "size")
+        return SourceRecord(record.place, "", "encoding", len(record.text))
+    return record if size <= max_bytes else SourceRecord(record.place, "", "size", size)
 
 
 def _whole_file(file: SourceFile, max_bytes: int) -> SourceRecord:
     if file.bytes > max_bytes:
-        return SourceRecord(file.name, "", "size")
+        return SourceRecord(file.name, "", "size", file.bytes)
     return _decoded(file.name, Path(file.path).read_bytes())
 
 
@@ -74,60 +110,104 @@ def _decoded(place: str, content: bytes) -> SourceRecord:
     try:
         return SourceRecord(place, content.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        return SourceRecord(place, "", "encoding")
+        return SourceRecord(place, "", "encoding", len(content))
 
 
 def _from_json(place: str, line: bytes, column: str) -> SourceRecord:
     try:
         tree = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        return SourceRecord(place, "", "encoding")
+        return SourceRecord(place, "", "encoding", len(line))
     except (ValueError, RecursionError):
-        return SourceRecord(place, "", "JSON")
+        return SourceRecord(place, "", BAD_JSON, len(line))
     text = tree.get(column) if isinstance(tree, dict) else None
-    return SourceRecord(place, text) if isinstance(text, str) else SourceRecord(place, "", "no text")
+    if isinstance(text, str):
+        return SourceRecord(place, text)
+    return SourceRecord(place, "", f"{NO_TEXT}: {_why_no_text(tree, column)}", len(line))
 
 
-def _rows(file: SourceFile, chunk: Chunk, column: str) -> Iterator[SourceRecord]:
-    for first, values in _groups(file, chunk, column):
-        for row, value in enumerate(values, first):
-            place = f"{file.name}#{row}"
-            yield _decoded(place, value) if value is not None else SourceRecord(place, "", "no text")
+def _why_no_text(tree: object, column: str) -> str:
+    if not isinstance(tree, dict):
+        return f"{_KINDS.get(type(tree), 'a number')} instead of an object"
+    if column in tree:
+        return f"{column} is {_KINDS.get(type(tree[column]), 'a number')}"
+    keys = [key[:40].encode("ascii", "backslashreplace").decode() for key in tree]
+    return f"no {column!r}; it has {named(keys) or 'nothing'}"
 
 
-def _groups(file: SourceFile, chunk: Chunk, column: str) -> Iterator[tuple[int, list[bytes | None]]]:
-    """Yields the first row and the text column as bytes of each row group or record batch of the chunk."""
-    import pyarrow
+def _parquet_rows(file: SourceFile, chunk: Chunk, column: str) -> Iterator[SourceRecord]:
+    """Yields the rows of the chunk's row groups; a damaged group loses its own rows only."""
     from pyarrow import parquet
 
     first = 0
-    if file.name.endswith(".parquet"):
-        table = parquet.ParquetFile(file.path)
+    with parquet.ParquetFile(file.path) as table:
         for group in range(table.num_row_groups if chunk.end == WHOLE else chunk.end):
+            about = table.metadata.row_group(group)
             if group >= chunk.start:
-                yield first, _as_bytes(table.read_row_group(group, [column]).column(column))
-            first += table.metadata.row_group(group).num_rows
-        return
+                place, rows = f"{file.name}#{first}", f"{about.num_rows:,} rows"
+                why = _why_no_column(table.schema_arrow, column)
+                try:
+                    if why:
+                        yield SourceRecord(place, "", f"{NO_TEXT}: {rows}: {why}", about.total_byte_size)
+                    else:
+                        values = _as_bytes(table.read_row_group(group, [column]).column(column))
+                        yield from _texts_of(file, first, values)
+                except Exception as error:  # Readers raise unrelated classes for damaged files.
+                    what = f"{UNREADABLE}: {rows}: {_line(error)}"
+                    yield SourceRecord(place, "", what, about.total_byte_size)
+            first += about.num_rows
+
+
+def _arrow_rows(file: SourceFile, chunk: Chunk, column: str) -> Iterator[SourceRecord]:
+    import pyarrow
+
+    first = 0
     with pyarrow.memory_map(file.path) as mapped:
-        for group, batch in enumerate(pyarrow.ipc.open_stream(mapped)):
+        stream = pyarrow.ipc.open_stream(mapped)
+        why = _why_no_column(stream.schema, column)
+        for group, batch in enumerate(stream):
             if chunk.end != WHOLE and group >= chunk.end:
                 return
             if group >= chunk.start:
-                yield first, _as_bytes(batch.column(column))
+                if why:
+                    what = f"{NO_TEXT}: {batch.num_rows:,} rows: {why}"
+                    yield SourceRecord(f"{file.name}#{first}", "", what, batch.nbytes)
+                else:
+                    yield from _texts_of(file, first, _as_bytes(batch.column(column)))
             first += batch.num_rows
+
+
+def _texts_of(file: SourceFile, first: int, values: list[bytes | None]) -> Iterator[SourceRecord]:
+    for row, value in enumerate(values, first):
+        place = f"{file.name}#{row}"
+        yield _decoded(place, value) if value is not None else SourceRecord(place, "", f"{NO_TEXT}: null")
+
+
+def _why_no_column(schema: Any, column: str) -> str:
+    """Why rows of a schema have no text; empty if they may have."""
+    from pyarrow import types
+
+    if column not in schema.names:
+        return f"no {column!r}; they have {named(list(schema.names)) or 'nothing'}"
+    kind = schema.field(column).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    return "" if any(is_kind(kind) for is_kind in tests) else f"{column} is {kind}"
 
 
 def _as_bytes(column: Any) -> list[bytes | None]:
     import pyarrow
 
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     binary = pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()
     values: list[bytes | None] = column.cast(binary).to_pylist()
     return values
 
 
-def _lines(file: SourceFile, chunk: Chunk, longest: int) -> Iterator[tuple[int, bytes | None]]:
-    """Yields the lines that begin in the chunk, with their offsets; None for a line that is too long."""
-    with _open(file) as stream:
+def _lines(file: SourceFile, chunk: Chunk, longest: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """Yields the lines that begin in the chunk, with offset and size; None for a line that is too long."""
+    with open_input(Path(file.path)) as stream:
         offset = chunk.start
         if offset:
             stream.seek(offset - 1)
@@ -138,7 +218,7 @@ def _lines(file: SourceFile, chunk: Chunk, longest: int) -> Iterator[tuple[int, 
             size, line = _next_line(stream, longest)
             if not size:
                 return
-            yield offset, line
+            yield offset, size, line
             offset += size
 
 
@@ -155,14 +235,56 @@ def _next_line(stream: IO[bytes], longest: int) -> tuple[int, bytes | None]:
     return size, None
 
 
-def _open(file: SourceFile) -> IO[bytes]:
-    if file.name.endswith(".gz"):
-        return io.BufferedReader(gzip.open(file.path))
-    if file.name.endswith(".zst"):
-        import zstandard
+class _Unpacked(io.RawIOBase):
+    """Unpacks a file frame by frame (gzip calls them members).
 
-        return io.BufferedReader(zstandard.open(file.path, "rb"))
-    return Path(file.path).open("rb")
+    Unlike python-zstandard's own reader, it raises an error if the file ends inside a frame, and unlike
+    Python's gzip, it first gives all text before the damage.
+
+    Args:
+        source: the packed file.
+        new_frame: makes a decompressor of one frame.
+        padding: bytes between frames that mean nothing.
+    """
+
+    def __init__(self, source: IO[bytes], new_frame: Callable[[], Any], padding: bytes = b"") -> None:
+        self._source, self._new_frame, self._padding = source, new_frame, padding
+        self._frame: Any = None
+        self._packed, self._text = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        """Returns true."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills a buffer as far as text is at hand; returns the number of bytes, 0 at the end.
+
+        Raises:
+            EOFError: if the file ends inside a frame.
+        """
+        while not self._text:
+            packed = self._packed or self._source.read(_READ_BYTES)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("Compressed file ended inside a frame")
+                return 0
+            if self._frame is None:
+                packed = packed.lstrip(self._padding)
+                if not packed:
+                    self._packed = b""
+                    continue
+                self._frame = self._new_frame()
+            self._text, self._packed = memoryview(self._frame.decompress(packed)), b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._text))
+        buffer[:size], self._text = self._text[:size], self._text[size:]
+        return size
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._source.close()
+        super().close()
 
 
 def _line(error: Exception) -> str:

@@ -14,15 +14,19 @@ _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _REMEMBERED = 500_000
+_LONGEST_REMEMBERED = 64
+"""Characters of a word whose hash is kept: a run of letters may be as long as a document."""
 
 
 class _Hashes(dict[str, int]):
     """Cached CRC-32 of words; the same on every machine, unlike Python's hash."""
 
     def __missing__(self, word: str) -> int:
-        if len(self) >= _REMEMBERED:
-            self.clear()
-        value = self[word] = zlib.crc32(word.encode())
+        value = zlib.crc32(word.encode())
+        if len(word) <= _LONGEST_REMEMBERED:
+            if len(self) >= _REMEMBERED:
+                self.clear()
+            self[word] = value
         return value
 
 

@@ -35,7 +35,8 @@ class Source:
     """Domain of the documents; several sources may share one."""
     kind: SourceKind = key()
     """`jsonl` (one object per line; also .gz and .zst), `parquet`, `text` (each file is a document) or `hf`
-    (folder of a Hugging Face dataset: the output of `save_to_disk`, or parquet or JSONL files)."""
+    (folder of a Hugging Face dataset: the output of `save_to_disk`, or parquet or JSONL files; of
+    several splits, `train`)."""
     path: str = key(in_shards_digest=False, is_path=True)
     """File, folder or pattern with * and ?; or an address that Streaming reads: s3://, dbfs:/Volumes/..."""
     text_column: str = "text"
@@ -64,8 +65,8 @@ class Preparation:
     """Documents whose sets of five-word sequences have at least this Jaccard similarity are duplicates, of
     which the first is kept (Lee et al. 2022, section 4.2). null: only exact copies are removed."""
     evaluation_texts: list[str] = key(factory=list, in_shards_digest=False, is_path=True)
-    """Evaluation task files (.jsonl, .json, .txt), folders or patterns: documents that share an n-gram with
-    their text are removed."""
+    """Evaluation task files (.jsonl, .json, .txt, .csv, .tsv, also .gz and .zst; .parquet, .arrow), folders
+    or patterns: documents that share an n-gram with their text are removed."""
     evaluation_ngram: int = key(13, at_least=8, remedy="set it to at least 8")
     """Length of these n-grams in words (Brown et al. 2020, appendix C: 13); shorter texts of at least 8 words
     are matched as a whole."""
