@@ -18,9 +18,10 @@ def sort(x_R: Tensor, _end_bit: int, sorted_R: Tensor, places_R: Tensor) -> None
     NumPy's stable sort of up to 16 bits is a radix sort, ten times as fast as torch.sort here.
     """
     smallest = np.min_scalar_type(int(x_R.max()) if x_R.numel() else 0)
-    order_R = np.argsort(x_R.numpy().astype(smallest), kind="stable")
-    places_R.copy_(torch.from_numpy(order_R))
-    torch.index_select(x_R, 0, places_R, out=sorted_R)
+    # Not `places_R` as index: it has the type of `x_R`, and torch takes no index of 16 bits.
+    order_R = torch.from_numpy(np.argsort(x_R.numpy().astype(smallest), kind="stable"))
+    places_R.copy_(order_R)
+    torch.index_select(x_R, 0, order_R, out=sorted_R)
 
 
 def gather(

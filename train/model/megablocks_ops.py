@@ -47,10 +47,10 @@ def sort(x_R: Tensor, _end_bit: int, sorted_R: Tensor, places_R: Tensor) -> None
 
 
 def histogram(x_R: Tensor, bins: int) -> Tensor:
-    """Counts of 0 .. bins - 1 in ``x_R``, as int32."""
+    """Counts of 0 .. bins - 1 in ``x_R``, as int32; of two dimensions, in each row."""
     # Not torch.bincount, which makes the host wait for a GPU.
-    counts = torch.zeros(int(bins), dtype=torch.int32, device=x_R.device)
-    return counts.scatter_add_(0, x_R.long(), torch.ones_like(x_R, dtype=torch.int32))
+    counts = torch.zeros(*x_R.shape[:-1], int(bins), dtype=torch.int32, device=x_R.device)
+    return counts.scatter_add_(-1, x_R.long(), torch.ones_like(x_R, dtype=torch.int32))
 
 
 def inclusive_cumsum(x: Tensor, dim: int, out: Tensor) -> None:

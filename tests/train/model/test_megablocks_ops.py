@@ -22,6 +22,21 @@ def test_counts_and_running_sums() -> None:
     assert exclusive.tolist() == [[0, 3, 3, 6]]
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("most", [1, 127, 128, 255, 256, 30_000])
+def test_every_type_is_sorted_and_counted(dtype: torch.dtype, most: int) -> None:
+    from megablocks import ops
+
+    x = torch.randint(0, most + 1, (300,), generator=torch.Generator().manual_seed(most)).to(dtype)
+    values, places = ops.sort(x, 16)
+    wanted, order = torch.sort(x, stable=True)
+    assert values.dtype == places.dtype == dtype
+    assert values.equal(wanted) and places.long().equal(order)
+    assert ops.histogram(x, most + 1).equal(torch.bincount(x.long(), minlength=most + 1).int())
+    rows = ops.histogram(x.view(3, 100), most + 1)
+    assert rows.equal(torch.stack([ops.histogram(row, most + 1) for row in x.view(3, 100)]))
+
+
 def test_replicate_repeats_columns_and_sums_them_back() -> None:
     x, ends = torch.tensor([[5, 6, 7]]), torch.tensor([2, 2, 5], dtype=torch.int32)
     out = torch.empty(1, 5, dtype=x.dtype)
