@@ -48,9 +48,9 @@ def claim_run_folder(recipe: Recipe) -> Claim:
     """
     root = Path(recipe.runs_dir)
     folder = root / recipe.name
-    if recipe.on_existing is OnExisting.overwrite and folder.exists():
+    if recipe.on_existing is OnExisting.overwrite and folder.exists() and any(folder.iterdir()):
         _refuse_foreign(folder)
-        shutil.rmtree(folder)
+        _empty(folder)
     if recipe.on_existing is OnExisting.new:
         number = 1
         while (folder / SUMMARY_FILE).exists():
@@ -113,6 +113,16 @@ def require_same_data(folder: Path, digests: dict[str, str]) -> None:
                 remedy="restore the old shards, or give the run another name",
             )
     write_json(file, before | digests, sort_keys=True)
+
+
+def _empty(folder: Path) -> None:
+    """Removes what a folder holds; the folder itself may be a link or a mount point, and stays."""
+    # The recipe last: without it, what is left after a crash would be no run, which may not be overwritten.
+    for child in sorted(folder.iterdir(), key=lambda child: child.name == RECIPE_FILE):
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -54,6 +54,23 @@ def test_new_leaves_complete_runs_and_resumes_an_unfinished_one(tmp_path: Path) 
         (claim.folder / SUMMARY_FILE).write_text("{}")
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_overwriting_empties_a_run_and_keeps_what_its_folder_is(tmp_path: Path, is_link: bool) -> None:
+    """The folder may be a link to another disk, or a mount point, which cannot be removed."""
+    recipe = dataclasses.replace(_recipe(tmp_path / "runs"), on_existing=OnExisting.overwrite)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "disk").mkdir()
+    if is_link:
+        (tmp_path / "runs/r").symlink_to(tmp_path / "disk")
+    folder = claim_run_folder(recipe).folder
+    (folder / "checkpoints/a").mkdir(parents=True)
+    (folder / "linked").symlink_to(tmp_path)
+    inode = folder.stat().st_ino
+    assert claim_run_folder(recipe).folder == folder
+    assert [it.name for it in folder.iterdir()] == ["recipe.yaml"] and folder.stat().st_ino == inode
+    assert folder.is_symlink() == is_link and (tmp_path / "disk").is_dir()
+
+
 def test_overwrite_removes_a_run_but_never_a_folder_that_is_none(tmp_path: Path) -> None:
     recipe = dataclasses.replace(_recipe(tmp_path), on_existing=OnExisting.overwrite)
     folder = claim_run_folder(recipe).folder
