@@ -29,6 +29,7 @@ from train.health.heartbeat import clear_records, is_supervised, record_failure,
 from train.health.joining import join, outlast_watchdog
 from train.health.watched import Watched, watched
 from train.hf.initial_weights import freeze
+from train.hf.start import require_start_tokenizer
 from train.layout.device import (
     add_in_fixed_order,
     describe_hardware,
@@ -106,6 +107,8 @@ def run(recipe: Recipe, topology: Topology) -> int:
     if is_wanted(recipe.preflight, topology) and not is_fit(opened, folder, machine):
         return UNFIT_STATUS
     resumed = find_checkpoint(recipe, folder, topology)
+    if not resumed.progress.batch:
+        run_on_rank_0(topology, lambda: require_start_tokenizer(recipe, opened.tokenizer))
     run_on_rank_0(topology, lambda: accept(opened, folder, resumed.curriculum))
     run_on_rank_0(topology, lambda: drop_after(folder, resumed.progress.batch))
     uploader = MlflowUploader(folder, recipe, dataset_inputs(opened)) if topology.is_main else None

@@ -8,13 +8,16 @@ torch, which data preparation does not need, and does not support unused ids.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
+
+Encoder = Callable[[list[str]], list[Any]]
+"""Gives an array of ids for each text."""
 
 UNUSED = "<|unused_"
 """Name prefix of unused ids."""
@@ -59,6 +62,37 @@ def read_form(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
     ranks = {from_letters(letters): rank for letters, rank in tree["model"]["vocab"].items()}
     added = {token["content"]: token["id"] for token in tree["added_tokens"]}
     return pattern, ranks, {name: number for name, number in added.items() if not name.startswith(UNUSED)}
+
+
+def mismatch(
+    path: Path, ranks: Mapping[bytes, int], ends: Mapping[str, int], encode: Encoder, texts: Sequence[str]
+) -> str:
+    """Returns how a ``tokenizer.json`` differs from a rank table, to follow its name; empty: not at all.
+
+    Args:
+        path: the file, of any origin.
+        ranks: byte strings with their ids.
+        ends: special tokens that end or separate documents, with their ids.
+        encode: encodes texts without special tokens.
+        texts: texts on which tokenizers tend to differ.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        theirs = Tokenizer.from_file(str(path))
+    except Exception as error:  # The package raises no class of its own.
+        return f"can't be read ({' '.join(str(error).split())[:150]})"
+    wanted = [*((_to_letters(token), rank) for token, rank in ranks.items()), *ends.items()]
+    for letters, rank in sorted(wanted, key=lambda item: item[1]):
+        other = theirs.id_to_token(rank)
+        if other != letters:
+            return f"has {other!r} as id {rank} instead of {letters!r}"
+    # Text that spells a special token stays text, as in training.
+    theirs.encode_special_tokens = True
+    for text, ids in zip(texts, encode(list(texts)), strict=True):
+        if theirs.encode(text, add_special_tokens=False).ids != ids.tolist():
+            return f"splits {text[:40]!r} in another way"
+    return ""
 
 
 def byte_level_pieces(pattern: str) -> "PreTokenizer":

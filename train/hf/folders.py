@@ -24,6 +24,9 @@ SOURCE_FOLDER = "source"
 """The contents of the Hugging Face folder besides the weights, in an imported folder."""
 HEADERS_FILE = "headers.json"
 """The headers of the safetensors files, byte for byte, in the source folder."""
+TOKENIZER_FILE = "tokenizer.json"
+OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+"""Tokenizers in forms that none of ours has."""
 
 
 def recipe_file_of(path: Path) -> Path | None:
@@ -57,6 +60,14 @@ def model_at(path: Path) -> tuple[Model, Recipe | None]:
         f"{path}: is not a run or checkpoint, and has neither {MODEL_FILE} (imported) nor {CONFIG_FILE} "
         "(Hugging Face)"
     )
+
+
+def tokenizer_folder_of(path: Path) -> Path:
+    """Returns the folder of the weights' tokenizer: a run's shards, or what a Hugging Face folder has."""
+    recipe_file = recipe_file_of(path)
+    if recipe_file is not None:
+        return Path(load_recipe(recipe_file).data.shards)
+    return path / SOURCE_FOLDER if (path / SOURCE_FOLDER).is_dir() else path
 
 
 def write_model(path: Path, model: Model) -> None:

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from data.text.hugging_face_form import read_form
-from train.hf.folders import model_at
+from data.text.hugging_face_form import mismatch, read_form
+from data.tokenizer import EOS, PROBES, TokenizerHandle, open_tokenizer
+from train.hf.folders import OTHER_TOKENIZERS, TOKENIZER_FILE, model_at, tokenizer_folder_of
 from train.recipe.errors import UserError
 from train.recipe.keys import OnStart, walk
 from train.recipe.schema import Model, OptimizerStart, Recipe, Tokenizer, TokenizerKind
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 def check_start(recipe: Recipe, file: str) -> list[str]:
@@ -45,7 +44,7 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
                 remedy="set it to fresh",
                 file=file,
             )
-        return changes
+        return [*changes, *_told_of_tokenizer(recipe, file)]
     _same_tokenizer(recipe, parent, file)
     if recipe.start.optimizer is OptimizerStart.restored and parent.optimizer.kind != recipe.optimizer.kind:
         raise UserError(
@@ -55,6 +54,38 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
             file=file,
         )
     return [*changes, _rates(recipe, parent)]
+
+
+def require_start_tokenizer(recipe: Recipe, tokenizer: TokenizerHandle, file: str = "") -> None:
+    """Raises if the weights that the recipe starts from were trained with another tokenizer than the run's.
+
+    A tokenizer that is trained with the shards exists only once they do.
+
+    Args:
+        recipe: the run's recipe.
+        tokenizer: the run's tokenizer.
+        file: the recipe's file, for the error.
+
+    Raises:
+        UserError: one line that names both tokenizers and the first id that they give another meaning.
+    """
+    if recipe.start.weights is None:
+        return
+    folder = tokenizer_folder_of(Path(recipe.start.weights))
+    theirs = folder / TOKENIZER_FILE
+    if theirs.is_file():
+        ends = {EOS: tokenizer.eos_id}
+        why = mismatch(theirs, tokenizer.ranks, ends, tokenizer.encode_documents, PROBES)
+    else:
+        theirs = next((folder / name for name in OTHER_TOKENIZERS if (folder / name).is_file()), theirs)
+        why = "is of another kind" if theirs.is_file() else ""
+    if why:
+        raise UserError(
+            f"{tokenizer.name} is not the tokenizer that the weights were trained with: {theirs} {why}",
+            key="tokenizer",
+            remedy="use the same tokenizer, and shards written with it",
+            file=file,
+        )
 
 
 def _rates(recipe: Recipe, parent: Recipe) -> str:
@@ -119,6 +150,19 @@ def _same_tokenizer(recipe: Recipe, parent: Recipe, file: str) -> None:
             remedy="use the same tokenizer, and shards written with it",
             file=file,
         )
+
+
+def _told_of_tokenizer(recipe: Recipe, file: str) -> list[str]:
+    """Compares the tokenizer of a folder of weights with the recipe's, or says that it can't be done."""
+    folder = tokenizer_folder_of(Path(recipe.start.weights or ""))
+    if not any((folder / name).is_file() for name in (TOKENIZER_FILE, *OTHER_TOKENIZERS)):
+        return [
+            f"the weights have no tokenizer with them, so it is not compared with {_words(recipe.tokenizer)}"
+        ]
+    shards = Path(recipe.data.shards)
+    if recipe.tokenizer.kind is not TokenizerKind.bpe or (shards / TOKENIZER_FILE).is_file():
+        require_start_tokenizer(recipe, open_tokenizer(recipe.tokenizer, shards), file)
+    return []
 
 
 def _words(tokenizer: Tokenizer) -> str:

@@ -9,13 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from data.text.bpe import train_bpe
 from data.text.hugging_face_form import write_form
+from data.tokenizer import TokenizerHandle, open_tokenizer
 from train.hf.folders import write_model
-from train.hf.start import check_start
+from train.hf.start import check_start, require_start_tokenizer
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.rules import validate
-from train.recipe.schema import OptimizerKind, OptimizerStart, Recipe, Registry, Start
+from train.recipe.schema import (
+    OptimizerKind,
+    OptimizerStart,
+    Recipe,
+    Registry,
+    Start,
+    Tokenizer,
+    TokenizerKind,
+)
 from train.recipe.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -99,6 +109,58 @@ def test_trained_tokenizers_are_compared(parent: Recipe, run: Path, tmp_path: Pa
     check_start(recipe, "x.yaml")
     write_form(new, ".+", ranks | {b"ab": 256}, {"<|endoftext|>": 257})
     with pytest.raises(UserError, match="tokenizer"):
+        check_start(recipe, "x.yaml")
+
+
+def _bpe(text: str) -> TokenizerHandle:
+    return train_bpe(Tokenizer(TokenizerKind.bpe, 300), iter([text * 9]))
+
+
+@pytest.mark.parametrize("is_imported", [False, True])
+def test_weights_with_another_tokenizer_are_refused(
+    parent: Recipe, tmp_path: Path, is_imported: bool
+) -> None:
+    """A Hugging Face folder, or one imported from it, brings the tokenizer that its ids belong to."""
+    weights, shards = tmp_path / "weights", tmp_path / "shards"
+    weights.mkdir()
+    write_model(weights / "model.yaml", parent.model)
+    theirs = weights / "source" if is_imported else weights
+    recipe = _from(replace(parent, data=replace(parent.data, shards=str(shards))), weights)
+    recipe = replace(recipe, tokenizer=Tokenizer(TokenizerKind.bpe, 300))
+    assert "have no tokenizer with them" in check_start(recipe, "x.yaml")[-1]
+    one, other = _bpe("the cat sat on the mat "), _bpe("xyz zyx yxz ")
+    one.to_hugging_face(theirs)
+    # Shards, and with them the tokenizer, may not exist yet: then it is compared once they do.
+    check_start(recipe, "x.yaml")
+    require_start_tokenizer(recipe, one)
+    with pytest.raises(
+        UserError, match=r"tokenizer: bpe-300 is not the tokenizer .* has '.*' as id 25\d instead"
+    ):
+        require_start_tokenizer(recipe, other)
+    other.to_hugging_face(shards)
+    with pytest.raises(UserError, match=r"x.yaml: tokenizer: bpe-300 is not the tokenizer"):
+        check_start(recipe, "x.yaml")
+    one.to_hugging_face(shards)
+    check_start(recipe, "x.yaml")
+    # Equal ids, but another way to split: only text shows it.
+    write_form(theirs / "tokenizer.json", r"\S+|\s+", one.ranks, one.special_ids)
+    with pytest.raises(UserError, match=r"splits .* in another way"):
+        check_start(recipe, "x.yaml")
+    (theirs / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(UserError, match=r"tokenizer.json can't be read"):
+        check_start(recipe, "x.yaml")
+    (theirs / "tokenizer.json").rename(theirs / "tokenizer.model")
+    with pytest.raises(UserError, match=r"tokenizer.model is of another kind"):
+        check_start(recipe, "x.yaml")
+
+
+def test_the_tokenizer_of_dbrx_is_recognised(parent: Recipe, tmp_path: Path) -> None:
+    write_model(tmp_path / "model.yaml", parent.model)
+    recipe = replace(_from(parent, tmp_path), tokenizer=Tokenizer())
+    open_tokenizer(recipe.tokenizer, tmp_path).to_hugging_face(tmp_path)
+    assert len(check_start(recipe, "x.yaml")) == 1
+    _bpe("the cat sat on the mat ").to_hugging_face(tmp_path)
+    with pytest.raises(UserError, match=r"cl100k_base is not the tokenizer"):
         check_start(recipe, "x.yaml")
 
 
