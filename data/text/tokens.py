@@ -6,6 +6,7 @@ lost at the end of a chunk.
 
 import hashlib
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -85,7 +86,7 @@ def write_shard(job: PreparationJob, task: ShardTask) -> Result:
 
 
 def plan_shards(job: PreparationJob, chunks: list[Chunk], encoded: list[Result]) -> list[ShardTask]:
-    """Plans all shards from the token counts of all chunks."""
+    """Plans all shards from the token counts of all chunks, in time proportional to chunks and shards."""
     tasks: list[ShardTask] = []
     size = samples_per_shard(job.sequence_tokens) * job.sequence_tokens
     for domain in dict.fromkeys(source.domain for source in job.sources):
@@ -95,18 +96,15 @@ def plan_shards(job: PreparationJob, chunks: list[Chunk], encoded: list[Result])
         for split in SPLITS:
             segments, tokens, documents = [], 0, 0
             for chunk, result in mine:
-                segments.append(Segment(chunk.number, tokens, documents))
+                if result[split]["tokens"]:
+                    segments.append(Segment(chunk.number, tokens, documents))
                 tokens += result[split]["tokens"]
                 documents += result["documents"]
-            ends = [segment.first_token for segment in segments[1:]] + [tokens]
+            firsts = [segment.first_token for segment in segments]
             for shard, start in enumerate(range(0, tokens, size)):
                 span = start, min(start + size, tokens)
-                inside = tuple(
-                    it
-                    for it, end in zip(segments, ends, strict=True)
-                    if max(it.first_token, start) < min(end, span[1])
-                )
-                tasks.append(ShardTask(len(tasks), domain, split, shard, span, inside))
+                inside = segments[bisect_right(firsts, start) - 1 : bisect_left(firsts, span[1])]
+                tasks.append(ShardTask(len(tasks), domain, split, shard, span, tuple(inside)))
     return tasks
 
 

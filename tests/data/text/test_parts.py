@@ -11,6 +11,8 @@ from data.text.bpe import train_bpe
 from data.text.clean import normalise, read_texts, write_texts
 from data.text.duplicates import resolve, sketch
 from data.text.evaluation_overlap import EvaluationTexts
+from data.text.inputs import Chunk
+from data.text.job import PreparationJob
 from data.text.language import language_of
 from data.text.mds import (
     compress_shard,
@@ -21,8 +23,9 @@ from data.text.mds import (
     shard_name,
 )
 from data.text.quality import repetition_violation
-from data.text.tokens import open_once
+from data.text.tokens import open_once, plan_shards
 from data.text.words import hash_ngrams, hash_words
+from train.recipe.preparation import Preparation, Source, SourceKind
 from train.recipe.schema import Tokenizer, TokenizerKind
 
 
@@ -69,6 +72,27 @@ def test_shards_are_those_of_streamings_writer(tmp_path: Path, sequence_tokens: 
         assert content == decompress(name, theirs) == decompress(name, compress_shard(content, level))
         entry = index_entry(0, content, len(samples), sequence_tokens, (level, theirs))
     assert index_text([entry]) == (tmp_path / "theirs/index.json").read_text()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_shards_are_planned_from_the_chunks_that_overlap_them(tmp_path: Path, seed: int):
+    rng = np.random.default_rng(seed)
+    source = Source(domain="d", kind=SourceKind.jsonl, path="", dataset="", version="", origin="", licence="")
+    job = PreparationJob(tmp_path, (source,), Preparation(), (), Tokenizer(), 1 << 20, False)
+    tokens = rng.integers(0, 1 << 24, 40) * rng.integers(0, 2, 40)
+    sides = [{"tokens": int(n), "documents": 3} for n in tokens]
+    encoded = [{"documents": 5, "train": side, "validation": {"tokens": 0}} for side in sides]
+    tasks = plan_shards(job, [Chunk(n, 0, (), 0, 0) for n in range(40)], encoded)
+    ends = np.cumsum(tokens)
+    at = 0
+    for task in tasks:
+        assert task.tokens[0] == at < task.tokens[1]
+        at = task.tokens[1]
+        overlap = np.minimum(ends, at) - np.maximum(ends - tokens, task.tokens[0])
+        assert [it.chunk for it in task.segments] == np.flatnonzero(overlap > 0).tolist()
+        for it in task.segments:
+            assert (it.first_token, it.first_document) == (ends[it.chunk] - tokens[it.chunk], 5 * it.chunk)
+    assert at == ends[-1]
 
 
 def texts(count: int, seed: int = 0) -> list[list[str]]:
