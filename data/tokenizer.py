@@ -63,6 +63,9 @@ PROBES = (
 class TokenizerHandle:
     """A tokenizer. Tokenizers with equal fingerprints give equal ids for every text."""
 
+    most_threads: int | None = None
+    """Limit of this process, see :func:`encode_on_one_thread`; None: all cores."""
+
     def __init__(
         self,
         name: str,
@@ -163,7 +166,7 @@ class TokenizerHandle:
         return table | {rank: token.encode() for token, rank in self.special_ids.items()}
 
     def _encode_with_tiktoken(self, texts: list[str]) -> list[Tokens]:
-        with ThreadPoolExecutor(usable_cores()) as threads:
+        with ThreadPoolExecutor(encoding_threads()) as threads:
             return list(threads.map(self._encode_one, texts))
 
     def _encode_one(self, text: str) -> Tokens:
@@ -199,6 +202,16 @@ def open_tokenizer(cfg: Tokenizer, shards_root: Path) -> TokenizerHandle:
             remedy="`python -m data.write_shards RECIPE --rebuild`, or another data.shards",
         )
     return handle
+
+
+def encode_on_one_thread() -> None:
+    """Makes this process encode on one thread: it is one of several that share the machine's cores."""
+    TokenizerHandle.most_threads = 1
+
+
+def encoding_threads() -> int:
+    """Returns the number of threads on which this process encodes."""
+    return min(usable_cores(), TokenizerHandle.most_threads or usable_cores())
 
 
 def split_for_encoding(text: str) -> list[str]:
@@ -275,7 +288,7 @@ def _quicktok() -> BatchEncoder | None:
     encoding = quicktok.get_encoding("cl100k_base")
 
     def encode(texts: list[str]) -> list[Tokens]:
-        tokens, offsets = encoding.encode_batch(texts, usable_cores())
+        tokens, offsets = encoding.encode_batch(texts, encoding_threads())
         return np.split(np.asarray(tokens).astype(np.int32), np.asarray(offsets)[1:-1])
 
     return encode

@@ -39,10 +39,18 @@ def clean(job: PreparationJob, chunk: Chunk) -> Result:
     return job.once(STAGE, chunk.number, lambda: _clean(job, chunk))
 
 
-def normalise(text: str) -> str:
-    """Normalises text to NFC and line feeds; strips control characters and outer white space."""
+def normalise(text: str, *, keeps_indentation: bool = False) -> str:
+    """Normalises text to NFC and line feeds; strips control characters and outer white space.
+
+    Args:
+        text: the text.
+        keeps_indentation: keep the blanks before the first word, of the line that it is in.
+    """
     text = _nfc(text).replace("\r\n", "\n").replace("\r", "\n")
-    return _CONTROL.sub("", text).strip() + "\n"
+    text = _CONTROL.sub("", text).rstrip()
+    bare = text.lstrip()
+    begin = text.rfind("\n", 0, len(text) - len(bare)) + 1 if keeps_indentation else len(text) - len(bare)
+    return text[begin:] + "\n"
 
 
 def read_documents(job: PreparationJob, number: int) -> Iterator[tuple[str, str]]:
@@ -103,7 +111,7 @@ def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[tuple[SourceRecord, s
     none = np.empty(0, np.uint64)
     for raw in read_records(chunk, source, preparation.max_document_bytes):
         place = f"{source.dataset}/{raw.place}"
-        text = "" if raw.reason else normalise(raw.text)
+        text = "" if raw.reason else normalise(raw.text, keeps_indentation=source.quality is Quality.code)
         reason = raw.reason or ("" if text.strip() else "empty") or _violation(text, source)
         words = none if reason else hash_words(text)
         if not reason and evaluation.touches(words):

@@ -15,6 +15,7 @@ from zipimport import zipimporter
 from tqdm import tqdm
 
 from data.text.job import PreparationJob, Result
+from data.tokenizer import encode_on_one_thread
 from train.recipe.errors import UserError
 from train.recipe.topology import usable_cores
 from train.record import log
@@ -56,7 +57,7 @@ class Processes:
             return
         _import_for_tasks()
         # Forked: a new interpreter would import everything again. Children open their own tokenizers.
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), encode_on_one_thread)
         try:
             yield pool.map(task, items)
         finally:
@@ -124,6 +125,7 @@ def _on_spark(stage: Stage[Item], job: PreparationJob, item: Item) -> Result:
     modules on every path, for which Python 3.11 re-reads the contents of zip files (5,000 in Spark's jar).
     Each took 0.1 to 0.3 s, longer than many tasks.
     """
+    encode_on_one_thread()  # Spark starts a process for each core.
     result = stage(job, item)
     _freeze(len(sys.modules))
     for path, finder in list(sys.path_importer_cache.items()):

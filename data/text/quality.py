@@ -3,8 +3,8 @@
 import re
 from collections import Counter
 
-LONGEST_BYTES = 200_000
-"""Larger files are mostly tables and generated code."""
+LONGEST_FILE = 200_000
+"""Characters of a file of code or of the installed corpus; larger ones are mostly tables and generated."""
 
 _GENERATED = re.compile(r"auto-?generated|generated (?:by|from|automatically)|do not (?:edit|modify)", re.I)
 _LETTER = re.compile(r"[^\W\d_]")
@@ -18,8 +18,8 @@ def is_good_code(text: str) -> bool:
 
 
 def is_good_prose(text: str) -> bool:
-    """Returns whether text is prose for human readers, see :func:`prose_violation`."""
-    return not prose_violation(text)
+    """Returns whether text is prose for human readers of a size that a small corpus can hold several of."""
+    return len(text) <= LONGEST_FILE and not prose_violation(text)
 
 
 def code_violation(text: str) -> str:
@@ -29,7 +29,7 @@ def code_violation(text: str) -> str:
     letters and digits (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", section 3.1);
     not generated (as in Lozhkov et al. 2024, "StarCoder 2 and The Stack v2").
     """
-    if not 200 <= len(text) <= LONGEST_BYTES:
+    if not 200 <= len(text) <= LONGEST_FILE:
         return "code: length"
     lines = text.split("\n")
     if len(text) > 100 * len(lines) or max(map(len, lines)) > 1000:
@@ -52,8 +52,6 @@ def prose_violation(text: str) -> str:
     words, at most one hash or ellipsis per ten words, at most 90% of lines starting with a bullet and 30%
     ending in an ellipsis.
     """
-    if len(text) > LONGEST_BYTES:
-        return "prose: length"
     words = text.split()
     if not 50 <= len(words) <= 100_000:
         return "prose: number of words"

@@ -22,11 +22,12 @@ from data.shards.streams import ShardFolder
 from data.text import build
 from data.text.engines import Processes, Spark
 from data.text.job import PreparationJob, Result
-from data.tokenizer import open_tokenizer
+from data.tokenizer import encoding_threads, open_tokenizer
 from data.write_shards import build_shards
 from train.recipe.errors import UserError
 from train.recipe.preparation import Preparation, Quality, Source, SourceKind
 from train.recipe.schema import Recipe, Tokenizer
+from train.recipe.topology import usable_cores
 
 pytestmark = pytest.mark.slow
 
@@ -250,6 +251,16 @@ def test_a_hugging_face_folder_is_read(corpus: Path, make_recipe: Callable[..., 
     data = dataclasses.replace(recipe.data, sources=[source], domains={"prose": 1.0})
     manifest = build_shards(dataclasses.replace(recipe, data=data), engine=Processes(1))
     assert sum(split.documents for split in manifest.domains["prose"].splits.values()) == 30
+
+
+def _threads(job: PreparationJob, item: int) -> Result:
+    return {"threads": encoding_threads()}
+
+
+def test_processes_that_share_the_cores_encode_on_one_thread_each(tmp_path: Path):
+    job = PreparationJob(tmp_path, (), Preparation(), (), Tokenizer(), 16, False)
+    assert {it["threads"] for it in Processes(2).run("", _threads, job, range(4))} == {1}
+    assert {it["threads"] for it in Processes(1).run("", _threads, job, range(4))} == {usable_cores()}
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from data.text.mds import (
     packed_name,
     shard_name,
 )
-from data.text.quality import repetition_violation
+from data.text.quality import code_violation, prose_violation, repetition_violation
 from data.text.tokens import open_once, plan_shards
 from data.text.words import hash_ngrams, hash_words
 from train.recipe.preparation import Preparation, Source, SourceKind
@@ -190,6 +190,17 @@ def test_languages(language: str, text: str):
 
 def test_normalised_text():
     assert normalise(" e\u0301\r\nb\rc\x00\x07\td \n") == "é\nb\nc\td\n"
+    assert normalise("\n \n  \tif x:\n    y\n\n", keeps_indentation=True) == "  \tif x:\n    y\n"
+    assert normalise("  if x:", keeps_indentation=True) == "  if x:\n" and normalise("  if x:") == "if x:\n"
+    assert normalise(" \n ", keeps_indentation=True) == normalise("") == "\n"
+
+
+def test_a_book_is_prose_and_a_table_of_its_size_no_code():
+    rng = np.random.default_rng(1)
+    names = [f"{a}{b}" for a in ("ba", "ke", "lo", "mi") for b in ("den", "fur", "gat", "lin")]
+    book = "\n".join("the " + " and ".join(rng.choice(names, 8)) + " of it" for _ in range(5000))
+    assert len(book) > 200_000 and not prose_violation(book) and code_violation(book) == "code: length"
+    assert prose_violation(book * 2) == "prose: number of words"
 
 
 def test_repetition():
