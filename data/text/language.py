@@ -41,6 +41,8 @@ SCRIPTS = {
     "GEORGIAN": "ka", "ARMENIAN": "hy",
 }  # fmt: skip
 LANGUAGES = frozenset(FUNCTION_WORDS) | frozenset(SCRIPTS.values())
+UNSPACED = frozenset({"ja", "zh", "th"})
+"""Languages that write words without blanks between them."""
 
 
 def language_of(text: str) -> str:

@@ -3,13 +3,17 @@
 import re
 from collections import Counter
 
+from data.text.language import UNDETERMINED, UNSPACED, language_of
+
 LONGEST_FILE = 200_000
 """Characters of a file of code or of the installed corpus; larger ones are mostly tables and generated."""
 
 _GENERATED = re.compile(r"auto-?generated|generated (?:by|from|automatically)|do not (?:edit|modify)", re.I)
 _LETTER = re.compile(r"[^\W\d_]")
-_STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
+_STOP_WORDS_OF_ENGLISH = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 _BULLETS = ("-", "*", "•", "+")
+_CHARACTERS_OF_A_WORD = 2
+"""Of Chinese and Japanese, on average."""
 
 
 def is_good_code(text: str) -> bool:
@@ -18,8 +22,8 @@ def is_good_code(text: str) -> bool:
 
 
 def is_good_prose(text: str) -> bool:
-    """Returns whether text is prose for human readers of a size that a small corpus can hold several of."""
-    return len(text) <= LONGEST_FILE and not prose_violation(text)
+    """Returns whether text is English prose for human readers, of which a small corpus can hold several."""
+    return len(text) <= LONGEST_FILE and not _words_violation(text.split()) and not prose_violation(text)
 
 
 def code_violation(text: str) -> str:
@@ -51,17 +55,20 @@ def prose_violation(text: str) -> str:
     words of 3 to 10 characters on average, at least 80% of them with a letter, at least two of eight stop
     words, at most one hash or ellipsis per ten words, at most 90% of lines starting with a bullet and 30%
     ending in an ellipsis.
+
+    The length of words and the stop words are rules for English. Text in another language that
+    :mod:`data.text.language` recognises has by that enough of its own function words; where words have no
+    blanks between them, no rule on words applies.
     """
     words = text.split()
-    if not 50 <= len(words) <= 100_000:
-        return "prose: number of words"
-    if not 3 <= sum(map(len, words)) / len(words) <= 10:
-        return "prose: length of words"
-    if sum(1 for word in words if word[0].isalpha() or _LETTER.search(word)) < 0.8 * len(words):
-        return "prose: words without letters"
-    if len(_STOP_WORDS.intersection(words)) < 2:
-        return "prose: stop words"
-    if text.count("#") + text.count("...") + text.count("…") > 0.1 * len(words):
+    count = len(words)
+    if reason := _words_violation(words):
+        language = language_of(text)
+        if language in UNSPACED:
+            count = len(text) // _CHARACTERS_OF_A_WORD
+        elif language in (UNDETERMINED, "en") or (reason := _words_violation(words, is_english=False)):
+            return reason
+    if text.count("#") + text.count("...") + text.count("…") > 0.1 * count:
         return "prose: symbols"
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if sum(line.startswith(_BULLETS) for line in lines) > 0.9 * len(lines):
@@ -90,3 +97,14 @@ def repetition_violation(text: str) -> str:
             if count > 1 and count * sum(map(len, gram)) > share * len(text):
                 return f"prose: repeated {n}-grams"
     return ""
+
+
+def _words_violation(words: list[str], *, is_english: bool = True) -> str:
+    if not 50 <= len(words) <= 100_000:
+        return "prose: number of words"
+    if is_english and not 3 <= sum(map(len, words)) / len(words) <= 10:
+        return "prose: length of words"
+    if sum(1 for word in words if word[0].isalpha() or _LETTER.search(word)) < 0.8 * len(words):
+        return "prose: words without letters"
+    has_stop_words = not is_english or len(_STOP_WORDS_OF_ENGLISH.intersection(words)) >= 2
+    return "" if has_stop_words else "prose: stop words"

@@ -22,7 +22,7 @@ from data.text.mds import (
     packed_name,
     shard_name,
 )
-from data.text.quality import code_violation, prose_violation, repetition_violation
+from data.text.quality import code_violation, is_good_prose, prose_violation, repetition_violation
 from data.text.tokens import open_once, plan_shards
 from data.text.words import hash_ngrams, hash_words
 from train.recipe.preparation import Preparation, Source, SourceKind
@@ -193,6 +193,36 @@ def test_normalised_text():
     assert normalise("\n \n  \tif x:\n    y\n\n", keeps_indentation=True) == "  \tif x:\n    y\n"
     assert normalise("  if x:", keeps_indentation=True) == "  if x:\n" and normalise("  if x:") == "if x:\n"
     assert normalise(" \n ", keeps_indentation=True) == normalise("") == "\n"
+
+
+SENTENCES = {
+    "en": "The house that we visited yesterday was not as large as the picture, but people always loved it",
+    "de": "Das Haus ist nicht so groß wie auf dem Bild, aber es wird von den Leuten auch sehr geliebt und",
+    "nl": "Het huis is niet zo groot als op de foto, maar het wordt door de mensen ook zeer gewaardeerd en",
+    "sv": "Huset som vi såg är inte så stort som på bilden, men det har en trädgård och för oss är det",
+    "pl": "Dom nie jest tak duży jak na zdjęciu, ale ludzie bardzo go lubią i to się nie zmieni przez",
+    "ru": "Дом, который мы видели, не такой большой, как на картинке, но люди очень любят этот дом",
+    "ko": "우리가 본 집은 사진만큼 크지 않지만 사람들은 그 집을 매우 사랑하고 정원도 아름답습니다",
+    "zh": "我们看到的房子没有照片上那么大。但是人们非常喜欢它。花园也很漂亮。",
+    "ja": "私たちが見た家は写真ほど大きくありませんが、人々はそれをとても愛しています。",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_prose_is_not_only_english(language: str):
+    text = "\n".join(f"{SENTENCES[language]} {n}" for n in range(12))
+    assert language_of(text) == language and not prose_violation(text)
+    assert is_good_prose(text) == (language == "en")
+    if language not in ("zh", "ja"):
+        assert prose_violation(SENTENCES[language]) == "prose: number of words"
+    assert prose_violation(text + "#" * 100) == "prose: symbols"
+
+
+def test_text_in_no_language_is_no_prose():
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("bcdfghjklmnpqrstvwxz"), 5)) for _ in range(200)]
+    assert prose_violation(" ".join(words)) == "prose: stop words"
+    assert prose_violation(SENTENCES["zh"] + " ".join(words)) == "prose: stop words"
 
 
 def test_a_book_is_prose_and_a_table_of_its_size_no_code():
