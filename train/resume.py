@@ -8,7 +8,9 @@ from torch.optim import Optimizer
 from data.opened import OpenedData
 from data.order.epoch_budget import require_epoch_budget
 from train.checkpoint.files import (
+    ASIDE,
     Progress,
+    batches_of,
     load_checkpoint,
     newest_whole_checkpoint,
     read_progress,
@@ -21,17 +23,23 @@ from train.recipe.curriculum import Curriculum, continue_stages, from_json, plan
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
+from train.record.log import progress as progress_log
 from train.record.run_folder import (
     CHECKPOINTS_FOLDER,
     DATA_LOG_FILE,
     METRICS_FILE,
     keep_recipe,
+    last_saved,
+    note_saved,
     require_same_data,
 )
 from train.record.skips import declared_skips
-from train.record.step_log import EXPERT_LOAD_FILE, StepLog
+from train.record.step_log import EXPERT_LOAD_FILE, STEP, StepLog, read_steps
 from train.step.alarms import ALARMS_FILE
 from train.step.language_model import LanguageModel
+
+RECORDS = (METRICS_FILE, DATA_LOG_FILE, ALARMS_FILE, EXPERT_LOAD_FILE)
+"""The logs of a run that have a line per step, and are cut off at the checkpoint that it resumes from."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,8 @@ def find_checkpoint(recipe: Recipe, folder: Path, topology: Topology) -> Resumed
     A checkpoint whose batches no longer match the skips of recipe and guard is set aside for an older one.
 
     Raises:
-        UserError: if the recipe would rewrite what the run has read, or no checkpoint is old enough for a
-            changed skip.
+        UserError: if the recipe would rewrite what the run has read, no checkpoint is old enough for a
+            changed skip, or all of the run's checkpoints are gone.
     """
     skips = declared_skips(recipe, folder)
     refused: list[Path] = []
@@ -76,13 +84,48 @@ def find_checkpoint(recipe: Recipe, folder: Path, topology: Topology) -> Resumed
         )
     run_on_rank_0(topology, lambda: set_aside(refused))
     if found is None:
+        run_on_rank_0(topology, lambda: set_unsaved_aside(recipe, folder))
         return Resumed(None, Progress(0, 0, 0, 0.0), replace(plan_stages(recipe), skips=skips))
     progress = read_progress(found)
+    run_on_rank_0(topology, lambda: _note_found(folder, progress.batch))
     past = from_json(progress.curriculum) if progress.curriculum else plan_stages(recipe)
     curriculum = replace(continue_stages(past, recipe, progress.samples), skips=skips)
     if len(curriculum.edits) > len(past.edits):
         log_on_rank_0(topology, f"the curriculum is edited from token {progress.tokens:,}")
     return Resumed(found, progress, curriculum)
+
+
+def set_unsaved_aside(recipe: Recipe, folder: Path) -> None:
+    """Prepares a run without a complete checkpoint to begin: keeps the records of what it has trained before.
+
+    Raises:
+        UserError: if it once had a checkpoint: a file system may not be mounted, and the run must not begin
+            anew because of that.
+    """
+    trained = max((steps[-1][STEP] for name in RECORDS if (steps := read_steps(folder / name))), default=0)
+    saved, every = last_saved(folder) or 0, recipe.checkpoint.interval_batches
+    root = folder / CHECKPOINTS_FOLDER
+    if not trained and not saved:
+        return
+    # Two intervals and no save: the run is older than the note of saves, or all failed. A person must look.
+    if saved or batches_of(root) or (every is not None and trained >= 2 * every):
+        raise UserError(
+            f"{folder} has trained {max(trained, saved)} batches, but {root} has no complete checkpoint",
+            key="name",
+            remedy="bring the checkpoints back (is a file system not mounted?), or begin anew under another "
+            "name",
+        )
+    number = 1
+    while (aside := folder / f"unsaved-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for name in RECORDS:
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)
+    progress_log.warning(
+        f"{folder} had trained {trained} batches and saved none: it begins again, and {aside} keeps their "
+        "records"
+    )
 
 
 def accept(opened: OpenedData, folder: Path, curriculum: Curriculum) -> None:
@@ -108,7 +151,7 @@ def accept(opened: OpenedData, folder: Path, curriculum: Curriculum) -> None:
 
 def drop_after(folder: Path, batch: int) -> None:
     """Drops later batches from the records; training does so too, but there may be nothing left to train."""
-    for name in (METRICS_FILE, DATA_LOG_FILE, ALARMS_FILE, EXPERT_LOAD_FILE):
+    for name in RECORDS:
         if (folder / name).exists():
             log = StepLog(folder / name)
             log.drop_after(batch)
@@ -132,3 +175,15 @@ def load_weights(
         raise UserError(
             str(error), key="start.weights", remedy="name complete weights of this model"
         ) from None
+
+
+def _note_found(folder: Path, batch: int) -> None:
+    """Notes the checkpoint that a run resumes from, and says if a later one has vanished."""
+    saved = last_saved(folder) or 0
+    if saved < batch:
+        note_saved(folder, batch)
+    later = (f"batch-{saved:08d}", f"{ASIDE}{saved:08d}")
+    if saved > batch and not any((folder / CHECKPOINTS_FOLDER / name).exists() for name in later):
+        progress_log.warning(
+            f"the checkpoint of batch {saved} of {folder} is gone; resuming from batch {batch}"
+        )

@@ -53,6 +53,7 @@ from train.recipe.topology import Topology
 from train.record import provenance
 from train.record.console import Console
 from train.record.expert_load import ExpertLoad
+from train.record.lease import EXPIRY_SECONDS, GRACE_SECONDS, release
 from train.record.log import quiet_libraries
 from train.record.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -92,11 +93,23 @@ class Machine:
 def run(recipe: Recipe, topology: Topology) -> int:
     """Trains or resumes training, fills the run's folder and returns the exit status."""
     machine = start_processes(recipe, topology)
-    claim = run_on_rank_0(topology, lambda: claim_run_folder(recipe))
-    if claim.is_complete:
-        log_on_rank_0(topology, f"{claim.folder} is complete; on_existing=new or overwrite would train again")
-        return 0
-    recipe, folder = claim.recipe, claim.folder
+    # Ranks of a try that a supervisor has just ended may still be ending.
+    grace = EXPIRY_SECONDS if is_supervised() else GRACE_SECONDS
+    claim = run_on_rank_0(topology, lambda: claim_run_folder(recipe, grace))
+    try:
+        if claim.is_complete:
+            line = f"{claim.folder} is complete; on_existing=new or overwrite would train again"
+            log_on_rank_0(topology, line)
+            return 0
+        return run_claimed(claim.recipe, claim.folder, machine)
+    finally:
+        if topology.is_main:
+            release(claim.folder)
+
+
+def run_claimed(recipe: Recipe, folder: Path, machine: Machine) -> int:
+    """Trains or resumes training in a folder that rank 0 holds; returns the exit status."""
+    topology = machine.topology
     log_on_rank_0(topology, f"run folder {folder}")
     if not is_supervised():
         run_on_rank_0(topology, lambda: clear_records(records_folder(folder)))

@@ -13,12 +13,14 @@ from types import FrameType
 from launch.restart.history import LOG_FILE, Policy, read_log
 from launch.restart.look_back import look_back
 from launch.restart.supervisor import Supervisor
-from train.health.heartbeat import RECORDS_VARIABLE, Heartbeat, pid_space, read_records
+from train.health.heartbeat import RECORDS_VARIABLE, Heartbeat, read_records
 from train.recipe.errors import UserError
 from train.recipe.exit_status import PREEMPTED_STATUS, USAGE_STATUS
 from train.recipe.reading import load_recipe
 from train.record import log
 from train.record.command import Figures, command
+from train.record.lease import hold, release
+from train.record.process import pid_space
 from train.record.run_folder import require_resumption
 from train.record.tables import text_table
 
@@ -105,7 +107,13 @@ def main(options: Namespace) -> int | Figures:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    return supervisor.run()
+    # Another supervisor of the same job would end this one's ranks as leftovers of its own.
+    remedy = "wait for its end or end it: `--show` prints its tries"
+    hold(folder, key="--records", remedy=remedy)
+    try:
+        return supervisor.run()
+    finally:
+        release(folder)
 
 
 class TrainingCommand:

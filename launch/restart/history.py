@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.restart.ending import Ending
-from train.health.heartbeat import host_name
+from train.record.process import host_name
 
 LOG_FILE = "restarts.jsonl"
 STOPPED_STATUS = 70

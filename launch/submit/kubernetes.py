@@ -3,6 +3,7 @@
 Fields are those of JobSet's jobset.x-k8s.io/v1alpha2 and of batch/v1.
 """
 
+import re
 from typing import Any
 
 import yaml
@@ -10,8 +11,8 @@ import yaml
 from launch.restart.history import STOPPED_STATUS
 from launch.submit.environment import environment, look_back_environment
 from launch.submit.job import Device, Job
-from train.health.heartbeat import HOST_VARIABLE
 from train.recipe.exit_status import USAGE_STATUS
+from train.record.process import HOST_VARIABLE
 
 REPLICATED_JOB = "node"
 MASTER_PORT = 29500
@@ -92,12 +93,12 @@ def pod_spec(job: Job) -> dict[str, Any]:
         "name": "ranks",
         "image": job.image,
         "workingDir": job.workdir,
-        "command": ["bash", "launch/submit/node.sh", *job.arguments],
+        "command": ["bash", "launch/submit/node.sh", *map(_verbatim, job.arguments)],
         "env": [
             {"name": "NODE_RANK", "valueFrom": index},
             # Ranks report the node's name, not the pod's.
             {"name": HOST_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
-            *({"name": name, "value": value} for name, value in variables.items()),
+            *({"name": name, "value": _verbatim(value)} for name, value in variables.items()),
         ],
         "volumeMounts": [
             {"name": "shared-memory", "mountPath": "/dev/shm"},
@@ -127,3 +128,8 @@ def pod_spec(job: Job) -> dict[str, Any]:
             ),
         ],
     }
+
+
+def _verbatim(text: str) -> str:
+    """Escapes what Kubernetes would expand in a command or a variable: `$(NAME)`, and `$$` to `$`."""
+    return re.sub(r"\$(?=[$(])", "$$", text)

@@ -1,6 +1,7 @@
 """A run resumes from its newest checkpoint whose skips still match."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ import pytest
 from train.checkpoint.files import Progress, keep_newest
 from train.recipe.curriculum import Skip, plan_stages, to_json
 from train.recipe.errors import UserError
-from train.recipe.schema import Data, DataSkip, Recipe, Training
+from train.recipe.schema import Checkpoint, Data, DataSkip, Recipe, Training
 from train.recipe.topology import Topology
-from train.record.run_folder import CHECKPOINTS_FOLDER
+from train.record.run_folder import CHECKPOINTS_FOLDER, note_saved
 from train.record.skips import GuardDecision, write_decisions
 from train.resume import drop_after, find_checkpoint
 
@@ -82,3 +83,57 @@ def test_what_the_guard_decided_counts_as_what_the_recipe_declares(tmp_path: Pat
     write_decisions(tmp_path, [GuardDecision(152, 168, 21, ["spike"])])
     resumed = find_checkpoint(declaring(240, 248), tmp_path, ALONE)
     assert resumed.progress.batch == 10 and resumed.curriculum.skipped == ((19, 21), (30, 31))
+
+
+def records(folder: Path, steps: int) -> dict[str, bytes]:
+    """Writes a run's logs of some steps; returns their contents."""
+    for name in ("metrics.jsonl", "data_log.jsonl"):
+        (folder / name).write_text("".join(f'{{"step":{step}}}\n' for step in range(1, steps + 1)))
+    return {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "data_log.jsonl")}
+
+
+@pytest.mark.parametrize("gone", ["folder", "damaged", "noted", "two intervals"])
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path: Path, gone: str) -> None:
+    recipe, steps = RECIPE, 15
+    if gone == "two intervals":  # Of a run from before checkpoints were noted.
+        recipe = dataclasses.replace(RECIPE, checkpoint=Checkpoint(interval_batches=10))
+        steps = 20
+    elif gone == "noted":
+        note_saved(tmp_path, 10)
+    else:
+        folder = save(tmp_path, 10)
+        find_checkpoint(recipe, tmp_path, ALONE)
+        if gone == "damaged":
+            (folder / "progress.json").write_bytes(b"")
+        else:
+            shutil.rmtree(tmp_path / CHECKPOINTS_FOLDER)
+    kept = records(tmp_path, steps)
+    with pytest.raises(
+        UserError, match=rf"has trained {steps} batches, but .*checkpoints has no complete check"
+    ):
+        find_checkpoint(recipe, tmp_path, ALONE)
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_its_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = dataclasses.replace(RECIPE, checkpoint=Checkpoint(interval_batches=10))
+    assert find_checkpoint(recipe, tmp_path, ALONE).progress.batch == 0 and capsys.readouterr().out == ""
+    for attempt, steps in enumerate((19, 7), 1):
+        kept = records(tmp_path, steps)
+        assert find_checkpoint(recipe, tmp_path, ALONE).progress.batch == 0
+        drop_after(tmp_path, 0)
+        assert f"had trained {steps} batches and saved none: it begins again" in capsys.readouterr().out
+        aside = tmp_path / f"unsaved-{attempt}"
+        assert {path.name: path.read_bytes() for path in aside.iterdir()} == kept
+
+
+def test_a_later_checkpoint_that_vanished_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 10)
+    shutil.rmtree(save(tmp_path, 20))
+    find_checkpoint(RECIPE, tmp_path, ALONE)
+    assert capsys.readouterr().out == ""
+    note_saved(tmp_path, 20)
+    assert find_checkpoint(RECIPE, tmp_path, ALONE).progress.batch == 10
+    assert "the checkpoint of batch 20" in capsys.readouterr().out

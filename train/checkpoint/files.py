@@ -7,13 +7,15 @@ file's size and SHA-256 is written last, and then the folder is renamed. So an i
 mistaken for a checkpoint, and a missing, truncated or altered file is found before anything is loaded.
 """
 
+import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -64,6 +66,20 @@ class Progress:
     """Samples and tokens of each domain so far, see :class:`train.step.data_log.DataLog`."""
 
 
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint's files."""
+
+    world_size: int
+    files: dict[str, dict[str, Any]]
+    """By path below the checkpoint's folder: ``bytes`` and ``sha256``."""
+
+    def to_json(self) -> str:
+        """Returns the text of the file; it has its own digest, as nothing else covers it."""
+        tree = asdict(self)
+        return json.dumps(tree | {"digest": _digest(tree)}, indent=1)
+
+
 def load_checkpoint(
     folder: Path,
     model: nn.Module,
@@ -106,14 +122,22 @@ def load_checkpoint(
 
 
 def read_progress(folder: Path) -> Progress:
-    """Reads a run's progress at a checkpoint."""
-    return Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
+    """Reads a run's progress at a checkpoint.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    file = folder / PROGRESS_FILE
+    try:
+        return Progress(**json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        what = f"{file} can't be read ({type(error).__name__})"
+        raise UserError(what, remedy="another version may have written it: use that one") from None
 
 
 def restore_random_states(folder: Path, topology: Topology) -> bool:
     """Restores this rank's random-number states; False if the checkpoint has another number of ranks."""
-    world_size = json.loads((folder / MANIFEST_FILE).read_text())["world_size"]
-    if world_size != topology.world_size:
+    if read_manifest(folder).world_size != topology.world_size:
         return False
     states = json.loads((folder / f"rank-{topology.rank}.json").read_text())
     random.setstate((states["python"][0], tuple(states["python"][1]), states["python"][2]))
@@ -122,6 +146,16 @@ def restore_random_states(folder: Path, topology: Topology) -> bool:
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
     return True
+
+
+def batches_of(root: Path) -> dict[int, Path]:
+    """Returns the folders of checkpoints by batch, newest first; whatever else is there is none."""
+    found = {
+        int(match[1]): path
+        for path in root.glob("batch-*")
+        if (match := re.fullmatch(r"batch-(\d+)", path.name))
+    }
+    return dict(sorted(found.items(), reverse=True))
 
 
 def newest_whole_checkpoint(
@@ -137,9 +171,7 @@ def newest_whole_checkpoint(
         refuse: returns why a valid checkpoint can't be used, or an empty string; identical on all ranks.
     """
     complaints: list[str] = []
-    for folder in _agree([str(path) for path in sorted(root.glob("batch-*"), reverse=True)], topology)[0]:
-        if folder.endswith(PARTIAL):
-            continue
+    for folder in _agree([str(path) for path in batches_of(root).values()], topology)[0]:
         complaint = ""
         try:
             check_checkpoint(Path(folder), topology=topology)
@@ -150,6 +182,40 @@ def newest_whole_checkpoint(
             return Path(folder), complaints
         complaints.append(f"{found}; an older checkpoint is used instead")
     return None, complaints
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: if there is none, or any of it is not as it was written.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        tree = json.loads(path.read_bytes())
+        digest = tree.pop("digest", None)
+        manifest = Manifest(**tree)
+        names, world_size = manifest.files.keys(), manifest.world_size
+        # A manifest without a digest is from a former version.
+        is_sound = (
+            (digest == _digest(tree) if digest is not None else True)
+            and isinstance(world_size, int)
+            and 0 < world_size <= len(names)
+            and {f"rank-{rank}.json" for rank in range(world_size)} | {PROGRESS_FILE} <= names
+            and f"rank-{world_size}.json" not in names
+            and all(_is_below(name) for name in names)
+            and all(
+                entry.keys() == {"bytes", "sha256"}
+                and isinstance(entry["bytes"], int)
+                and isinstance(entry["sha256"], str)
+                for entry in manifest.files.values()
+            )
+        )
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: has no readable {MANIFEST_FILE} ({type(error).__name__})") from None
+    if not is_sound:
+        raise CheckpointError(f"{path}: is not as it was written")
+    return manifest
 
 
 def check_checkpoint(folder: Path, *, content: bool = True, topology: Topology = ONE_RANK) -> None:
@@ -163,11 +229,7 @@ def check_checkpoint(folder: Path, *, content: bool = True, topology: Topology =
     Raises:
         CheckpointError: for the first file that is missing, truncated or altered.
     """
-    try:
-        entries = json.loads((folder / MANIFEST_FILE).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: has no readable {MANIFEST_FILE} ({type(error).__name__})") from None
-    files = {folder / name: entry for name, entry in sorted(entries.items())}
+    files = {folder / name: entry for name, entry in sorted(read_manifest(folder).files.items())}
     for file, entry in files.items():
         if not file.is_file():
             raise CheckpointError(f"{file}: is missing")
@@ -193,7 +255,7 @@ def keep_newest(root: Path, count: int) -> None:
     for leftover in root.glob(f"batch-*{PARTIAL}"):
         shutil.rmtree(leftover, ignore_errors=True)
     kept = 0
-    whole = sorted(root.glob(f"batch-*/{MANIFEST_FILE}"), reverse=True)
+    whole = [file for path in batches_of(root).values() if (file := path / MANIFEST_FILE).is_file()]
     for aside in root.glob(f"{ASIDE}*"):
         # The run has come as far again without the data that this one was trained on.
         if whole and aside.name.removeprefix(ASIDE) <= whole[0].parent.name.removeprefix("batch-"):
@@ -292,3 +354,13 @@ def _agree(mine: Agreed, topology: Topology) -> list[Agreed]:
     gathered: list[Any] = [None] * topology.world_size
     dist.all_gather_object(gathered, mine)
     return gathered
+
+
+def _is_below(name: str) -> bool:
+    """Returns True for the name of a file below a folder, however it is written."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -32,6 +32,7 @@ from train.checkpoint.files import (
     PROGRESS_FILE,
     STATE_FOLDER,
     CheckpointError,
+    Manifest,
     Progress,
     check_checkpoint,
     keep_newest,
@@ -211,8 +212,8 @@ class CheckpointSaver:
         if not self.topology.is_main:
             return
         files = {name: entry for part in entries for name, entry in part.items()}
-        manifest = {"world_size": self.topology.world_size, "files": files}
-        write_whole(partial / MANIFEST_FILE, json.dumps(manifest, indent=1))
+        manifest = Manifest(self.topology.world_size, files)
+        write_whole(partial / MANIFEST_FILE, manifest.to_json())
         if final.exists() and not _is_whole(final):
             shutil.rmtree(final)
         if not final.exists():

@@ -6,7 +6,6 @@ FINEGRAIN_RECORDS. Each is written atomically. No torch.
 
 import json
 import os
-import socket
 import time
 import traceback
 from contextlib import suppress
@@ -14,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from train.recipe.secrets import without_secrets
 from train.recipe.topology import Topology
 from train.record.files import write_whole
+from train.record.process import host_name
 
 RECORDS_VARIABLE = "FINEGRAIN_RECORDS"
-HOST_VARIABLE = "FINEGRAIN_HOST"
-"""The node's name in the job's list of hosts, set by the launcher; a pod's own hostname differs."""
 RECORDS_FOLDER = "faults"
 FINDING_FILE = "hang.json"
 ENDED_FILE = "ended.json"
@@ -124,18 +123,6 @@ class Ended:
     """Exit status."""
 
 
-def host_name() -> str:
-    """This machine's name in the job's list of hosts, from the launcher or SLURM, else its hostname."""
-    return os.environ.get(HOST_VARIABLE) or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def pid_space() -> str:
-    """Identifies the space in which process ids are unique: this boot of this machine, and the container."""
-    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    parts = [boot.read_text().strip() if boot.is_file() else socket.gethostname()]
-    return " ".join([*parts, str(namespace.readlink())] if namespace.is_symlink() else parts)
-
-
 def is_supervised() -> bool:
     """Returns whether a supervisor reads the records, and has removed those of the previous attempt."""
     return bool(os.environ.get(RECORDS_VARIABLE))
@@ -206,8 +193,8 @@ def read_records(folder: Path, pattern: str, kind: type[Kind]) -> list[Kind]:
 
 def record_failure(folder: Path, topology: Topology, batch: int, error: BaseException) -> None:
     """Records the error that ends this rank."""
-    line = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-    trace = "".join(traceback.format_exception(error))[-8000:]
+    line = without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+    trace = without_secrets("".join(traceback.format_exception(error)))[-8000:]
     failure = Failure(topology.rank, host_name(), time.time(), batch, line, trace)
     write_record(failure_file(folder, topology.rank), failure)
 

@@ -12,9 +12,7 @@ from composer.utils import dist as composer_dist
 from train.health.heartbeat import (
     Heartbeat,
     heartbeat_file,
-    host_name,
     is_supervised,
-    pid_space,
     ranges,
     read_records,
     record_failure,
@@ -26,6 +24,7 @@ from train.recipe.exit_status import UNFIT_STATUS
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 from train.record import log
+from train.record.process import host_name, pid_space
 
 logger = log.get_logger(__name__)
 

@@ -35,8 +35,6 @@ from train.health.heartbeat import (
     Stuck,
     Suspect,
     heartbeat_file,
-    host_name,
-    pid_space,
     read_record,
     read_records,
     runs,
@@ -49,6 +47,7 @@ from train.recipe.exit_status import HANG_STATUS
 from train.recipe.reliability import Watch
 from train.recipe.topology import Topology
 from train.record import log
+from train.record.process import host_name, pid_space
 
 logger = log.get_logger(__name__)
 

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from data.opened import OpenedData
-from train.health.heartbeat import host_name
 from train.health.joining import outlast_watchdog
 from train.preflight.links import (
     ALL_TO_ALL,
@@ -30,6 +29,7 @@ from train.recipe.reliability import Preflight, PreflightWhen
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 from train.record import provenance
+from train.record.process import host_name
 
 TOKEN_FILE = ".preflight-token"
 FIT, SLOW, UNFIT = "ok", "slow", "UNFIT"

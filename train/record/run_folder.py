@@ -11,6 +11,7 @@ from train.recipe.keys import OnResume
 from train.recipe.reading import load_recipe, to_read_dict, to_yaml
 from train.recipe.schema import OnExisting, Recipe
 from train.record.files import write_json, write_whole
+from train.record.lease import GRACE_SECONDS, LEASE_FOLDER, hold, release
 
 DATA_FILE = "data.json"
 RECIPE_FILE = "recipe.yaml"
@@ -19,6 +20,8 @@ DATA_LOG_FILE = "data_log.jsonl"
 OLD_DATA_LOG_FILE = "ledger.jsonl"
 """Former name of the data log, in runs begun before this release; resuming such a run renames it."""
 SKIPS_FILE = "skips.json"
+SAVED_FILE = "saved.json"
+"""The newest checkpoint that was written, whether or not it is still there."""
 SUMMARY_FILE = "summary.json"
 MLFLOW_FILE = "mlflow.json"
 """State of the run's upload to MLflow."""
@@ -37,34 +40,50 @@ class Claim:
     is_complete: bool
 
 
-def claim_run_folder(recipe: Recipe) -> Claim:
+def claim_run_folder(recipe: Recipe, grace_seconds: float = GRACE_SECONDS) -> Claim:
     """Finds or creates the folder of this run; to be called by one rank only.
 
     If the folder exists, ``on_existing`` decides: see :class:`train.recipe.schema.OnExisting`. A run with a
-    summary is complete.
+    summary is complete. Any other is this process's until :func:`train.record.lease.release`, or its end.
+
+    Args:
+        recipe: the run's recipe.
+        grace_seconds: how long to wait for another process of this host that is still in the run.
 
     Raises:
-        UserError: if the folder holds a run of another recipe.
+        UserError: if the folder holds a run of another recipe, another process is training in it, or it can't
+            be written.
     """
     root = Path(recipe.runs_dir)
     folder = root / recipe.name
-    if recipe.on_existing is OnExisting.overwrite and folder.exists() and any(folder.iterdir()):
-        _refuse_foreign(folder)
-        _empty(folder)
-    if recipe.on_existing is OnExisting.new:
-        number = 1
-        while (folder / SUMMARY_FILE).exists():
-            number += 1
-            folder = root / f"{recipe.name}-{number}"
-        recipe = dataclasses.replace(recipe, name=folder.name)
-    if folder.exists() and any(folder.iterdir()):
-        _refuse_foreign(folder)
-        _refuse_other_recipe(recipe, folder)
-        if (folder / OLD_DATA_LOG_FILE).is_file():
-            (folder / OLD_DATA_LOG_FILE).rename(folder / DATA_LOG_FILE)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        keep_recipe(recipe, folder)
+    try:
+        if recipe.on_existing is OnExisting.overwrite and _is_begun(folder):
+            _refuse_foreign(folder)
+            _hold(folder, grace_seconds)
+            _empty(folder)
+        if recipe.on_existing is OnExisting.new:
+            number = 1
+            while (folder / SUMMARY_FILE).exists():
+                number += 1
+                folder = root / f"{recipe.name}-{number}"
+            recipe = dataclasses.replace(recipe, name=folder.name)
+        if _is_begun(folder):
+            _refuse_foreign(folder)
+            _refuse_other_recipe(recipe, folder)
+            if (folder / SUMMARY_FILE).exists():
+                return Claim(folder, recipe, True)
+        _hold(folder, grace_seconds)
+        try:
+            _take(recipe, folder)
+        except BaseException:
+            release(folder)
+            raise
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder} can't be written ({error.strerror})",
+            key="runs_dir",
+            remedy="name a folder on a disk with room that you may write to",
+        ) from None
     return Claim(folder, recipe, (folder / SUMMARY_FILE).exists())
 
 
@@ -93,6 +112,23 @@ def keep_recipe(recipe: Recipe, folder: Path) -> None:
     write_whole(folder / RECIPE_FILE, to_yaml(recipe))
 
 
+def note_saved(folder: Path, batch: int) -> None:
+    """Notes beside the checkpoints that there is one of this batch, so that their loss is noticed."""
+    write_json(folder / SAVED_FILE, {"batch": batch})
+
+
+def last_saved(folder: Path) -> int | None:
+    """Returns the batch of the newest checkpoint that was written; None if the run is older than this note.
+
+    A damaged note counts as none.
+    """
+    try:
+        batch = json.loads((folder / SAVED_FILE).read_bytes())["batch"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return batch if isinstance(batch, int) else None
+
+
 def require_same_data(folder: Path, digests: dict[str, str]) -> None:
     """Records which shards a run reads and refuses others on resume; domains may be added.
 
@@ -104,7 +140,7 @@ def require_same_data(folder: Path, digests: dict[str, str]) -> None:
         UserError: if the run was started with other shards.
     """
     file = folder / DATA_FILE
-    before: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    before = _read_digests(file) if file.is_file() else {}
     for name, digest in digests.items():
         if before.get(name, digest) != digest:
             raise UserError(
@@ -115,14 +151,58 @@ def require_same_data(folder: Path, digests: dict[str, str]) -> None:
     write_json(file, before | digests, sort_keys=True)
 
 
+def _read_digests(file: Path) -> dict[str, str]:
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(digest, str) for digest in found.values()):
+        raise UserError(
+            f"{file} is damaged",
+            remedy="restore it; without it the run would accept other data than it has read",
+        )
+    return found
+
+
+def _hold(folder: Path, grace_seconds: float) -> None:
+    hold(
+        folder,
+        key="name",
+        remedy="wait for its end, end it, or give this run another name",
+        grace_seconds=grace_seconds,
+    )
+
+
+def _take(recipe: Recipe, folder: Path) -> None:
+    """Continues or begins the run in a folder that this process holds."""
+    if not _is_begun(folder):
+        note_saved(folder, 0)
+        keep_recipe(recipe, folder)
+        return
+    # Another process may have begun the run since.
+    _refuse_foreign(folder)
+    _refuse_other_recipe(recipe, folder)
+    if (folder / OLD_DATA_LOG_FILE).is_file():
+        (folder / OLD_DATA_LOG_FILE).rename(folder / DATA_LOG_FILE)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Returns whether a folder holds anything but what a start leaves that was ended in its first moment."""
+    own = (LEASE_FOLDER, SAVED_FILE)
+    return folder.exists() and any(
+        path.name not in own and not path.name.endswith(".partial") for path in folder.iterdir()
+    )
+
+
 def _empty(folder: Path) -> None:
-    """Removes what a folder holds; the folder itself may be a link or a mount point, and stays."""
-    # The recipe last: without it, what is left after a crash would be no run, which may not be overwritten.
-    for child in sorted(folder.iterdir(), key=lambda child: child.name == RECIPE_FILE):
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
+    """Removes a run but for its lease; its recipe last, without which the folder would be nobody's."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RECIPE_FILE):
+        if path.name == LEASE_FOLDER:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
-            child.unlink()
+            path.unlink()
 
 
 def _refuse_foreign(folder: Path) -> None:

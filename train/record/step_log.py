@@ -38,8 +38,10 @@ class StepLog:
     def drop_after(self, step: int) -> int:
         """Drops every line of a later step and any partial line that a killed process left.
 
+        A line that cannot be read stays where it is if a sound line to be kept follows it.
+
         Returns:
-            The number of whole lines dropped.
+            The number of sound lines dropped.
         """
         self._last, self._start, self._end = {}, 0, 0
         self._tail, self._is_written = [], True
@@ -85,28 +87,46 @@ class StepLog:
 
 
 def lines_from(path: Path, offset: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yields whole lines from a byte offset on, as (start, end, fields); stops at the first partial line."""
+    """Yields the sound lines from a byte offset on, as (start, end, fields).
+
+    Lines that cannot be read are passed over, and so is a line whose step does not lie between those of its
+    neighbours: a damaged byte may leave a line that reads as another step.
+    """
+    held: tuple[int, int, dict[str, Any]] | None = None
+    last = -math.inf
+    for line in _readable_lines(path, offset):
+        step = line[2][STEP]
+        if held is None:
+            held = line
+        elif step > held[2][STEP]:
+            yield held
+            last, held = held[2][STEP], line
+        elif step > last:
+            held = line
+    if held is not None:
+        yield held
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Reads every sound line of the file, see :func:`lines_from`; none if there is no file."""
+    return [fields for _, _, fields in lines_from(path, 0)]
+
+
+def _readable_lines(path: Path, offset: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
     if not path.is_file():
         return
     with path.open("rb") as stream:
         stream.seek(offset)
         for line in stream:
-            end = offset + len(line)
+            start, offset = offset, offset + len(line)
             if not line.endswith(b"\n"):
                 return
             try:
                 fields = json.loads(line)
-            except ValueError:
-                return
-            if not isinstance(fields, dict) or STEP not in fields:
-                return
-            yield offset, end, fields
-            offset = end
-
-
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Reads every whole line of the file; none if there is no file."""
-    return [fields for _, _, fields in lines_from(path, 0)]
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(fields, dict) and isinstance(fields.get(STEP), int):
+                yield start, offset, fields
 
 
 def _finite(value: Any) -> Any:

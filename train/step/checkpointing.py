@@ -4,6 +4,7 @@ import copy
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +19,7 @@ from train.recipe.exit_status import PREEMPTED_STATUS
 from train.recipe.schema import Checkpoint
 from train.recipe.topology import Topology
 from train.record import log
+from train.record.run_folder import note_saved
 from train.step.data_log import DataLog
 from train.step.guard import UpdateGuard
 
@@ -139,7 +141,10 @@ class Checkpointing:
         self._report(self.saver.start(state.model, state.optimizers[0], progress))
 
     def _report(self, saved: Saved | None) -> None:
-        """Reports a save that failed."""
+        """Reports a save that failed, and notes one that did not."""
+        if saved is not None and saved.folder is not None and self.topology.is_main:
+            with suppress(OSError):
+                note_saved(self.saver.root.parent, saved.batch)
         if saved is not None and saved.error:
             self._log(f"checkpoint of batch {saved.batch} NOT saved: {saved.error}; training continues")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from data.audit.lookup import documents_at
 from data.opened import OpenedData
-from train.checkpoint.files import CheckpointError, check_checkpoint
+from train.checkpoint.files import CheckpointError, batches_of, check_checkpoint
 from train.layout.ranks import run_on_rank_0
 from train.recipe.curriculum import Curriculum
 from train.recipe.errors import UserError
@@ -94,12 +94,12 @@ class Rollback:
 def checkpointed_batches(root: Path) -> list[int]:
     """Batches of the checkpoints with no missing or truncated file, in ascending order."""
     found = []
-    for folder in root.glob("batch-*[0-9]"):
+    for batch, folder in batches_of(root).items():
         try:
             check_checkpoint(folder, content=False)
         except CheckpointError:
             continue
-        found.append(int(folder.name.removeprefix("batch-")))
+        found.append(batch)
     return sorted(found)
 
 

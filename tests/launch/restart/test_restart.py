@@ -26,10 +26,10 @@ from train.health.heartbeat import (
     Suspect,
     failure_file,
     heartbeat_file,
-    pid_space,
     write_record,
 )
 from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, UNFIT_STATUS
+from train.record.process import pid_space
 from train.record.run_folder import SUMMARY_FILE
 
 pytestmark = pytest.mark.slow

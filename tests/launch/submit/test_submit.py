@@ -21,10 +21,10 @@ from launch.submit.environment import describe, environment
 from launch.submit.job import Device, Job, check_job
 from launch.submit.placement import check_placement
 from train.health.environment import TABLE
-from train.health.heartbeat import HOST_VARIABLE
 from train.recipe.errors import UserError
 from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, USAGE_STATUS
 from train.recipe.reading import load_recipe
+from train.record.process import HOST_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = str(ROOT / "yamls/dbrx-moe-a.yaml")

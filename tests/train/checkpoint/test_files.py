@@ -3,7 +3,10 @@
 import json
 import random
 import resource
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +20,11 @@ from train.checkpoint.files import (
     keep_newest,
     load_checkpoint,
     newest_whole_checkpoint,
+    read_progress,
     restore_random_states,
 )
 from train.checkpoint.saver import CheckpointSaver
+from train.recipe.errors import UserError
 from train.recipe.topology import Topology
 
 ALONE = Topology()
@@ -148,3 +153,70 @@ def test_every_file_but_the_manifest_has_a_checksum(tmp_path: Path) -> None:
     listed = set(json.loads((folder / "manifest.json").read_text())["files"])
     found = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert listed == found - {"manifest.json"}
+
+
+@pytest.mark.parametrize("has_digest", [True, False])
+def test_one_flipped_bit_in_a_manifest_takes_the_checkpoint_before(tmp_path: Path, has_digest: bool) -> None:
+    before, newer = _save(tmp_path, 1), _save(tmp_path, 2)
+    file = newer / "manifest.json"
+    tree = json.loads(file.read_bytes())
+    if not has_digest:  # As written by former versions.
+        del tree["digest"]
+    file.write_text(json.dumps(tree, indent=1))
+    whole, taken, random_place = file.read_bytes(), 0, random.Random(34)
+    for _ in range(400):
+        damaged = bytearray(whole)
+        damaged[random_place.randrange(len(whole))] ^= 1 << random_place.randrange(8)
+        file.write_bytes(damaged)
+        found, complaints = newest_whole_checkpoint(tmp_path)
+        assert all("\n" not in line for line in complaints)
+        taken += found == newer
+        if found == newer:
+            assert json.loads(damaged) == tree  # A blank became another, or a letter its escape.
+        else:
+            assert found == before and len(complaints) == 1
+    assert taken < 40
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: tree | {"world_size": 2},
+        lambda tree: tree | {"world_size": 0},
+        lambda tree: tree | {"world_size": "1"},
+        lambda tree: tree | {"world_size": 10**15},
+        lambda tree: tree | {"more": 1},
+        lambda tree: tree | {"files": []},
+        lambda tree: tree | {"files": {"../../other": {"bytes": 1, "sha256": "0"}, **tree["files"]}},
+        lambda tree: tree | {"files": {"/etc/hostname": {"bytes": 1, "sha256": "0"}, **tree["files"]}},
+        lambda tree: tree | {"files": {**tree["files"], "rank-0.json": {"bytes": 1}}},
+        lambda tree: tree | {"files": {n: e for n, e in tree["files"].items() if n != "progress.json"}},
+        lambda tree: [tree],
+    ],
+)
+def test_a_manifest_of_another_form_is_none(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    folder = _save(tmp_path, 1)
+    tree = json.loads((folder / "manifest.json").read_bytes())
+    del tree["digest"]
+    (folder / "manifest.json").write_text(json.dumps(tree))
+    check_checkpoint(folder)
+    (folder / "manifest.json").write_text(json.dumps(change(tree)))
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        check_checkpoint(folder)
+
+
+def test_a_persons_copy_of_a_checkpoint_is_neither_taken_nor_removed(tmp_path: Path) -> None:
+    folder = _save(tmp_path, 1)
+    for name in ("batch-00000001.bak", "batch-00000009 (copy)", "batch-best"):
+        shutil.copytree(folder, tmp_path / name)
+    assert newest_whole_checkpoint(tmp_path) == (folder, [])
+    keep_newest(tmp_path, 1)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_progress_of_another_version_is_one_line(tmp_path: Path) -> None:
+    folder = _save(tmp_path, 1)
+    for content in ("", "[]", '{"batch": 1, "future": 2}'):
+        (folder / "progress.json").write_text(content)
+        with pytest.raises(UserError, match=r"progress\.json can't be read .*; another version"):
+            read_progress(folder)

@@ -19,7 +19,7 @@ from launch.experiments.preflight_trials import try_ranks
 from launch.preflight import describe
 from launch.verify.forked_ranks import Ranks, run_ranks
 from tests.data.conftest import small_documents
-from train.health.heartbeat import FINDING_FILE, HOST_VARIABLE, RECORDS_FOLDER, Finding, read_record
+from train.health.heartbeat import FINDING_FILE, RECORDS_FOLDER, Finding, read_record
 from train.preflight import links, together
 from train.preflight.links import _all_to_all, by_kind, find_slow, measure_collectives, rounds
 from train.preflight.node import (
@@ -37,6 +37,7 @@ from train.recipe.reading import load_recipe
 from train.recipe.reliability import Watch
 from train.recipe.schema import Precision
 from train.recipe.topology import Topology
+from train.record.process import HOST_VARIABLE
 from train.run import Machine, is_fit
 
 pytestmark = pytest.mark.slow

@@ -1,6 +1,8 @@
 """A run's folder is claimed, resumed or renamed, and overwritten only on request."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Data, OnExisting, Recipe
+from train.record.lease import release
 from train.record.run_folder import SUMMARY_FILE, claim_run_folder, data_log_of, require_same_data
 
 SMOKE = Path(__file__).resolve().parents[3] / "yamls/smoke.yaml"
@@ -101,4 +104,55 @@ def test_a_run_from_before_the_data_log_was_called_so_goes_on_with_it(tmp_path: 
     assert data_log_of(folder).name == "ledger.jsonl"
     claim_run_folder(_recipe(tmp_path))
     assert data_log_of(folder).read_text() == '{"step":1}\n'
-    assert {file.name for file in folder.iterdir()} == {"recipe.yaml", "data_log.jsonl"}
+    assert {file.name for file in folder.iterdir()} == {
+        "recipe.yaml",
+        "data_log.jsonl",
+        "saved.json",
+        "lease",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_existing", ["resume", "new", "overwrite"])
+def test_a_run_that_another_process_trains_is_refused_and_left_as_it_is(
+    tmp_path: Path, on_existing: str
+) -> None:
+    code = (
+        "import sys, time; from train.record.run_folder import claim_run_folder as claim\n"
+        "from train.recipe.reading import load_recipe\n"
+        f"print(claim(load_recipe({str(SMOKE)!r}, sys.argv[1:])).folder, flush=True); time.sleep(60)"
+    )
+    words = [sys.executable, "-c", code, f"runs_dir={tmp_path}", "name=r", f"on_existing={on_existing}"]
+    with subprocess.Popen(words, cwd=SMOKE.parents[1], stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None and first.stdout.readline().strip().decode() == str(tmp_path / "r")
+        (tmp_path / "r/metrics.jsonl").write_text("mine")
+        recipe = _recipe(tmp_path, f"on_existing={on_existing}")
+        with pytest.raises(UserError, match=rf"name: .*/r is in use by process {first.pid} on .*; wait for"):
+            claim_run_folder(recipe, grace_seconds=0.0)
+        assert (tmp_path / "r/metrics.jsonl").read_text() == "mine"
+        first.kill()
+    assert claim_run_folder(recipe, grace_seconds=0.0).folder == tmp_path / "r"
+    release(tmp_path / "r")
+
+
+def test_a_start_that_ended_in_its_first_moment_is_no_foreign_folder(tmp_path: Path) -> None:
+    (tmp_path / "r/lease").mkdir(parents=True)
+    (tmp_path / "r/.recipe.yaml.n1.7.partial").write_text("name: ")
+    assert (claim_run_folder(_recipe(tmp_path)).folder / "recipe.yaml").is_file()
+    release(tmp_path / "r")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=r"runs_dir: .*file.* can't be written \(Not a directory\); name a folder"
+    ):
+        claim_run_folder(_recipe(tmp_path / "file"))
+
+
+def test_a_damaged_record_of_the_data_is_one_line(tmp_path: Path) -> None:
+    for content in (b"", b"[]", b'{"code/train": 7}', b"\xff", b'{"code/train'):
+        (tmp_path / "data.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"data\.json is damaged; restore it"):
+            require_same_data(tmp_path, {"code/train": "a" * 64})
+        assert (tmp_path / "data.json").read_bytes() == content

@@ -1,4 +1,5 @@
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,39 @@ def test_lines_that_a_full_disk_refused_are_written_with_the_next(tmp_path: Path
     log.write(4, {"b": 4})
     found = [(line["step"], line["a"], line.get("b")) for line in read_steps(log.path)]
     assert found == [(1, 1, None), (2, 2, None), (3, 3, 3), (4, 4, 4)]
+
+
+def test_a_damaged_line_costs_no_other(tmp_path: Path) -> None:
+    log = StepLog(tmp_path / "log.jsonl")
+    for step in range(1, 41):
+        log.write(step, {"loss": step / 7})
+    log.close()
+    whole, random_place = log.path.read_bytes(), random.Random(43)
+    for _ in range(300):
+        place = random_place.randrange(len(whole) - 30)  # A damaged end is a line that was cut off.
+        line = whole[:place].count(b"\n") + 1
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << random_place.randrange(8)
+        log.path.write_bytes(damaged)
+        # A damaged line break takes the next line with it.
+        lost = {line, line + 1} if whole[place] == ord("\n") else {line}
+        found = {fields["step"] for fields in read_steps(log.path)}
+        assert found >= set(range(1, 41)) - lost and found <= set(range(1, 41)), (place, found)
+        again = StepLog(log.path)
+        again.drop_after(35)
+        assert {fields["step"] for fields in read_steps(log.path)} >= set(range(1, 36)) - lost
+        again.write(36, {"loss": 0.0})
+        assert read_steps(log.path)[-1] == {"step": 36, "loss": 0.0}
+        again.close()
+
+
+def test_a_step_that_reads_as_another_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    for steps, sound in (
+        ([1, 2, 90, 4, 5], [1, 2, 4, 5]),
+        ([1, 2, 0, 4, 5], [1, 2, 4, 5]),
+        ([9, 2, 3], [2, 3]),
+        ([1, 2, 2, 3], [1, 2, 3]),
+    ):
+        path.write_text("".join(f'{{"step":{step}}}\n' for step in steps))
+        assert [fields["step"] for fields in read_steps(path)] == sound

@@ -1,0 +1,42 @@
+"""Processes: this host's name, the space in which a process id is valid, and when a process started."""
+
+import os
+import socket
+from pathlib import Path
+
+HOST_VARIABLE = "FINEGRAIN_HOST"
+"""The node's name in the job's list of hosts, set by the launcher; a pod's own hostname differs."""
+
+
+def host_name() -> str:
+    """This machine's name in the job's list of hosts, from the launcher or SLURM, else its hostname."""
+    return os.environ.get(HOST_VARIABLE) or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def pid_space() -> str:
+    """Identifies the space in which process ids are unique: this boot of this machine, and the container."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    parts = [boot.read_text().strip() if boot.is_file() else socket.gethostname()]
+    return " ".join([*parts, str(namespace.readlink())] if namespace.is_symlink() else parts)
+
+
+def process_start(pid: int) -> int | None:
+    """Returns when a process started, in the system's ticks since boot; None if it has ended.
+
+    A process that has ended but that its parent has not collected counts as ended. 0: unknown, on a system
+    without ``/proc``.
+    """
+    if not Path("/proc/self/stat").is_file():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            return 0
+        return 0
+    try:
+        # The name of the program, in parentheses, may itself hold blanks and parentheses.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])
