@@ -1,24 +1,26 @@
 """The proof that a run skipped nothing except excluded ranges and read nothing twice.
 
-It makes four comparisons:
+It makes five comparisons:
 
 - The lines of the data log with each other: every step is there once, and its positions begin where those of
   the previous step end. Ranges that the recipe or the guard excluded (:mod:`train.record.skips`) must not
   have been read.
 - Each line with the plan: it has as many sequences of each domain as the plan at those positions.
 - Each line with the shards: the digest of the tokens that the ranks were fed equals the digest of the tokens
-in
-  the shards, whose hashes are checked.
+  in the shards, whose hashes are checked, and as many tokens had a loss as have a next token there.
+- The newest checkpoint with the lines: its sums of samples and tokens by domain.
 - The plan with itself: no sample of a domain is read again before all its samples were read equally often.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.audit.run_data import LoggedStep, RunData
 from data.shards.digest import MASK, digest_sequences
+from data.shards.packing import PADDING, Sample
 from train.recipe.errors import UserError
 
 CHUNK = 1 << 20
@@ -131,18 +133,41 @@ def _check_tokens(run: RunData, step: LoggedStep) -> Iterator[str]:
         slots = np.flatnonzero(picks.domain == index)
         if not slots.size:
             continue
+        numbers = picks.sample[slots].reshape(-1, step.stride)
         try:
-            tokens = np.stack([run.shards[name][int(number)].tokens for number in picks.sample[slots]])
+            samples = [[run.shards[name][int(number)] for number in row] for row in numbers]
         except UserError as error:
             yield f"step {step.step}, {name}: can't be compared: {error.what}"
             continue
-        tokens = tokens.reshape(slots.size // step.stride, -1)
+        tokens = np.stack([np.concatenate([sample.tokens for sample in row]) for row in samples])
         digest = digest_sequences(tokens, step.first + slots[:: step.stride])
-        if name in step.domains and digest & MASK != step.domains[name].digest:
+        if name not in step.domains:
+            continue
+        entry = step.domains[name]
+        if digest & MASK != entry.digest:
             yield (
                 f"step {step.step}, {name}: trained on other tokens than those of the shards at positions "
                 f"{step.first} to {step.first + step.samples - 1}"
             )
+        targets = sum(_targets(row, each) for row, each in zip(samples, numbers, strict=True))
+        if targets != entry.targets:
+            yield (
+                f"step {step.step}, {name}: {entry.targets} tokens had a loss, but {targets} in the shards "
+                "have a next token"
+            )
+
+
+def _targets(samples: Sequence[Sample], numbers: NDArray[np.int64]) -> int:
+    """Counts the tokens of a sequence that have a loss: those with a next token that is not padding.
+
+    A sample's last token has one only if the sequence's next sample is its neighbour in the shards.
+    """
+    count = 0
+    for place, sample in enumerate(samples):
+        is_text = np.repeat(sample.documents != PADDING, sample.lengths)
+        joined = place > 0 and numbers[place] == numbers[place - 1] + 1
+        count += int(is_text[0 if joined else 1 :].sum())
+    return count
 
 
 def _check_plan(run: RunData, proof: Proof) -> Iterator[str]:
@@ -177,17 +202,20 @@ def _check_checkpoint(run: RunData) -> Iterator[str]:
         last = run.steps[-1].step if run.steps else 0
         yield f"the newest checkpoint is of step {batch}, but the data log ends with step {last}"
         return
-    counted: dict[str, int] = {}
+    counted: dict[str, tuple[int, int]] = {}
     for step in run.steps:
         if step.step <= batch:
             for name, entry in step.domains.items():
-                counted[name] = counted.get(name, 0) + entry.sequences * step.stride
+                samples, tokens = counted.get(name, (0, 0))
+                more = entry.sequences * step.stride
+                counted[name] = samples + more, tokens + more * run.sample_tokens
     for name, total in run.progress.get("consumed", {}).items():
-        if total["samples"] != counted.get(name, 0):
-            yield (
-                f"the checkpoint of step {batch} counts {total['samples']} samples of {name}, the data log "
-                f"{counted.get(name, 0)}"
-            )
+        for what, logged in zip(("samples", "tokens"), counted.get(name, (0, 0)), strict=True):
+            if total[what] != logged:
+                yield (
+                    f"the checkpoint of step {batch} counts {total[what]} {what} of {name}, "
+                    f"the data log {logged}"
+                )
 
 
 def _spread(count: int, wanted: int | None) -> set[int]:

@@ -59,10 +59,11 @@ class RunData:
         self.folder = folder
         self.recipe: Recipe = load_recipe(folder / RECIPE_FILE)
         self.data = open_data(self.recipe)
-        sample_tokens = self.data.manifest.sequence_tokens
-        self.steps = [_step(line, sample_tokens) for line in read_steps(data_log_of(folder))]
-        found = sorted((folder / CHECKPOINTS_FOLDER).glob(f"batch-*[0-9]/{PROGRESS_FILE}"))
-        self.progress: dict[str, Any] = json.loads(found[-1].read_text()) if found else {}
+        self.sample_tokens = self.data.manifest.sequence_tokens
+        lines = read_steps(data_log_of(folder))
+        found = (_step(line, self.sample_tokens) for line in lines)
+        self.steps = [step for step in found if step is not None]
+        self.progress = _newest_progress(folder / CHECKPOINTS_FOLDER)
         """Progress at the newest checkpoint; empty if there is none."""
 
     @cached_property
@@ -97,11 +98,29 @@ class RunData:
         return known[place].step
 
 
-def _step(line: dict[str, Any], sample_tokens: int) -> LoggedStep:
-    domains = {
-        name: DomainPart(n, targets, int(digest, 16))
-        for name, (n, targets, digest) in line["domains"].items()
-    }
-    stride = line["length"] // sample_tokens
+def _step(line: dict[str, Any], sample_tokens: int) -> LoggedStep | None:
+    """Returns a line of the data log; None if it is damaged, and so as good as missing."""
+    try:
+        domains = {
+            name: DomainPart(int(n), int(targets), int(digest, 16))
+            for name, (n, targets, digest) in line["domains"].items()
+        }
+        stride = line["length"] // sample_tokens
+        first = None if line["first"] is None else int(line["first"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
     samples = stride * sum(entry.sequences for entry in domains.values())
-    return LoggedStep(line[STEP], line["first"], samples, stride, domains)
+    return LoggedStep(line[STEP], first, samples, stride, domains)
+
+
+def _newest_progress(checkpoints: Path) -> dict[str, Any]:
+    """Returns the progress at the newest checkpoint that has a readable one; empty if there is none."""
+    folders = [path for path in checkpoints.glob("batch-*") if path.name.removeprefix("batch-").isdecimal()]
+    for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("batch-")), reverse=True):
+        try:
+            found = json.loads((folder / PROGRESS_FILE).read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict) and found.get("batch") == int(folder.name.removeprefix("batch-")):
+            return found
+    return {}

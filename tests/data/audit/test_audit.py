@@ -13,6 +13,7 @@ from data.audit.__main__ import main
 from data.audit.lookup import documents_of_step, steps_of_document
 from data.audit.proof import prove
 from data.audit.run_data import RunData
+from data.batch import NO_TARGET
 from data.loader import build_train_loader
 from data.opened import OpenedData
 from data.shards.digest import digest_sequences
@@ -37,7 +38,8 @@ def line_of(step: int, batch: dict[str, Any]) -> dict[str, Any]:
     for index, name in enumerate(DOMAINS):
         mine = (batch["domain_ids"] == index).numpy()
         ids, positions = batch["input_ids"].numpy()[mine], batch["sample_positions"].numpy()[mine]
-        domains[name] = [int(mine.sum()), 0, f"{digest_sequences(ids, positions):016x}"]
+        targets = int((batch["targets"].numpy()[mine] != NO_TARGET).sum())
+        domains[name] = [int(mine.sum()), targets, f"{digest_sequences(ids, positions):016x}"]
     first = int(batch["sample_positions"][0])
     return {"step": step, "first": first, "length": batch["input_ids"].shape[1], "domains": domains}
 
@@ -113,6 +115,42 @@ def test_each_fault_is_named(run: tuple[Path, Lines]) -> None:
     scattered = [*lines]
     scattered[3] = lines[3] | {"first": None}
     assert any(fault.startswith("step 4: its positions") for fault in faults(folder, scattered))
+
+
+def test_tokens_with_a_loss_are_those_of_the_shards(run: tuple[Path, Lines]) -> None:
+    folder, lines = run
+    untrained = [*lines]
+    code, prose = (lines[4]["domains"][name] for name in DOMAINS)
+    untrained[4] = lines[4] | {"domains": {"code": code, "prose": [prose[0], prose[1] - 1, prose[2]]}}
+    assert faults(folder, untrained) == [
+        f"step 5, prose: {prose[1] - 1} tokens had a loss, but {prose[1]} in the shards have a next token"
+    ]
+    none = [line | {"domains": {n: [c, 0, d] for n, (c, _, d) in line["domains"].items()}} for line in lines]
+    assert len(faults(folder, none)) >= STEPS
+
+
+def test_a_checkpoints_sums_are_those_of_the_log(run: tuple[Path, Lines]) -> None:
+    folder, lines = run
+    samples = {name: sum(line["domains"][name][0] for line in lines) for name in DOMAINS}
+    consumed = {name: {"samples": count, "tokens": 32 * count} for name, count in samples.items()}
+    progress = folder / f"checkpoints/batch-{STEPS:08d}/progress.json"
+    progress.parent.mkdir(parents=True)
+    (folder / "checkpoints/batch-00000050.bak").mkdir()
+    for what in ("samples", "tokens"):
+        progress.write_text(json.dumps({"batch": STEPS, "samples": 8 * STEPS, "consumed": consumed}))
+        assert faults(folder, lines) == []
+        wrong = consumed | {"code": consumed["code"] | {what: 0}}
+        progress.write_text(json.dumps({"batch": STEPS, "samples": 8 * STEPS, "consumed": wrong}))
+        (line,) = faults(folder, lines)
+        assert line.startswith(f"the checkpoint of step {STEPS} counts 0 {what} of code, the data log ")
+
+
+def test_a_damaged_line_is_a_missing_step(run: tuple[Path, Lines]) -> None:
+    folder, lines = run
+    for damage in ({"domains": {"code": [1, 2]}}, {"domain": {}}, {"length": None}, {"first": "x"}):
+        line = {"step": 9, **damage} if "domain" in damage else lines[8] | damage
+        found = faults(folder, [*lines[:8], line, *lines[9:]])
+        assert found[0] == "steps 9 to 9 are missing from the data log"
 
 
 def test_an_altered_shard_is_named(run: tuple[Path, Lines]) -> None:
