@@ -4,6 +4,7 @@ Not yet run on a GPU. The SLURM script has run on a real SLURM with CPU ranks (d
 """
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -160,7 +161,8 @@ def submit(system: System, job: Job, text: str) -> int:
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     file = Path("runs/submitted") / f"{job.name}-{stamp}{system.suffix}"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("x") as stream:
+    # The values of --env may be for nobody else.
+    with open(file, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
         stream.write(text)
     print(f"{' '.join(system.submit)} {file}", flush=True)
     return subprocess.run([*system.submit, str(file)], check=False).returncode

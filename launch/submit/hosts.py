@@ -28,7 +28,7 @@ def render(job: Job, launcher: str) -> str:
         save_seconds=job.save_seconds,
         remote_shell=shlex.quote(job.remote_shell),
         variables=shlex.quote(" ".join(words)),
-        hosts=",".join(job.hosts),
+        hosts=shlex.quote(",".join(job.hosts)),
         nodes=job.nodes,
         arguments=shlex.join(job.arguments),
     )

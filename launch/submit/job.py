@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
@@ -16,6 +15,14 @@ NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 CLAIM = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
 LONGEST_NAME = 50
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:+/-]*")
+"""Names in a scheduler or a cluster."""
+INTERFACE = re.compile(r"[^=]?[A-Za-z0-9_][A-Za-z0-9_.,:+-]*")
+HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*")
+IMAGE = re.compile(r"[\w/.][\w.:/@+#-]*")
+FOLDER = re.compile(r"/[\w./+@=%-]*")
+"""Folders of containers, in whose lists commas and colons separate them."""
+QUANTITY = re.compile(r"\d+(\.\d+)?[A-Za-z]{0,2}")
 
 
 class Device(str, Enum):
@@ -119,10 +126,7 @@ def check_job(job: Job) -> Recipe:
             key="--hosts",
             remedy="give more hosts or fewer nodes",
         )
-    for option, folders in (("--mount", job.mounts), ("--claim", job.claims.values())):
-        for folder in folders:
-            if not Path(folder).is_absolute():
-                raise UserError(f"{folder!r} is relative", key=option, remedy="give an absolute path")
+    check_words(job)
     for claim in job.claims:
         if not CLAIM.fullmatch(claim):
             raise UserError(
@@ -131,3 +135,32 @@ def check_job(job: Job) -> Recipe:
     require_resumption(recipe)
     validate(recipe, Topology(0, job.world_size, 0, job.gpus_per_node), job.recipe_file)
     return recipe
+
+
+def check_words(job: Job) -> None:
+    """Refuses values that a script, a scheduler or a remote shell would take for more than one word.
+
+    Arguments and the values of variables may hold anything: every system gets them quoted.
+    """
+    in_container = [job.workdir] if job.image else []
+    for option, form, values, remedy in (
+        ("--partition", WORD, [job.partition], "use its name"),
+        ("--account", WORD, [job.account], "use its name"),
+        ("--cluster", WORD, [job.cluster], "use its name"),
+        ("--gpu-type", WORD, [job.gpu_type], "use its name, for example H100"),
+        ("--interface", INTERFACE, [job.interface], "use its name, for example eth0"),
+        ("--hosts", HOST, job.hosts, "give names or addresses: A,B,..."),
+        ("--image", IMAGE, [job.image], "give its name or the path of its file, without spaces"),
+        ("--mount", FOLDER, job.mounts, "give an absolute path of letters, digits and _.-+@=%"),
+        ("--claim", FOLDER, job.claims.values(), "give an absolute path of letters, digits and _.-+@=%"),
+        ("--workdir", FOLDER, in_container, "give an absolute path of letters, digits and _.-+@=%"),
+        ("--resource", WORD, job.resources, "write NAME=COUNT, for example rdma/ib=8"),
+        ("--resource", QUANTITY, job.resources.values(), "write NAME=COUNT, for example rdma/ib=8"),
+    ):
+        for value in values:
+            if value and not form.fullmatch(value):
+                raise UserError(f"{value!r} is not valid", key=option, remedy=remedy)
+    for option, texts in (("RECIPE", job.arguments), ("--remote-shell", [job.remote_shell])):
+        for text in texts:
+            if not text.isprintable():
+                raise UserError(f"{text!r} has a line break or another control character", key=option)

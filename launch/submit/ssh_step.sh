@@ -8,6 +8,11 @@
 set -um
 IFS=, read -ra hosts <<<"$1"
 shift
+for host in "${hosts[@]}"; do
+    case $host in
+    -*) echo "ssh_step.sh: $host is no host: the remote shell would take it for an option" >&2 && exit 2 ;;
+    esac
+done
 read -ra shell <<<"$REMOTE_SHELL"
 # One per host: jobs on other hosts may share the checkout.
 pid_file() { printf %q "$WORKDIR/.cache/job-$MASTER_PORT-$1.pid"; }
@@ -25,9 +30,9 @@ declare -A host_of
 for rank in "${!hosts[@]}"; do
     host=${hosts[$rank]}
     "${shell[@]}" "$host" "cd $(printf %q "$WORKDIR") && mkdir -p .cache && env $VARIABLES \
-        NODES=${#hosts[@]} NODE_RANK=$rank RANKS_PER_NODE=$RANKS_PER_NODE MASTER_ADDR=${hosts[0]} \
+        NODES=${#hosts[@]} NODE_RANK=$rank RANKS_PER_NODE=$RANKS_PER_NODE MASTER_ADDR=$(printf %q "${hosts[0]}") \
         MASTER_PORT=$MASTER_PORT LAUNCHER=$LAUNCHER SAVE_SECONDS=$SAVE_SECONDS PID_FILE=$(pid_file "$host") \
-        FINEGRAIN_HOST=$host FINEGRAIN_RECORDS=$(printf %q "${FINEGRAIN_RECORDS:-}") \
+        FINEGRAIN_HOST=$(printf %q "$host") FINEGRAIN_RECORDS=$(printf %q "${FINEGRAIN_RECORDS:-}") \
         bash launch/submit/node.sh$words" </dev/null &
     running+=($!)
     host_of[$!]=$host
