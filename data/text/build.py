@@ -47,6 +47,7 @@ from train.recipe.phases import domains_of
 from train.recipe.preparation import Preparation, Quality, Source, SourceKind
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe, TokenizerKind
+from train.recipe.secrets import without_secrets
 from train.record import log
 from train.record.files import sha256
 
@@ -224,12 +225,15 @@ def _assemble(
             splits[split] = _split_record(job, folder / split, [encoded[n][split] for n in at], mine)
         sources = [source for source in job.sources if source.domain == domain]
         records[domain] = DomainRecord(
-            source="; ".join(dict.fromkeys(source.origin for source in sources)),
+            source=without_secrets("; ".join(dict.fromkeys(source.origin for source in sources))),
             licence="; ".join(dict.fromkeys(source.licence for source in sources)),
             transformation=_transformation(job, sources),
             documents_sha256=listing,
             splits=splits,
-            datasets=[DatasetRecord(it.dataset, it.version, it.origin, it.licence) for it in sources],
+            datasets=[
+                DatasetRecord(it.dataset, it.version, without_secrets(it.origin), it.licence)
+                for it in sources
+            ],
             rejected=dict(sorted(reasons.items())),
             rejected_sha256=rejected,
             rejected_bytes=sum(cleaned[n]["rejected_bytes"] + decision.copied_bytes[n] for n in at),

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.recipe.errors import UserError
+from train.recipe.secrets import guarded_environment
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class HarnessTask:
     """The metric to report, by lm-eval's name; empty: the first."""
 
 
+@guarded_environment()
 def read_tasks(text: str) -> dict[str, HarnessTask]:
     """Reads tasks from a YAML file (``TASK: {shots: N, metric: NAME}``), or from comma-separated names.
 

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
+from train.recipe.secrets import guarded_environment
 from train.record import metrics
 
 
@@ -100,6 +101,7 @@ def as_metrics(scores: Scores) -> dict[str, float]:
     return found
 
 
+@guarded_environment()
 def load_suite(path: Path) -> Suite:
     """Reads a suite.
 
@@ -111,6 +113,8 @@ def load_suite(path: Path) -> Suite:
     try:
         suite = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Suite), OmegaConf.load(path)))
     except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__.at(str(path)) from None
         key = str(error.full_key or error.key or "")
         what = str(error).split("\n")[0]
         raise UserError(what, key=key, remedy="see train/evaluate/suite.py", file=str(path)) from None

@@ -12,6 +12,7 @@ from train.hf.mapping import family_of
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.schema import Model, Recipe
+from train.recipe.secrets import guarded_environment
 from train.record.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE
 
 MODEL_FILE = "model.yaml"
@@ -76,6 +77,7 @@ def write_model(path: Path, model: Model) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.create({"model": whole.model})))
 
 
+@guarded_environment()
 def read_model(path: Path) -> Model:
     """Reads the model that :func:`write_model` wrote.
 

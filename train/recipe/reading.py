@@ -19,6 +19,7 @@ from train.recipe.catalogue import schema_keys
 from train.recipe.errors import UserError
 from train.recipe.scalars import meant, read_value, read_yaml
 from train.recipe.schema import Recipe
+from train.recipe.secrets import guarded_environment, without_secrets
 
 MIXTURE = "data.domains"
 """Shares must add up to 1, so a mixture replaces the base recipe's as a whole; `data.domains.X=0.5` on the
@@ -29,6 +30,7 @@ PHASES = "data.phases"
 _ONE_PHASE = re.compile(r"data\.phases[\[.]\d")
 
 
+@guarded_environment()
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads a recipe with its bases and overrides, checks every key, and returns it.
 
@@ -76,7 +78,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def to_yaml(recipe: Recipe) -> str:
     """Writes the resolved recipe as YAML that :func:`load_recipe` reads back to an equal recipe.
 
-    Omits keys that the recipe's choices leave unread.
+    Omits keys that the recipe's choices leave unread, and secrets (:func:`to_dict`).
     """
     return OmegaConf.to_yaml(OmegaConf.create(to_read_dict(recipe)))
 
@@ -94,14 +96,16 @@ def to_read_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as nested plain values."""
+    """The recipe as nested plain values; addresses without passwords, keys and tokens."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Enum):
             return value.value
         if isinstance(value, dict):
             return {name: plain(item) for name, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return without_secrets(value) if isinstance(value, str) else value
 
     return plain(dataclasses.asdict(recipe))
 
@@ -166,6 +170,8 @@ def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
 
 def _explain(error: OmegaConfBaseException, file: str) -> UserError:
     """Turns OmegaConf's error into one of ours, in one line."""
+    if isinstance(error.__cause__, UserError):
+        return error.__cause__.at(file)
     text = str(error).split("\n")[0]
     key = str(error.full_key or error.key or "")
     in_schema = re.sub(r"\[\d+\]", "[]", key)

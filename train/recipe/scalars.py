@@ -17,6 +17,7 @@ import yaml
 
 from train.recipe.catalogue import schema_keys
 from train.recipe.errors import UserError
+from train.recipe.secrets import require_no_secret
 
 
 class _AsWritten(yaml.SafeLoader):
@@ -69,7 +70,7 @@ def meant(key: str, value: Any) -> Any:
         value: as :func:`read_yaml` returns it.
 
     Raises:
-        UserError: for a folder with a variable that is not set.
+        UserError: for a folder with a variable that is not set, or that looks like a secret.
     """
     if isinstance(value, dict):
         return {name: meant(f"{key}.{name}" if key else str(name), item) for name, item in value.items()}
@@ -99,6 +100,8 @@ def _whole(text: str) -> str | int:
 
 
 def _folder(key: str, text: str) -> str:
+    for variable in re.findall(r"\$(\w+)", text):
+        require_no_secret(variable, key)
     found = os.path.expandvars(str(Path(text).expanduser()) if text.startswith("~") else text)
     unset = re.search(r"\$(\w+)", found)
     if unset:

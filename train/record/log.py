@@ -16,6 +16,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from train.recipe.errors import UserError
+from train.recipe.secrets import without_secrets
 from train.recipe.topology import Topology
 
 ROOT = "finegrain"
@@ -33,9 +34,9 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Formats a record."""
-        message = record.getMessage()
+        message = without_secrets(record.getMessage())
         if record.exc_info:
-            message += "\n" + self.formatException(record.exc_info)
+            message += "\n" + without_secrets(self.formatException(record.exc_info))
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z"
         if self.as_json:
             fields: dict[str, object] = {

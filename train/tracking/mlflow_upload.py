@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from train.recipe.errors import UserError
+from train.recipe.secrets import without_secrets
 from train.record.files import write_json
 from train.record.metrics import find_metric
 from train.record.run_folder import METRICS_FILE, MLFLOW_FILE
@@ -98,11 +99,11 @@ class UploadState:
 
 
 def public_uri(uri: str) -> str:
-    """Removes user and password from an address, for files and logs."""
+    """Removes user, password and other secrets from an address, for files and logs."""
     parts = urlsplit(uri)
     if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        return without_secrets(uri)
+    return without_secrets(urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])))
 
 
 def store_uri(run_dir: Path, facts_uri: str = "") -> str:
