@@ -10,7 +10,7 @@ from pathlib import Path
 # `python train/main.py` puts train/ itself on the path, where its modules would shadow others.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.evaluate.suite import check_suite
+from train.evaluate.task_files import check_suite
 from train.health.environment import set_defaults
 from train.hf.start import check_start
 from train.recipe.catalogue import describe_keys
@@ -54,7 +54,8 @@ def main(options: Namespace) -> int | Figures:
     recipe = load_recipe(options.recipe, options.overrides)
     validate(recipe, topology, options.recipe)
     changes = check_start(recipe, options.recipe)
-    check_suite(recipe, options.recipe)
+    if topology.is_main:  # It reads every question, and one line is enough.
+        check_suite(recipe, options.recipe)
     if options.dry_run:
         if not topology.is_main:
             return 0

@@ -251,15 +251,28 @@ class ShardCache:
         return self._client[1]
 
     def _address(self, path: Path) -> str:
-        return f"{self.remote}/{path.relative_to(self.root).as_posix()}"
+        return f"{self.remote}/{self._name(path)}"
+
+    def _name(self, path: Path) -> str:
+        """A file's name in the store.
+
+        Raises:
+            UserError: if it is outside of the cache: the names come from the store.
+        """
+        if not path.is_relative_to(self.root) or ".." in path.parts[len(self.root.parts) :]:
+            raise UserError(
+                f"{self.remote} names a file outside of its folder: {path}",
+                key="data.remote",
+                remedy="do not read from this store",
+            )
+        return path.relative_to(self.root).as_posix()
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
         """Locks a file against the other processes of this node."""
-        locks = self.root / LOCKS_FOLDER
+        locks, name = self.root / LOCKS_FOLDER, self._name(path).replace("/", "-")
         path.parent.mkdir(parents=True, exist_ok=True)
         locks.mkdir(exist_ok=True)
-        name = path.relative_to(self.root).as_posix().replace("/", "-")
         with (locks / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from train.recipe.errors import UserError
+from train.recipe.names import unfit_as_file
 from train.record import files
 from train.record.files import write_whole
 
@@ -148,11 +150,15 @@ def file_mismatch(path: Path, size: int | None, sha256: str | None) -> str:
 
 
 def open_index(folder: Path) -> ShardIndex:
-    """Opens the index of a folder; writes its table if it is large and has none."""
+    """Opens the index of a folder; writes its table if it is large and has none.
+
+    Raises:
+        UserError: if it is damaged, or names files outside of the folder.
+    """
     path = folder / INDEX_FILE
     status = path.stat()
     if status.st_size <= SMALL_BYTES:
-        return _parsed(folder, path.read_text())
+        return _parsed(folder, path)
     table = folder / TABLE.format(size=status.st_size, modified_ns=status.st_mtime_ns)
     if not table.is_file():
         try:
@@ -160,9 +166,9 @@ def open_index(folder: Path) -> ShardIndex:
                 # One process per node parses; the others wait for its table.
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not table.is_file():
-                    _write(table, _parsed(folder, path.read_text()))
+                    _write(table, _parsed(folder, path))
         except OSError:  # The folder is not writable.
-            return _parsed(folder, path.read_text())
+            return _parsed(folder, path)
     return _mapped(folder, table)
 
 
@@ -178,7 +184,18 @@ def _entries(text: str) -> Iterator[dict[str, Any]]:
     json.loads(text[:start] + text[at:])  # The rest must be valid JSON too.
 
 
-def _parsed(folder: Path, text: str) -> ShardIndex:
+def _parsed(folder: Path, path: Path) -> ShardIndex:
+    try:
+        return _parse(folder, path.read_text())
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{path} is damaged ({error})",
+            key="data.shards",
+            remedy="restore it, or build the shards again",
+        ) from None
+
+
+def _parse(folder: Path, text: str) -> ShardIndex:
     configs: dict[str, int] = {}
     samples, sizes, packed_sizes = array("q"), array("q"), array("q")
     hashes, packed_hashes, flags, numbers = bytearray(), bytearray(), bytearray(), array("i")
@@ -195,7 +212,10 @@ def _parsed(folder: Path, text: str) -> ShardIndex:
         ):
             sha256 = file.get("hashes", {}).get("sha256")
             to_sizes.append(file.get("bytes", 0))
-            to_names.append(file.get("basename", "").encode())
+            name = file.get("basename", "")
+            if file and (unfit := unfit_as_file(name)):
+                raise ValueError(f"the shard's name {name!r} {unfit}")
+            to_names.append(name.encode())
             to_hashes.extend(bytes.fromhex(sha256 or "00" * 32))
             flag |= bit if sha256 else 0
         flags.append(flag)

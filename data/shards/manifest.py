@@ -18,6 +18,7 @@ from data.shards.index import INDEX_FILE, ShardIndex, file_mismatch, open_index
 from data.tokenizer import TokenizerHandle, bpe_name
 from train.recipe.errors import UserError
 from train.recipe.keys import rules_of
+from train.recipe.names import unfit_as_file
 from train.recipe.phases import domains_of
 from train.recipe.preparation import Preparation, Source
 from train.recipe.reading import to_dict
@@ -158,6 +159,10 @@ def read_manifest(root: Path, name: str = MANIFEST_FILE) -> Manifest:
             )
         if tree.pop("digest") != _digest(tree):
             raise ValueError("its digest differs")
+        for domain, entry in tree["domains"].items():
+            for each in (domain, *entry["splits"]):
+                if unfit := unfit_as_file(each):
+                    raise ValueError(f"the name {each!r} {unfit}")
         domains = {name: _domain_record(entry) for name, entry in tree["domains"].items()}
         return Manifest(**(tree | {"tokenizer": TokenizerRecord(**tree["tokenizer"]), "domains": domains}))
     except OSError as error:

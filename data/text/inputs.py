@@ -15,6 +15,7 @@ from data.text.file_listing import files_of, named
 from data.text.language import LANGUAGES
 from train.recipe.errors import UserError
 from train.recipe.keys import out_of_range
+from train.recipe.names import unfit_as_file
 from train.recipe.phases import domains_of
 from train.recipe.preparation import Preparation, Source, SourceKind
 from train.recipe.schema import Recipe
@@ -93,11 +94,9 @@ def check_sources(recipe: Recipe) -> None:
                 key=f"data.sources[{n}].languages",
                 remedy=f"choose from {', '.join(sorted(LANGUAGES))}",
             )
-        if not source.domain or "/" in source.domain or source.domain.startswith("."):
+        if unfit := unfit_as_file(source.domain):
             key = f"data.sources[{n}].domain"
-            raise UserError(
-                f"{source.domain!r} is not a valid folder name", key=key, remedy="use letters and digits"
-            )
+            raise UserError(f"{source.domain!r} {unfit}", key=key, remedy="use letters and digits")
 
 
 def check_preparation(preparation: Preparation) -> None:

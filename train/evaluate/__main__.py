@@ -8,7 +8,8 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from train.evaluate.suite import load_suite, missing_files, require_files, select
+from train.evaluate.suite import load_suite, select
+from train.evaluate.task_files import missing_files, require_files
 from train.recipe.errors import UserError
 from train.record import log
 from train.record.command import Figures, at_least, command

@@ -15,7 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.recipe.errors import UserError
-from train.recipe.schema import Recipe
+from train.recipe.names import unfit_as_file
 from train.recipe.secrets import guarded_environment
 from train.record import metrics
 
@@ -121,7 +121,17 @@ def load_suite(path: Path) -> Suite:
     assert isinstance(suite, Suite)
     if not suite.tasks:
         raise UserError("is empty", key="tasks", remedy="name at least one task", file=str(path))
+    for name in (suite.name, *suite.tasks, *suite.categories):
+        if unfit := unfit_as_file(name):
+            raise UserError(f"the name {name!r} {unfit}", remedy="use letters and digits", file=str(path))
     for name, task in suite.tasks.items():
+        if Path(task.file).is_absolute() or ".." in Path(task.file).parts:
+            raise UserError(
+                f"is {task.file}, outside the data folder",
+                key=f"tasks.{name}.file",
+                remedy="name a file below it",
+                file=str(path),
+            )
         if not 0 <= task.baseline < 1:
             raise UserError(
                 f"is {task.baseline}",
@@ -148,48 +158,6 @@ def select(suite: Suite, names: Sequence[str]) -> list[str]:
                 f"has no task {name!r}", key=suite.name, remedy=f"one of {', '.join(suite.tasks)}"
             )
     return [name for name in suite.tasks if not names or name in names]
-
-
-def missing_files(suite: Suite, names: Sequence[str], data: Path) -> list[str]:
-    """Returns the tasks whose file is not in the data folder."""
-    return [name for name in names if not (data / suite.tasks[name].file).is_file()]
-
-
-def require_files(suite: Suite, names: Sequence[str], data: Path) -> None:
-    """Raises if files of tasks are missing; called before any model is built.
-
-    Raises:
-        UserError: one line with every such task and its category.
-    """
-    lacking = missing_files(suite, names, data)
-    if lacking:
-        listed = ", ".join(
-            f"{name} ({suite.tasks[name].category}: {suite.tasks[name].file})" for name in lacking
-        )
-        raise UserError(
-            f"lacks {listed}",
-            key=str(data),
-            remedy="add them, or select tasks by name: an incomplete category has no score",
-        )
-
-
-def check_suite(recipe: Recipe, file: str) -> None:
-    """Raises if a recipe's suite is invalid or lacks a file.
-
-    Raises:
-        UserError: one line that names file, key and remedy.
-    """
-    evaluation = recipe.evaluation
-    if evaluation.suite is None:
-        return
-    assert evaluation.suite_data is not None, "validate() must be called first"
-    suite = load_suite(Path(evaluation.suite))
-    try:
-        require_files(suite, select(suite, evaluation.suite_tasks), Path(evaluation.suite_data))
-    except UserError as error:
-        raise UserError(
-            f"{error.key} {error.what}", key="evaluation.suite_tasks", remedy=error.remedy, file=file
-        ) from None
 
 
 def score(suite: Suite, accuracies: Mapping[str, float]) -> Scores:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from data.tokenizer import TokenizerHandle
 from train.evaluate.suite import Task, TaskKind
+from train.evaluate.task_files import check_task_file
 from train.recipe.errors import UserError
 from train.recipe.topology import Topology
 
@@ -77,6 +78,7 @@ def open_tasks(
     """
     from llmfoundry.eval.datasets.in_context_learning_evaluation import get_icl_task_dataloader
 
+    check_task_file(data / task.file, task, tokenizer.all_special_tokens)
     settings: dict[str, Any] = {
         "max_seq_len": limit,
         "pad_tok_id": tokenizer.pad_token_id,

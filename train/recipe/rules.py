@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from train.recipe import sizes
 from train.recipe.errors import UserError, Violation
 from train.recipe.keys import out_of_range
+from train.recipe.names import unfit_as_file
 from train.recipe.phase_rules import check_phases
 from train.recipe.phases import domains_of
 from train.recipe.schema import (
@@ -58,8 +59,10 @@ def _ranges(recipe: Recipe, _: Topology) -> Iterator[Violation]:
 
 def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     model = recipe.model
-    if "/" in recipe.name or recipe.name in {"", ".", ".."}:
-        yield Violation("name", f"{recipe.name!r} is not a folder name", "use letters, digits, - and _")
+    if unfit := unfit_as_file(recipe.name):
+        yield Violation(
+            "name", f"{recipe.name!r} is not a folder name: it {unfit}", "use letters, digits, - and _"
+        )
     if model.d_model % model.n_heads:
         d_model, n_heads = model.d_model, model.n_heads
         yield Violation("model.n_heads", f"{d_model=} is not divisible by {n_heads=}", "change either")
@@ -116,6 +119,10 @@ def _data(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     named = {name: f"data.domains.{name}" if data.domains else mixture for name in domains}
     named |= {name: "data.validation_domains" for name in data.validation_domains}
     for name, key in named.items():
+        if unfit := unfit_as_file(name):
+            yield Violation(
+                key, f"the domain {name!r} {unfit}", "a domain is a folder: use letters and digits"
+            )
         if data.corpus == "installed" and name not in INSTALLED_DOMAINS:
             yield Violation(key, f"{name} is not in the installed corpus", f"it has {INSTALLED_DOMAINS}")
     for index, skip in enumerate(data.skips):

@@ -22,6 +22,7 @@ from train.record.metrics import find_metric
 from train.record.run_folder import METRICS_FILE, MLFLOW_FILE
 from train.record.step_log import STEP, TIMESTAMP, lines_from
 from train.record.summary import DatasetInput
+from train.tracking.names import mlflow_key
 from train.tracking.store import connect
 
 FACTS_FILE = "tracking.json"
@@ -212,11 +213,13 @@ class Upload:
         if setup == self.state.setup:
             return
         run = self._client.get_run(self.state.run_id)
-        params = {key: value[:PARAM_CHARACTERS] for key, value in facts.params.items()}
+        params = {mlflow_key(key): value[:PARAM_CHARACTERS] for key, value in facts.params.items()}
         # Parameters are immutable on the server: changes of a resumed run become tags.
         changed = {key: value for key, value in params.items() if run.data.params.get(key, value) != value}
         new = [Param(key, value) for key, value in params.items() if key not in run.data.params]
-        tags = facts.tags | {f"resumed_with.{key}": value for key, value in changed.items()}
+        tags = {mlflow_key(key): value for key, value in facts.tags.items()}
+        tags |= {mlflow_key(f"resumed_with.{key}"): value for key, value in changed.items()}
+        tags |= {f"name.{mlflow_key(key)}": key for key in facts.params if mlflow_key(key) != key}
         for start in range(0, len(new), PARAMS_PER_REQUEST):
             self._client.log_batch(self.state.run_id, params=new[start : start + PARAMS_PER_REQUEST])
         labels = [RunTag(key, value[:PARAM_CHARACTERS]) for key, value in tags.items()]
@@ -241,7 +244,7 @@ class Upload:
         for start, fields in self._new_lines():
             step, time_ms = fields[STEP], round(fields[TIMESTAMP] * 1e3)
             values = [
-                Metric(key, float("nan") if value is None else value, time_ms, step)
+                Metric(mlflow_key(key), float("nan") if value is None else value, time_ms, step)
                 for key, value in fields.items()
                 if self._is_new(key, step)
             ]
@@ -275,7 +278,7 @@ class Upload:
 
     def _is_new(self, key: str, step: int) -> bool:
         assert self._latest is not None
-        return find_metric(key) is not None and step > self._latest.get(key, -1)
+        return find_metric(key) is not None and step > self._latest.get(mlflow_key(key), -1)
 
     def _send_ending(self, status: str) -> None:
         """Sends the files and ends the run on the server, or marks it as running again."""

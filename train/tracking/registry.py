@@ -109,7 +109,8 @@ def register(folder: Path, run: Path | None = None, name: str | None = None) -> 
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: is not a run; name one with --run")
     recipe = load_recipe(run / "recipe.yaml")
-    name = name or recipe.tracking.registered_model or recipe.name
+    # MLflow 3 takes no colon in a registered model's name.
+    name = name or recipe.tracking.registered_model or recipe.name.replace(":", "-")
     return _log_and_register(folder, run, recipe, name, tags | _data_tags(run))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from train.evaluate.suite import check_suite
+from train.evaluate.task_files import check_suite
 from train.main import main as train
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe

@@ -1,6 +1,10 @@
 """Scores of a suite: equal to those computed by hand, and no incomplete category is averaged away."""
 
+import dataclasses
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,11 +13,10 @@ from train.evaluate.suite import (
     Task,
     TaskKind,
     load_suite,
-    missing_files,
-    require_files,
     score,
     select,
 )
+from train.evaluate.task_files import check_task_file, missing_files, require_files
 from train.recipe.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,7 +47,7 @@ def test_a_category_that_lacks_a_task_has_no_score_and_the_whole_has_no_average(
 
 
 def test_files_that_are_missing_are_an_error_that_names_tasks_and_categories(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text("{}\n")
+    (tmp_path / "x.jsonl").write_text('{"query": "q", "choices": ["a"], "gold": 0}\n')
     lacking = Suite("s", SUITE.tasks | {"d": Task("two", TaskKind.schema, "gone/d.jsonl", 0, 0.5)})
     with pytest.raises(UserError, match=r"lacks d \(two: gone/d.jsonl\)"):
         require_files(lacking, select(lacking, []), tmp_path)
@@ -92,3 +95,82 @@ def test_26_of_the_31_files_are_there() -> None:
         "squad",
         "coqa",
     ]
+
+
+SOUND: dict[TaskKind, dict[str, Any]] = {
+    TaskKind.multiple_choice: {"query": "What is it?", "choices": ["yes", "no"], "gold": 0},
+    TaskKind.schema: {"context_options": ["The cat", "The dog"], "continuation": "ran", "gold": 1},
+    TaskKind.language_modeling: {"context": "The cat", "continuation": "ran"},
+    TaskKind.generation: {"context": "2 + 2 =", "answer": "4", "aliases": ["four", "(a"]},
+}
+TEXTS = {
+    TaskKind.multiple_choice: ("query",),
+    TaskKind.schema: ("continuation",),
+    TaskKind.language_modeling: ("context", "continuation"),
+    TaskKind.generation: ("context", "answer"),
+}
+LISTS = {
+    TaskKind.multiple_choice: "choices",
+    TaskKind.schema: "context_options",
+    TaskKind.generation: "aliases",
+}
+
+
+def unsound(kind: TaskKind) -> Iterator[tuple[str, object]]:
+    """Yields damaged lines of a kind of task, each with the key to be named."""
+    good = SOUND[kind]
+    for key in TEXTS[kind]:
+        for text in ("", " \t", None, 7, ["a"], "x <|pad|>", "<|endoftext|>"):
+            yield key, good | {key: text}
+        yield key, {name: value for name, value in good.items() if name != key}
+    if key := LISTS.get(kind):
+        for texts in ("ab", {"0": "a"}, None, ["a", ""], ["a", None], ["a", " <|pad|>"]):
+            yield key, good | {key: texts}
+    if "gold" in good:
+        for gold in (7, -1, 2, "no", "0", None, 0.0, True, [0]):
+            yield "gold", good | {"gold": gold}
+        yield "gold", {name: value for name, value in good.items() if name != "gold"}
+
+
+@pytest.mark.parametrize("kind", TaskKind)
+def test_an_unsound_question_is_named_by_file_line_and_key(tmp_path: Path, kind: TaskKind) -> None:
+    file, task = tmp_path / "t.jsonl", Task(category="", kind=kind, file="t.jsonl", shots=0, baseline=0.0)
+    good = json.dumps(SOUND[kind])
+    file.write_text(f"{good}\n\n{good}")
+    check_task_file(file, task)
+    for key, row in unsound(kind):
+        file.write_text(f"{good}\n\n{json.dumps(row)}\n{good}\n")
+        with pytest.raises(UserError) as raised:
+            check_task_file(file, task)
+        line = str(raised.value)
+        assert line.startswith(f"{file}: line 3: {key}: ") and "\n" not in line, (row, line)
+    for content in (b"{", b"[]", b"7", b"\xff", good.encode()[:-1], b"[" * 100_000):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="line 1: is not"):
+            check_task_file(file, task)
+    file.write_text("\n\n")
+    with pytest.raises(UserError, match="has no question"):
+        check_task_file(file, task)
+    file.write_text(f"{good}\n")
+    with pytest.raises(UserError, match="line 1: category: is missing"):
+        check_task_file(file, dataclasses.replace(task, by_category=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name: s\ntasks: {../../x: TASK}", "the name '../../x' has a slash"),
+        ("name: ../s\ntasks: {a: TASK}", "the name '../s' has a slash"),
+        ("name: s\ntasks: {.a: TASK}", "the name '.a' begins with a dot"),
+        ("name: s\ntasks: {a: {category: b/c, FIELDS}}", "the name 'b/c' has a slash"),
+        ("name: s\ntasks: {a: {category: b, file: ../t.jsonl, KIND}}", "is ../t.jsonl, outside the"),
+        ("name: s\ntasks: {a: {category: b, file: /t.jsonl, KIND}}", "is /t.jsonl, outside the"),
+    ],
+)  # fmt: skip
+def test_names_of_a_suite_stay_in_their_folders(tmp_path: Path, text: str, line: str) -> None:
+    text = text.replace("TASK", "{category: b, FIELDS}").replace("FIELDS", "file: t.jsonl, KIND")
+    text = text.replace("KIND", "kind: schema, shots: 0, baseline: 0")
+    (tmp_path / "suite.yaml").write_text(text)
+    with pytest.raises(UserError) as raised:
+        load_suite(tmp_path / "suite.yaml")
+    assert line in str(raised.value) and str(raised.value).startswith(f"{tmp_path}/suite.yaml: ")
