@@ -129,9 +129,17 @@ def write_log(folder: Path, number: int, ending: Ending, begun: float, is_last: 
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Returns all tries in the log, oldest first."""
+    """Returns all tries in the log, oldest first; lines that can't be read are passed over."""
     file = folder / LOG_FILE
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    needed, found = {"try", "begun", "seconds", "excluded", *(each.name for each in fields(Ending))}, []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            tree = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(tree, dict) and tree.keys() >= needed:
+            found.append(tree)
+    return found
 
 
 def ending_of(line: dict[str, Any]) -> Ending:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from train.recipe.errors import UserError
 from train.record.files import write_json
 from train.record.run_folder import EVALUATION_FILE, METRICS_FILE
 from train.record.step_log import STEP, StepLog, read_steps
@@ -18,9 +19,25 @@ KEY = ("kind", "name", "batch")
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
-    """Reads all records, in the order in which they were first written; none if there is no file."""
+    """Reads all records, in the order in which they were first written; none if there is no file.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
     path = run_dir / EVALUATION_FILE
-    return json.loads(path.read_text()) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        records = json.loads(path.read_bytes())
+    except ValueError:
+        records = None
+    if not isinstance(records, list) or not all(
+        isinstance(it, dict) and it.keys() >= set(KEY) for it in records
+    ):
+        raise UserError(
+            f"{path} is damaged", remedy="restore it, or remove it: what it holds is evaluated again"
+        )
+    return records
 
 
 def add_result(run_dir: Path, kind: str, name: str, batch: int | None, fields: Mapping[str, Any]) -> Path:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from train.recipe.errors import UserError
 from train.record.files import write_json
 from train.record.run_folder import SUMMARY_FILE
 
@@ -70,13 +71,23 @@ def write_summary(run_dir: Path, summary: Summary) -> Path:
 
 
 def read_summary(run_dir: Path) -> Summary | None:
-    """Reads the summary of a run; None while the run is not complete."""
+    """Reads the summary of a run; None while the run is not complete.
+
+    Raises:
+        UserError: if it is damaged.
+    """
     path = run_dir / SUMMARY_FILE
     if not path.is_file():
         return None
-    tree = json.loads(path.read_text())
-    datasets = [DatasetInput(**dataset) for dataset in tree.pop("datasets")]
-    return Summary(**tree, datasets=datasets)
+    try:
+        tree = json.loads(path.read_bytes())
+        datasets = [DatasetInput(**dataset) for dataset in tree.pop("datasets")]
+        return Summary(**tree, datasets=datasets)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__})",
+            remedy="remove it: starting the run again writes it from the last checkpoint",
+        ) from None
 
 
 def _mean(values: dict[str, float]) -> float:

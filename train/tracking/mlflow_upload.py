@@ -32,6 +32,8 @@ ARTIFACTS_FOLDER = "mlflow-artifacts"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 UID_TAG = "finegrain.uid"
 RUNNING = "RUNNING"
+DELETED = "deleted"
+"""MLflow's stage of experiments and runs that were deleted on its page: they are kept, but take nothing."""
 
 METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
@@ -76,11 +78,11 @@ class RunFacts:
             UserError: if there is none.
         """
         try:
-            tree = json.loads((run_dir / FACTS_FILE).read_text())
-        except (OSError, ValueError) as error:
+            tree = json.loads((run_dir / FACTS_FILE).read_bytes())
+            datasets = [DatasetInput(**dataset) for dataset in tree.pop("datasets")]
+            return cls(**tree, datasets=datasets)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{run_dir} has no readable {FACTS_FILE} ({type(error).__name__})") from None
-        datasets = [DatasetInput(**dataset) for dataset in tree.pop("datasets")]
-        return cls(**tree, datasets=datasets)
 
 
 @dataclasses.dataclass
@@ -176,12 +178,15 @@ class Upload:
 
         if self.state.run_id:
             try:
-                return self._client.get_run(self.state.run_id)
+                run = self._client.get_run(self.state.run_id)
+                if run.info.lifecycle_stage != DELETED:
+                    return run
+                self._refuse_deleted(run)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                self.state = UploadState(uri=public_uri(self.uri))
-        experiment = self._client.get_experiment_by_name(self.facts.experiment)
+            self.state = UploadState(uri=public_uri(self.uri))
+        experiment = self._experiment()
         if experiment is None:
             return None
         found = self._client.search_runs(
@@ -189,8 +194,35 @@ class Upload:
         )
         return found[0] if found else None
 
-    def _create_run(self) -> Any:
+    def _experiment(self) -> Any:
+        """Returns the run's experiment; None if there is none yet.
+
+        Raises:
+            UserError: if it was deleted: MLflow keeps it under its name, and takes no run for it.
+        """
         experiment = self._client.get_experiment_by_name(self.facts.experiment)
+        if experiment is not None and experiment.lifecycle_stage == DELETED:
+            restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+            raise self._deleted(f"the experiment {self.facts.experiment}", restore)
+        return experiment
+
+    def _refuse_deleted(self, run: Any) -> None:
+        """Raises for a deleted run, unless the recipe now names another experiment than the run's."""
+        if self._client.get_experiment(run.info.experiment_id).name == self.facts.experiment:
+            self._experiment()
+            raise self._deleted(
+                f"the run {self.facts.name}", f"mlflow runs restore --run-id {run.info.run_id}"
+            )
+
+    def _deleted(self, what: str, restore: str) -> UserError:
+        return UserError(
+            f"{what} was deleted in {public_uri(self.uri)}",
+            remedy=f"restore it (MLFLOW_TRACKING_URI={public_uri(self.uri)} {restore}), or set "
+            "tracking.experiment to another name",
+        )
+
+    def _create_run(self) -> Any:
+        experiment = self._experiment()
         if experiment is not None:
             experiment_id = experiment.experiment_id
         else:
@@ -242,11 +274,13 @@ class Upload:
         batch: list[Any] = []
         place = (self.state.offset, self.state.step)
         for start, fields in self._new_lines():
+            if not isinstance(fields.get(TIMESTAMP), int | float):
+                continue  # A damaged line.
             step, time_ms = fields[STEP], round(fields[TIMESTAMP] * 1e3)
             values = [
                 Metric(mlflow_key(key), float("nan") if value is None else value, time_ms, step)
                 for key, value in fields.items()
-                if self._is_new(key, step)
+                if self._is_new(key, step) and isinstance(value, int | float | None)
             ]
             if batch and len(batch) + len(values) > METRICS_PER_REQUEST:
                 sent += self._send(batch, place)

@@ -15,6 +15,7 @@ from train.record import metrics
 from train.record.step_log import StepLog, read_steps
 from train.record.summary import DatasetInput
 from train.tracking.mlflow_upload import RunFacts, Upload, UploadError, public_uri
+from train.tracking.names import mlflow_key
 
 pytestmark = pytest.mark.slow
 
@@ -303,3 +304,63 @@ def test_password_is_neither_stored_nor_shown(run_dir: Path, monkeypatch: pytest
 def test_run_without_facts_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no readable tracking\.json"):
         Upload(tmp_path)
+
+
+def test_names_that_mlflow_does_not_accept_arrive_under_others(run_dir: Path) -> None:
+    domains = ("c++", "c--", "c&&", "web (en)", "q&a", "stack@2024", "prosa größe", "..", "a:b", "x" * 199)
+    params = {f"data.domains.{name}": "0.1" for name in domains}
+    facts(params=params, tags={"resumed@": "1"}).write(run_dir)
+    log = StepLog(run_dir / "metrics.jsonl")
+    log.write(1, {"tokens": 1, "time": 1.0, **{metrics.validation_loss(name): 2.0 for name in domains}})
+    log.write(2, {"tokens": 2, "time": "damaged", metrics.LOSS: 1.0})
+    log.write(3, {"tokens": 3, "time": 3.0, metrics.LOSS: "damaged", metrics.LEARNING_RATE: 1.0})
+    log.close()
+    upload = Upload(run_dir)
+    assert upload.sync("FINISHED") == len(domains) + 1
+    assert upload.sync("FINISHED") == 0 and Upload(run_dir).sync("FINISHED") == 0
+    run = upload._client.get_run(upload.state.run_id)
+    sent = {mlflow_key(metrics.validation_loss(name)) for name in domains}
+    assert len(sent) == len(domains) and sent < run.data.metrics.keys()
+    meant = {run.data.tags.get(f"name.{key}", key) for key in run.data.params}
+    assert meant == params.keys()
+
+
+def test_a_key_is_changed_only_where_it_must_be() -> None:
+    for key in ("loss/validation/code", "experts/0/dead", "a b", "größe", "x.y-z_1"):
+        assert mlflow_key(key) == key
+    changed = ["c++", "c--+", "/a", "a//b", "a/../b", "../a", ".", "..", "a/", "x" * 251, "x" * 252, "a\nb"]
+    keys = [mlflow_key(key) for key in changed]
+    assert len({*keys, *changed}) == 2 * len(changed) and max(map(len, keys)) <= 250
+    from mlflow.utils.validation import _validate_metric_name, _validate_param_name
+
+    for key in keys:
+        _validate_metric_name(key)
+        _validate_param_name(key)
+
+
+def test_what_was_deleted_on_mlflows_page_is_named_with_a_remedy(run_dir: Path) -> None:
+    facts().write(run_dir)
+    write_steps(run_dir, 1, 2)
+    upload = Upload(run_dir)
+    upload.sync()
+    client, run_id = upload._client, upload.state.run_id
+    experiment_id = client.get_experiment_by_name("finegrain").experiment_id
+    client.delete_run(run_id)
+    with pytest.raises(
+        UploadError, match=rf"the run toy was deleted .* mlflow runs restore --run-id {run_id}\)"
+    ):
+        Upload(run_dir).sync()
+    client.delete_experiment(experiment_id)
+    remedy = rf"mlflow experiments restore --experiment-id {experiment_id}\), or set tracking.experiment to"
+    with pytest.raises(UploadError, match=f"the experiment finegrain was deleted .* {remedy}"):
+        Upload(run_dir).sync()
+    (run_dir / "mlflow.json").unlink()
+    with pytest.raises(UploadError, match="the experiment finegrain was deleted"):
+        Upload(run_dir).sync()
+    client.restore_experiment(experiment_id)
+    write_steps(run_dir, 3, 3)
+    other = Upload(run_dir)
+    assert other.sync() == 3 and other.state.run_id == run_id  # MLflow restores an experiment's runs with it.
+    client.delete_run(run_id)
+    facts(experiment="another").write(run_dir)
+    assert Upload(run_dir).sync() == 9
