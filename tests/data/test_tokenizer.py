@@ -1,5 +1,7 @@
 import hashlib
 import multiprocessing
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,3 +156,22 @@ def test_shards_of_another_tokenizer_are_refused(built: Recipe, make_recipe: Cal
     opened.tokenizer = train_bpe(built.tokenizer, iter(texts()))
     with pytest.raises(UserError, match=r"tokenizer: bpe-300 has fingerprint .* was made with .*--rebuild"):
         build_train_loader(opened, rank=0, world_size=1)
+
+
+def test_a_checkout_that_cannot_be_written_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")  # Nothing can be made in it, not even by root.
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(module, "CACHE_FOLDER", tmp_path / "file/.cache")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    module._offer_ranks_to_tiktoken()
+    (folder,) = (tmp_path / "temporary").iterdir()
+    assert os.environ["TIKTOKEN_CACHE_DIR"] == str(folder)
+    assert [file.name for file in folder.iterdir()] == [module.CL100K_CACHE_NAME]
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file/given"))
+    with pytest.raises(
+        UserError, match=r"tokenizer.kind: .*given can't be written, .*; set TIKTOKEN_CACHE_DIR to"
+    ):
+        module._offer_ranks_to_tiktoken()
