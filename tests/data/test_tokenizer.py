@@ -171,7 +171,5 @@ def test_a_checkout_that_cannot_be_written_is_no_hindrance(
     assert os.environ["TIKTOKEN_CACHE_DIR"] == str(folder)
     assert [file.name for file in folder.iterdir()] == [module.CL100K_CACHE_NAME]
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file/given"))
-    with pytest.raises(
-        UserError, match=r"tokenizer.kind: .*given can't be written, .*; set TIKTOKEN_CACHE_DIR to"
-    ):
+    with pytest.raises(UserError, match=r"tokenizer.kind: .*given can't be written, .*; set TIKTOKEN"):
         module._offer_ranks_to_tiktoken()
