@@ -1,5 +1,6 @@
 """The record of a run, read from its folder as columns; needs no torch."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,16 +80,28 @@ def read_run(run_dir: Path) -> RunRecord:
         raise UserError(
             f"has no {RECIPE_FILE}", remedy="give the folder of a run, runs/NAME", file=str(run_dir)
         )
-    steps = read_steps(run_dir / METRICS_FILE)
+    # Lines that a damaged byte has changed are left out.
+    steps = [line for line in read_steps(run_dir / METRICS_FILE) if isinstance(line.get(TOKENS), int | float)]
     tokens_at = {line[STEP]: line[TOKENS] for line in steps}
     loads = [line for line in read_steps(run_dir / EXPERT_LOAD_FILE) if line[STEP] in tokens_at]
+    shapes = Counter(_shape(line.get(SHARES)) for line in loads)
+    if shapes:
+        loads = [line for line in loads if _shape(line.get(SHARES)) == shapes.most_common(1)[0][0]]
     sample = run_dir / SAMPLE_FILE
     return RunRecord(
         run_dir=run_dir,
         steps=steps,
-        recipe=recipe.read_text(),
+        recipe=recipe.read_text(errors="replace"),
         summary=read_summary(run_dir),
         load_tokens=np.array([tokens_at[line[STEP]] for line in loads], dtype=np.float64),
         load_shares=np.array([line[SHARES] for line in loads], dtype=np.float64),
-        sample=sample.read_text() if sample.is_file() else "",
+        sample=sample.read_text(errors="replace") if sample.is_file() else "",
     )
+
+
+def _shape(shares: Any) -> tuple[int, ...] | None:
+    """Returns the shape of an array in a line; None if it is none of numbers."""
+    try:
+        return np.array(shares, dtype=np.float64).shape
+    except (ValueError, TypeError):
+        return None
