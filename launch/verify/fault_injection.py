@@ -29,7 +29,7 @@ from launch.verify.equality import differences
 from launch.verify.forked_ranks import RankError, Ranks
 from launch.verify.harness import Row, TableCheck, Workspace
 from launch.verify.tiny_runs import named, steps, tail, trainer
-from train.checkpoint.files import newest_whole_checkpoint
+from train.checkpoint.files import batches_of, newest_whole_checkpoint
 from train.health.heartbeat import RECORDS_VARIABLE
 from train.health.stragglers import STRAGGLERS_FILE, HeartbeatCallback
 from train.recipe.errors import UserError
@@ -60,7 +60,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "SIGTERM": ("a rank is asked to stop", "preempted"),
     "full disk": ("no file may grow for a second", "finished"),
     "bad shard": ("a byte of a cached shard changes while the job is down", "killed"),
-    "bad checkpoint": ("a byte of the newest checkpoint changes while the job is down", "killed"),
+    "bad checkpoint": ("a byte of the newest of two checkpoints changes while the job is down", "killed"),
     "no tracking": ("the tracking server goes away", "finished"),
     "NaN": ("a gradient of one rank is not a number", "replay"),
     "slow rank": ("a rank takes longer for every step", "finished"),
@@ -182,7 +182,7 @@ def one_try(recipe: Recipe, fault: InjectedFault | None, after: int, records: Pa
             recipe = replace(recipe, tracking=replace(recipe.tracking, mlflow=True, uri=uri))
         work = _as_a_process(_disturbed(trainer(recipe), kind, rank, after))
         with Ranks(RANKS, work, folder.with_suffix(".log")) as ranks:
-            while fault is not None and ranks.are_running and steps(folder) < after:
+            while fault is not None and ranks.are_running and not _is_time(kind, after, folder):
                 time.sleep(0.005)
             if fault is not None and (ranks.are_running or kind in ("NaN", "slow rank")):
                 fault.batch = max(1, steps(folder))
@@ -191,6 +191,15 @@ def one_try(recipe: Recipe, fault: InjectedFault | None, after: int, records: Pa
     if fault is not None and fault.batch and kind in ("bad shard", "bad checkpoint"):
         _flip_byte(_victim(kind, recipe, folder))
     return status
+
+
+def _is_time(kind: str, after: int, folder: Path) -> bool:
+    """Returns whether a run has trained as many batches, and has what the fault is to damage.
+
+    Without an older checkpoint behind it a damaged one ends the run, for a person to look.
+    """
+    saved = batches_of(folder / CHECKPOINTS_FOLDER)
+    return steps(folder) >= after and (kind != "bad checkpoint" or len(saved) > 1)
 
 
 def _as_a_process(work: Callable[[Topology], None]) -> Callable[[Topology], None]:
