@@ -57,7 +57,7 @@ def cl100k() -> TokenizerHandle:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bpe", "cl100k"])
-@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize("sign", [" ", "\n", "=", "中", "\u0301", "a\u200d"])
 def test_long_runs_are_encoded(kind: str, sign: str, request: pytest.FixtureRequest):
     handle: TokenizerHandle = request.getfixturevalue(kind)
     text = "x" + sign * (COUNT // len(sign)) + "y"
@@ -71,7 +71,7 @@ def test_a_tokenizer_is_learnt_from_long_runs(sign: str):
     train_bpe(SMALL, iter([*WORDS, text]))
 
 
-def test_long_pieces_change_nothing_that_is_learnt_from_others():
+def test_long_pieces_change_nothing_that_is_learnt_from_others() -> None:
     texts = [*WORDS, "=" * 79, " " * 100, "x" * 128]
     assert train_bpe(SMALL, iter(texts)).ranks == train_bpe(SMALL, iter(texts[::-1])).ranks
 
@@ -82,7 +82,7 @@ def test_long_pieces_change_nothing_that_is_learnt_from_others():
 )
 def test_parts_have_the_ids_of_the_whole(
     kind: str, text: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     handle: TokenizerHandle = request.getfixturevalue(kind)
     (whole,) = handle._encode_with_tiktoken([text * 200])
     monkeypatch.setattr("data.tokenizer.LONGEST_PART", 50)
@@ -91,7 +91,7 @@ def test_parts_have_the_ids_of_the_whole(
     assert np.array_equal(parts, whole)
 
 
-def test_short_texts_are_whole_and_long_runs_are_cut():
+def test_short_texts_are_whole_and_long_runs_are_cut() -> None:
     assert split_for_encoding("") == [""] and split_for_encoding(" " * LONGEST_PART) == [" " * LONGEST_PART]
     parts = split_for_encoding("=" * (2 * LONGEST_PART + 1))
     assert [len(part) for part in parts] == [LONGEST_PART, LONGEST_PART, 1]
@@ -109,12 +109,12 @@ def test_every_rule_reads_long_runs(sign: str):
     assert max(map(len, _hashes), default=0) < 100, "a run is not kept among the frequent words"
 
 
-def test_marks_are_put_in_order_as_unicode_says():
+def test_marks_are_put_in_order_as_unicode_says() -> None:
     for text in ("a\u0301\u0316 e\u0323\u0302", "a" + "\u0301\u0316" * 40, "\u1100\u1161\u11a8 né"):
         assert normalise(text) == unicodedata.normalize("NFC", text) + "\n"
 
 
-def test_texts_without_words_are_copies_only_of_equal_ones():
+def test_texts_without_words_are_copies_only_of_equal_ones() -> None:
     texts = ["====\n", "----\n", "=====\n", "====\n", "....\n"]
     digests = np.array([[hash(text) & 2**63 - 1, 7] for text in texts], np.uint64)
     found = resolve(digests, np.array([sketch_without_words(text) for text in texts]), 0.8)
