@@ -68,8 +68,13 @@ void count(const char* group, const std::string& name, double amount, const void
   note(group, name, amount, stream, event);
 }
 
+// With lags the device is behind the host: an event is complete once the host has waited after its record.
+static std::atomic<bool> lags{false};
+static std::atomic<long> recorded{0}, reached{0};
+
 // The host waits for the device.
 static void wait(const char* what, const void* stream = nullptr, const void* event = nullptr) {
+  reached = recorded.load();
   count("waits", what, 0, stream, event);
   if (on_wait && counting) on_wait(what);
 }
@@ -87,6 +92,7 @@ EXPORT void standin_reset() {
   counts().clear();
 }
 EXPORT void standin_counting(int on) { counting = on; }
+EXPORT void standin_lags(int on) { lags = on; }
 // Writes a timeline into a file from now on; of no path, ends it.
 EXPORT void standin_timeline(const char* path) {
   Lock lock(mutex);
@@ -164,6 +170,9 @@ static int attribute(int which) {
 }
 
 EXPORT cudaError_t cudaGetDeviceCount(int* n) { *n = device_count(); return cudaSuccess; }
+// NVML, by which a process asks without touching CUDA.
+EXPORT int nvmlInit() { return 0; }
+EXPORT int nvmlDeviceGetCount_v2(unsigned* n) { *n = device_count(); return 0; }
 EXPORT cudaError_t cudaGetDevice(int* device) { *device = current_device; return cudaSuccess; }
 EXPORT cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= device_count()) return fail(cudaErrorInvalidDevice);
@@ -413,6 +422,7 @@ EXPORT cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*) { return cud
 
 struct Event {
   double at = 0;
+  long number = 0;
 };
 EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) {
   *e = (cudaEvent_t) new Event();
@@ -422,11 +432,15 @@ EXPORT cudaError_t cudaEventCreate(cudaEvent_t* e) { return cudaEventCreateWithF
 EXPORT cudaError_t cudaEventDestroy(cudaEvent_t e) { delete (Event*)e; return cudaSuccess; }
 EXPORT cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
   ((Event*)e)->at = seconds();
+  ((Event*)e)->number = ++recorded;
   count("events", "record", 0, s, e);
   return cudaSuccess;
 }
 EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned) { return cudaEventRecord(e, s); }
-EXPORT cudaError_t cudaEventQuery(cudaEvent_t) { count("events", "query"); return cudaSuccess; }
+EXPORT cudaError_t cudaEventQuery(cudaEvent_t e) {
+  count("events", "query");
+  return lags && ((Event*)e)->number > reached ? fail(cudaErrorNotReady) : cudaSuccess;
+}
 EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t e) { wait("event", nullptr, e); return cudaSuccess; }
 EXPORT cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
   // At least some: a benchmark that measures nothing would repeat itself for ever.

@@ -41,6 +41,11 @@ def counts() -> Counts:
     return found
 
 
+def lag(is_on: bool) -> None:
+    """Lets the device be behind the host: an event is complete once the host has waited after its record."""
+    _library.standin_lags(int(is_on))
+
+
 class Waits:
     """Records the lines of ours at which the host waits for the device, while the context is entered."""
 

@@ -90,10 +90,26 @@ def environment(devices: int = 1, **settings: str) -> dict[str, str]:
     return os.environ | mine | {f"STANDIN_{name}": value for name, value in settings.items()}
 
 
-def run(module: str, *arguments: str, devices: int = 1, **settings: str) -> Any:
-    """Runs a module of this folder on the stand-in; returns what it prints as JSON on its last line."""
-    command = [sys.executable, "-m", f"tests.cuda_standin.{module}", *arguments]
-    env = environment(devices, **settings)
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return json.loads(done.stdout.splitlines()[-1])
+def run(module: str, *arguments: str, **settings: str) -> Any:
+    """Runs a module of this folder on one GPU of the stand-in; returns the JSON of its last line."""
+    forker = _forker()
+    assert forker.stdin is not None and forker.stdout is not None
+    with tempfile.TemporaryDirectory() as made:
+        request = {"module": module, "arguments": arguments, "environment": environment(**settings)}
+        print(json.dumps(request | {"folder": made}), file=forker.stdin, flush=True)
+        status = forker.stdout.readline().strip()
+        out, errors = ((Path(made) / name).read_text() for name in ("out", "errors"))
+    assert status == "0", (
+        f"{module} {' '.join(arguments)}: {status or 'no'} status\n{out[-2000:]}\n{errors[-6000:]}"
+    )
+    return json.loads(out.splitlines()[-1])
+
+
+@functools.cache
+def _forker() -> subprocess.Popen[str]:
+    """Starts the process that forks those of :func:`run`; it ends with this one."""
+    command = [sys.executable, "-m", "tests.cuda_standin.forker"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # torch refuses CUDA in a fork of a process that has asked CUDA itself how many GPUs there are.
+    env = environment() | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
