@@ -1,7 +1,7 @@
 """Checks of a device's kernels against plain float64 definitions on the CPU.
 
 On a GPU these are MegaBlocks' Triton kernels (gather, scatter, their gradients), the experts with torch's
-grouped product and, if compiled, MegaBlocks' extension. On a CPU they are those of train/cpu.
+grouped product, the loss's and, if compiled, MegaBlocks' extension. On a CPU they are those of train/cpu.
 
 Shapes: T tokens, K experts per token, R = T x K routed rows, D width, F hidden, E experts.
 """
@@ -16,6 +16,7 @@ from torch.nn import functional
 from launch.gpu_check.rows import CheckRow, deviation_row
 from train.model import megablocks_ops
 from train.model.experts import grouped_glu
+from train.model.loss import IGNORE, chunked_cross_entropy
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error relative to the largest value: rounding of the type over sums of some hundred terms."""
@@ -34,6 +35,11 @@ def check_kernels(device: str, tokens: int = 4096, width: int = 1024) -> list[Ch
             rows += [
                 deviation_row("kernels", f"{name} ({label})", error, bound) for name, error in worst.items()
             ]
+        label = str(dtype).removeprefix("torch.")
+        rows += [
+            deviation_row("kernels", f"{name} ({label})", relative_error(got, wanted), bound)
+            for name, got, wanted in _loss(device, dtype)
+        ]
     return rows
 
 
@@ -121,6 +127,25 @@ def _experts(
     yield "experts", out, expected.detach()
     for name in shapes:
         yield f"experts' gradient of {name}", _gradient(given[name]), _gradient(exact[name])
+
+
+def _loss(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The loss of some tokens in chunks; the vocabulary fills no block of columns."""
+    tokens, width, vocabulary, chunk = 256, 64, 20_001, 100
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(tokens, width, generator=generator).to(dtype)
+    weight_VD = (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(dtype)
+    targets_T = torch.randint(vocabulary, (tokens,), generator=generator)
+    targets_T[::7] = IGNORE
+    exact = [tensor.double().requires_grad_() for tensor in (hidden_TD, weight_VD)]
+    given = [tensor.to(device).requires_grad_() for tensor in (hidden_TD, weight_VD)]
+    total, losses_T = chunked_cross_entropy(given[0], given[1], targets_T.to(device), chunk)
+    total.backward()
+    expected_T = functional.cross_entropy(exact[0] @ exact[1].t(), targets_T, reduction="none")
+    expected_T.sum().backward()
+    yield "loss", losses_T, expected_T.detach()
+    for name, mine, other in zip(("hidden states", "weight"), given, exact, strict=True):
+        yield f"loss's gradient of {name}", _gradient(mine), _gradient(other)
 
 
 def _gradient(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ class CheckRow:
     """A finding of the bring-up check."""
 
     part: str
-    """kernels, numerics, memory or speed."""
+    """compiler, kernels, attention, numerics, memory or speed."""
     what: str
     found: str
     wanted: str

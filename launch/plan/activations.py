@@ -167,16 +167,16 @@ class LossBytes:
 def loss_bytes(model: Model, batch: Microbatch, numerics: Numerics, chunk_tokens: int) -> LossBytes:
     """Bytes of :func:`train.model.loss.chunked_cross_entropy`.
 
-    A chunk's logits are overwritten by their gradient; softmax is in fp32, on a CPU a few rows at a time.
+    A chunk's logits are overwritten by their gradient; softmax is in fp32, of a few rows at a time.
     """
     T, D, V, c = batch.tokens, model.d_model, model.vocab_size, numerics.compute
     C = min(chunk_tokens, T)
     working = C * (V + D) * c
-    if numerics.on_gpu:
-        working += C * V * 2 * FP32
-    if c != FP32:
-        working += V * D * c + (T * D + V * D) * c * (not numerics.on_gpu)
-    hidden = T * D * (numerics.stream if c == FP32 else FP32) + T * FP32
+    if numerics.stream != c:  # hidden states and weight are cast
+        working += (T * D + V * D) * c
+    if c != FP32 and not numerics.on_gpu:  # a GPU adds a product to the gradient as it computes it
+        working += V * D * c
+    hidden = T * D * numerics.stream + T * FP32
     return LossBytes(hidden, V * D * FP32, working)
 
 

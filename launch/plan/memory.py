@@ -152,10 +152,11 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     numerics = numerics_of(recipe, world_size)
     checkpointing = training.activation_checkpointing
+    chunk = training.loss_chunk_tokens or sizes.LOSS_CHUNK_TOKENS["cuda"]
     kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
     per_layer = layer_bytes(model, batch, numerics)
     stream = batch.tokens * model.d_model * numerics.stream
-    loss = loss_bytes(model, batch, numerics, training.loss_chunk_tokens)
+    loss = loss_bytes(model, batch, numerics, chunk)
     whole = _Whole.of(model, layout, world_size, numerics.compute)
     stays = whole.layer * layout.gathered_layers
     head_gradient = loss.weight_gradient * numerics.compute // FP32
@@ -182,10 +183,11 @@ def _moments_of_one(recipe: Recipe, _world: int, batch: Microbatch, kept_gradien
     model, training = recipe.model, recipe.training
     numerics = numerics_of(recipe, 1)
     checkpointing = training.activation_checkpointing
+    chunk = training.loss_chunk_tokens or sizes.LOSS_CHUNK_TOKENS["cuda"]
     kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
     per_layer = layer_bytes(model, batch, numerics)
     stream = batch.tokens * model.d_model * numerics.stream
-    loss = loss_bytes(model, batch, numerics, training.loss_chunk_tokens)
+    loss = loss_bytes(model, batch, numerics, chunk)
     copies = weight_copies(model, numerics)
     at_loss, in_backward = copies.all_layers, copies.all_layers
     if checkpointing:

@@ -143,7 +143,7 @@ class LanguageModelHead(nn.Linear):
     """The output projection. It computes the loss too, since a sharded weight is gathered only inside it."""
 
     def forward(  # type: ignore[override]
-        self, hidden_TD: Tensor, targets_T: Tensor | None = None, chunk_tokens: int = 0
+        self, hidden_TD: Tensor, targets_T: Tensor | None = None, chunk_tokens: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns logits [T, V], or with targets the summed loss and each token's loss."""
         return _project(hidden_TD, self.weight, targets_T, chunk_tokens)
@@ -156,7 +156,7 @@ class Decoder(nn.Module):
         cfg: the recipe's model.
         device: where weights are created, uninitialised; ``meta`` allocates nothing.
         activation_checkpointing: recompute each block in the backward pass.
-        loss_chunk_tokens: tokens whose logits are held in memory at once.
+        loss_chunk_tokens: tokens whose logits are held in memory at once; None: what suits the device.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Decoder(nn.Module):
         *,
         device: Device = None,
         activation_checkpointing: bool = False,
-        loss_chunk_tokens: int = 1024,
+        loss_chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.cfg = cfg
@@ -224,7 +224,7 @@ def make_norm(model: Model, device: Device) -> nn.Module:
 
 
 def _project(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor | None, chunk_tokens: int
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor | None, chunk_tokens: int | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     if targets_T is None:
         return functional.linear(hidden_TD, weight_VD)

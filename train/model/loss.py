@@ -13,13 +13,17 @@ from torch import Tensor
 
 from train.cpu import softmax
 from train.cpu.dispatch import with_cpu_version
+from train.model import loss_kernel
+from train.recipe.sizes import LOSS_CHUNK_TOKENS
 
 IGNORE = -100
 """Target of a token that has no loss."""
+HAS_MIXED_PRODUCTS = "dtype_out" in torch.ops.aten.addmm.overloads()
+"""On a GPU bf16 matrices are multiplied into an fp32 one (from torch 2.8)."""
 
 
 def chunked_cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_tokens: int
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of ``softmax(hidden @ weight.T)`` in nats.
 
@@ -27,12 +31,14 @@ def chunked_cross_entropy(
         hidden_TD: last hidden states.
         weight_VD: output projection.
         targets_T: token ids; :data:`IGNORE` has no loss and no gradient.
-        chunk_tokens: rows of logits held at once.
+        chunk_tokens: rows of logits held at once; None: what suits the device.
 
     Returns:
         The sum over tokens (fp32, with gradients if grad mode is on) and each token's loss
         (fp32 [T], without gradient, 0 where ignored).
     """
+    if chunk_tokens is None:
+        chunk_tokens = LOSS_CHUNK_TOKENS[hidden_TD.device.type]
     result: tuple[Tensor, Tensor] = _ChunkedCrossEntropy.apply(
         hidden_TD, weight_VD, targets_T, chunk_tokens, torch.is_grad_enabled()
     )
@@ -62,7 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits_CV = torch.mm(hidden_CD, weight.t(), out=buffer_CV[: len(hidden_CD)])
                 losses_T[rows] = _losses(logits_CV, targets_T[rows], with_grad)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = logits_CV @ weight
+                    _write_product(grad_hidden[rows], logits_CV, weight)
                 if grad_weight is not None:
                     _add_product(grad_weight, logits_CV.t(), hidden_CD)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -81,6 +87,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _losses(logits_CV: Tensor, targets_C: Tensor, with_grad: bool) -> Tensor:
     """Returns each token's loss; with ``with_grad``, overwrites the logits with their gradient."""
+    if _is_for_kernel(logits_CV):
+        return loss_kernel.losses_in_place(logits_CV, targets_C, IGNORE, with_grad)
     ignored_C = targets_C == IGNORE
     targets_C1 = targets_C.long().masked_fill(ignored_C, 0).unsqueeze(1)
     target_logits_C = logits_CV.gather(1, targets_C1).squeeze(1)
@@ -105,10 +113,26 @@ def softmax_in_place(logits_CV: Tensor, write: bool) -> Tensor:
     return log_sums_C
 
 
+def _is_for_kernel(logits_CV: Tensor) -> bool:
+    """Returns whether one kernel computes the loss; torch.compile fuses passes itself."""
+    return logits_CV.is_cuda and logits_CV.dtype in loss_kernel.DTYPES and not torch.compiler.is_compiling()
+
+
+def _write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Computes ``out[:] = left @ right``."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Computes ``total += left @ right``, accumulating in ``total``'s precision."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
+    elif HAS_MIXED_PRODUCTS and left.is_cuda:
+        # The product adds to the total itself: neither a product of its own, V x D, nor its rounding.
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += left @ right
 

@@ -260,8 +260,9 @@ class Training:
     deterministic: bool = key(True, on_resume=OnResume.edit)
     """On a GPU: kernels that add in a fixed order, so that a resumed run is the same run bit for bit. False:
     the fastest kernels. On a CPU the order is always fixed."""
-    loss_chunk_tokens: int = key(1024, above=0)
-    """Tokens whose logits are in memory at once when the loss is computed."""
+    loss_chunk_tokens: Optional[int] = key(None, above=0, on_resume=OnResume.edit)
+    """Tokens whose logits are in memory at once when the loss is computed; null: 4096 on a GPU, else 1024.
+    The output projection's gradient is added up chunk by chunk, so another number rounds it otherwise."""
     document_masking: bool = True
     """True: tokens attend only within their own document. False: within the whole sequence."""
     frozen: list[str] = key(factory=list)

@@ -13,6 +13,10 @@ from train.recipe.curriculum import Curriculum, plan_stages
 from train.recipe.phases import batch_sequences, microbatch_sequences, phases_of
 from train.recipe.schema import Ffn, Model, Parallelism, Recipe
 
+LOSS_CHUNK_TOKENS = {"cuda": 4096, "cpu": 1024}
+"""Default of training.loss_chunk_tokens by device. Each chunk passes over the output projection's gradient,
+which costs a GPU more than logits of four times the tokens do."""
+
 
 @dataclass(frozen=True)
 class Weight:

@@ -66,7 +66,7 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
             duration_tokens=duration,
             global_batch_sequences=global_batch_sequences,
             microbatch_sequences=MICROBATCH_SEQUENCES,
-            loss_chunk_tokens=min(training.loss_chunk_tokens, SEQUENCE_TOKENS),
+            loss_chunk_tokens=min(training.loss_chunk_tokens or SEQUENCE_TOKENS, SEQUENCE_TOKENS),
         ),
         start=Start(),
         parallelism=replace(recipe.parallelism, replicate=1, expert=1, gathered_layers=gathered),

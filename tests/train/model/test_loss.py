@@ -1,11 +1,18 @@
 """The chunked loss against PyTorch's cross-entropy on full logits."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from train.model import loss, loss_kernel
 from train.model.loss import IGNORE, chunked_cross_entropy
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Shapes: T tokens, D model, V vocabulary.
 T, D, V = 23, 12, 50
@@ -18,6 +25,23 @@ def make_inputs(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor,
     targets_T = torch.randint(0, V, (T,), generator=generator)
     targets_T[[0, 7, 8, T - 1]] = IGNORE
     return hidden_TD, weight_VD, targets_T
+
+
+@pytest.fixture(autouse=IS_INTERPRETED)
+def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test with the kernel of a GPU."""
+    monkeypatch.setattr(loss_kernel, "MOST_COLUMNS", 16)  # several blocks of columns, the last one in part
+    monkeypatch.setattr(loss, "_is_for_kernel", lambda logits_CV: logits_CV.dtype in loss_kernel.DTYPES)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(IS_INTERPRETED, reason="runs this file again")
+def test_a_gpus_kernel_computes_the_same() -> None:
+    """All tests of this file once more, in a process whose Triton interprets the kernel of a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 def plain(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -94,3 +118,38 @@ def test_all_targets_ignored() -> None:
     assert total == 0
     assert hidden_TD.grad is not None and not hidden_TD.grad.any()
     assert weight_VD.grad is not None and not weight_VD.grad.any()
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="of the kernel: torch's operations lose them with the loss")
+def test_a_nearly_certain_target_keeps_the_digits_of_its_gradient() -> None:
+    hidden_TD = torch.eye(2, 4, requires_grad=True)
+    weight_VD = torch.tensor([[15.0, 0.0, 0.0, 0.0], [0.0, 12.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    targets_T = torch.tensor([0, 1])
+    chunked_cross_entropy(hidden_TD, weight_VD, targets_T, 2)[0].backward()
+    exact_TD = hidden_TD.detach().double().requires_grad_()
+    functional.cross_entropy(exact_TD @ weight_VD.double().t(), targets_T, reduction="sum").backward()
+    assert hidden_TD.grad is not None and exact_TD.grad is not None
+    torch.testing.assert_close(hidden_TD.grad.double(), exact_TD.grad, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("logit", [float("nan"), float("inf")])
+def test_a_logit_that_is_no_number_shows_in_the_loss(logit: float) -> None:
+    hidden_TD, weight_VD, targets_T = make_inputs(torch.float32)
+    hidden_TD.data[3] = logit
+    total, losses_T = chunked_cross_entropy(hidden_TD, weight_VD, targets_T, 8)
+    assert total.isnan() and losses_T.isnan().nonzero().tolist() == [[3]]
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_a_chunk_suits_the_device_unless_it_is_given(default: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+
+    def note(logits_CV: Tensor, *_: object) -> Tensor:
+        rows.append(len(logits_CV))
+        return torch.zeros(len(logits_CV))
+
+    monkeypatch.setattr(loss, "_losses", note)
+    hidden_TD = torch.zeros(2500, 4)
+    targets_T, chunk = torch.zeros(2500, dtype=torch.int64), None if default else 2000
+    chunked_cross_entropy(hidden_TD, torch.zeros(8, 4), targets_T, chunk)
+    assert rows == ([1024, 1024, 452] if default else [2000, 500])

@@ -39,6 +39,7 @@ EDITABLE_KEYS = {
             "microbatch_sequences",
             "compile",
             "deterministic",
+            "loss_chunk_tokens",
         )
     ),
 }
