@@ -30,14 +30,14 @@ class Numerics:
     copies_weights: bool = False
     """Autocast keeps a bf16 copy of each fp32 matrix until the backward pass is done."""
     on_gpu: bool = False
-    """Documents are kept apart without a bias, and the loss computes a chunk's softmax at once."""
+    """No bias keeps documents apart, flash attention takes grouped heads, and the loss is one kernel."""
 
 
 CPU_FP32 = Numerics(FP32, FP32, FP32)
 CPU_BF16 = Numerics(FP32, FP32, BF16, copies_weights=True)
 """Autocast on a CPU with unsharded fp32 weights: the stream stays fp32."""
-GPU_BF16 = Numerics(BF16, FP32, BF16, on_gpu=True)
-"""FSDP2 casts a layer's inputs to bf16; autocast on CUDA computes norms in fp32."""
+GPU_BF16 = Numerics(BF16, BF16, BF16, on_gpu=True)
+"""FSDP2 casts a layer's inputs and the weights of its norms to bf16."""
 ONE_GPU_BF16 = Numerics(FP32, FP32, BF16, copies_weights=True, on_gpu=True)
 """Autocast on a GPU that holds the whole model in fp32."""
 
@@ -60,12 +60,13 @@ class Microbatch:
 
 
 def norm_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
-    """Bytes that one norm saves: its input and statistics; for RMSNorm, which is not fused, also its
-    normalised output.
+    """Bytes that one norm saves: its input and statistics; for RMSNorm, which is one kernel only on a GPU,
+    elsewhere also its normalised output.
     """
     D = model.d_model
     if model.norm is Norm.rmsnorm:
-        return batch.tokens * (D * numerics.norm_input + D * FP32 + FP32)
+        normalised = 0 if numerics.on_gpu else D * FP32
+        return batch.tokens * (D * numerics.norm_input + normalised + FP32)
     return batch.tokens * (D * numerics.norm_input + 2 * FP32)
 
 
@@ -77,9 +78,9 @@ def attention_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict
     if model.clip_qkv is not None:
         saved["before clipping"] = T * (D + 2 * G) * c
     saved["queries"] = T * D * c
-    # Only the kernels for documents read grouped keys and values as they are.
-    flex = numerics.on_gpu and batch.masked and model.position is Position.rope
-    saved["keys and values"] = 2 * T * (G if flex else D) * c
+    # Only a GPU's kernels read grouped keys and values as they are, and with a bias none does.
+    grouped = numerics.on_gpu and model.position is Position.rope
+    saved["keys and values"] = 2 * T * (G if grouped else D) * c
     saved["attention output"] = T * (D * c + model.n_heads * FP32)
     return saved
 

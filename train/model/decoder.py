@@ -6,7 +6,8 @@ Shapes: B batch, S sequence, T = B x S tokens, D model, F hidden, V vocabulary, 
 # ruff: noqa: N815  (shape suffixes)
 
 import dataclasses
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,24 @@ class DenseFfn(nn.Module):
         if self.gated:
             return self.w2(functional.silu(self.w1(x_BSD)) * self.v1(x_BSD)), None
         return self.w2(functional.gelu(self.w1(x_BSD))), None
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, without casts of its input and output on a GPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the normalised input."""
+        with _norm_casts(input, self.weight):
+            return super().forward(input)
+
+
+class RmsNorm(nn.RMSNorm):
+    """torch's, without casts of its input and output on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalised input."""
+        with _norm_casts(x, self.weight):
+            return super().forward(x)
 
 
 class NormAttentionNorm(nn.Module):
@@ -219,8 +238,19 @@ class Decoder(nn.Module):
 def make_norm(model: Model, device: Device) -> nn.Module:
     """Builds the recipe's normalisation over D, without bias."""
     if model.norm is Norm.rmsnorm:
-        return nn.RMSNorm(model.d_model, eps=model.norm_eps, device=device)
-    return nn.LayerNorm(model.d_model, eps=model.norm_eps, bias=False, device=device)
+        return RmsNorm(model.d_model, eps=model.norm_eps, device=device)
+    return LayerNorm(model.d_model, eps=model.norm_eps, bias=False, device=device)
+
+
+def _norm_casts(x: Tensor, weight: Tensor) -> AbstractContextManager[Any]:
+    """Returns a context in which a norm reads and writes the precision of its input and weight.
+
+    A kernel of a GPU computes a norm in fp32 whatever it reads. Autocast would cast its bf16 input to fp32
+    first, and keep that, and the next product would cast the output back: five times the bytes.
+    """
+    if x.is_cuda and x.dtype == weight.dtype:
+        return torch.autocast("cuda", enabled=False)
+    return nullcontext()
 
 
 def _project(
