@@ -104,6 +104,8 @@ class Finding:
     waiting: list[int]
     """Ranks that wait."""
     suspects: list[Suspect] = field(default_factory=list)
+    recorded: list[str] = field(default_factory=list)
+    """What the ranks' recorders of collectives show, on NCCL torch's flight recorder: a line per group."""
 
     @property
     def line(self) -> str:

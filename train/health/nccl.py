@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from train.health.snapshot import IssuedCollective, Snapshot
 
@@ -42,8 +43,11 @@ class NcclRecorder:
 
     def progress(self) -> int:
         """Returns the number of collectives enqueued, started and completed, over all groups."""
-        status: dict[str, dict[str, int]] = json.loads(nccl_trace(entries=False) or "{}").get("pg_status", {})
-        return sum(sum(counts.values()) for counts in status.values())
+        status: dict[str, dict[str, int | str]] = json.loads(nccl_trace(entries=False) or "{}").get(
+            "pg_status", {}
+        )
+        # torch 2.15 writes them as strings.
+        return sum(int(count) for counts in status.values() for count in counts.values())
 
     def snapshot(self) -> Snapshot:
         """Returns everything in the recorder."""
@@ -56,12 +60,30 @@ def nccl_trace(entries: bool = True) -> str:
     Args:
         entries: include the collectives, not only counts by group; this asks the GPU which are complete.
     """
-    # No version up to 2.15 has a public call; torch without NCCL lacks this one.
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+    # No version up to 2.15 has a public call; torch without NCCL lacks them.
+    calls, which = torch._C._distributed_c10d, {}
+    dump, name = getattr(calls, "_dump_nccl_trace_json", None), implementation()
+    if name not in ("", "nccl"):
+        dump, which = getattr(calls, "_dump_fr_trace_json", None), {"backend": name}
     if dump is None:
         return ""
-    text = dump(includeCollectives=entries, onlyActive=False)
+    text = dump(includeCollectives=entries, onlyActive=False, **which)
     return text.decode() if isinstance(text, bytes) else str(text)
+
+
+def implementation() -> str:
+    """Returns torch's name for what "nccl" is, each of which has its own recorder; empty if there is none.
+
+    torch 2.15 has a second implementation, `nccl2`, and takes it unless TORCH_DIST_USE_NCCL2 is 0.
+    """
+    if not dist.is_initialized():
+        return ""
+    group = dist.group.WORLD
+    assert group is not None
+    try:
+        return str(group._get_backend(torch.device("cuda")).name())
+    except RuntimeError:  # none for that device
+        return ""
 
 
 def read_trace(text: str) -> Snapshot:
@@ -93,7 +115,7 @@ def _collective(entry: dict[str, Any]) -> IssuedCollective:
     return IssuedCollective(
         group=entry["process_group"][0],
         number=entry["collective_seq_id"],
-        operation=entry["profiling_name"].removeprefix("nccl:"),
+        operation=entry["profiling_name"].partition(":")[2],
         size_bytes=max(sizes),
         since=entry["time_created_ns"] / 1e9,
     )

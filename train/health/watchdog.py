@@ -298,8 +298,9 @@ def thread_stacks() -> str:
 
 
 def log_finding(finding: Finding) -> None:
-    """Logs a finding with the stacks of its suspects."""
-    logger.error(finding.line, extra=log.ALL_RANKS)
+    """Logs a finding with what the recorders show and the stacks of its suspects."""
+    for line in (finding.line, *finding.recorded):
+        logger.error(line, extra=log.ALL_RANKS)
     for suspect in finding.suspects:
         stacks = f"stacks of rank {suspect.rank}:\n{suspect.stacks or '(not available)'}"
         logger.error(stacks, extra=log.ALL_RANKS)

@@ -224,3 +224,23 @@ def test_nobody_is_named_where_all_wait_in_the_same_collective() -> None:
     records = {rank: stuck(rank, {"all": 9}, ("all", 9, "allreduce")) for rank in range(4)}
     finding = diagnose(records, {}, set(), 0.0, 10.0)
     assert finding.suspects == [] and "network" in finding.line
+
+
+def test_a_rank_whose_host_is_less_far_ahead_is_not_accused() -> None:
+    """On NCCL hosts are ahead of their GPUs: here all GPUs are in number 5, which every rank has issued."""
+    records = {
+        rank: stuck(rank, {"all": last}, *(("all", number, "allreduce") for number in range(5, last + 1)))
+        for rank, last in enumerate((25, 20, 22, 21))
+    }
+    finding = diagnose(records, {}, set(), 0.0, 10.0)
+    assert finding.suspects == [] and "network" in finding.line
+    assert finding.recorded == [
+        "group all of ranks 0-3: allreduce of 8 bytes, number 5: ranks 0-3 wait; issued by all"
+    ]
+    # Rank 2 has come to number 4 only, which is complete.
+    records[2] = stuck(2, {"all": 4})
+    finding = diagnose(records, {}, set(), 0.0, 10.0)
+    assert [suspect.rank for suspect in finding.suspects] == [2]
+    assert finding.recorded == [
+        "group all of ranks 0-3: allreduce of 8 bytes, number 5: ranks 0-1, 3 wait; not issued by 2 (last: 4)"
+    ]
