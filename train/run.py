@@ -149,7 +149,7 @@ def train_to_end(opened: OpenedData, folder: Path, machine: Machine, resumed: Re
     """Trains from the checkpoint to the end under the watchdog, then writes summary and report."""
     recipe = opened.recipe
     with watched(recipe, folder, machine.topology) as watch:
-        model, optimizer = build_model(recipe, machine)
+        model, optimizer = build_model(recipe, machine, is_resumed=resumed.checkpoint is not None)
         watch.move("loading the checkpoint")
         load_weights(recipe, resumed, model, optimizer, machine.topology)
         watch.move("opening shards")
@@ -210,9 +210,18 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
     return Machine(topology, device_type, precision)
 
 
-def build_model(recipe: Recipe, machine: Machine) -> tuple[LanguageModel, Optimizer]:
-    """Builds model and optimizer on their device, sharded in the recipe's layout and initialised."""
+def build_model(
+    recipe: Recipe, machine: Machine, *, is_resumed: bool = False
+) -> tuple[LanguageModel, Optimizer]:
+    """Builds model and optimizer on their device, sharded in the recipe's layout and initialised.
+
+    Args:
+        recipe: the recipe.
+        machine: device, precision and ranks.
+        is_resumed: a checkpoint fills the weights, which are not drawn: a minute or more for a large model.
+    """
     training, topology = recipe.training, machine.topology
+    seed = None if is_resumed else recipe.seed
     decoder = Decoder(
         recipe.model,
         device="meta",
@@ -221,11 +230,11 @@ def build_model(recipe: Recipe, machine: Machine) -> tuple[LanguageModel, Optimi
     )
     if topology.world_size > 1:
         mesh = build_mesh(recipe.parallelism, topology.world_size, machine.device_type)
-        build_sharded(decoder, mesh, machine.precision, recipe.seed)
+        build_sharded(decoder, mesh, machine.precision, seed)
         outlast_watchdog(recipe)
     else:
         decoder.to_empty(device=machine.device_type)
-        initialize(decoder, recipe.model, recipe.seed)
+        initialize(decoder, recipe.model, seed)
     freeze(decoder, recipe.training.frozen)
     compile_decoder(decoder, training.compile, is_sharded=topology.world_size > 1)
     model = LanguageModel(decoder, recipe, machine.precision)

@@ -160,7 +160,7 @@ def _loading_mismatches(recipe: Recipe, layout: Layout, folder: Path) -> list[st
     expected = read_state(checkpoint)
 
     def work(topology: Topology) -> list[str]:
-        model, optimizer = build_model(recipe, Machine(topology, "cpu", Precision.fp32))
+        model, optimizer = build_model(recipe, Machine(topology, "cpu", Precision.fp32), is_resumed=True)
         load_checkpoint(checkpoint, model, optimizer, topology, replicas_of(model))
         model_state, optimizer_state = get_state_dict(model, optimizer)
         held = dict(_flatten({"model": model_state, "optimizer": optimizer_state}, ""))

@@ -75,10 +75,11 @@ def replicas_of(model: nn.Module) -> dist.ProcessGroup | None:
     return None
 
 
-def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int) -> None:
+def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int | None) -> None:
     """Shards a decoder on the meta device, then allocates and initialises each rank's shards.
 
-    No rank ever holds more than one full layer, and the initial weights depend only on the seed.
+    No rank ever holds more than one full layer, and the initial weights depend only on the seed; without one
+    the shards are left for a checkpoint to fill.
     """
     apply_torch_patches()
     moes = [module for module in decoder.modules() if isinstance(module, MoE)]

@@ -21,15 +21,20 @@ RESIDUAL_OUTPUTS = ("attn.out_proj.weight", "experts.mlp.w2", "ffn.w2.weight")
 """Projections into the residual stream, whose std is divided by sqrt(2 n_layers)."""
 
 
-def initialize(model: nn.Module, cfg: Model, seed: int) -> None:
+def initialize(model: nn.Module, cfg: Model, seed: int | None) -> None:
     """Fills every parameter and buffer of a decoder, sharded or not.
 
     Args:
         model: a :class:`train.model.decoder.Decoder` on a real device; of DTensors, local rows are filled.
         cfg: the recipe's model.
-        seed: the recipe's seed.
+        seed: the recipe's seed; None leaves the parameters as they are, for a checkpoint to fill.
     """
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            assert name.endswith("expert_bias"), name
+            buffer.zero_()
+        if seed is None:
+            return
         for name, parameter in model.named_parameters():
             first_row = 0
             if isinstance(parameter, DTensor):
@@ -39,9 +44,6 @@ def initialize(model: nn.Module, cfg: Model, seed: int) -> None:
                 first_row = offset[0] if offset else 0
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             fill_rows(name, local, first_row=first_row, total_rows=parameter.shape[0], cfg=cfg, seed=seed)
-        for name, buffer in model.named_buffers():
-            assert name.endswith("expert_bias"), name
-            buffer.zero_()
 
 
 def fill_rows(name: str, rows: Tensor, *, first_row: int, total_rows: int, cfg: Model, seed: int) -> None:
