@@ -46,8 +46,8 @@ launch             train.recipe train.record data train.preflight train launch.v
 launch.plan        train.recipe train.record train
 launch.restart     train.recipe train.record train.health
 launch.submit      train.recipe train.record train.health launch.restart
-launch.gpu_check   train.recipe train.record train.model train.layout train.step launch.plan
-                   launch.verify
+launch.gpu_check   train.recipe train.record train.model train.layout train.preflight train.step
+                   launch.plan launch.verify
 launch.verify      train.recipe train.record data data.text data.audit train.model train.layout
                    train.checkpoint train.health train.step train.hf train launch.restart
 launch.experiments train.recipe train.record data data.order data.shards data.text train.model

@@ -93,13 +93,21 @@ def parts() -> "dict[str, Callable[[], list[CheckRow]]]":
     from launch.gpu_check.attention import check_attention
     from launch.gpu_check.kernels import check_kernels
     from launch.gpu_check.numerics import check_numerics
+    from launch.gpu_check.rows import CheckRow
     from launch.gpu_check.step import check_step, gpu_of, slice_of
+    from train.preflight.node import check_compiler
     from train.recipe.reading import load_recipe
     from train.recipe.schema import Precision
 
     root = Path(__file__).resolve().parents[2]
     properties = torch.cuda.get_device_properties(0)
+    compiler = check_compiler()
+    if compiler.problem:
+        print(f"gpu-check: {compiler.problem}")
     return {
+        "compiler": lambda: [
+            CheckRow("compiler", "for Triton", compiler.found, compiler.wanted, not compiler.problem)
+        ],
         "kernels": lambda: check_kernels("cuda"),
         "attention": lambda: check_attention("cuda"),
         "numerics": lambda: check_numerics(

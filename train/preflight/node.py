@@ -2,7 +2,9 @@
 
 import itertools
 import os
+import shutil
 import subprocess
+import sysconfig
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -57,6 +59,7 @@ def check_node(limits: Preflight, opened: "OpenedData", run_folder: Path, gpus: 
             *check_gpus(_output(["nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader"]), gpus),
             check_nvlink(_output(["nvidia-smi", "nvlink", "--status"])),
             check_infiniband(Path("/sys/class/infiniband")),
+            check_compiler(),
         ]
     return checks
 
@@ -169,6 +172,22 @@ def check_nvlink(status: str) -> NodeCheck:
     problem = f"{len(down)} of {len(links)} links are down ({down[0]}); drain the node" if down else ""
     up = len(links) - len(down)
     return NodeCheck("NVLink", f"{up} links up", "none down", problem, up)
+
+
+def check_compiler() -> NodeCheck:
+    """Checks that Triton finds what it compiles the launchers of its kernels with: a C compiler and Python.h.
+
+    Without them a run on GPUs raises in its first step: experts, packed documents and loss use its kernels.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    # As Triton finds it: Debian's own scheme has another folder.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+    lacking = [] if compiler else ["a C compiler (install gcc, or name one in CC)"]
+    if not header.is_file():
+        lacking.append(f"{header} (install python3-dev, or use a Python that has it)")
+    problem = f"Triton needs {' and '.join(lacking)}; or use the image" if lacking else ""
+    return NodeCheck("compiler", compiler or "none", "a C compiler and Python.h", problem, -len(lacking))
 
 
 def check_infiniband(root: Path) -> NodeCheck:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sysconfig
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from train.preflight import links, together
 from train.preflight.links import _all_to_all, by_kind, find_slow, measure_collectives, rounds
 from train.preflight.node import (
     NodeCheck,
+    check_compiler,
     check_disk,
     check_gpus,
     check_infiniband,
@@ -246,3 +248,19 @@ def test_what_a_node_lacks_is_said(tmp_path: Path) -> None:
         (tmp_path / port).mkdir(parents=True)
         (tmp_path / port / "state").write_text(state)
     assert check_infiniband(tmp_path).problem.startswith("mlx5_1/1: down")
+
+
+def test_a_node_on_which_triton_could_compile_nothing_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "my-cc")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    assert check_compiler().found == "my-cc" and bool(check_compiler().problem) != header.is_file()
+    monkeypatch.delenv("CC")
+    assert "Triton needs a C compiler (install gcc" in check_compiler().problem
+    (tmp_path / "gcc").touch(mode=0o755)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert f"Triton needs {tmp_path}/Python.h (install python3-dev" in check_compiler().problem
+    (tmp_path / "Python.h").touch()
+    assert not check_compiler().problem and check_compiler().found == f"{tmp_path}/gcc"
