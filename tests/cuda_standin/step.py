@@ -12,15 +12,18 @@ import sys
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from launch.gpu_check.one_device import build_on_one_device
 from launch.gpu_check.step import _random_batch, _step
 from tests.cuda_standin import inside
+from train.hf.initial_weights import freeze
 from train.layout.device import add_in_fixed_order
+from train.layout.optim import build_optimizer
 from train.model import attention
 from train.model.experts import HAS_GROUPED_MM
 from train.recipe.reading import load_recipe
-from train.recipe.schema import Precision
+from train.recipe.schema import Compile, Precision
 
 
 def measure(path: str, overrides: list[str]) -> dict[str, Any]:
@@ -28,7 +31,10 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
     recipe = load_recipe(path, overrides)
     clip_norm, moe = recipe.training.clip_norm, recipe.model.moe
     assert moe is not None
+    counters.clear()
     model, optimizer = build_on_one_device(recipe, "cuda", Precision.bf16)
+    if freeze(model.decoder, recipe.training.frozen):
+        optimizer = build_optimizer(model, recipe.optimizer)
     batch = _random_batch(recipe, "cuda")
     inside.reset()
     _step(model, optimizer, batch, clip_norm)  # compiles, and makes the optimizer's state
@@ -41,10 +47,14 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
         "counts": inside.counts(),
         "waits": waits.places,
         "has_varlen": attention.has_varlen(),
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": dict(counters["graph_break"]),
         "modules": modules,
         "peak": torch.cuda.max_memory_allocated(),
     }
-    model.document_masking = attention.has_varlen()  # FlexAttention takes no dispatch mode.
+    if recipe.training.compile is not Compile.off:
+        return result  # Nothing that is compiled takes a dispatch mode.
+    model.document_masking = attention.has_varlen()  # FlexAttention neither
     with inside.Operations(moe.experts * recipe.model.ffn_hidden_size * recipe.model.d_model) as operations:
         _step(model, optimizer, batch, clip_norm)
     return result | {"on_cpu": operations.on_cpu, "large_copies": operations.large_copies}
