@@ -89,6 +89,8 @@ def load_checkpoint(
 ) -> Progress:
     """Loads model and optimizer in place, under this run's layout, and returns the progress.
 
+    The optimizer keeps its groups with their rates and decay, which are the recipe's.
+
     Of the ranks that hold the same shard, one reads it (:func:`writing_ranks`) and sends it to the others.
     Random-number states are restored by :func:`restore_random_states`, just before training continues.
 
@@ -105,6 +107,8 @@ def load_checkpoint(
         CheckpointError: on the ranks that could read, if others could not.
     """
     model_state, optimizer_state = get_state_dict(model, optimizer)
+    # Saved by place in a list, though a layout with sharded weights has a group more: they stay as they are.
+    groups = optimizer_state.pop("param_groups")
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     readers = writing_ranks(topology.world_size, replicas.size() if replicas is not None else 1)
     failure: BaseException | None = None
@@ -117,6 +121,7 @@ def load_checkpoint(
     if replicas is not None:
         (source,) = set(dist.get_process_group_ranks(replicas)) & set(readers)
         _send_state(state, source, replicas)
+    state["optimizer"]["param_groups"] = groups
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return read_progress(folder)
 

@@ -5,7 +5,6 @@ Each rank copies only the rows of its shard; from safetensors it reads no others
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,14 +116,7 @@ def restore_optimizer(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in having:
             raise UserError(f"{checkpoint}: has no optimizer state of {name}, which this run trains")
-    settings = [_settings(group) for group in optimizer.param_groups]
     load_checkpoint(checkpoint, model, optimizer, topology)
-    for group, before in zip(optimizer.param_groups, settings, strict=True):
-        group.update(before)
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _local_rows(target: Tensor) -> tuple[int, Tensor]:

@@ -70,6 +70,32 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         assert all(torch.equal(saved[k], loaded[k]) for k in saved)
 
 
+@pytest.mark.parametrize("joined", [True, False], ids=["fewer groups", "more groups"])
+def test_an_optimizer_of_other_groups_is_restored(tmp_path: Path, joined: bool) -> None:
+    """Layouts differ in their groups: routers are one of their own where all else is sharded."""
+
+    def trained(steps: int, is_joined: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(steps)
+        model = nn.Linear(5, 4)
+        parameters = list(model.parameters())
+        groups = [parameters] if is_joined else [[parameter] for parameter in parameters]
+        optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=0.1 * steps)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(3, 5)).square().sum().backward()
+            optimizer.step()
+        return model, optimizer
+
+    (model, optimizer), (other, other_optimizer) = trained(3, not joined), trained(1, joined)
+    load_checkpoint(_save_state(tmp_path, model, optimizer, 3), other, other_optimizer, ALONE)
+    for mine, loaded in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, loaded)
+        for name, value in optimizer.state[mine].items():
+            assert torch.equal(value, other_optimizer.state[loaded][name])
+    assert [group["lr"] for group in other_optimizer.param_groups] == [0.1] * (1 if joined else 2)
+    other_optimizer.step()
+
+
 def _truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 

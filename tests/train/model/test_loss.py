@@ -30,7 +30,7 @@ def make_inputs(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor,
 @pytest.fixture(autouse=IS_INTERPRETED)
 def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a test with the kernel of a GPU."""
-    monkeypatch.setattr(loss_kernel, "MOST_COLUMNS", 16)  # several blocks of columns, the last one in part
+    monkeypatch.setattr(loss_kernel, "MOST_COLUMNS", 32)  # a block of columns, and a part of one
     monkeypatch.setattr(loss, "_is_for_kernel", lambda logits_CV: logits_CV.dtype in loss_kernel.DTYPES)
 
 
