@@ -21,8 +21,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -39,6 +37,7 @@ from train.checkpoint.files import (
     random_states,
     writing_ranks,
 )
+from train.checkpoint.planning import SavePlanner
 from train.recipe.topology import Topology
 from train.record.files import sha256, write_whole
 
@@ -85,7 +84,7 @@ class CheckpointSaver:
             # Every rank calls it, as torch numbers groups; the others get no group.
             group = dist.new_group(self.writers, backend="gloo")
             self.group = group if isinstance(group, dist.ProcessGroup) and self.is_writer else None
-        self._planner = _Planner()
+        self._planner = SavePlanner()
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
@@ -242,48 +241,6 @@ class CheckpointSaver:
         if errors:
             raise CheckpointError(errors[0])
         return [result for result, _ in outcomes]
-
-
-class _Planner(dcp.DefaultSavePlanner):
-    """Plans once: while every rank's part of the plan stays the same, none is sent or made again.
-
-    Rank 0 would otherwise gather all plans, make one, and scatter its parts again in every save, in the
-    process that trains. torch's ``enable_plan_caching`` keeps its plans in the class: other models' savers in
-    the process and forked ranks would find them there.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sent: SavePlan | None = None
-        """This rank's own plan, as in the last save that all ranks planned."""
-        self._final: SavePlan | None = None
-        """What this rank writes: its part of the plan that was made of all of them."""
-        self._known: list[SavePlan] = []
-        """On the coordinator: the ranks' own plans."""
-        self._made: Metadata | None = None
-        """On the coordinator: the metadata of the plan that was made of them."""
-
-    def create_local_plan(self) -> SavePlan:
-        """Returns this rank's own plan, or an unusable one if it is the same as before."""
-        self._own = super().create_local_plan()
-        return SavePlan([], usable=False) if self._own == self._sent else self._own
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Makes the plan of all ranks' own, or returns unusable parts if none has changed."""
-        if self._made is not None and not any(plan.usable for plan in all_plans):
-            return all_plans, self._made
-        pairs = zip(all_plans, self._known or all_plans, strict=True)
-        self._known, self._made = [new if new.usable else known for new, known in pairs], None
-        # A copy, since torch 2.7 changes the list.
-        parts, self._made = super().create_global_plan(list(self._known))
-        return parts, self._made
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Returns what this rank writes, once all ranks have agreed on the plan."""
-        self._sent = self._own
-        self._final = new_plan if new_plan.usable else self._final
-        assert self._final is not None, "the first plan is sent"
-        return super().finish_plan(self._final)
 
 
 def _is_whole(folder: Path) -> bool:
