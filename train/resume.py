@@ -169,7 +169,7 @@ def load_weights(
     try:
         start = run_on_rank_0(topology, lambda: find_start(recipe))
         if start is not None:
-            start_from(start, recipe, model, optimizer, topology)
+            start_from(start, recipe, model, optimizer, topology, replicas_of(model))
             log_on_rank_0(topology, f"initial weights from {start}")
     except UserError as error:
         raise UserError(

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -40,7 +41,12 @@ def find_start(recipe: Recipe) -> Path | None:
 
 
 def start_from(
-    path: Path, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology
+    path: Path,
+    recipe: Recipe,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    topology: Topology,
+    replicas: dist.ProcessGroup | None = None,
 ) -> None:
     """Loads the initial weights and, if the recipe restores it, the optimizer state; every rank calls it.
 
@@ -50,10 +56,11 @@ def start_from(
         model: the trainer's model around a decoder; on its device, sharded, already initialised.
         optimizer: the model's optimizer, over the trained parameters.
         topology: this rank.
+        replicas: the ranks that hold the same shards as this one: one of them reads the optimizer state.
     """
     load_initial_weights(next(m for m in model.modules() if isinstance(m, Decoder)), path)
     if recipe.start.optimizer is OptimizerStart.restored:
-        restore_optimizer(path, model, optimizer, topology)
+        restore_optimizer(path, model, optimizer, topology, replicas)
 
 
 def load_initial_weights(decoder: Decoder, path: Path) -> WeightSource:
@@ -104,9 +111,20 @@ def freeze(decoder: Decoder, patterns: list[str]) -> int:
 
 
 def restore_optimizer(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    topology: Topology,
+    replicas: dist.ProcessGroup | None = None,
 ) -> None:
     """Loads model and optimizer state from another run's checkpoint, keeping this recipe's rates and decay.
+
+    Args:
+        checkpoint: the other run's.
+        model: as of :func:`start_from`.
+        optimizer: its optimizer.
+        topology: this rank.
+        replicas: the ranks that hold the same shards as this one, of which one reads them; None: each does.
 
     Raises:
         UserError: if the checkpoint lacks the optimizer state of a trained parameter.
@@ -116,7 +134,7 @@ def restore_optimizer(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in having:
             raise UserError(f"{checkpoint}: has no optimizer state of {name}, which this run trains")
-    load_checkpoint(checkpoint, model, optimizer, topology)
+    load_checkpoint(checkpoint, model, optimizer, topology, replicas)
 
 
 def _local_rows(target: Tensor) -> tuple[int, Tensor]:

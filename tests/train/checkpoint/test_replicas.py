@@ -25,6 +25,7 @@ from train.checkpoint.files import (
 )
 from train.checkpoint.reading import CheckpointReader
 from train.checkpoint.saver import CheckpointSaver
+from train.hf.initial_weights import restore_optimizer
 from train.layout.mesh import build_mesh, build_sharded, replicas_of
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
@@ -131,6 +132,25 @@ def test_a_shard_is_read_once_and_held_by_all_that_held_it(
     assert [rank for rank, (*_, names) in enumerate(after) if names] == readers
     shards = {f"__{place}_0.distcp" for place in range(len(readers))}
     assert {name for *_, names in after for name in names} == shards | {".metadata"}
+
+
+def test_a_restored_optimizer_is_read_once(tmp_path: Path) -> None:
+    layout, kind = LAYOUTS[1], OptimizerKind.adamw
+    before = run_ranks(4, lambda topology: _saved(tmp_path, layout, topology, kind))
+    folder = tmp_path / "batch-00000001"
+
+    def restore(topology: Topology) -> tuple[Any, ...]:
+        decoder, optimizer = _built(layout, topology, 2, kind)
+        with _opened(folder) as names:
+            restore_optimizer(folder, decoder, optimizer, topology, replicas_of(decoder))
+        return _held(decoder, optimizer), names
+
+    after = run_ranks(4, restore)
+    # Tensors alone: rates and decay are this recipe's.
+    tensors = [[value for value in held if isinstance(value, list)] for held, _ in before]
+    assert [[value for value in held if isinstance(value, list)] for held, _ in after] == tensors
+    readers = [rank for rank, (_, names) in enumerate(after) if set(names) - {".metadata"}]
+    assert layout.replicate > 1 and readers == writing_ranks(4, layout.replicate)
 
 
 def test_a_run_of_another_layout_reads_what_one_replica_wrote(tmp_path: Path) -> None:
