@@ -46,6 +46,8 @@ launch             train.recipe train.record data train.preflight train launch.v
 launch.plan        train.recipe train.record train
 launch.restart     train.recipe train.record train.health
 launch.submit      train.recipe train.record train.health launch.restart
+launch.rehearse    train.recipe train.record train.model train.layout train.checkpoint train.health
+                   train.step train.hf train launch.plan
 launch.gpu_check   train.recipe train.record train.model train.layout train.preflight train.step
                    launch.plan launch.verify
 launch.verify      train.recipe train.record data data.text data.audit train.model train.layout
