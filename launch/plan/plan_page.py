@@ -112,10 +112,10 @@ def _memory_bars(plan: Plan) -> Drawing:
 
 
 def _timeline(plan: Plan) -> Drawing:
-    """Draws the first microbatches and the optimizer step, by kind of work."""
-    forward, backward, optimizer = plan.parts
+    """Draws the first microbatches, sums over ranks and the optimizer step, by kind of work."""
+    forward, backward, *once = plan.parts
     shown = min(plan.microbatches, SHOWN_MICROBATCHES)
-    drawn = [part for _ in range(shown) for part in (forward, backward)] + [optimizer]
+    drawn = [part for _ in range(shown) for part in (forward, backward)] + once
     scale = (WIDTH - LEFT) / sum(part.seconds.total for part in drawn)
     names = [*KINDS, *HIDDEN]
     tops = [20 + row * (BAR + GAP) for row in range(len(names))]

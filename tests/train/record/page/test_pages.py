@@ -24,6 +24,7 @@ from launch.plan.plan_page import plan_page
 from launch.plan.step import make_plan
 from tests.train.report.test_report import SUMMARY
 from train.recipe.reading import load_recipe
+from train.recipe.schema import Parallelism, Precision
 from train.record import metrics
 from train.record.evaluations import BITS, HARNESS, RETRIEVAL, SUITE, add_result
 from train.record.page.rendering import ROOT, numeric_columns, render
@@ -185,8 +186,9 @@ def hostile_gate(folder: Path) -> str:
     from launch.verify.case_run import CaseOutcome, Deviation
     from launch.verify.parity_report import write_html
 
+    recipe = SimpleNamespace(parallelism=Parallelism())
     case: Any = SimpleNamespace(
-        layout=NAME, input=SimpleNamespace(name=NAME), precision=SimpleNamespace(value=NAME)
+        layout=NAME, input=SimpleNamespace(name=NAME), precision=Precision.fp32, recipe=recipe
     )
     outcomes = [
         CaseOutcome(
