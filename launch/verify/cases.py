@@ -15,6 +15,7 @@ from launch.verify.bounds import LEAST_EPS
 from train.model.loss import IGNORE
 from train.recipe.curriculum import plan_stages
 from train.recipe.schema import (
+    Balance,
     BalanceScope,
     Compile,
     OptimizerKind,
@@ -69,6 +70,9 @@ class GateInput:
     The last two sequences have no targets: with four ranks, the last rank has no loss at all."""
     crowded: bool = False
     """Top-1, and one expert takes every token."""
+    against_whole: bool = False
+    """The reference takes the global batch at once: nothing may depend on how a batch is split. The balance
+    loss, which may, is over the global batch here. Only fp32, since rounding depends on it too."""
     compiled: bool = False
     """With torch.compile; the reference is not compiled. Minutes per layout: only for a recipe with
     `training.compile`, or by name. Only fp32: in bf16 a fused kernel rounds once where single passes round
@@ -78,6 +82,7 @@ class GateInput:
 INPUTS = (
     GateInput("plain", "documents of unequal lengths, one microbatch per rank"),
     GateInput("accumulated", "the same, one sequence per microbatch", is_accumulated=True),
+    GateInput("split", "the same, against the whole batch at once", is_accumulated=True, against_whole=True),
     GateInput(
         "recomputed",
         "the same with activation checkpointing and the other optimizer",
@@ -142,7 +147,9 @@ def cases(
         if (names and each.name not in names) or (each.crowded and small.model.moe is None):
             continue
         is_asked_for = names or recipe.training.compile is not Compile.off
-        if each.compiled and (precision is Precision.bf16 or not is_asked_for):
+        if each.compiled and not is_asked_for:
+            continue
+        if (each.compiled or each.against_whole) and precision is Precision.bf16:
             continue
         if precision is Precision.bf16:
             worlds = tuple(world for world in worlds if world > 1)
@@ -184,6 +191,8 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
     if each.crowded:
         assert model.moe is not None
         model = replace(model, moe=replace(model.moe, top_k=1))
+    if each.against_whole and model.moe is not None and model.moe.balance is Balance.loss:
+        model = replace(model, moe=replace(model.moe, balance_scope=BalanceScope.global_batch))
     recipe = replace(
         small,
         model=model,
@@ -198,6 +207,8 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
     )
     recipe = with_microbatch(recipe, microbatch)
     rows, together = _grouping(recipe, layout, microbatch, share)
+    if each.against_whole:
+        rows, together = tuple(range(SEQUENCES)), SEQUENCES
     if precision is Precision.bf16:
         # Gradients are rounded once per microbatch: the reference must have as many as the layout.
         return Case(layout, each, recipe, rows, microbatch, together // microbatch, precision)

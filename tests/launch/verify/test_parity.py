@@ -15,11 +15,15 @@ from launch.verify.faults import FAULTS
 from launch.verify.forked_ranks import RankError
 from launch.verify.parity import ParityCheck, with_global_scope
 from train.layout.torch_patches import TorchVersions
+from train.model import router
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import Precision
 from train.recipe.topology import Topology
+from train.step import microbatch
+from train.step.language_model import LanguageModel
+from train.step.microbatch import Batch
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +79,40 @@ def test_a_recomputation_that_rounds_otherwise_is_seen_only_in_bf16(
         return
     with pytest.raises(RankError, match="recomputed metadata"):
         run_case(case, seed, file, fault.inject)
+
+
+def _average_over_own_targets(self: LanguageModel, outputs: Any, batch: Batch) -> dict[str, torch.Tensor]:
+    """The fault of gradient accumulation: a microbatch's loss is the mean over its own targets."""
+    positions = outputs.loss_sum * (batch["targets"].numel() - len(batch["targets"]))
+    return _loss(self, outputs._replace(loss_sum=positions / outputs.target_tokens.clamp(min=1)), batch)
+
+
+_loss = LanguageModel.loss
+
+
+def _noise_by_place(key: torch.Tensor, positions: torch.Tensor) -> router.Jitter:
+    return router.Jitter(key, torch.arange(len(positions)))
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "fault"),
+    [
+        (LanguageModel, "loss", _average_over_own_targets),
+        (microbatch, "Jitter", _noise_by_place),
+    ],
+)
+def test_what_depends_on_the_split_is_seen_though_the_reference_does_too(
+    target: Any, name: str, fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault in the source, which is that of the reference too."""
+    recipe = load_recipe(YAMLS / "smoke.yaml", ["model.moe.jitter_eps=0.05"])
+    layout = Layout(1, 2, 1)
+    for is_faulty in (False, True):
+        if is_faulty:
+            monkeypatch.setattr(target, name, fault)
+        case, file = find_case(recipe, layout, "split"), tmp_path / "reference.pt"
+        outcome = CaseOutcome(case, run_case(case, make_reference(case, file), file))
+        assert outcome.has_passed != is_faulty, outcome.deviations
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
