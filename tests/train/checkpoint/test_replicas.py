@@ -53,7 +53,7 @@ def _built(
 ) -> tuple[Decoder, torch.optim.Optimizer]:
     decoder = Decoder(CFG, device="meta")
     build_sharded(decoder, build_mesh(layout, topology.world_size, "cpu"), Precision.fp32, seed)
-    return decoder, build_optimizer(decoder, Optimizer(kind=kind, learning_rate=0.01 * seed))
+    return decoder, build_optimizer(decoder, Optimizer(kind=kind, learning_rate=0.01))
 
 
 def _step(decoder: Decoder, optimizer: torch.optim.Optimizer) -> float:
