@@ -75,6 +75,7 @@ def test_ids_that_mean_nothing_decode_to_a_mark(cl100k: TokenizerHandle):
     assert cl100k.decode([64, 100_270, cl100k.eos_id, 100_351]) == "a\ufffd<|endoftext|>\ufffd"
 
 
+@pytest.mark.slow
 def test_hugging_face_form_is_equal(handle: TokenizerHandle, tmp_path: Path):
     from transformers import AutoTokenizer
 

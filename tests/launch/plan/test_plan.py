@@ -111,6 +111,7 @@ def test_mistakes_take_one_line(
     assert line in error
 
 
+@pytest.mark.slow
 def test_an_impossible_plan_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(YAMLS / "dbrx.yaml"), "training.activation_checkpointing=false", "--gpus", "3072"]
     assert plan.main(arguments) == plan.DOES_NOT_FIT_STATUS
@@ -139,6 +140,7 @@ def test_rows_that_fsdp_cannot_split_evenly_are_refused() -> None:
         make_plan(uneven, 132, H100)
 
 
+@pytest.mark.slow
 def test_search_ranks_what_fits_by_speed() -> None:
     plans = search(recipe("dbrx-moe-a"), 64, H100)
     assert all(found.fits for found in plans)
@@ -219,6 +221,7 @@ def test_each_step_shape_is_planned_as_a_run_of_its_own() -> None:
     assert sum(plan.shape.batches for plan in plan_of_run.step_shapes) == sizes.batches(whole)
 
 
+@pytest.mark.slow
 def test_a_run_fits_only_if_its_longest_phase_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

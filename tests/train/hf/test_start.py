@@ -154,6 +154,7 @@ def test_weights_with_another_tokenizer_are_refused(
         check_start(recipe, "x.yaml")
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_dbrx_is_recognised(parent: Recipe, tmp_path: Path) -> None:
     write_model(tmp_path / "model.yaml", parent.model)
     recipe = replace(_from(parent, tmp_path), tokenizer=Tokenizer())

@@ -21,6 +21,7 @@ def names(requirements: list[str]) -> set[str]:
     return {Requirement(each).name.lower().replace("_", "-") for each in requirements}
 
 
+@pytest.mark.slow
 def test_what_may_be_left_out_is_not_in_the_core() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     core = names(project["project"]["dependencies"])
