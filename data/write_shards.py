@@ -202,8 +202,8 @@ def describe(manifest: Manifest, root: Path) -> str:
 
 
 def _as_user_error(error: OSError, place: Placement) -> OSError | UserError:
-    """What a full, read-only or failing disk means for a build; other errors are returned as they are."""
-    again = "the same command goes on where it stopped"
+    """The error of a build on a full, read-only or failing disk; other errors are returned as they are."""
+    again = "the same command continues where it stopped"
     if error.errno in _FULL:
         what = f"no room is left for {error.filename or place.work} ({error.strerror})"
         return UserError(what, key=KEY, remedy=f"make room, or give a folder on another disk; {again}")

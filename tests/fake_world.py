@@ -10,7 +10,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from train.layout import mesh
 from train.model.decoder import Decoder
-from train.recipe.schema import Model, Parallelism, Precision
+from train.recipe.schema import Model, Moe, Parallelism, Precision
+
+CFG = Model(
+    d_model=16,
+    n_layers=1,
+    n_heads=2,
+    n_kv_heads=1,
+    ffn_hidden_size=24,
+    vocab_size=33,
+    max_sequence_tokens=8,
+    moe=Moe(experts=8, top_k=2),
+)
+"""A model whose experts several ranks can share."""
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def set_unsaved_aside(recipe: Recipe, folder: Path) -> None:
 
     Raises:
         UserError: if it once had a checkpoint: a file system may not be mounted, and the run must not begin
-            anew because of that.
+            again because of that.
     """
     trained = max((steps[-1][STEP] for name in RECORDS if (steps := read_steps(folder / name))), default=0)
     saved, every = last_saved(folder) or 0, recipe.checkpoint.interval_batches
@@ -112,7 +112,7 @@ def set_unsaved_aside(recipe: Recipe, folder: Path) -> None:
         raise UserError(
             f"{folder} has trained {max(trained, saved)} batches, but {root} has no complete checkpoint",
             key="name",
-            remedy="bring the checkpoints back (is a file system not mounted?), or begin anew under another "
+            remedy="bring the checkpoints back (is a file system not mounted?), or begin again under another "
             "name",
         )
     number = 1

@@ -1,4 +1,4 @@
-"""What of the sources is not in the shards: which files and sources lost most or all of their records.
+"""Losses between sources and shards: which files and sources lost most or all of their records.
 
 Every record is listed in ``rejected.jsonl``, but a file counts there as one line, however large it is, and
 nobody reads a million lines. So a source of which nothing can be read is refused, and the rest is summarised

@@ -126,7 +126,7 @@ class Placement:
         return holder / f".{self.folder.name}.{what}"
 
     def _children(self) -> list[Path]:
-        """What the folder holds, without what belongs to building or to the disk."""
+        """The folder's contents, without those that belong to building or to the disk."""
         ours = {self._hidden(what).name for what in ("partial", "lock", "leaving", "old")} | {_OF_THE_DISK}
         return [child for child in self.folder.iterdir() if child.name not in ours]
 

@@ -159,6 +159,7 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
     loss = loss_bytes(model, batch, numerics, chunk)
     whole = _Whole.of(model, layout, world_size, numerics.compute)
     stays = whole.layer * layout.gathered_layers
+    above = max(0, stays - 2 * whole.layer)  # two are at hand in the backward pass anyway
     head_gradient = loss.weight_gradient * numerics.compute // FP32
     exchanged = 0
     if model.moe and layout.expert > 1:
@@ -172,7 +173,7 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
         _Moment(
             kept + norm_bytes(model, batch, numerics), loss.total, whole.outside + stays, 0, kept_gradients
         ),
-        _Moment(kept + in_layer, head_gradient, gathered + stays, exchanged, kept_gradients),
+        _Moment(kept + in_layer, head_gradient, gathered + above, exchanged, kept_gradients),
         _Moment(kept - above_first + in_layer, head_gradient, gathered, exchanged, all_gradients),
         _Moment(stream, 0, whole.outside * (2 + FP32 // numerics.compute), 0, all_gradients),
     ]

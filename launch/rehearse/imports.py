@@ -1,4 +1,4 @@
-"""What a rank imports before it does anything: seconds, and files that thousands of ranks open at once.
+"""A rank's imports at its start: seconds, and files that thousands of ranks open at once.
 
 For a process of its own, which has imported nothing yet.
 """

@@ -1,4 +1,4 @@
-"""What a rehearsal found, beside the limits of the cluster."""
+"""A rehearsal's figures, next to the limits of the cluster."""
 
 import math
 from collections import Counter
@@ -25,7 +25,7 @@ PLANNING_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the nodes allow."""
+    """Limits of the nodes."""
 
     open_files: float
     """The hard limit of each process; infinite: none."""
@@ -82,7 +82,7 @@ def figures(
 
 
 def format_figures(found: list[Figure]) -> str:
-    """Formats all figures as a table: a line for each, a column for each rank, the job's beside rank 0's."""
+    """Formats all figures as a table: a line for each, a column for each rank, the job's in rank 0's."""
     ranks = sorted({figure.rank for figure in found if figure.rank is not None})
     lines: dict[str, dict[int, Figure]] = {}
     for figure in found:

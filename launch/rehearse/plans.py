@@ -33,7 +33,7 @@ MOST_ITEMS, MOST_PAIRS = 400_000, 30_000_000
 
 @dataclass(frozen=True)
 class Planning:
-    """What planning a first save takes; a later one sends no plan unless the state has changed its form."""
+    """Costs of planning a first save; a later one sends no plan unless the state has changed its form."""
 
     writers: int
     items: int

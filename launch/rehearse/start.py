@@ -33,14 +33,14 @@ from train.step.microbatch import MicrobatchModel
 
 @dataclass
 class Start:
-    """What the start of a rank took on this machine."""
+    """Costs of a rank's start on this machine."""
 
     rank: int
     seconds: dict[str, float] = field(default_factory=dict)
     """By part of the start."""
     groups: list[AskedGroup] = field(default_factory=list)
     store: Requests = field(default_factory=Requests)
-    """What this rank's Python asked of the store; backends' requests are not among it."""
+    """Requests of this rank's Python to the store, without those of the backends."""
     shard_bytes: int = 0
     """Weights and optimizer state of this rank."""
     process_bytes: int = 0

@@ -32,7 +32,7 @@ HEAD, FFN, VOCABULARY = 16, 128, 512
 
 @dataclass(frozen=True)
 class Step:
-    """What rank 0 does in a step of the whole model."""
+    """Rank 0's collectives in a step of the whole model."""
 
     collectives: dict[Kind, int]
     seconds: float

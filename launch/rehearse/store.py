@@ -1,4 +1,4 @@
-"""What a start asks of rank 0's store: requests, counted and in closed form, and how fast a store answers.
+"""Rank 0's store at a start: requests, counted and in closed form, and how fast a store answers.
 
 A group's constructor reads the keys of all its ranks from one TCPStore, which rank 0 serves on one thread: at
 thousands of ranks this decides how long a start takes.
@@ -41,7 +41,7 @@ class Requests:
 
 @dataclass(frozen=True)
 class StoreSpeed:
-    """What one TCPStore serves."""
+    """Requests that one TCPStore serves, and in which time."""
 
     calls_per_second: float
     """Of small values."""

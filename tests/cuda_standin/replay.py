@@ -1,4 +1,4 @@
-"""The time of a step that was recorded on the stand-in: what ran beside what, and what nothing hid.
+"""The time of a step that was recorded on the stand-in: what ran at the same time, and what nothing hid.
 
 The order of calls, their streams, events and the host's waits are as recorded. Durations are a model:
 products, attention and passes over memory at the rates that were measured on an H100 (docs/gpu.md),

@@ -1,4 +1,4 @@
-"""What each rank writes of a checkpoint, agreed on by all that write."""
+"""The plan of a save: each rank's part of a checkpoint, agreed on by all that write."""
 
 import dataclasses
 from typing import Any
@@ -23,7 +23,7 @@ class SavePlanner(dcp.DefaultSavePlanner):
         self._sent: SavePlan | None = None
         """This rank's own plan, as in the last save that all ranks planned."""
         self._final: SavePlan | None = None
-        """What this rank writes: its part of the plan that was made of all of them."""
+        """This rank's part of the plan that was made of all of them."""
         self._known: list[SavePlan] = []
         """On the coordinator: the ranks' own plans."""
         self._made: Metadata | None = None

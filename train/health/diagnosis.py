@@ -118,7 +118,7 @@ def _oldest_by_group(record: Stuck) -> list[dict[str, Any]]:
 
 
 def _recorded(stuck: Mapping[int, Stuck]) -> list[str]:
-    """What the ranks' recorders show: a line for each group that is waited in, the longest wait first."""
+    """The ranks' collectives: a line for each group that is waited in, the longest wait first."""
     waits: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for rank, record in sorted(stuck.items()):
         for each in _oldest_by_group(record):

@@ -105,7 +105,7 @@ class Finding:
     """Ranks that wait."""
     suspects: list[Suspect] = field(default_factory=list)
     recorded: list[str] = field(default_factory=list)
-    """What the ranks' recorders of collectives show, on NCCL torch's flight recorder: a line per group."""
+    """Each group's collective in a line, from the ranks' recorders; on NCCL torch's flight recorder."""
 
     @property
     def line(self) -> str:

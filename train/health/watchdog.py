@@ -58,7 +58,7 @@ STACK_SECONDS = 1.0
 
 
 class Turn(Enum):
-    """Who looks at all ranks' records, in order; the next ones only if there is no finding."""
+    """The ranks that look at all ranks' records, in order; the next ones only if there is no finding."""
 
     rank_0 = 0
     first_of_a_node = 1

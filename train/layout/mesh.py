@@ -120,15 +120,15 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int 
 def gather_ahead(decoder: nn.Module) -> None:
     """Makes FSDP2 gather each layer's weights while the layer before it computes, in both directions.
 
-    By itself FSDP2 gathers a unit's weights when the unit before it has its own: the experts' gather, nearly
-    all of a layer's traffic, would run beside only the attention. Forward gathers are asked for by layers and
-    not by experts: recomputation runs an expert's forward hooks again, in the middle of the backward pass,
-    where its own next layer is done; a layer's it skips.
+    By itself FSDP2 gathers a unit's weights when the unit before it has its own: only the attention would
+    hide the experts' gather, nearly all of a layer's traffic. Forward gathers are asked for by layers and not
+    by experts: recomputation runs an expert's forward hooks again, in the middle of the backward pass, where
+    its own next layer is done; a layer's it skips.
     """
     layers = [_units(module) for module in decoder.modules() if isinstance(module, Block)]
     assert isinstance(decoder, FSDPModule)
     # Else a unit's gradients would not be summed before those of the unit before it are: the experts' sum, of
-    # all traffic in the backward pass the most, would run beside only the attention. From torch 2.15 on.
+    # all traffic in the backward pass the most, would be hidden by the attention only. From torch 2.15 on.
     in_flight = getattr(decoder, "set_reduce_scatter_max_input_buffers", None)
     if in_flight is not None:
         in_flight(sizes.REDUCTIONS_IN_FLIGHT)

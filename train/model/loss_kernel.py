@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What the kernel takes; it computes in fp32."""
+"""Types of logits that the kernel takes; it computes in fp32."""
 MOST_COLUMNS = 8192
 """Columns that a program has in registers: 16 for each of its threads."""
 WARPS = 16

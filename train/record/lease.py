@@ -98,7 +98,7 @@ class Lease:
                 _write(self.file, self.holder)
                 has_warned = False
             except OSError as error:
-                # The disk may be full: training goes on, and whoever comes next may take the folder over.
+                # The disk may be full: training continues, and whoever comes next may take the folder over.
                 if not has_warned:
                     logger.warning(f"{self.file}: NOT renewed ({error.strerror}); training continues")
                 has_warned = True

@@ -113,7 +113,7 @@ def keep_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def note_saved(folder: Path, batch: int) -> None:
-    """Notes beside the checkpoints that there is one of this batch, so that their loss is noticed."""
+    """Notes in the run's folder that there is a checkpoint of this batch, so that their loss is noticed."""
     write_json(folder / SAVED_FILE, {"batch": batch})
 
 

@@ -340,7 +340,7 @@ HOSTILE = (
     "-oProxyCommand=x",
     "a\\b",
 )
-"""What a shell, a scheduler or a remote shell would take for more than a word."""
+"""Text that a shell, a scheduler or a remote shell would take for more than a word."""
 
 
 @pytest.mark.parametrize(

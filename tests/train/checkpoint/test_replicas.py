@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 
 from launch.verify.forked_ranks import run_ranks
-from tests.fake_world import whole
+from tests.fake_world import CFG, whole
 from train.checkpoint.files import (
     CheckpointError,
     Progress,
@@ -30,21 +30,11 @@ from train.layout.mesh import build_mesh, build_sharded, replicas_of
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
 from train.recipe.errors import UserError
-from train.recipe.schema import Model, Moe, Optimizer, OptimizerKind, Parallelism, Precision
+from train.recipe.schema import Optimizer, OptimizerKind, Parallelism, Precision
 from train.recipe.topology import Topology
 
 pytestmark = pytest.mark.slow
 
-CFG = Model(
-    d_model=16,
-    n_layers=1,
-    n_heads=2,
-    n_kv_heads=1,
-    ffn_hidden_size=24,
-    vocab_size=33,
-    max_sequence_tokens=8,
-    moe=Moe(experts=8, top_k=2),
-)
 LAYOUTS = [Parallelism(replicate=2), Parallelism(replicate=2, expert=2), Parallelism(replicate=4)]
 
 
@@ -146,7 +136,7 @@ def test_a_restored_optimizer_is_read_once(tmp_path: Path) -> None:
         return _held(decoder, optimizer), names
 
     after = run_ranks(4, restore)
-    # Tensors alone: rates and decay are this recipe's.
+    # Only tensors: rates and decay are this recipe's.
     tensors = [[value for value in held if isinstance(value, list)] for held, _ in before]
     assert [[value for value in held if isinstance(value, list)] for held, _ in after] == tensors
     readers = [rank for rank, (_, names) in enumerate(after) if set(names) - {".metadata"}]

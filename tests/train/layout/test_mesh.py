@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from launch.verify.forked_ranks import RankError, Ranks, run_ranks
-from tests.fake_world import local, sharded, whole
+from tests.fake_world import CFG, local, sharded, whole
 from train.checkpoint.files import (
     Progress,
     check_checkpoint,
@@ -34,23 +34,13 @@ from train.model.decoder import Decoder, DecoderOutput
 from train.model.init import initialize
 from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
-from train.recipe.schema import Checkpoint, Model, Moe, Optimizer, Parallelism, Precision
+from train.recipe.schema import Checkpoint, Moe, Optimizer, Parallelism, Precision
 from train.recipe.topology import Topology
 from train.step.batch_sums import BatchSums
 from train.step.checkpointing import Checkpointing
 
 pytestmark = pytest.mark.slow
 
-CFG = Model(
-    d_model=16,
-    n_layers=1,
-    n_heads=2,
-    n_kv_heads=1,
-    ffn_hidden_size=24,
-    vocab_size=33,
-    max_sequence_tokens=8,
-    moe=Moe(experts=8, top_k=2),
-)
 LAYOUT = Parallelism(replicate=2, expert=2)
 CFG_LARGE = replace(CFG, d_model=128, vocab_size=256, moe=Moe(experts=16, top_k=2))
 

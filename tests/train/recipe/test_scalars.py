@@ -1,4 +1,4 @@
-"""What a value means is decided by its key's type, in files and on the command line."""
+"""A key's type decides what a value means, in files and on the command line."""
 
 from pathlib import Path
 from typing import Any
