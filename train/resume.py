@@ -1,5 +1,6 @@
 """Resume: the newest valid checkpoint, the remaining stages, and checks against what was already read."""
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,24 +11,28 @@ from data.order.epoch_budget import require_epoch_budget
 from train.checkpoint.files import (
     ASIDE,
     Progress,
-    batches_of,
     load_checkpoint,
     newest_whole_checkpoint,
     read_progress,
     set_aside,
 )
-from train.hf.initial_weights import find_start, start_from
+from train.hf.initial_weights import find_start, require_moments, start_from
 from train.layout.mesh import replicas_of
 from train.layout.ranks import log_on_rank_0, run_on_rank_0
 from train.recipe.curriculum import Curriculum, continue_stages, from_json, plan_stages
 from train.recipe.errors import UserError
+from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
+from train.record.changes import Change, add_change, differences, keys_of
 from train.record.log import progress as progress_log
 from train.record.run_folder import (
     CHECKPOINTS_FOLDER,
     DATA_LOG_FILE,
     METRICS_FILE,
+    RECIPE_FILE,
+    batches_of,
+    keep_data,
     keep_recipe,
     last_saved,
     note_saved,
@@ -129,7 +134,7 @@ def set_unsaved_aside(recipe: Recipe, folder: Path) -> None:
 
 
 def accept(opened: OpenedData, folder: Path, curriculum: Curriculum) -> None:
-    """Checks the recipe and shards that the run continues with, and records them in its folder.
+    """Checks the recipe and shards that the run continues with; nothing is written yet, see :func:`keep`.
 
     Args:
         opened: the data of the current recipe.
@@ -140,13 +145,37 @@ def accept(opened: OpenedData, folder: Path, curriculum: Curriculum) -> None:
         UserError: if a domain is exhausted too early, or the shards differ from those read before.
     """
     require_epoch_budget(opened.recipe, curriculum, opened.plan(curriculum))
-    splits = {
+    require_same_data(folder, data_digests(opened))
+
+
+def keep(recipe: Recipe, folder: Path, digests: dict[str, str], progress: Progress) -> None:
+    """Records in the run's folder what it continues with, once nothing can refuse it any more.
+
+    The recipe comes last: whatever ends this in between, the next start finds the former recipe or this one.
+
+    Args:
+        recipe: the recipe that the run continues with.
+        folder: the run's folder.
+        digests: of the shards, see :func:`data_digests`.
+        progress: of the checkpoint.
+    """
+    keep_data(folder, digests)
+    if progress.batch:
+        keys = differences(keys_of(load_recipe(folder / RECIPE_FILE)), keys_of(recipe))
+        if keys:
+            now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+            place = progress.batch, progress.tokens
+            add_change(folder, Change(*place, now, recipe.name, "", tuple(keys)))
+    keep_recipe(recipe, folder)
+
+
+def data_digests(opened: OpenedData) -> dict[str, str]:
+    """Returns the digests of the shards that a run reads, by domain and split."""
+    return {
         f"{domain}/{split}": record.index_sha256
         for domain in opened.validated_domains
         for split, record in opened.manifest.domains[domain].splits.items()
     }
-    require_same_data(folder, splits)
-    keep_recipe(opened.recipe, folder)
 
 
 def drop_after(folder: Path, batch: int) -> None:
@@ -163,6 +192,9 @@ def load_weights(
 ) -> None:
     """Loads the run's checkpoint or, if it has none, the weights of `start.weights`."""
     if resumed.checkpoint is not None:
+        checkpoint = resumed.checkpoint
+        if recipe.start.run is not None:
+            run_on_rank_0(topology, lambda: require_moments(checkpoint, model))
         load_checkpoint(resumed.checkpoint, model, optimizer, topology, replicas_of(model))
         log_on_rank_0(topology, f"resumed from {resumed.checkpoint}, {resumed.progress.tokens:,} tokens")
         return

@@ -22,6 +22,7 @@ from train.evaluate.in_training import SuiteEvaluation
 from train.evaluate.scorer import Scorer
 from train.evaluate.suite import load_suite
 from train.evaluate.tasks import hugging_face_tokenizer
+from train.fork import fork_if_new
 from train.generate.generation import OwnText
 from train.generate.sample_text import write_sample
 from train.health.descriptors import raise_descriptor_limit
@@ -51,6 +52,7 @@ from train.recipe.phases import domains_of
 from train.recipe.schema import Precision, Recipe
 from train.recipe.topology import Topology
 from train.record import provenance
+from train.record.changes import fork_of, read_changes
 from train.record.console import Console
 from train.record.expert_load import ExpertLoad
 from train.record.lease import EXPIRY_SECONDS, GRACE_SECONDS, release
@@ -64,7 +66,7 @@ from train.record.run_tracker import RunTracker
 from train.record.summary import DatasetInput, Summary, write_summary
 from train.record.throughput import Throughput
 from train.report.run_page import write_report
-from train.resume import Resumed, accept, drop_after, find_checkpoint, load_weights
+from train.resume import Resumed, accept, data_digests, drop_after, find_checkpoint, keep, load_weights
 from train.step.alarms import Alarms, NotFiniteError
 from train.step.checkpointing import Checkpointing
 from train.step.data_log import DataLog, Domain
@@ -98,7 +100,10 @@ def run(recipe: Recipe, topology: Topology) -> int:
     claim = run_on_rank_0(topology, lambda: claim_run_folder(recipe, grace))
     try:
         if claim.is_complete:
-            line = f"{claim.folder} is complete; on_existing=new or overwrite would train again"
+            line = (
+                f"{claim.folder} is complete; on_existing=new trains another run, and "
+                f"name=NEW start.run={claim.folder} continues it in another"
+            )
             log_on_rank_0(topology, line)
             return 0
         return run_claimed(claim.recipe, claim.folder, machine)
@@ -119,14 +124,13 @@ def run_claimed(recipe: Recipe, folder: Path, machine: Machine) -> int:
     quiet_libraries()
     if is_wanted(recipe.preflight, topology) and not is_fit(opened, folder, machine):
         return UNFIT_STATUS
+    fork_if_new(opened, folder, topology)
     resumed = find_checkpoint(recipe, folder, topology)
     if not resumed.progress.batch:
         run_on_rank_0(topology, lambda: require_start_tokenizer(recipe, opened.tokenizer))
     run_on_rank_0(topology, lambda: accept(opened, folder, resumed.curriculum))
     run_on_rank_0(topology, lambda: drop_after(folder, resumed.progress.batch))
-    uploader = MlflowUploader(folder, recipe, dataset_inputs(opened)) if topology.is_main else None
-    if uploader:
-        uploader.start()
+    uploader = start_uploader(opened, folder) if topology.is_main else None
     status = "FAILED"
     try:
         train_to_end(opened, folder, machine, resumed)
@@ -145,6 +149,15 @@ def run_claimed(recipe: Recipe, folder: Path, machine: Machine) -> int:
     return 0
 
 
+def start_uploader(opened: OpenedData, folder: Path) -> MlflowUploader:
+    """Starts sending the run to MLflow, which learns of which run it is a fork."""
+    fork = fork_of(read_changes(folder))
+    tags = {"fork_of": f"{fork.fork_of} at batch {fork.batch}"} if fork else {}
+    uploader = MlflowUploader(folder, opened.recipe, dataset_inputs(opened), tags)
+    uploader.start()
+    return uploader
+
+
 def train_to_end(opened: OpenedData, folder: Path, machine: Machine, resumed: Resumed) -> None:
     """Trains from the checkpoint to the end under the watchdog, then writes summary and report."""
     recipe = opened.recipe
@@ -154,6 +167,8 @@ def train_to_end(opened: OpenedData, folder: Path, machine: Machine, resumed: Re
         load_weights(recipe, resumed, model, optimizer, machine.topology)
         watch.move("opening shards")
         trainer = assemble(opened, folder, machine, model, optimizer, resumed, watch)
+        digests = data_digests(opened)
+        run_on_rank_0(machine.topology, lambda: keep(recipe, folder, digests, resumed.progress))
         if resumed.progress.batch < resumed.curriculum.batches:
             trainer.fit()
         else:

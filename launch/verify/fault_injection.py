@@ -29,7 +29,7 @@ from launch.verify.equality import differences
 from launch.verify.forked_ranks import RankError, Ranks
 from launch.verify.harness import Row, TableCheck, Workspace
 from launch.verify.tiny_runs import named, steps, tail, trainer
-from train.checkpoint.files import batches_of, newest_whole_checkpoint
+from train.checkpoint.files import newest_whole_checkpoint
 from train.health.heartbeat import RECORDS_VARIABLE
 from train.health.stragglers import STRAGGLERS_FILE, HeartbeatCallback
 from train.recipe.errors import UserError
@@ -37,7 +37,7 @@ from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, REPLAY_STATU
 from train.recipe.reliability import Watch
 from train.recipe.schema import Data, Recipe
 from train.recipe.topology import Topology
-from train.record.run_folder import CHECKPOINTS_FOLDER
+from train.record.run_folder import CHECKPOINTS_FOLDER, batches_of
 from train.record.step_log import read_steps
 from train.step.step import TrainingStep
 

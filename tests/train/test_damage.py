@@ -18,7 +18,7 @@ from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 from train.record.evaluations import add_result, drop_results_after
 from train.record.lease import release
-from train.record.run_folder import SUMMARY_FILE, claim_run_folder, require_same_data
+from train.record.run_folder import SUMMARY_FILE, claim_run_folder, keep_data
 from train.record.skips import GuardDecision, read_decisions, write_decisions
 from train.record.step_log import STEP, StepLog, read_steps
 from train.record.summary import Summary, read_summary, write_summary
@@ -49,7 +49,7 @@ def small_run(runs: Path) -> Recipe:
             line = {"tokens": step * 256, "time": 1.0 * step, "loss/train": 1 / step, "shares": [[0.5, 0.5]]}
             log.write(step, line)
         log.close()
-    require_same_data(folder, DIGESTS)
+    keep_data(folder, DIGESTS)
     write_decisions(folder, [GuardDecision(400, 408, 51, ["spike"])])
     add_result(folder, "suite", "s", 10, {"scores": {"a": 1.0}})
     collect_facts(folder, recipe, [], "", {}).write(folder)
@@ -65,7 +65,7 @@ def start(recipe: Recipe) -> int:
         resumed = find_checkpoint(recipe, folder, ALONE)
         if resumed.checkpoint is not None:
             assert read_progress(resumed.checkpoint).batch == resumed.progress.batch
-        require_same_data(folder, DIGESTS)
+        keep_data(folder, DIGESTS)
         drop_after(folder, resumed.progress.batch)
         drop_results_after(folder, resumed.progress.batch)
         collect_facts(folder, recipe, [], "", {})

@@ -10,7 +10,6 @@ mistaken for a checkpoint, and a missing, truncated or altered file is found bef
 import hashlib
 import json
 import random
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from train.checkpoint.reading import CheckpointReader
 from train.recipe.errors import UserError
 from train.recipe.topology import Topology, usable_cores
 from train.record.files import sha256
+from train.record.run_folder import batches_of
 
 Agreed = TypeVar("Agreed")
 
@@ -153,18 +153,11 @@ def restore_random_states(folder: Path, topology: Topology) -> bool:
     return True
 
 
-def batches_of(root: Path) -> dict[int, Path]:
-    """Returns the folders of checkpoints by batch, newest first; whatever else is there is none."""
-    found = {
-        int(match[1]): path
-        for path in root.glob("batch-*")
-        if (match := re.fullmatch(r"batch-(\d+)", path.name))
-    }
-    return dict(sorted(found.items(), reverse=True))
-
-
 def newest_whole_checkpoint(
-    root: Path, topology: Topology = ONE_RANK, refuse: Callable[[Path], str] = lambda _: ""
+    root: Path,
+    topology: Topology = ONE_RANK,
+    refuse: Callable[[Path], str] = lambda _: "",
+    batch: int | None = None,
 ) -> tuple[Path | None, list[str]]:
     """Returns the newest valid checkpoint, and one line for each newer one that is not.
 
@@ -174,9 +167,11 @@ def newest_whole_checkpoint(
         root: folder of the checkpoints.
         topology: this rank.
         refuse: returns why a valid checkpoint can't be used, or an empty string; identical on all ranks.
+        batch: only the checkpoint of this batch; None: any.
     """
     complaints: list[str] = []
-    for folder in _agree([str(path) for path in batches_of(root).values()], topology)[0]:
+    paths = [str(path) for at, path in batches_of(root).items() if batch in (None, at)]
+    for folder in _agree(paths, topology)[0]:
         complaint = ""
         try:
             check_checkpoint(Path(folder), topology=topology)
@@ -185,7 +180,7 @@ def newest_whole_checkpoint(
         found = next(filter(None, _agree(complaint, topology)), "") or refuse(Path(folder))
         if not found:
             return Path(folder), complaints
-        complaints.append(f"{found}; an older checkpoint is used instead")
+        complaints.append(f"{found}; an older checkpoint is used instead" if batch is None else found)
     return None, complaints
 
 

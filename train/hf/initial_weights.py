@@ -129,12 +129,21 @@ def restore_optimizer(
     Raises:
         UserError: if the checkpoint lacks the optimizer state of a trained parameter.
     """
+    require_moments(checkpoint, model)
+    load_checkpoint(checkpoint, model, optimizer, topology, replicas)
+
+
+def require_moments(checkpoint: Path, model: nn.Module) -> None:
+    """Raises if a checkpoint lacks the optimizer state of a parameter that the model trains.
+
+    Raises:
+        UserError: with the parameter's name.
+    """
     saved = CheckpointReader(checkpoint / STATE_FOLDER).metadata.state_dict_metadata
     having = {key.removeprefix(MOMENTS).rpartition(".")[0] for key in saved if key.startswith(MOMENTS)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in having:
             raise UserError(f"{checkpoint}: has no optimizer state of {name}, which this run trains")
-    load_checkpoint(checkpoint, model, optimizer, topology, replicas)
 
 
 def _local_rows(target: Tensor) -> tuple[int, Tensor]:

@@ -5,9 +5,13 @@ from pathlib import Path
 from data.text.hugging_face_form import mismatch, read_form
 from data.tokenizer import EOS, PROBES, TokenizerHandle, open_tokenizer
 from train.hf.folders import OTHER_TOKENIZERS, TOKENIZER_FILE, model_at, tokenizer_folder_of
+from train.recipe.catalogue import schema_keys
 from train.recipe.errors import UserError
 from train.recipe.keys import OnStart, walk
-from train.recipe.schema import Model, OptimizerStart, Recipe, Tokenizer, TokenizerKind
+from train.recipe.reading import load_recipe
+from train.recipe.schema import Model, OnExisting, OptimizerStart, Recipe, Tokenizer, TokenizerKind
+from train.record.changes import differences, keys_at, keys_of
+from train.record.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE, SUMMARY_FILE, batches_of
 
 
 def check_start(recipe: Recipe, file: str) -> list[str]:
@@ -20,6 +24,8 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
     Raises:
         UserError: one line that names file, key and remedy.
     """
+    if recipe.start.run is not None:
+        return _check_fork(recipe, Path(recipe.start.run), file)
     if recipe.start.weights is None:
         return []
     path = Path(recipe.start.weights)
@@ -86,6 +92,46 @@ def require_start_tokenizer(recipe: Recipe, tokenizer: TokenizerHandle, file: st
             remedy="use the same tokenizer, and shards written with it",
             file=file,
         )
+
+
+def _check_fork(recipe: Recipe, source: Path, file: str) -> list[str]:
+    """Checks a run that is to be forked; of a fork that has begun, the old run may be gone."""
+    folder = Path(recipe.runs_dir) / recipe.name
+    is_complete = (folder / SUMMARY_FILE).exists()
+    begins_again = {
+        OnExisting.resume: False,
+        OnExisting.new: is_complete,
+        OnExisting.overwrite: True,
+    }
+    if batches_of(folder / CHECKPOINTS_FOLDER) and not begins_again[recipe.on_existing]:
+        return []
+    saved = list(batches_of(source / CHECKPOINTS_FOLDER))
+    what, remedy, key = "", "name another checkpoint of it", "start.batch"
+    if not (source / RECIPE_FILE).is_file() or not saved:
+        what, remedy, key = f"{source} is no run with a checkpoint", "name a run's folder", "start.run"
+    elif source.resolve() == folder.resolve():
+        what, remedy, key = f"is {source}, the run itself", "give the fork another name", "start.run"
+    elif recipe.start.batch is not None and recipe.start.batch not in saved:
+        there = ", ".join(map(str, sorted(saved)))
+        what = f"is {recipe.start.batch}, but {source} has checkpoints of batches {there}"
+    if what:
+        raise UserError(what, key=key, remedy=remedy, file=file)
+    parent = load_recipe(source / RECIPE_FILE)
+    _same_shapes(recipe.model, parent.model, file)
+    _same_tokenizer(recipe, parent, file)
+    batch = recipe.start.batch or saved[0]
+    before, now = keys_at(source, batch), keys_of(recipe)
+    for name in (key.name for key in schema_keys().values() if key.rules.same_on_fork):
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"is {now.get(name)}, but {source} was trained with {before.get(name)}, and a fork continues "
+                "its data and optimizer",
+                key=name,
+                remedy="leave it as it was; start.weights begins another run with only the weights",
+                file=file,
+            )
+    changes = [f"{each.key}: {each.before} before, {each.now} now" for each in differences(before, now)]
+    return [f"{recipe.name} is a fork of {source} at batch {batch}", *changes]
 
 
 def _rates(recipe: Recipe, parent: Recipe) -> str:

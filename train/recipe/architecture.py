@@ -56,7 +56,7 @@ class Moe:
     """Order p of the norm by which the K selected weights are divided; null: not normalised. DBRX: 1."""
     jitter_eps: float = key(0.0, at_least=0, below=1, remedy="must lie in [0, 1); 0.01 is usual")
     """Router inputs are multiplied by noise from [1 - eps, 1 + eps] in training. 0: none, like DBRX."""
-    balance: Balance = Balance.loss
+    balance: Balance = key(Balance.loss, same_on_fork=True)
     """`loss` (Shazeer et al. 2017; Fedus et al. 2021, eq. 4) or `bias`: instead of a loss, a bias on the
     selection of experts (Wang et al. 2024; DeepSeek-V3, section 2.1.2)."""
     balance_loss_weight: float = key(0.05, at_least=0, read_when="model.moe.balance == loss")

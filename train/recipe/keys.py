@@ -56,6 +56,8 @@ class KeyRules:
     """None: the section's, or ``never`` if it has none."""
     on_start: OnStart | None = None
     """None: the section's, or ``equal`` if it has none."""
+    same_on_fork: bool = False
+    """A fork keeps it: the order of the data or the optimizer's state follows from it."""
     is_path: bool = False
     """Names a file or folder: `~` and variables of the environment are expanded."""
     in_shards_digest: bool = True

@@ -147,7 +147,17 @@ def _data(recipe: Recipe, _: Topology) -> Iterator[Violation]:
 
 
 def _start(recipe: Recipe, _: Topology) -> Iterator[Violation]:
-    if recipe.start.optimizer is OptimizerStart.restored and recipe.start.weights is None:
+    if recipe.start.run is not None and recipe.start.weights is not None:
+        yield Violation("start.run", "is set, but so is start.weights", "set only one of them")
+    if recipe.start.batch is not None and recipe.start.run is None:
+        yield Violation(
+            "start.batch", "is set, but start.run is null", "set start.run to the run that is to be forked"
+        )
+    if recipe.start.optimizer is OptimizerStart.restored and recipe.start.run is not None:
+        yield Violation(
+            "start.optimizer", "is restored, but start.run restores all of a run", "remove start.optimizer"
+        )
+    elif recipe.start.optimizer is OptimizerStart.restored and recipe.start.weights is None:
         yield Violation(
             "start.optimizer",
             "is restored, but start.weights is null",

@@ -213,7 +213,7 @@ class Data:
     as new text (Muennighoff et al. 2023, arXiv 2305.16264)."""
     domain_max_epochs: dict[str, float] = key(factory=dict, above=0, on_resume=OnResume.edit)
     """The same for individual domains, by name."""
-    window_shards: int = key(32, above=0)
+    window_shards: int = key(32, above=0, same_on_fork=True)
     """Shuffle window: shards of a domain whose samples are shuffled together. A node's cache needs two
     windows per domain; 32 shards of 64 MB hold 262,144 samples of 2048 tokens, as many as Streaming's py1e
     mixes."""
@@ -227,12 +227,12 @@ class Data:
     existing shards."""
     preparation: Preparation = key(factory=Preparation)
     """Preparation of the documents of `sources`."""
-    sequence_tokens: int = key(at_least=2, remedy="next-token prediction needs at least 2")
+    sequence_tokens: int = key(at_least=2, remedy="next-token prediction needs at least 2", same_on_fork=True)
     """Length S of the shards' sequences in tokens; documents are packed and masked from each other."""
-    validation_domains: list[str] = key(factory=list)
+    validation_domains: list[str] = key(factory=list, on_resume=OnResume.free)
     """Additional domains to validate without training on them, such as the old domains in continued
     pretraining, whose loss shows forgetting. Training domains are always validated."""
-    validation_sequences: int = key(64, above=0)
+    validation_sequences: int = key(64, above=0, on_resume=OnResume.free)
     """Validation sequences per domain in each evaluation."""
     workers: int = key(1, at_least=0, on_resume=OnResume.free)
     """Loader processes per rank. One supplies far more than a CPU can train on."""
@@ -252,7 +252,7 @@ class Training:
     """Gradients are scaled to at most this global L2 norm; null: never."""
     precision: Precision = Precision.auto
     """`auto`: bf16 on devices that multiply bf16 in hardware, fp32 elsewhere."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = key(False, on_resume=OnResume.free)
     """Recompute each layer in the backward pass: less memory for a third more arithmetic."""
     compile: Compile = key(Compile.off, on_resume=OnResume.edit)
     """What torch.compile fuses: each layer (`blocks`, one compilation for all), or the whole decoder with the
@@ -260,7 +260,7 @@ class Training:
     deterministic: bool = key(True, on_resume=OnResume.edit)
     """On a GPU: kernels that add in a fixed order, so that a resumed run is the same run bit for bit. False:
     the fastest kernels. On a CPU the order is always fixed."""
-    loss_chunk_tokens: Optional[int] = key(None, above=0, on_resume=OnResume.edit)
+    loss_chunk_tokens: Optional[int] = key(None, above=0, on_resume=OnResume.free)
     """Tokens whose logits are in memory at once when the loss is computed; null: 4096 on a GPU, else 1024.
     The output projection's gradient is added up chunk by chunk, so another number rounds it otherwise."""
     document_masking: bool = True
@@ -273,6 +273,12 @@ class Training:
 class Start:
     """Start of training from existing weights. A resumed run continues from its own checkpoint instead."""
 
+    run: Optional[str] = key(None, is_path=True)
+    """Folder of another run to fork: training continues from its checkpoint, with its weights, optimizer
+    moments, place in data and schedule, and step count, under this recipe; the run itself is only read.
+    Tokens and batches count from its beginning."""
+    batch: Optional[int] = key(None, above=0)
+    """Batch of the checkpoint of `run` to continue from; null: its newest."""
     weights: Optional[str] = key(None, is_path=True)
     """Folder of a run (its newest checkpoint), of one checkpoint, of `train.hf import` or
     `train.hf upcycle`, or of a Hugging Face model, in any layout; null: weights are drawn from the seed."""
@@ -285,7 +291,7 @@ class Start:
 class Optimizer:
     """Update rule. Decay is decoupled: weights shrink by learning_rate * weight_decay per step."""
 
-    kind: OptimizerKind = OptimizerKind.adamw
+    kind: OptimizerKind = key(OptimizerKind.adamw, same_on_fork=True)
     """`adamw` (Loshchilov and Hutter 2019) or `lion` (Chen et al. 2023)."""
     learning_rate: float = key(above=0)
     """Peak learning rate."""
@@ -385,14 +391,14 @@ class Recipe:
 
     name: str = key(on_resume=OnResume.free)
     """Name of the run and of its folder."""
-    seed: int = key(17, at_least=0)
+    seed: int = key(17, at_least=0, same_on_fork=True)
     """Seed of initial weights, sample order and router jitter."""
     runs_dir: str = key("runs", on_resume=OnResume.free, is_path=True)
     """Parent folder of the run's folder."""
     on_existing: OnExisting = key(OnExisting.resume, on_resume=OnResume.free)
     """If the run's folder exists: `resume` continues the run (a complete one is left unchanged), `new`
     resumes an unfinished run but starts another next to a complete one (with a number added to the name),
-    `overwrite` deletes it and starts again."""
+    `overwrite` moves it aside, to NAME.replaced-1, and starts again."""
     model: Model = key(factory=Model)
     tokenizer: Tokenizer = key(factory=Tokenizer)
     data: Data = key(factory=Data)
@@ -401,9 +407,9 @@ class Recipe:
     optimizer: Optimizer = key(factory=Optimizer)
     schedule: Schedule = key(factory=Schedule)
     parallelism: Parallelism = key(factory=Parallelism, on_resume=OnResume.free)
-    evaluation: Evaluation = key(factory=Evaluation)
+    evaluation: Evaluation = key(factory=Evaluation, on_resume=OnResume.free)
     checkpoint: Checkpoint = key(factory=Checkpoint, on_resume=OnResume.free)
     tracking: Tracking = key(factory=Tracking, on_resume=OnResume.free)
     preflight: Preflight = key(factory=Preflight, on_resume=OnResume.free)
-    guard: Guard = key(factory=Guard)
+    guard: Guard = key(factory=Guard, on_resume=OnResume.free)
     watch: Watch = key(factory=Watch, on_resume=OnResume.free)

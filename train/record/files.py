@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,22 @@ def write_whole(path: Path, content: str | bytes | memoryview, *, sync: bool = T
                 stream.flush()
                 os.fsync(stream.fileno())
         partial.replace(path)
+        if sync:
+            _sync_folder(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until a folder's names are on disk, where its file system can say so."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: Path, tree: Any, *, sync: bool = True, sort_keys: bool = False) -> Path:

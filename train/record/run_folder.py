@@ -1,8 +1,9 @@
-"""The folder of a run: claimed once, resumed by the same recipe, never overwritten unless asked."""
+"""The folder of a run: claimed once, resumed by the same recipe, never overwritten but moved aside."""
 
 import dataclasses
 import json
-import shutil
+import os
+import re
 from pathlib import Path
 
 from train.recipe.catalogue import on_resume
@@ -12,6 +13,8 @@ from train.recipe.reading import load_recipe, to_read_dict, to_yaml
 from train.recipe.schema import OnExisting, Recipe
 from train.record.files import write_json, write_whole
 from train.record.lease import GRACE_SECONDS, LEASE_FOLDER, hold, release
+from train.record.log import progress
+from train.record.step_log import read_steps
 
 DATA_FILE = "data.json"
 RECIPE_FILE = "recipe.yaml"
@@ -29,6 +32,8 @@ EVALUATION_FILE = "evaluation.json"
 SAMPLE_FILE = "sample.txt"
 REPORT_FILE = "report.html"
 CHECKPOINTS_FOLDER = "checkpoints"
+REPLACED = "replaced-"
+"""In the name of the folder of a run that was overwritten, before its number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +65,7 @@ def claim_run_folder(recipe: Recipe, grace_seconds: float = GRACE_SECONDS) -> Cl
         if recipe.on_existing is OnExisting.overwrite and _is_begun(folder):
             _refuse_foreign(folder)
             _hold(folder, grace_seconds)
-            _empty(folder)
+            _move_aside(folder)
         if recipe.on_existing is OnExisting.new:
             number = 1
             while (folder / SUMMARY_FILE).exists():
@@ -103,12 +108,12 @@ def require_resumption(recipe: Recipe) -> None:
         raise UserError(
             "is overwrite: each restart would discard the previous attempt's progress",
             key="on_existing",
-            remedy="use resume; to start again, remove the run's folder or use another name",
+            remedy="use resume; to start again, use another name",
         )
 
 
 def keep_recipe(recipe: Recipe, folder: Path) -> None:
-    """Writes the accepted recipe to the run's folder."""
+    """Writes the accepted recipe to the run's folder, atomically and to the disk."""
     write_whole(folder / RECIPE_FILE, to_yaml(recipe))
 
 
@@ -129,12 +134,25 @@ def last_saved(folder: Path) -> int | None:
     return batch if isinstance(batch, int) else None
 
 
-def require_same_data(folder: Path, digests: dict[str, str]) -> None:
-    """Records which shards a run reads and refuses others on resume; domains may be added.
+def batches_of(root: Path) -> dict[int, Path]:
+    """Returns the folders of checkpoints by batch, newest first; whatever else is there is none."""
+    found = {
+        int(match[1]): path
+        for path in root.glob("batch-*")
+        if (match := re.fullmatch(r"batch-(\d+)", path.name))
+    }
+    return dict(sorted(found.items(), reverse=True))
+
+
+def require_same_data(folder: Path, digests: dict[str, str]) -> dict[str, str]:
+    """Refuses other shards on resume than a run has read; domains may be added.
 
     Args:
         folder: the run's folder.
         digests: content hash of the shards of each domain and split, by name.
+
+    Returns:
+        Those of all shards that it has read or reads now.
 
     Raises:
         UserError: if the run was started with other shards.
@@ -148,7 +166,22 @@ def require_same_data(folder: Path, digests: dict[str, str]) -> None:
                 key="data.shards",
                 remedy="restore the old shards, or give the run another name",
             )
-    write_json(file, before | digests, sort_keys=True)
+    return before | digests
+
+
+def keep_data(folder: Path, digests: dict[str, str]) -> None:
+    """Records which shards a run reads, see :func:`require_same_data`."""
+    write_json(folder / DATA_FILE, require_same_data(folder, digests), sort_keys=True)
+
+
+def has_trained(folder: Path) -> bool:
+    """Returns whether a run has trained anything, or taken it over from the run that it forks."""
+    return (
+        (folder / SUMMARY_FILE).exists()
+        or bool(last_saved(folder))
+        or bool(batches_of(folder / CHECKPOINTS_FOLDER))
+        or any(read_steps(log) for log in (folder / METRICS_FILE, data_log_of(folder)))
+    )
 
 
 def _read_digests(file: Path) -> dict[str, str]:
@@ -190,19 +223,33 @@ def _is_begun(folder: Path) -> bool:
     """Returns whether a folder holds anything but what a start leaves that was ended in its first moment."""
     own = (LEASE_FOLDER, SAVED_FILE)
     return folder.exists() and any(
-        path.name not in own and not path.name.endswith(".partial") for path in folder.iterdir()
+        path.name not in own and not path.name.endswith(".partial") and not path.name.startswith(REPLACED)
+        for path in folder.iterdir()
     )
 
 
-def _empty(folder: Path) -> None:
-    """Removes a run but for its lease; its recipe last, without which the folder would be nobody's."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == RECIPE_FILE):
-        if path.name == LEASE_FOLDER:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def _move_aside(folder: Path) -> None:
+    """Moves a run that is overwritten out of its folder, which this process holds, and says where to.
+
+    The folder itself stays: it may be a link or a mount point. Its recipe is moved last, so that a move that
+    was interrupted is continued by the next.
+    """
+    is_plain = not folder.is_symlink() and not os.path.ismount(folder)
+    number = 1
+    while (aside := _replaced(folder, number, is_plain)).exists() and (aside / RECIPE_FILE).exists():
+        number += 1
+    aside.mkdir(exist_ok=True)
+    last = (SAVED_FILE, RECIPE_FILE)
+    paths = [path for path in folder.iterdir() if not path.name.startswith((REPLACED, LEASE_FOLDER))]
+    for path in sorted(paths, key=lambda path: last.index(path.name) if path.name in last else -1):
+        path.rename(aside / path.name)
+    progress.warning(f"the run that was in {folder} is now in {aside}")
+
+
+def _replaced(folder: Path, number: int, is_plain: bool) -> Path:
+    """Returns a folder on the same file system for what was in a folder."""
+    name = f"{REPLACED}{number}"
+    return folder.with_name(f"{folder.name}.{name}") if is_plain else folder / name
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -213,17 +260,27 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
-    """Raises if the folder's recipe would train something else."""
+    """Raises if the folder's run was trained by a recipe that would train something else."""
     # Unread keys are not kept with the run, so they must not be compared.
     before = _flat(to_read_dict(load_recipe(folder / RECIPE_FILE)))
     now = _flat(to_read_dict(recipe))
-    for key in sorted(before.keys() | now.keys()):
-        if on_resume(key) is OnResume.never and before.get(key) != now.get(key):
-            raise UserError(
-                f"is {now.get(key)}, but {folder} was started with {before.get(key)}",
-                key=key,
-                remedy="give the run another name, or set on_existing=overwrite to start it again",
-            )
+    changed = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if on_resume(key) is OnResume.never and before.get(key) != now.get(key)
+    ]
+    if not changed or not has_trained(folder):
+        return
+    key = changed[0]
+    more = f" (and {len(changed) - 1} other keys)" if len(changed) > 1 else ""
+    fork = "" if key.startswith("start.") else f", or fork it: name=NEW start.run={folder}"
+    if not batches_of(folder / CHECKPOINTS_FOLDER):
+        fork = ", or set on_existing=overwrite, which moves it aside"
+    raise UserError(
+        f"is {now.get(key)}, but {folder} was started with {before.get(key)}{more}",
+        key=key,
+        remedy=f"give the run another name{fork}",
+    )
 
 
 def _flat(tree: object, prefix: str = "") -> dict[str, object]:

@@ -40,6 +40,7 @@ def report_page(run: RunRecord) -> str:
         figures=figures(run),
         validation=validation_rows(run),
         domains=domain_rows(run),
+        changes=change_rows(run),
         step_parts=step_parts(run),
         experts=expert_counts(run),
         scores_figure=scores_over_time(run),
@@ -159,6 +160,23 @@ def domain_rows(run: RunRecord) -> list[tuple[str, ...]]:
             row.append(form.format(values[-1]) if len(values) else "")
         rows.append(tuple(row))
     return rows
+
+
+def change_rows(run: RunRecord) -> list[tuple[str, ...]]:
+    """Returns each changed key of the recipe: after which batch and tokens, when, why, from what to what."""
+    rows: list[tuple[str, ...]] = []
+    for change in run.changes:
+        place = f"{change.batch:,}", short_number(change.tokens), change.time
+        why = f"{change.run}: fork of {change.fork_of}" if change.fork_of else f"{change.run}: resumed"
+        for each in change.keys:
+            rows.append((*place, why, each.key, _as_yaml(each.before), _as_yaml(each.now)))
+        if not change.keys:
+            rows.append((*place, why, "nothing", "", ""))
+    return rows
+
+
+def _as_yaml(value: object) -> str:
+    return "null" if value is None else str(value)
 
 
 def step_parts(run: RunRecord) -> list[dict[str, str]]:

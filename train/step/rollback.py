@@ -13,13 +13,13 @@ from typing import Any
 
 from data.audit.lookup import documents_at
 from data.opened import OpenedData
-from train.checkpoint.files import CheckpointError, batches_of, check_checkpoint
+from train.checkpoint.files import CheckpointError, check_checkpoint
 from train.layout.ranks import run_on_rank_0
 from train.recipe.curriculum import Curriculum
 from train.recipe.errors import UserError
 from train.recipe.reliability import Guard
 from train.recipe.topology import Topology
-from train.record.run_folder import CHECKPOINTS_FOLDER
+from train.record.run_folder import CHECKPOINTS_FOLDER, batches_of
 from train.record.skips import GuardDecision, read_decisions, write_decisions
 
 Documents = Callable[[int, int], list[dict[str, Any]]]

@@ -20,8 +20,12 @@ from train.recipe.topology import Topology
 ROOT = Path(__file__).resolve().parents[3]
 SMOKE = str(ROOT / "yamls/smoke.yaml")
 
-FREE_SECTIONS = {"tracking", "parallelism", "checkpoint", "watch", "preflight"}
-FREE_KEYS = {"name", "runs_dir", "on_existing", "data.workers", "data.remote", "data.cache_bytes"}
+FREE_SECTIONS = {"tracking", "parallelism", "checkpoint", "watch", "preflight", "evaluation", "guard"}
+FREE_KEYS = {
+    *("name", "runs_dir", "on_existing", "data.workers", "data.remote", "data.cache_bytes"),
+    *("data.validation_domains", "data.validation_sequences"),
+    *("training.activation_checkpointing", "training.loss_chunk_tokens"),
+}
 EDITABLE_KEYS = {
     *(
         "data.shards",
@@ -39,7 +43,6 @@ EDITABLE_KEYS = {
             "microbatch_sequences",
             "compile",
             "deterministic",
-            "loss_chunk_tokens",
         )
     ),
 }
