@@ -30,6 +30,8 @@ GPUS = {  # as in the recipes' comments; one for those that target a single mach
     "dbrx-73b": 512,
     "mpt-7b": 64,
     "llama2-13b": 256,
+    "qwen3-30b-a3b": 64,
+    "olmoe-1b-7b": 64,
 }
 PUBLISHED = {  # design.md, section 9: total, and active without the input embedding
     "dbrx": (131_596_523_520, 35_853_146_112),
@@ -38,6 +40,8 @@ PUBLISHED = {  # design.md, section 9: total, and active without the input embed
     "dbrx-moe-a": (7_709_870_080, 2_219_526_144),
     "mpt-7b": (6_649_286_656, 6_649_286_656),
     "llama2-13b": (13_015_864_320, 12_852_024_320),
+    "qwen3-30b-a3b": (30_532_122_624, 3_041_867_776),  # with the input embedding 3.35B active
+    "olmoe-1b-7b": (6_919_161_856, 1_178_994_688),
 }
 ROUNDED = {  # the same page, in billions with the published digits
     "dbrx-9b": ("9.17", "2.62"),
@@ -89,7 +93,7 @@ def test_tiny_recipe_is_valid_and_keeps_the_features(path: Path) -> None:
     validate(small, Topology(), str(path))
     assert sizes.batches(small) == 2
     assert sizes.total_parameters(small.model) < 1e7
-    for feature in ("moe", "ffn", "position", "norm", "clip_qkv", "tie_embeddings"):
+    for feature in ("moe", "ffn", "position", "norm", "clip_qkv", "tie_embeddings", "qk_norm"):
         assert getattr(small.model, feature) == getattr(recipe.model, feature)
     assert small.model.n_heads * recipe.model.n_kv_heads == recipe.model.n_heads * small.model.n_kv_heads
 

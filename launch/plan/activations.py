@@ -3,8 +3,8 @@
 A list of the tensors that autograd saves in :mod:`train.model.decoder`, derived from the code and tested
 against what it really saves on a CPU. Needs no torch.
 
-Legend: B sequences, S tokens of each, T = B x S, D d_model, H query heads, G key-value width (n_kv_heads x
-head width), F ffn_hidden_size, E experts, K top_k, V vocab_size, C loss_chunk_tokens, L layers.
+Legend: B sequences, S tokens of each, T = B x S, D d_model, H query heads, Q width of all queries, G of all
+keys, F ffn_hidden_size, E experts, K top_k, V vocab_size, C loss_chunk_tokens, L layers.
 """
 
 from dataclasses import dataclass
@@ -73,15 +73,19 @@ def norm_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
 def attention_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict[str, int]:
     """Bytes that the attention half of one layer saves."""
     T, D, c = batch.tokens, model.d_model, numerics.compute
-    G = D // model.n_heads * model.n_kv_heads
+    Q, G = sizes.query_width(model), sizes.key_width(model)
     saved = {"norm 1": norm_bytes(model, batch, numerics), "Wqkv input": T * D * c}
+    if model.qk_norm:
+        normalised = 0 if numerics.on_gpu else (Q + G) * FP32
+        sums = sum(width // each for width, each in zip((Q, G), sizes.qk_norm_widths(model), strict=True))
+        saved["QK norm"] = T * ((Q + 2 * G) * c + normalised + sums * FP32)
     if model.clip_qkv is not None:
-        saved["before clipping"] = T * (D + 2 * G) * c
-    saved["queries"] = T * D * c
+        saved["before clipping"] = T * (Q + 2 * G) * c
+    saved["queries"] = T * Q * c
     # Only a GPU's kernels read grouped keys and values as they are, and with a bias none does.
     grouped = numerics.on_gpu and model.position is Position.rope
-    saved["keys and values"] = 2 * T * (G if grouped else D) * c
-    saved["attention output"] = T * (D * c + model.n_heads * FP32)
+    saved["keys and values"] = 2 * T * (G if grouped else Q) * c
+    saved["attention output"] = T * (Q * c + model.n_heads * FP32)
     return saved
 
 
@@ -114,7 +118,7 @@ def shared_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
     if model.position is Position.alibi:
         masks = batch.sequences if batch.masked else 1
         return masks * model.n_heads * S * S * c
-    rotations = S * (model.d_model // model.n_heads) * FP32
+    rotations = S * sizes.head_width(model) * FP32
     return rotations + (batch.sequences * S * S * c if batch.masked and not numerics.on_gpu else 0)
 
 

@@ -5,7 +5,8 @@ fitted to published runs and predict other runs (:mod:`launch.experiments.publis
 The kinds are added rather than overlapped because published runs behave that way: collectives that could
 overlap with arithmetic take SMs and memory bandwidth from it.
 
-Legend: T tokens, S tokens of a sequence, D d_model, G key-value width, F hidden size, K experts of a token.
+Legend: T tokens, S tokens of a sequence, D d_model, Q width of all queries, G of all keys, F hidden size,
+K experts of a token.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from launch.plan.hardware import Gpu
 from launch.plan.traffic import Collective
+from train.recipe import sizes
 from train.recipe.schema import Ffn, Model
 
 BF16 = 2
@@ -112,8 +114,9 @@ def layer_work(
     """Forward pass of one layer for T tokens of one GPU, or of the GPUs that share its matrices.
 
     Elementwise passes over memory are counted as written in :mod:`train.model.decoder`: two norms, two
-    residual sums and their casts (12 D); clipping and rotation of queries, keys and values (4 D); gate,
-    SiLU and product (5 F), or GELU (2 F); gathering and scattering routed rows (6 D each).
+    residual sums and their casts (12 D); clipping and rotation of queries, keys and values (4 Q), after their
+    normalisation if there is one (2 Q + 2 G); gate, SiLU and product (5 F), or GELU (2 F); gathering and
+    scattering routed rows (6 D each).
 
     Args:
         model: the decoder.
@@ -123,11 +126,13 @@ def layer_work(
         shared_ffn: hidden size of a shared expert (a GLU for every token); published models only.
     """
     T, D, F = tokens, model.d_model, model.ffn_hidden_size
-    G = D // model.n_heads * model.n_kv_heads
+    Q, G = sizes.query_width(model), sizes.key_width(model)
     own = T / split.tensor
-    work = _product(T, D, (D + 2 * G) / split.tensor) + _product(T, D / split.tensor, D)
-    work += Work(attention_flops=2 * own * sequence_tokens * D)
-    elements = 12 * own * D + 4 * own * D
+    work = _product(T, D, (Q + 2 * G) / split.tensor) + _product(T, Q / split.tensor, D)
+    work += Work(attention_flops=2 * own * sequence_tokens * Q)
+    elements = 12 * own * D + 4 * own * Q
+    if model.qk_norm:
+        elements += 2 * own * (Q + G)
     gated = model.ffn is Ffn.glu
     if model.moe is None:
         work += _product(T, D, F / split.tensor).times(3 if gated else 2)

@@ -59,6 +59,7 @@ def narrowed(model: Model) -> Model:
     return replace(
         model,
         d_model=min(model.d_model, model.n_heads * HEAD),
+        head_width=None if model.head_width is None else min(model.head_width, HEAD),
         ffn_hidden_size=min(model.ffn_hidden_size, FFN),
         vocab_size=min(model.vocab_size, VOCABULARY),
     )

@@ -21,8 +21,8 @@ from train.health.collectives import collectives_of, recorded_collectives
 from train.health.nccl import keep_collectives
 from train.health.watchdog import Watchdog
 from train.model.attention import Attention, plan_attention
-from train.model.decoder import make_norm
 from train.model.loss import chunked_cross_entropy
+from train.model.norms import make_norm
 from train.recipe.reliability import Watch
 from train.recipe.schema import Model, Norm
 from train.recipe.topology import Topology

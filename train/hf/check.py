@@ -25,7 +25,7 @@ from train.model.decoder import Decoder
 from train.model.kv_cache import CachedDecoder
 from train.recipe import sizes
 from train.recipe.errors import UserError
-from train.recipe.schema import Ffn, Model, Moe, Norm, Position
+from train.recipe.schema import Ffn, Model, Moe, Norm, Position, QkNormOver
 from train.record.log import no_bars
 
 TOLERANCE = 1e-5
@@ -46,14 +46,22 @@ _DBRX = Model(
 )
 _LLAMA = replace(_DBRX, norm=Norm.rmsnorm, clip_qkv=None, moe=None)
 _MPT = replace(_DBRX, position=Position.alibi, ffn=Ffn.mlp, moe=None, n_kv_heads=4, ffn_hidden_size=256)
+_QWEN3 = replace(_LLAMA, head_width=32, qk_norm=True, qk_norm_over=QkNormOver.each_head, norm_eps=1e-6)
 SMALL_MODELS = {
     "DBRX": _DBRX,
     "DBRX, weights not normalised": replace(_DBRX, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)),
     "DBRX of one expert (dense), tied": replace(_DBRX, moe=None, tie_embeddings=True),
     "LLaMA": _LLAMA,
-    "Mixtral": replace(_LLAMA, moe=Moe(experts=8, top_k=2)),
+    "LLaMA, wide heads": replace(_LLAMA, head_width=24),
+    "Mixtral": replace(_LLAMA, moe=Moe(experts=16, top_k=2)),
     "OLMoE": replace(_LLAMA, qk_norm=True, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)),
     "MPT": replace(_MPT, tie_embeddings=True),
+    "Qwen3": _QWEN3,
+    "Qwen3, tied": replace(_QWEN3, tie_embeddings=True),
+    "Qwen3-MoE": replace(_QWEN3, moe=Moe(experts=16, top_k=4)),
+    "Qwen3-MoE, weights not normalised": replace(
+        _QWEN3, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)
+    ),
 }
 """Models with which each architecture is tested."""
 

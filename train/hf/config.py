@@ -11,8 +11,9 @@ declared (`moe_normalize_expert_weights`, OLMoE's and MPT's `clip_qkv`), and a f
 from dataclasses import replace
 
 from train.hf.rope import Config, rope_base, rope_keys
+from train.recipe import sizes
 from train.recipe.errors import UserError
-from train.recipe.schema import Ffn, Model, Moe, Norm, Position
+from train.recipe.schema import Ffn, Model, Moe, Norm, Position, QkNormOver
 
 NEVER_CLIPPED = 1e30
 """Written for `clip_qkv: null`, as DBRX in transformers 4.51 fails without a number."""
@@ -162,6 +163,59 @@ def olmoe_from_model(model: Model) -> dict[str, object]:
     }
 
 
+def qwen3_to_model(config: Config) -> Model:
+    """Reads a dense Qwen3 config: LLaMA's, with each head's queries and keys normalised."""
+    _only(config, use_sliding_window=False)
+    model = _llama_like(config, rms_norm_eps=1e-6, rope_theta=10000.0, kv_heads=32, head_dim=128)
+    return replace(model, qk_norm=True, qk_norm_over=QkNormOver.each_head)
+
+
+def qwen3_from_model(model: Model) -> dict[str, object]:
+    """Writes a Qwen3 config for a dense model whose heads' queries and keys are normalised."""
+    return _llama_like_config(model) | {
+        "head_dim": sizes.head_width(model),
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
+
+
+def qwen3_moe_to_model(config: Config) -> Model:
+    """Reads a Qwen3-MoE config, which has a mixture of experts in every layer."""
+    _only(config, use_sliding_window=False, decoder_sparse_step=1)
+    if config.get("mlp_only_layers"):
+        raise UserError(f"mlp_only_layers is {config['mlp_only_layers']}; only [] can be expressed")
+    model = _llama_like(
+        config,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        kv_heads=4,
+        ffn_hidden_size=_need(config, "moe_intermediate_size"),
+        moe=Moe(
+            # transformers 5 writes the count under the second name, and reads both.
+            experts=_need(config, "num_experts" if "num_experts" in config else "num_local_experts"),
+            top_k=_need(config, "num_experts_per_tok"),
+            normalize_weights_p=1 if config.get("norm_topk_prob", False) else None,
+            balance_loss_weight=float(config.get("router_aux_loss_coef", 0.001)),
+        ),
+    )
+    return replace(model, qk_norm=True, qk_norm_over=QkNormOver.each_head)
+
+
+def qwen3_moe_from_model(model: Model) -> dict[str, object]:
+    """Writes a Qwen3-MoE config."""
+    assert model.moe is not None
+    return qwen3_from_model(model) | {
+        "moe_intermediate_size": model.ffn_hidden_size,
+        "num_experts": model.moe.experts,
+        "num_experts_per_tok": model.moe.top_k,
+        "norm_topk_prob": model.moe.normalize_weights_p == 1,
+        "router_aux_loss_coef": float(model.moe.balance_loss_weight),
+        "output_router_logits": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
 def mpt_to_model(config: Config) -> Model:
     """Reads an MPT config with ALiBi."""
     attn = dict(config.get("attn_config") or {})
@@ -216,18 +270,29 @@ def mpt_from_model(model: Model) -> dict[str, object]:
 
 
 def _llama_like(
-    config: Config, *, rms_norm_eps: float, rope_theta: float, kv_heads: int | None, moe: Moe | None = None
+    config: Config,
+    *,
+    rms_norm_eps: float,
+    rope_theta: float,
+    kv_heads: int | None,
+    head_dim: int | None = None,
+    ffn_hidden_size: int | None = None,
+    moe: Moe | None = None,
 ) -> Model:
-    """Reads the keys shared by LLaMA and its relatives; the arguments are their classes' defaults."""
+    """Reads the keys shared by LLaMA and its relatives; the arguments are their classes' defaults.
+
+    ``head_dim`` of None divides the width by the heads, ``ffn_hidden_size`` is of a class that has its own.
+    """
     d_model, n_heads = _need(config, "hidden_size"), _need(config, "num_attention_heads")
     _only(config, hidden_act="silu", attention_bias=False, attention_dropout=0)
-    _only(config, head_dim=d_model // n_heads)
+    head_width = int(config.get("head_dim") or head_dim or d_model // n_heads)
     return Model(
         d_model=d_model,
         n_layers=_need(config, "num_hidden_layers"),
         n_heads=n_heads,
         n_kv_heads=int(config.get("num_key_value_heads") or kv_heads or n_heads),
-        ffn_hidden_size=_need(config, "intermediate_size"),
+        head_width=None if head_width * n_heads == d_model else head_width,
+        ffn_hidden_size=ffn_hidden_size or _need(config, "intermediate_size"),
         vocab_size=_need(config, "vocab_size"),
         max_sequence_tokens=_need(config, "max_position_embeddings"),
         rope_theta=rope_base(config, rope_theta),
@@ -240,7 +305,7 @@ def _llama_like(
 
 
 def _llama_like_config(model: Model) -> dict[str, object]:
-    return {
+    return ({} if model.head_width is None else {"head_dim": model.head_width}) | {
         "hidden_size": model.d_model,
         "num_hidden_layers": model.n_layers,
         "num_attention_heads": model.n_heads,

@@ -14,7 +14,7 @@ from train.hf import config
 from train.hf.config import Config
 from train.recipe import sizes
 from train.recipe.errors import UserError
-from train.recipe.schema import Balance, Ffn, Model, Norm, Position
+from train.recipe.schema import Balance, Ffn, Model, Norm, Position, QkNormOver
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _apply(rule: Rule, weight: sizes.Weight, prefix: str, model: Model) -> Itera
         case Same(name, transposed):
             yield link(name, 0, weight.shape[0], transposed)
         case Qkv(names):
-            width = model.d_model // model.n_heads
+            width = sizes.head_width(model)
             first = 0
             for name, heads in zip(names, (model.n_heads, model.n_kv_heads, model.n_kv_heads), strict=True):
                 yield link(name, first, heads * width)
@@ -171,6 +171,10 @@ def _dbrx_extra(model: Model) -> Iterator[Link]:
 
 
 PLAIN_QK: Need = ("model.qk_norm=false", lambda model: not model.qk_norm)
+DIVIDED_HEADS: Need = (
+    "model.head_width=d_model / n_heads",
+    lambda model: sizes.query_width(model) == model.d_model,
+)
 
 DBRX = Architecture(
     model_type="dbrx",
@@ -203,6 +207,7 @@ DBRX = Architecture(
         ("model.norm_eps=1e-5", lambda model: model.norm_eps == 1e-5),
         ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
         PLAIN_QK,
+        DIVIDED_HEADS,
     ),
     to_model=config.dbrx_to_model,
     from_model=config.dbrx_from_model,
@@ -226,6 +231,22 @@ LLAMA_NEEDS: tuple[Need, ...] = (
     ("model.norm=rmsnorm", lambda model: model.norm is Norm.rmsnorm),
     ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
 )
+QK_NORM_NAMES: Table = {
+    "norm_attn_norm.attn.q_norm.weight": Same("self_attn.q_norm.weight"),
+    "norm_attn_norm.attn.k_norm.weight": Same("self_attn.k_norm.weight"),
+}
+QK_NORM_OF_HEADS: Need = (
+    "model.qk_norm over each head",
+    lambda model: model.qk_norm and model.qk_norm_over is QkNormOver.each_head,
+)
+NO_EXPERTS: Need = ("model.moe=null", lambda model: model.moe is None)
+MIXTURE_NEEDS: tuple[Need, ...] = (
+    ("model.moe", lambda model: model.moe is not None),
+    (
+        "model.moe.normalize_weights_p=1 or null",
+        lambda model: model.moe is None or model.moe.normalize_weights_p in {1, None},
+    ),
+)
 NO_CLIP: Need = ("model.clip_qkv=null", lambda model: model.clip_qkv is None)
 
 LLAMA = Architecture(
@@ -238,7 +259,7 @@ LLAMA = Architecture(
         "ffn.v1.weight": Same("mlp.up_proj.weight"),
         "ffn.w2.weight": Same("mlp.down_proj.weight"),
     },
-    needs=(*LLAMA_NEEDS, NO_CLIP, PLAIN_QK, ("model.moe=null", lambda model: model.moe is None)),
+    needs=(*LLAMA_NEEDS, NO_CLIP, PLAIN_QK, NO_EXPERTS),
     to_model=config.llama_to_model,
     from_model=config.llama_from_model,
     ignored=(".rotary_emb.inv_freq",),
@@ -275,8 +296,7 @@ OLMOE = Architecture(
     layer="model.layers.{n}.",
     table={
         **LLAMA_NAMES,
-        "norm_attn_norm.attn.q_norm.weight": Same("self_attn.q_norm.weight"),
-        "norm_attn_norm.attn.k_norm.weight": Same("self_attn.k_norm.weight"),
+        **QK_NORM_NAMES,
         "ffn.router.layer.weight": Same("mlp.gate.weight"),
         "ffn.experts.mlp.w1": PerExpert("mlp.experts.{e}.gate_proj.weight"),
         "ffn.experts.mlp.v1": PerExpert("mlp.experts.{e}.up_proj.weight"),
@@ -284,15 +304,35 @@ OLMOE = Architecture(
     },
     needs=(
         *LLAMA_NEEDS,
-        ("model.qk_norm", lambda model: model.qk_norm),
-        ("model.moe", lambda model: model.moe is not None),
         (
-            "model.moe.normalize_weights_p=1 or null",
-            lambda model: model.moe is None or model.moe.normalize_weights_p in {1, None},
+            "model.qk_norm over all heads",
+            lambda model: model.qk_norm and model.qk_norm_over is QkNormOver.all_heads,
         ),
+        DIVIDED_HEADS,
+        *MIXTURE_NEEDS,
     ),
     to_model=config.olmoe_to_model,
     from_model=config.olmoe_from_model,
+)
+
+QWEN3 = Architecture(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    layer="model.layers.{n}.",
+    table={**LLAMA.table, **QK_NORM_NAMES},
+    needs=(*LLAMA_NEEDS, NO_CLIP, QK_NORM_OF_HEADS, NO_EXPERTS),
+    to_model=config.qwen3_to_model,
+    from_model=config.qwen3_from_model,
+)
+
+QWEN3_MOE = Architecture(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    layer="model.layers.{n}.",
+    table=OLMOE.table,
+    needs=(*LLAMA_NEEDS, NO_CLIP, QK_NORM_OF_HEADS, *MIXTURE_NEEDS),
+    to_model=config.qwen3_moe_to_model,
+    from_model=config.qwen3_moe_from_model,
 )
 
 MPT = Architecture(
@@ -315,15 +355,16 @@ MPT = Architecture(
         ("model.norm=layernorm", lambda model: model.norm is Norm.layernorm),
         ("model.ffn=mlp", lambda model: model.ffn is Ffn.mlp),
         PLAIN_QK,
+        DIVIDED_HEADS,
         ("model.n_kv_heads=n_heads", lambda model: model.n_kv_heads == model.n_heads),
         (
             "model.ffn_hidden_size=4 x d_model",
             lambda model: model.ffn_hidden_size == 4 * model.d_model,
         ),
-        ("model.moe=null", lambda model: model.moe is None),
+        NO_EXPERTS,
     ),
     to_model=config.mpt_to_model,
     from_model=config.mpt_from_model,
 )
 
-FAMILIES = (DBRX, LLAMA, MIXTRAL, OLMOE, MPT)
+FAMILIES = (DBRX, LLAMA, MIXTRAL, OLMOE, MPT, QWEN3, QWEN3_MOE)

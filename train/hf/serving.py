@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.hf.folders import CONFIG_FILE, model_at, read_json
+from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import Model
 
@@ -108,14 +109,16 @@ def _vllm(model: Model, degree: int, *, fused: bool) -> Iterator[Slot]:
 
 
 def _vllm_attention(model: Model, degree: int, prefix: str) -> Iterator[Slot]:
-    D, R = model.d_model, model.d_model // model.n_heads
+    D, R = model.d_model, sizes.head_width(model)
     kv_heads = max(1, model.n_kv_heads // degree)
     rows = (model.n_heads // degree + 2 * kv_heads) * R
     whole = (model.n_heads + 2 * model.n_kv_heads) * R
     qkv = f"{prefix}attn.Wqkv.weight"
     # With fewer key-value heads than ranks, each head is copied to several ranks.
     yield Slot(qkv, (rows, D), (qkv,), rows * degree / whole)
-    yield Slot(f"{prefix}attn.out_proj.weight", (D, D // degree), (f"{prefix}attn.out_proj.weight",))
+    yield Slot(
+        f"{prefix}attn.out_proj.weight", (D, model.n_heads * R // degree), (f"{prefix}attn.out_proj.weight",)
+    )
     for norm in ("norm_1", "norm_2"):
         yield Slot(f"{prefix}{norm}.weight", (D,), (f"{prefix}{norm}.weight",), degree)
 
@@ -123,7 +126,7 @@ def _vllm_attention(model: Model, degree: int, prefix: str) -> Iterator[Slot]:
 def _tensorrt_llm(model: Model, degree: int) -> Iterator[Slot]:
     D, F, V, P = model.d_model, model.ffn_hidden_size, model.vocab_size, degree
     E = model.moe.experts if model.moe else 1
-    R = D // model.n_heads
+    R = sizes.head_width(model)
     if model.n_kv_heads % P or V % P:
         raise UserError(f"the converter must split key-value heads and vocabulary evenly, but cannot by {P}")
     yield Slot("transformer.vocab_embedding.weight", (V, D), ("transformer.wte.weight",), P)
@@ -132,7 +135,9 @@ def _tensorrt_llm(model: Model, degree: int) -> Iterator[Slot]:
         attn, mlp = f"{ours}norm_attn_norm.attn.", f"{ours}ffn.experts.mlp."
         rows = (model.n_heads + 2 * model.n_kv_heads) * R // P
         yield Slot(f"{theirs}attention.qkv.weight", (rows, D), (f"{attn}Wqkv.weight",))
-        yield Slot(f"{theirs}attention.dense.weight", (D, D // P), (f"{attn}out_proj.weight",))
+        yield Slot(
+            f"{theirs}attention.dense.weight", (D, model.n_heads * R // P), (f"{attn}out_proj.weight",)
+        )
         for name, norm in (("input_layernorm", "norm_1"), ("post_layernorm", "norm_2")):
             yield Slot(f"{theirs}{name}.weight", (D,), (f"{ours}norm_attn_norm.{norm}.weight",), P)
         yield Slot(f"{theirs}mlp.experts_weight_1", (E, 2 * F // P, D), (f"{mlp}v1", f"{mlp}w1"))

@@ -1,7 +1,7 @@
 """Causal self-attention: grouped queries, RoPE or ALiBi, and document masking.
 
 Shapes: B batch, S new positions, P past positions, H query heads, G key-value heads, R width of a head,
-D = H x R model, T = B x S tokens.
+D model, N = H + 2 G heads of all kinds, T = B x S tokens.
 """
 
 # ruff: noqa: N815  (shape suffixes)
@@ -21,7 +21,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from train.cpu import attention as cpu_attention
 from train.cpu.dispatch import with_cpu_version
-from train.recipe.schema import Model, Position
+from train.model.norms import RmsNorm
+from train.recipe import sizes
+from train.recipe.schema import Model, Position, QkNormOver
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of the past positions, each [B, G, P, R]; keys are already rotated."""
@@ -117,14 +119,15 @@ class Attention(nn.Module):
     def __init__(self, model: Model, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.model = model
-        self.head_width = model.d_model // model.n_heads
-        rows = (model.n_heads + 2 * model.n_kv_heads) * self.head_width
+        self.heads = (model.n_heads, model.n_kv_heads, model.n_kv_heads)
+        self.head_width = sizes.head_width(model)
+        rows = sum(self.heads) * self.head_width
         self.Wqkv = nn.Linear(model.d_model, rows, bias=False, device=device)
         self.q_norm = self.k_norm = None
         if model.qk_norm:
-            widths = model.d_model, model.n_kv_heads * self.head_width
-            self.q_norm, self.k_norm = (nn.RMSNorm(w, eps=model.norm_eps, device=device) for w in widths)
-        self.out_proj = nn.Linear(model.d_model, model.d_model, bias=False, device=device)
+            widths = sizes.qk_norm_widths(model)
+            self.q_norm, self.k_norm = (RmsNorm(w, eps=model.norm_eps, device=device) for w in widths)
+        self.out_proj = nn.Linear(sizes.query_width(model), model.d_model, bias=False, device=device)
 
     def forward(
         self, x_BSD: Tensor, plan: AttentionPlan, past: KeyValue | None = None
@@ -134,16 +137,15 @@ class Attention(nn.Module):
         Returns:
             The output [B, S, D], and the keys and values of all positions, for later calls.
         """
-        heads, kv_heads = self.model.n_heads, self.model.n_kv_heads
-        qkv = self._normalize(self.Wqkv(x_BSD)).unflatten(-1, (heads + 2 * kv_heads, self.head_width))
+        qkv_BSNR = self._normalize(self.Wqkv(x_BSD).unflatten(-1, (-1, self.head_width)))
         q_BSHR, k_BSGR, v_BSGR = clip_and_rotate(
-            qkv, (heads, kv_heads, kv_heads), self.model.clip_qkv, plan.cos_SR, plan.sin_SR
+            qkv_BSNR, self.heads, self.model.clip_qkv, plan.cos_SR, plan.sin_SR
         )
         q_BHSR, k_BGSR, v_BGSR = (t.transpose(1, 2) for t in (q_BSHR, k_BSGR, v_BSGR))
         if plan.documents is not None:
             q_THR, k_TGR, v_TGR = (part.flatten(0, 1) for part in (q_BSHR, k_BSGR, v_BSGR))
             out_THR = document_attention(q_THR, k_TGR, v_TGR, *plan.documents)
-            return self.out_proj(out_THR.flatten(1).view_as(x_BSD)), (k_BGSR, v_BGSR)
+            return self.out_proj(out_THR.reshape(*x_BSD.shape[:2], -1)), (k_BGSR, v_BGSR)
         if past is not None:
             k_BGSR, v_BGSR = torch.cat([past[0], k_BGSR], dim=2), torch.cat([past[1], v_BGSR], dim=2)
         if plan.blocks is None:
@@ -153,13 +155,18 @@ class Attention(nn.Module):
             out_BHSR = block_attention(q_BHSR, k_BGSR, v_BGSR, plan.blocks)
         return self.out_proj(out_BHSR.transpose(1, 2).flatten(2)), (k_BGSR, v_BGSR)
 
-    def _normalize(self, qkv: Tensor) -> Tensor:
+    def _normalize(self, qkv_BSNR: Tensor) -> Tensor:
         """Normalises queries and keys if the model has QK norm."""
         if self.q_norm is None or self.k_norm is None:
-            return qkv
-        widths = [norm.normalized_shape[0] for norm in (self.q_norm, self.k_norm, self.k_norm)]
-        q, k, v = qkv.split(widths, dim=-1)
-        return torch.cat([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=-1)
+            return qkv_BSNR
+        q, k, v = qkv_BSNR.split(self.heads, dim=2)
+        if self.model.qk_norm_over is QkNormOver.all_heads:
+            q, k = (
+                norm(part.flatten(2)).view_as(part) for norm, part in ((self.q_norm, q), (self.k_norm, k))
+            )
+        else:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return torch.cat([q.to(v.dtype), k.to(v.dtype), v], dim=2)
 
 
 @with_cpu_version(cpu_attention.clip_and_rotate)
@@ -223,7 +230,7 @@ def document_kernel(model: Model, device: torch.device, dtype: torch.dtype) -> D
     """
     if device.type != "cuda":
         return DocumentKernel.bias
-    is_taken = dtype in (torch.bfloat16, torch.float16) and model.d_model // model.n_heads % 8 == 0
+    is_taken = dtype in (torch.bfloat16, torch.float16) and sizes.head_width(model) % 8 == 0
     if is_taken and has_varlen():
         return DocumentKernel.varlen
     return DocumentKernel.flex
@@ -293,7 +300,7 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 def _rotations(model: Model, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE's angles in fp32, each [S, R / 2] (Su et al. 2021, section 3.2.2)."""
-    width = model.d_model // model.n_heads
+    width = sizes.head_width(model)
     exponents = torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width
     positions_S = torch.arange(start, start + length, device=device).float()
     angles_SR = positions_S[:, None] / (model.rope_theta**exponents)

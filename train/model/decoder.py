@@ -6,8 +6,7 @@ Shapes: B batch, S sequence, T = B x S tokens, D model, F hidden, V vocabulary, 
 # ruff: noqa: N815  (shape suffixes)
 
 import dataclasses
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from train.model.attention import Attention, AttentionPlan, DocumentKernel, plan_attention
 from train.model.loss import IGNORE, chunked_cross_entropy
 from train.model.moe import MoE, MoEAux, balance_loss
-from train.recipe.schema import Ffn, Model, Norm
+from train.model.norms import make_norm
+from train.recipe.schema import Ffn, Model
 
 Device = torch.device | str | None
 
@@ -62,24 +62,6 @@ class DenseFfn(nn.Module):
         if self.gated:
             return self.w2(functional.silu(self.w1(x_BSD)) * self.v1(x_BSD)), None
         return self.w2(functional.gelu(self.w1(x_BSD))), None
-
-
-class LayerNorm(nn.LayerNorm):
-    """torch's, without casts of its input and output on a GPU."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Returns the normalised input."""
-        with _norm_casts(input, self.weight):
-            return super().forward(input)
-
-
-class RmsNorm(nn.RMSNorm):
-    """torch's, without casts of its input and output on a GPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the normalised input."""
-        with _norm_casts(x, self.weight):
-            return super().forward(x)
 
 
 class NormAttentionNorm(nn.Module):
@@ -233,24 +215,6 @@ class Decoder(nn.Module):
         loss_sum, losses_T = result
         target_tokens = (targets_BS != IGNORE).sum()
         return DecoderOutput(None, loss_sum, target_tokens, losses_T.view_as(targets_BS), *experts)
-
-
-def make_norm(model: Model, device: Device) -> nn.Module:
-    """Builds the recipe's normalisation over D, without bias."""
-    if model.norm is Norm.rmsnorm:
-        return RmsNorm(model.d_model, eps=model.norm_eps, device=device)
-    return LayerNorm(model.d_model, eps=model.norm_eps, bias=False, device=device)
-
-
-def _norm_casts(x: Tensor, weight: Tensor) -> AbstractContextManager[Any]:
-    """Returns a context in which a norm reads and writes the precision of its input and weight.
-
-    A kernel of a GPU computes a norm in fp32 whatever it reads. Autocast would cast its bf16 input to fp32
-    first, and keep that, and the next product would cast the output back: five times the bytes.
-    """
-    if x.is_cuda and x.dtype == weight.dtype:
-        return torch.autocast("cuda", enabled=False)
-    return nullcontext()
 
 
 def _project(

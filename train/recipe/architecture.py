@@ -37,6 +37,13 @@ class Norm(str, Enum):
     rmsnorm = "rmsnorm"
 
 
+class QkNormOver(str, Enum):
+    """Elements of queries and keys that are normalised together."""
+
+    all_heads = "all_heads"
+    each_head = "each_head"
+
+
 class Ffn(str, Enum):
     """Feed-forward network of a dense layer or of an expert."""
 
@@ -82,9 +89,11 @@ class Model:
     n_layers: int = key(above=0)
     """Decoder layers L."""
     n_heads: int = key(above=0)
-    """Attention heads; the head width is d_model / n_heads."""
+    """Attention heads H."""
     n_kv_heads: int = key(above=0)
     """Key-value heads (Ainslie et al. 2023); n_heads means plain multi-head attention."""
+    head_width: Optional[int] = key(None, above=0)
+    """Width R of an attention head; null: d_model / n_heads. Qwen3-30B-A3B: 128, with H x R twice d_model."""
     ffn_hidden_size: int = key(above=0)
     """Hidden size F of a dense feed-forward network, or of each expert. DBRX: 1.75 d_model per expert."""
     vocab_size: int = key(above=0)
@@ -104,8 +113,10 @@ class Model:
     clip_qkv: Optional[float] = key(None, above=0, on_start=OnStart.reported)
     """Queries, keys and values are clipped to [-c, c]. DBRX: 8. null: not clipped."""
     qk_norm: bool = False
-    """Queries and keys are RMS-normalised over all their heads, before clipping (Muennighoff et al. 2024,
-    OLMoE, section 4.2.5). DBRX: false."""
+    """Queries and keys are RMS-normalised, before clipping and rotation (Dehghani et al. 2023)."""
+    qk_norm_over: QkNormOver = key(QkNormOver.all_heads, read_when="model.qk_norm == True")
+    """`all_heads` together (Muennighoff et al. 2024, OLMoE, section 4.2.5), or `each_head` by itself with a
+    weight that all heads share (Yang et al. 2025, Qwen3, section 2)."""
     tie_embeddings: bool = False
     """Share the weights of embedding and output projection. DBRX: false; MPT: true."""
     init_std: float = key(0.02, above=0, on_start=OnStart.free)

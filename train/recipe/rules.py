@@ -63,12 +63,14 @@ def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:
         yield Violation(
             "name", f"{recipe.name!r} is not a folder name: it {unfit}", "use letters, digits, - and _"
         )
-    if model.d_model % model.n_heads:
+    if model.head_width is None and model.d_model % model.n_heads:
         d_model, n_heads = model.d_model, model.n_heads
-        yield Violation("model.n_heads", f"{d_model=} is not divisible by {n_heads=}", "change either")
-    elif model.position is Position.rope and (model.d_model // model.n_heads) % 2:
-        head_width = model.d_model // model.n_heads
-        yield Violation("model.n_heads", f"{head_width=} is odd, and RoPE rotates pairs", "make it even")
+        yield Violation(
+            "model.n_heads", f"{d_model=} is not divisible by {n_heads=}", "change either, or set head_width"
+        )
+    elif model.position is Position.rope and sizes.head_width(model) % 2:
+        head_width, of = sizes.head_width(model), "n_heads" if model.head_width is None else "head_width"
+        yield Violation(f"model.{of}", f"{head_width=} is odd, and RoPE rotates pairs", "make it even")
     if model.n_heads % model.n_kv_heads:
         n_heads, n_kv_heads = model.n_heads, model.n_kv_heads
         yield Violation("model.n_kv_heads", f"{n_heads=} is not divisible by {n_kv_heads=}", "change either")

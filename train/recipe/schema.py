@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Optional
 
-from train.recipe.architecture import Balance, BalanceScope, Ffn, Model, Moe, Norm, Position
+from train.recipe.architecture import Balance, BalanceScope, Ffn, Model, Moe, Norm, Position, QkNormOver
 from train.recipe.keys import OnResume, key
 from train.recipe.preparation import Preparation, Source
 from train.recipe.reliability import Guard, Preflight, Watch
@@ -36,6 +36,7 @@ __all__ = [
     "Phase",
     "Position",
     "Precision",
+    "QkNormOver",
     "Recipe",
     "ReducePrecision",
     "Reduction",

@@ -1,8 +1,8 @@
 """Sizes of a recipe in closed form: parameters, their placement, FLOPs, batches. Needs no torch.
 
 The shapes are those of the decoder (names and layouts of Hugging Face's DBRX); tests compare them with the
-real modules. Legend: D d_model, L n_layers, H n_heads, KV n_kv_heads, F ffn_hidden_size, E experts,
-K top_k, V vocab_size, S sequence tokens.
+real modules. Legend: D d_model, L n_layers, H n_heads, KV n_kv_heads, R width of a head, F ffn_hidden_size,
+E experts, K top_k, V vocab_size, S sequence tokens.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from train.recipe.curriculum import Curriculum, plan_stages
 from train.recipe.phases import batch_sequences, microbatch_sequences, phases_of
-from train.recipe.schema import Ffn, Model, Parallelism, Recipe
+from train.recipe.schema import Ffn, Model, Parallelism, QkNormOver, Recipe
 
 LOSS_CHUNK_TOKENS = {"cuda": 4096, "cpu": 1024}
 """Default of training.loss_chunk_tokens by device. Each chunk passes over the output projection's gradient,
@@ -51,17 +51,39 @@ class Flops:
         return self.weights + self.attention
 
 
+def head_width(model: Model) -> int:
+    """Returns R, the width of an attention head."""
+    return model.head_width or model.d_model // model.n_heads
+
+
+def query_width(model: Model) -> int:
+    """Returns H x R, the width of all queries, and of what attention returns."""
+    return model.n_heads * head_width(model)
+
+
+def key_width(model: Model) -> int:
+    """Returns KV x R, the width of all keys, and of all values."""
+    return model.n_kv_heads * head_width(model)
+
+
+def qk_norm_widths(model: Model) -> tuple[int, int]:
+    """Returns the elements that are normalised together, of queries and of keys."""
+    if model.qk_norm_over is QkNormOver.each_head:
+        return head_width(model), head_width(model)
+    return query_width(model), key_width(model)
+
+
 def layer_weights(model: Model, layer: int) -> Iterator[Weight]:
     """Yields the parameters of one decoder layer, in the module's order."""
     D, F = model.d_model, model.ffn_hidden_size
-    head = D // model.n_heads
+    queries, keys = query_width(model), key_width(model)
     prefix = f"transformer.blocks.{layer}"
     yield Weight(f"{prefix}.norm_attn_norm.norm_1.weight", (D,))
-    yield Weight(f"{prefix}.norm_attn_norm.attn.Wqkv.weight", (D + 2 * model.n_kv_heads * head, D))
+    yield Weight(f"{prefix}.norm_attn_norm.attn.Wqkv.weight", (queries + 2 * keys, D))
     if model.qk_norm:
-        yield Weight(f"{prefix}.norm_attn_norm.attn.q_norm.weight", (D,))
-        yield Weight(f"{prefix}.norm_attn_norm.attn.k_norm.weight", (model.n_kv_heads * head,))
-    yield Weight(f"{prefix}.norm_attn_norm.attn.out_proj.weight", (D, D))
+        for part, width in zip("qk", qk_norm_widths(model), strict=True):
+            yield Weight(f"{prefix}.norm_attn_norm.attn.{part}_norm.weight", (width,))
+    yield Weight(f"{prefix}.norm_attn_norm.attn.out_proj.weight", (D, queries))
     yield Weight(f"{prefix}.norm_attn_norm.norm_2.weight", (D,))
     if model.moe:
         E = model.moe.experts
@@ -158,7 +180,7 @@ def rank_weights(model: Model, layout: Parallelism, world_size: int, rank: int) 
 def total_parameters(model: Model) -> int:
     """Returns the number of parameters of the whole model.
 
-    V D (2 if untied) + D + L (2 D + (D + 2 KV D/H) D + D^2 + FFN), where FFN is E D + 3 E F D with
+    V D (2 if untied) + D + L (2 D + (2 H + 2 KV) R D + FFN), where FFN is E D + 3 E F D with
     experts, 3 F D for a dense GLU and 2 F D for a two-matrix MLP.
     """
     outside = sum(w.elements for w in weights(model) if ".blocks." not in w.name)
@@ -185,7 +207,7 @@ def active_parameters(model: Model, *, input_embedding: bool = False) -> int:
 def flops_per_token_forward(model: Model, sequence_tokens: int, *, causal: bool = False) -> Flops:
     """Returns the FLOPs of one token's forward pass.
 
-    Weights: 2 x active parameters without the input embedding. Attention: 4 L D S, scores and values
+    Weights: 2 x active parameters without the input embedding. Attention: 4 L H R S, scores and values
     against S positions (Kaplan et al. 2020, table 1; PaLM, Chowdhery et al. 2022, appendix B).
 
     Args:
@@ -194,14 +216,14 @@ def flops_per_token_forward(model: Model, sequence_tokens: int, *, causal: bool 
         causal: count only the positions up to the token's own, half of S on average (what a kernel
             that skips masked blocks computes). By default all S count, as in PaLM's utilisation.
     """
-    attention = 4 * model.n_layers * model.d_model * sequence_tokens
+    attention = 4 * model.n_layers * query_width(model) * sequence_tokens
     return Flops(2 * active_parameters(model), attention // 2 if causal else attention)
 
 
 def flops_per_token_training(model: Model, sequence_tokens: int, *, causal: bool = False) -> Flops:
     """Returns the FLOPs of one token's forward and backward pass: three times the forward pass.
 
-    Weights: 6 x active parameters; attention: 12 L D S (half of it if ``causal``). Sources: see
+    Weights: 6 x active parameters; attention: 12 L H R S (half of it if ``causal``). Sources: see
     :func:`flops_per_token_forward`. Recomputed activations do not count as model FLOPs.
     """
     forward = flops_per_token_forward(model, sequence_tokens, causal=causal)

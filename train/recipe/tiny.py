@@ -82,13 +82,17 @@ def _tiny_model(model: Model) -> Model:
     """Makes a tiny model of the same ratios: query to key-value heads, hidden size to width."""
     queries_per_kv = model.n_heads // model.n_kv_heads
     kv_heads = min(model.n_kv_heads, MOST_KV_HEADS)
-    d_model = kv_heads * queries_per_kv * HEAD_WIDTH
+    heads = kv_heads * queries_per_kv
+    d_model = heads * HEAD_WIDTH
+    if model.head_width is not None:
+        d_model = max(HEAD_WIDTH, round(d_model * model.d_model / sizes.query_width(model)))
     return replace(
         model,
         d_model=d_model,
         n_layers=min(model.n_layers, LAYERS),
-        n_heads=kv_heads * queries_per_kv,
+        n_heads=heads,
         n_kv_heads=kv_heads,
+        head_width=None if model.head_width is None else HEAD_WIDTH,
         ffn_hidden_size=max(8, round(model.ffn_hidden_size / model.d_model * d_model / 8) * 8),
         vocab_size=VOCABULARY,
         max_sequence_tokens=SEQUENCE_TOKENS,

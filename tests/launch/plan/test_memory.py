@@ -40,6 +40,7 @@ from train.recipe.schema import (
     OptimizerKind,
     Parallelism,
     Position,
+    QkNormOver,
 )
 from train.recipe.tiny import tiny_recipe
 
@@ -145,12 +146,24 @@ MPT = replace(
     moe=None,
 )
 LLAMA = replace(MOE, n_kv_heads=4, ffn_hidden_size=344, norm=Norm.rmsnorm, clip_qkv=None, moe=None)
+QWEN3 = replace(
+    MOE,
+    n_heads=8,
+    head_width=32,
+    norm=Norm.rmsnorm,
+    qk_norm=True,
+    qk_norm_over=QkNormOver.each_head,
+    clip_qkv=None,
+)
 CASES = {
     "moe": Case(MOE, 8, 256, 512),
     "moe-wide": Case(replace(MOE, d_model=256, ffn_hidden_size=448, n_layers=2), 4, 512, 1024),
     "moe-vocabulary": Case(replace(MOE, vocab_size=16384), 4, 512, 512),
     "mpt": Case(MPT, 8, 256, 1024),
     "llama": Case(LLAMA, 4, 512, 512),
+    "wide-heads": Case(replace(MOE, n_heads=8, head_width=48), 4, 512, 512),
+    "qk-norm": Case(replace(MOE, qk_norm=True, norm=Norm.rmsnorm), 4, 512, 512),
+    "qwen3": Case(QWEN3, 4, 512, 512),
 }
 
 

@@ -11,7 +11,7 @@ from train.hf.config import Config
 from train.hf.mapping import FAMILIES, family_for, family_of
 from train.hf.rope import views
 from train.recipe.errors import UserError
-from train.recipe.schema import Ffn, Model, Moe, Norm, Position
+from train.recipe.schema import Ffn, Model, Moe, Norm, Position, QkNormOver
 
 THETA = 123456.0
 DBRX = Model(
@@ -26,12 +26,15 @@ DBRX = Model(
     moe=Moe(experts=4, top_k=2),
 )
 LLAMA = replace(DBRX, norm=Norm.rmsnorm, moe=None)
+QWEN3 = replace(LLAMA, head_width=12, qk_norm=True, qk_norm_over=QkNormOver.each_head)
 MODELS = {
     "dbrx": DBRX,
     "llama": LLAMA,
     "mixtral": replace(LLAMA, moe=DBRX.moe),
     "olmoe": replace(LLAMA, moe=DBRX.moe, qk_norm=True),
     "mpt": replace(DBRX, position=Position.alibi, ffn=Ffn.mlp, moe=None),
+    "qwen3": QWEN3,
+    "qwen3_moe": replace(QWEN3, moe=DBRX.moe),
 }
 ROTARY = [kind for kind in MODELS if kind != "mpt"]
 
@@ -89,12 +92,13 @@ def test_numbers_have_the_types_on_which_transformers_5_insists(kind: str) -> No
     """An int is refused there where a float is declared, also a whole one such as 8; so is MPT's 0.0."""
     moe = MODELS[kind].moe and Moe(4, 2, normalize_weights_p=1, jitter_eps=0, balance_loss_weight=1)
     model = replace(MODELS[kind], moe=moe, rope_theta=10000, init_std=1)
-    if kind not in {"llama", "mixtral"}:
+    if kind in {"dbrx", "olmoe", "mpt"}:
         model = replace(model, clip_qkv=8)
     config = dict(numbers(written(model)))
     counts = {"d_model", "hidden_size", "max_seq_len", "max_position_embeddings", "vocab_size"}
     counts |= {"n_layers", "n_heads", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
     counts |= {"kv_n_heads", "ffn_hidden_size", "intermediate_size", "expansion_ratio", "alibi_bias_max"}
+    counts |= {"head_dim", "moe_intermediate_size", "decoder_sparse_step"}
     counts |= {"moe_num_experts", "moe_top_k", "num_local_experts", "num_experts", "num_experts_per_tok"}
     counts |= {"attn_pdrop"} if kind == "mpt" else set()
     assert {key for key, value in config.items() if isinstance(value, int)} == counts & config.keys()

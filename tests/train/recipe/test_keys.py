@@ -132,7 +132,7 @@ def test_what_may_differ_from_the_weights_of_step_0() -> None:
     equal = {name.removeprefix("model.") for name, it in rules.items() if it in (None, OnStart.equal)}
     assert equal == {
         *("d_model", "n_layers", "n_heads", "n_kv_heads", "ffn_hidden_size", "vocab_size"),
-        *("ffn", "norm", "qk_norm", "tie_embeddings", "moe.experts"),
+        *("head_width", "ffn", "norm", "qk_norm", "qk_norm_over", "tie_embeddings", "moe.experts"),
     }
     reported = {name.removeprefix("model.") for name, it in rules.items() if it is OnStart.reported}
     assert reported == {"rope_theta", "max_sequence_tokens", "norm_eps", "clip_qkv", "position"}

@@ -8,7 +8,7 @@ import pytest
 from train.recipe import sizes
 from train.recipe.curriculum import plan_stages
 from train.recipe.reading import load_recipe
-from train.recipe.schema import Data, Ffn, Model, Moe, Norm, Position, Recipe, Training
+from train.recipe.schema import Data, Ffn, Model, Moe, Norm, Position, QkNormOver, Recipe, Training
 
 
 def decoder(
@@ -32,6 +32,13 @@ MPT = replace(
 OLMOE = replace(
     decoder(2048, 16, (16, 16), 1024, 50304, moe=Moe(experts=64, top_k=8)), norm=Norm.rmsnorm, qk_norm=True
 )
+QWEN3 = replace(
+    decoder(2048, 48, (32, 4), 768, 151936, moe=Moe(experts=128, top_k=8)),
+    head_width=128,
+    norm=Norm.rmsnorm,
+    qk_norm=True,
+    qk_norm_over=QkNormOver.each_head,
+)
 LLAMA = replace(decoder(5120, 40, (40, 40), 13824, 32000), norm=Norm.rmsnorm)
 
 
@@ -45,6 +52,7 @@ LLAMA = replace(decoder(5120, 40, (40, 40), 13824, 32000), norm=Norm.rmsnorm)
         pytest.param(decoder(2048, 20, (16, 8), 3584, moe=Moe()), 7_709_870_080, 2_219_526_144, id="moe-a"),
         pytest.param(MPT, 6_649_286_656, 6_649_286_656, id="mpt-7b"),
         pytest.param(OLMOE, 6_919_161_856, 1_178_994_688, id="olmoe-1b-7b"),
+        pytest.param(QWEN3, 30_532_122_624, 3_041_867_776, id="qwen3-30b-a3b"),
         pytest.param(LLAMA, 13_015_864_320, 12_852_024_320, id="llama2-13b"),
     ],
 )
@@ -54,7 +62,7 @@ def test_published_table_to_the_last_digit(model: Model, total: int, active: int
 
 
 @pytest.mark.parametrize(
-    "model", [MPT, LLAMA, OLMOE, decoder(64, 3, (4, 2), 112, 512, moe=Moe(experts=8, top_k=2))]
+    "model", [MPT, LLAMA, OLMOE, QWEN3, decoder(64, 3, (4, 2), 112, 512, moe=Moe(experts=8, top_k=2))]
 )
 def test_listed_weights_add_up_to_the_total(model: Model) -> None:
     listed = list(sizes.weights(model))
@@ -73,6 +81,8 @@ def test_flops_of_forward_and_training() -> None:
     assert training.weights == 6 * 35_853_146_112
     assert training.attention == 12 * 40 * 6144 * 4096
     assert training.total == 3 * sizes.flops_per_token_forward(model, 4096).total
+    wide = replace(model, head_width=96)  # 48 heads of 96
+    assert sizes.flops_per_token_training(wide, 4096).attention == 12 * 40 * 48 * 96 * 4096
     causal = sizes.flops_per_token_training(model, 4096, causal=True)
     assert (causal.weights, 2 * causal.attention) == (training.weights, training.attention)
 

@@ -1,0 +1,48 @@
+"""Norms that read and write the precision of their input, also under autocast on a GPU.
+
+Shapes: D model.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.recipe.schema import Model, Norm
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, without casts of its input and output on a GPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the normalised input."""
+        with _norm_casts(input, self.weight):
+            return super().forward(input)
+
+
+class RmsNorm(nn.RMSNorm):
+    """torch's, without casts of its input and output on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalised input."""
+        with _norm_casts(x, self.weight):
+            return super().forward(x)
+
+
+def make_norm(model: Model, device: torch.device | str | None) -> nn.Module:
+    """Builds the recipe's normalisation over D, without bias."""
+    if model.norm is Norm.rmsnorm:
+        return RmsNorm(model.d_model, eps=model.norm_eps, device=device)
+    return LayerNorm(model.d_model, eps=model.norm_eps, bias=False, device=device)
+
+
+def _norm_casts(x: Tensor, weight: Tensor) -> AbstractContextManager[Any]:
+    """Returns a context in which a norm reads and writes the precision of its input and weight.
+
+    A kernel of a GPU computes a norm in fp32 whatever it reads. Autocast would cast its bf16 input to fp32
+    first, and keep that, and the next product would cast the output back: five times the bytes.
+    """
+    if x.is_cuda and x.dtype == weight.dtype:
+        return torch.autocast("cuda", enabled=False)
+    return nullcontext()
