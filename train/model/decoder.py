@@ -28,7 +28,8 @@ class DecoderOutput(NamedTuple):
     logits_BSV: Tensor | None
     """Only without targets."""
     loss_sum: Tensor
-    """fp32: cross-entropy in nats, summed over targets that are not -100; 0 without targets."""
+    """fp32: cross-entropy in nats, summed over targets that are not -100; 0 without targets. In training it
+    includes the logits' weighted z-loss."""
     target_tokens: Tensor
     """int64: number of targets that are not -100."""
     token_losses_BS: Tensor | None
@@ -144,10 +145,14 @@ class LanguageModelHead(nn.Linear):
     """The output projection. It computes the loss too, since a sharded weight is gathered only inside it."""
 
     def forward(  # type: ignore[override]
-        self, hidden_TD: Tensor, targets_T: Tensor | None = None, chunk_tokens: int | None = None
+        self,
+        hidden_TD: Tensor,
+        targets_T: Tensor | None = None,
+        chunk_tokens: int | None = None,
+        z_weight: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns logits [T, V], or with targets the summed loss and each token's loss."""
-        return _project(hidden_TD, self.weight, targets_T, chunk_tokens)
+        return _project(hidden_TD, self.weight, targets_T, chunk_tokens, z_weight)
 
 
 class Decoder(nn.Module):
@@ -205,10 +210,11 @@ class Decoder(nn.Module):
             return DecoderOutput(None, zero, zero.long(), None, *experts)
         hidden_TD = hidden_BSD.flatten(0, 1)
         targets_T = None if targets_BS is None else targets_BS.flatten()
+        of_loss = (self.loss_chunk_tokens, self.cfg.logit_z_loss_weight if self.training else 0.0)
         if self.lm_head is not None:
-            result = self.lm_head(hidden_TD, targets_T, self.loss_chunk_tokens)
+            result = self.lm_head(hidden_TD, targets_T, *of_loss)
         else:
-            result = _project(hidden_TD, self.transformer.wte.weight, targets_T, self.loss_chunk_tokens)
+            result = _project(hidden_TD, self.transformer.wte.weight, targets_T, *of_loss)
         if targets_BS is None:
             logits_BSV = result.view(*input_ids_BS.shape, -1)
             return DecoderOutput(logits_BSV, zero, zero.long(), None, *experts)
@@ -218,8 +224,8 @@ class Decoder(nn.Module):
 
 
 def _project(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor | None, chunk_tokens: int | None
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor | None, chunk_tokens: int | None, z_weight: float
 ) -> Tensor | tuple[Tensor, Tensor]:
     if targets_T is None:
         return functional.linear(hidden_TD, weight_VD)
-    return chunked_cross_entropy(hidden_TD, weight_VD, targets_T, chunk_tokens)
+    return chunked_cross_entropy(hidden_TD, weight_VD, targets_T, chunk_tokens, z_weight)

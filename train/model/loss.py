@@ -23,7 +23,11 @@ HAS_MIXED_PRODUCTS = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def chunked_cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_tokens: int | None = None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    chunk_tokens: int | None = None,
+    z_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of ``softmax(hidden @ weight.T)`` in nats.
 
@@ -32,15 +36,17 @@ def chunked_cross_entropy(
         weight_VD: output projection.
         targets_T: token ids; :data:`IGNORE` has no loss and no gradient.
         chunk_tokens: rows of logits held at once; None: what suits the device.
+        z_weight: weight of the z-loss, the squared log-sum-exp of a token's logits (Chowdhery et al. 2022,
+            section 5).
 
     Returns:
-        The sum over tokens (fp32, with gradients if grad mode is on) and each token's loss
-        (fp32 [T], without gradient, 0 where ignored).
+        The sum over tokens, z-loss included (fp32, with gradients if grad mode is on), and each token's
+        cross-entropy (fp32 [T], without gradient, 0 where ignored).
     """
     if chunk_tokens is None:
         chunk_tokens = LOSS_CHUNK_TOKENS[hidden_TD.device.type]
     result: tuple[Tensor, Tensor] = _ChunkedCrossEntropy.apply(
-        hidden_TD, weight_VD, targets_T, chunk_tokens, torch.is_grad_enabled()
+        hidden_TD, weight_VD, targets_T, chunk_tokens, z_weight, torch.is_grad_enabled()
     )
     return result
 
@@ -48,11 +54,12 @@ def chunked_cross_entropy(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets_T: Tensor, chunk: int, with_grad: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets_T: Tensor, chunk: int, z: float, with_grad: bool
     ) -> tuple[Tensor, Tensor]:
         want_hidden = with_grad and ctx.needs_input_grad[0]
         want_weight = with_grad and ctx.needs_input_grad[1]
         losses_T = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        penalties_T = torch.empty_like(losses_T) if z else None
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=_accumulated_in(weight)) if want_weight else None
         device = hidden.device.type
@@ -66,14 +73,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 hidden_CD = hidden[rows]
                 logits_CV = torch.mm(hidden_CD, weight.t(), out=buffer_CV[: len(hidden_CD)])
-                losses_T[rows] = _losses(logits_CV, targets_T[rows], with_grad)
+                losses_T[rows], penalties_C = _losses(logits_CV, targets_T[rows], z, with_grad)
+                if penalties_T is not None:
+                    penalties_T[rows] = penalties_C
                 if grad_hidden is not None:
                     _write_product(grad_hidden[rows], logits_CV, weight)
                 if grad_weight is not None:
                     _add_product(grad_weight, logits_CV.t(), hidden_CD)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses_T)
-        return losses_T.sum(), losses_T
+        total = losses_T.sum()
+        return total if penalties_T is None else total + penalties_T.sum(), losses_T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,13 +92,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for grad in (grad_hidden, grad_weight):
             if grad is not None:
                 grad.mul_(grads[0])
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def _losses(logits_CV: Tensor, targets_C: Tensor, with_grad: bool) -> Tensor:
-    """Returns each token's loss; with ``with_grad``, overwrites the logits with their gradient."""
+def _losses(logits_CV: Tensor, targets_C: Tensor, z: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Returns each token's loss and z-loss; with ``with_grad``, overwrites the logits with their gradient."""
     if _is_for_kernel(logits_CV):
-        return loss_kernel.losses_in_place(logits_CV, targets_C, IGNORE, with_grad)
+        return loss_kernel.losses_in_place(logits_CV, targets_C, IGNORE, z, with_grad)
     ignored_C = targets_C == IGNORE
     targets_C1 = targets_C.long().masked_fill(ignored_C, 0).unsqueeze(1)
     target_logits_C = logits_CV.gather(1, targets_C1).squeeze(1)
@@ -96,9 +106,17 @@ def _losses(logits_CV: Tensor, targets_C: Tensor, with_grad: bool) -> Tensor:
     losses_C = log_sums_C - target_logits_C
     if with_grad:
         # In fp32: for a bf16 p near 1, p - 1 would lose all its digits.
-        logits_CV.scatter_(1, targets_C1, torch.expm1(-losses_C).to(logits_CV.dtype).unsqueeze(1))
+        of_target_C = torch.expm1(-losses_C)
+        if z:
+            slope_C = (
+                2 * z * log_sums_C
+            )  # of the z-loss by the log-sum-exp, whose gradient are the probabilities
+            logits_CV.mul_((1 + slope_C).to(logits_CV.dtype).unsqueeze(1))
+            of_target_C += slope_C * torch.exp(-losses_C)
+        logits_CV.scatter_(1, targets_C1, of_target_C.to(logits_CV.dtype).unsqueeze(1))
         logits_CV.masked_fill_(ignored_C.unsqueeze(1), 0.0)
-    return losses_C.masked_fill_(ignored_C, 0.0).float()
+    penalties_C = (z * log_sums_C.square()).masked_fill_(ignored_C, 0.0).float() if z else None
+    return losses_C.masked_fill_(ignored_C, 0.0).float(), penalties_C
 
 
 @with_cpu_version(softmax.softmax_in_place)

@@ -122,5 +122,8 @@ class Model:
     init_std: float = key(0.02, above=0, on_start=OnStart.free)
     """Standard deviation of initial weights; projections into the residual stream are divided by
     sqrt(2 n_layers) (Radford et al. 2019)."""
+    logit_z_loss_weight: float = key(0.0, at_least=0, on_start=OnStart.free)
+    """Weight of the mean squared log-sum-exp of the output logits, which keeps them from drifting (Chowdhery
+    et al. 2022, PaLM, section 5). PaLM: 1e-4. 0: none."""
     moe: Optional[Moe] = key(None, on_start=OnStart.free)
     """Mixture of experts; null for a dense model."""

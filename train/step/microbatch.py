@@ -38,6 +38,7 @@ class MicrobatchModel(nn.Module):
         by_loss = moe is not None and moe.balance is Balance.loss
         self.reduce_counts: Callable[[Tensor], Tensor] | None = None
         self.balance_weight = moe.balance_loss_weight if moe and by_loss else 0.0
+        self.logit_z_weight = recipe.model.logit_z_loss_weight
         self.z_weight = moe.z_loss_weight if moe else 0.0
         self.seed = recipe.seed
         routers = [module for module in decoder.modules() if isinstance(module, Router)]
@@ -78,15 +79,22 @@ class MicrobatchModel(nn.Module):
         microbatches and ranks is the mean over the global batch however it is split.
         """
         sequences, length = batch["targets"].shape
-        language = outputs.loss_sum / (sequences * (length - 1))
+        positions = sequences * (length - 1)
+        minimised = language = outputs.loss_sum / positions
+        of_logits = {}
+        if self.logit_z_weight:
+            assert outputs.token_losses_BS is not None, "training has targets"
+            language = outputs.token_losses_BS.sum() / positions
+            of_logits["logit_z"] = (minimised.detach() - language) / self.logit_z_weight
         counts_LE = outputs.expert_tokens_LE
         if self.reduce_counts is not None:
             counts_LE = self.reduce_counts(counts_LE)
         balance = balance_loss(outputs.mean_scores_LE, counts_LE)
-        total = language + self.balance_weight * balance + self.z_weight * outputs.z_loss
+        total = minimised + self.balance_weight * balance + self.z_weight * outputs.z_loss
         return {
             "total": total,
             "language": language,
             "balance": balance,
             "z": outputs.z_loss,
+            **of_logits,
         }

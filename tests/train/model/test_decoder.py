@@ -10,7 +10,8 @@ from train.model.attention import AttentionPlan, DocumentKernel
 from train.model.decoder import Decoder, DecoderOutput
 from train.model.init import initialize
 from train.model.moe import MoE, balance_loss
-from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position
+from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position, Precision, Recipe
+from train.step.microbatch import MicrobatchModel
 
 # Shapes: B batch, S sequence, V vocabulary, L layers, E experts.
 B, S, V = 2, 16, 61
@@ -83,6 +84,24 @@ def test_losses_are_those_of_the_logits() -> None:
     assert plain.token_losses_BS is None
     assert out.expert_tokens_LE.dtype == torch.int64
     assert out.expert_tokens_LE.sum(dim=1).tolist() == [B * S * 2] * 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_logits_z_loss_is_minimised_but_neither_reported_nor_validated(tied: bool) -> None:
+    model = replace(CFG, moe=None, tie_embeddings=tied, logit_z_loss_weight=0.5)
+    decoder, (ids, documents, targets) = make(model), batch()
+    squares = decoder(ids, documents).logits_BSV.logsumexp(dim=-1).square()[targets != -100]
+    with torch.no_grad():
+        validated = decoder.eval()(ids, documents, targets).loss_sum
+    microbatch = MicrobatchModel(decoder.train(), Recipe(model=model), Precision.fp32)
+    given = {"input_ids": ids, "document_ids": documents, "targets": targets}
+    outputs = microbatch(given)
+    found = microbatch.loss(outputs, given)
+    torch.testing.assert_close(outputs.loss_sum, validated + 0.5 * squares.sum())
+    positions = B * (S - 1)
+    torch.testing.assert_close(found["language"], validated / positions)
+    torch.testing.assert_close(found["logit_z"], squares.detach().sum() / positions)
+    torch.testing.assert_close(found["total"], outputs.loss_sum / positions)
 
 
 def test_balance_and_z_loss_are_means_over_layers() -> None:

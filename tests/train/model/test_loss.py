@@ -71,6 +71,23 @@ def test_value_and_gradients_equal_plain_cross_entropy(
         torch.testing.assert_close(mine, other, rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.parametrize("chunk", [5, 1024])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_z_loss_of_the_logits_and_its_gradient(chunk: int, dtype: torch.dtype) -> None:
+    hidden_TD, weight_VD, targets_T = make_inputs(dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden_TD, weight_VD)]
+    logits_TV = exact[0] @ exact[1].t()
+    squares_T = logits_TV.logsumexp(dim=-1).square()[targets_T != IGNORE]
+    expected_T = functional.cross_entropy(logits_TV, targets_T, reduction="none")
+    expected = expected_T.sum() + 0.03 * squares_T.sum()
+    total, losses_T = chunked_cross_entropy(hidden_TD, weight_VD, targets_T, chunk, z_weight=0.03)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses_T.double(), expected_T, rtol=1e-5, atol=1e-6)
+    ours = torch.autograd.grad(0.25 * total, (hidden_TD, weight_VD))
+    for mine, other in zip(ours, torch.autograd.grad(0.25 * expected, exact), strict=True):
+        torch.testing.assert_close(mine.double(), other, rtol=0, atol=1e-6 * other.abs().max().item())
+
+
 def test_under_autocast_products_are_bf16_and_the_sum_over_chunks_fp32() -> None:
     hidden_TD, weight_VD, targets_T = make_inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -144,9 +161,9 @@ def test_a_logit_that_is_no_number_shows_in_the_loss(logit: float) -> None:
 def test_a_chunk_suits_the_device_unless_it_is_given(default: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
 
-    def note(logits_CV: Tensor, *_: object) -> Tensor:
+    def note(logits_CV: Tensor, *_: object) -> tuple[Tensor, None]:
         rows.append(len(logits_CV))
-        return torch.zeros(len(logits_CV))
+        return torch.zeros(len(logits_CV)), None
 
     monkeypatch.setattr(loss, "_losses", note)
     hidden_TD = torch.zeros(2500, 4)
