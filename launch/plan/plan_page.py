@@ -132,9 +132,9 @@ def _timeline(plan: Plan) -> Drawing:
             title = f"{part.name}, {KINDS[kind]}: {seconds:.3f} s"
             drawing.boxes.append(Box(at, top, seconds * scale, COLOURS[kind], title))
             at += seconds * scale
-        hidden = plan.hidden_seconds(part.seconds)
+        hidden = part.hidden_seconds
         title = f"{part.name}, traffic overlapped with arithmetic: {hidden:.3f} s"
-        drawing.boxes.append(Box(left, tops[-1], max(hidden, 0) * scale, COLOURS["overlap"], title))
+        drawing.boxes.append(Box(left, tops[-1], hidden * scale, COLOURS["overlap"], title))
         left += width
     if more := plan.microbatches - shown:
         drawing.labels.append(Label(LEFT, drawing.height + 8, f"and {more} more microbatches"))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from launch.plan.hardware import Gpu
 from launch.plan.memory import Memory, memory, numerics_of
+from launch.plan.overlap import Overlapped, overlap, traffic_of
 from launch.plan.step_shapes import StepShape, step_shapes
 from launch.plan.step_time import (
     FITTED,
@@ -16,7 +17,7 @@ from launch.plan.step_time import (
     link_seconds,
     update_work,
 )
-from launch.plan.traffic import OUTSIDE, Collective, CollectiveKind, collectives
+from launch.plan.traffic import Collective, collectives
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.rules import validate
@@ -34,6 +35,8 @@ class Part:
     name: str
     seconds: Seconds
     repeats: int = 1
+    hidden_seconds: float = 0.0
+    """Traffic that runs under arithmetic; ``seconds.links`` is what does not."""
 
 
 @dataclass(frozen=True)
@@ -83,21 +86,21 @@ class Plan:
         """Predicted time of an optimizer step."""
         return self.seconds.total
 
-    def hidden_seconds(self, seconds: Seconds) -> float:
-        """Traffic hidden behind arithmetic: its time at the links' full rate minus its exposed time."""
-        return max(0.0, self.efficiency.links - 1) * seconds.links
+    @property
+    def hidden_seconds(self) -> float:
+        """Traffic of a step that runs under arithmetic."""
+        return sum(part.hidden_seconds * part.repeats for part in self.parts)
 
     @property
-    def step_seconds_if_hidden(self) -> float:
-        """A lower bound: step time if all traffic of weights and gradients overlapped with arithmetic."""
-        exchange = [c for c in self.collectives if c.kind is CollectiveKind.all_to_all]
-        hidden = [c for c in self.collectives if c.kind is not CollectiveKind.all_to_all]
-        compute = self.step_seconds - self.seconds.links
-        open_seconds, hidden_seconds = (
-            link_seconds(part, self.gpu, self.efficiency, self.microbatches).links
-            for part in (exchange, hidden)
-        )
-        return max(compute, hidden_seconds) + open_seconds
+    def step_seconds_if_added(self) -> float:
+        """Step time if arithmetic hid no more traffic than in published runs, whose kinds of time add up."""
+        traffic = link_seconds(self.collectives, self.gpu, self.efficiency, self.microbatches)
+        return self.step_seconds - self.seconds.links + traffic.links
+
+    @property
+    def utilisation_if_added(self) -> float:
+        """:attr:`utilisation` with :attr:`step_seconds_if_added`."""
+        return self.utilisation * self.step_seconds / self.step_seconds_if_added
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
@@ -218,29 +221,30 @@ def _parts(
     # The loss computes its gradients in the forward pass.
     ahead = compute_seconds(forward + head + head.backward(), gpu, efficiency)
     back = compute_seconds(forward.backward() + again, gpu, efficiency)
-    of_step = [collective for collective in traffic if collective.is_once_a_step]
-    of_microbatch = [collective for collective in traffic if not collective.is_once_a_step]
-    links = link_seconds(of_microbatch, gpu, efficiency)
-    share = _forward_share(of_microbatch, model.n_layers, gpu)
+    passes = _overlapped(traffic, ahead, back, model.n_layers, gpu, efficiency)
     held = sum(sizes.rank_weights(model, layout, world_size, 0).values())
     moments = 8 if recipe.optimizer.kind is OptimizerKind.adamw else 4
     update = update_work(held, moments, clips=training.clip_norm is not None)
+    counts = (microbatches, microbatches, 1)
     return [
-        Part("forward", ahead + links.times(share), microbatches),
-        Part("backward", back + links.times(1 - share), microbatches),
-        Part("reduce", link_seconds(of_step, gpu, efficiency)),
+        *(
+            Part(name, each.seconds, count, each.hidden)
+            for name, each, count in zip(("forward", "backward", "reduce"), passes, counts, strict=True)
+        ),
         Part("optimizer", compute_seconds(update, gpu, efficiency)),
     ]
 
 
-def _forward_share(traffic: list[Collective], layers: int, gpu: Gpu) -> float:
-    """Share of the traffic's time in the forward pass: one gather of the weights, half of the all-to-alls."""
-    total = ahead = 0.0
-    for collective in traffic:
-        seconds = collective.seconds(gpu)
-        total += collective.calls * seconds
-        if collective.kind is CollectiveKind.all_gather:
-            ahead += (1 if collective.what == OUTSIDE else layers) * seconds
-        elif collective.kind is CollectiveKind.all_to_all:
-            ahead += collective.calls * seconds / 2
-    return ahead / total if total else 0.0
+def _overlapped(
+    traffic: list[Collective], ahead: Seconds, back: Seconds, layers: int, gpu: Gpu, efficiency: Efficiency
+) -> tuple[Overlapped, Overlapped, Overlapped]:
+    """Returns a forward pass, a backward pass, and what sums over ranks add to the last backward pass."""
+    of_microbatch = [collective for collective in traffic if not collective.is_once_a_step]
+    of_step = [(collective, collective.calls) for collective in traffic if collective.is_once_a_step]
+    there = [(collective, collective.ahead) for collective in of_microbatch]
+    and_back = [(collective, collective.calls - collective.ahead) for collective in of_microbatch]
+    forward, backward, last = (
+        overlap(arithmetic, traffic_of(calls, layers, gpu, efficiency.collectives))
+        for arithmetic, calls in ((ahead, there), (back, and_back), (back, and_back + of_step))
+    )
+    return forward, backward, last + backward.times(-1)

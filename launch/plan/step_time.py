@@ -1,9 +1,9 @@
 """Step time: arithmetic, memory traffic of a GPU, and traffic between GPUs.
 
-Time = FLOPs / (share x peak) + bytes / (share x bandwidth), summed over all three kinds. Two shares are
-fitted to published runs and predict other runs (:mod:`launch.experiments.published`); the rest is counted.
-The kinds are added rather than overlapped because published runs behave that way: collectives that could
-overlap with arithmetic take SMs and memory bandwidth from it.
+Time = FLOPs / (share x peak) + bytes / (share x bandwidth). Two shares are fitted to published runs and
+predict other runs (:mod:`launch.experiments.published`); the rest is counted. Of published runs all kinds are
+added, since their times behave that way; how much of our own traffic arithmetic hides follows from the order
+in which we send it (:mod:`launch.plan.overlap`).
 
 Legend: T tokens, S tokens of a sequence, D d_model, Q width of all queries, G of all keys, F hidden size,
 K experts of a token.
@@ -28,7 +28,10 @@ class Efficiency:
     matrix: float = 0.61
     """Fitted: share of the peak of matrix products."""
     links: float = 1.09
-    """Fitted: share of a link's rate; above 1 because of overlap with arithmetic."""
+    """Fitted to runs whose traffic is added to their arithmetic: share of a link's rate; above 1 because some
+    of it overlaps."""
+    collectives: float = 0.85
+    """Assumed: share of a link's rate that large collectives reach, where overlap is counted."""
     memory: float = 0.85
     """Assumed: share of memory bandwidth that copies of large tensors reach."""
     attention: float = 0.35

@@ -80,8 +80,8 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "traffic_bytes_per_step_and_gpu": [_traffic_figures(plan, c) for c in plan.collectives],
         "step_seconds": plan.step_seconds,
         "step_seconds_by_kind": asdict(plan.seconds),
-        "hidden_links_seconds": plan.hidden_seconds(plan.seconds),
-        "step_seconds_if_weights_traffic_hid": plan.step_seconds_if_hidden,
+        "hidden_links_seconds": plan.hidden_seconds,
+        "step_seconds_if_traffic_added": plan.step_seconds_if_added,
         "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu,
         "utilisation": plan.utilisation,
         "utilisation_of_weights": plan.utilisation_of_weights,
@@ -205,14 +205,14 @@ def _time_table(plan: Plan) -> str:
             f"  {name:12}{seconds.matrix:>9.3f}{seconds.attention:>11.3f}{seconds.memory:>9.3f}"
             f"{seconds.links:>9.3f}{seconds.total:>9.3f}"
         )
-    hidden = plan.hidden_seconds(plan.seconds)
+    hidden = plan.hidden_seconds
     lines.append(
-        f"  overlap: of {plan.seconds.links + hidden:.3f} s of traffic at full rate {hidden:.3f} s hide "
-        "behind arithmetic, the rest is open"
+        f"  overlap: of {plan.seconds.links + hidden:.3f} s of traffic {hidden:.3f} s run under arithmetic, "
+        "the rest is open"
     )
     lines.append(
-        f"  ({plan.step_seconds_if_hidden:.3f} if all traffic of weights hid behind arithmetic, "
-        "as published runs' does not)"
+        f"  ({plan.step_seconds_if_added:.3f} s, {plan.utilisation_if_added:.1%}, if arithmetic hid no more "
+        "than in published runs)"
     )
     return "\n".join(lines)
 

@@ -19,6 +19,8 @@ FP32 = 4
 INT32 = 4
 OUTSIDE = "embeddings"
 """The name of the unit of what is outside the layers."""
+ROUTERS = "routers"
+"""The routers of all layers, whose gradients are summed after the last backward pass."""
 
 
 class CollectiveKind(str, Enum):
@@ -53,8 +55,15 @@ class Collective:
     """Distance between consecutive ranks of the group: 1 if they are neighbours."""
     calls: int
     """Calls per rank and microbatch, or step."""
+    ahead: int = 0
+    """Of these calls, those in the forward pass; the others are in the backward pass."""
     is_once_a_step: bool = False
-    """Called per step, whatever the number of microbatches."""
+    """Called per step, whatever the number of microbatches: in or after the last backward pass."""
+
+    @property
+    def is_outside_layers(self) -> bool:
+        """True if no layer's arithmetic is there to hide it."""
+        return self.what in (OUTSIDE, ROUTERS)
 
     def calls_in_step(self, microbatches: int) -> int:
         """Calls of one rank in a step."""
@@ -125,18 +134,19 @@ def collectives(
     routers = sum(w.elements for w in sizes.weights(model) if ".router." in w.name)
     if routers:
         averaged = (CollectiveKind.all_reduce, routers * FP32, world_size, 1, 1)
-        found.append(Collective("routers", *averaged, is_once_a_step=True))
+        found.append(Collective(ROUTERS, *averaged, is_once_a_step=True))
     for unit in _units(model, layout, world_size):
         gathers = _gathers(unit, model.n_layers, layout.gathered_layers)
         found += _sharding_collectives(unit, layout, world_size, gathers, compute_bytes)
     if model.moe and layout.expert > 1:
         passes = 3 if checkpointing else 2
         rows = tokens * model.moe.top_k * model.d_model * compute_bytes
-        exchange = ("tokens to experts and back", rows, 2 * passes)
-        counts = ("counts of tokens", model.moe.experts * INT32, passes - 1)
-        for what, payload, calls in (exchange, counts):
+        exchange = ("tokens to experts and back", rows, 2 * passes, 2)
+        counts = ("counts of tokens", model.moe.experts * INT32, passes - 1, 1)
+        for what, payload, *calls in (exchange, counts):
+            in_all, ahead = (each * model.n_layers for each in calls)
             group = (layout.expert, 1)
-            found.append(Collective(what, CollectiveKind.all_to_all, payload, *group, calls * model.n_layers))
+            found.append(Collective(what, CollectiveKind.all_to_all, payload, *group, in_all, ahead))
     return found
 
 
@@ -205,8 +215,10 @@ def _sharding_collectives(
     kinds = CollectiveKind
     is_once = layout.reduce is Reduction.once_a_batch
     found = [
-        Collective(unit.what, kinds.all_gather, elements * compute_bytes, *group, gathers),
-        Collective(unit.what, kinds.reduce_scatter, elements * reduced, *group, unit.count, is_once),
+        Collective(unit.what, kinds.all_gather, elements * compute_bytes, *group, gathers, unit.count),
+        Collective(
+            unit.what, kinds.reduce_scatter, elements * reduced, *group, unit.count, is_once_a_step=is_once
+        ),
     ]
     if layout.replicate > 1:
         copies = (layout.replicate, world_size // layout.replicate)

@@ -8,8 +8,11 @@ from typing import NamedTuple
 import pytest
 from torch.distributed.fsdp import FSDPModule
 
+from launch.plan.hardware import GPUS
+from launch.plan.step import make_plan
+from launch.plan.step_time import Efficiency
 from tests.cuda_standin import standin
-from tests.cuda_standin.replay import read, replay
+from tests.cuda_standin.replay import ATTENTION, MEMORY, PRODUCTS, read, replay
 from train.recipe.reading import load_recipe
 
 pytestmark = pytest.mark.slow
@@ -43,21 +46,48 @@ def layer_of(stem: str, ranks: int, *overrides: str, is_ahead: bool = True) -> L
     return Layer(*(500 * (b - a) for a, b in zip(two, four, strict=True)))
 
 
-@pytest.mark.parametrize(
-    ("stem", "ranks", "overrides"), [("dbrx-moe-a", 64, []), ("dbrx", 3072, ["parallelism.expert=8"])]
-)
+@pytest.mark.parametrize(("stem", "ranks", "expert"), [("dbrx-moe-a", 64, 1), ("dbrx", 3072, 8)])
 def test_arithmetic_hides_nine_tenths_of_a_layer_s_traffic_or_more(
-    stem: str, ranks: int, overrides: list[str]
+    stem: str, ranks: int, expert: int
 ) -> None:
     """Of MoE-A all; of DBRX only the exchange of tokens stays open, a twentieth of the layer."""
     if not hasattr(FSDPModule, "set_reduce_scatter_max_input_buffers"):
         pytest.skip("before torch 2.15 the experts' reduce-scatter ends before the next may begin")
-    layer = layer_of(stem, ranks, *overrides)
+    layer = layer_of(stem, ranks, f"parallelism.expert={expert}")
     assert layer.links > 0.25 * layer.total
     assert layer.open < 0.1 * min(layer.total, layer.links)
 
 
+REPLAYED = Efficiency(
+    matrix=PRODUCTS["bf16"] / GPUS["h100"].matrix_flops,
+    attention=ATTENTION / 2 / GPUS["h100"].matrix_flops,
+    memory=MEMORY / GPUS["h100"].memory_bandwidth,
+    collectives=1.0,
+)
+"""The rates of the replay as those of a plan."""
+
+
+@pytest.mark.parametrize(
+    ("stem", "ranks", "expert"), [("dbrx-moe-a", 64, 1), ("dbrx", 3072, 8), ("dbrx", 3072, 16)]
+)
+def test_a_plan_at_the_replay_s_rates_takes_as_long(stem: str, ranks: int, expert: int) -> None:
+    """Within a tenth: in the plan, weights and exchange share the network, in the replay each has its own."""
+    if not hasattr(FSDPModule, "set_reduce_scatter_max_input_buffers"):
+        pytest.skip("before torch 2.15 the experts' reduce-scatter ends before the next may begin")
+    file = YAMLS / f"{stem}.yaml"
+    batch = ranks * load_recipe(file).training.microbatch_sequences
+    keys = [f"parallelism.expert={expert}", f"training.global_batch_sequences={batch}"]
+    of_20, of_40 = (
+        make_plan(load_recipe(file, [*keys, f"model.n_layers={n}"]), ranks, GPUS["h100"], efficiency=REPLAYED)
+        for n in (20, 40)
+    )
+    replayed = layer_of(stem, ranks, f"parallelism.expert={expert}")
+    assert 1000 / 20 * (of_40.step_seconds - of_20.step_seconds) == pytest.approx(replayed.total, rel=0.1)
+
+
 def test_fsdp2_by_itself_hides_less() -> None:
-    ours, theirs = (layer_of("dbrx-moe-a", 64, is_ahead=is_ahead) for is_ahead in (True, False))
+    ours, theirs = (
+        layer_of("dbrx-moe-a", 64, "parallelism.expert=1", is_ahead=is_ahead) for is_ahead in (True, False)
+    )
     assert ours.open < 0.5 * theirs.open and ours.total < theirs.total
     assert ours.links == pytest.approx(theirs.links, rel=0.02), "the same traffic"

@@ -1,21 +1,21 @@
-"""The planner's command line: figures, files, errors, speed."""
+"""The planner's command line: figures, files, errors."""
 
 import json
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch.plan import __main__ as plan
-from launch.plan.hardware import GPUS
+from launch.plan.hardware import GPUS, Gpu
 from launch.plan.search import choice_of, remedies, search
 from launch.plan.step import make_plan
-from launch.plan.step_time import Efficiency
+from launch.plan.step_time import FITTED, Efficiency, link_seconds
 from launch.plan.table5 import table5
+from launch.plan.traffic import Collective, CollectiveKind
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.exit_status import USAGE_STATUS
@@ -49,16 +49,14 @@ def test_table5_gives_the_announcements_ratios() -> None:
     assert f"{rows['dbrx'].flops:.3g}" == "2.58e+24"
 
 
-def test_a_plan_from_the_command_line_is_quick_and_needs_no_torch() -> None:
+def test_a_plan_from_the_command_line_needs_no_torch() -> None:
     code = (
         "import sys; from launch.plan.__main__ import main; "
         f"status = main([{str(YAMLS / 'dbrx.yaml')!r}, '--gpus', '3072']); "
         "assert 'torch' not in sys.modules; sys.exit(status)"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 10
     for part in (
         "memory of the fullest GPU",
         "InfiniBand",
@@ -161,14 +159,34 @@ def test_a_step_takes_longer_with_less_of_anything() -> None:
         make_plan(recipe("dbrx"), 3072, H100, efficiency=Efficiency(matrix=0.3)),
     ]
     assert all(found.step_seconds > base.step_seconds for found in slower)
-    assert base.step_seconds_if_hidden < base.step_seconds
+    assert base.step_seconds < base.step_seconds_if_added
 
 
-def test_overlap_is_what_full_rate_takes_beyond_what_is_open() -> None:
-    found = make_plan(recipe("dbrx"), 3072, H100)
-    alone = make_plan(recipe("dbrx"), 3072, H100, efficiency=Efficiency(links=1.0))
-    assert alone.hidden_seconds(alone.seconds) == 0
-    assert found.seconds.links + found.hidden_seconds(found.seconds) == pytest.approx(alone.seconds.links)
+def seconds_of(collectives: list[Collective], gpu: Gpu) -> float:
+    """Time of a step of one microbatch in which nothing else runs."""
+    return link_seconds(collectives, gpu, replace(FITTED, links=FITTED.collectives)).links
+
+
+@pytest.mark.parametrize("expert", [1, 8, 16])
+def test_traffic_is_open_or_hidden(expert: int) -> None:
+    found = make_plan(recipe("dbrx", f"parallelism.expert={expert}"), 3072, H100)
+    assert found.seconds.links + found.hidden_seconds == pytest.approx(seconds_of(found.collectives, H100))
+    assert min(found.seconds.links, found.hidden_seconds) > 0
+
+
+def test_a_step_takes_as_long_as_its_bytes_on_a_slow_network() -> None:
+    slow = replace(H100, network_bandwidth=H100.network_bandwidth / 1000)
+    found = make_plan(recipe("dbrx"), 3072, slow)
+    between_nodes = [c for c in found.collectives if c.members_per_node(slow.gpus_per_node) < c.ranks]
+    assert found.step_seconds == pytest.approx(seconds_of(between_nodes, slow), rel=0.01)
+
+
+def test_on_a_fast_network_little_but_the_exchange_is_open() -> None:
+    """Nothing hides the first gather of weights and the last reduction."""
+    found = make_plan(recipe("dbrx"), 3072, replace(H100, network_bandwidth=50 * H100.network_bandwidth))
+    exchange = [c for c in found.collectives if c.kind is CollectiveKind.all_to_all]
+    rest = found.seconds.links - seconds_of(exchange, found.gpu)
+    assert 0 < rest < 0.1 * found.hidden_seconds
 
 
 def test_time_of_a_run_follows_from_its_step() -> None:
