@@ -4,6 +4,8 @@ STACK ?= default
 VENV := $(if $(filter minimum,$(STACK)),.venv-minimum,.venv)
 WHEELS ?= .cache/wheels
 PY := $(VENV)/bin/python
+# Two to four tests at once; those of a file share its fixtures, so they stay together.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 RUN ?= $(shell ls -td runs/*/ 2>/dev/null | head -1)
 
 .PHONY: help install wheels smoke test test-fast check format ui bench gpu-check audit lock clean
@@ -21,10 +23,10 @@ smoke: install ## train a small DBRX on real text, in minutes on two CPU cores
 	@$(PY) train/main.py yamls/smoke.yaml $(ARGS)
 
 test: install ## run all tests; STACK=minimum: on the oldest packages
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-fast: install ## tests that take a moment each, all of them in under three minutes
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 check: install ## check format, lint and types
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(PY) -m mypy
