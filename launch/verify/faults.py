@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from launch.verify import update_faults
 from launch.verify.cases import Layout
 from train import run
 from train.layout import mesh
@@ -46,7 +47,7 @@ class KnownFault:
     needs_global_scope: bool = False
     """True if it has an effect only with a balance loss over the global batch."""
     precision: Precision = Precision.fp32
-    """The precision in which it is detected."""
+    """fp32: it is detected in both precisions. bf16: it must be in that one, which rounds most."""
 
 
 @contextlib.contextmanager
@@ -233,6 +234,54 @@ FAULTS = {
         _round_in_forward_only,
         "",
         input="recomputed",
+        precision=Precision.bf16,
+    ),
+    "reduced-in-bf16": KnownFault(
+        "gradients summed over ranks in bf16 though the recipe says fp32",
+        update_faults.reduce_in_bf16,
+        "exact",
+        precision=Precision.bf16,
+    ),
+    "w2-gradient-smaller": KnownFault(
+        "gradients of the experts' w2 half a percent too small",
+        lambda: update_faults.scale_gradients("experts.mlp.w2", update_faults.SMALLER),
+        "bias",
+        precision=Precision.bf16,
+    ),
+    "clipped-by-own-norm": KnownFault(
+        "each rank clips by the norm of its own shards, but reports the right one",
+        update_faults.clip_by_own_norm,
+        "clipped",
+        precision=Precision.bf16,
+    ),
+    "moments-in-bf16": KnownFault(
+        "first moments rounded to bf16",
+        lambda: update_faults.with_optimizer(update_faults.round_moments),
+        "moments",
+        precision=Precision.bf16,
+    ),
+    "weights-in-bf16": KnownFault(
+        "weights rounded to bf16 after each step",
+        lambda: update_faults.with_optimizer(update_faults.round_weights),
+        "weights",
+        precision=Precision.bf16,
+    ),
+    "norms-decayed": KnownFault(
+        "weight decay of norms too",
+        lambda: update_faults.with_optimizer(update_faults.decay_norms),
+        "settings",
+        precision=Precision.bf16,
+    ),
+    "norms-decayed-unseen": KnownFault(
+        "weight decay of norms, outside of the optimizer",
+        lambda: update_faults.with_optimizer(update_faults.decay_norms_unseen),
+        "weights",
+        precision=Precision.bf16,
+    ),
+    "rate-of-one-rank": KnownFault(
+        "a learning rate that reaches only the first rank",
+        update_faults.rate_of_one_rank,
+        "settings",
         precision=Precision.bf16,
     ),
 }

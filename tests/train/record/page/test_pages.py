@@ -183,8 +183,10 @@ def hostile_plan(_: Path) -> str:
 
 
 def hostile_gate(folder: Path) -> str:
-    from launch.verify.case_run import CaseOutcome, Deviation
+    from launch.verify.bounds import QUANTITIES
+    from launch.verify.case_run import CaseOutcome
     from launch.verify.parity_report import write_html
+    from launch.verify.watching import Deviation
 
     recipe = SimpleNamespace(parallelism=Parallelism())
     case: Any = SimpleNamespace(
@@ -192,12 +194,11 @@ def hostile_gate(folder: Path) -> str:
     )
     outcomes = [
         CaseOutcome(
-            case, {"gradients": Deviation(1.0, NAME, NAME), "weights": Deviation(), "loss": Deviation()}
+            case,
+            {quantity: Deviation() for quantity in QUANTITIES} | {"gradients": Deviation(1.0, NAME, NAME)},
         ),
         CaseOutcome(case, error=TEXT),
     ]
-    for quantity in ("balance", "z", "choices", "norm"):
-        outcomes[0].deviations[quantity] = Deviation()
     write_html(folder / "parity.html", {"recipe": NAME, "commit": TEXT}, outcomes)
     return (folder / "parity.html").read_text()
 

@@ -1,0 +1,391 @@
+"""The parity gate's watchers of a training run: one records the reference, one compares a layout with it.
+
+They see, of every step: losses and the experts' token counts; gradients before and after clipping; the
+optimizer's settings and moments, parameter by parameter; the weights after the update.
+
+In bf16 a layout computes its update from the reference's gradients: its own are compared, then replaced,
+before clipping and again after it, and its weights are set to the reference's after each step. So what one
+step rounds neither hides in the update's error nor sends tokens to other experts in the next, and clipping,
+moments, decay and learning rate are held to what fp32 arithmetic allows.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger, LoggerDestination
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from launch.verify.bounds import FLOOR, LEAST_CHANGE, bounds_of
+from launch.verify.cases import Case, own_rows
+from train.model.router import Router, Routing
+from train.recipe.schema import Precision
+from train.record.metrics import GRADIENT_NORM
+from train.step.language_model import LanguageModel
+from train.step.step import TrainingStep
+
+Named = dict[str, nn.Parameter]
+"""Parameters that are trained, by name."""
+
+
+@dataclass
+class Deviation:
+    """Deviation of a quantity from the reference."""
+
+    worst: float = 0.0
+    at: str = ""
+    first: str = ""
+    """Step and name of the first value above the bound; empty if there is none."""
+
+    def see(self, error: float, at: str, bound: float) -> None:
+        """Adds one comparison."""
+        if math.isnan(error):
+            error = math.inf
+        if error > self.worst:
+            self.worst, self.at = error, at
+        if error > bound and not self.first:
+            self.first = at
+
+    def merge(self, other: "Deviation") -> None:
+        """Adds another rank's deviation."""
+        if other.worst > self.worst:
+            self.worst, self.at = other.worst, other.at
+        self.first = self.first or other.first
+
+
+@dataclass
+class ReferenceRecord:
+    """Record of the reference: per step, scalars and full tensors by parameter."""
+
+    figures: list[dict[str, float]] = field(default_factory=list)
+    choices: list[Tensor | None] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    clipped: list[dict[str, Tensor]] = field(default_factory=list)
+    """Gradients after clipping."""
+    settings: list[dict[str, str]] = field(default_factory=list)
+    """See :func:`settings_of`."""
+    moments: list[dict[str, Tensor]] = field(default_factory=list)
+    """See :func:`moments_of`."""
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+    """Initial weights, then those after each step."""
+    least_gap: float = math.inf
+
+
+class Figures(LoggerDestination):
+    """Keeps the newest value of every key."""
+
+    def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Takes values that the trainer logs."""
+        self.latest |= {key: float(value) for key, value in metrics.items()}
+
+
+class Watcher(Callback, ABC):
+    """Observes every step: what went in, what was computed, and what the update did."""
+
+    def __init__(self) -> None:
+        self.figures = Figures()
+        self.expert_tokens: Callable[[], Tensor | None] = lambda: None
+        """Tokens of each expert in the last batch, over all ranks."""
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Sees a step that is complete."""
+        latest = self.figures.latest
+        figures = {key: latest[f"loss/train/{name}"] for key, name in _LOSSES.items()}
+        figures["norm"] = latest[GRADIENT_NORM]
+        step = step_of(state) - 1
+        self.see_figures(step, figures, self.expert_tokens())
+        self.see_optimizer(step, state.optimizers[0], trained(decoder_of(state)))
+        self.see_weights(step, _whole(_weights(state)))
+
+    @abstractmethod
+    def see_figures(self, step: int, figures: dict[str, float], choices_LE: Tensor | None) -> None:
+        """Losses, norm before clipping, and tokens of each expert over all ranks."""
+
+    @abstractmethod
+    def see_gradients(self, step: int, parameters: Named) -> None:
+        """Gradients of the global batch."""
+
+    @abstractmethod
+    def see_clipped(self, step: int, parameters: Named) -> None:
+        """The same after clipping, as the optimizer will read them."""
+
+    @abstractmethod
+    def see_optimizer(self, step: int, optimizer: Optimizer, parameters: Named) -> None:
+        """The optimizer after the step."""
+
+    @abstractmethod
+    def see_weights(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Weights after the step."""
+
+
+class WatchedStep(TrainingStep):
+    """Shows gradients to the watcher before and after it clips them."""
+
+    def __init__(self, watcher: Watcher, *args: Any) -> None:
+        super().__init__(*args)
+        self.watcher, self.steps = watcher, 0
+
+    def clip(self) -> Tensor:
+        """Clips, watched."""
+        parameters = trained(self.model.decoder)
+        self.watcher.see_gradients(self.steps, parameters)
+        norm = super().clip()
+        self.watcher.see_clipped(self.steps, parameters)
+        self.steps += 1
+        return norm
+
+
+_LOSSES = {"loss": "language", "balance": "balance", "z": "z"}
+
+
+class Writer(Watcher):
+    """Writes the reference's record."""
+
+    def __init__(self, record: ReferenceRecord) -> None:
+        super().__init__()
+        self.record = record
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Records the initial weights, and from then on how near experts are to being chosen."""
+        self.see_weights(-1, _whole(_weights(state)))
+        for module in state.model.modules():
+            if isinstance(module, Router):
+                module.register_forward_hook(self._see_gap)
+
+    def see_figures(self, step: int, figures: dict[str, float], choices_LE: Tensor | None) -> None:
+        """Records them."""
+        self.record.figures.append(figures)
+        self.record.choices.append(None if choices_LE is None else choices_LE.clone())
+
+    def see_gradients(self, step: int, parameters: Named) -> None:
+        """Records them."""
+        self.record.gradients.append(_copies(_whole(_gradients(parameters))))
+
+    def see_clipped(self, step: int, parameters: Named) -> None:
+        """Records them."""
+        self.record.clipped.append(_copies(_whole(_gradients(parameters))))
+
+    def see_optimizer(self, step: int, optimizer: Optimizer, parameters: Named) -> None:
+        """Records settings and moments."""
+        self.record.settings.append(settings_of(optimizer, parameters))
+        self.record.moments.append(_copies(_whole(moments_of(optimizer, parameters))))
+
+    def see_weights(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Records them."""
+        self.record.weights.append(_copies(weights))
+
+    def _see_gap(self, router: nn.Module, _inputs: Any, routing: Routing) -> None:
+        assert isinstance(router, Router)
+        K = router.moe.top_k
+        if router.moe.experts == K:
+            return
+        scores_TE = routing.scores_TE.detach()
+        if router.expert_bias is not None:
+            scores_TE = scores_TE + router.expert_bias
+        ranked = scores_TE.topk(K + 1, dim=-1).values
+        self.record.least_gap = min(self.record.least_gap, (ranked[:, K - 1] - ranked[:, K]).min().item())
+
+
+class Comparer(Watcher):
+    """Compares a layout with the reference's record."""
+
+    def __init__(self, record: ReferenceRecord, case: Case) -> None:
+        super().__init__()
+        self.record, self.case = record, case
+        self.is_given = case.precision is Precision.bf16
+        """Are updates computed from the reference's gradients and weights?"""
+        self.bounds = bounds_of(case.precision, case.recipe.parallelism)
+        self.deviations = {quantity: Deviation() for quantity in self.bounds}
+
+    def see_figures(self, step: int, figures: dict[str, float], choices_LE: Tensor | None) -> None:
+        """Compares them."""
+        for quantity, expected in self.record.figures[step].items():
+            error = abs(figures[quantity] - expected) / (abs(expected) or 1.0)
+            self._see(quantity, error, step, quantity)
+        expected_LE = self.record.choices[step]
+        if expected_LE is not None:
+            assert choices_LE is not None
+            for layer, (ours, theirs) in enumerate(zip(choices_LE, expected_LE, strict=True)):
+                self._see("choices", float((ours - theirs).abs().max()), step, f"layer {layer}")
+
+    def see_gradients(self, step: int, parameters: Named) -> None:
+        """Compares each expert's and each other parameter's, and their errors' mean."""
+        expected = self.record.gradients[step]
+        floor = FLOOR * _rms(expected)
+        for label, ours, theirs in self._split(_whole(_gradients(parameters)), expected):
+            least = floor * math.sqrt(theirs.numel())
+            difference, wanted = (ours - theirs).double(), theirs.double()
+            scale = max(float(wanted.norm()), least) or 1.0
+            error = float(difference.norm()) / scale
+            self._see("gradients", error, step, label)
+            if self.case.layout.expert == 1 or ".experts." not in label:
+                self._see("exact", error, step, label)
+            self._see("bias", abs(float((difference * wanted).sum())) / scale**2, step, label)
+        if self.is_given:
+            set_rows(_gradients(parameters), expected)
+
+    def see_clipped(self, step: int, parameters: Named) -> None:
+        """Compares this rank's rows."""
+        self._compare_rows("clipped", step, _gradients(parameters), self.record.clipped[step])
+        if self.is_given:
+            set_rows(_gradients(parameters), self.record.clipped[step])
+
+    def see_optimizer(self, step: int, optimizer: Optimizer, parameters: Named) -> None:
+        """Compares settings, which must be equal, and this rank's rows of the moments."""
+        found, expected = settings_of(optimizer, parameters), self.record.settings[step]
+        for name in sorted({*found, *expected}):
+            ours, theirs = found.get(name, "absent"), expected.get(name, "absent")
+            self._see("settings", float(ours != theirs), step, f"{name} is {ours}, not {theirs}")
+        moments, wanted = list(moments_of(optimizer, parameters)), self.record.moments[step]
+        for kind in sorted({_kind(name) for name in wanted}):
+            own = [(name, moment) for name, moment in moments if _kind(name) == kind]
+            self._compare_rows("moments", step, own, {n: m for n, m in wanted.items() if _kind(n) == kind})
+
+    def see_weights(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Compares each expert's and each other parameter's."""
+        before, after = self.record.weights[step : step + 2]
+        for label, ours, theirs, old in self._split(weights, after, before):
+            scale = float(torch.linalg.vector_norm(theirs))
+            if self.is_given:
+                scale = max(float(torch.linalg.vector_norm(theirs - old)), LEAST_CHANGE * scale)
+            self._see("weights", float(torch.linalg.vector_norm(ours - theirs)) / (scale or 1.0), step, label)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Sees the step, then lets the next begin with the reference's weights."""
+        super().batch_end(state, logger)
+        if self.is_given:
+            set_rows(_weights(state), self.record.weights[step_of(state)])
+
+    def _compare_rows(
+        self,
+        quantity: str,
+        step: int,
+        found: Iterable[tuple[str, Tensor]],
+        expected: dict[str, Tensor],
+    ) -> None:
+        """Compares this rank's rows, without a collective, with those of the reference's tensors."""
+        floor = _rms(expected)
+        for name, tensor in found:
+            # Second moments are squares of gradients, whose floor this is.
+            least = floor * (FLOOR**2 if name.endswith("_sq") else FLOOR)
+            ours, first_row = own_rows(tensor.detach())
+            if not ours.numel():
+                continue
+            whole = expected[name]
+            theirs = whole[first_row : first_row + len(ours)]
+            # Not against a few elements that happen to be near zero: rows are measured against their tensor.
+            least = max(least, float(whole.norm()) / math.sqrt(whole.numel()))
+            scale = max(float(theirs.norm()), least * math.sqrt(theirs.numel())) or 1.0
+            self._see(quantity, float((ours - theirs).norm()) / scale, step, name)
+
+    def _split(
+        self, found: Iterable[tuple[str, Tensor]], *expected: dict[str, Tensor]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yields, for each parameter or each of its experts, the label, our tensor and the expected ones."""
+        rows = self.case.recipe.model.ffn_hidden_size
+        for name, tensor in found:
+            tensors = [tensor, *(each[name] for each in expected)]
+            if ".experts." not in name:
+                yield name, *tensors
+                continue
+            for expert, parts in enumerate(zip(*(each.split(rows) for each in tensors), strict=True)):
+                yield f"{name} of expert {expert}", *parts
+
+    def _see(self, quantity: str, error: float, step: int, at: str) -> None:
+        self.deviations[quantity].see(error, f"step {step + 1}: {at}", self.bounds[quantity])
+
+
+def settings_of(optimizer: Optimizer, parameters: Named) -> dict[str, str]:
+    """Everything about an update that is no tensor of weights, in words that are equal only if it is.
+
+    Of each parameter: its precision, the options of its group, among them learning rate and decay; and of
+    its state the precision of each moment and every scalar, such as the number of steps.
+    """
+    options = {p: group for group in optimizer.param_groups for p in group["params"]}
+    found = {}
+    for name, parameter in parameters.items():
+        found[f"{name}: precision"] = str(parameter.dtype)
+        for option, value in options.get(parameter, {}).items():
+            if isinstance(value, int | float | str | tuple | list) and option != "params":
+                found[f"{name}: {option}"] = repr(value)
+        for key, value in optimizer.state[parameter].items():
+            if isinstance(value, Tensor) and value.ndim:
+                found[f"{name}: precision of {key}"] = str(value.dtype)
+            else:
+                found[f"{name}: {key}"] = repr(float(value)) if isinstance(value, Tensor) else repr(value)
+    return found
+
+
+def moments_of(optimizer: Optimizer, parameters: Named) -> Iterator[tuple[str, Tensor]]:
+    """Yields the optimizer's tensors of each parameter's shape, named by parameter and key."""
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                yield f"{name}: {key}", value
+
+
+def trained(decoder: nn.Module) -> Named:
+    """A decoder's parameters that are not frozen."""
+    return {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+
+
+def decoder_of(state: State) -> nn.Module:
+    """The decoder that Composer trains."""
+    assert isinstance(state.model, LanguageModel)
+    return state.model.decoder
+
+
+def step_of(state: State) -> int:
+    """Steps that are complete."""
+    return state.timestamp.batch.value
+
+
+@torch.no_grad()
+def set_rows(tensors: Iterable[tuple[str, Tensor]], whole: dict[str, Tensor]) -> None:
+    """Copies this rank's rows of full tensors into its own."""
+    for name, tensor in tensors:
+        local, first_row = own_rows(tensor)
+        local.copy_(whole[name][first_row : first_row + len(local)])
+
+
+def _gradients(parameters: Named) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        yield name, parameter.grad
+
+
+def _weights(state: State) -> list[tuple[str, Tensor]]:
+    """Parameters, and the routers' expert bias, which is a buffer."""
+    decoder = decoder_of(state)
+    biases = ((name, buffer) for name, buffer in decoder.named_buffers() if "expert_bias" in name)
+    return [*decoder.named_parameters(), *biases]
+
+
+def _whole(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yields each tensor, all-gathered from its shards, one at a time."""
+    for name, tensor in tensors:
+        yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors}
+
+
+def _rms(tensors: dict[str, Tensor]) -> float:
+    """Root of the mean square over all elements."""
+    square = sum(float(tensor.double().square().sum()) for tensor in tensors.values())
+    return math.sqrt(square / (sum(tensor.numel() for tensor in tensors.values()) or 1))
+
+
+def _kind(moment: str) -> str:
+    """The key of a moment's name, `exp_avg` for example."""
+    return moment.rpartition(": ")[2]
