@@ -18,8 +18,8 @@ draws nothing from the global generators.
 import itertools
 import math
 import signal
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +46,13 @@ BLOCK_BATCHES = 16
 PREFETCHED_BLOCKS = 2
 
 
+class Samples(Protocol):
+    """Samples of a domain, by number."""
+
+    def __getitem__(self, number: int, /) -> Sample:
+        """Returns one sample."""
+
+
 class TrainSequences(IterableDataset[Tensor | UserError]):
     """One rank's batches from a position on, endless, in blocks of one or more batches.
 
@@ -55,7 +62,7 @@ class TrainSequences(IterableDataset[Tensor | UserError]):
     def __init__(
         self,
         plan: OrderPlan,
-        folders: list[ShardFolder],
+        folders: Sequence[Samples],
         curriculum: Curriculum,
         *,
         rank: int,
@@ -66,7 +73,7 @@ class TrainSequences(IterableDataset[Tensor | UserError]):
 
         Args:
             plan: the order of the run.
-            folders: shards of each of the plan's domains.
+            folders: samples of each of the plan's domains, as a :class:`ShardFolder` has them.
             curriculum: the stages from which the plan was built.
             rank: this process's rank.
             world_size: number of ranks; divides the batch of every stage from ``start`` on.

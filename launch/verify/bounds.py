@@ -30,6 +30,7 @@ UNIT_ROUNDOFF = 2.0**-8
 
 BOUNDS: dict[Precision, dict[str, float]] = {
     Precision.fp32: {
+        "read": 0.0,
         "loss": 1e-5,
         "balance": 1e-5,
         "z": 1e-5,
@@ -44,6 +45,7 @@ BOUNDS: dict[Precision, dict[str, float]] = {
         "weights": 1e-5,
     },
     Precision.bf16: {
+        "read": 0.0,
         "loss": 1e-5,
         "balance": 1e-5,
         "z": 1e-5,
@@ -58,7 +60,8 @@ BOUNDS: dict[Precision, dict[str, float]] = {
         "weights": 1e-6,
     },
 }
-"""Largest relative error that passes. `choices` are the experts' token counts; `exact` are the gradients
+"""Largest relative error that passes. `read` are the sequences of the loader: 1 where a rank reads others.
+`choices` are the experts' token counts; `exact` are the gradients
 that are rounded where the reference rounds them, and `bias` is the mean of a gradient's signed errors,
 weighted by the gradient. `settings` are the learning rate, decay and other options of each parameter's
 update, and the precision of weights and moments: 1 where they differ. In fp32 errors of gradient and norm

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from launch.verify.bounds import LEAST_GAP
 from launch.verify.cases import Case, idle_experts, make_batches, steer_router
 from launch.verify.forked_ranks import run_ranks
+from launch.verify.loaded_input import build_loader
 from launch.verify.reference import CountTogether, build_rounding_reference, reference_recipe
 from launch.verify.watching import Comparer, Deviation, ReferenceRecord, WatchedStep, Watcher, Writer
 from train.checkpoint.files import Progress
 from train.layout.optim import load_lion
 from train.recipe.curriculum import plan_stages
-from train.recipe.schema import Precision
+from train.recipe.schema import Precision, Recipe
 from train.recipe.topology import Topology
 from train.run import Machine, build_model
 from train.step.microbatch import Batch
@@ -85,7 +86,7 @@ def run_case(
 
     def work(topology: Topology) -> dict[str, Deviation]:
         record = ReferenceRecord(**torch.load(file, mmap=True, weights_only=True))
-        comparer = Comparer(record, case)
+        comparer = Comparer(record, case, topology)
         with fault():
             _train(case, topology, seed, comparer)
         return comparer.deviations
@@ -107,11 +108,7 @@ def _train(case: Case, topology: Topology, seed: int, watcher: Watcher) -> None:
     else:
         model, optimizer = build_model(recipe, Machine(topology, "cpu", case.precision))
     steer_router(model.decoder, recipe, case.input)
-    share = len(rows) // topology.world_size
-    mine = rows[topology.rank * share : (topology.rank + 1) * share]
-    batches = [
-        {key: value[mine] for key, value in batch.items()} for batch in make_batches(recipe, case.input, seed)
-    ]
+    loader = _loader(case, recipe, rows, seed, topology)
     curriculum = plan_stages(recipe)
     step = WatchedStep(watcher, recipe, model, topology, curriculum)
     watcher.expert_tokens = step.expert_tokens
@@ -121,7 +118,7 @@ def _train(case: Case, topology: Topology, seed: int, watcher: Watcher) -> None:
         recipe,
         model,
         optimizer,
-        DataLoader(_Batches(batches), batch_size=None),
+        loader,
         {},
         [watcher, step, *together],
         [watcher.figures],
@@ -130,6 +127,17 @@ def _train(case: Case, topology: Topology, seed: int, watcher: Watcher) -> None:
     )
     trainer.fit()
     trainer.close()
+
+
+def _loader(case: Case, recipe: Recipe, rows: list[int], seed: int, topology: Topology) -> DataLoader[Batch]:
+    """Builds the loader of this rank's share of the case's batches."""
+    if case.input.loaded:
+        return build_loader(recipe, seed, topology)
+    share = len(rows) // topology.world_size
+    mine = rows[topology.rank * share : (topology.rank + 1) * share]
+    whole = make_batches(recipe, case.input, seed)
+    batches = [{key: value[mine] for key, value in batch.items()} for batch in whole]
+    return DataLoader(_Batches(batches), batch_size=None)
 
 
 class _Batches(IterableDataset[Batch]):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from launch.verify import loaded_input
 from launch.verify.bounds import LEAST_EPS
 from train.model.loss import IGNORE
 from train.recipe.curriculum import plan_stages
@@ -73,6 +74,9 @@ class GateInput:
     against_whole: bool = False
     """The reference takes the global batch at once: nothing may depend on how a batch is split. The balance
     loss, which may, is over the global batch here. Only fp32, since rounding depends on it too."""
+    loaded: bool = False
+    """The loader reads the batches, in two phases that differ in all that a phase may change:
+    :mod:`launch.verify.loaded_input`. Against the whole batch at once."""
     compiled: bool = False
     """With torch.compile; the reference is not compiled. Minutes per layout: only for a recipe with
     `training.compile`, or by name. Only fp32: in bf16 a fused kernel rounds once where single passes round
@@ -94,6 +98,12 @@ INPUTS = (
         "idle", "experts and ranks without a token, a rank without a target", idle=True, recompute=True
     ),
     GateInput("crowded", "top-1, one expert takes every token", is_accumulated=True, crowded=True),
+    GateInput(
+        "loaded",
+        "two phases, read by the loader; router noise and losses that weigh much; against whole batches",
+        against_whole=True,
+        loaded=True,
+    ),
     GateInput("compiled", "torch.compile, against none", is_accumulated=True, compiled=True),
 )
 
@@ -176,6 +186,8 @@ def find_case(recipe: Recipe, layout: Layout, name: str, precision: Precision = 
 
 def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precision) -> Case:
     """Builds one case: its recipe and how the reference groups the same sequences."""
+    if each.loaded:
+        small = loaded_input.with_phases(small)
     share = SEQUENCES // layout.world_size
     microbatch = 1 if each.is_accumulated else share
     kinds = {OptimizerKind.adamw: OptimizerKind.lion, OptimizerKind.lion: OptimizerKind.adamw}
@@ -205,10 +217,11 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
             clip_norm=min(small.training.clip_norm or MOST_CLIP_NORM, MOST_CLIP_NORM),
         ),
     )
-    recipe = with_microbatch(recipe, microbatch)
+    if not each.loaded:
+        recipe = with_microbatch(recipe, microbatch)
     rows, together = _grouping(recipe, layout, microbatch, share)
     if each.against_whole:
-        rows, together = tuple(range(SEQUENCES)), SEQUENCES
+        rows, together = tuple(range(SEQUENCES)), max(loaded_input.BATCHES) if each.loaded else SEQUENCES
     if precision is Precision.bf16:
         # Gradients are rounded once per microbatch: the reference must have as many as the layout.
         return Case(layout, each, recipe, rows, microbatch, together // microbatch, precision)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from launch.verify import update_faults
+from launch.verify import decision_faults, update_faults
 from launch.verify.cases import Layout
 from train import run
 from train.layout import mesh
@@ -32,6 +32,8 @@ from train.step.language_model import LanguageModel
 Build = Callable[..., None]
 FOUR = Layout(2, 1, 2)
 """A layout with replicas and with expert parallelism."""
+PAIR = Layout(1, 2, 1)
+"""Two ranks that share out everything."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class KnownFault:
     needs_global_scope: bool = False
     """True if it has an effect only with a balance loss over the global batch."""
     precision: Precision = Precision.fp32
-    """fp32: it is detected in both precisions. bf16: it must be in that one, which rounds most."""
+    """fp32: it is detected in every precision in which its input is run. bf16: it must be in that one."""
 
 
 @contextlib.contextmanager
@@ -210,7 +212,7 @@ FAULTS = {
         "a balance loss that depends on the split into microbatches",
         _count_each_microbatch,
         "balance",
-        layout=Layout(1, 2, 1),
+        layout=PAIR,
         needs_global_scope=True,
     ),
     "router-not-synchronised": KnownFault(
@@ -283,5 +285,47 @@ FAULTS = {
         update_faults.rate_of_one_rank,
         "settings",
         precision=Precision.bf16,
+    ),
+    "first-share-read": KnownFault(
+        "every rank reads the first rank's sequences",
+        decision_faults.read_first_share,
+        "read",
+        layout=PAIR,
+        input="loaded",
+    ),
+    "documents-joined": KnownFault(
+        "ranks that take each sequence for one document",
+        decision_faults.join_documents,
+        "read",
+        layout=PAIR,
+        input="loaded",
+    ),
+    "noise-by-place": KnownFault(
+        "router noise by the place in a microbatch",
+        decision_faults.draw_noise_by_place,
+        "gradients",
+        layout=PAIR,
+        input="loaded",
+    ),
+    "base-of-first-phase": KnownFault(
+        "ranks that a phase's RoPE base does not reach",
+        decision_faults.keep_first_base,
+        "gradients",
+        layout=PAIR,
+        input="loaded",
+    ),
+    "rate-of-first-phase": KnownFault(
+        "ranks that a phase's learning rate does not reach",
+        decision_faults.keep_first_rate_scale,
+        "settings",
+        layout=PAIR,
+        input="loaded",
+    ),
+    "z-loss-of-one-rank": KnownFault(
+        "a z-loss of the first rank only",
+        decision_faults.lose_z_loss,
+        "gradients",
+        layout=PAIR,
+        input="loaded",
     ),
 }

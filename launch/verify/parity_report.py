@@ -35,7 +35,7 @@ def first_difference(outcomes: list[CaseOutcome]) -> str:
         where = f"layout {case.layout}, input {case.input.name}, {case.precision.value}"
         if outcome.error:
             return f"{where}: did not run: {outcome.error.strip().splitlines()[-1]}"
-        for quantity in ("settings", "gradients", "weights", *QUANTITIES):
+        for quantity in ("read", "settings", "gradients", "weights", *QUANTITIES):
             deviation = outcome.deviations[quantity]
             if deviation.first:
                 return f"{where}: {quantity} first differ at {deviation.first}; worst {deviation.worst:.1e}"

@@ -26,8 +26,10 @@ from launch.verify.bounds import FLOOR, LEAST_CHANGE, bounds_of
 from launch.verify.cases import Case, own_rows
 from train.model.router import Router, Routing
 from train.recipe.schema import Precision
+from train.recipe.topology import Topology
 from train.record.metrics import GRADIENT_NORM
 from train.step.language_model import LanguageModel
+from train.step.microbatch import Batch
 from train.step.step import TrainingStep
 
 Named = dict[str, nn.Parameter]
@@ -63,6 +65,8 @@ class Deviation:
 class ReferenceRecord:
     """Record of the reference: per step, scalars and full tensors by parameter."""
 
+    batches: list[Batch] = field(default_factory=list)
+    """Global batches, if the loader read them."""
     figures: list[dict[str, float]] = field(default_factory=list)
     choices: list[Tensor | None] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
@@ -96,6 +100,10 @@ class Watcher(Callback, ABC):
         self.expert_tokens: Callable[[], Tensor | None] = lambda: None
         """Tokens of each expert in the last batch, over all ranks."""
 
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Sees what a step will read."""
+        self.see_batch(step_of(state), state.batch)
+
     def batch_end(self, state: State, logger: Logger) -> None:
         """Sees a step that is complete."""
         latest = self.figures.latest
@@ -105,6 +113,10 @@ class Watcher(Callback, ABC):
         self.see_figures(step, figures, self.expert_tokens())
         self.see_optimizer(step, state.optimizers[0], trained(decoder_of(state)))
         self.see_weights(step, _whole(_weights(state)))
+
+    @abstractmethod
+    def see_batch(self, step: int, batch: Batch) -> None:
+        """This rank's sequences."""
 
     @abstractmethod
     def see_figures(self, step: int, figures: dict[str, float], choices_LE: Tensor | None) -> None:
@@ -154,6 +166,10 @@ class Writer(Watcher):
         super().__init__()
         self.record = record
 
+    def see_batch(self, step: int, batch: Batch) -> None:
+        """Records them."""
+        self.record.batches.append(_copies(batch.items()))
+
     def fit_start(self, state: State, logger: Logger) -> None:
         """Records the initial weights, and from then on how near experts are to being chosen."""
         self.see_weights(-1, _whole(_weights(state)))
@@ -198,13 +214,22 @@ class Writer(Watcher):
 class Comparer(Watcher):
     """Compares a layout with the reference's record."""
 
-    def __init__(self, record: ReferenceRecord, case: Case) -> None:
+    def __init__(self, record: ReferenceRecord, case: Case, topology: Topology) -> None:
         super().__init__()
-        self.record, self.case = record, case
+        self.record, self.case, self.topology = record, case, topology
         self.is_given = case.precision is Precision.bf16
         """Are updates computed from the reference's gradients and weights?"""
         self.bounds = bounds_of(case.precision, case.recipe.parallelism)
         self.deviations = {quantity: Deviation() for quantity in self.bounds}
+
+    def see_batch(self, step: int, batch: Batch) -> None:
+        """Compares them, if the loader read them: this rank's share of the whole batch, in order."""
+        if not self.case.input.loaded:
+            return
+        for key, whole in self.record.batches[step].items():
+            theirs = whole.chunk(self.topology.world_size)[self.topology.rank]
+            is_same = key in batch and torch.equal(batch[key], theirs)
+            self._see("read", float(not is_same), step, f"{key} of rank {self.topology.rank}")
 
     def see_figures(self, step: int, figures: dict[str, float], choices_LE: Tensor | None) -> None:
         """Compares them."""
