@@ -50,8 +50,8 @@ launch.rehearse    train.recipe train.record train.model train.layout train.chec
                    train.step train.hf train launch.plan
 launch.gpu_check   train.recipe train.record train.model train.layout train.preflight train.step
                    launch.plan launch.verify
-launch.verify      train.recipe train.record data data.text data.audit train.model train.layout
-                   train.checkpoint train.health train.step train.hf train launch.restart
+launch.verify      train.recipe train.record data data.order data.shards data.text data.audit train.model
+                   train.layout train.checkpoint train.health train.step train.hf train launch.restart
 launch.experiments train.recipe train.record data data.order data.shards data.text train.model
                    train.layout train.checkpoint train.preflight train.hf train.report train.tracking
                    train launch.plan launch.verify
