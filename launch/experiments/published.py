@@ -10,8 +10,11 @@ inputs:
 - Liu et al. 2025, "MoE Parallel Folding", arXiv 2504.14960: Megatron-Core on Eos (DGX H100), sequences of
   4096, microbatches of one, capacity factor 1, utilisation with the attention term. Tables 1, 3 and 4, "MCore
   w/ Folding" and "FSDP + EP". Not given there, assumed here: one layer per virtual pipeline stage.
+- NVIDIA's AutoModel and Megatron of 2025 and 2026, with sources in the table: FSDP whose gathers are
+  prefetched, so traffic overlaps as in :mod:`launch.plan.overlap`. "Forced balance": a router that gives
+  every expert as many tokens.
 
-Head widths are 128; biases and learned positions of MPT, under 0.2% of its parameters, are not counted.
+Biases and learned positions of MPT, under 0.2% of its parameters, are not counted.
 """
 
 import math
@@ -22,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.plan.hardware import GPUS, Gpu, gpu_named
+from launch.plan.overlap import overlap, traffic_of
 from launch.plan.rows import read_rows
 from launch.plan.step_time import (
     FITTED,
@@ -63,6 +67,8 @@ class PublishedRun:
     expert: int = 1
     shards_weights: bool = True
     """FSDP; otherwise only the optimizer state is sharded."""
+    overlaps: bool = False
+    """Weights' traffic is ordered to run under arithmetic, as ours is."""
     measured_tokens_per_second: float | None = None
     """Tokens per second and GPU."""
     measured_utilisation: float | None = None
@@ -107,9 +113,14 @@ def _microbatch_seconds(system: PublishedRun, tokens: int, gpu: Gpu, efficiency:
     forward = layer_work(system.model, tokens, system.sequence_tokens, split, system.shared_ffn)
     layer = forward + forward.backward() + (forward if system.checkpointing else forward.times(0))
     head = head_work(system.model, tokens, split)
-    work = layer.times(system.model.n_layers / system.pipeline)
-    work += (head + head.backward()).times(1 / system.pipeline)
-    return compute_seconds(work, gpu, efficiency) + link_seconds(_exchanges(system, tokens), gpu, efficiency)
+    layers = system.model.n_layers // system.pipeline
+    work = layer.times(layers) + (head + head.backward()).times(1 / system.pipeline)
+    arithmetic = compute_seconds(work, gpu, efficiency)
+    exchanges = list(_exchanges(system, tokens))
+    if system.overlaps:
+        calls = [(exchange, exchange.calls) for exchange in exchanges]
+        return overlap(arithmetic, traffic_of(calls, layers, gpu, efficiency.collectives)).seconds
+    return arithmetic + link_seconds(exchanges, gpu, efficiency)
 
 
 def _exchanges(system: PublishedRun, tokens: int) -> Iterable[Collective]:
@@ -197,6 +208,7 @@ def published_models() -> dict[str, tuple[Model, int]]:
                 n_layers=int(row["n_layers"]),
                 n_heads=int(row["n_heads"]),
                 n_kv_heads=int(row["n_kv_heads"]),
+                head_width=int(row["head_width"]),
                 ffn_hidden_size=int(row["ffn_hidden_size"]),
                 vocab_size=int(row["vocab_size"]),
                 max_sequence_tokens=int(row["max_sequence_tokens"]),
@@ -236,6 +248,7 @@ def published_systems() -> list[PublishedRun]:
                 pipeline=pipeline,
                 expert=int(row["expert"]),
                 shards_weights=row["fsdp"] == "true",
+                overlaps=row["overlaps"] == "true",
                 measured_tokens_per_second=int(speed) if speed else None,
                 measured_utilisation=float(utilisation) if utilisation else None,
                 fits=row["fits"] == "true",
