@@ -21,6 +21,7 @@ from train.recipe.rules import validate
 from train.recipe.topology import Topology
 from train.record.command import Figures, command
 from train.record.log import progress
+from train.record.run_folder import in_place
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -52,6 +53,7 @@ def main(options: Namespace) -> int | Figures:
     """Checks the recipe, then trains; returns the run's exit status."""
     topology = Topology.from_environment()
     recipe = load_recipe(options.recipe, options.overrides)
+    recipe = in_place(recipe, Path(options.recipe), options.overrides)
     validate(recipe, topology, options.recipe)
     changes = check_start(recipe, options.recipe)
     if topology.is_main:  # It reads every question, and one line is enough.

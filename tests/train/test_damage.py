@@ -24,7 +24,8 @@ from train.record.step_log import STEP, StepLog, read_steps
 from train.record.summary import Summary, read_summary, write_summary
 from train.report.run_record import read_run
 from train.resume import RECORDS, drop_after, find_checkpoint
-from train.tracking.uploader import RunFacts, collect_facts
+from train.tracking.facts import RunFacts
+from train.tracking.uploader import collect_facts
 
 ALONE = Topology()
 FLIPS = 2

@@ -157,6 +157,30 @@ def hold(
             old.unlink(missing_ok=True)
 
 
+def seen_holder(folder: Path) -> Holder | None:
+    """Returns the process that seems to hold a folder's lease, for people to read.
+
+    It does not wait, so on another host it goes by the time of the last renewal. :func:`hold` makes sure.
+    """
+    leases = folder / LEASE_FOLDER
+    file = leases / _name(_newest(leases))
+    holder = _parse(_read(file))
+    if holder is None or holder.has_ended:
+        return None
+    if holder.pid_space == pid_space():
+        return holder if process_start(holder.pid) == holder.started else None
+    with suppress(OSError):
+        return holder if time.time() - file.stat().st_mtime < EXPIRY_SECONDS else None
+    return None
+
+
+def follow_rename(place: Path, renamed: Path) -> None:
+    """Keeps this process's lease of a folder that it has renamed; ``place`` is its resolved path before."""
+    if (held := _held.pop(place, None)) is not None:
+        held[1].file = renamed / LEASE_FOLDER / held[1].file.name
+        _held[renamed.resolve()] = held
+
+
 def release(folder: Path) -> None:
     """Ends this process's lease of a folder, if it holds it."""
     place = folder.resolve()

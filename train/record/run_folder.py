@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from train.recipe.catalogue import on_resume
@@ -90,6 +91,24 @@ def claim_run_folder(recipe: Recipe, grace_seconds: float = GRACE_SECONDS) -> Cl
             remedy="name a folder on a disk with room that you may write to",
         ) from None
     return Claim(folder, recipe, (folder / SUMMARY_FILE).exists())
+
+
+def in_place(recipe: Recipe, file: Path, overrides: Sequence[str]) -> Recipe:
+    """Returns the recipe of a run's folder with the name and the place that the folder now has.
+
+    The folder may have been copied, renamed or moved; what it trains on then is itself.
+
+    Args:
+        recipe: read from ``file`` with the overrides.
+        file: a recipe; one that is not a run's own is left as it is.
+        overrides: ``key=value`` strings, which win.
+    """
+    folder = file.parent if file.parent.name else file.parent.resolve()
+    if file.name != RECIPE_FILE or not any((folder / name).exists() for name in (SAVED_FILE, METRICS_FILE)):
+        return recipe
+    given = {text.partition("=")[0].strip() for text in overrides}
+    found = {"name": folder.name, "runs_dir": str(folder.parent)}
+    return dataclasses.replace(recipe, **{key: text for key, text in found.items() if key not in given})
 
 
 def data_log_of(folder: Path) -> Path:

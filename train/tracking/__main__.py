@@ -14,14 +14,12 @@ from pathlib import Path
 from train.recipe.errors import UserError
 from train.record import log
 from train.record.command import CommandGroup, Figures, command
+from train.tracking.facts import FACTS_FILE, RUNNING, RunFacts
 from train.tracking.mlflow_upload import (
     ARTIFACTS_FOLDER,
-    FACTS_FILE,
     LOCK_FILE,
-    RUNNING,
     STORE_FILE,
     URI_VARIABLE,
-    RunFacts,
     Upload,
     UploadError,
     public_uri,

@@ -10,9 +10,9 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from train.recipe.errors import UserError
@@ -22,16 +22,18 @@ from train.record.metrics import find_metric
 from train.record.run_folder import METRICS_FILE, MLFLOW_FILE
 from train.record.step_log import STEP, TIMESTAMP, lines_from
 from train.record.summary import DatasetInput
+from train.record.tags import read_tags
+from train.tracking.facts import RUNNING, RunFacts, own_facts
 from train.tracking.names import mlflow_key
 from train.tracking.store import connect
 
-FACTS_FILE = "tracking.json"
+Result = TypeVar("Result")
+
 LOCK_FILE = "mlflow.lock"
 STORE_FILE = "mlflow.db"
 ARTIFACTS_FOLDER = "mlflow-artifacts"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 UID_TAG = "finegrain.uid"
-RUNNING = "RUNNING"
 DELETED = "deleted"
 """MLflow's stage of experiments and runs that were deleted on its page: they are kept, but take nothing."""
 
@@ -47,44 +49,6 @@ class UploadError(RuntimeError):
     """MLflow did not accept an upload; everything is still on disk and can be sent later."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RunFacts:
-    """The facts about a run that MLflow gets besides its metrics."""
-
-    uid: str
-    """Identifies the run on the server, so that it is found even if the response to its creation was lost."""
-    name: str
-    uri: str
-    """Tracking server without user and password; empty for the store next to the run's folder."""
-    experiment: str
-    params: dict[str, str]
-    tags: dict[str, str]
-    datasets: list[DatasetInput]
-    artifacts: list[str]
-    """Files of the run's folder to send at its end, if they exist."""
-    started_ms: int
-    status: str = RUNNING
-    """RUNNING, FINISHED, FAILED or KILLED."""
-
-    def write(self, run_dir: Path) -> None:
-        """Writes `tracking.json`."""
-        write_json(run_dir / FACTS_FILE, dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, run_dir: Path) -> "RunFacts":
-        """Reads `tracking.json`.
-
-        Raises:
-            UserError: if there is none.
-        """
-        try:
-            tree = json.loads((run_dir / FACTS_FILE).read_bytes())
-            datasets = [DatasetInput(**dataset) for dataset in tree.pop("datasets")]
-            return cls(**tree, datasets=datasets)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{run_dir} has no readable {FACTS_FILE} ({type(error).__name__})") from None
-
-
 @dataclasses.dataclass
 class UploadState:
     """Progress of the upload to one server; only a hint, as the server is authoritative."""
@@ -96,7 +60,9 @@ class UploadState:
     step: int = -1
     """The line's step."""
     setup: str = ""
-    """Fingerprint of the parameters, tags and datasets sent."""
+    """Fingerprint of the name, parameters, tags and datasets sent."""
+    tags: list[str] = dataclasses.field(default_factory=list)
+    """The people's tags among those sent."""
     ending: str = ""
     """Fingerprint of the status and files sent."""
 
@@ -118,12 +84,15 @@ def store_uri(run_dir: Path, facts_uri: str = "") -> str:
 
 
 class Upload:
-    """The upload of one run; each :meth:`sync` sends what is new."""
+    """The upload of one run; each :meth:`sync` sends what is new. MLflow's name of a run is its folder's."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.facts = RunFacts.read(run_dir)
+        self.facts = own_facts(run_dir)
         self.uri = store_uri(run_dir, self.facts.uri)
+        self.name = run_dir.resolve().name
+        self.place = public_uri(self.uri) if self.facts.uri else STORE_FILE
+        """The store in the record of what was sent: without a path, which a moved folder would keep."""
         self.state = self._read_state()
         self._client: Any = None
         self._latest: dict[str, int] | None = None
@@ -140,35 +109,61 @@ class Upload:
         Raises:
             UploadError: if the server does not accept it.
         """
+        return self._call(lambda: self._sync(status))
+
+    def _sync(self, status: str | None) -> int:
+        self.facts = RunFacts.read(self.run_dir)
+        self._open_run()
+        self._send_setup()
+        sent = self._send_metrics()
+        self._send_ending(status or self.facts.status)
+        return sent
+
+    def _call(self, work: Callable[[], Result]) -> Result:
+        """Does some work with the server."""
         from alembic.util import CommandError
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
-        self.facts = RunFacts.read(self.run_dir)
         try:
-            self._open_run()
-            self._send_setup()
-            sent = self._send_metrics()
-            self._send_ending(status or self.facts.status)
+            return work()
         except UserError as error:
             raise UploadError(str(error)) from error
         except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:
             self._latest = None  # The server may have accepted it nevertheless: ask again.
             raise UploadError(_reason(error).replace(self.uri, public_uri(self.uri))) from error
-        return sent
+
+    def _connect(self) -> None:
+        if self._client is None:
+            self._client = connect(self.uri, self.run_dir.resolve().parent / ARTIFACTS_FOLDER)
+
+    def delete(self) -> str:
+        """Deletes the run on the server, as MLflow's page does; returns its id, empty if it has none.
+
+        Raises:
+            UploadError: if the server does not accept it.
+        """
+        return self._call(self._delete)
+
+    def _delete(self) -> str:
+        self._connect()
+        run = self._find_run()
+        if run is None:
+            return ""
+        self._client.delete_run(run.info.run_id)
+        return str(run.info.run_id)
 
     def _open_run(self) -> None:
         """Finds or creates the run and reads its latest steps."""
         if self._latest is not None:
             return
-        if self._client is None:
-            self._client = connect(self.uri, self.run_dir.resolve().parent / ARTIFACTS_FOLDER)
+        self._connect()
         run = self._find_run() or self._create_run()
         # Every store returns the latest steps with the run; MLflow exposes them only under this name.
         latest = {metric.key: metric.step for metric in run.data._metric_objs}
         if self.state.step > max(latest.values(), default=-1):
             # The server has less than it was sent: somebody went back to an earlier copy of its store.
-            self.state = UploadState(uri=public_uri(self.uri))
+            self.state = UploadState(uri=self.place)
         self.state.run_id = run.info.run_id
         self._write_state()
         self._latest = latest
@@ -185,7 +180,7 @@ class Upload:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-            self.state = UploadState(uri=public_uri(self.uri))
+            self.state = UploadState(uri=self.place)
         experiment = self._experiment()
         if experiment is None:
             return None
@@ -210,9 +205,7 @@ class Upload:
         """Raises for a deleted run, unless the recipe now names another experiment than the run's."""
         if self._client.get_experiment(run.info.experiment_id).name == self.facts.experiment:
             self._experiment()
-            raise self._deleted(
-                f"the run {self.facts.name}", f"mlflow runs restore --run-id {run.info.run_id}"
-            )
+            raise self._deleted(f"the run {self.name}", f"mlflow runs restore --run-id {run.info.run_id}")
 
     def _deleted(self, what: str, restore: str) -> UserError:
         return UserError(
@@ -232,19 +225,23 @@ class Upload:
         return self._client.create_run(
             experiment_id,
             start_time=self.facts.started_ms,
-            run_name=self.facts.name,
+            run_name=self.name,
             tags={UID_TAG: self.facts.uid},
         )
 
     def _send_setup(self) -> None:
-        """Sends parameters, tags and datasets once, and again if a resumed run changed them."""
+        """Sends name, parameters, tags and datasets once, and again if they changed."""
         from mlflow.entities import Param, RunTag
 
         facts = self.facts
-        setup = _fingerprint([facts.params, facts.tags, [dataclasses.asdict(d) for d in facts.datasets]])
+        given = {mlflow_key(key): value for key, value in read_tags(self.run_dir).items()}
+        datasets = [dataclasses.asdict(dataset) for dataset in facts.datasets]
+        setup = _fingerprint([self.name, facts.params, facts.tags, given, datasets])
         if setup == self.state.setup:
             return
         run = self._client.get_run(self.state.run_id)
+        if run.info.run_name != self.name:
+            self._client.update_run(self.state.run_id, name=self.name)
         params = {mlflow_key(key): value[:PARAM_CHARACTERS] for key, value in facts.params.items()}
         # Parameters are immutable on the server: changes of a resumed run become tags.
         changed = {key: value for key, value in params.items() if run.data.params.get(key, value) != value}
@@ -252,6 +249,9 @@ class Upload:
         tags = {mlflow_key(key): value for key, value in facts.tags.items()}
         tags |= {mlflow_key(f"resumed_with.{key}"): value for key, value in changed.items()}
         tags |= {f"name.{mlflow_key(key)}": key for key in facts.params if mlflow_key(key) != key}
+        for key in set(self.state.tags) - given.keys():
+            self._client.delete_tag(self.state.run_id, key)
+        tags |= given
         for start in range(0, len(new), PARAMS_PER_REQUEST):
             self._client.log_batch(self.state.run_id, params=new[start : start + PARAMS_PER_REQUEST])
         labels = [RunTag(key, value[:PARAM_CHARACTERS]) for key, value in tags.items()]
@@ -263,7 +263,7 @@ class Upload:
         ]
         if inputs:
             self._client.log_inputs(self.state.run_id, inputs)
-        self.state.setup = setup
+        self.state.setup, self.state.tags = setup, sorted(given)
         self._write_state()
 
     def _send_metrics(self) -> int:
@@ -334,12 +334,11 @@ class Upload:
 
     def _read_state(self) -> UploadState:
         path = self.run_dir / MLFLOW_FILE
-        here = public_uri(self.uri)
         try:
             state = UploadState(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
-            return UploadState(uri=here)
-        return state if state.uri == here else UploadState(uri=here)
+            return UploadState(uri=self.place)
+        return state if state.uri == self.place else UploadState(uri=self.place)
 
     def _write_state(self) -> None:
         write_json(self.run_dir / MLFLOW_FILE, dataclasses.asdict(self.state))

@@ -118,7 +118,8 @@ def _log_and_register(folder: Path, run: Path, recipe: Recipe, name: str, tags: 
     import mlflow
     from huggingface_hub import ModelCard
 
-    from train.tracking.mlflow_upload import RunFacts, Upload, public_uri, store_uri
+    from train.tracking.facts import RunFacts
+    from train.tracking.mlflow_upload import Upload, public_uri, store_uri
 
     tracking_uri = store_uri(run, RunFacts.read(run).uri)
     registry_uri = tracking_uri
@@ -167,7 +168,7 @@ def _identity(labels: dict[str, str]) -> dict[str, Any]:
 
 def _data_tags(run: Path) -> dict[str, str]:
     """Returns tags with the digests of the run's datasets."""
-    from train.tracking.mlflow_upload import RunFacts
+    from train.tracking.facts import RunFacts
 
     datasets = RunFacts.read(run).datasets
     return {f"data.{dataset.name}": f"sha256:{dataset.digest}" for dataset in datasets}

@@ -7,6 +7,7 @@ a store is copied before it is changed, and a newer one's is refused in a line t
 import contextlib
 import fcntl
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -21,6 +22,15 @@ from train.record import log
 SQLITE = "sqlite:///"
 COPY = ".schema-"
 """Between the names of a store and of its schema, in the name of the copy before a change."""
+
+LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Tables and columns of addresses of artifacts, of all versions of MLflow."""
 
 logger = log.get_logger("train.tracking")
 
@@ -48,6 +58,7 @@ def connect(uri: str, artifacts: Path) -> Any:
         store = Path(uri.removeprefix(SQLITE))
         with exclusive(store.with_suffix(".lock")):
             take_over(store)
+            relocate(store, artifacts)
             SqlAlchemyStore(uri, str(artifacts))
     elif urlsplit(uri).scheme in ("", "file"):
         # MLflow 3 maintains folders of files but opens them only on demand; whoever names one demands it.
@@ -92,6 +103,41 @@ def take_over(store: Path) -> None:
             f"{store} cannot be changed ({type(error).__name__}: {reason})",
             remedy=f"{copy} is as it was before",
         ) from error
+
+
+def relocate(store: Path, artifacts: Path) -> None:
+    """Leads an embedded store that was moved or copied with its runs to the artifacts next to it.
+
+    MLflow keeps absolute addresses. To be called under the store's lock.
+
+    Args:
+        store: the store.
+        artifacts: the folder next to it.
+
+    Raises:
+        UserError: if the store cannot be changed.
+    """
+    if not schema_of(store):
+        return
+    here = {"": str(artifacts), "file://": artifacts.as_uri()}
+    ours = re.compile(rf"((?:file://)?)(/.*?/{re.escape(artifacts.name)})(?:/|$)")
+    try:
+        with contextlib.closing(sqlite3.connect(store)) as database, database:
+            columns = [
+                (table, column)
+                for table, column in LOCATIONS
+                if column in {row[1] for row in database.execute(f"PRAGMA table_info({table})")}
+            ]
+            for table, column in columns:
+                found = database.execute(f"SELECT DISTINCT {column} FROM {table}")
+                for (location,) in found.fetchall():
+                    match = ours.match(location or "")
+                    if match and match[1] + match[2] != here[match[1]]:
+                        moved = here[match[1]] + location[match.end(2) :]
+                        sql = f"UPDATE {table} SET {column} = ? WHERE {column} = ?"
+                        database.execute(sql, (moved, location))
+    except sqlite3.Error as error:
+        raise UserError(f"{store} cannot be changed ({error})") from None
 
 
 def schema_of(store: Path) -> str:

@@ -18,6 +18,7 @@ from train.recipe.errors import UserError
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe
 from train.record import log
+from train.record.place import note_place
 from train.record.provenance import git_commit, package_versions
 from train.record.run_folder import (
     EVALUATION_FILE,
@@ -28,9 +29,9 @@ from train.record.run_folder import (
     SUMMARY_FILE,
 )
 from train.record.summary import DatasetInput
+from train.tracking.facts import RunFacts, own_facts
 from train.tracking.mlflow_upload import (
     URI_VARIABLE,
-    RunFacts,
     public_uri,
     store_uri,
 )
@@ -70,6 +71,7 @@ class MlflowUploader:
     def start(self) -> None:
         """Starts sending, in a separate process."""
         self.facts.write(self.run_dir)
+        note_place(self.run_dir)
         if not self.enabled:
             return
         environment = os.environ | {
@@ -129,9 +131,9 @@ class MlflowUploader:
 def collect_facts(
     run_dir: Path, recipe: Recipe, datasets: Sequence[DatasetInput], uri: str, tags: dict[str, str]
 ) -> RunFacts:
-    """Collects the facts of a run for MLflow; a resumed run keeps its identity."""
+    """Collects the facts of a run for MLflow; a resumed run keeps its identity, a copied one gets its own."""
     try:
-        before = RunFacts.read(run_dir)
+        before = own_facts(run_dir)
         uid, started_ms = before.uid, before.started_ms
     except UserError:
         uid, started_ms = uuid.uuid4().hex, round(time.time() * 1000)

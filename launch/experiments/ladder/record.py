@@ -14,7 +14,8 @@ from train.record.log import only_warnings
 from train.record.provenance import git_commit
 from train.report.compare import Comparison, as_json, write_csv
 from train.report.compare_page import write_page, write_png
-from train.tracking.mlflow_upload import RUNNING, RunFacts, Upload
+from train.tracking.facts import RUNNING, RunFacts
+from train.tracking.mlflow_upload import Upload
 from train.tracking.uploader import flatten
 
 PARENT_TAG = "mlflow.parentRunId"

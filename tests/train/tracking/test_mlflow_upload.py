@@ -14,7 +14,8 @@ from train.recipe.errors import UserError
 from train.record import metrics
 from train.record.step_log import StepLog, read_steps
 from train.record.summary import DatasetInput
-from train.tracking.mlflow_upload import RunFacts, Upload, UploadError, public_uri
+from train.tracking.facts import RunFacts
+from train.tracking.mlflow_upload import Upload, UploadError, public_uri
 from train.tracking.names import mlflow_key
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,8 @@ from train.model.decoder import Decoder
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Model, Moe, Recipe, Registry, Start, Tokenizer, TokenizerKind, Tracking
 from train.record.summary import DatasetInput
-from train.tracking.mlflow_upload import RunFacts, Upload
+from train.tracking.facts import RunFacts
+from train.tracking.mlflow_upload import Upload
 from train.tracking.registry import main
 
 pytestmark = pytest.mark.slow

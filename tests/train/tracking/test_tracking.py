@@ -18,7 +18,8 @@ from train.recipe.schema import Recipe
 from train.record.step_log import StepLog, read_steps
 from train.record.summary import DatasetInput
 from train.tracking.__main__ import main
-from train.tracking.mlflow_upload import RunFacts, store_uri
+from train.tracking.facts import RunFacts
+from train.tracking.mlflow_upload import store_uri
 from train.tracking.store import exclusive
 from train.tracking.uploader import MlflowUploader, flatten
 
