@@ -107,8 +107,11 @@ def in_place(recipe: Recipe, file: Path, overrides: Sequence[str]) -> Recipe:
     if file.name != RECIPE_FILE or not any((folder / name).exists() for name in (SAVED_FILE, METRICS_FILE)):
         return recipe
     given = {text.partition("=")[0].strip() for text in overrides}
-    found = {"name": folder.name, "runs_dir": str(folder.parent)}
-    return dataclasses.replace(recipe, **{key: text for key, text in found.items() if key not in given})
+    return dataclasses.replace(
+        recipe,
+        name=recipe.name if "name" in given else folder.name,
+        runs_dir=recipe.runs_dir if "runs_dir" in given else str(folder.parent),
+    )
 
 
 def data_log_of(folder: Path) -> Path:

@@ -87,7 +87,8 @@ def overview_of(folder: Path) -> Overview:
 def _overview_of(folder: Path) -> Overview:
     recipe = read_yaml((folder / RECIPE_FILE).read_text())
     training = recipe.get("training") if isinstance(recipe, dict) else None
-    duration = training.get("duration_tokens") if isinstance(training, dict) else None
+    written = str(training.get("duration_tokens")) if isinstance(training, dict) else ""
+    duration = int(written) if written.isdecimal() else None
     lines = last_lines(folder / METRICS_FILE)
     last = lines[-1] if lines else {}
     summary, holder = read_summary(folder), seen_holder(folder)
@@ -103,7 +104,7 @@ def _overview_of(folder: Path) -> Overview:
         holder=str(holder or ""),
         batches=int(last.get(STEP, 0)),
         tokens=int(last.get(TOKENS, 0)),
-        duration_tokens=int(duration) if str(duration).isdecimal() else None,
+        duration_tokens=duration,
         loss=last.get(metrics.LOSS),
         validation_loss=_validation_loss(lines),
         last_time=last.get(TIMESTAMP),
