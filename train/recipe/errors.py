@@ -1,5 +1,6 @@
 """User errors, which every command turns into one line and exit status 2."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -18,6 +19,33 @@ class UserError(ValueError):
     def at(self, file: str) -> "UserError":
         """Returns the same error with the file that it came from."""
         return self if self.file else UserError(self.what, key=self.key, remedy=self.remedy, file=file)
+
+
+class JoinedUserError(UserError):
+    """Several errors, which a command prints one a line; as text it is the first one."""
+
+    def __init__(self, errors: Sequence[UserError]) -> None:
+        self.errors, first = tuple(errors), errors[0]
+        super().__init__(first.what, key=first.key, remedy=first.remedy, file=first.file)
+
+    def at(self, file: str) -> "JoinedUserError":
+        """Returns the same errors with the file that they came from."""
+        return JoinedUserError([error.at(file) for error in self.errors])
+
+
+def raise_all(errors: Sequence[UserError]) -> None:
+    """Raises all errors at once, each only once; returns if there are none.
+
+    Raises:
+        UserError: if there is one; :class:`JoinedUserError` if there are several.
+    """
+    different: dict[str, UserError] = {}
+    for error in errors:
+        for each in error.errors if isinstance(error, JoinedUserError) else (error,):
+            different.setdefault(str(each), each)
+    if different:
+        found = list(different.values())
+        raise found[0] if len(found) == 1 else JoinedUserError(found)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Reads recipes: YAML over the schema, ``extends:`` for a base recipe, ``key=value`` on top.
 
-Every mistake is a :class:`UserError` of one line, raised before torch is imported.
+Every mistake is a :class:`UserError` of one line, all of them at once, raised before torch is imported.
 """
 
 import contextlib
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from omegaconf import Container, DictConfig, OmegaConf, read_write
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf, read_write
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from train.recipe.aliases import ALIASES
 from train.recipe.catalogue import schema_keys
-from train.recipe.errors import UserError
+from train.recipe.errors import UserError, raise_all
 from train.recipe.scalars import meant, read_value, read_yaml
 from train.recipe.schema import Recipe
 from train.recipe.secrets import guarded_environment, without_secrets
@@ -26,8 +27,9 @@ MIXTURE = "data.domains"
 command line changes one share."""
 PHASES = "data.phases"
 """The alternative to `data.domains`: setting either replaces the other in a base recipe.
-`data.phases[0].tokens=1000000000` on the command line changes one phase."""
-_ONE_PHASE = re.compile(r"data\.phases[\[.]\d")
+`data.phases[0].tokens=1000000000` on the command line changes one phase, as in every list."""
+_ITEM = re.compile(r"([A-Za-z_][\w.]*?)[\[.](\d+)(?=[\].]|$)")
+"""A key within an item of a list: the list's name, and the number of the item."""
 
 
 @guarded_environment()
@@ -45,29 +47,35 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     given: dict[str, tuple[int, str]] = {}
     files, overrides = _layers(Path(path), ()), overrides or []
     parts = {n for n, text in enumerate(overrides, len(files)) if text.startswith(f"{MIXTURE}.")}
+    errors: list[UserError] = []
     for depth, (file, layer) in enumerate([*files, *_override_layers(overrides)]):
+        if isinstance(layer, Item):
+            try:
+                _set_item(merged, layer)
+            except (OmegaConfBaseException, UserError) as error:
+                errors.append(_explain(error, file))
+            given[layer.key] = depth, file
+            continue
+        has_phases = bool(OmegaConf.select(layer, PHASES))
+        with read_write(merged.data):
+            if has_phases or (OmegaConf.select(layer, MIXTURE) and depth not in parts):
+                merged.data.domains = {}
+            if not has_phases and OmegaConf.select(layer, MIXTURE):
+                merged.data.phases = []
         try:
-            if isinstance(layer, Phase):
-                phase = OmegaConf.select(merged, layer.key.rpartition(".")[0])
-                with read_write(phase) if isinstance(phase, Container) else contextlib.nullcontext():
-                    OmegaConf.update(merged, layer.key, OmegaConf.create({"value": layer.value}).value)
-                given[layer.key] = depth, file
-                continue
-            has_phases = bool(OmegaConf.select(layer, PHASES))
-            with read_write(merged.data):
-                if has_phases or (OmegaConf.select(layer, MIXTURE) and depth not in parts):
-                    merged.data.domains = {}
-                if not has_phases and OmegaConf.select(layer, MIXTURE):
-                    merged.data.phases = []
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
-            raise _explain(error, file) from None
+            errors += _mistakes_in(merged, layer, file) or [_explain(error, file)]
         given |= dict.fromkeys(_leaf_keys(OmegaConf.to_container(layer)), (depth, file))
+    raise_all(errors)
     try:
+        raise_all(
+            [
+                UserError("is missing", key=key, remedy=f"add `{key}:` to the recipe", file=str(path))
+                for key in sorted(OmegaConf.missing_keys(merged), key=_place_in_schema)
+            ]
+        )
         recipe = OmegaConf.to_object(merged)
-    except MissingMandatoryValue as error:
-        key = str(error.full_key)
-        raise UserError("is missing", key=key, remedy=f"add `{key}:` to the recipe", file=str(path)) from None
     except OmegaConfBaseException as error:  # a reference to something that is not there
         raise _explain(error, str(path)) from None
     assert isinstance(recipe, Recipe)
@@ -137,11 +145,57 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
     return [*below, (str(path), config)]
 
 
-class Phase(NamedTuple):
-    """A setting of one phase, which changes only that phase."""
+class Item(NamedTuple):
+    """A setting of one item of a list, such as ``data.phases[0].tokens``, which changes only that item."""
 
     key: str
     value: Any
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The list's name and the number of the item."""
+        found = _ITEM.match(self.key)
+        assert found is not None, "an item is made of such a key only"
+        return found[1], int(found[2])
+
+
+def _set_item(merged: DictConfig, item: Item) -> None:
+    """Changes one item of a list.
+
+    Raises:
+        UserError: if the list has no such item.
+    """
+    name, number = item.place
+    items = OmegaConf.select(merged, name)
+    if not isinstance(items, ListConfig) or number >= len(items):
+        count = len(items) if isinstance(items, ListConfig) else 0
+        raise UserError(
+            f"is not there: the recipe has {count} of {name}, numbered from 0",
+            key=f"{name}[{number}]",
+            remedy=f"give {name} as a whole list",
+        )
+    above = OmegaConf.select(merged, re.split(r"[\[.]\w+\]?$", item.key)[0])
+    with read_write(above) if isinstance(above, Container) else contextlib.nullcontext():
+        OmegaConf.update(merged, item.key, OmegaConf.create({"value": item.value}).value)
+
+
+def _mistakes_in(merged: DictConfig, layer: DictConfig, file: str) -> list[UserError]:
+    """Returns the mistakes of a layer that can't be merged, by merging each of its keys by itself."""
+    errors: list[UserError] = []
+    for key in _leaf_keys(OmegaConf.to_container(layer)):
+        one = OmegaConf.create({})
+        try:
+            OmegaConf.update(one, key, OmegaConf.select(layer, key))
+            OmegaConf.merge(merged, one)
+        except OmegaConfBaseException as error:
+            errors.append(_explain(error, file))
+    return errors
+
+
+def _place_in_schema(key: str) -> tuple[int, str]:
+    names = list(schema_keys())
+    name = re.sub(r"\[\d+\]", "[]", key)
+    return (names.index(name) if name in names else len(names)), key
 
 
 def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
@@ -153,8 +207,9 @@ def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
         layer = OmegaConf.create({})
         try:
             value = read_value(key, written)
-            if _ONE_PHASE.match(text):
-                layers.append(("command line", Phase(key, value)))
+            item = _ITEM.match(key)
+            if item is not None and _is_list(item[1]):
+                layers.append(("command line", Item(key, value)))
                 continue
             OmegaConf.update(layer, key, value)
         except UserError as error:
@@ -168,14 +223,24 @@ def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
     return layers
 
 
-def _explain(error: OmegaConfBaseException, file: str) -> UserError:
+def _is_list(key: str) -> bool:
+    known = schema_keys().get(key)
+    return known is not None and getattr(known.field.type, "__origin__", None) is list
+
+
+def _explain(error: OmegaConfBaseException | UserError, file: str) -> UserError:
     """Turns OmegaConf's error into one of ours, in one line."""
+    if isinstance(error, UserError):
+        return error.at(file)
     if isinstance(error.__cause__, UserError):
         return error.__cause__.at(file)
     text = str(error).split("\n")[0]
     key = str(error.full_key or error.key or "")
     in_schema = re.sub(r"\[\d+\]", "[]", key)
-    if isinstance(error, ConfigKeyError):
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        if key in ALIASES or key.rsplit(".", 1)[-1] in ALIASES:
+            remedy = ALIASES.get(key) or ALIASES[key.rsplit(".", 1)[-1]]
+            return UserError("unknown key", key=key, remedy=f"here it is {remedy}", file=file)
         names = list(schema_keys())
         near = difflib.get_close_matches(in_schema, names, n=1, cutoff=0.5) or difflib.get_close_matches(
             key.rsplit(".", 1)[-1], [n.rsplit(".", 1)[-1] for n in names], n=1, cutoff=0.6
@@ -192,6 +257,7 @@ def _refuse_unread(recipe: Recipe, given: dict[str, tuple[int, str]]) -> None:
 
     A base recipe's key is ignored if a later layer made the other choice: in the base it was right.
     """
+    errors: list[UserError] = []
     for key, condition in _conditions().items():
         if key not in given or _is_met(recipe, condition):
             continue
@@ -199,12 +265,15 @@ def _refuse_unread(recipe: Recipe, given: dict[str, tuple[int, str]]) -> None:
         choice = condition.split(" == ")[0]
         parents = [choice.rsplit(".", n)[0] for n in range(choice.count(".") + 1)]
         if depth >= max((given[k][0] for k in parents if k in given), default=-1):
-            raise UserError(
-                f"nothing reads this key unless {condition}",
-                key=key,
-                remedy=f"remove it, or set {condition.replace(' == ', '=')}",
-                file=file,
+            errors.append(
+                UserError(
+                    f"nothing reads this key unless {condition}",
+                    key=key,
+                    remedy=f"remove it, or set {condition.replace(' == ', '=')}",
+                    file=file,
+                )
             )
+    raise_all(errors)
 
 
 def _conditions() -> dict[str, str]:

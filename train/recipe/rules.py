@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from train.recipe import sizes
-from train.recipe.errors import UserError, Violation
+from train.recipe.errors import UserError, Violation, raise_all
 from train.recipe.keys import out_of_range
 from train.recipe.names import unfit_as_file
 from train.recipe.phase_rules import check_phases
@@ -31,13 +31,14 @@ INSTALLED_DOMAINS = ("code", "prose")
 
 
 def validate(recipe: Recipe, topology: Topology, file: str) -> None:
-    """Raises for the first violated rule.
+    """Raises for all violated rules; of numbers out of range, no other rule is looked at.
 
     Raises:
-        UserError: one line that names file, key and remedy.
+        UserError: one line for each, with file, key and remedy.
     """
+    raise_all(_errors(out_of_range(recipe), file))
+    errors: list[UserError] = []
     for check in (
-        _ranges,
         _model,
         _data,
         check_phases,
@@ -48,13 +49,17 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
         _registry,
         _evaluation,
     ):
-        violation = next(iter(check(recipe, topology)), None)
-        if violation:
-            raise UserError(violation.what, key=violation.key, remedy=violation.remedy, file=file)
+        try:
+            errors += _errors(check(recipe, topology), file)
+        except (ArithmeticError, LookupError, ValueError, AssertionError):
+            # A rule may rest on one that is violated.
+            if not errors:
+                raise
+    raise_all(errors)
 
 
-def _ranges(recipe: Recipe, _: Topology) -> Iterator[Violation]:
-    return out_of_range(recipe)
+def _errors(violations: Iterator[Violation], file: str) -> list[UserError]:
+    return [UserError(each.what, key=each.key, remedy=each.remedy, file=file) for each in violations]
 
 
 def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:

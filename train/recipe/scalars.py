@@ -9,6 +9,7 @@ import os
 import re
 import types
 from collections.abc import Hashable
+from decimal import Decimal
 from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -18,6 +19,13 @@ import yaml
 from train.recipe.catalogue import schema_keys
 from train.recipe.errors import UserError
 from train.recipe.secrets import require_no_secret
+
+COUNTS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+"""Units of whole numbers, in either case: 300B tokens."""
+MOST_DIGITS = 30
+BYTES = {f"{unit}b": size for unit, size in {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}.items()}
+BYTES |= {unit.removesuffix("b"): size for unit, size in BYTES.items()}
+"""Units of bytes, where a B is a byte."""
 
 
 class _AsWritten(yaml.SafeLoader):
@@ -80,7 +88,7 @@ def meant(key: str, value: Any) -> Any:
         return value
     kind = _type_of(key)
     if kind is int:
-        return _whole(value)
+        return _whole(value, BYTES if key.endswith("_bytes") else COUNTS)
     if kind is float and re.fullmatch(r"[-+]?\.(inf|nan)", value, re.IGNORECASE):
         return float(value.replace(".", ""))
     if kind is str and _names_a_folder(key):
@@ -88,15 +96,20 @@ def meant(key: str, value: Any) -> Any:
     return value
 
 
-def _whole(text: str) -> str | int:
-    """Returns the whole number that a text such as 2e9 or 1_000_000 means; any other text as it is."""
+def _whole(text: str, units: dict[str, int]) -> str | int:
+    """Returns the whole number that a text such as 2e9, 1_000_000 or 1.2B means; any other text as it is."""
+    written, factor = text, 1
+    for unit, size in units.items():
+        if text.lower().endswith(unit):
+            written, factor = text[: -len(unit)].rstrip(), size
+            break
     try:
-        number = float(text)
-    except ValueError:
+        # Exact, where a float of 1.1e9 * 1e3 would not be.
+        number = Decimal(written) * factor
+        is_whole = number.adjusted() < MOST_DIGITS and number == number.to_integral_value()
+        return int(number) if is_whole else text
+    except (ArithmeticError, ValueError):  # No number, infinity or NaN.
         return text
-    if not number.is_integer():  # Infinity and NaN neither.
-        return text
-    return int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else int(number)
 
 
 def _folder(key: str, text: str) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.recipe.errors import UserError
+from train.recipe.errors import JoinedUserError, UserError
 from train.recipe.exit_status import INTERRUPTED_STATUS, USAGE_STATUS
 from train.recipe.packages import left_out
 from train.record import log
@@ -90,8 +90,8 @@ class Command:
                 write_figures(options.json, outcome.tree)
             return outcome.status
         except mistakes as error:
-            line = str(error.at(str(file))) if isinstance(error, UserError) else _line(error)
-            logger.error(f"{self.name}: {line}" if self.name else line)
+            for line in _lines(error, str(file)):
+                logger.error(f"{self.name}: {line}" if self.name else line)
             return USAGE_STATUS
         except ModuleNotFoundError as error:
             package = left_out(error)
@@ -185,6 +185,14 @@ def write_figures(file: Path, tree: Any) -> None:
             write_json(file, tree)
     except OSError as error:
         raise UserError(f"{file} can't be written ({error.strerror})", key="--json") from None
+
+
+def _lines(error: Exception, file: str) -> list[str]:
+    """Formats an exception, in one line for each mistake."""
+    if not isinstance(error, UserError):
+        return [_line(error)]
+    found = error.at(file)
+    return [str(each) for each in (found.errors if isinstance(found, JoinedUserError) else (found,))]
 
 
 def _line(error: Exception) -> str:

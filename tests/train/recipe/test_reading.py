@@ -1,6 +1,7 @@
 """Recipes: merging, one-line errors, and a use for every key."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from train.recipe.aliases import ALIASES
 from train.recipe.catalogue import schema_keys
-from train.recipe.errors import UserError
+from train.recipe.errors import JoinedUserError, UserError
 from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.rules import validate
 from train.recipe.schema import Balance
@@ -183,6 +185,71 @@ def test_every_key_of_the_schema_is_read_somewhere() -> None:
             read |= {n.attr for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)}
     unread = [key for key in schema_keys() if key.rsplit(".", 1)[-1] not in read]
     assert unread == []
+
+
+def mistakes(path: str | Path, overrides: list[str]) -> list[str]:
+    """Returns the lines of everything that is wrong with a recipe."""
+    with pytest.raises(UserError) as caught:
+        validate(load_recipe(path, overrides), Topology(), str(path))
+    error = caught.value
+    return [str(each) for each in (error.errors if isinstance(error, JoinedUserError) else (error,))]
+
+
+def test_all_mistakes_are_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("extends: base.yaml\nmodel: {d_modell: 3, n_layers: many}\nsede: 4\n")
+    (tmp_path / "base.yaml").write_text(f"extends: {SMOKE}\ntrain: 3\n")
+    found = mistakes(file, ["model.n_heads=x", "optimizer.lr=3", "data.phases[4].tokens=3"])
+    keys = ["train", "model.d_modell", "model.n_layers", "sede", "model.n_heads", "optimizer.lr"]
+    assert [line.split(": ")[1] for line in found] == [*keys, "data.phases[4]"]
+    assert "did you mean `model.d_model`" in found[1] and "here it is optimizer.learning_rate" in found[5]
+    assert found[0].startswith(str(tmp_path / "base.yaml")) and found[6].startswith("command line")
+    # Nine keys of a source.
+    file.write_text("name: x\ndata: {sources: [{kind: text}]}\n")
+    found = mistakes(file, [])
+    assert all(line.endswith("to the recipe") and ": is missing; add" in line for line in found)
+    assert [line.split(": ")[1] for line in found if "sources" in line] == [
+        f"data.sources[0].{name}" for name in ("domain", "path", "dataset", "version", "origin", "licence")
+    ]
+    # Violated rules, of several sections, also those that rest on another.
+    found = mistakes(SMOKE, ["model.n_heads=3", "model.moe.top_k=99", "data.validation_domains=[music]"])
+    assert [line.split(": ")[1] for line in found] == [
+        *("model.n_heads", "model.n_kv_heads", "model.moe.top_k", "data.validation_domains")
+    ]
+    assert len(mistakes(SMOKE, ["seed=-1", "training.clip_norm=-1"])) == 2
+    assert len(mistakes(SMOKE, ["schedule.decay_tokens=1", "model.moe.bias_update_rate=1"])) == 2
+    from train.main import main
+
+    assert main([SMOKE, "seed=-1", "training.clip_norm=-1"]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_keys_of_other_frameworks_are_answered_with_ours() -> None:
+    for theirs, ours in ALIASES.items():
+        assert theirs not in schema_keys() and re.split(r"[, :]", ours)[0] in schema_keys(), theirs
+    for override, ours in (
+        ("optimizer.lr=1", "optimizer.learning_rate"),
+        ("max_duration=10ba", "training.duration_tokens, in tokens"),
+        ("global_train_batch_size=8", "training.global_batch_sequences"),
+        ("max_seq_len=9", "data.sequence_tokens, and at least as large model.max_sequence_tokens"),
+    ):
+        key = override.partition("=")[0]
+        assert mistakes(SMOKE, [override]) == [f"command line: {key}: unknown key; here it is {ours}"]
+
+
+def test_one_item_of_a_list_is_changed_on_the_command_line(tmp_path: Path) -> None:
+    source = "{domain: d, kind: text, path: a, dataset: x, version: 1, origin: o, licence: l}"
+    file = tmp_path / "r.yaml"
+    lists = f"corpus: null, sources: [{source}, {source}], skips: [{{first_position: 1, end_position: 2}}]"
+    file.write_text(f"extends: {SMOKE}\ndata: {{{lists}}}\n")
+    overrides = ["data.sources[1].path=/b#c", "data.skips.0.end_position=2e3", "optimizer.betas[1]=0.8"]
+    recipe = load_recipe(file, [*overrides, "data.sources[0].licence=3.10"])
+    assert [(each.path, each.licence) for each in recipe.data.sources] == [("a", "3.10"), ("/b#c", "l")]
+    assert recipe.data.skips[0].end_position == 2000 and recipe.optimizer.betas == [0.9, 0.8]
+    (line,) = mistakes(file, ["data.sources[2].path=x"])
+    assert "data.sources[2]: is not there: the recipe has 2 of data.sources, numbered from 0" in line
+    (line,) = mistakes(file, ["data.sources[0].pth=x"])
+    assert "data.sources[0].pth: unknown key; did you mean `data.sources[].path`?" in line
 
 
 def test_one_phase_is_changed_on_the_command_line() -> None:
