@@ -19,7 +19,7 @@ from train.tracking.uploader import collect_facts, store_of
 
 pytestmark = pytest.mark.slow
 
-UID = "e" * 32
+UID = "ab" * 16
 
 
 def make(folder: Path, uri: str = "") -> Path:
