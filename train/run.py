@@ -253,9 +253,9 @@ def build_model(
     freeze(decoder, recipe.training.frozen)
     compile_decoder(decoder, training.compile, is_sharded=topology.world_size > 1)
     model = LanguageModel(decoder, recipe, machine.precision)
-    log_on_rank_0(
-        topology, f"model of {sizes.total_parameters(recipe.model):,} parameters, {machine.precision.value}"
-    )
+    forced = ", forced balance" if recipe.model.moe and recipe.model.moe.forced_balance else ""
+    parameters = sizes.total_parameters(recipe.model)
+    log_on_rank_0(topology, f"model of {parameters:,} parameters, {machine.precision.value}{forced}")
     return model, build_optimizer(model, recipe.optimizer)
 
 

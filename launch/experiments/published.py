@@ -61,7 +61,6 @@ class PublishedRun:
     microbatch_sequences: int
     microbatches: int
     checkpointing: bool = False
-    shared_ffn: int = 0
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
@@ -83,9 +82,7 @@ class PublishedRun:
 
 def flops_per_token(system: PublishedRun) -> float:
     """Training FLOPs per token with attention over all positions, as both sources count them."""
-    flops = sizes.flops_per_token_training(system.model, system.sequence_tokens)
-    shared = 6 * 3 * system.model.d_model * system.shared_ffn * system.model.n_layers
-    return flops.total + shared
+    return sizes.flops_per_token_training(system.model, system.sequence_tokens).total
 
 
 def measured(system: PublishedRun, gpu: Gpu) -> float:
@@ -110,7 +107,7 @@ def predicted(system: PublishedRun, gpu: Gpu, efficiency: Efficiency = FITTED) -
 def _microbatch_seconds(system: PublishedRun, tokens: int, gpu: Gpu, efficiency: Efficiency) -> Seconds:
     """Time of a forward and backward pass of one pipeline stage."""
     split = Split(system.tensor, system.expert)
-    forward = layer_work(system.model, tokens, system.sequence_tokens, split, system.shared_ffn)
+    forward = layer_work(system.model, tokens, system.sequence_tokens, split)
     layer = forward + forward.backward() + (forward if system.checkpointing else forward.times(0))
     head = head_work(system.model, tokens, split)
     layers = system.model.n_layers // system.pipeline
@@ -147,8 +144,7 @@ def _sharded(system: PublishedRun) -> list[tuple[float, int, int]]:
     """Weights of a GPU's tensor, pipeline and expert part, with size and stride of the sharding group."""
     model = system.model
     experts = sum(w.elements for w in sizes.layer_weights(model, 0) if w.is_expert) * model.n_layers
-    shared = 3 * model.d_model * system.shared_ffn * model.n_layers
-    rest = sizes.total_parameters(model) - experts + shared
+    rest = sizes.total_parameters(model) - experts
     parts = [(rest / system.tensor / system.pipeline, system.copies, system.tensor)]
     if experts:
         # With folding, experts are distributed over neighbouring GPUs, however the other matrices are split.
@@ -199,30 +195,32 @@ def fit(systems: Iterable[PublishedRun], gpu: Gpu) -> Efficiency:
     return replace(FITTED, matrix=matrix, links=links)
 
 
-def published_models() -> dict[str, tuple[Model, int]]:
-    """Returns the models of the published runs by name, each with the hidden size of its shared expert."""
+def published_models() -> dict[str, Model]:
+    """Returns the models of the published runs by name."""
     return {
-        row["model"]: (
-            Model(
-                d_model=int(row["d_model"]),
-                n_layers=int(row["n_layers"]),
-                n_heads=int(row["n_heads"]),
-                n_kv_heads=int(row["n_kv_heads"]),
-                head_width=int(row["head_width"]),
-                ffn_hidden_size=int(row["ffn_hidden_size"]),
-                vocab_size=int(row["vocab_size"]),
-                max_sequence_tokens=int(row["max_sequence_tokens"]),
-                ffn=Ffn(row["ffn"]),
-                position=Position(row["position"]),
-                tie_embeddings=row["tie_embeddings"] == "true",
-                moe=Moe(experts=int(row["experts"]), top_k=int(row["top_k"]))
-                if int(row["experts"])
-                else None,
-            ),
-            int(row["shared_ffn"]),
+        row["model"]: Model(
+            d_model=int(row["d_model"]),
+            n_layers=int(row["n_layers"]),
+            n_heads=int(row["n_heads"]),
+            n_kv_heads=int(row["n_kv_heads"]),
+            head_width=int(row["head_width"]),
+            ffn_hidden_size=int(row["ffn_hidden_size"]),
+            vocab_size=int(row["vocab_size"]),
+            max_sequence_tokens=int(row["max_sequence_tokens"]),
+            ffn=Ffn(row["ffn"]),
+            position=Position(row["position"]),
+            tie_embeddings=row["tie_embeddings"] == "true",
+            moe=_experts(row),
         )
         for row in read_rows(Path(__file__).with_name("published_models.csv"))
     }
+
+
+def _experts(row: dict[str, str]) -> Moe | None:
+    if not int(row["experts"]):
+        return None
+    shared = int(row["shared_ffn"]) or None
+    return Moe(experts=int(row["experts"]), top_k=int(row["top_k"]), shared_hidden_size=shared)
 
 
 def published_systems() -> list[PublishedRun]:
@@ -230,20 +228,18 @@ def published_systems() -> list[PublishedRun]:
     models = published_models()
     systems = []
     for row in read_rows(Path(__file__).with_name("published_speeds.csv")):
-        model, shared = models[row["model"]]
         gpus, microbatch = int(row["gpus"]), int(row["microbatch_sequences"])
         tensor, pipeline = int(row["tensor"]), int(row["pipeline"])
         speed, utilisation = row["tokens_per_second_per_gpu"], row["flop_utilisation"]
         systems.append(
             PublishedRun(
                 name=row["system"],
-                model=model,
+                model=models[row["model"]],
                 gpus=gpus,
                 sequence_tokens=int(row["sequence_tokens"]),
                 microbatch_sequences=microbatch,
                 microbatches=int(row["batch_sequences"]) * tensor * pipeline // (gpus * microbatch),
                 checkpointing=row["recomputed"] == "true",
-                shared_ffn=shared,
                 tensor=tensor,
                 pipeline=pipeline,
                 expert=int(row["expert"]),

@@ -10,7 +10,7 @@ keys, F ffn_hidden_size, E experts, K top_k, V vocab_size, C loss_chunk_tokens, 
 from dataclasses import dataclass
 
 from train.recipe import sizes
-from train.recipe.schema import Ffn, Model, Norm, Position
+from train.recipe.schema import Balance, BalanceScope, Ffn, Model, Norm, Position
 
 FP32 = 4
 BF16 = 2
@@ -97,13 +97,25 @@ def ffn_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict[str, 
         saved["w1 input"] = T * D * c
         saved["hidden"] = T * F * c * (4 if model.ffn is Ffn.glu else 2)
         return saved
-    E, K = model.moe.experts, model.moe.top_k
+    E, K, F = model.moe.experts, model.moe.top_k, sizes.expert_width(model)
     rows = round(T * K * batch.imbalance)
     saved["router"] = T * (D * FP32 + 3 * E * FP32 + K * (3 * FP32 + 2 * INT64))
     saved["routed rows"] = rows * D * c
     saved["gates and ups"] = 2 * rows * F * c
     saved["expert outputs"] = T * K * D * c
+    if model.moe.balance is not Balance.bias and model.moe.balance_scope is BalanceScope.sequence:
+        saved["shares of sequences"] = T * E * FP32
+    saved["shared expert"] = shared_expert_bytes(model, batch, numerics)
     return saved
+
+
+def shared_expert_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
+    """Bytes that a layer's shared expert saves, besides its input, which is the experts' too."""
+    moe = model.moe
+    if moe is None or moe.shared_hidden_size is None:
+        return 0
+    gate = model.d_model + 1 if moe.shared_gate else 0
+    return batch.tokens * (4 * moe.shared_hidden_size + gate) * numerics.compute
 
 
 def layer_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
@@ -189,8 +201,8 @@ def backward_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
     """Peak bytes of a layer's backward pass besides what the layer saved and the weights' gradients.
 
     With experts: gradients of the routed rows before and after the experts, and on a GPU the recomputed
-    hidden rows with their gradients. With a dense GLU: the gradients of gate and value. Always: the gradients
-    of the residual stream and of the layer's output.
+    hidden rows with their gradients. With a dense GLU or a shared expert: the gradients of gate and value.
+    Always: the gradients of the residual stream and of the layer's output.
     """
     T, D, F, c = batch.tokens, model.d_model, model.ffn_hidden_size, numerics.compute
     stream = T * D * (numerics.stream + c)
@@ -199,7 +211,13 @@ def backward_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
     K = model.moe.top_k
     rows = round(T * K * batch.imbalance)
     hidden_rows = 2 * rows if numerics.on_gpu else 4 * rows // model.moe.experts
-    return stream + rows * D * c + T * K * D * c + hidden_rows * F * c
+    experts = rows * D * c + T * K * D * c + hidden_rows * sizes.expert_width(model) * c
+    shared = model.moe.shared_hidden_size
+    if not shared:
+        return stream + experts
+    # It comes first, and leaves the gradient of its input until the experts' is added, but no activations.
+    left = T * D * c - shared_expert_bytes(model, batch, numerics)
+    return stream + max(T * (2 * shared + D * model.moe.shared_gate) * c, left + experts)
 
 
 @dataclass(frozen=True)
@@ -238,8 +256,8 @@ def peaks(
 def layer_gradient_elements(model: Model) -> tuple[int, int]:
     """Elements of a layer's weights, and of those whose gradients coexist with its activations.
 
-    The latter are the experts' weights, or the last matrix of a dense feed-forward.
+    The latter are the weights of all experts, or the last matrix of a dense feed-forward.
     """
     found = list(sizes.layer_weights(model, 0))
-    experts = sum(weight.elements for weight in found if weight.is_expert)
+    experts = sum(w.elements for w in found if w.is_expert or ".shared" in w.name)
     return sum(weight.elements for weight in found), experts or found[-1].elements

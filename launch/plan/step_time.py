@@ -111,9 +111,7 @@ class Split:
     """Rows of the busiest GPU's experts relative to the mean."""
 
 
-def layer_work(
-    model: Model, tokens: int, sequence_tokens: int, split: Split = Split(), shared_ffn: int = 0
-) -> Work:
+def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = Split()) -> Work:
     """Forward pass of one layer for T tokens of one GPU, or of the GPUs that share its matrices.
 
     Elementwise passes over memory are counted as written in :mod:`train.model.decoder`: two norms, two
@@ -126,7 +124,6 @@ def layer_work(
         tokens: T.
         sequence_tokens: S.
         split: how many GPUs share the work.
-        shared_ffn: hidden size of a shared expert (a GLU for every token); published models only.
     """
     T, D, F = tokens, model.d_model, model.ffn_hidden_size
     Q, G = sizes.query_width(model), sizes.key_width(model)
@@ -143,12 +140,12 @@ def layer_work(
     else:
         # With expert parallelism a GPU has fewer experts, each with the tokens of more GPUs.
         rows = own * model.moe.top_k * split.imbalance
-        experts = model.moe.experts / split.expert
+        experts, F = model.moe.experts / split.expert, sizes.expert_width(model)
         work += _product(rows / experts, D, F).times(3 * experts)
         elements += rows * (6 * D + 5 * F)
-    if shared_ffn:
-        work += _product(T, D, shared_ffn / split.tensor).times(3)
-        elements += 5 * own * shared_ffn
+        if shared := model.moe.shared_hidden_size:
+            work += _product(T, D, shared / split.tensor).times(3)
+            elements += 5 * own * shared
     return work + Work(memory_bytes=BF16 * elements)
 
 

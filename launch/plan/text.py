@@ -71,6 +71,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "microbatch_sequences": plan.shape.recipe.training.microbatch_sequences,
         "activation_checkpointing": plan.recipe.training.activation_checkpointing,
         "imbalance": plan.imbalance,
+        "forced_balance": plan.recipe.model.moe is not None and plan.recipe.model.moe.forced_balance,
         "memory_bytes": {
             **asdict(plan.fullest.memory),
             "total": plan.fullest.memory.total,
@@ -116,12 +117,13 @@ def _headline(plan: Plan) -> str:
     training, shaped = recipe.training, plan.shape.recipe
     shard = sizes.shard_degree(layout, plan.world_size)
     plural = "" if plan.microbatches == 1 else "es"
+    forced = ", forced balance" if recipe.model.moe and recipe.model.moe.forced_balance else ""
     recomputes = "with" if training.activation_checkpointing else "without"
     return "\n".join(
         [
             f"{recipe.name}: {sizes.total_parameters(recipe.model) / 1e9:.2f}B parameters, "
             f"{sizes.active_parameters(recipe.model) / 1e9:.2f}B active, "
-            f"{short_number(training.duration_tokens)} tokens on {plan.world_size} x {plan.gpu.name}",
+            f"{short_number(training.duration_tokens)} tokens on {plan.world_size} x {plan.gpu.name}{forced}",
             f"layout: replicate {layout.replicate} x shard {shard} x expert {layout.expert}; "
             f"{plan.microbatches} microbatch{plural} of {shaped.training.microbatch_sequences} x "
             f"{shaped.data.sequence_tokens} tokens per GPU, {recomputes} recomputation",

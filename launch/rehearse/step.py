@@ -56,8 +56,14 @@ def rehearse_step(recipe: Recipe, world_size: int) -> Step:
 
 def narrowed(model: Model) -> Model:
     """Returns a model with the same heads, experts and layers, which a CPU computes in no time."""
+    moe = model.moe
+    if moe is not None:
+        widths = (moe.expert_hidden_size, moe.shared_hidden_size)
+        expert, shared = (width and min(width, FFN) for width in widths)
+        moe = replace(moe, expert_hidden_size=expert, shared_hidden_size=shared)
     return replace(
         model,
+        moe=moe,
         d_model=min(model.d_model, model.n_heads * HEAD),
         head_width=None if model.head_width is None else min(model.head_width, HEAD),
         ffn_hidden_size=min(model.ffn_hidden_size, FFN),
@@ -81,7 +87,7 @@ def count_step(recipe: Recipe, depth: int, built: mesh.Mesh) -> Counter[Kind]:
     batch, sums = _few_tokens(recipe), BatchSums(None)
     microbatches = microbatches_per_rank(recipe, dist.get_world_size())
     needs_first_pass = False
-    if moe is not None and moe.balance is Balance.loss:
+    if moe is not None and moe.balance is not Balance.bias:
         needs_first_pass = BalanceCounts(model, moe.balance_scope, microbatches).needs_first_pass
 
     def one_pass(*, is_last: bool) -> Counter[Kind]:

@@ -203,8 +203,11 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
     if each.crowded:
         assert model.moe is not None
         model = replace(model, moe=replace(model.moe, top_k=1))
-    if each.against_whole and model.moe is not None and model.moe.balance is Balance.loss:
-        model = replace(model, moe=replace(model.moe, balance_scope=BalanceScope.global_batch))
+    moe = model.moe
+    if each.against_whole and moe is not None and moe.balance is not Balance.bias:
+        depends_on_split = moe.balance_scope is not BalanceScope.sequence
+        scope = BalanceScope.global_batch if depends_on_split else BalanceScope.sequence
+        model = replace(model, moe=replace(moe, balance_scope=scope))
     recipe = replace(
         small,
         model=model,
@@ -249,13 +252,13 @@ def with_microbatch(recipe: Recipe, sequences: int) -> Recipe:
 def _grouping(recipe: Recipe, layout: Layout, microbatch: int, share: int) -> tuple[tuple[int, ...], int]:
     """An order of the sequences, and over how many consecutive ones a balance loss is computed.
 
-    Only over the global batch is the balance loss the same for every layout. For a narrower scope, the
-    reference groups the same sequences as the layout's ranks and microbatches do.
+    Only over the global batch, or over each sequence, is the balance loss the same for every layout. For a
+    narrower scope, the reference groups the same sequences as the layout's ranks and microbatches do.
     """
     in_order = tuple(range(SEQUENCES))
     moe = recipe.model.moe
     scope = moe.balance_scope if moe is not None else BalanceScope.global_batch
-    if scope is BalanceScope.global_batch:
+    if scope in (BalanceScope.global_batch, BalanceScope.sequence):
         return in_order, SEQUENCES
     if scope is BalanceScope.microbatch:
         return in_order, microbatch

@@ -24,7 +24,9 @@ from torch.optim import Optimizer
 
 from launch.verify.bounds import FLOOR, LEAST_CHANGE, bounds_of
 from launch.verify.cases import Case, own_rows
+from train.model.moe import by_sequence
 from train.model.router import Router, Routing
+from train.recipe import sizes
 from train.recipe.schema import Precision
 from train.recipe.topology import Topology
 from train.record.metrics import GRADIENT_NORM
@@ -201,14 +203,23 @@ class Writer(Watcher):
 
     def _see_gap(self, router: nn.Module, _inputs: Any, routing: Routing) -> None:
         assert isinstance(router, Router)
-        K = router.moe.top_k
-        if router.moe.experts == K:
-            return
-        scores_TE = routing.scores_TE.detach()
-        if router.expert_bias is not None:
-            scores_TE = scores_TE + router.expert_bias
-        ranked = scores_TE.topk(K + 1, dim=-1).values
-        self.record.least_gap = min(self.record.least_gap, (ranked[:, K - 1] - ranked[:, K]).min().item())
+        moe, scores_TE = router.moe, routing.scores_TE.detach()
+        biased_TE = router.biased(scores_TE)
+        gaps = [_least_gap(biased_TE, moe.top_k)]
+        if moe.groups > 1:
+            gaps.append(_least_gap(router.group_scores(biased_TE), moe.top_groups))
+            gaps.append(_least_gap(router.within_groups(biased_TE), moe.top_k))
+        if by_sequence(moe):
+            gaps.append(_least_gap(scores_TE / scores_TE.sum(dim=-1, keepdim=True), moe.top_k))
+        self.record.least_gap = min(self.record.least_gap, *gaps)
+
+
+def _least_gap(scores: Tensor, kept: int) -> float:
+    """The least difference, over all tokens, of the last score that is kept and the first that is not."""
+    if scores.shape[-1] == kept:
+        return math.inf
+    ranked = scores.topk(kept + 1, dim=-1).values
+    return (ranked[:, kept - 1] - ranked[:, kept]).min().item()
 
 
 class Comparer(Watcher):
@@ -316,7 +327,7 @@ class Comparer(Watcher):
         self, found: Iterable[tuple[str, Tensor]], *expected: dict[str, Tensor]
     ) -> Iterator[tuple[Any, ...]]:
         """Yields, for each parameter or each of its experts, the label, our tensor and the expected ones."""
-        rows = self.case.recipe.model.ffn_hidden_size
+        rows = sizes.expert_width(self.case.recipe.model)
         for name, tensor in found:
             tensors = [tensor, *(each[name] for each in expected)]
             if ".experts." not in name:

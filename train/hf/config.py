@@ -71,7 +71,7 @@ def dbrx_from_model(model: Model) -> dict[str, object]:
         },
         "ffn_config": {
             "ffn_act_fn": {"name": "silu"},
-            "ffn_hidden_size": model.ffn_hidden_size,
+            "ffn_hidden_size": sizes.expert_width(model),
             "moe_num_experts": moe.experts if moe else 1,
             "moe_top_k": moe.top_k if moe else 1,
             "moe_normalize_expert_weights": _float(moe.normalize_weights_p) if moe else 1.0,
@@ -123,6 +123,7 @@ def mixtral_from_model(model: Model) -> dict[str, object]:
     """Writes a Mixtral config for a mixture of experts with LLaMA's attention."""
     assert model.moe is not None
     return _llama_like_config(model) | {
+        "intermediate_size": sizes.expert_width(model),
         "num_local_experts": model.moe.experts,
         "num_experts_per_tok": model.moe.top_k,
         "router_jitter_noise": float(model.moe.jitter_eps),
@@ -154,6 +155,7 @@ def olmoe_from_model(model: Model) -> dict[str, object]:
     """Writes an OLMoE config for a mixture of experts with normalised queries and keys."""
     assert model.moe is not None
     return _llama_like_config(model) | {
+        "intermediate_size": sizes.expert_width(model),
         "num_experts": model.moe.experts,
         "num_experts_per_tok": model.moe.top_k,
         "norm_topk_prob": model.moe.normalize_weights_p == 1,
@@ -205,7 +207,7 @@ def qwen3_moe_from_model(model: Model) -> dict[str, object]:
     """Writes a Qwen3-MoE config."""
     assert model.moe is not None
     return qwen3_from_model(model) | {
-        "moe_intermediate_size": model.ffn_hidden_size,
+        "moe_intermediate_size": sizes.expert_width(model),
         "num_experts": model.moe.experts,
         "num_experts_per_tok": model.moe.top_k,
         "norm_topk_prob": model.moe.normalize_weights_p == 1,

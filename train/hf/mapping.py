@@ -14,7 +14,7 @@ from train.hf import config
 from train.hf.config import Config
 from train.recipe import sizes
 from train.recipe.errors import UserError
-from train.recipe.schema import Balance, Ffn, Model, Norm, Position, QkNormOver
+from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position, QkNormOver, Score
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ def family_for(model: Model) -> Architecture:
     Raises:
         UserError: if there is none; it names the unmet requirements.
     """
-    if model.moe is not None and model.moe.balance is Balance.bias:
+    if model.moe is not None and model.moe.forced_balance:
         raise UserError(
-            "model.moe.balance=bias: experts are selected with a bias that no transformers architecture "
-            "with this router supports; train with balance=loss to export"
+            "forced balance: the experts of this model were dealt out to its tokens, not selected; "
+            "a model that was trained with model.moe.forced_balance is for benchmarks of speed only"
         )
     obstacles = {family.model_type: family.obstacles(model) for family in FAMILIES}
     for family in FAMILIES:
@@ -170,6 +170,19 @@ def _dbrx_extra(model: Model) -> Iterator[Link]:
         yield Link("lm_head.weight", (model.vocab_size, model.d_model), "transformer.wte.weight")
 
 
+def _of_experts(what: str, holds: Callable[[Moe], bool]) -> Need:
+    """Makes a requirement on the experts of a model that has some."""
+    return f"model.moe.{what}", lambda model: model.moe is None or holds(model.moe)
+
+
+PLAIN_ROUTING: tuple[Need, ...] = (
+    _of_experts("balance=loss", lambda moe: moe.balance is Balance.loss),
+    _of_experts("score=softmax", lambda moe: moe.score is Score.softmax),
+    _of_experts("weight_scale=1", lambda moe: moe.weight_scale == 1),
+    _of_experts("top_groups=groups", lambda moe: moe.top_groups == moe.groups),
+    _of_experts("shared_hidden_size=null", lambda moe: moe.shared_hidden_size is None),
+)
+"""Experts selected by their softmax scores only, and none that is shared."""
 PLAIN_QK: Need = ("model.qk_norm=false", lambda model: not model.qk_norm)
 DIVIDED_HEADS: Need = (
     "model.head_width=d_model / n_heads",
@@ -208,6 +221,7 @@ DBRX = Architecture(
         ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
         PLAIN_QK,
         DIVIDED_HEADS,
+        *PLAIN_ROUTING,
     ),
     to_model=config.dbrx_to_model,
     from_model=config.dbrx_from_model,
@@ -246,6 +260,7 @@ MIXTURE_NEEDS: tuple[Need, ...] = (
         "model.moe.normalize_weights_p=1 or null",
         lambda model: model.moe is None or model.moe.normalize_weights_p in {1, None},
     ),
+    *PLAIN_ROUTING,
 )
 NO_CLIP: Need = ("model.clip_qkv=null", lambda model: model.clip_qkv is None)
 
@@ -285,6 +300,7 @@ MIXTRAL = Architecture(
             "model.moe.normalize_weights_p=1",
             lambda model: model.moe is None or model.moe.normalize_weights_p == 1,
         ),
+        *PLAIN_ROUTING,
     ),
     to_model=config.mixtral_to_model,
     from_model=config.mixtral_from_model,

@@ -49,7 +49,7 @@ def slots(engine: str, model: Model, degree: int) -> list[Slot]:
             f"{engine} always divides the selected experts' weights by their sum, but this model has "
             f"model.moe.normalize_weights_p={moe.normalize_weights_p}"
         )
-    for name, count in (("heads", model.n_heads), ("expert hidden size", model.ffn_hidden_size)):
+    for name, count in (("heads", model.n_heads), ("expert hidden size", sizes.expert_width(model))):
         if count % degree:
             raise UserError(f"{name} {count} is not divisible by tensor-parallel degree {degree}")
     if model.n_kv_heads % degree and degree % model.n_kv_heads:
@@ -87,7 +87,7 @@ def check_folder(folder: Path, engine: str, degree: int) -> list[Slot]:
 
 
 def _vllm(model: Model, degree: int, *, fused: bool) -> Iterator[Slot]:
-    D, F, V, P = model.d_model, model.ffn_hidden_size, model.vocab_size, degree
+    D, F, V, P = model.d_model, sizes.expert_width(model), model.vocab_size, degree
     E = model.moe.experts if model.moe else 1
     padded = -(-V // 64) * 64
     if padded % P:
@@ -124,7 +124,7 @@ def _vllm_attention(model: Model, degree: int, prefix: str) -> Iterator[Slot]:
 
 
 def _tensorrt_llm(model: Model, degree: int) -> Iterator[Slot]:
-    D, F, V, P = model.d_model, model.ffn_hidden_size, model.vocab_size, degree
+    D, F, V, P = model.d_model, sizes.expert_width(model), model.vocab_size, degree
     E = model.moe.experts if model.moe else 1
     R = sizes.head_width(model)
     if model.n_kv_heads % P or V % P:

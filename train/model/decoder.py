@@ -40,6 +40,9 @@ class DecoderOutput(NamedTuple):
     """fp32: mean over MoE layers; 0 for a dense model."""
     expert_tokens_LE: Tensor
     """int64: tokens per layer and expert on this rank; [0, 0] for a dense model."""
+    sequence_balance: Tensor
+    """fp32: balance loss of each sequence, mean over MoE layers; 0 for other balance scopes, and not in
+    training."""
 
     @property
     def balance_loss(self) -> Tensor:
@@ -202,10 +205,11 @@ class Decoder(nn.Module):
         """
         hidden_BSD, layers = self.transformer(input_ids_BS, document_ids_BS)
         zero = torch.zeros((), dtype=torch.float32, device=hidden_BSD.device)
-        experts = (zero.new_zeros((0, 0)), zero, zero.new_zeros((0, 0), dtype=torch.int64))
+        experts = (zero.new_zeros((0, 0)), zero, zero.new_zeros((0, 0), dtype=torch.int64), zero)
         if layers:
-            scores, z, tokens = zip(*layers, strict=True)
-            experts = (torch.stack(scores), torch.stack(z).mean(), torch.stack(tokens))
+            scores, z, tokens, sequences = zip(*layers, strict=True)
+            of_sequences = zero if sequences[0] is None else torch.stack(sequences).mean()
+            experts = (torch.stack(scores), torch.stack(z).mean(), torch.stack(tokens), of_sequences)
         if choices_only:
             return DecoderOutput(None, zero, zero.long(), None, *experts)
         hidden_TD = hidden_BSD.flatten(0, 1)

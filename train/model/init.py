@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from train.recipe import sizes
 from train.recipe.schema import Model
 
 BLOCK_ROWS = 4096
 """Rows of a block; for expert weights a block is one expert."""
 EXPERT_WEIGHTS = ("experts.mlp.w1", "experts.mlp.v1", "experts.mlp.w2")
-RESIDUAL_OUTPUTS = ("attn.out_proj.weight", "experts.mlp.w2", "ffn.w2.weight")
+RESIDUAL_OUTPUTS = ("attn.out_proj.weight", "experts.mlp.w2", "ffn.w2.weight", "ffn.shared.w2.weight")
 """Projections into the residual stream, whose std is divided by sqrt(2 n_layers)."""
 
 
@@ -60,7 +61,7 @@ def fill_rows(name: str, rows: Tensor, *, first_row: int, total_rows: int, cfg: 
     if rows.dim() == 1:
         rows.fill_(1.0)
         return
-    block_rows = cfg.ffn_hidden_size if name.endswith(EXPERT_WEIGHTS) else min(BLOCK_ROWS, total_rows)
+    block_rows = sizes.expert_width(cfg) if name.endswith(EXPERT_WEIGHTS) else min(BLOCK_ROWS, total_rows)
     std = cfg.init_std
     if name.endswith(RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * cfg.n_layers)

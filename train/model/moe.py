@@ -11,13 +11,14 @@ Shapes: B batch, S sequence, T = B x S tokens, D model, F hidden, L layers, E ex
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from train.model import megablocks_ops
-from train.model.router import Router
+from train.model.router import Router, Routing
+from train.model.shared_expert import SharedExpert
 from train.recipe.errors import UserError
-from train.recipe.schema import Moe
+from train.recipe.schema import Balance, BalanceScope, Moe, Score
 
 megablocks_ops.install()
 
@@ -31,22 +32,27 @@ class MoEAux(NamedTuple):
     """What a layer's losses are made of, returned with its output; nothing is kept on the module."""
 
     mean_score_E: Tensor
-    """fp32: each expert's score, averaged over the tokens; carries the balance loss's gradient."""
+    """fp32: each expert's score, averaged over the tokens, sigmoids as shares of their sum (DeepSeek-V3, eq.
+    19); carries the balance loss's gradient."""
     z_loss: Tensor
     """Scalar, fp32, unweighted: mean of the squared log-sum-exp of the router's logits."""
     expert_tokens_E: Tensor
     """int64: tokens per expert in this call, on this rank; sums to T x K."""
+    sequence_balance: Tensor | None
+    """Scalar, fp32, unweighted: see :func:`sequence_balance`; None for other balance scopes."""
 
 
 class MoE(dMoE):
     """MegaBlocks' dropless MoE of GLU experts, named as in Hugging Face's DBRX.
 
-    Expert weights are ``experts.mlp.{w1,v1,w2}``, each [E x F, D]. They are created uninitialised;
-    :func:`train.model.init.initialize` fills them.
+    Expert weights are ``experts.mlp.{w1,v1,w2}``, each [E x F, D]; those of a shared expert and of its gate
+    ``shared.{w1,v1,w2}.weight`` and ``shared_gate.weight``. They are created uninitialised;
+    :func:`train.model.init.initialize` fills them. ``sequence_T`` numbers the sequences that the tokens of a
+    microbatch belong to, for the balance loss of each sequence, and is set before each; None: the rows.
 
     Args:
         d_model: width D.
-        ffn_hidden_size: hidden size F of one expert.
+        ffn_hidden_size: hidden size F of one expert, unless the recipe's experts have their own.
         moe: the recipe's settings.
         device: where weights are created; ``meta`` allocates nothing.
     """
@@ -54,10 +60,13 @@ class MoE(dMoE):
     def __init__(
         self, d_model: int, ffn_hidden_size: int, moe: Moe, device: torch.device | str | None = None
     ) -> None:
+        of_experts = moe.expert_hidden_size is not None
+        ffn_hidden_size = moe.expert_hidden_size or ffn_hidden_size
         if moe.experts * ffn_hidden_size < 128:
+            name = "expert_hidden_size" if of_experts else "ffn_hidden_size"
             raise UserError(
-                "MegaBlocks needs experts x ffn_hidden_size of at least 128",
-                key="model.ffn_hidden_size",
+                f"MegaBlocks needs experts x {name} of at least 128",
+                key=f"model.{'moe.' if of_experts else ''}{name}",
                 remedy=f"set it to at least {-(-128 // moe.experts)}",
             )
         # MegaBlocks initialises full weight matrices several times while it is built: on meta this is free.
@@ -84,6 +93,12 @@ class MoE(dMoE):
         self.experts.to_empty(device=target)
         args.device = target
         self.router = Router(d_model, moe, device)
+        self.sequence_T: Tensor | None = None
+        self.shared = self.shared_gate = None
+        if moe.shared_hidden_size is not None:
+            self.shared = SharedExpert(d_model, moe.shared_hidden_size, device)
+            if moe.shared_gate:
+                self.shared_gate = nn.Linear(d_model, 1, bias=False, device=device)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, MoEAux]:
         """Runs every token through its K experts.
@@ -98,9 +113,60 @@ class MoE(dMoE):
             # Cast before the permutation, which then moves half the bytes.
             x_BSD = x_BSD.to(torch.get_autocast_dtype(device))
         out_BSD = self.experts(x_BSD, routing.scores_TE, routing.weights_TK, routing.experts_TK)
-        tokens_E = megablocks_ops.histogram(routing.experts_TK.flatten(), self.router.moe.experts).long()
+        if self.shared is not None:
+            shared_BSD = self.shared(x_BSD)
+            if self.shared_gate is not None:
+                shared_BSD = self.shared_gate(x_BSD).sigmoid() * shared_BSD
+            out_BSD = out_BSD + shared_BSD
+        return out_BSD, self._aux(routing, x_BSD.shape[0])
+
+    def _aux(self, routing: Routing, batch: int) -> MoEAux:
+        """Returns what the layer's losses are made of."""
+        moe = self.router.moe
+        tokens_E = megablocks_ops.histogram(routing.experts_TK.flatten(), moe.experts).long()
         z_loss = torch.logsumexp(routing.logits_TE, dim=-1).square().mean()
-        return out_BSD, MoEAux(routing.scores_TE.mean(dim=0), z_loss, tokens_E)
+        probabilities_TE = routing.scores_TE
+        if moe.score is Score.sigmoid:
+            probabilities_TE = probabilities_TE / probabilities_TE.sum(dim=-1, keepdim=True)
+        of_sequences = None
+        if self.training and by_sequence(moe):
+            sequence_T = self.sequence_T
+            if sequence_T is None:
+                rows = torch.arange(batch, device=tokens_E.device)
+                sequence_T = rows.repeat_interleave(len(probabilities_TE) // batch)
+            of_sequences = sequence_balance(probabilities_TE, moe.top_k, sequence_T)
+        return MoEAux(probabilities_TE.mean(dim=0), z_loss, tokens_E, of_sequences)
+
+
+def by_sequence(moe: Moe) -> bool:
+    """Returns whether the balance loss is that of each sequence."""
+    return moe.balance is not Balance.bias and moe.balance_scope is BalanceScope.sequence
+
+
+def sequence_balance(probabilities_TE: Tensor, top_k: int, sequence_T: Tensor) -> Tensor:
+    """The balance loss of each sequence, averaged over tokens (DeepSeek-V3, eq. 17-20, unweighted).
+
+    A sequence's loss is E x sum over experts of (share of its K x tokens highest scores) x (mean score); 1 if
+    both are even. Weighted by the sequence's tokens it is a sum over tokens, each multiplied by the shares of
+    its sequence: so the mean over microbatches and ranks is that of the global batch, however that is split
+    or packed.
+
+    Args:
+        probabilities_TE: scores that add up to 1 for each token; they carry the gradient.
+        top_k: K.
+        sequence_T: int64, from 0 to at most T - 1: each token's sequence.
+
+    Returns:
+        A scalar in the scores' precision.
+    """
+    tokens, experts = probabilities_TE.shape
+    with torch.no_grad():
+        highest_TK = probabilities_TE.topk(top_k, dim=-1).indices
+        places = (sequence_T[:, None] * experts + highest_TK).flatten()
+        counts_NE = megablocks_ops.histogram(places, tokens * experts).view(tokens, experts)
+        lengths_N = megablocks_ops.histogram(sequence_T, tokens)
+        shares_TE = counts_NE[sequence_T].to(probabilities_TE) / (top_k * lengths_N[sequence_T, None])
+    return experts / tokens * (shares_TE * probabilities_TE).sum()
 
 
 def balance_loss(mean_scores_LE: Tensor, expert_tokens_LE: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 It replaces MegaBlocks' router, which takes the softmax in the input's precision, keeps logits and scores in
 module-level lists until they are cleared, and has no loss-free balancing.
 
-Shapes: B batch, T tokens, D model, E experts, K experts per token, L layers.
+Shapes: B batch, T tokens, D model, E experts, K experts per token, L layers, G groups of N experts, M of them
+per token.
 """
 
 # ruff: noqa: N815  (shape suffixes)
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.model.router_noise import uniform_noise
-from train.recipe.schema import Balance, Moe
+from train.recipe.schema import Balance, GroupScore, Moe, Score
+
+LEAST_NORM = 1e-20
+"""Added to the norm of sigmoid weights, all of which may be too small to be divided by each other."""
 
 
 class Routing(NamedTuple):
@@ -49,30 +54,62 @@ class Router(nn.Module):
         super().__init__()
         self.moe = moe
         self.layer = nn.Linear(d_model, moe.experts, bias=False, device=device)
-        biased = moe.balance is Balance.bias
+        biased = moe.balance is not Balance.loss
         bias_E = torch.zeros(moe.experts, dtype=torch.float32, device=device) if biased else None
         self.register_buffer("expert_bias", bias_E)
         self.jitter: Jitter | None = None
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Routes tokens. The bias affects only which experts are selected; weights are unbiased scores."""
+        moe = self.moe
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-            if self.training and self.moe.jitter_eps > 0:
-                x_TD = x_TD * (1.0 + self.moe.jitter_eps * (2.0 * self._noise(x_TD) - 1.0))
+            if self.training and moe.jitter_eps > 0:
+                x_TD = x_TD * (1.0 + moe.jitter_eps * (2.0 * self._noise(x_TD) - 1.0))
             logits_TE = functional.linear(x_TD, self.layer.weight.to(x_TD.dtype))
-            scores_TE = logits_TE.softmax(dim=-1)
-            if self.expert_bias is None:
-                weights_TK, experts_TK = scores_TE.topk(self.moe.top_k, dim=-1)
+            scores_TE = logits_TE.softmax(dim=-1) if moe.score is Score.softmax else logits_TE.sigmoid()
+            if self.expert_bias is None and moe.groups == 1 and not moe.forced_balance:
+                weights_TK, experts_TK = scores_TE.topk(moe.top_k, dim=-1)
             else:
-                experts_TK = (scores_TE.detach() + self.expert_bias).topk(self.moe.top_k, dim=-1).indices
+                experts_TK = self._select(scores_TE.detach())
                 weights_TK = scores_TE.gather(-1, experts_TK)
-            if self.moe.normalize_weights_p is not None:
+            if moe.normalize_weights_p is not None:
                 norm_T1 = torch.linalg.vector_norm(
-                    weights_TK, ord=self.moe.normalize_weights_p, dim=-1, keepdim=True
+                    weights_TK, ord=moe.normalize_weights_p, dim=-1, keepdim=True
                 )
+                if moe.score is Score.sigmoid:
+                    norm_T1 = norm_T1 + LEAST_NORM
                 weights_TK = weights_TK / norm_T1
+            if moe.weight_scale != 1:
+                weights_TK = weights_TK * moe.weight_scale
             return Routing(logits_TE, scores_TE, weights_TK, experts_TK)
+
+    def _select(self, scores_TE: Tensor) -> Tensor:
+        """Returns the experts of each token, [T, K]."""
+        if self.moe.forced_balance:
+            return deal_out(len(scores_TE), self.moe, scores_TE.device)
+        choice_TE = self.biased(scores_TE)
+        if self.moe.groups > 1:
+            choice_TE = self.within_groups(choice_TE)
+        return choice_TE.topk(self.moe.top_k, dim=-1).indices
+
+    def biased(self, scores_TE: Tensor) -> Tensor:
+        """Returns the scores by which experts are selected."""
+        return scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
+
+    def within_groups(self, biased_TE: Tensor) -> Tensor:
+        """Returns the scores with -inf for experts outside each token's best groups."""
+        best_TM = self.group_scores(biased_TE).topk(self.moe.top_groups, dim=-1).indices
+        biased_TGN = biased_TE.unflatten(-1, (self.moe.groups, -1))
+        is_outside_TG = torch.ones_like(biased_TGN[..., 0], dtype=torch.bool).scatter(-1, best_TM, False)
+        return biased_TGN.masked_fill(is_outside_TG[..., None], -math.inf).flatten(-2)
+
+    def group_scores(self, biased_TE: Tensor) -> Tensor:
+        """Returns the scores of the groups of experts, [T, G] (DeepSeek-V2, section 2.2.2; V3, 2.1.2)."""
+        biased_TGN = biased_TE.unflatten(-1, (self.moe.groups, -1))
+        if self.moe.group_score is GroupScore.max:
+            return biased_TGN.amax(dim=-1)
+        return biased_TGN.topk(2, dim=-1).values.sum(dim=-1)
 
     def _noise(self, x_TD: Tensor) -> Tensor:
         """Noise in [0, 1), from the positions in training if known, else from torch's generator."""
@@ -80,6 +117,31 @@ class Router(nn.Module):
             return torch.rand_like(x_TD)
         tokens, width = x_TD.shape
         return uniform_noise(self.jitter.positions_B, tokens, width, self.jitter.key).to(x_TD.dtype)
+
+
+def deal_out(tokens: int, moe: Moe, device: torch.device) -> Tensor:
+    """Returns the experts that `forced_balance` gives to tokens, int64 [T, K].
+
+    Of any E consecutive tokens every expert gets K. A token's experts lie as far apart as they can, in
+    `top_groups` groups of equal distance: as evenly over ranks as a router's choices would lie on average.
+    """
+    in_group, of_group = moe.experts // moe.groups, -(-moe.top_k // moe.top_groups)
+    token_T1 = torch.arange(tokens, device=device)[:, None]
+    turn_K = torch.arange(moe.top_k, device=device)
+    group_K = turn_K % moe.top_groups * moe.groups // moe.top_groups
+    member_K = turn_K // moe.top_groups * in_group // of_group
+    group_TK = (token_T1 + group_K) % moe.groups
+    return group_TK * in_group + (token_T1 // moe.groups + member_K) % in_group
+
+
+def bias_step(moe: Moe) -> float:
+    """Returns the change of the bias per optimizer step: `bias_update_rate`, relative to a score of 1/2.
+
+    DeepSeek-V3 chose 0.001 for sigmoid scores, of which an untrained router's are 1/2. Softmax scores are 1/E
+    on average: there the same change would be a larger part of a score the more experts there are.
+    """
+    mean_score = 1 / moe.experts if moe.score is Score.softmax else 0.5
+    return moe.bias_update_rate * mean_score / 0.5
 
 
 @torch.no_grad()
@@ -91,7 +153,7 @@ def update_bias(model: nn.Module, total_counts_LE: Tensor, rate: float) -> None:
     Args:
         model: a model with L MoE layers, balanced by bias.
         total_counts_LE: tokens per expert in the whole batch, over microbatches and ranks.
-        rate: size of the update, ``bias_update_rate``.
+        rate: size of the update, from :func:`bias_step`.
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
     for router, counts_E in zip(routers, total_counts_LE, strict=True):

@@ -7,11 +7,26 @@ from typing import Optional
 from train.recipe.keys import OnStart, key
 
 
+class Score(str, Enum):
+    """Function that makes an expert's score of its logit."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
+class GroupScore(str, Enum):
+    """Score of a group of experts."""
+
+    top2_sum = "top2_sum"
+    max = "max"
+
+
 class Balance(str, Enum):
     """Load balancing of the experts."""
 
     loss = "loss"
     bias = "bias"
+    both = "both"
 
 
 class BalanceScope(str, Enum):
@@ -21,6 +36,7 @@ class BalanceScope(str, Enum):
     rank = "rank"
     expert_group = "expert_group"
     global_batch = "global_batch"
+    sequence = "sequence"
 
 
 class Position(str, Enum):
@@ -59,25 +75,55 @@ class Moe:
     """Experts E per layer. DBRX: 16."""
     top_k: int = key(4, above=0)
     """Experts K that each token uses. DBRX: 4."""
+    expert_hidden_size: Optional[int] = key(None, above=0, on_start=OnStart.equal)
+    """Hidden size F of an expert; null: `model.ffn_hidden_size`. Qwen3-30B-A3B: 768, DeepSeek-V3: 2,048."""
+    shared_hidden_size: Optional[int] = key(None, above=0, on_start=OnStart.equal)
+    """Hidden size of a shared expert: a dense GLU for every token, added to the mixture's output (Dai et al.
+    2024, DeepSeekMoE, section 3.2); n of them side by side are one of n times the size. null: none."""
+    shared_gate: bool = key(False, on_start=OnStart.equal)
+    """The shared expert's output is multiplied by the sigmoid of a linear function of the token, as in
+    Qwen2-MoE; without, as in DeepSeek."""
+    score: Score = key(Score.softmax, on_start=OnStart.reported)
+    """`softmax` over the experts (Shazeer et al. 2017) or a `sigmoid` of each (DeepSeek-V3, eq. 15)."""
     normalize_weights_p: Optional[float] = key(1.0, above=0)
-    """Order p of the norm by which the K selected weights are divided; null: not normalised. DBRX: 1."""
+    """Order p of the norm by which the K selected weights are divided; null: not normalised. DBRX: 1. With
+    softmax scores, 1 is the softmax of the K selected logits (top-k before the softmax, as in Mixtral): the
+    sum over all E cancels. null is the top-k of the softmax over all E."""
+    weight_scale: float = key(1.0, above=0, on_start=OnStart.reported)
+    """Factor of the selected weights, after they are normalised; DeepSeek-V3's routed_scaling_factor: 2.5."""
+    groups: int = key(1, above=0, on_start=OnStart.reported)
+    """Groups of E / groups consecutive experts, of which a token uses the best `top_groups`: where a group is
+    a node, a token is sent to few nodes (DeepSeek-V2, section 2.2.2). 1: no limit. DeepSeek-V3: 8."""
+    top_groups: int = key(1, above=0, on_start=OnStart.reported)
+    """Groups that a token's experts may come from. DeepSeek-V3: 4."""
+    group_score: GroupScore = key(GroupScore.top2_sum, on_start=OnStart.reported)
+    """Score of a group: the sum of its two highest scores (`top2_sum`, DeepSeek-V3, with the bias) or the
+    highest (`max`, DeepSeek-V2)."""
     jitter_eps: float = key(0.0, at_least=0, below=1, remedy="must lie in [0, 1); 0.01 is usual")
     """Router inputs are multiplied by noise from [1 - eps, 1 + eps] in training. 0: none, like DBRX."""
     balance: Balance = key(Balance.loss, same_on_fork=True)
-    """`loss` (Shazeer et al. 2017; Fedus et al. 2021, eq. 4) or `bias`: instead of a loss, a bias on the
-    selection of experts (Wang et al. 2024; DeepSeek-V3, section 2.1.2)."""
-    balance_loss_weight: float = key(0.05, at_least=0, read_when="model.moe.balance == loss")
-    """Weight of the balance loss, averaged over layers. DBRX: 0.05."""
-    balance_scope: BalanceScope = key(BalanceScope.microbatch, read_when="model.moe.balance == loss")
+    """`loss` (Shazeer et al. 2017; Fedus et al. 2021, eq. 4), `bias`: instead of a loss, a bias on the
+    selection of experts (Wang et al. 2024; DeepSeek-V3, section 2.1.2), or `both`, as in DeepSeek-V3."""
+    balance_loss_weight: float = key(0.05, at_least=0, read_when="model.moe.balance == loss or both")
+    """Weight of the balance loss, averaged over layers. DBRX: 0.05; DeepSeek-V3, of its sequences: 0.0001."""
+    balance_scope: BalanceScope = key(BalanceScope.microbatch, read_when="model.moe.balance == loss or both")
     """Tokens over which experts' shares are counted: `microbatch` of one rank (MegaBlocks and so, as far as
     is known, DBRX; the result depends on the microbatch size), `rank` (a rank's whole batch), `expert_group`
     (one microbatch of every rank in the expert-parallel group) or `global_batch`, which is the same under
     every layout and microbatch size and lets experts specialise by domain (Qiu et al. 2025, arXiv
-    2501.11873). `rank` and `global_batch` cost an extra forward pass when gradients are accumulated."""
-    bias_update_rate: float = key(0.001, at_least=0, read_when="model.moe.balance == bias")
-    """Change of the balancing bias per optimizer step. DeepSeek-V3: 0.001."""
+    2501.11873). `rank` and `global_batch` cost an extra forward pass when gradients are accumulated.
+    `sequence` balances each sequence by itself (DeepSeek-V3, eq. 17-20), or each document of it with
+    `training.document_masking`, weighted by tokens: the same under every layout, microbatch size and packing.
+    It counts the highest scores, without bias and groups; all others count the selected experts."""
+    bias_update_rate: float = key(0.001, at_least=0, read_when="model.moe.balance == bias or both")
+    """Change of the balancing bias per optimizer step, where scores are 1/2 on average, as sigmoids of an
+    untrained router are. DeepSeek-V3: 0.001. For softmax scores, which are 1/E on average, it is multiplied
+    by 2/E: 0.001 changes the bias by 0.2% of a mean score, whatever the scores and the number of experts."""
     z_loss_weight: float = key(0.0, at_least=0)
     """Weight of the router z-loss (Zoph et al. 2022, eq. 5), averaged over layers. ST-MoE: 0.001."""
+    forced_balance: bool = False
+    """For benchmarks of speed only: experts are dealt out in turn instead of selected, so that all get
+    equally many tokens. Figures of such a run say "forced balance", and it cannot be exported."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +141,8 @@ class Model:
     head_width: Optional[int] = key(None, above=0)
     """Width R of an attention head; null: d_model / n_heads. Qwen3-30B-A3B: 128, with H x R twice d_model."""
     ffn_hidden_size: int = key(above=0)
-    """Hidden size F of a dense feed-forward network, or of each expert. DBRX: 1.75 d_model per expert."""
+    """Hidden size F of a dense feed-forward network, and of each expert unless
+    `model.moe.expert_hidden_size` says otherwise. DBRX: 1.75 d_model per expert."""
     vocab_size: int = key(above=0)
     """Rows of the embedding, at least the tokenizer's vocabulary size. DBRX pads 100,278 to 100,352."""
     max_sequence_tokens: int = key(above=0, on_start=OnStart.reported)

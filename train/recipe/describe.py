@@ -33,7 +33,9 @@ def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, obj
         "phases": [asdict(stage) for stage in plan_stages(recipe).stages],
     }
     per_rank = training.global_batch_sequences // topology.world_size
+    forced = model.moe is not None and model.moe.forced_balance
     rows = [
+        *([("routing", "forced balance: experts are dealt out, for benchmarks only")] if forced else []),
         ("parameters", f"{figures['parameters_total']:,}"),
         ("active per token", f"{figures['parameters_active']:,} (without the input embedding)"),
         (

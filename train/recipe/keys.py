@@ -51,7 +51,7 @@ class KeyRules:
     remedy: str = ""
     """Shown for a number out of range; empty: derived from the range."""
     read_when: str = ""
-    """The only choice that reads the key, ``some.key == value``; empty: always read."""
+    """The only choices that read the key, ``some.key == value or other``; empty: always read."""
     on_resume: OnResume | None = None
     """None: the section's, or ``never`` if it has none."""
     on_start: OnStart | None = None

@@ -269,7 +269,7 @@ def _refuse_unread(recipe: Recipe, given: dict[str, tuple[int, str]]) -> None:
                 UserError(
                     f"nothing reads this key unless {condition}",
                     key=key,
-                    remedy=f"remove it, or set {condition.replace(' == ', '=')}",
+                    remedy=f"remove it, or set {condition.split(' or ')[0].replace(' == ', '=')}",
                     file=file,
                 )
             )
@@ -284,7 +284,7 @@ def _conditions() -> dict[str, str]:
 def _is_met(recipe: Recipe, condition: str) -> bool:
     key, _, wanted = condition.partition(" == ")
     value = _dig(to_dict(recipe), key)
-    return str(value) == wanted
+    return str(value) in wanted.split(" or ")
 
 
 def _dig(tree: Any, key: str) -> Any:

@@ -13,7 +13,9 @@ from train.recipe.phase_rules import check_phases
 from train.recipe.phases import domains_of
 from train.recipe.schema import (
     Ffn,
+    GroupScore,
     Model,
+    Moe,
     OptimizerStart,
     Position,
     Recipe,
@@ -25,6 +27,9 @@ from train.recipe.topology import Topology
 
 CL100K_TOKENS = 100_278
 """Token ids of cl100k_base, including DBRX's padding token (100277)."""
+
+FORCED_BALANCE = "forced-balance"
+"""Part of the name of a recipe with `model.moe.forced_balance`: of its folder, logs, pages and plans."""
 
 INSTALLED_DOMAINS = ("code", "prose")
 """Domains of the installed corpus."""
@@ -79,6 +84,12 @@ def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     if model.n_heads % model.n_kv_heads:
         n_heads, n_kv_heads = model.n_heads, model.n_kv_heads
         yield Violation("model.n_kv_heads", f"{n_heads=} is not divisible by {n_kv_heads=}", "change either")
+    if model.moe is not None and model.moe.forced_balance and FORCED_BALANCE not in recipe.name:
+        yield Violation(
+            "name",
+            f"{recipe.name!r} hides that model.moe.forced_balance is set, and every figure bears the name",
+            f"call it {recipe.name}-{FORCED_BALANCE}",
+        )
     yield from _moe(model)
     ids = CL100K_TOKENS
     if recipe.tokenizer.kind is TokenizerKind.bpe:
@@ -98,9 +109,37 @@ def _moe(model: Model) -> Iterator[Violation]:
     if moe.top_k > moe.experts:
         top_k, experts = moe.top_k, moe.experts
         yield Violation("model.moe.top_k", f"{top_k=} exceeds {experts=}", f"set it to at most {experts}")
+    yield from _groups(moe)
+    if moe.shared_gate and moe.shared_hidden_size is None:
+        yield Violation(
+            "model.moe.shared_gate",
+            "is the gate of a shared expert, but model.moe.shared_hidden_size is null",
+            "set its hidden size, or remove the gate",
+        )
     if model.ffn is Ffn.mlp:
         yield Violation(
             "model.ffn", "experts are GLUs; `mlp` is for dense models", "set model.ffn=glu or model.moe=null"
+        )
+
+
+def _groups(moe: Moe) -> Iterator[Violation]:
+    """Yields violations of the groups that limit the choice of experts."""
+    experts, groups, top_groups = moe.experts, moe.groups, moe.top_groups
+    if experts % groups:
+        yield Violation("model.moe.groups", f"{experts=} is not divisible by {groups=}", "use a divisor")
+    elif top_groups > groups:
+        yield Violation(
+            "model.moe.top_groups", f"{top_groups=} exceeds {groups=}", f"set it to at most {groups}"
+        )
+    elif groups > 1 and moe.top_k > top_groups * experts // groups:
+        yield Violation(
+            "model.moe.top_groups",
+            f"{top_groups} groups have {top_groups * experts // groups} experts, but top_k={moe.top_k}",
+            "raise it, or lower top_k",
+        )
+    elif groups == experts > 1 and moe.group_score is GroupScore.top2_sum:
+        yield Violation(
+            "model.moe.group_score", "top2_sum needs two experts in a group", "use `max`, or fewer groups"
         )
 
 
@@ -294,10 +333,10 @@ def _uneven_experts(recipe: Recipe, ranks: int) -> Iterator[Violation]:
     assert moe is not None
     if ranks % (layout.replicate * layout.expert):
         return
-    rows, over = moe.experts * recipe.model.ffn_hidden_size, ranks // layout.replicate
+    rows, over = moe.experts * sizes.expert_width(recipe.model), ranks // layout.replicate
     if rows % over:
         yield Violation(
             "parallelism.replicate",
-            f"experts x ffn_hidden_size = {rows} rows do not shard evenly over {over} ranks",
+            f"experts x their hidden size = {rows} rows do not shard evenly over {over} ranks",
             f"make {ranks} / replicate a divisor of {rows}",
         )

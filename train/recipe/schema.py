@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Optional
 
-from train.recipe.architecture import Balance, BalanceScope, Ffn, Model, Moe, Norm, Position, QkNormOver
+from train.recipe.architecture import (
+    Balance,
+    BalanceScope,
+    Ffn,
+    GroupScore,
+    Model,
+    Moe,
+    Norm,
+    Position,
+    QkNormOver,
+    Score,
+)
 from train.recipe.keys import OnResume, key
 from train.recipe.preparation import Preparation, Source
 from train.recipe.reliability import Guard, Preflight, Watch
@@ -24,6 +35,7 @@ __all__ = [
     "DataSkip",
     "Evaluation",
     "Ffn",
+    "GroupScore",
     "Interpolation",
     "Model",
     "Moe",
@@ -43,6 +55,7 @@ __all__ = [
     "Registry",
     "Schedule",
     "ScheduleKind",
+    "Score",
     "Start",
     "Tokenizer",
     "TokenizerKind",

@@ -73,6 +73,11 @@ def qk_norm_widths(model: Model) -> tuple[int, int]:
     return query_width(model), key_width(model)
 
 
+def expert_width(model: Model) -> int:
+    """Returns the hidden size of an expert."""
+    return (model.moe and model.moe.expert_hidden_size) or model.ffn_hidden_size
+
+
 def layer_weights(model: Model, layer: int) -> Iterator[Weight]:
     """Yields the parameters of one decoder layer, in the module's order."""
     D, F = model.d_model, model.ffn_hidden_size
@@ -89,7 +94,13 @@ def layer_weights(model: Model, layer: int) -> Iterator[Weight]:
         E = model.moe.experts
         yield Weight(f"{prefix}.ffn.router.layer.weight", (E, D))
         for matrix in ("w1", "v1", "w2"):
-            yield Weight(f"{prefix}.ffn.experts.mlp.{matrix}", (E * F, D))
+            yield Weight(f"{prefix}.ffn.experts.mlp.{matrix}", (E * expert_width(model), D))
+        if shared := model.moe.shared_hidden_size:
+            for matrix in ("w1", "v1"):
+                yield Weight(f"{prefix}.ffn.shared.{matrix}.weight", (shared, D))
+            yield Weight(f"{prefix}.ffn.shared.w2.weight", (D, shared))
+            if model.moe.shared_gate:
+                yield Weight(f"{prefix}.ffn.shared_gate.weight", (1, D))
     else:
         for matrix in ("w1", "v1") if model.ffn is Ffn.glu else ("w1",):
             yield Weight(f"{prefix}.ffn.{matrix}.weight", (F, D))
@@ -181,14 +192,15 @@ def total_parameters(model: Model) -> int:
     """Returns the number of parameters of the whole model.
 
     V D (2 if untied) + D + L (2 D + (2 H + 2 KV) R D + FFN), where FFN is E D + 3 E F D with
-    experts, 3 F D for a dense GLU and 2 F D for a two-matrix MLP.
+    experts, 3 F D for a dense GLU and 2 F D for a two-matrix MLP. A shared expert adds 3 F D with its own F,
+    and D for its gate.
     """
     outside = sum(w.elements for w in weights(model) if ".blocks." not in w.name)
     return outside + model.n_layers * sum(w.elements for w in layer_weights(model, 0))
 
 
 def active_parameters(model: Model, *, input_embedding: bool = False) -> int:
-    """Returns the active parameters per token: K of the E experts, and everything that is not an expert.
+    """Returns the active parameters per token: K of the E experts, and all that is not one of them.
 
     Args:
         model: the decoder.
@@ -198,7 +210,7 @@ def active_parameters(model: Model, *, input_embedding: bool = False) -> int:
     """
     idle = 0
     if model.moe:
-        per_expert = 3 * model.ffn_hidden_size * model.d_model
+        per_expert = 3 * expert_width(model) * model.d_model
         idle = model.n_layers * (model.moe.experts - model.moe.top_k) * per_expert
     look_up = 0 if input_embedding or model.tie_embeddings else model.vocab_size * model.d_model
     return total_parameters(model) - idle - look_up

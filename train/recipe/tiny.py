@@ -86,14 +86,24 @@ def _tiny_model(model: Model) -> Model:
     d_model = heads * HEAD_WIDTH
     if model.head_width is not None:
         d_model = max(HEAD_WIDTH, round(d_model * model.d_model / sizes.query_width(model)))
+
+    def scaled(hidden_size: int) -> int:
+        return max(8, round(hidden_size / model.d_model * d_model / 8) * 8)
+
+    moe = model.moe
+    if moe is not None:
+        widths = (moe.expert_hidden_size, moe.shared_hidden_size)
+        expert, shared = (width and scaled(width) for width in widths)
+        moe = replace(moe, expert_hidden_size=expert, shared_hidden_size=shared)
     return replace(
         model,
+        moe=moe,
         d_model=d_model,
         n_layers=min(model.n_layers, LAYERS),
         n_heads=heads,
         n_kv_heads=kv_heads,
         head_width=None if model.head_width is None else HEAD_WIDTH,
-        ffn_hidden_size=max(8, round(model.ffn_hidden_size / model.d_model * d_model / 8) * 8),
+        ffn_hidden_size=scaled(model.ffn_hidden_size),
         vocab_size=VOCABULARY,
         max_sequence_tokens=SEQUENCE_TOKENS,
     )

@@ -265,7 +265,10 @@ def _family(recipe: Recipe, group: Sequence[str], run_dir: Path) -> str:
 
 def family_of(model: Model) -> str:
     """Returns a model's default family: `dense`, or `16 experts, top-4`."""
-    return f"{model.moe.experts} experts, top-{model.moe.top_k}" if model.moe else "dense"
+    if model.moe is None:
+        return "dense"
+    forced = ", forced balance" if model.moe.forced_balance else ""
+    return f"{model.moe.experts} experts, top-{model.moe.top_k}{forced}"
 
 
 def _plain(value: Any) -> str:

@@ -1,5 +1,7 @@
 """The scope of the balance loss: tokens of a microbatch, a rank, an expert group or the global batch.
 
+A fifth scope, each sequence, needs no others' counts: see :func:`train.model.moe.sequence_balance`.
+
 The loss is E x sum over experts of share x mean score (Fedus et al. 2021, eq. 4). The mean score carries the
 gradient, and the loss is linear in it; the share is a count without a gradient. So if every microbatch uses
 the shares of the global batch, the mean of the losses is exactly the loss of the global batch (Qiu et al.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from train.model.decoder import Decoder, DecoderOutput
-from train.model.moe import balance_loss
+from train.model.moe import MoE, balance_loss, by_sequence
 from train.model.router import Jitter, Router
 from train.model.router_noise import noise_key
 from train.recipe.schema import Balance, Precision, Recipe
@@ -35,13 +35,15 @@ class MicrobatchModel(nn.Module):
         super().__init__()
         self.decoder = decoder
         moe = recipe.model.moe
-        by_loss = moe is not None and moe.balance is Balance.loss
+        by_loss = moe is not None and moe.balance is not Balance.bias
         self.reduce_counts: Callable[[Tensor], Tensor] | None = None
         self.balance_weight = moe.balance_loss_weight if moe and by_loss else 0.0
         self.logit_z_weight = recipe.model.logit_z_loss_weight
         self.z_weight = moe.z_loss_weight if moe else 0.0
         self.seed = recipe.seed
         routers = [module for module in decoder.modules() if isinstance(module, Router)]
+        self.by_sequence = moe is not None and by_sequence(moe)
+        self.mixtures = [module for module in decoder.modules() if isinstance(module, MoE)]
         self.jittered = routers if moe and moe.jitter_eps > 0 else []
         self.precision = precision
         self.document_masking = recipe.training.document_masking
@@ -59,6 +61,11 @@ class MicrobatchModel(nn.Module):
         device = batch["input_ids"].device
         for layer, router in enumerate(self.jittered):
             router.jitter = Jitter(noise_key(self.seed, layer, device), batch["sample_positions"])
+        document_ids_BS = batch["document_ids"] if self.document_masking else None
+        if self.by_sequence:
+            sequence_T = number_sequences(batch["input_ids"].shape, document_ids_BS, device).flatten()
+            for mixture in self.mixtures:
+                mixture.sequence_T = sequence_T
         # Weights stay fp32; autocast makes the bf16 copies for matrix products.
         cast: AbstractContextManager[Any] = torch.autocast(
             device.type, torch.bfloat16, enabled=self.precision is Precision.bf16
@@ -66,7 +73,7 @@ class MicrobatchModel(nn.Module):
         with cast:
             outputs: DecoderOutput = self.decoder(
                 batch["input_ids"],
-                batch["document_ids"] if self.document_masking else None,
+                document_ids_BS,
                 batch["targets"],
                 choices_only=choices_only,
             )
@@ -89,7 +96,9 @@ class MicrobatchModel(nn.Module):
         counts_LE = outputs.expert_tokens_LE
         if self.reduce_counts is not None:
             counts_LE = self.reduce_counts(counts_LE)
-        balance = balance_loss(outputs.mean_scores_LE, counts_LE)
+        balance = outputs.sequence_balance
+        if not self.by_sequence:
+            balance = balance_loss(outputs.mean_scores_LE, counts_LE)
         total = minimised + self.balance_weight * balance + self.z_weight * outputs.z_loss
         return {
             "total": total,
@@ -98,3 +107,19 @@ class MicrobatchModel(nn.Module):
             "z": outputs.z_loss,
             **of_logits,
         }
+
+
+def number_sequences(shape: torch.Size, document_ids_BS: Tensor | None, device: torch.device) -> Tensor:
+    """Numbers what a microbatch consists of, from 0: int64 [B, S], rising.
+
+    Args:
+        shape: B and S.
+        document_ids_BS: document of each token, if they are kept apart: each row's are numbered one by one.
+            None: every row is one sequence.
+        device: of the numbers.
+    """
+    begins_BS = torch.zeros(shape, dtype=torch.bool, device=device)
+    begins_BS[:, 0] = True
+    if document_ids_BS is not None:
+        begins_BS[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
+    return begins_BS.flatten().cumsum(dim=0).view(shape) - 1

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from train.layout.mesh import reduce_gradients
 from train.layout.optim import average_replicated_gradients, clip_gradients
-from train.model.router import update_bias
+from train.model.router import bias_step, update_bias
 from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
 from train.recipe.phases import microbatch_sequences, phases_of
@@ -71,10 +71,10 @@ class TrainingStep(Callback):
         """Sequences per microbatch, by phase."""
         moe = recipe.model.moe
         self.balance: BalanceCounts | None = None
-        if moe is not None and moe.balance is Balance.loss:
+        if moe is not None and moe.balance is not Balance.bias:
             most = sizes.most_microbatches(recipe, topology.world_size)
             self.balance = BalanceCounts(model, moe.balance_scope, most)
-        self.bias_rate = moe.bias_update_rate if moe is not None and moe.balance is Balance.bias else None
+        self.bias_step = bias_step(moe) if moe is not None and moe.balance is not Balance.loss else None
         device = next(model.parameters()).device
         self.sums = BatchSums(DomainCounts(len(data_log.domains), device) if data_log is not None else None)
         self.totals: BatchTotals | None = None
@@ -147,9 +147,9 @@ class TrainingStep(Callback):
         if not self._is_applied(state, totals, loss, read_norm):
             # Optimizers neither update nor decay a weight without a gradient.
             self.model.zero_grad(set_to_none=True)
-        elif self.bias_rate is not None:
+        elif self.bias_step is not None:
             assert totals.expert_tokens_LE is not None
-            update_bias(self.model.decoder, totals.expert_tokens_LE, self.bias_rate)
+            update_bias(self.model.decoder, totals.expert_tokens_LE, self.bias_step)
 
     def clip(self) -> Tensor:
         """Clip: scales the batch's gradients, and returns their global norm before it."""

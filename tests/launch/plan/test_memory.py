@@ -32,6 +32,8 @@ from train.model.init import initialize
 from train.recipe import sizes
 from train.recipe.reading import load_recipe
 from train.recipe.schema import (
+    Balance,
+    BalanceScope,
     Ffn,
     Model,
     Moe,
@@ -41,6 +43,7 @@ from train.recipe.schema import (
     Parallelism,
     Position,
     QkNormOver,
+    Score,
 )
 from train.recipe.tiny import tiny_recipe
 
@@ -62,11 +65,18 @@ def real_states(decoder: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[i
     return weights, gradients, state
 
 
+def tiny_model(stem: str) -> Model:
+    """Returns the model of a tiny recipe; `shared` is DBRX's with a gated shared expert."""
+    shared = ["model.moe.expert_hidden_size=5376", "model.moe.shared_hidden_size=6144"]
+    name, overrides = ("dbrx", [*shared, "model.moe.shared_gate=true"]) if stem == "shared" else (stem, [])
+    return tiny_recipe(load_recipe(YAMLS / f"{name}.yaml", overrides), steps=2).model
+
+
 @pytest.mark.parametrize("kind", OptimizerKind)
 @pytest.mark.parametrize("rank", [0, 13, 23])
-@pytest.mark.parametrize("stem", ["dbrx", "dbrx-dense-a", "mpt-7b", "llama2-13b"])
+@pytest.mark.parametrize("stem", ["dbrx", "shared", "dbrx-dense-a", "mpt-7b", "llama2-13b"])
 def test_states_of_tiny_recipes_to_the_byte(stem: str, rank: int, kind: OptimizerKind) -> None:
-    cfg = tiny_recipe(load_recipe(YAMLS / f"{stem}.yaml"), steps=2).model
+    cfg = tiny_model(stem)
     layout, world = Parallelism(replicate=2, expert=4 if cfg.moe else 1), 24
     with sharded(cfg, layout, world, rank) as decoder:
         optimizer = build_optimizer(decoder, Optimizer(kind=kind, learning_rate=1e-3))
@@ -94,10 +104,10 @@ def test_states_of_every_recipe_to_the_byte(path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("expert", [1, 4])
-@pytest.mark.parametrize("stem", ["dbrx", "dbrx-dense-a", "mpt-7b", "llama2-13b"])
+@pytest.mark.parametrize("stem", ["dbrx", "shared", "dbrx-dense-a", "mpt-7b", "llama2-13b"])
 def test_gathered_weights_are_what_fsdp_allocates(stem: str, expert: int) -> None:
     """Every unit is gathered for real (the fake group sends nothing, but the buffers are FSDP2's own)."""
-    cfg = tiny_recipe(load_recipe(YAMLS / f"{stem}.yaml"), steps=2).model
+    cfg = tiny_model(stem)
     layout = Parallelism(replicate=2, expert=expert if cfg.moe else 1)
     real: dict[str, int] = {}
     with sharded(cfg, layout, 24, rank=5) as decoder:
@@ -136,6 +146,22 @@ MOE = Model(
     clip_qkv=8.0,
     moe=Moe(experts=16, top_k=4),
 )
+FINER = replace(
+    MOE,
+    moe=Moe(
+        experts=16,
+        top_k=4,
+        expert_hidden_size=192,
+        shared_hidden_size=160,
+        shared_gate=True,
+        score=Score.sigmoid,
+        weight_scale=2.5,
+        groups=4,
+        top_groups=2,
+        balance=Balance.both,
+        balance_scope=BalanceScope.sequence,
+    ),
+)
 MPT = replace(
     MOE,
     n_kv_heads=4,
@@ -158,6 +184,7 @@ QWEN3 = replace(
 CASES = {
     "moe": Case(MOE, 8, 256, 512),
     "moe-wide": Case(replace(MOE, d_model=256, ffn_hidden_size=448, n_layers=2), 4, 512, 1024),
+    "moe-finer": Case(FINER, 4, 512, 512),
     "moe-vocabulary": Case(replace(MOE, vocab_size=16384), 4, 512, 512),
     "mpt": Case(MPT, 8, 256, 1024),
     "llama": Case(LLAMA, 4, 512, 512),
@@ -183,7 +210,9 @@ class Step:
     def forward(self) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             output = self.decoder(self.ids, self.documents, self.ids)
-        return output.loss_sum / self.ids.numel() + output.balance_loss + output.z_loss
+        return (
+            output.loss_sum / self.ids.numel() + output.balance_loss + output.sequence_balance + output.z_loss
+        )
 
     def saved_bytes(self) -> int:
         """Returns bytes that autograd holds after the forward pass, each storage once, without weights."""

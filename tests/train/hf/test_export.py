@@ -14,7 +14,18 @@ from data.tokenizer import open_tokenizer
 from train.hf.__main__ import main
 from train.model.decoder import Decoder
 from train.recipe.reading import load_recipe
-from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position, Recipe, Tokenizer, TokenizerKind
+from train.recipe.schema import (
+    Balance,
+    Ffn,
+    Model,
+    Moe,
+    Norm,
+    Position,
+    Recipe,
+    Score,
+    Tokenizer,
+    TokenizerKind,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -144,7 +155,17 @@ def test_shards_index_and_dtype(tokenizer_folder: Path, tmp_path: Path, make_run
         (replace(DBRX, norm=Norm.rmsnorm, clip_qkv=8.0), "llama needs model.clip_qkv=null"),
         (replace(DBRX, qk_norm=True), "dbrx needs model.qk_norm=false"),
         (replace(DBRX, position=Position.alibi), "dbrx needs model.position=rope"),
-        (replace(DBRX, moe=Moe(experts=4, top_k=2, balance=Balance.bias)), "balance=bias"),
+        *(
+            (replace(DBRX, moe=Moe(experts=4, top_k=2, **{key: value})), words)
+            for key, value, words in (
+                ("balance", Balance.bias, "dbrx needs model.moe.balance=loss"),
+                ("score", Score.sigmoid, "dbrx needs model.moe.score=softmax"),
+                ("weight_scale", 2.5, "dbrx needs model.moe.weight_scale=1"),
+                ("groups", 2, "dbrx needs model.moe.top_groups=groups"),
+                ("shared_hidden_size", 16, "dbrx needs model.moe.shared_hidden_size=null"),
+                ("forced_balance", True, "forced balance"),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_in_a_line(

@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from train.model.init import initialize
 from train.model.moe import MoE, MoEAux, balance_loss
-from train.model.router import update_bias
+from train.model.router import bias_step, update_bias
 from train.recipe.errors import UserError
-from train.recipe.schema import Balance, Model, Moe
+from train.recipe.schema import Balance, BalanceScope, Model, Moe, Score
+from train.step.microbatch import number_sequences
 
 # Shapes: B batch, S sequence, T tokens, D model, F hidden, E experts, K experts per token.
 B, S, D, F, E, K = 2, 9, 16, 24, 8, 3
@@ -158,6 +159,23 @@ def test_bias_steps_by_its_rate_towards_the_mean() -> None:
     assert layer.router.expert_bias.tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("experts", [16, 256])
+def test_a_step_of_the_bias_is_the_same_part_of_a_score_for_any_number_of_experts(experts: int) -> None:
+    steps = {score: bias_step(Moe(experts=experts, score=score, balance=Balance.bias)) for score in Score}
+    assert steps[Score.sigmoid] == 0.001, "DeepSeek-V3's"
+    assert steps[Score.softmax] * experts == pytest.approx(0.001 / 0.5)
+    # The step of the releases before, with which the ladder was trained.
+    assert bias_step(Moe(experts=16, bias_update_rate=0.008)) == 0.001
+
+
+def test_both_balances_by_loss_and_bias() -> None:
+    layer = make_layer(replace(SETTINGS, balance=Balance.both))
+    update_bias(layer, torch.arange(E)[None], 0.25)
+    assert layer.router.expert_bias is not None and layer.router.expert_bias.abs().min() > 0
+    loss = balance_of(layer(inputs())[1])
+    assert torch.autograd.grad(loss, layer.router.layer.weight)[0].any()
+
+
 def test_balancing_by_loss_keeps_no_bias() -> None:
     assert "router.expert_bias" not in make_layer().state_dict()
 
@@ -185,6 +203,65 @@ def test_weights_are_divided_by_their_norm(order: float | None) -> None:
     torch.testing.assert_close(routing.weights_TK, expected_TK)
 
 
+def of_each_sequence(layer: MoE, x_TD: Tensor, sequences: list[list[int]]) -> Tensor:
+    """DeepSeek-V3's eq. 17-20 in loops, for sequences that are given by their tokens, weighted by length."""
+    affinity_TE = torch.sigmoid(x_TD @ layer.router.layer.weight.t())
+    total = torch.zeros((), dtype=x_TD.dtype)
+    for tokens in sequences:
+        length = len(tokens)
+        for expert in range(E):
+            chosen = sum(int(expert in affinity_TE[t].topk(K).indices.tolist()) for t in tokens)
+            f = E / (K * length) * chosen
+            p = sum(affinity_TE[t, expert] / affinity_TE[t].sum() for t in tokens) / length
+            total = total + length / len(x_TD) * f * p
+    return total
+
+
+def test_balance_of_each_sequence_is_deepseeks_however_it_is_packed() -> None:
+    moe = replace(
+        SETTINGS, score=Score.sigmoid, balance=Balance.both, balance_scope=BalanceScope.sequence, groups=2
+    )
+    layer, x = make_layer(moe), inputs()
+    update_bias(layer, torch.arange(E)[None], 0.2)  # which the loss does not see
+    documents_BS = torch.tensor([[7] * 4 + [8] * 5, [8] * 1 + [9] * 8])
+    parts = [list(range(4)), list(range(4, 9)), [9], list(range(10, 18))]
+    router = layer.router.layer.weight
+
+    def loss(rows: slice, documents_BS: Tensor | None) -> Tensor:
+        part = x[rows]
+        ids = None if documents_BS is None else documents_BS[rows]
+        layer.sequence_T = number_sequences(part.shape[:2], ids, part.device).flatten()
+        found = layer(part)[1].sequence_balance
+        assert found is not None
+        return found
+
+    for documents, sequences in ((None, [list(range(9)), list(range(9, 18))]), (documents_BS, parts)):
+        whole, expected = loss(slice(None), documents), of_each_sequence(layer, x.view(-1, D), sequences)
+        torch.testing.assert_close(whole, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(whole, router)[0], torch.autograd.grad(expected, router)[0]
+        )
+        split = (loss(slice(1), documents) + loss(slice(1, 2), documents)) / 2
+        torch.testing.assert_close(split, whole)
+    layer.sequence_T = None
+    rows = layer(x)[1].sequence_balance
+    torch.testing.assert_close(rows, loss(slice(None), None))
+    assert layer.eval()(x)[1].sequence_balance is None
+
+
+@pytest.mark.parametrize("moe", [SETTINGS, replace(SETTINGS, groups=4, top_groups=2, top_k=3)])
+def test_forced_balance_deals_every_expert_equally_many_tokens(moe: Moe) -> None:
+    layer, tokens = make_layer(replace(moe, forced_balance=True)), 3 * E
+    x_BSD = torch.randn(1, tokens, D, dtype=torch.float64)
+    routing, (_, aux) = layer.router(x_BSD[0]), layer(x_BSD)
+    assert aux.expert_tokens_E.tolist() == [tokens * K // E] * E
+    assert all(len(set(row)) == K for row in routing.experts_TK.tolist())
+    in_groups = (routing.experts_TK // (E // moe.groups)).tolist()
+    assert all(len(set(row)) <= moe.top_groups for row in in_groups)
+    kept_TK = routing.scores_TE.gather(1, routing.experts_TK)
+    torch.testing.assert_close(routing.weights_TK, kept_TK / kept_TK.sum(dim=1, keepdim=True))
+
+
 def test_router_stays_fp32_under_autocast_and_experts_do_not() -> None:
     layer, x = make_layer(dtype=torch.float32), inputs(torch.float32)
     routing = layer.router(x.view(-1, D))
@@ -209,11 +286,22 @@ def test_meta_allocates_nothing_and_names_are_hugging_faces() -> None:
         "experts.mlp.w2": (rows, 6144),
     }
     assert all(parameter.is_meta for parameter in layer.parameters())
+    shared = MoE(64, 96, Moe(16, expert_hidden_size=32, shared_hidden_size=48, shared_gate=True), "meta")
+    names = {name: tuple(parameter.shape) for name, parameter in shared.named_parameters()}
+    assert names["experts.mlp.w1"] == (16 * 32, 64)
+    assert {name: shape for name, shape in names.items() if "shared" in name} == {
+        "shared.w1.weight": (48, 64),
+        "shared.v1.weight": (48, 64),
+        "shared.w2.weight": (64, 48),
+        "shared_gate.weight": (1, 64),
+    }
 
 
 def test_too_small_a_layer_is_the_recipes_mistake() -> None:
     with pytest.raises(UserError, match=r"model.ffn_hidden_size.*at least 16"):
         MoE(D, 15, SETTINGS, "cpu")
+    with pytest.raises(UserError, match=r"model.moe.expert_hidden_size.*at least 16"):
+        MoE(D, 24, replace(SETTINGS, expert_hidden_size=15), "cpu")
 
 
 def test_silu_is_the_experts_activation() -> None:

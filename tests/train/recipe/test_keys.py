@@ -133,9 +133,13 @@ def test_what_may_differ_from_the_weights_of_step_0() -> None:
     assert equal == {
         *("d_model", "n_layers", "n_heads", "n_kv_heads", "ffn_hidden_size", "vocab_size"),
         *("head_width", "ffn", "norm", "qk_norm", "qk_norm_over", "tie_embeddings", "moe.experts"),
+        *(f"moe.{name}" for name in ("expert_hidden_size", "shared_hidden_size", "shared_gate")),
     }
     reported = {name.removeprefix("model.") for name, it in rules.items() if it is OnStart.reported}
-    assert reported == {"rope_theta", "max_sequence_tokens", "norm_eps", "clip_qkv", "position"}
+    assert reported == {
+        *("rope_theta", "max_sequence_tokens", "norm_eps", "clip_qkv", "position"),
+        *(f"moe.{name}" for name in ("score", "weight_scale", "groups", "top_groups", "group_score")),
+    }
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,17 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
             "parallelism.expert=2",
             f"{SMOKE}: parallelism: 1 ranks are not divisible by replicate=1 x expert=2",
         ),
+        ("model.moe.groups=3", f"{SMOKE}: model.moe.groups: experts=16 is not divisible by groups=3"),
+        ("model.moe.top_groups=2", f"{SMOKE}: model.moe.top_groups: top_groups=2 exceeds groups=1"),
+        ("model.moe.groups=8", f"{SMOKE}: model.moe.top_groups: 1 groups have 2 experts, but top_k=4"),
+        ("model.moe={groups: 16, top_groups: 4}", f"{SMOKE}: model.moe.group_score: top2_sum needs two"),
+        ("model.moe.shared_gate=true", f"{SMOKE}: model.moe.shared_gate: is the gate of a shared expert"),
+        ("model.moe.forced_balance=true", f"{SMOKE}: name: 'smoke' hides that model.moe.forced_balance"),
+        (
+            "model.moe={balance: bias, balance_scope: sequence}",
+            "model.moe.balance_scope: nothing reads this key unless model.moe.balance == loss or both; "
+            "remove it, or set model.moe.balance=loss",
+        ),
         ("name=a/b", f"{SMOKE}: name: 'a/b' is not a folder name"),
     ],
 )
