@@ -25,7 +25,7 @@ from train.model.decoder import Decoder
 from train.model.kv_cache import CachedDecoder
 from train.recipe import sizes
 from train.recipe.errors import UserError
-from train.recipe.schema import Ffn, Model, Moe, Norm, Position, QkNormOver
+from train.recipe.schema import Ffn, Model, Moe, Norm, Position, QkNormOver, Yarn
 from train.record.log import no_bars
 
 TOLERANCE = 1e-5
@@ -52,12 +52,15 @@ SMALL_MODELS = {
     "DBRX, weights not normalised": replace(_DBRX, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)),
     "DBRX of one expert (dense), tied": replace(_DBRX, moe=None, tie_embeddings=True),
     "LLaMA": _LLAMA,
+    "LLaMA, YaRN": replace(_LLAMA, yarn=Yarn(factor=4, original_tokens=32)),
     "LLaMA, wide heads": replace(_LLAMA, head_width=24),
     "Mixtral": replace(_LLAMA, moe=Moe(experts=16, top_k=2)),
     "OLMoE": replace(_LLAMA, qk_norm=True, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)),
     "MPT": replace(_MPT, tie_embeddings=True),
     "Qwen3": _QWEN3,
-    "Qwen3, tied": replace(_QWEN3, tie_embeddings=True),
+    "Qwen3, tied, YaRN": replace(
+        _QWEN3, tie_embeddings=True, yarn=Yarn(8, 16, beta_fast=4, beta_slow=0.5, attention_factor=1.1)
+    ),
     "Qwen3-MoE": replace(_QWEN3, moe=Moe(experts=16, top_k=4)),
     "Qwen3-MoE, weights not normalised": replace(
         _QWEN3, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)

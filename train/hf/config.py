@@ -10,7 +10,7 @@ declared (`moe_normalize_expert_weights`, OLMoE's and MPT's `clip_qkv`), and a f
 
 from dataclasses import replace
 
-from train.hf.rope import Config, rope_base, rope_keys
+from train.hf.rope import Config, rope_base, rope_keys, rope_yarn
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import Ffn, Model, Moe, Norm, Position, QkNormOver
@@ -78,7 +78,7 @@ def dbrx_from_model(model: Model) -> dict[str, object]:
             "moe_jitter_eps": float(moe.jitter_eps) if moe else 0.0,
             "moe_loss_weight": float(moe.balance_loss_weight) if moe else 0.0,
         },
-        **rope_keys(model.rope_theta),
+        **rope_keys(model),
         "emb_pdrop": 0.0,
         "resid_pdrop": 0.0,
         "initializer_range": float(model.init_std),
@@ -297,7 +297,8 @@ def _llama_like(
         ffn_hidden_size=ffn_hidden_size or _need(config, "intermediate_size"),
         vocab_size=_need(config, "vocab_size"),
         max_sequence_tokens=_need(config, "max_position_embeddings"),
-        rope_theta=rope_base(config, rope_theta),
+        rope_theta=rope_base(config, rope_theta, scaled=True),
+        yarn=rope_yarn(config),
         norm=Norm.rmsnorm,
         norm_eps=float(config.get("rms_norm_eps", rms_norm_eps)),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -318,7 +319,7 @@ def _llama_like_config(model: Model) -> dict[str, object]:
         "hidden_act": "silu",
         "rms_norm_eps": float(model.norm_eps),
         "rope_theta": float(model.rope_theta),
-        **rope_keys(model.rope_theta),
+        **rope_keys(model),
         "attention_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": float(model.init_std),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from train.hf import config
 from train.hf.config import Config
+from train.hf.rope import is_same_yarn_in_both
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position, QkNormOver, Score
@@ -221,6 +222,7 @@ DBRX = Architecture(
         ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
         PLAIN_QK,
         DIVIDED_HEADS,
+        ("model.yarn=null", lambda model: model.yarn is None),
         *PLAIN_ROUTING,
     ),
     to_model=config.dbrx_to_model,
@@ -244,6 +246,7 @@ LLAMA_NEEDS: tuple[Need, ...] = (
     ("model.position=rope", lambda model: model.position is Position.rope),
     ("model.norm=rmsnorm", lambda model: model.norm is Norm.rmsnorm),
     ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
+    ("model.max_sequence_tokens = model.yarn.original_tokens x factor", is_same_yarn_in_both),
 )
 QK_NORM_NAMES: Table = {
     "norm_attn_norm.attn.q_norm.weight": Same("self_attn.q_norm.weight"),

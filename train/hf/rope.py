@@ -4,40 +4,108 @@ transformers 4 writes `rope_theta` (DBRX: `attn_config.rope_theta`) and `rope_sc
 `rope_parameters`. transformers 5 writes only `rope_parameters`. Reading an older config, it takes
 `rope_theta` where `rope_parameters` has none, `rope_scaling` before `rope_parameters`, and never DBRX's
 `attn_config.rope_theta`: such a model silently computes with a base of 10,000.
+
+YaRN's factor is that of its section in transformers 5. transformers 4 takes `max_position_embeddings` over
+`original_max_position_embeddings`: where the two differ, no model is the same in both.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from train.recipe.errors import UserError
+from train.recipe.schema import Model, Yarn
 
 Config = Mapping[str, Any]
 
 SECTIONS = ("rope_parameters", "rope_scaling")
 PLAIN = "default"
 """The type of positions that are not scaled."""
+YARN = "yarn"
 ATTENTION = "attn_config"
 """DBRX's keys of attention."""
 
 
-def rope_keys(theta: float) -> dict[str, object]:
-    """Returns the keys by which transformers 5 reads a base; 4's are the architecture's own."""
-    return {"rope_parameters": {"rope_type": PLAIN, "rope_theta": float(theta)}}
+def rope_keys(model: Model) -> dict[str, object]:
+    """Returns the keys by which transformers 5 reads a base, and both read YaRN; 4's base is elsewhere."""
+    base = {"rope_theta": float(model.rope_theta)}
+    yarn = model.yarn
+    if yarn is None:
+        return {"rope_parameters": {"rope_type": PLAIN, **base}}
+    scaling: dict[str, object] = {
+        "rope_type": YARN,
+        "factor": float(yarn.factor),
+        "original_max_position_embeddings": yarn.original_tokens,
+        "beta_fast": float(yarn.beta_fast),
+        "beta_slow": float(yarn.beta_slow),
+    }
+    if yarn.attention_factor is not None:
+        scaling["attention_factor"] = float(yarn.attention_factor)
+    return {"rope_parameters": scaling | base, "rope_scaling": scaling}
 
 
-def rope_base(config: Config, default: float) -> float:
+def is_same_yarn_in_both(model: Model) -> bool:
+    """Returns whether transformers 4 and 5 read the same factor of YaRN from a model's config."""
+    yarn = model.yarn
+    return yarn is None or yarn.factor * yarn.original_tokens == model.max_sequence_tokens
+
+
+def rope_yarn(config: Config) -> Yarn | None:
+    """Reads YaRN from a `config.json` that :func:`rope_base` has accepted with ``scaled``.
+
+    Raises:
+        UserError: if it is incomplete, or versions of transformers read different ones.
+    """
+    sections = {name: config[name] for name in SECTIONS if _type(config.get(name) or {}) == YARN}
+    found = {name: _read_yarn(name, section) for name, section in sections.items()}
+    if len(set(found.values())) > 1:
+        raise UserError(f"{' and '.join(found)} have different {YARN}; they must be the same")
+    for name, yarn in found.items():
+        longest = config.get("max_position_embeddings")
+        if longest != yarn.factor * yarn.original_tokens:
+            raise UserError(
+                f"{name}.factor is {yarn.factor:g}, but max_position_embeddings={longest} is not that many "
+                f"times original_max_position_embeddings={yarn.original_tokens}: transformers 4 and 5 differ"
+            )
+    return next(iter(found.values()), None)
+
+
+def _read_yarn(name: str, section: Mapping[str, Any]) -> Yarn:
+    for key in ("factor", "original_max_position_embeddings"):
+        if isinstance(section.get(key), bool) or not isinstance(section.get(key), int | float):
+            raise UserError(f"{name}.{key} is {section.get(key)!r}, not a number")
+    factor, attention = float(section["factor"]), section.get("attention_factor")
+    both = [section.get(key) for key in ("mscale", "mscale_all_dim")]
+    if attention is None and all(both):
+        upper, lower = (0.1 * scale * math.log(factor) + 1 for scale in both if scale)
+        attention = upper / lower
+    return Yarn(
+        factor=factor,
+        original_tokens=int(section["original_max_position_embeddings"]),
+        beta_fast=float(section.get("beta_fast") or 32),
+        beta_slow=float(section.get("beta_slow") or 1),
+        attention_factor=None if attention is None else float(attention),
+    )
+
+
+def _type(section: Mapping[str, Any]) -> object:
+    return section.get("rope_type", section.get("type"))
+
+
+def rope_base(config: Config, default: float, *, scaled: bool = False) -> float:
     """Reads RoPE's base theta.
 
     Args:
         config: a `config.json`, of transformers 4 or 5.
         default: base of the architecture's class, for a config that has none.
+        scaled: accept YaRN, which :func:`rope_yarn` reads.
 
     Raises:
         UserError: if the config has several bases, or scaled or partial positions.
     """
     _check_partial("partial_rotary_factor", config.get("partial_rotary_factor"))
     for name in SECTIONS:
-        _check_section(name, config.get(name))
+        _check_section(name, config.get(name), (PLAIN, YARN) if scaled else (PLAIN,))
     bases = dict(_bases(config))
     if len(set(bases.values())) > 1:
         places = ", ".join(f"{name} is {base!r}" for name, base in bases.items())
@@ -60,7 +128,7 @@ def views(config: Config) -> Iterator[Config]:
     yield new
 
 
-def _check_section(name: str, section: object) -> None:
+def _check_section(name: str, section: object, types: tuple[str, ...]) -> None:
     """Refuses a section of another type, or one with anything but a base."""
     if section is None:
         return
@@ -72,9 +140,16 @@ def _check_section(name: str, section: object) -> None:
     _check_partial(f"{name}.partial_rotary_factor", section.get("partial_rotary_factor"))
     for key in ("rope_type", "type"):
         given = section.get(key)
-        if given not in (None, PLAIN):
-            raise UserError(f"{name}.{key} is {given!r}; only {PLAIN!r}, no scaling, can be expressed")
+        if given not in (None, *types):
+            raise UserError(
+                f"{name}.{key} is {given!r}; only {' and '.join(map(repr, types))} can be expressed"
+            )
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if _type(section) == YARN:
+        known |= {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"}
+        known |= {"mscale", "mscale_all_dim"}
+        if section.get("truncate") is True:
+            known |= {"truncate"}
     for key, value in section.items():
         if key not in known and value is not None:
             raise UserError(f"{name}.{key} is {value!r}, which cannot be expressed")

@@ -23,7 +23,7 @@ from train.cpu import attention as cpu_attention
 from train.cpu.dispatch import with_cpu_version
 from train.model.norms import RmsNorm
 from train.recipe import sizes
-from train.recipe.schema import Model, Position, QkNormOver
+from train.recipe.schema import Model, Position, QkNormOver, Yarn
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of the past positions, each [B, G, P, R]; keys are already rotated."""
@@ -299,12 +299,40 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 
 def _rotations(model: Model, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE's angles in fp32, each [S, R / 2] (Su et al. 2021, section 3.2.2)."""
+    """Cosines and sines of RoPE's angles in fp32, each [S, R / 2] (Su et al. 2021, section 3.2.2).
+
+    With YaRN they are multiplied by its attention factor, which scales queries and keys.
+    """
     width = sizes.head_width(model)
     exponents = torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width
     positions_S = torch.arange(start, start + length, device=device).float()
-    angles_SR = positions_S[:, None] / (model.rope_theta**exponents)
-    return angles_SR.cos(), angles_SR.sin()
+    wavelengths_R = model.rope_theta**exponents
+    if model.yarn is None:
+        angles_SR = positions_S[:, None] / wavelengths_R
+        return angles_SR.cos(), angles_SR.sin()
+    angles_SR = positions_S[:, None] * _yarn_frequencies(model.yarn, model.rope_theta, wavelengths_R)
+    scale = model.yarn.attention_factor or 0.1 * math.log(model.yarn.factor) + 1
+    return angles_SR.cos() * scale, angles_SR.sin() * scale
+
+
+def _yarn_frequencies(yarn: Yarn, theta: float, wavelengths_R: Tensor) -> Tensor:
+    """Frequencies of YaRN (Peng et al. 2023, section 3.2), with its ramp over dimensions as in transformers.
+
+    Args:
+        yarn: the recipe's settings.
+        theta: RoPE's base.
+        wavelengths_R: RoPE's wavelengths over 2 pi, [R / 2], which start with 1.
+    """
+    pairs = len(wavelengths_R)
+
+    def pair_that_turns(times: float) -> float:
+        return pairs * math.log(yarn.original_tokens / (2 * math.pi * times)) / math.log(theta)
+
+    first = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
+    last = min(math.ceil(pair_that_turns(yarn.beta_slow)), 2 * pairs - 1)
+    ramp_R = torch.arange(pairs, dtype=torch.float32, device=wavelengths_R.device)
+    stretched_R = ((ramp_R - first) / ((last - first) or 1e-3)).clamp(0, 1)
+    return stretched_R / (yarn.factor * wavelengths_R) + (1 - stretched_R) / wavelengths_R
 
 
 def _repeat_heads(x_BGSR: Tensor, heads: int) -> Tensor:

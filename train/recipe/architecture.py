@@ -127,6 +127,22 @@ class Moe:
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """RoPE's long wavelengths are stretched for longer sequences (Peng et al. 2023, arXiv 2309.00071)."""
+
+    factor: float = key(above=1)
+    """Factor s by which wavelengths longer than the original sequences are stretched. DeepSeek-V3: 40."""
+    original_tokens: int = key(above=0)
+    """Length of the sequences that the model was trained on before. DeepSeek-V3: 4,096."""
+    beta_fast: float = key(32.0, above=0)
+    """Wavelengths that turn more often than that in an original sequence stay as they are."""
+    beta_slow: float = key(1.0, above=0)
+    """Wavelengths that turn less often than that are stretched in full; those between, in part."""
+    attention_factor: Optional[float] = key(None, above=0)
+    """Factor of queries and keys after their rotation; null: 0.1 ln(factor) + 1 (eq. 22)."""
+
+
+@dataclass(frozen=True)
 class Model:
     """The decoder. Names follow DBRX in Hugging Face."""
 
@@ -153,6 +169,8 @@ class Model:
     """`rope` (Su et al. 2021) or `alibi` (Press et al. 2021), for MPT."""
     rope_theta: float = key(500000.0, above=0, read_when="model.position == rope", on_start=OnStart.reported)
     """Base of RoPE's wavelengths. DBRX: 500,000."""
+    yarn: Optional[Yarn] = key(None, on_start=OnStart.reported)
+    """Stretches RoPE for sequences longer than the model was trained on; null: not stretched."""
     norm: Norm = Norm.layernorm
     """`layernorm` without bias (DBRX, MPT) or `rmsnorm` (LLaMA)."""
     norm_eps: float = key(1e-5, above=0, on_start=OnStart.reported)

@@ -81,6 +81,7 @@ def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     elif model.position is Position.rope and sizes.head_width(model) % 2:
         head_width, of = sizes.head_width(model), "n_heads" if model.head_width is None else "head_width"
         yield Violation(f"model.{of}", f"{head_width=} is odd, and RoPE rotates pairs", "make it even")
+    yield from _yarn(model)
     if model.n_heads % model.n_kv_heads:
         n_heads, n_kv_heads = model.n_heads, model.n_kv_heads
         yield Violation("model.n_kv_heads", f"{n_heads=} is not divisible by {n_kv_heads=}", "change either")
@@ -99,6 +100,25 @@ def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:
             "model.vocab_size",
             f"{model.vocab_size} rows, but the tokenizer makes ids up to {ids - 1}",
             f"set it to at least {ids}",
+        )
+
+
+def _yarn(model: Model) -> Iterator[Violation]:
+    yarn = model.yarn
+    if yarn is None:
+        return
+    if model.position is not Position.rope:
+        yield Violation("model.yarn", "stretches RoPE, but model.position is not rope", "remove it")
+    if yarn.beta_slow >= yarn.beta_fast:
+        beta_slow, beta_fast = yarn.beta_slow, yarn.beta_fast
+        yield Violation(
+            "model.yarn.beta_slow", f"{beta_slow=} is not below {beta_fast=}", "32 and 1 are usual"
+        )
+    if model.max_sequence_tokens <= yarn.original_tokens:
+        yield Violation(
+            "model.max_sequence_tokens",
+            f"{model.max_sequence_tokens} does not exceed model.yarn.original_tokens={yarn.original_tokens}",
+            "raise it, usually to original_tokens x factor, or remove model.yarn",
         )
 
 

@@ -22,6 +22,7 @@ from train.recipe.architecture import (
     Position,
     QkNormOver,
     Score,
+    Yarn,
 )
 from train.recipe.keys import OnResume, key
 from train.recipe.preparation import Preparation, Source
@@ -61,6 +62,7 @@ __all__ = [
     "TokenizerKind",
     "Tracking",
     "Training",
+    "Yarn",
 ]
 
 

@@ -106,6 +106,7 @@ def _tiny_model(model: Model) -> Model:
         ffn_hidden_size=scaled(model.ffn_hidden_size),
         vocab_size=VOCABULARY,
         max_sequence_tokens=SEQUENCE_TOKENS,
+        yarn=model.yarn and replace(model.yarn, original_tokens=SEQUENCE_TOKENS // 2),
     )
 
 

@@ -1,6 +1,7 @@
 """`config.json`: what transformers 4 and 5 read from ours, and what ours reads from theirs. Needs neither."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from train.hf.config import Config
 from train.hf.mapping import FAMILIES, family_for, family_of
 from train.hf.rope import views
 from train.recipe.errors import UserError
-from train.recipe.schema import Ffn, Model, Moe, Norm, Position, QkNormOver
+from train.recipe.schema import Ffn, Model, Moe, Norm, Position, QkNormOver, Yarn
 
 THETA = 123456.0
 DBRX = Model(
@@ -177,6 +178,55 @@ def test_positions_that_we_do_not_have_are_refused_by_name(
     with pytest.raises(UserError) as caught:
         read(config)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+YARN = replace(LLAMA, yarn=Yarn(factor=4, original_tokens=16))
+
+
+def test_both_spellings_of_yarn_are_read_as_the_same_model() -> None:
+    config = written(YARN)
+    assert read(config) == YARN
+    assert [read(view) == YARN for view in views(config)] == [True, True]
+    without = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_parameters")}
+    assert read(without | {"rope_scaling": config["rope_scaling"]}) == YARN
+    assert read(without | {"rope_parameters": config["rope_parameters"]}) == YARN
+    # DeepSeek's spelling: a ratio of two factors.
+    scaling = config["rope_scaling"] | {"mscale": 2.0, "mscale_all_dim": 1.0}
+    found = read(without | {"rope_scaling": scaling}).yarn
+    assert found is not None and found.attention_factor == pytest.approx(
+        (0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"factor": None}, "rope_scaling.factor is None, not a number"),
+        (
+            {"original_max_position_embeddings": None},
+            "original_max_position_embeddings is None, not a number",
+        ),
+        ({"factor": 2.0}, "rope_parameters and rope_scaling have different yarn; they must"),
+        ({"truncate": False}, "rope_scaling.truncate is False, which cannot be expressed"),
+        ({"rope_type": "longrope"}, "rope_scaling.rope_type is 'longrope'; only 'default' and 'yarn' can"),
+    ],
+)
+def test_yarn_that_we_do_not_have_is_refused_by_name(change: dict[str, Any], words: str) -> None:
+    config = written(YARN)
+    config["rope_scaling"] = config["rope_scaling"] | change
+    with pytest.raises(UserError) as caught:
+        read(config)
+    assert words in str(caught.value)
+
+
+def test_yarn_that_versions_read_differently_is_neither_read_nor_written() -> None:
+    config = written(YARN) | {"max_position_embeddings": 96}
+    with pytest.raises(UserError, match="factor is 4, but max_position_embeddings=96 is not that many times"):
+        read(config)
+    with pytest.raises(
+        UserError, match=r"llama needs model\.max_sequence_tokens = model\.yarn\.original_tokens"
+    ):
+        written(replace(YARN, max_sequence_tokens=96))
 
 
 def test_bases_that_differ_are_named_with_their_places() -> None:

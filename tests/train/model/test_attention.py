@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from train.hf.config import llama_from_model
 from train.model.attention import Attention, DocumentKernel, document_offsets, plan_attention
 from train.model.init import initialize
-from train.recipe.schema import Model, Position
+from train.recipe.schema import Model, Position, QkNormOver, Yarn
 
 # Shapes: B batch, S sequence, H query heads, G key-value heads, R width of a head, D model.
 B, S, H, R = 2, 12, 4, 8
@@ -42,10 +43,22 @@ def attend(attention: Attention, x_BSD: Tensor, **plan: Tensor | DocumentKernel 
     return attention(x_BSD, shared)[0]
 
 
+def normed(norm: torch.nn.RMSNorm, x_BSN: Tensor) -> Tensor:
+    """RMS norm of as many consecutive elements as the norm's weight has."""
+    (width,) = norm.normalized_shape
+    parts = x_BSN.unflatten(-1, (-1, width))
+    parts = parts / (parts.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()  # type: ignore[operator]
+    return (parts * norm.weight).flatten(2)
+
+
 def definition(attention: Attention, x_BSD: Tensor, visible_BSS: Tensor) -> Tensor:
     """Attention token by token: RoPE as a product of complex numbers, scores, softmax, values."""
-    model = attention.model
+    model, R = attention.model, attention.head_width
     qkv = attention.Wqkv(x_BSD)
+    if model.qk_norm:
+        assert attention.q_norm is not None and attention.k_norm is not None
+        q, k, v = qkv.split([H * R, model.n_kv_heads * R, model.n_kv_heads * R], dim=-1)
+        qkv = torch.cat([normed(attention.q_norm, q), normed(attention.k_norm, k), v], dim=-1)
     if model.clip_qkv is not None:
         qkv = qkv.clamp(-model.clip_qkv, model.clip_qkv)
     q, k, v = qkv.split([H * R, model.n_kv_heads * R, model.n_kv_heads * R], dim=-1)
@@ -71,6 +84,12 @@ MODELS = {
     "one key-value head": replace(BASE, n_kv_heads=1),
     "as many key-value heads": replace(BASE, n_kv_heads=H),
     "clipped": replace(BASE, clip_qkv=0.7),
+    "wide heads": replace(BASE, head_width=12),
+    "narrow heads": replace(BASE, head_width=6),
+    "normalised over all heads": replace(BASE, qk_norm=True),
+    "normalised over each head": replace(
+        BASE, head_width=12, clip_qkv=0.7, qk_norm=True, qk_norm_over=QkNormOver.each_head
+    ),
     "alibi": replace(BASE, position=Position.alibi),
     "alibi, clipped": replace(BASE, position=Position.alibi, clip_qkv=0.7, n_kv_heads=H),
 }
@@ -92,6 +111,34 @@ def test_output_and_gradients_equal_the_definition(name: str, documents: Tensor 
     ours = torch.autograd.grad(out, weights, grad)
     theirs = torch.autograd.grad(expected, weights, grad)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "yarn",
+    [
+        Yarn(factor=4, original_tokens=512),
+        Yarn(factor=40, original_tokens=64, beta_fast=8, beta_slow=0.25),
+        Yarn(factor=2, original_tokens=4096, attention_factor=1.25),
+    ],
+)
+def test_yarn_rotates_as_transformers_does(yarn: Yarn) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    longest = int(yarn.factor * yarn.original_tokens)
+    model = replace(BASE, head_width=64, rope_theta=10000, yarn=yarn, max_sequence_tokens=longest)
+    positions = torch.arange(2 * S)
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**llama_from_model(model)))(torch.ones(1), positions[None])
+    for past_length in (0, S):
+        plan = plan_attention(
+            model, B, S, device=positions.device, dtype=torch.float32, past_length=past_length
+        )
+        for ours, table in zip((plan.cos_SR, plan.sin_SR), theirs, strict=True):
+            expected = table[0, past_length : past_length + S, : 64 // 2]
+            torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    plain = plan_attention(replace(model, yarn=None), B, S, device=positions.device, dtype=torch.float32)
+    assert plain.cos_SR is not None
+    assert not torch.allclose(plain.cos_SR, theirs[0][0, :S, : 64 // 2], atol=1e-2)
 
 
 def test_clipping_is_active_above() -> None:

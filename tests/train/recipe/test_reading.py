@@ -104,6 +104,23 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
         ("optimizer.learning_rate=-1", f"{SMOKE}: optimizer.learning_rate: is -1.0; must be above 0"),
         ("training.clip_norm=.nan", f"{SMOKE}: training.clip_norm: is nan; must be above 0"),
         ("model.ffn=mlp", f"{SMOKE}: model.ffn: experts are GLUs"),
+        ("model.head_width=33", f"{SMOKE}: model.head_width: head_width=33 is odd, and RoPE rotates pairs"),
+        (
+            "model.qk_norm_over=each_head",
+            "command line: model.qk_norm_over: nothing reads this key unless model.qk_norm == True",
+        ),
+        (
+            "model.yarn={factor: 4, original_tokens: 512}",
+            f"{SMOKE}: model.max_sequence_tokens: 512 does not exceed model.yarn.original_tokens=512",
+        ),
+        (
+            "model.yarn={factor: 4, original_tokens: 128, beta_slow: 40}",
+            f"{SMOKE}: model.yarn.beta_slow: beta_slow=40.0 is not below beta_fast=32.0",
+        ),
+        (
+            "model={position: alibi, yarn: {factor: 4, original_tokens: 128}}",
+            f"{SMOKE}: model.yarn: stretches RoPE, but model.position is not rope",
+        ),
         (
             "parallelism.expert=2",
             f"{SMOKE}: parallelism: 1 ranks are not divisible by replicate=1 x expert=2",
