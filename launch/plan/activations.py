@@ -136,10 +136,11 @@ def shared_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
 
 def kept_bytes(model: Model, batch: Microbatch, numerics: Numerics, *, checkpointing: bool) -> int:
     """Bytes that the layers keep until the backward pass: all, or only their inputs if ``checkpointing``."""
-    per_layer = batch.tokens * model.d_model * numerics.stream
-    if not checkpointing:
-        per_layer = layer_bytes(model, batch, numerics)
-    return model.n_layers * per_layer + shared_bytes(model, batch, numerics)
+    kept = shared_bytes(model, batch, numerics)
+    for alike in sizes.alike_layers(model):
+        inputs = batch.tokens * model.d_model * numerics.stream
+        kept += len(alike.layers) * (inputs if checkpointing else layer_bytes(alike.model, batch, numerics))
+    return kept
 
 
 @dataclass(frozen=True)
@@ -151,17 +152,22 @@ class WeightCopies:
     cached: int
     """With checkpointing: autocast's own cache of all but the experts, until the loss is known."""
     one_layer: int
-    """With checkpointing, in the backward pass: those of the recomputed layer."""
+    """With checkpointing, in the backward pass: those of the recomputed layer, the one with the most."""
 
 
 def weight_copies(model: Model, numerics: Numerics) -> WeightCopies:
     """Copies of unsharded weights; FSDP2 gathers bf16 and needs none."""
     if not numerics.copies_weights:
         return WeightCopies(0, 0, 0)
-    cast = [w for w in sizes.layer_weights(model, 0) if len(w.shape) > 1 and ".router." not in w.name]
-    layer = sum(w.elements for w in cast) * numerics.compute
-    dense = sum(w.elements for w in cast if not w.is_expert) * numerics.compute
-    return WeightCopies(model.n_layers * layer, model.n_layers * dense, layer)
+    whole = cached = largest = 0
+    for alike in sizes.alike_layers(model):
+        weights = sizes.layer_weights(alike.model, 0)
+        cast = [w for w in weights if len(w.shape) > 1 and ".router." not in w.name]
+        layer = sum(w.elements for w in cast) * numerics.compute
+        whole, largest = whole + len(alike.layers) * layer, max(largest, layer)
+        dense = sum(w.elements for w in cast if not w.is_expert)
+        cached += len(alike.layers) * dense * numerics.compute
+    return WeightCopies(whole, cached, largest)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Weights, gradients and optimizer state are exact; activations and loss follow
 allocate. tests/cuda_standin/test_memory.py compares the sum with what PyTorch's allocator hands out.
 """
 
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from launch.plan.activations import (
     layer_gradient_elements,
     loss_bytes,
     norm_bytes,
+    shared_bytes,
     weight_copies,
 )
 from launch.plan.hardware import GIB, Gpu
@@ -142,6 +144,38 @@ class _Moment(NamedTuple):
     gradients: int
 
 
+class _LayerBackward(NamedTuple):
+    """Bytes of activations in a layer's backward pass."""
+
+    layer: int
+    kept: int
+    """What this layer and those below it have kept."""
+    made: int
+    """What is recomputed, and gradients of activations."""
+    made_first: int
+    """Elements of its weights whose gradients coexist with its activations."""
+
+
+def _backward_passes(
+    model: Model, batch: Microbatch, numerics: Numerics, *, checkpointing: bool
+) -> list[_LayerBackward]:
+    """The backward passes that may need the most: of the last layer, then of the first of each kind."""
+    alike = sizes.alike_layers(model)
+    of_layer = {layer: each.model for each in alike for layer in each.layers}
+    inputs = batch.tokens * model.d_model * numerics.stream
+    found = []
+    for layer in (model.n_layers - 1, *(each.layers[0] for each in alike)):
+        below = [each for number, each in of_layer.items() if number <= layer]
+        kept = sum(inputs if checkpointing else layer_bytes(each, batch, numerics) for each in below)
+        made = backward_bytes(of_layer[layer], batch, numerics)
+        if checkpointing:
+            made += layer_bytes(of_layer[layer], batch, numerics)
+        made_first = layer_gradient_elements(of_layer[layer])[1]
+        kept += shared_bytes(model, batch, numerics)
+        found.append(_LayerBackward(layer, kept, made, made_first))
+    return found
+
+
 def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients: int) -> list[_Moment]:
     """The candidates of a rank of several: in the loss, in the backward passes of the last and of the first
     layer, and at the end of the backward pass, when the embeddings' gradients are reduced.
@@ -154,7 +188,7 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
     checkpointing = training.activation_checkpointing
     chunk = training.loss_chunk_tokens or sizes.LOSS_CHUNK_TOKENS["cuda"]
     kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
-    per_layer = layer_bytes(model, batch, numerics)
+    last, *firsts = _backward_passes(model, batch, numerics, checkpointing=checkpointing)
     stream = batch.tokens * model.d_model * numerics.stream
     loss = loss_bytes(model, batch, numerics, chunk)
     whole = _Whole.of(model, layout, world_size, numerics.compute)
@@ -166,15 +200,16 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
         rows = batch.tokens * model.moe.top_k * model.d_model * numerics.compute
         exchanged = rows + round(rows * batch.imbalance)
     all_gradients = max(kept_gradients, states(model, layout, world_size, 0, recipe.optimizer.kind).gradients)
-    in_layer = (per_layer if checkpointing else 0) + backward_bytes(model, batch, numerics)
-    above_first = (model.n_layers - 1) * (stream if checkpointing else per_layer)
     gathered = whole.outside + whole.in_backward
     return [
         _Moment(
             kept + norm_bytes(model, batch, numerics), loss.total, whole.outside + stays, 0, kept_gradients
         ),
-        _Moment(kept + in_layer, head_gradient, gathered + above, exchanged, kept_gradients),
-        _Moment(kept - above_first + in_layer, head_gradient, gathered, exchanged, all_gradients),
+        _Moment(last.kept + last.made, head_gradient, gathered + above, exchanged, kept_gradients),
+        *(
+            _Moment(each.kept + each.made, head_gradient, gathered, exchanged, all_gradients)
+            for each in firsts
+        ),
         _Moment(stream, 0, whole.outside * (2 + FP32 // numerics.compute), 0, all_gradients),
     ]
 
@@ -186,25 +221,33 @@ def _moments_of_one(recipe: Recipe, _world: int, batch: Microbatch, kept_gradien
     checkpointing = training.activation_checkpointing
     chunk = training.loss_chunk_tokens or sizes.LOSS_CHUNK_TOKENS["cuda"]
     kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
-    per_layer = layer_bytes(model, batch, numerics)
+    last, *firsts = _backward_passes(model, batch, numerics, checkpointing=checkpointing)
     stream = batch.tokens * model.d_model * numerics.stream
     loss = loss_bytes(model, batch, numerics, chunk)
     copies = weight_copies(model, numerics)
     at_loss, in_backward = copies.all_layers, copies.all_layers
     if checkpointing:
         at_loss, in_backward = copies.cached, copies.one_layer
-    of_layer, made_first = (elements * FP32 for elements in layer_gradient_elements(model))
-    above_first = (model.n_layers - 1) * (stream if checkpointing else per_layer)
-    in_layer = (per_layer - stream if checkpointing else 0) + backward_bytes(model, batch, numerics)
-    of_layers_above = max(kept_gradients, (model.n_layers - 1) * of_layer)
+    shared = stream if checkpointing else 0  # a checkpoint's input is what its first norm saves
+
+    def in_backward_of(each: _LayerBackward, gradients: int) -> _Moment:
+        in_layer = each.kept + each.made - shared
+        return _Moment(in_layer, loss.weight_gradient, in_backward, 0, gradients + each.made_first * FP32)
+
     return [
         _Moment(kept + norm_bytes(model, batch, numerics), loss.total, at_loss, 0, kept_gradients),
-        _Moment(kept + in_layer, loss.weight_gradient, in_backward, 0, kept_gradients + made_first),
-        _Moment(
-            kept - above_first + in_layer, loss.weight_gradient, in_backward, 0, of_layers_above + made_first
-        ),
+        in_backward_of(last, kept_gradients),
+        *(in_backward_of(each, max(kept_gradients, _gradients_above(model, each.layer))) for each in firsts),
         _Moment(stream, 0, 0, 0, sizes.total_parameters(model) * FP32),
     ]
+
+
+def _gradients_above(model: Model, layer: int) -> int:
+    """Bytes of the gradients of the layers above one."""
+    return FP32 * sum(
+        sum(number > layer for number in alike.layers) * layer_gradient_elements(alike.model)[0]
+        for alike in sizes.alike_layers(model)
+    )
 
 
 def gathered_bytes(model: Model, layout: Parallelism, world_size: int, compute_bytes: int) -> dict[str, int]:
@@ -234,7 +277,7 @@ class _Whole:
     outside: int
     """Embeddings, gathered from the first layer until the last gradient."""
     layer: int
-    """One layer."""
+    """One layer, the largest."""
     in_backward: int
     """A layer, what is received of the next, the layer's gradients, and the copies of them that are reduced,
     one of the layer before."""
@@ -242,12 +285,14 @@ class _Whole:
     @classmethod
     def of(cls, model: Model, layout: Parallelism, world_size: int, compute_bytes: int) -> "_Whole":
         """The bytes of a model under a layout."""
-        outside, layer, largest = 0, 0, 0
+        outside, largest, layers = 0, 0, Counter[str]()
         for unit, size in gathered_bytes(model, layout, world_size, compute_bytes).items():
             if ".blocks." not in unit:
                 outside += size
-            elif ".blocks.0" in unit:
-                layer, largest = layer + size, max(largest, size)
+            else:
+                layers[unit.split(".")[2]] += size
+                largest = max(largest, size)
+        layer = max(layers.values())
         buffers = sizes.REDUCTIONS_IN_FLIGHT * reduced_bytes(layout)
         reduced = largest // compute_bytes * (compute_bytes + buffers)
         return cls(outside=outside, layer=layer, in_backward=2 * layer + reduced)

@@ -11,6 +11,7 @@ from launch.plan.step_time import (
     Efficiency,
     Seconds,
     Split,
+    Work,
     compute_seconds,
     head_work,
     layer_work,
@@ -215,13 +216,17 @@ def _parts(
     microbatches = sizes.microbatches_per_rank(recipe, world_size)
     tokens = training.microbatch_sequences * recipe.data.sequence_tokens
     split = Split(expert=layout.expert, imbalance=imbalance if layout.expert > 1 else 1.0)
-    forward = layer_work(model, tokens, recipe.data.sequence_tokens, split).times(model.n_layers)
+    forward = Work()
+    for alike in sizes.alike_layers(model):
+        layer = layer_work(alike.model, tokens, recipe.data.sequence_tokens, split)
+        forward += layer.times(len(alike.layers))
     head = head_work(model, tokens)
     again = forward if training.activation_checkpointing else forward.times(0)
     # The loss computes its gradients in the forward pass.
     ahead = compute_seconds(forward + head + head.backward(), gpu, efficiency)
     back = compute_seconds(forward.backward() + again, gpu, efficiency)
-    passes = _overlapped(traffic, ahead, back, model.n_layers, gpu, efficiency)
+    most_alike = max(len(alike.layers) for alike in sizes.alike_layers(model))
+    passes = _overlapped(traffic, ahead, back, most_alike, gpu, efficiency)
     held = sum(sizes.rank_weights(model, layout, world_size, 0).values())
     moments = 8 if recipe.optimizer.kind is OptimizerKind.adamw else 4
     update = update_work(held, moments, clips=training.clip_norm is not None)

@@ -21,6 +21,9 @@ OUTSIDE = "embeddings"
 """The name of the unit of what is outside the layers."""
 ROUTERS = "routers"
 """The routers of all layers, whose gradients are summed after the last backward pass."""
+EXPERTS, LAYERS = "experts", "layers"
+DENSE_LAYERS = "dense layers"
+"""The name of the units of a mixture's layers without experts."""
 
 
 class CollectiveKind(str, Enum):
@@ -136,7 +139,7 @@ def collectives(
         averaged = (CollectiveKind.all_reduce, routers * FP32, world_size, 1, 1)
         found.append(Collective(ROUTERS, *averaged, is_once_a_step=True))
     for unit in _units(model, layout, world_size):
-        gathers = _gathers(unit, model.n_layers, layout.gathered_layers)
+        gathers = _gathers(unit, model.n_layers - layout.gathered_layers)
         found += _sharding_collectives(unit, layout, world_size, gathers, compute_bytes)
     if model.moe and layout.expert > 1:
         passes = 3 if checkpointing else 2
@@ -144,7 +147,7 @@ def collectives(
         exchange = ("tokens to experts and back", rows, 2 * passes, 2)
         counts = ("counts of tokens", model.moe.experts * INT32, passes - 1, 1)
         for what, payload, *calls in (exchange, counts):
-            in_all, ahead = (each * model.n_layers for each in calls)
+            in_all, ahead = (each * sizes.expert_layers(model) for each in calls)
             group = (layout.expert, 1)
             found.append(Collective(what, CollectiveKind.all_to_all, payload, *group, in_all, ahead))
     return found
@@ -157,7 +160,13 @@ class _Unit:
     what: str
     weights: tuple[sizes.Weight, ...]
     placement: sizes.Placement
-    count: int
+    layers: tuple[int, ...]
+    """Numbers of the layers; empty for what is outside the layers."""
+
+    @property
+    def count(self) -> int:
+        """Units of this kind."""
+        return len(self.layers) or 1
 
     @property
     def padded_elements(self) -> int:
@@ -169,40 +178,45 @@ class _Unit:
 
 
 def _units(model: Model, layout: Parallelism, world_size: int) -> list[_Unit]:
-    one_layer = list(sizes.layer_weights(model, 0))
     outside = [weight for weight in sizes.weights(model) if ".blocks." not in weight.name]
+    found = []
+    for alike in sizes.alike_layers(model):
+        of_layer = list(sizes.layer_weights(model, alike.layers[0]))
+        name = LAYERS if alike.model.moe or model.moe is None else DENSE_LAYERS
+        found += _grouped(of_layer, name, alike.layers, layout, world_size)
+    return found + _grouped(outside, OUTSIDE, (), layout, world_size)
+
+
+def _grouped(
+    weights: list[sizes.Weight], name: str, layers: tuple[int, ...], layout: Parallelism, world_size: int
+) -> list[_Unit]:
+    """Groups weights of one layer, or those outside the layers, by FSDP2 unit."""
     groups: dict[str, list[sizes.Weight]] = {}
-    for weight in one_layer + outside:
+    for weight in weights:
         place = sizes.placement(weight, layout, world_size)
         if not place.is_replicated:
             groups.setdefault(place.unit, []).append(weight)
     return [
         _Unit(
-            what=_unit_name(members[0]),
+            what=EXPERTS if members[0].is_expert else name,
             weights=tuple(members),
             placement=sizes.placement(members[0], layout, world_size),
-            count=model.n_layers if ".blocks." in members[0].name else 1,
+            layers=layers,
         )
         for members in groups.values()
     ]
 
 
-def _unit_name(weight: sizes.Weight) -> str:
-    if weight.is_expert:
-        return "experts"
-    return "layers" if ".blocks." in weight.name else OUTSIDE
-
-
-def _gathers(unit: _Unit, layers: int, kept: int) -> int:
+def _gathers(unit: _Unit, first_kept: int) -> int:
     """Number of all-gathers of all units of this kind in one microbatch.
 
     Weights are gathered for the forward pass and again for the backward pass, which recomputation shares
     (:func:`train.layout.torch_patches.keep_recomputed_weights`). Weights outside the layers stay gathered,
-    and so do those of the last ``kept`` layers.
+    and so do those of the layers from ``first_kept`` on.
     """
     if unit.what == OUTSIDE:
         return 1
-    return 2 * layers - min(kept, layers)
+    return 2 * unit.count - sum(layer >= first_kept for layer in unit.layers)
 
 
 def _sharding_collectives(

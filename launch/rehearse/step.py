@@ -46,12 +46,18 @@ def rehearse_step(recipe: Recipe, world_size: int) -> Step:
     built = mesh.build_mesh(recipe.parallelism, world_size, "cpu")
     narrow = replace(recipe, model=narrowed(recipe.model))
     layers = recipe.model.n_layers
-    # The last layers may stay gathered; all others are alike.
-    depth = min(layers, recipe.parallelism.gathered_layers + 1)
-    shallow = count_step(narrow, depth, built)
-    deeper = count_step(narrow, min(layers, depth + 1), built)
-    collectives = {kind: shallow[kind] + (layers - depth) * (deeper[kind] - shallow[kind]) for kind in deeper}
-    return Step(collectives, time.process_time() - begun)
+    # The last layers may stay gathered, and the first be dense; all others are alike, or recur every so many.
+    moe = recipe.model.moe
+    first, period = (moe.dense_layers, moe.every_n_layers) if moe else (0, 1)
+    depth = first + recipe.parallelism.gathered_layers + period
+    depth += (layers - depth) % period
+    if depth + period > layers:
+        collectives = count_step(narrow, layers, built)
+    else:
+        shallow, deeper = (count_step(narrow, some, built) for some in (depth, depth + period))
+        more = {kind: deeper[kind] - shallow[kind] for kind in deeper}
+        collectives = Counter({k: shallow[k] + (layers - depth) // period * more[k] for k in deeper})
+    return Step(dict(collectives), time.process_time() - begun)
 
 
 def narrowed(model: Model) -> Model:

@@ -62,6 +62,9 @@ SMALL_MODELS = {
         _QWEN3, tie_embeddings=True, yarn=Yarn(8, 16, beta_fast=4, beta_slow=0.5, attention_factor=1.1)
     ),
     "Qwen3-MoE": replace(_QWEN3, moe=Moe(experts=16, top_k=4)),
+    "Qwen3-MoE, dense layers": replace(
+        _QWEN3, n_layers=4, moe=Moe(experts=16, top_k=4, dense_layers=1, every_n_layers=2)
+    ),
     "Qwen3-MoE, weights not normalised": replace(
         _QWEN3, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)
     ),

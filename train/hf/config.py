@@ -182,20 +182,29 @@ def qwen3_from_model(model: Model) -> dict[str, object]:
 
 
 def qwen3_moe_to_model(config: Config) -> Model:
-    """Reads a Qwen3-MoE config, which has a mixture of experts in every layer."""
-    _only(config, use_sliding_window=False, decoder_sparse_step=1)
-    if config.get("mlp_only_layers"):
-        raise UserError(f"mlp_only_layers is {config['mlp_only_layers']}; only [] can be expressed")
+    """Reads a Qwen3-MoE config, whose first layers may be dense, and others between those of experts."""
+    _only(config, use_sliding_window=False)
+    dense = list(config.get("mlp_only_layers") or [])
+    if dense != list(range(len(dense))):
+        raise UserError(f"mlp_only_layers is {dense}; only the first layers, [0, 1, ...], can be expressed")
+    hidden_size, every = _need(config, "moe_intermediate_size"), int(config.get("decoder_sparse_step", 1))
+    if (dense or every > 1) and _need(config, "intermediate_size") != hidden_size:
+        raise UserError(
+            f"intermediate_size of the dense layers is {config['intermediate_size']}; only the experts' "
+            f"moe_intermediate_size={hidden_size} can be expressed"
+        )
     model = _llama_like(
         config,
         rms_norm_eps=1e-6,
         rope_theta=10000.0,
         kv_heads=4,
-        ffn_hidden_size=_need(config, "moe_intermediate_size"),
+        ffn_hidden_size=hidden_size,
         moe=Moe(
             # transformers 5 writes the count under the second name, and reads both.
             experts=_need(config, "num_experts" if "num_experts" in config else "num_local_experts"),
             top_k=_need(config, "num_experts_per_tok"),
+            dense_layers=len(dense),
+            every_n_layers=every,
             normalize_weights_p=1 if config.get("norm_topk_prob", False) else None,
             balance_loss_weight=float(config.get("router_aux_loss_coef", 0.001)),
         ),
@@ -213,8 +222,8 @@ def qwen3_moe_from_model(model: Model) -> dict[str, object]:
         "norm_topk_prob": model.moe.normalize_weights_p == 1,
         "router_aux_loss_coef": float(model.moe.balance_loss_weight),
         "output_router_logits": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        "decoder_sparse_step": model.moe.every_n_layers,
+        "mlp_only_layers": list(range(model.moe.dense_layers)),
     }
 
 

@@ -185,6 +185,10 @@ PLAIN_ROUTING: tuple[Need, ...] = (
 )
 """Experts selected by their softmax scores only, and none that is shared."""
 PLAIN_QK: Need = ("model.qk_norm=false", lambda model: not model.qk_norm)
+EXPERTS_EVERYWHERE: Need = (
+    "experts in every layer (model.moe.dense_layers=0, every_n_layers=1)",
+    lambda model: model.moe is None or sizes.expert_layers(model) == model.n_layers,
+)
 DIVIDED_HEADS: Need = (
     "model.head_width=d_model / n_heads",
     lambda model: sizes.query_width(model) == model.d_model,
@@ -222,6 +226,7 @@ DBRX = Architecture(
         ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
         PLAIN_QK,
         DIVIDED_HEADS,
+        EXPERTS_EVERYWHERE,
         ("model.yarn=null", lambda model: model.yarn is None),
         *PLAIN_ROUTING,
     ),
@@ -298,6 +303,7 @@ MIXTRAL = Architecture(
         *LLAMA_NEEDS,
         NO_CLIP,
         PLAIN_QK,
+        EXPERTS_EVERYWHERE,
         ("model.moe", lambda model: model.moe is not None),
         (
             "model.moe.normalize_weights_p=1",
@@ -328,6 +334,7 @@ OLMOE = Architecture(
             lambda model: model.qk_norm and model.qk_norm_over is QkNormOver.all_heads,
         ),
         DIVIDED_HEADS,
+        EXPERTS_EVERYWHERE,
         *MIXTURE_NEEDS,
     ),
     to_model=config.olmoe_to_model,
@@ -348,7 +355,7 @@ QWEN3_MOE = Architecture(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     layer="model.layers.{n}.",
-    table=OLMOE.table,
+    table={**LLAMA.table, **OLMOE.table},
     needs=(*LLAMA_NEEDS, NO_CLIP, QK_NORM_OF_HEADS, *MIXTURE_NEEDS),
     to_model=config.qwen3_moe_to_model,
     from_model=config.qwen3_moe_from_model,

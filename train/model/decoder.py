@@ -1,6 +1,7 @@
 """The decoder: DBRX's architecture with Hugging Face's parameter names, and its dense relatives.
 
-Shapes: B batch, S sequence, T = B x S tokens, D model, F hidden, V vocabulary, L layers, E experts.
+Shapes: B batch, S sequence, T = B x S tokens, D model, F hidden, V vocabulary, L layers with experts,
+E experts.
 """
 
 # ruff: noqa: N815  (shape suffixes)
@@ -17,6 +18,7 @@ from train.model.attention import Attention, AttentionPlan, DocumentKernel, plan
 from train.model.loss import IGNORE, chunked_cross_entropy
 from train.model.moe import MoE, MoEAux, balance_loss
 from train.model.norms import make_norm
+from train.recipe import sizes
 from train.recipe.schema import Ffn, Model
 
 Device = torch.device | str | None
@@ -85,13 +87,13 @@ class NormAttentionNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer: attention, then a dense or an MoE feed-forward layer."""
+    """One transformer layer, counted from 0: attention, then a dense or an MoE feed-forward layer."""
 
-    def __init__(self, model: Model, device: Device = None) -> None:
+    def __init__(self, model: Model, layer: int, device: Device = None) -> None:
         super().__init__()
         self.norm_attn_norm = NormAttentionNorm(model, device)
         self.ffn: nn.Module
-        if model.moe is None:
+        if model.moe is None or not sizes.has_experts(model, layer):
             self.ffn = DenseFfn(model, device)
         else:
             self.ffn = MoE(model.d_model, model.ffn_hidden_size, model.moe, device)
@@ -115,7 +117,7 @@ class Transformer(nn.Module):
         self.document_kernel: DocumentKernel | None = None
         """What keeps packed documents apart; None: what suits the device."""
         self.wte = nn.Embedding(model.vocab_size, model.d_model, device=device)
-        self.blocks = nn.ModuleList(Block(model, device) for _ in range(model.n_layers))
+        self.blocks = nn.ModuleList(Block(model, layer, device) for layer in range(model.n_layers))
         self.norm_f = make_norm(model, device)
 
     def forward(self, ids_BS: Tensor, document_ids_BS: Tensor | None) -> tuple[Tensor, list[MoEAux]]:

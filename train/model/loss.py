@@ -73,8 +73,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 hidden_CD = hidden[rows]
                 logits_CV = torch.mm(hidden_CD, weight.t(), out=buffer_CV[: len(hidden_CD)])
-                losses_T[rows], penalties_C = _losses(logits_CV, targets_T[rows], z, with_grad)
-                if penalties_T is not None:
+                losses_C, penalties_C = _losses(logits_CV, targets_T[rows], z, with_grad)
+                losses_T[rows] = losses_C
+                if penalties_T is not None and penalties_C is not None:
                     penalties_T[rows] = penalties_C
                 if grad_hidden is not None:
                     _write_product(grad_hidden[rows], logits_CV, weight)

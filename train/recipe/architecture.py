@@ -69,12 +69,16 @@ class Ffn(str, Enum):
 
 @dataclass(frozen=True)
 class Moe:
-    """Mixture of experts in place of each layer's dense feed-forward network."""
+    """Mixture of experts in place of the dense feed-forward network, in every layer or in some."""
 
     experts: int = key(16, above=0, on_start=OnStart.equal)
     """Experts E per layer. DBRX: 16."""
     top_k: int = key(4, above=0)
     """Experts K that each token uses. DBRX: 4."""
+    dense_layers: int = key(0, at_least=0, on_start=OnStart.equal)
+    """The first so many layers are dense. DeepSeek-V3: 3."""
+    every_n_layers: int = key(1, above=0, on_start=OnStart.equal)
+    """Of the other layers only every n-th has experts: layers n, 2n and so on, counted from 1."""
     expert_hidden_size: Optional[int] = key(None, above=0, on_start=OnStart.equal)
     """Hidden size F of an expert; null: `model.ffn_hidden_size`. Qwen3-30B-A3B: 768, DeepSeek-V3: 2,048."""
     shared_hidden_size: Optional[int] = key(None, above=0, on_start=OnStart.equal)

@@ -129,6 +129,13 @@ def _moe(model: Model) -> Iterator[Violation]:
     if moe.top_k > moe.experts:
         top_k, experts = moe.top_k, moe.experts
         yield Violation("model.moe.top_k", f"{top_k=} exceeds {experts=}", f"set it to at most {experts}")
+    if not sizes.expert_layers(model):
+        dense_layers, n_layers = moe.dense_layers, model.n_layers
+        yield Violation(
+            "model.moe.dense_layers",
+            f"{dense_layers=} and every_n_layers={moe.every_n_layers} leave none of {n_layers=} with experts",
+            "lower either, or set model.moe=null",
+        )
     yield from _groups(moe)
     if moe.shared_gate and moe.shared_hidden_size is None:
         yield Violation(

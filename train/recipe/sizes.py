@@ -5,9 +5,10 @@ real modules. Legend: D d_model, L n_layers, H n_heads, KV n_kv_heads, R width o
 E experts, K top_k, V vocab_size, S sequence tokens.
 """
 
+import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from train.recipe.curriculum import Curriculum, plan_stages
 from train.recipe.phases import batch_sequences, microbatch_sequences, phases_of
@@ -78,6 +79,37 @@ def expert_width(model: Model) -> int:
     return (model.moe and model.moe.expert_hidden_size) or model.ffn_hidden_size
 
 
+def has_experts(model: Model, layer: int) -> bool:
+    """Returns whether a layer, counted from 0, has experts; if not, it is dense."""
+    moe = model.moe
+    return moe is not None and layer >= moe.dense_layers and (layer + 1) % moe.every_n_layers == 0
+
+
+def expert_layers(model: Model) -> int:
+    """Returns the number of layers with experts."""
+    return sum(has_experts(model, layer) for layer in range(model.n_layers))
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Layers of a model that are all alike."""
+
+    model: Model
+    """A model all of whose layers are like these: with experts, or dense."""
+    layers: tuple[int, ...]
+    """Their numbers, ascending."""
+
+
+@functools.lru_cache
+def alike_layers(model: Model) -> tuple[Alike, ...]:
+    """Returns a model's layers by what they are made of, those of the first layer first."""
+    experts = tuple(layer for layer in range(model.n_layers) if has_experts(model, layer))
+    dense = tuple(sorted({*range(model.n_layers)} - {*experts}))
+    moe = model.moe and replace(model.moe, dense_layers=0, every_n_layers=1)
+    found = [Alike(replace(model, moe=moe), experts), Alike(replace(model, moe=None), dense)]
+    return tuple(sorted((alike for alike in found if alike.layers), key=lambda alike: alike.layers))
+
+
 def layer_weights(model: Model, layer: int) -> Iterator[Weight]:
     """Yields the parameters of one decoder layer, in the module's order."""
     D, F = model.d_model, model.ffn_hidden_size
@@ -90,7 +122,7 @@ def layer_weights(model: Model, layer: int) -> Iterator[Weight]:
             yield Weight(f"{prefix}.norm_attn_norm.attn.{part}_norm.weight", (width,))
     yield Weight(f"{prefix}.norm_attn_norm.attn.out_proj.weight", (D, queries))
     yield Weight(f"{prefix}.norm_attn_norm.norm_2.weight", (D,))
-    if model.moe:
+    if model.moe and has_experts(model, layer):
         E = model.moe.experts
         yield Weight(f"{prefix}.ffn.router.layer.weight", (E, D))
         for matrix in ("w1", "v1", "w2"):
@@ -196,7 +228,11 @@ def total_parameters(model: Model) -> int:
     and D for its gate.
     """
     outside = sum(w.elements for w in weights(model) if ".blocks." not in w.name)
-    return outside + model.n_layers * sum(w.elements for w in layer_weights(model, 0))
+    layers = (
+        len(alike.layers) * sum(w.elements for w in layer_weights(alike.model, 0))
+        for alike in alike_layers(model)
+    )
+    return outside + sum(layers)
 
 
 def active_parameters(model: Model, *, input_embedding: bool = False) -> int:
@@ -211,7 +247,7 @@ def active_parameters(model: Model, *, input_embedding: bool = False) -> int:
     idle = 0
     if model.moe:
         per_expert = 3 * expert_width(model) * model.d_model
-        idle = model.n_layers * (model.moe.experts - model.moe.top_k) * per_expert
+        idle = expert_layers(model) * (model.moe.experts - model.moe.top_k) * per_expert
     look_up = 0 if input_embedding or model.tie_embeddings else model.vocab_size * model.d_model
     return total_parameters(model) - idle - look_up
 

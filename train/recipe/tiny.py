@@ -94,12 +94,21 @@ def _tiny_model(model: Model) -> Model:
     if moe is not None:
         widths = (moe.expert_hidden_size, moe.shared_hidden_size)
         expert, shared = (width and scaled(width) for width in widths)
-        moe = replace(moe, expert_hidden_size=expert, shared_hidden_size=shared)
+        # One dense layer stands for all of the first, one for all between two layers of experts.
+        moe = replace(
+            moe,
+            expert_hidden_size=expert,
+            shared_hidden_size=shared,
+            dense_layers=min(moe.dense_layers, 1),
+            every_n_layers=min(moe.every_n_layers, LAYERS),
+        )
     return replace(
         model,
         moe=moe,
         d_model=d_model,
-        n_layers=min(model.n_layers, LAYERS),
+        n_layers=min(
+            model.n_layers, LAYERS if moe is None else moe.dense_layers + LAYERS * moe.every_n_layers
+        ),
         n_heads=heads,
         n_kv_heads=kv_heads,
         head_width=None if model.head_width is None else HEAD_WIDTH,

@@ -104,10 +104,10 @@ def test_states_of_every_recipe_to_the_byte(path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("expert", [1, 4])
-@pytest.mark.parametrize("stem", ["dbrx", "shared", "dbrx-dense-a", "mpt-7b", "llama2-13b"])
+@pytest.mark.parametrize("stem", ["dbrx", "shared", "dbrx-dense-a", "mpt-7b", "llama2-13b", "mixed"])
 def test_gathered_weights_are_what_fsdp_allocates(stem: str, expert: int) -> None:
     """Every unit is gathered for real (the fake group sends nothing, but the buffers are FSDP2's own)."""
-    cfg = tiny_model(stem)
+    cfg = MIXED if stem == "mixed" else tiny_model(stem)
     layout = Parallelism(replicate=2, expert=expert if cfg.moe else 1)
     real: dict[str, int] = {}
     with sharded(cfg, layout, 24, rank=5) as decoder:
@@ -192,6 +192,7 @@ CASES = {
     "qk-norm": Case(replace(MOE, qk_norm=True, norm=Norm.rmsnorm), 4, 512, 512),
     "qwen3": Case(QWEN3, 4, 512, 512),
 }
+MIXED = replace(MOE, n_layers=5, moe=Moe(experts=16, top_k=4, dense_layers=1, every_n_layers=2))
 
 
 class Step:
@@ -260,7 +261,7 @@ def planned_peak(case: Case, checkpointing: bool, bf16: bool) -> int:
     )
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", [*CASES.values(), Case(MIXED, 4, 512, 512)], ids=[*CASES, "mixed"])
 def test_saved_tensors_are_those_listed(case: Case) -> None:
     loss = loss_bytes(case.model, case.batch, CPU_FP32, case.chunk_tokens)
     planned = kept_bytes(case.model, case.batch, CPU_FP32, checkpointing=False)

@@ -31,6 +31,7 @@ MOE = Model(
     max_sequence_tokens=64,
     moe=Moe(experts=8, top_k=2),
 )
+MIXED = replace(MOE, n_layers=5, moe=Moe(experts=8, top_k=2, dense_layers=1, every_n_layers=2))
 DENSE = Model(
     d_model=48,
     n_layers=2,
@@ -122,6 +123,7 @@ def count(
         pytest.param(MOE, replace(COPIES, reduce=ONCE), 4, Precision.bf16, True, id="reduced-once"),
         pytest.param(MOE, replace(COPIES, gathered_layers=2), 4, Precision.bf16, False, id="gathered"),
         pytest.param(MOE, IN_BF16, 4, Precision.bf16, True, id="reduced-in-bf16"),
+        pytest.param(MIXED, replace(COPIES, gathered_layers=2), 4, Precision.bf16, True, id="dense-layers"),
         pytest.param(DENSE, Parallelism(replicate=2), 4, Precision.bf16, False, id="dense"),
         pytest.param(DENSE, Parallelism(), 3, Precision.fp32, True, id="dense-recomputed"),
     ],

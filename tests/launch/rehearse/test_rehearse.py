@@ -35,6 +35,8 @@ SMOKE = str(ROOT / "yamls/smoke.yaml")
 WORLD = 8
 LAYOUTS = [Parallelism(), Parallelism(expert=2, gathered_layers=1), Parallelism(replicate=2, expert=2)]
 
+DENSE_IN_TURN = ["model.n_layers=9", "model.moe.dense_layers=1", "model.moe.every_n_layers=2"]
+
 
 def recipe(layout: Parallelism, *overrides: str) -> Recipe:
     found = load_recipe(SMOKE, ["training.microbatch_sequences=1", "model.n_layers=2", *overrides])
@@ -99,12 +101,14 @@ def test_moments_are_reserved_in_the_form_that_a_step_gives_them() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_the_step_issues_the_collectives_of_a_real_rank(
-    layout: Parallelism, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("layout", "layers"),
+    [*((layout, ["model.n_layers=3"]) for layout in LAYOUTS), (LAYOUTS[1], DENSE_IN_TURN)],
+    ids=str,
+)
+def test_the_step_issues_the_collectives_of_a_real_rank(layout: Parallelism, layers: list[str]) -> None:
     """A model as deep as the two that are rehearsed would be scaled to, on real ranks of gloo."""
-    found = recipe(layout, "model.n_layers=3", "training.global_batch_sequences=16")
+    found = recipe(layout, *layers, "training.global_batch_sequences=16")
     (rehearsed,) = run_ranks(1, lambda _: rehearse_step(found, WORLD))
 
     def among_others(_: Topology) -> dict[Any, int]:

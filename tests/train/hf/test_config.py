@@ -27,6 +27,7 @@ DBRX = Model(
     moe=Moe(experts=4, top_k=2),
 )
 LLAMA = replace(DBRX, norm=Norm.rmsnorm, moe=None)
+EXPERTS = Moe(experts=4, top_k=2)
 QWEN3 = replace(LLAMA, head_width=12, qk_norm=True, qk_norm_over=QkNormOver.each_head)
 MODELS = {
     "dbrx": DBRX,
@@ -35,7 +36,7 @@ MODELS = {
     "olmoe": replace(LLAMA, moe=DBRX.moe, qk_norm=True),
     "mpt": replace(DBRX, position=Position.alibi, ffn=Ffn.mlp, moe=None),
     "qwen3": QWEN3,
-    "qwen3_moe": replace(QWEN3, moe=DBRX.moe),
+    "qwen3_moe": replace(QWEN3, n_layers=4, moe=replace(EXPERTS, dense_layers=1, every_n_layers=2)),
 }
 ROTARY = [kind for kind in MODELS if kind != "mpt"]
 
@@ -91,7 +92,8 @@ def test_both_versions_find_the_base_in_an_export(kind: str) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_numbers_have_the_types_on_which_transformers_5_insists(kind: str) -> None:
     """An int is refused there where a float is declared, also a whole one such as 8; so is MPT's 0.0."""
-    moe = MODELS[kind].moe and Moe(4, 2, normalize_weights_p=1, jitter_eps=0, balance_loss_weight=1)
+    moe = MODELS[kind].moe
+    moe = moe and replace(moe, normalize_weights_p=1, jitter_eps=0, balance_loss_weight=1)
     model = replace(MODELS[kind], moe=moe, rope_theta=10000, init_std=1)
     if kind in {"dbrx", "olmoe", "mpt"}:
         model = replace(model, clip_qkv=8)
@@ -181,6 +183,29 @@ def test_positions_that_we_do_not_have_are_refused_by_name(
 
 
 YARN = replace(LLAMA, yarn=Yarn(factor=4, original_tokens=16))
+
+
+@pytest.mark.parametrize("kind", ["dbrx", "mixtral", "olmoe"])
+def test_dense_layers_among_experts_are_refused_by_name(kind: str) -> None:
+    model = replace(MODELS[kind], moe=replace(EXPERTS, dense_layers=1))
+    with pytest.raises(
+        UserError, match=rf"{kind} needs [^;]*experts in every layer \(model.moe.dense_layers=0"
+    ):
+        written(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mlp_only_layers": [0, 2]}, "mlp_only_layers is [0, 2]; only the first layers"),
+        ({"intermediate_size": 64}, "intermediate_size of the dense layers is 64; only the experts'"),
+        ({"use_sliding_window": True}, "use_sliding_window is True; only False"),
+    ],
+)
+def test_layers_that_we_do_not_have_are_refused_by_name(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(written(MODELS["qwen3_moe"]) | change)
+    assert words in str(caught.value)
 
 
 def test_both_spellings_of_yarn_are_read_as_the_same_model() -> None:

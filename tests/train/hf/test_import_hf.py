@@ -55,8 +55,9 @@ def _model(kind: str, dtype: torch.dtype) -> Any:
     elif kind == "qwen3":
         config = transformers.Qwen3Config(**LLAMA, **ROPE, head_dim=16, tie_word_embeddings=True)
     elif kind == "qwen3_moe":
-        experts = {"moe_intermediate_size": 24, "num_experts": 12, "num_experts_per_tok": 3}
-        config = transformers.Qwen3MoeConfig(**LLAMA, **ROPE, **experts, head_dim=16, norm_topk_prob=True)
+        experts = {"moe_intermediate_size": 48, "num_experts": 12, "num_experts_per_tok": 3}
+        experts |= {"num_hidden_layers": 4, "mlp_only_layers": [0], "decoder_sparse_step": 2}
+        config = transformers.Qwen3MoeConfig(**(LLAMA | experts), **ROPE, head_dim=16, norm_topk_prob=True)
     else:
         config = transformers.MixtralConfig(**LLAMA, **ROPE, num_local_experts=12, sliding_window=None)
     model = transformers.AutoModelForCausalLM.from_config(config)

@@ -9,7 +9,9 @@ from torch import Tensor
 from train.model.attention import AttentionPlan, DocumentKernel
 from train.model.decoder import Decoder, DecoderOutput
 from train.model.init import initialize
+from train.model.kv_cache import CachedDecoder
 from train.model.moe import MoE, balance_loss
+from train.model.router import update_bias
 from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position, Precision, Recipe
 from train.step.microbatch import MicrobatchModel
 
@@ -115,6 +117,33 @@ def test_balance_and_z_loss_are_means_over_layers() -> None:
     torch.testing.assert_close(out.balance_loss, (layers[0] + layers[1]) / 2)
     torch.testing.assert_close(out.z_loss, (seen[0].z_loss + seen[1].z_loss) / 2)
     assert torch.equal(out.expert_tokens_LE, torch.stack([aux.expert_tokens_E for aux in seen]))
+
+
+MIXED = replace(
+    CFG,
+    n_layers=5,
+    moe=Moe(experts=4, top_k=2, dense_layers=1, every_n_layers=2, balance=Balance.bias),
+)
+
+
+def test_dense_layers_and_layers_of_experts_in_turn() -> None:
+    """Of five layers, the second and the fourth have experts; each has its counts, and a bias of its own."""
+    model, (ids, documents, targets) = make(MIXED), batch()
+    names = {name.removeprefix("transformer.") for name, _ in model.named_parameters() if ".ffn." in name}
+    experts = ("router.layer.weight", "experts.mlp.w1", "experts.mlp.v1", "experts.mlp.w2")
+    dense = ("w1.weight", "v1.weight", "w2.weight")
+    assert names == {
+        f"blocks.{layer}.ffn.{name}" for layer in range(5) for name in (experts if layer in (1, 3) else dense)
+    }
+    out = model(ids, documents, targets)
+    assert out.expert_tokens_LE.sum(dim=1).tolist() == [B * S * 2] * 2
+    counts_LE = torch.tensor([[4, 0, 2, 2], [0, 4, 2, 2]])
+    update_bias(model, counts_LE, 0.5)
+    biases = [model.transformer.blocks[layer].ffn.router.expert_bias.tolist() for layer in (1, 3)]
+    assert biases == [[-0.5, 0.5, 0, 0], [0.5, -0.5, 0, 0]]
+    cached = CachedDecoder(model)
+    steps = [cached.feed(part) for part in ids.split([7, 1, 8], dim=1)]
+    torch.testing.assert_close(steps[-1], model.eval()(ids).logits_BSV[:, -1])
 
 
 def test_a_kernel_for_documents_may_be_chosen() -> None:

@@ -104,6 +104,10 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
         ("optimizer.learning_rate=-1", f"{SMOKE}: optimizer.learning_rate: is -1.0; must be above 0"),
         ("training.clip_norm=.nan", f"{SMOKE}: training.clip_norm: is nan; must be above 0"),
         ("model.ffn=mlp", f"{SMOKE}: model.ffn: experts are GLUs"),
+        (
+            "model.moe={dense_layers: 3, every_n_layers: 6}",
+            f"{SMOKE}: model.moe.dense_layers: dense_layers=3 and every_n_layers=6 leave none of n_layers=4",
+        ),
         ("model.head_width=33", f"{SMOKE}: model.head_width: head_width=33 is odd, and RoPE rotates pairs"),
         (
             "model.qk_norm_over=each_head",

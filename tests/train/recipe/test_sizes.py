@@ -61,8 +61,23 @@ def test_published_table_to_the_last_digit(model: Model, total: int, active: int
     assert sizes.active_parameters(model) == active
 
 
+MIXED = decoder(64, 7, (4, 2), 112, 512, moe=Moe(experts=8, top_k=2, dense_layers=2, every_n_layers=2))
+
+
+def test_layers_are_dense_or_have_experts() -> None:
+    assert [sizes.has_experts(MIXED, layer) for layer in range(7)] == [0, 0, 0, 1, 0, 1, 0]
+    dense, experts = sizes.alike_layers(MIXED)
+    assert (dense.layers, experts.layers) == ((0, 1, 2, 4, 6), (3, 5))
+    assert [sizes.expert_layers(each.model) for each in (dense, experts)] == [0, 7]
+    idle = 2 * (8 - 2) * 3 * 112 * 64
+    whole = sizes.total_parameters(MIXED)
+    assert sizes.active_parameters(MIXED, input_embedding=True) == whole - idle
+    assert sizes.alike_layers(OLMOE) == (sizes.Alike(OLMOE, tuple(range(16))),)
+    assert sizes.alike_layers(LLAMA) == (sizes.Alike(LLAMA, tuple(range(40))),)
+
+
 @pytest.mark.parametrize(
-    "model", [MPT, LLAMA, OLMOE, QWEN3, decoder(64, 3, (4, 2), 112, 512, moe=Moe(experts=8, top_k=2))]
+    "model", [MPT, LLAMA, OLMOE, QWEN3, MIXED, decoder(64, 3, (4, 2), 112, 512, moe=Moe(experts=8, top_k=2))]
 )
 def test_listed_weights_add_up_to_the_total(model: Model) -> None:
     listed = list(sizes.weights(model))

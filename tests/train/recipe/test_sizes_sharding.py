@@ -1,5 +1,6 @@
 """The closed form of placements against the real modules, sharded under a fake process group."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ TINY = Model(
 )
 
 
+MIXED = replace(TINY, n_layers=4, moe=Moe(experts=8, top_k=2, dense_layers=1, every_n_layers=2))
+
+
+@pytest.mark.parametrize("model", [TINY, MIXED], ids=["experts", "mixed"])
 @pytest.mark.parametrize(
     ("layout", "world", "ranks"),
     [
@@ -37,12 +42,12 @@ TINY = Model(
     ],
 )
 def test_every_rank_holds_what_the_closed_form_says(
-    layout: Parallelism, world: int, ranks: tuple[int, ...]
+    layout: Parallelism, world: int, ranks: tuple[int, ...], model: Model
 ) -> None:
     for rank in ranks:
-        with sharded(TINY, layout, world, rank) as decoder:
+        with sharded(model, layout, world, rank) as decoder:
             real = {name: local(p).numel() for name, p in decoder.named_parameters()}
-        assert real == sizes.rank_weights(TINY, layout, world, rank)
+        assert real == sizes.rank_weights(model, layout, world, rank)
 
 
 def test_shards_add_up_to_the_model() -> None:
