@@ -177,6 +177,8 @@ def _random_decoder(model: Model) -> Decoder:
         for parameter in decoder.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + noise / 10 if parameter.ndim == 1 else noise / model.d_model**0.5)
+        for bias in decoder.buffers():
+            bias.copy_(torch.randn(bias.shape, generator=generator) / 10)
     return decoder
 
 
@@ -187,7 +189,7 @@ class _DecoderWeights:
         self._state = decoder.state_dict()
         self.tensors = {
             weight.name: TensorInfo(weight.name, self._state[weight.name].dtype, weight.shape)
-            for weight in sizes.weights(decoder.cfg)
+            for weight in (*sizes.weights(decoder.cfg), *sizes.biases(decoder.cfg))
         }
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:

@@ -87,7 +87,7 @@ class Architecture:
 
     def links(self, model: Model) -> Iterator[Link]:
         """Yields every tensor of theirs, in the order of ours."""
-        for weight in sizes.weights(model):
+        for weight in (*sizes.weights(model), *sizes.biases(model)):
             head, layer, suffix = _take_apart(weight.name)
             rule = self.table[suffix]
             prefix = self.layer.format(n=layer) if head else ""

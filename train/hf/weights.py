@@ -67,7 +67,7 @@ class HuggingFaceWeights:
             if name not in expected and not name.endswith(family.ignored or ("\0",)):
                 raise UserError(f"{folder.folder}: {name} is not a tensor of a {family.model_type} model")
         self.tensors = {}
-        for weight in sizes.weights(model):
+        for weight in (*sizes.weights(model), *sizes.biases(model)):
             dtypes = {folder.tensors[link.theirs].dtype for link in self._links[weight.name]}
             if len(dtypes) > 1:
                 raise UserError(f"{folder.folder}: parts of {weight.name} have different data types")

@@ -67,6 +67,8 @@ def write_weights_folder(
         UserError: if the folder is in use, or a weight is not finite.
     """
     tensors = [weights.tensors[weight.name] for weight in sizes.weights(model)]
+    # Weights from elsewhere have no biases, which then are 0.
+    tensors += [weights.tensors[bias.name] for bias in sizes.biases(model) if bias.name in weights.tensors]
     files = plan_files(tensors, shard_bytes)
     identity = {
         "origin": dict(origin),

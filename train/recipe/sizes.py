@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from train.recipe.curriculum import Curriculum, plan_stages
 from train.recipe.phases import batch_sequences, microbatch_sequences, phases_of
-from train.recipe.schema import Ffn, Model, Parallelism, QkNormOver, Recipe
+from train.recipe.schema import Balance, Ffn, Model, Parallelism, QkNormOver, Recipe
 
 LOSS_CHUNK_TOKENS = {"cuda": 4096, "cpu": 1024}
 """Default of training.loss_chunk_tokens by device. Each chunk passes over the output projection's gradient,
@@ -152,6 +152,15 @@ def weights(model: Model) -> Iterator[Weight]:
     yield Weight("transformer.norm_f.weight", (D,))
     if not model.tie_embeddings:
         yield Weight("lm_head.weight", (V, D))
+
+
+def biases(model: Model) -> Iterator[Weight]:
+    """Yields the buffers that are exported and imported besides the weights: biases on experts' selection."""
+    if model.moe is None or model.moe.balance is Balance.loss:
+        return
+    for layer in range(model.n_layers):
+        if has_experts(model, layer):
+            yield Weight(f"transformer.blocks.{layer}.ffn.router.expert_bias", (model.moe.experts,))
 
 
 REDUCTIONS_IN_FLIGHT = 2
