@@ -8,6 +8,7 @@ both models must fit in memory.
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from train.model.decoder import Decoder
 from train.model.kv_cache import CachedDecoder
 from train.recipe import sizes
 from train.recipe.errors import UserError
-from train.recipe.schema import Ffn, Model, Moe, Norm, Position, QkNormOver, Yarn
-from train.record.log import no_bars
+from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position, QkNormOver, Score, Yarn
+from train.record.log import get_logger, no_bars
 
+log = get_logger(__name__)
 TOLERANCE = 1e-5
 """Largest difference of a logit, absolute below 1 and relative above."""
 NEW_TOKENS = 16
@@ -47,6 +49,18 @@ _DBRX = Model(
 _LLAMA = replace(_DBRX, norm=Norm.rmsnorm, clip_qkv=None, moe=None)
 _MPT = replace(_DBRX, position=Position.alibi, ffn=Ffn.mlp, moe=None, n_kv_heads=4, ffn_hidden_size=256)
 _QWEN3 = replace(_LLAMA, head_width=32, qk_norm=True, qk_norm_over=QkNormOver.each_head, norm_eps=1e-6)
+_DOTS1 = Moe(
+    experts=16,
+    top_k=4,
+    expert_hidden_size=24,
+    shared_hidden_size=48,
+    dense_layers=1,
+    score=Score.sigmoid,
+    weight_scale=2.5,
+    groups=4,
+    top_groups=2,
+    balance=Balance.both,
+)
 SMALL_MODELS = {
     "DBRX": _DBRX,
     "DBRX, weights not normalised": replace(_DBRX, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)),
@@ -63,13 +77,23 @@ SMALL_MODELS = {
     ),
     "Qwen3-MoE": replace(_QWEN3, moe=Moe(experts=16, top_k=4)),
     "Qwen3-MoE, dense layers": replace(
-        _QWEN3, n_layers=4, moe=Moe(experts=16, top_k=4, dense_layers=1, every_n_layers=2)
+        _QWEN3,
+        n_layers=4,
+        moe=Moe(experts=16, top_k=4, expert_hidden_size=24, dense_layers=1, every_n_layers=2),
     ),
     "Qwen3-MoE, weights not normalised": replace(
         _QWEN3, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)
     ),
 }
 """Models with which each architecture is tested."""
+NEWER_MODELS = {
+    "dots.llm1": replace(_QWEN3, moe=_DOTS1),
+    "dots.llm1, no groups, no bias": replace(
+        _QWEN3,
+        moe=replace(_DOTS1, normalize_weights_p=None, groups=1, top_groups=1, balance=Balance.loss),
+    ),
+}
+"""The same, of an architecture that transformers has from 4.53 on."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +120,12 @@ class Parity:
 
 def compare_all() -> Iterator[Parity]:
     """Exports, compares, imports and exports again a small random model for each architecture."""
-    for name, model in tqdm(SMALL_MODELS.items(), desc="architectures", leave=False):
+    models = SMALL_MODELS
+    if find_spec("transformers.models.dots1") is None:
+        log.info("%s: not compared, as this transformers lacks the architecture", ", ".join(NEWER_MODELS))
+    else:
+        models = models | NEWER_MODELS
+    for name, model in tqdm(models.items(), desc="architectures", leave=False):
         # One bar is enough.
         with no_bars(), tempfile.TemporaryDirectory(prefix="parity-") as root:
             ours, theirs, back = (Path(root) / part for part in ("ours", "theirs", "back"))

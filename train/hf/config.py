@@ -13,7 +13,7 @@ from dataclasses import replace
 from train.hf.rope import Config, rope_base, rope_keys, rope_yarn
 from train.recipe import sizes
 from train.recipe.errors import UserError
-from train.recipe.schema import Ffn, Model, Moe, Norm, Position, QkNormOver
+from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position, QkNormOver, Score
 
 NEVER_CLIPPED = 1e30
 """Written for `clip_qkv: null`, as DBRX in transformers 4.51 fails without a number."""
@@ -187,22 +187,20 @@ def qwen3_moe_to_model(config: Config) -> Model:
     dense = list(config.get("mlp_only_layers") or [])
     if dense != list(range(len(dense))):
         raise UserError(f"mlp_only_layers is {dense}; only the first layers, [0, 1, ...], can be expressed")
-    hidden_size, every = _need(config, "moe_intermediate_size"), int(config.get("decoder_sparse_step", 1))
-    if (dense or every > 1) and _need(config, "intermediate_size") != hidden_size:
-        raise UserError(
-            f"intermediate_size of the dense layers is {config['intermediate_size']}; only the experts' "
-            f"moe_intermediate_size={hidden_size} can be expressed"
-        )
+    width, every = _need(config, "moe_intermediate_size"), int(config.get("decoder_sparse_step", 1))
+    # Where every layer has experts, nothing reads the width of dense layers.
+    dense_width = _need(config, "intermediate_size") if dense or every > 1 else width
     model = _llama_like(
         config,
         rms_norm_eps=1e-6,
         rope_theta=10000.0,
         kv_heads=4,
-        ffn_hidden_size=hidden_size,
+        ffn_hidden_size=dense_width,
         moe=Moe(
             # transformers 5 writes the count under the second name, and reads both.
             experts=_need(config, "num_experts" if "num_experts" in config else "num_local_experts"),
             top_k=_need(config, "num_experts_per_tok"),
+            expert_hidden_size=None if width == dense_width else width,
             dense_layers=len(dense),
             every_n_layers=every,
             normalize_weights_p=1 if config.get("norm_topk_prob", False) else None,
@@ -224,6 +222,51 @@ def qwen3_moe_from_model(model: Model) -> dict[str, object]:
         "output_router_logits": False,
         "decoder_sparse_step": model.moe.every_n_layers,
         "mlp_only_layers": list(range(model.moe.dense_layers)),
+    }
+
+
+def dots1_to_model(config: Config) -> Model:
+    """Reads a dots.llm1 config: Qwen3's attention, DeepSeek-V3's experts."""
+    windows = "sliding_attention" in (config.get("layer_types") or [])
+    if windows or (
+        config.get("sliding_window", 4096) is not None
+        and config.get("max_window_layers", 62) < _need(config, "num_hidden_layers")
+    ):
+        raise UserError(f"sliding_window is {config.get('sliding_window', 4096)}; only null can be expressed")
+    width = _need(config, "moe_intermediate_size")
+    moe = Moe(
+        experts=_need(config, "n_routed_experts" if "n_routed_experts" in config else "num_local_experts"),
+        top_k=_need(config, "num_experts_per_tok"),
+        expert_hidden_size=None if width == _need(config, "intermediate_size") else width,
+        shared_hidden_size=width * _need(config, "n_shared_experts"),
+        dense_layers=int(config.get("first_k_dense_replace") or 0),
+        score=Score.sigmoid,
+        normalize_weights_p=1 if config.get("norm_topk_prob", False) else None,
+        weight_scale=float(config.get("routed_scaling_factor", 1.0)),
+        groups=int(config.get("n_group") or 1),
+        top_groups=int(config.get("topk_group") or 1),
+        balance=Balance.bias,
+    )
+    model = _llama_like(config, rms_norm_eps=1e-6, rope_theta=10000.0, kv_heads=32, moe=moe)
+    return replace(model, qk_norm=True, qk_norm_over=QkNormOver.each_head)
+
+
+def dots1_from_model(model: Model) -> dict[str, object]:
+    """Writes a dots.llm1 config for experts that are scored by sigmoids, with a shared one."""
+    moe = model.moe
+    assert moe is not None and moe.shared_hidden_size is not None
+    return _llama_like_config(model) | {
+        "moe_intermediate_size": sizes.expert_width(model),
+        "n_routed_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "n_shared_experts": moe.shared_hidden_size // sizes.expert_width(model),
+        "first_k_dense_replace": moe.dense_layers,
+        "norm_topk_prob": moe.normalize_weights_p == 1,
+        "routed_scaling_factor": float(moe.weight_scale),
+        "n_group": moe.groups,
+        "topk_group": moe.top_groups,
+        "sliding_window": None,
+        "max_window_layers": model.n_layers,
     }
 
 

@@ -15,7 +15,7 @@ from train.hf.config import Config
 from train.hf.rope import is_same_yarn_in_both
 from train.recipe import sizes
 from train.recipe.errors import UserError
-from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position, QkNormOver, Score
+from train.recipe.schema import Balance, Ffn, GroupScore, Model, Moe, Norm, Position, QkNormOver, Score
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,21 @@ def _of_experts(what: str, holds: Callable[[Moe], bool]) -> Need:
     return f"model.moe.{what}", lambda model: model.moe is None or holds(model.moe)
 
 
+def _shares_whole_experts(model: Model) -> bool:
+    shared = model.moe and model.moe.shared_hidden_size
+    return bool(shared) and shared % sizes.expert_width(model) == 0
+
+
+def _dots1_extra(model: Model) -> Iterator[Link]:
+    """Yields biases of zeros for experts that are balanced by a loss only."""
+    if not any(sizes.biases(model)):
+        for layer in range(model.n_layers):
+            if model.moe is not None and sizes.has_experts(model, layer):
+                yield Link(
+                    f"model.layers.{layer}.mlp.gate.e_score_correction_bias", (model.moe.experts,), None
+                )
+
+
 PLAIN_ROUTING: tuple[Need, ...] = (
     _of_experts("balance=loss", lambda moe: moe.balance is Balance.loss),
     _of_experts("score=softmax", lambda moe: moe.score is Score.softmax),
@@ -262,14 +277,12 @@ QK_NORM_OF_HEADS: Need = (
     lambda model: model.qk_norm and model.qk_norm_over is QkNormOver.each_head,
 )
 NO_EXPERTS: Need = ("model.moe=null", lambda model: model.moe is None)
-MIXTURE_NEEDS: tuple[Need, ...] = (
-    ("model.moe", lambda model: model.moe is not None),
-    (
-        "model.moe.normalize_weights_p=1 or null",
-        lambda model: model.moe is None or model.moe.normalize_weights_p in {1, None},
-    ),
-    *PLAIN_ROUTING,
+HAS_EXPERTS: Need = ("model.moe", lambda model: model.moe is not None)
+NORMALISED_OR_NOT: Need = (
+    "model.moe.normalize_weights_p=1 or null",
+    lambda model: model.moe is None or model.moe.normalize_weights_p in {1, None},
 )
+MIXTURE_NEEDS: tuple[Need, ...] = (HAS_EXPERTS, NORMALISED_OR_NOT, *PLAIN_ROUTING)
 NO_CLIP: Need = ("model.clip_qkv=null", lambda model: model.clip_qkv is None)
 
 LLAMA = Architecture(
@@ -361,6 +374,36 @@ QWEN3_MOE = Architecture(
     from_model=config.qwen3_moe_from_model,
 )
 
+DOTS1 = Architecture(
+    model_type="dots1",
+    architecture="Dots1ForCausalLM",
+    layer="model.layers.{n}.",
+    table={
+        **QWEN3_MOE.table,
+        "ffn.router.expert_bias": Same("mlp.gate.e_score_correction_bias"),
+        "ffn.shared.w1.weight": Same("mlp.shared_experts.gate_proj.weight"),
+        "ffn.shared.v1.weight": Same("mlp.shared_experts.up_proj.weight"),
+        "ffn.shared.w2.weight": Same("mlp.shared_experts.down_proj.weight"),
+    },
+    needs=(
+        *LLAMA_NEEDS,
+        NO_CLIP,
+        QK_NORM_OF_HEADS,
+        HAS_EXPERTS,
+        NORMALISED_OR_NOT,
+        _of_experts("score=sigmoid", lambda moe: moe.score is Score.sigmoid),
+        _of_experts(
+            "group_score=top2_sum", lambda moe: moe.groups == 1 or moe.group_score is GroupScore.top2_sum
+        ),
+        _of_experts("every_n_layers=1", lambda moe: moe.every_n_layers == 1),
+        _of_experts("shared_gate=false", lambda moe: not moe.shared_gate),
+        ("model.moe.shared_hidden_size of whole experts", _shares_whole_experts),
+    ),
+    to_model=config.dots1_to_model,
+    from_model=config.dots1_from_model,
+    extra=_dots1_extra,
+)
+
 MPT = Architecture(
     model_type="mpt",
     architecture="MptForCausalLM",
@@ -393,4 +436,4 @@ MPT = Architecture(
     from_model=config.mpt_from_model,
 )
 
-FAMILIES = (DBRX, LLAMA, MIXTRAL, OLMOE, MPT, QWEN3, QWEN3_MOE)
+FAMILIES = (DBRX, LLAMA, MIXTRAL, OLMOE, MPT, QWEN3, QWEN3_MOE, DOTS1)

@@ -12,7 +12,7 @@ from train.hf.config import Config
 from train.hf.mapping import FAMILIES, family_for, family_of
 from train.hf.rope import views
 from train.recipe.errors import UserError
-from train.recipe.schema import Ffn, Model, Moe, Norm, Position, QkNormOver, Yarn
+from train.recipe.schema import Balance, Ffn, GroupScore, Model, Moe, Norm, Position, QkNormOver, Score, Yarn
 
 THETA = 123456.0
 DBRX = Model(
@@ -37,6 +37,21 @@ MODELS = {
     "mpt": replace(DBRX, position=Position.alibi, ffn=Ffn.mlp, moe=None),
     "qwen3": QWEN3,
     "qwen3_moe": replace(QWEN3, n_layers=4, moe=replace(EXPERTS, dense_layers=1, every_n_layers=2)),
+    "dots1": replace(
+        QWEN3,
+        moe=Moe(
+            experts=16,
+            top_k=4,
+            expert_hidden_size=24,
+            shared_hidden_size=48,
+            dense_layers=1,
+            score=Score.sigmoid,
+            weight_scale=2.5,
+            groups=4,
+            top_groups=2,
+            balance=Balance.bias,
+        ),
+    ),
 }
 ROTARY = [kind for kind in MODELS if kind != "mpt"]
 
@@ -93,7 +108,9 @@ def test_both_versions_find_the_base_in_an_export(kind: str) -> None:
 def test_numbers_have_the_types_on_which_transformers_5_insists(kind: str) -> None:
     """An int is refused there where a float is declared, also a whole one such as 8; so is MPT's 0.0."""
     moe = MODELS[kind].moe
-    moe = moe and replace(moe, normalize_weights_p=1, jitter_eps=0, balance_loss_weight=1)
+    moe = moe and replace(moe, normalize_weights_p=1, jitter_eps=0, weight_scale=1)
+    if kind != "dots1":  # which has no weight of a balance loss
+        moe = moe and replace(moe, balance_loss_weight=1)
     model = replace(MODELS[kind], moe=moe, rope_theta=10000, init_std=1)
     if kind in {"dbrx", "olmoe", "mpt"}:
         model = replace(model, clip_qkv=8)
@@ -102,6 +119,8 @@ def test_numbers_have_the_types_on_which_transformers_5_insists(kind: str) -> No
     counts |= {"n_layers", "n_heads", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
     counts |= {"kv_n_heads", "ffn_hidden_size", "intermediate_size", "expansion_ratio", "alibi_bias_max"}
     counts |= {"head_dim", "moe_intermediate_size", "decoder_sparse_step"}
+    counts |= {"n_routed_experts", "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace"}
+    counts |= {"max_window_layers"}
     counts |= {"moe_num_experts", "moe_top_k", "num_local_experts", "num_experts", "num_experts_per_tok"}
     counts |= {"attn_pdrop"} if kind == "mpt" else set()
     assert {key for key, value in config.items() if isinstance(value, int)} == counts & config.keys()
@@ -198,7 +217,6 @@ def test_dense_layers_among_experts_are_refused_by_name(kind: str) -> None:
     ("change", "words"),
     [
         ({"mlp_only_layers": [0, 2]}, "mlp_only_layers is [0, 2]; only the first layers"),
-        ({"intermediate_size": 64}, "intermediate_size of the dense layers is 64; only the experts'"),
         ({"use_sliding_window": True}, "use_sliding_window is True; only False"),
     ],
 )
@@ -206,6 +224,26 @@ def test_layers_that_we_do_not_have_are_refused_by_name(change: dict[str, Any], 
     with pytest.raises(UserError) as caught:
         read(written(MODELS["qwen3_moe"]) | change)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("moe", "words"),
+    [
+        ({"score": Score.softmax}, "model.moe.score=sigmoid"),
+        ({"group_score": GroupScore.max}, "model.moe.group_score=top2_sum"),
+        ({"shared_gate": True}, "model.moe.shared_gate=false"),
+        ({"shared_hidden_size": None}, "model.moe.shared_hidden_size of whole experts"),
+        ({"shared_hidden_size": 60}, "model.moe.shared_hidden_size of whole experts"),
+        ({"dense_layers": 0, "every_n_layers": 2}, "model.moe.every_n_layers=1"),
+        ({"normalize_weights_p": 2.0}, "model.moe.normalize_weights_p=1 or null"),
+    ],
+)
+def test_experts_that_no_architecture_has_are_refused_by_name(moe: dict[str, Any], words: str) -> None:
+    model = MODELS["dots1"]
+    assert model.moe is not None
+    with pytest.raises(UserError) as caught:
+        written(replace(model, moe=replace(model.moe, **moe)))
+    assert words in str(caught.value).partition("dots1 needs ")[2]
 
 
 def test_both_spellings_of_yarn_are_read_as_the_same_model() -> None:

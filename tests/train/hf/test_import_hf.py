@@ -55,9 +55,16 @@ def _model(kind: str, dtype: torch.dtype) -> Any:
     elif kind == "qwen3":
         config = transformers.Qwen3Config(**LLAMA, **ROPE, head_dim=16, tie_word_embeddings=True)
     elif kind == "qwen3_moe":
-        experts = {"moe_intermediate_size": 48, "num_experts": 12, "num_experts_per_tok": 3}
+        experts = {"moe_intermediate_size": 24, "num_experts": 12, "num_experts_per_tok": 3}
         experts |= {"num_hidden_layers": 4, "mlp_only_layers": [0], "decoder_sparse_step": 2}
         config = transformers.Qwen3MoeConfig(**(LLAMA | experts), **ROPE, head_dim=16, norm_topk_prob=True)
+    elif kind == "dots1":
+        if not hasattr(transformers, "Dots1Config"):
+            pytest.skip("this transformers has no dots.llm1")
+        experts = {"moe_intermediate_size": 24, "n_routed_experts": 12, "num_experts_per_tok": 3}
+        experts |= {"n_shared_experts": 2, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1}
+        experts |= {"norm_topk_prob": True, "routed_scaling_factor": 1.5, "sliding_window": None}
+        config = transformers.Dots1Config(**LLAMA, **ROPE, **experts, head_dim=16)
     else:
         config = transformers.MixtralConfig(**LLAMA, **ROPE, num_local_experts=12, sliding_window=None)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -65,6 +72,9 @@ def _model(kind: str, dtype: torch.dtype) -> Any:
         for name, parameter in model.named_parameters():
             scale = 0.3 if "router" in name or "gate.weight" in name else 0.05
             parameter.copy_(torch.randn(parameter.shape) * scale + (parameter.ndim == 1))
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.copy_(torch.randn(buffer.shape) * 0.1)
     return model.to(dtype).eval()
 
 
@@ -75,7 +85,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
-@pytest.mark.parametrize("kind", ["dbrx", "llama", "mixtral", "olmoe", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["dbrx", "llama", "mixtral", "olmoe", "qwen3", "qwen3_moe", "dots1"])
 def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, tmp_path: Path) -> None:
     theirs = _model(kind, torch.float32)
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
