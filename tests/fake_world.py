@@ -28,6 +28,7 @@ CFG = Model(
 @contextmanager
 def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[Decoder]:
     """The decoder as sharded on one rank of a fake process group."""
+    _forget_meshes()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         decoder = Decoder(cfg, device="meta")
@@ -35,6 +36,13 @@ def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[
         yield decoder
     finally:
         dist.destroy_process_group()
+
+
+def _forget_meshes() -> None:
+    """Empties DTensor's caches, whose results bring the mesh of a former world if it was equal."""
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+    clear_fast_path = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)
+    clear_fast_path()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,18 +4,21 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
 from torch.optim import Optimizer
 
 from data.opened import OpenedData
 from data.order.epoch_budget import require_epoch_budget
 from train.checkpoint.files import (
     ASIDE,
+    STATE_FOLDER,
     Progress,
     load_checkpoint,
     newest_whole_checkpoint,
     read_progress,
     set_aside,
 )
+from train.checkpoint.groups import first_difference, hyperparameters_of, read_hyperparameters
 from train.hf.initial_weights import find_start, require_moments, start_from
 from train.layout.mesh import replicas_of
 from train.layout.ranks import log_on_rank_0, run_on_rank_0
@@ -196,6 +199,8 @@ def load_weights(
         if recipe.start.run is not None:
             run_on_rank_0(topology, lambda: require_moments(checkpoint, model))
         load_checkpoint(resumed.checkpoint, model, optimizer, topology, replicas_of(model))
+        if recipe.start.run is None:  # a fork may change them
+            run_on_rank_0(topology, lambda: require_same_groups(checkpoint, model, optimizer))
         log_on_rank_0(topology, f"resumed from {resumed.checkpoint}, {resumed.progress.tokens:,} tokens")
         return
     try:
@@ -207,6 +212,21 @@ def load_weights(
         raise UserError(
             str(error), key="start.weights", remedy="name complete weights of this model"
         ) from None
+
+
+def require_same_groups(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuses to continue with other hyperparameters of any weight than the checkpoint was trained with.
+
+    Raises:
+        UserError: for the first difference. The recipe's keys cannot have changed, but their meaning may, in
+            another version.
+    """
+    before = read_hyperparameters(checkpoint / STATE_FOLDER)
+    found = first_difference(before, hyperparameters_of(model, optimizer.param_groups))
+    if found:
+        raise UserError(
+            f"{checkpoint}: {found}", key="optimizer", remedy="resume with the version that wrote it"
+        )
 
 
 def _note_found(folder: Path, batch: int) -> None:

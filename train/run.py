@@ -256,7 +256,7 @@ def build_model(
     forced = ", forced balance" if recipe.model.moe and recipe.model.moe.forced_balance else ""
     parameters = sizes.total_parameters(recipe.model)
     log_on_rank_0(topology, f"model of {parameters:,} parameters, {machine.precision.value}{forced}")
-    return model, build_optimizer(model, recipe.optimizer)
+    return model, build_optimizer(model, recipe.optimizer, recipe.seed)
 
 
 def assemble(

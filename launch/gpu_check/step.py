@@ -68,7 +68,7 @@ def check_step(device: str, recipe: Recipe, gpu: Gpu | None, steps: int = TIMED_
     precision = Precision.bf16 if recipe.training.precision is not Precision.fp32 else Precision.fp32
     found = measure(device, recipe, precision, steps)
     planned = memory(recipe, 1)
-    held = states(recipe.model, recipe.parallelism, 1, 0, recipe.optimizer.kind)
+    held = states(recipe.model, recipe.parallelism, 1, 0, recipe.optimizer)
     name = f"{recipe.name}, {recipe.model.n_layers} layers, {recipe.training.microbatch_sequences} sequences"
     # Only a step counter per tensor may differ.
     rows = [_bytes_row(f"weights, gradients, optimizer ({name})", found.held_bytes, held.total, 1e-3)]

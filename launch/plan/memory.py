@@ -26,10 +26,22 @@ from launch.plan.activations import (
     weight_copies,
 )
 from launch.plan.hardware import GIB, Gpu
+from launch.plan.muon import orthogonalising
 from launch.plan.traffic import reduced_bytes
 from train.recipe import sizes
-from train.recipe.schema import Model, OptimizerKind, Parallelism, Precision, Recipe, Reduction
+from train.recipe.matrices import is_orthogonalised
+from train.recipe.schema import (
+    Model,
+    Moments,
+    Optimizer,
+    OptimizerKind,
+    Parallelism,
+    Precision,
+    Recipe,
+    Reduction,
+)
 
+BF16 = 2
 FRAGMENTATION_SHARE = 0.05
 """Assumed: share of all allocated memory, with expandable segments."""
 RESERVED_BYTES = 2 * GIB
@@ -81,12 +93,28 @@ class States:
         return self.weights + self.gradients + self.optimizer
 
 
-def states(model: Model, layout: Parallelism, world_size: int, rank: int, optimizer: OptimizerKind) -> States:
-    """Bytes of one rank's fp32 shards: AdamW has two moments and a counter per tensor, Lion one moment."""
+def states(model: Model, layout: Parallelism, world_size: int, rank: int, optimizer: Optimizer) -> States:
+    """Bytes of one rank's fp32 shards and of its optimizer's state."""
     held = sizes.rank_weights(model, layout, world_size, rank)
     elements = sum(held.values())
-    moments = 2 * elements * FP32 + len(held) * FP32 if optimizer is OptimizerKind.adamw else elements * FP32
+    moments = sum(_state_bytes(optimizer, weight, held[weight.name]) for weight in sizes.weights(model))
     return States(elements * FP32, elements * FP32, moments)
+
+
+def _state_bytes(optimizer: Optimizer, weight: sizes.Weight, elements: int) -> int:
+    """Bytes that an optimizer keeps of a weight.
+
+    Lion keeps one moment, and so does Muon of what it orthogonalises; AdamW, which updates Muon's rest,
+    two moments and a counter. An average of the weights is as large as they are.
+    """
+    kind = optimizer.kind
+    average = 0 if optimizer.average_decay is None else elements * FP32
+    if kind is OptimizerKind.lion:
+        return average + elements * FP32
+    if kind is OptimizerKind.muon and is_orthogonalised(weight.name, weight.shape):
+        return average + elements * FP32
+    moment = FP32 if optimizer.moments is Moments.fp32 else BF16
+    return average + 2 * elements * moment + FP32
 
 
 def numerics_of(recipe: Recipe, world_size: int) -> Numerics:
@@ -112,7 +140,7 @@ def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 
         masked=training.document_masking,
         imbalance=imbalance if layout.expert > 1 else 1.0,
     )
-    held = states(model, layout, world_size, rank, recipe.optimizer.kind)
+    held = states(model, layout, world_size, rank, recipe.optimizer)
     kept_gradients = 0
     if sizes.microbatches_per_rank(recipe, world_size) > 1:
         kept_gradients = held.gradients
@@ -178,7 +206,7 @@ def _backward_passes(
 
 def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients: int) -> list[_Moment]:
     """The candidates of a rank of several: in the loss, in the backward passes of the last and of the first
-    layer, and at the end of the backward pass, when the embeddings' gradients are reduced.
+    layer, at the end of the backward pass, when the embeddings' gradients are reduced, and in the update.
 
     Gradients of earlier microbatches, ``kept_gradients``, exist all the time, those of the only one from the
     backward pass of their layer on, in which the inputs that recomputation kept become fewer.
@@ -199,7 +227,7 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
     if model.moe and layout.expert > 1:
         rows = batch.tokens * model.moe.top_k * model.d_model * numerics.compute
         exchanged = rows + round(rows * batch.imbalance)
-    all_gradients = max(kept_gradients, states(model, layout, world_size, 0, recipe.optimizer.kind).gradients)
+    all_gradients = max(kept_gradients, states(model, layout, world_size, 0, recipe.optimizer).gradients)
     gathered = whole.outside + whole.in_backward
     return [
         _Moment(
@@ -211,6 +239,7 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
             for each in firsts
         ),
         _Moment(stream, 0, whole.outside * (2 + FP32 // numerics.compute), 0, all_gradients),
+        _Moment(0, 0, orthogonalising(recipe, world_size).bytes, 0, all_gradients),
     ]
 
 
@@ -239,6 +268,7 @@ def _moments_of_one(recipe: Recipe, _world: int, batch: Microbatch, kept_gradien
         in_backward_of(last, kept_gradients),
         *(in_backward_of(each, max(kept_gradients, _gradients_above(model, each.layer))) for each in firsts),
         _Moment(stream, 0, 0, 0, sizes.total_parameters(model) * FP32),
+        _Moment(0, 0, orthogonalising(recipe, 1).bytes, 0, sizes.total_parameters(model) * FP32),
     ]
 
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from launch.plan.hardware import Gpu
-from launch.plan.memory import Memory, memory, numerics_of
+from launch.plan.memory import Memory, memory, numerics_of, states
+from launch.plan.muon import EXCHANGE, orthogonalising
 from launch.plan.overlap import Overlapped, overlap, traffic_of
 from launch.plan.step_shapes import StepShape, step_shapes
 from launch.plan.step_time import (
@@ -22,7 +23,7 @@ from launch.plan.traffic import Collective, collectives
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.rules import validate
-from train.recipe.schema import OptimizerKind, Recipe
+from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 
 HOUR_SECONDS = 3600
@@ -193,7 +194,7 @@ def make_plan(
 
 
 def _traffic(recipe: Recipe, world_size: int) -> list[Collective]:
-    return collectives(
+    of_model = collectives(
         recipe.model,
         recipe.parallelism,
         world_size,
@@ -201,6 +202,7 @@ def _traffic(recipe: Recipe, world_size: int) -> list[Collective]:
         compute_bytes=numerics_of(recipe, world_size).compute,
         checkpointing=recipe.training.activation_checkpointing,
     )
+    return of_model + orthogonalising(recipe, world_size).collectives
 
 
 def _parts(
@@ -226,17 +228,20 @@ def _parts(
     ahead = compute_seconds(forward + head + head.backward(), gpu, efficiency)
     back = compute_seconds(forward.backward() + again, gpu, efficiency)
     most_alike = max(len(alike.layers) for alike in sizes.alike_layers(model))
-    passes = _overlapped(traffic, ahead, back, most_alike, gpu, efficiency)
-    held = sum(sizes.rank_weights(model, layout, world_size, 0).values())
-    moments = 8 if recipe.optimizer.kind is OptimizerKind.adamw else 4
-    update = update_work(held, moments, clips=training.clip_norm is not None)
+    of_passes = [each for each in traffic if each.what != EXCHANGE]
+    passes = _overlapped(of_passes, ahead, back, most_alike, gpu, efficiency)
+    elements = sum(sizes.rank_weights(model, layout, world_size, 0).values())
+    moments = states(model, layout, world_size, 0, recipe.optimizer).optimizer / elements
+    update = update_work(elements, moments, clips=training.clip_norm is not None)
+    update += Work(matrix_flops=orthogonalising(recipe, world_size).flops)
+    exchanged = link_seconds([each for each in traffic if each.what == EXCHANGE], gpu, efficiency)
     counts = (microbatches, microbatches, 1)
     return [
         *(
             Part(name, each.seconds, count, each.hidden)
             for name, each, count in zip(("forward", "backward", "reduce"), passes, counts, strict=True)
         ),
-        Part("optimizer", compute_seconds(update, gpu, efficiency)),
+        Part("optimizer", compute_seconds(update, gpu, efficiency) + exchanged),
     ]
 
 

@@ -156,7 +156,7 @@ def head_work(model: Model, tokens: int, split: Split = Split()) -> Work:
     return product + Work(memory_bytes=2 * FP32 * logits)
 
 
-def update_work(elements: float, optimizer_bytes_per_element: int, clips: bool) -> Work:
+def update_work(elements: float, optimizer_bytes_per_element: float, clips: bool) -> Work:
     """Optimizer step over one GPU's weights: reads and writes weights and moments, reads gradients.
 
     Args:

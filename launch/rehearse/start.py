@@ -94,16 +94,20 @@ def reserve_moments(optimizer: torch.optim.Optimizer, like: torch.optim.Optimize
         optimizer: one that has not stepped yet.
         like: a small one of the same kind, which takes a step.
     """
-    (first, *_), *_ = (group["params"] for group in like.param_groups)
+    examples = {}
     for group in like.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
+            examples[group.get("orthogonal")] = parameter  # Muon keeps other moments of some weights
     like.step()
     for group in optimizer.param_groups:
+        example = examples[group.get("orthogonal")]
         for parameter in group["params"]:
             optimizer.state[parameter] = {
-                name: torch.empty_like(parameter) if value.shape == first.shape else value.clone()
-                for name, value in like.state[first].items()
+                name: torch.empty_like(parameter, dtype=value.dtype)
+                if value.shape == example.shape
+                else value.clone()
+                for name, value in like.state[example].items()
             }
 
 

@@ -190,7 +190,11 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
         small = loaded_input.with_phases(small)
     share = SEQUENCES // layout.world_size
     microbatch = 1 if each.is_accumulated else share
-    kinds = {OptimizerKind.adamw: OptimizerKind.lion, OptimizerKind.lion: OptimizerKind.adamw}
+    kinds = {
+        OptimizerKind.adamw: OptimizerKind.lion,
+        OptimizerKind.lion: OptimizerKind.adamw,
+        OptimizerKind.muon: OptimizerKind.adamw,
+    }
     optimizer = small.optimizer
     if each.other_optimizer:
         optimizer = replace(optimizer, kind=kinds[optimizer.kind])

@@ -8,7 +8,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -20,12 +20,13 @@ from torch.distributed.tensor import DTensor
 from launch.verify import decision_faults, update_faults
 from launch.verify.cases import Layout
 from train import run
-from train.layout import mesh
+from train.layout import mesh, optim
 from train.layout.mesh import DENSE
 from train.model import decoder
 from train.model.attention import AttentionPlan
 from train.model.moe import MoE
-from train.recipe.schema import Precision
+from train.recipe.matrices import Stack
+from train.recipe.schema import Balance, BalanceScope, Model, OptimizerKind, Precision, Recipe
 from train.step import balance, step
 from train.step.language_model import LanguageModel
 
@@ -50,6 +51,18 @@ class KnownFault:
     """True if it has an effect only with a balance loss over the global batch."""
     precision: Precision = Precision.fp32
     """fp32: it is detected in every precision in which its input is run. bf16: it must be in that one."""
+    optimizer: OptimizerKind | None = None
+    """The optimizer that it is a fault of; None: of any."""
+
+    def recipe_of(self, recipe: Recipe) -> Recipe:
+        """The recipe in which the fault has an effect."""
+        if self.needs_global_scope:
+            assert recipe.model.moe is not None
+            moe = replace(recipe.model.moe, balance=Balance.loss, balance_scope=BalanceScope.global_batch)
+            recipe = replace(recipe, model=replace(recipe.model, moe=moe))
+        if self.optimizer is not None:
+            recipe = replace(recipe, optimizer=replace(recipe.optimizer, kind=self.optimizer))
+        return recipe
 
 
 @contextlib.contextmanager
@@ -171,6 +184,12 @@ def _round_in_forward_only() -> Iterator[None]:
         mock.patch.object(mesh, "replace", lambda policy, **_changes: policy),
     ):
         yield
+
+
+def _slab_of(_name: str, parameter: nn.Parameter, _cfg: Model | None) -> tuple[Stack, None]:
+    """Takes the rows that a rank holds for one whole matrix."""
+    rows, columns = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape
+    return Stack((rows,), columns), None
 
 
 def _moes(decoder: nn.Module) -> list[MoE]:
@@ -327,5 +346,11 @@ FAULTS = {
         "gradients",
         layout=PAIR,
         input="loaded",
+    ),
+    "muon-on-a-slab": KnownFault(
+        "Muon on the rows that a rank holds, parts of matrices and stacks of experts",
+        lambda: mock.patch.object(optim, "stack_of", _slab_of),
+        "weights",
+        optimizer=OptimizerKind.muon,
     ),
 }

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from launch.verify.faults import FAULTS
 from launch.verify.forked_ranks import RankError
 from launch.verify.harness import Check, Workspace
 from train.recipe.errors import UserError
-from train.recipe.schema import Balance, BalanceScope, Precision, Recipe
+from train.recipe.schema import Precision, Recipe
 from train.recipe.sizes import total_parameters
 from train.record.provenance import git_commit
 
@@ -82,9 +81,7 @@ class ParityCheck(Check[CaseOutcome]):
             )
         fault = FAULTS[name]
         self.fault = fault.inject
-        if fault.needs_global_scope:
-            recipe = with_global_scope(recipe)
-        return find_case(recipe, fault.layout, fault.input, fault.precision)
+        return find_case(fault.recipe_of(recipe), fault.layout, fault.input, fault.precision)
 
     def run(self, workspace: Workspace) -> Iterator[CaseOutcome]:
         """Yields every case's outcome; a case that cannot be run counts as failed."""
@@ -129,13 +126,6 @@ def precisions_of(recipe: Recipe) -> tuple[Precision, ...]:
     """Returns fp32, in which rounding hides nothing, and bf16 unless the recipe uses fp32."""
     fp32 = recipe.training.precision is Precision.fp32
     return (Precision.fp32,) if fp32 else (Precision.fp32, Precision.bf16)
-
-
-def with_global_scope(recipe: Recipe) -> Recipe:
-    """The recipe with a balance loss over the global batch."""
-    assert recipe.model.moe is not None
-    moe = replace(recipe.model.moe, balance=Balance.loss, balance_scope=BalanceScope.global_batch)
-    return replace(recipe, model=replace(recipe.model, moe=moe))
 
 
 def describe(recipe: Recipe, outcomes: list[CaseOutcome], seconds: float) -> dict[str, Any]:

@@ -53,4 +53,4 @@ def build_rounding_reference(recipe: Recipe) -> tuple[LanguageModel, torch.optim
     build_sharded(decoder, build_mesh(Parallelism(), 1, "cpu"), Precision.bf16, recipe.seed)
     freeze(decoder, recipe.training.frozen)
     model = LanguageModel(decoder, recipe, Precision.bf16)
-    return model, build_optimizer(model, recipe.optimizer)
+    return model, build_optimizer(model, recipe.optimizer, recipe.seed)

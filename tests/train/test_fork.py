@@ -102,6 +102,33 @@ def test_a_fork_continues_as_the_old_run_did_and_records_what_is_changed(
     assert audit([str(tmp_path / "changed")]) == 0
 
 
+@pytest.mark.slow
+def test_a_decay_from_a_checkpoint_of_the_stable_phase_is_that_of_the_run_that_planned_it(
+    tmp_path: Path, shards: Path, tiny_recipe: TinyRecipe
+) -> None:
+    """With Muon and an average of the weights, whose states the branch takes over too."""
+    from launch.verify.equality import read_state, unequal
+    from train.main import main
+
+    own = ["schedule.kind=wsd", "schedule.decay_tokens=2048", "schedule.final_share=0", "schedule.decay=sqrt"]
+    own += ["optimizer.kind=muon", "optimizer.average_decay=0.9", "checkpoint.keep_last=9"]
+
+    def start(name: str, tokens: int, *overrides: str) -> list[dict[str, Any]]:
+        file = tmp_path / f"{name}.yaml"
+        recipe = tiny_recipe(tmp_path, shards, name, *own, f"training.duration_tokens={tokens}")
+        file.write_text(to_yaml(recipe))
+        assert main([str(file), *overrides]) == 0
+        return figures(tmp_path / name)
+
+    trunk, planned = start("trunk", 6144), start("planned", 4096)
+    branch = start("branch", 4096, f"start.run={tmp_path / 'trunk'}", "start.batch=4")
+    assert branch == planned and branch[:4] == trunk[:4] and branch[4] != trunk[4]
+    assert branch[-1]["learning_rate"] == 0.0
+    states = [read_state(tmp_path / name / "checkpoints/batch-00000008") for name in ("planned", "branch")]
+    assert any(name.endswith(".average") for name in states[0])
+    assert not list(unequal(*states))
+
+
 def test_what_a_fork_cannot_change_is_said_before_anything_is_built(
     tmp_path: Path, tiny_recipe: TinyRecipe
 ) -> None:

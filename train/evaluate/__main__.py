@@ -10,6 +10,7 @@ from pathlib import Path
 
 from train.evaluate.suite import load_suite, select
 from train.evaluate.task_files import missing_files, require_files
+from train.hf.average_option import add_average
 from train.recipe.errors import UserError
 from train.record import log
 from train.record.command import Figures, at_least, command
@@ -28,6 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", help="a run's checkpoint, batch-... (default: the newest complete one)"
     )
+    add_average(parser)
     _add_suite_arguments(parser)
     _add_harness_arguments(parser)
     _add_retrieval_arguments(parser)

@@ -55,7 +55,9 @@ class Opened:
         return int(self.source.path.name.rpartition("-")[2]) if self.source.recipe is not None else None
 
     def keep(self, kind: str, name: str, fields: dict[str, Any]) -> None:
-        """Stores a result in the run's folder."""
+        """Stores a result in the run's folder; of an average under a name of its own."""
+        if self.source.average is not None:
+            name = f"{name} of {self.source.average}"
         if self.run_dir is not None:
             evaluations.add_result(self.run_dir, kind, name, self.batch, fields)
 
@@ -89,7 +91,7 @@ def _advance(bar: Any) -> None:
 
 def open_model(path: Path, options: argparse.Namespace) -> Opened:
     """Opens a decoder with its tokenizer."""
-    decoder, source = open_decoder(path, options.checkpoint, options.device)
+    decoder, source = open_decoder(path, options.checkpoint, options.device, average=options.average)
     precision = Precision.bf16 if options.dtype == "bf16" else Precision.fp32
     scorer = Scorer(decoder, precision, Topology(), source.model.max_sequence_tokens)
     if source.recipe is not None:
@@ -141,7 +143,7 @@ def evaluate_suite(opened: Opened, options: argparse.Namespace) -> dict[str, Any
         "limit": options.questions,
     }
     opened.keep(evaluations.SUITE, suite.name, fields)
-    if opened.run_dir is not None:
+    if opened.run_dir is not None and opened.source.average is None:
         evaluations.add_metrics(opened.run_dir, opened.batch, as_metrics(result.scores))
     return fields
 

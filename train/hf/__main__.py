@@ -5,6 +5,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
+from train.hf.average_option import add_average
 from train.hf.serving import ENGINES, check_folder
 from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Moe
@@ -67,6 +68,7 @@ def _export_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help=WEIGHTS)
     parser.add_argument("out", type=Path, help="folder to write; must be new or empty")
     parser.add_argument("--checkpoint", help="of a run: batch-..., instead of the newest complete one")
+    add_average(parser)
     parser.add_argument(
         "--shard-gb",
         type=_positive,
@@ -91,7 +93,7 @@ def run_export(options: Namespace) -> Figures:
     from train.hf.export import write_folder
     from train.hf.weights import open_weights
 
-    source = open_weights(options.source, options.checkpoint)
+    source = open_weights(options.source, options.checkpoint, options.average)
     exported = write_folder(
         source,
         options.out,

@@ -71,7 +71,7 @@ def write_folder(
     written = _most_common_dtype(layout)
     config = {"architectures": [family.architecture], "model_type": family.model_type}
     model_card.write_texts(out, source, config | family.from_model(source.model), written)
-    write_provenance(out, source.path, digests)
+    write_provenance(out, source.path, digests, str(source.average or ""))
     size = sum((out / name).stat().st_size for name in digests)
     return Exported(str(out), family.architecture, written, digests, size)
 

@@ -78,6 +78,16 @@ def load_initial_weights(decoder: Decoder, path: Path) -> WeightSource:
         UserError: if a tensor is missing or has another shape.
     """
     source = open_weights(path)
+    fill(decoder, source)
+    return source
+
+
+def fill(decoder: Decoder, source: WeightSource) -> None:
+    """Fills a decoder as :func:`load_initial_weights` does, with weights that are open.
+
+    Raises:
+        UserError: if a tensor is missing or has another shape.
+    """
     targets = {name: parameter.detach() for name, parameter in decoder.named_parameters()}
     targets |= {
         name: buffer for name, buffer in decoder.named_buffers() if name in source.weights.tensors
@@ -94,7 +104,6 @@ def load_initial_weights(decoder: Decoder, path: Path) -> WeightSource:
         first, local = _local_rows(target)
         if local.numel():
             local.copy_(source.weights.read(name, first, first + local.shape[0]))
-    return source
 
 
 def freeze(decoder: Decoder, patterns: list[str]) -> int:

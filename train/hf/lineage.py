@@ -45,9 +45,17 @@ def parent_tags(recipe: Recipe) -> dict[str, str]:
     return {PARENT + key: value for key, value in parent.items() if not key.startswith(PARENT)}
 
 
-def write_provenance(folder: Path, weights: Path, files: dict[str, str]) -> None:
-    """Writes the lineage of an exported folder's weights, with the SHA-256 of its files."""
-    tree = {"lineage": lineage(weights) | {"exported_at_commit": git_commit()}, "sha256": files}
+def write_provenance(folder: Path, weights: Path, files: dict[str, str], average: str = "") -> None:
+    """Writes the lineage of an exported folder's weights, with the SHA-256 of its files.
+
+    Args:
+        folder: the exported folder.
+        weights: as of :func:`lineage`.
+        files: SHA-256 by name.
+        average: the average that was exported; empty: the weights.
+    """
+    tags = lineage(weights) | ({"average": average} if average else {})
+    tree = {"lineage": tags | {"exported_at_commit": git_commit()}, "sha256": files}
     (folder / PROVENANCE_FILE).write_text(json.dumps(tree, indent=1) + "\n")
 
 

@@ -59,7 +59,20 @@ def check_start(recipe: Recipe, file: str) -> list[str]:
             remedy=f"set it to fresh, or optimizer.kind={parent.optimizer.kind.value}",
             file=file,
         )
+    if recipe.start.optimizer is OptimizerStart.restored and parent.optimizer.average_decay is None:
+        _without_average(recipe, path, file)
     return [*changes, _rates(recipe, parent)]
+
+
+def _without_average(recipe: Recipe, path: Path, file: str) -> None:
+    """Raises if a recipe restores an average of the weights that the run did not keep."""
+    if recipe.optimizer.average_decay is not None:
+        raise UserError(
+            f"is restored, but {path} kept no average of its weights",
+            key="start.optimizer",
+            remedy="set it to fresh, or optimizer.average_decay=null",
+            file=file,
+        )
 
 
 def require_start_tokenizer(recipe: Recipe, tokenizer: TokenizerHandle, file: str = "") -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from train.checkpoint.files import newest_whole_checkpoint, read_progress
+from train.hf.average_option import OPTION, Average
+from train.hf.averaged_weights import MeanWeights, newest_checkpoints
 from train.hf.checkpoint_weights import CheckpointWeights
 from train.hf.folders import CONFIG_FILE, MODEL_FILE, STATE_FOLDER, model_at, read_json
 from train.hf.mapping import Architecture, Link, family_of
@@ -45,6 +47,8 @@ class WeightSource:
     weights: Weights
     recipe: Recipe | None = None
     """The recipe of the run that trained them; None for weights that are not from a run."""
+    average: Average | None = None
+    """The average that they are; None: weights as trained."""
 
 
 class HuggingFaceWeights:
@@ -97,36 +101,52 @@ class HuggingFaceWeights:
             )
 
 
-def open_weights(path: Path, checkpoint: str | None = None) -> WeightSource:
+def open_weights(path: Path, checkpoint: str | None = None, average: Average | None = None) -> WeightSource:
     """Opens weights of any source; only headers and metadata are read.
 
     Args:
         path: a run's folder, one of its checkpoints, a folder that `train.hf import` or `train.hf upcycle`
             wrote, or a Hugging Face folder.
         checkpoint: folder name of a run's checkpoint; None: the newest complete one.
+        average: an average of a run's weights instead of them.
 
     Raises:
         UserError: if there are no weights, or they are damaged.
     """
     model, recipe = model_at(path)
+    if average is not None:
+        _check_average(path, average, checkpoint, recipe)
     if recipe is None and checkpoint is not None:
         raise UserError(f"{path}: is not a run, so it has no checkpoint {checkpoint}")
     weights: Weights
-    if recipe is not None:
+    if recipe is not None and average is not None and average.last is not None:
+        path, *others = newest_checkpoints(path, average.last)
+        weights = MeanWeights([CheckpointWeights(each) for each in (path, *others)])
+        model = replace(model, rope_theta=rope_theta_at(path, model))
+    elif recipe is not None:
         if (path / CHECKPOINTS_FOLDER).is_dir():
             path = path / CHECKPOINTS_FOLDER / checkpoint if checkpoint else newest(path)
         if not (path / STATE_FOLDER).is_dir():
             raise UserError(f"{path}: is not a checkpoint")
-        weights = CheckpointWeights(path)
+        weights = CheckpointWeights(path, of_average=average is not None)
         model = replace(model, rope_theta=rope_theta_at(path, model))
     elif (path / MODEL_FILE).is_file():
         weights = SafetensorsFolder(path)
     else:
         family = family_of(read_json(path / CONFIG_FILE))
         weights = HuggingFaceWeights(SafetensorsFolder(path), family, model)
-    source = WeightSource(path, model, weights, recipe)
+    source = WeightSource(path, model, weights, recipe, average)
     check_complete(source)
     return source
+
+
+def _check_average(path: Path, average: Average, checkpoint: str | None, recipe: Recipe | None) -> None:
+    """Raises if a folder of weights has nothing of which the average could be had."""
+    if recipe is None:
+        raise UserError(f"{path}: is not a run, so it has no average", key=OPTION, remedy="leave it out")
+    if average.last is not None and (checkpoint or not (path / CHECKPOINTS_FOLDER).is_dir()):
+        what = "averages a run's newest checkpoints, and one is named"
+        raise UserError(what, key=OPTION, remedy=f"name only the run, or use {OPTION} ema")
 
 
 def rope_theta_at(checkpoint: Path, model: Model) -> float:

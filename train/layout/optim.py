@@ -5,46 +5,131 @@ import importlib.util
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from train.layout.average import keep_average
+from train.layout.bf16_moments import Bf16MomentsAdamW, Place
+from train.layout.mesh import DENSE, EXPERT, SHARD
+from train.layout.muon import Muon
+from train.model.decoder import Decoder
+from train.recipe.matrices import Stack, is_orthogonalised, stacked_rows
+from train.recipe.schema import Decay, Model, Moments, OptimizerKind, Schedule, ScheduleKind
 from train.recipe.schema import Optimizer as OptimizerRecipe
-from train.recipe.schema import OptimizerKind, Schedule, ScheduleKind
 
 
-def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
-    """Builds AdamW or Lion over the model's parameters, with decoupled weight decay of matrices only.
+class _Kind(NamedTuple):
+    """What the parameters of a group have in common; a fused update needs all its tensors on one mesh."""
 
-    Experts form separate parameter groups, and so do routers where others are sharded: a fused update needs
-    all its tensors on one mesh.
+    is_matrix: bool
+    is_expert: bool
+    is_sharded: bool
+    """Routers are not, where others are."""
+    is_orthogonal: bool
+    """Muon updates it."""
+
+
+def build_optimizer(model: nn.Module, recipe: OptimizerRecipe, seed: int = 0) -> torch.optim.Optimizer:
+    """Builds the recipe's optimizer of the model's parameters, with decoupled weight decay of matrices only.
+
+    Experts form separate parameter groups, and so do routers where others are sharded. A group's ``lr_scale``
+    is its learning rate as a multiple of the recipe's.
+
+    Args:
+        model: the model, on its device and sharded.
+        recipe: the optimizer's section.
+        seed: of the rounding of moments in bf16.
     """
-    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    kinds: dict[_Kind, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:  # Frozen: neither updated nor decayed.
             continue
-        kind = (parameter.ndim > 1, ".experts." in name, isinstance(parameter, DTensor))
-        groups.setdefault(kind, []).append(parameter)
+        is_orthogonal = recipe.kind is OptimizerKind.muon and is_orthogonalised(name, parameter.shape)
+        kind = _Kind(parameter.ndim > 1, ".experts." in name, isinstance(parameter, DTensor), is_orthogonal)
+        kinds.setdefault(kind, []).append(parameter)
     decay = recipe.weight_decay
-    betas = (recipe.betas[0], recipe.betas[1])
+    if recipe.kind is OptimizerKind.lion:
+        # LLM Foundry's Lion decays by weight_decay * lr / initial lr; now by weight_decay * lr like AdamW.
+        decay *= recipe.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": decay if kind.is_matrix else 0.0, "lr_scale": 1.0}
+        for kind, parameters in kinds.items()
+    ]
+    if recipe.kind is OptimizerKind.muon:
+        rate_of_rest = (recipe.adamw_learning_rate or recipe.learning_rate) / recipe.learning_rate
+        for kind, group in zip(kinds, groups, strict=True):
+            group |= {
+                "orthogonal": kind.is_orthogonal,
+                "lr_scale": 1.0 if kind.is_orthogonal else rate_of_rest,
+            }
+    optimizer = _of_kind(groups, model, recipe, seed)
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.learning_rate * group["lr_scale"]
+    if recipe.average_decay is not None:
+        keep_average(optimizer, recipe.average_decay)
+    return optimizer
+
+
+def _of_kind(
+    groups: list[dict[str, Any]], model: nn.Module, recipe: OptimizerRecipe, seed: int
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer of parameter groups."""
+    lr, betas = recipe.learning_rate, (recipe.betas[0], recipe.betas[1])
+    if recipe.kind is OptimizerKind.adamw and recipe.moments is Moments.bf16:
+        places = {p: _place(index, p) for index, p in enumerate(model.parameters())}
+        return Bf16MomentsAdamW(groups, places, seed, lr=lr, betas=betas, eps=recipe.eps)
     if recipe.kind is OptimizerKind.adamw:
-        return torch.optim.AdamW(
-            [{"params": p, "weight_decay": decay if matrix else 0.0} for (matrix, *_), p in groups.items()],
-            lr=recipe.learning_rate,
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=recipe.eps, fused=True)
+    if recipe.kind is OptimizerKind.muon:
+        decoder = next((module for module in model.modules() if isinstance(module, Decoder)), None)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        stacks = {
+            p: stack_of(names[p], p, decoder.cfg if decoder is not None else None)
+            for group in groups
+            for p in group["params"]
+            if group["orthogonal"]
+        }
+        return Muon(
+            groups,
+            stacks,
+            lr=lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            steps=recipe.newton_schulz_steps,
             betas=betas,
             eps=recipe.eps,
-            fused=True,
         )
-    # LLM Foundry's Lion decays by weight_decay * lr / initial lr; scaled, by weight_decay * lr like AdamW.
-    scaled = decay * recipe.learning_rate
-    lion: torch.optim.Optimizer = load_lion().DecoupledLionW(
-        [{"params": p, "weight_decay": scaled if matrix else 0.0} for (matrix, *_), p in groups.items()],
-        lr=recipe.learning_rate,
-        betas=betas,
-    )
+    lion: torch.optim.Optimizer = load_lion().DecoupledLionW(groups, lr=lr, betas=betas)
     return lion
+
+
+def _place(index: int, parameter: nn.Parameter) -> Place:
+    """Where this rank's part of a parameter begins."""
+    if not isinstance(parameter, DTensor):
+        return Place(index, 0)
+    _, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return Place(index, offset[0] * math.prod(parameter.shape[1:]) if offset else 0)
+
+
+def stack_of(name: str, parameter: nn.Parameter, cfg: Model | None) -> tuple[Stack, dist.ProcessGroup | None]:
+    """Returns the matrices that a weight is a stack of, and the ranks that share its rows; None: only this.
+
+    Of experts, the expert-parallel ranks have some each: the stack is that of this rank's.
+    """
+    (rows, columns), degree, group = parameter.shape, 1, None
+    if isinstance(parameter, DTensor):
+        names = parameter.device_mesh.mesh_dim_names or ()
+        group = parameter.device_mesh.get_group(DENSE if DENSE in names else SHARD)
+        if EXPERT in names:
+            degree = parameter.device_mesh.size(names.index(EXPERT))
+    return Stack(stacked_rows(cfg, name, rows, degree) if cfg is not None else (rows,), columns), group
 
 
 @functools.cache
@@ -63,18 +148,22 @@ def learning_rate_share(tokens_seen: int, duration_tokens: int, schedule: Schedu
     """Learning rate after ``tokens_seen`` tokens, as a share of its peak.
 
     Linear warm-up from 0; then either a half cosine that falls to ``final_share`` at the end (Loshchilov and
-    Hutter 2017), or a constant peak until the last ``decay_tokens``, over which the rate falls linearly to
-    ``final_share`` (Hu et al. 2024, section 4.2).
+    Hutter 2017), or a constant peak until the last ``decay_tokens``, over which the rate falls to
+    ``final_share`` (Hu et al. 2024, section 4.2), linearly or in another shape (Hägele et al. 2024).
     """
     if tokens_seen < schedule.warmup_tokens:
         return tokens_seen / schedule.warmup_tokens
     if schedule.kind is ScheduleKind.cosine:
         span = max(1, duration_tokens - schedule.warmup_tokens)
-        progress = min(1.0, (tokens_seen - schedule.warmup_tokens) / span)
-        fallen = (1 - math.cos(math.pi * progress)) / 2
+        progress, shape = min(1.0, (tokens_seen - schedule.warmup_tokens) / span), Decay.cosine
     else:
         left = max(0, duration_tokens - tokens_seen)
-        fallen = max(0.0, 1 - left / schedule.decay_tokens)
+        progress, shape = max(0.0, 1 - left / schedule.decay_tokens), schedule.decay
+    fallen = {
+        Decay.linear: progress,
+        Decay.sqrt: math.sqrt(progress),
+        Decay.cosine: (1 - math.cos(math.pi * progress)) / 2,
+    }[shape]
     return 1 - (1 - schedule.final_share) * fallen
 
 

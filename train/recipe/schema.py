@@ -34,12 +34,14 @@ __all__ = [
     "Checkpoint",
     "Data",
     "DataSkip",
+    "Decay",
     "Evaluation",
     "Ffn",
     "GroupScore",
     "Interpolation",
     "Model",
     "Moe",
+    "Moments",
     "Norm",
     "OnExisting",
     "Optimizer",
@@ -104,10 +106,18 @@ class ReducePrecision(str, Enum):
 
 
 class OptimizerKind(str, Enum):
-    """Update rule; both have decoupled weight decay."""
+    """Update rule; all have decoupled weight decay."""
 
     adamw = "adamw"
     lion = "lion"
+    muon = "muon"
+
+
+class Moments(str, Enum):
+    """Precision of AdamW's moments."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 class ScheduleKind(str, Enum):
@@ -115,6 +125,14 @@ class ScheduleKind(str, Enum):
 
     cosine = "cosine"
     wsd = "wsd"
+
+
+class Decay(str, Enum):
+    """Shape of the decay of a schedule with a stable phase."""
+
+    linear = "linear"
+    sqrt = "sqrt"
+    cosine = "cosine"
 
 
 class OptimizerStart(str, Enum):
@@ -308,15 +326,31 @@ class Optimizer:
     """Update rule. Decay is decoupled: weights shrink by learning_rate * weight_decay per step."""
 
     kind: OptimizerKind = key(OptimizerKind.adamw, same_on_fork=True)
-    """`adamw` (Loshchilov and Hutter 2019) or `lion` (Chen et al. 2023)."""
+    """`adamw` (Loshchilov and Hutter 2019), `lion` (Chen et al. 2023) or `muon` (Jordan et al. 2024; Liu et
+    al. 2025): for the matrices of the layers; AdamW for embeddings, output projection, routers, norms."""
     learning_rate: float = key(above=0)
-    """Peak learning rate."""
+    """Peak learning rate. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv
+    2502.16982): a rate that is good for AdamW is usable for both."""
+    adamw_learning_rate: Optional[float] = key(None, above=0, read_when="optimizer.kind == muon")
+    """Peak learning rate of what `muon` leaves to AdamW; null: `learning_rate`."""
+    momentum: float = key(0.95, at_least=0, below=1, read_when="optimizer.kind == muon")
+    """Decay rate of Muon's momentum."""
+    nesterov: bool = key(True, read_when="optimizer.kind == muon")
+    """Muon's momentum looks one step ahead."""
+    newton_schulz_steps: int = key(5, above=0, read_when="optimizer.kind == muon")
+    """Steps by which Muon orthogonalises a matrix; 5: Jordan et al. 2024."""
     betas: list[float] = key(factory=lambda: [0.9, 0.95])
     """Decay rates of the moments. 0.95: common for language models since GPT-3."""
-    eps: float = key(1e-8, above=0, read_when="optimizer.kind == adamw")
-    """Added to the square root of the second moment."""
+    eps: float = key(1e-8, above=0, read_when="optimizer.kind == adamw or muon")
+    """Added to the square root of AdamW's second moment."""
     weight_decay: float = key(0.1, at_least=0)
     """Weight decay of matrices; norms are never decayed. 0.1: GPT-3, LLaMA."""
+    moments: Moments = key(Moments.fp32, read_when="optimizer.kind == adamw")
+    """Precision of AdamW's moments. `bf16`: half the memory, stochastically rounded (DeepSeek-V3 2024,
+    section 3.3)."""
+    average_decay: Optional[float] = key(None, at_least=0, below=1, same_on_fork=True)
+    """Keeps an exponential average of the weights, of which so much stays with each step: 0.999 averages the
+    last thousand. fp32, sharded like the weights, saved with the checkpoints; null: none."""
 
 
 @dataclass(frozen=True)
@@ -324,13 +358,16 @@ class Schedule:
     """Learning rate over training, as a fraction of the peak."""
 
     kind: ScheduleKind = ScheduleKind.cosine
-    """`cosine` or `wsd`: warm-up, stable, decay (Hu et al. 2024; linear decay)."""
+    """`cosine` or `wsd`: warm-up, stable, decay (Hu et al. 2024)."""
     warmup_tokens: int = key(0, at_least=0)
     """Tokens over which the rate rises linearly from 0."""
     decay_tokens: int = key(0, at_least=0, read_when="schedule.kind == wsd")
-    """Tokens at the end of the run over which `wsd` decays linearly to the final rate."""
+    """Tokens at the end of the run over which `wsd` decays to the final rate."""
+    decay: Decay = key(Decay.linear, read_when="schedule.kind == wsd")
+    """Shape of that decay: `linear`, `sqrt` (falls with the root of the time, at first fastest; Hägele et al.
+    2024, arXiv 2405.18392, section 3.1) or `cosine` (half a cosine)."""
     final_share: float = key(0.1, at_least=0, at_most=1)
-    """Final rate as a fraction of the peak. 0.1: GPT-3, LLaMA."""
+    """Final rate as a fraction of the peak. 0.1: GPT-3, LLaMA; 0: decay to zero."""
 
 
 @dataclass(frozen=True)

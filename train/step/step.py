@@ -110,7 +110,7 @@ class TrainingStep(Callback):
         state.device_train_microbatch_size = self.microbatches[stage.phase]
         rate = learning_rate(self.recipe, self.curriculum, batch)
         for group in state.optimizers[0].param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         logger.log_metrics({PHASE: stage.phase, LEARNING_RATE: rate})
         if self.checkpointing is not None:
             self.checkpointing.restore_random_states()

@@ -118,7 +118,7 @@ def test_a_step_is_measured_and_its_states_are_the_plans() -> None:
 
 def test_states_that_the_plan_does_not_know_of_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = small("yamls/dbrx-moe-a.yaml")
-    known = states(recipe.model, recipe.parallelism, 1, 0, recipe.optimizer.kind)
+    known = states(recipe.model, recipe.parallelism, 1, 0, recipe.optimizer)
     more = replace(known, optimizer=known.optimizer * 2)
     monkeypatch.setattr("launch.gpu_check.step.states", lambda *_: more)
     assert "weights, gradients, optimizer" in failures(check_step("cpu", recipe, None, steps=1))

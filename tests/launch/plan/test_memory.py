@@ -37,6 +37,7 @@ from train.recipe.schema import (
     Ffn,
     Model,
     Moe,
+    Moments,
     Norm,
     Optimizer,
     OptimizerKind,
@@ -72,16 +73,22 @@ def tiny_model(stem: str) -> Model:
     return tiny_recipe(load_recipe(YAMLS / f"{name}.yaml", overrides), steps=2).model
 
 
-@pytest.mark.parametrize("kind", OptimizerKind)
+OPTIMIZERS = [
+    *(Optimizer(kind=kind, learning_rate=1e-3) for kind in OptimizerKind),
+    Optimizer(learning_rate=1e-3, moments=Moments.bf16, average_decay=0.9),
+]
+
+
+@pytest.mark.parametrize("own", OPTIMIZERS, ids=lambda own: f"{own.kind.value}-{own.moments.value}")
 @pytest.mark.parametrize("rank", [0, 13, 23])
 @pytest.mark.parametrize("stem", ["dbrx", "shared", "dbrx-dense-a", "mpt-7b", "llama2-13b"])
-def test_states_of_tiny_recipes_to_the_byte(stem: str, rank: int, kind: OptimizerKind) -> None:
+def test_states_of_tiny_recipes_to_the_byte(stem: str, rank: int, own: Optimizer) -> None:
     cfg = tiny_model(stem)
     layout, world = Parallelism(replicate=2, expert=4 if cfg.moe else 1), 24
     with sharded(cfg, layout, world, rank) as decoder:
-        optimizer = build_optimizer(decoder, Optimizer(kind=kind, learning_rate=1e-3))
+        optimizer = build_optimizer(decoder, own)
         real = real_states(decoder, optimizer)
-    planned = states(cfg, layout, world, rank, kind)
+    planned = states(cfg, layout, world, rank, own)
     assert (planned.weights, planned.gradients, planned.optimizer) == real
 
 
@@ -99,7 +106,7 @@ def test_states_of_every_recipe_to_the_byte(path: Path, monkeypatch: pytest.Monk
             group["fused"] = False  # the fused step rejects the meta device; its states are the same
         real = real_states(decoder, optimizer)
         assert all(local(p).is_meta for p in decoder.parameters())
-    planned = states(recipe.model, layout, world, world - 1, recipe.optimizer.kind)
+    planned = states(recipe.model, layout, world, world - 1, recipe.optimizer)
     assert (planned.weights, planned.gradients, planned.optimizer) == real
 
 

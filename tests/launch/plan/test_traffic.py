@@ -9,13 +9,24 @@ import torch
 from torch import Tensor
 
 from launch.plan.hardware import GPUS
+from launch.plan.muon import orthogonalising
 from launch.plan.traffic import Collective, CollectiveKind, collectives
 from launch.verify.forked_ranks import run_ranks
 from train.health.collectives import CollectiveRecorder, recorded_collectives
 from train.layout.mesh import build_mesh, build_sharded, reduce_gradients
-from train.layout.optim import average_replicated_gradients
+from train.layout.optim import average_replicated_gradients, build_optimizer
 from train.model.decoder import Decoder
-from train.recipe.schema import Model, Moe, Parallelism, Precision, ReducePrecision, Reduction
+from train.recipe.schema import (
+    Model,
+    Moe,
+    Optimizer,
+    OptimizerKind,
+    Parallelism,
+    Precision,
+    Recipe,
+    ReducePrecision,
+    Reduction,
+)
 from train.recipe.topology import Topology
 
 pytestmark = pytest.mark.slow
@@ -151,6 +162,31 @@ def test_bytes_are_those_counted_on_gloo(
     counted_bytes = sum((payloads for payloads, _ in ranks), Counter())
     assert counted_bytes == Counter({kind: world * n for kind, n in predicted_bytes.items()})
     assert ranks[0][1] == predicted_calls
+
+
+@pytest.mark.parametrize("layout", [Parallelism(), Parallelism(expert=2), COPIES], ids=str)
+def test_muons_bytes_are_those_counted_on_gloo(layout: Parallelism) -> None:
+    """On a CPU it sends fp32. Six experts, which four ranks cut through, and two."""
+    cfg = replace(MOE, ffn_hidden_size=40, moe=Moe(experts=6, top_k=2))
+    own = Optimizer(kind=OptimizerKind.muon, learning_rate=0.01)
+    recipe = Recipe(model=cfg, parallelism=layout, optimizer=own)
+
+    def work(rank: Topology) -> tuple[Counter[CollectiveKind], Counter[CollectiveKind]]:
+        decoder = Decoder(cfg, device="meta")
+        build_sharded(decoder, build_mesh(layout, rank.world_size, "cpu"), Precision.fp32, seed=0)
+        optimizer = build_optimizer(decoder, own)
+        for parameter in decoder.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        counting = Counting()
+        with recorded_collectives(counting):
+            optimizer.step()
+        return counting.payloads, counting.calls
+
+    ranks = run_ranks(4, work)
+    planned = orthogonalising(recipe, 4, element_bytes=4).collectives
+    assert planned and ranks[0][1] == {CollectiveKind.all_to_all: sum(each.calls for each in planned)}
+    sent = sum(payloads[CollectiveKind.all_to_all] for payloads, _ in ranks)
+    assert sent == pytest.approx(4 * sum(each.calls * each.payload_bytes for each in planned))
 
 
 def collective(kind: CollectiveKind, ranks: int, stride: int = 1) -> Collective:

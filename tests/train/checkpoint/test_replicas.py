@@ -30,20 +30,25 @@ from train.layout.mesh import build_mesh, build_sharded, replicas_of
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
 from train.recipe.errors import UserError
-from train.recipe.schema import Optimizer, OptimizerKind, Parallelism, Precision
+from train.recipe.schema import Moments, Optimizer, OptimizerKind, Parallelism, Precision
 from train.recipe.topology import Topology
 
 pytestmark = pytest.mark.slow
 
+ADAMW = Optimizer(learning_rate=0.01)
+OPTIMIZERS = [
+    *(Optimizer(kind=kind, learning_rate=0.01) for kind in OptimizerKind),
+    Optimizer(learning_rate=0.01, moments=Moments.bf16, average_decay=0.5),
+]
 LAYOUTS = [Parallelism(replicate=2), Parallelism(replicate=2, expert=2), Parallelism(replicate=4)]
 
 
 def _built(
-    layout: Parallelism, topology: Topology, seed: int, kind: OptimizerKind = OptimizerKind.adamw
+    layout: Parallelism, topology: Topology, seed: int, own: Optimizer = ADAMW
 ) -> tuple[Decoder, torch.optim.Optimizer]:
     decoder = Decoder(CFG, device="meta")
     build_sharded(decoder, build_mesh(layout, topology.world_size, "cpu"), Precision.fp32, seed)
-    return decoder, build_optimizer(decoder, Optimizer(kind=kind, learning_rate=0.01))
+    return decoder, build_optimizer(decoder, own)
 
 
 def _step(decoder: Decoder, optimizer: torch.optim.Optimizer) -> float:
@@ -89,9 +94,9 @@ def _opened(folder: Path) -> Iterator[list[str]]:
     is_on = False
 
 
-def _saved(root: Path, layout: Parallelism, topology: Topology, kind: OptimizerKind) -> tuple[Any, ...]:
+def _saved(root: Path, layout: Parallelism, topology: Topology, own: Optimizer) -> tuple[Any, ...]:
     """Saves after a step, and returns what the rank held and the loss of its next step."""
-    decoder, optimizer = _built(layout, topology, 1, kind)
+    decoder, optimizer = _built(layout, topology, 1, own)
     _step(decoder, optimizer)
     saver = CheckpointSaver(root, topology, 1, replicas_of(decoder))
     saver.start(decoder, optimizer, Progress(1, 8, 80, 1.5))
@@ -101,16 +106,16 @@ def _saved(root: Path, layout: Parallelism, topology: Topology, kind: OptimizerK
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("kind", list(OptimizerKind))
+@pytest.mark.parametrize("own", OPTIMIZERS, ids=lambda own: f"{own.kind.value}-{own.moments.value}")
 def test_a_shard_is_read_once_and_held_by_all_that_held_it(
-    layout: Parallelism, kind: OptimizerKind, tmp_path: Path
+    layout: Parallelism, own: Optimizer, tmp_path: Path
 ) -> None:
-    before = run_ranks(4, lambda topology: _saved(tmp_path, layout, topology, kind))
+    before = run_ranks(4, lambda topology: _saved(tmp_path, layout, topology, own))
     folder = tmp_path / "batch-00000001"
     check_checkpoint(folder)
 
     def load(topology: Topology) -> tuple[Any, ...]:
-        decoder, optimizer = _built(layout, topology, 2, kind)
+        decoder, optimizer = _built(layout, topology, 2, own)
         with _opened(folder) as names:
             load_checkpoint(folder, decoder, optimizer, topology, replicas_of(decoder))
         return _held(decoder, optimizer), _step(decoder, optimizer), names
@@ -125,12 +130,12 @@ def test_a_shard_is_read_once_and_held_by_all_that_held_it(
 
 
 def test_a_restored_optimizer_is_read_once(tmp_path: Path) -> None:
-    layout, kind = LAYOUTS[1], OptimizerKind.adamw
-    before = run_ranks(4, lambda topology: _saved(tmp_path, layout, topology, kind))
+    layout, own = LAYOUTS[1], ADAMW
+    before = run_ranks(4, lambda topology: _saved(tmp_path, layout, topology, own))
     folder = tmp_path / "batch-00000001"
 
     def restore(topology: Topology) -> tuple[Any, ...]:
-        decoder, optimizer = _built(layout, topology, 2, kind)
+        decoder, optimizer = _built(layout, topology, 2, own)
         with _opened(folder) as names:
             restore_optimizer(folder, decoder, optimizer, topology, replicas_of(decoder))
         return _held(decoder, optimizer), names
@@ -144,7 +149,7 @@ def test_a_restored_optimizer_is_read_once(tmp_path: Path) -> None:
 
 
 def test_a_run_of_another_layout_reads_what_one_replica_wrote(tmp_path: Path) -> None:
-    run_ranks(4, lambda topology: _saved(tmp_path, LAYOUTS[1], topology, OptimizerKind.adamw))
+    run_ranks(4, lambda topology: _saved(tmp_path, LAYOUTS[1], topology, ADAMW))
     folder = tmp_path / "batch-00000001"
 
     def load(layout: Parallelism) -> Any:
@@ -164,7 +169,7 @@ def test_a_run_of_another_layout_reads_what_one_replica_wrote(tmp_path: Path) ->
 def test_a_file_that_one_rank_cannot_read_ends_the_load_on_all(
     name: str, error: type[Exception], tmp_path: Path
 ) -> None:
-    run_ranks(4, lambda topology: _saved(tmp_path, LAYOUTS[1], topology, OptimizerKind.adamw))
+    run_ranks(4, lambda topology: _saved(tmp_path, LAYOUTS[1], topology, ADAMW))
     folder = tmp_path / "batch-00000001"
     (folder / "state" / name).write_bytes(b"damaged")
 
@@ -239,6 +244,6 @@ def test_another_savers_plan_is_not_taken_for_this_ones(tmp_path: Path) -> None:
         saver = CheckpointSaver(tmp_path / str(number), Topology(), 1)
         saver.start(model, optimizer, Progress(1, 8, 80, 1.5))
         assert (saver.wait() or pytest.fail("no outcome")).error == ""
-    run_ranks(4, lambda topology: _saved(tmp_path / "forked", LAYOUTS[1], topology, OptimizerKind.adamw))
+    run_ranks(4, lambda topology: _saved(tmp_path / "forked", LAYOUTS[1], topology, ADAMW))
     names = {file.name for file in (tmp_path / "forked" / "batch-00000001" / "state").iterdir()}
     assert names == {".metadata", "__0_0.distcp", "__1_0.distcp"}

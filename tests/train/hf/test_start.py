@@ -46,7 +46,7 @@ def run(parent: Recipe, tmp_path: Path) -> Path:
 
 
 def _from(parent: Recipe, weights: Path, optimizer: OptimizerStart = OptimizerStart.fresh) -> Recipe:
-    return replace(parent, name="child", start=Start(str(weights), optimizer))
+    return replace(parent, name="child", start=Start(weights=str(weights), optimizer=optimizer))
 
 
 def test_nothing_to_say_where_weights_are_drawn(parent: Recipe) -> None:
@@ -86,7 +86,12 @@ def test_misfits_are_refused(parent: Recipe, run: Path, tmp_path: Path) -> None:
         "start.optimizer: .*trained with adamw": replace(
             recipe, optimizer=replace(recipe.optimizer, kind=OptimizerKind.lion)
         ),
-        "start.weights: .*not a run or checkpoint": replace(recipe, start=Start(str(tmp_path / "nowhere"))),
+        "start.optimizer: .*kept no average": replace(
+            recipe, optimizer=replace(recipe.optimizer, average_decay=0.9)
+        ),
+        "start.weights: .*not a run or checkpoint": replace(
+            recipe, start=Start(weights=str(tmp_path / "nowhere"))
+        ),
     }
     for words, wrong in misfits.items():
         with pytest.raises(UserError, match=f"x.yaml: {words}"):
@@ -181,7 +186,7 @@ def _catalog(name: str | None) -> Callable[[Recipe], Recipe]:
     ("change", "words"),
     [
         (
-            lambda recipe: replace(recipe, start=Start(None, OptimizerStart.restored)),
+            lambda recipe: replace(recipe, start=Start(optimizer=OptimizerStart.restored)),
             "start.optimizer: is restored, but start.weights",
         ),
         (_frozen("*.ruter.*"), r"training.frozen: '\*.ruter.\*' matches no weight"),

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from train.layout.optim import build_optimizer, clip_gradients, learning_rate_share
-from train.recipe.schema import Optimizer, OptimizerKind, Schedule, ScheduleKind
+from train.recipe.schema import Decay, Optimizer, OptimizerKind, Schedule, ScheduleKind
 
 
 def _model() -> nn.Sequential:
@@ -85,6 +85,41 @@ def test_lion_follows_its_paper_and_decays_as_adamw_does() -> None:
 def test_schedule_at_its_corners(kind: ScheduleKind, tokens: int, expected: float) -> None:
     schedule = Schedule(kind=kind, warmup_tokens=100, decay_tokens=200, final_share=0.1)
     assert learning_rate_share(tokens, 1000, schedule) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("decay", "shares"),
+    [
+        (Decay.linear, [1.0, 1.0, 0.75, 0.5, 0.0]),
+        (Decay.sqrt, [1.0, 1.0, 0.5, 1 - 0.5**0.5, 0.0]),
+        (Decay.cosine, [1.0, 1.0, (1 + 0.5**0.5) / 2, 0.5, 0.0]),
+    ],
+)
+def test_shapes_of_a_decay_to_zero(decay: Decay, shares: list[float]) -> None:
+    schedule = Schedule(
+        kind=ScheduleKind.wsd, warmup_tokens=100, decay_tokens=400, final_share=0.0, decay=decay
+    )
+    found = [learning_rate_share(tokens, 1000, schedule) for tokens in (100, 600, 700, 800, 1000)]
+    assert found == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("kind", OptimizerKind)
+def test_an_average_follows_the_weights_that_were_updated(kind: OptimizerKind) -> None:
+    model = _model().float()
+    optimizer = build_optimizer(model, Optimizer(kind=kind, learning_rate=0.01, average_decay=0.75))
+    weights = list(model.parameters())
+    expected: list[Tensor] = []
+    for step in range(4):
+        optimizer.zero_grad()
+        if step != 2:  # The guard drops all gradients of a batch whose update is skipped.
+            model(torch.arange(8.0).view(2, 4)).square().sum().backward()
+        optimizer.step()
+        if step == 0:
+            expected = [p.detach().clone() for p in weights]
+        elif step != 2:
+            expected = [0.75 * e + 0.25 * p.detach() for e, p in zip(expected, weights, strict=True)]
+    torch.testing.assert_close([optimizer.state[p]["average"] for p in weights], expected)
+    assert not torch.equal(expected[0], weights[0].detach())
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.1, 1e6])

@@ -62,12 +62,17 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
         ("model.d_model=wide", "command line: model.d_model: Value 'wide' of type 'str'"),
         (
             "optimizer.kind=sgd",
-            "command line: optimizer.kind: Invalid value 'sgd', expected one of [adamw, lion]",
+            "command line: optimizer.kind: Invalid value 'sgd', expected one of [adamw, lion, muon]",
         ),
         (
             "schedule.decay_tokens=5",
             "command line: schedule.decay_tokens: nothing reads this key unless schedule.kind == wsd",
         ),
+        (
+            "optimizer.momentum=0.9",
+            "command line: optimizer.momentum: nothing reads this key unless optimizer.kind == muon",
+        ),
+        ("optimizer={kind: lion, eps: 1e-6}", "unless optimizer.kind == adamw or muon; remove it, or set "),
         (
             "model.moe.bias_update_rate=1",
             "command line: model.moe.bias_update_rate: nothing reads this key unless",
