@@ -143,6 +143,8 @@ def make_run(tmp_path: Path) -> MakeRun:
             for name, parameter in decoder.named_parameters():
                 if parameter.ndim == 1 or "router" in name:  # Norms of 1 would hide a wrong order.
                     parameter.add_(torch.randn(parameter.shape) * 0.3)
+            for bias in decoder.buffers():
+                bias.copy_(torch.randn(bias.shape) * 0.1)
         wrapped = torch.nn.ModuleDict({"decoder": decoder})  # LanguageModel's prefix.
         optimizer = torch.optim.AdamW(decoder.parameters())
         saver = CheckpointSaver(folder / "checkpoints", Topology(), keep_last=2)

@@ -26,7 +26,7 @@ from train.hf.safetensors_io import (
     write_files,
     write_index,
 )
-from train.hf.weights import Weights, WeightSource
+from train.hf.weights import BALANCING_BIAS, Weights, WeightSource
 from train.recipe.errors import UserError
 
 Layout = Mapping[str, FilePlan]
@@ -103,10 +103,13 @@ def _layout(
 ) -> Layout:
     stored = source.weights.tensors
     fallback = next(iter(stored.values())).dtype
-    infos = {
-        name: TensorInfo(name, dtype or (stored[link.ours].dtype if link.ours else fallback), link.shape)
-        for name, link in links.items()
-    }
+
+    def dtype_of(link: Link) -> torch.dtype:
+        # A balancing bias is of small steps, and stays fp32 in transformers too.
+        wanted = None if (link.ours or "").endswith(BALANCING_BIAS) else dtype
+        return wanted or (stored[link.ours].dtype if link.ours else fallback)
+
+    infos = {name: TensorInfo(name, dtype_of(link), link.shape) for name, link in links.items()}
     headers = source.path / SOURCE_FOLDER / HEADERS_FILE
     if shard_bytes is None and headers.is_file():
         before = {name: plan_from_header(header) for name, header in read_json(headers).items()}

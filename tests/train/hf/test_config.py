@@ -246,6 +246,18 @@ def test_experts_that_no_architecture_has_are_refused_by_name(moe: dict[str, Any
     assert words in str(caught.value).partition("dots1 needs ")[2]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 4096, "max_window_layers": 1},
+        {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64},
+    ],
+)
+def test_windows_of_dots_are_refused_by_name(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"sliding_window is [0-9]+; only null can be expressed"):
+        read(written(MODELS["dots1"]) | change)
+
+
 def test_both_spellings_of_yarn_are_read_as_the_same_model() -> None:
     config = written(YARN)
     assert read(config) == YARN

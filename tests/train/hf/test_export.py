@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 
 from data.tokenizer import open_tokenizer
@@ -21,6 +22,7 @@ from train.recipe.schema import (
     Moe,
     Norm,
     Position,
+    QkNormOver,
     Recipe,
     Score,
     Tokenizer,
@@ -43,6 +45,19 @@ DBRX = Model(
     moe=Moe(experts=4, top_k=2),
 )
 LLAMA = replace(DBRX, norm=Norm.rmsnorm, clip_qkv=None, moe=None)
+QWEN3 = replace(LLAMA, head_width=12, qk_norm=True, qk_norm_over=QkNormOver.each_head)
+DOTS1 = Moe(
+    experts=12,
+    top_k=3,
+    expert_hidden_size=24,
+    shared_hidden_size=48,
+    dense_layers=1,
+    score=Score.sigmoid,
+    weight_scale=1.5,
+    groups=3,
+    top_groups=2,
+    balance=Balance.bias,
+)
 MODELS = {
     "dbrx": (DBRX, "DbrxForCausalLM"),
     "dbrx without clipping or normalised weights": (
@@ -58,6 +73,11 @@ MODELS = {
         "OlmoeForCausalLM",
     ),
     "olmoe, normalised": (replace(LLAMA, qk_norm=True, moe=Moe(experts=4, top_k=2)), "OlmoeForCausalLM"),
+    "qwen3_moe, dense layers": (
+        replace(QWEN3, n_layers=4, moe=Moe(experts=12, top_k=3, dense_layers=1, every_n_layers=2)),
+        "Qwen3MoeForCausalLM",
+    ),
+    "dots1": (replace(QWEN3, moe=DOTS1), "Dots1ForCausalLM"),
     "mpt": (
         replace(
             DBRX,
@@ -98,6 +118,8 @@ def test_transformers_computes_the_same(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, architecture = MODELS[kind]
+    if not hasattr(transformers, architecture):
+        pytest.skip(f"this transformers has no {architecture}")
     run, decoder = make_run(recipe_of(model, tokenizer_folder))
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -121,6 +143,15 @@ def test_transformers_computes_the_same(
     sample = "def export(checkpoint): return 'Straße'"
     np.testing.assert_array_equal(tokenizer(sample)["input_ids"], handle.encode_documents([sample])[0])
     assert tokenizer.eos_token_id == theirs.generation_config.eos_token_id == handle.eos_id
+
+
+def test_a_balancing_bias_stays_fp32(tokenizer_folder: Path, tmp_path: Path, make_run: MakeRun) -> None:
+    run, decoder = make_run(recipe_of(replace(QWEN3, moe=DOTS1), tokenizer_folder))
+    assert main(["export", str(run), str(tmp_path / "out"), "--dtype", "bf16"]) == 0
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as stored:
+        bias_E = stored.get_tensor("model.layers.1.mlp.gate.e_score_correction_bias")
+        assert stored.get_tensor("model.layers.1.mlp.gate.weight").dtype is torch.bfloat16
+    assert torch.equal(bias_E, decoder.get_buffer("transformer.blocks.1.ffn.router.expert_bias"))
 
 
 def test_shards_index_and_dtype(tokenizer_folder: Path, tmp_path: Path, make_run: MakeRun) -> None:
