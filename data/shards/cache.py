@@ -1,10 +1,10 @@
 """A bounded cache on the node's disk for shards in an object store.
 
 Streaming's downloaders access the store: ``s3://``, ``gs://``, ``azure://``, ``hf://``, ``dbfs:/Volumes``, a
-path and others; its decompression unpacks compressed shards. This module adds reliability: every file's
-SHA-256 is checked before the file gets its final name, failed and stalled downloads are retried with growing
-pauses, and if the disk or the cache is full, the least recently read shards are evicted. Processes of a node
-share the cache: one of them fetches a file while the others wait for it.
+path and others. This module adds reliability: every file's SHA-256 is checked before the file gets its final
+name, failed and stalled downloads are retried with growing pauses, and if the disk or the cache is full, the
+least recently read shards are evicted. Processes of a node share the cache: one of them fetches a file while
+the others wait for it.
 """
 
 import errno
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from data.shards.index import PackedFile, ShardFile, file_mismatch
 from data.shards.manifest import MANIFEST_FILE, Manifest, read_manifest
+from data.shards.unpack import unpack
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 from train.record import log
@@ -180,12 +181,10 @@ class ShardCache:
 
     def _unpack(self, shard: ShardFile, packed: PackedFile) -> Path:
         """Fetches a compressed shard and unpacks it to a temporary name."""
-        from streaming.base.compression import decompress
-
         source = self._fetch_checked(packed.path, packed.bytes, packed.sha256)
         address, partial = self._address(packed.path), _partial_name(shard.path)
         try:
-            content = decompress(packed.compression, source.read_bytes())
+            content = unpack(packed.compression, source.read_bytes(), shard.bytes)
         except Exception as error:  # Each kind of compression has its own exceptions.
             raise _damaged(f"{address} can't be unpacked ({_line(error)})") from None
         finally:
