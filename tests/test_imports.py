@@ -38,6 +38,7 @@ train.generate     train.recipe train.record data train.model train.hf
 train.report       train.recipe train.record
 train.evaluate     train.recipe train.record data train.model train.hf train.report
 train.tracking     train.recipe train.record train.hf
+train.translate    train.recipe train.record
 train.runs         train.recipe train.record train.report train.tracking
 train              train.recipe train.record data data.order data.shards train.model train.layout
                    train.checkpoint train.health train.preflight train.step train.hf train.generate

@@ -1,5 +1,10 @@
 """Keys of LLM Foundry, Composer, torchtitan, Megatron and Hugging Face, answered with ours."""
 
+from collections.abc import Mapping
+from typing import Any
+
+FOUNDRY, TITAN = "LLM Foundry", "torchtitan"
+
 ALIASES = {
     "lr": "optimizer.learning_rate",
     "adam_beta1": "optimizer.betas",
@@ -93,3 +98,15 @@ ALIASES = {
     "tracking_uri": "tracking.uri",
 }
 """By a key's full name or its last part: a key of ours, with a word on its unit if that differs."""
+
+
+def origin_of(tree: Mapping[str, Any]) -> str:
+    """Returns the framework that a recipe looks like one of; empty if it is none that is known."""
+    foundry = ("train_loader", "max_duration", "device_train_microbatch_size", "fsdp_config", "max_seq_len")
+    if sum(mark in tree for mark in foundry) >= 2:
+        return FOUNDRY
+    titan = ("job", "lr_scheduler", "activation_checkpoint", "metrics", "experimental", "profiling")
+    training = tree.get("training")
+    if isinstance(training, Mapping) and "steps" in training and any(mark in tree for mark in titan):
+        return TITAN
+    return ""

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from train.recipe.aliases import ALIASES
+from train.recipe.aliases import ALIASES, TITAN, origin_of
 from train.recipe.catalogue import schema_keys
 from train.recipe.errors import UserError, raise_all
 from train.recipe.scalars import meant, read_value, read_yaml
@@ -128,10 +128,15 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
         raise UserError("no such recipe", remedy=hint, file=str(path))
     try:
         tree = read_yaml(path.read_text())
+        origin = origin_of(tree) if isinstance(tree, dict) else ""
+        if origin:
+            raise _foreign(path, origin)
         config = OmegaConf.create(meant("", tree)) if isinstance(tree, dict) else tree
     except UserError as error:
         raise error.at(str(path)) from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        if path.suffix == ".toml":
+            raise _foreign(path, TITAN).at(str(path)) from None
         line = " ".join(str(error).split())
         raise UserError(f"is not YAML: {line}", remedy="correct the syntax", file=str(path)) from None
     if not isinstance(config, DictConfig):
@@ -143,6 +148,12 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
         for layer in _layers(path.parent / str(base), (*seen, path.resolve()))
     ]
     return [*below, (str(path), config)]
+
+
+def _foreign(path: Path, origin: str) -> UserError:
+    return UserError(
+        f"looks like a recipe of {origin}", remedy=f"`python -m train.translate {path}` translates it"
+    )
 
 
 class Item(NamedTuple):
