@@ -224,7 +224,7 @@ def _titan(leaves: Leaves) -> Translation:
         found.notes.append(f"optimizer.kind: {kind} has no counterpart; adamw is taken")
     if batch is None:
         found.notes.append(
-            "training.global_batch_sequences: torchtitan's file leaves it to the number of ranks; set it, and "
+            "training.global_batch_sequences: the file leaves it to the number of ranks; set it, and "
             f"training.duration_tokens to {steps} batches"
         )
     model = " ".join(str(leaves.take(f"model.{key}") or "") for key in ("name", "flavor")).strip()
@@ -267,7 +267,7 @@ def _batches(time: Any, key: str, found: Translation) -> int | None:
 
 def _microbatch(value: Any, found: Translation) -> int | None:
     if value is not None and not isinstance(value, int):
-        found.notes.append(f"training.microbatch_sequences: {value} has no counterpart; set a number")
+        found.notes.append(f"training.microbatch_sequences: {value} has no counterpart; set it")
     return value if isinstance(value, int) else None
 
 
