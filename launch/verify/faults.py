@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from launch.verify import decision_faults, update_faults
+from launch.verify import decision_faults, expert_faults, update_faults
 from launch.verify.cases import Layout
+from launch.verify.expert_faults import FINER, GLOBAL_SCOPE, Changes
 from train import run
 from train.layout import mesh, optim
 from train.layout.mesh import DENSE
@@ -26,7 +27,7 @@ from train.model import decoder
 from train.model.attention import AttentionPlan
 from train.model.moe import MoE
 from train.recipe.matrices import Stack
-from train.recipe.schema import Balance, BalanceScope, Model, OptimizerKind, Precision, Recipe
+from train.recipe.schema import Model, OptimizerKind, Precision, Recipe
 from train.step import balance, step
 from train.step.language_model import LanguageModel
 
@@ -47,8 +48,8 @@ class KnownFault:
     """The quantity that must exceed its bound; empty if the case must stop with an error."""
     layout: Layout = FOUR
     input: str = "accumulated"
-    needs_global_scope: bool = False
-    """True if it has an effect only with a balance loss over the global batch."""
+    experts: Changes = ()
+    """Changes of the recipe's experts without which it has no effect."""
     precision: Precision = Precision.fp32
     """fp32: it is detected in every precision in which its input is run. bf16: it must be in that one."""
     optimizer: OptimizerKind | None = None
@@ -56,10 +57,9 @@ class KnownFault:
 
     def recipe_of(self, recipe: Recipe) -> Recipe:
         """The recipe in which the fault has an effect."""
-        if self.needs_global_scope:
-            assert recipe.model.moe is not None
-            moe = replace(recipe.model.moe, balance=Balance.loss, balance_scope=BalanceScope.global_batch)
-            recipe = replace(recipe, model=replace(recipe.model, moe=moe))
+        assert recipe.model.moe is not None
+        moe = replace(recipe.model.moe, **dict(self.experts))  # type: ignore[arg-type]
+        recipe = replace(recipe, model=replace(recipe.model, moe=moe))
         if self.optimizer is not None:
             recipe = replace(recipe, optimizer=replace(recipe.optimizer, kind=self.optimizer))
         return recipe
@@ -232,7 +232,25 @@ FAULTS = {
         _count_each_microbatch,
         "balance",
         layout=PAIR,
-        needs_global_scope=True,
+        experts=GLOBAL_SCOPE,
+    ),
+    "shared-times-degree": KnownFault(
+        "gradients of a shared expert times the expert degree",
+        lambda: expert_faults.count_shared_by_degree(FOUR.expert),
+        "gradients",
+        experts=FINER,
+    ),
+    "bias-of-one-rank": KnownFault(
+        "a balancing bias that is updated on the first rank only",
+        expert_faults.update_bias_on_rank_0,
+        "weights",
+        experts=FINER,
+    ),
+    "sequences-of-microbatch": KnownFault(
+        "a balance loss of all of a microbatch in place of each sequence",
+        expert_faults.balance_each_microbatch,
+        "balance",
+        experts=FINER,
     ),
     "router-not-synchronised": KnownFault(
         "replicas that keep their own gradients of the router",

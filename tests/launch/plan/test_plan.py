@@ -49,6 +49,19 @@ def test_table5_gives_the_announcements_ratios() -> None:
     assert f"{rows['dbrx'].flops:.3g}" == "2.58e+24"
 
 
+def test_forced_balance_is_said_by_every_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forced = recipe("dbrx-moe-a", "model.moe.forced_balance=true")
+    with pytest.raises(UserError, match=r"name: 'dbrx-moe-a' hides .* call it dbrx-moe-a-forced-balance"):
+        make_plan(forced, 64, H100)
+    page, figures = tmp_path / "plan.html", tmp_path / "plan.json"
+    options = ["model.moe.forced_balance=true", "name=forced-balance", "--gpus", "64"]
+    outputs = ["--html", str(page), "--json", str(figures)]
+    assert plan.main([str(YAMLS / "dbrx-moe-a.yaml"), *options, *outputs]) == 0
+    assert "on 64 x h100, forced balance" in capsys.readouterr().out
+    assert "forced balance" in page.read_text()
+    assert json.loads(figures.read_text())["forced_balance"] is True
+
+
 def test_a_plan_from_the_command_line_needs_no_torch() -> None:
     code = (
         "import sys; from launch.plan.__main__ import main; "

@@ -12,6 +12,7 @@ import torch
 from launch.verify.__main__ import main
 from launch.verify.case_run import CaseOutcome, import_optimizers, make_reference, run_case
 from launch.verify.cases import INPUTS, Case, Layout, find_case, layouts
+from launch.verify.expert_faults import FINER, GLOBAL_SCOPE, Changes
 from launch.verify.faults import FAULTS, KnownFault
 from launch.verify.forked_ranks import RankError
 from launch.verify.parity import ParityCheck
@@ -40,14 +41,14 @@ def _imported() -> None:
 
 @functools.cache
 def _reference(
-    case_key: tuple[str, str, bool, OptimizerKind | None, Precision], folder: Path
+    case_key: tuple[str, str, Changes, OptimizerKind | None, Precision], folder: Path
 ) -> tuple[Case, int, Path]:
     """The case of a fault with its reference, cached for faults that share it."""
-    name, layout, needs_global_scope, optimizer, precision = case_key
-    needs = KnownFault("", nullcontext, "", needs_global_scope=needs_global_scope, optimizer=optimizer)
+    name, layout, experts, optimizer, precision = case_key
+    needs = KnownFault("", nullcontext, "", experts=experts, optimizer=optimizer)
     recipe = needs.recipe_of(load_recipe(YAMLS / "smoke.yaml"))
     case = find_case(recipe, next(each for each in layouts(recipe) if str(each) == layout), name, precision)
-    file = folder / f"{layout}-{name}-{needs_global_scope}-{optimizer}-{precision.value}.pt"
+    file = folder / f"{layout}-{name}-{len(experts)}-{optimizer}-{precision.value}.pt"
     return case, make_reference(case, file), file
 
 
@@ -74,7 +75,7 @@ def _seen_in(fault: KnownFault) -> set[Precision]:
 )
 def test_gate_sees_the_fault(name: str, precision: Precision, folder: Path) -> None:
     fault = FAULTS[name]
-    key = (fault.input, str(fault.layout), fault.needs_global_scope, fault.optimizer, precision)
+    key = (fault.input, str(fault.layout), fault.experts, fault.optimizer, precision)
     case, seed, file = _reference(key, folder)
     outcome = CaseOutcome(case, run_case(case, seed, file, fault.inject))
     assert not outcome.has_passed
@@ -88,7 +89,7 @@ def test_a_recomputation_that_rounds_otherwise_is_seen_only_in_bf16(
     precision: Precision, folder: Path
 ) -> None:
     fault = FAULTS["rounded-in-forward-alone"]
-    case, seed, file = _reference((fault.input, str(fault.layout), False, None, precision), folder)
+    case, seed, file = _reference((fault.input, str(fault.layout), (), None, precision), folder)
     # From torch 2.13 on FSDP2 casts in recomputation too.
     if precision is Precision.fp32 or not TorchVersions((2, 7), before=(2, 13)).include(torch.__version__):
         assert CaseOutcome(case, run_case(case, seed, file, fault.inject)).has_passed
@@ -133,17 +134,22 @@ def test_what_depends_on_the_split_is_seen_though_the_reference_does_too(
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 @pytest.mark.parametrize(
-    ("layout", "needs_global_scope", "optimizer"),
-    [("(2,1,2)", False, None), ("(1,2,1)", True, None), ("(2,1,2)", False, OptimizerKind.muon)],
+    ("layout", "experts", "optimizer"),
+    [
+        ("(2,1,2)", (), None),
+        ("(2,1,2)", FINER, None),
+        ("(1,2,1)", GLOBAL_SCOPE, None),
+        ("(2,1,2)", (), OptimizerKind.muon),
+    ],
 )
 def test_gate_passes_the_same_cases_without_a_fault(
     layout: str,
-    needs_global_scope: bool,
+    experts: Changes,
     optimizer: OptimizerKind | None,
     precision: Precision,
     folder: Path,
 ) -> None:
-    case, seed, file = _reference(("accumulated", layout, needs_global_scope, optimizer, precision), folder)
+    case, seed, file = _reference(("accumulated", layout, experts, optimizer, precision), folder)
     outcome = CaseOutcome(case, run_case(case, seed, file))
     assert outcome.has_passed, outcome.deviations
 

@@ -85,6 +85,21 @@ def test_listed_weights_add_up_to_the_total(model: Model) -> None:
     assert len({weight.name for weight in listed}) == len(listed)
 
 
+def test_experts_of_their_own_width_and_a_shared_one() -> None:
+    """By hand, for a layer: router, experts, shared expert and gate; all but E - K experts are active."""
+    D, F, E, K, shared = 64, 24, 32, 6, 40
+    moe = Moe(experts=E, top_k=K, expert_hidden_size=F, shared_hidden_size=shared, shared_gate=True)
+    finer, plain = (decoder(D, 3, (4, 2), 112, 512, moe=each) for each in (moe, Moe(experts=1, top_k=1)))
+    added = E * D + 3 * E * F * D + 3 * shared * D + D
+    replaced = D + 3 * 112 * D
+    assert sizes.total_parameters(finer) - sizes.total_parameters(plain) == 3 * (added - replaced)
+    idle = 3 * 3 * (E - K) * F * D
+    assert sizes.active_parameters(finer, input_embedding=True) == sizes.total_parameters(finer) - idle
+    forward = sizes.flops_per_token_forward(finer, 16).weights
+    of_layer = 2 * (E * D + 3 * (K * F + shared) * D + D)
+    assert forward - sizes.flops_per_token_forward(plain, 16).weights == 3 * (of_layer - 2 * replaced)
+
+
 def test_input_embedding_counts_only_when_asked_and_untied() -> None:
     assert sizes.active_parameters(LLAMA, input_embedding=True) == sizes.total_parameters(LLAMA)
     assert sizes.active_parameters(MPT, input_embedding=True) == sizes.active_parameters(MPT)

@@ -1,0 +1,58 @@
+"""Known faults of shared experts, of the balancing bias and of the balance loss of each sequence."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from train.model.router import update_bias
+from train.model.shared_expert import SharedExpert
+from train.recipe.schema import Balance, BalanceScope, Score
+from train.step import microbatch, step
+
+Changes = tuple[tuple[str, object], ...]
+"""Keys of `model.moe` and their values."""
+GLOBAL_SCOPE: Changes = (("balance", Balance.loss), ("balance_scope", BalanceScope.global_batch))
+FINER: Changes = (
+    ("score", Score.sigmoid),
+    ("groups", 4),
+    ("top_groups", 2),
+    ("weight_scale", 2.5),
+    ("shared_hidden_size", 256),
+    ("balance", Balance.both),
+    ("balance_scope", BalanceScope.sequence),
+)
+"""DeepSeek-V3's experts and routing, for 16 experts."""
+
+
+def count_shared_by_degree(degree: int) -> AbstractContextManager[Any]:
+    """Multiplies gradients of shared experts' weights by the expert degree, as if they were spread too."""
+    original = SharedExpert.forward
+
+    def forward(self: SharedExpert, x_BSD: Tensor) -> Tensor:
+        of_weights_BSD = original(self, x_BSD.detach())
+        return original(self, x_BSD) + (degree - 1) * (of_weights_BSD - of_weights_BSD.detach())
+
+    return mock.patch.object(SharedExpert, "forward", forward)
+
+
+def update_bias_on_rank_0() -> AbstractContextManager[Any]:
+    """Updates the balancing bias on the first rank only."""
+
+    def update(model: nn.Module, total_counts_LE: Tensor, rate: float) -> None:
+        if dist.get_rank() == 0:
+            update_bias(model, total_counts_LE, rate)
+
+    return mock.patch.object(step, "update_bias", update)
+
+
+def balance_each_microbatch() -> AbstractContextManager[Any]:
+    """Takes all of a microbatch for one sequence, whose balance loss is then averaged over microbatches."""
+
+    def number_sequences(shape: torch.Size, _documents: Tensor | None, device: torch.device) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+
+    return mock.patch.object(microbatch, "number_sequences", number_sequences)
