@@ -17,7 +17,7 @@ from data.loader import TrainLoader, TrainSequences, open_loader
 from data.order.plan import OrderPlan
 from data.shards.packing import Sample
 from train.recipe.curriculum import plan_stages
-from train.recipe.schema import Balance, BalanceScope, Moe, Phase, Position, Recipe
+from train.recipe.schema import Balance, Moe, Phase, Position, Recipe
 from train.recipe.tiny import SEQUENCE_TOKENS
 from train.recipe.topology import Topology
 
@@ -121,7 +121,5 @@ def _sample(tokens: NDArray[np.int32], documents: NDArray[np.int64]) -> Sample:
 
 def _loud(moe: Moe) -> Moe:
     """Router settings under which noise and losses show."""
-    moe = replace(moe, jitter_eps=JITTER, z_loss_weight=Z_WEIGHT)
-    if moe.balance is Balance.loss:
-        moe = replace(moe, balance_loss_weight=BALANCE_WEIGHT, balance_scope=BalanceScope.global_batch)
-    return moe
+    weight = moe.balance_loss_weight if moe.balance is Balance.bias else BALANCE_WEIGHT
+    return replace(moe, jitter_eps=JITTER, z_loss_weight=Z_WEIGHT, balance_loss_weight=weight)
