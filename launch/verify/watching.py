@@ -3,10 +3,10 @@
 They see, of every step: losses and the experts' token counts; gradients before and after clipping; the
 optimizer's settings and moments, parameter by parameter; the weights after the update.
 
-In bf16 a layout computes its update from the reference's gradients: its own are compared, then replaced,
-before clipping and again after it, and its weights are set to the reference's after each step. So what one
-step rounds neither hides in the update's error nor sends tokens to other experts in the next, and clipping,
-moments, decay and learning rate are held to what fp32 arithmetic allows.
+In bf16, and with moments in bf16, a layout computes its update from the reference's gradients: its own are
+compared, then replaced, before clipping and again after it, and its weights are set to the reference's after
+each step. So what one step rounds neither hides in the update's error nor sends tokens to other experts in
+the next, and clipping, moments, decay and learning rate are held to what fp32 arithmetic allows.
 """
 
 import math
@@ -27,7 +27,7 @@ from launch.verify.cases import Case, own_rows
 from train.model.moe import by_sequence
 from train.model.router import Router, Routing
 from train.recipe import sizes
-from train.recipe.schema import Precision
+from train.recipe.schema import Moments, Precision
 from train.recipe.topology import Topology
 from train.record.metrics import GRADIENT_NORM
 from train.step.language_model import LanguageModel
@@ -228,7 +228,8 @@ class Comparer(Watcher):
     def __init__(self, record: ReferenceRecord, case: Case, topology: Topology) -> None:
         super().__init__()
         self.record, self.case, self.topology = record, case, topology
-        self.is_given = case.precision is Precision.bf16
+        in_bf16 = case.precision is Precision.bf16, case.recipe.optimizer.moments is Moments.bf16
+        self.is_given = any(in_bf16)
         """Are updates computed from the reference's gradients and weights?"""
         self.bounds = bounds_of(case.precision, case.recipe.parallelism)
         self.deviations = {quantity: Deviation() for quantity in self.bounds}
