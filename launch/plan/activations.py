@@ -203,12 +203,13 @@ def loss_bytes(model: Model, batch: Microbatch, numerics: Numerics, chunk_tokens
     return LossBytes(hidden, V * D * FP32, working)
 
 
-def backward_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
+def backward_bytes(model: Model, batch: Microbatch, numerics: Numerics, *, halves: int = 1) -> int:
     """Peak bytes of a layer's backward pass besides what the layer saved and the weights' gradients.
 
     With experts: gradients of the routed rows before and after the experts, and on a GPU the recomputed
     hidden rows with their gradients. With a dense GLU or a shared expert: the gradients of gate and value.
-    Always: the gradients of the residual stream and of the layer's output.
+    Always: the gradients of the residual stream and of the layer's output. Of ``halves`` that are computed in
+    turn, experts have one at a time.
     """
     T, D, F, c = batch.tokens, model.d_model, model.ffn_hidden_size, numerics.compute
     stream = T * D * (numerics.stream + c)
@@ -217,7 +218,7 @@ def backward_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
     K = model.moe.top_k
     rows = round(T * K * batch.imbalance)
     hidden_rows = 2 * rows if numerics.on_gpu else 4 * rows // model.moe.experts
-    experts = rows * D * c + T * K * D * c + hidden_rows * sizes.expert_width(model) * c
+    experts = (rows * D * c + T * K * D * c + hidden_rows * sizes.expert_width(model) * c) // halves
     shared = model.moe.shared_hidden_size
     if not shared:
         return stream + experts

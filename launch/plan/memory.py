@@ -185,9 +185,12 @@ class _LayerBackward(NamedTuple):
 
 
 def _backward_passes(
-    model: Model, batch: Microbatch, numerics: Numerics, *, checkpointing: bool
+    model: Model, batch: Microbatch, numerics: Numerics, *, checkpointing: bool, halves: int = 1
 ) -> list[_LayerBackward]:
-    """The backward passes that may need the most: of the last layer, then of the first of each kind."""
+    """The backward passes that may need the most: of the last layer, then of the first of each kind.
+
+    Halves of a microbatch are computed in turn.
+    """
     alike = sizes.alike_layers(model)
     of_layer = {layer: each.model for each in alike for layer in each.layers}
     inputs = batch.tokens * model.d_model * numerics.stream
@@ -195,7 +198,7 @@ def _backward_passes(
     for layer in (model.n_layers - 1, *(each.layers[0] for each in alike)):
         below = [each for number, each in of_layer.items() if number <= layer]
         kept = sum(inputs if checkpointing else layer_bytes(each, batch, numerics) for each in below)
-        made = backward_bytes(of_layer[layer], batch, numerics)
+        made = backward_bytes(of_layer[layer], batch, numerics, halves=halves)
         if checkpointing:
             made += layer_bytes(of_layer[layer], batch, numerics)
         made_first = layer_gradient_elements(of_layer[layer])[1]
@@ -216,7 +219,8 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
     checkpointing = training.activation_checkpointing
     chunk = training.loss_chunk_tokens or sizes.LOSS_CHUNK_TOKENS["cuda"]
     kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
-    last, *firsts = _backward_passes(model, batch, numerics, checkpointing=checkpointing)
+    halves = 2 if layout.interleave else 1
+    last, *firsts = _backward_passes(model, batch, numerics, checkpointing=checkpointing, halves=halves)
     stream = batch.tokens * model.d_model * numerics.stream
     loss = loss_bytes(model, batch, numerics, chunk)
     whole = _Whole.of(model, layout, world_size, numerics.compute)

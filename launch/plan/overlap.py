@@ -1,7 +1,8 @@
 """Overlap of a step's traffic with its arithmetic, in the order in which :mod:`train.layout.mesh` sends.
 
 Weights are gathered one layer ahead and gradients reduced one layer behind, so both run under the arithmetic
-of other layers; tokens on their way between experts are waited for. In the steady state a layer takes the
+of other layers; tokens on their way between experts are waited for, all or, where halves of a microbatch are
+interleaved, a quarter: the last way back of each pass. In the steady state a layer takes the
 longer of its own time, arithmetic and exchange, and of the time that its collectives keep a kind of link
 busy. Nothing hides the first layer's gather, the last layer's reduction and what is outside the layers.
 
@@ -15,6 +16,9 @@ from dataclasses import dataclass, replace
 from launch.plan.hardware import Gpu
 from launch.plan.step_time import Seconds
 from launch.plan.traffic import Collective, CollectiveKind
+
+OPEN_IF_INTERLEAVED = 0.25
+"""Share of the exchange that has nothing to hide behind, see :mod:`train.model.interleave`."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,9 @@ class Traffic:
     """Seconds of a pass's collectives."""
 
     waited_for: float = 0.0
-    """The exchange of tokens."""
+    """The exchange of tokens, but for what is interleaved."""
     behind: float = 0.0
-    """Gathers and reductions."""
+    """Gathers, reductions, and what is interleaved."""
     edge: float = 0.0
     """What no layer's arithmetic hides."""
     busiest: float = 0.0
@@ -56,7 +60,11 @@ def overlap(arithmetic: Seconds, traffic: Traffic) -> Overlapped:
 
 
 def traffic_of(
-    collectives: Iterable[tuple[Collective, int]], layers: int, gpu: Gpu, links_share: float
+    collectives: Iterable[tuple[Collective, int]],
+    layers: int,
+    gpu: Gpu,
+    links_share: float,
+    open_exchange: float = 1.0,
 ) -> Traffic:
     """Sums a pass's collectives.
 
@@ -65,13 +73,15 @@ def traffic_of(
         layers: L; of collectives with so many calls or more, one call is at the edge.
         gpu: whose links carry them.
         links_share: share of the links' full rate.
+        open_exchange: share of the exchange of tokens that nothing hides.
     """
     waited_for = behind = edge = 0.0
     busy = {True: 0.0, False: 0.0}
     for collective, calls in collectives:
         one = collective.seconds(gpu) / links_share
         if collective.kind is CollectiveKind.all_to_all:
-            waited_for += calls * one
+            waited_for += open_exchange * calls * one
+            behind += (1 - open_exchange) * calls * one
             inside = calls
         else:
             at_edge = 1 if calls >= layers else calls if collective.is_outside_layers else 0

@@ -23,9 +23,11 @@ class Choice:
 
     def applied(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with these settings."""
+        layout = replace(recipe.parallelism, replicate=self.replicate, expert=self.expert)
+        has_halves = self.expert > 1 and self.microbatch_sequences % 2 == 0
         return replace(
             recipe,
-            parallelism=replace(recipe.parallelism, replicate=self.replicate, expert=self.expert),
+            parallelism=replace(layout, interleave=layout.interleave and has_halves),
             training=replace(
                 recipe.training,
                 microbatch_sequences=self.microbatch_sequences,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from launch.plan.hardware import Gpu
 from launch.plan.memory import Memory, memory, numerics_of, states
 from launch.plan.muon import EXCHANGE, orthogonalising
-from launch.plan.overlap import Overlapped, overlap, traffic_of
+from launch.plan.overlap import OPEN_IF_INTERLEAVED, Overlapped, overlap, traffic_of
 from launch.plan.step_shapes import StepShape, step_shapes
 from launch.plan.step_time import (
     FITTED,
@@ -218,18 +218,20 @@ def _parts(
     microbatches = sizes.microbatches_per_rank(recipe, world_size)
     tokens = training.microbatch_sequences * recipe.data.sequence_tokens
     split = Split(expert=layout.expert, imbalance=imbalance if layout.expert > 1 else 1.0)
+    halves = 2 if layout.interleave else 1  # each reads all weights
     forward = Work()
     for alike in sizes.alike_layers(model):
-        layer = layer_work(alike.model, tokens, recipe.data.sequence_tokens, split)
-        forward += layer.times(len(alike.layers))
+        layer = layer_work(alike.model, tokens // halves, recipe.data.sequence_tokens, split)
+        forward += layer.times(halves * len(alike.layers))
     head = head_work(model, tokens)
     again = forward if training.activation_checkpointing else forward.times(0)
     # The loss computes its gradients in the forward pass.
     ahead = compute_seconds(forward + head + head.backward(), gpu, efficiency)
     back = compute_seconds(forward.backward() + again, gpu, efficiency)
+    open_exchange = OPEN_IF_INTERLEAVED if layout.interleave else 1.0
     most_alike = max(len(alike.layers) for alike in sizes.alike_layers(model))
     of_passes = [each for each in traffic if each.what != EXCHANGE]
-    passes = _overlapped(of_passes, ahead, back, most_alike, gpu, efficiency)
+    passes = _overlapped(of_passes, ahead, back, most_alike, gpu, efficiency, open_exchange)
     elements = sum(sizes.rank_weights(model, layout, world_size, 0).values())
     moments = states(model, layout, world_size, 0, recipe.optimizer).optimizer / elements
     update = update_work(elements, moments, clips=training.clip_norm is not None)
@@ -246,7 +248,13 @@ def _parts(
 
 
 def _overlapped(
-    traffic: list[Collective], ahead: Seconds, back: Seconds, layers: int, gpu: Gpu, efficiency: Efficiency
+    traffic: list[Collective],
+    ahead: Seconds,
+    back: Seconds,
+    layers: int,
+    gpu: Gpu,
+    efficiency: Efficiency,
+    open_exchange: float,
 ) -> tuple[Overlapped, Overlapped, Overlapped]:
     """Returns a forward pass, a backward pass, and what sums over ranks add to the last backward pass."""
     of_microbatch = [collective for collective in traffic if not collective.is_once_a_step]
@@ -254,7 +262,7 @@ def _overlapped(
     there = [(collective, collective.ahead) for collective in of_microbatch]
     and_back = [(collective, collective.calls - collective.ahead) for collective in of_microbatch]
     forward, backward, last = (
-        overlap(arithmetic, traffic_of(calls, layers, gpu, efficiency.collectives))
+        overlap(arithmetic, traffic_of(calls, layers, gpu, efficiency.collectives, open_exchange))
         for arithmetic, calls in ((ahead, there), (back, and_back), (back, and_back + of_step))
     )
     return forward, backward, last + backward.times(-1)

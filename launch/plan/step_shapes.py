@@ -49,8 +49,10 @@ def step_shapes(recipe: Recipe) -> list[StepShape]:
 
 
 def _in_shape(recipe: Recipe, length: int, batch: int, microbatch: int) -> Recipe:
+    layout = recipe.parallelism
     return replace(
         recipe,
+        parallelism=replace(layout, interleave=layout.interleave and microbatch % 2 == 0),
         data=replace(recipe.data, sequence_tokens=length, phases=[]),
         training=replace(recipe.training, global_batch_sequences=batch, microbatch_sequences=microbatch),
     )

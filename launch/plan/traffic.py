@@ -127,7 +127,7 @@ def collectives(
 
     Args:
         model: the recipe's model.
-        layout: degrees of the mesh.
+        layout: degrees of the mesh; interleaved only if the microbatch has halves.
         world_size: ranks.
         tokens: T, tokens of one rank's microbatch.
         compute_bytes: bytes per element in which weights and activations are sent; 2 for bf16.
@@ -143,11 +143,12 @@ def collectives(
         found += _sharding_collectives(unit, layout, world_size, gathers, compute_bytes)
     if model.moe and layout.expert > 1:
         passes = 3 if checkpointing else 2
-        rows = tokens * model.moe.top_k * model.d_model * compute_bytes
+        halves = 2 if layout.interleave else 1
+        rows = tokens // halves * model.moe.top_k * model.d_model * compute_bytes
         exchange = ("tokens to experts and back", rows, 2 * passes, 2)
         counts = ("counts of tokens", model.moe.experts * INT32, passes - 1, 1)
         for what, payload, *calls in (exchange, counts):
-            in_all, ahead = (each * sizes.expert_layers(model) for each in calls)
+            in_all, ahead = (each * halves * sizes.expert_layers(model) for each in calls)
             group = (layout.expert, 1)
             found.append(Collective(what, CollectiveKind.all_to_all, payload, *group, in_all, ahead))
     return found

@@ -62,7 +62,8 @@ class GateInput:
     what: str
     """Description for the report."""
     is_accumulated: bool = False
-    """True: one sequence per microbatch; False: a rank's whole share at once."""
+    """True: one sequence per microbatch, or two where halves are interleaved; False: a rank's whole share at
+    once."""
     recompute: bool = False
     other_optimizer: bool = False
     """Lion instead of AdamW, or the reverse."""
@@ -189,7 +190,11 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
     if each.loaded:
         small = loaded_input.with_phases(small)
     share = SEQUENCES // layout.world_size
-    microbatch = 1 if each.is_accumulated else share
+    layout_of_case = _layout_of(small, layout, precision)
+    if each.compiled:
+        layout_of_case = replace(layout_of_case, interleave=False)
+    least = 2 if layout_of_case.interleave else 1
+    microbatch = min(least, share) if each.is_accumulated else share
     kinds = {
         OptimizerKind.adamw: OptimizerKind.lion,
         OptimizerKind.lion: OptimizerKind.adamw,
@@ -216,7 +221,7 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
         small,
         model=model,
         optimizer=optimizer,
-        parallelism=_layout_of(small, layout, precision),
+        parallelism=layout_of_case,
         training=replace(
             small.training,
             activation_checkpointing=each.recompute,
@@ -230,7 +235,9 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
     if each.against_whole:
         rows, together = tuple(range(SEQUENCES)), max(loaded_input.BATCHES) if each.loaded else SEQUENCES
     if precision is Precision.bf16:
-        # Gradients are rounded once per microbatch: the reference must have as many as the layout.
+        # Gradients are rounded once per microbatch, or half of one: the reference must have as many.
+        if layout_of_case.interleave and microbatch % 2 == 0:
+            microbatch //= 2
         return Case(layout, each, recipe, rows, microbatch, together // microbatch, precision)
     return Case(layout, each, recipe, rows, together, 1, precision)
 
@@ -238,6 +245,7 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
 def _layout_of(small: Recipe, layout: Layout, precision: Precision) -> Parallelism:
     """The recipe's own settings under a layout; in fp32, which shows all but rounding, nothing is rounded."""
     own = replace(small.parallelism, replicate=layout.replicate, expert=layout.expert)
+    own = replace(own, interleave=own.interleave and layout.expert > 1)
     return replace(own, reduce_precision=ReducePrecision.fp32) if precision is Precision.fp32 else own
 
 

@@ -3,10 +3,11 @@
 Experts are split over `expert`, each rank holding E / expert whole experts, and their rows again over
 `shard`. Routers are replicated: every rank holds them whole. Everything else is sharded over `shard` and
 `expert` together. `replicate` holds copies (hybrid sharding). A dimension of one rank has no group, except
-`shard`, which FSDP2 needs. MegaBlocks sends tokens to their experts' ranks; FSDP2 gathers weights, a layer
-ahead of its use, and averages gradients. Expert gradients are averaged over `replicate` and `shard`, and
-MegaBlocks divides them by the expert degree; routers' gradients are averaged once a step
-(:func:`train.layout.optim.average_replicated_gradients`): so every gradient is the mean over all ranks.
+`shard`, which FSDP2 needs. Tokens are sent to their experts' ranks (:mod:`train.model.exchange`); FSDP2
+gathers weights, a layer ahead of their use, and averages gradients. Expert gradients are averaged over
+`replicate` and `shard`, and MegaBlocks divides them by the expert degree; routers' gradients are averaged
+once a step (:func:`train.layout.optim.average_replicated_gradients`): so every gradient is the mean over all
+ranks.
 
 Shapes: E experts, F expert hidden size, D model width.
 """
@@ -113,6 +114,7 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int 
     gather_ahead(decoder)
     if over_all.device_type == "cpu":
         sum_on_gloo(decoder)
+    decoder.transformer.interleave = mesh.layout.interleave
     decoder.to_empty(device=over_all.device_type)
     initialize(decoder, decoder.cfg, seed)
 
@@ -183,7 +185,7 @@ def _own_group(ranks: Tensor, dimension: int) -> dist.ProcessGroup:
 
 
 def _spread_experts(moe: MoE, experts: DeviceMesh) -> None:
-    """Leaves each rank E / degree experts, and makes MegaBlocks exchange tokens."""
+    """Leaves each rank E / degree experts, and makes ranks exchange tokens."""
     mlp = moe.experts.mlp
     for name in ("w1", "v1", "w2"):
         whole: nn.Parameter = getattr(mlp, name)

@@ -7,6 +7,7 @@ E experts.
 # ruff: noqa: N815  (shape suffixes)
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from train.model.attention import Attention, AttentionPlan, DocumentKernel, plan_attention
+from train.model.interleave import Halves, interleaved, plan_halves
 from train.model.loss import IGNORE, chunked_cross_entropy
 from train.model.moe import MoE, MoEAux, balance_loss
 from train.model.norms import make_norm
@@ -98,8 +100,16 @@ class Block(nn.Module):
         else:
             self.ffn = MoE(model.d_model, model.ffn_hidden_size, model.moe, device)
 
-    def forward(self, x_BSD: Tensor, plan: AttentionPlan) -> tuple[Tensor, MoEAux | None]:
+    def forward(self, x_BSD: Tensor, plan: AttentionPlan | Halves) -> tuple[Tensor, MoEAux | None]:
         """Returns the residual stream after the layer, and the MoE's losses and counts."""
+        if isinstance(plan, Halves):
+            if isinstance(self.ffn, MoE):
+                return interleaved(self.norm_attn_norm, self.ffn, x_BSD, plan)
+            halves = zip(x_BSD.chunk(2), plan, strict=True)
+            return torch.cat([self._whole(half_BSD, its_plan)[0] for half_BSD, its_plan in halves]), None
+        return self._whole(x_BSD, plan)
+
+    def _whole(self, x_BSD: Tensor, plan: AttentionPlan) -> tuple[Tensor, MoEAux | None]:
         x_BSD, normed_BSD = self.norm_attn_norm(x_BSD, plan)
         out_BSD, aux = self.ffn(normed_BSD)
         return x_BSD + out_BSD, aux
@@ -114,6 +124,8 @@ class Transformer(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         # Only a router's jitter draws random numbers, if it has no key.
         self.draws = model.moe is not None and model.moe.jitter_eps > 0
+        self.interleave = False
+        """In training, compute layers in halves: see :mod:`train.model.interleave`."""
         self.document_kernel: DocumentKernel | None = None
         """What keeps packed documents apart; None: what suits the device."""
         self.wte = nn.Embedding(model.vocab_size, model.d_model, device=device)
@@ -125,14 +137,21 @@ class Transformer(nn.Module):
         x_BSD = self.wte(ids_BS)
         device = x_BSD.device
         autocast = torch.is_autocast_enabled(device.type)
-        plan = plan_attention(
-            self.model,
-            *ids_BS.shape,
-            device=device,
-            dtype=torch.get_autocast_dtype(device.type) if autocast else x_BSD.dtype,
-            document_ids_BS=document_ids_BS,
-            kernel=self.document_kernel,
-        )
+
+        def plan_of(sequences: int, documents: Tensor | None) -> AttentionPlan:
+            return plan_attention(
+                self.model,
+                sequences,
+                ids_BS.shape[1],
+                device=device,
+                dtype=torch.get_autocast_dtype(device.type) if autocast else x_BSD.dtype,
+                document_ids_BS=documents,
+                kernel=self.document_kernel,
+            )
+
+        is_halved = self.interleave and self.training and len(ids_BS) % 2 == 0
+        make_plan = functools.partial(plan_halves, plan_of) if is_halved else plan_of
+        plan = make_plan(len(ids_BS), document_ids_BS)
         layers: list[MoEAux] = []
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -1,7 +1,7 @@
 """The mixture-of-experts layer: MegaBlocks' dMoE with our own router (:mod:`train.model.router`).
 
-MegaBlocks permutes tokens and exchanges them between ranks; the experts' products are ours
-(:mod:`train.model.experts`).
+MegaBlocks permutes tokens; their exchange between ranks (:mod:`train.model.exchange`) and the experts'
+products (:mod:`train.model.experts`) are ours.
 
 Shapes: B batch, S sequence, T = B x S tokens, D model, F hidden, L layers, E experts, K experts per token.
 """
@@ -25,6 +25,7 @@ megablocks_ops.install()
 from megablocks.layers.arguments import Arguments  # noqa: E402  (needs the modules that install provides)
 from megablocks.layers.dmoe import dMoE  # noqa: E402
 
+from train.model.exchange import ExchangingExperts, Shipment  # noqa: E402
 from train.model.experts import Experts  # noqa: E402
 
 
@@ -40,6 +41,15 @@ class MoEAux(NamedTuple):
     """int64: tokens per expert in this call, on this rank; sums to T x K."""
     sequence_balance: Tensor | None
     """Scalar, fp32, unweighted: see :func:`sequence_balance`; None for other balance scopes."""
+
+
+class Sent(NamedTuple):
+    """Part of a microbatch, routed and on its way to its experts."""
+
+    shipment: Shipment
+    shared_BSD: Tensor | None
+    """The shared expert's output."""
+    aux: MoEAux
 
 
 class MoE(dMoE):
@@ -107,21 +117,62 @@ class MoE(dMoE):
             The output [B, S, D], in autocast's precision if autocast is on, and what the layer's losses
             are made of.
         """
-        routing = self.router(x_BSD.reshape(-1, x_BSD.shape[-1]))
+        routing, x_BSD = self._route(x_BSD)
+        out_BSD = self.experts(x_BSD, routing.scores_TE, routing.weights_TK, routing.experts_TK)
+        shared_BSD = self._shared(x_BSD)
+        if shared_BSD is not None:
+            out_BSD = out_BSD + shared_BSD
+        return out_BSD, self._aux(routing, x_BSD.shape[0])
+
+    def send(self, x_BSD: Tensor, rows: slice) -> Sent:
+        """Routes some of a microbatch's sequences, and sends their tokens to their experts' ranks.
+
+        Args:
+            x_BSD: the tokens.
+            rows: which sequences of the microbatch they are.
+        """
+        routing, x_BSD = self._route(x_BSD, rows)
+        shipment = self.experts.send(x_BSD.flatten(0, 1), routing.weights_TK, routing.experts_TK)
+        return Sent(shipment, self._shared(x_BSD), self._aux(routing, x_BSD.shape[0], rows))
+
+    def receive(self, parts: list[Sent]) -> tuple[list[Tensor], MoEAux]:
+        """Runs the tokens that were sent through their experts; the parts are of equal size.
+
+        Returns:
+            Each part's output [T, D], and what the layer's losses are made of, over all parts.
+        """
+        outs = self.experts(*(part.shipment for part in parts))
+        for place, part in enumerate(parts):
+            if part.shared_BSD is not None:
+                outs[place] = outs[place] + part.shared_BSD.flatten(0, 1)
+        means, z_losses, tokens, of_sequences = zip(*(part.aux for part in parts), strict=True)
+        return outs, MoEAux(
+            torch.stack(means).mean(dim=0),
+            torch.stack(z_losses).mean(),
+            torch.stack(tokens).sum(dim=0),
+            None if of_sequences[0] is None else torch.stack(of_sequences).mean(),
+        )
+
+    def _init_experts_mlp(self, args: Arguments) -> ExchangingExperts:
+        return ExchangingExperts(args)
+
+    def _route(self, x_BSD: Tensor, rows: slice = slice(None)) -> tuple[Routing, Tensor]:
+        """Returns the router's decision, and the tokens in the experts' precision."""
+        routing = self.router(x_BSD.flatten(0, 1), rows)
         device = x_BSD.device.type
         if torch.is_autocast_enabled(device):
             # Cast before the permutation, which then moves half the bytes.
             x_BSD = x_BSD.to(torch.get_autocast_dtype(device))
-        out_BSD = self.experts(x_BSD, routing.scores_TE, routing.weights_TK, routing.experts_TK)
-        if self.shared is not None:
-            shared_BSD = self.shared(x_BSD)
-            if self.shared_gate is not None:
-                shared_BSD = self.shared_gate(x_BSD).sigmoid() * shared_BSD
-            out_BSD = out_BSD + shared_BSD
-        return out_BSD, self._aux(routing, x_BSD.shape[0])
+        return routing, x_BSD
 
-    def _aux(self, routing: Routing, batch: int) -> MoEAux:
-        """Returns what the layer's losses are made of."""
+    def _shared(self, x_BSD: Tensor) -> Tensor | None:
+        if self.shared is None:
+            return None
+        shared_BSD: Tensor = self.shared(x_BSD)
+        return shared_BSD if self.shared_gate is None else self.shared_gate(x_BSD).sigmoid() * shared_BSD
+
+    def _aux(self, routing: Routing, batch: int, rows: slice = slice(None)) -> MoEAux:
+        """Returns what the layer's losses are made of, of these rows of the microbatch."""
         moe = self.router.moe
         tokens_E = megablocks_ops.histogram(routing.experts_TK.flatten(), moe.experts).long()
         z_loss = torch.logsumexp(routing.logits_TE, dim=-1).square().mean()
@@ -132,8 +183,11 @@ class MoE(dMoE):
         if self.training and by_sequence(moe):
             sequence_T = self.sequence_T
             if sequence_T is None:
-                rows = torch.arange(batch, device=tokens_E.device)
-                sequence_T = rows.repeat_interleave(len(probabilities_TE) // batch)
+                numbers_B = torch.arange(batch, device=tokens_E.device)
+                sequence_T = numbers_B.repeat_interleave(len(probabilities_TE) // batch)
+            else:
+                sequence_T = sequence_T.view(-1, len(probabilities_TE) // batch)[rows].flatten()
+                sequence_T = sequence_T - sequence_T[0]
             of_sequences = sequence_balance(probabilities_TE, moe.top_k, sequence_T)
         return MoEAux(probabilities_TE.mean(dim=0), z_loss, tokens_E, of_sequences)
 

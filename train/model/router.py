@@ -59,13 +59,18 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", bias_E)
         self.jitter: Jitter | None = None
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        """Routes tokens. The bias affects only which experts are selected; weights are unbiased scores."""
+    def forward(self, x_TD: Tensor, rows: slice = slice(None)) -> Routing:
+        """Routes tokens. The bias affects only which experts are selected; weights are unbiased scores.
+
+        Args:
+            x_TD: the tokens of whole sequences.
+            rows: which sequences of the microbatch they are.
+        """
         moe = self.moe
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
             if self.training and moe.jitter_eps > 0:
-                x_TD = x_TD * (1.0 + moe.jitter_eps * (2.0 * self._noise(x_TD) - 1.0))
+                x_TD = x_TD * (1.0 + moe.jitter_eps * (2.0 * self._noise(x_TD, rows) - 1.0))
             logits_TE = functional.linear(x_TD, self.layer.weight.to(x_TD.dtype))
             scores_TE = logits_TE.softmax(dim=-1) if moe.score is Score.softmax else logits_TE.sigmoid()
             if self.expert_bias is None and moe.groups == 1 and not moe.forced_balance:
@@ -111,12 +116,12 @@ class Router(nn.Module):
             return biased_TGN.amax(dim=-1)
         return biased_TGN.topk(2, dim=-1).values.sum(dim=-1)
 
-    def _noise(self, x_TD: Tensor) -> Tensor:
+    def _noise(self, x_TD: Tensor, rows: slice) -> Tensor:
         """Noise in [0, 1), from the positions in training if known, else from torch's generator."""
         if self.jitter is None:
             return torch.rand_like(x_TD)
         tokens, width = x_TD.shape
-        return uniform_noise(self.jitter.positions_B, tokens, width, self.jitter.key).to(x_TD.dtype)
+        return uniform_noise(self.jitter.positions_B[rows], tokens, width, self.jitter.key).to(x_TD.dtype)
 
 
 def deal_out(tokens: int, moe: Moe, device: torch.device) -> Tensor:

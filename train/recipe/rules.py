@@ -10,8 +10,9 @@ from train.recipe.errors import UserError, Violation, raise_all
 from train.recipe.keys import out_of_range
 from train.recipe.names import unfit_as_file
 from train.recipe.phase_rules import check_phases
-from train.recipe.phases import domains_of
+from train.recipe.phases import domains_of, microbatch_sequences, phases_of
 from train.recipe.schema import (
+    Compile,
     Ffn,
     GroupScore,
     Model,
@@ -51,6 +52,7 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
         _training,
         _optimizer,
         _batch_and_layout,
+        _interleaved,
         _registry,
         _evaluation,
     ):
@@ -352,6 +354,29 @@ def _batch_and_layout(recipe: Recipe, topology: Topology) -> Iterator[Violation]
             )
         else:
             yield from _uneven_experts(recipe, ranks)
+
+
+def _interleaved(recipe: Recipe, _: Topology) -> Iterator[Violation]:
+    if not recipe.parallelism.interleave:
+        return
+    if recipe.parallelism.expert == 1:
+        yield Violation(
+            "parallelism.interleave",
+            "hides the exchange of tokens, but with parallelism.expert=1 there is none",
+            "remove it, or spread the experts over ranks",
+        )
+    if recipe.training.compile is not Compile.off:
+        yield Violation(
+            "parallelism.interleave",
+            f"is not built for compiled layers, but training.compile={recipe.training.compile.value}",
+            "remove either",
+        )
+    if all(microbatch_sequences(recipe, phase) % 2 for phase in phases_of(recipe)):
+        yield Violation(
+            "parallelism.interleave",
+            f"halves microbatches, but training.microbatch_sequences={recipe.training.microbatch_sequences}",
+            "make it even, or remove parallelism.interleave",
+        )
 
 
 def _uneven_experts(recipe: Recipe, ranks: int) -> Iterator[Violation]:

@@ -386,6 +386,12 @@ class Parallelism:
     `once_a_batch`, so is the sum over microbatches."""
     gathered_layers: int = key(0, at_least=0)
     """Layers, counted from the last, whose weights stay gathered between forward and backward pass."""
+    interleave: bool = False
+    """Compute each layer in two halves of a microbatch, so that the exchange of tokens of one half runs under
+    the arithmetic of the other: three quarters of it are hidden, or as much as the arithmetic takes. Helps
+    where `expert` spans nodes or `top_k` is large. Costs twice the kernels, of half the rows, and one more
+    rounding of each gradient. Needs an even microbatch (phases where it is odd are computed whole), and
+    layers that are not compiled."""
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,24 @@ def test_traffic_is_open_or_hidden(expert: int) -> None:
     assert min(found.seconds.links, found.hidden_seconds) > 0
 
 
+@pytest.mark.parametrize("expert", [8, 16])
+def test_interleaving_hides_three_quarters_of_the_exchange_where_arithmetic_lasts(expert: int) -> None:
+    """The rest of a step is the same but for products that read the weights twice."""
+    plain, halved = (
+        make_plan(recipe("dbrx", f"parallelism.expert={expert}", *more), 3072, H100)
+        for more in ([], ["parallelism.interleave=true"])
+    )
+    (exchange,) = (c for c in plain.collectives if c.what == "tokens to experts and back")
+    hidden = plain.seconds.links - halved.seconds.links
+    assert hidden == pytest.approx(0.75 * seconds_of([exchange], H100), rel=0.02)
+    assert halved.seconds.links + halved.hidden_seconds == pytest.approx(seconds_of(halved.collectives, H100))
+    assert 1.0 < halved.seconds.memory / plain.seconds.memory < 1.2
+    assert halved.memory.total < plain.memory.total
+    odd = halved.others[0]
+    assert odd.shape.recipe.training.microbatch_sequences == 1
+    assert (odd.step_seconds, odd.memory) == (plain.others[0].step_seconds, plain.others[0].memory)
+
+
 def test_a_step_takes_as_long_as_its_bytes_on_a_slow_network() -> None:
     slow = replace(H100, network_bandwidth=H100.network_bandwidth / 1000)
     found = make_plan(recipe("dbrx"), 3072, slow)

@@ -130,6 +130,7 @@ def count(
         pytest.param(MOE, Parallelism(), 2, Precision.bf16, False, id="sharded"),
         pytest.param(MOE, Parallelism(expert=2), 4, Precision.bf16, False, id="experts"),
         pytest.param(MOE, Parallelism(expert=4), 4, Precision.fp32, True, id="experts-recomputed"),
+        pytest.param(MOE, Parallelism(expert=2, interleave=True), 4, Precision.bf16, True, id="interleaved"),
         pytest.param(MOE, COPIES, 4, Precision.fp32, True, id="copies"),
         pytest.param(MOE, replace(COPIES, reduce=ONCE), 4, Precision.bf16, True, id="reduced-once"),
         pytest.param(MOE, replace(COPIES, gathered_layers=2), 4, Precision.bf16, False, id="gathered"),

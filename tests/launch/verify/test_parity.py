@@ -31,6 +31,7 @@ pytestmark = pytest.mark.slow
 
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 GLOBAL = "model.moe.balance_scope=global_batch"
+HALVED = "parallelism.interleave=true parallelism.expert=2 training.microbatch_sequences=2"
 TRADED = "parallelism.reduce=once_a_batch parallelism.gathered_layers=1"
 
 
@@ -162,6 +163,11 @@ def test_gate_passes_the_same_cases_without_a_fault(
         ("dbrx", "--precision fp32 --worlds 4 --inputs loaded"),
         ("smoke", "--precision bf16 --worlds 2 --inputs recomputed"),
         ("smoke", f"{TRADED} parallelism.reduce_precision=bf16 --worlds 4 --inputs accumulated"),
+        (
+            "smoke",
+            f"{HALVED} model.moe.jitter_eps=0.05 --precision fp32 --worlds 2 --inputs split recomputed",
+        ),
+        ("smoke", f"{HALVED} --worlds 4 --inputs plain"),
         ("dbrx-moe-a", "--worlds 2 --inputs recomputed"),
         # Two phases: sequences grow after the first step.
         ("dbrx", "--precision fp32 --worlds 2 --inputs accumulated"),

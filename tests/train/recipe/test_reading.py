@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,7 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
             "model.moe.balance_scope: nothing reads this key unless model.moe.balance == loss or both; "
             "remove it, or set model.moe.balance=loss",
         ),
+        ("parallelism.interleave=true", f"{SMOKE}: parallelism.interleave: hides the exchange of tokens"),
         ("name=a/b", f"{SMOKE}: name: 'a/b' is not a folder name"),
     ],
 )
@@ -155,6 +157,23 @@ def test_a_mistake_is_one_line_with_file_key_and_remedy(override: str, expected:
     line = str(caught.value.at(SMOKE))
     assert "\n" not in line
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("override", "refusal"),
+    [
+        ("training.microbatch_sequences=1", "halves microbatches, but"),
+        ("training.compile=blocks", "is not built for compiled layers"),
+        ("seed=1", None),
+    ],
+)
+def test_only_even_microbatches_that_are_not_compiled_are_interleaved(
+    override: str, refusal: str | None
+) -> None:
+    halved = ["parallelism.expert=2", "parallelism.interleave=true", "training.microbatch_sequences=2"]
+    recipe = load_recipe(SMOKE, [*halved, override])
+    with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
+        validate(recipe, Topology(world_size=2), SMOKE)
 
 
 @pytest.mark.parametrize(("ranks", "is_refused"), [(18, True), (16, False)])

@@ -1,0 +1,161 @@
+"""The exchange of tokens on several ranks: halves equal the whole, and each hides the other's exchange."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from launch.verify.forked_ranks import run_ranks
+from tests.fake_world import CFG, local
+from train.layout.mesh import build_mesh, build_sharded
+from train.layout.optim import average_replicated_gradients
+from train.model import experts
+from train.model.decoder import Decoder
+from train.model.exchange import AllToAll
+from train.model.moe import MoE
+from train.model.router import Jitter, Router
+from train.model.router_noise import noise_key
+from train.recipe.schema import BalanceScope, Moe, Parallelism, Precision
+from train.recipe.topology import Topology
+from train.step.microbatch import number_sequences
+
+pytestmark = pytest.mark.slow
+
+B, S = 4, 8
+FINE = Moe(experts=8, top_k=3, jitter_eps=0.2, shared_hidden_size=16, balance_scope=BalanceScope.sequence)
+MODEL = replace(CFG, moe=FINE)
+
+
+def make(rank: Topology, expert: int, *, recompute: bool, interleave: bool, layers: int = 2) -> Decoder:
+    moe = replace(FINE, dense_layers=layers - 1)
+    decoder = Decoder(
+        replace(MODEL, n_layers=layers, moe=moe), device="meta", activation_checkpointing=recompute
+    )
+    layout = Parallelism(expert=expert, interleave=interleave)
+    build_sharded(decoder, build_mesh(layout, rank.world_size, "cpu"), Precision.fp32, 17)
+    for layer, router in enumerate(module for module in decoder.modules() if isinstance(module, Router)):
+        positions_B = torch.arange(B) + B * rank.rank
+        router.jitter = Jitter(noise_key(1, layer, torch.device("cpu")), positions_B)
+    return decoder
+
+
+def train(decoder: Decoder, rank: Topology) -> tuple[dict[str, Tensor], Tensor]:
+    """One pass in both directions: losses and gradients by name, and tokens per expert."""
+    generator = torch.Generator().manual_seed(rank.rank)
+    ids_BS = torch.randint(CFG.vocab_size, (B, S), generator=generator)
+    documents_BS = (torch.rand((B, S), generator=generator) < 0.2).cumsum(dim=1)
+    for mixture in (module for module in decoder.modules() if isinstance(module, MoE)):
+        mixture.sequence_T = number_sequences(ids_BS.shape, documents_BS, ids_BS.device).flatten()
+    out = decoder(ids_BS, documents_BS, ids_BS)
+    (out.loss_sum + out.balance_loss + out.sequence_balance + 0.1 * out.z_loss).backward()
+    average_replicated_gradients(decoder.parameters())
+    found = {
+        "loss": out.loss_sum,
+        "balance": out.balance_loss,
+        "z": out.z_loss,
+        "sequences": out.sequence_balance,
+    }
+    gradients = {name: local(p.grad).clone() for name, p in decoder.named_parameters() if p.grad is not None}
+    return {key: value.detach() for key, value in found.items()} | gradients, out.expert_tokens_LE
+
+
+@pytest.mark.parametrize(("world", "expert"), [(2, 2), (4, 2), (4, 4)])
+def test_halves_train_what_the_whole_microbatch_does(world: int, expert: int) -> None:
+    """Kept or recomputed, with documents, a shared expert, a dense layer, the balance of each sequence, and
+    noise in the router that depends on a sequence's place.
+    """
+
+    def work(rank: Topology) -> None:
+        whole, tokens = train(make(rank, expert, recompute=False, interleave=False), rank)
+        for recompute in (False, True):
+            halves, of_halves = train(make(rank, expert, recompute=recompute, interleave=True), rank)
+            assert torch.equal(tokens, of_halves)
+            for name, value in whole.items():
+                scale = value.abs().max().item()
+                torch.testing.assert_close(halves[name], value, rtol=0, atol=2e-6 * scale, msg=name)
+
+    run_ranks(world, work)
+
+
+class Log:
+    """What a rank computes and exchanges, in order; halves are numbered."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.lines: list[str] = []
+        self.exchanges: dict[int, AllToAll] = {}
+        attention = decoder.transformer.blocks[0].norm_attn_norm
+        assert isinstance(attention, torch.nn.Module)
+        attention.register_forward_hook(self._attended)
+        glu = experts.grouped_glu
+
+        def grouped_glu(*args: Any) -> Tensor:
+            return self._noted("experts", glu(*args))
+
+        experts.grouped_glu = grouped_glu  # this process is a test's own
+        AllToAll.start, AllToAll.finish = (  # type: ignore[method-assign]
+            self._exchanging(AllToAll.start, "leave"),
+            self._exchanging(AllToAll.finish, "arrive"),
+        )
+
+    def _attended(self, _module: Any, _inputs: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return output[0], self._noted("attention", output[1])
+
+    def _noted(self, what: str, output: Tensor) -> Tensor:
+        self.lines.append(what)
+        output.register_hook(lambda _: self.lines.append(f"{what} back"))
+        return output
+
+    def _exchanging(self, method: Callable[..., Tensor], what: str) -> Callable[..., Tensor]:
+        def wrapper(exchange: AllToAll, *args: Any, **keywords: Any) -> Tensor:
+            self.exchanges.setdefault(id(exchange), exchange)
+            number = list(self.exchanges).index(id(exchange)) % 4
+            self.lines.append(f"{'ABCD'[number]} {what}")
+            return method(exchange, *args, **keywords)
+
+        return wrapper
+
+
+FORWARD = """attention, A leave, attention, B leave, A arrive, experts, C leave,
+B arrive, experts, D leave, C arrive, D arrive"""
+"""A and B: the halves to their experts; C and D: back."""
+BACKWARD = """D leave, C leave, D arrive, experts back, B leave, C arrive, experts back, A leave,
+B arrive, attention back, A arrive, attention back"""
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_each_half_computes_while_the_other_is_on_its_way(recompute: bool) -> None:
+    """In both directions, and when a layer is recomputed. No handle of a collective outlives its wait."""
+
+    def work(rank: Topology) -> list[str]:
+        decoder = make(rank, 2, recompute=recompute, interleave=True, layers=1)
+        log = Log(decoder)
+        train(decoder, rank)
+        assert len(log.exchanges) == (8 if recompute else 4)
+        assert all(exchange._in_flight is None for exchange in log.exchanges.values())
+        return log.lines
+
+    expected = [line.strip() for line in f"{FORWARD}, {BACKWARD}".split(",")]
+    if recompute:
+        expected = [line.strip() for line in f"{FORWARD}, {FORWARD}, {BACKWARD}".split(",")]
+    assert run_ranks(2, work) == [expected] * 2
+
+
+def test_microbatches_that_cannot_be_halved_and_evaluation_are_whole() -> None:
+    def work(rank: Topology) -> list[int]:
+        decoder = make(rank, 2, recompute=False, interleave=True)
+        sequences: list[int] = []
+        for block in decoder.transformer.blocks:
+            attention = block.norm_attn_norm
+            assert isinstance(attention, torch.nn.Module)
+            attention.register_forward_pre_hook(lambda _, inputs: sequences.append(len(inputs[0])))
+        for router in (module for module in decoder.modules() if isinstance(module, Router)):
+            router.jitter = None
+        decoder(torch.zeros(3, S, dtype=torch.int64))
+        decoder.eval()
+        decoder(torch.zeros(4, S, dtype=torch.int64))
+        return sequences
+
+    assert run_ranks(2, work) == [[3, 3, 4, 4]] * 2
