@@ -177,8 +177,8 @@ def _of_experts(what: str, holds: Callable[[Moe], bool]) -> Need:
 
 
 def _shares_whole_experts(model: Model) -> bool:
-    shared = model.moe and model.moe.shared_hidden_size
-    return bool(shared) and shared % sizes.expert_width(model) == 0
+    shared = model.moe.shared_hidden_size if model.moe else None
+    return shared is not None and shared % sizes.expert_width(model) == 0
 
 
 def _dots1_extra(model: Model) -> Iterator[Link]:
