@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,12 +34,13 @@ def test_each_weights_own_rate_is_saved_and_a_change_refused(tmp_path: Path) -> 
     assert (found["0.weight"]["weight_decay"], found["1.weight"]["weight_decay"]) == (0.1, 0.0)
     assert found["0.weight"]["betas"] == [0.9, 0.95] and found["0.weight"]["orthogonal"]
     require_same_groups(saved.folder, model, build_optimizer(model, MUON))
-    for change, words in (
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"adamw_learning_rate": 0.02}, r"lr_scale of 1\.weight was 0\.5 and is 1\.0"),
         ({"momentum": 0.9}, r"momentum of 0\.weight was 0\.95 and is 0\.9"),
         ({"weight_decay": 0.2}, r"weight_decay of 0\.weight was 0\.1 and is 0\.2"),
         ({"kind": OptimizerKind.adamw}, r"lr_scale of 1\.weight was 0\.5 and is 1\.0"),
-    ):
+    )
+    for change, words in changes:
         with pytest.raises(UserError, match=f"optimizer: .*: {words}; resume with"):
             require_same_groups(saved.folder, model, build_optimizer(model, replace(MUON, **change)))
 

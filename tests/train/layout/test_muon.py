@@ -92,9 +92,9 @@ def test_each_expert_and_projection_is_a_matrix_and_the_rest_is_adamws() -> None
     initialize(decoder, CFG, 3)
     before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
     optimizer = build_optimizer(decoder, replace(MUON, weight_decay=0.0))
-    for p in decoder.parameters():
-        p.grad = torch.randn_like(p)
-    gradients = {name: p.grad for name, p in decoder.named_parameters()}
+    gradients = {name: torch.randn_like(p) for name, p in decoder.named_parameters()}
+    for name, p in decoder.named_parameters():
+        p.grad = gradients[name].clone()
     optimizer.step()
     rows = {"experts": [24] * 8, "Wqkv": [16, 8, 8], "out_proj": [16]}
     for name, p in decoder.named_parameters():
