@@ -24,8 +24,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Place(NamedTuple):
     """Where a rank's part of a weight lies."""
 
-    index: int
-    """Of the weight in the model."""
+    weight: int
+    """Its number in the model."""
     first: int
     """Its first element in the whole weight."""
 
@@ -56,7 +56,7 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; returns what the closure does."""
         loss = None
         if closure is not None:
@@ -84,11 +84,13 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         place = self.places[p]
-        key = mix(torch.full((), (self.seed * 1_000_003 + place.index) ^ (step << 12), device=p.device))
+        key = mix(torch.full((), (self.seed * 1_000_003 + place.weight) ^ (step << 12), device=p.device))
+        assert p.grad is not None
         flat = [_flat(tensor) for tensor in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
         for first in range(0, len(flat[0]), CHUNK):
-            bits = _bits(place.first + first, min(CHUNK, len(flat[0]) - first), key)
-            _update_chunk(*(each[first : first + CHUNK] for each in flat), bits, step, group)
+            own, gradient, exp_avg, exp_avg_sq = (each[first : first + CHUNK] for each in flat)
+            bits = _bits(place.first + first, len(own), key)
+            _update_chunk(own, gradient, exp_avg, exp_avg_sq, bits, step, group)
 
 
 def _update_chunk(

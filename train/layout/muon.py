@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults | {"weight_decay": 0.0, "fused": True})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; returns what the closure does."""
         loss = None
         if closure is not None:

@@ -81,14 +81,14 @@ def _of_kind(
     """The recipe's optimizer of parameter groups."""
     lr, betas = recipe.learning_rate, (recipe.betas[0], recipe.betas[1])
     if recipe.kind is OptimizerKind.adamw and recipe.moments is Moments.bf16:
-        places = {p: _place(index, p) for index, p in enumerate(model.parameters())}
+        places: dict[Tensor, Place] = {p: _place(number, p) for number, p in enumerate(model.parameters())}
         return Bf16MomentsAdamW(groups, places, seed, lr=lr, betas=betas, eps=recipe.eps)
     if recipe.kind is OptimizerKind.adamw:
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=recipe.eps, fused=True)
     if recipe.kind is OptimizerKind.muon:
         decoder = next((module for module in model.modules() if isinstance(module, Decoder)), None)
         names = {parameter: name for name, parameter in model.named_parameters()}
-        stacks = {
+        stacks: dict[Tensor, tuple[Stack, dist.ProcessGroup | None]] = {
             p: stack_of(names[p], p, decoder.cfg if decoder is not None else None)
             for group in groups
             for p in group["params"]
@@ -108,14 +108,14 @@ def _of_kind(
     return lion
 
 
-def _place(index: int, parameter: nn.Parameter) -> Place:
+def _place(number: int, parameter: nn.Parameter) -> Place:
     """Where this rank's part of a parameter begins."""
     if not isinstance(parameter, DTensor):
-        return Place(index, 0)
+        return Place(number, 0)
     _, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
-    return Place(index, offset[0] * math.prod(parameter.shape[1:]) if offset else 0)
+    return Place(number, offset[0] * math.prod(parameter.shape[1:]) if offset else 0)
 
 
 def stack_of(name: str, parameter: nn.Parameter, cfg: Model | None) -> tuple[Stack, dist.ProcessGroup | None]:
