@@ -20,6 +20,10 @@ gradients element by element, and are mostly equal bit for bit: 1e-6, of weights
 With `parallelism.reduce_precision: bf16` the sums over ranks and microbatches are rounded too, each partial
 sum by at most u of it, with random signs: twice the bounds of shared experts' gradients, for all gradients.
 
+With `parallelism.interleave` the reference takes halves as microbatches and rounds each; here the sum of a
+layer's halves is rounded once more, and what is outside the layers once for both. Halves may be larger than
+their sum, most of all those of norms: four times the bounds.
+
 A plain process rounds less than FSDP2 (norms and embeddings stay fp32), so bf16 is not run on one rank.
 """
 
@@ -72,6 +76,12 @@ REDUCED_IN_BF16 = {
     "bias": UNIT_ROUNDOFF / 2,
 }
 """Those of bf16 that are wider where gradients are also summed in it."""
+HALVED_IN_BF16 = {
+    "gradients": 8 * UNIT_ROUNDOFF,
+    "exact": 8 * UNIT_ROUNDOFF,
+    "bias": UNIT_ROUNDOFF,
+}
+"""Those of bf16 that are wider where halves of a microbatch are interleaved."""
 QUANTITIES = tuple(BOUNDS[Precision.fp32])
 FLOOR = 1e-4
 """The error of a near-zero gradient is measured against this fraction of the full gradient's RMS."""
@@ -88,5 +98,7 @@ the bound, that is fp32's own rounding of the weight."""
 
 def bounds_of(precision: Precision, layout: Parallelism) -> dict[str, float]:
     """Returns the bounds of a case in a precision."""
-    is_wider = precision is Precision.bf16 and layout.reduce_precision is ReducePrecision.bf16
-    return BOUNDS[precision] | (REDUCED_IN_BF16 if is_wider else {})
+    if precision is not Precision.bf16:
+        return BOUNDS[precision]
+    wider = REDUCED_IN_BF16 if layout.reduce_precision is ReducePrecision.bf16 else {}
+    return BOUNDS[precision] | wider | (HALVED_IN_BF16 if layout.interleave else {})
