@@ -125,7 +125,7 @@ def _train(recipe: Recipe) -> list[float]:
     training = recipe.training
     decoder = Decoder(
         recipe.model,
-        activation_checkpointing=training.activation_checkpointing,
+        recompute=sizes.recomputed(training, recipe.model.n_layers),
         loss_chunk_tokens=training.loss_chunk_tokens,
     )
     initialize(decoder, recipe.model, recipe.seed)

@@ -240,7 +240,7 @@ def build_model(
     decoder = Decoder(
         recipe.model,
         device="meta",
-        activation_checkpointing=training.activation_checkpointing,
+        recompute=sizes.recomputed(training, recipe.model.n_layers),
         loss_chunk_tokens=training.loss_chunk_tokens,
     )
     if topology.world_size > 1:

@@ -6,6 +6,7 @@ from train.layout.optim import build_optimizer
 from train.model.compiling import compile_decoder
 from train.model.decoder import Decoder
 from train.model.init import initialize
+from train.recipe import sizes
 from train.recipe.schema import Precision, Recipe
 from train.step.microbatch import MicrobatchModel
 
@@ -23,7 +24,7 @@ def build_on_one_device(
     decoder = Decoder(
         recipe.model,
         device="meta",
-        activation_checkpointing=recipe.training.activation_checkpointing,
+        recompute=sizes.recomputed(recipe.training, recipe.model.n_layers),
         loss_chunk_tokens=recipe.training.loss_chunk_tokens,
     )
     decoder.to_empty(device=device)

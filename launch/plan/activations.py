@@ -52,6 +52,8 @@ class Microbatch:
     """Documents are masked from each other, so attention gets a mask."""
     imbalance: float = 1.0
     """Rows of this rank's experts relative to the mean; 1 if each rank has all experts."""
+    exchanged: bool = False
+    """Experts' rows come from several ranks."""
 
     @property
     def tokens(self) -> int:
@@ -134,40 +136,26 @@ def shared_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
     return rotations + (batch.sequences * S * S * c if batch.masked and not numerics.on_gpu else 0)
 
 
-def kept_bytes(model: Model, batch: Microbatch, numerics: Numerics, *, checkpointing: bool) -> int:
-    """Bytes that the layers keep until the backward pass: all, or only their inputs if ``checkpointing``."""
-    kept = shared_bytes(model, batch, numerics)
-    for alike in sizes.alike_layers(model):
-        inputs = batch.tokens * model.d_model * numerics.stream
-        kept += len(alike.layers) * (inputs if checkpointing else layer_bytes(alike.model, batch, numerics))
-    return kept
-
-
 @dataclass(frozen=True)
 class WeightCopies:
-    """Bytes of autocast's bf16 copies of fp32 matrices; the router and the norms stay fp32."""
+    """Bytes of a layer's bf16 copies of fp32 matrices under autocast; the router and the norms stay fp32."""
 
-    all_layers: int
-    """Without checkpointing: kept by autograd from the forward pass onwards."""
-    cached: int
-    """With checkpointing: autocast's own cache of all but the experts, until the loss is known."""
-    one_layer: int
-    """With checkpointing, in the backward pass: those of the recomputed layer, the one with the most."""
+    dense: int
+    """Of all but the experts: autocast itself keeps them until the loss is known."""
+    attention: int
+    layer: int
 
 
 def weight_copies(model: Model, numerics: Numerics) -> WeightCopies:
     """Copies of unsharded weights; FSDP2 gathers bf16 and needs none."""
     if not numerics.copies_weights:
         return WeightCopies(0, 0, 0)
-    whole = cached = largest = 0
-    for alike in sizes.alike_layers(model):
-        weights = sizes.layer_weights(alike.model, 0)
-        cast = [w for w in weights if len(w.shape) > 1 and ".router." not in w.name]
-        layer = sum(w.elements for w in cast) * numerics.compute
-        whole, largest = whole + len(alike.layers) * layer, max(largest, layer)
-        dense = sum(w.elements for w in cast if not w.is_expert)
-        cached += len(alike.layers) * dense * numerics.compute
-    return WeightCopies(whole, cached, largest)
+    cast = [w for w in sizes.layer_weights(model, 0) if len(w.shape) > 1 and ".router." not in w.name]
+    dense = [w for w in cast if not w.is_expert]
+    attention = [w for w in dense if ".attn." in w.name]
+    return WeightCopies(
+        *(sum(w.elements for w in some) * numerics.compute for some in (dense, attention, cast))
+    )
 
 
 @dataclass(frozen=True)
@@ -225,39 +213,6 @@ def backward_bytes(model: Model, batch: Microbatch, numerics: Numerics, *, halve
     # It comes first, and leaves the gradient of its input until the experts' is added, but no activations.
     left = T * D * c - shared_expert_bytes(model, batch, numerics)
     return stream + max(T * (2 * shared + D * model.moe.shared_gate) * c, left + experts)
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """Bytes besides weights, optimizer state and stored gradients at the candidate peaks."""
-
-    loss: int
-    """All layers' activations and the loss with its logits."""
-    first_backward: int
-    """All layers' activations and the last layer's backward pass."""
-    last_backward: int
-    """The first layer's activations and its backward pass."""
-
-
-def peaks(
-    model: Model, batch: Microbatch, numerics: Numerics, *, checkpointing: bool, chunk_tokens: int
-) -> Peaks:
-    """Returns the three candidate peaks; the caller adds the gradients stored at each."""
-    kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
-    copies = weight_copies(model, numerics)
-    at_loss = copies.cached if checkpointing else copies.all_layers
-    in_backward = copies.one_layer if checkpointing else copies.all_layers
-    loss = loss_bytes(model, batch, numerics, chunk_tokens)
-    layer = layer_bytes(model, batch, numerics)
-    working = backward_bytes(model, batch, numerics) + loss.weight_gradient
-    per_layer = batch.tokens * model.d_model * numerics.stream if checkpointing else layer
-    recomputed = layer - per_layer if checkpointing else 0
-    below = kept - (model.n_layers - 1) * per_layer
-    return Peaks(
-        loss=kept + at_loss + norm_bytes(model, batch, numerics) + loss.total,
-        first_backward=kept + in_backward + recomputed + working,
-        last_backward=below + in_backward + recomputed + working,
-    )
 
 
 def layer_gradient_elements(model: Model) -> tuple[int, int]:

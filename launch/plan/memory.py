@@ -5,7 +5,9 @@ Weights, gradients and optimizer state are exact; activations and loss follow
 allocate. tests/cuda_standin/test_memory.py compares the sum with what PyTorch's allocator hands out.
 """
 
+import functools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
@@ -17,16 +19,14 @@ from launch.plan.activations import (
     Microbatch,
     Numerics,
     backward_bytes,
-    kept_bytes,
-    layer_bytes,
     layer_gradient_elements,
     loss_bytes,
     norm_bytes,
-    shared_bytes,
     weight_copies,
 )
 from launch.plan.hardware import GIB, Gpu
 from launch.plan.muon import orthogonalising
+from launch.plan.recomputation import backward_passes, copies_at_loss, copies_kept, kept_bytes
 from launch.plan.traffic import reduced_bytes
 from train.recipe import sizes
 from train.recipe.matrices import is_orthogonalised
@@ -38,6 +38,7 @@ from train.recipe.schema import (
     Parallelism,
     Precision,
     Recipe,
+    Recompute,
     Reduction,
 )
 
@@ -139,6 +140,7 @@ def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 
         recipe.data.sequence_tokens,
         masked=training.document_masking,
         imbalance=imbalance if layout.expert > 1 else 1.0,
+        exchanged=layout.expert > 1,
     )
     held = states(model, layout, world_size, rank, recipe.optimizer)
     kept_gradients = 0
@@ -146,7 +148,10 @@ def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 
         kept_gradients = held.gradients
         if world_size > 1 and layout.reduce is Reduction.once_a_batch:
             kept_gradients = sum(gathered_bytes(model, layout, world_size, reduced_bytes(layout)).values())
-    moments = (_moments if world_size > 1 else _moments_of_one)(recipe, world_size, batch, kept_gradients)
+    if world_size > 1:
+        moments = _moments(recipe, world_size, batch, kept_gradients)
+    else:
+        moments = _moments_of_one(recipe, batch, kept_gradients)
     fullest = max(moments, key=sum)
     handed_out = held.weights + held.optimizer + sum(fullest)
     return Memory(
@@ -162,8 +167,8 @@ def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 
     )
 
 
-class _Moment(NamedTuple):
-    """Bytes at a candidate for the peak, by the parts of :class:`Memory`."""
+class Moment(NamedTuple):
+    """Bytes at a candidate for the peak, by the parts of :class:`Memory`, but weights and optimizer state."""
 
     activations: int
     loss: int
@@ -172,55 +177,19 @@ class _Moment(NamedTuple):
     gradients: int
 
 
-class _LayerBackward(NamedTuple):
-    """Bytes of activations in a layer's backward pass."""
-
-    layer: int
-    kept: int
-    """What this layer and those below it have kept."""
-    made: int
-    """What is recomputed, and gradients of activations."""
-    made_first: int
-    """Elements of its weights whose gradients coexist with its activations."""
-
-
-def _backward_passes(
-    model: Model, batch: Microbatch, numerics: Numerics, *, checkpointing: bool, halves: int = 1
-) -> list[_LayerBackward]:
-    """The backward passes that may need the most: of the last layer, then of the first of each kind.
-
-    Halves of a microbatch are computed in turn.
-    """
-    alike = sizes.alike_layers(model)
-    of_layer = {layer: each.model for each in alike for layer in each.layers}
-    inputs = batch.tokens * model.d_model * numerics.stream
-    found = []
-    for layer in (model.n_layers - 1, *(each.layers[0] for each in alike)):
-        below = [each for number, each in of_layer.items() if number <= layer]
-        kept = sum(inputs if checkpointing else layer_bytes(each, batch, numerics) for each in below)
-        made = backward_bytes(of_layer[layer], batch, numerics, halves=halves)
-        if checkpointing:
-            made += layer_bytes(of_layer[layer], batch, numerics)
-        made_first = layer_gradient_elements(of_layer[layer])[1]
-        kept += shared_bytes(model, batch, numerics)
-        found.append(_LayerBackward(layer, kept, made, made_first))
-    return found
-
-
-def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients: int) -> list[_Moment]:
-    """The candidates of a rank of several: in the loss, in the backward passes of the last and of the first
-    layer, at the end of the backward pass, when the embeddings' gradients are reduced, and in the update.
+def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients: int) -> list[Moment]:
+    """The candidates of a rank of several: in the loss, in the backward passes of the layers that may need
+    the most, at the end of the backward pass, when the embeddings' gradients are reduced, and in the update.
 
     Gradients of earlier microbatches, ``kept_gradients``, exist all the time, those of the only one from the
-    backward pass of their layer on, in which the inputs that recomputation kept become fewer.
+    backward pass of their layer on, in which what the layers have kept becomes less.
     """
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     numerics = numerics_of(recipe, world_size)
-    checkpointing = training.activation_checkpointing
+    grades = sizes.recomputed(training, model.n_layers)
     chunk = training.loss_chunk_tokens or sizes.LOSS_CHUNK_TOKENS["cuda"]
-    kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
+    kept = kept_bytes(model, batch, numerics, grades)
     halves = 2 if layout.interleave else 1
-    last, *firsts = _backward_passes(model, batch, numerics, checkpointing=checkpointing, halves=halves)
     stream = batch.tokens * model.d_model * numerics.stream
     loss = loss_bytes(model, batch, numerics, chunk)
     whole = _Whole.of(model, layout, world_size, numerics.compute)
@@ -233,47 +202,64 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
         exchanged = rows + round(rows * batch.imbalance)
     all_gradients = max(kept_gradients, states(model, layout, world_size, 0, recipe.optimizer).gradients)
     gathered = whole.outside + whole.in_backward
-    return [
-        _Moment(
+    found = [
+        Moment(
             kept + norm_bytes(model, batch, numerics), loss.total, whole.outside + stays, 0, kept_gradients
         ),
-        _Moment(last.kept + last.made, head_gradient, gathered + above, exchanged, kept_gradients),
-        *(
-            _Moment(each.kept + each.made, head_gradient, gathered, exchanged, all_gradients)
-            for each in firsts
-        ),
-        _Moment(stream, 0, whole.outside * (2 + FP32 // numerics.compute), 0, all_gradients),
-        _Moment(0, 0, orthogonalising(recipe, world_size).bytes, 0, all_gradients),
+        Moment(stream, 0, whole.outside * (2 + FP32 // numerics.compute), 0, all_gradients),
+        Moment(0, 0, orthogonalising(recipe, world_size).bytes, 0, all_gradients),
     ]
+    for each in backward_passes(model, batch, numerics, grades):
+        layers_above = model.n_layers - 1 - each.layer
+        gradients = all_gradients * layers_above // max(1, model.n_layers - 1)
+        in_layer = each.kept + each.made + backward_bytes(each.like, batch, numerics, halves=halves)
+        stay = gathered + (0 if layers_above else above)
+        found.append(Moment(in_layer, head_gradient, stay, exchanged, max(kept_gradients, gradients)))
+    return found
 
 
-def _moments_of_one(recipe: Recipe, _world: int, batch: Microbatch, kept_gradients: int) -> list[_Moment]:
-    """The candidates of one process with the whole model: its gradients are made in place, in fp32."""
+def _moments_of_one(recipe: Recipe, batch: Microbatch, kept_gradients: int) -> list[Moment]:
     model, training = recipe.model, recipe.training
-    numerics = numerics_of(recipe, 1)
-    checkpointing = training.activation_checkpointing
     chunk = training.loss_chunk_tokens or sizes.LOSS_CHUNK_TOKENS["cuda"]
-    kept = kept_bytes(model, batch, numerics, checkpointing=checkpointing)
-    last, *firsts = _backward_passes(model, batch, numerics, checkpointing=checkpointing)
+    grades = sizes.recomputed(training, model.n_layers)
+    update = Moment(0, 0, orthogonalising(recipe, 1).bytes, 0, sizes.total_parameters(model) * FP32)
+    return [*moments_of_one(model, batch, numerics_of(recipe, 1), grades, chunk, kept_gradients), update]
+
+
+def moments_of_one(
+    model: Model,
+    batch: Microbatch,
+    numerics: Numerics,
+    grades: Sequence[Recompute],
+    chunk_tokens: int,
+    kept_gradients: int = 0,
+) -> list[Moment]:
+    """The candidates of one process with the whole model: its gradients are made in place, in fp32.
+
+    Args:
+        model: the decoder.
+        batch: its microbatch.
+        numerics: bytes per element.
+        grades: what each layer recomputes.
+        chunk_tokens: tokens whose logits are in memory at once.
+        kept_gradients: bytes of gradients from earlier microbatches.
+    """
+    loss = loss_bytes(model, batch, numerics, chunk_tokens)
     stream = batch.tokens * model.d_model * numerics.stream
-    loss = loss_bytes(model, batch, numerics, chunk)
-    copies = weight_copies(model, numerics)
-    at_loss, in_backward = copies.all_layers, copies.all_layers
-    if checkpointing:
-        at_loss, in_backward = copies.cached, copies.one_layer
-    shared = stream if checkpointing else 0  # a checkpoint's input is what its first norm saves
-
-    def in_backward_of(each: _LayerBackward, gradients: int) -> _Moment:
-        in_layer = each.kept + each.made - shared
-        return _Moment(in_layer, loss.weight_gradient, in_backward, 0, gradients + each.made_first * FP32)
-
-    return [
-        _Moment(kept + norm_bytes(model, batch, numerics), loss.total, at_loss, 0, kept_gradients),
-        in_backward_of(last, kept_gradients),
-        *(in_backward_of(each, max(kept_gradients, _gradients_above(model, each.layer))) for each in firsts),
-        _Moment(stream, 0, 0, 0, sizes.total_parameters(model) * FP32),
-        _Moment(0, 0, orthogonalising(recipe, 1).bytes, 0, sizes.total_parameters(model) * FP32),
+    kept = kept_bytes(model, batch, numerics, grades) + norm_bytes(model, batch, numerics)
+    found = [
+        Moment(kept, loss.total, copies_at_loss(model, numerics, grades), 0, kept_gradients),
+        Moment(stream, 0, 0, 0, sizes.total_parameters(model) * FP32),
     ]
+    for each in backward_passes(model, batch, numerics, grades):
+        # A checkpoint's input is what its first norm saves.
+        shared = stream if grades[each.layer] is Recompute.layer else 0
+        in_layer = each.kept + each.made - shared + backward_bytes(each.like, batch, numerics)
+        made_first = layer_gradient_elements(each.like)[1] * FP32
+        gradients = max(kept_gradients, _gradients_above(model, each.layer)) + made_first
+        cast = copies_kept(model, numerics, grades[: each.layer]) + weight_copies(each.like, numerics).layer
+        found.append(Moment(in_layer, loss.weight_gradient, cast, 0, gradients))
+    return found
 
 
 def _gradients_above(model: Model, layer: int) -> int:
@@ -317,6 +303,7 @@ class _Whole:
     one of the layer before."""
 
     @classmethod
+    @functools.lru_cache
     def of(cls, model: Model, layout: Parallelism, world_size: int, compute_bytes: int) -> "_Whole":
         """The bytes of a model under a layout."""
         outside, largest, layers = 0, 0, Counter[str]()

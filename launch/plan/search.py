@@ -1,13 +1,15 @@
 """Search over layouts, microbatch sizes and recomputation, and remedies for plans that do not fit."""
 
-from collections.abc import Iterator
+import bisect
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from launch.plan.hardware import Gpu
 from launch.plan.step import Plan, make_plan
 from train.recipe.errors import UserError
 from train.recipe.phases import batch_sequences, phases_of
-from train.recipe.schema import Recipe
+from train.recipe.schema import Compile, Recipe, Recompute
 
 MOST_GPUS = 2**17
 
@@ -19,7 +21,10 @@ class Choice:
     replicate: int
     expert: int
     microbatch_sequences: int
-    activation_checkpointing: bool
+    recompute: Recompute
+    recompute_layers: int | None = None
+    """The first so many layers recompute that, the others ``recompute_rest``; None: all."""
+    recompute_rest: Recompute = Recompute.nothing
 
     def applied(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with these settings."""
@@ -31,16 +36,20 @@ class Choice:
             training=replace(
                 recipe.training,
                 microbatch_sequences=self.microbatch_sequences,
-                activation_checkpointing=self.activation_checkpointing,
+                recompute=self.recompute,
+                recompute_layers=self.recompute_layers,
+                recompute_rest=self.recompute_rest,
             ),
         )
 
     def overrides(self) -> str:
         """Returns the settings as command-line overrides."""
+        layers = "null" if self.recompute_layers is None else str(self.recompute_layers)
         return (
             f"parallelism.replicate={self.replicate} parallelism.expert={self.expert} "
             f"training.microbatch_sequences={self.microbatch_sequences} "
-            f"training.activation_checkpointing={str(self.activation_checkpointing).lower()}"
+            f"training.recompute={self.recompute.value} training.recompute_layers={layers} "
+            f"training.recompute_rest={self.recompute_rest.value}"
         )
 
 
@@ -50,12 +59,29 @@ def choice_of(recipe: Recipe) -> Choice:
         recipe.parallelism.replicate,
         recipe.parallelism.expert,
         recipe.training.microbatch_sequences,
-        recipe.training.activation_checkpointing,
+        recipe.training.recompute,
+        recipe.training.recompute_layers,
+        recipe.training.recompute_rest,
     )
 
 
 def choices(recipe: Recipe, world_size: int) -> Iterator[Choice]:
-    """Yields all settings that divide batch, ranks and experts evenly."""
+    """Yields all settings that divide batch, ranks and experts evenly; layers recompute alike."""
+    for layout in layouts(recipe, world_size):
+        for grade in grades_of(recipe):
+            yield replace(layout, recompute=grade)
+
+
+def grades_of(recipe: Recipe) -> list[Recompute]:
+    """What layers may recompute, the least first; what compiled layers keep the compiler chooses."""
+    if recipe.training.compile is not Compile.off:
+        return [Recompute.nothing, Recompute.layer]
+    # Halves that are interleaved have no part that is all after the attention.
+    return [each for each in Recompute if each is not Recompute.ffn or not recipe.parallelism.interleave]
+
+
+def layouts(recipe: Recipe, world_size: int) -> Iterator[Choice]:
+    """Yields all layouts and microbatches that divide batch, ranks and experts; nothing is recomputed."""
     per_rank = recipe.training.global_batch_sequences // world_size
     experts = recipe.model.moe.experts if recipe.model.moe else 1
     for expert in divisors(experts):
@@ -63,8 +89,29 @@ def choices(recipe: Recipe, world_size: int) -> Iterator[Choice]:
             continue
         for copies in divisors(world_size // expert):
             for microbatch in divisors(per_rank):
-                for recomputes in (False, True):
-                    yield Choice(copies, expert, microbatch, recomputes)
+                yield Choice(copies, expert, microbatch, Recompute.nothing)
+
+
+def recomputing(recipe: Recipe, layout: Choice, fits: Callable[[Choice], bool]) -> Iterator[Choice]:
+    """Yields a layout with what its layers recompute so that it fits: nothing, or as little as must be.
+
+    First the least grade that fits if all layers recompute it. Then, with each grade from there on in as few
+    of the first layers as fit, the grade before it in the others.
+    """
+    grades, layers = grades_of(recipe), recipe.model.n_layers
+    fitting = bisect.bisect_left(grades, True, key=lambda grade: fits(replace(layout, recompute=grade)))
+    if fitting == len(grades):
+        return
+    yield replace(layout, recompute=grades[fitting])
+    if fitting == 0:
+        return
+    for grade in grades[fitting:]:
+        mixed = replace(layout, recompute=grade, recompute_rest=grades[fitting - 1])
+        few = bisect.bisect_left(
+            range(1, layers), True, key=lambda count: fits(replace(mixed, recompute_layers=count))
+        )
+        if few < layers - 1:
+            yield replace(mixed, recompute_layers=few + 1)
 
 
 def search(
@@ -75,21 +122,22 @@ def search(
     Raises:
         UserError: if no layout is possible, such as for a batch that cannot be split over the GPUs.
     """
+
+    @functools.cache
+    def planned(choice: Choice) -> Plan:
+        changed = choice.applied(recipe)
+        return make_plan(
+            changed, world_size, gpu, imbalance=imbalance, dollars_per_gpu_hour=dollars_per_gpu_hour
+        )
+
     found, is_possible = [], False
-    for choice in choices(recipe, world_size):
+    for layout in layouts(recipe, world_size):
         try:
-            plan = make_plan(
-                choice.applied(recipe),
-                world_size,
-                gpu,
-                imbalance=imbalance,
-                dollars_per_gpu_hour=dollars_per_gpu_hour,
-            )
+            planned(layout)
         except UserError:
             continue
         is_possible = True
-        if plan.fits:
-            found.append(plan)
+        found += [planned(choice) for choice in recomputing(recipe, layout, lambda each: planned(each).fits)]
     if not is_possible:
         make_plan(recipe, world_size, gpu)  # raises the reason
     return sorted(found, key=lambda plan: plan.days)
@@ -105,14 +153,16 @@ def remedies(plan: Plan) -> list[str]:
             single_changes.append((changed[0], choice))
     lines = []
     for name, key in (
-        ("activation_checkpointing", "training.activation_checkpointing"),
+        ("recompute", "training.recompute"),
         ("microbatch_sequences", "training.microbatch_sequences"),
         ("replicate", "parallelism.replicate"),
         ("expert", "parallelism.expert"),
     ):
         values = [getattr(choice, name) for changed, choice in single_changes if changed == name]
         if values:
-            lines.append(f"{key}={str(max(values)).lower()} alone makes it fit")
+            # The least recomputation, and the largest of all else.
+            best_value = values[0].value if name == "recompute" else max(values)
+            lines.append(f"{key}={best_value} alone makes it fit")
     best = search(recipe, plan.world_size, plan.gpu, imbalance=plan.imbalance)
     if best:
         return [*lines, f"fastest that fits: {choice_of(best[0].recipe).overrides()}"]
@@ -140,7 +190,7 @@ def _gpus_needed(plan: Plan) -> int | None:
     while world_size <= MOST_GPUS:
         recipe = _divisible(plan.recipe, world_size)
         experts = divisors(recipe.model.moe.experts) if recipe.model.moe else [1]
-        if any(_fits(Choice(1, e, 1, True).applied(recipe), world_size, plan) for e in experts):
+        if any(_fits(Choice(1, e, 1, Recompute.layer).applied(recipe), world_size, plan) for e in experts):
             return world_size
         world_size *= 2
     return None

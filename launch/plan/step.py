@@ -1,11 +1,13 @@
 """The plan of a recipe on a number of GPUs: memory, traffic, time and cost."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from launch.plan.hardware import Gpu
 from launch.plan.memory import Memory, memory, numerics_of, states
 from launch.plan.muon import EXCHANGE, orthogonalising
 from launch.plan.overlap import OPEN_IF_INTERLEAVED, Overlapped, overlap, traffic_of
+from launch.plan.recomputation import layer_models, work_again
 from launch.plan.step_shapes import StepShape, step_shapes
 from launch.plan.step_time import (
     FITTED,
@@ -200,7 +202,7 @@ def _traffic(recipe: Recipe, world_size: int) -> list[Collective]:
         world_size,
         tokens=recipe.training.microbatch_sequences * recipe.data.sequence_tokens,
         compute_bytes=numerics_of(recipe, world_size).compute,
-        checkpointing=recipe.training.activation_checkpointing,
+        grades=sizes.recomputed(recipe.training, recipe.model.n_layers),
     )
     return of_model + orthogonalising(recipe, world_size).collectives
 
@@ -219,12 +221,16 @@ def _parts(
     tokens = training.microbatch_sequences * recipe.data.sequence_tokens
     split = Split(expert=layout.expert, imbalance=imbalance if layout.expert > 1 else 1.0)
     halves = 2 if layout.interleave else 1  # each reads all weights
+    length = recipe.data.sequence_tokens
     forward = Work()
     for alike in sizes.alike_layers(model):
-        layer = layer_work(alike.model, tokens // halves, recipe.data.sequence_tokens, split)
+        layer = layer_work(alike.model, tokens // halves, length, split)
         forward += layer.times(halves * len(alike.layers))
     head = head_work(model, tokens)
-    again = forward if training.activation_checkpointing else forward.times(0)
+    again = Work()
+    grades = sizes.recomputed(training, model.n_layers)
+    for (like, grade), layers in Counter(zip(layer_models(model), grades, strict=True)).items():
+        again += work_again(like, tokens // halves, length, split, grade).times(halves * layers)
     # The loss computes its gradients in the forward pass.
     ahead = compute_seconds(forward + head + head.backward(), gpu, efficiency)
     back = compute_seconds(forward.backward() + again, gpu, efficiency)

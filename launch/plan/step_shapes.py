@@ -5,11 +5,12 @@ differ only in these share a step shape.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from train.recipe import sizes
 from train.recipe.curriculum import plan_stages
-from train.recipe.phases import microbatch_sequences, phases_of
-from train.recipe.schema import Recipe
+from train.recipe.phases import microbatch_sequences, phases_of, training_in
+from train.recipe.schema import Recipe, Recompute
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,15 @@ class StepShape:
 
 def step_shapes(recipe: Recipe) -> list[StepShape]:
     """Returns every step shape of a valid recipe, the one with the most tokens first."""
-    found: dict[tuple[int, int, int], StepShape] = {}
+    found: dict[_Shape, StepShape] = {}
     curriculum, phases = plan_stages(recipe), phases_of(recipe)
     for stage in curriculum.stages:
         length = stage.sequence_samples * curriculum.sample_tokens
-        shape = (length, stage.batch_sequences, microbatch_sequences(recipe, phases[stage.phase]))
-        previous = found.get(shape) or StepShape(_in_shape(recipe, *shape), 0, 0, ())
+        phase = phases[stage.phase]
+        training = training_in(recipe, phase)
+        grades = training.recompute, training.recompute_layers, training.recompute_rest
+        shape = _Shape(length, stage.batch_sequences, microbatch_sequences(recipe, phase), *grades)
+        previous = found.get(shape) or StepShape(_in_shape(recipe, shape), 0, 0, ())
         found[shape] = replace(
             previous,
             batches=previous.batches + stage.end_batch - stage.first_batch,
@@ -48,11 +52,22 @@ def step_shapes(recipe: Recipe) -> list[StepShape]:
     return sorted(found.values(), key=lambda each: -each.tokens)
 
 
-def _in_shape(recipe: Recipe, length: int, batch: int, microbatch: int) -> Recipe:
+class _Shape(NamedTuple):
+    sequence_tokens: int
+    global_batch_sequences: int
+    microbatch_sequences: int
+    recompute: Recompute
+    recompute_layers: int | None
+    recompute_rest: Recompute
+
+
+def _in_shape(recipe: Recipe, shape: _Shape) -> Recipe:
+    of_training = shape._asdict()
+    length = of_training.pop("sequence_tokens")
     layout = recipe.parallelism
     return replace(
         recipe,
-        parallelism=replace(layout, interleave=layout.interleave and microbatch % 2 == 0),
+        parallelism=replace(layout, interleave=layout.interleave and shape.microbatch_sequences % 2 == 0),
         data=replace(recipe.data, sequence_tokens=length, phases=[]),
-        training=replace(recipe.training, global_batch_sequences=batch, microbatch_sequences=microbatch),
+        training=replace(recipe.training, **of_training),
     )

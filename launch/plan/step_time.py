@@ -128,23 +128,23 @@ def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = S
     T, D, F = tokens, model.d_model, model.ffn_hidden_size
     Q, G = sizes.query_width(model), sizes.key_width(model)
     own = T / split.tensor
-    work = _product(T, D, (Q + 2 * G) / split.tensor) + _product(T, Q / split.tensor, D)
+    work = matrix_product(T, D, (Q + 2 * G) / split.tensor) + matrix_product(T, Q / split.tensor, D)
     work += Work(attention_flops=2 * own * sequence_tokens * Q)
     elements = 12 * own * D + 4 * own * Q
     if model.qk_norm:
         elements += 2 * own * (Q + G)
     gated = model.ffn is Ffn.glu
     if model.moe is None:
-        work += _product(T, D, F / split.tensor).times(3 if gated else 2)
+        work += matrix_product(T, D, F / split.tensor).times(3 if gated else 2)
         elements += own * F * (5 if gated else 2)
     else:
         # With expert parallelism a GPU has fewer experts, each with the tokens of more GPUs.
         rows = own * model.moe.top_k * split.imbalance
         experts, F = model.moe.experts / split.expert, sizes.expert_width(model)
-        work += _product(rows / experts, D, F).times(3 * experts)
+        work += matrix_product(rows / experts, D, F).times(3 * experts)
         elements += rows * (6 * D + 5 * F)
         if shared := model.moe.shared_hidden_size:
-            work += _product(T, D, shared / split.tensor).times(3)
+            work += matrix_product(T, D, shared / split.tensor).times(3)
             elements += 5 * own * shared
     return work + Work(memory_bytes=BF16 * elements)
 
@@ -152,7 +152,7 @@ def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = S
 def head_work(model: Model, tokens: int, split: Split = Split()) -> Work:
     """Forward pass of the output projection and the loss, which passes over the fp32 logits twice."""
     logits = tokens * model.vocab_size / split.tensor
-    product = _product(tokens, model.d_model, model.vocab_size / split.tensor)
+    product = matrix_product(tokens, model.d_model, model.vocab_size / split.tensor)
     return product + Work(memory_bytes=2 * FP32 * logits)
 
 
@@ -185,7 +185,7 @@ def link_seconds(
     return Seconds(links=total / efficiency.links)
 
 
-def _product(rows: float, inner: float, columns: float) -> Work:
-    """[rows, inner] x [inner, columns] in bf16."""
+def matrix_product(rows: float, inner: float, columns: float) -> Work:
+    """Returns the work of [rows, inner] x [inner, columns] in bf16."""
     operands = rows * inner + inner * columns + rows * columns
     return Work(matrix_flops=2 * rows * inner * columns, memory_bytes=BF16 * operands)

@@ -1,5 +1,6 @@
 """Plans as text for a terminal and as plain values for JSON."""
 
+from collections import Counter
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from launch.plan.search import choice_of
 from launch.plan.step import DAY_SECONDS, Plan
 from launch.plan.traffic import Collective
 from train.recipe import sizes
-from train.recipe.schema import Recipe
+from train.recipe.schema import Recipe, Recompute
 from train.recipe.units import duration, short_number
 
 IMBALANCES = (1.0, 1.25, 1.5, 2.0)
@@ -39,14 +40,14 @@ def format_search(plans: list[Plan], show: int) -> str:
     """The fastest plans that fit."""
     lines = [
         f"{len(plans)} layouts fit; the fastest:",
-        f"{'replicate':>9}{'shard':>7}{'expert':>7}{'micro':>7}{'recompute':>10}"
+        f"{'replicate':>9}{'shard':>7}{'expert':>7}{'micro':>7}{'recomputed':>30}"
         f"{'memory':>10}{'step':>9}{'tok/s/GPU':>11}{'util':>7}{'days':>8}",
     ]
     for plan in plans[:show]:
         layout, training = plan.recipe.parallelism, plan.recipe.training
         lines.append(
             f"{layout.replicate:>9}{sizes.shard_degree(layout, plan.world_size):>7}{layout.expert:>7}"
-            f"{training.microbatch_sequences:>7}{'yes' if training.activation_checkpointing else 'no':>10}"
+            f"{training.microbatch_sequences:>7}{recomputation(plan.recipe):>30}"
             f"{plan.fullest.memory.total / GIB:>6.1f} GiB{plan.step_seconds:>7.2f} s"
             f"{plan.tokens_per_second_per_gpu:>11.0f}{plan.utilisation:>7.1%}{plan.days:>8.1f}"
         )
@@ -69,7 +70,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         },
         "microbatches": plan.microbatches,
         "microbatch_sequences": plan.shape.recipe.training.microbatch_sequences,
-        "activation_checkpointing": plan.recipe.training.activation_checkpointing,
+        "recompute": [grade.value for grade in _grades(plan.recipe)],
         "imbalance": plan.imbalance,
         "forced_balance": plan.recipe.model.moe is not None and plan.recipe.model.moe.forced_balance,
         "memory_bytes": {
@@ -118,7 +119,6 @@ def _headline(plan: Plan) -> str:
     shard = sizes.shard_degree(layout, plan.world_size)
     plural = "" if plan.microbatches == 1 else "es"
     forced = ", forced balance" if recipe.model.moe and recipe.model.moe.forced_balance else ""
-    recomputes = "with" if training.activation_checkpointing else "without"
     return "\n".join(
         [
             f"{recipe.name}: {sizes.total_parameters(recipe.model) / 1e9:.2f}B parameters, "
@@ -126,7 +126,7 @@ def _headline(plan: Plan) -> str:
             f"{short_number(training.duration_tokens)} tokens on {plan.world_size} x {plan.gpu.name}{forced}",
             f"layout: replicate {layout.replicate} x shard {shard} x expert {layout.expert}; "
             f"{plan.microbatches} microbatch{plural} of {shaped.training.microbatch_sequences} x "
-            f"{shaped.data.sequence_tokens} tokens per GPU, {recomputes} recomputation",
+            f"{shaped.data.sequence_tokens} tokens per GPU, recomputed: {recomputation(recipe)}",
         ]
     )
 
@@ -144,20 +144,37 @@ def _memory_table(plan: Plan) -> str:
 
 
 def _imbalance_table(plan: Plan) -> str:
-    both = {again: _with_checkpointing(plan.fullest.shape.recipe, again) for again in (False, True)}
-    lines = ["activations, GiB, by rows of the busiest expert rank over the mean"]
-    lines.append("  " + " " * 24 + "".join(f"{imbalance:>8.2f}" for imbalance in IMBALANCES))
-    for again, recipe in both.items():
+    fullest = plan.fullest.shape.recipe
+    rows = {grade.value: _recomputing(fullest, grade) for grade in Recompute}
+    rows.setdefault(recomputation(fullest), fullest)  # a mixture
+    width = max(24, 2 + max(map(len, rows)))
+    lines = ["activations, GiB, by what layers recompute and rows of the busiest expert rank over the mean"]
+    lines.append("  " + " " * width + "".join(f"{imbalance:>8.2f}" for imbalance in IMBALANCES))
+    for title, recipe in rows.items():
         cells = [memory(recipe, plan.world_size, imbalance).activations / GIB for imbalance in IMBALANCES]
-        title = "with recomputation" if again else "without recomputation"
-        lines.append(f"  {title:24}" + "".join(f"{cell:>8.2f}" for cell in cells))
+        lines.append(f"  {title:{width}}" + "".join(f"{cell:>8.2f}" for cell in cells))
     if plan.recipe.parallelism.expert == 1:
         lines.append("  (no difference: every GPU has all experts)")
     return "\n".join(lines)
 
 
-def _with_checkpointing(recipe: Recipe, again: bool) -> Recipe:
-    return replace(recipe, training=replace(recipe.training, activation_checkpointing=again))
+def recomputation(recipe: Recipe) -> str:
+    """Returns what a recipe's layers recompute: `layer`, or `layer in 12, gates in 28`."""
+    grades = Counter(_grades(recipe))
+    if len(grades) == 1:
+        return next(iter(grades)).value
+    return ", ".join(f"{grade.value} in {layers}" for grade, layers in grades.items())
+
+
+def _grades(recipe: Recipe) -> list[Recompute]:
+    return sizes.recomputed(recipe.training, recipe.model.n_layers)
+
+
+def _recomputing(recipe: Recipe, grade: Recompute) -> Recipe:
+    training = replace(
+        recipe.training, recompute=grade, recompute_layers=None, recompute_rest=Recompute.nothing
+    )
+    return replace(recipe, training=training)
 
 
 def _traffic_table(plan: Plan) -> str:

@@ -8,12 +8,13 @@ token counts).
 Legend: T tokens of a rank's microbatch, K experts per token, D d_model, L layers, n ranks of a group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from launch.plan.hardware import Gpu
 from train.recipe import sizes
-from train.recipe.schema import Model, Parallelism, ReducePrecision, Reduction
+from train.recipe.schema import Model, Parallelism, Recompute, ReducePrecision, Reduction
 
 FP32 = 4
 INT32 = 4
@@ -121,7 +122,7 @@ def collectives(
     *,
     tokens: int,
     compute_bytes: int,
-    checkpointing: bool,
+    grades: Sequence[Recompute],
 ) -> list[Collective]:
     """All collectives of one rank: those of a microbatch's forward and backward pass, and those of a step.
 
@@ -131,7 +132,7 @@ def collectives(
         world_size: ranks.
         tokens: T, tokens of one rank's microbatch.
         compute_bytes: bytes per element in which weights and activations are sent; 2 for bf16.
-        checkpointing: layers are recomputed in the backward pass.
+        grades: what each layer computes again in the backward pass.
     """
     found = []
     routers = sum(w.elements for w in sizes.weights(model) if ".router." in w.name)
@@ -142,15 +143,16 @@ def collectives(
         gathers = _gathers(unit, model.n_layers - layout.gathered_layers)
         found += _sharding_collectives(unit, layout, world_size, gathers, compute_bytes)
     if model.moe and layout.expert > 1:
-        passes = 3 if checkpointing else 2
+        repeat = [grade.includes(Recompute.ffn) for grade in grades]
+        again = sum(sizes.has_experts(model, layer) for layer, repeats in enumerate(repeat) if repeats)
         halves = 2 if layout.interleave else 1
         rows = tokens // halves * model.moe.top_k * model.d_model * compute_bytes
-        exchange = ("tokens to experts and back", rows, 2 * passes, 2)
-        counts = ("counts of tokens", model.moe.experts * INT32, passes - 1, 1)
+        layers = sizes.expert_layers(model)
+        exchange = ("tokens to experts and back", rows, 2 * (2 * layers + again), 2 * layers)
+        counts = ("counts of tokens", model.moe.experts * INT32, layers + again, layers)
         for what, payload, *calls in (exchange, counts):
-            in_all, ahead = (each * halves * sizes.expert_layers(model) for each in calls)
-            group = (layout.expert, 1)
-            found.append(Collective(what, CollectiveKind.all_to_all, payload, *group, in_all, ahead))
+            of_halves = (halves * each for each in calls)
+            found.append(Collective(what, CollectiveKind.all_to_all, payload, layout.expert, 1, *of_halves))
     return found
 
 

@@ -26,6 +26,7 @@ from train.checkpoint.saver import CheckpointSaver
 from train.layout import mesh
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
+from train.recipe import sizes
 from train.recipe.schema import Precision, Recipe
 from train.recipe.topology import Topology
 from train.step.microbatch import MicrobatchModel
@@ -64,7 +65,7 @@ def rehearse_start(recipe: Recipe, world_size: int, rank: int, ranks_per_node: i
         decoder = Decoder(
             recipe.model,
             device="meta",
-            activation_checkpointing=recipe.training.activation_checkpointing,
+            recompute=sizes.recomputed(recipe.training, recipe.model.n_layers),
             loss_chunk_tokens=recipe.training.loss_chunk_tokens,
         )
         mesh.build_sharded(decoder, built, Precision.bf16, recipe.seed)

@@ -18,7 +18,8 @@ from train.hf.initial_weights import freeze
 from train.layout import mesh
 from train.layout.optim import average_replicated_gradients, build_optimizer, clip_gradients
 from train.model.decoder import Decoder
-from train.recipe.schema import Balance, Model, Precision, Recipe
+from train.recipe import sizes
+from train.recipe.schema import Balance, Model, Precision, Recipe, Recompute
 from train.recipe.sizes import microbatches_per_rank
 from train.step.balance import BalanceCounts
 from train.step.batch_sums import BatchSums
@@ -51,10 +52,11 @@ def rehearse_step(recipe: Recipe, world_size: int) -> Step:
     first, period = (moe.dense_layers, moe.every_n_layers) if moe else (0, 1)
     depth = first + recipe.parallelism.gathered_layers + period
     depth += (layers - depth) % period
-    if depth + period > layers:
-        collectives = count_step(narrow, layers, built)
+    grades = sizes.recomputed(recipe.training, layers)
+    if depth + period > layers or len(set(grades)) > 1:
+        collectives = count_step(narrow, grades, built)
     else:
-        shallow, deeper = (count_step(narrow, some, built) for some in (depth, depth + period))
+        shallow, deeper = (count_step(narrow, grades[:some], built) for some in (depth, depth + period))
         more = {kind: deeper[kind] - shallow[kind] for kind in deeper}
         collectives = Counter({k: shallow[k] + (layers - depth) // period * more[k] for k in deeper})
     return Step(dict(collectives), time.process_time() - begun)
@@ -77,13 +79,13 @@ def narrowed(model: Model) -> Model:
     )
 
 
-def count_step(recipe: Recipe, depth: int, built: mesh.Mesh) -> Counter[Kind]:
-    """Takes a step of a model of ``depth`` layers; of its microbatches the last and one other are run."""
+def count_step(recipe: Recipe, grades: list[Recompute], built: mesh.Mesh) -> Counter[Kind]:
+    """Takes a step of a model with a layer of each grade; of its microbatches the last and one other run."""
     training, moe = recipe.training, recipe.model.moe
     decoder = Decoder(
-        replace(recipe.model, n_layers=depth),
+        replace(recipe.model, n_layers=len(grades)),
         device="meta",
-        activation_checkpointing=training.activation_checkpointing,
+        recompute=grades,
         loss_chunk_tokens=training.loss_chunk_tokens,
     )
     mesh.build_sharded(decoder, built, Precision.bf16, recipe.seed)

@@ -23,6 +23,7 @@ from train.recipe.schema import (
     Parallelism,
     Precision,
     Recipe,
+    Recompute,
     ReducePrecision,
 )
 from train.recipe.tiny import tiny_recipe
@@ -64,7 +65,8 @@ class GateInput:
     is_accumulated: bool = False
     """True: one sequence per microbatch, or two where halves are interleaved; False: a rank's whole share at
     once."""
-    recompute: bool = False
+    recompute: tuple[Recompute, Recompute] = (Recompute.nothing, Recompute.nothing)
+    """What the first layer computes again, and what the others do."""
     other_optimizer: bool = False
     """Lion instead of AdamW, or the reverse."""
     idle: bool = False
@@ -90,15 +92,24 @@ INPUTS = (
     GateInput("split", "the same, against the whole batch at once", is_accumulated=True, against_whole=True),
     GateInput(
         "recomputed",
-        "the same with activation checkpointing and the other optimizer",
+        "the same with recomputed layers and the other optimizer",
         is_accumulated=True,
-        recompute=True,
+        recompute=(Recompute.layer, Recompute.layer),
         other_optimizer=True,
     ),
     GateInput(
-        "idle", "experts and ranks without a token, a rank without a target", idle=True, recompute=True
+        "idle",
+        "experts and ranks without a token, a rank without a target; recomputed ffn and gates",
+        idle=True,
+        recompute=(Recompute.ffn, Recompute.gates),
     ),
-    GateInput("crowded", "top-1, one expert takes every token", is_accumulated=True, crowded=True),
+    GateInput(
+        "crowded",
+        "top-1, one expert takes every token; recomputed elementwise",
+        is_accumulated=True,
+        crowded=True,
+        recompute=(Recompute.elementwise, Recompute.elementwise),
+    ),
     GateInput(
         "loaded",
         "two phases, read by the loader; router noise and losses that weigh much; against whole batches",
@@ -224,7 +235,9 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
         parallelism=layout_of_case,
         training=replace(
             small.training,
-            activation_checkpointing=each.recompute,
+            recompute=each.recompute[0],
+            recompute_layers=1,
+            recompute_rest=each.recompute[1],
             compile=_compiled(small) if each.compiled else Compile.off,
             clip_norm=min(small.training.clip_norm or MOST_CLIP_NORM, MOST_CLIP_NORM),
         ),

@@ -13,19 +13,23 @@ from train.layout.mesh import build_mesh, build_sharded
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
 from train.model.moe import by_sequence
-from train.recipe.schema import BalanceScope, Compile, Parallelism, Precision, Recipe
+from train.recipe.schema import BalanceScope, Compile, Parallelism, Precision, Recipe, Recompute
 from train.step.balance import microbatches_of
 from train.step.language_model import LanguageModel
 
 
 def reference_recipe(case: Case) -> Recipe:
-    """The case's recipe on one process, uncompiled, with a balance loss per microbatch, or per sequence.
+    """The case's recipe on one process, uncompiled, kept in memory, its balance loss per microbatch or
+    sequence.
 
     If the balance loss spans several microbatches, :class:`CountTogether` sums their counts. So the reference
     does not use the code of any balance scope that it checks.
     """
     recipe = with_microbatch(case.recipe, case.reference_microbatch)
-    recipe = replace(recipe, training=replace(recipe.training, compile=Compile.off))
+    training = replace(recipe.training, compile=Compile.off, recompute=Recompute.nothing)
+    recipe = replace(
+        recipe, training=replace(training, recompute_layers=None, recompute_rest=Recompute.nothing)
+    )
     if recipe.model.moe is None or by_sequence(recipe.model.moe):
         return recipe
     moe = replace(recipe.model.moe, balance_scope=BalanceScope.microbatch)

@@ -173,10 +173,11 @@ def _route_evenly() -> None:
     def even_histogram(x_R: torch.Tensor, bins: int) -> torch.Tensor:
         return _written(histogram(x_R, bins), even(x_R.numel(), int(bins)))
 
-    def even_glu(x_RD: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    def even_glu(x_RD: torch.Tensor, *weights: torch.Tensor, keeps_gates: bool) -> torch.Tensor:
         # With expert parallelism a kernel added what the ranks sent.
-        tokens_E = weights[-1]
-        return grouped_glu(x_RD, *weights[:-1], _written(tokens_E, even(len(x_RD), len(tokens_E))))
+        *weights_EFD, tokens_E = weights
+        counts_E = _written(tokens_E, even(len(x_RD), len(tokens_E)))
+        return grouped_glu(x_RD, *weights_EFD, counts_E, keeps_gates=keeps_gates)
 
     megablocks_ops.histogram = even_histogram
     sys.modules["megablocks_ops"].histogram = even_histogram  # type: ignore[attr-defined]

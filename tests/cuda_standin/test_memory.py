@@ -10,6 +10,7 @@ from launch.plan.memory import memory
 from tests.cuda_standin import standin
 from train.model.experts import HAS_GROUPED_MM
 from train.recipe.reading import load_recipe
+from train.recipe.schema import Recompute
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +69,7 @@ def test_planned_memory_is_within_a_twentieth_of_the_allocators_peak(case: Case)
     recipe, found = load_recipe(YAMLS / f"{stem}.yaml", overrides), measured(case)
     assert planned_bytes(case) == pytest.approx(found["peak"], rel=0.05)
     # At most the documents' places, at each pass, and the norm. An exchange needs counts.
-    passes = 2 if recipe.training.activation_checkpointing else 1
+    passes = 2 if recipe.training.recompute.includes(Recompute.ffn) else 1
     halves = 2 if recipe.parallelism.interleave else 1
     exchanged = halves * passes * recipe.model.n_layers if recipe.parallelism.expert > 1 else 0
     assert found["waits"].pop("train/model/exchange.py: ExchangingExperts.send", 0) == exchanged

@@ -26,7 +26,7 @@ TINY = [
     "data.sequence_tokens=512",
     f"training.microbatch_sequences={TOKENS // 512}",
 ]
-KEPT, RECOMPUTED = "training.activation_checkpointing=false", "training.activation_checkpointing=true"
+KEPT, RECOMPUTED = "training.recompute=nothing", "training.recompute=layer"
 CASES = {
     (layers, recomputed): [*TINY, f"model.n_layers={layers}", RECOMPUTED if recomputed else KEPT]
     for layers in (2, 4)

@@ -21,7 +21,7 @@ from train.layout.optim import average_replicated_gradients, build_optimizer, cl
 from train.model.decoder import Decoder
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Precision
-from train.recipe.sizes import microbatches_per_rank
+from train.recipe.sizes import microbatches_per_rank, recomputed
 from train.step.microbatch import MicrobatchModel
 
 world_size = int(sys.argv[1])
@@ -37,7 +37,7 @@ training = recipe.training
 decoder = Decoder(
     recipe.model,
     device="meta",
-    activation_checkpointing=training.activation_checkpointing,
+    recompute=recomputed(training, recipe.model.n_layers),
     loss_chunk_tokens=training.loss_chunk_tokens,
 )
 if world_size > 1:

@@ -18,27 +18,37 @@ PADDED_ROWS = 64
 """In bf16, the rows of a product are padded to a multiple of this."""
 
 
-def grouped_glu(x_RD: Tensor, w1_EFD: Tensor, v1_EFD: Tensor, w2_EFD: Tensor, tokens_E: Tensor) -> Tensor:
+def grouped_glu(
+    x_RD: Tensor,
+    w1_EFD: Tensor,
+    v1_EFD: Tensor,
+    w2_EFD: Tensor,
+    tokens_E: Tensor,
+    *,
+    keeps_gates: bool = True,
+) -> Tensor:
     """:func:`train.model.experts.grouped_glu`, expert by expert; ``tokens_E`` is on the CPU."""
-    result: Tensor = _GroupedGlu.apply(x_RD, w1_EFD, v1_EFD, w2_EFD, tokens_E)
+    result: Tensor = _GroupedGlu.apply(x_RD, w1_EFD, v1_EFD, w2_EFD, tokens_E, keeps_gates)
     return result
 
 
 class _GroupedGlu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, v1: Tensor, w2: Tensor, batch_sizes: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, v1: Tensor, w2: Tensor, batch_sizes: Tensor, keeps_gates: bool
+    ) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         ctx.weight_dtype = w1.dtype
         x, w1, v1, w2 = (tensor.to(dtype) for tensor in (x, w1, v1, w2))
         spans = _Spans.of(batch_sizes, dtype)
-        gate, up = (x.new_empty(sum(spans.padded), w1.shape[1]) for _ in range(2))
+        gates, ups = (spans.hidden_like(x, w1.shape[1], is_kept=keeps_gates) for _ in range(2))
         product = x.new_empty(max(spans.padded, default=0), w1.shape[1])
         out = spans.rows_like(x)
         for x_PD, out_PD, gate_PF, up_PF, w1_DF, v1_DF, w2_FD in zip(
             spans.windows(x),
             spans.windows(out),
-            gate.split(spans.padded),
-            up.split(spans.padded),
+            gates,
+            ups,
             spans.of_busy(w1.mT),
             spans.of_busy(v1.mT),
             spans.of_busy(w2),
@@ -49,14 +59,17 @@ class _GroupedGlu(torch.autograd.Function):
             product_PF = product[: len(gate_PF)]
             torch.ops.aten.silu.out(gate_PF, out=product_PF)
             torch.mm(product_PF.mul_(up_PF), w2_FD, out=out_PD)
-        ctx.save_for_backward(x, w1, v1, w2, gate, up)
+        ctx.save_for_backward(x, w1, v1, w2, *(gates + ups if keeps_gates else ()))
         ctx.spans = spans
         return out[: len(x)]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, v1, w2, gate, up = ctx.saved_tensors
+        x, w1, v1, w2, *kept = ctx.saved_tensors
         spans: _Spans = ctx.spans
+        gates, ups = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+        if not kept:
+            gates, ups = (spans.hidden_like(x, w1.shape[1], is_kept=False) for _ in range(2))
         grad = grads[0].contiguous()
         grad_x = spans.rows_like(x)
         grad_weights = [torch.empty_like(w1, dtype=ctx.weight_dtype) for _ in range(3)]
@@ -70,8 +83,8 @@ class _GroupedGlu(torch.autograd.Function):
             spans.windows(x),
             spans.windows(grad),
             spans.windows(grad_x),
-            gate.split(spans.padded),
-            up.split(spans.padded),
+            gates,
+            ups,
             spans.of_busy(w1),
             spans.of_busy(v1),
             spans.of_busy(w2.mT),
@@ -79,6 +92,9 @@ class _GroupedGlu(torch.autograd.Function):
             strict=True,
         ):
             padded = len(gate_PF)
+            if not kept:
+                torch.mm(x_PD, w1_FD.t(), out=gate_PF)
+                torch.mm(x_PD, v1_FD.t(), out=up_PF)
             dgate_PF, dup_PF, product_PF, dproduct_PF = scratch.narrow(1, 0, padded).unbind(0)
             torch.mm(grad_PD, w2_DF, out=dproduct_PF)
             torch.ops.aten.silu.out(gate_PF, out=product_PF)
@@ -97,7 +113,7 @@ class _GroupedGlu(torch.autograd.Function):
                     target_FD.copy_(torch.mm(left_PF.t(), right_PD, out=cast_FD))
             torch.mm(dgate_PF, w1_FD, out=grad_x_PD)
             grad_x_PD.addmm_(dup_PF, v1_FD)
-        return grad_x[: len(x)], *grad_weights, None
+        return grad_x[: len(x)], *grad_weights, None, None
 
 
 class _Spans(NamedTuple):
@@ -133,6 +149,13 @@ class _Spans(NamedTuple):
             rows_PD = x_RD[start : start + length]
             windows.append(functional.pad(rows_PD, (0, 0, 0, missing)) if missing > 0 else rows_PD)
         return windows
+
+    def hidden_like(self, x_RD: Tensor, hidden: int, *, is_kept: bool) -> tuple[Tensor, ...]:
+        """Returns uninitialised rows of each busy expert, or if none is kept, the same rows for all."""
+        if is_kept:
+            return x_RD.new_empty(sum(self.padded), hidden).split(self.padded)
+        rows_PF = x_RD.new_empty(max(self.padded, default=0), hidden)
+        return tuple(rows_PF[:padded] for padded in self.padded)
 
     def of_busy(self, weights_E: Tensor) -> list[Tensor]:
         """Returns the busy experts' matrices."""

@@ -22,8 +22,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from train.cpu import attention as cpu_attention
 from train.cpu.dispatch import with_cpu_version
 from train.model.norms import RmsNorm
+from train.model.recompute import remade
 from train.recipe import sizes
-from train.recipe.schema import Model, Position, QkNormOver, Yarn
+from train.recipe.schema import Model, Position, QkNormOver, Recompute, Yarn
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of the past positions, each [B, G, P, R]; keys are already rotated."""
@@ -137,10 +138,14 @@ class Attention(nn.Module):
         Returns:
             The output [B, S, D], and the keys and values of all positions, for later calls.
         """
-        qkv_BSNR = self._normalize(self.Wqkv(x_BSD).unflatten(-1, (-1, self.head_width)))
-        q_BSHR, k_BSGR, v_BSGR = clip_and_rotate(
-            qkv_BSNR, self.heads, self.model.clip_qkv, plan.cos_SR, plan.sin_SR
-        )
+        qkv_BSNR = self.Wqkv(x_BSD).unflatten(-1, (-1, self.head_width))
+        if self.model.clip_qkv is None and not self.model.qk_norm:
+            # Nothing keeps qkv, and what is made of it is no more than that.
+            q_BSHR, k_BSGR, v_BSGR = self._split(qkv_BSNR, plan.cos_SR, plan.sin_SR)
+        else:
+            q_BSHR, k_BSGR, v_BSGR = remade(
+                Recompute.elementwise, self._split, qkv_BSNR, plan.cos_SR, plan.sin_SR
+            )
         q_BHSR, k_BGSR, v_BGSR = (t.transpose(1, 2) for t in (q_BSHR, k_BSGR, v_BSGR))
         if plan.documents is not None:
             q_THR, k_TGR, v_TGR = (part.flatten(0, 1) for part in (q_BSHR, k_BSGR, v_BSGR))
@@ -154,6 +159,12 @@ class Attention(nn.Module):
         else:
             out_BHSR = block_attention(q_BHSR, k_BGSR, v_BGSR, plan.blocks)
         return self.out_proj(out_BHSR.transpose(1, 2).flatten(2)), (k_BGSR, v_BGSR)
+
+    def _split(
+        self, qkv_BSNR: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries, keys and values as attention takes them."""
+        return clip_and_rotate(self._normalize(qkv_BSNR), self.heads, self.model.clip_qkv, cos_SR, sin_SR)
 
     def _normalize(self, qkv_BSNR: Tensor) -> Tensor:
         """Normalises queries and keys if the model has QK norm."""

@@ -8,20 +8,21 @@ E experts.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from train.model.attention import Attention, AttentionPlan, DocumentKernel, plan_attention
 from train.model.interleave import Halves, interleaved, plan_halves
 from train.model.loss import IGNORE, chunked_cross_entropy
 from train.model.moe import MoE, MoEAux, balance_loss
 from train.model.norms import make_norm
+from train.model.recompute import remade, run_ffn, run_layer
 from train.recipe import sizes
-from train.recipe.schema import Ffn, Model
+from train.recipe.schema import Ffn, Model, Recompute
 
 Device = torch.device | str | None
 
@@ -67,9 +68,13 @@ class DenseFfn(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, None]:
         """Returns the layer's output, and None in place of an MoE layer's losses and counts."""
-        if self.gated:
-            return self.w2(functional.silu(self.w1(x_BSD)) * self.v1(x_BSD)), None
-        return self.w2(functional.gelu(self.w1(x_BSD))), None
+        return self.w2(remade(Recompute.gates, self._hidden, x_BSD)), None
+
+    def _hidden(self, x_BSD: Tensor) -> Tensor:
+        again = Recompute.elementwise
+        if not self.gated:
+            return remade(again, functional.gelu, self.w1(x_BSD))
+        return remade(again, torch.mul, remade(again, functional.silu, self.w1(x_BSD)), self.v1(x_BSD))
 
 
 class NormAttentionNorm(nn.Module):
@@ -83,9 +88,9 @@ class NormAttentionNorm(nn.Module):
 
     def forward(self, x_BSD: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         """Returns the residual stream after attention, and its normalised copy for the feed-forward layer."""
-        attended_BSD, _ = self.attn(self.norm_1(x_BSD), plan)
+        attended_BSD, _ = self.attn(remade(Recompute.elementwise, self.norm_1, x_BSD), plan)
         x_BSD = x_BSD + attended_BSD
-        return x_BSD, self.norm_2(x_BSD)
+        return x_BSD, remade(Recompute.elementwise, self.norm_2, x_BSD)
 
 
 class Block(nn.Module):
@@ -111,17 +116,17 @@ class Block(nn.Module):
 
     def _whole(self, x_BSD: Tensor, plan: AttentionPlan) -> tuple[Tensor, MoEAux | None]:
         x_BSD, normed_BSD = self.norm_attn_norm(x_BSD, plan)
-        out_BSD, aux = self.ffn(normed_BSD)
+        out_BSD, aux = run_ffn(self.ffn, normed_BSD)
         return x_BSD + out_BSD, aux
 
 
 class Transformer(nn.Module):
     """Embedding, layers and final norm."""
 
-    def __init__(self, model: Model, device: Device, activation_checkpointing: bool) -> None:
+    def __init__(self, model: Model, device: Device, recompute: Sequence[Recompute]) -> None:
         super().__init__()
         self.model = model
-        self.activation_checkpointing = activation_checkpointing
+        self.recompute = recompute
         # Only a router's jitter draws random numbers, if it has no key.
         self.draws = model.moe is not None and model.moe.jitter_eps > 0
         self.interleave = False
@@ -153,13 +158,8 @@ class Transformer(nn.Module):
         make_plan = functools.partial(plan_halves, plan_of) if is_halved else plan_of
         plan = make_plan(len(ids_BS), document_ids_BS)
         layers: list[MoEAux] = []
-        for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BSD, aux = checkpoint(
-                    block, x_BSD, plan, use_reentrant=False, preserve_rng_state=self.draws
-                )
-            else:
-                x_BSD, aux = block(x_BSD, plan)
+        for block, how in zip(self.blocks, self.recompute, strict=True):
+            x_BSD, aux = run_layer(how, block, x_BSD, plan, draws=self.draws)
             if aux is not None:
                 layers.append(aux)
         return self.norm_f(x_BSD), layers
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
     Args:
         cfg: the recipe's model.
         device: where weights are created, uninitialised; ``meta`` allocates nothing.
-        activation_checkpointing: recompute each block in the backward pass.
+        recompute: what each layer computes again in the backward pass; one grade for all, or one for each.
         loss_chunk_tokens: tokens whose logits are held in memory at once; None: what suits the device.
     """
 
@@ -194,16 +194,21 @@ class Decoder(nn.Module):
         cfg: Model,
         *,
         device: Device = None,
-        activation_checkpointing: bool = False,
+        recompute: Recompute | Sequence[Recompute] = Recompute.nothing,
         loss_chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.cfg = cfg
         self.loss_chunk_tokens = loss_chunk_tokens
-        self.transformer = Transformer(cfg, device, activation_checkpointing)
+        each = [recompute] * cfg.n_layers if isinstance(recompute, Recompute) else recompute
+        self.transformer = Transformer(cfg, device, each)
         self.lm_head: LanguageModelHead | None = None
         if not cfg.tie_embeddings:
             self.lm_head = LanguageModelHead(cfg.d_model, cfg.vocab_size, bias=False, device=device)
+
+    def set_recompute(self, grades: Sequence[Recompute]) -> None:
+        """Sets what each layer recomputes from the next batch on; no gradient depends on it."""
+        self.transformer.recompute = grades
 
     def set_rope_theta(self, theta: float) -> None:
         """Sets RoPE's base from the next batch on; no weight depends on it."""

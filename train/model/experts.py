@@ -17,6 +17,8 @@ from torch.nn import functional
 from train.cpu import grouped_glu as cpu_grouped_glu
 from train.cpu.dispatch import with_cpu_version
 from train.model import megablocks_ops
+from train.model.recompute import is_remade, kept, remade
+from train.recipe.schema import Recompute
 
 megablocks_ops.install()
 
@@ -40,11 +42,27 @@ class Experts(GroupedGLU):
             resolve_dtensor(self.scale_grad(weight)).view(experts, -1, self.args.hidden_size)
             for weight in (self.w1, self.v1, self.w2)
         ]
-        return grouped_glu(x_RD, w1_EFD, v1_EFD, w2_EFD, tokens_E)
+        device = x_RD.device.type
+        if is_remade(Recompute.elementwise) and torch.is_autocast_enabled(device):
+            # Cast here, so that the copies are made again too.
+            dtype = torch.get_autocast_dtype(device)
+            w1_EFD, v1_EFD, w2_EFD = (
+                remade(Recompute.elementwise, Tensor.to, w, dtype) for w in (w1_EFD, v1_EFD, w2_EFD)
+            )
+        keeps_gates = not is_remade(Recompute.gates)
+        return grouped_glu(x_RD, w1_EFD, v1_EFD, w2_EFD, tokens_E, keeps_gates=keeps_gates)
 
 
 @with_cpu_version(cpu_grouped_glu.grouped_glu)
-def grouped_glu(x_RD: Tensor, w1_EFD: Tensor, v1_EFD: Tensor, w2_EFD: Tensor, tokens_E: Tensor) -> Tensor:
+def grouped_glu(
+    x_RD: Tensor,
+    w1_EFD: Tensor,
+    v1_EFD: Tensor,
+    w2_EFD: Tensor,
+    tokens_E: Tensor,
+    *,
+    keeps_gates: bool = True,
+) -> Tensor:
     """``(silu(x w1^T) * (x v1^T)) w2`` with each row's own expert.
 
     Args:
@@ -53,23 +71,31 @@ def grouped_glu(x_RD: Tensor, w1_EFD: Tensor, v1_EFD: Tensor, w2_EFD: Tensor, to
         v1_EFD: up projections.
         w2_EFD: down projections, not transposed.
         tokens_E: rows of each expert, zero is allowed; they sum to R, since rows beyond would not be written.
+        keeps_gates: the backward pass gets gate and up, instead of computing them again.
 
     Returns:
         [R, D], in autocast's precision if autocast is on.
     """
     ends_E = tokens_E.cumsum(0).int().to(x_RD.device, non_blocking=True)
     is_on_device = HAS_GROUPED_MM or torch.compiler.is_compiling()  # no graph takes what the host knows
-    spans = None if is_on_device else spans_of(tokens_E.cpu().cumsum(0))
-    result: Tensor = _GroupedGlu.apply(x_RD, w1_EFD, v1_EFD, w2_EFD, ends_E, spans)
+    spans = None if is_on_device else kept(lambda: spans_of(tokens_E.cpu().cumsum(0)))
+    result: Tensor = _GroupedGlu.apply(x_RD, w1_EFD, v1_EFD, w2_EFD, ends_E, spans, keeps_gates)
     return result
 
 
 class _GroupedGlu(torch.autograd.Function):
-    """Saves gate and up, and recomputes their product in the backward pass, as MegaBlocks does."""
+    """Saves gate and up at most, and recomputes their product in the backward pass, as MegaBlocks does."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w1: Tensor, v1: Tensor, w2: Tensor, ends_E: Tensor, spans: Spans | None
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        v1: Tensor,
+        w2: Tensor,
+        ends_E: Tensor,
+        spans: Spans | None,
+        keeps_gates: bool,
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -78,14 +104,15 @@ class _GroupedGlu(torch.autograd.Function):
         ctx.spans = spans
         gate_RF = grouped_product(x, w1.mT, ends_E, spans)
         up_RF = grouped_product(x, v1.mT, ends_E, spans)
-        ctx.save_for_backward(x, w1, v1, w2, gate_RF, up_RF, ends_E)
+        ctx.save_for_backward(x, w1, v1, w2, ends_E, *((gate_RF, up_RF) if keeps_gates else ()))
         return grouped_product(functional.silu(gate_RF).mul_(up_RF), w2, ends_E, spans)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, v1, w2, gate_RF, up_RF, ends_E = ctx.saved_tensors
-        wants_x, *wants_weights, _, _ = ctx.needs_input_grad
+        x, w1, v1, w2, ends_E, *gates = ctx.saved_tensors
+        wants_x, *wants_weights, _, _, _ = ctx.needs_input_grad
         product = functools.partial(grouped_product, ends_E=ends_E, spans=ctx.spans)
+        gate_RF, up_RF = gates or (product(x, w1.mT), product(x, v1.mT))
         grad_RD = grads[0].contiguous()
         activated_RF = functional.silu(gate_RF)
         grad_w1 = grad_v1 = grad_w2 = grad_x = None
@@ -100,7 +127,7 @@ class _GroupedGlu(torch.autograd.Function):
             grad_v1 = product(grad_up_RF.t(), x).to(ctx.weight_dtype)
         if wants_x:
             grad_x = product(grad_gate_RF, w1).add_(product(grad_up_RF, v1))
-        return grad_x, grad_w1, grad_v1, grad_w2, None, None
+        return grad_x, grad_w1, grad_v1, grad_w2, None, None, None
 
 
 def grouped_product(a: Tensor, b: Tensor, ends_E: Tensor, spans: Spans | None = None) -> Tensor:

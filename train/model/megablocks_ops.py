@@ -9,10 +9,13 @@ above these operations is MegaBlocks' code.
 Shapes: R routed rows (sorted by expert), N rows, E experts.
 """
 
+import functools
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +23,8 @@ from torch import Tensor
 from train.cpu import permutation
 from train.cpu.dispatch import with_cpu_version
 from train.cpu.triton_driver import give_triton_a_driver
+from train.model.recompute import is_dropped, remade
+from train.recipe.schema import Recompute
 
 
 def install() -> None:
@@ -28,6 +33,9 @@ def install() -> None:
     for name, build in (("megablocks_ops", _megablocks_ops), ("grouped_gemm", _grouped_gemm)):
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             sys.modules[name] = build()
+    ops = importlib.import_module("megablocks.ops")
+    if not hasattr(ops.gather, "plain"):
+        ops.gather = _dropping(ops.gather)
     kernels = importlib.import_module("megablocks.backend.kernels")
     # Tuned by time, its block would differ between processes, and with it the order of its sum.
     del kernels._padded_copy_wgrad.configs[:-1]
@@ -36,6 +44,23 @@ def install() -> None:
         if not hasattr(original, "plain"):
             decorate = with_cpu_version(cpu_version, plain_if_compiled=False)
             setattr(kernels, cpu_version.__name__, decorate(original))
+
+
+def _dropping(gather: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns a gather whose result a layer drops if it drops what is gathered, and so can make again.
+
+    Rows that came from other ranks it keeps, and orders only once.
+    """
+
+    @functools.wraps(gather)
+    def gather_again(x: Tensor, *places: Any) -> Tensor:
+        rows: Tensor = (
+            remade(Recompute.elementwise, gather, x, *places) if is_dropped(x) else gather(x, *places)
+        )
+        return rows
+
+    gather_again.plain = gather  # type: ignore[attr-defined]
+    return gather_again
 
 
 @with_cpu_version(permutation.sort)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.model import megablocks_ops
+from train.model.recompute import remade
 from train.model.router import Router, Routing
 from train.model.shared_expert import SharedExpert
 from train.recipe.errors import UserError
-from train.recipe.schema import Balance, BalanceScope, Moe, Score
+from train.recipe.schema import Balance, BalanceScope, Moe, Recompute, Score
 
 megablocks_ops.install()
 
@@ -162,7 +163,7 @@ class MoE(dMoE):
         device = x_BSD.device.type
         if torch.is_autocast_enabled(device):
             # Cast before the permutation, which then moves half the bytes.
-            x_BSD = x_BSD.to(torch.get_autocast_dtype(device))
+            x_BSD = remade(Recompute.elementwise, Tensor.to, x_BSD, torch.get_autocast_dtype(device))
         return routing, x_BSD
 
     def _shared(self, x_BSD: Tensor) -> Tensor | None:

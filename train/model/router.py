@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from train.model.recompute import remade
 from train.model.router_noise import uniform_noise
-from train.recipe.schema import Balance, GroupScore, Moe, Score
+from train.recipe.schema import Balance, GroupScore, Moe, Recompute, Score
 
 LEAST_NORM = 1e-20
 """Added to the norm of sigmoid weights, all of which may be too small to be divided by each other."""
@@ -68,9 +69,12 @@ class Router(nn.Module):
         """
         moe = self.moe
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-            if self.training and moe.jitter_eps > 0:
-                x_TD = x_TD * (1.0 + moe.jitter_eps * (2.0 * self._noise(x_TD, rows) - 1.0))
+            if not self.training or self.moe.jitter_eps == 0:
+                x_TD = remade(Recompute.elementwise, _in_fp32, x_TD)
+            elif self.jitter is not None:
+                x_TD = remade(Recompute.elementwise, self._jittered, x_TD, rows)
+            else:  # torch's generator would draw other noise the second time
+                x_TD = self._jittered(x_TD, rows)
             logits_TE = functional.linear(x_TD, self.layer.weight.to(x_TD.dtype))
             scores_TE = logits_TE.softmax(dim=-1) if moe.score is Score.softmax else logits_TE.sigmoid()
             if self.expert_bias is None and moe.groups == 1 and not moe.forced_balance:
@@ -116,6 +120,10 @@ class Router(nn.Module):
             return biased_TGN.amax(dim=-1)
         return biased_TGN.topk(2, dim=-1).values.sum(dim=-1)
 
+    def _jittered(self, x_TD: Tensor, rows: slice) -> Tensor:
+        x_TD = _in_fp32(x_TD)
+        return x_TD * (1.0 + self.moe.jitter_eps * (2.0 * self._noise(x_TD, rows) - 1.0))
+
     def _noise(self, x_TD: Tensor, rows: slice) -> Tensor:
         """Noise in [0, 1), from the positions in training if known, else from torch's generator."""
         if self.jitter is None:
@@ -147,6 +155,10 @@ def bias_step(moe: Moe) -> float:
     """
     mean_score = 1 / moe.experts if moe.score is Score.softmax else 0.5
     return moe.bias_update_rate * mean_score / 0.5
+
+
+def _in_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from train.recipe.schema import Phase, Recipe
+from train.recipe.schema import Phase, Recipe, Training
 
 
 def phases_of(recipe: Recipe) -> list[Phase]:
@@ -38,6 +38,18 @@ def microbatch_sequences(recipe: Recipe, phase: Phase) -> int:
     assert phase.sequence_tokens is not None
     of_shards = recipe.training.microbatch_sequences * recipe.data.sequence_tokens
     return phase.microbatch_sequences or max(1, of_shards // phase.sequence_tokens)
+
+
+def training_in(recipe: Recipe, phase: Phase) -> Training:
+    """Returns the recipe's training with the recomputation of a phase."""
+    if phase.recompute is None:
+        return recipe.training
+    return replace(
+        recipe.training,
+        recompute=phase.recompute,
+        recompute_layers=phase.recompute_layers,
+        recompute_rest=phase.recompute_rest,
+    )
 
 
 def phase_tokens(phase: Phase) -> int:

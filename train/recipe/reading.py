@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from train.recipe.aliases import ALIASES, TITAN, origin_of
 from train.recipe.catalogue import schema_keys
 from train.recipe.errors import UserError, raise_all
+from train.recipe.old_keys import renamed, renamed_in
 from train.recipe.scalars import meant, read_value, read_yaml
 from train.recipe.schema import Recipe
 from train.recipe.secrets import guarded_environment, without_secrets
@@ -131,7 +132,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
         origin = origin_of(tree) if isinstance(tree, dict) else ""
         if origin:
             raise _foreign(path, origin)
-        config = OmegaConf.create(meant("", tree)) if isinstance(tree, dict) else tree
+        config = OmegaConf.create(meant("", renamed_in(tree))) if isinstance(tree, dict) else tree
     except UserError as error:
         raise error.at(str(path)) from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -216,6 +217,7 @@ def _override_layers(overrides: list[str]) -> list[tuple[str, Any]]:
         if not equals or not key.strip():
             raise UserError(f"`{text}` is not key=value", remedy="for example training.clip_norm=0.5")
         layer = OmegaConf.create({})
+        key, written = renamed(key, written)
         try:
             value = read_value(key, written)
             item = _ITEM.match(key)

@@ -18,11 +18,14 @@ from train.recipe.schema import (
     Model,
     Moe,
     OptimizerStart,
+    Phase,
     Position,
     Recipe,
+    Recompute,
     Registry,
     ScheduleKind,
     TokenizerKind,
+    Training,
 )
 from train.recipe.topology import Topology
 
@@ -50,6 +53,7 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
         check_phases,
         _start,
         _training,
+        _recomputation,
         _optimizer,
         _batch_and_layout,
         _interleaved,
@@ -287,6 +291,34 @@ def _training(recipe: Recipe, _: Topology) -> Iterator[Violation]:
                 f"training.duration_tokens={training.duration_tokens}",
                 "lower either",
             )
+
+
+def _recomputation(recipe: Recipe, _: Topology) -> Iterator[Violation]:
+    phases = [(f"data.phases[{n}]", phase) for n, phase in enumerate(recipe.data.phases)]
+    for section, keys in [("training", recipe.training), *phases]:
+        yield from _recomputed(recipe, section, keys)
+
+
+def _recomputed(recipe: Recipe, section: str, keys: Training | Phase) -> Iterator[Violation]:
+    layers, first, rest = recipe.model.n_layers, keys.recompute_layers, keys.recompute_rest
+    if keys.recompute is None and (first is not None or rest is not Recompute.nothing):
+        what = "is null, but recompute_layers or recompute_rest is set"
+        yield Violation(f"{section}.recompute", what, "set it, or remove them")
+    elif first is None and rest is not Recompute.nothing:
+        what = f"is {rest.value}, but {section}.recompute is for all layers"
+        yield Violation(f"{section}.recompute_rest", what, f"set {section}.recompute_layers, or remove it")
+    if first is not None and first > layers:
+        what = f"is {first}, but the model has {layers} layers"
+        yield Violation(f"{section}.recompute_layers", what, "give at most as many, or null for all")
+    compiled = recipe.training.compile
+    for name, grade in (("recompute", keys.recompute), ("recompute_rest", rest)):
+        if compiled is not Compile.off and grade not in (None, Recompute.nothing, Recompute.layer):
+            what = f"is {grade.value}, but training.compile is {compiled.value}"
+            remedy = "use nothing or layer: the compiler chooses what compiled layers keep"
+            yield Violation(f"{section}.{name}", what, remedy)
+        if recipe.parallelism.interleave and grade is Recompute.ffn:
+            what = "is ffn, but parallelism.interleave is true"
+            yield Violation(f"{section}.{name}", what, "use gates or layer: the halves' parts are mixed")
 
 
 def _optimizer(recipe: Recipe, _: Topology) -> Iterator[Violation]:

@@ -53,6 +53,7 @@ __all__ = [
     "Precision",
     "QkNormOver",
     "Recipe",
+    "Recompute",
     "ReducePrecision",
     "Reduction",
     "Registry",
@@ -89,6 +90,21 @@ class Compile(str, Enum):
     off = "off"
     blocks = "blocks"
     model = "model"
+
+
+class Recompute(str, Enum):
+    """What a layer computes again in the backward pass; each grade includes those before it."""
+
+    nothing = "nothing"
+    elementwise = "elementwise"
+    gates = "gates"
+    ffn = "ffn"
+    layer = "layer"
+
+    def includes(self, grade: "Recompute") -> bool:
+        """Returns whether this grade computes again what another does."""
+        grades = list(Recompute)
+        return grades.index(self) >= grades.index(grade)
 
 
 class Reduction(str, Enum):
@@ -205,6 +221,12 @@ class Phase:
     rope_theta: Optional[float] = key(None, above=0)
     """Base of RoPE's wavelengths from this phase on; null: same as the previous phase, at first
     model.rope_theta."""
+    recompute: Optional[Recompute] = None
+    """What layers recompute in this phase; null: as `training.recompute`, with the two keys below."""
+    recompute_layers: Optional[int] = key(None, above=0)
+    """In this phase, the first layers to which its `recompute` applies; null: all."""
+    recompute_rest: Recompute = Recompute.nothing
+    """In this phase, what the other layers recompute."""
 
 
 @dataclass(frozen=True)
@@ -286,8 +308,15 @@ class Training:
     """Gradients are scaled to at most this global L2 norm; null: never."""
     precision: Precision = Precision.auto
     """`auto`: bf16 on devices that multiply bf16 in hardware, fp32 elsewhere."""
-    activation_checkpointing: bool = key(False, on_resume=OnResume.free)
-    """Recompute each layer in the backward pass: less memory for a third more arithmetic."""
+    recompute: Recompute = key(Recompute.nothing, on_resume=OnResume.free)
+    """What layers compute again in the backward pass instead of keeping it. `elementwise`: norms, rotations,
+    casts and the order of tokens by experts, but no product. `gates`: also the experts' first two products, a
+    third to a half of what is kept. `ffn`: all after the attention, with the exchange of tokens. `layer`:
+    everything, for a third more arithmetic."""
+    recompute_layers: Optional[int] = key(None, above=0, on_resume=OnResume.free)
+    """Layers, counted from the first, that `recompute` is for; null: all."""
+    recompute_rest: Recompute = key(Recompute.nothing, on_resume=OnResume.free)
+    """What the other layers compute again."""
     compile: Compile = key(Compile.off, on_resume=OnResume.edit)
     """What torch.compile fuses: each layer (`blocks`, one compilation for all), or the whole decoder with the
     loss (`model`). The first batch takes a minute or more; needs a C++ compiler on a CPU, Triton on a GPU."""

@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 
 from train.recipe.curriculum import Curriculum, plan_stages
 from train.recipe.phases import batch_sequences, microbatch_sequences, phases_of
-from train.recipe.schema import Balance, Ffn, Model, Parallelism, QkNormOver, Recipe
+from train.recipe.schema import (
+    Balance,
+    Ffn,
+    Model,
+    Parallelism,
+    QkNormOver,
+    Recipe,
+    Recompute,
+    Training,
+)
 
 LOSS_CHUNK_TOKENS = {"cuda": 4096, "cpu": 1024}
 """Default of training.loss_chunk_tokens by device. Each chunk passes over the output projection's gradient,
@@ -108,6 +117,12 @@ def alike_layers(model: Model) -> tuple[Alike, ...]:
     moe = model.moe and replace(model.moe, dense_layers=0, every_n_layers=1)
     found = [Alike(replace(model, moe=moe), experts), Alike(replace(model, moe=None), dense)]
     return tuple(sorted((alike for alike in found if alike.layers), key=lambda alike: alike.layers))
+
+
+def recomputed(training: Training, layers: int) -> list[Recompute]:
+    """Returns what each of a model's layers computes again in the backward pass."""
+    first = layers if training.recompute_layers is None else training.recompute_layers
+    return [training.recompute if layer < first else training.recompute_rest for layer in range(layers)]
 
 
 def layer_weights(model: Model, layer: int) -> Iterator[Weight]:

@@ -45,6 +45,7 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
     scale = duration / sizes.trained_tokens(recipe)
     # Of two layers one.
     gathered = min(recipe.parallelism.gathered_layers, model.n_layers - 1)
+    recomputed = training.recompute_layers and min(training.recompute_layers, max(1, model.n_layers - 1))
     return replace(
         recipe,
         name=f"{recipe.name}-shrunken",
@@ -66,6 +67,7 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
             duration_tokens=duration,
             global_batch_sequences=global_batch_sequences,
             microbatch_sequences=MICROBATCH_SEQUENCES,
+            recompute_layers=recomputed,
             loss_chunk_tokens=min(training.loss_chunk_tokens or SEQUENCE_TOKENS, SEQUENCE_TOKENS),
         ),
         start=Start(),

@@ -28,7 +28,7 @@ from train.layout.optim import average_replicated_gradients, clip_gradients
 from train.model.router import bias_step, update_bias
 from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
-from train.recipe.phases import microbatch_sequences, phases_of
+from train.recipe.phases import microbatch_sequences, phases_of, training_in
 from train.recipe.schema import Balance, Recipe
 from train.recipe.topology import Topology
 from train.record.metrics import GRADIENT_NORM, LEARNING_RATE, PHASE
@@ -67,7 +67,9 @@ class TrainingStep(Callback):
     ) -> None:
         self.recipe, self.model, self.topology, self.curriculum = recipe, model, topology, curriculum
         self.alarms, self.data_log, self.checkpointing = alarms, data_log, checkpointing
-        self.microbatches = [microbatch_sequences(recipe, phase) for phase in phases_of(recipe)]
+        phases, layers = phases_of(recipe), recipe.model.n_layers
+        self.microbatches = [microbatch_sequences(recipe, phase) for phase in phases]
+        self.recomputed = [sizes.recomputed(training_in(recipe, phase), layers) for phase in phases]
         """Sequences per microbatch, by phase."""
         moe = recipe.model.moe
         self.balance: BalanceCounts | None = None
@@ -107,6 +109,7 @@ class TrainingStep(Callback):
         batch = state.timestamp.batch.value
         stage = self.curriculum.stage_of(batch)
         self.model.decoder.set_rope_theta(stage.rope_theta)
+        self.model.decoder.set_recompute(self.recomputed[stage.phase])
         state.device_train_microbatch_size = self.microbatches[stage.phase]
         rate = learning_rate(self.recipe, self.curriculum, batch)
         for group in state.optimizers[0].param_groups:

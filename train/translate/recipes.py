@@ -99,7 +99,7 @@ def _foundry(leaves: Leaves) -> Translation:
         "training.microbatch_sequences": _microbatch(leaves.take("device_train_microbatch_size"), found),
         "training.clip_norm": leaves.take("algorithms.gradient_clipping.clipping_threshold"),
         "training.precision": {"amp_bf16": "bf16", "fp32": "fp32"}.get(precision),
-        "training.activation_checkpointing": leaves.take("fsdp_config.activation_checkpointing"),
+        "training.recompute": "layer" if leaves.take("fsdp_config.activation_checkpointing") else "nothing",
         "schedule.kind": _scheduler(leaves.take("scheduler.name"), found),
         "schedule.warmup_tokens": _tokens(
             leaves.take("scheduler.t_warmup"), batch, length, "t_warmup", found
@@ -201,7 +201,9 @@ def _titan(leaves: Leaves) -> Translation:
         "training.global_batch_sequences": batch,
         "training.microbatch_sequences": local,
         "training.clip_norm": leaves.take("training.max_norm"),
-        "training.activation_checkpointing": leaves.take("activation_checkpoint.mode") not in (None, "none"),
+        "training.recompute": "nothing"
+        if leaves.take("activation_checkpoint.mode") in (None, "none")
+        else "layer",
         "training.compile": "blocks" if leaves.take("compile.enable", "training.compile") else None,
         "optimizer.kind": "adamw",
         "optimizer.learning_rate": leaves.take("optimizer.lr"),

@@ -11,6 +11,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
+from train.recipe import sizes
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Parallelism, Precision, Recipe
 from train.recipe.topology import Topology
@@ -114,7 +115,7 @@ def measure(recipe: Recipe, rank: Topology, passes: int, share: float) -> tuple[
     decoder = Decoder(
         recipe.model,
         device="meta",
-        activation_checkpointing=recipe.training.activation_checkpointing,
+        recompute=sizes.recomputed(recipe.training, recipe.model.n_layers),
         loss_chunk_tokens=recipe.training.loss_chunk_tokens,
     )
     layout = Parallelism(expert=rank.world_size, interleave=True)

@@ -1,8 +1,11 @@
 """The planner's memory against real modules: states to the byte, activations and loss to 10%."""
 
 import gc
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,23 +16,19 @@ from torch.profiler import ProfilerActivity, profile
 from launch.plan.activations import (
     CPU_BF16,
     CPU_FP32,
-    FP32,
     Microbatch,
-    kept_bytes,
-    layer_gradient_elements,
     loss_bytes,
     norm_bytes,
-    peaks,
     weight_copies,
 )
 from launch.plan.hardware import GPUS
-from launch.plan.memory import Memory, gathered_bytes, memory, states
+from launch.plan.memory import Memory, gathered_bytes, memory, moments_of_one, states
+from launch.plan.recomputation import kept_bytes
 from tests.fake_world import local, sharded
 from train.layout import mesh
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
 from train.model.init import initialize
-from train.recipe import sizes
 from train.recipe.reading import load_recipe
 from train.recipe.schema import (
     Balance,
@@ -44,6 +43,7 @@ from train.recipe.schema import (
     Parallelism,
     Position,
     QkNormOver,
+    Recompute,
     Score,
 )
 from train.recipe.tiny import tiny_recipe
@@ -201,14 +201,21 @@ CASES = {
 }
 MIXED = replace(MOE, n_layers=5, moe=Moe(experts=16, top_k=4, dense_layers=1, every_n_layers=2))
 
+OFTEN = (Recompute.nothing, Recompute.layer)
+GRADED = [
+    (name, grade)
+    for name in CASES
+    for grade in Recompute
+    if grade in OFTEN or name in ("moe", "mpt", "llama")
+]
+"""All grades of one size of each kind of layer."""
+
 
 class Step:
     """A forward and backward pass of a decoder on two documents per sequence."""
 
-    def __init__(self, case: Case, checkpointing: bool, bf16: bool) -> None:
-        self.decoder = Decoder(
-            case.model, activation_checkpointing=checkpointing, loss_chunk_tokens=case.chunk_tokens
-        )
+    def __init__(self, case: Case, grades: list[Recompute], bf16: bool = False) -> None:
+        self.decoder = Decoder(case.model, recompute=grades, loss_chunk_tokens=case.chunk_tokens)
         initialize(self.decoder, case.model, seed=0)
         shape = (case.sequences, case.sequence_tokens)
         self.ids = torch.randint(case.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
@@ -222,74 +229,71 @@ class Step:
             output.loss_sum / self.ids.numel() + output.balance_loss + output.sequence_balance + output.z_loss
         )
 
-    def saved_bytes(self) -> int:
-        """Returns bytes that autograd holds after the forward pass, each storage once, without weights."""
-        weights = {p.untyped_storage().data_ptr() for p in self.decoder.parameters()}
-        storages: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.forward()
+    def kept_bytes(self) -> int:
+        """Returns bytes that are allocated after the forward pass, without weights."""
+        loss, events = self._profiled(self.forward)
         assert loss.requires_grad
-        return sum(storages.values())
+        return sum(events)
 
     def peak_bytes(self) -> int:
         """Returns peak allocated bytes during a step, without weights."""
+        _, events = self._profiled(lambda: self.forward().backward())
+        return max(itertools.accumulate(events))
+
+    def _profiled(self, work: Callable[[], Any]) -> tuple[Any, list[int]]:
+        """Returns what work returns the second time, and the bytes that it takes and gives back, in order."""
         self.forward().backward()
         for parameter in self.decoder.parameters():
             parameter.grad = None
         gc.collect()  # Tensors that only the garbage collector frees would count as freed by the step.
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            self.forward().backward()
+            result = work()
         events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-        now = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            now += event.nbytes()
-            peak = max(peak, now)
-        return peak
+        return result, [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
 
 
-def planned_peak(case: Case, checkpointing: bool, bf16: bool) -> int:
+def planned_peak(case: Case, grades: list[Recompute], bf16: bool = False) -> int:
     """Returns the planned peak of one process with unsharded gradients."""
-    model, batch = case.model, case.batch
     numerics = CPU_BF16 if bf16 else CPU_FP32
-    found = peaks(model, batch, numerics, checkpointing=checkpointing, chunk_tokens=case.chunk_tokens)
-    layer, made_first = layer_gradient_elements(model)
-    return max(
-        found.loss,
-        found.first_backward + made_first * FP32,
-        found.last_backward + (layer * (model.n_layers - 1) + made_first) * FP32,
-        sizes.total_parameters(model) * FP32 + batch.tokens * model.d_model * numerics.stream,
-    )
+    return max(map(sum, moments_of_one(case.model, case.batch, numerics, grades, case.chunk_tokens)))
 
 
-@pytest.mark.parametrize("case", [*CASES.values(), Case(MIXED, 4, 512, 512)], ids=[*CASES, "mixed"])
-def test_saved_tensors_are_those_listed(case: Case) -> None:
+def alike(case: Case, grade: Recompute) -> list[Recompute]:
+    return [grade] * case.model.n_layers
+
+
+@pytest.mark.parametrize(("name", "grade"), GRADED)
+def test_a_forward_pass_keeps_what_is_listed(name: str, grade: Recompute) -> None:
+    case = CASES[name]
     loss = loss_bytes(case.model, case.batch, CPU_FP32, case.chunk_tokens)
-    planned = kept_bytes(case.model, case.batch, CPU_FP32, checkpointing=False)
+    planned = kept_bytes(case.model, case.batch, CPU_FP32, alike(case, grade))
     planned += norm_bytes(case.model, case.batch, CPU_FP32) + loss.hidden_gradient + loss.weight_gradient
-    assert planned == pytest.approx(Step(case, checkpointing=False, bf16=False).saved_bytes(), rel=0.01)
+    assert planned == pytest.approx(Step(case, alike(case, grade)).kept_bytes(), rel=0.02)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_peak_of_a_real_step_within_a_tenth(case: Case, checkpointing: bool) -> None:
-    real = Step(case, checkpointing, bf16=False).peak_bytes()
-    assert planned_peak(case, checkpointing, bf16=False) == pytest.approx(real, rel=0.10)
+@pytest.mark.parametrize(("name", "grade"), GRADED)
+def test_peak_of_a_real_step_within_a_tenth(name: str, grade: Recompute) -> None:
+    case = CASES[name]
+    real = Step(case, alike(case, grade)).peak_bytes()
+    assert planned_peak(case, alike(case, grade)) == pytest.approx(real, rel=0.10)
 
 
-def test_peak_in_bf16_within_a_tenth() -> None:
+@pytest.mark.parametrize("grades", itertools.pairwise(Recompute), ids=str)
+def test_peak_where_layers_recompute_differently(grades: tuple[Recompute, Recompute]) -> None:
+    less, more = grades
+    mixed = [more, more, less]
+    real = Step(CASES["moe"], mixed).peak_bytes()
+    assert planned_peak(CASES["moe"], mixed) == pytest.approx(real, rel=0.10)
+
+
+@pytest.mark.parametrize("grade", [Recompute.nothing, Recompute.elementwise])
+def test_peak_in_bf16_within_a_tenth(grade: Recompute) -> None:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU does not multiply bf16")
     case = CASES["moe-wide"]
-    real = Step(case, checkpointing=False, bf16=True).peak_bytes()
-    assert planned_peak(case, checkpointing=False, bf16=True) == pytest.approx(real, rel=0.10)
-    assert weight_copies(case.model, CPU_BF16).all_layers > 0
+    real = Step(case, alike(case, grade), bf16=True).peak_bytes()
+    assert planned_peak(case, alike(case, grade), bf16=True) == pytest.approx(real, rel=0.10)
+    assert weight_copies(case.model, CPU_BF16).layer > 0
 
 
 def test_parts_add_up_and_imbalance_matters_only_with_expert_parallelism() -> None:
@@ -302,7 +306,10 @@ def test_parts_add_up_and_imbalance_matters_only_with_expert_parallelism() -> No
     assert memory(alone, 3072, imbalance=2.0) == memory(alone, 3072)
 
 
-def test_recomputation_saves_memory() -> None:
+def test_each_grade_of_recomputation_takes_less_memory() -> None:
     recipe = load_recipe(YAMLS / "dbrx.yaml")
-    without = replace(recipe, training=replace(recipe.training, activation_checkpointing=False))
-    assert memory(without, 3072).activations > 5 * memory(recipe, 3072).activations
+    found = [
+        memory(replace(recipe, training=replace(recipe.training, recompute=grade)), 3072).activations
+        for grade in Recompute
+    ]
+    assert found == sorted(found, reverse=True) and found[0] > 5 * found[-1]

@@ -24,6 +24,7 @@ from train.recipe.schema import (
     Parallelism,
     Precision,
     Recipe,
+    Recompute,
     ReducePrecision,
     Reduction,
 )
@@ -53,6 +54,7 @@ DENSE = Model(
     max_sequence_tokens=64,
     tie_embeddings=True,
 )
+KEPT = Recompute.nothing
 COPIES = Parallelism(replicate=2, expert=2)
 ONCE, IN_BF16 = Reduction.once_a_batch, replace(COPIES, reduce_precision=ReducePrecision.bf16)
 KINDS = {
@@ -96,14 +98,14 @@ class Counting(CollectiveRecorder):
 
 
 def count(
-    cfg: Model, layout: Parallelism, precision: Precision, checkpointing: bool, rank: Topology
+    cfg: Model, layout: Parallelism, precision: Precision, grades: list[Recompute], rank: Topology
 ) -> tuple[Counter[CollectiveKind], Counter[CollectiveKind]]:
     """Counts a second step of two microbatches, since the first one initialises state.
 
     Returns:
         Bytes and calls of the collectives.
     """
-    decoder = Decoder(cfg, device="meta", activation_checkpointing=checkpointing, loss_chunk_tokens=64)
+    decoder = Decoder(cfg, device="meta", recompute=grades, loss_chunk_tokens=64)
     ranks = build_mesh(layout, rank.world_size, "cpu")
     build_sharded(decoder, ranks, precision, seed=0)
     generator = torch.Generator().manual_seed(rank.rank)
@@ -125,25 +127,37 @@ def count(
 
 
 @pytest.mark.parametrize(
-    ("cfg", "layout", "world", "precision", "checkpointing"),
+    ("cfg", "layout", "world", "precision", "recomputed"),
     [
-        pytest.param(MOE, Parallelism(), 2, Precision.bf16, False, id="sharded"),
-        pytest.param(MOE, Parallelism(expert=2), 4, Precision.bf16, False, id="experts"),
-        pytest.param(MOE, Parallelism(expert=4), 4, Precision.fp32, True, id="experts-recomputed"),
-        pytest.param(MOE, Parallelism(expert=2, interleave=True), 4, Precision.bf16, True, id="interleaved"),
-        pytest.param(MOE, COPIES, 4, Precision.fp32, True, id="copies"),
-        pytest.param(MOE, replace(COPIES, reduce=ONCE), 4, Precision.bf16, True, id="reduced-once"),
-        pytest.param(MOE, replace(COPIES, gathered_layers=2), 4, Precision.bf16, False, id="gathered"),
-        pytest.param(MOE, IN_BF16, 4, Precision.bf16, True, id="reduced-in-bf16"),
-        pytest.param(MIXED, replace(COPIES, gathered_layers=2), 4, Precision.bf16, True, id="dense-layers"),
-        pytest.param(DENSE, Parallelism(replicate=2), 4, Precision.bf16, False, id="dense"),
-        pytest.param(DENSE, Parallelism(), 3, Precision.fp32, True, id="dense-recomputed"),
+        pytest.param(MOE, Parallelism(), 2, Precision.bf16, KEPT, id="sharded"),
+        pytest.param(MOE, Parallelism(expert=2), 4, Precision.bf16, KEPT, id="experts"),
+        pytest.param(MOE, Parallelism(expert=4), 4, Precision.fp32, Recompute.layer, id="experts-recomputed"),
+        pytest.param(
+            MOE,
+            Parallelism(expert=2, interleave=True),
+            4,
+            Precision.bf16,
+            Recompute.layer,
+            id="interleaved",
+        ),
+        pytest.param(MOE, COPIES, 4, Precision.fp32, Recompute.ffn, id="copies"),
+        pytest.param(
+            MOE, replace(COPIES, reduce=ONCE), 4, Precision.bf16, Recompute.gates, id="reduced-once"
+        ),
+        pytest.param(MOE, replace(COPIES, gathered_layers=2), 4, Precision.bf16, KEPT, id="gathered"),
+        pytest.param(MOE, IN_BF16, 4, Precision.bf16, Recompute.layer, id="reduced-in-bf16"),
+        pytest.param(
+            MIXED, replace(COPIES, gathered_layers=2), 4, Precision.bf16, Recompute.layer, id="dense-layers"
+        ),
+        pytest.param(DENSE, Parallelism(replicate=2), 4, Precision.bf16, KEPT, id="dense"),
+        pytest.param(DENSE, Parallelism(), 3, Precision.fp32, Recompute.layer, id="dense-recomputed"),
     ],
 )
 def test_bytes_are_those_counted_on_gloo(
-    cfg: Model, layout: Parallelism, world: int, precision: Precision, checkpointing: bool
+    cfg: Model, layout: Parallelism, world: int, precision: Precision, recomputed: Recompute
 ) -> None:
-    ranks = run_ranks(world, lambda rank: count(cfg, layout, precision, checkpointing, rank))
+    grades = [recomputed] * (cfg.n_layers - 1) + [Recompute.nothing]
+    ranks = run_ranks(world, lambda rank: count(cfg, layout, precision, grades, rank))
     predicted_bytes: Counter[CollectiveKind] = Counter()
     predicted_calls: Counter[CollectiveKind] = Counter()
     for collective in collectives(
@@ -152,7 +166,7 @@ def test_bytes_are_those_counted_on_gloo(
         world,
         tokens=SEQUENCES * SEQUENCE_TOKENS,
         compute_bytes=2 if precision is Precision.bf16 else 4,
-        checkpointing=checkpointing,
+        grades=grades,
     ):
         if collective.ranks == 1:
             continue

@@ -25,6 +25,7 @@ from train.health.descriptors import gloo_groups
 from train.layout import mesh
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
+from train.recipe import sizes
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Parallelism, Precision, Recipe
 from train.recipe.topology import Topology
@@ -108,12 +109,14 @@ def test_moments_are_reserved_in_the_form_that_a_step_gives_them() -> None:
 )
 def test_the_step_issues_the_collectives_of_a_real_rank(layout: Parallelism, layers: list[str]) -> None:
     """A model as deep as the two that are rehearsed would be scaled to, on real ranks of gloo."""
-    found = recipe(layout, *layers, "training.global_batch_sequences=16")
+    again = ["training.recompute=layer", "training.recompute_layers=1", "training.recompute_rest=gates"]
+    found = recipe(layout, *layers, "training.global_batch_sequences=16", *again)
     (rehearsed,) = run_ranks(1, lambda _: rehearse_step(found, WORLD))
 
     def among_others(_: Topology) -> dict[Any, int]:
         built = mesh.build_mesh(layout, WORLD, "cpu")
-        return dict(step.count_step(found, found.model.n_layers, built))
+        grades = sizes.recomputed(found.training, found.model.n_layers)
+        return dict(step.count_step(found, grades, built))
 
     calls = run_ranks(WORLD, among_others)[0]
     assert rehearsed.collectives == calls

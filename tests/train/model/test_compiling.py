@@ -11,7 +11,7 @@ from train.model.experts import HAS_GROUPED_MM
 from train.model.init import initialize
 from train.model.router import Jitter, Router
 from train.model.router_noise import noise_key
-from train.recipe.schema import Compile, Model, Moe
+from train.recipe.schema import Compile, Model, Moe, Recompute
 
 pytestmark = pytest.mark.skipif(
     not HAS_GROUPED_MM, reason="torch before 2.10 has no grouped product: `training.compile` is refused"
@@ -33,8 +33,8 @@ MODEL = Model(
 B, S = 2, 32
 
 
-def make(recompute: bool) -> Decoder:
-    decoder = Decoder(MODEL, device="cpu", activation_checkpointing=recompute, loss_chunk_tokens=24)
+def make(recompute: Recompute) -> Decoder:
+    decoder = Decoder(MODEL, device="cpu", recompute=recompute, loss_chunk_tokens=24)
     initialize(decoder, MODEL, seed=1)
     for layer, router in enumerate(module for module in decoder.modules() if isinstance(module, Router)):
         router.jitter = Jitter(noise_key(1, layer, torch.device("cpu")), torch.arange(B))
@@ -58,8 +58,10 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "recompute"), [(Compile.blocks, True), (Compile.model, False)])
-def test_compiled_equals_plain_in_one_graph(how: Compile, recompute: bool, traced: None) -> None:
+@pytest.mark.parametrize(
+    ("how", "recompute"), [(Compile.blocks, Recompute.layer), (Compile.model, Recompute.nothing)]
+)
+def test_compiled_equals_plain_in_one_graph(how: Compile, recompute: Recompute, traced: None) -> None:
     plain, compiled = make(recompute), make(recompute)
     compile_decoder(compiled, how, is_sharded=False)
     for seed in range(3):  # Other tokens, other counts per expert: nothing is compiled again.

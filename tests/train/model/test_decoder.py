@@ -1,4 +1,4 @@
-"""The whole decoder: names, documents, checkpointing, losses, dense variants."""
+"""The whole decoder: names, documents, losses, dense variants."""
 
 from dataclasses import replace
 
@@ -166,39 +166,6 @@ def test_packed_documents_equal_separate_ones(cfg: Model) -> None:
         alone = model(ids[own][None], None, targets[own][None]).token_losses_BS
         torch.testing.assert_close(packed[own], alone[0], rtol=1e-4, atol=1e-5)
     assert (packed - unmasked)[0, 7:-1].abs().min() > 1e-4, "the documents would have seen each other"
-
-
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_activation_checkpointing_changes_nothing(precision: torch.dtype) -> None:
-    results = []
-    for checkpointing in (False, True):
-        model = make(activation_checkpointing=checkpointing)
-        torch.manual_seed(5)  # the jitter's draws, which the recomputation must repeat
-        with torch.autocast("cpu", precision, enabled=precision is torch.bfloat16):
-            out = model(*batch())
-        total(out).backward()
-        results.append((out, {name: p.grad for name, p in model.named_parameters()}))
-    (plain, plain_grads), (checkpointed, checkpointed_grads) = results
-    assert torch.equal(plain.loss_sum, checkpointed.loss_sum)
-    assert torch.equal(plain.expert_tokens_LE, checkpointed.expert_tokens_LE)
-    for name, grad in plain_grads.items():
-        assert grad.any(), name
-        assert torch.equal(grad, checkpointed_grads[name]), name
-
-
-def test_activation_checkpointing_keeps_fewer_tensors() -> None:
-    kept = []
-    for checkpointing in (False, True):
-        model, sizes = make(activation_checkpointing=checkpointing), []
-
-        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
-            sizes.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(*batch())
-        kept.append(sum(sizes))
-    assert kept[1] < 0.5 * kept[0]
 
 
 def test_bf16_is_near_fp32() -> None:

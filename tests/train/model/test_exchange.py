@@ -18,7 +18,7 @@ from train.model.exchange import AllToAll
 from train.model.moe import MoE
 from train.model.router import Jitter, Router
 from train.model.router_noise import noise_key
-from train.recipe.schema import BalanceScope, Moe, Parallelism, Precision
+from train.recipe.schema import BalanceScope, Moe, Parallelism, Precision, Recompute
 from train.recipe.topology import Topology
 from train.step.microbatch import number_sequences
 
@@ -32,7 +32,9 @@ MODEL = replace(CFG, moe=FINE)
 def make(rank: Topology, expert: int, *, recompute: bool, interleave: bool, layers: int = 2) -> Decoder:
     moe = replace(FINE, dense_layers=layers - 1)
     decoder = Decoder(
-        replace(MODEL, n_layers=layers, moe=moe), device="meta", activation_checkpointing=recompute
+        replace(MODEL, n_layers=layers, moe=moe),
+        device="meta",
+        recompute=Recompute.layer if recompute else Recompute.nothing,
     )
     layout = Parallelism(expert=expert, interleave=interleave)
     build_sharded(decoder, build_mesh(layout, rank.world_size, "cpu"), Precision.fp32, 17)
@@ -91,8 +93,8 @@ class Log:
         attention.register_forward_hook(self._attended)
         glu = experts.grouped_glu
 
-        def grouped_glu(*args: Any) -> Tensor:
-            return self._noted("experts", glu(*args))
+        def grouped_glu(*args: Any, **keywords: Any) -> Tensor:
+            return self._noted("experts", glu(*args, **keywords))
 
         experts.grouped_glu = grouped_glu  # this process is a test's own
         AllToAll.start, AllToAll.finish = (  # type: ignore[method-assign]

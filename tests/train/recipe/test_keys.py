@@ -24,7 +24,8 @@ FREE_SECTIONS = {"tracking", "parallelism", "checkpoint", "watch", "preflight", 
 FREE_KEYS = {
     *("name", "runs_dir", "on_existing", "data.workers", "data.remote", "data.cache_bytes"),
     *("data.validation_domains", "data.validation_sequences"),
-    *("training.activation_checkpointing", "training.loss_chunk_tokens"),
+    *("training.recompute", "training.recompute_layers", "training.recompute_rest"),
+    "training.loss_chunk_tokens",
 }
 EDITABLE_KEYS = {
     *(

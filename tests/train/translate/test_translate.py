@@ -88,7 +88,7 @@ def test_mpt_of_llm_foundry_is_the_mpt_of_our_recipe(tmp_path: Path, capsys: Out
     assert recipe.training.duration_tokens == 63900 * 2048 * 2048
     assert recipe.schedule.warmup_tokens == 2000 * 2048 * 2048
     assert (recipe.optimizer.weight_decay, recipe.optimizer.learning_rate) == (0.1, 3e-4)
-    assert recipe.checkpoint.interval_batches == 250 and recipe.training.activation_checkpointing
+    assert recipe.checkpoint.interval_batches == 250 and recipe.training.recompute.value == "layer"
     assert main([str(tmp_path / "mpt.yaml"), "--out", str(out)]) == 2
     assert "ours.yaml exists" in capsys.readouterr().err
 

@@ -1,0 +1,189 @@
+"""Recomputation by grade (:class:`train.recipe.schema.Recompute`): bytes that a layer keeps and makes again
+in its backward pass, and the work of that. Needs no torch.
+
+Derived from what :mod:`train.model.recompute` drops, and tested against what a step allocates.
+Legend: T tokens, D d_model, Q width of all queries, G of all keys, F ffn_hidden_size, K top_k, E experts.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from launch.plan.activations import (
+    FP32,
+    Microbatch,
+    Numerics,
+    attention_bytes,
+    ffn_bytes,
+    layer_bytes,
+    shared_bytes,
+    weight_copies,
+)
+from launch.plan.step_time import BF16, Split, Work, layer_work, matrix_product
+from train.recipe import sizes
+from train.recipe.schema import Ffn, Model, Position, Recompute
+
+
+def kept_in_layer(model: Model, batch: Microbatch, numerics: Numerics, grade: Recompute) -> int:
+    """Bytes that a layer keeps between its passes."""
+    stream = batch.tokens * model.d_model * numerics.stream
+    if grade is Recompute.layer:
+        return stream
+    if grade is Recompute.nothing:
+        return layer_bytes(model, batch, numerics)
+    attention = dict(attention_bytes(model, batch, numerics))
+    # Of the norms only their inputs stay, which are the residual stream.
+    attention |= {"norm 1": stream, "Wqkv input": 0}
+    if turns(model):
+        projected = sizes.query_width(model) + 2 * sizes.key_width(model)
+        names = ["before clipping", "QK norm", "queries"]
+        names += [] if _repeats_heads(model, numerics) else ["keys and values"]
+        attention |= dict.fromkeys(names, 0) | {"projections": batch.tokens * projected * numerics.compute}
+    kept = sum(attention.values()) + stream
+    if grade is Recompute.ffn:
+        return kept
+    return kept + sum(_kept_in_ffn(model, batch, numerics, grade).values())
+
+
+def kept_bytes(model: Model, batch: Microbatch, numerics: Numerics, grades: Sequence[Recompute]) -> int:
+    """Bytes that the first layers, of these grades, keep until the backward pass, and that all share."""
+    layers = Counter(zip(layer_models(model), grades, strict=False))
+    kept = sum(count * kept_in_layer(like, batch, numerics, grade) for (like, grade), count in layers.items())
+    return kept + shared_bytes(model, batch, numerics)
+
+
+def made_in_layer(model: Model, batch: Microbatch, numerics: Numerics, grade: Recompute) -> int:
+    """Bytes that a layer's backward pass has made again at its peak, besides what the layer has kept."""
+    ffn = ffn_bytes(model, batch, numerics)
+    normed = batch.tokens * model.d_model * numerics.compute
+    if grade is Recompute.nothing:
+        return 0
+    if grade is Recompute.layer:
+        return layer_bytes(model, batch, numerics)
+    if grade is Recompute.ffn:
+        return normed + sum(ffn.values()) - ffn["norm 2"]
+    kept = _kept_in_ffn(model, batch, numerics, grade)
+    if model.moe is None:
+        return normed + ffn["hidden"] - kept["hidden"]
+    # A CPU computes expert by expert.
+    at_once = 1 if numerics.on_gpu else model.moe.experts
+    gates = (ffn["gates and ups"] - kept["gates and ups"]) // at_once
+    return normed + ffn["routed rows"] - kept["routed rows"] + gates
+
+
+class InBackward(NamedTuple):
+    """The backward pass of a layer."""
+
+    layer: int
+    """Its index."""
+    like: Model
+    """A model whose layers are all as this one."""
+    kept: int
+    """Bytes that this layer and those before it have kept."""
+    made: int
+    """Bytes that it makes again."""
+
+
+def backward_passes(
+    model: Model, batch: Microbatch, numerics: Numerics, grades: Sequence[Recompute]
+) -> list[InBackward]:
+    """The layers whose backward pass may need the most: the last, the last of each grade, the first of each
+    kind.
+    """
+    found, models = [], layer_models(model)
+    firsts = [alike.layers[0] for alike in sizes.alike_layers(model)]
+    for layer, (like, grade) in enumerate(zip(models, grades, strict=True)):
+        if layer in firsts or layer == len(grades) - 1 or grade is not grades[layer + 1]:
+            kept = kept_bytes(model, batch, numerics, grades[: layer + 1])
+            found.append(InBackward(layer, like, kept, made_in_layer(like, batch, numerics, grade)))
+    return found
+
+
+def layer_models(model: Model) -> list[Model]:
+    """Returns for each layer a model whose layers are all as it."""
+    by_layer = {layer: alike.model for alike in sizes.alike_layers(model) for layer in alike.layers}
+    return [by_layer[layer] for layer in range(model.n_layers)]
+
+
+def copies_kept(model: Model, numerics: Numerics, grades: Sequence[Recompute]) -> int:
+    """Bytes of autocast's copies of weights that layers keep until their backward pass."""
+    models = layer_models(model)
+    return sum(_copies_in(like, numerics, grade) for like, grade in zip(models, grades, strict=False))
+
+
+def copies_at_loss(model: Model, numerics: Numerics, grades: Sequence[Recompute]) -> int:
+    """Bytes of autocast's copies of weights when the loss is computed: those kept, and its own cache."""
+    return sum(
+        max(weight_copies(like, numerics).dense, _copies_in(like, numerics, grade))
+        for like, grade in zip(layer_models(model), grades, strict=True)
+    )
+
+
+def work_again(model: Model, tokens: int, sequence_tokens: int, split: Split, grade: Recompute) -> Work:
+    """Work of a layer's recomputation for T tokens of one GPU.
+
+    Passes over memory are those of :func:`launch.plan.step_time.layer_work`: two norms (2 D each), QK norm,
+    clipping and rotation, the router's copy in fp32 (3 D), gathered rows (2 D).
+    """
+    if grade is Recompute.nothing:
+        return Work()
+    whole = layer_work(model, tokens, sequence_tokens, split)
+    if grade is Recompute.layer:
+        return whole
+    T, D, F = tokens, model.d_model, sizes.expert_width(model)
+    Q, G = sizes.query_width(model), sizes.key_width(model)
+    turned = 4 * T * Q + (2 * T * (Q + G) if model.qk_norm else 0)
+    if grade is Recompute.ffn:
+        kept = matrix_product(T, D, Q + 2 * G) + matrix_product(T, Q, D)
+        kept += Work(attention_flops=2 * T * sequence_tokens * Q)
+        # The sums of the residual stream, and rotation where it keeps its results.
+        kept += Work(memory_bytes=BF16 * (8 * T * D + (0 if turns(model) else turned)))
+        return whole + kept.times(-1)
+    if model.moe is None:
+        passes = T * F * (3 if model.ffn is Ffn.glu else 2)
+        gates = matrix_product(T, D, F).times(2 if model.ffn is Ffn.glu else 1)
+    else:
+        rows = T * model.moe.top_k * split.imbalance
+        experts = model.moe.experts / split.expert
+        passes = 3 * T * D + (0 if split.expert > 1 else rows * 2 * D)
+        gates = matrix_product(rows / experts, D, F).times(2 * experts)
+    cheap = Work(memory_bytes=BF16 * (4 * T * D + (turned if turns(model) else 0) + passes))
+    return cheap + gates if grade is Recompute.gates else cheap
+
+
+def turns(model: Model) -> bool:
+    """Returns whether queries, keys and values are made again from their projections, which are kept then."""
+    return model.clip_qkv is not None or model.qk_norm
+
+
+def _copies_in(model: Model, numerics: Numerics, grade: Recompute) -> int:
+    copies = weight_copies(model, numerics)
+    each = {
+        Recompute.nothing: copies.layer,
+        Recompute.elementwise: copies.dense,
+        Recompute.gates: copies.dense if model.moe else copies.attention,
+        Recompute.ffn: copies.attention,
+        Recompute.layer: 0,
+    }
+    return each[grade]
+
+
+def _kept_in_ffn(model: Model, batch: Microbatch, numerics: Numerics, grade: Recompute) -> dict[str, int]:
+    """Of what :func:`ffn_bytes` names, but the norm: what a layer of `elementwise` or `gates` keeps."""
+    kept = dict(ffn_bytes(model, batch, numerics))
+    del kept["norm 2"]
+    if model.moe is None:
+        # Of a GLU's four the two that products wrote, of GELU's two one.
+        return {"w1 input": 0, "hidden": 0 if grade is Recompute.gates else kept["hidden"] // 2}
+    kept["router"] -= batch.tokens * model.d_model * FP32
+    if not batch.exchanged:
+        kept["routed rows"] = 0
+    if grade is Recompute.gates:
+        kept["gates and ups"] = 0
+    return kept
+
+
+def _repeats_heads(model: Model, numerics: Numerics) -> bool:
+    """Returns whether attention keeps keys and values as they are repeated for every query head."""
+    is_grouped = model.n_kv_heads < model.n_heads
+    return is_grouped and not (numerics.on_gpu and model.position is Position.rope)
