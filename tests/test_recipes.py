@@ -9,7 +9,7 @@ from train.recipe.curriculum import plan_stages
 from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import Precision, Recipe
-from train.recipe.tiny import tiny_recipe
+from train.recipe.tiny import MOST_EXPERTS, tiny_recipe
 from train.recipe.topology import Topology
 
 pytestmark = pytest.mark.slow
@@ -93,9 +93,21 @@ def test_tiny_recipe_is_valid_and_keeps_the_features(path: Path) -> None:
     validate(small, Topology(), str(path))
     assert sizes.batches(small) == 2
     assert sizes.total_parameters(small.model) < 1e7
-    for feature in ("moe", "ffn", "position", "norm", "clip_qkv", "tie_embeddings", "qk_norm"):
+    features = ["ffn", "position", "norm", "clip_qkv", "tie_embeddings", "qk_norm"]
+    if recipe.model.moe is None or recipe.model.moe.experts <= MOST_EXPERTS:
+        features.append("moe")
+    for feature in features:
         assert getattr(small.model, feature) == getattr(recipe.model, feature)
     assert small.model.n_heads * recipe.model.n_kv_heads == recipe.model.n_heads * small.model.n_kv_heads
+
+
+@pytest.mark.parametrize(("groups", "top_groups"), [(1, 1), (8, 4), (8, 1), (6, 2)])
+def test_tiny_recipe_of_many_experts_is_valid(groups: int, top_groups: int) -> None:
+    keys = {"experts": 192, "top_k": 8, "groups": groups, "top_groups": top_groups}
+    overrides = [f"model.moe.{key}={value}" for key, value in keys.items()]
+    small = tiny_recipe(load_recipe(YAMLS / "qwen3-30b-a3b.yaml", overrides), steps=2)
+    validate(small, Topology())
+    assert small.model.moe is not None and small.model.moe.experts == MOST_EXPERTS
 
 
 def test_tiny_recipe_of_a_curriculum_has_its_change_of_length() -> None:

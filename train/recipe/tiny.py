@@ -1,22 +1,26 @@
 """The tiny recipe: every feature of a recipe at a size that trains in seconds on any machine.
 
 Kept: the kind of feed-forward network, positions, norms, QKV clipping, tied embeddings, the ratio of query
-to key-value heads, the ratio of hidden size to width, experts and top-k, losses, optimizer, schedule
-shape, precision policy, checkpointing. Changed: widths, depth, vocabulary and tokenizer, sequence
-length, batch, length of the run, corpus. A curriculum becomes two phases that differ in mixture and, if
-the recipe's do, in sequence length, RoPE's base and learning rate. Weights are drawn from the seed, and the
-layout is that of one rank.
+to key-value heads, the ratio of hidden size to width, up to 16 experts and top-4, losses, optimizer,
+schedule shape, precision policy, checkpointing. Changed: widths, depth, more experts than that, vocabulary
+and tokenizer, sequence length, batch, length of the run, corpus. A curriculum becomes two phases that
+differ in mixture and, if the recipe's do, in sequence length, RoPE's base and learning rate. Weights are
+drawn from the seed, and the layout is that of one rank.
 """
 
+import math
 from dataclasses import replace
 
 from train.recipe import sizes
 from train.recipe.phases import phases_of
-from train.recipe.schema import Model, Phase, Recipe, Start, TokenizerKind
+from train.recipe.schema import Model, Moe, Phase, Recipe, Start, TokenizerKind
 
 HEAD_WIDTH = 16
 MOST_KV_HEADS = 2
 LAYERS = 2
+MOST_EXPERTS = 16
+MOST_TOP_K = 4
+"""Of more experts: each is a product of its own on a CPU, and 128 of them take minutes a step."""
 VOCABULARY = 512
 SEQUENCE_TOKENS = 64
 LONGER = 2
@@ -98,7 +102,7 @@ def _tiny_model(model: Model) -> Model:
         expert, shared = (width and scaled(width) for width in widths)
         # One dense layer stands for all of the first, one for all between two layers of experts.
         moe = replace(
-            moe,
+            moe if moe.experts <= MOST_EXPERTS else _fewer_experts(moe),
             expert_hidden_size=expert,
             shared_hidden_size=shared,
             dense_layers=min(moe.dense_layers, 1),
@@ -119,6 +123,14 @@ def _tiny_model(model: Model) -> Model:
         max_sequence_tokens=SEQUENCE_TOKENS,
         yarn=model.yarn and replace(model.yarn, original_tokens=SEQUENCE_TOKENS // 2),
     )
+
+
+def _fewer_experts(moe: Moe) -> Moe:
+    """Makes a mixture of :data:`MOST_EXPERTS`, at least two of which are in each group."""
+    groups = math.gcd(moe.groups, MOST_EXPERTS // 2)
+    top_groups = min(moe.top_groups, groups)
+    top_k = min(moe.top_k, MOST_TOP_K, top_groups * MOST_EXPERTS // groups)
+    return replace(moe, experts=MOST_EXPERTS, top_k=top_k, groups=groups, top_groups=top_groups)
 
 
 def _two_phases(recipe: Recipe, steps: int, sequences: int) -> list[Phase]:
