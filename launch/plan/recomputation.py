@@ -140,7 +140,7 @@ def work_again(model: Model, tokens: int, sequence_tokens: int, split: Split, gr
         kept += Work(memory_bytes=BF16 * (8 * T * D + (0 if turns(model) else turned)))
         return whole + kept.times(-1)
     if model.moe is None:
-        passes = T * F * (3 if model.ffn is Ffn.glu else 2)
+        passes: float = T * F * (3 if model.ffn is Ffn.glu else 2)
         gates = matrix_product(T, D, F).times(2 if model.ffn is Ffn.glu else 1)
     else:
         rows = T * model.moe.top_k * split.imbalance

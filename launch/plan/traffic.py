@@ -151,8 +151,9 @@ def collectives(
         exchange = ("tokens to experts and back", rows, 2 * (2 * layers + again), 2 * layers)
         counts = ("counts of tokens", model.moe.experts * INT32, layers + again, layers)
         for what, payload, *calls in (exchange, counts):
-            of_halves = (halves * each for each in calls)
-            found.append(Collective(what, CollectiveKind.all_to_all, payload, layout.expert, 1, *of_halves))
+            in_all, ahead = (halves * each for each in calls)
+            group = (layout.expert, 1)
+            found.append(Collective(what, CollectiveKind.all_to_all, payload, *group, in_all, ahead))
     return found
 
 

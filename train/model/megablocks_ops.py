@@ -33,7 +33,7 @@ def install() -> None:
     for name, build in (("megablocks_ops", _megablocks_ops), ("grouped_gemm", _grouped_gemm)):
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             sys.modules[name] = build()
-    ops = importlib.import_module("megablocks.ops")
+    ops: Any = importlib.import_module("megablocks.ops")
     if not hasattr(ops.gather, "plain"):
         ops.gather = _dropping(ops.gather)
     kernels = importlib.import_module("megablocks.backend.kernels")

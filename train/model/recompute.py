@@ -168,7 +168,7 @@ class _Scope(saved_tensors_hooks):
         if found is None or x.dtype != found[0].dtypes[found[1]]:
             return x.detach() if x.requires_grad else x
         part, place = found
-        return part.note(place, (x.size(), x.stride(), x.storage_offset()))
+        return part.note(place, (x.size(), x.stride(), int(x.storage_offset())))
 
     def run(self, function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
         """Runs a part, whose results are found from here on."""

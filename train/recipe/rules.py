@@ -294,8 +294,9 @@ def _training(recipe: Recipe, _: Topology) -> Iterator[Violation]:
 
 
 def _recomputation(recipe: Recipe, _: Topology) -> Iterator[Violation]:
-    phases = [(f"data.phases[{n}]", phase) for n, phase in enumerate(recipe.data.phases)]
-    for section, keys in [("training", recipe.training), *phases]:
+    sections: list[tuple[str, Training | Phase]] = [("training", recipe.training)]
+    sections += [(f"data.phases[{n}]", phase) for n, phase in enumerate(recipe.data.phases)]
+    for section, keys in sections:
         yield from _recomputed(recipe, section, keys)
 
 
