@@ -106,7 +106,7 @@ def test_tiny_recipe_of_many_experts_is_valid(groups: int, top_groups: int) -> N
     keys = {"experts": 192, "top_k": 8, "groups": groups, "top_groups": top_groups}
     overrides = [f"model.moe.{key}={value}" for key, value in keys.items()]
     small = tiny_recipe(load_recipe(YAMLS / "qwen3-30b-a3b.yaml", overrides), steps=2)
-    validate(small, Topology())
+    validate(small, Topology(), "")
     assert small.model.moe is not None and small.model.moe.experts == MOST_EXPERTS
 
 

@@ -294,10 +294,9 @@ def _training(recipe: Recipe, _: Topology) -> Iterator[Violation]:
 
 
 def _recomputation(recipe: Recipe, _: Topology) -> Iterator[Violation]:
-    sections: list[tuple[str, Training | Phase]] = [("training", recipe.training)]
-    sections += [(f"data.phases[{n}]", phase) for n, phase in enumerate(recipe.data.phases)]
-    for section, keys in sections:
-        yield from _recomputed(recipe, section, keys)
+    yield from _recomputed(recipe, "training", recipe.training)
+    for n, phase in enumerate(recipe.data.phases):
+        yield from _recomputed(recipe, f"data.phases[{n}]", phase)
 
 
 def _recomputed(recipe: Recipe, section: str, keys: Training | Phase) -> Iterator[Violation]:
