@@ -97,7 +97,7 @@ def test_json_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("arguments", "part"),
     [
         (["yamls/dbrx.yaml", "--gpus", "100"], "data.phases[0].global_batch_sequences"),
         (["yamls/dbrx.yaml", "--gpus", "0"], "--gpus"),
@@ -112,14 +112,14 @@ def test_json_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         ([], "RECIPE"),
     ],
 )
-def test_mistakes_take_one_line(
-    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_mistakes_take_one_line_each(
+    arguments: list[str], part: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert plan.main(arguments) == USAGE_STATUS
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert line in error
+    lines = capsys.readouterr().err.splitlines()
+    assert any(part in line for line in lines)
+    assert all(line.startswith(arguments[0]) for line in lines) or len(lines) == 1
 
 
 @pytest.mark.slow
