@@ -7,7 +7,7 @@ E experts, K top_k, V vocab_size, S sequence tokens.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from train.recipe.curriculum import Curriculum, plan_stages
@@ -230,7 +230,8 @@ def placement(weight: Weight, layout: Parallelism, world_size: int) -> Placement
     return Placement(unit, 1, shard * layout.expert)
 
 
-def rank_weights(model: Model, layout: Parallelism, world_size: int, rank: int) -> dict[str, int]:
+@functools.lru_cache(maxsize=64)  # the plan's search asks for each layout with many microbatches
+def rank_weights(model: Model, layout: Parallelism, world_size: int, rank: int) -> Mapping[str, int]:
     """Returns the number of elements of every weight on one rank, by name.
 
     In the order of ranks, `expert` varies fastest, then `shard`, then `replicate`.
