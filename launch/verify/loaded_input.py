@@ -9,17 +9,20 @@ Shapes: S tokens of a sample.
 
 import itertools
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.loader import TrainLoader, TrainSequences, open_loader
 from data.order.plan import OrderPlan
 from data.shards.packing import Sample
 from train.recipe.curriculum import plan_stages
 from train.recipe.schema import Balance, Moe, Phase, Position, Recipe
 from train.recipe.tiny import SEQUENCE_TOKENS
 from train.recipe.topology import Topology
+
+if TYPE_CHECKING:
+    from data.loader import TrainLoader
 
 MIXTURES = {"code": 0.5, "prose": 0.5}, {"code": 0.25, "prose": 0.75}
 """Of the first phase and of the second."""
@@ -77,8 +80,11 @@ def with_phases(small: Recipe) -> Recipe:
     )
 
 
-def build_loader(recipe: Recipe, seed: int, topology: Topology) -> TrainLoader:
+def build_loader(recipe: Recipe, seed: int, topology: Topology) -> "TrainLoader":
     """Builds a rank's loader over samples drawn from a seed."""
+    # Where there is no Streaming, gpu_check imports this module too.
+    from data.loader import TrainSequences, open_loader
+
     curriculum = plan_stages(recipe)
     plan = build_plan(recipe)
     samples = draw_samples(recipe, seed)

@@ -67,8 +67,13 @@ def as_figures(summary: dict[str, Any], outcomes: list[CaseOutcome]) -> dict[str
 
 
 def _bounds(outcomes: list[CaseOutcome]) -> dict[Precision, dict[str, float]]:
-    cases = [outcome.case for outcome in outcomes]
-    return {case.precision: bounds_of(case.precision, case.recipe.parallelism) for case in cases}
+    """Returns the widest bounds of each precision: some layouts round more often than others."""
+    widest: dict[Precision, dict[str, float]] = {}
+    for case in (outcome.case for outcome in outcomes):
+        bounds = bounds_of(case.precision, case.recipe.parallelism)
+        known = widest.setdefault(case.precision, bounds)
+        widest[case.precision] = {quantity: max(bound, known[quantity]) for quantity, bound in bounds.items()}
+    return widest
 
 
 def write_html(file: Path, summary: dict[str, Any], outcomes: list[CaseOutcome]) -> None:

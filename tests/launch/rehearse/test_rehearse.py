@@ -175,6 +175,7 @@ def test_the_command_ends_with_1_if_a_job_would_not_come_up(
     assert over == {("all_open_files", 0), ("all_open_files", 4)}
 
 
-def test_an_impossible_recipe_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_impossible_recipe_is_a_line_for_each_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([SMOKE, "--gpus", "8", "parallelism.replicate=3"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith(f"{SMOKE}: ") for line in lines)

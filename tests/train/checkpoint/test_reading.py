@@ -44,7 +44,7 @@ def _trained(kind: OptimizerKind, world: int = 1) -> tuple[nn.Module, torch.opti
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
     if world > 1:
-        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("shard",)))
     optimizer = build_optimizer(model, Optimizer(kind=kind, learning_rate=0.1))
     model(torch.randn(3, 6)).square().sum().backward()
     optimizer.step()

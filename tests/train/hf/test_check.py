@@ -38,6 +38,7 @@ def test_an_export_passes_and_a_changed_one_does_not(
 
 def test_import_and_export_must_give_the_bytes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "SMALL_MODELS", {"Mixtral": check.SMALL_MODELS["Mixtral"]})
+    monkeypatch.setattr(check, "NEWER_MODELS", {})
     (row,) = check.compare_all()
     assert row.passed and row.same_bytes and row.architecture == "MixtralForCausalLM"
     assert not replace(row, same_bytes=False).passed

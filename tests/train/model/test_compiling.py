@@ -78,7 +78,7 @@ def test_compiled_equals_plain_in_one_graph(how: Compile, recompute: Recompute, 
 
 
 def test_evaluation_is_not_compiled_and_names_stay(traced: None) -> None:
-    plain, compiled = make(False), make(False)
+    plain, compiled = make(Recompute.nothing), make(Recompute.nothing)
     compile_decoder(compiled, Compile.blocks, is_sharded=False)
     assert list(plain.state_dict()) == list(compiled.state_dict())
     ids = torch.arange(7)[None]

@@ -44,7 +44,17 @@ def recipe(mlflow_folder: Path) -> Recipe:
     train_bpe(tokenizer, iter([Path(__file__).read_text()])).to_hugging_face(shards)
     base = load_recipe(Path(__file__).parents[3] / "yamls" / "smoke.yaml")
     moe = Moe(experts=4, top_k=2)
-    model = Model(32, 2, 4, 2, 40, 300, 64, clip_qkv=8, moe=moe)
+    model = Model(
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        ffn_hidden_size=40,
+        vocab_size=300,
+        max_sequence_tokens=64,
+        clip_qkv=8,
+        moe=moe,
+    )
     return replace(
         base, name="child", model=model, tokenizer=tokenizer, data=replace(base.data, shards=str(shards))
     )
@@ -78,7 +88,7 @@ def test_a_version_with_signature_and_lineage_that_answers(
     parent = _finished_run(replace(recipe, name="parent"), make_run)
     uploaded = Upload(parent)
     uploaded.sync()
-    run = _finished_run(replace(recipe, start=Start(str(parent))), make_run)
+    run = _finished_run(replace(recipe, start=Start(weights=str(parent))), make_run)
     out = run.parent / "out"
     assert hf(["export", str(run), str(out)]) == 0
     assert main([str(out), "--json", str(run.parent / "registered.json")]) == 0
