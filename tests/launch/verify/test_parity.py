@@ -162,10 +162,13 @@ def test_gate_passes_the_same_cases_without_a_fault(
         ("smoke", "--precision fp32 --worlds 2 --inputs idle crowded"),
         ("dbrx", "--precision fp32 --worlds 4 --inputs loaded"),
         ("smoke", "--precision bf16 --worlds 2 --inputs recomputed"),
-        ("smoke", f"{TRADED} parallelism.reduce_precision=bf16 --worlds 4 --inputs accumulated"),
+        (
+            "smoke",
+            f"{TRADED} parallelism.reduce_precision=bf16 --precision bf16 --worlds 4 --inputs accumulated",
+        ),
         ("smoke", f"{HALVED} model.moe.jitter_eps=0.05 --precision fp32 --worlds 2 --inputs split"),
         ("smoke", f"{HALVED} --precision fp32 --worlds 2 --inputs recomputed"),
-        ("smoke", f"{HALVED} --worlds 4 --inputs plain"),
+        ("smoke", f"{HALVED} --precision bf16 --worlds 2 --inputs plain"),
         ("dbrx-moe-a", "--worlds 2 --inputs recomputed"),
         # Two phases: sequences grow after the first step.
         ("dbrx", "--precision fp32 --worlds 2 --inputs accumulated"),
