@@ -20,6 +20,7 @@ OF_32K = [
     "data.sequence_tokens=32768",
     "training.global_batch_sequences=3072",
     "training.microbatch_sequences=1",
+    "training.recompute=layer",
 ]
 
 
