@@ -91,7 +91,7 @@ def most_open() -> int:
 
 
 def _has_spare_files() -> bool:
-    """Returns whether the process can open a few more files, which its limit alone does not tell."""
+    """Returns whether the process can open a few more files, which its limit does not tell."""
     opened: list[int] = []
     try:
         for _ in range(SPARE_FILES):

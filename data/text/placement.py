@@ -1,7 +1,7 @@
 """Where shards are built, and how they take their place: whole or not at all.
 
-Usually the folder is built beside its place and renamed. A mount point can't be renamed, and what lies beside
-it is another disk; nor can anything be made beside a folder whose parent is read-only. There the shards are
+Usually the folder is built next to its place and renamed. A mount point can't be renamed, and what lies next
+to it is another disk; nor can anything be made next to a folder whose parent is read-only. There, shards are
 built in a hidden folder inside and moved up, the manifest last, by which the folder counts as shards. Shards
 that are replaced are kept until the new ones are in place, also if the process is killed in between.
 """
@@ -30,7 +30,7 @@ class Placement:
 
     folder: Path
     is_inside: bool
-    """Built inside the folder, which can't be renamed; otherwise beside it."""
+    """Built inside the folder, which can't be renamed; otherwise next to it."""
 
     @property
     def work(self) -> Path:

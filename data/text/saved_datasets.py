@@ -1,6 +1,6 @@
 """Which files of a Hugging Face dataset are its training data: neither leftovers nor other splits.
 
-``datasets`` keeps what ``map``, ``filter`` and ``shuffle`` made (``cache-*.arrow``) beside the files of a
+``datasets`` keeps what ``map``, ``filter`` and ``shuffle`` made (``cache-*.arrow``) among the files of a
 saved dataset, whose ``state.json`` lists its own. A saved ``DatasetDict`` has a folder for each split, which
 ``dataset_dict.json`` lists; folders from the hub name the split in their files or folders.
 """
@@ -66,7 +66,7 @@ def _says(name: str, split: re.Pattern[str]) -> bool:
 
 
 def _without_leftovers(files: dict[str, Path], key: str) -> dict[str, Path]:
-    """Drops what lies beside the files of a saved dataset."""
+    """Drops what lies among the files of a saved dataset and is none of them."""
     listed: dict[Path, set[str] | None] = {}
     for file in files.values():
         if file.parent not in listed:

@@ -16,7 +16,7 @@ BF16 = 2
 
 
 class Orthogonalising(NamedTuple):
-    """What the rank with the most to do does in a step."""
+    """The work in a step of the rank with the most of it."""
 
     flops: float
     """Of matrix products: per Newton-Schulz step of a matrix 4 m^2 n + 2 m^3, m its smaller side."""
@@ -89,5 +89,5 @@ def _flops(m: int, n: int) -> float:
 
 
 def _elements(m: int, n: int) -> int:
-    """What came, the matrix put together, two iterates and two squares."""
+    """Received rows, the matrix put together, two iterates and two squares."""
     return 4 * m * n + 2 * m * m

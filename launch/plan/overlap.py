@@ -47,7 +47,7 @@ class Traffic:
     behind: float = 0.0
     """Gathers, reductions, and what is interleaved."""
     edge: float = 0.0
-    """What no layer's arithmetic hides."""
+    """Seconds that no layer's arithmetic hides."""
     busiest: float = 0.0
     """Seconds for which all of it but the edge keeps the busier kind of link busy: NVLink, or the network."""
 

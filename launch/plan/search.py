@@ -73,7 +73,7 @@ def choices(recipe: Recipe, world_size: int) -> Iterator[Choice]:
 
 
 def grades_of(recipe: Recipe) -> list[Recompute]:
-    """What layers may recompute, the least first; what compiled layers keep the compiler chooses."""
+    """The grades of recomputation, the least first; the compiler chooses what compiled layers keep."""
     if recipe.training.compile is not Compile.off:
         return [Recompute.nothing, Recompute.layer]
     # Halves that are interleaved have no part that is all after the attention.
@@ -162,7 +162,7 @@ def remedies(plan: Plan) -> list[str]:
         if values:
             # The least recomputation, and the largest of all else.
             best_value = values[0].value if name == "recompute" else max(values)
-            lines.append(f"{key}={best_value} alone makes it fit")
+            lines.append(f"{key}={best_value} by itself makes it fit")
     best = search(recipe, plan.world_size, plan.gpu, imbalance=plan.imbalance)
     if best:
         return [*lines, f"fastest that fits: {choice_of(best[0].recipe).overrides()}"]

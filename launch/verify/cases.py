@@ -66,7 +66,7 @@ class GateInput:
     """True: one sequence per microbatch, or two where halves are interleaved; False: a rank's whole share at
     once."""
     recompute: tuple[Recompute, Recompute] = (Recompute.nothing, Recompute.nothing)
-    """What the first layer computes again, and what the others do."""
+    """The first layer's grade of recomputation, and the others'."""
     other_optimizer: bool = False
     """Lion instead of AdamW, or the reverse."""
     idle: bool = False

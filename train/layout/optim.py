@@ -24,7 +24,7 @@ from train.recipe.schema import Optimizer as OptimizerRecipe
 
 
 class _Kind(NamedTuple):
-    """What the parameters of a group have in common; a fused update needs all its tensors on one mesh."""
+    """The properties that a group's parameters share; a fused update needs all its tensors on one mesh."""
 
     is_matrix: bool
     is_expert: bool

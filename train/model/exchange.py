@@ -39,7 +39,7 @@ class AllToAll:
     def __init__(self, group: dist.ProcessGroup, sent: list[int], received: list[int]) -> None:
         self.group, self.sent, self.received = group, sent, received
         self._in_flight: tuple[Tensor, Tensor, dist.Work] | None = None
-        """What arrives, what was sent, which no one may overwrite until then, and torch's handle."""
+        """The rows that arrive, those sent, which no one may overwrite until then, and torch's handle."""
 
     def send(self, rows_RD: Tensor) -> Tensor:
         """Starts to send rows, by rank; returns what :meth:`receive` takes, for autograd's order."""

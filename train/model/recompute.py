@@ -94,7 +94,7 @@ def kept(make: Callable[[], Value]) -> Value:
 
 
 class _Memory:
-    """What :func:`kept` has made in a checkpoint's forward pass, in order."""
+    """Results of :func:`kept` in a checkpoint's forward pass, in order."""
 
     def __init__(self) -> None:
         self.values: list[Any] = []

@@ -93,7 +93,7 @@ class Compile(str, Enum):
 
 
 class Recompute(str, Enum):
-    """What a layer computes again in the backward pass; each grade includes those before it."""
+    """Grades of recomputation in the backward pass; each includes those before it."""
 
     nothing = "nothing"
     elementwise = "elementwise"
@@ -222,7 +222,7 @@ class Phase:
     """Base of RoPE's wavelengths from this phase on; null: same as the previous phase, at first
     model.rope_theta."""
     recompute: Optional[Recompute] = None
-    """What layers recompute in this phase; null: as `training.recompute`, with the two keys below."""
+    """Recomputation in this phase; null: as `training.recompute`, with the two keys below."""
     recompute_layers: Optional[int] = key(None, above=0)
     """In this phase, the first layers to which its `recompute` applies; null: all."""
     recompute_rest: Recompute = Recompute.nothing
@@ -309,14 +309,14 @@ class Training:
     precision: Precision = Precision.auto
     """`auto`: bf16 on devices that multiply bf16 in hardware, fp32 elsewhere."""
     recompute: Recompute = key(Recompute.nothing, on_resume=OnResume.free)
-    """What layers compute again in the backward pass instead of keeping it. `elementwise`: norms, rotations,
+    """Results that layers compute again in the backward pass. `elementwise`: norms, rotations,
     casts and the order of tokens by experts, but no product. `gates`: also the experts' first two products, a
     third to a half of what is kept. `ffn`: all after the attention, with the exchange of tokens. `layer`:
     everything, for a third more arithmetic."""
     recompute_layers: Optional[int] = key(None, above=0, on_resume=OnResume.free)
     """Layers, counted from the first, that `recompute` is for; null: all."""
     recompute_rest: Recompute = key(Recompute.nothing, on_resume=OnResume.free)
-    """What the other layers compute again."""
+    """Recomputation in the other layers."""
     compile: Compile = key(Compile.off, on_resume=OnResume.edit)
     """What torch.compile fuses: each layer (`blocks`, one compilation for all), or the whole decoder with the
     loss (`model`). The first batch takes a minute or more; needs a C++ compiler on a CPU, Triton on a GPU."""

@@ -23,7 +23,7 @@ class Translation:
     keys: Tree = field(default_factory=dict)
     """By dotted name."""
     notes: list[str] = field(default_factory=list)
-    """What was assumed or left out, a line each."""
+    """Assumptions and omissions, a line each."""
 
     def nested(self) -> Tree:
         """Returns the keys as nested mappings."""

@@ -1,4 +1,4 @@
-"""How much of the exchange of tokens halves hide: `python -m launch.experiments.bench.exchange --ranks 2`.
+"""Share of the exchange of tokens that halves hide: `python -m launch.experiments.bench.exchange --ranks 2`.
 
 Ranks on this machine exchange over gloo, where that takes no time; so each exchange gets a delay by its
 number of rows, as on a slow link, one exchange after another. Four kinds of pass take turns: whole or in

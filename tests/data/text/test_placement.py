@@ -30,7 +30,7 @@ def write(root: Path, content: str, *names: str) -> Path:
     return root
 
 
-@pytest.fixture(params=[False, True], ids=["beside", "inside"])
+@pytest.fixture(params=[False, True], ids=["next to it", "inside"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Placement:
     (tmp_path / "shards").mkdir()
     made = Placement(tmp_path / "shards", is_inside=request.param)

@@ -83,7 +83,7 @@ def test_halves_train_what_the_whole_microbatch_does(world: int, expert: int) ->
 
 
 class Log:
-    """What a rank computes and exchanges, in order; halves are numbered."""
+    """A rank's products and exchanges, in order; halves are numbered."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.lines: list[str] = []

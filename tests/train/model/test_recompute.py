@@ -126,7 +126,7 @@ def test_what_the_host_waited_for_is_not_asked_for_again(how: Recompute) -> None
             return (x * kept(ask)).exp() * kept(ask)
 
     x = torch.ones(2, requires_grad=True)
-    for _ in range(2):  # another pass asks anew
+    for _ in range(2):  # another pass asks again
         run_layer(how, Layer(), x, draws=False).sum().backward()
     assert asked == 4
     assert x.grad is not None

@@ -76,7 +76,7 @@ def test_a_second_process_is_refused_and_takes_over_a_dead_one(tmp_path: Path) -
                 f"name: {tmp_path}/run is in use by process {first.pid} on {host_name()} since "
             )
             assert line.endswith("; wait") and second.wait() == 2
-        # A stopped process may go on at any moment.
+        # A stopped process may continue at any moment.
         first.send_signal(signal.SIGSTOP)
         with process(tmp_path / "run") as second:
             assert f"process {first.pid}" in said(second)

@@ -42,7 +42,7 @@ class Sequences:
 
 @dataclass
 class Figures:
-    """What one step computes; gradients before and after clipping."""
+    """The results of one step; gradients before and after clipping."""
 
     language: float = 0.0
     balance: float = 0.0
