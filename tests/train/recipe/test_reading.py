@@ -20,7 +20,14 @@ from train.recipe.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[3]
 SMOKE = str(ROOT / "yamls/smoke.yaml")
-DECLARING = {"schema.py", "architecture.py", "preparation.py", "reliability.py", "rules.py"}
+DECLARING = {
+    "schema.py",
+    "architecture.py",
+    "optimization.py",
+    "preparation.py",
+    "reliability.py",
+    "rules.py",
+}
 """Modules of the schema and its rules: what only they name is not read."""
 
 

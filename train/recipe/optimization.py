@@ -1,0 +1,193 @@
+"""The schema's part for training: batch, numerics, recomputation, optimizer, schedule and layout."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Optional
+
+from train.recipe.keys import OnResume, key
+
+
+class Precision(str, Enum):
+    """Precision of matrix products; weights and optimizer state are fp32 in either case."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Compile(str, Enum):
+    """What torch.compile fuses."""
+
+    off = "off"
+    blocks = "blocks"
+    model = "model"
+
+
+class Recompute(str, Enum):
+    """Grades of recomputation in the backward pass; each includes those before it."""
+
+    nothing = "nothing"
+    elementwise = "elementwise"
+    gates = "gates"
+    ffn = "ffn"
+    layer = "layer"
+
+    def includes(self, grade: "Recompute") -> bool:
+        """Returns whether this grade computes again what another does."""
+        grades = list(Recompute)
+        return grades.index(self) >= grades.index(grade)
+
+
+class Reduction(str, Enum):
+    """When gradients are summed over the ranks."""
+
+    every_microbatch = "every_microbatch"
+    once_a_batch = "once_a_batch"
+
+
+class ReducePrecision(str, Enum):
+    """Precision in which gradients are summed over the ranks."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class OptimizerKind(str, Enum):
+    """Update rule; all have decoupled weight decay."""
+
+    adamw = "adamw"
+    lion = "lion"
+    muon = "muon"
+
+
+class Moments(str, Enum):
+    """Precision of AdamW's moments."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class ScheduleKind(str, Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class Decay(str, Enum):
+    """Shape of the decay of a schedule with a stable phase."""
+
+    linear = "linear"
+    sqrt = "sqrt"
+    cosine = "cosine"
+
+
+@dataclass(frozen=True)
+class Training:
+    """Length, batch and numerics of the run."""
+
+    duration_tokens: int = key(above=0, on_resume=OnResume.edit)
+    """Length of the run in tokens; rounded up to whole batches."""
+    global_batch_sequences: int = key(above=0, on_resume=OnResume.edit)
+    """Sequences per optimizer step, over all ranks."""
+    microbatch_sequences: int = key(above=0, on_resume=OnResume.edit)
+    """Sequences per forward and backward pass of one rank; gradients are accumulated over them."""
+    clip_norm: Optional[float] = key(1.0, above=0)
+    """Gradients are scaled to at most this global L2 norm; null: never."""
+    precision: Precision = Precision.auto
+    """`auto`: bf16 on devices that multiply bf16 in hardware, fp32 elsewhere."""
+    recompute: Recompute = key(Recompute.nothing, on_resume=OnResume.free)
+    """Results that layers compute again in the backward pass. `elementwise`: norms, rotations,
+    casts and the order of tokens by experts, but no product. `gates`: also the experts' first two products, a
+    third to a half of what is kept. `ffn`: all after the attention, with the exchange of tokens. `layer`:
+    everything, for a third more arithmetic."""
+    recompute_layers: Optional[int] = key(None, above=0, on_resume=OnResume.free)
+    """Layers, counted from the first, that `recompute` is for; null: all."""
+    recompute_rest: Recompute = key(Recompute.nothing, on_resume=OnResume.free)
+    """Recomputation in the other layers."""
+    compile: Compile = key(Compile.off, on_resume=OnResume.edit)
+    """What torch.compile fuses: each layer (`blocks`, one compilation for all), or the whole decoder with the
+    loss (`model`). The first batch takes a minute or more; needs a C++ compiler on a CPU, Triton on a GPU."""
+    deterministic: bool = key(True, on_resume=OnResume.edit)
+    """On a GPU: kernels that add in a fixed order, so that a resumed run is the same run bit for bit. False:
+    the fastest kernels. On a CPU the order is always fixed."""
+    loss_chunk_tokens: Optional[int] = key(None, above=0, on_resume=OnResume.free)
+    """Tokens whose logits are in memory at once when the loss is computed; null: 4096 on a GPU, else 1024.
+    The output projection's gradient is added up chunk by chunk, so another number rounds it otherwise."""
+    document_masking: bool = True
+    """True: tokens attend only within their own document. False: within the whole sequence."""
+    frozen: list[str] = key(factory=list)
+    """Weights that are not trained, by name with * and ?: `["*.router.*"]` freezes the routers."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Update rule. Decay is decoupled: weights shrink by learning_rate * weight_decay per step."""
+
+    kind: OptimizerKind = key(OptimizerKind.adamw, same_on_fork=True)
+    """`adamw` (Loshchilov and Hutter 2019), `lion` (Chen et al. 2023) or `muon` (Jordan et al. 2024; Liu et
+    al. 2025): for the matrices of the layers; AdamW for embeddings, output projection, routers, norms."""
+    learning_rate: float = key(above=0)
+    """Peak learning rate. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv
+    2502.16982): a rate that is good for AdamW is usable for both."""
+    adamw_learning_rate: Optional[float] = key(None, above=0, read_when="optimizer.kind == muon")
+    """Peak learning rate of what `muon` leaves to AdamW; null: `learning_rate`."""
+    momentum: float = key(0.95, at_least=0, below=1, read_when="optimizer.kind == muon")
+    """Decay rate of Muon's momentum."""
+    nesterov: bool = key(True, read_when="optimizer.kind == muon")
+    """Muon's momentum looks one step ahead."""
+    newton_schulz_steps: int = key(5, above=0, read_when="optimizer.kind == muon")
+    """Steps by which Muon orthogonalises a matrix; 5: Jordan et al. 2024."""
+    betas: list[float] = key(factory=lambda: [0.9, 0.95])
+    """Decay rates of the moments. 0.95: common for language models since GPT-3."""
+    eps: float = key(1e-8, above=0, read_when="optimizer.kind == adamw or muon")
+    """Added to the square root of AdamW's second moment."""
+    weight_decay: float = key(0.1, at_least=0)
+    """Weight decay of matrices; norms are never decayed. 0.1: GPT-3, LLaMA."""
+    moments: Moments = key(Moments.fp32, read_when="optimizer.kind == adamw")
+    """Precision of AdamW's moments. `bf16`: half the memory, stochastically rounded (DeepSeek-V3 2024,
+    section 3.3)."""
+    average_decay: Optional[float] = key(None, at_least=0, below=1, same_on_fork=True)
+    """Keeps an exponential average of the weights, of which so much stays with each step: 0.999 averages the
+    last thousand. fp32, sharded like the weights, saved with the checkpoints; null: none."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over training, as a fraction of the peak."""
+
+    kind: ScheduleKind = ScheduleKind.cosine
+    """`cosine` or `wsd`: warm-up, stable, decay (Hu et al. 2024)."""
+    warmup_tokens: int = key(0, at_least=0)
+    """Tokens over which the rate rises linearly from 0."""
+    decay_tokens: int = key(0, at_least=0, read_when="schedule.kind == wsd")
+    """Tokens at the end of the run over which `wsd` decays to the final rate."""
+    decay: Decay = key(Decay.linear, read_when="schedule.kind == wsd")
+    """Shape of that decay: `linear`, `sqrt` (falls with the root of the time, at first fastest; Hägele et al.
+    2024, arXiv 2405.18392, section 3.1) or `cosine` (half a cosine)."""
+    final_share: float = key(0.1, at_least=0, at_most=1)
+    """Final rate as a fraction of the peak. 0.1: GPT-3, LLaMA; 0: decay to zero."""
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """The mesh (replicate, shard, expert), whose product is the number of ranks; shard is what remains."""
+
+    replicate: int = key(1, above=0)
+    """Replicas of the sharded model (HSDP). More replicas: less traffic between nodes, more memory."""
+    expert: int = key(1, above=0)
+    """Expert parallelism: ranks that the experts of a layer are spread over."""
+    reduce: Reduction = Reduction.every_microbatch
+    """When gradients are summed over a replica's ranks: after `every_microbatch`, or `once_a_batch`, with
+    less traffic but whole gradients of all layers on every rank until then. Over replicas: once a batch."""
+    reduce_precision: ReducePrecision = ReducePrecision.fp32
+    """`bf16`: half the bytes; each sum over ranks is then rounded to 8 bits, and where gradients are reduced
+    `once_a_batch`, so is the sum over microbatches."""
+    gathered_layers: int = key(0, at_least=0)
+    """Layers, counted from the last, whose weights stay gathered between forward and backward pass."""
+    interleave: bool = False
+    """Compute each layer in two halves of a microbatch, so that the exchange of tokens of one half runs under
+    the arithmetic of the other: three quarters of it are hidden, or as much as the arithmetic takes. Helps
+    where `expert` spans nodes or `top_k` is large. Costs twice the kernels, of half the rows, and one more
+    rounding of each gradient. Needs an even microbatch (phases where it is odd are computed whole), and
+    layers that are not compiled."""
