@@ -5,10 +5,10 @@ from pathlib import Path
 
 from launch.verify.forked_ranks import run_ranks
 from launch.verify.harness import ONE, Row, TableCheck, Workspace
+from train.hf.architectures import family_for
 from train.hf.check import NEW_TOKENS, TOLERANCE, Parity, compare
 from train.hf.export import write_folder
 from train.hf.import_hf import import_folder
-from train.hf.mapping import family_for
 from train.hf.weights import open_weights
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe

@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.hf import model_card
+from train.hf.architectures import family_for
 from train.hf.folders import HEADERS_FILE, SOURCE_FOLDER, read_json
 from train.hf.lineage import write_provenance
-from train.hf.mapping import Link, family_for
+from train.hf.mapping import Link
 from train.hf.safetensors_io import (
     DEFAULT_SHARD_BYTES,
     FilePlan,

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.hf.mapping import family_of
+from train.hf.architectures import family_of
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.schema import Model, Recipe

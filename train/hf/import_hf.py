@@ -20,7 +20,7 @@ def import_folder(source: Path, out: Path, shard_gb: float = 5.0) -> Written:
     """Checks a Hugging Face folder and streams it into a folder of weights under our names.
 
     Args:
-        source: `config.json` and safetensors, of an architecture in :mod:`train.hf.mapping`.
+        source: `config.json` and safetensors, of an architecture in :mod:`train.hf.architectures`.
         out: new, empty, or left unfinished by the same call.
         shard_gb: maximum gigabytes (1e9 bytes) per file.
 

@@ -6,8 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from data.tokenizer import TokenizerHandle, open_tokenizer
+from train.hf.architectures import family_of
 from train.hf.folders import CONFIG_FILE, HEADERS_FILE, SOURCE_FOLDER, read_json
-from train.hf.mapping import family_of
 from train.hf.rope import views
 from train.hf.safetensors_io import INDEX_FILE
 from train.hf.weights import WeightSource

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from train.checkpoint.files import newest_whole_checkpoint, read_progress
+from train.hf.architectures import family_of
 from train.hf.average_option import OPTION, Average
 from train.hf.averaged_weights import MeanWeights, newest_checkpoints
 from train.hf.checkpoint_weights import CheckpointWeights
 from train.hf.folders import CONFIG_FILE, MODEL_FILE, STATE_FOLDER, model_at, read_json
-from train.hf.mapping import Architecture, Link, family_of
+from train.hf.mapping import Architecture, Link
 from train.hf.safetensors_io import SafetensorsFolder, TensorInfo
 from train.recipe import sizes
 from train.recipe.curriculum import from_json

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from train.recipe import sizes
 from train.recipe.errors import UserError, Violation, raise_all
 from train.recipe.keys import out_of_range
+from train.recipe.layout_rules import check_layout
 from train.recipe.names import unfit_as_file
 from train.recipe.phase_rules import check_phases
-from train.recipe.phases import domains_of, microbatch_sequences, phases_of
+from train.recipe.phases import domains_of
 from train.recipe.schema import (
     Compile,
     Ffn,
@@ -55,8 +56,7 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
         _training,
         _recomputation,
         _optimizer,
-        _batch_and_layout,
-        _interleaved,
+        check_layout,
         _registry,
         _evaluation,
     ):
@@ -344,83 +344,4 @@ def _evaluation(recipe: Recipe, _: Topology) -> Iterator[Violation]:
             "evaluation.suite_interval_batches",
             f"{every} is not a multiple of evaluation.interval_batches={interval}",
             "the suite runs after a validation",
-        )
-
-
-def _batch_and_layout(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
-    training, layout, ranks = recipe.training, recipe.parallelism, topology.world_size
-    global_batch, microbatch = training.global_batch_sequences, training.microbatch_sequences
-    if global_batch % ranks:
-        yield Violation(
-            "training.global_batch_sequences",
-            f"{global_batch} is not divisible by {ranks} ranks",
-            f"use a multiple of {ranks}, or another number of ranks",
-        )
-    elif (global_batch // ranks) % microbatch:
-        yield Violation(
-            "training.microbatch_sequences",
-            f"{global_batch // ranks} sequences of each rank are not divisible by {microbatch}",
-            f"use a divisor of {global_batch // ranks}",
-        )
-    if ranks % (layout.replicate * layout.expert):
-        yield Violation(
-            "parallelism",
-            f"{ranks} ranks are not divisible by replicate={layout.replicate} x expert={layout.expert}",
-            f"choose degrees whose product divides {ranks}, or start more ranks (composer -n)",
-        )
-    if layout.gathered_layers > recipe.model.n_layers:
-        yield Violation(
-            "parallelism.gathered_layers",
-            f"is {layout.gathered_layers}, but the model has {recipe.model.n_layers} layers",
-            "give at most as many",
-        )
-    if layout.expert > 1:
-        if recipe.model.moe is None:
-            yield Violation("parallelism.expert", "is above 1, but the model is dense", "set it to 1")
-        elif recipe.model.moe.experts % layout.expert:
-            experts, expert_degree = recipe.model.moe.experts, layout.expert
-            yield Violation(
-                "parallelism.expert",
-                f"{experts=} is not divisible by {expert_degree=}",
-                f"use a divisor of {experts}",
-            )
-        else:
-            yield from _uneven_experts(recipe, ranks)
-
-
-def _interleaved(recipe: Recipe, _: Topology) -> Iterator[Violation]:
-    if not recipe.parallelism.interleave:
-        return
-    if recipe.parallelism.expert == 1:
-        yield Violation(
-            "parallelism.interleave",
-            "hides the exchange of tokens, but with parallelism.expert=1 there is none",
-            "remove it, or spread the experts over ranks",
-        )
-    if recipe.training.compile is not Compile.off:
-        yield Violation(
-            "parallelism.interleave",
-            f"is not built for compiled layers, but training.compile={recipe.training.compile.value}",
-            "remove either",
-        )
-    if all(microbatch_sequences(recipe, phase) % 2 for phase in phases_of(recipe)):
-        yield Violation(
-            "parallelism.interleave",
-            f"halves microbatches, but training.microbatch_sequences={recipe.training.microbatch_sequences}",
-            "make it even, or remove parallelism.interleave",
-        )
-
-
-def _uneven_experts(recipe: Recipe, ranks: int) -> Iterator[Violation]:
-    """Yields a violation for expert rows that do not shard evenly, as FSDP2 (torch 2.7) requires."""
-    layout, moe = recipe.parallelism, recipe.model.moe
-    assert moe is not None
-    if ranks % (layout.replicate * layout.expert):
-        return
-    rows, over = moe.experts * sizes.expert_width(recipe.model), ranks // layout.replicate
-    if rows % over:
-        yield Violation(
-            "parallelism.replicate",
-            f"experts x their hidden size = {rows} rows do not shard evenly over {over} ranks",
-            f"make {ranks} / replicate a divisor of {rows}",
         )

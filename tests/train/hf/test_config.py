@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from train.hf.architectures import FAMILIES, family_for, family_of
 from train.hf.config import Config
-from train.hf.mapping import FAMILIES, family_for, family_of
 from train.hf.rope import views
 from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Ffn, GroupScore, Model, Moe, Norm, Position, QkNormOver, Score, Yarn

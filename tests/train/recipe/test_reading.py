@@ -27,6 +27,7 @@ DECLARING = {
     "preparation.py",
     "reliability.py",
     "rules.py",
+    "layout_rules.py",
 }
 """Modules of the schema and its rules: what only they name is not read."""
 
