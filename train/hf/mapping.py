@@ -2,7 +2,7 @@
 
 A rule of a table maps one of our tensors to theirs: the same tensor, the same transposed, its rows in parts
 (queries, keys, values), or one tensor per expert. A new architecture needs a table and its requirements on a
-model (:mod:`train.hf.architectures`), and a reader and a writer of its `config.json` (:mod:`train.hf.config`).
+model (:mod:`train.hf.architectures`), a reader and a writer of its `config.json` (:mod:`train.hf.config`).
 
 Shapes: D d_model, F ffn_hidden_size, E experts, H heads, G key-value heads, R head width.
 """
