@@ -14,12 +14,17 @@ BOUND = 2e-2
 """Largest relative error norm in bf16: rounding of a few hundred terms."""
 
 
-def check_attention(device: str, length: int = 4096) -> list[CheckRow]:
+def check_attention(device: str, length: int = 4096, width: int = 1024) -> list[CheckRow]:
     """Checks output and gradient of :class:`train.model.attention.Attention`, one and three documents.
 
     Three documents are checked with every kernel that the device has for them.
+
+    Args:
+        device: for example ``cuda``.
+        length: positions S.
+        width: of the model, eight heads together.
     """
-    model = Model(1024, 1, 8, 4, 1024, 128, length)
+    model = Model(width, 1, 8, 4, width, 128, length)
     documents_BS = (torch.arange(length) * 3 // length).int().expand(2, length)
     kernels = [DocumentKernel.flex] + [DocumentKernel.varlen] * (device == "cpu" or has_varlen())
     rows = []

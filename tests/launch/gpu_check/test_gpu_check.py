@@ -61,12 +61,12 @@ def test_a_kernel_that_forgets_the_weights_is_found(monkeypatch: pytest.MonkeyPa
 
 
 def test_attention_agrees_and_a_mask_that_is_forgotten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert failures(check_attention("cpu", 96)) == ""
+    assert failures(check_attention("cpu", 96, 128)) == ""
     right = attention._in_bf16
     monkeypatch.setattr(
         attention, "_in_bf16", lambda model, device, length, *_: right(model, device, length, None, None)
     )
-    assert [row.passed for row in check_attention("cpu", 96)] == [True] * 2 + [False] * 4
+    assert [row.passed for row in check_attention("cpu", 96, 128)] == [True] * 2 + [False] * 4
 
 
 def test_a_vendors_container_without_composer_is_enough() -> None:
