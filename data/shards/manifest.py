@@ -34,6 +34,8 @@ READABLE = (1, 2)
 HASHED_BYTES = 512_000_000
 """Shards of up to this total size are hashed at every start, in under a second; larger ones on demand."""
 
+_YOUNG = {it.name for it in fields(Preparation) if rules_of(it).omitted_from_digest_at_default}
+
 REBUILD = "`python -m data.write_shards RECIPE --rebuild` builds them again"
 
 
@@ -282,9 +284,10 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
     ):
         what = f"is {data.corpus_bytes}, but {data.shards} was built with {manifest.corpus_bytes}"
         raise UserError(what, key="data.corpus_bytes", remedy=other_place)
-    if data.sources and preparation_digest(recipe) != manifest.preparation_sha256:
+    if (data.sources or data.corpus) and preparation_digest(recipe) != manifest.preparation_sha256:
         what = f"differ from those that {data.shards} was built from, or their preparation does"
-        raise UserError(what, key="data.sources", remedy=other_place)
+        key = "data.sources" if data.sources else "data.preparation"
+        raise UserError(what, key=key, remedy=other_place)
     keys = {name: f"data.domains.{name}" if data.domains else "data.phases" for name in domains_of(recipe)}
     for domain, key in (keys | dict.fromkeys(data.validation_domains, "data.validation_domains")).items():
         if domain not in manifest.domains:
@@ -293,18 +296,21 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
 
 
 def preparation_digest(recipe: Recipe) -> str | None:
-    """Digest of the recipe's keys on sources and their preparation; None without sources.
+    """Digest of the recipe's keys on sources and their preparation; None if there is nothing to tell.
 
     Keys for the location of files, the size of tasks and the compression of shards are not part of it: the
-    schema marks them (``in_shards_digest``).
+    schema marks them (``in_shards_digest``). The installed corpus and given documents have no sources and are
+    neither filtered nor deduplicated: only younger keys than these stages are told, if not at their default.
     """
-    if not recipe.data.sources:
-        return None
     data = to_dict(recipe)["data"]
+    preparation = _digested(Preparation, data["preparation"])
+    if not recipe.data.sources:
+        told = {name: preparation[name] for name in sorted(_YOUNG & preparation.keys())}
+        return _digest(told) if told else None
     return _digest(
         {
             "sources": [_digested(Source, source) for source in data["sources"]],
-            "preparation": _digested(Preparation, data["preparation"]),
+            "preparation": preparation,
             "removes_evaluation_text": bool(data["preparation"]["evaluation_texts"]),
         }
     )
@@ -312,7 +318,12 @@ def preparation_digest(recipe: Recipe) -> str | None:
 
 def _digested(schema: type[Source | Preparation], values: dict[str, Any]) -> dict[str, Any]:
     """The values of the keys that change the shards."""
-    return {it.name: values[it.name] for it in fields(schema) if rules_of(it).in_shards_digest}
+    return {
+        it.name: values[it.name]
+        for it in fields(schema)
+        if rules_of(it).in_shards_digest
+        and not (rules_of(it).omitted_from_digest_at_default and values[it.name] == it.default)
+    }
 
 
 def unigram_entropy(tokens: NDArray[np.integer[Any]]) -> float:

@@ -14,7 +14,7 @@ from data.text.clean import read_documents
 from data.text.duplicates import PERMUTATIONS, Resolution, resolve
 from data.text.inputs import Chunk
 from data.text.job import PreparationJob, Result, save_array
-from data.text.split import held_out
+from data.text.split import held_out, share_of
 from train.record.files import write_whole
 
 # N documents of all chunks in order.
@@ -52,15 +52,17 @@ def decide(job: PreparationJob, chunks: list[Chunk], cleaned: list[Result]) -> D
     found = _resolve(job, chunks, bounds, digests_N2)
     stays_N = found.keeper == np.arange(bounds[-1])
     fate_N = np.where(stays_N, TRAIN, REMOVED).astype(np.uint8)
-    for domain in sorted(set(domains)):
-        mine = np.flatnonzero(stays_N & (domain_of_N == domain))
-        fate_N[mine[held_out(keys_N[mine], found.group[mine])]] = VALIDATION
+    kept = np.flatnonzero(stays_N)
+    names, of_domain = np.unique(domain_of_N[kept], return_inverse=True)
+    bytes_of = np.bincount(of_domain, sizes_N[kept], minlength=names.size)
+    shares = np.array([share_of(job.preparation, int(size)) for size in bytes_of])
+    fate_N[kept[held_out(keys_N[kept], found.group[kept], of_domain, shares)]] = VALIDATION
     (job.work / STAGE).mkdir(exist_ok=True)
-    names = _keeper_names(job, chunks, bounds, found, stays_N)
+    keepers = _keeper_names(job, chunks, bounds, found, stays_N)
     copies, copied_bytes = [], []
     for chunk, start, end in zip(chunks, bounds, bounds[1:], strict=False):
         save_array(job.file(STAGE, chunk.number, "npy"), fate_N[start:end])
-        copies.append(_list_copies(job, chunk, range(start, end), found, names))
+        copies.append(_list_copies(job, chunk, range(start, end), found, keepers))
         copied_bytes.append(int(sizes_N[start:end][~stays_N[start:end]].sum()))
     documents = {domain: int((stays_N & (domain_of_N == domain)).sum()) for domain in domains}
     return Decision(documents, int(sizes_N[fate_N == TRAIN].sum()), copies, copied_bytes)

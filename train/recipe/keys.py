@@ -62,6 +62,8 @@ class KeyRules:
     """Names a file or folder: `~` and variables of the environment are expanded."""
     in_shards_digest: bool = True
     """For keys of sources and preparation: another value makes other shards."""
+    omitted_from_digest_at_default: bool = False
+    """The same, for keys that are younger than the first shards, whose digest knows nothing of them."""
 
     @property
     def range(self) -> str:

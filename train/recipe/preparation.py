@@ -70,6 +70,17 @@ class Preparation:
     evaluation_ngram: int = key(13, at_least=8, remedy="set it to at least 8")
     """Length of these n-grams in words (Brown et al. 2020, appendix C: 13); shorter texts of at least 8 words
     are matched as a whole."""
+    validation_tokens: int = key(10_000_000, above=0, omitted_from_digest_at_default=True)
+    """Tokens of each domain to hold out for validation, of four bytes of text each; of a small domain, at
+    most `validation_share` of its documents."""
+    validation_share: float = key(
+        0.03,
+        above=0,
+        at_most=0.5,
+        remedy="give a share above 0 and at most 0.5",
+        omitted_from_digest_at_default=True,
+    )
+    """Largest share of a domain's documents to hold out. Whole groups of near-identical documents are."""
     max_document_bytes: int = key(10_000_000, at_least=1, remedy="set it to at least 1")
     """Larger documents are rejected: most of them are not text documents."""
     chunk_bytes: int = key(8_000_000, at_least=1, remedy="set it to at least 1", in_shards_digest=False)

@@ -227,6 +227,35 @@ def test_other_sources_than_those_of_the_shards_are_refused(corpus: Path, make_r
     require_match(manifest, dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=moved)))
 
 
+def test_documents_that_are_half_alike_are_on_one_side_in_all_domains(
+    tmp_path: Path, make_recipe: Callable[..., Recipe]
+):
+    # A page of one domain, and the same page with another end in the other domain.
+    for domain in ("prose", "code"):
+        pages = [story(n, 280) + " " + story(n + 1000 * (domain == "code"), 40) for n in range(40)]
+        (tmp_path / f"{domain}.jsonl").write_text(
+            "".join(json.dumps({"text": page}) + "\n" for page in pages)
+        )
+    sources = [
+        Source(domain=domain, kind=SourceKind.jsonl, path=str(tmp_path / f"{domain}.jsonl"), **FACTS)
+        for domain in ("prose", "code")
+    ]
+    preparation = Preparation(near_duplicates=None, validation_share=0.4)
+    recipe = make_recipe(tmp_path / "shards", sources=sources, preparation=preparation)
+    manifest = build_shards(recipe, engine=Processes(1))
+    sides = {}
+    for domain in ("prose", "code"):
+        lines = (tmp_path / "shards" / domain / "documents.jsonl").read_text().splitlines()
+        sides[domain] = [json.loads(line)["split"] for line in lines]
+    assert len(sides["code"]) == 40 and sides["prose"] == sides["code"]
+    assert 5 < sides["code"].count("validation") < 30
+    smaller = dataclasses.replace(
+        recipe.data, preparation=Preparation(near_duplicates=None, validation_tokens=1000)
+    )
+    with pytest.raises(UserError, match=r"data.sources: differ from those"):
+        require_match(manifest, dataclasses.replace(recipe, data=smaller))
+
+
 def test_a_missing_source_is_one_line(corpus: Path, make_recipe: Callable[..., Recipe]):
     recipe = recipe_of(corpus, make_recipe, "one")
     sources = [
