@@ -96,26 +96,32 @@ class States:
 
 def states(model: Model, layout: Parallelism, world_size: int, rank: int, optimizer: Optimizer) -> States:
     """Bytes of one rank's fp32 shards and of its optimizer's state."""
-    held = sizes.rank_weights(model, layout, world_size, rank)
-    elements = sum(held.values())
-    moments = sum(_state_bytes(optimizer, weight, held[weight.name]) for weight in sizes.weights(model))
-    return States(elements * FP32, elements * FP32, moments)
+    elements = sum(sizes.rank_weights(model, layout, world_size, rank).values())
+    optimizer_bytes = _moment_bytes(model, layout, world_size, rank, optimizer.kind, optimizer.moments)
+    if optimizer.average_decay is not None:
+        optimizer_bytes += elements * FP32
+    return States(elements * FP32, elements * FP32, optimizer_bytes)
 
 
-def _state_bytes(optimizer: Optimizer, weight: sizes.Weight, elements: int) -> int:
-    """Bytes that an optimizer keeps of a weight.
+@functools.lru_cache(maxsize=64)  # as the elements of a rank's weights, for the plan's search
+def _moment_bytes(
+    model: Model, layout: Parallelism, world_size: int, rank: int, kind: OptimizerKind, moments: Moments
+) -> int:
+    """Bytes that an optimizer keeps of a rank's weights, but for an average of them.
 
     Lion keeps one moment, and so does Muon of what it orthogonalises; AdamW, which updates Muon's rest,
-    two moments and a counter. An average of the weights is as large as they are.
+    two moments and a counter.
     """
-    kind = optimizer.kind
-    average = 0 if optimizer.average_decay is None else elements * FP32
-    if kind is OptimizerKind.lion:
-        return average + elements * FP32
-    if kind is OptimizerKind.muon and is_orthogonalised(weight.name, weight.shape):
-        return average + elements * FP32
-    moment = FP32 if optimizer.moments is Moments.fp32 else BF16
-    return average + 2 * elements * moment + FP32
+    held = sizes.rank_weights(model, layout, world_size, rank)
+    moment = FP32 if moments is Moments.fp32 else BF16
+    total = 0
+    for weight in sizes.weights(model):
+        elements = held[weight.name]
+        keeps_one = kind is OptimizerKind.lion or (
+            kind is OptimizerKind.muon and is_orthogonalised(weight.name, weight.shape)
+        )
+        total += elements * FP32 if keeps_one else 2 * elements * moment + FP32
+    return total
 
 
 def numerics_of(recipe: Recipe, world_size: int) -> Numerics:

@@ -8,6 +8,7 @@ token counts).
 Legend: T tokens of a rank's microbatch, K experts per token, D d_model, L layers, n ranks of a group.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -135,7 +136,12 @@ def collectives(
         grades: what each layer computes again in the backward pass.
     """
     found = []
-    routers = sum(w.elements for w in sizes.weights(model) if ".router." in w.name)
+    routers = sum(
+        weight.elements * len(alike.layers)
+        for alike in sizes.alike_layers(model)
+        for weight in sizes.layer_weights(alike.model, 0)
+        if ".router." in weight.name
+    )
     if routers:
         averaged = (CollectiveKind.all_reduce, routers * FP32, world_size, 1, 1)
         found.append(Collective(ROUTERS, *averaged, is_once_a_step=True))
@@ -181,14 +187,15 @@ class _Unit:
         )
 
 
-def _units(model: Model, layout: Parallelism, world_size: int) -> list[_Unit]:
+@functools.lru_cache(maxsize=64)  # the plan's search asks for each layout with many microbatches
+def _units(model: Model, layout: Parallelism, world_size: int) -> tuple[_Unit, ...]:
     outside = [weight for weight in sizes.weights(model) if ".blocks." not in weight.name]
-    found = []
+    found: list[_Unit] = []
     for alike in sizes.alike_layers(model):
         of_layer = list(sizes.layer_weights(model, alike.layers[0]))
         name = LAYERS if alike.model.moe or model.moe is None else DENSE_LAYERS
         found += _grouped(of_layer, name, alike.layers, layout, world_size)
-    return found + _grouped(outside, OUTSIDE, (), layout, world_size)
+    return (*found, *_grouped(outside, OUTSIDE, (), layout, world_size))
 
 
 def _grouped(

@@ -65,7 +65,7 @@ class KeyRules:
     omitted_from_digest_at_default: bool = False
     """The same, for keys that are younger than the first shards, whose digest knows nothing of them."""
 
-    @property
+    @functools.cached_property
     def range(self) -> str:
         """The range in words; empty if there is none."""
         if self.at_least is not None and self.at_most is not None:
@@ -99,6 +99,9 @@ class KeyRules:
         )
 
 
+_NO_RULES = KeyRules()
+
+
 @dataclass(frozen=True)
 class SchemaKey:
     """A key as the schema declares it."""
@@ -127,7 +130,7 @@ def key(default: Any = MISSING, *, factory: Callable[[], Any] | None = None, **r
 
 def rules_of(schema_field: dataclasses.Field[Any]) -> KeyRules:
     """Returns the rules that a field declares itself."""
-    return schema_field.metadata.get("rules", KeyRules())
+    return schema_field.metadata.get("rules", _NO_RULES)
 
 
 def walk(schema: type, prefix: str = "", within: KeyRules = KeyRules()) -> Iterator[SchemaKey]:

@@ -242,6 +242,8 @@ def _start(recipe: Recipe, _: Topology) -> Iterator[Violation]:
             "is restored, but start.weights is null",
             "set start.weights to the run whose optimizer state is to be restored",
         )
+    if not recipe.training.frozen:
+        return
     names = [weight.name for weight in sizes.weights(recipe.model)]
     trained = set(names)
     for pattern in recipe.training.frozen:
