@@ -155,7 +155,7 @@ def collectives(
         rows = tokens // halves * model.moe.top_k * model.d_model * compute_bytes
         layers = sizes.expert_layers(model)
         exchange = ("tokens to experts and back", rows, 2 * (2 * layers + again), 2 * layers)
-        counts = ("counts of tokens", model.moe.experts * INT32, layers + again, layers)
+        counts = ("counts of tokens", model.moe.experts * INT32, layers, layers)
         for what, payload, *calls in (exchange, counts):
             in_all, ahead = (halves * each for each in calls)
             group = (layout.expert, 1)

@@ -152,7 +152,7 @@ def place_of(frame: types.FrameType | None) -> str:
         for base in (f"{ROOT}/", "site-packages/megablocks/"):
             own = path.partition(base)[2]
             if own and "tests/cuda_standin" not in path and ".venv" not in own:
-                return f"{own}: {function.removesuffix('.<locals>.<listcomp>')}"
+                return f"{own}: {function.partition('.<locals>')[0]}"
         frame = frame.f_back
     return "autograd"
 

@@ -10,7 +10,6 @@ from launch.plan.memory import memory
 from tests.cuda_standin import standin
 from train.model.experts import HAS_GROUPED_MM
 from train.recipe.reading import load_recipe
-from train.recipe.schema import Recompute
 
 pytestmark = pytest.mark.slow
 
@@ -69,12 +68,23 @@ def test_planned_memory_is_within_a_twentieth_of_the_allocators_peak(case: Case)
     stem, _, overrides = case
     recipe, found = load_recipe(YAMLS / f"{stem}.yaml", overrides), measured(case)
     assert planned_bytes(case) == pytest.approx(found["peak"], rel=0.05)
-    # At most the documents' places, at each pass, and the norm. An exchange needs counts.
-    passes = 2 if recipe.training.recompute.includes(Recompute.ffn) else 1
+    # At most the documents' places, at each pass, and the norm. An exchange needs counts, once.
     halves = 2 if recipe.parallelism.interleave else 1
-    exchanged = halves * passes * recipe.model.n_layers if recipe.parallelism.expert > 1 else 0
-    assert found["waits"].pop("train/model/exchange.py: ExchangingExperts.send", 0) == exchanged
+    exchanged = halves * recipe.model.n_layers if recipe.parallelism.expert > 1 else 0
+    assert found["waits"].pop("train/model/exchange.py: RowCounts.on_host", 0) == exchanged
     assert sum(found["waits"].values()) <= 3
+
+
+@pytest.mark.parametrize(("grade", "interleave"), [("ffn", "false"), ("layer", "true")])
+def test_the_host_waits_for_counts_once_though_the_exchange_is_repeated(grade: str, interleave: str) -> None:
+    keys = ["model.n_layers=2", f"training.recompute={grade}", f"parallelism.interleave={interleave}"]
+    found = measured(("dbrx", 3072, ["parallelism.expert=8", *keys]))
+    halves = 2 if interleave == "true" else 1
+    collectives = found["counts"]["collectives"]
+    waits = found["waits"]["train/model/exchange.py: RowCounts.on_host"]
+    assert waits == collectives["all-to-all over 8"][0] == 2 * halves
+    # To experts and back, in the forward pass, its repetition and the backward pass.
+    assert collectives["send over 8"][0] == 2 * halves * 6 * 8
 
 
 def test_layers_that_stay_gathered_take_what_the_plan_says() -> None:

@@ -65,8 +65,8 @@ def by_layer(steps: dict[tuple[int, bool], Step], recomputed: bool, group: str) 
 def test_the_host_waits_twice_a_step_and_in_no_layer(
     steps: dict[tuple[int, bool], Step], recomputed: bool
 ) -> None:
-    """Without grouped_mm (torch before 2.10) it also waits for the experts' counts, once a forward pass."""
-    per_layer = 0 if HAS_GROUPED_MM else 1 + recomputed
+    """Without grouped_mm (torch before 2.10) it also waits for the experts' counts, once a layer."""
+    per_layer = 0 if HAS_GROUPED_MM else 1
     expected = {"train/layout/optim.py: clip_gradients": 1}
     if steps[2, recomputed]["has_varlen"]:
         expected["train/model/attention.py: document_offsets"] = 1

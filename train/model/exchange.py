@@ -5,7 +5,8 @@ in one place and received in another, and so are their gradients: whatever a lay
 `receive`, autograd computes backward between the receiver's gradient and the sender's, since it runs last
 what was made first. Rows travel in the precision that the experts compute in, bf16 under autocast.
 
-The host waits once for each exchange: for the numbers of rows, of this rank's and of the others together.
+The host waits once for each exchange: for the numbers of rows, of this rank's and of the others together. If
+a layer is recomputed, it repeats the exchange with the numbers of its forward pass, without waiting.
 
 Shapes: T tokens, K experts per token, R = T x K rows sorted by expert, N rows received, D model, E experts,
 P ranks of the group, Q = E / P experts of a rank.
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.model import megablocks_ops
+from train.model.recompute import kept
 
 megablocks_ops.install()
 
@@ -108,6 +110,35 @@ class _Receive(torch.autograd.Function):
         return ctx.exchange.start(grads[0].contiguous(), is_back=True), None
 
 
+class RowCounts:
+    """Numbers of rows that ranks send each other: on their way at first, then known to the host.
+
+    Args:
+        tokens_E: int32: rows of this rank for each expert of the group's.
+        group: the ranks.
+    """
+
+    def __init__(self, tokens_E: Tensor, group: dist.ProcessGroup) -> None:
+        ranks = group.size()
+        self._both_2PQ = tokens_E.new_empty(2, ranks, tokens_E.numel() // ranks)
+        sent_PQ, self.received_PQ = self._both_2PQ
+        sent_PQ.copy_(tokens_E.view_as(sent_PQ))
+        self._in_flight = dist.all_to_all_single(self.received_PQ, sent_PQ, group=group, async_op=True)
+        self._on_host_2PQ: Tensor | None = None
+
+    def on_host(self) -> Tensor:
+        """Returns int32 [2, P, Q]: rows that are sent, and received, by rank and its expert.
+
+        The host waits for them the first time.
+        """
+        if self._on_host_2PQ is None:
+            assert self._in_flight is not None
+            self._in_flight.wait()
+            self._in_flight = None
+            self._on_host_2PQ = self._both_2PQ.cpu()
+        return self._on_host_2PQ
+
+
 class Order(NamedTuple):
     """An order of rows by expert, as MegaBlocks' gather and scatter take it."""
 
@@ -157,26 +188,20 @@ class ExchangingExperts(ParallelDroplessMLP):
     def send(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Shipment:
         """Sends each token's row to the ranks of its experts."""
         group: dist.ProcessGroup = self.args.expert_parallel_group
-        ranks = group.size()
         with torch.no_grad():
             *order_of_own, tokens_E = self.indices_and_bins(experts_TK.flatten())
             order = Order(*order_of_own)
-            counts = tokens_E.new_empty(2, ranks, tokens_E.numel() // ranks)
-            sent_PQ, received_PQ = counts
-            sent_PQ.copy_(tokens_E.view_as(sent_PQ))
-            counting = dist.all_to_all_single(received_PQ, sent_PQ, group=group, async_op=True)
+            counts = kept(lambda: RowCounts(tokens_E, group))
         rows_RD = ops.gather(x_TD, *order, self.top_k)
         with torch.no_grad():
-            assert counting is not None
-            counting.wait()
-            on_host = counts.cpu()
-            sent, received = on_host.sum(dim=-1).tolist()
+            on_host_2PQ = counts.on_host()
+            sent, received = on_host_2PQ.sum(dim=-1).tolist()
         there, back = AllToAll(group, sent, received), AllToAll(group, received, sent)
         in_flight_RD = there.send(rows_RD)
         # Only now: a GPU has nothing to do until the host, which has waited, asks it for something.
         with torch.no_grad():
-            order_there = self._order_of(received_PQ, sum(received))
-            tokens_Q = on_host[1].sum(dim=0, dtype=torch.int)
+            order_there = self._order_of(counts.received_PQ, sum(received))
+            tokens_Q = on_host_2PQ[1].sum(dim=0, dtype=torch.int)
         return Shipment(in_flight_RD, weights_TK.flatten(), order, order_there, tokens_Q, there, back)
 
     def receive(self, *shipments: Shipment) -> list[Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from launch.verify.forked_ranks import run_ranks
@@ -27,15 +28,12 @@ pytestmark = pytest.mark.slow
 B, S = 4, 8
 FINE = Moe(experts=8, top_k=3, jitter_eps=0.2, shared_hidden_size=16, balance_scope=BalanceScope.sequence)
 MODEL = replace(CFG, moe=FINE)
+KEPT, AGAIN = Recompute.nothing, Recompute.layer
 
 
-def make(rank: Topology, expert: int, *, recompute: bool, interleave: bool, layers: int = 2) -> Decoder:
+def make(rank: Topology, expert: int, grade: Recompute, *, interleave: bool, layers: int = 2) -> Decoder:
     moe = replace(FINE, dense_layers=layers - 1)
-    decoder = Decoder(
-        replace(MODEL, n_layers=layers, moe=moe),
-        device="meta",
-        recompute=Recompute.layer if recompute else Recompute.nothing,
-    )
+    decoder = Decoder(replace(MODEL, n_layers=layers, moe=moe), device="meta", recompute=grade)
     layout = Parallelism(expert=expert, interleave=interleave)
     build_sharded(decoder, build_mesh(layout, rank.world_size, "cpu"), Precision.fp32, 17)
     for layer, router in enumerate(module for module in decoder.modules() if isinstance(module, Router)):
@@ -71,15 +69,40 @@ def test_halves_train_what_the_whole_microbatch_does(world: int, expert: int) ->
     """
 
     def work(rank: Topology) -> None:
-        whole, tokens = train(make(rank, expert, recompute=False, interleave=False), rank)
-        for recompute in (False, True):
-            halves, of_halves = train(make(rank, expert, recompute=recompute, interleave=True), rank)
+        whole, tokens = train(make(rank, expert, KEPT, interleave=False), rank)
+        for grade in (KEPT, AGAIN):
+            halves, of_halves = train(make(rank, expert, grade, interleave=True), rank)
             assert torch.equal(tokens, of_halves)
             for name, value in whole.items():
                 scale = value.abs().max().item()
                 torch.testing.assert_close(halves[name], value, rtol=0, atol=2e-6 * scale, msg=name)
 
     run_ranks(world, work)
+
+
+GRADES = [(grade, False) for grade in Recompute] + [(KEPT, True), (AGAIN, True)]
+
+
+def test_a_recomputed_exchange_has_its_counts_and_the_same_gradients() -> None:
+    """By grade: the counts are exchanged, and waited for, once for each (half of a) microbatch."""
+
+    def work(rank: Topology) -> list[int]:
+        exchange, counts, kept = dist.all_to_all_single, [0], {}
+
+        def all_to_all_single(output: Tensor, sent: Tensor, **keywords: Any) -> Any:
+            counts[-1] += not sent.is_floating_point()
+            return exchange(output, sent, **keywords)
+
+        dist.all_to_all_single = all_to_all_single  # this process is a test's own
+        for grade, interleave in GRADES:
+            found, _ = train(make(rank, 2, grade, interleave=interleave), rank)
+            counts.append(0)
+            for name, value in kept.setdefault(interleave, found).items():
+                assert torch.equal(found[name], value), (grade, interleave, name)
+        return counts[:-1]
+
+    expected = [2 if interleave else 1 for _, interleave in GRADES]  # of the two layers one has experts
+    assert run_ranks(2, work) == [expected] * 2
 
 
 class Log:
@@ -127,27 +150,27 @@ BACKWARD = """D leave, C leave, D arrive, experts back, B leave, C arrive, exper
 B arrive, attention back, A arrive, attention back"""
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_each_half_computes_while_the_other_is_on_its_way(recompute: bool) -> None:
+@pytest.mark.parametrize("grade", [KEPT, AGAIN])
+def test_each_half_computes_while_the_other_is_on_its_way(grade: Recompute) -> None:
     """In both directions, and when a layer is recomputed. No handle of a collective outlives its wait."""
 
     def work(rank: Topology) -> list[str]:
-        decoder = make(rank, 2, recompute=recompute, interleave=True, layers=1)
+        decoder = make(rank, 2, grade, interleave=True, layers=1)
         log = Log(decoder)
         train(decoder, rank)
-        assert len(log.exchanges) == (8 if recompute else 4)
+        assert len(log.exchanges) == (8 if grade is AGAIN else 4)
         assert all(exchange._in_flight is None for exchange in log.exchanges.values())
         return log.lines
 
     expected = [line.strip() for line in f"{FORWARD}, {BACKWARD}".split(",")]
-    if recompute:
+    if grade is AGAIN:
         expected = [line.strip() for line in f"{FORWARD}, {FORWARD}, {BACKWARD}".split(",")]
     assert run_ranks(2, work) == [expected] * 2
 
 
 def test_microbatches_that_cannot_be_halved_and_evaluation_are_whole() -> None:
     def work(rank: Topology) -> list[int]:
-        decoder = make(rank, 2, recompute=False, interleave=True)
+        decoder = make(rank, 2, KEPT, interleave=True)
         sequences: list[int] = []
         for block in decoder.transformer.blocks:
             attention = block.norm_attn_norm
