@@ -80,11 +80,11 @@ def test_the_host_waits_for_counts_once_though_the_exchange_is_repeated(grade: s
     keys = ["model.n_layers=2", f"training.recompute={grade}", f"parallelism.interleave={interleave}"]
     found = measured(("dbrx", 3072, ["parallelism.expert=8", *keys]))
     halves = 2 if interleave == "true" else 1
-    collectives = found["counts"]["collectives"]
-    waits = found["waits"]["train/model/exchange.py: RowCounts.on_host"]
-    assert waits == collectives["all-to-all over 8"][0] == 2 * halves
-    # To experts and back, in the forward pass, its repetition and the backward pass.
-    assert collectives["send over 8"][0] == 2 * halves * 6 * 8
+    assert found["waits"]["train/model/exchange.py: RowCounts.on_host"] == 2 * halves
+    # Counts once; rows to experts and back, in the forward pass, its repetition and the backward pass. Newer
+    # NCCLs have an all-to-all of equal parts.
+    calls = {name: of_name[0] for name, of_name in found["counts"]["collectives"].items()}
+    assert calls["send over 8"] + 8 * calls.get("all-to-all over 8", 0) == 2 * halves * (1 + 6) * 8
 
 
 def test_layers_that_stay_gathered_take_what_the_plan_says() -> None:
