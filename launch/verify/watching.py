@@ -19,23 +19,33 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from launch.verify.bounds import FLOOR, LEAST_CHANGE, bounds_of
 from launch.verify.cases import Case, own_rows
+from launch.verify.quantities import (
+    Named,
+    copies_of,
+    decoder_of,
+    gradients_of,
+    kind_of,
+    moments_of,
+    rms,
+    set_rows,
+    settings_of,
+    step_of,
+    trained,
+    weights_of,
+    whole_of,
+)
 from train.model.moe import by_sequence
 from train.model.router import Router, Routing
 from train.recipe import sizes
 from train.recipe.schema import Moments, Precision
 from train.recipe.topology import Topology
 from train.record.metrics import GRADIENT_NORM
-from train.step.language_model import LanguageModel
 from train.step.microbatch import Batch
 from train.step.step import TrainingStep
-
-Named = dict[str, nn.Parameter]
-"""Parameters that are trained, by name."""
 
 
 @dataclass
@@ -75,9 +85,9 @@ class ReferenceRecord:
     clipped: list[dict[str, Tensor]] = field(default_factory=list)
     """Gradients after clipping."""
     settings: list[dict[str, str]] = field(default_factory=list)
-    """See :func:`settings_of`."""
+    """See :func:`launch.verify.quantities.settings_of`."""
     moments: list[dict[str, Tensor]] = field(default_factory=list)
-    """See :func:`moments_of`."""
+    """See :func:`launch.verify.quantities.moments_of`."""
     weights: list[dict[str, Tensor]] = field(default_factory=list)
     """Initial weights, then those after each step."""
     least_gap: float = math.inf
@@ -114,7 +124,7 @@ class Watcher(Callback, ABC):
         step = step_of(state) - 1
         self.see_figures(step, figures, self.expert_tokens())
         self.see_optimizer(step, state.optimizers[0], trained(decoder_of(state)))
-        self.see_weights(step, _whole(_weights(state)))
+        self.see_weights(step, whole_of(weights_of(state)))
 
     @abstractmethod
     def see_batch(self, step: int, batch: Batch) -> None:
@@ -170,11 +180,11 @@ class Writer(Watcher):
 
     def see_batch(self, step: int, batch: Batch) -> None:
         """Records them."""
-        self.record.batches.append(_copies(batch.items()))
+        self.record.batches.append(copies_of(batch.items()))
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Records the initial weights, and from then on how near experts are to being chosen."""
-        self.see_weights(-1, _whole(_weights(state)))
+        self.see_weights(-1, whole_of(weights_of(state)))
         for module in state.model.modules():
             if isinstance(module, Router):
                 module.register_forward_hook(self._see_gap)
@@ -186,20 +196,20 @@ class Writer(Watcher):
 
     def see_gradients(self, step: int, parameters: Named) -> None:
         """Records them."""
-        self.record.gradients.append(_copies(_whole(_gradients(parameters))))
+        self.record.gradients.append(copies_of(whole_of(gradients_of(parameters))))
 
     def see_clipped(self, step: int, parameters: Named) -> None:
         """Records them."""
-        self.record.clipped.append(_copies(_whole(_gradients(parameters))))
+        self.record.clipped.append(copies_of(whole_of(gradients_of(parameters))))
 
     def see_optimizer(self, step: int, optimizer: Optimizer, parameters: Named) -> None:
         """Records settings and moments."""
         self.record.settings.append(settings_of(optimizer, parameters))
-        self.record.moments.append(_copies(_whole(moments_of(optimizer, parameters))))
+        self.record.moments.append(copies_of(whole_of(moments_of(optimizer, parameters))))
 
     def see_weights(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Records them."""
-        self.record.weights.append(_copies(weights))
+        self.record.weights.append(copies_of(weights))
 
     def _see_gap(self, router: nn.Module, _inputs: Any, routing: Routing) -> None:
         assert isinstance(router, Router)
@@ -257,8 +267,8 @@ class Comparer(Watcher):
     def see_gradients(self, step: int, parameters: Named) -> None:
         """Compares each expert's and each other parameter's, and their errors' mean."""
         expected = self.record.gradients[step]
-        floor = FLOOR * _rms(expected)
-        for label, ours, theirs in self._split(_whole(_gradients(parameters)), expected):
+        floor = FLOOR * rms(expected)
+        for label, ours, theirs in self._split(whole_of(gradients_of(parameters)), expected):
             least = floor * math.sqrt(theirs.numel())
             difference, wanted = (ours - theirs).double(), theirs.double()
             scale = max(float(wanted.norm()), least) or 1.0
@@ -268,13 +278,13 @@ class Comparer(Watcher):
                 self._see("exact", error, step, label)
             self._see("bias", abs(float((difference * wanted).sum())) / scale**2, step, label)
         if self.is_given:
-            set_rows(_gradients(parameters), expected)
+            set_rows(gradients_of(parameters), expected)
 
     def see_clipped(self, step: int, parameters: Named) -> None:
         """Compares this rank's rows."""
-        self._compare_rows("clipped", step, _gradients(parameters), self.record.clipped[step])
+        self._compare_rows("clipped", step, gradients_of(parameters), self.record.clipped[step])
         if self.is_given:
-            set_rows(_gradients(parameters), self.record.clipped[step])
+            set_rows(gradients_of(parameters), self.record.clipped[step])
 
     def see_optimizer(self, step: int, optimizer: Optimizer, parameters: Named) -> None:
         """Compares settings, which must be equal, and this rank's rows of the moments."""
@@ -283,9 +293,9 @@ class Comparer(Watcher):
             ours, theirs = found.get(name, "absent"), expected.get(name, "absent")
             self._see("settings", float(ours != theirs), step, f"{name} is {ours}, not {theirs}")
         moments, wanted = list(moments_of(optimizer, parameters)), self.record.moments[step]
-        for kind in sorted({_kind(name) for name in wanted}):
-            own = [(name, moment) for name, moment in moments if _kind(name) == kind]
-            self._compare_rows("moments", step, own, {n: m for n, m in wanted.items() if _kind(n) == kind})
+        for kind in sorted({kind_of(name) for name in wanted}):
+            own = [(name, moment) for name, moment in moments if kind_of(name) == kind]
+            self._compare_rows("moments", step, own, {n: m for n, m in wanted.items() if kind_of(n) == kind})
 
     def see_weights(self, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Compares each expert's and each other parameter's."""
@@ -300,7 +310,7 @@ class Comparer(Watcher):
         """Sees the step, then lets the next begin with the reference's weights."""
         super().batch_end(state, logger)
         if self.is_given:
-            set_rows(_weights(state), self.record.weights[step_of(state)])
+            set_rows(weights_of(state), self.record.weights[step_of(state)])
 
     def _compare_rows(
         self,
@@ -310,7 +320,7 @@ class Comparer(Watcher):
         expected: dict[str, Tensor],
     ) -> None:
         """Compares this rank's rows, without a collective, with those of the reference's tensors."""
-        floor = _rms(expected)
+        floor = rms(expected)
         for name, tensor in found:
             # Second moments are squares of gradients, whose floor this is.
             least = floor * (FLOOR**2 if name.endswith("_sq") else FLOOR)
@@ -339,90 +349,3 @@ class Comparer(Watcher):
 
     def _see(self, quantity: str, error: float, step: int, at: str) -> None:
         self.deviations[quantity].see(error, f"step {step + 1}: {at}", self.bounds[quantity])
-
-
-def settings_of(optimizer: Optimizer, parameters: Named) -> dict[str, str]:
-    """Everything about an update that is no tensor of weights, in words that are equal only if it is.
-
-    Of each parameter: its precision, the options of its group, among them learning rate and decay; and of
-    its state the precision of each moment and every scalar, such as the number of steps.
-    """
-    options = {p: group for group in optimizer.param_groups for p in group["params"]}
-    found = {}
-    for name, parameter in parameters.items():
-        found[f"{name}: precision"] = str(parameter.dtype)
-        for option, value in options.get(parameter, {}).items():
-            if isinstance(value, int | float | str | tuple | list) and option != "params":
-                found[f"{name}: {option}"] = repr(value)
-        for key, value in optimizer.state[parameter].items():
-            if isinstance(value, Tensor) and value.ndim:
-                found[f"{name}: precision of {key}"] = str(value.dtype)
-            else:
-                found[f"{name}: {key}"] = repr(float(value)) if isinstance(value, Tensor) else repr(value)
-    return found
-
-
-def moments_of(optimizer: Optimizer, parameters: Named) -> Iterator[tuple[str, Tensor]]:
-    """Yields the optimizer's tensors of each parameter's shape, named by parameter and key."""
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state[parameter].items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                yield f"{name}: {key}", value
-
-
-def trained(decoder: nn.Module) -> Named:
-    """A decoder's parameters that are not frozen."""
-    return {name: p for name, p in decoder.named_parameters() if p.requires_grad}
-
-
-def decoder_of(state: State) -> nn.Module:
-    """The decoder that Composer trains."""
-    assert isinstance(state.model, LanguageModel)
-    return state.model.decoder
-
-
-def step_of(state: State) -> int:
-    """Steps that are complete."""
-    return state.timestamp.batch.value
-
-
-@torch.no_grad()
-def set_rows(tensors: Iterable[tuple[str, Tensor]], whole: dict[str, Tensor]) -> None:
-    """Copies this rank's rows of full tensors into its own."""
-    for name, tensor in tensors:
-        local, first_row = own_rows(tensor)
-        local.copy_(whole[name][first_row : first_row + len(local)])
-
-
-def _gradients(parameters: Named) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in parameters.items():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        yield name, parameter.grad
-
-
-def _weights(state: State) -> list[tuple[str, Tensor]]:
-    """Parameters, and the routers' expert bias, which is a buffer."""
-    decoder = decoder_of(state)
-    biases = ((name, buffer) for name, buffer in decoder.named_buffers() if "expert_bias" in name)
-    return [*decoder.named_parameters(), *biases]
-
-
-def _whole(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yields each tensor, all-gathered from its shards, one at a time."""
-    for name, tensor in tensors:
-        yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors}
-
-
-def _rms(tensors: dict[str, Tensor]) -> float:
-    """Root of the mean square over all elements."""
-    square = sum(float(tensor.double().square().sum()) for tensor in tensors.values())
-    return math.sqrt(square / (sum(tensor.numel() for tensor in tensors.values()) or 1))
-
-
-def _kind(moment: str) -> str:
-    """The key of a moment's name, `exp_avg` for example."""
-    return moment.rpartition(": ")[2]
