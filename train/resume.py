@@ -108,15 +108,17 @@ def set_unsaved_aside(recipe: Recipe, folder: Path) -> None:
 
     Raises:
         UserError: if it once had a checkpoint: a file system may not be mounted, and the run must not begin
-            again because of that.
+            again because of that. Checkpoints that a recheck has set aside are there.
     """
     trained = max((steps[-1][STEP] for name in RECORDS if (steps := read_steps(folder / name))), default=0)
     saved, every = last_saved(folder) or 0, recipe.checkpoint.interval_batches
     root = folder / CHECKPOINTS_FOLDER
     if not trained and not saved:
         return
+    is_set_aside = not batches_of(root) and any(root.glob(f"{ASIDE}*"))
     # Two intervals and no save: the run is older than the note of saves, or all failed. A person must look.
-    if saved or batches_of(root) or (every is not None and trained >= 2 * every):
+    is_missed = saved or batches_of(root) or (every is not None and trained >= 2 * every)
+    if is_missed and not is_set_aside:
         raise UserError(
             f"{folder} has trained {max(trained, saved)} batches, but {root} has no complete checkpoint",
             key="name",

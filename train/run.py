@@ -26,8 +26,9 @@ from train.fork import fork_if_new
 from train.generate.generation import OwnText
 from train.generate.sample_text import write_sample
 from train.health.descriptors import raise_descriptor_limit
+from train.health.exclusion import refuse_excluded, report_corruption
 from train.health.heartbeat import clear_records, is_supervised, record_failure, records_folder
-from train.health.joining import join, outlast_watchdog
+from train.health.joining import hosts_of_ranks, join, outlast_watchdog
 from train.health.watched import Watched, watched
 from train.hf.initial_weights import freeze
 from train.hf.start import require_start_tokenizer
@@ -72,6 +73,7 @@ from train.step.checkpointing import Checkpointing
 from train.step.data_log import DataLog, Domain
 from train.step.guard import UpdateGuard
 from train.step.language_model import LanguageModel
+from train.step.recheck import Corruption, CorruptionError, Recheck
 from train.step.rollback import Rollback, RollbackError, documents_of
 from train.step.step import TrainingStep
 from train.tracking.uploader import MlflowUploader
@@ -139,6 +141,10 @@ def run_claimed(recipe: Recipe, folder: Path, machine: Machine) -> int:
         line = f"{error}; ended with status {REPLAY_STATUS}: the same command resumes the run"
         log_on_rank_0(topology, line, logging.WARNING)
         return REPLAY_STATUS
+    except CorruptionError as error:
+        line = f"{error}; ended with status {UNFIT_STATUS}: the same command resumes the run"
+        log_on_rank_0(topology, line, logging.ERROR)
+        return UNFIT_STATUS
     except SystemExit:
         status = "KILLED"
         raise
@@ -206,12 +212,14 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
     Raises:
         UserError: if the recipe asks for bf16 and the device does not support it, or if this node allows too
             few open files.
+        SystemExit: with status 78 if this host is excluded from the job.
     """
     device = composer_device()
     device_type = "cuda" if device.name == "gpu" else "cpu"
     if device_type == "cuda" and recipe.training.deterministic:
         add_in_fixed_order()
     raise_descriptor_limit(recipe.parallelism, topology, uses_gpus=device_type == "cuda")
+    refuse_excluded(records_folder(Path(recipe.runs_dir) / recipe.name), topology)
     if topology.world_size > 1:
         join(recipe, device, topology)
         outlast_watchdog(recipe)
@@ -275,7 +283,7 @@ def assemble(
     model.decoder.set_rope_theta(curriculum.stage_of(max(0, progress.batch - 1)).rope_theta)
     place = {"rank": topology.rank, "world_size": topology.world_size}
     train_loader = build_train_loader(opened, curriculum, start_sample=progress.samples, **place)
-    step = build_step(opened, folder, topology, model, resumed)
+    step = build_step(opened, folder, topology, model, resumed, watch)
     callbacks: list[Callback] = [step, *watch.callbacks()]
     if recipe.evaluation.suite is not None:
         scorer = Scorer(model.decoder, machine.precision, topology, recipe.model.max_sequence_tokens)
@@ -299,7 +307,12 @@ def assemble(
 
 
 def build_step(
-    opened: OpenedData, folder: Path, topology: Topology, model: LanguageModel, resumed: Resumed
+    opened: OpenedData,
+    folder: Path,
+    topology: Topology,
+    model: LanguageModel,
+    resumed: Resumed,
+    watch: Watched,
 ) -> TrainingStep:
     """Builds the training step; guard, data log and checkpoint policy resume from the checkpoint."""
     recipe, curriculum, progress = opened.recipe, resumed.curriculum, resumed.progress
@@ -315,13 +328,24 @@ def build_step(
         data_log,
         replicas_of(model),
     )
+    recheck = None
+    if recipe.guard.recheck_interval_batches is not None:
+        report = functools.partial(report_found, records_folder(folder), topology)
+        recheck = Recheck(recipe, model, topology, progress.batch, report, watch.move)
     alarms = Alarms(
         guard,
         Rollback(folder, recipe.guard, curriculum, topology, checkpointing.wait),
         documents_of(opened, curriculum),
         folder if topology.is_main else None,
     )
-    return TrainingStep(recipe, model, topology, curriculum, alarms, data_log, checkpointing)
+    return TrainingStep(recipe, model, topology, curriculum, alarms, data_log, checkpointing, recheck)
+
+
+def report_found(folder: Path, topology: Topology, found: Corruption) -> None:
+    """Records what a recheck has found; every rank calls it."""
+    hosts = hosts_of_ranks(topology)
+    suspects = {rank: hosts[rank] for rank in found.ranks}
+    report_corruption(folder, topology, found.batch, found.line, suspects, is_persistent=found.is_persistent)
 
 
 def open_data_log(

@@ -30,6 +30,8 @@ BEGUN_FILE = "begun"
 FAILED_STATUS = 1
 STATUS_OF_ERROR = {
     "UnfitError": UNFIT_STATUS,
+    "CorruptionError": UNFIT_STATUS,
+    "ExcludedError": UNFIT_STATUS,
     "NotFiniteError": REPLAY_STATUS,
     "RollbackError": REPLAY_STATUS,
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launch.restart.ending import Ending, explain
 from launch.restart.history import BLAMES_HOST, LOG_FILE, History, Policy, read_log, write_log
+from train.health.exclusion import excluded_hosts
 from train.health.heartbeat import clear_records
 from train.recipe.exit_status import PREEMPTED_STATUS
 
@@ -87,8 +88,9 @@ class Supervisor:
         return ending.host
 
     def _excluded_before(self) -> list[str]:
-        """Returns the hosts that earlier supervisors of this job excluded."""
+        """Returns the hosts that earlier supervisors of this job excluded, or that rechecks found."""
         found = [line["excluded"] for line in read_log(self.folder) if line.get("excluded")]
+        found += excluded_hosts(self.folder)
         excluded = [host for host in dict.fromkeys(found) if host in self.hosts]
         if excluded:
             self.say(f"restart: still excluded: {', '.join(excluded)}; {LOG_FILE} says why")

@@ -1,7 +1,7 @@
 """Checks of a recipe on this machine: `python -m launch.verify RECIPE.yaml`.
 
 By default, or with `--layouts`, the tiny recipe is trained under every layout. `--resume`, `--faults`,
-`--rollback` and `--export` run other checks instead, or as well.
+`--rollback`, `--corruption` and `--export` run other checks instead, or as well.
 """
 
 import random
@@ -59,6 +59,7 @@ def make_checks(recipe: Recipe, options: Namespace) -> "list[Check[Any]]":
         "resume": _resume,
         "faults": _faults,
         "rollback": _rollback,
+        "corruption": _corruption,
         "export": _export,
     }
     return [makers[name](recipe, options) for name in options.checks]
@@ -89,6 +90,13 @@ def _rollback(_: Recipe, options: Namespace) -> "Check[Any]":
     from launch.verify.bad_data import BadDataCheck
 
     return BadDataCheck()
+
+
+def _corruption(_: Recipe, options: Namespace) -> "Check[Any]":
+    from launch.verify.corruption import FLIPS, CorruptionCheck
+
+    flips = options.flips or FLIPS
+    return CorruptionCheck(flips, flips)
 
 
 def _export(recipe: Recipe, _: Namespace) -> "Check[Any]":

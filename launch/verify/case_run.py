@@ -137,10 +137,10 @@ def _loader(case: Case, recipe: Recipe, rows: list[int], seed: int, topology: To
     mine = rows[topology.rank * share : (topology.rank + 1) * share]
     whole = make_batches(recipe, case.input, seed)
     batches = [{key: value[mine] for key, value in batch.items()} for batch in whole]
-    return DataLoader(_Batches(batches), batch_size=None)
+    return DataLoader(RankBatches(batches), batch_size=None)
 
 
-class _Batches(IterableDataset[Batch]):
+class RankBatches(IterableDataset[Batch]):
     """This rank's batches, unchanged; Composer refuses a sized dataset that is the same on all ranks."""
 
     def __init__(self, batches: list[Batch]) -> None:

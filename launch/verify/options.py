@@ -11,6 +11,7 @@ CHECKS = {
     "resume": "kills and preempts runs at random; they must resume exactly, also under other layouts",
     "faults": "injects N faults (default 50) into runs, which must end as if there had been none",
     "rollback": "trains on documents of noise; the run must roll back and end as if it had never read them",
+    "corruption": "flips bits on one rank, which steps computed again must find",
     "export": "exports a trained run; transformers must compute the same from it",
 }
 """The checks in the order in which they run, with their help."""
@@ -18,6 +19,7 @@ OPTIONS_OF = {
     "layouts": ("worlds", "inputs", "precision", "inject"),
     "resume": ("kills",),
     "faults": ("only", "seed"),
+    "corruption": ("flips",),
 }
 """Options that only one check reads."""
 FAULTS = 50
@@ -64,7 +66,7 @@ def add_arguments(parser: ArgumentParser) -> None:
             )
         else:
             checks.add_argument(f"--{name}", action="store_true", help=help_text)
-    checks.add_argument("--all", action="store_true", help="all five")
+    checks.add_argument("--all", action="store_true", help="all six")
     parser.add_argument(
         "--html",
         metavar="FILE",
@@ -89,6 +91,13 @@ def _add_options_of_checks(parser: ArgumentParser) -> None:
     layouts.add_argument("--inject", metavar="FAULT", help="inject a known fault, to see the gate fail")
     resume = parser.add_argument_group("--resume")
     resume.add_argument("--kills", type=at_least(int, 1), metavar="N", help="number of kills (default: 20)")
+    corruption = parser.add_argument_group("--corruption")
+    corruption.add_argument(
+        "--flips",
+        type=at_least(int, 1),
+        metavar="N",
+        help="persistent faults, and healthy runs (default: 20)",
+    )
     faults = parser.add_argument_group("--faults")
     faults.add_argument("--only", metavar="KIND", help="one kind of fault, for example SIGKILL")
     faults.add_argument("--seed", type=int, metavar="N", help="of the random draw (default: 0)")

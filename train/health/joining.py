@@ -68,6 +68,14 @@ def join(recipe: Recipe, device: Device, topology: Topology) -> None:
         raise SystemExit(UNFIT_STATUS) from None
 
 
+def hosts_of_ranks(topology: Topology) -> list[str]:
+    """Returns every rank's host; every rank calls it."""
+    hosts = [host_name()] * topology.world_size
+    if topology.world_size > 1:
+        dist.all_gather_object(hosts, host_name())
+    return hosts
+
+
 def missing_line(folder: Path, topology: Topology, seconds: float) -> str:
     """Returns the message that names the missing ranks, as far as the records tell."""
     came = {beat.rank for beat in read_records(folder, "beat-*.json", Heartbeat)}

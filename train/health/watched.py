@@ -11,6 +11,7 @@ from train.health.collectives import CollectiveRecorder, Recorder, collectives_o
 from train.health.heartbeat import ENDED_FILE, Ended, record_failure, records_folder, write_record
 from train.health.stragglers import HeartbeatCallback, Stragglers
 from train.health.watchdog import Watchdog
+from train.recipe.errors import RecordedError
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 
@@ -64,6 +65,8 @@ def watched(recipe: Recipe, run_folder: Path, topology: Topology) -> Iterator[Wa
         watch = Watched(recipe, topology, folder, recorder, watchdog)
         try:
             yield watch
+        except RecordedError:
+            raise
         except Exception as error:
             batch = watchdog.batch if watchdog is not None else watch.batch
             record_failure(folder, topology, batch, error)

@@ -33,6 +33,10 @@ class JoinedUserError(UserError):
         return JoinedUserError([error.at(file) for error in self.errors])
 
 
+class RecordedError(RuntimeError):
+    """An error that every rank raises and whose cause is in the records already, with whom to blame."""
+
+
 def raise_all(errors: Sequence[UserError]) -> None:
     """Raises all errors at once, each only once; returns if there are none.
 

@@ -11,6 +11,6 @@ HANG_STATUS = 76
 REPLAY_STATUS = 77
 """A gradient was not finite: the same command retrains the last steps from the newest checkpoint."""
 UNFIT_STATUS = 78
-"""Preflight found a machine unfit: no step was trained."""
+"""A machine is unfit: by preflight, before any step, or since a step recomputed gave other results."""
 INTERRUPTED_STATUS = 130
 """After Ctrl-C, as in shells."""

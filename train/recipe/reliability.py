@@ -97,6 +97,10 @@ class Guard:
     """A router has collapsed if an expert takes more than this many times the mean load."""
     collapse_batches: int = key(20, above=0)
     """Consecutive batches after which a collapse raises an alarm."""
+    recheck_interval_batches: Optional[int] = key(None, above=0)
+    """Batches between steps that are computed again from the same data and compared bit for bit, in place
+    and on other ranks, to find machines that compute wrongly in silence; also where the guard would raise an
+    alarm. Costs two forward and backward passes each time, one if all ranks share experts; null: never."""
     on_collapse: OnCollapse = OnCollapse.alarm
     """Response to that alarm: `alarm` continues, `stop` ends the run, `rollback` goes back to before the
     collapse."""

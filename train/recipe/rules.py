@@ -277,6 +277,12 @@ def _training(recipe: Recipe, _: Topology) -> Iterator[Violation]:
             f"{training.duration_tokens} is less than one batch of {batch_tokens} tokens",
             "raise it or lower training.global_batch_sequences",
         )
+    if recipe.guard.recheck_interval_batches is not None and not training.deterministic:
+        yield Violation(
+            "guard.recheck_interval_batches",
+            "compares steps bit for bit, but training.deterministic is false",
+            "set training.deterministic=true, or remove it",
+        )
     if schedule.warmup_tokens > training.duration_tokens:
         yield Violation(
             "schedule.warmup_tokens",

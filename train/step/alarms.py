@@ -46,6 +46,11 @@ class Alarms:
         if self.log is not None:
             self.log.drop_after(batch)
 
+    def would_alarm(self, totals: BatchTotals, loss: float, norm: float) -> bool:
+        """Returns whether a step would raise an alarm; its verdict is left to :meth:`is_applied`."""
+        guard = UpdateGuard(self.guard.recipe, self.guard.recent, self.guard.counts)
+        return bool(guard.judge(loss, norm, _router_load(totals.expert_tokens_LE)).alarms)
+
     def is_applied(
         self, batch: int, first: int, positions: int, totals: BatchTotals, loss: float, norm: float
     ) -> bool:

@@ -17,6 +17,7 @@ Shapes: L layers, E experts.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from torch import Tensor
 from train.model.moe import MoE
 from train.recipe.schema import BalanceScope
 from train.step.language_model import LanguageModel
+from train.step.microbatch import Batch
 
 
 class BalanceCounts:
@@ -48,19 +50,17 @@ class BalanceCounts:
         elif scope is BalanceScope.global_batch:
             model.reduce_counts = functools.partial(_sum_over, None)
 
-    def count_batch(self, state: State) -> None:
-        """Routes the whole batch, if the scope needs its counts before the first microbatch."""
+    def count_batch(self, parts: Sequence[Batch]) -> None:
+        """Routes all microbatches, if the scope needs their counts before the first one."""
         if not self.needs_first_pass:
             return
-        counts_LE = torch.stack([self.model.count_choices(part) for part in microbatches_of(state)]).sum(
-            dim=0
-        )
+        counts_LE = torch.stack([self.model.count_choices(part) for part in parts]).sum(dim=0)
         if self.scope is BalanceScope.global_batch and dist.is_initialized():
             dist.all_reduce(counts_LE)
         self.model.reduce_counts = functools.partial(_given, counts_LE)
 
 
-def microbatches_of(state: State) -> list[dict[str, Tensor]]:
+def microbatches_of(state: State) -> list[Batch]:
     """Returns the microbatches that Composer is about to train on, on the device."""
     assert state.dataloader is not None and state.device_train_microbatch_size is not None
     size = int(state.device_train_microbatch_size)

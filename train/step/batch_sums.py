@@ -74,15 +74,23 @@ class BatchSums:
             assert outputs.token_losses_BS is not None, "training has targets"
             self.domains.add(batch, outputs.token_losses_BS)
 
-    def reduce(self, flags: Sequence[bool] = ()) -> BatchTotals:
+    @property
+    def losses(self) -> Tensor:
+        """Mean cross-entropy of each microbatch of this rank, [N], in nats per token."""
+        return torch.stack(self._losses)
+
+    def reduce(self, flags: Sequence[bool | Tensor] = ()) -> BatchTotals:
         """Returns the totals over all ranks; every rank calls it, once per batch.
 
         Args:
-            flags: what this rank tells the others; equally many on every rank.
+            flags: what this rank tells the others; equally many on every rank. Tensors are 0 or 1.
         """
-        loss, ranks = torch.stack(self._losses).double().mean(), 1
+        loss, ranks = self.losses.double().mean(), 1
         # Filled on the device: a copy from the host would wait for it.
-        raised = [torch.full_like(loss, float(flag)) for flag in flags]
+        raised = [
+            flag.to(loss) if isinstance(flag, Tensor) else torch.full_like(loss, float(flag))
+            for flag in flags
+        ]
         sums = torch.stack([loss, *raised])
         if dist.is_initialized():
             ranks = dist.get_world_size()

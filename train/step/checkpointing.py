@@ -11,7 +11,7 @@ from types import FrameType
 import torch.distributed as dist
 from composer.core import State
 
-from train.checkpoint.files import Progress, restore_random_states
+from train.checkpoint.files import Progress, restore_random_states, set_aside
 from train.checkpoint.saver import CheckpointSaver, Saved
 from train.layout.ranks import run_on_rank_0
 from train.recipe.curriculum import Curriculum, to_json
@@ -19,7 +19,7 @@ from train.recipe.exit_status import PREEMPTED_STATUS
 from train.recipe.schema import Checkpoint
 from train.recipe.topology import Topology
 from train.record import log
-from train.record.run_folder import note_saved
+from train.record.run_folder import batches_of, note_saved
 from train.step.data_log import DataLog
 from train.step.guard import UpdateGuard
 
@@ -110,6 +110,14 @@ class Checkpointing:
             self._save(state)
         self.wait()
 
+    def set_aside_after(self, batch: int) -> None:
+        """Sets checkpoints of later batches aside; every rank calls it.
+
+        If none is left, the run begins again, unless older ones are no longer kept.
+        """
+        self.wait()
+        run_on_rank_0(self.topology, lambda: self._set_aside_after(batch))
+
     def close(self) -> None:
         """Waits for this rank's part of a save that is being written, and restores the SIGTERM handler."""
         self._report(self.saver.wait())
@@ -139,6 +147,17 @@ class Checkpointing:
         )
         self.last_save, self.last_batch = time.monotonic(), progress.batch
         self._report(self.saver.start(state.model, state.optimizers[0], progress))
+
+    def _set_aside_after(self, batch: int) -> None:
+        kept = batches_of(self.saver.root)
+        later = [folder for number, folder in kept.items() if number > batch]
+        if batch and later and len(later) == len(kept):
+            self._log(f"no checkpoint is from before batch {batch + 1}, since when nothing was rechecked")
+            return
+        set_aside(later)
+        if later:
+            names = ", ".join(folder.name for folder in later)
+            self._log(f"set aside, since nothing was rechecked from batch {batch} on: {names}")
 
     def _report(self, saved: Saved | None) -> None:
         """Reports a save that failed, and notes one that did not."""

@@ -9,6 +9,8 @@ backward   Composer's; FSDP2 averages the gradients of sharded weights over rank
 reduce     sum the batch's loss, counts and save flags over ranks; average the         `after_train_batch`
            routers' gradients
 clip       clip gradients to a global norm                                             `after_train_batch`
+recheck    run the step again and compare bit for bit, if it is time or the guard      `after_train_batch`
+           would raise an alarm
 guard      decide from loss, norm and router load whether to apply the update          `after_train_batch`
 update     update the router bias; Composer then calls `optimizer.step()`              `after_train_batch`
 log        record which data the batch consisted of                                    `batch_end`
@@ -17,6 +19,8 @@ save       save a checkpoint, if one is due                                     
 
 This is the only callback that changes training; the others watch and record.
 """
+
+from collections.abc import Sequence
 
 import torch
 from composer.core import Callback, State
@@ -33,13 +37,15 @@ from train.recipe.schema import Balance, Recipe
 from train.recipe.topology import Topology
 from train.record.metrics import GRADIENT_NORM, LEARNING_RATE, PHASE
 from train.step.alarms import Alarms
-from train.step.balance import BalanceCounts
+from train.step.balance import BalanceCounts, microbatches_of
 from train.step.batch_sums import BatchSums, BatchTotals
 from train.step.checkpointing import Checkpointing
 from train.step.data_in import learning_rate, skip_excluded
 from train.step.data_log import DataLog
 from train.step.domain_counts import DomainCounts
 from train.step.language_model import LanguageModel
+from train.step.microbatch import Batch
+from train.step.recheck import CorruptionError, Recheck
 
 
 class TrainingStep(Callback):
@@ -53,6 +59,7 @@ class TrainingStep(Callback):
         alarms: judges each update, identically on every rank; None: every update is applied.
         data_log: records the data of each step; None: no counts by domain.
         checkpointing: saves checkpoints; None: nothing is saved.
+        recheck: finds silent corruption; None: no step runs again.
     """
 
     def __init__(
@@ -64,9 +71,11 @@ class TrainingStep(Callback):
         alarms: Alarms | None = None,
         data_log: DataLog | None = None,
         checkpointing: Checkpointing | None = None,
+        recheck: Recheck | None = None,
     ) -> None:
         self.recipe, self.model, self.topology, self.curriculum = recipe, model, topology, curriculum
         self.alarms, self.data_log, self.checkpointing = alarms, data_log, checkpointing
+        self.recheck = recheck
         phases, layers = phases_of(recipe), recipe.model.n_layers
         self.microbatches = [microbatch_sequences(recipe, phase) for phase in phases]
         self.recomputed = [sizes.recomputed(training_in(recipe, phase), layers) for phase in phases]
@@ -83,6 +92,8 @@ class TrainingStep(Callback):
         """Totals of the last complete batch."""
         self._saves: list[bool] = []
         """What the ranks agreed on with the batch's sums: :meth:`Checkpointing.flags`."""
+        self._reduced = (0.0, 0.0)
+        """Loss and gradient norm of the last run of a step."""
         self._passes_left = 0
         """Backward passes of this batch that have not begun."""
 
@@ -120,8 +131,10 @@ class TrainingStep(Callback):
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Balance: routes the whole batch once without gradients, if the balance loss needs its counts."""
-        if self.balance is not None:
-            self.balance.count_batch(state)
+        if self.recheck is not None:
+            self.recheck.begin(state.timestamp.batch.value, state.optimizers[0])
+        if self.balance is not None and self.balance.needs_first_pass:
+            self.balance.count_batch(microbatches_of(state))
         self.sums.clear()
         assert state.device_train_microbatch_size is not None
         sequences = state.batch["input_ids"].shape[0]
@@ -138,21 +151,77 @@ class TrainingStep(Callback):
         reduce_gradients(self.model.decoder, self.recipe.parallelism, after_this_pass=self._passes_left == 0)
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Reduce, clip, guard, update: between the last backward pass and `optimizer.step()`."""
-        flags = [] if self.checkpointing is None else self.checkpointing.flags()
-        totals = self.totals = self.sums.reduce(flags)
-        average_replicated_gradients(self.model.parameters())
-        norm = self.clip()
-        # Read together, since each read waits for the device.
-        loss, read_norm, *raised = torch.stack([totals.loss, norm.to(totals.loss), *totals.flags]).tolist()
-        self._saves = [ranks > 0 for ranks in raised]
-        logger.log_metrics({GRADIENT_NORM: read_norm})
-        if not self._is_applied(state, totals, loss, read_norm):
+        """Reduce, clip, recheck, guard, update: between the last backward pass and `optimizer.step()`."""
+        saves = [] if self.checkpointing is None else self.checkpointing.flags()
+        loss, norm, raised = self._reduce([*saves, *([self.recheck.has_changed] if self.recheck else [])])
+        self._saves = raised[: len(saves)]
+        if self.recheck is not None:
+            loss, norm = self._recheck(self.recheck, state, loss, norm, has_changed=raised[-1])
+        totals = self.totals
+        assert totals is not None
+        logger.log_metrics({GRADIENT_NORM: norm})
+        if not self._is_applied(state, totals, loss, norm):
             # Optimizers neither update nor decay a weight without a gradient.
             self.model.zero_grad(set_to_none=True)
         elif self.bias_step is not None:
             assert totals.expert_tokens_LE is not None
             update_bias(self.model.decoder, totals.expert_tokens_LE, self.bias_step)
+
+    def run_again(self, parts: Sequence[Batch]) -> None:
+        """Computes sums and clipped gradients of a batch in place of those that are there.
+
+        Args:
+            parts: this rank's microbatches, on the device.
+        """
+        self.model.zero_grad(set_to_none=True)
+        self.sums.clear()
+        if self.balance is not None:
+            self.balance.count_batch(parts)
+        sequences = sum(len(part["input_ids"]) for part in parts)
+        for number, part in enumerate(parts, start=1):
+            outputs = self.model(part)
+            losses = self.model.loss(outputs, part)
+            self.sums.add(part, outputs, losses["language"])
+            reduce_gradients(
+                self.model.decoder, self.recipe.parallelism, after_this_pass=number == len(parts)
+            )
+            # As Composer weighs a microbatch.
+            (losses["total"] * (len(part["input_ids"]) / sequences)).backward()
+        self._reduced = self._reduce([])[:2]
+
+    def _reduce(self, flags: Sequence[bool | Tensor]) -> tuple[float, float, list[bool]]:
+        """Reduces and clips; returns loss, norm before clipping, and whether any rank raised each flag."""
+        totals = self.totals = self.sums.reduce(flags)
+        average_replicated_gradients(self.model.parameters())
+        norm = self.clip()
+        # Read together, since each read waits for the device.
+        loss, read_norm, *raised = torch.stack([totals.loss, norm.to(totals.loss), *totals.flags]).tolist()
+        return loss, read_norm, [ranks > 0 for ranks in raised]
+
+    def _recheck(
+        self, recheck: Recheck, state: State, loss: float, norm: float, *, has_changed: bool
+    ) -> tuple[float, float]:
+        """Runs the step again if it is time; returns loss and norm of the run that counts.
+
+        Raises:
+            CorruptionError: if a machine computes wrongly again and again.
+        """
+        batch, self._reduced = state.timestamp.batch.value, (loss, norm)
+        found = None
+        if has_changed:
+            found = recheck.find_changed(batch)
+        elif recheck.is_due(batch) or self._would_alarm(loss, norm):
+            parts = microbatches_of(state)
+            found = recheck.compare(batch, parts, lambda: self.sums.losses, self.run_again)
+        if found is not None and found.is_persistent:
+            if self.checkpointing is not None:
+                self.checkpointing.set_aside_after(found.sound_until)
+            raise CorruptionError(found.line)
+        return self._reduced
+
+    def _would_alarm(self, loss: float, norm: float) -> bool:
+        assert self.totals is not None
+        return self.alarms is not None and self.alarms.would_alarm(self.totals, loss, norm)
 
     def clip(self) -> Tensor:
         """Clip: scales the batch's gradients, and returns their global norm before it."""
@@ -160,10 +229,12 @@ class TrainingStep(Callback):
             return clip_gradients(self.model.parameters(), self.recipe.training.clip_norm)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Log: records the batch; the clock has already advanced past it."""
+        """Log: records the batch, and what the update left; the clock has already advanced past it."""
         if self.data_log is not None:
             assert self.totals is not None
             logger.log_metrics(self.data_log.record(state.timestamp.batch.value, self.totals))
+        if self.recheck is not None:
+            self.recheck.end(state.optimizers[0])
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Save: saves a checkpoint if one is due, and ends the run after a SIGTERM."""

@@ -16,6 +16,7 @@ from launch.restart.ending import explain, last_step
 from launch.restart.history import LOG_FILE, STOPPED_STATUS, Policy, read_log
 from launch.restart.look_back import look_back
 from launch.restart.supervisor import Supervisor
+from train.health.exclusion import EXCLUDED_FILE
 from train.health.heartbeat import (
     ENDED_FILE,
     FINDING_FILE,
@@ -155,6 +156,14 @@ def test_a_host_whose_ranks_never_came_is_named(job: Job) -> None:
     joins_alone()
     ending = explain(UNFIT_STATUS, job.folder)
     assert ending.kind == "exception" and "ranks 1" in ending.line
+
+
+def test_a_host_that_a_recheck_excluded_is_not_chosen(job: Job) -> None:
+    job.folder.mkdir()
+    (job.folder / EXCLUDED_FILE).write_text('{"n1": "CORRUPTION", "n9": "of another job"}')
+    job.tries = [lambda: 0]
+    assert job.supervise(hosts=("n1", "n2", "n3"), nodes=2) == 0
+    assert job.hosts == [("n2", "n3")] and "still excluded: n1" in job.said[0]
 
 
 def test_the_last_step_is_read_from_the_end(tmp_path: Path) -> None:

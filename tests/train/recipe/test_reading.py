@@ -184,6 +184,12 @@ def test_only_even_microbatches_that_are_not_compiled_are_interleaved(
         validate(recipe, Topology(world_size=2), SMOKE)
 
 
+def test_steps_are_compared_bit_for_bit_only_if_they_are_deterministic() -> None:
+    recipe = load_recipe(SMOKE, ["guard.recheck_interval_batches=100", "training.deterministic=false"])
+    with pytest.raises(UserError, match=r"guard\.recheck_interval_batches: .*\.deterministic is false"):
+        validate(recipe, Topology(), SMOKE)
+
+
 @pytest.mark.parametrize(("ranks", "is_refused"), [(18, True), (16, False)])
 def test_experts_whose_rows_do_not_shard_evenly_are_refused(ranks: int, is_refused: bool) -> None:
     """The recipe check fails first, not FSDP2 in the middle of a start on all GPUs."""
