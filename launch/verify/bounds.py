@@ -1,7 +1,10 @@
 """Bounds on the deviation of a layout from one process, by precision and quantity, with their reasons.
 
 fp32. Layouts differ in summation order: 1e-5 relative for everything; token counts are equal. AdamW's eps is
-at least :data:`LEAST_EPS`.
+at least :data:`LEAST_EPS`. Lion's update is a sign, which jumps at zero: where momentum and gradient nearly
+cancel, any rounding turns it, and the weight moves by two steps. No bound follows from the gradient's, so
+with Lion too every step begins from the reference's weights and the update is computed from its gradients, as
+in bf16: what is wrong in a step shows in that step, and is not carried into the next.
 
 bf16. The reference is one process that rounds where FSDP2 rounds (one rank, weights gathered in bf16) and
 keeps its activations. Every layout starts each step from the reference's weights, so that rounding in one

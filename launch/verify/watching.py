@@ -3,10 +3,11 @@
 They see, of every step: losses and the experts' token counts; gradients before and after clipping; the
 optimizer's settings and moments, parameter by parameter; the weights after the update.
 
-In bf16, and with moments in bf16, a layout computes its update from the reference's gradients: its own are
-compared, then replaced, before clipping and again after it, and its weights are set to the reference's after
-each step. So what one step rounds neither hides in the update's error nor sends tokens to other experts in
-the next, and clipping, moments, decay and learning rate are held to what fp32 arithmetic allows.
+In bf16, with moments in bf16, and with Lion, a layout computes its update from the reference's gradients:
+its own are compared, then replaced, before clipping and again after it, and its weights are set to the
+reference's after each step. So what one step rounds neither hides in the update's error nor sends tokens to
+other experts in the next, and clipping, moments, decay and learning rate are held to what fp32 arithmetic
+allows.
 """
 
 import math
@@ -41,7 +42,7 @@ from launch.verify.quantities import (
 from train.model.moe import by_sequence
 from train.model.router import Router, Routing
 from train.recipe import sizes
-from train.recipe.schema import Moments, Precision
+from train.recipe.schema import Moments, OptimizerKind, Precision
 from train.recipe.topology import Topology
 from train.record.metrics import GRADIENT_NORM
 from train.step.microbatch import Batch
@@ -238,8 +239,9 @@ class Comparer(Watcher):
     def __init__(self, record: ReferenceRecord, case: Case, topology: Topology) -> None:
         super().__init__()
         self.record, self.case, self.topology = record, case, topology
-        in_bf16 = case.precision is Precision.bf16, case.recipe.optimizer.moments is Moments.bf16
-        self.is_given = any(in_bf16)
+        optimizer = case.recipe.optimizer
+        in_bf16 = case.precision is Precision.bf16 or optimizer.moments is Moments.bf16
+        self.is_given = in_bf16 or optimizer.kind is OptimizerKind.lion
         """Are updates computed from the reference's gradients and weights?"""
         self.bounds = bounds_of(case.precision, case.recipe.parallelism)
         self.deviations = {quantity: Deviation() for quantity in self.bounds}
