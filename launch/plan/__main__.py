@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
+from launch.plan.goodput import PUBLISHED_FAILURES, RESTART_MINUTES, goodput
 from launch.plan.hardware import GPUS, gpu_named
 from launch.plan.plan_page import write_html
 from launch.plan.search import remedies, search
@@ -17,7 +18,7 @@ from launch.plan.text import format_plan, format_search, plan_figures
 from train import old_names
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
-from train.record.command import Figures, command
+from train.record.command import Figures, at_least, command
 
 DOES_NOT_FIT_STATUS = 1
 SHOWN = 10
@@ -34,6 +35,20 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=float,
         default=1.0,
         help="rows of the busiest experts relative to the mean (default 1)",
+    )
+    parser.add_argument(
+        "--failures",
+        type=at_least(float, 0),
+        default=PUBLISHED_FAILURES,
+        metavar="RATE",
+        help="interruptions per GPU-hour (default 419 in 54 days on 16,384 GPUs, as published for Llama 3)",
+    )
+    parser.add_argument(
+        "--restart-minutes",
+        type=at_least(float, 0),
+        default=RESTART_MINUTES,
+        metavar="M",
+        help=f"time from a failure to the first new step (default {RESTART_MINUTES:g}, assumed)",
     )
     parser.add_argument("--price", type=float, default=0.0, help="dollars per GPU-hour")
     parser.add_argument(
@@ -78,12 +93,13 @@ def plan_recipe(options: Namespace) -> Figures:
             write_html(Path(options.html), plans[0])
         return Figures([plan_figures(plan) for plan in plans], 0 if plans else DOES_NOT_FIT_STATUS)
     plan = make_plan(recipe, options.gpus, gpu, file=options.recipe, **prices)
-    print(format_plan(plan))
+    kept = goodput(plan, options.failures, options.restart_minutes)
+    print(format_plan(plan, kept))
     if options.html:
-        write_html(Path(options.html), plan)
+        write_html(Path(options.html), plan, kept)
     if not plan.fits:
         print("\nto make it fit:\n" + "\n".join(f"  {line}" for line in remedies(plan)))
-    return Figures(plan_figures(plan), 0 if plan.fits else DOES_NOT_FIT_STATUS)
+    return Figures(plan_figures(plan, kept), 0 if plan.fits else DOES_NOT_FIT_STATUS)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.plan.goodput import Goodput
 from launch.plan.hardware import GIB
 from launch.plan.memory import Memory, memory
 from launch.plan.step import Plan
@@ -69,14 +70,14 @@ class Drawing:
     """Position of the vertical limit line; 0 for none."""
 
 
-def write_html(file: Path, plan: Plan) -> None:
+def write_html(file: Path, plan: Plan, kept: Goodput | None = None) -> None:
     """Writes the plan's page."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(plan_page(plan))
+    file.write_text(plan_page(plan, kept))
 
 
-def plan_page(plan: Plan) -> str:
-    """Returns the page as HTML."""
+def plan_page(plan: Plan, kept: Goodput | None = None) -> str:
+    """Returns the page as HTML, with the goodput that interruptions leave; None: at published rates."""
     return render(
         "launch/plan/plan.html.j2",
         title=f"{plan.recipe.name} on {plan.world_size} x {plan.gpu.name}",
@@ -88,7 +89,7 @@ def plan_page(plan: Plan) -> str:
         memory=_memory_bars(plan),
         time_key=_key(KINDS | HIDDEN),
         timeline=_timeline(plan),
-        text=format_plan(plan),
+        text=format_plan(plan, kept),
     )
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import asdict, replace
 from typing import Any
 
+from launch.plan.goodput import Goodput, goodput
 from launch.plan.hardware import GIB
 from launch.plan.memory import Memory, memory
 from launch.plan.search import choice_of
@@ -27,13 +28,13 @@ EXPLANATIONS = {
 }
 
 
-def format_plan(plan: Plan) -> str:
-    """The whole plan for a terminal."""
+def format_plan(plan: Plan, kept: Goodput | None = None) -> str:
+    """The whole plan for a terminal, with the goodput that interruptions leave; None: at published rates."""
     parts = [_headline(plan), _memory_table(plan), _imbalance_table(plan), _traffic_table(plan)]
     parts.append(_time_table(plan))
     if plan.others:
         parts.append(_shapes_table(plan))
-    return "\n\n".join([*parts, _verdict(plan)])
+    return "\n\n".join([*parts, _verdict(plan, kept or goodput(plan))])
 
 
 def format_search(plans: list[Plan], show: int) -> str:
@@ -56,9 +57,9 @@ def format_search(plans: list[Plan], show: int) -> str:
     return "\n".join(lines)
 
 
-def plan_figures(plan: Plan) -> dict[str, Any]:
+def plan_figures(plan: Plan, kept: Goodput | None = None) -> dict[str, Any]:
     """All figures of a plan as plain values; the keys name the units."""
-    layout = plan.recipe.parallelism
+    layout, kept = plan.recipe.parallelism, kept or goodput(plan)
     return {
         "recipe": plan.recipe.name,
         "gpu": plan.gpu.name,
@@ -92,6 +93,11 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "batches": sizes.batches(plan.recipe),
         "days": plan.days,
         "gpu_hours": plan.gpu_hours,
+        "goodput": {
+            **asdict(kept),
+            "share": kept.share,
+            "days": plan.days / kept.share if kept.share else None,
+        },
         "dollars": plan.dollars,
         "dollars_per_gpu_hour": plan.dollars_per_gpu_hour,
         "nearest_to_limit": nearest_to_limit(plan),
@@ -273,13 +279,30 @@ def _shape_figures(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _verdict(plan: Plan) -> str:
+def _goodput_lines(plan: Plan, kept: Goodput) -> list[str]:
+    """How much of its time a run with interruptions is left with."""
+    if not kept.share:
+        return ["goodput 0%: interruptions come faster than the run gets over them; save more often"]
+    hours = f"one in {1 / kept.failures_per_hour:.1f} h" if kept.failures_per_hour else "none"
+    again = f", steps run again {kept.recheck_share:.1%}" if kept.recheck_share else ""
+    best = ""
+    if kept.failures_per_hour:
+        best = f"; best saved every {max(1, round(kept.best_interval_seconds / plan.step_seconds)):,} steps"
+    return [
+        f"goodput {kept.share:.1%} with interruptions ({hours}): restarts {kept.restart_share:.1%}, "
+        f"lost work {kept.rework_share:.1%}, saves {kept.save_share:.2%}{again}",
+        f"{duration(plan.days * 86400 / kept.share)} with them{best}",
+    ]
+
+
+def _verdict(plan: Plan, kept: Goodput) -> str:
     lines = [
         f"{plan.tokens_per_second_per_gpu:,.0f} tokens/s per GPU, utilisation {plan.utilisation:.1%} "
         f"({plan.utilisation_of_weights:.1%} by 6 x active)",
         f"{duration(plan.days * 86400)} for {sizes.batches(plan.recipe):,} steps; "
         f"{plan.gpu_hours:,.0f} GPU-hours"
         + (f"; ${plan.dollars:,.0f} at ${plan.dollars_per_gpu_hour:g}" if plan.dollars_per_gpu_hour else ""),
+        *_goodput_lines(plan, kept),
         f"nearest to its limit: {nearest_to_limit(plan)}",
     ]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Flipped bits on one rank, as a faulty chip, memory or link makes them: for the check `--corruption`.
 
-A fault of a place is stuck: the same bit of the same element is wrong each time that it is used. A fault
-without one is loose: each use flips a bit of an element drawn anew.
+A stuck fault has a place: the same bit of the same element is wrong each time that it is used. A loose one
+has none: each use flips a bit of another element.
 """
 
 import contextlib
@@ -43,10 +43,11 @@ class BitFlip:
 
     seed: int
     is_stuck: bool = False
-    """The same bit of the same element has the same value each time; False: drawn for each use."""
+    """The same bit of the same element is wrong each time; False: drawn for each use."""
+    stays: bool = False
+    """The tensor keeps what was flipped, so that a stuck bit is set and not flipped back by the next use."""
     most: int | None = None
     """Uses that are wrong; None: all."""
-
     is_on: bool = False
     """False: nothing is wrong yet."""
 
@@ -68,9 +69,9 @@ class BitFlip:
             element, bit = self.random.randrange(len(bits)), self.random.randint(LOWEST_BIT, HIGHEST_BIT)
             self._place = element, bit, 1 - (int(bits[element]) >> bit & 1)
         element, bit, value = self._place
-        element %= len(bits)
-        mask = 1 << bit
-        bits[element] = bits[element] | mask if value else bits[element] & ~mask
+        is_wrong = int(bits[element]) >> bit & 1 == value
+        if not (self.stays and is_wrong):
+            bits[element] ^= 1 << bit
 
 
 class Beginning(Callback):
@@ -139,9 +140,15 @@ def flip_gradient(decoder: nn.Module, flip: BitFlip) -> None:
 
 
 @contextlib.contextmanager
-def flip_received(flip: BitFlip) -> Iterator[None]:
-    """Flips a bit of what a rank receives in one kind of collective."""
-    name = COLLECTIVES[flip.seed % len(COLLECTIVES)]
+def flip_received(flip: BitFlip, *, exchanges: bool) -> Iterator[None]:
+    """Flips a bit of what a rank receives in one kind of collective.
+
+    Args:
+        flip: of this rank.
+        exchanges: whether ranks exchange tokens; if not, only weights and gradients are received.
+    """
+    names = COLLECTIVES if exchanges else COLLECTIVES[:2]
+    name = names[flip.seed % len(names)]
     original = getattr(dist, name)
 
     def received(*args: Any, **kwargs: Any) -> Any:

@@ -223,7 +223,7 @@ def _train(recipe: Recipe, topology: Topology, trial: Trial, *, is_rechecked: bo
     callbacks: list[Callback] = [step]
     fault: AbstractContextManager[Any] = contextlib.nullcontext()
     if trial.place and topology.rank == trial.rank:
-        flip = BitFlip(trial.seed, trial.is_stuck, trial.most)
+        flip = BitFlip(trial.seed, trial.is_stuck, stays=trial.place == "weight", most=trial.most)
         fault = _inject(trial, flip, model.decoder, callbacks)
     plain, batches = INPUTS[0], list[Batch]()
     while len(batches) < STEPS:
@@ -251,7 +251,7 @@ def _inject(
     """Makes this rank faulty in the context that is returned."""
     callbacks.append(Beginning(flip, trial.begins, at_rest=trial.place == "weight at rest"))
     if trial.place == "collective":
-        return flip_received(flip)
+        return flip_received(flip, exchanges=trial.layout.expert > 1)
     hooks = {"weight": flip_gathered_weight, "gradient": flip_gradient, "activation": flip_activation}
     if trial.place in hooks:
         hooks[trial.place](decoder, flip)
