@@ -44,13 +44,14 @@ from train.layout.ranks import log_on_rank_0, run_on_rank_0
 from train.model.compiling import compile_decoder
 from train.model.decoder import Decoder
 from train.model.init import initialize
+from train.model.scaled_products import require_kernels, try_kernels
 from train.preflight.together import is_wanted, preflight
 from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
 from train.recipe.errors import UserError
 from train.recipe.exit_status import REPLAY_STATUS, UNFIT_STATUS
 from train.recipe.phases import domains_of
-from train.recipe.schema import Precision, Recipe
+from train.recipe.schema import ExpertPrecision, Precision, Recipe
 from train.recipe.topology import Topology
 from train.record import provenance
 from train.record.changes import fork_of, read_changes
@@ -230,7 +231,23 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
         raise UserError(
             f"this {device_type} does not support bf16", key="training.precision", remedy="use auto or fp32"
         )
-    return Machine(topology, device_type, precision)
+    machine = Machine(topology, device_type, precision)
+    try_experts(recipe.training.expert_precision, machine)
+    return machine
+
+
+def try_experts(experts: ExpertPrecision, machine: Machine) -> None:
+    """Checks that experts in fp8 compute what they should, in the kernels that they should.
+
+    Raises:
+        UserError: one line, if they do not, or torch or the GPU has no such kernels.
+    """
+    if experts is ExpertPrecision.same:
+        return
+    require_kernels(experts, machine.device_type, is_bf16=machine.precision is Precision.bf16)
+    error = try_kernels(experts, machine.device_type)
+    how = "in its kernels" if machine.device_type == "cuda" else "emulated"
+    log_on_rank_0(machine.topology, f"experts in {experts.value}, {how}; error of a product {error:.1e}")
 
 
 def build_model(

@@ -19,6 +19,8 @@ from train.recipe.schema import (
     Balance,
     BalanceScope,
     Compile,
+    ExpertPrecision,
+    Model,
     OptimizerKind,
     Parallelism,
     Precision,
@@ -171,7 +173,8 @@ def cases(
         is_asked_for = names or recipe.training.compile is not Compile.off
         if each.compiled and not is_asked_for:
             continue
-        if (each.compiled or each.against_whole) and precision is Precision.bf16:
+        is_rounded = precision is Precision.bf16 or has_tiles(recipe)
+        if (each.compiled or each.against_whole) and is_rounded:
             continue
         if precision is Precision.bf16:
             worlds = tuple(world for world in worlds if world > 1)
@@ -219,7 +222,7 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
             optimizer = replace(optimizer, learning_rate=optimizer.learning_rate / 10)
     if precision is Precision.fp32:
         optimizer = replace(optimizer, eps=max(optimizer.eps, LEAST_EPS))
-    model = small.model
+    model = _with_wide_balance(small)
     if each.crowded:
         assert model.moe is not None
         model = replace(model, moe=replace(model.moe, top_k=1))
@@ -244,6 +247,8 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
     )
     if not each.loaded:
         recipe = with_microbatch(recipe, microbatch)
+    if has_tiles(small):
+        return _with_the_same_tiles(Case(layout, each, recipe, (), microbatch, 1, precision), share)
     rows, together = _grouping(recipe, layout, microbatch, share)
     if each.against_whole:
         rows, together = tuple(range(SEQUENCES)), max(loaded_input.BATCHES) if each.loaded else SEQUENCES
@@ -253,6 +258,48 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
             microbatch //= 2
         return Case(layout, each, recipe, rows, microbatch, together // microbatch, precision)
     return Case(layout, each, recipe, rows, together, 1, precision)
+
+
+def has_tiles(recipe: Recipe) -> bool:
+    """Returns whether experts' tokens share scales, so that gradients depend on which come together."""
+    return recipe.training.expert_precision is not ExpertPrecision.same
+
+
+def _with_wide_balance(small: Recipe) -> Model:
+    """The model, its balance loss over all tokens that are in a tile together, so that a reference can be."""
+    moe, narrow = small.model.moe, (BalanceScope.microbatch, BalanceScope.rank)
+    if moe is None or not has_tiles(small) or moe.balance is Balance.bias or moe.balance_scope not in narrow:
+        return small.model
+    return replace(small.model, moe=replace(moe, balance_scope=BalanceScope.expert_group))
+
+
+def _with_the_same_tiles(case: Case, share: int) -> Case:
+    """A case of experts in fp8, whose reference computes the microbatches of an expert group as one.
+
+    So an expert's tokens are the same in either, in the same order, and with them the tiles that gradients of
+    weights are summed over. In bf16 that holds where experts are not shared, since the reference rounds each
+    rank's gradients.
+    """
+    layout, microbatch = case.layout, case.reference_microbatch
+    halved = case.recipe.parallelism.interleave and microbatch % 2 == 0
+    part = microbatch // 2 if halved else microbatch
+    rows = [
+        rank * share + start + sequence
+        for group in range(0, layout.world_size, layout.expert)
+        for start in range(0, share, part)
+        for rank in range(group, group + layout.expert)
+        for sequence in range(part)
+    ]
+    moe = case.recipe.model.moe
+    is_grouped = moe is not None and moe.balance_scope is BalanceScope.expert_group
+    together = microbatch * layout.expert if is_grouped else SEQUENCES
+    reference = part if case.precision is Precision.bf16 else part * layout.expert
+    return replace(
+        case,
+        rows=tuple(rows),
+        reference_microbatch=reference,
+        balance_microbatches=together // reference,
+    )
 
 
 def _layout_of(small: Recipe, layout: Layout, precision: Precision) -> Parallelism:

@@ -70,7 +70,7 @@ def _bounds(outcomes: list[CaseOutcome]) -> dict[Precision, dict[str, float]]:
     """Returns the widest bounds of each precision: some layouts round more often than others."""
     widest: dict[Precision, dict[str, float]] = {}
     for case in (outcome.case for outcome in outcomes):
-        bounds = bounds_of(case.precision, case.recipe.parallelism)
+        bounds = bounds_of(case.precision, case.recipe)
         known = widest.setdefault(case.precision, bounds)
         widest[case.precision] = {quantity: max(bound, known[quantity]) for quantity, bound in bounds.items()}
     return widest

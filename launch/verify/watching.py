@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launch.verify.bounds import FLOOR, LEAST_CHANGE, bounds_of
-from launch.verify.cases import Case, own_rows
+from launch.verify.cases import Case, has_tiles, own_rows
 from launch.verify.quantities import (
     Named,
     copies_of,
@@ -241,9 +241,9 @@ class Comparer(Watcher):
         self.record, self.case, self.topology = record, case, topology
         optimizer = case.recipe.optimizer
         in_bf16 = case.precision is Precision.bf16 or optimizer.moments is Moments.bf16
-        self.is_given = in_bf16 or optimizer.kind is OptimizerKind.lion
+        self.is_given = in_bf16 or optimizer.kind is OptimizerKind.lion or has_tiles(case.recipe)
         """Are updates computed from the reference's gradients and weights?"""
-        self.bounds = bounds_of(case.precision, case.recipe.parallelism)
+        self.bounds = bounds_of(case.precision, case.recipe)
         self.deviations = {quantity: Deviation() for quantity in self.bounds}
 
     def see_batch(self, step: int, batch: Batch) -> None:

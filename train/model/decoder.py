@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.model.attention import Attention, AttentionPlan, DocumentKernel, plan_attention
+from train.model.experts import Experts
 from train.model.interleave import Halves, interleaved, plan_halves
 from train.model.loss import IGNORE, chunked_cross_entropy
 from train.model.moe import MoE, MoEAux, balance_loss
 from train.model.norms import make_norm
 from train.model.recompute import remade, run_ffn, run_layer
 from train.recipe import sizes
-from train.recipe.schema import Ffn, Model, Recompute
+from train.recipe.schema import ExpertPrecision, Ffn, Model, Recompute
 
 Device = torch.device | str | None
 
@@ -205,6 +206,12 @@ class Decoder(nn.Module):
         self.lm_head: LanguageModelHead | None = None
         if not cfg.tie_embeddings:
             self.lm_head = LanguageModelHead(cfg.d_model, cfg.vocab_size, bias=False, device=device)
+
+    def set_expert_precision(self, precision: ExpertPrecision) -> None:
+        """Sets the precision of the experts' products, in training and in its evaluations."""
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.precision = precision
 
     def set_recompute(self, grades: Sequence[Recompute]) -> None:
         """Sets what each layer recomputes from the next batch on; no gradient depends on it."""

@@ -18,7 +18,9 @@ from train.cpu import grouped_glu as cpu_grouped_glu
 from train.cpu.dispatch import with_cpu_version
 from train.model import megablocks_ops
 from train.model.recompute import is_remade, kept, remade
-from train.recipe.schema import Recompute
+from train.model.scaled_glu import scaled_glu
+from train.model.scaled_products import Products
+from train.recipe.schema import ExpertPrecision, Recompute
 
 megablocks_ops.install()
 
@@ -35,6 +37,9 @@ Spans = list[slice]
 class Experts(GroupedGLU):
     """MegaBlocks' GLU experts: its parameters ``w1``, ``v1``, ``w2``, each [E x F, D], and its interface."""
 
+    precision = ExpertPrecision.same
+    """Of the products: see :mod:`train.model.scaled_glu`."""
+
     def forward(self, x_RD: Tensor, tokens_E: Tensor) -> Tensor:
         """Runs each row through its expert; ``tokens_E`` are the rows of each expert, on any device."""
         experts = mpu.experts_per_rank(self.args)
@@ -50,6 +55,9 @@ class Experts(GroupedGLU):
                 remade(Recompute.elementwise, Tensor.to, w, dtype) for w in (w1_EFD, v1_EFD, w2_EFD)
             )
         keeps_gates = not is_remade(Recompute.gates)
+        if self.precision is not ExpertPrecision.same:
+            products = Products(self.precision, kept(lambda: spans_of(tokens_E.cpu().cumsum(0))))
+            return scaled_glu(x_RD, w1_EFD, v1_EFD, w2_EFD, products, keeps_gates=keeps_gates)
         return grouped_glu(x_RD, w1_EFD, v1_EFD, w2_EFD, tokens_E, keeps_gates=keeps_gates)
 
 

@@ -15,6 +15,14 @@ class Precision(str, Enum):
     fp32 = "fp32"
 
 
+class ExpertPrecision(str, Enum):
+    """Precision of the experts' matrix products."""
+
+    same = "same"
+    fp8 = "fp8"
+    mxfp8 = "mxfp8"
+
+
 class Compile(str, Enum):
     """What torch.compile fuses."""
 
@@ -96,6 +104,11 @@ class Training:
     """Gradients are scaled to at most this global L2 norm; null: never."""
     precision: Precision = Precision.auto
     """`auto`: bf16 on devices that multiply bf16 in hardware, fp32 elsewhere."""
+    expert_precision: ExpertPrecision = key(ExpertPrecision.same, on_resume=OnResume.edit)
+    """Precision of the experts' products, forward and backward; all else is as `precision` says. `same`: like
+    the others. `fp8`: e4m3 in tiles of 1 x 128, weights in blocks of 128 x 128 (DeepSeek-V3, section 3.3), on
+    H100s. `mxfp8`: tiles of 1 x 32 with powers of two, on B200s. Both need bf16 on a GPU; a CPU computes the
+    same numbers in fp32, slowly. Weights, moments and what is sent stay as they are."""
     recompute: Recompute = key(Recompute.nothing, on_resume=OnResume.free)
     """Results that layers compute again in the backward pass. `elementwise`: norms, rotations,
     casts and the order of tokens by experts, but no product. `gates`: also the experts' first two products, a

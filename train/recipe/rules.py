@@ -14,6 +14,7 @@ from train.recipe.phase_rules import check_phases
 from train.recipe.phases import domains_of
 from train.recipe.schema import (
     Compile,
+    ExpertPrecision,
     Ffn,
     GroupScore,
     Model,
@@ -54,6 +55,7 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
         check_phases,
         _start,
         _training,
+        _expert_precision,
         _recomputation,
         _optimizer,
         check_layout,
@@ -299,6 +301,25 @@ def _training(recipe: Recipe, _: Topology) -> Iterator[Violation]:
                 f"training.duration_tokens={training.duration_tokens}",
                 "lower either",
             )
+
+
+def _expert_precision(recipe: Recipe, _: Topology) -> Iterator[Violation]:
+    precision, model, name = recipe.training.expert_precision, recipe.model, "training.expert_precision"
+    if precision is ExpertPrecision.same:
+        return
+    if model.moe is None:
+        yield Violation(name, f"is {precision.value}, but the model is dense", "remove it")
+        return
+    if recipe.training.compile is not Compile.off:
+        what = f"is not built for compiled layers, but training.compile={recipe.training.compile.value}"
+        yield Violation(name, what, "remove either")
+    tile, hidden = sizes.TILE[precision], "model.moe.expert_hidden_size"
+    if model.moe.expert_hidden_size is None:
+        hidden = "model.ffn_hidden_size"
+    for key, width in (("model.d_model", model.d_model), (hidden, sizes.expert_width(model))):
+        if width % tile:
+            what = f"{width} is not divisible by {tile}, the numbers that share a scale in {precision.value}"
+            yield Violation(key, what, f"make it a multiple of {tile}, or remove {name}")
 
 
 def _recomputation(recipe: Recipe, _: Topology) -> Iterator[Violation]:

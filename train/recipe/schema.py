@@ -29,6 +29,7 @@ from train.recipe.keys import OnResume, key
 from train.recipe.optimization import (
     Compile,
     Decay,
+    ExpertPrecision,
     Moments,
     Optimizer,
     OptimizerKind,
@@ -53,6 +54,7 @@ __all__ = [
     "DataSkip",
     "Decay",
     "Evaluation",
+    "ExpertPrecision",
     "Ffn",
     "GroupScore",
     "Interpolation",

@@ -14,6 +14,7 @@ from train.recipe.curriculum import Curriculum, plan_stages
 from train.recipe.phases import batch_sequences, microbatch_sequences, phases_of
 from train.recipe.schema import (
     Balance,
+    ExpertPrecision,
     Ffn,
     Model,
     Parallelism,
@@ -26,6 +27,10 @@ from train.recipe.schema import (
 LOSS_CHUNK_TOKENS = {"cuda": 4096, "cpu": 1024}
 """Default of training.loss_chunk_tokens by device. Each chunk passes over the output projection's gradient,
 which costs a GPU more than logits of four times the tokens do."""
+
+
+TILE = {ExpertPrecision.fp8: 128, ExpertPrecision.mxfp8: 32}
+"""Elements that share a scale, by `training.expert_precision`; widths of experts are multiples of it."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
     Returns:
         A valid recipe that reads the installed corpus.
     """
-    model, training = _tiny_model(recipe.model), recipe.training
+    training = recipe.training
+    model = _tiny_model(recipe.model, tile=sizes.TILE.get(training.expert_precision, 1))
     phases = _two_phases(recipe, steps, global_batch_sequences) if steps > 1 else []
     duration = steps * global_batch_sequences * SEQUENCE_TOKENS
     if phases:
@@ -84,17 +85,23 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
     )
 
 
-def _tiny_model(model: Model) -> Model:
-    """Makes a tiny model of the same ratios: query to key-value heads, hidden size to width."""
+def _tiny_model(model: Model, *, tile: int) -> Model:
+    """Makes a tiny model of the same ratios: query to key-value heads, hidden size to width.
+
+    Widths are multiples of ``tile``, the elements that share a scale.
+    """
     queries_per_kv = model.n_heads // model.n_kv_heads
     kv_heads = min(model.n_kv_heads, MOST_KV_HEADS)
     heads = kv_heads * queries_per_kv
     d_model = heads * HEAD_WIDTH
     if model.head_width is not None:
         d_model = max(HEAD_WIDTH, round(d_model * model.d_model / sizes.query_width(model)))
+    d_model = -(-d_model // tile) * tile
+    has_own_width = model.head_width is not None or d_model != heads * HEAD_WIDTH
+    unit = max(8, tile)
 
     def scaled(hidden_size: int) -> int:
-        return max(8, round(hidden_size / model.d_model * d_model / 8) * 8)
+        return max(unit, round(hidden_size / model.d_model * d_model / unit) * unit)
 
     moe = model.moe
     if moe is not None:
@@ -117,7 +124,7 @@ def _tiny_model(model: Model) -> Model:
         ),
         n_heads=heads,
         n_kv_heads=kv_heads,
-        head_width=None if model.head_width is None else HEAD_WIDTH,
+        head_width=HEAD_WIDTH if has_own_width else None,
         ffn_hidden_size=scaled(model.ffn_hidden_size),
         vocab_size=VOCABULARY,
         max_sequence_tokens=SEQUENCE_TOKENS,

@@ -34,6 +34,7 @@ class MicrobatchModel(nn.Module):
     def __init__(self, decoder: Decoder, recipe: Recipe, precision: Precision) -> None:
         super().__init__()
         self.decoder = decoder
+        decoder.set_expert_precision(recipe.training.expert_precision)
         moe = recipe.model.moe
         by_loss = moe is not None and moe.balance is not Balance.bias
         self.reduce_counts: Callable[[Tensor], Tensor] | None = None

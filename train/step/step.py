@@ -30,10 +30,11 @@ from torch import Tensor
 from train.layout.mesh import reduce_gradients
 from train.layout.optim import average_replicated_gradients, clip_gradients
 from train.model.router import bias_step, update_bias
+from train.model.scaled_products import require_ran
 from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
 from train.recipe.phases import microbatch_sequences, phases_of, training_in
-from train.recipe.schema import Balance, Recipe
+from train.recipe.schema import Balance, ExpertPrecision, Recipe
 from train.recipe.topology import Topology
 from train.record.metrics import GRADIENT_NORM, LEARNING_RATE, PHASE
 from train.step.alarms import Alarms
@@ -94,6 +95,8 @@ class TrainingStep(Callback):
         """What the ranks agreed on with the batch's sums: :meth:`Checkpointing.flags`."""
         self._reduced = (0.0, 0.0)
         """Loss and gradient norm of the last run of a step."""
+        self._awaits_experts = recipe.training.expert_precision is not ExpertPrecision.same
+        """No batch has shown yet in which kernels the experts run."""
         self._passes_left = 0
         """Backward passes of this batch that have not begun."""
 
@@ -152,6 +155,9 @@ class TrainingStep(Callback):
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Reduce, clip, recheck, guard, update: between the last backward pass and `optimizer.step()`."""
+        if self._awaits_experts:
+            self._awaits_experts = False
+            require_ran(self.recipe.training.expert_precision, next(self.model.parameters()).device.type)
         saves = [] if self.checkpointing is None else self.checkpointing.flags()
         loss, norm, raised = self._reduce([*saves, *([self.recheck.has_changed] if self.recheck else [])])
         self._saves = raised[: len(saves)]

@@ -42,6 +42,7 @@ EDITABLE_KEYS = {
             "duration_tokens",
             "global_batch_sequences",
             "microbatch_sequences",
+            "expert_precision",
             "compile",
             "deterministic",
         )

@@ -155,12 +155,29 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
             "remove it, or set model.moe.balance=loss",
         ),
         ("parallelism.interleave=true", f"{SMOKE}: parallelism.interleave: hides the exchange of tokens"),
+        (
+            "training.expert_precision=fp8",
+            f"{SMOKE}: model.ffn_hidden_size: 224 is not divisible by 128, the numbers that share a scale in "
+            "fp8; make it a multiple of 128, or remove training.expert_precision",
+        ),
+        (
+            "model.moe.expert_hidden_size=60; training.expert_precision=mxfp8",
+            f"{SMOKE}: model.moe.expert_hidden_size: 60 is not divisible by 32",
+        ),
+        (
+            "model.moe=null; training.expert_precision=fp8",
+            f"{SMOKE}: training.expert_precision: is fp8, but the model is dense",
+        ),
+        (
+            "training.compile=blocks; training.expert_precision=fp8",
+            f"{SMOKE}: training.expert_precision: is not built for compiled layers",
+        ),
         ("name=a/b", f"{SMOKE}: name: 'a/b' is not a folder name"),
     ],
 )
 def test_a_mistake_is_one_line_with_file_key_and_remedy(override: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
-        recipe = load_recipe(SMOKE, [override])
+        recipe = load_recipe(SMOKE, override.split("; "))
         validate(recipe, Topology(), SMOKE)
     line = str(caught.value.at(SMOKE))
     assert "\n" not in line
