@@ -265,7 +265,7 @@ def build_model(
     decoder = Decoder(
         recipe.model,
         device="meta",
-        recompute=sizes.recomputed(training, recipe.model.n_layers),
+        recompute=sizes.recomputed(training, sizes.layers(recipe.model)),
         loss_chunk_tokens=training.loss_chunk_tokens,
     )
     if topology.world_size > 1:

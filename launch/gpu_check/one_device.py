@@ -24,7 +24,7 @@ def build_on_one_device(
     decoder = Decoder(
         recipe.model,
         device="meta",
-        recompute=sizes.recomputed(recipe.training, recipe.model.n_layers),
+        recompute=sizes.recomputed(recipe.training, sizes.layers(recipe.model)),
         loss_chunk_tokens=recipe.training.loss_chunk_tokens,
     )
     decoder.to_empty(device=device)

@@ -168,11 +168,18 @@ class LossBytes:
     """fp32 gradient of the output projection."""
     working: int
     """Chunks of logits, their gradient, and casts; freed once the loss is known."""
+    losses: int = 1
+    """Losses that are computed one after the other: with multi-token prediction two."""
+
+    @property
+    def kept(self) -> int:
+        """Bytes between the forward and the backward pass."""
+        return self.losses * (self.hidden_gradient + self.weight_gradient)
 
     @property
     def total(self) -> int:
-        """Bytes while the loss is computed."""
-        return self.hidden_gradient + self.weight_gradient + self.working
+        """Bytes while the last loss is computed."""
+        return self.kept + self.working
 
 
 def loss_bytes(model: Model, batch: Microbatch, numerics: Numerics, chunk_tokens: int) -> LossBytes:
@@ -188,7 +195,7 @@ def loss_bytes(model: Model, batch: Microbatch, numerics: Numerics, chunk_tokens
     if c != FP32 and not numerics.on_gpu:  # a GPU adds a product to the gradient as it computes it
         working += V * D * c
     hidden = T * D * numerics.stream + T * FP32
-    return LossBytes(hidden, V * D * FP32, working)
+    return LossBytes(hidden, V * D * FP32, working, 1 + model.mtp)
 
 
 def backward_bytes(model: Model, batch: Microbatch, numerics: Numerics, *, halves: int = 1) -> int:

@@ -192,7 +192,7 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
     """
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     numerics = numerics_of(recipe, world_size)
-    grades = sizes.recomputed(training, model.n_layers)
+    grades = sizes.recomputed(training, sizes.layers(model))
     chunk = training.loss_chunk_tokens or sizes.LOSS_CHUNK_TOKENS["cuda"]
     kept = kept_bytes(model, batch, numerics, grades)
     halves = 2 if layout.interleave else 1
@@ -208,6 +208,7 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
         exchanged = rows + round(rows * batch.imbalance)
     all_gradients = max(kept_gradients, states(model, layout, world_size, 0, recipe.optimizer).gradients)
     gathered = whole.outside + whole.in_backward
+    waiting = stream if model.mtp else 0  # a gradient of the hidden states, then of the embeddings
     found = [
         Moment(
             kept + norm_bytes(model, batch, numerics), loss.total, whole.outside + stays, 0, kept_gradients
@@ -216,9 +217,10 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
         Moment(0, 0, orthogonalising(recipe, world_size).bytes, 0, all_gradients),
     ]
     for each in backward_passes(model, batch, numerics, grades):
-        layers_above = model.n_layers - 1 - each.layer
-        gradients = all_gradients * layers_above // max(1, model.n_layers - 1)
-        in_layer = each.kept + each.made + backward_bytes(each.like, batch, numerics, halves=halves)
+        layers_above = len(grades) - 1 - each.layer
+        gradients = all_gradients * layers_above // max(1, len(grades) - 1)
+        in_layer = each.kept + each.made + waiting
+        in_layer += backward_bytes(each.like, batch, numerics, halves=halves)
         stay = gathered + (0 if layers_above else above)
         found.append(Moment(in_layer, head_gradient, stay, exchanged, max(kept_gradients, gradients)))
     return found
@@ -227,7 +229,7 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
 def _moments_of_one(recipe: Recipe, batch: Microbatch, kept_gradients: int) -> list[Moment]:
     model, training = recipe.model, recipe.training
     chunk = training.loss_chunk_tokens or sizes.LOSS_CHUNK_TOKENS["cuda"]
-    grades = sizes.recomputed(training, model.n_layers)
+    grades = sizes.recomputed(training, sizes.layers(model))
     update = Moment(0, 0, orthogonalising(recipe, 1).bytes, 0, sizes.total_parameters(model) * FP32)
     return [*moments_of_one(model, batch, numerics_of(recipe, 1), grades, chunk, kept_gradients), update]
 
@@ -261,6 +263,7 @@ def moments_of_one(
         # A checkpoint's input is what its first norm saves.
         shared = stream if grades[each.layer] is Recompute.layer else 0
         in_layer = each.kept + each.made - shared + backward_bytes(each.like, batch, numerics)
+        in_layer += stream if model.mtp else 0  # a gradient of the hidden states, then of the embeddings
         made_first = layer_gradient_elements(each.like)[1] * FP32
         gradients = max(kept_gradients, _gradients_above(model, each.layer)) + made_first
         cast = copies_kept(model, numerics, grades[: each.layer]) + weight_copies(each.like, numerics).layer
@@ -270,7 +273,8 @@ def moments_of_one(
 
 def _gradients_above(model: Model, layer: int) -> int:
     """Bytes of the gradients of the layers above one."""
-    return FP32 * sum(
+    joining = sum(weight.elements for weight in sizes.joining_weights(model) if layer < model.n_layers)
+    return FP32 * joining + FP32 * sum(
         sum(number > layer for number in alike.layers) * layer_gradient_elements(alike.model)[0]
         for alike in sizes.alike_layers(model)
     )
@@ -314,10 +318,10 @@ class _Whole:
         """The bytes of a model under a layout."""
         outside, largest, layers = 0, 0, Counter[str]()
         for unit, size in gathered_bytes(model, layout, world_size, compute_bytes).items():
-            if ".blocks." not in unit:
+            if not unit:
                 outside += size
             else:
-                layers[unit.split(".")[2]] += size
+                layers[unit.removesuffix(".ffn.experts")] += size
                 largest = max(largest, size)
         layer = max(layers.values())
         buffers = sizes.REDUCTIONS_IN_FLIGHT * reduced_bytes(layout)

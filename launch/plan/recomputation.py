@@ -16,6 +16,7 @@ from launch.plan.activations import (
     attention_bytes,
     ffn_bytes,
     layer_bytes,
+    norm_bytes,
     shared_bytes,
     weight_copies,
 )
@@ -49,7 +50,21 @@ def kept_bytes(model: Model, batch: Microbatch, numerics: Numerics, grades: Sequ
     """Bytes that the first layers, of these grades, keep until the backward pass, and that all share."""
     layers = Counter(zip(layer_models(model), grades, strict=False))
     kept = sum(count * kept_in_layer(like, batch, numerics, grade) for (like, grade), count in layers.items())
+    if model.mtp and len(grades) == sizes.layers(model):
+        kept += _kept_in_joining(model, batch, numerics, grades[-1])
     return kept + shared_bytes(model, batch, numerics)
+
+
+def _kept_in_joining(model: Model, batch: Microbatch, numerics: Numerics, grade: Recompute) -> int:
+    """Bytes that multi-token prediction keeps besides those of its layer."""
+    given = 2 * batch.tokens * model.d_model * numerics.stream  # hidden states and embeddings
+    if grade is Recompute.layer:
+        return given // 2  # instead of the residual stream
+    product = 2 * model.d_model**2 * numerics.compute if numerics.copies_weights else 0
+    norm = norm_bytes(model, batch, numerics)
+    if grade is Recompute.nothing:
+        return 3 * norm + 2 * batch.tokens * model.d_model * numerics.compute + product
+    return given + norm + product
 
 
 def made_in_layer(model: Model, batch: Microbatch, numerics: Numerics, grade: Recompute) -> int:
@@ -69,6 +84,13 @@ def made_in_layer(model: Model, batch: Microbatch, numerics: Numerics, grade: Re
     at_once = 1 if numerics.on_gpu else model.moe.experts
     gates = (ffn["gates and ups"] - kept["gates and ups"]) // at_once
     return normed + ffn["routed rows"] - kept["routed rows"] + gates
+
+
+def _made_in_joining(model: Model, batch: Microbatch, numerics: Numerics, grade: Recompute) -> int:
+    """Bytes that multi-token prediction makes again besides those of its layer."""
+    if grade is Recompute.layer:
+        return _kept_in_joining(model, batch, numerics, Recompute.nothing)
+    return 0 if grade is Recompute.nothing else 2 * batch.tokens * model.d_model * numerics.compute
 
 
 class InBackward(NamedTuple):
@@ -95,14 +117,17 @@ def backward_passes(
     for layer, (like, grade) in enumerate(zip(models, grades, strict=True)):
         if layer in firsts or layer == len(grades) - 1 or grade is not grades[layer + 1]:
             kept = kept_bytes(model, batch, numerics, grades[: layer + 1])
-            found.append(InBackward(layer, like, kept, made_in_layer(like, batch, numerics, grade)))
+            made = made_in_layer(like, batch, numerics, grade)
+            if layer == model.n_layers:
+                made += _made_in_joining(model, batch, numerics, grade)
+            found.append(InBackward(layer, like, kept, made))
     return found
 
 
 def layer_models(model: Model) -> list[Model]:
     """Returns for each layer a model whose layers are all as it."""
     by_layer = {layer: alike.model for alike in sizes.alike_layers(model) for layer in alike.layers}
-    return [by_layer[layer] for layer in range(model.n_layers)]
+    return [by_layer[layer] for layer in range(sizes.layers(model))]
 
 
 def copies_kept(model: Model, numerics: Numerics, grades: Sequence[Recompute]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from launch.plan.hardware import Gpu
 from launch.plan.step import Plan, make_plan
+from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.phases import batch_sequences, phases_of
 from train.recipe.schema import Compile, Recipe, Recompute
@@ -98,7 +99,7 @@ def recomputing(recipe: Recipe, layout: Choice, fits: Callable[[Choice], bool]) 
     First the least grade that fits if all layers recompute it. Then, with each grade from there on in as few
     of the first layers as fit, the grade before it in the others.
     """
-    grades, layers = grades_of(recipe), recipe.model.n_layers
+    grades, layers = grades_of(recipe), sizes.layers(recipe.model)
     fitting = bisect.bisect_left(grades, True, key=lambda grade: fits(replace(layout, recompute=grade)))
     if fitting == len(grades):
         return

@@ -17,6 +17,7 @@ from launch.plan.step_time import (
     Work,
     compute_seconds,
     head_work,
+    joining_work,
     layer_work,
     link_seconds,
     update_work,
@@ -202,7 +203,7 @@ def _traffic(recipe: Recipe, world_size: int) -> list[Collective]:
         world_size,
         tokens=recipe.training.microbatch_sequences * recipe.data.sequence_tokens,
         compute_bytes=numerics_of(recipe, world_size).compute,
-        grades=sizes.recomputed(recipe.training, recipe.model.n_layers),
+        grades=sizes.recomputed(recipe.training, sizes.layers(recipe.model)),
     )
     return of_model + orthogonalising(recipe, world_size).collectives
 
@@ -226,9 +227,10 @@ def _parts(
     for alike in sizes.alike_layers(model):
         layer = layer_work(alike.model, tokens // halves, length, split)
         forward += layer.times(halves * len(alike.layers))
-    head = head_work(model, tokens)
+    forward += joining_work(model, tokens)
+    head = head_work(model, tokens).times(1 + model.mtp)
     again = Work()
-    grades = sizes.recomputed(training, model.n_layers)
+    grades = sizes.recomputed(training, sizes.layers(model))
     for (like, grade), layers in Counter(zip(layer_models(model), grades, strict=True)).items():
         again += work_again(like, tokens // halves, length, split, grade).times(halves * layers)
     # The loss computes its gradients in the forward pass.

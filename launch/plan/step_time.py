@@ -149,6 +149,14 @@ def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = S
     return work + Work(memory_bytes=BF16 * elements)
 
 
+def joining_work(model: Model, tokens: int) -> Work:
+    """Forward pass of what joins multi-token prediction's layer to the others: a product and three norms."""
+    if not model.mtp:
+        return Work()
+    D = model.d_model
+    return matrix_product(tokens, 2 * D, D) + Work(memory_bytes=BF16 * 8 * tokens * D)
+
+
 def head_work(model: Model, tokens: int, split: Split = Split()) -> Work:
     """Forward pass of the output projection and the loss, which passes over the fp32 logits twice."""
     logits = tokens * model.vocab_size / split.tensor

@@ -173,7 +173,7 @@ def recomputation(recipe: Recipe) -> str:
 
 
 def _grades(recipe: Recipe) -> list[Recompute]:
-    return sizes.recomputed(recipe.training, recipe.model.n_layers)
+    return sizes.recomputed(recipe.training, sizes.layers(recipe.model))
 
 
 def _recomputing(recipe: Recipe, grade: Recompute) -> Recipe:

@@ -10,7 +10,7 @@ Legend: T tokens of a rank's microbatch, K experts per token, D d_model, L layer
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from launch.plan.hardware import Gpu
@@ -24,6 +24,8 @@ OUTSIDE = "embeddings"
 ROUTERS = "routers"
 """The routers of all layers, whose gradients are summed after the last backward pass."""
 EXPERTS, LAYERS = "experts", "layers"
+AHEAD = "multi-token prediction"
+"""The name of the units of its layer."""
 DENSE_LAYERS = "dense layers"
 """The name of the units of a mixture's layers without experts."""
 
@@ -146,7 +148,7 @@ def collectives(
         averaged = (CollectiveKind.all_reduce, routers * FP32, world_size, 1, 1)
         found.append(Collective(ROUTERS, *averaged, is_once_a_step=True))
     for unit in _units(model, layout, world_size):
-        gathers = _gathers(unit, model.n_layers - layout.gathered_layers)
+        gathers = _gathers(unit, sizes.layers(model) - layout.gathered_layers)
         found += _sharding_collectives(unit, layout, world_size, gathers, compute_bytes)
     if model.moe and layout.expert > 1:
         repeat = [grade.includes(Recompute.ffn) for grade in grades]
@@ -189,12 +191,15 @@ class _Unit:
 
 @functools.lru_cache(maxsize=64)  # the plan's search asks for each layout with many microbatches
 def _units(model: Model, layout: Parallelism, world_size: int) -> tuple[_Unit, ...]:
-    outside = [weight for weight in sizes.weights(model) if ".blocks." not in weight.name]
+    outside = [weight for weight in sizes.weights(model) if not sizes.is_in_layer(weight.name)]
     found: list[_Unit] = []
-    for alike in sizes.alike_layers(model):
+    for alike in sizes.alike_layers(replace(model, mtp=False)):
         of_layer = list(sizes.layer_weights(model, alike.layers[0]))
         name = LAYERS if alike.model.moe or model.moe is None else DENSE_LAYERS
         found += _grouped(of_layer, name, alike.layers, layout, world_size)
+    if model.mtp:
+        ahead = [*sizes.layer_weights(model, model.n_layers), *sizes.joining_weights(model)]
+        found += _grouped(ahead, AHEAD, (model.n_layers,), layout, world_size)
     return (*found, *_grouped(outside, OUTSIDE, (), layout, world_size))
 
 
@@ -209,7 +214,7 @@ def _grouped(
             groups.setdefault(place.unit, []).append(weight)
     return [
         _Unit(
-            what=EXPERTS if members[0].is_expert else name,
+            what=EXPERTS if members[0].is_expert and name != AHEAD else name,
             weights=tuple(members),
             placement=sizes.placement(members[0], layout, world_size),
             layers=layers,

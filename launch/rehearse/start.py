@@ -65,7 +65,7 @@ def rehearse_start(recipe: Recipe, world_size: int, rank: int, ranks_per_node: i
         decoder = Decoder(
             recipe.model,
             device="meta",
-            recompute=sizes.recomputed(recipe.training, recipe.model.n_layers),
+            recompute=sizes.recomputed(recipe.training, sizes.layers(recipe.model)),
             loss_chunk_tokens=recipe.training.loss_chunk_tokens,
         )
         mesh.build_sharded(decoder, built, Precision.bf16, recipe.seed)

@@ -52,11 +52,14 @@ def rehearse_step(recipe: Recipe, world_size: int) -> Step:
     first, period = (moe.dense_layers, moe.every_n_layers) if moe else (0, 1)
     depth = first + recipe.parallelism.gathered_layers + period
     depth += (layers - depth) % period
-    grades = sizes.recomputed(recipe.training, layers)
+    ahead = sizes.layers(recipe.model) - layers  # of multi-token prediction
+    grades = sizes.recomputed(recipe.training, layers + ahead)
     if depth + period > layers or len(set(grades)) > 1:
         collectives = count_step(narrow, grades, built)
     else:
-        shallow, deeper = (count_step(narrow, grades[:some], built) for some in (depth, depth + period))
+        shallow, deeper = (
+            count_step(narrow, grades[: some + ahead], built) for some in (depth, depth + period)
+        )
         more = {kind: deeper[kind] - shallow[kind] for kind in deeper}
         collectives = Counter({k: shallow[k] + (layers - depth) // period * more[k] for k in deeper})
     return Step(dict(collectives), time.process_time() - begun)
@@ -83,7 +86,7 @@ def count_step(recipe: Recipe, grades: list[Recompute], built: mesh.Mesh) -> Cou
     """Takes a step of a model with a layer of each grade; of its microbatches the last and one other run."""
     training, moe = recipe.training, recipe.model.moe
     decoder = Decoder(
-        replace(recipe.model, n_layers=len(grades)),
+        replace(recipe.model, n_layers=len(grades) - recipe.model.mtp),
         device="meta",
         recompute=grades,
         loss_chunk_tokens=training.loss_chunk_tokens,

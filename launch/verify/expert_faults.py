@@ -1,4 +1,4 @@
-"""Known faults of shared experts, of the balancing bias and of the balance loss of each sequence."""
+"""Known faults of shared experts, balancing bias, sequences' balance loss and multi-token prediction."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -8,10 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train.model.decoder import DecoderOutput, targets_ahead
+from train.model.loss import IGNORE
 from train.model.router import update_bias
 from train.model.shared_expert import SharedExpert
 from train.recipe.schema import Balance, BalanceScope, Score
 from train.step import microbatch, step
+from train.step.microbatch import MicrobatchModel
 
 Changes = tuple[tuple[str, object], ...]
 """Keys of `model.moe` and their values."""
@@ -37,6 +40,19 @@ def count_shared_by_degree(degree: int) -> AbstractContextManager[Any]:
         return original(self, x_BSD) + (degree - 1) * (of_weights_BSD - of_weights_BSD.detach())
 
     return mock.patch.object(SharedExpert, "forward", forward)
+
+
+def divide_by_own_targets() -> AbstractContextManager[Any]:
+    """Divides each microbatch's loss of multi-token prediction by the targets that it happens to have."""
+
+    def loss(self: MicrobatchModel, outputs: DecoderOutput, batch: microbatch.Batch) -> dict[str, Tensor]:
+        sequences, length = batch["targets"].shape
+        targets = (targets_ahead(batch["targets"], batch["document_ids"]) != IGNORE).sum().clamp(min=1)
+        by_own = outputs.mtp_loss_sum * sequences * (length - 1) / targets
+        return original(self, outputs._replace(mtp_loss_sum=by_own), batch)
+
+    original = MicrobatchModel.loss
+    return mock.patch.object(MicrobatchModel, "loss", loss)
 
 
 def update_bias_on_rank_0() -> AbstractContextManager[Any]:

@@ -54,12 +54,14 @@ class KnownFault:
     """fp32: it is detected in every precision in which its input is run. bf16: it must be in that one."""
     optimizer: OptimizerKind | None = None
     """The optimizer that it is a fault of; None: of any."""
+    mtp: bool = False
+    """It is a fault of multi-token prediction."""
 
     def recipe_of(self, recipe: Recipe) -> Recipe:
         """The recipe in which the fault has an effect."""
         assert recipe.model.moe is not None
         moe = replace(recipe.model.moe, **dict(self.experts))  # type: ignore[arg-type]
-        recipe = replace(recipe, model=replace(recipe.model, moe=moe))
+        recipe = replace(recipe, model=replace(recipe.model, moe=moe, mtp=recipe.model.mtp or self.mtp))
         if self.optimizer is not None:
             recipe = replace(recipe, optimizer=replace(recipe.optimizer, kind=self.optimizer))
         return recipe
@@ -364,6 +366,12 @@ FAULTS = {
         "gradients",
         layout=PAIR,
         input="loaded",
+    ),
+    "mtp-by-own-targets": KnownFault(
+        "a loss of multi-token prediction divided by the microbatch's own targets",
+        expert_faults.divide_by_own_targets,
+        "loss",
+        mtp=True,
     ),
     "muon-on-a-slab": KnownFault(
         "Muon on the rows that a rank holds, parts of matrices and stacks of experts",

@@ -121,6 +121,8 @@ class Watcher(Callback, ABC):
         """Sees a step that is complete."""
         latest = self.figures.latest
         figures = {key: latest[f"loss/train/{name}"] for key, name in _LOSSES.items()}
+        if (mtp := latest.get("loss/train/mtp")) is not None:
+            figures["mtp"] = mtp
         figures["norm"] = latest[GRADIENT_NORM]
         step = step_of(state) - 1
         self.see_figures(step, figures, self.expert_tokens())
@@ -259,7 +261,7 @@ class Comparer(Watcher):
         """Compares them."""
         for quantity, expected in self.record.figures[step].items():
             error = abs(figures[quantity] - expected) / (abs(expected) or 1.0)
-            self._see(quantity, error, step, quantity)
+            self._see("loss" if quantity == "mtp" else quantity, error, step, quantity)
         expected_LE = self.record.choices[step]
         if expected_LE is not None:
             assert choices_LE is not None

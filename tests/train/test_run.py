@@ -49,15 +49,16 @@ def test_an_interrupted_run_resumes_bit_for_bit(
 ) -> None:
     from train.record.console import Console
 
-    choice = f"model.moe.balance={balance}"
-    whole = _run(tiny_recipe(tmp_path, shards, "whole", choice))
+    choice = [f"model.moe.balance={balance}", f"model.mtp={str(balance == 'bias').lower()}"]
+    whole = _run(tiny_recipe(tmp_path, shards, "whole", *choice))
+    assert all(("loss/mtp" in step) == (balance == "bias") for step in whole)
     assert [step["step"] for step in whole] == list(range(1, 13))
 
     def cut_off(self: Console, state: Any, logger: Any) -> None:
         if state.timestamp.batch.value == 7:
             raise CutOffError
 
-    cut = tiny_recipe(tmp_path, shards, "cut", choice)
+    cut = tiny_recipe(tmp_path, shards, "cut", *choice)
     with monkeypatch.context() as patch, pytest.raises(CutOffError):
         patch.setattr(Console, "batch_end", cut_off)
         _run(cut)

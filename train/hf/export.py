@@ -5,7 +5,7 @@ the files that it came from, byte for byte.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,9 @@ from train.hf.safetensors_io import (
 )
 from train.hf.weights import BALANCING_BIAS, Weights, WeightSource
 from train.recipe.errors import UserError
+from train.record.log import get_logger
+
+logger = get_logger(__name__)
 
 Layout = Mapping[str, FilePlan]
 """The contents of each file."""
@@ -61,6 +64,9 @@ def write_folder(
         UserError: if no architecture expresses the model, a weight is not finite, or the folder
             is in use.
     """
+    if source.model.mtp:
+        logger.info("export: leaves out the layer of multi-token prediction, which only training uses")
+        source = replace(source, model=replace(source.model, mtp=False))
     family = family_for(source.model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; name a new folder")

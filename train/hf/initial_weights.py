@@ -17,6 +17,7 @@ from train.checkpoint.reading import CheckpointReader
 from train.hf.folders import STATE_FOLDER
 from train.hf.weights import WeightSource, newest, open_weights
 from train.model.decoder import Decoder
+from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import OptimizerStart, Recipe
 from train.recipe.topology import Topology
@@ -92,6 +93,8 @@ def fill(decoder: Decoder, source: WeightSource) -> None:
     targets |= {
         name: buffer for name, buffer in decoder.named_buffers() if name in source.weights.tensors
     }  # A balancing bias that the source lacks stays zero.
+    if not source.model.mtp:  # a layer of multi-token prediction stays as it was drawn
+        targets = {name: target for name, target in targets.items() if not name.startswith(sizes.MTP)}
     for name, target in targets.items():
         info = source.weights.tensors.get(name)
         if info is None:

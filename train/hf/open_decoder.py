@@ -1,5 +1,6 @@
 """Loading of a decoder with its weights, whole on one device, from any source of weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ def open_decoder(
         UserError: if there are no weights, or they are damaged.
     """
     source = open_weights(path, checkpoint, average)
-    decoder = Decoder(source.model, device="meta")
+    # Only training uses multi-token prediction.
+    decoder = Decoder(replace(source.model, mtp=False), device="meta")
     decoder.to(dtype)
     decoder.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for buffer in decoder.buffers():

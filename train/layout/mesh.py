@@ -98,7 +98,7 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int 
     # Routers stay whole and fp32. As units they would be gathered and reduced between the experts' product
     # and their reduce-scatter, which nothing would then hide; rounded, they would send near-ties elsewhere.
     routers = {parameter for moe in moes for parameter in moe.router.parameters()}
-    blocks = decoder.transformer.blocks
+    blocks = decoder.transformer.layers
     for block, is_freed in zip(blocks, _freed_after_forward(len(blocks), mesh.layout), strict=True):
         if isinstance(block.ffn, MoE):
             # The layer casts its experts' inputs itself. FSDP2 would also round the routing weights, and only
@@ -137,7 +137,9 @@ def gather_ahead(decoder: nn.Module) -> None:
     decoder.set_modules_to_forward_prefetch(layers[0])
     decoder.set_modules_to_backward_prefetch(layers[-1])
     for layer, after in itertools.pairwise(layers):
-        layer[0].set_modules_to_forward_prefetch(after)
+        # The layer of multi-token prediction is gathered when it runs: validation would gather it in vain.
+        if after[0] is not decoder.transformer.mtp:
+            layer[0].set_modules_to_forward_prefetch(after)
         # Asked for by the last unit of a layer, whose backward pass is the first.
         after[-1].set_modules_to_backward_prefetch(layer)
 

@@ -33,7 +33,7 @@ def compile_decoder(decoder: Decoder, how: Compile, *, is_sharded: bool) -> None
         # The other kernel takes documents' number and lengths, which differ between batches: a graph would
         # be compiled for each, and the host would wait inside it.
         decoder.transformer.document_kernel = DocumentKernel.flex
-    parts = [decoder] if how is Compile.model else list(decoder.transformer.blocks)
+    parts = [decoder] if how is Compile.model else decoder.transformer.layers
     for part in parts:
         # Not nn.Module.compile: it would trace the hooks too.
         compiled = _compiled_in_training(part, fullgraph=not is_sharded)

@@ -49,6 +49,9 @@ class DecoderOutput(NamedTuple):
     sequence_balance: Tensor
     """fp32: balance loss of each sequence, mean over MoE layers; 0 for other balance scopes, and not in
     training."""
+    mtp_loss_sum: Tensor
+    """fp32: cross-entropy of the tokens after the next ones, summed like `loss_sum`; 0 without multi-token
+    prediction, and not in training. Its layer's losses and counts are the last of the MoE layers'."""
 
     @property
     def balance_loss(self) -> Tensor:
@@ -121,8 +124,58 @@ class Block(nn.Module):
         return x_BSD + out_BSD, aux
 
 
+class MultiTokenPrediction(Block):
+    """A layer that predicts the token after the next one (DeepSeek-V3, section 2.2, of depth 1).
+
+    Names, and the order of the two halves that are joined, are those of DeepSeek-V3's published weights.
+    Embedding and output projection are the decoder's.
+    """
+
+    def __init__(self, model: Model, device: Device = None) -> None:
+        super().__init__(model, model.n_layers, device)
+        self.enorm, self.hnorm = make_norm(model, device), make_norm(model, device)
+        self.eh_proj = nn.Linear(2 * model.d_model, model.d_model, bias=False, device=device)
+        self.norm = make_norm(model, device)
+
+    def forward(  # type: ignore[override]
+        self, hidden_BSD: Tensor, next_BSD: Tensor, plan: AttentionPlan | Halves
+    ) -> tuple[Tensor, MoEAux | None]:
+        """Runs the layer.
+
+        Args:
+            hidden_BSD: what the decoder's output projection reads.
+            next_BSD: each position's next token's embedding.
+            plan: attention's.
+
+        Returns:
+            Hidden states [B, S, D] for the output projection, and the MoE's losses and counts.
+        """
+        joined = remade(Recompute.elementwise, self._join, hidden_BSD, next_BSD)
+        # In the residual stream's precision, as in other layers.
+        x_BSD, aux = super().forward(self.eh_proj(joined).to(hidden_BSD.dtype), plan)
+        return self.norm(x_BSD), aux
+
+    def _join(self, hidden_BSD: Tensor, next_BSD: Tensor) -> Tensor:
+        return torch.cat([self.enorm(next_BSD), self.hnorm(hidden_BSD)], dim=-1)
+
+
+def targets_ahead(targets_BS: Tensor, document_ids_BS: Tensor | None) -> Tensor:
+    """Returns the token after the next one of each position, or IGNORE.
+
+    There is none where either of the two tokens is no target, nor, if documents are kept apart, where either
+    is of another document.
+    """
+    ahead_BS = targets_BS.roll(-1, dims=1)
+    ahead_BS[:, -1] = IGNORE
+    is_none_BS = targets_BS == IGNORE
+    if document_ids_BS is not None:
+        is_none_BS[:, :-2] |= document_ids_BS[:, :-2] != document_ids_BS[:, 2:]
+        is_none_BS[:, -2:] = True  # their targets' documents are not known
+    return ahead_BS.masked_fill(is_none_BS, IGNORE)
+
+
 class Transformer(nn.Module):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final norm, and in training the layer of multi-token prediction."""
 
     def __init__(self, model: Model, device: Device, recompute: Sequence[Recompute]) -> None:
         super().__init__()
@@ -137,10 +190,24 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(model.vocab_size, model.d_model, device=device)
         self.blocks = nn.ModuleList(Block(model, layer, device) for layer in range(model.n_layers))
         self.norm_f = make_norm(model, device)
+        self.mtp = MultiTokenPrediction(model, device) if model.mtp else None
 
-    def forward(self, ids_BS: Tensor, document_ids_BS: Tensor | None) -> tuple[Tensor, list[MoEAux]]:
-        """Returns hidden states [B, S, D], and each MoE layer's losses and counts."""
-        x_BSD = self.wte(ids_BS)
+    @property
+    def layers(self) -> list[Block]:
+        """All layers; that of multi-token prediction is the last."""
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        return blocks if self.mtp is None else [*blocks, self.mtp]
+
+    def forward(
+        self, ids_BS: Tensor, document_ids_BS: Tensor | None
+    ) -> tuple[Tensor, list[MoEAux], Tensor | None]:
+        """Runs the layers.
+
+        Returns:
+            Hidden states [B, S, D], each MoE layer's losses and counts, and in training the hidden states of
+            multi-token prediction.
+        """
+        x_BSD = embedded_BSD = self.wte(ids_BS)
         device = x_BSD.device
         autocast = torch.is_autocast_enabled(device.type)
 
@@ -159,11 +226,17 @@ class Transformer(nn.Module):
         make_plan = functools.partial(plan_halves, plan_of) if is_halved else plan_of
         plan = make_plan(len(ids_BS), document_ids_BS)
         layers: list[MoEAux] = []
-        for block, how in zip(self.blocks, self.recompute, strict=True):
+        for block, how in zip(self.blocks, self.recompute, strict=False):
             x_BSD, aux = run_layer(how, block, x_BSD, plan, draws=self.draws)
             if aux is not None:
                 layers.append(aux)
-        return self.norm_f(x_BSD), layers
+        hidden_BSD = self.norm_f(x_BSD)
+        if self.mtp is None or not self.training:
+            return hidden_BSD, layers, None
+        # The last position's next token is unknown; it has no target either, and no other position sees it.
+        inputs = (hidden_BSD, embedded_BSD.roll(-1, dims=1), plan)
+        ahead_BSD, aux = run_layer(self.recompute[-1], self.mtp, *inputs, draws=self.draws)
+        return hidden_BSD, layers if aux is None else [*layers, aux], ahead_BSD
 
 
 class LanguageModelHead(nn.Linear):
@@ -201,7 +274,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.loss_chunk_tokens = loss_chunk_tokens
-        each = [recompute] * cfg.n_layers if isinstance(recompute, Recompute) else recompute
+        each = [recompute] * sizes.layers(cfg) if isinstance(recompute, Recompute) else recompute
         self.transformer = Transformer(cfg, device, each)
         self.lm_head: LanguageModelHead | None = None
         if not cfg.tie_embeddings:
@@ -236,7 +309,7 @@ class Decoder(nn.Module):
             targets_BS: the token that follows each input, -100 where there is no loss.
             choices_only: compute only the experts' counts, neither logits nor cross-entropy.
         """
-        hidden_BSD, layers = self.transformer(input_ids_BS, document_ids_BS)
+        hidden_BSD, layers, ahead_BSD = self.transformer(input_ids_BS, document_ids_BS)
         zero = torch.zeros((), dtype=torch.float32, device=hidden_BSD.device)
         experts = (zero.new_zeros((0, 0)), zero, zero.new_zeros((0, 0), dtype=torch.int64), zero)
         if layers:
@@ -244,20 +317,31 @@ class Decoder(nn.Module):
             of_sequences = zero if sequences[0] is None else torch.stack(sequences).mean()
             experts = (torch.stack(scores), torch.stack(z).mean(), torch.stack(tokens), of_sequences)
         if choices_only:
-            return DecoderOutput(None, zero, zero.long(), None, *experts)
-        hidden_TD = hidden_BSD.flatten(0, 1)
-        targets_T = None if targets_BS is None else targets_BS.flatten()
-        of_loss = (self.loss_chunk_tokens, self.cfg.logit_z_loss_weight if self.training else 0.0)
-        if self.lm_head is not None:
-            result = self.lm_head(hidden_TD, targets_T, *of_loss)
-        else:
-            result = _project(hidden_TD, self.transformer.wte.weight, targets_T, *of_loss)
+            return DecoderOutput(None, zero, zero.long(), None, *experts, zero)
+        result = self._project(hidden_BSD, targets_BS, self.cfg.logit_z_loss_weight if self.training else 0.0)
         if targets_BS is None:
+            assert isinstance(result, Tensor)
             logits_BSV = result.view(*input_ids_BS.shape, -1)
-            return DecoderOutput(logits_BSV, zero, zero.long(), None, *experts)
+            return DecoderOutput(logits_BSV, zero, zero.long(), None, *experts, zero)
         loss_sum, losses_T = result
+        of_ahead = zero
+        if ahead_BSD is not None:
+            of_ahead, _ = self._project(ahead_BSD, targets_ahead(targets_BS, document_ids_BS))
         target_tokens = (targets_BS != IGNORE).sum()
-        return DecoderOutput(None, loss_sum, target_tokens, losses_T.view_as(targets_BS), *experts)
+        losses_BS = losses_T.view_as(targets_BS)
+        return DecoderOutput(None, loss_sum, target_tokens, losses_BS, *experts, of_ahead)
+
+    def _project(
+        self, hidden_BSD: Tensor, targets_BS: Tensor | None, z_weight: float = 0.0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns logits [T, V], or with targets the summed loss and each token's loss."""
+        targets_T = None if targets_BS is None else targets_BS.flatten()
+        given = (hidden_BSD.flatten(0, 1), targets_T, self.loss_chunk_tokens, z_weight)
+        if self.lm_head is not None:
+            result: Tensor | tuple[Tensor, Tensor] = self.lm_head(*given)
+            return result
+        hidden_TD, *rest = given
+        return _project(hidden_TD, self.transformer.wte.weight, *rest)
 
 
 def _project(

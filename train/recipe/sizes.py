@@ -93,15 +93,37 @@ def expert_width(model: Model) -> int:
     return (model.moe and model.moe.expert_hidden_size) or model.ffn_hidden_size
 
 
+MTP = "transformer.mtp"
+"""The name of the module of multi-token prediction: a layer and what joins it to the others."""
+
+
+def layers(model: Model) -> int:
+    """Returns the number of layers in training; that of multi-token prediction is the last, number L."""
+    return model.n_layers + model.mtp
+
+
+def layer_name(model: Model, layer: int) -> str:
+    """Returns the name of a layer's module."""
+    return MTP if layer == model.n_layers else f"transformer.blocks.{layer}"
+
+
+def is_in_layer(weight: str) -> bool:
+    """Returns whether a weight, by its name, is in a layer; if not, it is an embedding or the last norm."""
+    return weight.startswith(("transformer.blocks.", f"{MTP}."))
+
+
 def has_experts(model: Model, layer: int) -> bool:
-    """Returns whether a layer, counted from 0, has experts; if not, it is dense."""
-    moe = model.moe
+    """Returns whether a layer, counted from 0, has experts; if not, it is dense.
+
+    The layer of multi-token prediction is like the last one.
+    """
+    moe, layer = model.moe, min(layer, model.n_layers - 1)
     return moe is not None and layer >= moe.dense_layers and (layer + 1) % moe.every_n_layers == 0
 
 
 def expert_layers(model: Model) -> int:
-    """Returns the number of layers with experts."""
-    return sum(has_experts(model, layer) for layer in range(model.n_layers))
+    """Returns the number of layers with experts in training."""
+    return sum(has_experts(model, layer) for layer in range(layers(model)))
 
 
 @dataclass(frozen=True)
@@ -116,11 +138,15 @@ class Alike:
 
 @functools.lru_cache
 def alike_layers(model: Model) -> tuple[Alike, ...]:
-    """Returns a model's layers by what they are made of, those of the first layer first."""
-    experts = tuple(layer for layer in range(model.n_layers) if has_experts(model, layer))
-    dense = tuple(sorted({*range(model.n_layers)} - {*experts}))
+    """Returns a model's layers by what they are made of, those of the first layer first.
+
+    The layer of multi-token prediction is among them, without what joins it to the others.
+    """
+    experts = tuple(layer for layer in range(layers(model)) if has_experts(model, layer))
+    dense = tuple(sorted({*range(layers(model))} - {*experts}))
     moe = model.moe and replace(model.moe, dense_layers=0, every_n_layers=1)
-    found = [Alike(replace(model, moe=moe), experts), Alike(replace(model, moe=None), dense)]
+    like = replace(model, mtp=False)
+    found = [Alike(replace(like, moe=moe), experts), Alike(replace(like, moe=None), dense)]
     return tuple(sorted((alike for alike in found if alike.layers), key=lambda alike: alike.layers))
 
 
@@ -134,7 +160,7 @@ def layer_weights(model: Model, layer: int) -> Iterator[Weight]:
     """Yields the parameters of one decoder layer, in the module's order."""
     D, F = model.d_model, model.ffn_hidden_size
     queries, keys = query_width(model), key_width(model)
-    prefix = f"transformer.blocks.{layer}"
+    prefix = layer_name(model, layer)
     yield Weight(f"{prefix}.norm_attn_norm.norm_1.weight", (D,))
     yield Weight(f"{prefix}.norm_attn_norm.attn.Wqkv.weight", (queries + 2 * keys, D))
     if model.qk_norm:
@@ -159,6 +185,16 @@ def layer_weights(model: Model, layer: int) -> Iterator[Weight]:
         yield Weight(f"{prefix}.ffn.w2.weight", (D, F))
 
 
+def joining_weights(model: Model) -> Iterator[Weight]:
+    """Yields the parameters of multi-token prediction besides those of its layer; none without it."""
+    if model.mtp:
+        D = model.d_model
+        yield Weight(f"{MTP}.enorm.weight", (D,))
+        yield Weight(f"{MTP}.hnorm.weight", (D,))
+        yield Weight(f"{MTP}.eh_proj.weight", (D, 2 * D))
+        yield Weight(f"{MTP}.norm.weight", (D,))
+
+
 def weights(model: Model) -> Iterator[Weight]:
     """Yields every parameter once: norms without bias, no biases, no parameters for RoPE or ALiBi.
 
@@ -170,6 +206,9 @@ def weights(model: Model) -> Iterator[Weight]:
     for layer in range(model.n_layers):
         yield from layer_weights(model, layer)
     yield Weight("transformer.norm_f.weight", (D,))
+    if model.mtp:
+        yield from layer_weights(model, model.n_layers)
+        yield from joining_weights(model)
     if not model.tie_embeddings:
         yield Weight("lm_head.weight", (V, D))
 
@@ -178,9 +217,9 @@ def biases(model: Model) -> Iterator[Weight]:
     """Yields the buffers that are exported and imported besides the weights: biases on experts' selection."""
     if model.moe is None or model.moe.balance is Balance.loss:
         return
-    for layer in range(model.n_layers):
+    for layer in range(layers(model)):
         if has_experts(model, layer):
-            yield Weight(f"transformer.blocks.{layer}.ffn.router.expert_bias", (model.moe.experts,))
+            yield Weight(f"{layer_name(model, layer)}.ffn.router.expert_bias", (model.moe.experts,))
 
 
 REDUCTIONS_IN_FLIGHT = 2
@@ -223,7 +262,7 @@ def placement(weight: Weight, layout: Parallelism, world_size: int) -> Placement
 
     Experts are split over `expert`, then their rows over `shard`. Routers are replicated. Everything else is
     sharded over `shard` and `expert` together. The FSDP2 units are a layer's experts, the rest of the layer,
-    and everything outside the layers. `replicate` holds copies.
+    with what joins it to the others, and everything outside the layers. `replicate` holds copies.
     """
     shard = shard_degree(layout, world_size)
     if weight.is_expert:
@@ -231,7 +270,7 @@ def placement(weight: Weight, layout: Parallelism, world_size: int) -> Placement
     if ".router." in weight.name:
         return Placement("", 1, 1, is_replicated=True)
     parts = weight.name.split(".")
-    unit = ".".join(parts[:3]) if parts[1] == "blocks" else ""
+    unit = ".".join(parts[: 2 if weight.name.startswith(MTP) else 3]) if is_in_layer(weight.name) else ""
     return Placement(unit, 1, shard * layout.expert)
 
 
@@ -251,22 +290,25 @@ def rank_weights(model: Model, layout: Parallelism, world_size: int, rank: int) 
 
 
 def total_parameters(model: Model) -> int:
-    """Returns the number of parameters of the whole model.
+    """Returns the number of parameters of the whole model, those of multi-token prediction included.
 
     V D (2 if untied) + D + L (2 D + (2 H + 2 KV) R D + FFN), where FFN is E D + 3 E F D with
     experts, 3 F D for a dense GLU and 2 F D for a two-matrix MLP. A shared expert adds 3 F D with its own F,
-    and D for its gate.
+    and D for its gate. Multi-token prediction adds a layer and 2 D^2 + 3 D.
     """
-    outside = sum(w.elements for w in weights(model) if ".blocks." not in w.name)
-    layers = (
+    outside = [w for w in weights(replace(model, n_layers=1)) if not is_in_layer(w.name)]
+    joining = sum(w.elements for w in (*outside, *joining_weights(model)))
+    in_layers = (
         len(alike.layers) * sum(w.elements for w in layer_weights(alike.model, 0))
         for alike in alike_layers(model)
     )
-    return outside + sum(layers)
+    return joining + sum(in_layers)
 
 
 def active_parameters(model: Model, *, input_embedding: bool = False) -> int:
     """Returns the active parameters per token: K of the E experts, and all that is not one of them.
+
+    Those of multi-token prediction, which only training uses, do not count.
 
     Args:
         model: the decoder.
@@ -274,12 +316,17 @@ def active_parameters(model: Model, *, input_embedding: bool = False) -> int:
             without FLOPs (Kaplan et al. 2020, section 2.1). The output projection always counts; with tied
             embeddings it is the same matrix, so everything counts.
     """
-    idle = 0
-    if model.moe:
-        per_expert = 3 * expert_width(model) * model.d_model
-        idle = expert_layers(model) * (model.moe.experts - model.moe.top_k) * per_expert
+    model = replace(model, mtp=False)
     look_up = 0 if input_embedding or model.tie_embeddings else model.vocab_size * model.d_model
-    return total_parameters(model) - idle - look_up
+    return total_parameters(model) - _idle_parameters(model) - look_up
+
+
+def _idle_parameters(model: Model) -> int:
+    """Returns the parameters of the experts that a token does not use."""
+    if model.moe is None:
+        return 0
+    per_expert = 3 * expert_width(model) * model.d_model
+    return expert_layers(model) * (model.moe.experts - model.moe.top_k) * per_expert
 
 
 def flops_per_token_forward(model: Model, sequence_tokens: int, *, causal: bool = False) -> Flops:
@@ -302,10 +349,18 @@ def flops_per_token_training(model: Model, sequence_tokens: int, *, causal: bool
     """Returns the FLOPs of one token's forward and backward pass: three times the forward pass.
 
     Weights: 6 x active parameters; attention: 12 L H R S (half of it if ``causal``). Sources: see
-    :func:`flops_per_token_forward`. Recomputed activations do not count as model FLOPs.
+    :func:`flops_per_token_forward`. Recomputed activations do not count as model FLOPs. Multi-token
+    prediction counts as one more layer, what joins it to the others, and the output projection once more.
     """
     forward = flops_per_token_forward(model, sequence_tokens, causal=causal)
-    return Flops(3 * forward.weights, 3 * forward.attention)
+    of_weights, of_attention = forward.weights, forward.attention
+    if model.mtp:
+        main = replace(model, mtp=False)
+        held = total_parameters(model) - total_parameters(main)
+        active = held - (_idle_parameters(model) - _idle_parameters(main))
+        of_weights += 2 * (active + model.vocab_size * model.d_model)
+        of_attention += of_attention // model.n_layers
+    return Flops(3 * of_weights, 3 * of_attention)
 
 
 def tokens_per_batch(recipe: Recipe) -> int:

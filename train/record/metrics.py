@@ -13,6 +13,7 @@ LOSS_TOTAL = "loss/total"
 LOSS_BALANCE = "loss/balance"
 LOSS_Z = "loss/z"
 LOSS_LOGIT_Z = "loss/logit_z"
+LOSS_MTP = "loss/mtp"
 LOSS_VALIDATION = "loss/validation/DOMAIN"
 BITS_PER_BYTE = "bits_per_byte/validation/DOMAIN"
 EVALUATION_TASK = "evaluation/task/TASK"
@@ -63,6 +64,7 @@ METRICS = (
     Metric(LOSS_BALANCE, "1", "balance loss of the router, averaged over layers, without its weight"),
     Metric(LOSS_Z, "1", "z-loss of the router, averaged over layers, without its weight"),
     Metric(LOSS_LOGIT_Z, "1", "z-loss of the output logits, without its weight"),
+    Metric(LOSS_MTP, "nats/token", "cross entropy of the token after the next one, without its weight"),
     Metric(LOSS_VALIDATION, "nats/token", "cross entropy of a domain's validation set"),
     Metric(BITS_PER_BYTE, "bits/byte", "cross entropy of a domain's validation set, tokenizer-free"),
     Metric(EVALUATION_TASK, "1", "score of a task of the suite: 0 is guessing, 1 is perfect"),
@@ -99,6 +101,7 @@ _FROM_COMPOSER = {
     "loss/train/balance": LOSS_BALANCE,
     "loss/train/z": LOSS_Z,
     "loss/train/logit_z": LOSS_LOGIT_Z,
+    "loss/train/mtp": LOSS_MTP,
 }
 _COMPOSER_VALIDATION = re.compile(r"metrics/validation/([^/]+)/token_loss")
 _PATTERNS = [

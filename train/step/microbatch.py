@@ -41,6 +41,7 @@ class MicrobatchModel(nn.Module):
         self.balance_weight = moe.balance_loss_weight if moe and by_loss else 0.0
         self.logit_z_weight = recipe.model.logit_z_loss_weight
         self.z_weight = moe.z_loss_weight if moe else 0.0
+        self.mtp_weight = recipe.model.mtp_loss_weight if recipe.model.mtp else None
         self.seed = recipe.seed
         routers = [module for module in decoder.modules() if isinstance(module, Router)]
         self.by_sequence = moe is not None and by_sequence(moe)
@@ -89,11 +90,11 @@ class MicrobatchModel(nn.Module):
         sequences, length = batch["targets"].shape
         positions = sequences * (length - 1)
         minimised = language = outputs.loss_sum / positions
-        of_logits = {}
+        others = {}
         if self.logit_z_weight:
             assert outputs.token_losses_BS is not None, "training has targets"
             language = outputs.token_losses_BS.sum() / positions
-            of_logits["logit_z"] = (minimised.detach() - language) / self.logit_z_weight
+            others["logit_z"] = (minimised.detach() - language) / self.logit_z_weight
         counts_LE = outputs.expert_tokens_LE
         if self.reduce_counts is not None:
             counts_LE = self.reduce_counts(counts_LE)
@@ -101,12 +102,15 @@ class MicrobatchModel(nn.Module):
         if not self.by_sequence:
             balance = balance_loss(outputs.mean_scores_LE, counts_LE)
         total = minimised + self.balance_weight * balance + self.z_weight * outputs.z_loss
+        if self.mtp_weight is not None:
+            others["mtp"] = outputs.mtp_loss_sum / positions
+            total = total + self.mtp_weight * others["mtp"]
         return {
             "total": total,
             "language": language,
             "balance": balance,
             "z": outputs.z_loss,
-            **of_logits,
+            **others,
         }
 
 

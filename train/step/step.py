@@ -77,7 +77,7 @@ class TrainingStep(Callback):
         self.recipe, self.model, self.topology, self.curriculum = recipe, model, topology, curriculum
         self.alarms, self.data_log, self.checkpointing = alarms, data_log, checkpointing
         self.recheck = recheck
-        phases, layers = phases_of(recipe), recipe.model.n_layers
+        phases, layers = phases_of(recipe), sizes.layers(recipe.model)
         self.microbatches = [microbatch_sequences(recipe, phase) for phase in phases]
         self.recomputed = [sizes.recomputed(training_in(recipe, phase), layers) for phase in phases]
         """Sequences per microbatch, by phase."""

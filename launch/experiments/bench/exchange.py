@@ -115,7 +115,7 @@ def measure(recipe: Recipe, rank: Topology, passes: int, share: float) -> tuple[
     decoder = Decoder(
         recipe.model,
         device="meta",
-        recompute=sizes.recomputed(recipe.training, recipe.model.n_layers),
+        recompute=sizes.recomputed(recipe.training, sizes.layers(recipe.model)),
         loss_chunk_tokens=recipe.training.loss_chunk_tokens,
     )
     layout = Parallelism(expert=rank.world_size, interleave=True)

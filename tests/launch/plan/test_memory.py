@@ -29,6 +29,7 @@ from train.layout import mesh
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
 from train.model.init import initialize
+from train.recipe import sizes
 from train.recipe.reading import load_recipe
 from train.recipe.schema import (
     Balance,
@@ -81,9 +82,9 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize("own", OPTIMIZERS, ids=lambda own: f"{own.kind.value}-{own.moments.value}")
 @pytest.mark.parametrize("rank", [0, 13, 23])
-@pytest.mark.parametrize("stem", ["dbrx", "shared", "dbrx-dense-a", "mpt-7b", "llama2-13b"])
+@pytest.mark.parametrize("stem", ["dbrx", "shared", "dbrx-dense-a", "mpt-7b", "llama2-13b", "ahead"])
 def test_states_of_tiny_recipes_to_the_byte(stem: str, rank: int, own: Optimizer) -> None:
-    cfg = tiny_model(stem)
+    cfg = AHEAD if stem == "ahead" else tiny_model(stem)
     layout, world = Parallelism(replicate=2, expert=4 if cfg.moe else 1), 24
     with sharded(cfg, layout, world, rank) as decoder:
         optimizer = build_optimizer(decoder, own)
@@ -111,10 +112,10 @@ def test_states_of_every_recipe_to_the_byte(path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("expert", [1, 4])
-@pytest.mark.parametrize("stem", ["dbrx", "shared", "dbrx-dense-a", "mpt-7b", "llama2-13b", "mixed"])
+@pytest.mark.parametrize("stem", ["dbrx", "shared", "dbrx-dense-a", "mpt-7b", "llama2-13b", "mixed", "ahead"])
 def test_gathered_weights_are_what_fsdp_allocates(stem: str, expert: int) -> None:
     """Every unit is gathered for real (the fake group sends nothing, but the buffers are FSDP2's own)."""
-    cfg = MIXED if stem == "mixed" else tiny_model(stem)
+    cfg = {"mixed": MIXED, "ahead": AHEAD}.get(stem) or tiny_model(stem)
     layout = Parallelism(replicate=2, expert=expert if cfg.moe else 1)
     real: dict[str, int] = {}
     with sharded(cfg, layout, 24, rank=5) as decoder:
@@ -198,7 +199,10 @@ CASES = {
     "wide-heads": Case(replace(MOE, n_heads=8, head_width=48), 4, 512, 512),
     "qk-norm": Case(replace(MOE, qk_norm=True, norm=Norm.rmsnorm), 4, 512, 512),
     "qwen3": Case(QWEN3, 4, 512, 512),
+    "ahead": Case(replace(MOE, mtp=True), 4, 512, 512),
+    "ahead-rms": Case(replace(LLAMA, mtp=True), 4, 512, 512),
 }
+AHEAD = replace(MOE, mtp=True)
 MIXED = replace(MOE, n_layers=5, moe=Moe(experts=16, top_k=4, dense_layers=1, every_n_layers=2))
 
 OFTEN = (Recompute.nothing, Recompute.layer)
@@ -206,7 +210,7 @@ GRADED = [
     (name, grade)
     for name in CASES
     for grade in Recompute
-    if grade in OFTEN or name in ("moe", "mpt", "llama")
+    if grade in OFTEN or name in ("moe", "mpt", "llama", "ahead")
 ]
 """All grades of one size of each kind of layer."""
 
@@ -225,9 +229,8 @@ class Step:
     def forward(self) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             output = self.decoder(self.ids, self.documents, self.ids)
-        return (
-            output.loss_sum / self.ids.numel() + output.balance_loss + output.sequence_balance + output.z_loss
-        )
+        language = (output.loss_sum + output.mtp_loss_sum) / self.ids.numel()
+        return language + output.balance_loss + output.sequence_balance + output.z_loss
 
     def kept_bytes(self) -> int:
         """Returns bytes that are allocated after the forward pass, without weights."""
@@ -259,7 +262,7 @@ def planned_peak(case: Case, grades: list[Recompute], bf16: bool = False) -> int
 
 
 def alike(case: Case, grade: Recompute) -> list[Recompute]:
-    return [grade] * case.model.n_layers
+    return [grade] * sizes.layers(case.model)
 
 
 @pytest.mark.parametrize(("name", "grade"), GRADED)
@@ -267,7 +270,7 @@ def test_a_forward_pass_keeps_what_is_listed(name: str, grade: Recompute) -> Non
     case = CASES[name]
     loss = loss_bytes(case.model, case.batch, CPU_FP32, case.chunk_tokens)
     planned = kept_bytes(case.model, case.batch, CPU_FP32, alike(case, grade))
-    planned += norm_bytes(case.model, case.batch, CPU_FP32) + loss.hidden_gradient + loss.weight_gradient
+    planned += norm_bytes(case.model, case.batch, CPU_FP32) + loss.kept
     assert planned == pytest.approx(Step(case, alike(case, grade)).kept_bytes(), rel=0.02)
 
 

@@ -16,6 +16,7 @@ from train.health.collectives import CollectiveRecorder, recorded_collectives
 from train.layout.mesh import build_mesh, build_sharded, reduce_gradients
 from train.layout.optim import average_replicated_gradients, build_optimizer
 from train.model.decoder import Decoder
+from train.recipe import sizes
 from train.recipe.schema import (
     Model,
     Moe,
@@ -116,7 +117,7 @@ def count(
             with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.bf16):
                 output = decoder(ids, None, ids)
             reduce_gradients(decoder, layout, after_this_pass=left == 0)
-            (output.loss_sum / ids.numel() + output.balance_loss).backward()
+            ((output.loss_sum + output.mtp_loss_sum) / ids.numel() + output.balance_loss).backward()
         average_replicated_gradients(decoder.parameters())
 
     step()
@@ -149,6 +150,14 @@ def count(
         pytest.param(
             MIXED, replace(COPIES, gathered_layers=2), 4, Precision.bf16, Recompute.layer, id="dense-layers"
         ),
+        pytest.param(
+            replace(MOE, mtp=True),
+            replace(COPIES, gathered_layers=2),
+            4,
+            Precision.bf16,
+            Recompute.layer,
+            id="multi-token-prediction",
+        ),
         pytest.param(DENSE, Parallelism(replicate=2), 4, Precision.bf16, KEPT, id="dense"),
         pytest.param(DENSE, Parallelism(), 3, Precision.fp32, Recompute.layer, id="dense-recomputed"),
     ],
@@ -156,7 +165,7 @@ def count(
 def test_bytes_are_those_counted_on_gloo(
     cfg: Model, layout: Parallelism, world: int, precision: Precision, recomputed: Recompute
 ) -> None:
-    grades = [recomputed] * (cfg.n_layers - 1) + [Recompute.nothing]
+    grades = [recomputed] * (sizes.layers(cfg) - 1) + [Recompute.nothing]
     ranks = run_ranks(world, lambda rank: count(cfg, layout, precision, grades, rank))
     predicted_bytes: Counter[CollectiveKind] = Counter()
     predicted_calls: Counter[CollectiveKind] = Counter()

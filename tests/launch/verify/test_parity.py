@@ -42,14 +42,14 @@ def _imported() -> None:
 
 @functools.cache
 def _reference(
-    case_key: tuple[str, str, Changes, OptimizerKind | None, Precision], folder: Path
+    case_key: tuple[str, str, Changes, OptimizerKind | None, Precision], folder: Path, mtp: bool = False
 ) -> tuple[Case, int, Path]:
     """The case of a fault with its reference, cached for faults that share it."""
     name, layout, experts, optimizer, precision = case_key
-    needs = KnownFault("", nullcontext, "", experts=experts, optimizer=optimizer)
+    needs = KnownFault("", nullcontext, "", experts=experts, optimizer=optimizer, mtp=mtp)
     recipe = needs.recipe_of(load_recipe(YAMLS / "smoke.yaml"))
     case = find_case(recipe, next(each for each in layouts(recipe) if str(each) == layout), name, precision)
-    file = folder / f"{layout}-{name}-{len(experts)}-{optimizer}-{precision.value}.pt"
+    file = folder / f"{layout}-{name}-{len(experts)}-{optimizer}-{mtp}-{precision.value}.pt"
     return case, make_reference(case, file), file
 
 
@@ -77,7 +77,7 @@ def _seen_in(fault: KnownFault) -> set[Precision]:
 def test_gate_sees_the_fault(name: str, precision: Precision, folder: Path) -> None:
     fault = FAULTS[name]
     key = (fault.input, str(fault.layout), fault.experts, fault.optimizer, precision)
-    case, seed, file = _reference(key, folder)
+    case, seed, file = _reference(key, folder, fault.mtp)
     outcome = CaseOutcome(case, run_case(case, seed, file, fault.inject))
     assert not outcome.has_passed
     deviation = outcome.deviations[fault.shows_in]
@@ -184,6 +184,9 @@ def test_a_near_zero_update_of_lion_that_rounding_turns_accuses_nobody(tmp_path:
         ("smoke", "model.moe.balance_scope=rank --precision fp32 --worlds 2 --inputs accumulated"),
         ("smoke", "model.moe.balance_scope=expert_group --precision fp32 --worlds 2 --inputs accumulated"),
         ("smoke", "model.moe.balance=bias --precision bf16 --worlds 2 --inputs accumulated"),
+        ("qwen3-30b-a3b", "--precision fp32 --worlds 2 --inputs recomputed"),
+        ("olmoe-1b-7b", "--precision fp32 --worlds 2 --inputs split"),
+        ("finegrain-132b", "model.mtp=true --precision fp32 --worlds 2 --inputs recomputed"),
     ],
 )
 def test_command_passes_a_recipe_and_writes_its_tables(

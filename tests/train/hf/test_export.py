@@ -68,6 +68,10 @@ MODELS = {
     "llama": (LLAMA, "LlamaForCausalLM"),
     "llama, tied": (replace(LLAMA, tie_embeddings=True), "LlamaForCausalLM"),
     "mixtral": (replace(LLAMA, moe=Moe(experts=4, top_k=2)), "MixtralForCausalLM"),
+    "mixtral, without its multi-token prediction": (
+        replace(LLAMA, moe=Moe(experts=4, top_k=2), mtp=True),
+        "MixtralForCausalLM",
+    ),
     "olmoe": (
         replace(LLAMA, qk_norm=True, clip_qkv=0.5, moe=Moe(experts=8, top_k=3, normalize_weights_p=None)),
         "OlmoeForCausalLM",

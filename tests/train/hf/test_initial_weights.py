@@ -136,6 +136,18 @@ def test_the_balancing_bias_comes_along(recipe: Recipe, make_run: MakeRun) -> No
     assert loaded.get_buffer(bias).tolist() == [0.5, -0.5, 0.25, 0.0]
 
 
+def test_multi_token_prediction_may_be_added(recipe: Recipe, make_run: MakeRun) -> None:
+    path, decoder = make_run(recipe)
+    loaded, own = replace(MODEL, mtp=True), {}
+    target = Decoder(loaded, device="cpu")
+    for name, parameter in target.named_parameters():
+        own[name] = parameter.detach().clone()
+    load_initial_weights(target, path)
+    given = dict(decoder.named_parameters())
+    for name, parameter in target.named_parameters():
+        assert torch.equal(parameter, own[name] if name.startswith("transformer.mtp.") else given[name])
+
+
 def _train(decoder: Decoder, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):

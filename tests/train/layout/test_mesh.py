@@ -201,7 +201,7 @@ STAGES = Curriculum((), 64)
 def _agreed(callback: Checkpointing) -> tuple[float, list[bool]]:
     """The mean loss over the ranks, and what they agree on with it; nothing else may be asked of them."""
     sums, zero = BatchSums(None), torch.zeros(())
-    outputs = DecoderOutput(None, zero, zero, None, torch.zeros(0, 0), zero, torch.zeros(0, 0), zero)
+    outputs = DecoderOutput(None, zero, zero, None, torch.zeros(0, 0), zero, torch.zeros(0, 0), zero, zero)
     sums.add({"input_ids": torch.zeros(1, 8)}, outputs, torch.tensor(2.0 + dist.get_rank()))
     with recorded_collectives() as asked:
         totals = sums.reduce(callback.flags())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from train.model.attention import AttentionPlan, DocumentKernel
-from train.model.decoder import Decoder, DecoderOutput
+from train.model.decoder import Decoder, DecoderOutput, targets_ahead
 from train.model.init import initialize
 from train.model.kv_cache import CachedDecoder
 from train.model.moe import MoE, balance_loss
@@ -117,6 +117,53 @@ def test_balance_and_z_loss_are_means_over_layers() -> None:
     torch.testing.assert_close(out.balance_loss, (layers[0] + layers[1]) / 2)
     torch.testing.assert_close(out.z_loss, (seen[0].z_loss + seen[1].z_loss) / 2)
     assert torch.equal(out.expert_tokens_LE, torch.stack([aux.expert_tokens_E for aux in seen]))
+
+
+AHEAD = replace(CFG, mtp=True, moe=Moe(experts=4, top_k=2))
+
+
+def test_multi_token_prediction_reads_the_next_token_and_none_after_it() -> None:
+    """Each target's loss depends on the tokens up to the next, of its own document, and on no other."""
+    model, (ids, documents, targets) = make(replace(AHEAD, moe=None)), batch()
+
+    def losses(ids: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        hook = model.transformer.mtp.register_forward_hook(lambda *given: seen.append(given[2][0]))
+        model(ids, documents, targets)
+        hook.remove()
+        return seen[0]
+
+    plain = losses(ids)
+    for place in (3, 6, 9):
+        other = ids.clone()
+        other[0, place] = (other[0, place] + 1) % V
+        changed = (losses(other) - plain).abs().amax(dim=-1)[0] > 1e-6
+        first, end = (0, 6) if place < 6 else (6, S)
+        # The position before reads it as its next token; one of the document before has no target then.
+        assert changed.nonzero().flatten().tolist() == [*range(place - 1, end)]
+        assert place > first or targets_ahead(targets, documents)[0, place - 1] == -100
+
+
+def test_tokens_after_the_next_are_targets_within_a_document() -> None:
+    ids, documents, targets = batch()
+    found = targets_ahead(targets, documents)
+    wanted = torch.full_like(ids, -100)
+    wanted[0, :4], wanted[0, 6:14], wanted[1, :13] = ids[0, 2:6], ids[0, 8:], ids[1, 2:15]
+    assert torch.equal(found, wanted)
+    unmasked = targets_ahead(targets, None)  # of documents that see each other, only missing targets count
+    wanted[1, 13] = ids[1, 15]
+    wanted[0, 4:6] = torch.tensor([-100, -100])
+    assert torch.equal(unmasked, wanted)
+
+
+def test_only_training_predicts_several_tokens() -> None:
+    model, (ids, documents, targets) = make(AHEAD), batch()
+    plain = make(replace(AHEAD, mtp=False))
+    trained, validated = model(ids, documents, targets), model.eval()(ids, documents, targets)
+    assert trained.mtp_loss_sum > 1 and validated.mtp_loss_sum == 0
+    assert [len(out.expert_tokens_LE) for out in (trained, validated)] == [3, 2]
+    torch.testing.assert_close(trained.loss_sum, plain(ids, documents, targets).loss_sum)
+    assert torch.equal(CachedDecoder(model).feed(ids), CachedDecoder(plain).feed(ids))
 
 
 MIXED = replace(

@@ -66,7 +66,7 @@ def test_a_graph_may_be_gone_through_again(grade: Recompute) -> None:
     found = []
     for passes in (1, 2):
         transformer = make(replace(CFG, moe=Moe(experts=4, top_k=2)), grade).transformer
-        out_BSD, _ = transformer(*batch()[:2])
+        out_BSD, *_ = transformer(*batch()[:2])
         for left in reversed(range(passes)):
             out_BSD.square().sum().backward(retain_graph=left > 0)
         found.append({name: p.grad for name, p in transformer.named_parameters() if p.grad is not None})

@@ -143,7 +143,7 @@ def test_what_may_differ_from_the_weights_of_step_0() -> None:
         f"yarn.{name}" for name in ("factor", "original_tokens", "beta_fast", "beta_slow", "attention_factor")
     }
     assert reported - {"yarn", *yarn} == {
-        *("rope_theta", "max_sequence_tokens", "norm_eps", "clip_qkv", "position"),
+        *("rope_theta", "max_sequence_tokens", "norm_eps", "clip_qkv", "position", "mtp"),
         *(f"moe.{name}" for name in ("score", "weight_scale", "groups", "top_groups", "group_score")),
     }
 

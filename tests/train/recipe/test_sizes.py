@@ -61,6 +61,7 @@ def test_published_table_to_the_last_digit(model: Model, total: int, active: int
     assert sizes.active_parameters(model) == active
 
 
+AHEAD = replace(decoder(64, 3, (4, 2), 112, 512, moe=Moe(experts=8, top_k=2)), mtp=True)
 MIXED = decoder(64, 7, (4, 2), 112, 512, moe=Moe(experts=8, top_k=2, dense_layers=2, every_n_layers=2))
 
 
@@ -77,7 +78,11 @@ def test_layers_are_dense_or_have_experts() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [MPT, LLAMA, OLMOE, QWEN3, MIXED, decoder(64, 3, (4, 2), 112, 512, moe=Moe(experts=8, top_k=2))]
+    "model",
+    [
+        *(MPT, LLAMA, OLMOE, QWEN3, MIXED, AHEAD, replace(MIXED, mtp=True)),
+        decoder(64, 3, (4, 2), 112, 512, moe=Moe(experts=8, top_k=2)),
+    ],
 )
 def test_listed_weights_add_up_to_the_total(model: Model) -> None:
     listed = list(sizes.weights(model))
@@ -98,6 +103,22 @@ def test_experts_of_their_own_width_and_a_shared_one() -> None:
     forward = sizes.flops_per_token_forward(finer, 16).weights
     of_layer = 2 * (E * D + 3 * (K * F + shared) * D + D)
     assert forward - sizes.flops_per_token_forward(plain, 16).weights == 3 * (of_layer - 2 * replaced)
+
+
+def test_multi_token_prediction_counts_in_training_only() -> None:
+    """By hand: one more layer, a product of 2 D by D, three norms, and the output projection once more."""
+    D, F, E, K, S = 64, 112, 8, 2, 16
+    plain = replace(AHEAD, mtp=False)
+    # Two norms, queries with two keys and values of 16 each, their projection, router and experts.
+    of_layer = 2 * D + (4 + 2 * 2) * 16 * D + 4 * 16 * D + E * D + 3 * E * F * D
+    joining = 2 * D * D + 3 * D
+    assert sizes.total_parameters(AHEAD) - sizes.total_parameters(plain) == of_layer + joining
+    assert sizes.active_parameters(AHEAD) == sizes.active_parameters(plain)
+    assert sizes.flops_per_token_forward(AHEAD, S) == sizes.flops_per_token_forward(plain, S)
+    more, without = (sizes.flops_per_token_training(model, S) for model in (AHEAD, plain))
+    active = of_layer + joining - 3 * (E - K) * F * D + 512 * D
+    assert more.weights - without.weights == 6 * active
+    assert 3 * more.attention == 4 * without.attention
 
 
 def test_input_embedding_counts_only_when_asked_and_untied() -> None:

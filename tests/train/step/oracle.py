@@ -47,6 +47,7 @@ class Figures:
     language: float = 0.0
     balance: float = 0.0
     z: float = 0.0
+    mtp: float = 0.0
     norm: float = 0.0
     counts: list[Tensor] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -103,18 +104,18 @@ class Oracle:
             microbatch: sequences over which a balance loss of scope `microbatch` counts.
         """
         moe, found = self.recipe.model.moe, Figures()
-        language, scores, choices, logits = self.forward(batch, theta)
-        total = language
+        language, mtp, scores, choices, logits = self.forward(batch, theta)
+        total = language + self.recipe.model.mtp_loss_weight * mtp
         if scores:
             balance = self.balance(scores, choices, batch, microbatch)
             z = torch.stack([each.logsumexp(-1).square().mean() for each in logits]).mean()
             assert moe is not None
             weight = moe.balance_loss_weight if moe.balance is Balance.loss else 0.0
-            total = language + weight * balance + moe.z_loss_weight * z
+            total = total + weight * balance + moe.z_loss_weight * z
             found.balance, found.z = balance.item(), z.item()
         leaves = {n: w for n, w in self.weights.items() if w.requires_grad}
         gradients = torch.autograd.grad(total, list(leaves.values()))
-        found.language = language.item()
+        found.language, found.mtp = language.item(), mtp.item()
         found.gradients = dict(zip(leaves, gradients, strict=True))
         found.norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
         most = self.recipe.training.clip_norm
@@ -144,7 +145,7 @@ class Oracle:
             w.copy_(w - rate * (change + decay * w))
         for layer, counts in enumerate(found.counts):
             if moe is not None and moe.balance is Balance.bias:
-                bias = self.weights[f"transformer.blocks.{layer}.ffn.router.expert_bias"]
+                bias = self.weights[f"{self.layer_name(layer)}ffn.router.expert_bias"]
                 # For softmax scores, which are 1/E on average, twice that.
                 bias += moe.bias_update_rate * 2 / moe.experts * torch.sign(counts.mean() - counts)
 
@@ -164,36 +165,72 @@ class Oracle:
 
     def forward(
         self, batch: Sequences, theta: float
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        """Mean cross-entropy over positions; of each MoE layer scores, choices and logits [B, S, E]."""
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """Mean cross-entropies over positions, of next tokens and of those after them; of each MoE layer
+        scores, choices and logits [B, S, E].
+        """
         model, W = self.recipe.model, self.weights
-        x = W["transformer.wte.weight"][batch.tokens]
-        scores: list[Tensor] = []
-        choices: list[Tensor] = []
-        logits: list[Tensor] = []
+        x = embedded = W["transformer.wte.weight"][batch.tokens]
+        routed: list[list[Tensor]] = []
         for layer in range(model.n_layers):
-            at = f"transformer.blocks.{layer}."
-            half = at + "norm_attn_norm."
-            x = x + self.attention(self.norm(x, half + "norm_1.weight"), half + "attn.", batch, theta)
-            h = self.norm(x, half + "norm_2.weight")
-            if model.moe is None:
-                up = h @ W[at + "ffn.w1.weight"].T
-                if model.ffn is Ffn.glu:
-                    up = up * torch.sigmoid(up) * (h @ W[at + "ffn.v1.weight"].T)
-                else:
-                    up = up * (1 + torch.erf(up / math.sqrt(2))) / 2
-                x = x + up @ W[at + "ffn.w2.weight"].T
-                continue
+            x = self.layer(x, self.layer_name(layer), batch, theta, routed)
+        hidden = self.norm(x, "transformer.norm_f.weight")
+        language, mtp = self.cross_entropy(hidden, batch.targets), torch.zeros(())
+        if model.mtp:
+            at = self.layer_name(model.n_layers)
+            # The last position's next token is not known; the first stands for it, and only routers see it.
+            following = torch.cat([embedded[:, 1:], embedded[:, :1]], dim=1)
+            both = self.norm(following, at + "enorm.weight"), self.norm(hidden, at + "hnorm.weight")
+            joined = torch.cat(both, dim=-1) @ W[at + "eh_proj.weight"].T
+            x = self.layer(joined, at, batch, theta, routed)
+            mtp = self.cross_entropy(self.norm(x, at + "norm.weight"), self.two_ahead(batch))
+        scores, choices, logits = ([each[i] for each in routed] for i in range(3))
+        return language, mtp, scores, choices, logits
+
+    def layer_name(self, layer: int) -> str:
+        """Prefix of a layer's weights; multi-token prediction's comes after the last."""
+        return "transformer.mtp." if layer == self.recipe.model.n_layers else f"transformer.blocks.{layer}."
+
+    def layer(self, x: Tensor, at: str, batch: Sequences, theta: float, routed: list[list[Tensor]]) -> Tensor:
+        """One layer; adds scores, choices and logits of its router."""
+        model, W = self.recipe.model, self.weights
+        half = at + "norm_attn_norm."
+        x = x + self.attention(self.norm(x, half + "norm_1.weight"), half + "attn.", batch, theta)
+        h = self.norm(x, half + "norm_2.weight")
+        if model.moe is not None:
             out, *of_router = self.experts(h, at + "ffn.")
-            x = x + out
-            for kept, each in zip((scores, choices, logits), of_router, strict=True):
-                kept.append(each)
-        head = W["transformer.wte.weight" if model.tie_embeddings else "lm_head.weight"]
-        logs = functional.log_softmax(self.norm(x, "transformer.norm_f.weight") @ head.T, dim=-1)
-        B, S = batch.tokens.shape
-        has = batch.targets != NONE
-        own = logs.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0]
-        return -(own * has).sum() / (B * (S - 1)), scores, choices, logits
+            routed.append(of_router)
+            return x + out
+        up = h @ W[at + "ffn.w1.weight"].T
+        if model.ffn is Ffn.glu:
+            up = up * torch.sigmoid(up) * (h @ W[at + "ffn.v1.weight"].T)
+        else:
+            up = up * (1 + torch.erf(up / math.sqrt(2))) / 2
+        return x + up @ W[at + "ffn.w2.weight"].T
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Summed over targets, over the number of positions that have a next token."""
+        head = self.weights[
+            "transformer.wte.weight" if self.recipe.model.tie_embeddings else "lm_head.weight"
+        ]
+        logs = functional.log_softmax(hidden @ head.T, dim=-1)
+        own = logs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        B, S = targets.shape
+        return -(own * (targets != NONE)).sum() / (B * (S - 1))
+
+    def two_ahead(self, batch: Sequences) -> Tensor:
+        """The token after the next one, where both are targets and, of documents apart, in the same one."""
+        B, S = batch.targets.shape
+        found = torch.full_like(batch.targets, NONE)
+        for b in range(B):
+            for i in range(S - 2):
+                one, two = batch.targets[b, i], batch.targets[b, i + 1]
+                if NONE in (one, two):
+                    continue
+                is_same = batch.documents[b, i] == batch.documents[b, i + 1] == batch.documents[b, i + 2]
+                if is_same or not self.recipe.training.document_masking:
+                    found[b, i] = batch.tokens[b, i + 2]
+        return found
 
     def experts(self, h: Tensor, at: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Every expert on every token, times its weight, which is zero for all but K."""
