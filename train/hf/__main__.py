@@ -121,6 +121,14 @@ def _upcycle_arguments(parser: ArgumentParser) -> None:
         metavar="G",
         help="slices per copy of the dense layer; top-k = G keeps its FLOPs (default: 1, copies)",
     )
+    parser.add_argument(
+        "--shared",
+        type=at_least(int, 0),
+        default=0,
+        metavar="S",
+        help="of the G slices, those that are a shared expert, for every token (default: 0); top-k = G - S "
+        "keeps the FLOPs then",
+    )
     parser.add_argument("--balance", choices=[b.value for b in Balance], default="loss", help="default: loss")
     parser.add_argument("--seed", type=int, default=17, help="of the router (default: 17)")
 
@@ -138,7 +146,7 @@ def run_upcycle(options: Namespace) -> Figures:
     from train.hf.upcycle import upcycle
 
     moe = Moe(experts=options.experts, top_k=options.top_k, balance=Balance(options.balance))
-    written = upcycle(options.source, options.out, moe, options.granularity, options.seed)
+    written = upcycle(options.source, options.out, moe, options.granularity, options.seed, options.shared)
     print(
         f"{options.out}: {written.parameters:,} parameters, {written.bytes / 1e9:.3f} GB; a recipe gets its "
         f"architecture with `extends: {options.out}/model.yaml`, its weights with start.weights={options.out}"

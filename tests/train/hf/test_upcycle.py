@@ -46,15 +46,19 @@ def _loss(decoder: Decoder) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("experts", "top_k", "granularity", "balance"),
-    [(4, 1, 1, "loss"), (4, 2, 1, "bias"), (16, 4, 4, "loss"), (12, 6, 3, "loss"), (8, 8, 2, "bias")],
+    ("experts", "top_k", "granularity", "shared", "balance"),
+    [
+        *((4, 1, 1, 0, "loss"), (4, 2, 1, 0, "bias"), (16, 4, 4, 0, "loss")),
+        *((12, 6, 3, 0, "loss"), (8, 8, 2, 0, "bias"), (12, 3, 4, 1, "loss"), (15, 10, 8, 3, "bias")),
+    ],
 )
-def test_the_loss_at_step_0_is_the_dense_models(
-    experts: int, top_k: int, granularity: int, balance: str, dense: tuple[Path, Decoder]
+def test_the_mixture_computes_what_the_dense_model_does(
+    experts: int, top_k: int, granularity: int, shared: int, balance: str, dense: tuple[Path, Decoder]
 ) -> None:
     run, decoder = dense
     out = run / "mixture"
     numbers = ["--experts", str(experts), "--top-k", str(top_k), "--granularity", str(granularity)]
+    numbers += ["--shared", str(shared)] if shared else []
     assert main(["upcycle", str(run), str(out), *numbers, "--balance", balance]) == 0
     model = read_model(out / "model.yaml")
     assert model.moe is not None and (model.moe.experts, model.moe.top_k) == (experts, top_k)
@@ -65,8 +69,11 @@ def test_the_loss_at_step_0_is_the_dense_models(
     load_initial_weights(mixture, out)
     expected = _loss(decoder)
     torch.testing.assert_close(_loss(mixture), expected, atol=1e-5, rtol=1e-6)
-    chosen = mixture(torch.randint(0, 300, (4, 32))).expert_tokens_LE
-    whole_copies = chosen.view(2, -1, granularity)
+    ids = torch.randint(0, 300, (4, 32))
+    torch.testing.assert_close(mixture(ids).logits_BSV, decoder(ids).logits_BSV, atol=1e-5, rtol=1e-5)
+    assert model.moe.shared_hidden_size == (shared * 96 // granularity or None)
+    chosen = mixture(ids).expert_tokens_LE
+    whole_copies = chosen.view(2, -1, granularity - shared)
     assert (whole_copies == whole_copies[:, :, :1]).all(), "copies are selected whole"
     assert (chosen.sum(1) == 4 * 32 * top_k).all()
 
@@ -113,6 +120,11 @@ def test_what_does_not_divide_is_a_line(
         (["--top-k", "3", "--granularity", "2"], "top-k 3 is not divisible"),
         (["--experts", "5", "--top-k", "5", "--granularity", "5"], "hidden size 96 is not divisible"),
         (["--experts", "2", "--top-k", "4"], "top-k 4 exceeds 2 experts"),
+        (["--granularity", "4", "--shared", "4"], "4 shared slices leave none of granularity 4"),
+        (
+            ["--granularity", "4", "--shared", "1"],
+            "experts 16 is not divisible by granularity 4 less 1 shared",
+        ),
     ):
         assert main(["upcycle", str(run), str(run / "out"), *numbers]) == 2
         complaint = capsys.readouterr().err.strip().splitlines()[-1]
