@@ -32,6 +32,7 @@ GPUS = {  # as in the recipes' comments; one for those that target a single mach
     "llama2-13b": 256,
     "qwen3-30b-a3b": 64,
     "olmoe-1b-7b": 64,
+    "finegrain-132b": 3072,
 }
 PUBLISHED = {  # design.md, section 9: total, and active without the input embedding
     "dbrx": (131_596_523_520, 35_853_146_112),
@@ -42,6 +43,7 @@ PUBLISHED = {  # design.md, section 9: total, and active without the input embed
     "llama2-13b": (13_015_864_320, 12_852_024_320),
     "qwen3-30b-a3b": (30_532_122_624, 3_041_867_776),  # with the input embedding 3.35B active
     "olmoe-1b-7b": (6_919_161_856, 1_178_994_688),
+    "finegrain-132b": (131_639_001_088, 15_086_632_960),  # our own: as its comments and docs/recipes.md say
 }
 ROUNDED = {  # the same page, in billions with the published digits
     "dbrx-9b": ("9.17", "2.62"),
