@@ -175,7 +175,7 @@ def test_a_near_zero_update_of_lion_that_rounding_turns_accuses_nobody(tmp_path:
             f"{TRADED} parallelism.reduce_precision=bf16 --precision bf16 --worlds 4 --inputs accumulated",
         ),
         ("smoke", f"{HALVED} model.moe.jitter_eps=0.05 --precision fp32 --worlds 2 --inputs split"),
-        ("smoke", f"{HALVED} --precision fp32 --worlds 2 --inputs recomputed"),
+        ("smoke", f"{HALVED} model.mtp=true --precision fp32 --worlds 2 --inputs recomputed"),
         ("smoke", f"{HALVED} --precision bf16 --worlds 2 --inputs plain"),
         ("dbrx-moe-a", "--worlds 2 --inputs recomputed"),
         # Two phases: sequences grow after the first step.
@@ -186,7 +186,7 @@ def test_a_near_zero_update_of_lion_that_rounding_turns_accuses_nobody(tmp_path:
         ("smoke", "model.moe.balance=bias --precision bf16 --worlds 2 --inputs accumulated"),
         ("qwen3-30b-a3b", "--precision fp32 --worlds 2 --inputs recomputed"),
         ("olmoe-1b-7b", "--precision fp32 --worlds 2 --inputs split"),
-        ("finegrain-132b", "model.mtp=true --precision fp32 --worlds 2 --inputs recomputed"),
+        ("finegrain-132b", "--precision fp32 --worlds 2 --inputs recomputed"),
     ],
 )
 def test_command_passes_a_recipe_and_writes_its_tables(
