@@ -226,7 +226,7 @@ class Transformer(nn.Module):
         make_plan = functools.partial(plan_halves, plan_of) if is_halved else plan_of
         plan = make_plan(len(ids_BS), document_ids_BS)
         layers: list[MoEAux] = []
-        for block, how in zip(self.blocks, self.recompute, strict=False):
+        for block, how in zip(self.blocks, self.recompute[: len(self.blocks)], strict=True):
             x_BSD, aux = run_layer(how, block, x_BSD, plan, draws=self.draws)
             if aux is not None:
                 layers.append(aux)
@@ -235,7 +235,7 @@ class Transformer(nn.Module):
             return hidden_BSD, layers, None
         # The last position's next token is unknown; it has no target either, and no other position sees it.
         inputs = (hidden_BSD, embedded_BSD.roll(-1, dims=1), plan)
-        ahead_BSD, aux = run_layer(self.recompute[-1], self.mtp, *inputs, draws=self.draws)
+        ahead_BSD, aux = run_layer(self.recompute[len(self.blocks)], self.mtp, *inputs, draws=self.draws)
         return hidden_BSD, layers if aux is None else [*layers, aux], ahead_BSD
 
 
@@ -336,12 +336,11 @@ class Decoder(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns logits [T, V], or with targets the summed loss and each token's loss."""
         targets_T = None if targets_BS is None else targets_BS.flatten()
-        given = (hidden_BSD.flatten(0, 1), targets_T, self.loss_chunk_tokens, z_weight)
-        if self.lm_head is not None:
-            result: Tensor | tuple[Tensor, Tensor] = self.lm_head(*given)
-            return result
-        hidden_TD, *rest = given
-        return _project(hidden_TD, self.transformer.wte.weight, *rest)
+        hidden_TD, of_loss = hidden_BSD.flatten(0, 1), (self.loss_chunk_tokens, z_weight)
+        if self.lm_head is None:
+            return _project(hidden_TD, self.transformer.wte.weight, targets_T, *of_loss)
+        result: Tensor | tuple[Tensor, Tensor] = self.lm_head(hidden_TD, targets_T, *of_loss)
+        return result
 
 
 def _project(

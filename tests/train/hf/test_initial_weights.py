@@ -19,6 +19,7 @@ from train.hf.weights import Weights, open_weights
 from train.layout.mesh import build_mesh, build_sharded
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
+from train.model.init import initialize
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Balance, Model, Moe, Optimizer, Parallelism, Precision, Recipe
@@ -140,6 +141,7 @@ def test_multi_token_prediction_may_be_added(recipe: Recipe, make_run: MakeRun) 
     path, decoder = make_run(recipe)
     loaded, own = replace(MODEL, mtp=True), {}
     target = Decoder(loaded, device="cpu")
+    initialize(target, loaded, seed=5)
     for name, parameter in target.named_parameters():
         own[name] = parameter.detach().clone()
     load_initial_weights(target, path)
