@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from train.layout.torch_patches import apply_torch_patches
-from train.model.decoder import Block, Decoder
+from train.model.decoder import Block, Decoder, MultiTokenPrediction
 from train.model.init import initialize
 from train.model.moe import MoE
 from train.recipe import sizes
@@ -128,7 +128,6 @@ def gather_ahead(decoder: nn.Module) -> None:
     its own next layer is done; a layer's it skips.
     """
     layers = [_units(module) for module in decoder.modules() if isinstance(module, Block)]
-    ahead = decoder.transformer.mtp
     assert isinstance(decoder, FSDPModule)
     # Else a unit's gradients would not be summed before those of the unit before it are: the experts' sum, of
     # all traffic in the backward pass the most, would be hidden by the attention only. From torch 2.15 on.
@@ -139,7 +138,7 @@ def gather_ahead(decoder: nn.Module) -> None:
     decoder.set_modules_to_backward_prefetch(layers[-1])
     for layer, after in itertools.pairwise(layers):
         # The layer of multi-token prediction is gathered when it runs: validation would gather it in vain.
-        if after[0] is not ahead:
+        if not isinstance(after[0], MultiTokenPrediction):
             layer[0].set_modules_to_forward_prefetch(after)
         # Asked for by the last unit of a layer, whose backward pass is the first.
         after[-1].set_modules_to_backward_prefetch(layer)
