@@ -33,6 +33,7 @@ GPUS = {  # as in the recipes' comments; one for those that target a single mach
     "qwen3-30b-a3b": 64,
     "olmoe-1b-7b": 64,
     "finegrain-132b": 3072,
+    "deepseek-v3": 2048,
 }
 PUBLISHED = {  # design.md, section 9: total, and active without the input embedding
     "dbrx": (131_596_523_520, 35_853_146_112),
@@ -44,6 +45,7 @@ PUBLISHED = {  # design.md, section 9: total, and active without the input embed
     "qwen3-30b-a3b": (30_532_122_624, 3_041_867_776),  # with the input embedding 3.35B active
     "olmoe-1b-7b": (6_919_161_856, 1_178_994_688),
     "finegrain-132b": (131_639_001_088, 15_086_632_960),  # our own: as its comments and docs/recipes.md say
+    "deepseek-v3": (671_026_404_352, 36_625_603_584),  # with the input embedding 37.55B active
 }
 ROUNDED = {  # the same page, in billions with the published digits
     "dbrx-9b": ("9.17", "2.62"),
@@ -98,6 +100,7 @@ def test_tiny_recipe_is_valid_and_keeps_the_features(path: Path) -> None:
     features = ["ffn", "position", "norm", "clip_qkv", "tie_embeddings", "qk_norm"]
     if recipe.model.moe is None or recipe.model.moe.experts <= MOST_EXPERTS:
         features.append("moe")
+    assert (small.model.latent is None) is (recipe.model.latent is None)
     for feature in features:
         assert getattr(small.model, feature) == getattr(recipe.model, feature)
     assert small.model.n_heads * recipe.model.n_kv_heads == recipe.model.n_heads * small.model.n_kv_heads

@@ -74,6 +74,8 @@ def norm_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
 
 def attention_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict[str, int]:
     """Bytes that the attention half of one layer saves."""
+    if model.latent is not None:
+        return _latent_attention_bytes(model, batch, numerics)
     T, D, c = batch.tokens, model.d_model, numerics.compute
     Q, G = sizes.query_width(model), sizes.key_width(model)
     saved = {"norm 1": norm_bytes(model, batch, numerics), "Wqkv input": T * D * c}
@@ -89,6 +91,30 @@ def attention_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict
     saved["keys and values"] = 2 * T * (G if grouped else Q) * c
     saved["attention output"] = T * (Q * c + model.n_heads * FP32)
     return saved
+
+
+def _latent_attention_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict[str, int]:
+    """Bytes that the attention half of a layer with latent attention saves: values are as wide as keys."""
+    T, c = batch.tokens, numerics.compute
+    Q, attended = sizes.query_width(model), sizes.attended_width(model)
+    narrow = [size for (size, *columns) in sizes.attention_shapes(model).values() if not columns]
+    normalised = 0 if numerics.on_gpu else sum(narrow) * FP32
+    return {
+        "norm 1": norm_bytes(model, batch, numerics),
+        "Wqkv input": T * model.d_model * c,
+        "narrow vectors": T * narrow_width(model) * c,
+        "norms of narrow vectors": T * (sum(narrow) * c + normalised + len(narrow) * FP32),
+        "queries": T * Q * c,
+        "keys and values": 2 * T * Q * c,
+        # The values' padding is cut off for the output projection.
+        "attention output": T * ((Q + (attended if attended < Q else 0)) * c + model.n_heads * FP32),
+    }
+
+
+def narrow_width(model: Model) -> int:
+    """Elements of latent attention's narrow vectors of a token, and of the key that all heads share."""
+    assert model.latent is not None
+    return (model.latent.q_rank or 0) + model.latent.kv_rank + model.latent.rope_width
 
 
 def ffn_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict[str, int]:
@@ -132,7 +158,7 @@ def shared_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
     if model.position is Position.alibi:
         masks = batch.sequences if batch.masked else 1
         return masks * model.n_heads * S * S * c
-    rotations = S * sizes.head_width(model) * FP32
+    rotations = S * sizes.rotated_width(model) * FP32
     return rotations + (batch.sequences * S * S * c if batch.masked and not numerics.on_gpu else 0)
 
 

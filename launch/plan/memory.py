@@ -18,7 +18,6 @@ from launch.plan.activations import (
     ONE_GPU_BF16,
     Microbatch,
     Numerics,
-    backward_bytes,
     layer_gradient_elements,
     loss_bytes,
     norm_bytes,
@@ -216,12 +215,11 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
         Moment(stream, 0, whole.outside * (2 + FP32 // numerics.compute), 0, all_gradients),
         Moment(0, 0, orthogonalising(recipe, world_size).bytes, 0, all_gradients),
     ]
-    for each in backward_passes(model, batch, numerics, grades):
+    for each in backward_passes(model, batch, numerics, grades, halves=halves):
         layers_above = len(grades) - 1 - each.layer
         gradients = all_gradients * layers_above // max(1, len(grades) - 1)
-        in_layer = each.kept + each.made + waiting
-        in_layer += backward_bytes(each.like, batch, numerics, halves=halves)
         stay = gathered + (0 if layers_above else above)
+        in_layer = each.kept + each.working + waiting
         found.append(Moment(in_layer, head_gradient, stay, exchanged, max(kept_gradients, gradients)))
     return found
 
@@ -262,7 +260,7 @@ def moments_of_one(
     for each in backward_passes(model, batch, numerics, grades):
         # A checkpoint's input is what its first norm saves.
         shared = stream if grades[each.layer] is Recompute.layer else 0
-        in_layer = each.kept + each.made - shared + backward_bytes(each.like, batch, numerics)
+        in_layer = each.kept + each.working - shared
         in_layer += stream if model.mtp else 0  # a gradient of the hidden states, then of the embeddings
         made_first = layer_gradient_elements(each.like)[1] * FP32
         gradients = max(kept_gradients, _gradients_above(model, each.layer)) + made_first

@@ -14,13 +14,22 @@ from launch.plan.activations import (
     Microbatch,
     Numerics,
     attention_bytes,
+    backward_bytes,
     ffn_bytes,
     layer_bytes,
     norm_bytes,
     shared_bytes,
     weight_copies,
 )
-from launch.plan.step_time import BF16, Split, Work, layer_work, matrix_product
+from launch.plan.step_time import (
+    BF16,
+    Split,
+    Work,
+    layer_work,
+    matrix_product,
+    projections,
+    turning_elements,
+)
 from train.recipe import sizes
 from train.recipe.schema import Ffn, Model, Position, Recompute
 
@@ -32,15 +41,7 @@ def kept_in_layer(model: Model, batch: Microbatch, numerics: Numerics, grade: Re
         return stream
     if grade is Recompute.nothing:
         return layer_bytes(model, batch, numerics)
-    attention = dict(attention_bytes(model, batch, numerics))
-    # Of the norms only their inputs stay, which are the residual stream.
-    attention |= {"norm 1": stream, "Wqkv input": 0}
-    if turns(model):
-        projected = sizes.query_width(model) + 2 * sizes.key_width(model)
-        names = ["before clipping", "QK norm", "queries"]
-        names += [] if _repeats_heads(model, numerics) else ["keys and values"]
-        attention |= dict.fromkeys(names, 0) | {"projections": batch.tokens * projected * numerics.compute}
-    kept = sum(attention.values()) + stream
+    kept = sum(_kept_in_attention(model, batch, numerics, grade).values()) + stream
     if grade is Recompute.ffn:
         return kept
     return kept + sum(_kept_in_ffn(model, batch, numerics, grade).values())
@@ -102,25 +103,45 @@ class InBackward(NamedTuple):
     """A model whose layers are all as this one."""
     kept: int
     """Bytes that this layer and those before it have kept."""
-    made: int
-    """Bytes that it makes again."""
+    working: int
+    """Bytes that it needs at its peak besides."""
+
+
+def working_bytes(
+    model: Model, batch: Microbatch, numerics: Numerics, grade: Recompute, *, halves: int = 1
+) -> int:
+    """Bytes of a layer's backward pass besides what layers have kept: made again, and gradients.
+
+    With latent attention, whose heads may be several times as wide as the stream, its half of the layer may
+    need the most: the gradients of queries, keys, values and output, when what the other half kept is gone.
+    """
+    of_ffn = made_in_layer(model, batch, numerics, grade) + backward_bytes(
+        model, batch, numerics, halves=halves
+    )
+    if model.latent is None:
+        return of_ffn
+    attention = sum(attention_bytes(model, batch, numerics).values())
+    kept = kept_in_layer(model, batch, numerics, grade)
+    gradients = 4 * sizes.query_width(model) * numerics.compute
+    gradients += model.d_model * (numerics.stream + numerics.compute)
+    return max(of_ffn, attention - kept + batch.tokens * gradients)
 
 
 def backward_passes(
-    model: Model, batch: Microbatch, numerics: Numerics, grades: Sequence[Recompute]
+    model: Model, batch: Microbatch, numerics: Numerics, grades: Sequence[Recompute], *, halves: int = 1
 ) -> list[InBackward]:
     """The layers whose backward pass may need the most: the last, the last of each grade, the first of each
-    kind.
+    kind. Of ``halves`` that are computed in turn, experts have one at a time.
     """
     found, models = [], layer_models(model)
     firsts = [alike.layers[0] for alike in sizes.alike_layers(model)]
     for layer, (like, grade) in enumerate(zip(models, grades, strict=True)):
         if layer in firsts or layer == len(grades) - 1 or grade is not grades[layer + 1]:
             kept = kept_bytes(model, batch, numerics, grades[: layer + 1])
-            made = made_in_layer(like, batch, numerics, grade)
+            working = working_bytes(like, batch, numerics, grade, halves=halves)
             if layer == model.n_layers:
-                made += _made_in_joining(model, batch, numerics, grade)
-            found.append(InBackward(layer, like, kept, made))
+                working += _made_in_joining(model, batch, numerics, grade)
+            found.append(InBackward(layer, like, kept, working))
     return found
 
 
@@ -156,11 +177,14 @@ def work_again(model: Model, tokens: int, sequence_tokens: int, split: Split, gr
     if grade is Recompute.layer:
         return whole
     T, D, F = tokens, model.d_model, sizes.expert_width(model)
-    Q, G = sizes.query_width(model), sizes.key_width(model)
-    turned = 4 * T * Q + (2 * T * (Q + G) if model.qk_norm else 0)
+    turned = T * turning_elements(model)
+    of_attention = projections(model, tokens)
+    of_heads = [
+        of_attention.pop(module) for module in ("q_proj", "q_b_proj", "kv_b_proj") if module in of_attention
+    ]
     if grade is Recompute.ffn:
-        kept = matrix_product(T, D, Q + 2 * G) + matrix_product(T, Q, D)
-        kept += Work(attention_flops=2 * T * sequence_tokens * Q)
+        kept = sum(of_attention.values(), Work())
+        kept += Work(attention_flops=2 * T * sequence_tokens * sizes.query_width(model))
         # The sums of the residual stream, and rotation where it keeps its results.
         kept += Work(memory_bytes=BF16 * (8 * T * D + (0 if turns(model) else turned)))
         return whole + kept.times(-1)
@@ -173,12 +197,12 @@ def work_again(model: Model, tokens: int, sequence_tokens: int, split: Split, gr
         passes = 3 * T * D + (0 if split.expert > 1 else rows * 2 * D)
         gates = matrix_product(rows / experts, D, F).times(2 * experts)
     cheap = Work(memory_bytes=BF16 * (4 * T * D + (turned if turns(model) else 0) + passes))
-    return cheap + gates if grade is Recompute.gates else cheap
+    return cheap + sum(of_heads, gates) if grade is Recompute.gates else cheap
 
 
 def turns(model: Model) -> bool:
     """Returns whether queries, keys and values are made again from their projections, which are kept then."""
-    return model.clip_qkv is not None or model.qk_norm
+    return model.clip_qkv is not None or model.qk_norm or model.latent is not None
 
 
 def _copies_in(model: Model, numerics: Numerics, grade: Recompute) -> int:
@@ -191,6 +215,30 @@ def _copies_in(model: Model, numerics: Numerics, grade: Recompute) -> int:
         Recompute.layer: 0,
     }
     return each[grade]
+
+
+def _kept_in_attention(
+    model: Model, batch: Microbatch, numerics: Numerics, grade: Recompute
+) -> dict[str, int]:
+    """Of what :func:`attention_bytes` names: what a layer of any grade between the outermost keeps."""
+    kept = dict(attention_bytes(model, batch, numerics))
+    # Of the norms only their inputs stay, which are the residual stream.
+    kept |= {"norm 1": batch.tokens * model.d_model * numerics.stream, "Wqkv input": 0}
+    if not turns(model):
+        return kept
+    projected = sizes.query_width(model) + 2 * sizes.key_width(model)
+    names = ["before clipping", "QK norm", "queries"]
+    names += [] if _repeats_heads(model, numerics) else ["keys and values"]
+    if model.latent is not None:
+        names = ["norms of narrow vectors", "queries", "keys and values"]
+        projected = 0 if grade.includes(Recompute.gates) else _heads_width(model)
+    return kept | dict.fromkeys(names, 0) | {"projections": batch.tokens * projected * numerics.compute}
+
+
+def _heads_width(model: Model) -> int:
+    """Elements of a token that latent attention's products of narrow vectors write: queries, keys, values."""
+    keys_and_values, _ = sizes.attention_shapes(model)["kv_b_proj"]
+    return sizes.query_width(model) + keys_and_values
 
 
 def _kept_in_ffn(model: Model, batch: Microbatch, numerics: Numerics, grade: Recompute) -> dict[str, int]:

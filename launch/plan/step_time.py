@@ -116,8 +116,8 @@ def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = S
 
     Elementwise passes over memory are counted as written in :mod:`train.model.decoder`: two norms, two
     residual sums and their casts (12 D); clipping and rotation of queries, keys and values (4 Q), after their
-    normalisation if there is one (2 Q + 2 G); gate, SiLU and product (5 F), or GELU (2 F); gathering and
-    scattering routed rows (6 D each).
+    normalisation if there is one (2 Q + 2 G), or the assembly of latent heads (6 Q) and their norms; gate,
+    SiLU and product (5 F), or GELU (2 F); gathering and scattering routed rows (6 D each).
 
     Args:
         model: the decoder.
@@ -126,13 +126,12 @@ def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = S
         split: how many GPUs share the work.
     """
     T, D, F = tokens, model.d_model, model.ffn_hidden_size
-    Q, G = sizes.query_width(model), sizes.key_width(model)
+    Q = sizes.query_width(model)
     own = T / split.tensor
-    work = matrix_product(T, D, (Q + 2 * G) / split.tensor) + matrix_product(T, Q / split.tensor, D)
+    work = sum(projections(model, tokens, split.tensor).values(), Work())
+    # Latent attention's values are as wide as its keys to the kernel.
     work += Work(attention_flops=2 * own * sequence_tokens * Q)
-    elements = 12 * own * D + 4 * own * Q
-    if model.qk_norm:
-        elements += 2 * own * (Q + G)
+    elements = 12 * own * D + turning_elements(model) * own
     gated = model.ffn is Ffn.glu
     if model.moe is None:
         work += matrix_product(T, D, F / split.tensor).times(3 if gated else 2)
@@ -155,6 +154,28 @@ def joining_work(model: Model, tokens: int) -> Work:
         return Work()
     D = model.d_model
     return matrix_product(tokens, 2 * D, D) + Work(memory_bytes=BF16 * 8 * tokens * D)
+
+
+def projections(model: Model, tokens: int, tensor: int = 1) -> dict[str, Work]:
+    """Products of a layer's attention with its weights, by module; each GPU of ``tensor`` has some heads."""
+    found = {}
+    for module, (rows, *columns) in sizes.attention_shapes(model).items():
+        if not columns:
+            continue
+        if module == "out_proj":
+            found[module] = matrix_product(tokens, columns[0] / tensor, rows)
+        else:  # all heads share the narrow vectors of latent attention
+            shared = "_a_" in module
+            found[module] = matrix_product(tokens, columns[0], rows if shared else rows / tensor)
+    return found
+
+
+def turning_elements(model: Model) -> int:
+    """Elements of a token that are read and written between projections and attention."""
+    Q, G = sizes.query_width(model), sizes.key_width(model)
+    if model.latent is not None:
+        return 6 * Q + 2 * (model.latent.kv_rank + (model.latent.q_rank or 0))
+    return 4 * Q + (2 * (Q + G) if model.qk_norm else 0)
 
 
 def head_work(model: Model, tokens: int, split: Split = Split()) -> Work:

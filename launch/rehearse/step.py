@@ -19,7 +19,7 @@ from train.layout import mesh
 from train.layout.optim import average_replicated_gradients, build_optimizer, clip_gradients
 from train.model.decoder import Decoder
 from train.recipe import sizes
-from train.recipe.schema import Balance, Model, Precision, Recipe, Recompute
+from train.recipe.schema import Balance, Latent, Model, Precision, Recipe, Recompute
 from train.recipe.sizes import microbatches_per_rank
 from train.step.balance import BalanceCounts
 from train.step.batch_sums import BatchSums
@@ -72,9 +72,14 @@ def narrowed(model: Model) -> Model:
         widths = (moe.expert_hidden_size, moe.shared_hidden_size)
         expert, shared = (width and min(width, FFN) for width in widths)
         moe = replace(moe, expert_hidden_size=expert, shared_hidden_size=shared)
+    latent = model.latent
+    if latent is not None:
+        q_rank = latent.q_rank and HEAD
+        latent = Latent(kv_rank=HEAD, q_rank=q_rank, nope_width=HEAD, rope_width=HEAD, v_width=HEAD)
     return replace(
         model,
         moe=moe,
+        latent=latent,
         d_model=min(model.d_model, model.n_heads * HEAD),
         head_width=None if model.head_width is None else min(model.head_width, HEAD),
         ffn_hidden_size=min(model.ffn_hidden_size, FFN),

@@ -76,21 +76,33 @@ def _rotate(x_BSHR: Tensor, cos_SR: Tensor, sin_SR: Tensor, out: Tensor) -> None
     out_right.addcmul_(left, sin)
 
 
-def block_attention(q_BHSR: Tensor, k_BGSR: Tensor, v_BGSR: Tensor, blocks: BlockMask) -> Tensor:
+def block_attention(
+    q_BHSR: Tensor, k_BGSR: Tensor, v_BGSR: Tensor, blocks: BlockMask, scale: float | None = None
+) -> Tensor:
     """:func:`train.model.attention.block_attention` with the whole S x S mask.
 
     On a CPU only tests ask for blocks; torch 2.15's FlexAttention has no gradient there.
     """
     (batch, _, length, _), device = q_BHSR.shape, str(q_BHSR.device)
     visible = create_mask(blocks.mask_mod, batch, None, length, k_BGSR.shape[2], device=device)
-    return functional.scaled_dot_product_attention(q_BHSR, k_BGSR, v_BGSR, visible, enable_gqa=True)
+    return functional.scaled_dot_product_attention(
+        q_BHSR, k_BGSR, v_BGSR, visible, enable_gqa=True, scale=scale
+    )
 
 
-def document_attention(q_THR: Tensor, k_TGR: Tensor, v_TGR: Tensor, offsets: Tensor, longest: int) -> Tensor:
+def document_attention(
+    q_THR: Tensor,
+    k_TGR: Tensor,
+    v_TGR: Tensor,
+    offsets: Tensor,
+    longest: int,
+    scale: float | None = None,
+) -> Tensor:
     """:func:`train.model.attention.document_attention`, document by document; only tests ask for it here."""
     spans = offsets.diff().tolist()
     parts = zip(*(part.transpose(0, 1).split(spans, dim=1) for part in (q_THR, k_TGR, v_TGR)), strict=True)
     outs = [
-        functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in parts
+        functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=scale)
+        for q, k, v in parts
     ]
     return torch.cat(outs, dim=1).transpose(0, 1)

@@ -7,10 +7,10 @@ Shapes: D d_model, F ffn_hidden_size, E experts.
 
 from collections.abc import Callable, Iterator
 
-from train.hf import config
+from train.hf import config, deepseek
 from train.hf.config import Config
 from train.hf.mapping import Architecture, Link, Need, PerExpert, Qkv, Same, Table
-from train.hf.rope import is_same_yarn_in_both
+from train.hf.rope import has_mscale, is_same_yarn_in_both
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Ffn, GroupScore, Model, Moe, Norm, Position, QkNormOver, Score
@@ -69,7 +69,7 @@ def _shares_whole_experts(model: Model) -> bool:
     return shared is not None and shared % sizes.expert_width(model) == 0
 
 
-def _dots1_extra(model: Model) -> Iterator[Link]:
+def _no_biases(model: Model) -> Iterator[Link]:
     """Yields biases of zeros for experts that are balanced by a loss only."""
     if not any(sizes.biases(model)):
         for layer in range(model.n_layers):
@@ -87,6 +87,7 @@ PLAIN_ROUTING: tuple[Need, ...] = (
     _of_experts("shared_hidden_size=null", lambda moe: moe.shared_hidden_size is None),
 )
 """Experts selected by their softmax scores only, and none that is shared."""
+PLAIN_HEADS: Need = ("model.latent=null", lambda model: model.latent is None)
 PLAIN_QK: Need = ("model.qk_norm=false", lambda model: not model.qk_norm)
 EXPERTS_EVERYWHERE: Need = (
     "experts in every layer (model.moe.dense_layers=0, every_n_layers=1)",
@@ -127,6 +128,7 @@ DBRX = Architecture(
         ("model.norm=layernorm", lambda model: model.norm is Norm.layernorm),
         ("model.norm_eps=1e-5", lambda model: model.norm_eps == 1e-5),
         ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
+        PLAIN_HEADS,
         PLAIN_QK,
         DIVIDED_HEADS,
         EXPERTS_EVERYWHERE,
@@ -150,12 +152,13 @@ LLAMA_NAMES: Table = {
     "norm_attn_norm.attn.out_proj.weight": Same("self_attn.o_proj.weight"),
 }
 
-LLAMA_NEEDS: tuple[Need, ...] = (
+ROPE_AND_GLU: tuple[Need, ...] = (
     ("model.position=rope", lambda model: model.position is Position.rope),
     ("model.norm=rmsnorm", lambda model: model.norm is Norm.rmsnorm),
     ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
     ("model.max_sequence_tokens = model.yarn.original_tokens x factor", is_same_yarn_in_both),
 )
+LLAMA_NEEDS = (*ROPE_AND_GLU, PLAIN_HEADS)
 QK_NORM_NAMES: Table = {
     "norm_attn_norm.attn.q_norm.weight": Same("self_attn.q_norm.weight"),
     "norm_attn_norm.attn.k_norm.weight": Same("self_attn.k_norm.weight"),
@@ -262,34 +265,91 @@ QWEN3_MOE = Architecture(
     from_model=config.qwen3_moe_from_model,
 )
 
+SHARED_EXPERT_NAMES: Table = {
+    "ffn.shared.w1.weight": Same("mlp.shared_experts.gate_proj.weight"),
+    "ffn.shared.v1.weight": Same("mlp.shared_experts.up_proj.weight"),
+    "ffn.shared.w2.weight": Same("mlp.shared_experts.down_proj.weight"),
+}
+BIASES: Table = {"ffn.router.expert_bias": Same("mlp.gate.e_score_correction_bias")}
+DEEPSEEK_EXPERTS: tuple[Need, ...] = (
+    HAS_EXPERTS,
+    _of_experts("every_n_layers=1", lambda moe: moe.every_n_layers == 1),
+    _of_experts("shared_gate=false", lambda moe: not moe.shared_gate),
+    ("model.moe.shared_hidden_size of whole experts", _shares_whole_experts),
+)
+SIGMOIDS: tuple[Need, ...] = (
+    NORMALISED_OR_NOT,
+    _of_experts("score=sigmoid", lambda moe: moe.score is Score.sigmoid),
+    _of_experts(
+        "group_score=top2_sum", lambda moe: moe.groups == 1 or moe.group_score is GroupScore.top2_sum
+    ),
+)
+
 DOTS1 = Architecture(
     model_type="dots1",
     architecture="Dots1ForCausalLM",
     layer="model.layers.{n}.",
     table={
         **QWEN3_MOE.table,
-        "ffn.router.expert_bias": Same("mlp.gate.e_score_correction_bias"),
-        "ffn.shared.w1.weight": Same("mlp.shared_experts.gate_proj.weight"),
-        "ffn.shared.v1.weight": Same("mlp.shared_experts.up_proj.weight"),
-        "ffn.shared.w2.weight": Same("mlp.shared_experts.down_proj.weight"),
+        **SHARED_EXPERT_NAMES,
+        **BIASES,
     },
-    needs=(
-        *LLAMA_NEEDS,
-        NO_CLIP,
-        QK_NORM_OF_HEADS,
-        HAS_EXPERTS,
-        NORMALISED_OR_NOT,
-        _of_experts("score=sigmoid", lambda moe: moe.score is Score.sigmoid),
-        _of_experts(
-            "group_score=top2_sum", lambda moe: moe.groups == 1 or moe.group_score is GroupScore.top2_sum
-        ),
-        _of_experts("every_n_layers=1", lambda moe: moe.every_n_layers == 1),
-        _of_experts("shared_gate=false", lambda moe: not moe.shared_gate),
-        ("model.moe.shared_hidden_size of whole experts", _shares_whole_experts),
-    ),
+    needs=(*LLAMA_NEEDS, NO_CLIP, QK_NORM_OF_HEADS, *DEEPSEEK_EXPERTS, *SIGMOIDS),
     to_model=config.dots1_to_model,
     from_model=config.dots1_from_model,
-    extra=_dots1_extra,
+    extra=_no_biases,
+)
+
+LATENT_NAMES: Table = {
+    f"norm_attn_norm.attn.{ours}.weight": Same(f"self_attn.{theirs}.weight")
+    for ours, theirs in {
+        "q_proj": "q_proj",
+        "q_a_proj": "q_a_proj",
+        "q_a_norm": "q_a_layernorm",
+        "q_b_proj": "q_b_proj",
+        "kv_a_proj": "kv_a_proj_with_mqa",
+        "kv_a_norm": "kv_a_layernorm",
+        "kv_b_proj": "kv_b_proj",
+    }.items()
+}
+LATENT_HEADS: tuple[Need, ...] = (
+    ("model.latent", lambda model: model.latent is not None),
+    # The norms within attention have it whatever the config says.
+    ("model.norm_eps=1e-6", lambda model: model.norm_eps == 1e-6),
+    ("model.yarn.attention_factor other than 1", has_mscale),
+)
+
+DEEPSEEK_V3 = Architecture(
+    model_type="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    layer="model.layers.{n}.",
+    table={**LLAMA.table, **OLMOE.table, **LATENT_NAMES, **SHARED_EXPERT_NAMES, **BIASES},
+    needs=(*ROPE_AND_GLU, *LATENT_HEADS, *DEEPSEEK_EXPERTS, *SIGMOIDS),
+    to_model=deepseek.v3_to_model,
+    from_model=deepseek.v3_from_model,
+    extra=_no_biases,
+    ignored=LLAMA.ignored,
+    has_later_layers=True,
+)
+
+DEEPSEEK_V2 = Architecture(
+    model_type="deepseek_v2",
+    architecture="DeepseekV2ForCausalLM",
+    layer="model.layers.{n}.",
+    table={**LLAMA.table, **OLMOE.table, **LATENT_NAMES, **SHARED_EXPERT_NAMES},
+    needs=(
+        *ROPE_AND_GLU,
+        *LATENT_HEADS,
+        ("model.d_model divisible by n_heads", lambda model: model.d_model % model.n_heads == 0),
+        *DEEPSEEK_EXPERTS,
+        _of_experts("score=softmax", lambda moe: moe.score is Score.softmax),
+        _of_experts("normalize_weights_p=null", lambda moe: moe.normalize_weights_p is None),
+        _of_experts("balance=loss", lambda moe: moe.balance is Balance.loss),
+        _of_experts("group_score=max", lambda moe: moe.groups == 1 or moe.group_score is GroupScore.max),
+    ),
+    to_model=deepseek.v2_to_model,
+    from_model=deepseek.v2_from_model,
+    ignored=LLAMA.ignored,
 )
 
 MPT = Architecture(
@@ -311,6 +371,7 @@ MPT = Architecture(
         ("model.position=alibi", lambda model: model.position is Position.alibi),
         ("model.norm=layernorm", lambda model: model.norm is Norm.layernorm),
         ("model.ffn=mlp", lambda model: model.ffn is Ffn.mlp),
+        PLAIN_HEADS,
         PLAIN_QK,
         DIVIDED_HEADS,
         ("model.n_kv_heads=n_heads", lambda model: model.n_kv_heads == model.n_heads),
@@ -324,4 +385,4 @@ MPT = Architecture(
     from_model=config.mpt_from_model,
 )
 
-FAMILIES = (DBRX, LLAMA, MIXTRAL, OLMOE, MPT, QWEN3, QWEN3_MOE, DOTS1)
+FAMILIES = (DBRX, LLAMA, MIXTRAL, OLMOE, MPT, QWEN3, QWEN3_MOE, DOTS1, DEEPSEEK_V3, DEEPSEEK_V2)

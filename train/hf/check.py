@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from train.hf.architectures import family_for
 from train.hf.export import write_folder
 from train.hf.folders import CONFIG_FILE
 from train.hf.import_hf import import_folder
@@ -26,7 +27,20 @@ from train.model.decoder import Decoder
 from train.model.kv_cache import CachedDecoder
 from train.recipe import sizes
 from train.recipe.errors import UserError
-from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position, QkNormOver, Score, Yarn
+from train.recipe.schema import (
+    Balance,
+    BalanceScope,
+    Ffn,
+    GroupScore,
+    Latent,
+    Model,
+    Moe,
+    Norm,
+    Position,
+    QkNormOver,
+    Score,
+    Yarn,
+)
 from train.record.log import get_logger, no_bars
 
 log = get_logger(__name__)
@@ -61,6 +75,22 @@ _DOTS1 = Moe(
     top_groups=2,
     balance=Balance.both,
 )
+_DEEPSEEK = replace(
+    _LLAMA,
+    n_kv_heads=4,
+    latent=Latent(kv_rank=24, q_rank=40, nope_width=20, rope_width=12, v_width=16),
+    norm_eps=1e-6,
+    moe=_DOTS1,
+)
+_DEEPSEEK_V2 = replace(
+    _DOTS1,
+    score=Score.softmax,
+    normalize_weights_p=None,
+    group_score=GroupScore.max,
+    weight_scale=16.0,
+    balance=Balance.loss,
+    balance_scope=BalanceScope.sequence,
+)
 SMALL_MODELS = {
     "DBRX": _DBRX,
     "DBRX, weights not normalised": replace(_DBRX, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)),
@@ -84,6 +114,8 @@ SMALL_MODELS = {
     "Qwen3-MoE, weights not normalised": replace(
         _QWEN3, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)
     ),
+    "DeepSeek-V3": _DEEPSEEK,
+    "DeepSeek-V3, YaRN": replace(_DEEPSEEK, yarn=Yarn(factor=4, original_tokens=32)),
 }
 """Models with which each architecture is tested."""
 NEWER_MODELS = {
@@ -92,8 +124,16 @@ NEWER_MODELS = {
         _QWEN3,
         moe=replace(_DOTS1, normalize_weights_p=None, groups=1, top_groups=1, balance=Balance.loss),
     ),
+    "DeepSeek-V2, YaRN": replace(
+        _DEEPSEEK, moe=_DEEPSEEK_V2, yarn=Yarn(factor=4, original_tokens=32, attention_factor=1.1)
+    ),
+    "DeepSeek-V2-Lite": replace(
+        _DEEPSEEK,
+        latent=Latent(kv_rank=24, nope_width=20, rope_width=12, v_width=16),
+        moe=replace(_DEEPSEEK_V2, groups=1, top_groups=1, weight_scale=1.0),
+    ),
 }
-"""The same, of an architecture that transformers has from 4.53 on."""
+"""The same, of architectures that transformers has from 4.53 (dots.llm1) and 4.54 (DeepSeek-V2) on."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +160,11 @@ class Parity:
 
 def compare_all() -> Iterator[Parity]:
     """Exports, compares, imports and exports again a small random model for each architecture."""
-    models = SMALL_MODELS
-    if find_spec("transformers.models.dots1") is None:
-        log.info("%s: not compared, as this transformers lacks the architecture", ", ".join(NEWER_MODELS))
-    else:
-        models = models | NEWER_MODELS
+    types = {name: family_for(model).model_type for name, model in NEWER_MODELS.items()}
+    lacking = [name for name, each in types.items() if find_spec(f"transformers.models.{each}") is None]
+    if lacking:
+        log.info("%s: not compared, as this transformers lacks the architecture", ", ".join(lacking))
+    models = SMALL_MODELS | {name: each for name, each in NEWER_MODELS.items() if name not in lacking}
     for name, model in tqdm(models.items(), desc="architectures", leave=False):
         # One bar is enough.
         with no_bars(), tempfile.TemporaryDirectory(prefix="parity-") as root:

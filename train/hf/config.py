@@ -25,29 +25,29 @@ def dbrx_to_model(config: Config) -> Model:
     With a single expert the model is dense regardless of its router: the softmax of one score is 1.
     """
     attn, ffn = dict(config.get("attn_config") or {}), dict(config.get("ffn_config") or {})
-    _only(config, resid_pdrop=0, emb_pdrop=0, tie_word_embeddings=False)
-    _only(attn, attn_pdrop=0)
-    _only(ffn, ffn_act_fn={"name": "silu"})
+    only(config, resid_pdrop=0, emb_pdrop=0, tie_word_embeddings=False)
+    only(attn, attn_pdrop=0)
+    only(ffn, ffn_act_fn={"name": "silu"})
     clip = attn.get("clip_qkv")
     return Model(
-        d_model=_need(config, "d_model"),
-        n_layers=_need(config, "n_layers"),
-        n_heads=_need(config, "n_heads"),
-        n_kv_heads=_need(attn, "kv_n_heads"),
-        ffn_hidden_size=_need(ffn, "ffn_hidden_size"),
-        vocab_size=_need(config, "vocab_size"),
-        max_sequence_tokens=_need(config, "max_seq_len"),
+        d_model=need(config, "d_model"),
+        n_layers=need(config, "n_layers"),
+        n_heads=need(config, "n_heads"),
+        n_kv_heads=need(attn, "kv_n_heads"),
+        ffn_hidden_size=need(ffn, "ffn_hidden_size"),
+        vocab_size=need(config, "vocab_size"),
+        max_sequence_tokens=need(config, "max_seq_len"),
         rope_theta=rope_base(config, 10000.0),
         clip_qkv=None if clip is None or clip >= NEVER_CLIPPED else float(clip),
         init_std=float(config.get("initializer_range", 0.02)),
-        moe=None if _need(ffn, "moe_num_experts") == 1 else _dbrx_experts(ffn),
+        moe=None if need(ffn, "moe_num_experts") == 1 else _dbrx_experts(ffn),
     )
 
 
 def _dbrx_experts(ffn: Config) -> Moe:
     return Moe(
-        experts=_need(ffn, "moe_num_experts"),
-        top_k=_need(ffn, "moe_top_k"),
+        experts=need(ffn, "moe_num_experts"),
+        top_k=need(ffn, "moe_top_k"),
         normalize_weights_p=ffn.get("moe_normalize_expert_weights", 1),
         jitter_eps=float(ffn.get("moe_jitter_eps") or 0),
         balance_loss_weight=float(ffn.get("moe_loss_weight", 0.01)),
@@ -90,28 +90,28 @@ def dbrx_from_model(model: Model) -> dict[str, object]:
 
 def llama_to_model(config: Config) -> Model:
     """Reads a config of LLaMA 1, 2 or any other model of their class without biases and scaled positions."""
-    _only(config, mlp_bias=False)
-    return _llama_like(
+    only(config, mlp_bias=False)
+    return llama_like(
         config, rms_norm_eps=1e-6, rope_theta=10000.0, kv_heads=config.get("num_attention_heads")
     )
 
 
 def llama_from_model(model: Model) -> dict[str, object]:
     """Writes a LLaMA config for a dense model."""
-    return _llama_like_config(model) | {"mlp_bias": False}
+    return llama_like_config(model) | {"mlp_bias": False}
 
 
 def mixtral_to_model(config: Config) -> Model:
     """Reads a Mixtral config: LLaMA's attention; top-k weights always add up to 1."""
-    _only(config, sliding_window=None)
-    return _llama_like(
+    only(config, sliding_window=None)
+    return llama_like(
         config,
         rms_norm_eps=1e-5,
         rope_theta=1e6,
         kv_heads=8,
         moe=Moe(
-            experts=_need(config, "num_local_experts"),
-            top_k=_need(config, "num_experts_per_tok"),
+            experts=need(config, "num_local_experts"),
+            top_k=need(config, "num_experts_per_tok"),
             normalize_weights_p=1,
             jitter_eps=float(config.get("router_jitter_noise", 0)),
             balance_loss_weight=float(config.get("router_aux_loss_coef", 0.001)),
@@ -122,7 +122,7 @@ def mixtral_to_model(config: Config) -> Model:
 def mixtral_from_model(model: Model) -> dict[str, object]:
     """Writes a Mixtral config for a mixture of experts with LLaMA's attention."""
     assert model.moe is not None
-    return _llama_like_config(model) | {
+    return llama_like_config(model) | {
         "intermediate_size": sizes.expert_width(model),
         "num_local_experts": model.moe.experts,
         "num_experts_per_tok": model.moe.top_k,
@@ -136,14 +136,14 @@ def mixtral_from_model(model: Model) -> dict[str, object]:
 def olmoe_to_model(config: Config) -> Model:
     """Reads an OLMoE config: LLaMA's attention with normalised queries and keys."""
     clip = config.get("clip_qkv")
-    model = _llama_like(
+    model = llama_like(
         config,
         rms_norm_eps=1e-5,
         rope_theta=10000.0,
         kv_heads=config.get("num_attention_heads"),
         moe=Moe(
-            experts=_need(config, "num_experts"),
-            top_k=_need(config, "num_experts_per_tok"),
+            experts=need(config, "num_experts"),
+            top_k=need(config, "num_experts_per_tok"),
             normalize_weights_p=1 if config.get("norm_topk_prob", False) else None,
             balance_loss_weight=float(config.get("router_aux_loss_coef", 0.01)),
         ),
@@ -154,7 +154,7 @@ def olmoe_to_model(config: Config) -> Model:
 def olmoe_from_model(model: Model) -> dict[str, object]:
     """Writes an OLMoE config for a mixture of experts with normalised queries and keys."""
     assert model.moe is not None
-    return _llama_like_config(model) | {
+    return llama_like_config(model) | {
         "intermediate_size": sizes.expert_width(model),
         "num_experts": model.moe.experts,
         "num_experts_per_tok": model.moe.top_k,
@@ -167,14 +167,14 @@ def olmoe_from_model(model: Model) -> dict[str, object]:
 
 def qwen3_to_model(config: Config) -> Model:
     """Reads a dense Qwen3 config: LLaMA's, with each head's queries and keys normalised."""
-    _only(config, use_sliding_window=False)
-    model = _llama_like(config, rms_norm_eps=1e-6, rope_theta=10000.0, kv_heads=32, head_dim=128)
+    only(config, use_sliding_window=False)
+    model = llama_like(config, rms_norm_eps=1e-6, rope_theta=10000.0, kv_heads=32, head_dim=128)
     return replace(model, qk_norm=True, qk_norm_over=QkNormOver.each_head)
 
 
 def qwen3_from_model(model: Model) -> dict[str, object]:
     """Writes a Qwen3 config for a dense model whose heads' queries and keys are normalised."""
-    return _llama_like_config(model) | {
+    return llama_like_config(model) | {
         "head_dim": sizes.head_width(model),
         "sliding_window": None,
         "use_sliding_window": False,
@@ -183,14 +183,14 @@ def qwen3_from_model(model: Model) -> dict[str, object]:
 
 def qwen3_moe_to_model(config: Config) -> Model:
     """Reads a Qwen3-MoE config, whose first layers may be dense, and others between those of experts."""
-    _only(config, use_sliding_window=False)
+    only(config, use_sliding_window=False)
     dense = list(config.get("mlp_only_layers") or [])
     if dense != list(range(len(dense))):
         raise UserError(f"mlp_only_layers is {dense}; only the first layers, [0, 1, ...], can be expressed")
-    width, every = _need(config, "moe_intermediate_size"), int(config.get("decoder_sparse_step", 1))
+    width, every = need(config, "moe_intermediate_size"), int(config.get("decoder_sparse_step", 1))
     # Where every layer has experts, nothing reads the width of dense layers.
-    dense_width = _need(config, "intermediate_size") if dense or every > 1 else width
-    model = _llama_like(
+    dense_width = need(config, "intermediate_size") if dense or every > 1 else width
+    model = llama_like(
         config,
         rms_norm_eps=1e-6,
         rope_theta=10000.0,
@@ -198,8 +198,8 @@ def qwen3_moe_to_model(config: Config) -> Model:
         ffn_hidden_size=dense_width,
         moe=Moe(
             # transformers 5 writes the count under the second name, and reads both.
-            experts=_need(config, "num_experts" if "num_experts" in config else "num_local_experts"),
-            top_k=_need(config, "num_experts_per_tok"),
+            experts=need(config, "num_experts" if "num_experts" in config else "num_local_experts"),
+            top_k=need(config, "num_experts_per_tok"),
             expert_hidden_size=None if width == dense_width else width,
             dense_layers=len(dense),
             every_n_layers=every,
@@ -230,15 +230,15 @@ def dots1_to_model(config: Config) -> Model:
     windows = "sliding_attention" in (config.get("layer_types") or [])
     if windows or (
         config.get("sliding_window", 4096) is not None
-        and config.get("max_window_layers", 62) < _need(config, "num_hidden_layers")
+        and config.get("max_window_layers", 62) < need(config, "num_hidden_layers")
     ):
         raise UserError(f"sliding_window is {config.get('sliding_window', 4096)}; only null can be expressed")
-    width = _need(config, "moe_intermediate_size")
+    width = need(config, "moe_intermediate_size")
     moe = Moe(
-        experts=_need(config, "n_routed_experts" if "n_routed_experts" in config else "num_local_experts"),
-        top_k=_need(config, "num_experts_per_tok"),
-        expert_hidden_size=None if width == _need(config, "intermediate_size") else width,
-        shared_hidden_size=width * _need(config, "n_shared_experts"),
+        experts=need(config, "n_routed_experts" if "n_routed_experts" in config else "num_local_experts"),
+        top_k=need(config, "num_experts_per_tok"),
+        expert_hidden_size=None if width == need(config, "intermediate_size") else width,
+        shared_hidden_size=width * need(config, "n_shared_experts"),
         dense_layers=int(config.get("first_k_dense_replace") or 0),
         score=Score.sigmoid,
         normalize_weights_p=1 if config.get("norm_topk_prob", False) else None,
@@ -247,7 +247,7 @@ def dots1_to_model(config: Config) -> Model:
         top_groups=int(config.get("topk_group") or 1),
         balance=Balance.bias,
     )
-    model = _llama_like(config, rms_norm_eps=1e-6, rope_theta=10000.0, kv_heads=32, moe=moe)
+    model = llama_like(config, rms_norm_eps=1e-6, rope_theta=10000.0, kv_heads=32, moe=moe)
     return replace(model, qk_norm=True, qk_norm_over=QkNormOver.each_head)
 
 
@@ -255,7 +255,7 @@ def dots1_from_model(model: Model) -> dict[str, object]:
     """Writes a dots.llm1 config for experts that are scored by sigmoids, with a shared one."""
     moe = model.moe
     assert moe is not None and moe.shared_hidden_size is not None
-    return _llama_like_config(model) | {
+    return llama_like_config(model) | {
         "moe_intermediate_size": sizes.expert_width(model),
         "n_routed_experts": moe.experts,
         "num_experts_per_tok": moe.top_k,
@@ -273,20 +273,20 @@ def dots1_from_model(model: Model) -> dict[str, object]:
 def mpt_to_model(config: Config) -> Model:
     """Reads an MPT config with ALiBi."""
     attn = dict(config.get("attn_config") or {})
-    _only(config, no_bias=True, expansion_ratio=4, logit_scale=None, resid_pdrop=0, emb_pdrop=0)
-    _only(attn, attn_pdrop=0, qk_ln=False, prefix_lm=False, softmax_scale=None, alibi_bias_max=8)
-    _only(attn, attn_type="multihead_attention")
+    only(config, no_bias=True, expansion_ratio=4, logit_scale=None, resid_pdrop=0, emb_pdrop=0)
+    only(attn, attn_pdrop=0, qk_ln=False, prefix_lm=False, softmax_scale=None, alibi_bias_max=8)
+    only(attn, attn_type="multihead_attention")
     if not attn.get("alibi", True):
         raise UserError("attn_config.alibi is False, and learned positions cannot be expressed")
     clip = attn.get("clip_qkv")
     return Model(
-        d_model=_need(config, "d_model"),
-        n_layers=_need(config, "n_layers"),
-        n_heads=_need(config, "n_heads"),
-        n_kv_heads=_need(config, "n_heads"),
-        ffn_hidden_size=4 * _need(config, "d_model"),
-        vocab_size=_need(config, "vocab_size"),
-        max_sequence_tokens=_need(config, "max_seq_len"),
+        d_model=need(config, "d_model"),
+        n_layers=need(config, "n_layers"),
+        n_heads=need(config, "n_heads"),
+        n_kv_heads=need(config, "n_heads"),
+        ffn_hidden_size=4 * need(config, "d_model"),
+        vocab_size=need(config, "vocab_size"),
+        max_sequence_tokens=need(config, "max_seq_len"),
         ffn=Ffn.mlp,
         position=Position.alibi,
         norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
@@ -323,7 +323,7 @@ def mpt_from_model(model: Model) -> dict[str, object]:
     }
 
 
-def _llama_like(
+def llama_like(
     config: Config,
     *,
     rms_norm_eps: float,
@@ -332,25 +332,27 @@ def _llama_like(
     head_dim: int | None = None,
     ffn_hidden_size: int | None = None,
     moe: Moe | None = None,
+    latent: bool = False,
 ) -> Model:
     """Reads the keys shared by LLaMA and its relatives; the arguments are their classes' defaults.
 
-    ``head_dim`` of None divides the width by the heads, ``ffn_hidden_size`` is of a class that has its own.
+    ``head_dim`` of None divides the width by the heads, ``ffn_hidden_size`` is of a class that has its own,
+    ``latent`` of one with latent attention.
     """
-    d_model, n_heads = _need(config, "hidden_size"), _need(config, "num_attention_heads")
-    _only(config, hidden_act="silu", attention_bias=False, attention_dropout=0)
+    d_model, n_heads = need(config, "hidden_size"), need(config, "num_attention_heads")
+    only(config, hidden_act="silu", attention_bias=False, attention_dropout=0)
     head_width = int(config.get("head_dim") or head_dim or d_model // n_heads)
     return Model(
         d_model=d_model,
-        n_layers=_need(config, "num_hidden_layers"),
+        n_layers=need(config, "num_hidden_layers"),
         n_heads=n_heads,
         n_kv_heads=int(config.get("num_key_value_heads") or kv_heads or n_heads),
         head_width=None if head_width * n_heads == d_model else head_width,
-        ffn_hidden_size=ffn_hidden_size or _need(config, "intermediate_size"),
-        vocab_size=_need(config, "vocab_size"),
-        max_sequence_tokens=_need(config, "max_position_embeddings"),
+        ffn_hidden_size=ffn_hidden_size or need(config, "intermediate_size"),
+        vocab_size=need(config, "vocab_size"),
+        max_sequence_tokens=need(config, "max_position_embeddings"),
         rope_theta=rope_base(config, rope_theta, scaled=True),
-        yarn=rope_yarn(config),
+        yarn=rope_yarn(config, latent=latent),
         norm=Norm.rmsnorm,
         norm_eps=float(config.get("rms_norm_eps", rms_norm_eps)),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -359,7 +361,8 @@ def _llama_like(
     )
 
 
-def _llama_like_config(model: Model) -> dict[str, object]:
+def llama_like_config(model: Model) -> dict[str, object]:
+    """Writes the keys shared by LLaMA and its relatives."""
     return ({} if model.head_width is None else {"head_dim": model.head_width}) | {
         "hidden_size": model.d_model,
         "num_hidden_layers": model.n_layers,
@@ -380,7 +383,7 @@ def _llama_like_config(model: Model) -> dict[str, object]:
     }
 
 
-def _need(config: Config, key: str) -> int:
+def need(config: Config, key: str) -> int:
     """Returns a required count, which has no reliable default."""
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -388,7 +391,7 @@ def _need(config: Config, key: str) -> int:
     return value
 
 
-def _only(config: Config, **expressible: object) -> None:
+def only(config: Config, **expressible: object) -> None:
     """Refuses values that our decoder cannot express; a missing key has its default."""
     for key, value in expressible.items():
         given = config.get(key, value)

@@ -7,6 +7,7 @@ model (:mod:`train.hf.architectures`), a reader and a writer of its `config.json
 Shapes: D d_model, F ffn_hidden_size, E experts, H heads, G key-value heads, R head width.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -81,6 +82,8 @@ class Architecture:
     """Additional tensors of theirs that carry no information."""
     ignored: tuple[str, ...] = ()
     """Name suffixes of entries in old files that are not weights."""
+    has_later_layers: bool = False
+    """Files may have layers after the model's last, for multi-token prediction, which are left out."""
 
     def links(self, model: Model) -> Iterator[Link]:
         """Yields every tensor of theirs, in the order of ours."""
@@ -90,6 +93,14 @@ class Architecture:
             prefix = self.layer.format(n=layer) if head else ""
             yield from _apply(rule, weight, prefix, model)
         yield from self.extra(model)
+
+    def later_layer(self, name: str, model: Model) -> int | None:
+        """Returns the number of the layer after the model's last that a tensor of theirs is of, if any."""
+        if not self.has_later_layers:
+            return None
+        before, after = map(re.escape, self.layer.split("{n}"))
+        found = re.match(f"{before}([0-9]+){after}", name)
+        return int(found[1]) if found and int(found[1]) >= model.n_layers else None
 
     def obstacles(self, model: Model) -> list[str]:
         """Returns the requirements that a model does not meet."""

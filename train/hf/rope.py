@@ -7,6 +7,9 @@ transformers 4 writes `rope_theta` (DBRX: `attn_config.rope_theta`) and `rope_sc
 
 YaRN's factor is that of its section in transformers 5. transformers 4 takes `max_position_embeddings` over
 `original_max_position_embeddings`: where the two differ, no model is the same in both.
+
+YaRN's factor of queries and keys is `attention_factor`, but in DeepSeek's latent attention `mscale_all_dim`,
+which multiplies also what is not rotated; what is rotated, `mscale` multiplies by its ratio to that.
 """
 
 import math
@@ -22,6 +25,7 @@ SECTIONS = ("rope_parameters", "rope_scaling")
 PLAIN = "default"
 """The type of positions that are not scaled."""
 YARN = "yarn"
+MSCALES = ("mscale", "mscale_all_dim")
 ATTENTION = "attn_config"
 """DBRX's keys of attention."""
 
@@ -39,9 +43,23 @@ def rope_keys(model: Model) -> dict[str, object]:
         "beta_fast": float(yarn.beta_fast),
         "beta_slow": float(yarn.beta_slow),
     }
-    if yarn.attention_factor is not None:
+    if model.latent is not None:
+        scaling |= dict.fromkeys(MSCALES, _mscale(yarn))
+    elif yarn.attention_factor is not None:
         scaling["attention_factor"] = float(yarn.attention_factor)
     return {"rope_parameters": scaling | base, "rope_scaling": scaling}
+
+
+def _mscale(yarn: Yarn) -> float:
+    """Returns the factor in DeepSeek's words: s of 0.1 s ln(factor) + 1."""
+    if yarn.attention_factor is None:
+        return 1.0
+    return (yarn.attention_factor - 1) / (0.1 * math.log(yarn.factor))
+
+
+def has_mscale(model: Model) -> bool:
+    """Returns whether DeepSeek's words can express YaRN's factor: an `mscale_all_dim` of 0 means another."""
+    return model.yarn is None or _mscale(model.yarn) != 0
 
 
 def is_same_yarn_in_both(model: Model) -> bool:
@@ -50,14 +68,18 @@ def is_same_yarn_in_both(model: Model) -> bool:
     return yarn is None or yarn.factor * yarn.original_tokens == model.max_sequence_tokens
 
 
-def rope_yarn(config: Config) -> Yarn | None:
+def rope_yarn(config: Config, *, latent: bool = False) -> Yarn | None:
     """Reads YaRN from a `config.json` that :func:`rope_base` has accepted with ``scaled``.
+
+    Args:
+        config: a `config.json`, of transformers 4 or 5.
+        latent: of latent attention, whose factor is `mscale_all_dim`.
 
     Raises:
         UserError: if it is incomplete, or versions of transformers read different ones.
     """
     sections = {name: config[name] for name in SECTIONS if _type(config.get(name) or {}) == YARN}
-    found = {name: _read_yarn(name, section) for name, section in sections.items()}
+    found = {name: _read_yarn(name, section, latent) for name, section in sections.items()}
     if len(set(found.values())) > 1:
         raise UserError(f"{' and '.join(found)} have different {YARN}; they must be the same")
     for name, yarn in found.items():
@@ -70,13 +92,20 @@ def rope_yarn(config: Config) -> Yarn | None:
     return next(iter(found.values()), None)
 
 
-def _read_yarn(name: str, section: Mapping[str, Any]) -> Yarn:
+def _read_yarn(name: str, section: Mapping[str, Any], latent: bool) -> Yarn:
     for key in ("factor", "original_max_position_embeddings"):
         if isinstance(section.get(key), bool) or not isinstance(section.get(key), int | float):
             raise UserError(f"{name}.{key} is {section.get(key)!r}, not a number")
     factor, attention = float(section["factor"]), section.get("attention_factor")
-    both = [section.get(key) for key in ("mscale", "mscale_all_dim")]
-    if attention is None and all(both):
+    both = [section.get(key) for key in MSCALES]
+    if latent:
+        if attention is not None or not both[0] or both[0] != both[1]:
+            raise UserError(
+                f"{name} has attention_factor={attention}, mscale={both[0]}, mscale_all_dim={both[1]}; "
+                "of latent attention only the last two can be expressed, if they are equal and not 0"
+            )
+        attention = None if both[0] == 1 else 0.1 * both[0] * math.log(factor) + 1
+    elif attention is None and all(both):
         upper, lower = (0.1 * scale * math.log(factor) + 1 for scale in both if scale)
         attention = upper / lower
     return Yarn(

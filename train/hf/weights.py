@@ -23,7 +23,10 @@ from train.recipe import sizes
 from train.recipe.curriculum import from_json
 from train.recipe.errors import UserError
 from train.recipe.schema import Model, Recipe
+from train.record.log import get_logger
 from train.record.run_folder import CHECKPOINTS_FOLDER
+
+log = get_logger(__name__)
 
 BALANCING_BIAS = "router.expert_bias"
 """A buffer that some models have besides their weights."""
@@ -68,7 +71,10 @@ class HuggingFaceWeights:
             self._check(link)
             if link.ours is not None:
                 self._links.setdefault(link.ours, []).append(link)
-        for name in folder.tensors:
+        later = {name: family.later_layer(name, model) for name in folder.tensors}
+        if layers := sorted({layer for layer in later.values() if layer is not None}):
+            log.info("%s: leaves out layers %s, of multi-token prediction", folder.folder, layers)
+        for name in (name for name, layer in later.items() if layer is None):
             if name not in expected and not name.endswith(family.ignored or ("\0",)):
                 raise UserError(f"{folder.folder}: {name} is not a tensor of a {family.model_type} model")
         self.tensors = {}

@@ -27,7 +27,9 @@ from train.recipe import sizes
 from train.recipe.schema import Model, Position, QkNormOver, Recompute, Yarn
 
 KeyValue = tuple[Tensor, Tensor]
-"""Keys and values of the past positions, each [B, G, P, R]; keys are already rotated."""
+"""Keys and values of the past positions, each [B, G, P, R]; keys are already rotated.
+
+Latent attention keeps other tensors in their place, see :mod:`train.model.latent_attention`."""
 
 
 class DocumentKernel(Enum):
@@ -155,7 +157,7 @@ class Attention(nn.Module):
             k_BGSR, v_BGSR = torch.cat([past[0], k_BGSR], dim=2), torch.cat([past[1], v_BGSR], dim=2)
         if plan.blocks is None:
             is_causal = plan.bias is None and past is None
-            out_BHSR = _dot_product_attention(q_BHSR, k_BGSR, v_BGSR, plan.bias, is_causal)
+            out_BHSR = dot_product_attention(q_BHSR, k_BGSR, v_BGSR, plan.bias, is_causal)
         else:
             out_BHSR = block_attention(q_BHSR, k_BGSR, v_BGSR, plan.blocks)
         return self.out_proj(out_BHSR.transpose(1, 2).flatten(2)), (k_BGSR, v_BGSR)
@@ -204,22 +206,33 @@ def clip_and_rotate(
     if clip is not None:
         q, k, v = (functional.hardtanh(part, -clip, clip) for part in (q, k, v))
     if cos_SR is not None and sin_SR is not None:
-        q, k = (_rotate(part, cos_SR, sin_SR) for part in (q, k))
+        q, k = (rotate(part, cos_SR, sin_SR) for part in (q, k))
     # A view would keep all of qkv alive until the backward pass.
     return q.contiguous(), k.contiguous(), v.contiguous()
 
 
-def _rotate(x_BSHR: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
-    """Rotates each pair (r, r + R / 2) of a head by its position's angle (Su et al. 2021, section 3.4.2)."""
+def rotate(x_BSHR: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
+    """Rotates each pair (r, r + R / 2) of a head by its position's angle (Su et al. 2021, section 3.4.2).
+
+    Args:
+        x_BSHR: queries or keys.
+        cos_SR: cosines of the angles, [S, R / 2].
+        sin_SR: their sines.
+    """
     left, right = x_BSHR.chunk(2, dim=-1)
     cos, sin = (table_SR.to(x_BSHR.dtype).unsqueeze(1) for table_SR in (cos_SR, sin_SR))
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
-def _dot_product_attention(
-    q_BHSR: Tensor, k_BGSR: Tensor, v_BGSR: Tensor, bias: Tensor | None, is_causal: bool
+def dot_product_attention(
+    q_BHSR: Tensor,
+    k_BGSR: Tensor,
+    v_BGSR: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float | None = None,
 ) -> Tensor:
-    """Attention in one fused kernel: [B, H, S, R].
+    """Attention in one fused kernel: [B, H, S, R]. Logits are divided by sqrt(R), or multiplied by ``scale``.
 
     Only flash attention on a GPU supports grouped key-value heads. For other kernels the heads are repeated:
     with grouped heads they would leave the fused path, which takes three times as long on a CPU.
@@ -230,7 +243,7 @@ def _dot_product_attention(
     if not shares_heads:
         k_BGSR, v_BGSR = (_repeat_heads(part, q_BHSR.shape[1]) for part in (k_BGSR, v_BGSR))
     return functional.scaled_dot_product_attention(
-        q_BHSR, k_BGSR, v_BGSR, attn_mask=bias, is_causal=is_causal, enable_gqa=shares_heads
+        q_BHSR, k_BGSR, v_BGSR, attn_mask=bias, is_causal=is_causal, enable_gqa=shares_heads, scale=scale
     )
 
 
@@ -268,13 +281,21 @@ def document_offsets(document_ids_BS: Tensor) -> Documents:
 
 
 @with_cpu_version(cpu_attention.document_attention)
-def document_attention(q_THR: Tensor, k_TGR: Tensor, v_TGR: Tensor, offsets: Tensor, longest: int) -> Tensor:
+def document_attention(
+    q_THR: Tensor,
+    k_TGR: Tensor,
+    v_TGR: Tensor,
+    offsets: Tensor,
+    longest: int,
+    scale: float | None = None,
+) -> Tensor:
     """Causal attention within each of :class:`Documents`, by the kernel of variable length: [T, H, R]."""
     from torch.nn.attention import varlen  # type: ignore[attr-defined, unused-ignore]
 
     out = varlen.varlen_attn(
         # The same tensor twice: some backends take causal attention only so.
         *(q_THR, k_TGR, v_TGR, offsets, offsets, longest, longest),
+        scale=scale,
         window_size=(-1, 0),
         enable_gqa=q_THR.shape[1] != k_TGR.shape[1],
     )
@@ -297,9 +318,13 @@ def document_blocks(document_ids_BS: Tensor) -> BlockMask:
 
 
 @with_cpu_version(cpu_attention.block_attention)
-def block_attention(q_BHSR: Tensor, k_BGSR: Tensor, v_BGSR: Tensor, blocks: BlockMask) -> Tensor:
+def block_attention(
+    q_BHSR: Tensor, k_BGSR: Tensor, v_BGSR: Tensor, blocks: BlockMask, scale: float | None = None
+) -> Tensor:
     """Attention with FlexAttention's mask, in one kernel that skips fully masked blocks: [B, H, S, R]."""
-    out: Tensor = _compiled_flex_attention()(q_BHSR, k_BGSR, v_BGSR, block_mask=blocks, enable_gqa=True)
+    out: Tensor = _compiled_flex_attention()(
+        q_BHSR, k_BGSR, v_BGSR, block_mask=blocks, enable_gqa=True, scale=scale
+    )
     return out
 
 
@@ -312,9 +337,10 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 def _rotations(model: Model, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE's angles in fp32, each [S, R / 2] (Su et al. 2021, section 3.2.2).
 
-    With YaRN they are multiplied by its attention factor, which scales queries and keys.
+    With YaRN they are multiplied by its attention factor, which scales queries and keys; latent attention
+    scales them itself, as not all of them are rotated.
     """
-    width = sizes.head_width(model)
+    width = sizes.rotated_width(model)
     exponents = torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width
     positions_S = torch.arange(start, start + length, device=device).float()
     wavelengths_R = model.rope_theta**exponents
@@ -322,8 +348,13 @@ def _rotations(model: Model, start: int, length: int, device: torch.device) -> t
         angles_SR = positions_S[:, None] / wavelengths_R
         return angles_SR.cos(), angles_SR.sin()
     angles_SR = positions_S[:, None] * _yarn_frequencies(model.yarn, model.rope_theta, wavelengths_R)
-    scale = model.yarn.attention_factor or 0.1 * math.log(model.yarn.factor) + 1
+    scale = 1.0 if model.latent else yarn_scale(model.yarn)
     return angles_SR.cos() * scale, angles_SR.sin() * scale
+
+
+def yarn_scale(yarn: Yarn) -> float:
+    """Returns the factor by which YaRN multiplies queries and keys (Peng et al. 2023, eq. 22)."""
+    return yarn.attention_factor or 0.1 * math.log(yarn.factor) + 1
 
 
 def _yarn_frequencies(yarn: Yarn, theta: float, wavelengths_R: Tensor) -> Tensor:

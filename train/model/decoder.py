@@ -18,6 +18,7 @@ from torch.nn import functional
 from train.model.attention import Attention, AttentionPlan, DocumentKernel, plan_attention
 from train.model.experts import Experts
 from train.model.interleave import Halves, interleaved, plan_halves
+from train.model.latent_attention import LatentAttention
 from train.model.loss import IGNORE, chunked_cross_entropy
 from train.model.moe import MoE, MoEAux, balance_loss
 from train.model.norms import make_norm
@@ -87,7 +88,7 @@ class NormAttentionNorm(nn.Module):
     def __init__(self, model: Model, device: Device = None) -> None:
         super().__init__()
         self.norm_1 = make_norm(model, device)
-        self.attn = Attention(model, device)
+        self.attn = LatentAttention(model, device) if model.latent else Attention(model, device)
         self.norm_2 = make_norm(model, device)
 
     def forward(self, x_BSD: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:

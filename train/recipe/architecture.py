@@ -143,7 +143,28 @@ class Yarn:
     beta_slow: float = key(1.0, above=0)
     """Wavelengths that turn less often than that are stretched in full; those between, in part."""
     attention_factor: Optional[float] = key(None, above=0)
-    """Factor of queries and keys after their rotation; null: 0.1 ln(factor) + 1 (eq. 22)."""
+    """Factor of queries and keys after their rotation, with `model.latent` also of what is not rotated; null:
+    0.1 ln(factor) + 1 (eq. 22). DeepSeek-V3: null; DeepSeek-V2, of mscale 0.707: 1.2608."""
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention: keys and values of all heads are products of one narrow vector per token,
+    which generation keeps in their place (DeepSeek-V2, DeepSeek-AI 2024, section 2.1).
+    """
+
+    kv_rank: int = key(above=0, on_start=OnStart.equal)
+    """Width of the vector that keys and values are made of (kv_lora_rank). DeepSeek-V2 and V3: 512."""
+    q_rank: Optional[int] = key(None, above=0, on_start=OnStart.equal)
+    """Width of the vector that queries are made of (q_lora_rank); null: they are made of the stream, as in
+    DeepSeek-V2-Lite. DeepSeek-V2 and V3: 1,536."""
+    nope_width: int = key(above=0, on_start=OnStart.equal)
+    """Elements of a head's queries and keys that have no position (qk_nope_head_dim). DeepSeek-V3: 128."""
+    rope_width: int = key(above=0, on_start=OnStart.equal)
+    """Elements that RoPE rotates, in pairs of neighbours; of keys all heads share them (qk_rope_head_dim).
+    DeepSeek-V3: 64."""
+    v_width: int = key(above=0, on_start=OnStart.equal)
+    """Elements of a head's values (v_head_dim). DeepSeek-V3: 128."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +207,9 @@ class Model:
     qk_norm_over: QkNormOver = key(QkNormOver.all_heads, read_when="model.qk_norm == True")
     """`all_heads` together (Muennighoff et al. 2024, OLMoE, section 4.2.5), or `each_head` by itself with a
     weight that all heads share (Yang et al. 2025, Qwen3, section 2)."""
+    latent: Optional[Latent] = key(None, on_start=OnStart.free)
+    """Multi-head latent attention, with n_kv_heads equal to n_heads; null: queries, keys and values are
+    products of the stream."""
     tie_embeddings: bool = False
     """Share the weights of embedding and output projection. DBRX: false; MPT: true."""
     init_std: float = key(0.02, above=0, on_start=OnStart.free)

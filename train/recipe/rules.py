@@ -81,7 +81,9 @@ def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:
         yield Violation(
             "name", f"{recipe.name!r} is not a folder name: it {unfit}", "use letters, digits, - and _"
         )
-    if model.head_width is None and model.d_model % model.n_heads:
+    if model.latent is not None:
+        yield from _latent(model)
+    elif model.head_width is None and model.d_model % model.n_heads:
         d_model, n_heads = model.d_model, model.n_heads
         yield Violation(
             "model.n_heads", f"{d_model=} is not divisible by {n_heads=}", "change either, or set head_width"
@@ -109,6 +111,47 @@ def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:
             f"{model.vocab_size} rows, but the tokenizer makes ids up to {ids - 1}",
             f"set it to at least {ids}",
         )
+
+
+def _latent(model: Model) -> Iterator[Violation]:
+    """Yields violations of latent attention, whose heads have widths and norms of their own."""
+    latent = model.latent
+    assert latent is not None
+    if latent.rope_width % 2:
+        rope_width = latent.rope_width
+        yield Violation(
+            "model.latent.rope_width", f"{rope_width=} is odd, and RoPE rotates pairs", "make it even"
+        )
+    if latent.v_width > sizes.head_width(model):
+        v_width, head_width = latent.v_width, sizes.head_width(model)
+        yield Violation(
+            "model.latent.v_width",
+            f"{v_width=} exceeds nope_width + rope_width = {head_width}",
+            "values may not be wider than keys",
+        )
+    what = "is not for model.latent"
+    if model.position is not Position.rope:
+        yield Violation("model.position", f"{model.position.value} {what}", "use rope")
+    if model.n_kv_heads != model.n_heads:
+        n_heads, n_kv_heads = model.n_heads, model.n_kv_heads
+        of = "every latent head has keys and values"
+        yield Violation(
+            "model.n_kv_heads", f"{n_kv_heads=} differs from {n_heads=}, but {of}", "make them equal"
+        )
+    others = {
+        "head_width": model.head_width is not None,
+        "qk_norm": model.qk_norm,
+        "clip_qkv": model.clip_qkv is not None,
+    }
+    for name in (name for name, is_set in others.items() if is_set):
+        yield Violation(f"model.{name}", what, f"remove it: {_LATENT_HAS[name]}")
+
+
+_LATENT_HAS = {
+    "head_width": "nope_width, rope_width and v_width are the widths of a head",
+    "qk_norm": "the vectors of q_rank and kv_rank are normalised",
+    "clip_qkv": "queries and keys are not clipped",
+}
 
 
 def _yarn(model: Model) -> Iterator[Violation]:

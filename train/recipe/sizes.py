@@ -67,13 +67,25 @@ class Flops:
 
 
 def head_width(model: Model) -> int:
-    """Returns R, the width of an attention head."""
+    """Returns R, the width of an attention head's queries and keys."""
+    if model.latent:
+        return model.latent.nope_width + model.latent.rope_width
     return model.head_width or model.d_model // model.n_heads
 
 
+def rotated_width(model: Model) -> int:
+    """Returns the elements of a head that RoPE rotates."""
+    return model.latent.rope_width if model.latent else head_width(model)
+
+
 def query_width(model: Model) -> int:
-    """Returns H x R, the width of all queries, and of what attention returns."""
+    """Returns H x R, the width of all queries."""
     return model.n_heads * head_width(model)
+
+
+def attended_width(model: Model) -> int:
+    """Returns the width of what all heads return: H x R, or H times the width of a latent head's values."""
+    return model.n_heads * (model.latent.v_width if model.latent else head_width(model))
 
 
 def key_width(model: Model) -> int:
@@ -86,6 +98,23 @@ def qk_norm_widths(model: Model) -> tuple[int, int]:
     if model.qk_norm_over is QkNormOver.each_head:
         return head_width(model), head_width(model)
     return query_width(model), key_width(model)
+
+
+def attention_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each weight of a layer's attention, by module, in the module's order."""
+    D, latent, queries = model.d_model, model.latent, query_width(model)
+    out = {"out_proj": (D, attended_width(model))}
+    if latent is None:
+        norms = {}
+        if model.qk_norm:
+            norms = {f"{part}_norm": (w,) for part, w in zip("qk", qk_norm_widths(model), strict=True)}
+        return {"Wqkv": (queries + 2 * key_width(model), D), **norms, **out}
+    C, heads = latent.kv_rank, model.n_heads * (latent.nope_width + latent.v_width)
+    of_keys = {"kv_a_proj": (C + latent.rope_width, D), "kv_a_norm": (C,), "kv_b_proj": (heads, C)}
+    if latent.q_rank is None:
+        return {"q_proj": (queries, D), **of_keys, **out}
+    Q = latent.q_rank
+    return {"q_a_proj": (Q, D), "q_a_norm": (Q,), "q_b_proj": (queries, Q), **of_keys, **out}
 
 
 def expert_width(model: Model) -> int:
@@ -159,14 +188,10 @@ def recomputed(training: Training, layers: int) -> list[Recompute]:
 def layer_weights(model: Model, layer: int) -> Iterator[Weight]:
     """Yields the parameters of one decoder layer, in the module's order."""
     D, F = model.d_model, model.ffn_hidden_size
-    queries, keys = query_width(model), key_width(model)
     prefix = layer_name(model, layer)
     yield Weight(f"{prefix}.norm_attn_norm.norm_1.weight", (D,))
-    yield Weight(f"{prefix}.norm_attn_norm.attn.Wqkv.weight", (queries + 2 * keys, D))
-    if model.qk_norm:
-        for part, width in zip("qk", qk_norm_widths(model), strict=True):
-            yield Weight(f"{prefix}.norm_attn_norm.attn.{part}_norm.weight", (width,))
-    yield Weight(f"{prefix}.norm_attn_norm.attn.out_proj.weight", (D, queries))
+    for module, shape in attention_shapes(model).items():
+        yield Weight(f"{prefix}.norm_attn_norm.attn.{module}.weight", shape)
     yield Weight(f"{prefix}.norm_attn_norm.norm_2.weight", (D,))
     if model.moe and has_experts(model, layer):
         E = model.moe.experts
@@ -195,22 +220,23 @@ def joining_weights(model: Model) -> Iterator[Weight]:
         yield Weight(f"{MTP}.norm.weight", (D,))
 
 
-def weights(model: Model) -> Iterator[Weight]:
-    """Yields every parameter once: norms without bias, no biases, no parameters for RoPE or ALiBi.
+@functools.lru_cache(maxsize=16)  # the plan's search asks for them thousands of times
+def weights(model: Model) -> tuple[Weight, ...]:
+    """Returns every parameter once: norms without bias, no biases, no parameters for RoPE or ALiBi.
 
     The per-expert-choice bias of ``balance: bias`` is a buffer, not a parameter. A tied output
     projection is the embedding itself and not listed again.
     """
     D, V = model.d_model, model.vocab_size
-    yield Weight("transformer.wte.weight", (V, D))
+    found = [Weight("transformer.wte.weight", (V, D))]
     for layer in range(model.n_layers):
-        yield from layer_weights(model, layer)
-    yield Weight("transformer.norm_f.weight", (D,))
+        found += layer_weights(model, layer)
+    found.append(Weight("transformer.norm_f.weight", (D,)))
     if model.mtp:
-        yield from layer_weights(model, model.n_layers)
-        yield from joining_weights(model)
+        found += (*layer_weights(model, model.n_layers), *joining_weights(model))
     if not model.tie_embeddings:
-        yield Weight("lm_head.weight", (V, D))
+        found.append(Weight("lm_head.weight", (V, D)))
+    return tuple(found)
 
 
 def biases(model: Model) -> Iterator[Weight]:
@@ -294,7 +320,9 @@ def total_parameters(model: Model) -> int:
 
     V D (2 if untied) + D + L (2 D + (2 H + 2 KV) R D + FFN), where FFN is E D + 3 E F D with
     experts, 3 F D for a dense GLU and 2 F D for a two-matrix MLP. A shared expert adds 3 F D with its own F,
-    and D for its gate. Multi-token prediction adds a layer and 2 D^2 + 3 D.
+    and D for its gate. Multi-token prediction adds a layer and 2 D^2 + 3 D. Latent attention has, in place of
+    (2 H + 2 KV) R D, D q + q H R + D (c + r) + c H (n + v) + H v D, of ranks q and c and widths n, r, v
+    (R = n + r), and q + c of its norms.
     """
     outside = [w for w in weights(replace(model, n_layers=1)) if not is_in_layer(w.name)]
     joining = sum(w.elements for w in (*outside, *joining_weights(model)))
@@ -333,7 +361,8 @@ def flops_per_token_forward(model: Model, sequence_tokens: int, *, causal: bool 
     """Returns the FLOPs of one token's forward pass.
 
     Weights: 2 x active parameters without the input embedding. Attention: 4 L H R S, scores and values
-    against S positions (Kaplan et al. 2020, table 1; PaLM, Chowdhery et al. 2022, appendix B).
+    against S positions (Kaplan et al. 2020, table 1; PaLM, Chowdhery et al. 2022, appendix B), or
+    2 L H (R + v) S if values are v wide.
 
     Args:
         model: the decoder.
@@ -341,16 +370,17 @@ def flops_per_token_forward(model: Model, sequence_tokens: int, *, causal: bool 
         causal: count only the positions up to the token's own, half of S on average (what a kernel
             that skips masked blocks computes). By default all S count, as in PaLM's utilisation.
     """
-    attention = 4 * model.n_layers * query_width(model) * sequence_tokens
+    attention = 2 * model.n_layers * (query_width(model) + attended_width(model)) * sequence_tokens
     return Flops(2 * active_parameters(model), attention // 2 if causal else attention)
 
 
 def flops_per_token_training(model: Model, sequence_tokens: int, *, causal: bool = False) -> Flops:
     """Returns the FLOPs of one token's forward and backward pass: three times the forward pass.
 
-    Weights: 6 x active parameters; attention: 12 L H R S (half of it if ``causal``). Sources: see
-    :func:`flops_per_token_forward`. Recomputed activations do not count as model FLOPs. Multi-token
-    prediction counts as one more layer, what joins it to the others, and the output projection once more.
+    Weights: 6 x active parameters; attention: 12 L H R S (half of it if ``causal``), or 6 L H (R + v) S.
+    Sources: see :func:`flops_per_token_forward`. Recomputed activations do not count as model FLOPs.
+    Multi-token prediction counts as one more layer, what joins it to the others, and the output projection
+    once more.
     """
     forward = flops_per_token_forward(model, sequence_tokens, causal=causal)
     of_weights, of_attention = forward.weights, forward.attention

@@ -103,6 +103,16 @@ def _tiny_model(model: Model, *, tile: int) -> Model:
     def scaled(hidden_size: int) -> int:
         return max(unit, round(hidden_size / model.d_model * d_model / unit) * unit)
 
+    latent = model.latent
+    if latent is not None:
+        latent = replace(
+            latent,
+            kv_rank=scaled(latent.kv_rank),
+            q_rank=latent.q_rank and scaled(latent.q_rank),
+            nope_width=HEAD_WIDTH,
+            rope_width=HEAD_WIDTH // 2,
+            v_width=HEAD_WIDTH,
+        )
     moe = model.moe
     if moe is not None:
         widths = (moe.expert_hidden_size, moe.shared_hidden_size)
@@ -124,7 +134,8 @@ def _tiny_model(model: Model, *, tile: int) -> Model:
         ),
         n_heads=heads,
         n_kv_heads=kv_heads,
-        head_width=HEAD_WIDTH if has_own_width else None,
+        head_width=HEAD_WIDTH if has_own_width and latent is None else None,
+        latent=latent,
         ffn_hidden_size=scaled(model.ffn_hidden_size),
         vocab_size=VOCABULARY,
         max_sequence_tokens=SEQUENCE_TOKENS,

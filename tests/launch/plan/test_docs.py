@@ -35,7 +35,7 @@ def test_each_planned_recipe_of_the_docs(
         (ROOT / "docs" / "planner.md").read_text(),
         re.MULTILINE,
     )
-    assert len(rows) == 14
+    assert len(rows) == 15
     for recipe, gpus, gpu_hours in rows:
         assert main([f"yamls/{recipe}.yaml", "--gpus", gpus]) == 0
         assert f"{gpu_hours} GPU-hours" in capsys.readouterr().out, recipe

@@ -35,6 +35,7 @@ from train.recipe.schema import (
     Balance,
     BalanceScope,
     Ffn,
+    Latent,
     Model,
     Moe,
     Moments,
@@ -189,6 +190,14 @@ QWEN3 = replace(
     qk_norm_over=QkNormOver.each_head,
     clip_qkv=None,
 )
+LATENT = replace(
+    MOE,
+    n_heads=8,
+    n_kv_heads=8,
+    latent=Latent(kv_rank=48, q_rank=80, nope_width=32, rope_width=16, v_width=32),
+    norm=Norm.rmsnorm,
+    clip_qkv=None,
+)
 CASES = {
     "moe": Case(MOE, 8, 256, 512),
     "moe-wide": Case(replace(MOE, d_model=256, ffn_hidden_size=448, n_layers=2), 4, 512, 1024),
@@ -201,6 +210,10 @@ CASES = {
     "qwen3": Case(QWEN3, 4, 512, 512),
     "ahead": Case(replace(MOE, mtp=True), 4, 512, 512),
     "ahead-rms": Case(replace(LLAMA, mtp=True), 4, 512, 512),
+    "latent": Case(LATENT, 4, 512, 512),
+    "latent-heads": Case(
+        replace(LATENT, n_heads=16, n_kv_heads=16, moe=None, vocab_size=512, n_layers=2), 4, 512, 256
+    ),
 }
 AHEAD = replace(MOE, mtp=True)
 MIXED = replace(MOE, n_layers=5, moe=Moe(experts=16, top_k=4, dense_layers=1, every_n_layers=2))
@@ -210,7 +223,7 @@ GRADED = [
     (name, grade)
     for name in CASES
     for grade in Recompute
-    if grade in OFTEN or name in ("moe", "mpt", "llama", "ahead")
+    if grade in OFTEN or name in ("moe", "mpt", "llama", "ahead", "latent-heads")
 ]
 """All grades of one size of each kind of layer."""
 

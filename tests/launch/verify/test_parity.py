@@ -181,6 +181,8 @@ def test_a_near_zero_update_of_lion_that_rounding_turns_accuses_nobody(tmp_path:
         # Two phases: sequences grow after the first step.
         ("dbrx", "--precision fp32 --worlds 2 --inputs accumulated"),
         ("smoke", f"{GLOBAL} model.moe.jitter_eps=0.1 --precision fp32 --worlds 2 --inputs plain recomputed"),
+        # Latent attention, whose heads are made again.
+        ("deepseek-v3", "--precision fp32 --worlds 2 --inputs idle"),
         ("smoke", "model.moe.balance_scope=rank --precision fp32 --worlds 2 --inputs accumulated"),
         ("smoke", "model.moe.balance_scope=expert_group --precision fp32 --worlds 2 --inputs accumulated"),
         ("smoke", "model.moe.balance=bias --precision bf16 --worlds 2 --inputs accumulated"),

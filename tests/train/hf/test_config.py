@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,21 @@ from train.hf.architectures import FAMILIES, family_for, family_of
 from train.hf.config import Config
 from train.hf.rope import views
 from train.recipe.errors import UserError
-from train.recipe.schema import Balance, Ffn, GroupScore, Model, Moe, Norm, Position, QkNormOver, Score, Yarn
+from train.recipe.reading import load_recipe
+from train.recipe.schema import (
+    Balance,
+    BalanceScope,
+    Ffn,
+    GroupScore,
+    Latent,
+    Model,
+    Moe,
+    Norm,
+    Position,
+    QkNormOver,
+    Score,
+    Yarn,
+)
 
 THETA = 123456.0
 DBRX = Model(
@@ -53,6 +68,23 @@ MODELS = {
         ),
     ),
 }
+LATENT = Latent(kv_rank=12, q_rank=20, nope_width=10, rope_width=6, v_width=8)
+MODELS["deepseek_v3"] = replace(LLAMA, norm_eps=1e-6, latent=LATENT, moe=MODELS["dots1"].moe)
+MODELS["deepseek_v2"] = replace(
+    MODELS["deepseek_v3"],
+    moe=Moe(
+        experts=16,
+        top_k=4,
+        expert_hidden_size=24,
+        shared_hidden_size=48,
+        normalize_weights_p=None,
+        groups=4,
+        top_groups=2,
+        group_score=GroupScore.max,
+        balance_scope=BalanceScope.sequence,
+    ),
+)
+DEEPSEEKS = ("deepseek_v3", "deepseek_v2")
 ROTARY = [kind for kind in MODELS if kind != "mpt"]
 
 
@@ -108,8 +140,10 @@ def test_both_versions_find_the_base_in_an_export(kind: str) -> None:
 def test_numbers_have_the_types_on_which_transformers_5_insists(kind: str) -> None:
     """An int is refused there where a float is declared, also a whole one such as 8; so is MPT's 0.0."""
     moe = MODELS[kind].moe
-    moe = moe and replace(moe, normalize_weights_p=1, jitter_eps=0, weight_scale=1)
-    if kind != "dots1":  # which has no weight of a balance loss
+    moe = moe and replace(moe, jitter_eps=0, weight_scale=1)
+    if kind != "deepseek_v2":  # which does not normalise
+        moe = moe and replace(moe, normalize_weights_p=1)
+    if kind not in ("dots1", "deepseek_v3"):  # which have no weight of a balance loss
         moe = moe and replace(moe, balance_loss_weight=1)
     model = replace(MODELS[kind], moe=moe, rope_theta=10000, init_std=1)
     if kind in {"dbrx", "olmoe", "mpt"}:
@@ -120,7 +154,8 @@ def test_numbers_have_the_types_on_which_transformers_5_insists(kind: str) -> No
     counts |= {"kv_n_heads", "ffn_hidden_size", "intermediate_size", "expansion_ratio", "alibi_bias_max"}
     counts |= {"head_dim", "moe_intermediate_size", "decoder_sparse_step"}
     counts |= {"n_routed_experts", "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace"}
-    counts |= {"max_window_layers"}
+    counts |= {"max_window_layers", "moe_layer_freq", "num_nextn_predict_layers", "q_lora_rank"}
+    counts |= {"kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
     counts |= {"moe_num_experts", "moe_top_k", "num_local_experts", "num_experts", "num_experts_per_tok"}
     counts |= {"attn_pdrop"} if kind == "mpt" else set()
     assert {key for key, value in config.items() if isinstance(value, int)} == counts & config.keys()
@@ -256,6 +291,83 @@ def test_experts_that_no_architecture_has_are_refused_by_name(moe: dict[str, Any
 def test_windows_of_dots_are_refused_by_name(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"sliding_window is [0-9]+; only null can be expressed"):
         read(written(MODELS["dots1"]) | change)
+
+
+PUBLISHED_V3 = {
+    "model_type": "deepseek_v3",
+    **{"attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "ep_size": 1},
+    **{"first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02},
+    **{"intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840},
+    **{"moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256},
+    **{"n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8},
+    **{"num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1},
+    **{"pretraining_tp": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
+    **{"rms_norm_eps": 1e-6, "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid"},
+    "rope_scaling": {
+        **{"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0},
+        **{"original_max_position_embeddings": 4096, "type": "yarn"},
+    },
+    **{"seq_aux": True, "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc"},
+    **{"use_cache": True, "v_head_dim": 128, "vocab_size": 129280},
+}
+"""DeepSeek-V3's, without the section on fp8."""
+
+
+def test_the_recipe_of_deepseek_v3_is_the_published_model() -> None:
+    """After the extension of its context, and with what a checkpoint's config does not say of training."""
+    overrides = ["model.yarn={factor: 40, original_tokens: 4096}", "model.max_sequence_tokens=163840"]
+    ours = load_recipe(Path(__file__).parents[3] / "yamls" / "deepseek-v3.yaml", overrides).model
+    theirs = read(PUBLISHED_V3)
+    assert ours.moe is not None and theirs.moe is not None
+    training = ("balance", "balance_scope", "balance_loss_weight", "bias_update_rate")
+    moe = replace(ours.moe, **{name: getattr(theirs.moe, name) for name in training})
+    assert replace(ours, moe=moe, init_std=theirs.init_std) == theirs
+    again = written(theirs)
+    differing = {key for key, value in PUBLISHED_V3.items() if again.get(key, value) != value}
+    assert differing == {"num_nextn_predict_layers", "rope_scaling"}
+    assert read(again) == theirs
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "quant_method is 'fp8'; convert the weights"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads is 2; only 4"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05; only 1e-06"),
+        ({"topk_method": "random"}, "topk_method is 'random'; only"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq is 2; only 1"),
+        ({"rope_interleave": False}, "rope_interleave is False; only True"),
+        ({"norm_topk_prob": True}, "norm_topk_prob is True; only False"),
+        ({"kv_lora_rank": None}, "kv_lora_rank is None, not a positive number"),
+    ],
+)
+def test_what_deepseek_may_have_is_refused_by_name(change: dict[str, Any], words: str) -> None:
+    refused = []
+    for kind in DEEPSEEKS:
+        try:
+            read(written(MODELS[kind]) | change)
+        except UserError as error:
+            refused.append(words in str(error))
+    only_one = change.keys() & {"rope_interleave", "norm_topk_prob"}  # V3 only, V2 only
+    assert refused == ([True] if only_one else [True, True])
+
+
+def test_yarn_of_latent_attention_is_in_deepseeks_words() -> None:
+    for factor in (None, 0.1 * 0.707 * math.log(4) + 1):
+        yarn = Yarn(factor=4, original_tokens=16, attention_factor=factor)
+        model = replace(MODELS["deepseek_v2"], yarn=yarn)
+        config = written(model)
+        words = [config["rope_scaling"][key] for key in ("mscale", "mscale_all_dim")]
+        assert words == pytest.approx([1.0 if factor is None else 0.707] * 2)
+        assert "attention_factor" not in config["rope_scaling"]
+        found = read(config).yarn
+        assert found is not None and found.attention_factor == pytest.approx(factor)
+        for change in ({"mscale": 2.0}, {"mscale_all_dim": None}, {"attention_factor": 1.0}):
+            both = {key: config[key] | change for key in ("rope_scaling", "rope_parameters")}
+            with pytest.raises(UserError, match=r"only the last two can be expressed, if they are equal"):
+                read(config | both)
+    with pytest.raises(UserError, match=r"deepseek_v2 needs model\.yarn\.attention_factor other than 1"):
+        written(replace(model, yarn=replace(yarn, attention_factor=1.0)))
 
 
 def test_both_spellings_of_yarn_are_read_as_the_same_model() -> None:

@@ -65,6 +65,19 @@ def _model(kind: str, dtype: torch.dtype) -> Any:
         experts |= {"n_shared_experts": 2, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1}
         experts |= {"norm_topk_prob": True, "routed_scaling_factor": 1.5, "sliding_window": None}
         config = transformers.Dots1Config(**LLAMA, **ROPE, **experts, head_dim=16)
+    elif kind.startswith("deepseek"):
+        if not hasattr(transformers, "DeepseekV2Config") and kind == "deepseek_v2":
+            pytest.skip("this transformers has no DeepSeek-V2")
+        experts = {"moe_intermediate_size": 24, "n_routed_experts": 12, "num_experts_per_tok": 3}
+        experts |= {"n_shared_experts": 2, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1}
+        experts |= {"num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 10}
+        experts |= {"qk_rope_head_dim": 6, "v_head_dim": 8, "routed_scaling_factor": 1.5}
+        if kind == "deepseek_v2":
+            config = transformers.DeepseekV2Config(
+                **(LLAMA | experts), **ROPE, topk_method="group_limited_greedy"
+            )
+        else:
+            config = transformers.DeepseekV3Config(**(LLAMA | experts), **ROPE)
     else:
         config = transformers.MixtralConfig(**LLAMA, **ROPE, num_local_experts=12, sliding_window=None)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -85,7 +98,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
-@pytest.mark.parametrize("kind", ["dbrx", "llama", "mixtral", "olmoe", "qwen3", "qwen3_moe", "dots1"])
+KINDS = ["dbrx", "llama", "mixtral", "olmoe", "qwen3", "qwen3_moe", "dots1", "deepseek_v3", "deepseek_v2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, tmp_path: Path) -> None:
     theirs = _model(kind, torch.float32)
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
@@ -116,6 +132,26 @@ def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, t
     }
     index = "model.safetensors.index.json"
     assert json.loads(after[index])["weight_map"] == json.loads(before[index])["weight_map"]
+
+
+def test_layers_that_predict_further_tokens_are_left_out_with_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hf"
+    _model("deepseek_v3", torch.float32).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    further = {"eh_proj.weight": torch.zeros(32, 64), "self_attn.o_proj.weight": torch.zeros(32, 32)}
+    with_more = weights | {f"model.layers.2.{name}": weight for name, weight in further.items()}
+    save_file(with_more, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["import", str(folder), str(tmp_path / "ours")]) == 0
+    output = "".join(capfd.readouterr())
+    assert "leaves out layers [2], of multi-token prediction" in output
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    back = SafetensorsFolder(tmp_path / "back")
+    assert back.tensors.keys() == weights.keys()
+    save_file(weights | {"model.layers.1.eh_proj.weight": torch.zeros(32, 64)}, folder / "model.safetensors")
+    assert main(["import", str(folder), str(tmp_path / "again")]) == 2
+    assert "model.layers.1.eh_proj.weight is not a tensor of a deepseek_v3 model" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("spelling", ["both", "rope_parameters", "attn_config"])

@@ -14,7 +14,7 @@ from train.recipe.keys import KeyRules, OnResume, OnStart, out_of_range
 from train.recipe.preparation import Source, SourceKind
 from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
-from train.recipe.schema import DataSkip, Phase, Recipe, Yarn
+from train.recipe.schema import DataSkip, Latent, Phase, Recipe, Yarn
 from train.recipe.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -67,7 +67,8 @@ def with_every_section() -> Recipe:
     recipe = load_recipe(SMOKE)
     source = Source("code", SourceKind.text, "x", dataset="d", version="1", origin="o", licence="l")
     data = replace(recipe.data, phases=[Phase(tokens=9)], skips=[DataSkip(0, 1)], sources=[source])
-    return replace(recipe, data=data, model=replace(recipe.model, yarn=Yarn(2.0, 64)))
+    latent = Latent(kv_rank=8, nope_width=8, rope_width=8, v_width=8)
+    return replace(recipe, data=data, model=replace(recipe.model, yarn=Yarn(2.0, 64), latent=latent))
 
 
 def beyond(rules: KeyRules) -> list[float]:
@@ -137,6 +138,7 @@ def test_what_may_differ_from_the_weights_of_step_0() -> None:
         *("head_width", "ffn", "norm", "qk_norm", "qk_norm_over", "tie_embeddings", "moe.experts"),
         *(f"moe.{name}" for name in ("expert_hidden_size", "shared_hidden_size", "shared_gate")),
         *("moe.dense_layers", "moe.every_n_layers"),
+        *(f"latent.{name}" for name in ("q_rank", "kv_rank", "nope_width", "rope_width", "v_width")),
     }
     reported = {name.removeprefix("model.") for name, it in rules.items() if it is OnStart.reported}
     yarn = {

@@ -124,6 +124,23 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
         ),
         ("model.head_width=33", f"{SMOKE}: model.head_width: head_width=33 is odd, and RoPE rotates pairs"),
         (
+            "model={n_kv_heads: 4, latent: {kv_rank: 16, nope_width: 16, rope_width: 7, v_width: 16}}",
+            f"{SMOKE}: model.latent.rope_width: rope_width=7 is odd, and RoPE rotates pairs",
+        ),
+        (
+            "model={n_kv_heads: 4, latent: {kv_rank: 16, nope_width: 8, rope_width: 8, v_width: 24}}",
+            f"{SMOKE}: model.latent.v_width: v_width=24 exceeds nope_width + rope_width = 16",
+        ),
+        (
+            "model={n_kv_heads: 1, latent: {kv_rank: 16, nope_width: 8, rope_width: 8, v_width: 8}}",
+            f"{SMOKE}: model.n_kv_heads: n_kv_heads=1 differs from n_heads=4, but every latent head has",
+        ),
+        (
+            "model={n_kv_heads: 4, qk_norm: true, "
+            "latent: {kv_rank: 4, nope_width: 8, rope_width: 8, v_width: 8}}",
+            f"{SMOKE}: model.qk_norm: is not for model.latent; remove it: the vectors of q_rank and kv_rank",
+        ),
+        (
             "model.qk_norm_over=each_head",
             "command line: model.qk_norm_over: nothing reads this key unless model.qk_norm == True",
         ),

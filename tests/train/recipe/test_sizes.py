@@ -8,7 +8,7 @@ import pytest
 from train.recipe import sizes
 from train.recipe.curriculum import plan_stages
 from train.recipe.reading import load_recipe
-from train.recipe.schema import Data, Ffn, Model, Moe, Norm, Position, QkNormOver, Recipe, Training
+from train.recipe.schema import Data, Ffn, Latent, Model, Moe, Norm, Position, QkNormOver, Recipe, Training
 
 
 def decoder(
@@ -134,6 +134,13 @@ def test_flops_of_forward_and_training() -> None:
     assert training.total == 3 * sizes.flops_per_token_forward(model, 4096).total
     wide = replace(model, head_width=96)  # 48 heads of 96
     assert sizes.flops_per_token_training(wide, 4096).attention == 12 * 40 * 48 * 96 * 4096
+    latent = Latent(kv_rank=512, q_rank=1536, nope_width=128, rope_width=64, v_width=96)
+    narrow = replace(model, n_kv_heads=48, latent=latent)
+    assert sizes.flops_per_token_training(narrow, 4096).attention == 6 * 40 * 48 * (192 + 96) * 4096
+    attention = 6144 * 1536 + 1536 + 1536 * 48 * 192 + 6144 * (512 + 64) + 512 + 512 * 48 * (128 + 96)
+    attention += 48 * 96 * 6144
+    replaced = 6144 * (48 + 2 * 8) * 128 + 6144 * 6144
+    assert sizes.total_parameters(narrow) - sizes.total_parameters(model) == 40 * (attention - replaced)
     causal = sizes.flops_per_token_training(model, 4096, causal=True)
     assert (causal.weights, 2 * causal.attention) == (training.weights, training.attention)
 
