@@ -28,7 +28,7 @@ from launch.verify.bit_flips import (
     flip_gradient,
     flip_received,
 )
-from launch.verify.case_run import RankBatches, import_optimizers
+from launch.verify.case_run import RankBatches, import_for_ranks
 from launch.verify.cases import INPUTS, SEQUENCES, Layout, layouts, make_batches
 from launch.verify.forked_ranks import run_ranks
 from launch.verify.harness import Row, TableCheck, Workspace
@@ -193,7 +193,7 @@ def train(recipe: Recipe, layout: Layout, trials: Sequence[Trial]) -> list[Outco
     Raises:
         RankError: if a rank fails otherwise than by a finding.
     """
-    import_optimizers()
+    import_for_ranks()
     small = replace(
         tiny_recipe(recipe, steps=STEPS, global_batch_sequences=SEQUENCES),
         guard=replace(recipe.guard, recheck_interval_batches=INTERVAL),

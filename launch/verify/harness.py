@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from launch.verify.case_run import import_optimizers
+from launch.verify.case_run import import_for_ranks
 from launch.verify.cases import Layout, layouts
 from launch.verify.forked_ranks import RankError
 from launch.verify.parity_report import write_certificate
@@ -32,7 +32,7 @@ class Workspace:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
-        import_optimizers()
+        import_for_ranks()
         self._uninterrupted: dict[Layout, Path] = {}
 
     @cached_property

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 from launch.verify.__main__ import main
-from launch.verify.case_run import CaseOutcome, import_optimizers, make_reference, run_case
+from launch.verify.case_run import CaseOutcome, import_for_ranks, make_reference, run_case, train_case
 from launch.verify.cases import INPUTS, Case, Layout, find_case, layouts
 from launch.verify.expert_faults import FINER, GLOBAL_SCOPE, Changes
 from launch.verify.faults import FAULTS, KnownFault
-from launch.verify.forked_ranks import RankError
+from launch.verify.forked_ranks import RankError, run_ranks
 from launch.verify.parity import ParityCheck
+from launch.verify.watching import Comparer, ReferenceRecord
 from train.layout.torch_patches import TorchVersions
 from train.model import router
 from train.recipe.errors import UserError
@@ -37,7 +39,7 @@ TRADED = "parallelism.reduce=once_a_batch parallelism.gathered_layers=1"
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported() -> None:
-    import_optimizers()
+    import_for_ranks()
 
 
 @functools.cache
@@ -56,6 +58,21 @@ def _reference(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("references")
+
+
+def test_ranks_import_nothing_that_takes_long(tmp_path: Path) -> None:
+    """Whatever is imported only after the fork is imported again by each of hundreds of ranks."""
+    case, file = find_case(load_recipe(YAMLS / "smoke.yaml"), Layout(1, 2, 1), "accumulated"), tmp_path / "r"
+    make_reference(case, file)
+    record = ReferenceRecord(**torch.load(file, weights_only=True))
+
+    def work(topology: Topology) -> list[str]:
+        before = set(sys.modules)
+        train_case(case, topology, 0, Comparer(record, case, topology))
+        return [name for name in sys.modules if name not in before]
+
+    imported = run_ranks(2, work)[0]
+    assert len(imported) < 30 and not [name for name in imported if "_dynamo" in name], imported
 
 
 def _seen_in(fault: KnownFault) -> set[Precision]:
