@@ -258,7 +258,7 @@ def open_loader(dataset: TrainSequences, workers: int) -> TrainLoader:
         options = {
             "multiprocessing_context": "fork",
             "prefetch_factor": PREFETCHED_BLOCKS,
-            "worker_init_fn": outlive_first_sigterm,
+            "worker_init_fn": outlive_signals,
         }
     return TrainLoader(
         dataset,
@@ -271,12 +271,13 @@ def open_loader(dataset: TrainSequences, workers: int) -> TrainLoader:
     )
 
 
-def outlive_first_sigterm(_worker: int = 0) -> None:
-    """Makes this process survive one SIGTERM; the second, from the loader's shutdown, ends it.
+def outlive_signals(_worker: int = 0) -> None:
+    """Makes this process survive Ctrl-C and one SIGTERM; the second, from the loader's shutdown, ends it.
 
-    Schedulers such as SLURM send SIGTERM to every process of a job, and a rank that is to save after the
-    current batch must not lose the worker that reads it.
+    Schedulers such as SLURM send SIGTERM, and terminals SIGINT, to every process of a job, and a rank that is
+    to save after the current batch must not lose the worker that reads it.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 

@@ -13,6 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from train.evaluate.task_files import check_suite
 from train.health.environment import set_defaults
 from train.hf.start import check_start
+from train.readiness import check_readiness
 from train.recipe.catalogue import describe_keys
 from train.recipe.describe import describe_run
 from train.recipe.packages import check_packages
@@ -58,6 +59,8 @@ def main(options: Namespace) -> int | Figures:
     changes = check_start(recipe, options.recipe)
     if topology.is_main:  # It reads every question, and one line is enough.
         check_suite(recipe, options.recipe)
+        if not options.dry_run:
+            check_readiness(recipe, options.recipe)
     if options.dry_run:
         if not topology.is_main:
             return 0

@@ -30,6 +30,7 @@ from train.recipe.topology import Topology
 from train.record.changes import Change, add_change, differences, keys_of
 from train.record.log import progress as progress_log
 from train.record.run_folder import (
+    ALARMS_FILE,
     CHECKPOINTS_FOLDER,
     DATA_LOG_FILE,
     METRICS_FILE,
@@ -43,7 +44,6 @@ from train.record.run_folder import (
 )
 from train.record.skips import declared_skips
 from train.record.step_log import EXPERT_LOAD_FILE, STEP, StepLog, read_steps
-from train.step.alarms import ALARMS_FILE
 from train.step.language_model import LanguageModel
 
 RECORDS = (METRICS_FILE, DATA_LOG_FILE, ALARMS_FILE, EXPERT_LOAD_FILE)

@@ -45,6 +45,7 @@ from train.model.compiling import compile_decoder
 from train.model.decoder import Decoder
 from train.model.init import initialize
 from train.model.scaled_products import require_kernels, try_kernels
+from train.observers import observers, other_loggers
 from train.preflight.together import is_wanted, preflight
 from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
@@ -66,6 +67,7 @@ from train.record.run_folder import (
 )
 from train.record.run_tracker import RunTracker
 from train.record.summary import DatasetInput, Summary, write_summary
+from train.record.system_load import SystemLoad
 from train.record.throughput import Throughput
 from train.report.run_page import write_report
 from train.resume import Resumed, accept, data_digests, drop_after, find_checkpoint, keep, load_weights
@@ -302,6 +304,7 @@ def assemble(
     train_loader = build_train_loader(opened, curriculum, start_sample=progress.samples, **place)
     step = build_step(opened, folder, topology, model, resumed, watch)
     callbacks: list[Callback] = [step, *watch.callbacks()]
+    callbacks += observers(recipe, folder, topology, machine.device_type, model.decoder)
     if recipe.evaluation.suite is not None:
         scorer = Scorer(model.decoder, machine.precision, topology, recipe.model.max_sequence_tokens)
         callbacks.append(suite_evaluation(opened, folder, scorer, curriculum.batches, watch.move))
@@ -310,10 +313,12 @@ def assemble(
         callbacks += [
             throughput(recipe, machine, curriculum),
             ExpertLoad(folder, curriculum.batches, step.expert_tokens),
+            SystemLoad(machine.device_type == "cuda"),
         ]
         loggers = [
             RunTracker(folder, bytes_per_token(shards, "validation"), bytes_per_token(shards, "train")),
             Console(curriculum.batches, recipe.tracking.console_interval_batches),
+            *other_loggers(recipe, folder),
         ]
     validation_loaders = build_validation_loaders(opened, **place)
     trainer = build_trainer(

@@ -27,7 +27,7 @@ from train.record.tables import text_table
 EPILOG = """
 After any failure (an exception, a kill, a lost node, a hang) the job is started again and resumes from the
 newest valid checkpoint. Exit status: 0 finished, 2 a mistake in the recipe, 70 another try would not help,
-75 stopped by SIGTERM with everything saved. {hosts} and {nodes} in COMMAND become the hosts of a try:
+75 told to end, everything saved. {hosts} and {nodes} in COMMAND become the hosts of a try:
 
   python -m launch.restart --hosts n1,n2,n3 --nodes 2 -- srun --nodelist={hosts} --nodes={nodes} job.sh
 """

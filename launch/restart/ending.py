@@ -79,7 +79,7 @@ def explain(status: int, folder: Path, hosts: tuple[str, ...] = ()) -> Ending:
         line = f"rank {first_failure.rank} on {first_failure.host}: {first_failure.error}"
         return ending(kind, line, first_failure.rank, first_failure.host)
     if status == PREEMPTED_STATUS:
-        return ending("preempted", "stopped by SIGTERM; everything is saved")
+        return ending("preempted", "told to end; everything is saved")
     if status == HANG_STATUS:
         return ending("hang", "the watchdog ended a hang, but its finding was not written")
     lost = folder / LOST_HOST_FILE

@@ -12,6 +12,7 @@ import pytest
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
+from train.record import metrics
 from train.record.step_log import read_steps
 
 pytestmark = pytest.mark.slow
@@ -38,7 +39,7 @@ def _run(recipe: Recipe) -> list[dict[str, Any]]:
 def _trained(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the figures of a step without times."""
     return [
-        {k: v for k, v in step.items() if k != "time" and not k.startswith(("time/", "throughput/"))}
+        {k: v for k, v in step.items() if k != "time" and not k.startswith(metrics.MEASURED)}
         for step in steps
     ]
 

@@ -44,7 +44,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _trained(recipe: Recipe) -> list[dict[str, Any]]:
     """Returns the figures of each step of a run without times."""
     return [
-        {k: v for k, v in step.items() if k != "time" and not k.startswith(("time/", "throughput/"))}
+        {k: v for k, v in step.items() if k != "time" and not k.startswith(metrics.MEASURED)}
         for step in read_steps(Path(recipe.runs_dir) / recipe.name / "metrics.jsonl")
     ]
 
@@ -78,7 +78,7 @@ def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0, by: signal.Signals
     log = Path(recipe.runs_dir) / f"{recipe.name}.log"
     with Ranks(ranks, work, log) as processes:
         codes = processes.exit_codes(240)
-    ending = 0 if not stop_after else PREEMPTED_STATUS if by is signal.SIGTERM else -by
+    ending = 0 if not stop_after else -by if by is signal.SIGKILL else PREEMPTED_STATUS
     assert set(codes) == {ending}, log.read_text()[-2000:]
 
 
@@ -110,8 +110,8 @@ def test_a_run_cut_off_at_a_boundary_and_inside_a_phase_goes_on_bit_for_bit(
     tiny_recipe: TinyRecipe, shards: Path, whole: Recipe
 ) -> None:
     recipe = tiny_recipe(shards.parent, shards, "cut", *PHASES)
-    for stop_after in (4, 6, 0):
-        _run(recipe, stop_after=stop_after)
+    for stop_after, by in ((4, signal.SIGTERM), (6, signal.SIGINT), (0, signal.SIGTERM)):
+        _run(recipe, stop_after=stop_after, by=by)
     assert _trained(recipe) == _trained(whole)
     assert _books(recipe) == _books(whole)
 

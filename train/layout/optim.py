@@ -199,8 +199,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     norms = torch.stack(torch._foreach_norm(shards)).double()
     is_sharded = any(isinstance(g, DTensor) for g in gradients)
     world_size = torch.distributed.get_world_size() if is_sharded else 1
-    holders = [_holders(g, world_size) for g in gradients]
-    square = (norms.square() / torch.tensor(holders, dtype=torch.float64, device=norms.device)).sum()
+    shared = [holders(g, world_size) for g in gradients]
+    square = (norms.square() / torch.tensor(shared, dtype=torch.float64, device=norms.device)).sum()
     if is_sharded:
         torch.distributed.all_reduce(square)
     norm = square.sqrt()
@@ -210,13 +210,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     return norm.float()
 
 
-def _holders(gradient: Tensor, world_size: int) -> int:
-    """Number of ranks that hold the same shard of this gradient."""
-    if not isinstance(gradient, DTensor):
+def holders(tensor: Tensor, world_size: int) -> int:
+    """Number of ranks that hold the same shard of this weight or gradient; all of them, if it is whole."""
+    if not isinstance(tensor, DTensor):
         return world_size
-    mesh = gradient.device_mesh
+    mesh = tensor.device_mesh
     return math.prod(
-        mesh.size(dim)
-        for dim, placement in enumerate(gradient.placements)
-        if isinstance(placement, Replicate)
+        mesh.size(dim) for dim, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)
     )

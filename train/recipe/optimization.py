@@ -127,6 +127,11 @@ class Training:
     loss_chunk_tokens: Optional[int] = key(None, above=0, on_resume=OnResume.free)
     """Tokens whose logits are in memory at once when the loss is computed; null: 4096 on a GPU, else 1024.
     The output projection's gradient is added up chunk by chunk, so another number rounds it otherwise."""
+    profile_batches: list[int] = key(factory=list, above=0, on_resume=OnResume.free)
+    """First and last batch, from 1, of which torch's profiler records a trace, and a GPU's memory, into
+    `profile/` of the run's folder: `[20, 22]`. Empty: none."""
+    profile_ranks: list[int] = key(factory=lambda: [0], at_least=0, on_resume=OnResume.free)
+    """Ranks that record it."""
     document_masking: bool = True
     """True: tokens attend only within their own document. False: within the whole sequence."""
     frozen: list[str] = key(factory=list)

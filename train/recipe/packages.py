@@ -20,6 +20,8 @@ LEFT_OUT = {
     "transformers": "transformers",
 }
 """Module to import, and the package's name."""
+ADDED = {"tensorboard": "TensorBoard", "wandb": "W&B's client"}
+"""Likewise, packages that no installation has: few want them, and the locks are long enough."""
 REMEDY = "install without --core"
 GROUPED_PRODUCT = (2, 10)
 """The torch that first has a grouped product; without one, the experts' row counts break a compiled graph."""
@@ -38,6 +40,9 @@ def check_packages(recipe: Recipe) -> None:
             raise UserError(what, key="training.compile", remedy="set it to off")
     for key, module, instead in _needs(recipe):
         if find_spec(module) is None:
+            if module in ADDED:
+                what = f"needs {ADDED[module]}, which is not installed"
+                raise UserError(what, key=key, remedy=f"`pip install {module}`, or {instead}")
             what = f"needs {LEFT_OUT[module]}, which this installation leaves out"
             raise UserError(what, key=key, remedy=f"{instead} or {REMEDY}")
 
@@ -46,6 +51,10 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """Yields key, module, and what to set instead."""
     if recipe.tracking.mlflow:
         yield "tracking.mlflow", "mlflow", "set tracking.mlflow=false"
+    if recipe.tracking.tensorboard:
+        yield "tracking.tensorboard", "tensorboard", "set tracking.tensorboard=false"
+    if recipe.tracking.wandb_project is not None:
+        yield "tracking.wandb_project", "wandb", "remove it"
     if (recipe.data.remote or "").startswith("s3://"):
         yield "data.remote", "boto3", "use a folder that all nodes see, collect wheels with --stores,"
     if recipe.evaluation.suite is not None:

@@ -84,8 +84,9 @@ class Guard:
     """Number of applied steps whose median and median absolute deviation a step is compared with."""
     loss_deviations: Optional[float] = key(8.0, above=0)
     """A loss this many deviations above the median is a spike; null: never."""
-    norm_deviations: Optional[float] = key(20.0, above=0)
-    """The same for the gradient norm, which has a longer tail; null: never."""
+    norm_deviations: Optional[float] = key(100.0, above=0)
+    """The same for the gradient norm; null: never. Single batches of repetitive text reach 30 deviations in
+    sound runs, whose loss does not move; clipping takes care of them."""
     most_skips: int = key(10, at_least=0)
     """Maximum number of consecutive skipped updates; one more ends the run."""
     least_entropy: float = key(0.3, at_least=0, at_most=1)

@@ -313,9 +313,19 @@ def _registry(recipe: Recipe, _: Topology) -> Iterator[Violation]:
         )
 
 
+def _is_range(batches: list[int]) -> bool:
+    return len(batches) == 2 and batches[0] <= batches[1]
+
+
 def _training(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     training, schedule = recipe.training, recipe.schedule
     batch_tokens = training.global_batch_sequences * recipe.data.sequence_tokens
+    if training.profile_batches and not _is_range(training.profile_batches):
+        yield Violation(
+            "training.profile_batches",
+            f"is {training.profile_batches}",
+            "give the first and the last batch, [20, 22]",
+        )
     if training.duration_tokens < batch_tokens:
         yield Violation(
             "training.duration_tokens",

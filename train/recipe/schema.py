@@ -300,6 +300,14 @@ class Tracking:
     """MLflow experiment of the run."""
     console_interval_batches: int = key(10, above=0)
     """Batches between progress lines on the console."""
+    layer_norms_interval_batches: Optional[int] = key(None, above=0)
+    """Batches between measurements of each layer: norms of its gradient, update and weights, and the root
+    mean square of the residual stream after it. null: none."""
+    tensorboard: bool = False
+    """Also log to TensorBoard, into `tensorboard/` of the run's folder; needs the package tensorboard."""
+    wandb_project: Optional[str] = None
+    """Also log to this project of Weights & Biases; needs the package wandb, and `WANDB_API_KEY` or
+    `wandb login`. null: not."""
     registry: Registry = Registry.mlflow
     """Registry in which `python -m train.tracking.registry` registers exported models: `mlflow` (the tracking
     server's) or `unity_catalog` (Databricks)."""

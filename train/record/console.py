@@ -65,6 +65,8 @@ class Console(LoggerDestination):
         if batch % self.interval and batch not in (self._first_batch + 1, self.total):
             return
         figures = {key: sum(values) / len(values) for key, values in self._gathered.items()}
+        if peaks := self._gathered[metrics.GPU_MEMORY_PEAK]:
+            figures[metrics.GPU_MEMORY_PEAK] = max(peaks)
         step_seconds = sum(self._gathered[metrics.TIME_STEP])
         if step_seconds > 0:
             rates = zip(
@@ -129,6 +131,8 @@ def format_batch(
     ):
         if key in figures:
             parts.append(f"{label} {form.format(figures[key])}")
+    if metrics.GPU_MEMORY_PEAK in figures:
+        parts.append(f"gpu {figures[metrics.GPU_MEMORY_PEAK] / 1e9:5.1f} GB")
     if metrics.TOKENS_PER_SECOND in figures:
         parts.append(f"{short_number(figures[metrics.TOKENS_PER_SECOND]):>5} tokens/s")
     parts.append(f"left {duration(seconds_left)}" if batch < total else "done")

@@ -38,6 +38,16 @@ TIME_OTHER = "time/other"
 TIME_EVALUATION = "time/evaluation"
 TIME_CHECKPOINT = "time/checkpoint"
 SLOWEST_RANK = "time/slowest_rank"
+GPU_MEMORY_PEAK = "system/gpu_memory_peak"
+GPU_MEMORY_RESERVED = "system/gpu_memory_reserved"
+PROCESS_MEMORY = "system/process_memory"
+HOST_MEMORY = "system/host_memory"
+GPU_POWER = "system/gpu_power"
+GPU_TEMPERATURE = "system/gpu_temperature"
+LAYER_GRADIENT = "layers/LAYER/gradient_norm"
+LAYER_UPDATE = "layers/LAYER/update_norm"
+LAYER_WEIGHTS = "layers/LAYER/weight_norm"
+LAYER_ACTIVATION = "layers/LAYER/activation_rms"
 EXPERT_BUSIEST = "experts/LAYER/busiest"
 EXPERT_IDLEST = "experts/LAYER/idlest"
 EXPERT_ENTROPY = "experts/LAYER/entropy"
@@ -89,11 +99,24 @@ METRICS = (
     Metric(TIME_EVALUATION, "s", "evaluation before the step, outside time/step"),
     Metric(TIME_CHECKPOINT, "s", "checkpoints and records before the step, outside time/step"),
     Metric(SLOWEST_RANK, "1", "the slowest rank's own time per step over the median rank's"),
+    Metric(GPU_MEMORY_PEAK, "bytes", "rank 0's GPU: most memory that the step's tensors took"),
+    Metric(GPU_MEMORY_RESERVED, "bytes", "rank 0's GPU: most memory that its allocator held in the step"),
+    Metric(PROCESS_MEMORY, "bytes", "resident host memory of rank 0, without its loader's processes"),
+    Metric(HOST_MEMORY, "bytes", "host memory in use on rank 0's node, caches left out"),
+    Metric(GPU_POWER, "W", "power of rank 0's GPU, every 10 s"),
+    Metric(GPU_TEMPERATURE, "°C", "temperature of rank 0's GPU, every 10 s"),
+    Metric(LAYER_GRADIENT, "1", "L2 norm of the layer's gradient after clipping"),
+    Metric(LAYER_UPDATE, "1", "L2 norm of the change of the layer's weights in the step"),
+    Metric(LAYER_WEIGHTS, "1", "L2 norm of the layer's weights after the step"),
+    Metric(LAYER_ACTIVATION, "1", "root mean square of the residual stream after the layer, on rank 0"),
     Metric(EXPERT_BUSIEST, "1", "share of the layer's token assignments that its busiest expert took"),
     Metric(EXPERT_IDLEST, "1", "share of the layer's token assignments that its idlest expert took"),
     Metric(EXPERT_ENTROPY, "1", "entropy of the layer's shares over that of equal shares: 1 is balanced"),
     Metric(EXPERT_DEAD, "experts", "experts of the layer that took no token of the batch"),
 )
+
+MEASURED = ("time/", "throughput/", "system/")
+"""Beginnings of the keys that measure the machine, and so differ between runs of the same recipe."""
 
 _FROM_COMPOSER = {
     "loss/train/total": LOSS_TOTAL,

@@ -69,3 +69,15 @@ def declared_skips(recipe: Recipe, folder: Path) -> tuple[Skip, ...]:
         for each in read_decisions(folder)
     ]
     return *of_recipe, *of_guard
+
+
+def names_of(documents: Sequence[dict[str, Any]], most: int = 4) -> str:
+    """Names a few of a step's documents, those with the most tokens first."""
+    tokens: dict[str, int] = {}
+    for piece in documents:
+        if "document" in piece:
+            name = f"{piece['domain']}: {piece['document']}"
+            tokens[name] = tokens.get(name, 0) + piece["tokens"]
+    names = sorted(tokens, key=lambda name: -tokens[name])
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,14 +1,16 @@
 """The figures of a run's page, each as inline SVG."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from train.record import metrics
-from train.record.page.svg import COLOURS, INK, draw_svg, log_scale
+from train.record.page.svg import COLOURS, INK, STYLE, WIDTH_INCHES, draw_svg, log_scale
+from train.record.step_log import STEP, TOKENS
 from train.report.run_record import RunRecord, Series
 
 # Shapes: N recorded steps, L layers, E experts.
@@ -51,10 +53,20 @@ def loss_figure(run: RunRecord) -> Markup:
                     ha="right",
                     color=colour,
                 )
+        _mark_alarms(axis, run)
         axis.set_ylabel("nats per token")
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
 
     return draw_svg("Loss over tokens", draw, heights=(3.8,))
+
+
+def _mark_alarms(axis: Any, run: RunRecord) -> None:
+    """Marks the steps that raised alarms at the bottom of a figure over tokens."""
+    steps = {alarm.step for alarm in run.alarms}
+    places = [line[TOKENS] / 1e6 for line in run.steps if line[STEP] in steps]
+    if places:
+        bottom = axis.get_xaxis_transform()
+        axis.plot(places, [0.02] * len(places), "^", color=COLOURS[4], transform=bottom, label="alarm")
 
 
 def throughput_figure(run: RunRecord) -> Markup:
@@ -94,6 +106,86 @@ def optimisation_figure(run: RunRecord) -> Markup:
             log_scale(axes[1])
 
     return draw_svg("Learning rate and gradient norm over tokens", draw, heights=(1.8, 2.0))
+
+
+def memory_figure(run: RunRecord) -> Markup:
+    """Draws memory of GPU, process and node over tokens, the largest of every few steps."""
+    gpu = (
+        (metrics.GPU_MEMORY_PEAK, "GPU, peak of the step", COLOURS[0]),
+        (metrics.GPU_MEMORY_RESERVED, "GPU, held by the allocator", COLOURS[1]),
+    )
+    host = (
+        (metrics.PROCESS_MEMORY, "process", COLOURS[2]),
+        (metrics.HOST_MEMORY, "node", COLOURS[3]),
+    )
+    groups = [group for group in (gpu, host) if any(run.series(key) for key, _, _ in group)]
+
+    def draw(axes: Sequence[Any]) -> None:
+        for axis, group in zip(axes, groups, strict=True):
+            for key, label, colour in group:
+                series = peaks(run.series(key))
+                axis.plot(millions(series), series.values / 1e9, color=colour, label=label)
+            axis.set_ylabel("GB")
+            axis.set_ylim(0, None)
+            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+
+    return draw_svg("Memory over tokens", draw, heights=(1.8,) * len(groups))
+
+
+def sensors_figure(run: RunRecord) -> Markup:
+    """Draws power and temperature of the GPU over tokens."""
+
+    def draw(axes: Sequence[Any]) -> None:
+        for axis, key, label, colour in (
+            (axes[0], metrics.GPU_POWER, "W", COLOURS[1]),
+            (axes[1], metrics.GPU_TEMPERATURE, "°C", COLOURS[4]),
+        ):
+            series = thinned(run.series(key))
+            axis.plot(millions(series), series.values, color=colour)
+            axis.set_ylabel(label)
+            axis.set_ylim(0, None)
+
+    return draw_svg("Power and temperature of the GPU over tokens", draw, heights=(1.6, 1.6))
+
+
+def layers_figure(run: RunRecord) -> Markup:
+    """Draws heat maps of each layer's gradient norm, relative update and activations over tokens."""
+    layers = range(run.layers_measured)
+
+    def grid(key: str) -> np.ndarray:
+        return np.stack([thinned(run.series(metrics.of_layer(key, layer))).values for layer in layers])
+
+    panels = [
+        ("gradient norm", grid(metrics.LAYER_GRADIENT)),
+        ("update / weights", grid(metrics.LAYER_UPDATE) / grid(metrics.LAYER_WEIGHTS)),
+    ]
+    if run.series(metrics.of_layer(metrics.LAYER_ACTIVATION, 0)):
+        panels.append(("activation, RMS", grid(metrics.LAYER_ACTIVATION)))
+    ends = span(thinned(run.series(metrics.of_layer(metrics.LAYER_GRADIENT, 0))))
+
+    def draw(axes: Sequence[Any]) -> None:
+        from matplotlib.colors import LogNorm
+
+        for axis, (label, values_LN) in zip(axes, panels, strict=True):
+            positive = values_LN[np.isfinite(values_LN) & (values_LN > 0)]
+            low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
+            image = axis.imshow(
+                values_LN,
+                aspect="auto",
+                cmap="viridis",
+                norm=LogNorm(low, max(high, low * 1.01)),
+                interpolation="nearest",
+                extent=(*ends, len(layers) - 0.5, -0.5),
+            )
+            axis.set_ylabel("layer")
+            axis.set_yticks(range(0, len(layers), max(1, len(layers) // 10)))
+            axis.grid(visible=False)
+            bar = axis.figure.colorbar(image, ax=axis, pad=0.01, label=label)
+            log_scale(bar.ax)
+            bar.outline.set_visible(False)
+
+    height = max(1.4, min(4, 0.25 * len(layers)))
+    return draw_svg("Norms over layers and tokens", draw, heights=(height,) * len(panels))
 
 
 def router_figure(run: RunRecord) -> Markup:
@@ -167,6 +259,29 @@ def entropy_figure(run: RunRecord) -> Markup:
 
 def load_figure(run: RunRecord) -> Markup:
     """Draws a heat map of every expert's load over tokens, a panel per layer (at most 12, evenly spaced)."""
+    draw, rows, columns = _load_drawing(run)
+    return draw_svg("Expert load over layers and tokens", draw, heights=(1.9,) * rows, columns=columns)
+
+
+def write_load_picture(run: RunRecord, path: Path) -> None:
+    """Writes the same as a picture on white; nothing, if Matplotlib is left out of the installation."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    draw, rows, columns = _load_drawing(run)
+    with matplotlib.rc_context(STYLE):
+        picture = Figure(figsize=(WIDTH_INCHES, 1.9 * rows + 0.35), layout="constrained")
+        FigureCanvasAgg(picture)
+        draw(list(picture.subplots(rows, columns, sharex=True, squeeze=False).ravel()))
+        picture.savefig(path, dpi=110)
+
+
+def _load_drawing(run: RunRecord) -> tuple[Callable[[Sequence[Any]], None], int, int]:
+    """Returns what draws the heat map of the experts' load, and the numbers of its rows and columns."""
     _, layers, experts = run.load_shares.shape
     shown = np.unique(np.linspace(0, layers - 1, min(layers, HEAT_MAP_LAYERS)).round().astype(int))
     columns = min(4, len(shown))
@@ -204,7 +319,7 @@ def load_figure(run: RunRecord) -> Markup:
         bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
         bar.outline.set_visible(False)
 
-    return draw_svg("Expert load over layers and tokens", draw, heights=(1.9,) * rows, columns=columns)
+    return draw, rows, columns
 
 
 def millions(series: Series) -> np.ndarray:
@@ -225,6 +340,15 @@ def thinned(series: Series, points: int = POINTS) -> Series:
     parts = np.array_split(np.arange(len(series)), points)
     means = np.array([finite_mean(series.values[part]) for part in parts])
     return Series(np.array([series.tokens[part].mean() for part in parts]), means)
+
+
+def peaks(series: Series, points: int = POINTS) -> Series:
+    """Reduces a series to at most ``points`` points, each the largest of a segment."""
+    if len(series) <= points:
+        return series
+    parts = np.array_split(np.arange(len(series)), points)
+    largest = np.array([np.nan_to_num(series.values[part], nan=0.0).max() for part in parts])
+    return Series(np.array([series.tokens[part].mean() for part in parts]), largest)
 
 
 def finite_mean(values: np.ndarray) -> float:

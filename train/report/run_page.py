@@ -9,8 +9,10 @@ from markupsafe import Markup
 from train.recipe.units import duration, short_number
 from train.record import metrics
 from train.record.page.rendering import render
-from train.record.run_folder import REPORT_FILE
+from train.record.run_folder import LOAD_PICTURE_FILE, REPORT_FILE
+from train.record.skips import names_of
 from train.report.evaluation import newest_evaluations, scores_over_time
+from train.report.progress import progress_of
 from train.report.run_record import RunRecord, read_run
 
 PART_COLOURS = ("#ef4444", "#3b82f6", "#a855f7", "#10b981", "#94a3b8")
@@ -18,6 +20,9 @@ PART_COLOURS = ("#ef4444", "#3b82f6", "#a855f7", "#10b981", "#94a3b8")
 
 def write_report(run_dir: Path) -> Path:
     """Writes `report.html` from the files in a run's folder; the run need not be complete.
+
+    The page of a run that is being trained loads itself again every minute; `--follow` rewrites it. The heat
+    map of the experts' load is also left as a picture, for MLflow.
 
     Raises:
         UserError: if it is not the folder of a run.
@@ -27,6 +32,10 @@ def write_report(run_dir: Path) -> Path:
     partial = path.with_suffix(".partial")
     partial.write_text(report_page(run))
     partial.replace(path)
+    if run.load_shares.size:
+        from train.report.plots import write_load_picture
+
+        write_load_picture(run, run_dir / LOAD_PICTURE_FILE)
     return path
 
 
@@ -36,11 +45,13 @@ def report_page(run: RunRecord) -> str:
         "train/report/run.html.j2",
         title=f"Run {run.name}",
         run=run,
+        progress=progress_of(run),
         key_cards=key_cards(run),
         figures=figures(run),
         validation=validation_rows(run),
         domains=domain_rows(run),
         changes=change_rows(run),
+        alarms=alarm_rows(run),
         step_parts=step_parts(run),
         experts=expert_counts(run),
         scores_figure=scores_over_time(run),
@@ -57,6 +68,8 @@ def key_figures(run: RunRecord) -> dict[str, float | str]:
         "name": run.name,
         "status": "complete" if run.summary else "not complete",
     }
+    if progress := progress_of(run):
+        figures["progress"] = str(progress)
     for domain, key in metrics.match_names(metrics.LOSS_VALIDATION, run.keys).items():
         figures[f"validation loss, {domain}"] = float(run.series(key).values[-1])
     if run.steps:
@@ -125,6 +138,9 @@ def figures(run: RunRecord) -> dict[str, Markup | None]:
         "load": plots.load_figure(run) if has_experts else None,
         "entropy": plots.entropy_figure(run) if has_experts else None,
         "router": plots.router_figure(run) if has_experts else None,
+        "memory": plots.memory_figure(run) if run.series(metrics.PROCESS_MEMORY) else None,
+        "sensors": plots.sensors_figure(run) if run.series(metrics.GPU_POWER) else None,
+        "layers": plots.layers_figure(run) if run.layers_measured else None,
     }
 
 
@@ -173,6 +189,14 @@ def change_rows(run: RunRecord) -> list[tuple[str, ...]]:
         if not change.keys:
             rows.append((*place, why, "nothing", "", ""))
     return rows
+
+
+def alarm_rows(run: RunRecord) -> list[tuple[str, ...]]:
+    """Returns each alarm: its step, reasons and action, and the documents of which the step read most."""
+    return [
+        (f"{alarm.step:,}", "; ".join(alarm.reasons), alarm.action, names_of(alarm.documents))
+        for alarm in run.alarms
+    ]
 
 
 def _as_yaml(value: object) -> str:

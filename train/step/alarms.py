@@ -7,14 +7,21 @@ from torch import Tensor
 
 from train.record import log
 from train.record.expert_load import measure_load
+from train.record.run_folder import ALARMS_FILE
 from train.record.step_log import StepLog
 from train.step.batch_sums import BatchTotals
 from train.step.guard import Action, RouterLoad, UpdateGuard, Verdict
-from train.step.rollback import Documents, Rollback, RollbackError, names_of
+from train.step.rollback import Documents, Rollback, RollbackError
 
 logger = log.get_logger(__name__)
 
-ALARMS_FILE = "alarms.jsonl"
+OUTCOMES = {
+    Action.apply: "update applied",
+    Action.skip: "update skipped",
+    Action.rollback: "rolls back",
+    Action.replay: "trains it again",
+    Action.stop: "ends the run",
+}
 
 
 class GuardError(RuntimeError):
@@ -108,10 +115,7 @@ class Alarms:
             self.log.write(batch + 1, fields)
         except OSError as error:
             logger.warning(f"{self.log.path} NOT written: {error}; training continues")
-        logger.warning(
-            f"ALARM batch {batch + 1} (from position {first}): {'; '.join(verdict.alarms)}: "
-            f"{verdict.action.value}; it read {names_of(documents)}"
-        )
+        logger.warning(f"ALARM batch {batch + 1}: {'; '.join(verdict.alarms)}; {OUTCOMES[verdict.action]}")
         return documents
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint policy: save every so many batches or minutes, at the end of the run, and on SIGTERM."""
+"""Checkpoint policy: save every so many batches or minutes, at the run's end, and on SIGTERM or Ctrl-C."""
 
 import copy
 import signal
@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch.distributed as dist
 from composer.core import State
@@ -33,6 +34,7 @@ class Checkpointing:
     all. They do so in the sum of the batch's loss (:meth:`flags`), which every batch has anyway. SIGTERM, by
     which schedulers announce preemption, saves after the batch and ends the run with status 75 (EX_TEMPFAIL);
     one that comes after the batch's sum, during the update or the records, does so after the next batch.
+    SIGINT, which Ctrl-C sends, does the same; a second one ends the process at once.
 
     Args:
         root: folder of the run's checkpoints.
@@ -62,13 +64,15 @@ class Checkpointing:
         self.saver = CheckpointSaver(root, topology, recipe.keep_last, replicas)
         self.last_save = time.monotonic()
         self.last_batch = -1
-        self._is_terminated = False
-        self._handler_before: signal.Handlers | None = None
+        self._told_by = ""
+        """The signal that told this rank to save and end; empty if none has."""
+        self._handlers_before: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        """Starts listening for SIGTERM."""
+        """Starts listening for SIGTERM and SIGINT."""
         if threading.current_thread() is threading.main_thread():
-            self._handler_before = signal.signal(signal.SIGTERM, self._terminate)  # type: ignore[assignment]
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers_before[number] = signal.signal(number, self._terminate)
 
     def restore_random_states(self) -> None:
         """Restores the random-number states before the first batch, after set-up has drawn from them."""
@@ -80,10 +84,10 @@ class Checkpointing:
         """Returns what this rank tells the others with each batch's sums, see :meth:`save_if_due`."""
         minutes = self.recipe.interval_minutes
         is_due = minutes is not None and time.monotonic() - self.last_save >= 60 * minutes
-        return [is_due and self.topology.is_main, self._is_terminated]
+        return [is_due and self.topology.is_main, bool(self._told_by)]
 
     def save_if_due(self, state: State, is_due_by_time: bool, is_terminated: bool) -> None:
-        """Saves if an interval has passed or a SIGTERM has arrived.
+        """Saves if an interval has passed, or a SIGTERM or Ctrl-C has arrived.
 
         Args:
             state: the state after the batch.
@@ -91,7 +95,7 @@ class Checkpointing:
             is_terminated: whether any rank's second was.
 
         Raises:
-            SystemExit: with status 75, once the state is saved after a SIGTERM.
+            SystemExit: with status 75, once the state is saved after a signal.
         """
         self._report(self.saver.poll())
         batch = state.timestamp.batch.value
@@ -99,7 +103,8 @@ class Checkpointing:
         if is_terminated:
             self._save(state)
             self.wait()
-            self._log(f"SIGTERM: ended after batch {batch}; the same command resumes the run")
+            told_by = self._told_by or "SIGTERM"
+            self._log(f"{told_by}: saved and ended after batch {batch}; the same command resumes the run")
             raise SystemExit(PREEMPTED_STATUS)
         if is_due_by_time or (every is not None and batch % every == 0):
             self._save(state)
@@ -109,6 +114,7 @@ class Checkpointing:
         if state.timestamp.batch.value != self.last_batch:
             self._save(state)
         self.wait()
+        self._stop_listening(signal.SIGINT)  # Nothing is left to save.
 
     def set_aside_after(self, batch: int) -> None:
         """Sets checkpoints of later batches aside; every rank calls it.
@@ -119,19 +125,29 @@ class Checkpointing:
         run_on_rank_0(self.topology, lambda: self._set_aside_after(batch))
 
     def close(self) -> None:
-        """Waits for this rank's part of a save that is being written, and restores the SIGTERM handler."""
+        """Waits for this rank's part of a save that is being written, and restores the signals' handlers."""
         self._report(self.saver.wait())
-        if self._handler_before is not None:
-            signal.signal(signal.SIGTERM, self._handler_before)
-            self._handler_before = None
+        self._stop_listening(signal.SIGTERM, signal.SIGINT)
 
     def wait(self) -> None:
         """Waits for a save that is still being written; every rank calls it, those that write nothing too."""
         run_on_rank_0(self.topology, lambda: self._report(self.saver.wait()))
         self.saver.wait()
 
-    def _terminate(self, _number: int, _frame: FrameType | None) -> None:
-        self._is_terminated = True
+    def _terminate(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            # After Ctrl-C, Composer's launcher also sends it to every rank.
+            self._told_by = self._told_by or "SIGTERM"
+            return
+        self._told_by = "Ctrl-C"
+        # The system's own handler ends a process that waits for others too, where Python's has no turn.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        self._log("Ctrl-C: saves and ends after this batch; once more ends at once, without saving")
+
+    def _stop_listening(self, *numbers: signal.Signals) -> None:
+        for number in numbers:
+            if number in self._handlers_before:
+                signal.signal(number, self._handlers_before.pop(number))
 
     def _save(self, state: State) -> None:
         stamp = state.timestamp

@@ -157,7 +157,8 @@ def _spike(name: str, value: float, before: list[float], bound: float | None, le
     deviation = max(DEVIATIONS_PER_MAD * mad, LEAST_SHARE * abs(median), 1e-12)
     if value <= median + bound * deviation:
         return []
+    times = value / median if median > 0 else math.inf
     return [
-        f"spike: {name} {value:.4g} is {(value - median) / deviation:.1f} deviations above the "
-        f"median {median:.4g} of the last {len(before)} steps"
+        f"spike: {name} {value:.4g} is {times:.3g} x the median of the last {len(before)} steps "
+        f"({(value - median) / deviation:.0f} deviations above it)"
     ]

@@ -128,15 +128,3 @@ def documents_of(opened: OpenedData, curriculum: Curriculum) -> Documents:
         return found
 
     return documents
-
-
-def names_of(documents: list[dict[str, Any]], most: int = 4) -> str:
-    """Names of a few documents, those with the most tokens first."""
-    tokens: dict[str, int] = {}
-    for piece in documents:
-        if "document" in piece:
-            name = f"{piece['domain']}: {piece['document']}"
-            tokens[name] = tokens.get(name, 0) + piece["tokens"]
-    names = sorted(tokens, key=lambda name: -tokens[name])
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -105,7 +105,7 @@ class TrainingStep(Callback):
         return None if self.totals is None else self.totals.expert_tokens_LE
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Drops log lines of batches that will be trained again, and starts listening for SIGTERM."""
+        """Drops log lines of batches that will be trained again, and listens for SIGTERM and Ctrl-C."""
         batch = state.timestamp.batch.value
         if self.alarms is not None:
             self.alarms.drop_after(batch)
@@ -243,7 +243,7 @@ class TrainingStep(Callback):
             self.recheck.end(state.optimizers[0])
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Save: saves a checkpoint if one is due, and ends the run after a SIGTERM."""
+        """Save: saves a checkpoint if one is due, and ends the run after a SIGTERM or Ctrl-C."""
         if self.checkpointing is not None:
             self.checkpointing.save_if_due(state, *self._saves)
 

@@ -20,10 +20,11 @@ from train.recipe.secrets import without_secrets
 from train.record.files import write_json
 from train.record.metrics import find_metric
 from train.record.run_folder import METRICS_FILE, MLFLOW_FILE
-from train.record.step_log import STEP, TIMESTAMP, lines_from
+from train.record.step_log import STEP, TIMESTAMP, TOKENS, lines_from
 from train.record.summary import DatasetInput
 from train.record.tags import read_tags
 from train.tracking.facts import RUNNING, RunFacts, own_facts
+from train.tracking.folding import FOLDED, folded
 from train.tracking.names import mlflow_key
 from train.tracking.store import connect
 
@@ -279,7 +280,7 @@ class Upload:
             step, time_ms = fields[STEP], round(fields[TIMESTAMP] * 1e3)
             values = [
                 Metric(mlflow_key(key), float("nan") if value is None else value, time_ms, step)
-                for key, value in fields.items()
+                for key, value in folded(fields).items()
                 if self._is_new(key, step) and isinstance(value, int | float | None)
             ]
             if batch and len(batch) + len(values) > METRICS_PER_REQUEST:
@@ -312,7 +313,8 @@ class Upload:
 
     def _is_new(self, key: str, step: int) -> bool:
         assert self._latest is not None
-        return find_metric(key) is not None and step > self._latest.get(mlflow_key(key), -1)
+        is_metric = find_metric(key) is not None or key in (TOKENS, *FOLDED)
+        return is_metric and step > self._latest.get(mlflow_key(key), -1)
 
     def _send_ending(self, status: str) -> None:
         """Sends the files and ends the run on the server, or marks it as running again."""

@@ -22,6 +22,7 @@ from train.record.place import note_place
 from train.record.provenance import git_commit, package_versions
 from train.record.run_folder import (
     EVALUATION_FILE,
+    LOAD_PICTURE_FILE,
     METRICS_FILE,
     RECIPE_FILE,
     REPORT_FILE,
@@ -38,7 +39,15 @@ from train.tracking.mlflow_upload import (
 
 CHECKOUT = str(Path(__file__).resolve().parents[2])
 REQUEST_SECONDS = 10
-ARTIFACTS = (REPORT_FILE, RECIPE_FILE, SUMMARY_FILE, SAMPLE_FILE, EVALUATION_FILE, METRICS_FILE)
+ARTIFACTS = (
+    REPORT_FILE,
+    LOAD_PICTURE_FILE,
+    RECIPE_FILE,
+    SUMMARY_FILE,
+    SAMPLE_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+)
 
 logger = log.get_logger(__name__)
 

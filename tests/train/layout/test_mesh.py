@@ -1,4 +1,4 @@
-"""Several ranks: placement of weights, saves when one rank fails, and SIGTERM."""
+"""Several ranks: placement of weights, saves when one rank fails, SIGTERM and Ctrl-C."""
 
 import json
 import os
@@ -222,17 +222,34 @@ def test_the_main_ranks_clock_decides_for_all(late_rank: int, tmp_path: Path) ->
     assert run_ranks(2, work) == [(2.5, [late_rank == 0, False])] * 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("told_rank", [0, 1])
-def test_a_signal_to_one_rank_counts_for_all(told_rank: int, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_counts_for_all(told_rank: int, number: signal.Signals, tmp_path: Path) -> None:
     def work(topology: Topology) -> list[tuple[float, list[bool]]]:
         callback = Checkpointing(tmp_path, Checkpoint(), topology, None, STAGES)
         callback.listen()
         before = _agreed(callback)
         if topology.rank == told_rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return [before, _agreed(callback)]
 
     assert run_ranks(2, work) == [[(2.5, [False, False]), (2.5, [False, True])]] * 2
+
+
+def test_ctrl_c_twice_ends_at_once_and_composers_sigterm_after_it_does_not(tmp_path: Path) -> None:
+    def work(topology: Topology) -> None:
+        callback = Checkpointing(tmp_path, Checkpoint(), topology, None, STAGES)
+        callback.listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert callback.flags() == [False, True]
+        (tmp_path / "told").touch()
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it lives on")
+
+    with Ranks(1, work, tmp_path / "log") as processes:
+        assert processes.exit_codes(60) == [-signal.SIGINT]
+    assert (tmp_path / "told").exists()
 
 
 def test_a_rank_of_a_large_job_is_in_one_group_per_dimension_and_in_no_other_of_all_ranks(

@@ -25,7 +25,7 @@ FREE_KEYS = {
     *("name", "runs_dir", "on_existing", "data.workers", "data.remote", "data.cache_bytes"),
     *("data.validation_domains", "data.validation_sequences"),
     *("training.recompute", "training.recompute_layers", "training.recompute_rest"),
-    "training.loss_chunk_tokens",
+    *("training.loss_chunk_tokens", "training.profile_batches", "training.profile_ranks"),
 }
 EDITABLE_KEYS = {
     *(

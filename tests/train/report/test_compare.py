@@ -182,5 +182,23 @@ def test_an_unfinished_run_is_named(
 ) -> None:
     run_dir = leave(tmp_path, "unfinished", 1e15, {"code": 1.0}, 0, DENSE)
     (run_dir / "summary.json").unlink()
-    assert main(["--compare", str(ladder[0]), str(run_dir)]) == 2
+    assert main(["--compare", *map(str, ladder[:2]), str(run_dir), "--out", str(tmp_path / "out")]) == 2
     assert "unfinished: is not complete" in capsys.readouterr().err
+
+
+def test_any_two_runs_are_laid_over_each_other(
+    ladder: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = leave(tmp_path, "<other>", 1e15, {"code": 1.0}, 0, [*DENSE, "optimizer.learning_rate=0.5"])
+    (other / "summary.json").unlink()
+    out = tmp_path / "out"
+    assert main(["--compare", str(ladder[0]), str(other), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "is not complete" in said and "overlay.html" in said
+    page = (out / "overlay.html").read_text()
+    assert "<h2>Difference of the recipes</h2>" in page and "&lt;other&gt;" in page
+    learning_rate = load_recipe(ladder[0] / "recipe.yaml").optimizer.learning_rate
+    row = page[page.index("optimizer.learning_rate</td>") :].split("</tr>")[0]
+    assert str(learning_rate) in row and "0.5" in row
+    assert "optimizer.weight_decay</td>" not in page, "equal keys are not listed"
+    assert main(["--compare", str(other), "--out", str(out)]) == 2

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from train.recipe.reading import load_recipe, to_yaml
+from train.recipe.units import duration
 from train.record import metrics
+from train.record.lease import hold, release
 from train.record.step_log import EXPERT_LOAD_FILE, StepLog
 from train.record.summary import DatasetInput, Summary, read_summary, write_summary
 from train.report.__main__ import main
@@ -44,7 +46,9 @@ SECTIONS = [
     "Domains",
     "Throughput",
     "Step time",
+    "Memory",
     "Optimisation",
+    "Layers",
     "Expert load",
     "Evaluation",
     "Sample text",
@@ -65,6 +69,9 @@ def leave_run(run_dir: Path, *, steps: int = STEPS, experts: bool = True, summar
                 for key in (metrics.EXPERT_BUSIEST, metrics.EXPERT_IDLEST, metrics.EXPERT_ENTROPY):
                     record.write(step, {metrics.of_layer(key, layer): 0.25})
                 record.write(step, {metrics.of_layer(metrics.EXPERT_DEAD, layer): 1})
+                for place, key in enumerate((metrics.LAYER_GRADIENT, metrics.LAYER_UPDATE), start=1):
+                    record.write(step, {metrics.of_layer(key, layer): place / step})
+                record.write(step, {metrics.of_layer(metrics.LAYER_WEIGHTS, layer): 4.0})
             load.write(step, {"shares": [[0.5, 0.25, 0.25, 0.0]] * LAYERS})
         if step % 10 == 0:
             record.write(step, {metrics.validation_loss("code"): 3.0, metrics.bits_per_byte("code"): 1.25})
@@ -110,7 +117,7 @@ def test_every_section_is_there(page: str) -> None:
     links = Links()
     links.feed(page)
     assert links.headings == SECTIONS
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 10
 
 
 def test_nothing_is_loaded_from_outside(page: str) -> None:
@@ -151,14 +158,35 @@ def test_figures_and_texts_of_the_run(page: str) -> None:
 
 
 def test_unfinished_run_has_a_page(tmp_path: Path) -> None:
-    page = write_report(leave_run(tmp_path / "toy", summary=False)).read_text()
-    assert "not complete" in page
+    run_dir = leave_run(tmp_path / "toy", summary=False)
+    page = write_report(run_dir).read_text()
+    assert "not complete" in page and "refresh" not in page
+    # 30,000 of 1,200,000 tokens; each step writes all its parts as 1 / step seconds for 1,000 tokens.
+    seconds = sum(3 / step for step in range(2, STEPS + 1)) / (STEPS - 1) * 1170
+    expected = f"2.5% done, stopped, {duration(seconds)} left once resumed, as of 2001-09-09 01:46:40 UTC"
+    assert expected in page
+    hold(run_dir, key="name", remedy="")
+    try:
+        live = write_report(run_dir).read_text()
+    finally:
+        release(run_dir)
+    assert f"2.5% done, {duration(seconds)} left, as of" in live and 'http-equiv="refresh"' in live
     assert "Origin" not in page
     assert "Expert load" in page
 
 
 def test_dense_run_has_no_experts(tmp_path: Path) -> None:
     assert "Expert load" not in write_report(leave_run(tmp_path / "toy", experts=False)).read_text()
+
+
+def test_alarms_of_the_guard_are_on_the_page(tmp_path: Path) -> None:
+    run_dir = leave_run(tmp_path / "toy")
+    pieces = [{"domain": "code", "document": f"{name}.py", "tokens": 9 - n} for n, name in enumerate("abcde")]
+    fields = {"alarms": ["spike: loss 9"], "action": "skip", "documents": pieces}
+    StepLog(run_dir / "alarms.jsonl").write(7, fields)
+    page = write_report(run_dir).read_text()
+    assert "<h2>Alarms</h2>" in page and "spike: loss 9" in page
+    assert "code: a.py, code: b.py, code: c.py, code: d.py and 1 more" in page
 
 
 @pytest.mark.parametrize("steps", [0, 1])

@@ -9,8 +9,8 @@ from tests.train.test_resume import RECIPE, save
 from train.recipe.curriculum import plan_stages
 from train.recipe.reliability import Guard
 from train.recipe.topology import Topology
-from train.record.skips import read_decisions
-from train.step.rollback import Rollback, names_of
+from train.record.skips import names_of, read_decisions
+from train.step.rollback import Rollback
 
 GUARD = Guard(rollback_before_batches=4, rollback_after_batches=2, most_rollbacks=2)
 

@@ -1,0 +1,84 @@
+"""Missing shards and unwritable folders end a start before torch is imported, and leave nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from train.readiness import check_readiness
+from train.recipe.errors import UserError
+from train.recipe.exit_status import PREEMPTED_STATUS
+from train.recipe.reading import to_yaml
+from train.recipe.schema import Recipe
+from train.record.run_folder import batches_of
+from train.record.step_log import read_steps
+
+TinyRecipe = Callable[..., Recipe]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("runs_dir={}/file/runs", r"r\.yaml: runs_dir: .* can't be written \(.*file is no folder\); name a"),
+        ("data.shards={}/file/shards", r"data\.shards: .*file is no folder\); give a folder"),
+        ("data.corpus=null", r"data\.shards: no shards at .*none .*write_shards"),
+        ("data.remote={}/none data.corpus=null", r"data\.remote: no shards at .*none; .*--upload"),
+    ],
+)
+def test_what_is_missing_is_one_line_and_leaves_nothing_behind(
+    override: str, error: str, tmp_path: Path, tiny_recipe: TinyRecipe
+) -> None:
+    (tmp_path / "file").touch()
+    overrides = override.format(tmp_path).split()
+    recipe = tiny_recipe(tmp_path / "runs", tmp_path / "none", "try", *overrides)
+    with pytest.raises(UserError, match=error) as found:
+        check_readiness(recipe, "r.yaml")
+    assert "\n" not in str(found.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_command_says_so_before_torch_is_imported(tmp_path: Path, tiny_recipe: TinyRecipe) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(tiny_recipe(tmp_path / "runs", tmp_path / "none", "try", "data.corpus=null")))
+    code = f"import sys; from train.main import main; print(main([{str(file)!r}]), 'torch' in sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.stdout == "2 False\n", ended.stderr
+    assert ended.stderr.startswith(f"{file}: data.shards: no shards at ") and ended.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_composer_saves_and_says_so(tmp_path: Path, tiny_recipe: TinyRecipe) -> None:
+    long = ("training.duration_tokens=6144000", "data.max_epochs=1000")
+    recipe = tiny_recipe(tmp_path / "runs", tmp_path / "shards", "try", *long)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe))
+    composer = Path(sys.executable).with_name("composer")
+    with (tmp_path / "log").open("w") as log:
+        # A session of its own is what a terminal's Ctrl-C reaches: launcher, ranks and their loaders.
+        process = subprocess.Popen(
+            [composer, "-n", "2", "train/main.py", file],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    steps, end = tmp_path / "runs/try/metrics.jsonl", time.monotonic() + 300
+    while not read_steps(steps) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    said = (tmp_path / "log").read_text
+    assert process.poll() is None, said()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(120) == PREEMPTED_STATUS, said()
+    last = read_steps(steps)[-1]["step"]
+    assert f"Ctrl-C: saved and ended after batch {last}; the same command resumes the run" in said()
+    newest = next(iter(batches_of(tmp_path / "runs/try/checkpoints")))
+    assert newest == last

@@ -1,0 +1,87 @@
+"""What a recipe asks to be observed besides a run's own records: norms, profile, TensorBoard, W&B."""
+
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback
+from composer.loggers import LoggerDestination
+
+from train.model.decoder import Decoder
+from train.recipe.reading import to_dict
+from train.recipe.schema import Compile, Recipe
+from train.recipe.topology import Topology
+from train.record import metrics
+from train.record.profiling import Profiling
+from train.step.layer_norms import LayerNorms
+from train.tracking.facts import own_facts
+
+TENSORBOARD_FOLDER = "tensorboard"
+FLUSH_BATCHES = 10
+
+
+def observers(
+    recipe: Recipe, folder: Path, topology: Topology, device_type: str, decoder: Decoder
+) -> list[Callback]:
+    """Returns what measures norms by layer and records a profile, where the recipe asks for them."""
+    training, found = recipe.training, list[Callback]()
+    if interval := recipe.tracking.layer_norms_interval_batches:
+        sees_layers = training.compile is not Compile.model
+        found.append(LayerNorms(decoder, interval, sees_layers=sees_layers))
+    if training.profile_batches and topology.rank in training.profile_ranks:
+        first, last = training.profile_batches
+        found.append(Profiling(folder, topology.rank, first, last, on_gpu=device_type == "cuda"))
+    return found
+
+
+def other_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
+    """Returns Composer's loggers that the recipe asks for besides MLflow; for rank 0 only.
+
+    A resumed run continues its W&B run, whose id is the run's own; a fork or a copy gets another.
+
+    Args:
+        recipe: the run's recipe; :mod:`train.recipe.packages` has checked that what they need is installed.
+        folder: the run's folder, whose facts are written.
+    """
+    found: list[LoggerDestination] = []
+    if recipe.tracking.tensorboard:
+        from composer.loggers import TensorboardLogger
+
+        found.append(
+            with_our_names(TensorboardLogger)(
+                log_dir=str(folder / TENSORBOARD_FOLDER), flush_interval=FLUSH_BATCHES
+            )
+        )
+    if recipe.tracking.wandb_project is not None:
+        from composer.loggers import WandBLogger
+
+        found.append(
+            with_our_names(WandBLogger)(
+                project=recipe.tracking.wandb_project,
+                name=recipe.name,
+                init_kwargs={
+                    "id": own_facts(folder).uid,
+                    "resume": "allow",
+                    "dir": str(folder),
+                    "config": to_dict(recipe),
+                },
+            )
+        )
+    return found
+
+
+def with_our_names(kind: type[LoggerDestination]) -> Any:
+    """Returns a logger class that records our metrics under our names, as metrics.jsonl has them.
+
+    Args:
+        kind: a class of Composer's.
+    """
+
+    class OurNames(kind):  # type: ignore[misc, valid-type]
+        def log_metrics(self, figures: dict[str, float], step: int | None = None) -> None:
+            named = {metrics.translate(key): float(value) for key, value in figures.items()}
+            ours = {key: value for key, value in named.items() if key is not None}
+            if ours:
+                super().log_metrics(ours, step)
+
+    OurNames.__name__ = kind.__name__
+    return OurNames
