@@ -156,6 +156,8 @@ class TokenizerHandle:
         names = {"bos_token": EOS, "eos_token": EOS, "pad_token": PAD}
         config = names | {
             "tokenizer_class": "PreTrainedTokenizerFast",
+            # So that model.generate(**tokenizer(text)) works: decoders take no token types.
+            "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
             "model_max_length": max_length or int(1e30),
         }

@@ -47,7 +47,7 @@ train              train.recipe train.record data data.order data.shards train.m
 launch             train.recipe train.record data train.preflight train launch.verify
 launch.plan        train.recipe train.record train
 launch.restart     train.recipe train.record train.health
-launch.submit      train.recipe train.record train.health launch.restart
+launch.submit      train.recipe train.record train.health launch.plan launch.restart
 launch.rehearse    train.recipe train.record train.model train.layout train.checkpoint train.health
                    train.step train.hf train launch.plan
 launch.gpu_check   train.recipe train.record train.model train.layout train.preflight train.step

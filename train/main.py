@@ -16,11 +16,12 @@ from train.hf.start import check_start
 from train.readiness import check_readiness
 from train.recipe.catalogue import describe_keys
 from train.recipe.describe import describe_run
+from train.recipe.errors import UserError
 from train.recipe.packages import check_packages
 from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.rules import validate
 from train.recipe.topology import Topology
-from train.record.command import Figures, command
+from train.record.command import Figures, at_least, command
 from train.record.log import progress
 from train.record.run_folder import in_place
 
@@ -39,6 +40,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="print the resolved recipe, sizes, FLOPs and batch arithmetic; build nothing",
     )
+    parser.add_argument(
+        "--ranks",
+        type=at_least(int, 1),
+        metavar="N",
+        help="with --dry-run: as if N ranks were started",
+    )
 
 
 @command(
@@ -53,6 +60,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(options: Namespace) -> int | Figures:
     """Checks the recipe, then trains; returns the run's exit status."""
     topology = Topology.from_environment()
+    if options.ranks and not options.dry_run:
+        raise UserError("is for --dry-run", key="--ranks", remedy="start N ranks with `composer -n N`")
+    if options.ranks:
+        topology = Topology(world_size=options.ranks, local_world_size=options.ranks)
     recipe = load_recipe(options.recipe, options.overrides)
     recipe = in_place(recipe, Path(options.recipe), options.overrides)
     validate(recipe, topology, options.recipe)

@@ -18,7 +18,8 @@ from pathlib import Path
 from launch.submit import hosts, kubernetes, mcli, skypilot, slurm
 from launch.submit.environment import describe
 from launch.submit.job import Device, Job, check_job
-from launch.submit.placement import check_placement
+from launch.submit.placement import check_memory, check_placement
+from launch.submit.site import check_mounts, check_site, require_secrets
 from train.recipe.errors import UserError
 from train.record import log
 from train.record.command import command
@@ -119,6 +120,37 @@ def _add_environment_arguments(parser: ArgumentParser, job: Job) -> None:
     add("--partition", default="", help="SLURM partition")
     add("--account", default="", help="SLURM account")
     add("--cluster", default="", help="mcli cluster")
+    add(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE]",
+        help="more directives, for example qos=high, constraint=h100, gres=gpu:h100:8, reservation=r1, "
+        "mail-user=me@example.org, dependency=afterok:123 (slurm)",
+    )
+    add(
+        "--setup",
+        default="",
+        metavar="FILE",
+        help="file that a shell reads before the ranks start: modules, variables (slurm, composer, torchrun)",
+    )
+    add(
+        "--secret",
+        action="append",
+        default=[],
+        metavar="NAME[=SECRET/KEY]",
+        help="variable whose value no file holds: from this command's environment (slurm), or from a secret "
+        "(kubernetes)",
+    )
+    add("--namespace", default="", help="Kubernetes namespace")
+    add("--queue", default="", help="queue of Kueue (kubernetes)")
+    add(
+        "--toleration",
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE][:EFFECT]",
+        help="taint of nodes that pods tolerate (kubernetes)",
+    )
 
 
 @command(
@@ -137,13 +169,17 @@ def main(options: Namespace) -> int:
     system, job = SYSTEMS[options.on], job_from(options)
     _check_system(options.on, system, job)
     recipe = check_job(job)
-    lines = check_placement(job, recipe)
+    check_site(job, options.on)
+    check_mounts(job, recipe, options.on)
+    lines = [*check_placement(job, recipe), *check_memory(job, recipe)]
     text = system.render(replace(job, records=f"{recipe.runs_dir}/{recipe.name}.restarts"))
     for line in lines:
         logger.log(logging.WARNING if line.startswith("warning:") else logging.INFO, line)
     if options.render:
         print(text, end="")
         return 0
+    if options.on == "slurm":
+        require_secrets(job, os.environ)
     return submit(system, job, text)
 
 
@@ -191,6 +227,12 @@ def job_from(options: Namespace) -> Job:
         resources=_pairs(options.resource, "--resource", "count", "NAME=COUNT"),
         claims=_pairs(options.claim, "--claim", "folder", "NAME=/folder"),
         environment=_pairs(options.env, "--env", "value", "NAME=value"),
+        secrets=dict(text.partition("=")[::2] for text in options.secret),
+        directives=dict(text.partition("=")[::2] for text in options.sbatch),
+        setup=options.setup and str(Path(options.setup).absolute()),
+        namespace=options.namespace,
+        queue=options.queue,
+        tolerations=tuple(options.toleration),
         interface=options.interface,
         workdir=options.workdir or (IMAGE_WORKDIR if in_image else str(Path.cwd())),
         hosts=tuple(filter(None, options.hosts.split(","))),
@@ -228,6 +270,12 @@ def _check_system(name: str, system: System, job: Job) -> None:
         ("--partition", job.partition, ("slurm",)),
         ("--account", job.account, ("slurm",)),
         ("--cluster", job.cluster, ("mcli",)),
+        ("--sbatch", job.directives, ("slurm",)),
+        ("--setup", job.setup, ("slurm", *HOSTS)),
+        ("--secret", job.secrets, ("slurm", "kubernetes")),
+        ("--namespace", job.namespace, ("kubernetes",)),
+        ("--queue", job.queue, ("kubernetes",)),
+        ("--toleration", job.tolerations, ("kubernetes",)),
     ):
         if value and name not in readers:
             what = f"{name} does not use it; it is for {', '.join(readers)}"

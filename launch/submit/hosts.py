@@ -19,7 +19,8 @@ exec .venv/bin/python -m launch.restart --hosts {hosts} --nodes {nodes} -- \\
 
 def render(job: Job, launcher: str) -> str:
     """Returns the script; `launcher` is composer or torchrun."""
-    words = [f"{name}={shlex.quote(value)}" for name, value in environment(job).items()]
+    setup = {"SETUP": job.setup} if job.setup else {}
+    words = [f"{name}={shlex.quote(value)}" for name, value in (environment(job) | setup).items()]
     return SCRIPT.format(
         workdir=shlex.quote(job.workdir),
         ranks=job.gpus_per_node,

@@ -62,6 +62,18 @@ class Job:
     """Resources that a pod requests besides GPUs: name to count."""
     environment: dict[str, str] = field(default_factory=dict)
     """Extra variables, which override the table's."""
+    secrets: dict[str, str] = field(default_factory=dict)
+    """Variables whose values no file holds: name to SECRET/KEY on Kubernetes, to nothing on SLURM."""
+    directives: dict[str, str] = field(default_factory=dict)
+    """More directives of SLURM: key to value, or to nothing."""
+    setup: str = ""
+    """File that a shell reads before the ranks start: modules, variables."""
+    namespace: str = ""
+    """Kubernetes namespace."""
+    queue: str = ""
+    """Queue of Kueue."""
+    tolerations: tuple[str, ...] = ()
+    """Taints of nodes that pods tolerate: KEY[=VALUE][:EFFECT]."""
     interface: str = ""
     """Network interface for the rendezvous, for example eth0."""
     workdir: str = "."

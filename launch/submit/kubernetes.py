@@ -11,12 +11,14 @@ import yaml
 from launch.restart.history import STOPPED_STATUS
 from launch.submit.environment import environment, look_back_environment
 from launch.submit.job import Device, Job
+from launch.submit.site import secret_variables, toleration
 from train.recipe.exit_status import USAGE_STATUS
 from train.record.process import HOST_VARIABLE
 
 REPLICATED_JOB = "node"
 MASTER_PORT = 29500
 SHARED_MEMORY = "64Gi"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 FINAL_STATUSES = [USAGE_STATUS, STOPPED_STATUS]
 """Exit statuses of a pod after which the job is not restarted."""
 
@@ -31,7 +33,11 @@ def manifest(job: Job) -> dict[str, Any]:
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {"name": job.name},
+        "metadata": {
+            "name": job.name,
+            **({"namespace": job.namespace} if job.namespace else {}),
+            **({"labels": {QUEUE_LABEL: job.queue}} if job.queue else {}),
+        },
         "spec": {
             "network": {"enableDNSHostnames": True, "subdomain": job.name},
             "failurePolicy": {
@@ -99,6 +105,7 @@ def pod_spec(job: Job) -> dict[str, Any]:
             # Ranks report the node's name, not the pod's.
             {"name": HOST_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
             *({"name": name, "value": _verbatim(value)} for name, value in variables.items()),
+            *secret_variables(job),
         ],
         "volumeMounts": [
             {"name": "shared-memory", "mountPath": "/dev/shm"},
@@ -116,6 +123,7 @@ def pod_spec(job: Job) -> dict[str, Any]:
         # Time for ranks to save after SIGTERM.
         "terminationGracePeriodSeconds": job.save_seconds,
         "containers": [container],
+        **({"tolerations": [toleration(text) for text in job.tolerations]} if job.tolerations else {}),
         "volumes": [
             {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
             *(

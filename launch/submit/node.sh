@@ -5,8 +5,11 @@
 # SIGTERM is passed to the ranks only: the launchers would not pass it on, or would kill ranks that are saving.
 # Ranks that have not ended SAVE_SECONDS (default 300) later, for example a stopped one, are killed. Status 75:
 # stopped by SIGTERM; start the same command again.
-set -u
+# SETUP is a file to read first, for modules and variables of the site.
 cd "$(dirname "$0")/../.." || exit 2
+# shellcheck disable=SC1090  # the user's
+if [ -n "${SETUP:-}" ]; then . "$SETUP" || exit 2; fi
+set -u
 export PATH=$PWD/.venv/bin:$PATH
 # The launcher sets its own; it would mistake a scheduler's for them.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE

@@ -5,7 +5,9 @@ differ in `expert` first (train/layout/mesh.py), so a group of `expert` ranks is
 multiple of its size. It stays within a node exactly if its size divides the number of GPUs per node.
 """
 
-from launch.submit.job import Job
+from launch.plan.hardware import GPUS
+from launch.plan.step import make_plan
+from launch.submit.job import Device, Job
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
 
@@ -19,6 +21,20 @@ def expert_group(rank: int, expert: int) -> range:
 def nodes_of(ranks: range, gpus_per_node: int) -> int:
     """Returns the number of nodes that contiguous ranks span."""
     return (ranks[-1] // gpus_per_node) - (ranks[0] // gpus_per_node) + 1
+
+
+def check_memory(job: Job, recipe: Recipe) -> list[str]:
+    """Asks the planner whether the job fits the memory of its GPUs, if it knows them; returns a line."""
+    name = job.gpu_type.lower()
+    if job.device is not Device.cuda or name not in GPUS:
+        return []
+    plan = make_plan(recipe, job.world_size, GPUS[name], file=job.recipe_file)
+    share = plan.fullest.memory.total / plan.gpu.memory_bytes
+    line = f"plan: the peak of a step takes {share:.0%} of an {job.gpu_type}'s memory"
+    if plan.fits:
+        return [line]
+    command = f"python -m launch.plan {job.recipe_file} --gpus {job.world_size} --gpu {name}"
+    return [f"warning: {line}; `{command}` says what would make it fit"]
 
 
 def check_placement(job: Job, recipe: Recipe) -> list[str]:

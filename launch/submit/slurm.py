@@ -11,7 +11,7 @@ SCRIPT = """#!/bin/bash
 set -u
 cd {workdir} || exit 2
 {exports}
-# Below the ports that the kernel hands out by itself (32768 and up).
+{setup}# Below the ports that the kernel hands out by itself (32768 and up).
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # The supervisor restarts, backs off, diagnoses and excludes bad nodes; SLURM requeues.
@@ -56,7 +56,12 @@ def render(job: Job) -> str:
         "exclusive": None if job.device is Device.cuda else False,
         # Keep the allocation when a node fails if a spare one can replace it.
         "no-kill": None if job.spare_nodes else False,
+        # Secrets come from the environment of sbatch, whatever SBATCH_EXPORT says.
+        "export": "ALL" if job.secrets else False,
     }
+    if "gres" in job.directives:
+        del directives["gpus-per-node"]
+    directives |= {key: value or None for key, value in job.directives.items()}
     lines = [
         f"#SBATCH --{key}" + ("" if value is None else f"={value}")
         for key, value in directives.items()
@@ -69,6 +74,7 @@ def render(job: Job) -> str:
         directives="\n".join(lines),
         workdir=shlex.quote(job.workdir),
         exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        setup=f"set +u\n. {shlex.quote(job.setup)} || exit 2\nset -u\n" if job.setup else "",
         nodes=job.nodes,
         arguments=shlex.join(job.arguments),
         restarts=job.restarts,

@@ -37,13 +37,18 @@ def without_secrets(text: str) -> str:
     return _PARAMETER.sub(r"\1***", _WEB_USER.sub(r"\1", text))
 
 
+def looks_secret(variable: str) -> bool:
+    """Returns whether the name of a variable says that it holds a secret."""
+    return _SECRET_VARIABLE.search(variable) is not None
+
+
 def require_no_secret(variable: str, key: str) -> None:
     """Refuses a variable of the environment whose name says that it holds a secret.
 
     Raises:
         UserError: if it does.
     """
-    if _SECRET_VARIABLE.search(variable):
+    if looks_secret(variable):
         raise UserError(
             f"names the variable {variable}, which looks like a secret", key=key, remedy="write the value out"
         )

@@ -28,6 +28,7 @@ LEARNING_RATE = "learning_rate"
 PHASE = "phase"
 GRADIENT_NORM = "gradient_norm"
 TOKENS_PER_SECOND = "throughput/tokens_per_second"
+TRAINED_TOKENS = "throughput/trained_tokens"
 FLOP_UTILISATION = "throughput/flop_utilisation"
 TIME_STEP = "time/step"
 TIME_LOADER = "time/loader"
@@ -89,6 +90,7 @@ METRICS = (
     Metric(PHASE, "1", "number of the curriculum's phase, from 0"),
     Metric(GRADIENT_NORM, "1", "global L2 norm of the gradients before clipping"),
     Metric(TOKENS_PER_SECOND, "tokens/s", "tokens of the step over time/step, all ranks together"),
+    Metric(TRAINED_TOKENS, "tokens", "tokens trained so far, for the axis of charts"),
     Metric(FLOP_UTILISATION, "1", "the model's FLOP/s over the measured matrix-product peak"),
     Metric(TIME_STEP, "s", "the step from asking for the batch to the end of its update"),
     Metric(TIME_LOADER, "s", "waiting for the batch"),

@@ -123,6 +123,7 @@ class Throughput(Callback):
         figures[metrics.TIME_OTHER] = max(0.0, step - sum(figures[part] for part in metrics.STEP_PARTS))
         tokens_per_second = (state.timestamp.token.value - self._tokens_before) / step
         figures[metrics.TOKENS_PER_SECOND] = tokens_per_second
+        figures[metrics.TRAINED_TOKENS] = state.timestamp.token.value
         flops_per_second = tokens_per_second * self.flops_per_token(self._batch)
         figures[metrics.FLOP_UTILISATION] = flops_per_second / self.run_peak_flops
         logger.log_metrics(figures)

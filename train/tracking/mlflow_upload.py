@@ -20,7 +20,7 @@ from train.recipe.secrets import without_secrets
 from train.record.files import write_json
 from train.record.metrics import find_metric
 from train.record.run_folder import METRICS_FILE, MLFLOW_FILE
-from train.record.step_log import STEP, TIMESTAMP, TOKENS, lines_from
+from train.record.step_log import STEP, TIMESTAMP, lines_from
 from train.record.summary import DatasetInput
 from train.record.tags import read_tags
 from train.tracking.facts import RUNNING, RunFacts, own_facts
@@ -313,7 +313,7 @@ class Upload:
 
     def _is_new(self, key: str, step: int) -> bool:
         assert self._latest is not None
-        is_metric = find_metric(key) is not None or key in (TOKENS, *FOLDED)
+        is_metric = find_metric(key) is not None or key in FOLDED
         return is_metric and step > self._latest.get(mlflow_key(key), -1)
 
     def _send_ending(self, status: str) -> None:

@@ -235,6 +235,7 @@ def test_systems_that_restart_by_themselves_are_told_where_the_log_is(
         RECIPE,
         "name=mine",
         "runs_dir=/runs",
+        "data.remote=s3://bucket/shards",
         "--on",
         system,
         "--nodes",
@@ -242,6 +243,7 @@ def test_systems_that_restart_by_themselves_are_told_where_the_log_is(
         "--image",
         "i",
         "--render",
+        *(["--claim", "runs=/runs"] if system == "kubernetes" else []),
     ]
     assert main(words) == 0
     text = capsys.readouterr().out
@@ -466,6 +468,6 @@ def test_a_submitted_file_is_for_its_owner_only(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
-    assert main([RECIPE, "--nodes", "8", "--workdir", "/finegrain", "--env", "WANDB_API_KEY=x"]) == 0
+    assert main([RECIPE, "--nodes", "8", "--workdir", "/finegrain", "--env", "SITE=x"]) == 0
     (file,) = (tmp_path / "runs/submitted").iterdir()
     assert file.stat().st_mode & 0o077 == 0

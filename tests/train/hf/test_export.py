@@ -147,6 +147,7 @@ def test_transformers_computes_the_same(
     sample = "def export(checkpoint): return 'Straße'"
     np.testing.assert_array_equal(tokenizer(sample)["input_ids"], handle.encode_documents([sample])[0])
     assert tokenizer.eos_token_id == theirs.generation_config.eos_token_id == handle.eos_id
+    theirs.generate(**tokenizer(sample, return_tensors="pt"), max_new_tokens=1, do_sample=False)
 
 
 def test_a_balancing_bias_stays_fp32(tokenizer_folder: Path, tmp_path: Path, make_run: MakeRun) -> None:
