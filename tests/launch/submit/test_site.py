@@ -147,7 +147,7 @@ def test_the_planner_is_asked() -> None:
     share = f"{plan.fullest.memory.total / GPUS['h100'].memory_bytes:.0%}"
     line = f"plan: the peak of a step takes {share} of an H100's memory"
     assert plan.fits and check_memory(JOB, recipe) == [line]
-    large = load_recipe(RECIPE, ["training.microbatch_sequences=96"])
+    large = load_recipe(RECIPE, ["training.global_batch_sequences=6144", "training.microbatch_sequences=96"])
     assert not make_plan(large, 64, GPUS["h100"]).fits
     (line,) = check_memory(JOB, large)
     assert line.startswith("warning: plan: ") and f"launch.plan {RECIPE} --gpus 64 --gpu h100" in line

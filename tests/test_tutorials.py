@@ -1,0 +1,107 @@
+"""Commands of docs/tutorials.md: those that check, plan or render run; the others are parsed."""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from train.recipe.reading import load_recipe
+from train.record.command import Command, CommandGroup
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs/tutorials.md").read_text()
+LINES = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+HARMLESS = ("--dry-run", "launch.plan", "--render")
+OURS = ("mine.yaml", "continue.yaml")
+"""Recipes that the reader writes."""
+
+
+def words_of(line: str) -> tuple[str, list[str]]:
+    """Splits a command into module and arguments; of a launcher or the supervisor, what it starts."""
+    words = shlex.split(line, comments=True)
+    if "--" in words:
+        assert words[:4] == ["python", "-m", "launch.restart", "--"]
+        words = words[words.index("--") + 1 :]
+    if words[0] == "composer":
+        assert words[1] == "-n" and words[2].isdecimal()
+        words = ["python", *words[3:]]
+    assert words[0] == "python", line
+    if words[1] == "-m":
+        return words[2], words[3:]
+    return words[1].removesuffix(".py").replace("/", "."), words[2:]
+
+
+def command_of(module: str) -> Command | CommandGroup:
+    """Imports the command of a module."""
+    try:
+        found = importlib.import_module(f"{module}.__main__")
+    except ModuleNotFoundError:
+        found = importlib.import_module(module)
+    command: Command | CommandGroup = found.main
+    return command
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if not line.startswith("make ")])
+def test_every_command_is_one_that_there_is(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, arguments = words_of(line)
+    command = command_of(module)
+    taken: list[object] = []
+
+    def run(_command: Command, options: object) -> int:
+        taken.append(options)
+        return 0
+
+    # Options are parsed as the command itself does it, and the work is left out.
+    monkeypatch.setattr(Command, "run", run)
+    assert command(arguments) == 0 and len(taken) == 1
+    for word in arguments:
+        if word.endswith(".yaml") and word not in OURS:
+            assert (ROOT / word).is_file(), word
+    pairs = zip(["", *arguments], arguments, strict=False)
+    keys = [word for before, word in pairs if before[:2] != "--" and re.match(r"[a-z_.]+=", word)]
+    load_recipe(ROOT / "yamls/quickstart-8gpu.yaml", keys)
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if any(word in line for word in HARMLESS)])
+def test_commands_that_change_nothing_run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    module, arguments = words_of(line)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert command_of(module)(arguments) == 0
+    assert said.getvalue()
+
+
+def test_the_quoted_plan_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        command_of("launch.plan")(["yamls/quickstart-8gpu.yaml", "--gpus", "8", "--gpu", "h100"])
+    total = re.search(r"total +([\d.]+) +of ([\d.]+): fits", said.getvalue())
+    speed = re.search(r"([\d,]+) tokens/s per GPU", said.getvalue())
+    took = re.search(r"(.+) for 382 steps", said.getvalue())
+    assert total and speed and took
+    of_page = " ".join(PAGE.split())
+    assert f"{float(total[1]):.0f} of {float(total[2]):.0f} GiB" in of_page
+    assert f"{round(int(speed[1].replace(',', '')), -2):,} tokens/s" in of_page
+    assert f"{took[1]} for the 382 steps" in of_page
+
+
+def test_the_recipe_of_your_own_data_is_read(tmp_path: Path) -> None:
+    text = re.search(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert text is not None
+    (tmp_path / "mine.yaml").write_text(text[1].replace("yamls/", f"{ROOT}/yamls/"))
+    recipe = load_recipe(tmp_path / "mine.yaml", [])
+    assert recipe.data.corpus is None and [source.domain for source in recipe.data.sources] == ["web", "code"]
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)", PAGE):
+        assert (ROOT / "docs" / target).exists(), target
