@@ -11,6 +11,8 @@ import torch
 
 from tests.cuda_standin import standin
 from train.hf.checkpoint_weights import CheckpointWeights
+from train.record import metrics
+from train.record.step_log import read_steps
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +63,9 @@ def test_two_gpus_train_save_and_evaluate_and_one_resumes(tmp_path: Path) -> Non
     saved = folder / "checkpoints"
     assert sorted(path.name for path in saved.iterdir()) == ["batch-00000002", "batch-00000004"]
     assert json.loads((folder / "summary.json").read_text())["batches"] == 4
+    # The allocator is asked; the stand-in has no management library, and so no sensors.
+    last = read_steps(folder / "metrics.jsonl")[-1]
+    assert {metrics.GPU_MEMORY_PEAK, metrics.GPU_MEMORY_RESERVED, metrics.PROCESS_MEMORY} <= last.keys()
     for counts in ranks:
         # The router's product is fp32 and stays so, though Composer turns TF32 on.
         assert products(counts) == {"bf16", "fp32"}
