@@ -76,7 +76,7 @@ def with_our_names(kind: type[LoggerDestination]) -> Any:
         kind: a class of Composer's.
     """
 
-    class OurNames(kind):  # type: ignore[misc, valid-type]
+    class OurNames(kind):
         def log_metrics(self, figures: dict[str, float], step: int | None = None) -> None:
             named = {metrics.translate(key): float(value) for key, value in figures.items()}
             ours = {key: value for key, value in named.items() if key is not None}
