@@ -118,8 +118,10 @@ class OpenedData:
             self.fetch_manifest()
         if not set(self.validated_domains) <= self.manifest.domains.keys():
             self.fetch_manifest()  # Domains were added since this node fetched it.
-        if self.recipe.tokenizer.kind is TokenizerKind.bpe:
-            self.cache.require(self.root / TOKENIZER_FILE, None)
+        if self.recipe.tokenizer.kind is not TokenizerKind.cl100k_base:
+            # Older manifests list no files.
+            for name, sha256 in (self.manifest.tokenizer.files or {TOKENIZER_FILE: None}).items():
+                self.cache.require(self.root / name, sha256)
         for name, domain in self.manifest.domains.items():
             for side, split in domain.splits.items():
                 self.cache.require(self.root / name / side / INDEX_FILE, split.index_sha256)

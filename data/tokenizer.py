@@ -1,9 +1,10 @@
-"""Tokenizers: GPT-4's cl100k_base without network access, or a byte-level BPE trained on the data.
+"""Tokenizers: GPT-4's cl100k_base without network access, a byte-level BPE trained on the data, or any other.
 
-Both consist of a table of byte strings with ranks, a pattern that splits text into pieces, and a few special
-tokens; tiktoken encodes with them, and :mod:`data.text.hugging_face_form` writes them for Hugging Face. Text
-never produces a special token: a document that contains ``<|endoftext|>`` keeps it as thirteen characters,
-since only the writer of the shards may end a document.
+The first two consist of a table of byte strings with ranks, a pattern that splits text into pieces, and a few
+special tokens; tiktoken encodes with them, and :mod:`data.text.hugging_face_form` writes them for Hugging
+Face. Others are read by :mod:`data.hugging_face_tokenizer`. Text never produces a special token: a document
+that contains ``<|endoftext|>`` keeps it as thirteen characters, since only the writer of the shards may end a
+document.
 """
 
 import base64
@@ -14,22 +15,27 @@ import itertools
 import json
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
-from data.text.hugging_face_form import read_form, write_form
+from data.text.hugging_face_form import difference, read_form, spelled, write_form
 from train.recipe.errors import UserError
 from train.recipe.schema import Tokenizer, TokenizerKind
 from train.recipe.topology import usable_cores
 from train.record import log
 from train.record.files import sha256, write_whole
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as HuggingFaceForm
 
 Tokens = NDArray[np.int32]
 BatchEncoder = Callable[[list[str]], list[Tokens]]
@@ -62,11 +68,55 @@ PROBES = (
 """Text on which tokenizers tend to differ."""
 
 
-class TokenizerHandle:
+class TokenizerHandle(ABC):
     """A tokenizer. Tokenizers with equal fingerprints give equal ids for every text."""
 
     most_threads: int | None = None
     """Limit of this process, see :func:`encode_on_one_thread`; None: all cores."""
+    name: str
+    special_ids: dict[str, int]
+    """Special tokens by name, that which ends a document among them."""
+    eos_id: int
+    """The id that ends a document."""
+    pad_id: int
+    """The id that pads a sequence; padding is never a target, so it may be any."""
+    bos_id: int
+    """The id that a model is told begins a text; the same as that which ends one if there is no other."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """The largest id plus one: the minimum number of embedding rows."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 of all on which ids depend."""
+
+    @abstractmethod
+    def encode_documents(self, texts: list[str]) -> list[Tokens]:
+        """Encodes texts, int32; text never becomes a special token, and none is added."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decodes ids; special tokens appear by name."""
+
+    @abstractmethod
+    def to_hugging_face(self, folder: Path, max_length: int | None = None) -> None:
+        """Writes the tokenizer into ``folder``, from which ``AutoTokenizer`` loads it.
+
+        Args:
+            folder: created if missing.
+            max_length: the model's maximum sequence length in tokens.
+        """
+
+    @abstractmethod
+    def mismatch(self, theirs: "HuggingFaceForm") -> str:
+        """Returns how a tokenizer of any origin differs from this one, to follow its name; empty if not."""
+
+
+class RankTokenizer(TokenizerHandle):
+    """A table of byte strings with ranks, and a pattern."""
 
     def __init__(
         self,
@@ -95,6 +145,8 @@ class TokenizerHandle:
         self._pattern_name = pattern_name or pattern
         self.ranks = dict(ranks)
         self.special_ids = dict(special_ids)
+        self.eos_id = self.bos_id = self.special_ids[EOS]
+        self.pad_id = self.special_ids.get(PAD, self.eos_id)
         self._encoding = tiktoken.Encoding(
             name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.special_ids
         )
@@ -109,16 +161,6 @@ class TokenizerHandle:
     def vocab_size(self) -> int:
         """The largest id plus one: the minimum number of embedding rows."""
         return max(*self.ranks.values(), *self.special_ids.values()) + 1
-
-    @property
-    def eos_id(self) -> int:
-        """The id that ends a document."""
-        return self.special_ids[EOS]
-
-    @property
-    def pad_id(self) -> int:
-        """The id that pads a sequence."""
-        return self.special_ids[PAD]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -164,6 +206,11 @@ class TokenizerHandle:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
         (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=1))
 
+    def mismatch(self, theirs: "HuggingFaceForm") -> str:
+        """Returns how a tokenizer of any origin differs from this one, to follow its name; empty if not."""
+        tokens = spelled(self.ranks) | {EOS: self.eos_id}
+        return difference(theirs, tokens, self.encode_documents, PROBES)
+
     @cached_property
     def _bytes_of(self) -> dict[int, bytes]:
         table = {rank: token for token, rank in self.ranks.items()}
@@ -181,29 +228,68 @@ class TokenizerHandle:
 def open_tokenizer(cfg: Tokenizer, shards_root: Path) -> TokenizerHandle:
     """Opens the recipe's tokenizer.
 
+    Shards keep the tokenizer that made them. If the recipe gives the path of one too, they must be the same.
+
     Args:
         cfg: the recipe's tokenizer section.
-        shards_root: folder of the shards, which holds a trained tokenizer.
+        shards_root: folder of the shards.
 
     Raises:
-        UserError: if a trained tokenizer is missing or larger than the recipe says.
+        UserError: if it is missing, larger than the recipe says, or not the one that made the shards.
     """
     if cfg.kind is TokenizerKind.cl100k_base:
         return _open_cl100k()
-    path = shards_root / TOKENIZER_FILE
-    if not path.is_file():
+    stored = shards_root / TOKENIZER_FILE
+    given = Path(cfg.path) if cfg.path is not None else None
+    if not stored.is_file():
+        if given is None:
+            makes = (
+                "trains and writes it" if cfg.kind is TokenizerKind.bpe else "writes it, given tokenizer.path"
+            )
+            remedy = f"`python -m data.write_shards RECIPE` {makes}"
+            raise UserError(f"no {stored}", key="tokenizer.kind", remedy=remedy)
+        return open_given(cfg)
+    handle = _opened(cfg, stored)
+    if given is not None and given.exists() and open_given(cfg).fingerprint != handle.fingerprint:
+        what = f"{given} is not the tokenizer that made {shards_root}"
+        raise UserError(what, key="tokenizer.path", remedy="give that one, or another data.shards")
+    return handle
+
+
+def open_given(cfg: Tokenizer) -> TokenizerHandle:
+    """Opens the tokenizer of ``tokenizer.path``.
+
+    Raises:
+        UserError: if it can't be read, or is larger than the recipe says.
+    """
+    assert cfg.path is not None
+    return _opened(cfg, Path(cfg.path))
+
+
+def _opened(cfg: Tokenizer, path: Path) -> TokenizerHandle:
+    """Opens a tokenizer of a folder or file."""
+    if cfg.kind is TokenizerKind.hf:
+        # It builds on this module.
+        from data.hugging_face_tokenizer import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(path, cfg.eos_token)
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    try:
+        pattern, ranks, special_ids = read_form(file)
+        handle = RankTokenizer(bpe_name(cfg), pattern, ranks, special_ids)
+    except OSError as error:
+        remedy = "name the folder of the shards that it was trained with"
         raise UserError(
-            f"no {path}",
-            key="tokenizer.kind",
-            remedy="`python -m data.write_shards RECIPE` trains and writes it",
-        )
-    pattern, ranks, special_ids = read_form(path)
-    handle = TokenizerHandle(bpe_name(cfg), pattern, ranks, special_ids)
+            f"{file} can't be read ({error.strerror})", key="tokenizer.path", remedy=remedy
+        ) from None
+    except (ValueError, KeyError, TypeError, IndexError):
+        what = f"{file} is not a BPE that data.write_shards trained"
+        raise UserError(what, key="tokenizer.path", remedy="set tokenizer.kind to hf") from None
     if handle.vocab_size > cfg.vocab_size:
         raise UserError(
-            f"is {cfg.vocab_size}, but {path} has {handle.vocab_size} ids",
+            f"is {cfg.vocab_size}, but {file} has {handle.vocab_size} ids",
             key="tokenizer.vocab_size",
-            remedy="`python -m data.write_shards RECIPE --rebuild`, or another data.shards",
+            remedy="raise it, `python -m data.write_shards RECIPE --rebuild`, or another data.shards",
         )
     return handle
 
@@ -238,18 +324,23 @@ def bpe_name(cfg: Tokenizer) -> str:
     return f"bpe-{cfg.vocab_size}"
 
 
+def name_of(cfg: Tokenizer) -> str:
+    """Name of the recipe's tokenizer, known before it is opened."""
+    return bpe_name(cfg) if cfg.kind is TokenizerKind.bpe else cfg.kind.value
+
+
 def is_equal(one: BatchEncoder, other: BatchEncoder) -> bool:
     """Returns whether two encoders give the same ids for every probe."""
     texts = list(PROBES)
     return all(np.array_equal(a, b) for a, b in zip(one(texts), other(texts), strict=True))
 
 
-def _open_cl100k() -> TokenizerHandle:
+def _open_cl100k() -> RankTokenizer:
     _offer_ranks_to_tiktoken()
     # tiktoken's own definition plus a padding token.
     parts = tiktoken.get_encoding("cl100k_base")
     special_ids = {**parts._special_tokens, PAD: CL100K_PAD}
-    return TokenizerHandle(
+    return RankTokenizer(
         "cl100k_base",
         parts._pat_str,
         parts._mergeable_ranks,

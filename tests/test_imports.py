@@ -33,7 +33,7 @@ train.preflight    train.recipe train.record data train.health
 train.step         train.recipe train.record data data.shards data.audit train.model train.layout
                    train.checkpoint
 
-train.hf           train.recipe train.record data data.text train.model train.checkpoint
+train.hf           train.recipe train.record data train.model train.checkpoint
 train.generate     train.recipe train.record data train.model train.hf
 train.report       train.recipe train.record
 train.evaluate     train.recipe train.record data train.model train.hf train.report

@@ -35,6 +35,7 @@ from train.record.run_folder import (
     DATA_LOG_FILE,
     METRICS_FILE,
     RECIPE_FILE,
+    TOKENIZER,
     batches_of,
     keep_data,
     keep_recipe,
@@ -175,8 +176,8 @@ def keep(recipe: Recipe, folder: Path, digests: dict[str, str], progress: Progre
 
 
 def data_digests(opened: OpenedData) -> dict[str, str]:
-    """Returns the digests of the shards that a run reads, by domain and split."""
-    return {
+    """Returns the digests of the shards that a run reads, by domain and split, and of their tokenizer."""
+    return {TOKENIZER: opened.manifest.tokenizer.fingerprint} | {
         f"{domain}/{split}": record.index_sha256
         for domain in opened.validated_domains
         for split, record in opened.manifest.domains[domain].splits.items()

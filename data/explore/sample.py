@@ -78,6 +78,8 @@ class Shards:
         made_by = self.manifest.tokenizer
         if made_by.name == TokenizerKind.cl100k_base.value:
             return open_tokenizer(Tokenizer(TokenizerKind.cl100k_base), self.root)
+        if made_by.name == TokenizerKind.hf.value:
+            return open_tokenizer(Tokenizer(TokenizerKind.hf), self.root)
         size = int(made_by.name.rpartition("-")[2])
         return open_tokenizer(Tokenizer(TokenizerKind.bpe, size), self.root)
 

@@ -5,6 +5,7 @@ covers every byte. It is written last; a folder without a manifest does not coun
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.shards.index import INDEX_FILE, ShardIndex, file_mismatch, open_index
-from data.tokenizer import TokenizerHandle, bpe_name
+from data.tokenizer import TokenizerHandle, name_of
 from train.recipe.errors import UserError
 from train.recipe.keys import rules_of
 from train.recipe.names import unfit_as_file
@@ -115,6 +116,8 @@ class TokenizerRecord:
     vocab_size: int
     eos_id: int
     pad_id: int
+    files: dict[str, str] = field(default_factory=dict)
+    """Its files, next to the manifest, with their hashes; older manifests list none."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +164,10 @@ def read_manifest(root: Path, name: str = MANIFEST_FILE) -> Manifest:
             )
         if tree.pop("digest") != _digest(tree):
             raise ValueError("its digest differs")
-        for domain, entry in tree["domains"].items():
-            for each in (domain, *entry["splits"]):
-                if unfit := unfit_as_file(each):
-                    raise ValueError(f"the name {each!r} {unfit}")
+        names = [[domain, *entry["splits"]] for domain, entry in tree["domains"].items()]
+        for each in itertools.chain(tree["tokenizer"].get("files", {}), *names):
+            if unfit := unfit_as_file(each):
+                raise ValueError(f"the name {each!r} {unfit}")
         domains = {name: _domain_record(entry) for name, entry in tree["domains"].items()}
         return Manifest(**(tree | {"tokenizer": TokenizerRecord(**tree["tokenizer"]), "domains": domains}))
     except OSError as error:
@@ -235,6 +238,8 @@ def check_files(
         UserError: one line that names the first file that is missing, truncated or altered.
     """
     indexes: list[ShardIndex] = []
+    for name, sha256 in manifest.tokenizer.files.items():
+        _require_sound(root / name, sha256)
     for name, domain in manifest.domains.items():
         _require_sound(root / name / DOCUMENTS_FILE, domain.documents_sha256)
         if domain.rejected_sha256 is not None:
@@ -266,8 +271,7 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
     """
     data, made_by = recipe.data, manifest.tokenizer
     other_place = f"{REBUILD}, or give another data.shards"
-    is_bpe = recipe.tokenizer.kind is TokenizerKind.bpe
-    name = bpe_name(recipe.tokenizer) if is_bpe else recipe.tokenizer.kind.value
+    name = name_of(recipe.tokenizer)
     if name != made_by.name:
         what = f"is {name}, but {data.shards} was made with {made_by.name}"
         raise UserError(what, key="tokenizer.kind", remedy=other_place)
@@ -275,6 +279,7 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
         ours, theirs = tokenizer.fingerprint[:12], made_by.fingerprint[:12]
         what = f"{name} has fingerprint {ours}, but {data.shards} was made with {theirs}"
         raise UserError(what, key="tokenizer", remedy=other_place)
+    require_rows(recipe, made_by.vocab_size)
     if data.sequence_tokens != manifest.sequence_tokens:
         what = f"is {data.sequence_tokens}, but {data.shards} has sequences of {manifest.sequence_tokens}"
         raise UserError(what, key="data.sequence_tokens", remedy=other_place)
@@ -293,6 +298,19 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
         if domain not in manifest.domains:
             there = ", ".join(manifest.domains)
             raise UserError(f"{data.shards} has no domain {domain}", key=key, remedy=f"it has {there}")
+
+
+def require_rows(recipe: Recipe, ids: int) -> None:
+    """Raises if a recipe's model has fewer rows than a tokenizer of kind ``hf`` has ids.
+
+    Of other kinds the recipe's rules know the number.
+
+    Raises:
+        UserError: one line that names the key and both numbers.
+    """
+    if recipe.tokenizer.kind is TokenizerKind.hf and recipe.model.vocab_size < ids:
+        what = f"{recipe.model.vocab_size} rows, but the tokenizer makes ids up to {ids - 1}"
+        raise UserError(what, key="model.vocab_size", remedy=f"set it to at least {ids}")
 
 
 def preparation_digest(recipe: Recipe) -> str | None:

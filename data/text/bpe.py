@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from data.text.hugging_face_form import byte_level_pieces, from_letters
-from data.tokenizer import EOS, PAD, TokenizerHandle, bpe_name
+from data.tokenizer import EOS, PAD, RankTokenizer, bpe_name
 from train.recipe.errors import UserError
 from train.recipe.schema import Tokenizer
 
@@ -20,7 +20,7 @@ SMALLEST = 258
 """256 bytes and two special tokens."""
 
 
-def train_bpe(cfg: Tokenizer, texts: Iterator[str]) -> TokenizerHandle:
+def train_bpe(cfg: Tokenizer, texts: Iterator[str]) -> RankTokenizer:
     """Trains a tokenizer of ``cfg.vocab_size`` tokens, or fewer if the text has no more pairs to merge.
 
     The same texts give the same tokenizer: ties go to the pair that was learnt first.
@@ -51,4 +51,4 @@ def train_bpe(cfg: Tokenizer, texts: Iterator[str]) -> TokenizerHandle:
     # warn about it; with it they tokenise on one core.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     ranks = {from_letters(letters): rank for letters, rank in learner.get_vocab().items()}
-    return TokenizerHandle(bpe_name(cfg), PATTERN, ranks, {EOS: len(ranks), PAD: len(ranks) + 1})
+    return RankTokenizer(bpe_name(cfg), PATTERN, ranks, {EOS: len(ranks), PAD: len(ranks) + 1})

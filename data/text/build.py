@@ -5,7 +5,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from data.shards.manifest import (
     TokenizerRecord,
     entropy,
     preparation_digest,
+    require_rows,
 )
 from data.text import installed
 from data.text.bpe import train_bpe
@@ -42,6 +43,7 @@ from data.text.remote_inputs import FOLDER as FETCHED
 from data.text.remote_inputs import fetch_sources
 from data.text.split import SPLITS
 from data.text.tokens import ENCODE, WRITE, ShardTask, encode, open_once, plan_shards, write_shard
+from data.tokenizer import TokenizerHandle, open_given
 from train.recipe.errors import UserError
 from train.recipe.phases import domains_of
 from train.recipe.preparation import Preparation, Quality, Source, SourceKind
@@ -76,13 +78,18 @@ def build_into(
         UserError: if a source is missing, a key is invalid, or a domain has too little text.
     """
     check_preparation(recipe.data.preparation)
-    job, chunks = _spool(work, recipe, documents) if documents is not None else _list(work, recipe, engine)
+    given = _given_tokenizer(recipe)
+    job, chunks = (
+        _spool(work, recipe, documents) if documents is not None else _list(work, recipe, engine, given)
+    )
     cleaned = engine.run("reading and filtering", clean, job, chunks)
     logger.info("finding duplicates")
     decision = decide(job, chunks, cleaned)
     _require_documents(recipe, job, decision, cleaned)
     require_readable_sources(job, chunks, cleaned)
-    if recipe.tokenizer.kind is TokenizerKind.bpe:
+    if given is not None:
+        given.to_hugging_face(job.out)
+    elif recipe.tokenizer.kind is TokenizerKind.bpe:
         _train_tokenizer(recipe, job, chunks, decision)
     encoded = engine.run("tokenising", encode, job, chunks)
     tasks = plan_shards(job, chunks, encoded)
@@ -90,7 +97,26 @@ def build_into(
     return _assemble(recipe, job, chunks, decision, (cleaned, encoded, tasks, written))
 
 
-def _list(work: Path, recipe: Recipe, engine: Engine) -> tuple[PreparationJob, list[Chunk]]:
+def _given_tokenizer(recipe: Recipe) -> TokenizerHandle | None:
+    """The tokenizer that the recipe gives the path of; None if it is built in or to be trained.
+
+    Raises:
+        UserError: if it can't be read, or has more ids than the model has rows.
+    """
+    cfg = recipe.tokenizer
+    if cfg.kind is TokenizerKind.hf and cfg.path is None:
+        remedy = "name a Hugging Face folder, a tokenizer.json or a SentencePiece model"
+        raise UserError("is null, so there is no tokenizer", key="tokenizer.path", remedy=remedy)
+    if cfg.path is None:
+        return None
+    handle = open_given(cfg)
+    require_rows(recipe, handle.vocab_size)
+    return handle
+
+
+def _list(
+    work: Path, recipe: Recipe, engine: Engine, given: TokenizerHandle | None
+) -> tuple[PreparationJob, list[Chunk]]:
     """Builds the job of the recipe's sources; removes results of another job from the work folder."""
     check_sources(recipe)
     data = recipe.data
@@ -106,6 +132,7 @@ def _list(work: Path, recipe: Recipe, engine: Engine) -> tuple[PreparationJob, l
         section["data"]["sources"],
         section["data"]["preparation"],
         section["tokenizer"],
+        given and given.fingerprint,
         texts,
         files,
     ]
@@ -160,8 +187,10 @@ def _job(work: Path, recipe: Recipe, sources: list[Source], evaluation: tuple[st
     data = recipe.data
     (work / "out").mkdir(parents=True, exist_ok=True)
     spooled = not data.sources
+    # Tasks read the copy of the tokenizer that is written with the shards.
+    tokenizer = replace(recipe.tokenizer, path=None)
     return PreparationJob(
-        work, tuple(sources), data.preparation, evaluation, recipe.tokenizer, data.sequence_tokens, spooled
+        work, tuple(sources), data.preparation, evaluation, tokenizer, data.sequence_tokens, spooled
     )
 
 
@@ -240,7 +269,12 @@ def _assemble(
             losses=losses_of(job, chunks, cleaned, decision, domain),
         )
     made_by = TokenizerRecord(
-        tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id
+        tokenizer.name,
+        tokenizer.fingerprint,
+        tokenizer.vocab_size,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        {file.name: sha256(file) for file in sorted(job.out.iterdir()) if file.is_file()},
     )
     data = recipe.data
     return Manifest(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from tokenizers.pre_tokenizers import PreTokenizer
 
 Encoder = Callable[[list[str]], list[Any]]
@@ -42,7 +43,7 @@ def write_form(path: Path, pattern: str, ranks: Mapping[bytes, int], special_ids
         for cut in range(1, len(token))
         if token[:cut] in ranks and token[cut:] in ranks
     ]
-    vocabulary = {_to_letters(token): ranks[token] for token in ordered}
+    vocabulary = spelled({token: ranks[token] for token in ordered})
     # As in tiktoken, a piece that is itself a token is not split.
     form = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     form.pre_tokenizer = byte_level_pieces(_for_oniguruma(pattern))
@@ -64,35 +65,28 @@ def read_form(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
     return pattern, ranks, {name: number for name, number in added.items() if not name.startswith(UNUSED)}
 
 
-def mismatch(
-    path: Path, ranks: Mapping[bytes, int], ends: Mapping[str, int], encode: Encoder, texts: Sequence[str]
-) -> str:
-    """Returns how a ``tokenizer.json`` differs from a rank table, to follow its name; empty: not at all.
+def difference(theirs: "Tokenizer", tokens: Mapping[str, int], encode: Encoder, texts: Sequence[str]) -> str:
+    """Returns how a tokenizer differs from another, to follow its name; empty: not at all.
 
     Args:
-        path: the file, of any origin.
-        ranks: byte strings with their ids.
-        ends: special tokens that end or separate documents, with their ids.
-        encode: encodes texts without special tokens.
+        theirs: one of any origin, which leaves special tokens in texts as text.
+        tokens: the other's tokens, spelled as ``theirs`` spells them, with their ids.
+        encode: the other's encoder, without special tokens.
         texts: texts on which tokenizers tend to differ.
     """
-    from tokenizers import Tokenizer
-
-    try:
-        theirs = Tokenizer.from_file(str(path))
-    except Exception as error:  # The package raises no class of its own.
-        return f"can't be read ({' '.join(str(error).split())[:150]})"
-    wanted = [*((_to_letters(token), rank) for token, rank in ranks.items()), *ends.items()]
-    for letters, rank in sorted(wanted, key=lambda item: item[1]):
-        other = theirs.id_to_token(rank)
-        if other != letters:
-            return f"has {other!r} as id {rank} instead of {letters!r}"
-    # Text that spells a special token stays text, as in training.
-    theirs.encode_special_tokens = True
+    for letters, number in sorted(tokens.items(), key=lambda item: item[1]):
+        found = theirs.id_to_token(number)
+        if found != letters:
+            return f"has {found!r} as id {number} instead of {letters!r}"
     for text, ids in zip(texts, encode(list(texts)), strict=True):
         if theirs.encode(text, add_special_tokens=False).ids != ids.tolist():
             return f"splits {text[:40]!r} in another way"
     return ""
+
+
+def spelled(ranks: Mapping[bytes, int]) -> dict[str, int]:
+    """Returns byte strings in byte-level spelling, with their ids."""
+    return {_to_letters(token): rank for token, rank in ranks.items()}
 
 
 def byte_level_pieces(pattern: str) -> "PreTokenizer":

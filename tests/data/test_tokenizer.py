@@ -12,7 +12,7 @@ import tiktoken
 from data import tokenizer as module
 from data.text.bpe import train_bpe
 from data.text.hugging_face_form import read_form
-from data.tokenizer import PROBES, TokenizerHandle, is_equal, open_tokenizer
+from data.tokenizer import PROBES, RankTokenizer, TokenizerHandle, is_equal, open_tokenizer
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe, Tokenizer, TokenizerKind
 
@@ -125,7 +125,7 @@ def test_processes_forked_after_training_do_not_warn(
 def test_fingerprint_tells_tokenizers_apart(bpe: TokenizerHandle, cl100k: TokenizerHandle):
     def altered(**changes: object) -> str:
         parts = {"pattern": bpe.pattern, "ranks": bpe.ranks, "special_ids": bpe.special_ids} | changes
-        return TokenizerHandle("bpe-400", **parts).fingerprint  # type: ignore[arg-type]
+        return RankTokenizer("bpe-400", **parts).fingerprint  # type: ignore[arg-type]
 
     swapped = dict(bpe.ranks)
     swapped[b"a"], swapped[b"b"] = swapped[b"b"], swapped[b"a"]
@@ -144,7 +144,7 @@ def test_a_fast_encoder_that_errs_is_not_used(bpe: TokenizerHandle):
     def wrong(batch: list[str]) -> list[module.Tokens]:
         return [ids[:-1] for ids in bpe.encode_documents(batch)]
 
-    handle = TokenizerHandle("bpe-400", bpe.pattern, bpe.ranks, bpe.special_ids, fast_encoder=wrong)
+    handle = RankTokenizer("bpe-400", bpe.pattern, bpe.ranks, bpe.special_ids, fast_encoder=wrong)
     assert is_equal(handle.encode_documents, bpe.encode_documents)
     assert not is_equal(wrong, bpe.encode_documents)
 

@@ -21,6 +21,7 @@ from train.evaluate.suite import Suite, as_dict, as_metrics, load_suite
 from train.evaluate.tasks import hugging_face_tokenizer
 from train.hf.export import write_folder
 from train.hf.folders import CONFIG_FILE, SOURCE_FOLDER
+from train.hf.model_card import tokenizer_of
 from train.hf.open_decoder import open_decoder
 from train.hf.weights import WeightSource
 from train.recipe.errors import UserError
@@ -96,7 +97,7 @@ def open_model(path: Path, options: argparse.Namespace) -> Opened:
     scorer = Scorer(decoder, precision, Topology(), source.model.max_sequence_tokens)
     if source.recipe is not None:
         data = OpenedData(source.recipe)
-        return Opened(scorer, hugging_face_tokenizer(data.tokenizer), source, data)
+        return Opened(scorer, hugging_face_tokenizer(tokenizer_of(source.recipe, source.path)), source, data)
     from transformers import AutoTokenizer
 
     for folder in (source.path / SOURCE_FOLDER, source.path):

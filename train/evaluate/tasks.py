@@ -37,7 +37,10 @@ def hugging_face_tokenizer(handle: TokenizerHandle) -> Any:
 
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         handle.to_hugging_face(Path(folder))
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if made.pad_token_id is None:
+        made.pad_token = made.eos_token
+    return made
 
 
 @contextmanager

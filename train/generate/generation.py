@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 import torch
 
-from data.tokenizer import TokenizerHandle, open_tokenizer
+from data.tokenizer import TokenizerHandle
 from train.generate.sampling import Sampling, next_tokens
 from train.hf.folders import SOURCE_FOLDER
+from train.hf.model_card import tokenizer_of
 from train.hf.weights import WeightSource
 from train.model.decoder import Decoder
 from train.model.kv_cache import CachedDecoder, flush_right
@@ -79,7 +80,7 @@ def text_of(source: WeightSource) -> Text:
         UserError: if it has none.
     """
     if source.recipe is not None:
-        return OwnText(open_tokenizer(source.recipe.tokenizer, Path(source.recipe.data.shards)))
+        return OwnText(tokenizer_of(source.recipe, source.path))
     for folder in (source.path / SOURCE_FOLDER, source.path):
         if (folder / TOKENIZER_FILE).is_file():
             return HuggingFaceText(folder)

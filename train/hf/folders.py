@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.hugging_face_tokenizer import SENTENCE_PIECE
 from train.hf.architectures import family_of
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe, to_yaml
@@ -26,8 +27,10 @@ SOURCE_FOLDER = "source"
 HEADERS_FILE = "headers.json"
 """The headers of the safetensors files, byte for byte, in the source folder."""
 TOKENIZER_FILE = "tokenizer.json"
-OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
-"""Tokenizers in forms that none of ours has."""
+READ_TOKENIZERS = (TOKENIZER_FILE, *SENTENCE_PIECE)
+"""Tokenizers that can be read, the first that is there."""
+OTHER_TOKENIZERS = ("vocab.json", "vocab.txt", "tekken.json")
+"""Tokenizers in other forms."""
 
 
 def recipe_file_of(path: Path) -> Path | None:

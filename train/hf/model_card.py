@@ -5,15 +5,17 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
-from data.tokenizer import TokenizerHandle, open_tokenizer
+from data.tokenizer import TokenizerHandle, name_of, open_tokenizer
 from train.hf.architectures import family_of
 from train.hf.folders import CONFIG_FILE, HEADERS_FILE, SOURCE_FOLDER, read_json
 from train.hf.rope import views
 from train.hf.safetensors_io import INDEX_FILE
 from train.hf.weights import WeightSource
 from train.recipe import sizes
+from train.recipe.errors import UserError
 from train.recipe.schema import Model, Recipe
 from train.record.provenance import git_commit
+from train.record.run_folder import TOKENIZER, read_digests
 from train.record.summary import Summary, read_summary
 
 CARD_FILE = "README.md"
@@ -38,7 +40,7 @@ def write_texts(out: Path, source: WeightSource, config: dict[str, object], dtyp
     kept = kept if kept.is_dir() else source.path
     ids: dict[str, object] = dict.fromkeys(ID_KEYS)  # Without them a config has those of its class.
     if source.recipe is not None:
-        handle = open_tokenizer(source.recipe.tokenizer, Path(source.recipe.data.shards))
+        handle = tokenizer_of(source.recipe, source.path)
         handle.to_hugging_face(out, source.model.max_sequence_tokens)
         ids = _special_ids(handle)
         _write_json(out / GENERATION_FILE, ids | {"transformers_version": version("transformers")})
@@ -56,6 +58,27 @@ def write_texts(out: Path, source: WeightSource, config: dict[str, object], dtyp
     if not (out / CARD_FILE).exists():
         architecture = read_json(out / CONFIG_FILE)["architectures"][0]
         (out / CARD_FILE).write_text(model_card(source, architecture, dtype))
+
+
+def tokenizer_of(recipe: Recipe, checkpoint: Path) -> TokenizerHandle:
+    """Opens the tokenizer with which a run trained its weights.
+
+    Args:
+        recipe: the run's recipe.
+        checkpoint: a checkpoint in the run's folder, which records the tokenizer's fingerprint.
+
+    Raises:
+        UserError: if the shards have none, or have another one by now.
+    """
+    handle = open_tokenizer(recipe.tokenizer, Path(recipe.data.shards))
+    trained = read_digests(checkpoint.parent.parent).get(TOKENIZER)
+    if trained not in (None, handle.fingerprint):
+        what = (
+            f"{recipe.data.shards} has tokenizer {handle.fingerprint[:12]}, but {checkpoint} was trained with"
+        )
+        remedy = "give the shards that it was trained on"
+        raise UserError(f"{what} {trained[:12]}", key="data.shards", remedy=remedy)
+    return handle
 
 
 def texts_of(folder: Path) -> list[Path]:
@@ -123,6 +146,8 @@ def _training(recipe: Recipe, checkpoint: Path) -> list[str]:
         f"{recipe.training.global_batch_sequences * recipe.data.sequence_tokens:,} tokens per step. "
         f"Exported at commit {git_commit()}.",
     ]
+    if fingerprint := read_digests(checkpoint.parent.parent).get(TOKENIZER):
+        lines.append(f"Tokenizer {name_of(recipe.tokenizer)}, fingerprint `{fingerprint}`.")
     summary = read_summary(checkpoint.parent.parent)
     if summary is not None and summary.batches == progress["batch"]:
         lines += ["", *_figures(summary)]
@@ -158,7 +183,7 @@ def _is_true(config: dict[str, object], model: Model, dtype: str) -> bool:
 
 
 def _special_ids(handle: TokenizerHandle) -> dict[str, object]:
-    return {"bos_token_id": handle.eos_id, "eos_token_id": handle.eos_id, "pad_token_id": handle.pad_id}
+    return {"bos_token_id": handle.bos_id, "eos_token_id": handle.eos_id, "pad_token_id": handle.pad_id}
 
 
 def _write_json(path: Path, tree: dict[str, object]) -> None:

@@ -2,9 +2,15 @@
 
 from pathlib import Path
 
-from data.text.hugging_face_form import mismatch, read_form
-from data.tokenizer import EOS, PROBES, TokenizerHandle, open_tokenizer
-from train.hf.folders import OTHER_TOKENIZERS, TOKENIZER_FILE, model_at, tokenizer_folder_of
+from data.hugging_face_tokenizer import open_file
+from data.tokenizer import TokenizerHandle, name_of, open_tokenizer
+from train.hf.folders import (
+    OTHER_TOKENIZERS,
+    READ_TOKENIZERS,
+    TOKENIZER_FILE,
+    model_at,
+    tokenizer_folder_of,
+)
 from train.recipe.catalogue import schema_keys
 from train.recipe.errors import UserError
 from train.recipe.keys import OnStart, walk
@@ -91,13 +97,14 @@ def require_start_tokenizer(recipe: Recipe, tokenizer: TokenizerHandle, file: st
     if recipe.start.weights is None:
         return
     folder = tokenizer_folder_of(Path(recipe.start.weights))
-    theirs = folder / TOKENIZER_FILE
-    if theirs.is_file():
-        ends = {EOS: tokenizer.eos_id}
-        why = mismatch(theirs, tokenizer.ranks, ends, tokenizer.encode_documents, PROBES)
-    else:
-        theirs = next((folder / name for name in OTHER_TOKENIZERS if (folder / name).is_file()), theirs)
-        why = "is of another kind" if theirs.is_file() else ""
+    theirs, why = _tokenizer_in(folder), ""
+    if theirs is not None and theirs.name in READ_TOKENIZERS:
+        try:
+            why = tokenizer.mismatch(open_file(theirs)[0])
+        except ValueError as error:
+            why = str(error)
+    elif theirs is not None:
+        why = "is of another kind"
     if why:
         raise UserError(
             f"{tokenizer.name} is not the tokenizer that the weights were trained with: {theirs} {why}",
@@ -105,6 +112,12 @@ def require_start_tokenizer(recipe: Recipe, tokenizer: TokenizerHandle, file: st
             remedy="use the same tokenizer, and shards written with it",
             file=file,
         )
+
+
+def _tokenizer_in(folder: Path) -> Path | None:
+    """Returns the file of a folder's tokenizer; None if it has none."""
+    files = (folder / name for name in (*READ_TOKENIZERS, *OTHER_TOKENIZERS))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _check_fork(recipe: Recipe, source: Path, file: str) -> list[str]:
@@ -197,11 +210,12 @@ def _same_tokenizer(recipe: Recipe, parent: Recipe, file: str) -> None:
     """Raises if token ids mean other text; a trained tokenizer is stored with the shards."""
     here, there = recipe.tokenizer, parent.tokenizer
     equal = here.kind is there.kind
-    if equal and here.kind is TokenizerKind.bpe:
+    if equal and here.kind is not TokenizerKind.cl100k_base:
         ours, theirs = (Path(r.data.shards) / TOKENIZER_FILE for r in (recipe, parent))
-        equal = here.vocab_size == there.vocab_size
-        if ours.is_file() and theirs.is_file():
-            equal = equal and read_form(ours) == read_form(theirs)
+        equal = name_of(here) == name_of(there)
+        if equal and ours.is_file() and theirs.is_file():
+            mine, old = (open_tokenizer(r.tokenizer, Path(r.data.shards)) for r in (recipe, parent))
+            equal = mine.fingerprint == old.fingerprint
     if not equal:
         raise UserError(
             f"{_words(here)} is not the {_words(there)} that the weights were trained with",
@@ -214,17 +228,21 @@ def _same_tokenizer(recipe: Recipe, parent: Recipe, file: str) -> None:
 def _told_of_tokenizer(recipe: Recipe, file: str) -> list[str]:
     """Compares the tokenizer of a folder of weights with the recipe's, or says that it can't be done."""
     folder = tokenizer_folder_of(Path(recipe.start.weights or ""))
-    if not any((folder / name).is_file() for name in (TOKENIZER_FILE, *OTHER_TOKENIZERS)):
+    if _tokenizer_in(folder) is None:
         return [
             f"the weights have no tokenizer with them, so it is not compared with {_words(recipe.tokenizer)}"
         ]
-    shards = Path(recipe.data.shards)
-    if recipe.tokenizer.kind is not TokenizerKind.bpe or (shards / TOKENIZER_FILE).is_file():
-        require_start_tokenizer(recipe, open_tokenizer(recipe.tokenizer, shards), file)
+    cfg, shards = recipe.tokenizer, Path(recipe.data.shards)
+    # One that is trained or fetched with the shards is compared once they are there.
+    is_there = cfg.path is not None or (shards / TOKENIZER_FILE).is_file()
+    if cfg.kind is TokenizerKind.cl100k_base or is_there:
+        require_start_tokenizer(recipe, open_tokenizer(cfg, shards), file)
     return []
 
 
 def _words(tokenizer: Tokenizer) -> str:
     if tokenizer.kind is TokenizerKind.bpe:
         return f"trained tokenizer of {tokenizer.vocab_size} ids"
+    if tokenizer.kind is TokenizerKind.hf:
+        return f"tokenizer {tokenizer.path or 'of the shards'}"
     return tokenizer.kind.value

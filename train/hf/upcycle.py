@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train.hf.folders import OTHER_TOKENIZERS, SOURCE_FOLDER, TOKENIZER_FILE, tokenizer_folder_of
+from train.hf.folders import OTHER_TOKENIZERS, READ_TOKENIZERS, SOURCE_FOLDER, tokenizer_folder_of
 from train.hf.safetensors_io import TensorInfo
 from train.hf.weights import Weights, open_weights
 from train.hf.weights_folder import Written, write_weights_folder
@@ -54,7 +54,7 @@ def upcycle(
     weights = UpcycledWeights(opened.weights, model, granularity - shared, seed)
     origin = {"upcycled_from": str(opened.path), "granularity": granularity, "seed": seed, "shared": shared}
     folder = tokenizer_folder_of(source)
-    files = (folder / name for name in (TOKENIZER_FILE, *OTHER_TOKENIZERS))
+    files = (folder / name for name in (*READ_TOKENIZERS, *OTHER_TOKENIZERS))
     # The mixture's token ids mean what the source's do; a run that starts from it is held to that.
     kept = {f"{SOURCE_FOLDER}/{file.name}": file.read_bytes() for file in files if file.is_file()}
     return write_weights_folder(out, model, weights, origin | {"moe": asdict(moe)}, extra_files=kept)

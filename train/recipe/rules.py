@@ -102,9 +102,12 @@ def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:
             f"call it {recipe.name}-{FORCED_BALANCE}",
         )
     yield from _moe(model)
-    ids = CL100K_TOKENS
-    if recipe.tokenizer.kind is TokenizerKind.bpe:
-        ids = recipe.tokenizer.vocab_size
+    # Those of any other tokenizer are compared once it is opened.
+    ids = {
+        TokenizerKind.cl100k_base: CL100K_TOKENS,
+        TokenizerKind.bpe: recipe.tokenizer.vocab_size,
+        TokenizerKind.hf: 0,
+    }[recipe.tokenizer.kind]
     if model.vocab_size < ids:
         yield Violation(
             "model.vocab_size",

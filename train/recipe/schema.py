@@ -95,6 +95,7 @@ class TokenizerKind(str, Enum):
 
     cl100k_base = "cl100k_base"
     bpe = "bpe"
+    hf = "hf"
 
 
 class OptimizerStart(str, Enum):
@@ -131,7 +132,7 @@ class Tokenizer:
     """The tokenizer; its fingerprint is stored with the shards and must match the recipe's."""
 
     kind: TokenizerKind = TokenizerKind.cl100k_base
-    """`cl100k_base` (GPT-4, DBRX) or `bpe`, a byte-level BPE trained on the corpus."""
+    """`cl100k_base` (GPT-4, DBRX), `bpe`, a byte-level BPE trained on the corpus, or `hf`, any other."""
     vocab_size: int = key(
         8192,
         at_least=258,
@@ -139,6 +140,12 @@ class Tokenizer:
         read_when="tokenizer.kind == bpe",
     )
     """Vocabulary size of the trained BPE, including its end-of-text token."""
+    path: Optional[str] = key(None, is_path=True, read_when="tokenizer.kind == hf or bpe")
+    """`hf`: a local Hugging Face folder, a `tokenizer.json`, or a SentencePiece model. `bpe`: a folder of
+    shards whose trained tokenizer is used again instead of training one. The shards keep a copy, which is
+    read if this is null."""
+    eos_token: Optional[str] = key(None, read_when="tokenizer.kind == hf")
+    """Name of the token that ends a document; null: the one that the tokenizer's folder names."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from train.recipe import sizes
 from train.recipe.phases import phases_of
-from train.recipe.schema import Model, Moe, Phase, Recipe, Start, TokenizerKind
+from train.recipe.schema import Model, Moe, Phase, Recipe, Start, Tokenizer, TokenizerKind
 
 HEAD_WIDTH = 16
 MOST_KV_HEADS = 2
@@ -55,7 +55,7 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
         recipe,
         name=f"{recipe.name}-shrunken",
         model=model,
-        tokenizer=replace(recipe.tokenizer, kind=TokenizerKind.bpe, vocab_size=VOCABULARY),
+        tokenizer=Tokenizer(TokenizerKind.bpe, VOCABULARY),
         data=replace(
             recipe.data,
             shards=f".cache/shrunken-shards-{VOCABULARY}-{SEQUENCE_TOKENS}",

@@ -18,6 +18,8 @@ from train.record.log import progress
 from train.record.step_log import read_steps
 
 DATA_FILE = "data.json"
+TOKENIZER = "tokenizer"
+"""Name of the tokenizer's fingerprint among the digests of the shards that a run has read."""
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 DATA_LOG_FILE = "data_log.jsonl"
@@ -173,7 +175,7 @@ def require_same_data(folder: Path, digests: dict[str, str]) -> dict[str, str]:
 
     Args:
         folder: the run's folder.
-        digests: content hash of the shards of each domain and split, by name.
+        digests: content hash of the shards of each domain and split, and of the tokenizer, by name.
 
     Returns:
         Those of all shards that it has read or reads now.
@@ -181,8 +183,7 @@ def require_same_data(folder: Path, digests: dict[str, str]) -> dict[str, str]:
     Raises:
         UserError: if the run was started with other shards.
     """
-    file = folder / DATA_FILE
-    before = _read_digests(file) if file.is_file() else {}
+    before = read_digests(folder)
     for name, digest in digests.items():
         if before.get(name, digest) != digest:
             raise UserError(
@@ -208,7 +209,15 @@ def has_trained(folder: Path) -> bool:
     )
 
 
-def _read_digests(file: Path) -> dict[str, str]:
+def read_digests(folder: Path) -> dict[str, str]:
+    """Returns what a run has read, see :func:`require_same_data`; nothing if it has not begun.
+
+    Raises:
+        UserError: if the record is damaged.
+    """
+    file = folder / DATA_FILE
+    if not file.is_file():
+        return {}
     try:
         found = json.loads(file.read_bytes())
     except ValueError:

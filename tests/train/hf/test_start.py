@@ -155,7 +155,10 @@ def test_weights_with_another_tokenizer_are_refused(
     with pytest.raises(UserError, match=r"tokenizer.json can't be read"):
         check_start(recipe, "x.yaml")
     (theirs / "tokenizer.json").rename(theirs / "tokenizer.model")
-    with pytest.raises(UserError, match=r"tokenizer.model is of another kind"):
+    with pytest.raises(UserError, match=r"tokenizer.model is no SentencePiece model"):
+        check_start(recipe, "x.yaml")
+    (theirs / "tokenizer.model").rename(theirs / "vocab.txt")
+    with pytest.raises(UserError, match=r"vocab.txt is of another kind"):
         check_start(recipe, "x.yaml")
 
 
