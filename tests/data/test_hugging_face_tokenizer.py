@@ -43,12 +43,8 @@ def sentence_piece(folder: Path, **options: Any) -> Path:
 
     folder.mkdir(exist_ok=True)
     (folder / "text").write_text("\n".join(texts()))
-    options = {
-        "input": str(folder / "text"),
-        "model_prefix": str(folder / "tokenizer"),
-        "vocab_size": 600,
-    } | options
-    SentencePieceTrainer.train(minloglevel=2, **options)
+    place: dict[str, Any] = {"input": str(folder / "text"), "model_prefix": str(folder / "tokenizer")}
+    SentencePieceTrainer.train(minloglevel=2, vocab_size=600, **place, **options)
     (folder / "text").unlink()
     return folder / "tokenizer.model"
 
