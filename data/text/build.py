@@ -37,7 +37,7 @@ from data.text.evaluation_overlap import list_evaluation_files
 from data.text.inputs import WHOLE, Chunk, SourceFile, check_preparation, check_sources, cut, list_inputs
 from data.text.installed import CorpusDocument
 from data.text.job import PreparationJob, Result
-from data.text.losses import losses_of, require_readable_sources
+from data.text.losses import losses_of, require_readable_sources, table_of_languages
 from data.text.mds import index_text
 from data.text.remote_inputs import FOLDER as FETCHED
 from data.text.remote_inputs import fetch_sources
@@ -55,7 +55,7 @@ from train.record.files import sha256
 
 logger = log.get_logger(__name__)
 
-VERSION = 4
+VERSION = 5
 """Version of the stages: raise it when their output changes, so that no job continues from older results."""
 BPE_TEXT_BYTES = 16_000_000
 """Amount of text that a tokenizer is trained on; more no longer changes a small vocabulary."""
@@ -83,6 +83,8 @@ def build_into(
         _spool(work, recipe, documents) if documents is not None else _list(work, recipe, engine, given)
     )
     cleaned = engine.run("reading and filtering", clean, job, chunks)
+    if table := table_of_languages(job, cleaned, chunks):
+        logger.info(table)
     logger.info("finding duplicates")
     decision = decide(job, chunks, cleaned)
     _require_documents(recipe, job, decision, cleaned)

@@ -25,6 +25,8 @@ from train.recipe.preparation import Quality, Source
 from train.record.files import write_whole
 
 STAGE = "clean"
+KEPT = "kept"
+"""Among the rules of a language, the texts that violate none."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _MOST_MARKS = 100
 """Combining marks in a row that are put in order together; the time grows with the square of their number."""
@@ -34,7 +36,8 @@ def clean(job: PreparationJob, chunk: Chunk) -> Result:
     """Writes the documents that pass, their digests, sizes and signatures, and the list of rejected records.
 
     Returns:
-        Counts of ``kept`` documents and of ``rejected`` ones by reason, and the latters' ``rejected_bytes``.
+        Counts of ``kept`` documents and of ``rejected`` ones by reason, the latters' ``rejected_bytes`` and,
+        for a source with filters, by language how many texts each rule rejected and how many are kept.
     """
     return job.once(STAGE, chunk.number, lambda: _clean(job, chunk))
 
@@ -76,7 +79,13 @@ def write_texts(path: Path, documents: list[tuple[str, str]]) -> None:
 def _clean(job: PreparationJob, chunk: Chunk) -> Result:
     kept: list[tuple[str, str]] = []
     signatures, rejected, rejected_bytes = [], [], 0
+    source = job.sources[chunk.source]
+    is_filtered = bool(source.languages) or source.quality is not Quality.none
+    languages: dict[str, Counter[str]] = {}
     for record, reason, words in _judged(job, chunk):
+        if is_filtered and record.text and not job.spooled:
+            rule = "language" if reason.startswith("language: ") else reason or KEPT
+            languages.setdefault(language_of(record.text), Counter())[rule] += 1
         if reason:
             rejected.append({"place": record.place, "reason": reason})
             rejected_bytes += record.size or len(record.text.encode())
@@ -97,7 +106,12 @@ def _clean(job: PreparationJob, chunk: Chunk) -> Result:
     write_whole(job.file(STAGE, chunk.number, "rejected.jsonl"), lines, sync=False)
     reasons = Counter(line["reason"].partition(": ")[0] for line in rejected)
     counts = dict(sorted(reasons.items()))
-    return {"kept": len(kept), "rejected": counts, "rejected_bytes": rejected_bytes}
+    return {
+        "kept": len(kept),
+        "rejected": counts,
+        "rejected_bytes": rejected_bytes,
+        "languages": {language: dict(sorted(rules.items())) for language, rules in sorted(languages.items())},
+    }
 
 
 def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[tuple[SourceRecord, str, np.ndarray[Any, Any]]]:

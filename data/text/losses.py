@@ -10,13 +10,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from data.text.clean import KEPT
 from data.text.clean import STAGE as CLEAN
 from data.text.decide import Decision
 from data.text.file_listing import named
 from data.text.inputs import Chunk
 from data.text.job import PreparationJob, Result
+from data.text.language import UNDETERMINED
 from data.text.source_records import BAD_JSON, EMPTY_FILE, NO_TEXT, UNREADABLE
 from train.recipe.errors import UserError
+from train.record.tables import text_table
 
 ENCODING = "encoding"
 _CAN_NOT_BE_READ = {UNREADABLE, EMPTY_FILE, NO_TEXT, BAD_JSON, ENCODING}
@@ -78,6 +81,32 @@ def losses_of(
             mine = list(zip([chunks[number] for number in at], kept, rejected, strict=True))
             lines += [f"{source.dataset}: {line}" for line in _lines_of(job, mine)]
     return lines
+
+
+def table_of_languages(job: PreparationJob, cleaned: list[Result], chunks: list[Chunk]) -> str:
+    """Tells which rule removed how many documents of which language, as a table; empty without filters.
+
+    Args:
+        job: the job.
+        cleaned: the first stage's result for each chunk.
+        chunks: all chunks.
+    """
+    found: dict[tuple[int, str], Counter[str]] = {}
+    for chunk, result in zip(chunks, cleaned, strict=True):
+        for language, rules in result["languages"].items():
+            found.setdefault((chunk.source, language), Counter()).update(rules)
+    rows = []
+    for (source, language), rules in sorted(
+        found.items(), key=lambda it: (it[0][0], -it[1].total(), it[0][1])
+    ):
+        kept, count = rules.pop(KEPT, 0), rules.total()
+        removed = ", ".join(
+            f"{n:,} {rule}" for rule, n in sorted(rules.items(), key=lambda it: (-it[1], it[0]))
+        )
+        name = "unknown" if language == UNDETERMINED else language
+        rows.append((job.sources[source].dataset, name, f"{kept + count:,}", f"{kept:,}", removed))
+    heads = ("dataset", "language", "documents", "kept", "removed by rule")
+    return text_table(heads, rows, "<<>><") if rows else ""
 
 
 _REMEDIES = {

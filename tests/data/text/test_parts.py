@@ -1,5 +1,7 @@
 """Parts of data preparation against references: Streaming's writer, Jaccard similarity, real sentences."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +10,13 @@ import pytest
 from data.shards.packing import pack
 from data.text import duplicates
 from data.text.bpe import train_bpe
-from data.text.clean import normalise, read_texts, write_texts
+from data.text.clean import clean, normalise, read_texts, write_texts
 from data.text.duplicates import resolve, sketch
 from data.text.evaluation_overlap import EvaluationTexts
-from data.text.inputs import Chunk
+from data.text.inputs import Chunk, SourceFile
 from data.text.job import PreparationJob
 from data.text.language import language_of
+from data.text.losses import table_of_languages
 from data.text.mds import (
     compress_shard,
     encode_shard,
@@ -25,7 +28,7 @@ from data.text.mds import (
 from data.text.quality import code_violation, is_good_prose, prose_violation, repetition_violation
 from data.text.tokens import open_once, plan_shards
 from data.text.words import hash_ngrams, hash_words
-from train.recipe.preparation import Preparation, Source, SourceKind
+from train.recipe.preparation import Preparation, Quality, Source, SourceKind
 from train.recipe.schema import Tokenizer, TokenizerKind
 
 
@@ -237,3 +240,29 @@ def test_repetition():
     assert repetition_violation("a line that comes again\n" * 9) == "prose: repeated lines"
     assert repetition_violation("buy now " * 60) == "prose: repeated 2-grams"
     assert not repetition_violation(" ".join(texts(1)[0]))
+
+
+def test_a_table_tells_what_each_rule_removed_of_each_language(tmp_path: Path):
+    pages = [
+        "\n".join(f"{SENTENCES[language]} {n}" for n in range(12)) for language in ("en", "de", "de", "sv")
+    ]
+    texts = [*pages, SENTENCES["de"], "xq zv kkp wwt rrm jjl " * 20, "0 1 2"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    facts = {"dataset": "web", "version": "", "origin": "", "licence": ""}
+    source = Source(
+        domain="d", kind=SourceKind.jsonl, path="", languages=["de", "en"], quality=Quality.prose, **facts
+    )
+    job = PreparationJob(tmp_path, (source,), Preparation(), (), Tokenizer(), 16, False)
+    file = SourceFile(0, "a.jsonl", str(tmp_path / "a.jsonl"), (tmp_path / "a.jsonl").stat().st_size, 0)
+    chunks = [Chunk(0, 0, (file,), 0, file.bytes)]
+    rows = [
+        re.split(r"  +", line.strip())
+        for line in table_of_languages(job, [clean(job, chunks[0])], chunks).splitlines()
+    ]
+    assert rows == [
+        ["dataset", "language", "documents", "kept", "removed by rule"],
+        ["web", "de", "3", "2", "1 prose: number of words"],
+        ["web", "unknown", "2", "0", "2 language"],
+        ["web", "en", "1", "1"],
+        ["web", "sv", "1", "0", "1 language"],
+    ]
