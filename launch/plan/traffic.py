@@ -15,7 +15,7 @@ from enum import Enum
 
 from launch.plan.hardware import Gpu
 from train.recipe import sizes
-from train.recipe.schema import Model, Parallelism, Recompute, ReducePrecision, Reduction
+from train.recipe.schema import ExchangePrecision, Model, Parallelism, Recompute, ReducePrecision, Reduction
 
 FP32 = 4
 INT32 = 4
@@ -156,9 +156,15 @@ def collectives(
         halves = 2 if layout.interleave else 1
         rows = tokens // halves * model.moe.top_k * model.d_model * compute_bytes
         layers = sizes.expert_layers(model)
-        exchange = ("tokens to experts and back", rows, 2 * (2 * layers + again), 2 * layers)
+        exchanges = [("tokens to experts and back", rows, 2 * (2 * layers + again), 2 * layers)]
+        if layout.exchange_precision is ExchangePrecision.fp8:
+            packed = rows // compute_bytes * (sizes.EXCHANGED_TILE + 1) // sizes.EXCHANGED_TILE
+            exchanges = [
+                ("tokens to experts, in fp8", packed, layers + again, layers),
+                ("tokens back, and gradients", rows, 3 * layers + again, layers),
+            ]
         counts = ("counts of tokens", model.moe.experts * INT32, layers, layers)
-        for what, payload, *calls in (exchange, counts):
+        for what, payload, *calls in (*exchanges, counts):
             in_all, ahead = (halves * each for each in calls)
             group = (layout.expert, 1)
             found.append(Collective(what, CollectiveKind.all_to_all, payload, *group, in_all, ahead))

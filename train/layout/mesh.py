@@ -28,7 +28,7 @@ from train.model.decoder import Block, Decoder, MultiTokenPrediction
 from train.model.init import initialize
 from train.model.moe import MoE
 from train.recipe import sizes
-from train.recipe.schema import Parallelism, Precision, ReducePrecision, Reduction
+from train.recipe.schema import ExchangePrecision, Parallelism, Precision, ReducePrecision, Reduction
 
 REPLICATE, SHARD, EXPERT = "replicate", "shard", "expert"
 DENSE = "dense"
@@ -101,6 +101,7 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int 
     blocks = decoder.transformer.layers
     for block, is_freed in zip(blocks, _freed_after_forward(len(blocks), mesh.layout), strict=True):
         if isinstance(block.ffn, MoE):
+            block.ffn.experts.packs = mesh.layout.exchange_precision is ExchangePrecision.fp8
             # The layer casts its experts' inputs itself. FSDP2 would also round the routing weights, and only
             # in the forward pass: a recomputed layer would not match.
             of_experts = replace(cast, cast_forward_inputs=False)

@@ -3,7 +3,8 @@
 It takes the place of MegaBlocks' own, which waits for each exchange where it asks for it. Here rows are sent
 in one place and received in another, and so are their gradients: whatever a layer computes between `send` and
 `receive`, autograd computes backward between the receiver's gradient and the sender's, since it runs last
-what was made first. Rows travel in the precision that the experts compute in, bf16 under autocast.
+what was made first. Rows travel in the precision that the experts compute in, bf16 under autocast, or
+to their experts in fp8 (:mod:`train.model.packed_rows`).
 
 The host waits once for each exchange: for the numbers of rows, of this rank's and of the others together. If
 a layer is recomputed, it repeats the exchange with the numbers of its forward pass, without waiting.
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.model import megablocks_ops
+from train.model.packed_rows import packed, unpacked
 from train.model.recompute import kept
 
 megablocks_ops.install()
@@ -36,10 +38,15 @@ class AllToAll:
         group: the ranks.
         sent: rows for each rank, in the order of the ranks.
         received: rows from each rank.
+        packs: send rows in fp8, their gradients as they are.
     """
 
-    def __init__(self, group: dist.ProcessGroup, sent: list[int], received: list[int]) -> None:
-        self.group, self.sent, self.received = group, sent, received
+    def __init__(
+        self, group: dist.ProcessGroup, sent: list[int], received: list[int], *, packs: bool = False
+    ) -> None:
+        self.group, self.sent, self.received, self.packs = group, sent, received, packs
+        self._dtype: torch.dtype | None = None
+        """Of the rows that are on their way in fp8; None: they are sent as they are."""
         self._in_flight: tuple[Tensor, Tensor, dist.Work] | None = None
         """The rows that arrive, those sent, which no one may overwrite until then, and torch's handle."""
 
@@ -56,6 +63,9 @@ class AllToAll:
     def start(self, rows: Tensor, *, is_back: bool) -> Tensor:
         """Starts to send rows or, back, gradients; returns the buffer that they arrive in."""
         leaving, arriving = (self.received, self.sent) if is_back else (self.sent, self.received)
+        self._dtype = rows.dtype if self.packs and not is_back else None
+        if self._dtype is not None:
+            rows = packed(rows)
         buffer = rows.new_empty(sum(arriving), *rows.shape[1:])
         work = dist.all_to_all_single(
             buffer,
@@ -75,7 +85,7 @@ class AllToAll:
         buffer, _, work = self._in_flight
         work.wait()
         self._in_flight = None  # A handle of NCCL's would keep what it sent in memory.
-        return buffer
+        return buffer if self._dtype is None else unpacked(buffer, self._dtype)
 
 
 class _Send(torch.autograd.Function):
@@ -172,6 +182,9 @@ class ExchangingExperts(ParallelDroplessMLP):
     outputs; called as in MegaBlocks, with a whole microbatch, they send and receive by themselves.
     """
 
+    packs = False
+    """Send tokens to their experts in fp8: see :mod:`train.model.packed_rows`."""
+
     def forward(self, *inputs: Any) -> Any:
         """Returns the output of a microbatch, or a list with the output [T, D] of each shipment."""
         if isinstance(inputs[0], Shipment):
@@ -196,7 +209,8 @@ class ExchangingExperts(ParallelDroplessMLP):
         with torch.no_grad():
             on_host_2PQ = counts.on_host()
             sent, received = on_host_2PQ.sum(dim=-1).tolist()
-        there, back = AllToAll(group, sent, received), AllToAll(group, received, sent)
+        there = AllToAll(group, sent, received, packs=self.packs)
+        back = AllToAll(group, received, sent)
         in_flight_RD = there.send(rows_RD)
         # Only now: a GPU has nothing to do until the host, which has waited, asks it for something.
         with torch.no_grad():

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from train.recipe import sizes
 from train.recipe.errors import Violation
 from train.recipe.phases import microbatch_sequences, phases_of
-from train.recipe.schema import Compile, Recipe
+from train.recipe.schema import Compile, ExchangePrecision, Recipe
 from train.recipe.topology import Topology
 
 
@@ -13,6 +13,7 @@ def check_layout(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
     """Yields every rule that batch and layout violate, in order."""
     yield from _batch_and_degrees(recipe, topology.world_size)
     yield from _interleaved(recipe)
+    yield from _exchanged(recipe)
 
 
 def _batch_and_degrees(recipe: Recipe, ranks: int) -> Iterator[Violation]:
@@ -77,6 +78,18 @@ def _interleaved(recipe: Recipe) -> Iterator[Violation]:
             f"halves microbatches, but training.microbatch_sequences={recipe.training.microbatch_sequences}",
             "make it even, or remove parallelism.interleave",
         )
+
+
+def _exchanged(recipe: Recipe) -> Iterator[Violation]:
+    name, tile, d_model = "parallelism.exchange_precision", sizes.EXCHANGED_TILE, recipe.model.d_model
+    if recipe.parallelism.exchange_precision is ExchangePrecision.same:
+        return
+    if recipe.parallelism.expert == 1:
+        what = "is of the exchange of tokens, but with parallelism.expert=1 there is none"
+        yield Violation(name, what, "remove it, or spread the experts over ranks")
+    if d_model % tile:
+        what = f"{d_model} is not divisible by {tile}, the numbers of a token that share a scale in fp8"
+        yield Violation("model.d_model", what, f"make it a multiple of {tile}, or remove {name}")
 
 
 def _uneven_experts(recipe: Recipe, ranks: int) -> Iterator[Violation]:

@@ -60,6 +60,13 @@ class ReducePrecision(str, Enum):
     bf16 = "bf16"
 
 
+class ExchangePrecision(str, Enum):
+    """Precision in which tokens are sent to the experts of other ranks."""
+
+    same = "same"
+    fp8 = "fp8"
+
+
 class OptimizerKind(str, Enum):
     """Update rule; all have decoupled weight decay."""
 
@@ -203,6 +210,10 @@ class Parallelism:
     `once_a_batch`, so is the sum over microbatches."""
     gathered_layers: int = key(0, at_least=0)
     """Layers, counted from the last, whose weights stay gathered between forward and backward pass."""
+    exchange_precision: ExchangePrecision = ExchangePrecision.same
+    """Precision in which tokens are sent to experts on other ranks. `same`: that of the products, bf16.
+    `fp8`: e4m3 in tiles of 128 with powers of two, half the bytes (DeepSeek-V3, section 3.3.3); outputs come
+    back, and gradients are sent, as with `same`."""
     interleave: bool = False
     """Compute each layer in two halves of a microbatch, so that the exchange of tokens of one half runs under
     the arithmetic of the other: three quarters of it are hidden, or as much as the arithmetic takes. Helps

@@ -30,6 +30,7 @@ from train.recipe.keys import OnResume, key
 from train.recipe.optimization import (
     Compile,
     Decay,
+    ExchangePrecision,
     ExpertPrecision,
     Moments,
     Optimizer,
@@ -55,6 +56,7 @@ __all__ = [
     "DataSkip",
     "Decay",
     "Evaluation",
+    "ExchangePrecision",
     "ExpertPrecision",
     "Ffn",
     "GroupScore",

@@ -32,6 +32,9 @@ which costs a GPU more than logits of four times the tokens do."""
 TILE = {ExpertPrecision.fp8: 128, ExpertPrecision.mxfp8: 32}
 """Elements that share a scale, by `training.expert_precision`; widths of experts are multiples of it."""
 
+EXCHANGED_TILE = 128
+"""The same of tokens that are sent in fp8: `parallelism.exchange_precision`."""
+
 
 @dataclass(frozen=True)
 class Weight:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from train.recipe import sizes
 from train.recipe.phases import phases_of
-from train.recipe.schema import Model, Moe, Phase, Recipe, Start, Tokenizer, TokenizerKind
+from train.recipe.schema import ExchangePrecision, Model, Moe, Phase, Recipe, Start, Tokenizer, TokenizerKind
 
 HEAD_WIDTH = 16
 MOST_KV_HEADS = 2
@@ -76,7 +76,13 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
             loss_chunk_tokens=min(training.loss_chunk_tokens or SEQUENCE_TOKENS, SEQUENCE_TOKENS),
         ),
         start=Start(),
-        parallelism=replace(recipe.parallelism, replicate=1, expert=1, gathered_layers=gathered),
+        parallelism=replace(
+            recipe.parallelism,
+            replicate=1,
+            expert=1,
+            gathered_layers=gathered,
+            exchange_precision=ExchangePrecision.same,
+        ),
         schedule=replace(
             recipe.schedule,
             warmup_tokens=round(recipe.schedule.warmup_tokens * scale),

@@ -18,6 +18,7 @@ from train.layout.optim import average_replicated_gradients, build_optimizer
 from train.model.decoder import Decoder
 from train.recipe import sizes
 from train.recipe.schema import (
+    ExchangePrecision,
     Model,
     Moe,
     Optimizer,
@@ -157,6 +158,14 @@ def count(
             Precision.bf16,
             Recompute.layer,
             id="multi-token-prediction",
+        ),
+        pytest.param(
+            replace(MOE, d_model=128),
+            Parallelism(expert=2, exchange_precision=ExchangePrecision.fp8),
+            2,
+            Precision.bf16,
+            Recompute.layer,
+            id="tokens-in-fp8",
         ),
         pytest.param(DENSE, Parallelism(replicate=2), 4, Precision.bf16, KEPT, id="dense"),
         pytest.param(DENSE, Parallelism(), 3, Precision.fp32, Recompute.layer, id="dense-recomputed"),

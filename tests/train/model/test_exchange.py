@@ -14,12 +14,21 @@ from tests.fake_world import CFG, local
 from train.layout.mesh import build_mesh, build_sharded
 from train.layout.optim import average_replicated_gradients
 from train.model import experts
+from train.model.block_scaling import dequantised, quantised
 from train.model.decoder import Decoder
 from train.model.exchange import AllToAll
 from train.model.moe import MoE
 from train.model.router import Jitter, Router
 from train.model.router_noise import noise_key
-from train.recipe.schema import BalanceScope, Moe, Parallelism, Precision, Recompute
+from train.recipe.schema import (
+    BalanceScope,
+    ExchangePrecision,
+    Model,
+    Moe,
+    Parallelism,
+    Precision,
+    Recompute,
+)
 from train.recipe.topology import Topology
 from train.step.microbatch import number_sequences
 
@@ -31,10 +40,19 @@ MODEL = replace(CFG, moe=FINE)
 KEPT, AGAIN = Recompute.nothing, Recompute.layer
 
 
-def make(rank: Topology, expert: int, grade: Recompute, *, interleave: bool, layers: int = 2) -> Decoder:
+def make(
+    rank: Topology,
+    expert: int,
+    grade: Recompute,
+    *,
+    interleave: bool,
+    layers: int = 2,
+    model: Model = MODEL,
+    exchange: ExchangePrecision = ExchangePrecision.same,
+) -> Decoder:
     moe = replace(FINE, dense_layers=layers - 1)
-    decoder = Decoder(replace(MODEL, n_layers=layers, moe=moe), device="meta", recompute=grade)
-    layout = Parallelism(expert=expert, interleave=interleave)
+    decoder = Decoder(replace(model, n_layers=layers, moe=moe), device="meta", recompute=grade)
+    layout = Parallelism(expert=expert, interleave=interleave, exchange_precision=exchange)
     build_sharded(decoder, build_mesh(layout, rank.world_size, "cpu"), Precision.fp32, 17)
     for layer, router in enumerate(module for module in decoder.modules() if isinstance(module, Router)):
         positions_B = torch.arange(B) + B * rank.rank
@@ -87,13 +105,14 @@ def test_a_recomputed_exchange_has_its_counts_and_the_same_gradients() -> None:
     """By grade: the counts are exchanged, and waited for, once for each (half of a) microbatch."""
 
     def work(rank: Topology) -> list[int]:
-        exchange, counts, kept = dist.all_to_all_single, [0], {}
+        exchange, counts = dist.all_to_all_single, [0]
+        kept: dict[bool, dict[str, Tensor]] = {}
 
         def all_to_all_single(output: Tensor, sent: Tensor, **keywords: Any) -> Any:
             counts[-1] += not sent.is_floating_point()
             return exchange(output, sent, **keywords)
 
-        dist.all_to_all_single = all_to_all_single  # this process is a test's own
+        dist.all_to_all_single = all_to_all_single  # type: ignore[assignment]  # in a test's own process
         for grade, interleave in GRADES:
             found, _ = train(make(rank, 2, grade, interleave=interleave), rank)
             counts.append(0)
@@ -184,3 +203,55 @@ def test_microbatches_that_cannot_be_halved_and_evaluation_are_whole() -> None:
         return sequences
 
     assert run_ranks(2, work) == [[3, 3, 4, 4]] * 2
+
+
+WIDE = replace(MODEL, d_model=256, head_width=16)
+"""Of two tiles of fp8 a token."""
+
+
+class _Rounded(torch.autograd.Function):
+    """Rows through fp8, and their gradients as they are."""
+
+    @staticmethod
+    def forward(_ctx: Any, rows: Tensor) -> Tensor:
+        return dequantised(quantised(rows, 1, 128, has_powers=True)).to(rows.dtype)
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+@pytest.mark.parametrize("interleave", [False, True])
+def test_tokens_sent_in_fp8_are_those_rounded_before(interleave: bool) -> None:
+    """Losses and gradients are equal bit for bit; half of the bytes are sent to experts, all of the rest."""
+
+    def work(rank: Topology) -> tuple[float, float]:
+        exchange, send, sent_bytes = dist.all_to_all_single, AllToAll.send, [0]
+
+        def all_to_all_single(output: Tensor, rows: Tensor, **keywords: Any) -> Any:
+            sent_bytes[-1] += rows.numel() * rows.element_size() if rows.dtype is not torch.int32 else 0
+            return exchange(output, rows, **keywords)
+
+        def sent_in(precision: ExchangePrecision) -> dict[str, Tensor]:
+            sent_bytes.append(0)
+            decoder = make(rank, 2, KEPT, interleave=interleave, model=WIDE, exchange=precision)
+            return train(decoder, rank)[0]
+
+        dist.all_to_all_single = all_to_all_single  # type: ignore[assignment]  # in a test's own process
+        found, plain = sent_in(ExchangePrecision.fp8), sent_in(ExchangePrecision.same)
+        sends = iter([True, True, False, False] if interleave else [True, False])
+        AllToAll.send = lambda self, rows: send(self, _Rounded.apply(rows) if next(sends) else rows)  # type: ignore[method-assign,assignment]
+        rounded = sent_in(ExchangePrecision.same)
+        for name, value in rounded.items():
+            assert torch.equal(found[name], value), name
+        rows, (of_fp8, of_plain) = B * S * FINE.top_k, sent_bytes[1:3]
+        assert of_plain - of_fp8 == rows * (4 * WIDE.d_model - WIDE.d_model - 2)
+        names = [name for name in plain if ".experts." in name]
+        errors = [float((found[name] - plain[name]).norm() / plain[name].norm()) for name in names]
+        return float(abs(found["loss"] / plain["loss"] - 1)), max(errors)
+
+    for loss, gradients in run_ranks(2, work):
+        assert 0 < loss < 1e-3
+        assert (
+            0.01 < gradients < 0.06
+        )  # A number's rounding, evenly spread over 2**-4 of it at most: 2 to 3%.

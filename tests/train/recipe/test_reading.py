@@ -171,6 +171,10 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
             "model.moe.balance_scope: nothing reads this key unless model.moe.balance == loss or both; "
             "remove it, or set model.moe.balance=loss",
         ),
+        (
+            "parallelism.exchange_precision=fp8",
+            f"{SMOKE}: parallelism.exchange_precision: is of the exchange of tokens, but with",
+        ),
         ("parallelism.interleave=true", f"{SMOKE}: parallelism.interleave: hides the exchange of tokens"),
         (
             "training.expert_precision=fp8",
@@ -222,6 +226,15 @@ def test_steps_are_compared_bit_for_bit_only_if_they_are_deterministic() -> None
     recipe = load_recipe(SMOKE, ["guard.recheck_interval_batches=100", "training.deterministic=false"])
     with pytest.raises(UserError, match=r"guard\.recheck_interval_batches: .*\.deterministic is false"):
         validate(recipe, Topology(), SMOKE)
+
+
+@pytest.mark.parametrize(("d_model", "is_refused"), [(192, True), (256, False)])
+def test_tokens_of_whole_tiles_are_sent_in_fp8(d_model: int, is_refused: bool) -> None:
+    overrides = ["parallelism={expert: 2, exchange_precision: fp8}", "training.microbatch_sequences=2"]
+    recipe = load_recipe(SMOKE, [*overrides, f"model.d_model={d_model}"])
+    refusal = r"model\.d_model: 192 is not divisible by 128, the numbers of a token"
+    with pytest.raises(UserError, match=refusal) if is_refused else nullcontext():
+        validate(recipe, Topology(world_size=2), SMOKE)
 
 
 @pytest.mark.parametrize(("ranks", "is_refused"), [(18, True), (16, False)])
