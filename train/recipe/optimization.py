@@ -119,8 +119,8 @@ class Training:
     recompute: Recompute = key(Recompute.nothing, on_resume=OnResume.free)
     """Results that layers compute again in the backward pass. `elementwise`: norms, rotations,
     casts and the order of tokens by experts, but no product. `gates`: also the experts' first two products, a
-    third to a half of what is kept. `ffn`: all after the attention, with the exchange of tokens. `layer`:
-    everything, for a third more arithmetic."""
+    third to a half of what is kept, and those that make heads with `model.latent`. `ffn`: all after the
+    attention, with the exchange of tokens. `layer`: everything, for a third more arithmetic."""
     recompute_layers: Optional[int] = key(None, above=0, on_resume=OnResume.free)
     """Layers, counted from the first, that `recompute` is for; null: all."""
     recompute_rest: Recompute = key(Recompute.nothing, on_resume=OnResume.free)

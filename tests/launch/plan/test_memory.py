@@ -100,6 +100,8 @@ def test_states_of_every_recipe_to_the_byte(path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(mesh, "initialize", lambda *_: None)
     monkeypatch.setattr(Decoder, "to_empty", lambda *_, **__: None)
     recipe = load_recipe(path)
+    if recipe.model.n_layers > 48:  # whose layers from the fourth on are alike, and take a minute
+        recipe = replace(recipe, model=replace(recipe.model, n_layers=8))
     layout = recipe.parallelism
     world = 8 * layout.replicate * layout.expert
     with sharded(recipe.model, layout, world, rank=world - 1) as decoder:
