@@ -120,7 +120,8 @@ class OpenedData:
             self.fetch_manifest()  # Domains were added since this node fetched it.
         if self.recipe.tokenizer.kind is not TokenizerKind.cl100k_base:
             # Older manifests list no files.
-            for name, sha256 in (self.manifest.tokenizer.files or {TOKENIZER_FILE: None}).items():
+            files: dict[str, str | None] = {**self.manifest.tokenizer.files} or {TOKENIZER_FILE: None}
+            for name, sha256 in files.items():
                 self.cache.require(self.root / name, sha256)
         for name, domain in self.manifest.domains.items():
             for side, split in domain.splits.items():
