@@ -18,6 +18,10 @@ class Gpu:
     """Total memory that torch reports, which is less than the name says."""
     matrix_flops: float
     """FLOP/s of dense bf16 matrix products, without sparsity."""
+    fp8_flops: float
+    """The same in fp8; 0: it has none."""
+    fp8_format: str
+    """The `training.expert_precision` that torch has products for on it; same: none in fp8."""
     memory_bandwidth: float
     """Bytes per second to and from its own memory."""
     nvlink_bandwidth: float
@@ -36,6 +40,8 @@ GPUS = {
         row["name"],
         int(float(row["memory_gib"]) * GIB),
         float(row["matrix_flops"]),
+        float(row["fp8_flops"]),
+        row["fp8_format"],
         float(row["memory_bandwidth"]),
         float(row["nvlink_bandwidth"]),
         float(row["network_bandwidth"]),

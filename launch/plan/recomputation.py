@@ -25,6 +25,7 @@ from launch.plan.step_time import (
     BF16,
     Split,
     Work,
+    expert_product,
     layer_work,
     matrix_product,
     projections,
@@ -195,7 +196,7 @@ def work_again(model: Model, tokens: int, sequence_tokens: int, split: Split, gr
         rows = T * model.moe.top_k * split.imbalance
         experts = model.moe.experts / split.expert
         passes = 3 * T * D + (0 if split.expert > 1 else rows * 2 * D)
-        gates = matrix_product(rows / experts, D, F).times(2 * experts)
+        gates = expert_product(rows / experts, D, F, split).times(2 * experts)
     cheap = Work(memory_bytes=BF16 * (4 * T * D + (turned if turns(model) else 0) + passes))
     return cheap + sum(of_heads, gates) if grade is Recompute.gates else cheap
 

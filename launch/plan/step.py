@@ -26,7 +26,7 @@ from launch.plan.traffic import Collective, collectives
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.rules import validate
-from train.recipe.schema import Recipe
+from train.recipe.schema import ExpertPrecision, Recipe
 from train.recipe.topology import Topology
 
 HOUR_SECONDS = 3600
@@ -171,6 +171,10 @@ def make_plan(
         UserError: one line, if the recipe or the layout is impossible.
     """
     validate(recipe, Topology(0, world_size, 0, 1), file)
+    experts = recipe.training.expert_precision.value
+    if experts not in (ExpertPrecision.same.value, gpu.fp8_format):
+        remedy = f"set it to {gpu.fp8_format}, or plan for other GPUs"
+        raise UserError(f"is {experts}, not for {gpu.name}", key="training.expert_precision", remedy=remedy)
     if imbalance < 1:
         raise UserError(f"is {imbalance}", key="--imbalance", remedy="give at least 1, the mean")
 
@@ -220,7 +224,11 @@ def _parts(
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     microbatches = sizes.microbatches_per_rank(recipe, world_size)
     tokens = training.microbatch_sequences * recipe.data.sequence_tokens
-    split = Split(expert=layout.expert, imbalance=imbalance if layout.expert > 1 else 1.0)
+    split = Split(
+        expert=layout.expert,
+        imbalance=imbalance if layout.expert > 1 else 1.0,
+        has_fp8_experts=training.expert_precision is not ExpertPrecision.same,
+    )
     halves = 2 if layout.interleave else 1  # each reads all weights
     length = recipe.data.sequence_tokens
     forward = Work()

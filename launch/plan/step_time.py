@@ -49,6 +49,8 @@ class Work:
     """FLOPs of products with weights."""
     attention_flops: float = 0.0
     """FLOPs of scores and values, without the masked half."""
+    fp8_flops: float = 0.0
+    """FLOPs of products with weights in fp8."""
     memory_bytes: float = 0.0
     """Bytes read and written: operands of products, and all elementwise operations."""
 
@@ -56,12 +58,18 @@ class Work:
         return Work(
             self.matrix_flops + other.matrix_flops,
             self.attention_flops + other.attention_flops,
+            self.fp8_flops + other.fp8_flops,
             self.memory_bytes + other.memory_bytes,
         )
 
     def times(self, count: float) -> "Work":
         """The work repeated ``count`` times."""
-        return Work(self.matrix_flops * count, self.attention_flops * count, self.memory_bytes * count)
+        return Work(
+            self.matrix_flops * count,
+            self.attention_flops * count,
+            self.fp8_flops * count,
+            self.memory_bytes * count,
+        )
 
     def backward(self) -> "Work":
         """Returns the work of the backward pass: gradients of inputs and of weights.
@@ -69,7 +77,9 @@ class Work:
         Attention takes 5 products where the forward pass takes 2, since it recomputes the scores (Dao et
         al. 2022, arXiv 2205.14135, algorithm 4).
         """
-        return Work(2 * self.matrix_flops, 2.5 * self.attention_flops, 2 * self.memory_bytes)
+        return Work(
+            2 * self.matrix_flops, 2.5 * self.attention_flops, 2 * self.fp8_flops, 2 * self.memory_bytes
+        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,8 @@ class Split:
     """GPUs that the experts are distributed over."""
     imbalance: float = 1.0
     """Rows of the busiest GPU's experts relative to the mean."""
+    has_fp8_experts: bool = False
+    """Experts' products are in fp8."""
 
 
 def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = Split()) -> Work:
@@ -140,7 +152,7 @@ def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = S
         # With expert parallelism a GPU has fewer experts, each with the tokens of more GPUs.
         rows = own * model.moe.top_k * split.imbalance
         experts, F = model.moe.experts / split.expert, sizes.expert_width(model)
-        work += matrix_product(rows / experts, D, F).times(3 * experts)
+        work += expert_product(rows / experts, D, F, split).times(3 * experts)
         elements += rows * (6 * D + 5 * F)
         if shared := model.moe.shared_hidden_size:
             work += matrix_product(T, D, shared / split.tensor).times(3)
@@ -199,8 +211,9 @@ def update_work(elements: float, optimizer_bytes_per_element: float, clips: bool
 
 def compute_seconds(work: Work, gpu: Gpu, efficiency: Efficiency = FITTED) -> Seconds:
     """Returns the time of the work on one GPU."""
+    in_fp8 = work.fp8_flops / (gpu.fp8_flops * efficiency.matrix) if work.fp8_flops else 0.0
     return Seconds(
-        matrix=work.matrix_flops / (gpu.matrix_flops * efficiency.matrix),
+        matrix=work.matrix_flops / (gpu.matrix_flops * efficiency.matrix) + in_fp8,
         attention=work.attention_flops / (gpu.matrix_flops * efficiency.attention),
         memory=work.memory_bytes / (gpu.memory_bandwidth * efficiency.memory),
     )
@@ -218,3 +231,15 @@ def matrix_product(rows: float, inner: float, columns: float) -> Work:
     """Returns the work of [rows, inner] x [inner, columns] in bf16."""
     operands = rows * inner + inner * columns + rows * columns
     return Work(matrix_flops=2 * rows * inner * columns, memory_bytes=BF16 * operands)
+
+
+def expert_product(rows: float, inner: float, columns: float, split: Split) -> Work:
+    """Returns the work of one expert's product, in bf16 or fp8.
+
+    In fp8 both operands are read in bf16 and written for the product to read: 4 bytes of an element, not 2.
+    """
+    product = matrix_product(rows, inner, columns)
+    if not split.has_fp8_experts:
+        return product
+    quantising = BF16 * (rows * inner + inner * columns)
+    return Work(fp8_flops=product.matrix_flops, memory_bytes=product.memory_bytes + quantising)

@@ -296,3 +296,21 @@ def test_a_run_fits_only_if_its_longest_phase_does(
 def test_search_says_why_no_layout_is_possible() -> None:
     with pytest.raises(UserError, match=r"data\.phases\[3\]\.global_batch_sequences"):
         search(recipe("dbrx", "training.microbatch_sequences=1"), 6144, H100)
+
+
+def test_experts_in_fp8_take_half_of_their_products_time() -> None:
+    """Data sheets' peaks; what is quantised is read and written besides. Other GPUs are refused."""
+    plain, scaled = (
+        make_plan(recipe("dbrx", *more), 3072, H100) for more in ([], ["training.expert_precision=fp8"])
+    )
+    model = scaled.shape.recipe.model
+    assert model.moe is not None
+    tokens = sizes.tokens_per_batch(scaled.shape.recipe) / 3072
+    rows = tokens * model.moe.top_k * model.n_layers
+    passes = 3 + 2 / 3  # Gates are made again: two products of three.
+    flops = passes * rows * 3 * 2 * model.d_model * sizes.expert_width(model)
+    saved = plain.seconds.matrix - scaled.seconds.matrix
+    assert saved == pytest.approx(flops * (1 / 989.5e12 - 1 / 1979e12) / FITTED.matrix, rel=1e-6)
+    assert scaled.seconds.memory > plain.seconds.memory and scaled.step_seconds < plain.step_seconds
+    with pytest.raises(UserError, match="is fp8, not for b200; set it to mxfp8"):
+        make_plan(recipe("dbrx", "training.expert_precision=fp8"), 3072, GPUS["b200"])
