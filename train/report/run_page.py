@@ -12,6 +12,7 @@ from train.record.page.rendering import render
 from train.record.run_folder import LOAD_PICTURE_FILE, REPORT_FILE
 from train.record.skips import names_of
 from train.report.evaluation import newest_evaluations, scores_over_time
+from train.report.goodput import goodput
 from train.report.progress import progress_of
 from train.report.run_record import RunRecord, read_run
 
@@ -95,6 +96,9 @@ def key_figures(run: RunRecord) -> dict[str, float | str]:
             "hardware": summary.hardware,
             "commit": summary.git_commit,
         }
+        share = goodput(run.run_dir, summary)
+        if share is not None:
+            figures["goodput"] = share
     return figures
 
 
@@ -114,6 +118,10 @@ def key_cards(run: RunRecord) -> list[tuple[str, str]]:
             (short_number(summary.parameters_active), "active per token, without the input embedding"),
             (summary.precision, "precision of matrix products"),
         ]
+    if "goodput" in figures:
+        cards.append(
+            (f"{float(figures['goodput']):.1%}", "goodput: training over all time since the first start")
+        )
     if "tokens" in figures:
         cards.append((short_number(float(figures["tokens"])), f"tokens in {figures['batches']:,} batches"))
     if "tokens/s, median" in figures:

@@ -113,6 +113,19 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_report(run_dir).read_text()
 
 
+def test_goodput_is_training_over_the_time_since_the_first_start(tmp_path: Path) -> None:
+    run = leave_run(tmp_path / "toy")
+    assert "goodput" not in key_figures(read_run(run)), "nothing interrupted it"
+    begun = (run / "summary.json").stat().st_mtime - 4 * SUMMARY.seconds
+    log = tmp_path / "toy.restarts/restarts.jsonl"
+    log.parent.mkdir()
+    log.write_text(f'{{"begun": {begun}}}\n{{"begun": {begun + 30}}}\n')
+    assert key_figures(read_run(run))["goodput"] == pytest.approx(0.25)
+    assert "25.0%" in write_report(run).read_text()
+    log.write_text("torn")
+    assert "goodput" not in key_figures(read_run(run))
+
+
 def test_every_section_is_there(page: str) -> None:
     links = Links()
     links.feed(page)

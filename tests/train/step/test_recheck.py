@@ -1,6 +1,7 @@
 """Which ranks a difference of digests names, and that a step run again changes nothing of a sound run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +213,11 @@ def test_a_state_that_changes_between_steps_is_noticed(recipe: Recipe) -> None:
         assert recheck.has_changed and state_digest(step.model, optimizer) != before
         recheck.end(optimizer)
     assert recheck.find_changed(1).is_persistent
+
+
+def test_steps_are_rechecked_at_the_end_of_each_interval_also_after_a_resumption(recipe: Recipe) -> None:
+    every = replace(recipe, guard=replace(recipe.guard, recheck_interval_batches=4))
+    model = trained(recipe, 4).model
+    rechecks = [Recheck(every, model, Topology(), first_batch=first) for first in (0, 10)]
+    assert [batch for batch in range(12) if rechecks[0].is_due(batch)] == [3, 7, 11]
+    assert [recheck.sound_until for recheck in rechecks] == [0, 8], "the last recheck was after batch 8"
