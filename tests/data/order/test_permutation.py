@@ -21,6 +21,19 @@ def test_a_part_equals_the_whole_of_it():
     assert np.array_equal(permute(np.arange(41_000, 41_050)), whole[41_000:41_050])
 
 
+def test_the_order_is_that_of_earlier_versions():
+    """A run that is resumed with a newer version continues in the same order."""
+    assert KeyedPermutation(10, 17, "code", 2)(np.arange(10)).tolist() == [6, 4, 8, 9, 0, 1, 3, 7, 5, 2]
+    assert KeyedPermutation(100_003, 17, "code", 2)(np.arange(6)).tolist() == [
+        42548,
+        61746,
+        41801,
+        10882,
+        44164,
+        91274,
+    ]
+
+
 def test_every_part_of_the_key_matters():
     everything = np.arange(1000)
     keys = [(17, "code", 0), (18, "code", 0), (17, "prose", 0), (17, "code", 1)]
