@@ -27,6 +27,15 @@ def test_a_spike_is_skipped_and_an_ordinary_step_is_not() -> None:
     assert [7.0, 1.0] not in guard.recent and guard.judge(4.0, 1.0).action is Action.apply
 
 
+def test_an_alarm_says_by_how_many_deviations() -> None:
+    """3.9 and 4.1 are 0.1 from their median; 1.4826 times that is a deviation, and 7 is 20.2 above it."""
+    guard = UpdateGuard(GuardRecipe(window_batches=WINDOW))
+    for number in range(WINDOW):
+        guard.judge(3.9 + 0.2 * (number % 2), 1.0)
+    (alarm,) = guard.judge(7.0, 1.0).alarms
+    assert alarm == f"spike: loss 7 is 1.75 x the median of the last {WINDOW} steps (20 deviations above it)"
+
+
 def test_only_an_alarm_is_raised_where_the_recipe_says_so() -> None:
     guard = UpdateGuard(GuardRecipe(window_batches=WINDOW))
     for loss, norm in steps(WINDOW):
