@@ -10,6 +10,7 @@ mistaken for a checkpoint, and a missing, truncated or altered file is found bef
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -110,20 +111,41 @@ def load_checkpoint(
     # Saved by place in a list, though a layout with sharded weights has a group more: they stay as they are.
     groups = optimizer_state.pop("param_groups")
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    read_once(state, lambda: CheckpointReader(folder / STATE_FOLDER).load(state), topology, replicas)
+    state["optimizer"]["param_groups"] = groups
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return read_progress(folder)
+
+
+def read_once(
+    state: dict[str, Any],
+    read: Callable[[], None],
+    topology: Topology,
+    replicas: dist.ProcessGroup | None = None,
+) -> None:
+    """Fills a state on every rank: of those that hold the same shards, one reads and sends it to the others.
+
+    Args:
+        state: tensors and values, in nested dictionaries; filled in place.
+        read: fills them from files.
+        topology: this rank.
+        replicas: the ranks that hold the same shards as this one; None: each reads its own.
+
+    Raises:
+        UserError: on every rank, if reading raises it on any.
+        CheckpointError: on the ranks that could read, if reading raised anything else on others.
+    """
     readers = writing_ranks(topology.world_size, replicas.size() if replicas is not None else 1)
     failure: BaseException | None = None
     if topology.rank in readers:
         try:
-            CheckpointReader(folder / STATE_FOLDER).load(state)
+            read()
         except (Exception, CheckpointException) as error:  # The latter is no Exception.
             failure = error
     _raise_together(failure, topology)
     if replicas is not None:
         (source,) = set(dist.get_process_group_ranks(replicas)) & set(readers)
         _send_state(state, source, replicas)
-    state["optimizer"]["param_groups"] = groups
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return read_progress(folder)
 
 
 def read_progress(folder: Path) -> Progress:
@@ -224,7 +246,8 @@ def check_checkpoint(folder: Path, *, content: bool = True, topology: Topology =
     Args:
         folder: the checkpoint.
         content: compare checksums too, which reads every byte.
-        topology: this rank; each rank reads one file in ``world_size``.
+        topology: this rank; each file is read by one rank, under the layout that saved it by the one that
+            will load it: then its node has it in memory already, and storage is read once.
 
     Raises:
         CheckpointError: for the first file that is missing, truncated or altered.
@@ -235,7 +258,8 @@ def check_checkpoint(folder: Path, *, content: bool = True, topology: Topology =
             raise CheckpointError(f"{file}: is missing")
         if file.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{file}: has {file.stat().st_size} bytes instead of {entry['bytes']}")
-    mine = [file for number, file in enumerate(files) if number % topology.world_size == topology.rank]
+    ranks = _loading_ranks([file.name for file in files], topology.world_size)
+    mine = [file for file, rank in zip(files, ranks, strict=True) if rank == topology.rank]
     if not content or not mine:
         return
     # Hashing on one core is slower than reading from disk; hashlib releases the GIL.
@@ -354,6 +378,27 @@ def _agree(mine: Agreed, topology: Topology) -> list[Agreed]:
     gathered: list[Any] = [None] * topology.world_size
     dist.all_gather_object(gathered, mine)
     return gathered
+
+
+def _loading_ranks(names: Sequence[str], world_size: int) -> list[int]:
+    """Returns for each file of a checkpoint the rank that loads it, if this run has the layout that saved it.
+
+    Files of no particular rank, and those of ranks that this run lacks, go by turns.
+    """
+    shards = [re.fullmatch(r"__(\d+)_\d+\.distcp", name) for name in names]
+    states = [re.fullmatch(r"rank-(\d+)\.json", name) for name in names]
+    # Shards are numbered by their place among the ranks that wrote them.
+    count = len({shard[1] for shard in shards if shard})
+    writers = writing_ranks(world_size, world_size // count) if count and world_size % count == 0 else []
+    found = []
+    for number, (shard, state) in enumerate(zip(shards, states, strict=True)):
+        rank = number
+        if shard is not None and int(shard[1]) < len(writers):
+            rank = writers[int(shard[1])]
+        elif state is not None:
+            rank = int(state[1])
+        found.append(rank % world_size)
+    return found
 
 
 def _is_below(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Initial weights from other training, into any layout; frozen weights; restored optimizer state.
 
-Each rank copies only the rows of its shard; from safetensors it reads no others.
+Each rank copies only the rows of its shard; from safetensors it reads no others. Of the ranks that hold the
+same shard, one reads it and sends it to the others.
 """
 
 from fnmatch import fnmatchcase
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from train.checkpoint.files import load_checkpoint
+from train.checkpoint.files import ONE_RANK, load_checkpoint, read_once
 from train.checkpoint.reading import CheckpointReader
 from train.hf.folders import STATE_FOLDER
 from train.hf.weights import WeightSource, newest, open_weights
@@ -57,20 +58,27 @@ def start_from(
         model: the trainer's model around a decoder; on its device, sharded, already initialised.
         optimizer: the model's optimizer, over the trained parameters.
         topology: this rank.
-        replicas: the ranks that hold the same shards as this one: one of them reads the optimizer state.
+        replicas: the ranks that hold the same shards as this one, of which one reads them; None: each does.
     """
-    load_initial_weights(next(m for m in model.modules() if isinstance(m, Decoder)), path)
+    load_initial_weights(next(m for m in model.modules() if isinstance(m, Decoder)), path, topology, replicas)
     if recipe.start.optimizer is OptimizerStart.restored:
         restore_optimizer(path, model, optimizer, topology, replicas)
 
 
-def load_initial_weights(decoder: Decoder, path: Path) -> WeightSource:
+def load_initial_weights(
+    decoder: Decoder,
+    path: Path,
+    topology: Topology = ONE_RANK,
+    replicas: dist.ProcessGroup | None = None,
+) -> WeightSource:
     """Fills a decoder, whole or sharded, with existing weights.
 
     Args:
         decoder: on its device, sharded in the run's layout.
         path: a checkpoint or a folder of weights. A run's folder works too, but each rank would then verify
             the whole checkpoint: with several ranks, pass the result of :func:`train.hf.weights.newest`.
+        topology: this rank; as it is, the rank reads by itself.
+        replicas: as of :func:`start_from`.
 
     Returns:
         The source, with the model and recipe of the weights.
@@ -79,11 +87,16 @@ def load_initial_weights(decoder: Decoder, path: Path) -> WeightSource:
         UserError: if a tensor is missing or has another shape.
     """
     source = open_weights(path)
-    fill(decoder, source)
+    fill(decoder, source, topology, replicas)
     return source
 
 
-def fill(decoder: Decoder, source: WeightSource) -> None:
+def fill(
+    decoder: Decoder,
+    source: WeightSource,
+    topology: Topology = ONE_RANK,
+    replicas: dist.ProcessGroup | None = None,
+) -> None:
     """Fills a decoder as :func:`load_initial_weights` does, with weights that are open.
 
     Raises:
@@ -103,10 +116,14 @@ def fill(decoder: Decoder, source: WeightSource) -> None:
             raise UserError(
                 f"{source.path}: {name} has shape {info.shape}, the recipe's has {tuple(target.shape)}"
             )
-    for name, target in targets.items():
-        first, local = _local_rows(target)
-        if local.numel():
-            local.copy_(source.weights.read(name, first, first + local.shape[0]))
+
+    def read() -> None:
+        for name, target in targets.items():
+            first, local = _local_rows(target)
+            if local.numel():
+                local.copy_(source.weights.read(name, first, first + local.shape[0]))
+
+    read_once(targets, read, topology, replicas)
 
 
 def freeze(decoder: Decoder, patterns: list[str]) -> int:

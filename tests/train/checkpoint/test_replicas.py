@@ -116,8 +116,12 @@ def test_a_shard_is_read_once_and_held_by_all_that_held_it(
 
     def load(topology: Topology) -> tuple[Any, ...]:
         decoder, optimizer = _built(layout, topology, 2, own)
+        with _opened(folder) as hashed:
+            check_checkpoint(folder, topology=topology)
         with _opened(folder) as names:
             load_checkpoint(folder, decoder, optimizer, topology, replicas_of(decoder))
+        # It has compared the digest of what it loads; of other shards it loads only what is replicated.
+        assert set(hashed) - {".metadata"} <= set(names)
         return _held(decoder, optimizer), _step(decoder, optimizer), names
 
     after = run_ranks(4, load)

@@ -10,13 +10,13 @@ from torch.distributed.tensor import DTensor
 
 from launch.verify.forked_ranks import run_ranks
 from tests.fake_world import whole
-from train.checkpoint.files import Progress
+from train.checkpoint.files import Progress, writing_ranks
 from train.checkpoint.saver import CheckpointSaver
 from train.hf import initial_weights
 from train.hf.__main__ import main
 from train.hf.initial_weights import freeze, load_initial_weights, restore_optimizer
 from train.hf.weights import Weights, open_weights
-from train.layout.mesh import build_mesh, build_sharded
+from train.layout.mesh import build_mesh, build_sharded, replicas_of
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
 from train.model.init import initialize
@@ -77,7 +77,7 @@ class Counted:
 
 @pytest.mark.parametrize("layout", [Parallelism(), Parallelism(expert=2), Parallelism(2, 2)], ids=str)
 @pytest.mark.parametrize("form", ["checkpoint", "hugging face"])
-def test_each_rank_gets_its_rows(
+def test_each_rank_gets_its_rows_and_one_of_each_replica_reads_them(
     layout: Parallelism,
     form: str,
     recipe: Recipe,
@@ -101,9 +101,10 @@ def test_each_rank_gets_its_rows(
 
     def work(topology: Topology) -> tuple[int, int]:
         sharded = _sharded(recipe.model, layout, topology)
-        load_initial_weights(sharded, path)
+        load_initial_weights(sharded, path, topology, replicas_of(sharded))
         parts = [t.to_local() if isinstance(t, DTensor) else t for t in sharded.state_dict().values()]
-        assert counted.count == sum(part.numel() for part in parts), "reads what other ranks hold"
+        reads = topology.rank in writing_ranks(4, layout.replicate)
+        assert counted.count == reads * sum(part.numel() for part in parts)
         local = 0
         for name, tensor in sharded.state_dict().items():
             found = whole(tensor)
