@@ -2,7 +2,8 @@
 
 Position n of training is one sample, a sequence of the shards' length; see :mod:`data.order.plan`. The stages
 of :mod:`train.recipe.curriculum` define which positions a batch holds and how many of them make up a
-sequence; rank r takes the r-th contiguous part of a batch. Worker processes take groups of whole batches in
+sequence; rank r takes the r-th contiguous part of a batch. Ranks that share sequences all read the whole part
+of their group, which is the rank here. Worker processes take groups of whole batches in
 turn, and the loader returns them in order, so the number of workers changes nothing.
 
 **Resuming.** The loader has no state: it starts at ``start_sample``. A trainer saves how many samples it has
@@ -331,7 +332,8 @@ def _validation_sequences(opened: OpenedData, rank: int, world_size: int) -> dic
             sequences=wanted,
             rank=rank,
             world_size=world_size,
-            batch=recipe.training.microbatch_sequences,
+            # Every rank has whole sequences here, also those that share a microbatch's in training.
+            batch=max(1, recipe.training.microbatch_sequences // recipe.parallelism.context),
             pad_id=opened.tokenizer.pad_id,
         )
     return found

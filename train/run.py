@@ -301,7 +301,14 @@ def assemble(
     # Evaluation without training uses the last phase that was trained.
     model.decoder.set_rope_theta(curriculum.stage_of(max(0, progress.batch - 1)).rope_theta)
     place = {"rank": topology.rank, "world_size": topology.world_size}
-    train_loader = build_train_loader(opened, curriculum, start_sample=progress.samples, **place)
+    sharing = recipe.parallelism.context  # these ranks read the same sequences
+    train_loader = build_train_loader(
+        opened,
+        curriculum,
+        start_sample=progress.samples,
+        rank=topology.rank // sharing,
+        world_size=sizes.readers(recipe.parallelism, topology.world_size),
+    )
     step = build_step(opened, folder, topology, model, resumed, watch)
     callbacks: list[Callback] = [step, *watch.callbacks()]
     callbacks += observers(recipe, folder, topology, machine.device_type, model.decoder)

@@ -52,7 +52,7 @@ def build_trainer(
         model=model,
         optimizers=optimizer,
         max_duration=Time.from_batch(batches),
-        train_dataloader=_data_spec(train_loader, sample_tokens),
+        train_dataloader=_data_spec(train_loader, sample_tokens, recipe.parallelism.context),
         spin_dataloaders=False,
         eval_dataloader=[
             Evaluator(
@@ -60,7 +60,9 @@ def build_trainer(
                 dataloader=_data_spec(loader, sample_tokens),
                 metric_names=["token_loss"],
                 eval_interval=Time.from_batch(min(recipe.evaluation.interval_batches or batches, batches)),
-                device_eval_microbatch_size=recipe.training.microbatch_sequences,
+                device_eval_microbatch_size=max(
+                    1, recipe.training.microbatch_sequences // recipe.parallelism.context
+                ),
             )
             for domain, loader in validation_loaders.items()
         ],
@@ -89,12 +91,22 @@ def build_trainer(
     return trainer
 
 
-def _data_spec(loader: DataLoader[Batch], sample_tokens: int) -> DataSpec:
-    """Wraps a loader so that Composer can count and split its batches."""
+def _data_spec(loader: DataLoader[Batch], sample_tokens: int, sharing: int = 1) -> DataSpec:
+    """Wraps a loader so that Composer can count and split its batches.
+
+    Composer sums over ranks, so of batches that ``sharing`` ranks have in common each counts its share. That
+    may be a fraction of a sample, which Composer adds up in fp32 and rounds: exactly, below 2^24 tokens a
+    batch or where those of a rank are a multiple of a power of two.
+    """
+
+    def samples(batch: Batch) -> int | float:
+        whole, left = divmod(batch["input_ids"].numel() // sample_tokens, sharing)
+        return whole + left / sharing if left else whole
+
     return DataSpec(
         loader,
-        get_num_samples_in_batch=lambda batch: batch["input_ids"].numel() // sample_tokens,
-        get_num_tokens_in_batch=lambda batch: batch["input_ids"].numel(),
+        get_num_samples_in_batch=samples,
+        get_num_tokens_in_batch=lambda batch: batch["input_ids"].numel() // sharing,
         split_batch=_split,
     )
 

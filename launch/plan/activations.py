@@ -7,7 +7,7 @@ Legend: B sequences, S tokens of each, T = B x S, D d_model, H query heads, Q wi
 keys, F ffn_hidden_size, E experts, K top_k, V vocab_size, C loss_chunk_tokens, L layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from train.recipe import sizes
 from train.recipe.schema import Balance, BalanceScope, Ffn, Model, Norm, Position
@@ -54,11 +54,21 @@ class Microbatch:
     """Rows of this rank's experts relative to the mean; 1 if each rank has all experts."""
     exchanged: bool = False
     """Experts' rows come from several ranks."""
+    context: int = 1
+    """Ranks that share each sequence."""
 
     @property
     def tokens(self) -> int:
-        """T, tokens of the microbatch."""
-        return self.sequences * self.sequence_tokens
+        """T, tokens of the microbatch that are this rank's."""
+        return self.sequences * self.sequence_tokens // self.context
+
+    def key_tokens(self, numerics: "Numerics") -> int:
+        """Tokens whose keys and values attention keeps: of whole sequences; on a GPU, of each of a rank's two
+        chunks, those up to its end.
+        """
+        if self.context == 1:
+            return self.tokens
+        return self.tokens * self.context + (self.tokens // 2 if numerics.on_gpu else 0)
 
 
 def norm_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
@@ -88,7 +98,7 @@ def attention_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict
     saved["queries"] = T * Q * c
     # Only a GPU's kernels read grouped keys and values as they are, and with a bias none does.
     grouped = numerics.on_gpu and model.position is Position.rope
-    saved["keys and values"] = 2 * T * (G if grouped else Q) * c
+    saved["keys and values"] = 2 * batch.key_tokens(numerics) * (G if grouped else Q) * c
     saved["attention output"] = T * (Q * c + model.n_heads * FP32)
     return saved
 
@@ -155,11 +165,12 @@ def layer_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
 def shared_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> int:
     """Bytes that all layers share: attention's mask and RoPE's angles."""
     S, c = batch.sequence_tokens, numerics.compute
+    own, masked = S // batch.context, batch.masked or batch.context > 1
     if model.position is Position.alibi:
-        masks = batch.sequences if batch.masked else 1
-        return masks * model.n_heads * S * S * c
-    rotations = S * sizes.rotated_width(model) * FP32
-    return rotations + (batch.sequences * S * S * c if batch.masked and not numerics.on_gpu else 0)
+        masks = batch.sequences if masked else 1
+        return masks * model.n_heads * own * S * c
+    rotations = own * sizes.rotated_width(model) * FP32
+    return rotations + (batch.sequences * own * S * c if masked and not numerics.on_gpu else 0)
 
 
 @dataclass(frozen=True)
@@ -230,10 +241,15 @@ def backward_bytes(model: Model, batch: Microbatch, numerics: Numerics, *, halve
     With experts: gradients of the routed rows before and after the experts, and on a GPU the recomputed
     hidden rows with their gradients. With a dense GLU or a shared expert: the gradients of gate and value.
     Always: the gradients of the residual stream and of the layer's output. Of ``halves`` that are computed in
-    turn, experts have one at a time.
+    turn, experts have one at a time. Where ranks share sequences, before that: the gradients of all keys and
+    values, as attention makes them, as they are padded to whole sequences, sent and received.
     """
     T, D, F, c = batch.tokens, model.d_model, model.ffn_hidden_size, numerics.compute
     stream = T * D * (numerics.stream + c)
+    if batch.context > 1:
+        keys = 8 * batch.key_tokens(numerics) * sizes.key_width(model) * c
+        shorter = replace(batch, sequence_tokens=batch.sequence_tokens // batch.context, context=1)
+        return max(stream + keys, backward_bytes(model, shorter, numerics, halves=halves))
     if model.moe is None:
         return stream + (2 if model.ffn is Ffn.glu else 1) * T * F * c
     K = model.moe.top_k

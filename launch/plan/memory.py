@@ -146,6 +146,7 @@ def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 
         masked=training.document_masking,
         imbalance=imbalance if layout.expert > 1 else 1.0,
         exchanged=layout.expert > 1,
+        context=layout.context,
     )
     held = states(model, layout, world_size, rank, recipe.optimizer)
     kept_gradients = 0

@@ -2,9 +2,10 @@
 
 Weights are gathered one layer ahead and gradients reduced one layer behind, so both run under the arithmetic
 of other layers; tokens on their way between experts are waited for, all or, where halves of a microbatch are
-interleaved, a quarter: the last way back of each pass. In the steady state a layer takes the
-longer of its own time, arithmetic and exchange, and of the time that its collectives keep a kind of link
-busy. Nothing hides the first layer's gather, the last layer's reduction and what is outside the layers.
+interleaved, a quarter: the last way back of each pass. So are the keys and values of sequences that ranks
+share. In the steady state a layer takes the longer of its own time, arithmetic and exchange, and of the time
+that its collectives keep a kind of link busy. Nothing hides the first layer's gather, the last layer's
+reduction and what is outside the layers.
 
 This is the closed form of a replay of recorded calls (tests/cuda_standin/replay.py), which it is compared
 with. Neither knows that collectives take SMs and memory bandwidth from arithmetic.
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from launch.plan.hardware import Gpu
 from launch.plan.step_time import Seconds
-from launch.plan.traffic import Collective, CollectiveKind
+from launch.plan.traffic import KEYS, KEYS_BACK, SHARES, Collective, CollectiveKind
 
 OPEN_IF_INTERLEAVED = 0.25
 """Share of the exchange that has nothing to hide behind, see :mod:`train.model.interleave`."""
@@ -43,7 +44,7 @@ class Traffic:
     """Seconds of a pass's collectives."""
 
     waited_for: float = 0.0
-    """The exchange of tokens, but for what is interleaved."""
+    """The exchange of tokens, but for what is interleaved, and keys and values."""
     behind: float = 0.0
     """Gathers, reductions, and what is interleaved."""
     edge: float = 0.0
@@ -79,7 +80,10 @@ def traffic_of(
     busy = {True: 0.0, False: 0.0}
     for collective, calls in collectives:
         one = collective.seconds(gpu) / links_share
-        if collective.kind is CollectiveKind.all_to_all:
+        if collective.what in (KEYS, KEYS_BACK, SHARES):
+            waited_for += calls * one
+            inside = calls
+        elif collective.kind is CollectiveKind.all_to_all:
             waited_for += open_exchange * calls * one
             behind += (1 - open_exchange) * calls * one
             inside = calls

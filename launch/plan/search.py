@@ -13,6 +13,8 @@ from train.recipe.phases import batch_sequences, phases_of
 from train.recipe.schema import Compile, Recipe, Recompute
 
 MOST_GPUS = 2**17
+CONTEXTS = (1, 2, 4, 8)
+"""Ranks that the search lets share sequences: within a node, whose links carry their keys and values."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,14 @@ class Choice:
     recompute_layers: int | None = None
     """The first so many layers recompute that, the others ``recompute_rest``; None: all."""
     recompute_rest: Recompute = Recompute.nothing
+    context: int = 1
 
     def applied(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with these settings."""
-        layout = replace(recipe.parallelism, replicate=self.replicate, expert=self.expert)
-        has_halves = self.expert > 1 and self.microbatch_sequences % 2 == 0
+        layout = replace(
+            recipe.parallelism, replicate=self.replicate, expert=self.expert, context=self.context
+        )
+        has_halves = self.expert > 1 and self.microbatch_sequences % 2 == 0 and self.context == 1
         return replace(
             recipe,
             parallelism=replace(layout, interleave=layout.interleave and has_halves),
@@ -46,8 +51,9 @@ class Choice:
     def overrides(self) -> str:
         """Returns the settings as command-line overrides."""
         layers = "null" if self.recompute_layers is None else str(self.recompute_layers)
+        context = f"parallelism.context={self.context} " if self.context > 1 else ""
         return (
-            f"parallelism.replicate={self.replicate} parallelism.expert={self.expert} "
+            f"parallelism.replicate={self.replicate} parallelism.expert={self.expert} {context}"
             f"training.microbatch_sequences={self.microbatch_sequences} "
             f"training.recompute={self.recompute.value} training.recompute_layers={layers} "
             f"training.recompute_rest={self.recompute_rest.value}"
@@ -63,14 +69,16 @@ def choice_of(recipe: Recipe) -> Choice:
         recipe.training.recompute,
         recipe.training.recompute_layers,
         recipe.training.recompute_rest,
+        recipe.parallelism.context,
     )
 
 
 def choices(recipe: Recipe, world_size: int) -> Iterator[Choice]:
     """Yields all settings that divide batch, ranks and experts evenly; layers recompute alike."""
-    for layout in layouts(recipe, world_size):
-        for grade in grades_of(recipe):
-            yield replace(layout, recompute=grade)
+    for context in contexts(recipe, world_size):
+        for layout in layouts(recipe, world_size, context):
+            for grade in grades_of(recipe):
+                yield replace(layout, recompute=grade)
 
 
 def grades_of(recipe: Recipe) -> list[Recompute]:
@@ -81,16 +89,34 @@ def grades_of(recipe: Recipe) -> list[Recompute]:
     return [each for each in Recompute if each is not Recompute.ffn or not recipe.parallelism.interleave]
 
 
-def layouts(recipe: Recipe, world_size: int) -> Iterator[Choice]:
-    """Yields all layouts and microbatches that divide batch, ranks and experts; nothing is recomputed."""
-    per_rank = recipe.training.global_batch_sequences // world_size
+def layouts(recipe: Recipe, world_size: int, context: int = 1) -> Iterator[Choice]:
+    """Yields all layouts and microbatches that divide batch, ranks and experts; nothing is recomputed.
+
+    Args:
+        recipe: the recipe.
+        world_size: ranks.
+        context: ranks that share each sequence.
+    """
+    per_reader = recipe.training.global_batch_sequences * context // world_size
     experts = recipe.model.moe.experts if recipe.model.moe else 1
     for expert in divisors(experts):
         if world_size % expert:
             continue
         for copies in divisors(world_size // expert):
-            for microbatch in divisors(per_rank):
-                yield Choice(copies, expert, microbatch, Recompute.nothing)
+            for microbatch in divisors(per_reader):
+                yield Choice(copies, expert, microbatch, Recompute.nothing, context=context)
+
+
+def contexts(recipe: Recipe, world_size: int) -> list[int]:
+    """The numbers of ranks, powers of two up to a node's, that may share every phase's sequences."""
+    if recipe.training.compile is not Compile.off or not sizes.is_shareable(recipe.model):
+        return [1]
+    lengths = [phase.sequence_tokens or 0 for phase in phases_of(recipe)]
+    return [
+        each
+        for each in CONTEXTS
+        if each == 1 or (world_size % each == 0 and not any(length % (2 * each) for length in lengths))
+    ]
 
 
 def recomputing(recipe: Recipe, layout: Choice, fits: Callable[[Choice], bool]) -> Iterator[Choice]:
@@ -120,6 +146,8 @@ def search(
 ) -> list[Plan]:
     """Returns all plans that fit, the fastest first.
 
+    Ranks share sequences only if nothing fits otherwise, and then as few as will do.
+
     Raises:
         UserError: if no layout is possible, such as for a batch that cannot be split over the GPUs.
     """
@@ -131,14 +159,19 @@ def search(
             changed, world_size, gpu, imbalance=imbalance, dollars_per_gpu_hour=dollars_per_gpu_hour
         )
 
-    found, is_possible = [], False
-    for layout in layouts(recipe, world_size):
-        try:
-            planned(layout)
-        except UserError:
-            continue
-        is_possible = True
-        found += [planned(choice) for choice in recomputing(recipe, layout, lambda each: planned(each).fits)]
+    found: list[Plan] = []
+    is_possible = False
+    for context in contexts(recipe, world_size):
+        for layout in layouts(recipe, world_size, context):
+            try:
+                planned(layout)
+            except UserError:
+                continue
+            is_possible = True
+            each = recomputing(recipe, layout, lambda choice: planned(choice).fits)
+            found += [planned(choice) for choice in each]
+        if found:
+            break
     if not is_possible:
         make_plan(recipe, world_size, gpu)  # raises the reason
     return sorted(found, key=lambda plan: plan.days)
@@ -158,11 +191,13 @@ def remedies(plan: Plan) -> list[str]:
         ("microbatch_sequences", "training.microbatch_sequences"),
         ("replicate", "parallelism.replicate"),
         ("expert", "parallelism.expert"),
+        ("context", "parallelism.context"),
     ):
         values = [getattr(choice, name) for changed, choice in single_changes if changed == name]
         if values:
-            # The least recomputation, and the largest of all else.
+            # The least recomputation, the fewest ranks that share sequences, and the largest of all else.
             best_value = values[0].value if name == "recompute" else max(values)
+            best_value = min(values) if name == "context" else best_value
             lines.append(f"{key}={best_value} by itself makes it fit")
     best = search(recipe, plan.world_size, plan.gpu, imbalance=plan.imbalance)
     if best:
@@ -191,7 +226,9 @@ def _gpus_needed(plan: Plan) -> int | None:
     while world_size <= MOST_GPUS:
         recipe = _divisible(plan.recipe, world_size)
         experts = divisors(recipe.model.moe.experts) if recipe.model.moe else [1]
-        if any(_fits(Choice(1, e, 1, Recompute.layer).applied(recipe), world_size, plan) for e in experts):
+        most = Choice(1, 1, 1, Recompute.layer, context=contexts(recipe, world_size)[-1])
+        each = (replace(most, expert=degree) for degree in experts)
+        if any(_fits(choice.applied(recipe), world_size, plan) for choice in each):
             return world_size
         world_size *= 2
     return None

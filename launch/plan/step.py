@@ -205,7 +205,7 @@ def _traffic(recipe: Recipe, world_size: int) -> list[Collective]:
         recipe.model,
         recipe.parallelism,
         world_size,
-        tokens=recipe.training.microbatch_sequences * recipe.data.sequence_tokens,
+        tokens=sizes.microbatch_tokens(recipe),
         compute_bytes=numerics_of(recipe, world_size).compute,
         grades=sizes.recomputed(recipe.training, sizes.layers(recipe.model)),
     )
@@ -223,7 +223,7 @@ def _parts(
     """Forward and backward passes of a microbatch, repeated, sums over ranks, and the optimizer step."""
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     microbatches = sizes.microbatches_per_rank(recipe, world_size)
-    tokens = training.microbatch_sequences * recipe.data.sequence_tokens
+    tokens = sizes.microbatch_tokens(recipe)
     split = Split(
         expert=layout.expert,
         imbalance=imbalance if layout.expert > 1 else 1.0,

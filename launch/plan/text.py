@@ -39,16 +39,19 @@ def format_plan(plan: Plan, kept: Goodput | None = None) -> str:
 
 def format_search(plans: list[Plan], show: int) -> str:
     """The fastest plans that fit."""
+    has_context = any(plan.recipe.parallelism.context > 1 for plan in plans[:show])
+    context_title = f"{'context':>9}" if has_context else ""
     lines = [
         f"{len(plans)} layouts fit; the fastest:",
-        f"{'replicate':>9}{'shard':>7}{'expert':>7}{'micro':>7}{'recomputed':>30}"
+        f"{'replicate':>9}{'shard':>7}{'expert':>7}{context_title}{'micro':>7}{'recomputed':>30}"
         f"{'memory':>10}{'step':>9}{'tok/s/GPU':>11}{'util':>7}{'days':>8}",
     ]
     for plan in plans[:show]:
         layout, training = plan.recipe.parallelism, plan.recipe.training
+        context = f"{layout.context:>9}" if has_context else ""
         lines.append(
             f"{layout.replicate:>9}{sizes.shard_degree(layout, plan.world_size):>7}{layout.expert:>7}"
-            f"{training.microbatch_sequences:>7}{recomputation(plan.recipe):>30}"
+            f"{context}{training.microbatch_sequences:>7}{recomputation(plan.recipe):>30}"
             f"{plan.fullest.memory.total / GIB:>6.1f} GiB{plan.step_seconds:>7.2f} s"
             f"{plan.tokens_per_second_per_gpu:>11.0f}{plan.utilisation:>7.1%}{plan.days:>8.1f}"
         )
@@ -68,6 +71,7 @@ def plan_figures(plan: Plan, kept: Goodput | None = None) -> dict[str, Any]:
             "replicate": layout.replicate,
             "shard": sizes.shard_degree(layout, plan.world_size),
             "expert": layout.expert,
+            "context": layout.context,
         },
         "microbatches": plan.microbatches,
         "microbatch_sequences": plan.shape.recipe.training.microbatch_sequences,
@@ -123,6 +127,8 @@ def _headline(plan: Plan) -> str:
     recipe, layout = plan.recipe, plan.recipe.parallelism
     training, shaped = recipe.training, plan.shape.recipe
     shard = sizes.shard_degree(layout, plan.world_size)
+    shared = f", context {layout.context} across them" if layout.context > 1 else ""
+    each = "GPU" if layout.context == 1 else f"{layout.context} GPUs"
     plural = "" if plan.microbatches == 1 else "es"
     forced = ", forced balance" if recipe.model.moe and recipe.model.moe.forced_balance else ""
     return "\n".join(
@@ -130,9 +136,9 @@ def _headline(plan: Plan) -> str:
             f"{recipe.name}: {sizes.total_parameters(recipe.model) / 1e9:.2f}B parameters, "
             f"{sizes.active_parameters(recipe.model) / 1e9:.2f}B active, "
             f"{short_number(training.duration_tokens)} tokens on {plan.world_size} x {plan.gpu.name}{forced}",
-            f"layout: replicate {layout.replicate} x shard {shard} x expert {layout.expert}; "
+            f"layout: replicate {layout.replicate} x shard {shard} x expert {layout.expert}{shared}; "
             f"{plan.microbatches} microbatch{plural} of {shaped.training.microbatch_sequences} x "
-            f"{shaped.data.sequence_tokens} tokens per GPU, recomputed: {recomputation(recipe)}",
+            f"{shaped.data.sequence_tokens} tokens per {each}, recomputed: {recomputation(recipe)}",
         ]
     )
 

@@ -15,7 +15,16 @@ from enum import Enum
 
 from launch.plan.hardware import Gpu
 from train.recipe import sizes
-from train.recipe.schema import ExchangePrecision, Model, Parallelism, Recompute, ReducePrecision, Reduction
+from train.recipe.schema import (
+    Balance,
+    BalanceScope,
+    ExchangePrecision,
+    Model,
+    Parallelism,
+    Recompute,
+    ReducePrecision,
+    Reduction,
+)
 
 FP32 = 4
 INT32 = 4
@@ -26,6 +35,9 @@ ROUTERS = "routers"
 EXPERTS, LAYERS = "experts", "layers"
 AHEAD = "multi-token prediction"
 """The name of the units of its layer."""
+KEYS, KEYS_BACK = "keys and values", "gradients of keys, values"
+SHARES = "experts' shares of sequences"
+"""What ranks gather that share sequences, what they send back, and what they sum."""
 DENSE_LAYERS = "dense layers"
 """The name of the units of a mixture's layers without experts."""
 
@@ -133,7 +145,7 @@ def collectives(
         model: the recipe's model.
         layout: degrees of the mesh; interleaved only if the microbatch has halves.
         world_size: ranks.
-        tokens: T, tokens of one rank's microbatch.
+        tokens: T, tokens of a microbatch that are one rank's.
         compute_bytes: bytes per element in which weights and activations are sent; 2 for bf16.
         grades: what each layer computes again in the backward pass.
     """
@@ -150,6 +162,14 @@ def collectives(
     for unit in _units(model, layout, world_size):
         gathers = _gathers(unit, sizes.layers(model) - layout.gathered_layers)
         found += _sharding_collectives(unit, layout, world_size, gathers, compute_bytes)
+    if layout.context > 1:
+        size = 2 * tokens * layout.context * sizes.key_width(model) * compute_bytes
+        group, again = (layout.context, 1), sum(grade is Recompute.layer for grade in grades)
+        of_keys = model.n_layers + again, model.n_layers
+        found.append(Collective(KEYS, CollectiveKind.all_gather, size, *group, *of_keys))
+        found.append(Collective(KEYS_BACK, CollectiveKind.all_to_all, size, *group, model.n_layers))
+        if model.moe and model.moe.balance is not Balance.bias:
+            found += _shares_of_sequences(model, layout, tokens, grades)
     if model.moe and layout.expert > 1:
         repeat = [grade.includes(Recompute.ffn) for grade in grades]
         again = sum(sizes.has_experts(model, layer) for layer, repeats in enumerate(repeat) if repeats)
@@ -169,6 +189,21 @@ def collectives(
             group = (layout.expert, 1)
             found.append(Collective(what, CollectiveKind.all_to_all, payload, *group, in_all, ahead))
     return found
+
+
+def _shares_of_sequences(
+    model: Model, layout: Parallelism, tokens: int, grades: Sequence[Recompute]
+) -> list[Collective]:
+    """Counts of each expert's tokens in shared sequences, one for every token, if balance is theirs."""
+    moe = model.moe
+    assert moe is not None
+    if moe.balance_scope is not BalanceScope.sequence:
+        return []
+    layers = [sizes.has_experts(model, layer) for layer in range(model.n_layers)]
+    again = sum(has and grade.includes(Recompute.ffn) for has, grade in zip(layers, grades, strict=True))
+    size = tokens * layout.context * moe.experts * INT32
+    calls = sum(layers) + again, sum(layers)
+    return [Collective(SHARES, CollectiveKind.all_reduce, size, layout.context, 1, *calls)]
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,12 @@ def check_placement(job: Job, recipe: Recipe) -> list[str]:
                 f"{1 - gpus / layout.expert:.0%} of the tokens' all-to-all goes over the network; "
                 f"parallelism.expert={gpus} would keep it on NVLink"
             )
+    if layout.context > 1:
+        inside = gpus % layout.context == 0
+        where = "stay within a node, on NVLink" if inside else "cross nodes, and gather keys over the network"
+        lines.append(
+            f"{'placement' if inside else 'warning'}: groups of {layout.context} that share sequences {where}"
+        )
     copy = job.world_size // layout.replicate
     if copy > gpus:
         where = f"spans {nodes_of(range(copy), gpus)} nodes"

@@ -140,8 +140,9 @@ def _loader(case: Case, recipe: Recipe, rows: list[int], seed: int, topology: To
     """Builds the loader of this rank's share of the case's batches."""
     if case.input.loaded:
         return build_loader(recipe, seed, topology)
-    share = len(rows) // topology.world_size
-    mine = rows[topology.rank * share : (topology.rank + 1) * share]
+    sharing = recipe.parallelism.context
+    share, reader = len(rows) * sharing // topology.world_size, topology.rank // sharing
+    mine = rows[reader * share : (reader + 1) * share]
     whole = make_batches(recipe, case.input, seed)
     batches = [{key: value[mine] for key, value in batch.items()} for batch in whole]
     return DataLoader(RankBatches(batches), batch_size=None)

@@ -14,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from launch.verify import loaded_input
 from launch.verify.bounds import LEAST_EPS
 from train.model.loss import IGNORE
+from train.recipe import sizes
 from train.recipe.curriculum import plan_stages
 from train.recipe.schema import (
     Balance,
@@ -42,11 +43,12 @@ COMMON_PART = 0.1
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh (replicate, shard, expert)."""
+    """A mesh (replicate, shard, expert), across which neighbouring ranks may share sequences."""
 
     replicate: int
     shard: int
     expert: int
+    context: int = 1
 
     @property
     def world_size(self) -> int:
@@ -54,7 +56,13 @@ class Layout:
         return self.replicate * self.shard * self.expert
 
     def __str__(self) -> str:
-        return f"({self.replicate},{self.shard},{self.expert})"
+        shared = f"c{self.context}" if self.context > 1 else ""
+        return f"({self.replicate},{self.shard},{self.expert}){shared}"
+
+    @property
+    def readers(self) -> int:
+        """Number of ranks, or of groups that share sequences, that each read their own."""
+        return self.world_size // self.context
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,22 @@ def layouts(recipe: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[Layout]
     return found
 
 
+CONTEXTS = (Layout(1, 2, 1, context=2), Layout(1, 1, 4, context=2), Layout(2, 1, 2, context=4))
+"""Groups that are the world, that share experts with another, and that lie across replicas."""
+
+
+def context_layouts(recipe: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[Layout]:
+    """Layouts whose ranks share sequences; of a model without so many experts, experts are not spread."""
+    experts = recipe.model.moe.experts if recipe.model.moe else 1
+    if not sizes.is_shareable(recipe.model):
+        return []
+    return [
+        each if experts % each.expert == 0 else replace(each, shard=each.shard * each.expert, expert=1)
+        for each in CONTEXTS
+        if each.world_size in worlds
+    ]
+
+
 def cases(
     recipe: Recipe,
     worlds: tuple[int, ...] = (1, 2, 4),
@@ -178,7 +202,10 @@ def cases(
             continue
         if precision is Precision.bf16:
             worlds = tuple(world for world in worlds if world > 1)
-        found = [make_case(small, layout, each, precision) for layout in layouts(recipe, worlds)]
+        tried = layouts(recipe, worlds)
+        if precision is Precision.fp32 and not each.compiled:
+            tried += context_layouts(recipe, worlds)
+        found = [make_case(small, layout, each, precision) for layout in tried]
         yield from sorted(found, key=reference_of)
 
 
@@ -203,7 +230,7 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
     """Builds one case: its recipe and how the reference groups the same sequences."""
     if each.loaded:
         small = loaded_input.with_phases(small)
-    share = SEQUENCES // layout.world_size
+    share = SEQUENCES // layout.readers
     layout_of_case = _layout_of(small, layout, precision)
     if each.compiled:
         layout_of_case = replace(layout_of_case, interleave=False)
@@ -304,8 +331,8 @@ def _with_the_same_tiles(case: Case, share: int) -> Case:
 
 def _layout_of(small: Recipe, layout: Layout, precision: Precision) -> Parallelism:
     """The recipe's own settings under a layout; in fp32, which shows all but rounding, nothing is rounded."""
-    own = replace(small.parallelism, replicate=layout.replicate, expert=layout.expert)
-    own = replace(own, interleave=own.interleave and layout.expert > 1)
+    own = replace(small.parallelism, replicate=layout.replicate, expert=layout.expert, context=layout.context)
+    own = replace(own, interleave=own.interleave and layout.expert > 1 and layout.context == 1)
     return replace(own, reduce_precision=ReducePrecision.fp32) if precision is Precision.fp32 else own
 
 
@@ -336,14 +363,15 @@ def _grouping(recipe: Recipe, layout: Layout, microbatch: int, share: int) -> tu
         return in_order, microbatch
     if scope is BalanceScope.rank:
         return in_order, share
+    together = max(1, layout.expert // layout.context)
     rows = [
-        rank * share + start + sequence
-        for group in range(0, layout.world_size, layout.expert)
+        reader * share + start + sequence
+        for group in range(0, layout.readers, together)
         for start in range(0, share, microbatch)
-        for rank in range(group, group + layout.expert)
+        for reader in range(group, group + together)
         for sequence in range(microbatch)
     ]
-    return tuple(rows), microbatch * layout.expert
+    return tuple(rows), microbatch * together
 
 
 def make_batches(recipe: Recipe, each: GateInput, seed: int) -> list[Batch]:

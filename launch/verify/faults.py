@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from launch.verify import decision_faults, expert_faults, update_faults
+from launch.verify import context_faults, decision_faults, expert_faults, update_faults
 from launch.verify.cases import Layout
 from launch.verify.expert_faults import FINER, GLOBAL_SCOPE, Changes
 from train import run
@@ -36,6 +36,8 @@ FOUR = Layout(2, 1, 2)
 """A layout with replicas and with expert parallelism."""
 PAIR = Layout(1, 2, 1)
 """Two ranks that share out everything."""
+SHARED = Layout(1, 2, 1, context=2)
+"""The same two with parts of the same sequences."""
 
 
 @dataclass(frozen=True)
@@ -372,6 +374,41 @@ FAULTS = {
         expert_faults.divide_by_own_targets,
         "loss",
         mtp=True,
+    ),
+    "border-target-lost": KnownFault(
+        "the last target of each part of a sequence lost, as if targets were made of parts",
+        context_faults.lose_border_targets,
+        "gradients",
+        layout=SHARED,
+        input="split",
+    ),
+    "places-of-a-whole": KnownFault(
+        "parts of sequences that count their places from 0",
+        context_faults.count_from_zero,
+        "gradients",
+        layout=SHARED,
+        input="split",
+    ),
+    "keys-averaged": KnownFault(
+        "gradients of keys and values averaged over the ranks that share them, not summed",
+        context_faults.average_keys,
+        "gradients",
+        layout=SHARED,
+        input="split",
+    ),
+    "loss-over-the-whole": KnownFault(
+        "losses of parts divided by the positions of whole sequences: gradients averaged twice",
+        context_faults.divide_by_whole,
+        "gradients",
+        layout=SHARED,
+        input="split",
+    ),
+    "documents-of-other-half": KnownFault(
+        "a document mask whose queries are those of a rank's other chunk",
+        context_faults.swap_documents,
+        "gradients",
+        layout=SHARED,
+        input="split",
     ),
     "muon-on-a-slab": KnownFault(
         "Muon on the rows that a rank holds, parts of matrices and stacks of experts",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from data.order.plan import OrderPlan
 from data.shards.packing import Sample
+from train.recipe import sizes
 from train.recipe.curriculum import plan_stages
 from train.recipe.schema import Balance, Moe, Phase, Position, Recipe
 from train.recipe.tiny import SEQUENCE_TOKENS
@@ -92,8 +93,8 @@ def build_loader(recipe: Recipe, seed: int, topology: Topology) -> "TrainLoader"
         plan,
         [samples[domain] for domain in plan.domains],
         curriculum,
-        rank=topology.rank,
-        world_size=topology.world_size,
+        rank=topology.rank // recipe.parallelism.context,
+        world_size=sizes.readers(recipe.parallelism, topology.world_size),
         start=0,
     )
     return open_loader(dataset, workers=0)

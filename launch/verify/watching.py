@@ -253,7 +253,8 @@ class Comparer(Watcher):
         if not self.case.input.loaded:
             return
         for key, whole in self.record.batches[step].items():
-            theirs = whole.chunk(self.topology.world_size)[self.topology.rank]
+            layout = self.case.layout
+            theirs = whole.chunk(layout.readers)[self.topology.rank // layout.context]
             is_same = key in batch and torch.equal(batch[key], theirs)
             self._see("read", float(not is_same), step, f"{key} of rank {self.topology.rank}")
 

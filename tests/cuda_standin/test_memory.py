@@ -45,6 +45,17 @@ CASES: dict[str, Case] = {
         ["parallelism.expert=16", "parallelism.interleave=true"],
     ),
     "DBRX, 3,072 GPUs, 32k": ("dbrx", 3072, OF_32K),
+    "DBRX, 64 GPUs, 32k, shared by 8": (
+        "dbrx",
+        64,
+        [
+            *OF_32K,
+            "training.global_batch_sequences=8",
+            "parallelism.replicate=1",
+            "parallelism.expert=8",
+            "parallelism.context=8",
+        ],
+    ),
 }
 
 

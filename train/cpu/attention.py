@@ -97,12 +97,22 @@ def document_attention(
     offsets: Tensor,
     longest: int,
     scale: float | None = None,
+    keys: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """:func:`train.model.attention.document_attention`, document by document; only tests ask for it here."""
-    spans = offsets.diff().tolist()
-    parts = zip(*(part.transpose(0, 1).split(spans, dim=1) for part in (q_THR, k_TGR, v_TGR)), strict=True)
-    outs = [
-        functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=scale)
-        for q, k, v in parts
-    ]
+    of_queries = offsets.diff().tolist()
+    of_keys = of_queries if keys is None else keys[0].diff().tolist()
+    parts = zip(
+        *(
+            part.transpose(0, 1).split(spans, dim=1)
+            for part, spans in ((q_THR, of_queries), (k_TGR, of_keys), (v_TGR, of_keys))
+        ),
+        strict=True,
+    )
+    outs = []
+    for q, k, v in parts:
+        # The last query sees all keys, the one before it all but the last.
+        shape = q.shape[1], k.shape[1]
+        visible = torch.ones(shape, dtype=torch.bool, device=q.device).tril(shape[1] - shape[0])
+        outs.append(functional.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True, scale=scale))
     return torch.cat(outs, dim=1).transpose(0, 1)

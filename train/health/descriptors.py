@@ -31,6 +31,7 @@ def gloo_groups(layout: Parallelism, world_size: int, uses_gpus: bool) -> list[i
     if not uses_gpus:
         groups += [world_size, replica // layout.expert]
         groups += [layout.expert] * (layout.expert > 1)
+        groups += [layout.context] * (layout.context > 1)
         groups += [layout.replicate, replica] * (layout.replicate > 1)
     return groups
 

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from train.layout.torch_patches import apply_torch_patches
+from train.model.context import Context
 from train.model.decoder import Block, Decoder, MultiTokenPrediction
 from train.model.init import initialize
 from train.model.moe import MoE
@@ -43,12 +44,16 @@ class Mesh(NamedTuple):
     dense: DeviceMesh
     """`replicate` x `dense`, or only `dense` if there is one replica."""
     layout: Parallelism
+    context: Context | None
+    """The ranks that share sequences; None: no others."""
 
 
 def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
     """Builds the mesh. `expert` is the innermost dimension, which keeps tokens inside a node.
 
     A rank is in one group per dimension; ``init_device_mesh`` would add one for each dimension of one rank.
+    Ranks that share sequences are neighbours too: to weights they are what any other ranks are, so they are
+    no dimension, and lie across the others as they come.
     """
     shard = world_size // (layout.replicate * layout.expert)
     sizes = {REPLICATE: layout.replicate, SHARD: shard, EXPERT: layout.expert}
@@ -56,16 +61,21 @@ def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
     ranks = torch.arange(world_size).view([sizes[name] for name in names])
     of_experts = [_own_group(ranks, dimension) for dimension in range(ranks.ndim)]
     experts = DeviceMesh.from_group(of_experts, device_type, ranks, mesh_dim_names=names)
+    context = None
+    if layout.context > 1:
+        context = Context(_own_group(torch.arange(world_size).view(-1, layout.context), 1))
     if layout.replicate == 1:
         world = dist.group.WORLD
         assert world is not None
-        return Mesh(experts, DeviceMesh.from_group(world, device_type, mesh_dim_names=(DENSE,)), layout)
+        return Mesh(
+            experts, DeviceMesh.from_group(world, device_type, mesh_dim_names=(DENSE,)), layout, context
+        )
     # A flattened dimension could only be had through private functions. The groups of `replicate` are shared
     # with the other mesh.
     ranks = torch.arange(world_size).view(layout.replicate, shard * layout.expert)
     groups = [of_experts[names.index(REPLICATE)], _own_group(ranks, 1)]
     dense = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=(REPLICATE, DENSE))
-    return Mesh(experts, dense, layout)
+    return Mesh(experts, dense, layout, context)
 
 
 def replicas_of(model: nn.Module) -> dist.ProcessGroup | None:
@@ -116,6 +126,7 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int 
     if over_all.device_type == "cpu":
         sum_on_gloo(decoder)
     decoder.transformer.interleave = mesh.layout.interleave
+    decoder.context = mesh.context
     decoder.to_empty(device=over_all.device_type)
     initialize(decoder, decoder.cfg, seed)
 

@@ -21,6 +21,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from train.cpu import attention as cpu_attention
 from train.cpu.dispatch import with_cpu_version
+from train.model.context import Context
+from train.model.documents import Documents, Reach, document_reach
 from train.model.norms import RmsNorm
 from train.model.recompute import remade
 from train.recipe import sizes
@@ -43,15 +45,6 @@ class DocumentKernel(Enum):
     """A kernel that takes each document as a sequence of its own, and needs no mask."""
 
 
-class Documents(NamedTuple):
-    """Where the N packed documents of a batch lie among its T tokens."""
-
-    offsets: Tensor
-    """Where each begins, and T: int32 [N + 1]."""
-    longest: int
-    """Tokens of the longest."""
-
-
 class AttentionPlan(NamedTuple):
     """Positions and masks that all layers share in one forward pass; see :func:`plan_attention`."""
 
@@ -64,6 +57,10 @@ class AttentionPlan(NamedTuple):
     """The same mask for FlexAttention, which skips fully masked blocks."""
     documents: Documents | None = None
     """The documents that a kernel of variable length takes one by one."""
+    context: Context | None = None
+    """The ranks that share the sequences, whose keys and values are gathered. None: this rank has all."""
+    reach: Reach | None = None
+    """The keys of `documents`, where ranks share sequences."""
 
 
 def plan_attention(
@@ -76,6 +73,7 @@ def plan_attention(
     document_ids_BS: Tensor | None = None,
     past_length: int = 0,
     kernel: DocumentKernel | None = None,
+    context: Context | None = None,
 ) -> AttentionPlan:
     """Builds positions and masks for one batch.
 
@@ -85,35 +83,46 @@ def plan_attention(
         length: new positions S.
         device: where attention runs.
         dtype: precision of the queries and the bias.
-        document_ids_BS: document of each token; None if each sequence is one document.
+        document_ids_BS: document of each token of the whole sequences; None if each sequence is one document.
         past_length: past positions P, whose keys and values the layers receive.
         kernel: what keeps documents apart; None: what suits the device, see :func:`document_kernel`.
+        context: the ranks that share the sequences, of which this one has S tokens of each; None: no others.
     """
+    whole = past_length + length * (1 if context is None else context.ranks)
+    query_S = torch.arange(past_length, whole, device=device)
+    if context is not None:
+        query_S = context.places(whole, device)
+        if document_ids_BS is None:
+            document_ids_BS = torch.zeros(batch, whole, dtype=torch.int32, device=device)
     cos_SR = sin_SR = None
     if model.position is Position.rope:
         # Cast to the queries' precision here: FSDP2 casts a layer's inputs to bf16 in the forward pass but
         # not in recomputation (torch before 2.13), and both must save the same tensors.
-        cos_SR, sin_SR = (table.to(dtype) for table in _rotations(model, past_length, length, device))
+        cos_SR, sin_SR = (table.to(dtype) for table in _rotations(model, query_S))
     alibi = model.position is Position.alibi
     if document_ids_BS is None and not alibi and (past_length == 0 or length == 1):
         return AttentionPlan(cos_SR, sin_SR)
     if document_ids_BS is not None and not alibi:
         kernel = kernel or document_kernel(model, device, dtype)
         if kernel is DocumentKernel.varlen:
+            if context is not None:
+                reach = document_reach(document_ids_BS, context)
+                return AttentionPlan(cos_SR, sin_SR, documents=reach.queries, context=context, reach=reach)
             return AttentionPlan(cos_SR, sin_SR, documents=document_offsets(document_ids_BS))
         if kernel is DocumentKernel.flex:
-            return AttentionPlan(cos_SR, sin_SR, blocks=document_blocks(document_ids_BS))
-    query_S = torch.arange(past_length, past_length + length, device=device)
-    distance_SP = query_S[:, None] - torch.arange(past_length + length, device=device)[None, :]
+            blocks = document_blocks(document_ids_BS, None if context is None else query_S)
+            return AttentionPlan(cos_SR, sin_SR, blocks=blocks, context=context)
+    distance_SP = query_S[:, None] - torch.arange(whole, device=device)[None, :]
     visible = (distance_SP >= 0)[None, None]
     if document_ids_BS is not None:
         assert past_length == 0, "documents are packed only in training, which has no past positions"
-        visible = visible & (document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :])
+        own_BS = document_ids_BS if context is None else context.part(document_ids_BS)
+        visible = visible & (own_BS[:, None, :, None] == document_ids_BS[:, None, None, :])
     bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -math.inf)
     if alibi:
         slopes_H = _alibi_slopes(model.n_heads).to(device)
         bias = bias - (slopes_H[:, None, None] * distance_SP).to(dtype)
-    return AttentionPlan(cos_SR, sin_SR, bias)
+    return AttentionPlan(cos_SR, sin_SR, bias, context=context)
 
 
 class Attention(nn.Module):
@@ -148,10 +157,16 @@ class Attention(nn.Module):
             q_BSHR, k_BSGR, v_BSGR = remade(
                 Recompute.elementwise, self._split, qkv_BSNR, plan.cos_SR, plan.sin_SR
             )
+        if plan.context is not None:
+            k_BSGR, v_BSGR = plan.context.gather(k_BSGR, v_BSGR)
         q_BHSR, k_BGSR, v_BGSR = (t.transpose(1, 2) for t in (q_BSHR, k_BSGR, v_BSGR))
         if plan.documents is not None:
             q_THR, k_TGR, v_TGR = (part.flatten(0, 1) for part in (q_BSHR, k_BSGR, v_BSGR))
-            out_THR = document_attention(q_THR, k_TGR, v_TGR, *plan.documents)
+            keys = None
+            if plan.reach is not None:
+                k_TGR, v_TGR = (_within(part, plan.reach) for part in (k_BSGR, v_BSGR))
+                keys = plan.reach.keys
+            out_THR = document_attention(q_THR, k_TGR, v_TGR, *plan.documents, keys=keys)
             return self.out_proj(out_THR.reshape(*x_BSD.shape[:2], -1)), (k_BGSR, v_BGSR)
         if past is not None:
             k_BGSR, v_BGSR = torch.cat([past[0], k_BGSR], dim=2), torch.cat([past[1], v_BGSR], dim=2)
@@ -280,6 +295,11 @@ def document_offsets(document_ids_BS: Tensor) -> Documents:
     return Documents(offsets.int().to(document_ids_BS.device, non_blocking=True), longest)
 
 
+def _within(x_BPGR: Tensor, reach: Reach) -> Tensor:
+    """Returns the rows of keys or values that a rank's chunks attend to, [T, G, R]."""
+    return torch.cat([x_BPGR[sequence, begin:end] for sequence, begin, end in reach.spans])
+
+
 @with_cpu_version(cpu_attention.document_attention)
 def document_attention(
     q_THR: Tensor,
@@ -288,13 +308,25 @@ def document_attention(
     offsets: Tensor,
     longest: int,
     scale: float | None = None,
+    keys: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    """Causal attention within each of :class:`Documents`, by the kernel of variable length: [T, H, R]."""
+    """Causal attention within each of :class:`Documents`, by the kernel of variable length: [T, H, R].
+
+    Args:
+        q_THR: queries.
+        k_TGR: keys.
+        v_TGR: values.
+        offsets: of the documents of the queries.
+        longest: tokens of the longest of them.
+        scale: of the scores; None: the root of a head's width, inverted.
+        keys: offsets and longest of the keys' documents, whose last tokens the queries are; None: the same.
+    """
     from torch.nn.attention import varlen  # type: ignore[attr-defined, unused-ignore]
 
+    key_offsets, longest_keys = keys or (offsets, longest)
     out = varlen.varlen_attn(
         # The same tensor twice: some backends take causal attention only so.
-        *(q_THR, k_TGR, v_TGR, offsets, offsets, longest, longest),
+        *(q_THR, k_TGR, v_TGR, offsets, key_offsets, longest, longest_keys),
         scale=scale,
         window_size=(-1, 0),
         enable_gqa=q_THR.shape[1] != k_TGR.shape[1],
@@ -303,10 +335,17 @@ def document_attention(
     return out
 
 
-def document_blocks(document_ids_BS: Tensor) -> BlockMask:
-    """Returns the causal mask of packed documents, for :func:`block_attention`."""
+def document_blocks(document_ids_BS: Tensor, query_Q: Tensor | None = None) -> BlockMask:
+    """Returns the causal mask of packed documents, for :func:`block_attention`.
+
+    Args:
+        document_ids_BS: document of each token, which are the keys.
+        query_Q: places of the queries; None: those of all tokens.
+    """
 
     def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if query_Q is not None:
+            query = query_Q[query]
         same_document = document_ids_BS[batch, query] == document_ids_BS[batch, key]
         return (query >= key) & same_document
 
@@ -314,7 +353,8 @@ def document_blocks(document_ids_BS: Tensor) -> BlockMask:
     device = document_ids_BS.device
     # Uncompiled, the full mask would be built before it is cut into blocks.
     make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
-    return make(visible, batch, None, length, length, device=str(device))
+    queries = length if query_Q is None else len(query_Q)
+    return make(visible, batch, None, queries, length, device=str(device))
 
 
 @with_cpu_version(cpu_attention.block_attention)
@@ -334,15 +374,15 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     return compiled
 
 
-def _rotations(model: Model, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _rotations(model: Model, place_S: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE's angles in fp32, each [S, R / 2] (Su et al. 2021, section 3.2.2).
 
     With YaRN they are multiplied by its attention factor, which scales queries and keys; latent attention
     scales them itself, as not all of them are rotated.
     """
     width = sizes.rotated_width(model)
-    exponents = torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width
-    positions_S = torch.arange(start, start + length, device=device).float()
+    exponents = torch.arange(0, width, 2, dtype=torch.int64, device=place_S.device).float() / width
+    positions_S = place_S.float()
     wavelengths_R = model.rope_theta**exponents
     if model.yarn is None:
         angles_SR = positions_S[:, None] / wavelengths_R

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.model.attention import Attention, AttentionPlan, DocumentKernel, plan_attention
+from train.model.context import Context
 from train.model.experts import Experts
 from train.model.interleave import Halves, interleaved, plan_halves
 from train.model.latent_attention import LatentAttention
@@ -200,7 +201,7 @@ class Transformer(nn.Module):
         return blocks if self.mtp is None else [*blocks, self.mtp]
 
     def forward(
-        self, ids_BS: Tensor, document_ids_BS: Tensor | None
+        self, ids_BS: Tensor, document_ids_BS: Tensor | None, context: Context | None = None
     ) -> tuple[Tensor, list[MoEAux], Tensor | None]:
         """Runs the layers.
 
@@ -221,6 +222,7 @@ class Transformer(nn.Module):
                 dtype=torch.get_autocast_dtype(device.type) if autocast else x_BSD.dtype,
                 document_ids_BS=documents,
                 kernel=self.document_kernel,
+                context=context,
             )
 
         is_halved = self.interleave and self.training and len(ids_BS) % 2 == 0
@@ -275,6 +277,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.loss_chunk_tokens = loss_chunk_tokens
+        self.context: Context | None = None
+        """The ranks that share sequences in training, each of which is given its part. None: no others."""
         each = [recompute] * sizes.layers(cfg) if isinstance(recompute, Recompute) else recompute
         self.transformer = Transformer(cfg, device, each)
         self.lm_head: LanguageModelHead | None = None
@@ -301,6 +305,7 @@ class Decoder(nn.Module):
         document_ids_BS: Tensor | None = None,
         targets_BS: Tensor | None = None,
         choices_only: bool = False,
+        context: Context | None = None,
     ) -> DecoderOutput:
         """Computes logits, or with targets the losses.
 
@@ -309,8 +314,10 @@ class Decoder(nn.Module):
             document_ids_BS: document of each token; tokens see only their own document. None: one document.
             targets_BS: the token that follows each input, -100 where there is no loss.
             choices_only: compute only the experts' counts, neither logits nor cross-entropy.
+            context: the ranks that share the sequences: inputs and targets are this one's part of them,
+                documents those of all tokens. None: every sequence is whole.
         """
-        hidden_BSD, layers, ahead_BSD = self.transformer(input_ids_BS, document_ids_BS)
+        hidden_BSD, layers, ahead_BSD = self.transformer(input_ids_BS, document_ids_BS, context)
         zero = torch.zeros((), dtype=torch.float32, device=hidden_BSD.device)
         experts = (zero.new_zeros((0, 0)), zero, zero.new_zeros((0, 0), dtype=torch.int64), zero)
         if layers:

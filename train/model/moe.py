@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.model import megablocks_ops
+from train.model.context import Context
 from train.model.recompute import remade
 from train.model.router import Router, Routing
 from train.model.shared_expert import SharedExpert
@@ -60,6 +61,7 @@ class MoE(dMoE):
     ``shared.{w1,v1,w2}.weight`` and ``shared_gate.weight``. They are created uninitialised;
     :func:`train.model.init.initialize` fills them. ``sequence_T`` numbers the sequences that the tokens of a
     microbatch belong to, for the balance loss of each sequence, and is set before each; None: the rows.
+    ``context`` are the ranks that share these sequences.
 
     Args:
         d_model: width D.
@@ -105,6 +107,7 @@ class MoE(dMoE):
         args.device = target
         self.router = Router(d_model, moe, device)
         self.sequence_T: Tensor | None = None
+        self.context: Context | None = None
         self.shared = self.shared_gate = None
         if moe.shared_hidden_size is not None:
             self.shared = SharedExpert(d_model, moe.shared_hidden_size, device)
@@ -186,10 +189,10 @@ class MoE(dMoE):
             if sequence_T is None:
                 numbers_B = torch.arange(batch, device=tokens_E.device)
                 sequence_T = numbers_B.repeat_interleave(len(probabilities_TE) // batch)
-            else:
+            elif self.context is None:
                 sequence_T = sequence_T.view(-1, len(probabilities_TE) // batch)[rows].flatten()
                 sequence_T = sequence_T - sequence_T[0]
-            of_sequences = sequence_balance(probabilities_TE, moe.top_k, sequence_T)
+            of_sequences = sequence_balance(probabilities_TE, moe.top_k, sequence_T, self.context)
         return MoEAux(probabilities_TE.mean(dim=0), z_loss, tokens_E, of_sequences)
 
 
@@ -198,7 +201,9 @@ def by_sequence(moe: Moe) -> bool:
     return moe.balance is not Balance.bias and moe.balance_scope is BalanceScope.sequence
 
 
-def sequence_balance(probabilities_TE: Tensor, top_k: int, sequence_T: Tensor) -> Tensor:
+def sequence_balance(
+    probabilities_TE: Tensor, top_k: int, sequence_T: Tensor, context: Context | None = None
+) -> Tensor:
     """The balance loss of each sequence, averaged over tokens (DeepSeek-V3, eq. 17-20, unweighted).
 
     A sequence's loss is E x sum over experts of (share of its K x tokens highest scores) x (mean score); 1 if
@@ -209,7 +214,8 @@ def sequence_balance(probabilities_TE: Tensor, top_k: int, sequence_T: Tensor) -
     Args:
         probabilities_TE: scores that add up to 1 for each token; they carry the gradient.
         top_k: K.
-        sequence_T: int64, from 0 to at most T - 1: each token's sequence.
+        sequence_T: int64, from 0 to at most T - 1: each token's sequence, counted over all ranks' T.
+        context: the ranks that share the sequences; None: no others.
 
     Returns:
         A scalar in the scores' precision.
@@ -218,8 +224,12 @@ def sequence_balance(probabilities_TE: Tensor, top_k: int, sequence_T: Tensor) -
     with torch.no_grad():
         highest_TK = probabilities_TE.topk(top_k, dim=-1).indices
         places = (sequence_T[:, None] * experts + highest_TK).flatten()
-        counts_NE = megablocks_ops.histogram(places, tokens * experts).view(tokens, experts)
-        lengths_N = megablocks_ops.histogram(sequence_T, tokens)
+        sequences = tokens * (1 if context is None else context.ranks)
+        counts_NE = megablocks_ops.histogram(places, sequences * experts).view(sequences, experts)
+        if context is not None:
+            counts_NE = context.sum(counts_NE)
+        # Every token has counted K experts.
+        lengths_N = counts_NE.sum(dim=1) // top_k
         shares_TE = counts_NE[sequence_T].to(probabilities_TE) / (top_k * lengths_N[sequence_T, None])
     return experts / tokens * (shares_TE * probabilities_TE).sum()
 

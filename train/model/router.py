@@ -38,6 +38,8 @@ class Jitter(NamedTuple):
 
     key: Tensor
     positions_B: Tensor
+    place_S: Tensor | None = None
+    """Places of the tokens in each sequence; None: they are whole."""
 
 
 class Router(nn.Module):
@@ -129,7 +131,8 @@ class Router(nn.Module):
         if self.jitter is None:
             return torch.rand_like(x_TD)
         tokens, width = x_TD.shape
-        return uniform_noise(self.jitter.positions_B[rows], tokens, width, self.jitter.key).to(x_TD.dtype)
+        key, positions_B, place_S = self.jitter
+        return uniform_noise(positions_B[rows], tokens, width, key, place_S).to(x_TD.dtype)
 
 
 def deal_out(tokens: int, moe: Moe, device: torch.device) -> Tensor:

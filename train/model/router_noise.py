@@ -21,7 +21,9 @@ def noise_key(seed: int, layer: int, device: torch.device) -> Tensor:
     return mix(torch.full((), seed * 1_000_003 + layer, device=device))
 
 
-def uniform_noise(positions_B: Tensor, tokens: int, columns: int, key: Tensor) -> Tensor:
+def uniform_noise(
+    positions_B: Tensor, tokens: int, columns: int, key: Tensor, place_S: Tensor | None = None
+) -> Tensor:
     """Draws numbers in [0, 1), fp32 [T, D].
 
     Args:
@@ -29,12 +31,14 @@ def uniform_noise(positions_B: Tensor, tokens: int, columns: int, key: Tensor) -
         tokens: T; a multiple of B.
         columns: D.
         key: from :func:`noise_key`.
+        place_S: places of the tokens in each sequence, int64; None: they are whole.
     """
     device = positions_B.device
-    length = tokens // positions_B.shape[0]
+    if place_S is None:
+        place_S = torch.arange(tokens // positions_B.shape[0], device=device)
     key_B = mix(positions_B) ^ mix(positions_B >> LOW_BITS)
     key_B = mix(key_B ^ key)
-    key_BS = mix(key_B[:, None] ^ mix(torch.arange(length, device=device)))
+    key_BS = mix(key_B[:, None] ^ mix(place_S))
     columns_D = mix(torch.arange(columns, device=device) + 1)
     bits_TD = mix(key_BS.view(-1, 1) ^ columns_D)
     # The upper 24 bits, which fp32 holds exactly.

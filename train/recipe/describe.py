@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from train.recipe import sizes
 from train.recipe.curriculum import plan_stages
+from train.recipe.layout_rules import reader_in_words, readers_in_words
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
@@ -29,10 +30,13 @@ def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, obj
         "replicate": layout.replicate,
         "shard": shard,
         "expert": layout.expert,
+        "context": layout.context,
         "microbatches_per_rank": microbatches,
         "phases": [asdict(stage) for stage in plan_stages(recipe).stages],
     }
-    per_rank = training.global_batch_sequences // topology.world_size
+    readers = sizes.readers(layout, topology.world_size)
+    per_rank = training.global_batch_sequences // readers
+    shared = f" x context {layout.context}, across them" if layout.context > 1 else ""
     forced = model.moe is not None and model.moe.forced_balance
     rows = [
         *([("routing", "forced balance: experts are dealt out, for benchmarks only")] if forced else []),
@@ -49,11 +53,12 @@ def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, obj
         ("training FLOPs", f"{total.total:.4g}"),
         (
             "batch",
-            f"{training.global_batch_sequences} sequences = {topology.world_size} ranks x {microbatches} "
-            f"microbatches x {training.microbatch_sequences} sequences ({per_rank} per rank)",
+            f"{training.global_batch_sequences} sequences = {readers_in_words(layout, readers)} x "
+            f"{microbatches} microbatches x {training.microbatch_sequences} sequences ({per_rank} per "
+            f"{reader_in_words(layout)})",
         ),
         *_phase_rows(recipe),
-        ("layout", f"replicate {layout.replicate} x shard {shard} x expert {layout.expert}"),
+        ("layout", f"replicate {layout.replicate} x shard {shard} x expert {layout.expert}{shared}"),
     ]
     return "\n".join(f"{name:18}{value}" for name, value in rows), {**figures, "recipe": to_dict(recipe)}
 

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from train.recipe import sizes
 from train.recipe.errors import Violation
 from train.recipe.phases import microbatch_sequences, phases_of
-from train.recipe.schema import Compile, ExchangePrecision, Recipe
+from train.recipe.schema import BalanceScope, Compile, ExchangePrecision, Parallelism, Recipe
 from train.recipe.topology import Topology
 
 
 def check_layout(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
     """Yields every rule that batch and layout violate, in order."""
     yield from _batch_and_degrees(recipe, topology.world_size)
+    yield from _context(recipe, topology.world_size)
     yield from _interleaved(recipe)
     yield from _exchanged(recipe)
 
@@ -19,17 +20,18 @@ def check_layout(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
 def _batch_and_degrees(recipe: Recipe, ranks: int) -> Iterator[Violation]:
     training, layout = recipe.training, recipe.parallelism
     global_batch, microbatch = training.global_batch_sequences, training.microbatch_sequences
-    if global_batch % ranks:
+    readers, each = sizes.readers(layout, ranks), reader_in_words(layout)
+    if readers and global_batch % readers:
         yield Violation(
             "training.global_batch_sequences",
-            f"{global_batch} is not divisible by {ranks} ranks",
-            f"use a multiple of {ranks}, or another number of ranks",
+            f"{global_batch} is not divisible by {readers_in_words(layout, readers)}",
+            f"use a multiple of {readers}, or another number of ranks",
         )
-    elif (global_batch // ranks) % microbatch:
+    elif readers and (global_batch // readers) % microbatch:
         yield Violation(
             "training.microbatch_sequences",
-            f"{global_batch // ranks} sequences of each rank are not divisible by {microbatch}",
-            f"use a divisor of {global_batch // ranks}",
+            f"{global_batch // readers} sequences of each {each} are not divisible by {microbatch}",
+            f"use a divisor of {global_batch // readers}",
         )
     if ranks % (layout.replicate * layout.expert):
         yield Violation(
@@ -55,6 +57,59 @@ def _batch_and_degrees(recipe: Recipe, ranks: int) -> Iterator[Violation]:
             )
         else:
             yield from _uneven_experts(recipe, ranks)
+
+
+def reader_in_words(layout: Parallelism) -> str:
+    """Returns what reads sequences of its own: a rank, or a group of ranks that share each sequence."""
+    return "rank" if layout.context == 1 else "group"
+
+
+def readers_in_words(layout: Parallelism, count: int) -> str:
+    """Returns so many of them, with the size of a group."""
+    return f"{count} ranks" if layout.context == 1 else f"{count} groups of {layout.context} ranks"
+
+
+def _context(recipe: Recipe, ranks: int) -> Iterator[Violation]:
+    """Yields violations of the ranks that share sequences."""
+    context, expert, moe = recipe.parallelism.context, recipe.parallelism.expert, recipe.model.moe
+    if context == 1:
+        return
+    if ranks % context:
+        yield Violation(
+            "parallelism.context",
+            f"{ranks} ranks are not divisible by {context=}",
+            f"use a divisor of {ranks}, or start more ranks (composer -n)",
+        )
+    lengths = {phase.sequence_tokens for phase in phases_of(recipe)}
+    for length in sorted(length for length in lengths if length and length % (2 * context)):
+        yield Violation(
+            "parallelism.context",
+            f"cuts sequences into {2 * context} chunks, but {length} tokens are not divisible by that",
+            "use a divisor of half the length",
+        )
+    for key, is_set in (("latent", recipe.model.latent is not None), ("mtp", recipe.model.mtp)):
+        if is_set:
+            yield Violation(
+                "parallelism.context", f"is not built for model.{key}", "set it to 1, or use another model"
+            )
+    if recipe.training.compile is not Compile.off:
+        yield Violation(
+            "parallelism.context",
+            f"is not built for compiled layers, but training.compile={recipe.training.compile.value}",
+            "remove either",
+        )
+    if recipe.parallelism.interleave:
+        yield Violation(
+            "parallelism.context", "is not built for parallelism.interleave", "remove either, or set it to 1"
+        )
+    is_nested = expert % context == 0 or context % expert == 0
+    if moe is not None and moe.balance_scope is BalanceScope.expert_group and not is_nested:
+        yield Violation(
+            "parallelism.context",
+            f"{context=} and {expert=} cut through each other, so model.moe.balance_scope=expert_group is "
+            "no group's",
+            "let one divide the other, or balance over another scope",
+        )
 
 
 def _interleaved(recipe: Recipe) -> Iterator[Violation]:

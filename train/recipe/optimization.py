@@ -202,6 +202,10 @@ class Parallelism:
     """Replicas of the sharded model (HSDP). More replicas: less traffic between nodes, more memory."""
     expert: int = key(1, above=0)
     """Expert parallelism: ranks that the experts of a layer are spread over."""
+    context: int = key(1, above=0)
+    """Context parallelism: neighbouring ranks that share each sequence, for sequences too long for one GPU.
+    Each has two chunks of a sequence, one from either end, and gathers keys and values;
+    `microbatch_sequences` are then those of the group. Divides half of every phase's sequence length."""
     reduce: Reduction = Reduction.every_microbatch
     """When gradients are summed over a replica's ranks: after `every_microbatch`, or `once_a_batch`, with
     less traffic but whole gradients of all layers on every rank until then. Over replicas: once a batch."""

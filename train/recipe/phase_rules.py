@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterator, Mapping
 
+from train.recipe import sizes
 from train.recipe.curriculum import plan_stages
 from train.recipe.errors import UserError, Violation
+from train.recipe.layout_rules import reader_in_words, readers_in_words
 from train.recipe.phases import batch_sequences, microbatch_sequences, phase_tokens, phases_of
 from train.recipe.schema import Phase, Position, Recipe
 from train.recipe.topology import Topology
@@ -53,7 +55,8 @@ def _shares(key: str, shares: Mapping[str, float], *, may_be_zero: bool) -> Iter
 def _shape(recipe: Recipe, topology: Topology, key: str, phase: Phase) -> Iterator[Violation]:
     """Checks sequence length and batches of a phase whose null keys are filled in."""
     shards, longest = recipe.data.sequence_tokens, recipe.model.max_sequence_tokens
-    length, ranks = phase.sequence_tokens, topology.world_size
+    length, layout = phase.sequence_tokens, recipe.parallelism
+    readers, each = max(1, sizes.readers(layout, topology.world_size)), reader_in_words(layout)
     assert length is not None
     if length % shards:
         what = f"{length} is not a multiple of data.sequence_tokens={shards}"
@@ -67,9 +70,11 @@ def _shape(recipe: Recipe, topology: Topology, key: str, phase: Phase) -> Iterat
         what = f"is null, but the batch of {tokens} tokens is not a multiple of {length}"
         yield Violation(f"{key}.global_batch_sequences", what, "set it, or change the batch or the length")
     batch, microbatch = batch_sequences(recipe, phase), microbatch_sequences(recipe, phase)
-    if batch % ranks:
-        what = f"{batch} sequences of {length} tokens are not divisible by {ranks} ranks"
-        yield Violation(f"{key}.global_batch_sequences", what, f"set it to a multiple of {ranks}")
-    elif (batch // ranks) % microbatch:
-        what = f"{batch // ranks} sequences of each rank are not divisible by {microbatch}"
-        yield Violation(f"{key}.microbatch_sequences", what, f"set it to a divisor of {batch // ranks}")
+    if batch % readers:
+        what = (
+            f"{batch} sequences of {length} tokens are not divisible by {readers_in_words(layout, readers)}"
+        )
+        yield Violation(f"{key}.global_batch_sequences", what, f"set it to a multiple of {readers}")
+    elif (batch // readers) % microbatch:
+        what = f"{batch // readers} sequences of each {each} are not divisible by {microbatch}"
+        yield Violation(f"{key}.microbatch_sequences", what, f"set it to a divisor of {batch // readers}")

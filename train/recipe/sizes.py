@@ -281,6 +281,20 @@ class Placement:
         return min(share, max(0, whole - index * share))
 
 
+def readers(layout: Parallelism, world_size: int) -> int:
+    """Returns the number of groups of ranks that each read their own sequences: as many as ranks, unless
+    `context` shares them.
+    """
+    return world_size // layout.context
+
+
+def is_shareable(model: Model) -> bool:
+    """Returns whether ranks may share a model's sequences: nothing but attention looks at other
+    tokens, and that by whole keys and values.
+    """
+    return model.latent is None and not model.mtp
+
+
 def shard_degree(layout: Parallelism, world_size: int) -> int:
     """Returns the size of the mesh's `shard` dimension: what `replicate` and `expert` leave."""
     return world_size // (layout.replicate * layout.expert)
@@ -401,6 +415,12 @@ def tokens_per_batch(recipe: Recipe) -> int:
     return recipe.training.global_batch_sequences * recipe.data.sequence_tokens
 
 
+def microbatch_tokens(recipe: Recipe) -> int:
+    """Returns the tokens of a rank's microbatch; of sequences that ranks share, its part."""
+    whole = recipe.training.microbatch_sequences * recipe.data.sequence_tokens
+    return whole // recipe.parallelism.context
+
+
 def batches(recipe: Recipe) -> int:
     """Returns the optimizer steps of the run: the tokens of each phase, rounded up to whole batches."""
     return plan_stages(recipe).batches
@@ -416,8 +436,9 @@ def microbatches_per_rank(recipe: Recipe, world_size: int) -> int:
 
     The recipe must have passed :func:`train.recipe.rules.validate` for this number of ranks.
     """
-    per_rank, left = divmod(recipe.training.global_batch_sequences, world_size)
-    assert left == 0, f"{recipe.training.global_batch_sequences} sequences over {world_size} ranks"
+    over = readers(recipe.parallelism, world_size)
+    per_rank, left = divmod(recipe.training.global_batch_sequences, over)
+    assert left == 0, f"{recipe.training.global_batch_sequences} sequences over {over} ranks"
     count, left = divmod(per_rank, recipe.training.microbatch_sequences)
     assert left == 0, f"{per_rank} sequences in microbatches of {recipe.training.microbatch_sequences}"
     return count
@@ -444,6 +465,8 @@ def batch_flops_per_token(model: Model, curriculum: Curriculum, batch: int) -> i
 def most_microbatches(recipe: Recipe, world_size: int) -> int:
     """Returns the forward and backward passes per rank and step, in the phase that has the most."""
     return max(
-        batch_sequences(recipe, phase) // world_size // microbatch_sequences(recipe, phase)
+        batch_sequences(recipe, phase)
+        // readers(recipe.parallelism, world_size)
+        // microbatch_sequences(recipe, phase)
         for phase in phases_of(recipe)
     )

@@ -1,5 +1,7 @@
 """The scope of the balance loss: tokens of a microbatch, a rank, an expert group or the global batch.
 
+Ranks that share sequences have one microbatch, and count as one rank.
+
 A fifth scope, each sequence, needs no others' counts: see :func:`train.model.moe.sequence_balance`.
 
 The loss is E x sum over experts of share x mean score (Fedus et al. 2021, eq. 4). The mean score carries the
@@ -42,11 +44,16 @@ class BalanceCounts:
     def __init__(self, model: LanguageModel, scope: BalanceScope, microbatches: int) -> None:
         self.model, self.scope = model, scope
         self.needs_first_pass = microbatches > 1 and scope in (BalanceScope.rank, BalanceScope.global_batch)
+        context = model.decoder.context
+        self.sharing = None if context is None else context.group
+        # Without more, the model takes the counts of a microbatch, of all ranks that share its sequences.
         if self.needs_first_pass or not dist.is_initialized():
             return
         first = next(module for module in model.decoder.modules() if isinstance(module, MoE)).experts.args
         if scope is BalanceScope.expert_group and first.moe_expert_model_parallelism:
-            model.reduce_counts = functools.partial(_sum_over, first.expert_parallel_group)
+            # The larger of the two groups has the other in it.
+            if context is None or first.expert_parallel_group.size() >= context.ranks:
+                model.reduce_counts = functools.partial(_sum_over, first.expert_parallel_group)
         elif scope is BalanceScope.global_batch:
             model.reduce_counts = functools.partial(_sum_over, None)
 
@@ -57,6 +64,8 @@ class BalanceCounts:
         counts_LE = torch.stack([self.model.count_choices(part) for part in parts]).sum(dim=0)
         if self.scope is BalanceScope.global_batch and dist.is_initialized():
             dist.all_reduce(counts_LE)
+        elif self.sharing is not None:
+            dist.all_reduce(counts_LE, group=self.sharing)
         self.model.reduce_counts = functools.partial(_given, counts_LE)
 
 

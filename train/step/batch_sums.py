@@ -42,10 +42,11 @@ class BatchSums:
 
     Args:
         domains: counts each domain's part of the batch; None: no counts by domain.
+        sharing: ranks that share each sequence.
     """
 
-    def __init__(self, domains: DomainCounts | None) -> None:
-        self.domains = domains
+    def __init__(self, domains: DomainCounts | None, sharing: int = 1) -> None:
+        self.domains, self.sharing = domains, sharing
         self.clear()
 
     def clear(self) -> None:
@@ -60,7 +61,8 @@ class BatchSums:
         """Adds a microbatch.
 
         Args:
-            batch: holds ``input_ids`` [B, S], and for counts by domain the keys of :meth:`DomainCounts.add`.
+            batch: holds ``input_ids`` [B, S], of whole sequences, and for counts by domain the keys of
+                :meth:`DomainCounts.add`.
             outputs: the decoder's outputs.
             loss: mean cross-entropy of the microbatch, in nats per token.
         """
@@ -100,7 +102,7 @@ class BatchSums:
         return BatchTotals(
             loss=sums[0] / ranks,
             flags=sums[1:],
-            tokens=self._tokens * ranks,
+            tokens=self._tokens * ranks // self.sharing,
             sequence_tokens=self._sequence_tokens,
             expert_tokens_LE=self._expert_tokens_LE,
             domain_sums_GC=None if self.domains is None else self.domains.reduce(),

@@ -36,13 +36,16 @@ class DomainEntry:
 class DomainCounts:
     """Sums by domain of one batch."""
 
-    def __init__(self, domains: int, device: torch.device) -> None:
+    def __init__(self, domains: int, device: torch.device, counts: bool = True) -> None:
         """Starts at zero.
 
         Args:
             domains: G, number of domains that ``domain_ids`` index.
             device: device of the batches.
+            counts: this rank counts its sequences; False: another does, which shares them, and this one only
+                adds the losses of its part.
         """
+        self.counts = counts
         # float64 holds integers up to 2^53 exactly, so one all-reduce sums all columns.
         self._sums_GC = torch.zeros(domains, len(COLUMNS), dtype=torch.float64, device=device)
 
@@ -56,22 +59,17 @@ class DomainCounts:
 
         Args:
             batch: holds ``input_ids``, ``targets``, ``sample_positions`` and ``domain_ids``.
-            token_losses_BS: each token's cross-entropy, 0 where it has no loss.
+            token_losses_BS: each token's cross-entropy, 0 where it has no loss; only of this rank's tokens.
         """
         input_ids_BS, positions_B = batch["input_ids"], batch["sample_positions"]
         targets_B = (batch["targets"] != IGNORE).sum(dim=1)
         upper_B, lower_B = halves(hash_sequences(input_ids_BS, positions_B))
-        row_BC = torch.stack(
-            [
-                torch.ones_like(upper_B),
-                targets_B.double(),
-                token_losses_BS.double().sum(dim=1),
-                positions_B.double(),
-                upper_B,
-                lower_B,
-            ],
-            dim=1,
-        )
+        counted = [torch.ones_like(upper_B), targets_B.double(), positions_B.double(), upper_B, lower_B]
+        if not self.counts:
+            counted = [torch.zeros_like(column_B) for column_B in counted]
+        ones_B, targets_B, positions_B, upper_B, lower_B = counted
+        losses_B = token_losses_BS.double().sum(dim=1)
+        row_BC = torch.stack([ones_B, targets_B, losses_B, positions_B, upper_B, lower_B], dim=1)
         self._sums_GC.index_add_(0, batch["domain_ids"], row_BC)
 
     def reduce(self) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train.model.context import Context
 from train.model.decoder import Decoder, DecoderOutput
 from train.model.moe import MoE, balance_loss, by_sequence
 from train.model.router import Jitter, Router
@@ -23,7 +24,7 @@ class MicrobatchModel(nn.Module):
     """The decoder with the losses that a recipe trains it on.
 
     ``reduce_counts`` turns a microbatch's tokens per expert into those that its balance loss uses, both
-    [L, E]; None: the same.
+    [L, E]; None: the same, of all ranks that share its sequences.
 
     Args:
         decoder: on its device, sharded already where it is.
@@ -51,8 +52,20 @@ class MicrobatchModel(nn.Module):
         self.document_masking = recipe.training.document_masking
 
     def forward(self, batch: Batch) -> DecoderOutput:
-        """Returns the losses of a microbatch of input_ids, document_ids and targets, each [B, S]."""
+        """Returns the losses of a microbatch of input_ids, document_ids and targets, each [B, S].
+
+        Where ranks share sequences all of them get the whole, and each returns the losses of its part.
+        """
         return self._decode(batch)
+
+    @property
+    def context(self) -> Context | None:
+        """The ranks that share the sequences of a microbatch; in evaluation every rank has its own."""
+        return self.decoder.context if self.decoder.training else None
+
+    def _own(self, x_BS: Tensor) -> Tensor:
+        """Returns what this rank computes of whole sequences."""
+        return x_BS if self.context is None else self.context.part(x_BS)
 
     @torch.no_grad()
     def count_choices(self, batch: Batch) -> Tensor:
@@ -60,24 +73,30 @@ class MicrobatchModel(nn.Module):
         return self._decode(batch, choices_only=True).expert_tokens_LE
 
     def _decode(self, batch: Batch, choices_only: bool = False) -> DecoderOutput:
-        device = batch["input_ids"].device
+        device, (_, length) = batch["input_ids"].device, batch["input_ids"].shape
+        context = self.context
+        place_S = None if context is None else context.places(length, device)
         for layer, router in enumerate(self.jittered):
-            router.jitter = Jitter(noise_key(self.seed, layer, device), batch["sample_positions"])
+            key = noise_key(self.seed, layer, device)
+            router.jitter = Jitter(key, batch["sample_positions"], place_S)
         document_ids_BS = batch["document_ids"] if self.document_masking else None
         if self.by_sequence:
-            sequence_T = number_sequences(batch["input_ids"].shape, document_ids_BS, device).flatten()
+            sequence_BS = number_sequences(batch["input_ids"].shape, document_ids_BS, device)
             for mixture in self.mixtures:
-                mixture.sequence_T = sequence_T
+                mixture.sequence_T = self._own(sequence_BS).flatten()
+                mixture.context = context
         # Weights stay fp32; autocast makes the bf16 copies for matrix products.
         cast: AbstractContextManager[Any] = torch.autocast(
             device.type, torch.bfloat16, enabled=self.precision is Precision.bf16
         )
         with cast:
             outputs: DecoderOutput = self.decoder(
-                batch["input_ids"],
+                self._own(batch["input_ids"]),
                 document_ids_BS,
-                batch["targets"],
+                # Of whole sequences: the target of a part's last token is in the next part.
+                self._own(batch["targets"]),
                 choices_only=choices_only,
+                context=context,
             )
         return outputs
 
@@ -85,10 +104,11 @@ class MicrobatchModel(nn.Module):
         """Returns the losses of a microbatch; the backward pass starts from `total`.
 
         The summed token loss is divided by the number of positions, a constant, so that the mean over
-        microbatches and ranks is the mean over the global batch however it is split.
+        microbatches and ranks is the mean over the global batch however it is split. Ranks that share
+        sequences divide by their equal shares of it.
         """
         sequences, length = batch["targets"].shape
-        positions = sequences * (length - 1)
+        positions = sequences * (length - 1) / (1 if self.context is None else self.context.ranks)
         minimised = language = outputs.loss_sum / positions
         others = {}
         if self.logit_z_weight:
@@ -98,6 +118,8 @@ class MicrobatchModel(nn.Module):
         counts_LE = outputs.expert_tokens_LE
         if self.reduce_counts is not None:
             counts_LE = self.reduce_counts(counts_LE)
+        elif self.context is not None and counts_LE.numel() and not self.by_sequence:
+            counts_LE = self.context.sum(counts_LE)
         balance = outputs.sequence_balance
         if not self.by_sequence:
             balance = balance_loss(outputs.mean_scores_LE, counts_LE)

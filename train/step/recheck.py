@@ -15,6 +15,7 @@ its update. Three comparisons, each of which sees what the others cannot:
 Nothing of it changes a sound run: the gradients that the last run in place leaves are the step's own bits.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -203,7 +204,8 @@ class Recheck:
         if ranks := differing_replicas(first, self.layout.replicate):
             what = "replicas hold different weights"
             return self._found(Corruption(batch, what, ranks, True, self.sound_until))
-        shift = self.layout.expert
+        # To ranks with the same place among those that share experts, and among those that share sequences.
+        shift = math.lcm(self.layout.expert, self.layout.context)
         moved_parts = None
         if self.topology.world_size > shift:
             moved_parts = [self._from_rank(part, shift) for part in parts]

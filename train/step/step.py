@@ -88,7 +88,10 @@ class TrainingStep(Callback):
             self.balance = BalanceCounts(model, moe.balance_scope, most)
         self.bias_step = bias_step(moe) if moe is not None and moe.balance is not Balance.loss else None
         device = next(model.parameters()).device
-        self.sums = BatchSums(DomainCounts(len(data_log.domains), device) if data_log is not None else None)
+        context, domains = model.decoder.context, None
+        if data_log is not None:
+            domains = DomainCounts(len(data_log.domains), device, context is None or context.rank == 0)
+        self.sums = BatchSums(domains, recipe.parallelism.context)
         self.totals: BatchTotals | None = None
         """Totals of the last complete batch."""
         self._saves: list[bool] = []

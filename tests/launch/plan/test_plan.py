@@ -152,6 +152,33 @@ def test_rows_that_fsdp_cannot_split_evenly_are_refused() -> None:
 
 
 @pytest.mark.slow
+def test_long_sequences_fit_few_gpus_where_ranks_share_them() -> None:
+    """DBRX's last phase, of 32,768 tokens a sequence, on 64: alone a rank has no room for one."""
+    keys = ["parallelism.replicate=1", "parallelism.expert=8", "training.recompute=layer"]
+    whole, shared = (
+        make_plan(recipe("dbrx", *keys, f"parallelism.context={context}"), 64, H100).others[0]
+        for context in (1, 8)
+    )
+    assert shared.shape.recipe.data.sequence_tokens == 32768
+    assert not whole.fits and shared.fits
+    assert shared.microbatches == 8 * whole.microbatches
+    assert (shared.memory.weights, shared.memory.optimizer) == (whole.memory.weights, whole.memory.optimizer)
+    assert shared.memory.activations < whole.memory.activations / 6
+    # As much arithmetic, and somewhat more traffic.
+    assert shared.seconds.attention == pytest.approx(whole.seconds.attention)
+    assert shared.step_seconds > whole.step_seconds
+
+
+@pytest.mark.slow
+def test_search_lets_as_few_ranks_share_sequences_as_will_do() -> None:
+    """Of DBRX's 32k phase by itself."""
+    phase = make_plan(recipe("dbrx"), 3072, H100).others[0].shape.recipe
+    batch = replace(phase.training, global_batch_sequences=64)
+    phase = replace(phase, training=batch, data=replace(phase.data, domains={"web": 1.0}))
+    assert {plan.recipe.parallelism.context for plan in search(phase, 64, H100)} == {2}
+
+
+@pytest.mark.slow
 def test_search_ranks_what_fits_by_speed() -> None:
     plans = search(recipe("dbrx-moe-a"), 64, H100)
     assert all(found.fits for found in plans)

@@ -16,8 +16,10 @@ from train.health.collectives import CollectiveRecorder, recorded_collectives
 from train.layout.mesh import build_mesh, build_sharded, reduce_gradients
 from train.layout.optim import average_replicated_gradients, build_optimizer
 from train.model.decoder import Decoder
+from train.model.moe import MoE
 from train.recipe import sizes
 from train.recipe.schema import (
+    BalanceScope,
     ExchangePrecision,
     Model,
     Moe,
@@ -46,6 +48,7 @@ MOE = Model(
     moe=Moe(experts=8, top_k=2),
 )
 MIXED = replace(MOE, n_layers=5, moe=Moe(experts=8, top_k=2, dense_layers=1, every_n_layers=2))
+BY_SEQUENCE = replace(MOE, moe=Moe(experts=8, top_k=2, balance_scope=BalanceScope.sequence))
 DENSE = Model(
     d_model=48,
     n_layers=2,
@@ -110,13 +113,16 @@ def count(
     decoder = Decoder(cfg, device="meta", recompute=grades, loss_chunk_tokens=64)
     ranks = build_mesh(layout, rank.world_size, "cpu")
     build_sharded(decoder, ranks, precision, seed=0)
+    for mixture in (module for module in decoder.modules() if isinstance(module, MoE)):
+        mixture.context = ranks.context
+        mixture.sequence_T = torch.zeros(SEQUENCES * SEQUENCE_TOKENS, dtype=torch.int64)
     generator = torch.Generator().manual_seed(rank.rank)
     ids = torch.randint(cfg.vocab_size, (SEQUENCES, SEQUENCE_TOKENS), generator=generator)
 
     def step() -> None:
         for left in reversed(range(MICROBATCHES)):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.bf16):
-                output = decoder(ids, None, ids)
+                output = decoder(ids, None, ids, context=ranks.context)
             reduce_gradients(decoder, layout, after_this_pass=left == 0)
             ((output.loss_sum + output.mtp_loss_sum) / ids.numel() + output.balance_loss).backward()
         average_replicated_gradients(decoder.parameters())
@@ -167,6 +173,8 @@ def count(
             Recompute.layer,
             id="tokens-in-fp8",
         ),
+        pytest.param(MOE, Parallelism(expert=2, context=4), 4, Precision.bf16, Recompute.layer, id="shared"),
+        pytest.param(BY_SEQUENCE, Parallelism(context=2), 4, Precision.fp32, Recompute.ffn, id="by-sequence"),
         pytest.param(DENSE, Parallelism(replicate=2), 4, Precision.bf16, KEPT, id="dense"),
         pytest.param(DENSE, Parallelism(), 3, Precision.fp32, Recompute.layer, id="dense-recomputed"),
     ],

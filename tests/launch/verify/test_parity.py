@@ -12,7 +12,7 @@ import torch
 
 from launch.verify.__main__ import main
 from launch.verify.case_run import CaseOutcome, import_for_ranks, make_reference, run_case, train_case
-from launch.verify.cases import INPUTS, Case, Layout, find_case, layouts
+from launch.verify.cases import INPUTS, Case, Layout, context_layouts, find_case, layouts
 from launch.verify.expert_faults import FINER, GLOBAL_SCOPE, Changes
 from launch.verify.faults import FAULTS, KnownFault
 from launch.verify.forked_ranks import RankError, run_ranks
@@ -50,7 +50,12 @@ def _reference(
     name, layout, experts, optimizer, precision = case_key
     needs = KnownFault("", nullcontext, "", experts=experts, optimizer=optimizer, mtp=mtp)
     recipe = needs.recipe_of(load_recipe(YAMLS / "smoke.yaml"))
-    case = find_case(recipe, next(each for each in layouts(recipe) if str(each) == layout), name, precision)
+    case = find_case(
+        recipe,
+        next(each for each in (*layouts(recipe), *context_layouts(recipe)) if str(each) == layout),
+        name,
+        precision,
+    )
     file = folder / f"{layout}-{name}-{len(experts)}-{optimizer}-{mtp}-{precision.value}.pt"
     return case, make_reference(case, file), file
 

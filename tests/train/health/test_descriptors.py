@@ -20,7 +20,13 @@ from train.recipe.errors import UserError
 from train.recipe.schema import Parallelism
 from train.recipe.topology import Topology
 
-LAYOUTS = [Parallelism(), Parallelism(expert=2), Parallelism(replicate=2), Parallelism(replicate=2, expert=2)]
+LAYOUTS = [
+    Parallelism(),
+    Parallelism(expert=2),
+    Parallelism(replicate=2),
+    Parallelism(replicate=2, expert=2),
+    Parallelism(expert=2, context=4),
+]
 DBRX = Parallelism(replicate=24, expert=16)
 
 

@@ -193,6 +193,7 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
             "training.compile=blocks; training.expert_precision=fp8",
             f"{SMOKE}: training.expert_precision: is not built for compiled layers",
         ),
+        ("parallelism.context=2", f"{SMOKE}: parallelism.context: 1 ranks are not divisible by context=2"),
         ("name=a/b", f"{SMOKE}: name: 'a/b' is not a folder name"),
     ],
 )
@@ -235,6 +236,50 @@ def test_tokens_of_whole_tiles_are_sent_in_fp8(d_model: int, is_refused: bool) -
     refusal = r"model\.d_model: 192 is not divisible by 128, the numbers of a token"
     with pytest.raises(UserError, match=refusal) if is_refused else nullcontext():
         validate(recipe, Topology(world_size=2), SMOKE)
+
+
+BY_GROUP = ["model.moe.balance_scope=expert_group", "training.microbatch_sequences=1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "refusal"),
+    [
+        (["parallelism.context=4"], 4, None),
+        (
+            ["parallelism.context=8", "training.global_batch_sequences=3"],
+            24,
+            "1 sequences of each group are not",
+        ),
+        (
+            ["parallelism.context=2", "training.global_batch_sequences=1"],
+            4,
+            "1 is not divisible by 2 groups of 2",
+        ),
+        (["parallelism.context=3"], 3, "cuts sequences into 6 chunks, but 512 tokens are not"),
+        (["parallelism.context=2", "model.mtp=true"], 2, "is not built for model.mtp"),
+        (["parallelism.context=2", "training.compile=blocks"], 2, "is not built for compiled layers"),
+        (["parallelism.context=2", "parallelism.expert=2", "parallelism.interleave=true"], 2, "interleave"),
+        (["parallelism.context=2", "parallelism.expert=1", *BY_GROUP], 2, None),
+        (["parallelism.context=4", "parallelism.expert=2", *BY_GROUP], 4, None),
+        (
+            [
+                "parallelism.context=2",
+                "parallelism.expert=3",
+                "model.moe.experts=24",
+                "training.global_batch_sequences=3",
+                *BY_GROUP,
+            ],
+            6,
+            "cut through",
+        ),
+    ],
+)
+def test_ranks_share_sequences_that_they_can_cut_evenly(
+    overrides: list[str], ranks: int, refusal: str | None
+) -> None:
+    recipe = load_recipe(SMOKE, overrides)
+    with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
+        validate(recipe, Topology(world_size=ranks), SMOKE)
 
 
 @pytest.mark.parametrize(("ranks", "is_refused"), [(18, True), (16, False)])
