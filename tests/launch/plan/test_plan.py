@@ -173,7 +173,7 @@ def test_long_sequences_fit_few_gpus_where_ranks_share_them() -> None:
 def test_search_lets_as_few_ranks_share_sequences_as_will_do() -> None:
     """Of DBRX's 32k phase by itself."""
     phase = make_plan(recipe("dbrx"), 3072, H100).others[0].shape.recipe
-    batch = replace(phase.training, global_batch_sequences=64)
+    batch = replace(phase.training, global_batch_sequences=128)  # gradients add up: less room
     phase = replace(phase, training=batch, data=replace(phase.data, domains={"web": 1.0}))
     assert {plan.recipe.parallelism.context for plan in search(phase, 64, H100)} == {2}
 
