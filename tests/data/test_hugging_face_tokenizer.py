@@ -69,6 +69,7 @@ def byte_level(folder: Path, **config: object) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sentence_piece_model_gives_its_ids(kind: str, tmp_path: Path):
     from sentencepiece import SentencePieceProcessor
@@ -89,6 +90,7 @@ def test_a_sentence_piece_model_gives_its_ids(kind: str, tmp_path: Path):
     assert (tmp_path / "kept/tokenizer.model").read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_folder_gives_the_ids_that_transformers_gives(tmp_path: Path):
     from transformers import AutoTokenizer
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -72,12 +73,16 @@ def test_ctrl_c_under_composer_saves_and_says_so(tmp_path: Path, tiny_recipe: Ti
             start_new_session=True,
         )
     steps, end = tmp_path / "runs/try/metrics.jsonl", time.monotonic() + 300
-    while not read_steps(steps) and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.1)
     said = (tmp_path / "log").read_text
-    assert process.poll() is None, said()
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(120) == PREEMPTED_STATUS, said()
+    try:
+        while not read_steps(steps) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        assert process.poll() is None, said()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(120) == PREEMPTED_STATUS, said()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     last = read_steps(steps)[-1]["step"]
     assert f"Ctrl-C: saved and ended after batch {last}; the same command resumes the run" in said()
     newest = next(iter(batches_of(tmp_path / "runs/try/checkpoints")))
