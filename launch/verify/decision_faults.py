@@ -48,7 +48,7 @@ def join_documents() -> AbstractContextManager[Any]:
 def draw_noise_by_place() -> AbstractContextManager[Any]:
     """Draws router noise by the place in the microbatch, on every rank, not by the position in training."""
     return mock.patch.object(
-        microbatch, "Jitter", lambda key, positions: Jitter(key, torch.arange(len(positions)))
+        microbatch, "Jitter", lambda key, positions, *_: Jitter(key, torch.arange(len(positions)))
     )
 
 

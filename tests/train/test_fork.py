@@ -19,19 +19,19 @@ from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.schema import Balance, OnExisting, OptimizerKind, Recipe
 from train.record.changes import read_changes
 from train.record.files import sha256
+from train.record.metrics import MEASURED
 from train.record.run_folder import claim_run_folder
 from train.record.step_log import read_steps
 from train.resume import find_checkpoint, keep
 
 TinyRecipe = Callable[..., Recipe]
-TIMED = ("time", "throughput")
 DIED = 9
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
-    """Returns a run's metrics without times."""
+    """Returns a run's metrics without what is measured: times and memory."""
     lines = read_steps(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("time", *MEASURED))} for line in lines]
 
 
 def contents(folder: Path) -> dict[str, tuple[str, int]]:

@@ -130,7 +130,7 @@ def _average_over_own_targets(self: LanguageModel, outputs: Any, batch: Batch) -
 _loss = LanguageModel.loss
 
 
-def _noise_by_place(key: torch.Tensor, positions: torch.Tensor) -> router.Jitter:
+def _noise_by_place(key: torch.Tensor, positions: torch.Tensor, *_: torch.Tensor | None) -> router.Jitter:
     return router.Jitter(key, torch.arange(len(positions)))
 
 
