@@ -67,7 +67,7 @@ def test_a_start_opens_hashes_and_builds_everything_once(
     from data.shards.index import open_index
     from data.shards.manifest import read_manifest
     from data.shards.streams import ShardFolder
-    from data.tokenizer import TokenizerHandle
+    from data.tokenizer import RankTokenizer
     from train.run import run
 
     root = shards if where == "folder" else tmp_path / "cache"
@@ -87,12 +87,12 @@ def test_a_start_opens_hashes_and_builds_everything_once(
     openings.count(open_index, lambda folder: folder)
     openings.count(hashlib.file_digest, lambda file, *_: file.name)
     openings.count_made(OrderPlan)
-    openings.count_made(TokenizerHandle)
+    openings.count_made(RankTokenizer)
     openings.count_made(ShardFolder, lambda folder, *_: folder)
     assert run(recipe, Topology()) == 0
 
     splits = {str(root / domain / split) for domain in ("code", "prose") for split in ("train", "validation")}
-    assert openings.of("OrderPlan") == openings.of("TokenizerHandle") == {"": 1}
+    assert openings.of("OrderPlan") == openings.of("RankTokenizer") == {"": 1}
     assert openings.of("open_index") == openings.of("ShardFolder") == dict.fromkeys(splits, 1)
     manifest = root / ("manifest.json" if where == "folder" else ".manifest.json.partial")
     assert openings.of("read_manifest") == {str(manifest): 1}
