@@ -247,7 +247,7 @@ PREPARED: dict[str, Callable[[ModuleType], AbstractContextManager[None]]] = {
     "torch._compile": _compiler_if_there,
     "torch.optim.optimizer": _compiler_if_there,
 }
-"""What surrounds the import of a module."""
+"""A context in which a module is imported."""
 
 
 class _Finder(MetaPathFinder):

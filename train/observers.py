@@ -1,4 +1,4 @@
-"""What a recipe asks to be observed besides a run's own records: norms, profile, TensorBoard, W&B."""
+"""Observers that a recipe asks for besides a run's own records: norms, profile, TensorBoard, W&B."""
 
 from pathlib import Path
 from typing import Any

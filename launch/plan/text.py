@@ -286,7 +286,7 @@ def _shape_figures(plan: Plan) -> dict[str, Any]:
 
 
 def _goodput_lines(plan: Plan, kept: Goodput) -> list[str]:
-    """How much of its time a run with interruptions is left with."""
+    """The share of its time that interruptions leave a run."""
     if not kept.share:
         return ["goodput 0%: interruptions come faster than the run gets over them; save more often"]
     hours = f"one in {1 / kept.failures_per_hour:.1f} h" if kept.failures_per_hour else "none"

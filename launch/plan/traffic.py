@@ -37,7 +37,7 @@ AHEAD = "multi-token prediction"
 """The name of the units of its layer."""
 KEYS, KEYS_BACK = "keys and values", "gradients of keys, values"
 SHARES = "experts' shares of sequences"
-"""What ranks gather that share sequences, what they send back, and what they sum."""
+"""Keys and values, their gradients, and sums over ranks that share sequences."""
 DENSE_LAYERS = "dense layers"
 """The name of the units of a mixture's layers without experts."""
 

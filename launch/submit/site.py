@@ -1,4 +1,4 @@
-"""What differs from site to site: directives, set-up, secrets, queues, tolerations, shared folders."""
+"""Options that differ by site: directives, set-up, secrets, queues, tolerations, shared folders."""
 
 import re
 from collections.abc import Mapping

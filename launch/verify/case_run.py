@@ -54,7 +54,7 @@ class CaseOutcome:
 
 
 LAZY = ("torch._dynamo", "composer.algorithms")
-"""What optimizers and Composer import at their first use: with torch 2.15 a second of each rank's time."""
+"""Imported by optimizers and Composer at their first use: with torch 2.15 a second of each rank's time."""
 
 
 def import_for_ranks() -> None:

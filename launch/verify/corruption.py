@@ -74,7 +74,7 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """What happened in a run, the same on every rank."""
+    """The course of a run, the same on every rank."""
 
     found: list[Corruption] = field(default_factory=list)
     has_ended: bool = False

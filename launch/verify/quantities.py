@@ -1,4 +1,4 @@
-"""What the parity gate compares of a step: weights, gradients, moments and settings, by parameter.
+"""Quantities of a step that the parity gate compares: weights, gradients, moments and settings, by parameter.
 
 Tensors are gathered from their shards, or copied and compared row by row where a collective would be needed.
 """

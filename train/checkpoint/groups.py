@@ -13,7 +13,7 @@ from train.checkpoint.reading import CheckpointReader
 
 GROUPS = "optimizer.param_groups."
 COMPARED = ("lr_scale", "weight_decay", "betas", "eps", "momentum", "nesterov", "orthogonal")
-"""What a group sets besides its rate, which follows the schedule times ``lr_scale``."""
+"""Settings of a group besides its rate, which follows the schedule times ``lr_scale``."""
 
 Hyperparameters = dict[str, dict[str, Any]]
 """By the weight's name and the hyperparameter's."""

@@ -30,7 +30,7 @@ CLASSES = (
     "TensorStorageMetadata",
     "_MEM_FORMAT_ENCODING",
 )
-"""What torch.distributed.checkpoint.metadata writes: data classes, and an enumeration."""
+"""Types that torch.distributed.checkpoint.metadata writes: data classes, and an enumeration."""
 
 
 class CheckpointReader(dcp.FileSystemReader):

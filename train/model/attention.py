@@ -35,7 +35,7 @@ Latent attention keeps other tensors in their place, see :mod:`train.model.laten
 
 
 class DocumentKernel(Enum):
-    """What keeps packed documents apart."""
+    """A kernel that keeps packed documents apart."""
 
     bias = "bias"
     """A bias of S x S, added to the logits."""

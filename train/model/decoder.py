@@ -188,7 +188,7 @@ class Transformer(nn.Module):
         self.interleave = False
         """In training, compute layers in halves: see :mod:`train.model.interleave`."""
         self.document_kernel: DocumentKernel | None = None
-        """What keeps packed documents apart; None: what suits the device."""
+        """The kernel that keeps packed documents apart; None: the one that suits the device."""
         self.wte = nn.Embedding(model.vocab_size, model.d_model, device=device)
         self.blocks = nn.ModuleList(Block(model, layer, device) for layer in range(model.n_layers))
         self.norm_f = make_norm(model, device)

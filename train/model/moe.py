@@ -32,7 +32,7 @@ from train.model.experts import Experts  # noqa: E402
 
 
 class MoEAux(NamedTuple):
-    """What a layer's losses are made of, returned with its output; nothing is kept on the module."""
+    """The parts of a layer's losses, returned with its output; nothing is kept on the module."""
 
     mean_score_E: Tensor
     """fp32: each expert's score, averaged over the tokens, sigmoids as shares of their sum (DeepSeek-V3, eq.

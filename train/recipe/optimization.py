@@ -24,7 +24,7 @@ class ExpertPrecision(str, Enum):
 
 
 class Compile(str, Enum):
-    """What torch.compile fuses."""
+    """The parts of the model that torch.compile fuses."""
 
     off = "off"
     blocks = "blocks"
@@ -126,8 +126,9 @@ class Training:
     recompute_rest: Recompute = key(Recompute.nothing, on_resume=OnResume.free)
     """Recomputation in the other layers."""
     compile: Compile = key(Compile.off, on_resume=OnResume.edit)
-    """What torch.compile fuses: each layer (`blocks`, one compilation for all), or the whole decoder with the
-    loss (`model`). The first batch takes a minute or more; needs a C++ compiler on a CPU, Triton on a GPU."""
+    """The parts that torch.compile fuses: each layer (`blocks`, one compilation for all), or the whole decoder
+    with the loss (`model`). The first batch takes a minute or more; needs a C++ compiler on a CPU, Triton on a
+    GPU."""
     deterministic: bool = key(True, on_resume=OnResume.edit)
     """On a GPU: kernels that add in a fixed order, so that a resumed run is the same run bit for bit. False:
     the fastest kernels. On a CPU the order is always fixed."""

@@ -1,4 +1,4 @@
-"""How far a run is, and how long it will still take, from its records."""
+"""The progress of a run and the time that is left, from its records."""
 
 import time
 from dataclasses import dataclass

@@ -42,7 +42,7 @@ class CorruptionError(RecordedError):
 
 @dataclass(frozen=True)
 class Corruption:
-    """What a recheck found."""
+    """The finding of a recheck."""
 
     batch: int
     """Batches trained before the step."""

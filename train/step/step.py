@@ -95,7 +95,7 @@ class TrainingStep(Callback):
         self.totals: BatchTotals | None = None
         """Totals of the last complete batch."""
         self._saves: list[bool] = []
-        """What the ranks agreed on with the batch's sums: :meth:`Checkpointing.flags`."""
+        """The flags that the ranks agreed on with the batch's sums: :meth:`Checkpointing.flags`."""
         self._reduced = (0.0, 0.0)
         """Loss and gradient norm of the last run of a step."""
         self._awaits_experts = recipe.training.expert_precision is not ExpertPrecision.same

@@ -1,4 +1,4 @@
-"""What differs from site to site: directives, set-up, secrets, queues, tolerations, folders, memory."""
+"""Options that differ by site: directives, set-up, secrets, queues, tolerations, folders, memory."""
 
 import os
 import shlex
