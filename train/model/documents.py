@@ -20,7 +20,7 @@ class Documents(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """The keys that a rank with a part of a sequence attends to: of each document in it, from its start on."""
+    """The keys that a rank with a part of a sequence attends to: those of its documents, from their start."""
 
     queries: Documents
     """Of the rank's tokens, chunk by chunk; a document in both chunks of a sequence is there twice."""

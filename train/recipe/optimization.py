@@ -126,8 +126,8 @@ class Training:
     recompute_rest: Recompute = key(Recompute.nothing, on_resume=OnResume.free)
     """Recomputation in the other layers."""
     compile: Compile = key(Compile.off, on_resume=OnResume.edit)
-    """The parts that torch.compile fuses: each layer (`blocks`, one compilation for all), or the whole decoder
-    with the loss (`model`). The first batch takes a minute or more; needs a C++ compiler on a CPU, Triton on a
+    """The parts that torch.compile fuses: each layer (`blocks`, one compilation for all), or the decoder with
+    the loss (`model`). The first batch takes a minute or more; needs a C++ compiler on a CPU, Triton on a
     GPU."""
     deterministic: bool = key(True, on_resume=OnResume.edit)
     """On a GPU: kernels that add in a fixed order, so that a resumed run is the same run bit for bit. False:

@@ -10,80 +10,27 @@ from typing import Any
 import pytest
 
 from train.hf.architectures import FAMILIES, family_for, family_of
+from train.hf.check import NEWER_MODELS, SMALL_MODELS
 from train.hf.config import Config
 from train.hf.rope import views
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
-from train.recipe.schema import (
-    Balance,
-    BalanceScope,
-    Ffn,
-    GroupScore,
-    Latent,
-    Model,
-    Moe,
-    Norm,
-    Position,
-    QkNormOver,
-    Score,
-    Yarn,
-)
+from train.recipe.schema import Balance, GroupScore, Model, Moe, Score, Yarn
 
 THETA = 123456.0
-DBRX = Model(
-    d_model=32,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=4,
-    ffn_hidden_size=128,
-    vocab_size=300,
-    max_sequence_tokens=64,
-    rope_theta=THETA,
-    moe=Moe(experts=4, top_k=2),
-)
-LLAMA = replace(DBRX, norm=Norm.rmsnorm, moe=None)
+FIRST = {family_for(model).model_type: model for model in reversed((SMALL_MODELS | NEWER_MODELS).values())}
+
+
+def _as_read(model: Model) -> Model:
+    """The model with the base of these tests, as an import reads it: no config has a loss by sequence."""
+    balance = Balance.bias if model.moe and model.moe.balance is Balance.both else None
+    moe = replace(model.moe, balance=balance) if model.moe and balance else model.moe
+    return replace(model, rope_theta=THETA, yarn=None, moe=moe)
+
+
+MODELS = {family.model_type: _as_read(FIRST[family.model_type]) for family in FAMILIES}
+DBRX, LLAMA, QWEN3 = (MODELS[kind] for kind in ("dbrx", "llama", "qwen3"))
 EXPERTS = Moe(experts=4, top_k=2)
-QWEN3 = replace(LLAMA, head_width=12, qk_norm=True, qk_norm_over=QkNormOver.each_head)
-MODELS = {
-    "dbrx": DBRX,
-    "llama": LLAMA,
-    "mixtral": replace(LLAMA, moe=DBRX.moe),
-    "olmoe": replace(LLAMA, moe=DBRX.moe, qk_norm=True),
-    "mpt": replace(DBRX, position=Position.alibi, ffn=Ffn.mlp, moe=None),
-    "qwen3": QWEN3,
-    "qwen3_moe": replace(QWEN3, n_layers=4, moe=replace(EXPERTS, dense_layers=1, every_n_layers=2)),
-    "dots1": replace(
-        QWEN3,
-        moe=Moe(
-            experts=16,
-            top_k=4,
-            expert_hidden_size=24,
-            shared_hidden_size=48,
-            dense_layers=1,
-            score=Score.sigmoid,
-            weight_scale=2.5,
-            groups=4,
-            top_groups=2,
-            balance=Balance.bias,
-        ),
-    ),
-}
-LATENT = Latent(kv_rank=12, q_rank=20, nope_width=10, rope_width=6, v_width=8)
-MODELS["deepseek_v3"] = replace(LLAMA, norm_eps=1e-6, latent=LATENT, moe=MODELS["dots1"].moe)
-MODELS["deepseek_v2"] = replace(
-    MODELS["deepseek_v3"],
-    moe=Moe(
-        experts=16,
-        top_k=4,
-        expert_hidden_size=24,
-        shared_hidden_size=48,
-        normalize_weights_p=None,
-        groups=4,
-        top_groups=2,
-        group_score=GroupScore.max,
-        balance_scope=BalanceScope.sequence,
-    ),
-)
 DEEPSEEKS = ("deepseek_v3", "deepseek_v2")
 ROTARY = [kind for kind in MODELS if kind != "mpt"]
 
@@ -236,7 +183,7 @@ def test_positions_that_we_do_not_have_are_refused_by_name(
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-YARN = replace(LLAMA, yarn=Yarn(factor=4, original_tokens=16))
+YARN = replace(LLAMA, yarn=Yarn(factor=4, original_tokens=32))
 
 
 @pytest.mark.parametrize("kind", ["dbrx", "mixtral", "olmoe"])
@@ -354,7 +301,7 @@ def test_what_deepseek_may_have_is_refused_by_name(change: dict[str, Any], words
 
 def test_yarn_of_latent_attention_is_in_deepseeks_words() -> None:
     for factor in (None, 0.1 * 0.707 * math.log(4) + 1):
-        yarn = Yarn(factor=4, original_tokens=16, attention_factor=factor)
+        yarn = Yarn(factor=4, original_tokens=32, attention_factor=factor)
         model = replace(MODELS["deepseek_v2"], yarn=yarn)
         config = written(model)
         words = [config["rope_scaling"][key] for key in ("mscale", "mscale_all_dim")]
