@@ -44,7 +44,7 @@ def format_search(plans: list[Plan], show: int) -> str:
     lines = [
         f"{len(plans)} layouts fit; the fastest:",
         f"{'replicate':>9}{'shard':>7}{'expert':>7}{context_title}{'micro':>7}{'recomputed':>30}"
-        f"{'memory':>10}{'step':>9}{'tok/s/GPU':>11}{'util':>7}{'days':>8}",
+        f"{'memory':>10}{'step':>11}{'tok/s/GPU':>11}{'util':>7}{'days':>8}",
     ]
     for plan in plans[:show]:
         layout, training = plan.recipe.parallelism, plan.recipe.training
@@ -52,7 +52,7 @@ def format_search(plans: list[Plan], show: int) -> str:
         lines.append(
             f"{layout.replicate:>9}{sizes.shard_degree(layout, plan.world_size):>7}{layout.expert:>7}"
             f"{context}{training.microbatch_sequences:>7}{recomputation(plan.recipe):>30}"
-            f"{plan.fullest.memory.total / GIB:>6.1f} GiB{plan.step_seconds:>7.2f} s"
+            f"{plan.fullest.memory.total / GIB:>6.1f} GiB{plan.step_seconds:>9.2f} s"
             f"{plan.tokens_per_second_per_gpu:>11.0f}{plan.utilisation:>7.1%}{plan.days:>8.1f}"
         )
     if plans:
@@ -251,7 +251,7 @@ def _time_table(plan: Plan) -> str:
 def _shapes_table(plan: Plan) -> str:
     lines = [
         "phases, by what their steps are made of (above: a step of the first line)",
-        f"  {'phases':10}{'sequence':>9}{'batch':>7}{'micro':>6}{'steps':>11}{'memory':>11}{'step':>9}"
+        f"  {'phases':10}{'sequence':>9}{'batch':>7}{'micro':>6}{'steps':>11}{'memory':>11}{'step':>11}"
         f"{'tok/s/GPU':>11}{'util':>7}{'days':>8}{'FLOPs':>11}",
     ]
     for each in plan.step_shapes:
@@ -259,11 +259,11 @@ def _shapes_table(plan: Plan) -> str:
         lines.append(
             f"  {', '.join(str(number + 1) for number in shape.phases):10}{shaped.data.sequence_tokens:>9}"
             f"{shaped.training.global_batch_sequences:>7}{shaped.training.microbatch_sequences:>6}"
-            f"{shape.batches:>11,}{each.memory.total / GIB:>7.1f} GiB{each.step_seconds:>7.2f} s"
+            f"{shape.batches:>11,}{each.memory.total / GIB:>7.1f} GiB{each.step_seconds:>9.2f} s"
             f"{each.tokens_per_second_per_gpu:>11.0f}{each.utilisation:>7.1%}"
             f"{shape.batches * each.step_seconds / DAY_SECONDS:>8.1f}{shape.flops.total:>11.4g}"
         )
-    lines.append(f"  {'total':43}{'':30}{'':7}{plan.days:>8.1f}{plan.flops.total:>11.4g}")
+    lines.append(f"  {'total':43}{'':32}{'':7}{plan.days:>8.1f}{plan.flops.total:>11.4g}")
     return "\n".join(lines)
 
 
