@@ -13,12 +13,12 @@ from train.checkpoint.files import (
     ASIDE,
     STATE_FOLDER,
     Progress,
-    load_checkpoint,
     newest_whole_checkpoint,
     read_progress,
     set_aside,
 )
 from train.checkpoint.groups import first_difference, hyperparameters_of, read_hyperparameters
+from train.checkpoint.loading import load_checkpoint
 from train.hf.initial_weights import find_start, require_moments, start_from
 from train.layout.mesh import replicas_of
 from train.layout.ranks import log_on_rank_0, run_on_rank_0

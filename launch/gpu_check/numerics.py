@@ -9,7 +9,8 @@ from torch import Tensor
 from launch.gpu_check.kernels import relative_error
 from launch.gpu_check.one_device import build_on_one_device
 from launch.gpu_check.rows import CheckRow, deviation_row
-from launch.verify.cases import INPUTS, STEPS, Layout, make_batches, make_case
+from launch.verify.case_inputs import make_batches
+from launch.verify.cases import INPUTS, STEPS, Layout, make_case
 from train.layout.optim import clip_gradients
 from train.recipe.schema import Precision, Recipe
 from train.recipe.tiny import tiny_recipe

@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from launch.verify.bounds import LEAST_GAP
-from launch.verify.cases import Case, idle_experts, make_batches, steer_router
+from launch.verify.case_inputs import idle_experts, make_batches, steer_router
+from launch.verify.cases import Case
 from launch.verify.forked_ranks import run_ranks
 from launch.verify.loaded_input import build_loader
 from launch.verify.reference import CountTogether, build_rounding_reference, reference_recipe

@@ -28,8 +28,9 @@ from launch.verify.bit_flips import (
     flip_gradient,
     flip_received,
 )
+from launch.verify.case_inputs import make_batches
 from launch.verify.case_run import RankBatches, import_for_ranks
-from launch.verify.cases import INPUTS, SEQUENCES, Layout, layouts, make_batches
+from launch.verify.cases import INPUTS, SEQUENCES, Layout, layouts
 from launch.verify.forked_ranks import run_ranks
 from launch.verify.harness import Row, TableCheck, Workspace
 from train.checkpoint.files import Progress

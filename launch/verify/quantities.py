@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from launch.verify.cases import own_rows
+from launch.verify.case_inputs import own_rows
 from train.step.language_model import LanguageModel
 
 Named = dict[str, nn.Parameter]

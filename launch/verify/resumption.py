@@ -20,7 +20,8 @@ from launch.verify.equality import differences, read_state, unequal
 from launch.verify.forked_ranks import Ranks, run_ranks
 from launch.verify.harness import ONE, Row, TableCheck, Workspace
 from launch.verify.tiny_runs import PATIENCE_SECONDS, STEPS, await_moment, named, record, steps, tail, trainer
-from train.checkpoint.files import PARTIAL, load_checkpoint, newest_whole_checkpoint
+from train.checkpoint.files import PARTIAL, newest_whole_checkpoint
+from train.checkpoint.loading import load_checkpoint
 from train.layout.mesh import replicas_of
 from train.recipe.schema import Precision, Recipe
 from train.recipe.topology import Topology

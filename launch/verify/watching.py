@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launch.verify.bounds import FLOOR, LEAST_CHANGE, bounds_of
-from launch.verify.cases import Case, has_tiles, own_rows
+from launch.verify.case_inputs import own_rows
+from launch.verify.cases import Case, has_tiles
 from launch.verify.quantities import (
     Named,
     copies_of,

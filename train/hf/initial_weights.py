@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from train.checkpoint.files import ONE_RANK, load_checkpoint, read_once
+from train.checkpoint.files import ONE_RANK
+from train.checkpoint.loading import load_checkpoint, read_once
 from train.checkpoint.reading import CheckpointReader
 from train.hf.folders import STATE_FOLDER
 from train.hf.weights import WeightSource, newest, open_weights

@@ -18,11 +18,11 @@ from train.checkpoint.files import (
     Progress,
     check_checkpoint,
     keep_newest,
-    load_checkpoint,
     newest_whole_checkpoint,
     read_progress,
     restore_random_states,
 )
+from train.checkpoint.loading import load_checkpoint
 from train.checkpoint.saver import CheckpointSaver
 from train.recipe.errors import UserError
 from train.recipe.topology import Topology

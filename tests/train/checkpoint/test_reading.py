@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 
 from launch.verify.equality import read_state
 from launch.verify.forked_ranks import run_ranks
-from train.checkpoint.files import Progress, load_checkpoint
+from train.checkpoint.files import Progress
+from train.checkpoint.loading import load_checkpoint
 from train.checkpoint.reading import CheckpointReader
 from train.checkpoint.saver import CheckpointSaver
 from train.hf.checkpoint_weights import CheckpointWeights

@@ -16,13 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from launch.verify.forked_ranks import run_ranks
 from tests.fake_world import CFG, whole
-from train.checkpoint.files import (
-    CheckpointError,
-    Progress,
-    check_checkpoint,
-    load_checkpoint,
-    writing_ranks,
-)
+from train.checkpoint.files import CheckpointError, Progress, check_checkpoint, writing_ranks
+from train.checkpoint.loading import load_checkpoint
 from train.checkpoint.reading import CheckpointReader
 from train.checkpoint.saver import CheckpointSaver
 from train.hf.initial_weights import restore_optimizer

@@ -21,11 +21,11 @@ from tests.fake_world import CFG, local, sharded, whole
 from train.checkpoint.files import (
     Progress,
     check_checkpoint,
-    load_checkpoint,
     newest_whole_checkpoint,
     restore_random_states,
     writing_ranks,
 )
+from train.checkpoint.loading import load_checkpoint
 from train.checkpoint.saver import CheckpointSaver
 from train.health.collectives import CollectiveRecorder, recorded_collectives
 from train.layout.mesh import build_mesh, build_sharded, replicas_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from launch.verify.cases import own_rows
+from launch.verify.case_inputs import own_rows
 from launch.verify.forked_ranks import run_ranks
 from tests.fake_world import CFG, whole
 from train.layout.mesh import build_mesh, build_sharded
