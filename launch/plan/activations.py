@@ -10,7 +10,7 @@ keys, F ffn_hidden_size, E experts, K top_k, V vocab_size, C loss_chunk_tokens, 
 from dataclasses import dataclass, replace
 
 from train.recipe import sizes
-from train.recipe.schema import Balance, BalanceScope, Ffn, Model, Norm, Position
+from train.recipe.schema import Balance, BalanceScope, Ffn, Model, Norm, Position, Recompute
 
 FP32 = 4
 BF16 = 2
@@ -137,7 +137,7 @@ def ffn_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict[str, 
         return saved
     E, K, F = model.moe.experts, model.moe.top_k, sizes.expert_width(model)
     rows = round(T * K * batch.imbalance)
-    saved["router"] = T * (D * FP32 + 3 * E * FP32 + K * (3 * FP32 + 2 * INT64))
+    saved["router"] = T * (D * FP32 + 2 * E * FP32 + K * (3 * FP32 + 2 * INT64))
     saved["routed rows"] = rows * D * c
     saved["gates and ups"] = 2 * rows * F * c
     saved["expert outputs"] = T * K * D * c
@@ -235,33 +235,67 @@ def loss_bytes(model: Model, batch: Microbatch, numerics: Numerics, chunk_tokens
     return LossBytes(hidden, V * D * FP32, working, 1 + model.mtp)
 
 
-def backward_bytes(model: Model, batch: Microbatch, numerics: Numerics, *, halves: int = 1) -> int:
-    """Peak bytes of a layer's backward pass besides what the layer saved and the weights' gradients.
+def backward_bytes(
+    model: Model,
+    batch: Microbatch,
+    numerics: Numerics,
+    *,
+    grade: Recompute = Recompute.nothing,
+    own_gradients: int = 0,
+    halves: int = 1,
+) -> int:
+    """Peak bytes of a layer's backward pass besides what the layer saved or made again.
 
-    With experts: gradients of the routed rows before and after the experts, and on a GPU the recomputed
-    hidden rows with their gradients. With a dense GLU or a shared expert: the gradients of gate and value.
-    Always: the gradients of the residual stream and of the layer's output. Of ``halves`` that are computed in
-    turn, experts have one at a time. Where ranks share sequences, before that: the gradients of all keys and
-    values, as attention makes them, as they are padded to whole sequences, sent and received.
+    With experts: those of :func:`_experts_backward`. With a dense GLU or a shared expert: the gradients of
+    gate and value. Always: the gradients of the residual stream and of the layer's output. The gradients of
+    the layer's weights, ``own_gradients`` bytes, come with the weights; of ``halves`` that are computed in
+    turn, experts have one at a time, and add their weights' gradients to the first one's. Where
+    ranks share sequences, before that: the gradients of all keys and values, as attention makes them, as they
+    are padded to whole sequences, sent and received.
     """
     T, D, F, c = batch.tokens, model.d_model, model.ffn_hidden_size, numerics.compute
     stream = T * D * (numerics.stream + c)
     if batch.context > 1:
         keys = 8 * batch.key_tokens(numerics) * sizes.key_width(model) * c
         shorter = replace(batch, sequence_tokens=batch.sequence_tokens // batch.context, context=1)
-        return max(stream + keys, backward_bytes(model, shorter, numerics, halves=halves))
+        own = backward_bytes(
+            model, shorter, numerics, grade=grade, own_gradients=own_gradients, halves=halves
+        )
+        return max(stream + keys, own)
     if model.moe is None:
         return stream + (2 if model.ffn is Ffn.glu else 1) * T * F * c
-    K = model.moe.top_k
-    rows = round(T * K * batch.imbalance)
-    hidden_rows = 2 * rows if numerics.on_gpu else 4 * rows // model.moe.experts
-    experts = (rows * D * c + T * K * D * c + hidden_rows * sizes.expert_width(model) * c) // halves
+    experts = _experts_backward(model, batch, numerics, grade is Recompute.gates, own_gradients, halves)
     shared = model.moe.shared_hidden_size
     if not shared:
         return stream + experts
     # It comes first, and leaves the gradient of its input until the experts' is added, but no activations.
     left = T * D * c - shared_expert_bytes(model, batch, numerics)
     return stream + max(T * (2 * shared + D * model.moe.shared_gate) * c, left + experts)
+
+
+def _experts_backward(
+    model: Model, batch: Microbatch, numerics: Numerics, remakes: bool, own_gradients: int, halves: int
+) -> int:
+    """Peak bytes of the experts' backward pass, with gates if it makes them again.
+
+    On a GPU the most are, in order (:mod:`train.model.experts`): with gates that are made again, those, two
+    hidden rows of that size and the gradient of the last matrix; then the gradients of all matrices, two
+    hidden rows and the gradient by gate; then one hidden row and the gradient by both. All the time there is
+    the gradient of the experts' outputs, which themselves are gone by then.
+    """
+    assert model.moe is not None
+    D, F, c = model.d_model, sizes.expert_width(model), numerics.compute
+    outputs = batch.tokens * model.moe.top_k * D * c
+    rows = round(batch.tokens * model.moe.top_k * batch.imbalance)
+    if not numerics.on_gpu:  # it computes expert by expert
+        return rows * D * c + outputs + 4 * rows // model.moe.experts * F * c
+    row, hidden = rows * D * c, rows * F * c
+    most = max(2 * hidden + row, hidden + 2 * row) // halves
+    if remakes:
+        most = max(4 * hidden // halves - own_gradients * 2 // 3, most)
+    # Gradients that came from other ranks are counted with the exchange.
+    arrived = 0 if batch.exchanged else row // halves
+    return most + arrived - outputs // halves + (halves - 1) * own_gradients
 
 
 def layer_gradient_elements(model: Model) -> tuple[int, int]:

@@ -201,13 +201,12 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
     whole = _Whole.of(model, layout, world_size, numerics.compute)
     stays = whole.layer * layout.gathered_layers
     above = max(0, stays - 2 * whole.layer)  # two are at hand in the backward pass anyway
-    head_gradient = loss.weight_gradient * numerics.compute // FP32
     exchanged = 0
     if model.moe and layout.expert > 1:
         rows = batch.tokens * model.moe.top_k * model.d_model * numerics.compute
-        exchanged = rows + round(rows * batch.imbalance)
+        exchanged = round(rows * batch.imbalance)  # of halves, one's and the other's on their way
     all_gradients = max(kept_gradients, states(model, layout, world_size, 0, recipe.optimizer).gradients)
-    gathered = whole.outside + whole.in_backward
+    gathered = whole.outside + 2 * whole.layer + whole.gradients
     waiting = stream if model.mtp else 0  # a gradient of the hidden states, then of the embeddings
     found = [
         Moment(
@@ -216,12 +215,13 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
         Moment(stream, 0, whole.outside * (2 + FP32 // numerics.compute), 0, all_gradients),
         Moment(0, 0, orthogonalising(recipe, world_size).bytes, 0, all_gradients),
     ]
-    for each in backward_passes(model, batch, numerics, grades, halves=halves):
+    own = whole.gradients
+    for each in backward_passes(model, batch, numerics, grades, own_gradients=lambda _: own, halves=halves):
         layers_above = len(grades) - 1 - each.layer
         gradients = all_gradients * layers_above // max(1, len(grades) - 1)
-        stay = gathered + (0 if layers_above else above)
+        stay = gathered + (whole.reduced if layers_above else above)
         in_layer = each.kept + each.working + waiting
-        found.append(Moment(in_layer, head_gradient, stay, exchanged, max(kept_gradients, gradients)))
+        found.append(Moment(in_layer, loss.weight_gradient, stay, exchanged, max(kept_gradients, gradients)))
     return found
 
 
@@ -258,12 +258,16 @@ def moments_of_one(
         Moment(kept, loss.total, copies_at_loss(model, numerics, grades), 0, kept_gradients),
         Moment(stream, 0, 0, 0, sizes.total_parameters(model) * FP32),
     ]
-    for each in backward_passes(model, batch, numerics, grades):
+
+    def own_gradients(like: Model) -> int:
+        return layer_gradient_elements(like)[1] * FP32
+
+    for each in backward_passes(model, batch, numerics, grades, own_gradients=own_gradients):
         # A checkpoint's input is what its first norm saves.
         shared = stream if grades[each.layer] is Recompute.layer else 0
         in_layer = each.kept + each.working - shared
         in_layer += stream if model.mtp else 0  # a gradient of the hidden states, then of the embeddings
-        made_first = layer_gradient_elements(each.like)[1] * FP32
+        made_first = own_gradients(each.like)
         gradients = max(kept_gradients, _gradients_above(model, each.layer)) + made_first
         cast = copies_kept(model, numerics, grades[: each.layer]) + weight_copies(each.like, numerics).layer
         found.append(Moment(in_layer, loss.weight_gradient, cast, 0, gradients))
@@ -307,25 +311,31 @@ class _Whole:
     """Embeddings, gathered from the first layer until the last gradient."""
     layer: int
     """One layer, the largest."""
-    in_backward: int
-    """A layer, what is received of the next, the layer's gradients, and the copies of them that are reduced,
-    one of the layer before."""
+    gradients: int
+    """Gradients of the largest unit."""
+    reduced: int
+    """Buffers from which the units that come one after the other in the backward pass are reduced: of an MoE
+    layer the experts, then the rest."""
 
     @classmethod
     @functools.lru_cache
     def of(cls, model: Model, layout: Parallelism, world_size: int, compute_bytes: int) -> "_Whole":
         """The bytes of a model under a layout."""
-        outside, largest, layers = 0, 0, Counter[str]()
+        outside, layers = 0, Counter[str]()
+        units: list[tuple[int, bool, int]] = []
         for unit, size in gathered_bytes(model, layout, world_size, compute_bytes).items():
             if not unit:
                 outside += size
             else:
-                layers[unit.removesuffix(".ffn.experts")] += size
-                largest = max(largest, size)
-        layer = max(layers.values())
-        buffers = sizes.REDUCTIONS_IN_FLIGHT * reduced_bytes(layout)
-        reduced = largest // compute_bytes * (compute_bytes + buffers)
-        return cls(outside=outside, layer=layer, in_backward=2 * layer + reduced)
+                name = unit.removesuffix(".ffn.experts")
+                layers[name] += size
+                # In the order of the backward pass: the last layer first, and of each its experts.
+                units.append((-list(layers).index(name), name == unit, size))
+        in_turn = [size for *_, size in sorted(units)]
+        at_once = sizes.REDUCTIONS_IN_FLIGHT
+        in_flight = max(sum(in_turn[place : place + at_once]) for place in range(len(in_turn)))
+        reduced = in_flight // compute_bytes * reduced_bytes(layout)
+        return cls(outside, max(layers.values()), gradients=max(in_turn), reduced=reduced)
 
 
 def fits(memory_of_rank: Memory, gpu: Gpu) -> bool:

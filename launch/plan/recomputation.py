@@ -6,7 +6,7 @@ Legend: T tokens, D d_model, Q width of all queries, G of all keys, F ffn_hidden
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from launch.plan.activations import (
@@ -82,9 +82,8 @@ def made_in_layer(model: Model, batch: Microbatch, numerics: Numerics, grade: Re
     kept = _kept_in_ffn(model, batch, numerics, grade)
     if model.moe is None:
         return normed + ffn["hidden"] - kept["hidden"]
-    # A CPU computes expert by expert.
-    at_once = 1 if numerics.on_gpu else model.moe.experts
-    gates = (ffn["gates and ups"] - kept["gates and ups"]) // at_once
+    # On a GPU the experts' gates are gone before their backward pass needs the most.
+    gates = 0 if numerics.on_gpu else (ffn["gates and ups"] - kept["gates and ups"]) // model.moe.experts
     return normed + ffn["routed rows"] - kept["routed rows"] + gates
 
 
@@ -109,7 +108,13 @@ class InBackward(NamedTuple):
 
 
 def working_bytes(
-    model: Model, batch: Microbatch, numerics: Numerics, grade: Recompute, *, halves: int = 1
+    model: Model,
+    batch: Microbatch,
+    numerics: Numerics,
+    grade: Recompute,
+    *,
+    own_gradients: int = 0,
+    halves: int = 1,
 ) -> int:
     """Bytes of a layer's backward pass besides what layers have kept: made again, and gradients.
 
@@ -117,7 +122,7 @@ def working_bytes(
     need the most: the gradients of queries, keys, values and output, when what the other half kept is gone.
     """
     of_ffn = made_in_layer(model, batch, numerics, grade) + backward_bytes(
-        model, batch, numerics, halves=halves
+        model, batch, numerics, grade=grade, own_gradients=own_gradients, halves=halves
     )
     if model.latent is None:
         return of_ffn
@@ -129,17 +134,25 @@ def working_bytes(
 
 
 def backward_passes(
-    model: Model, batch: Microbatch, numerics: Numerics, grades: Sequence[Recompute], *, halves: int = 1
+    model: Model,
+    batch: Microbatch,
+    numerics: Numerics,
+    grades: Sequence[Recompute],
+    *,
+    own_gradients: Callable[[Model], int],
+    halves: int = 1,
 ) -> list[InBackward]:
-    """The layers whose backward pass may need the most: the last, the last of each grade, the first of each
-    kind. Of ``halves`` that are computed in turn, experts have one at a time.
+    """The layers whose backward pass may need the most: the last two, the last of each grade, the first of
+    each kind. Of ``halves`` that are computed in turn, experts have one at a time; ``own_gradients`` are the
+    bytes of the gradients of a layer's weights.
     """
     found, models = [], layer_models(model)
     firsts = [alike.layers[0] for alike in sizes.alike_layers(model)]
     for layer, (like, grade) in enumerate(zip(models, grades, strict=True)):
-        if layer in firsts or layer == len(grades) - 1 or grade is not grades[layer + 1]:
+        if layer in firsts or layer >= len(grades) - 2 or grade is not grades[layer + 1]:
             kept = kept_bytes(model, batch, numerics, grades[: layer + 1])
-            working = working_bytes(like, batch, numerics, grade, halves=halves)
+            own = own_gradients(like)
+            working = working_bytes(like, batch, numerics, grade, own_gradients=own, halves=halves)
             if layer == model.n_layers:
                 working += _made_in_joining(model, batch, numerics, grade)
             found.append(InBackward(layer, like, kept, working))

@@ -38,6 +38,7 @@ Case = tuple[str, int, list[str]]
 CASES: dict[str, Case] = {
     "MoE-A, gpu-check's slice, 1 GPU": ("dbrx-moe-a", 1, of_slice()),
     "MoE-A, 64 GPUs": ("dbrx-moe-a", 64, []),
+    "MoE-A, 64 GPUs, gates": ("dbrx-moe-a", 64, ["training.recompute=gates"]),
     "DBRX, 3,072 GPUs": ("dbrx", 3072, []),
     "DBRX, 3,072 GPUs, interleaved": (
         "dbrx",

@@ -128,13 +128,18 @@ class _GroupedGlu(torch.autograd.Function):
             grad_w2 = product((activated_RF * up_RF).t(), grad_RD).to(ctx.weight_dtype)
         grad_product_RF = product(grad_RD, w2.mT)
         grad_up_RF = activated_RF.mul_(grad_product_RF)
-        grad_gate_RF = torch.ops.aten.silu_backward(grad_product_RF.mul_(up_RF), gate_RF)
+        # In place, and gates that were made again go before the products, whose results need memory.
+        grad_gate_RF = grad_product_RF.mul_(up_RF)
+        torch.ops.aten.silu_backward.grad_input(grad_gate_RF, gate_RF, grad_input=grad_gate_RF)
+        del activated_RF, grad_product_RF, gate_RF, up_RF, gates
         if wants_weights[0]:
             grad_w1 = product(grad_gate_RF.t(), x).to(ctx.weight_dtype)
         if wants_weights[1]:
             grad_v1 = product(grad_up_RF.t(), x).to(ctx.weight_dtype)
         if wants_x:
-            grad_x = product(grad_gate_RF, w1).add_(product(grad_up_RF, v1))
+            grad_x = product(grad_gate_RF, w1)
+            del grad_gate_RF
+            grad_x.add_(product(grad_up_RF, v1))
         return grad_x, grad_w1, grad_v1, grad_w2, None, None, None
 
 

@@ -153,8 +153,8 @@ def test_rows_that_fsdp_cannot_split_evenly_are_refused() -> None:
 
 @pytest.mark.slow
 def test_long_sequences_fit_few_gpus_where_ranks_share_them() -> None:
-    """DBRX's last phase, of 32,768 tokens a sequence, on 64: a rank by itself has no room for one."""
-    keys = ["parallelism.replicate=1", "parallelism.expert=8", "training.recompute=layer"]
+    """DBRX's last phase, of 32,768 tokens a sequence, on 64: a rank with experts over 4 has no room for one."""
+    keys = ["parallelism.replicate=1", "parallelism.expert=4", "training.recompute=layer"]
     whole, shared = (
         make_plan(recipe("dbrx", *keys, f"parallelism.context={context}"), 64, H100).others[0]
         for context in (1, 8)
@@ -171,11 +171,16 @@ def test_long_sequences_fit_few_gpus_where_ranks_share_them() -> None:
 
 @pytest.mark.slow
 def test_search_lets_as_few_ranks_share_sequences_as_will_do() -> None:
-    """Of DBRX's 32k phase by itself."""
+    """Of DBRX's 32k phase by itself none, and two with twice the tokens."""
     phase = make_plan(recipe("dbrx"), 3072, H100).others[0].shape.recipe
-    batch = replace(phase.training, global_batch_sequences=128)  # gradients add up: less room
-    phase = replace(phase, training=batch, data=replace(phase.data, domains={"web": 1.0}))
-    assert {plan.recipe.parallelism.context for plan in search(phase, 64, H100)} == {2}
+    for tokens, expected in ((32768, 1), (65536, 2)):
+        longer = replace(
+            phase,
+            model=replace(phase.model, max_sequence_tokens=tokens),
+            training=replace(phase.training, global_batch_sequences=128),
+            data=replace(phase.data, domains={"web": 1.0}, sequence_tokens=tokens),
+        )
+        assert {plan.recipe.parallelism.context for plan in search(longer, 64, H100)} == {expected}
 
 
 @pytest.mark.slow
