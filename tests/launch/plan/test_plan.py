@@ -153,7 +153,7 @@ def test_rows_that_fsdp_cannot_split_evenly_are_refused() -> None:
 
 @pytest.mark.slow
 def test_long_sequences_fit_few_gpus_where_ranks_share_them() -> None:
-    """DBRX's last phase, of 32,768 tokens a sequence, on 64: with experts over 4 a rank has no room for one."""
+    """DBRX's last phase, 32,768 tokens a sequence, on 64: with experts over 4 a rank has no room for one."""
     keys = ["parallelism.replicate=1", "parallelism.expert=4", "training.recompute=layer"]
     whole, shared = (
         make_plan(recipe("dbrx", *keys, f"parallelism.context={context}"), 64, H100).others[0]
