@@ -4,8 +4,10 @@ Every mistake is a :class:`UserError` of one line, all of them at once, raised b
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
+import functools
 import re
 from enum import Enum
 from pathlib import Path
@@ -44,7 +46,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         UserError: one line that names file, key and remedy.
     """
-    merged = OmegaConf.structured(Recipe)
+    merged = copy.deepcopy(_defaults())
     given: dict[str, tuple[int, str]] = {}
     files, overrides = _layers(Path(path), ()), overrides or []
     parts = {n for n, text in enumerate(overrides, len(files)) if text.startswith(f"{MIXTURE}.")}
@@ -64,7 +66,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             if not has_phases and OmegaConf.select(layer, MIXTURE):
                 merged.data.phases = []
         try:
-            merged = OmegaConf.merge(merged, layer)
+            OmegaConf.unsafe_merge(merged, copy.deepcopy(layer))  # in place: a copy of the schema is dear
         except OmegaConfBaseException as error:
             errors += _mistakes_in(merged, layer, file) or [_explain(error, file)]
         given |= dict.fromkeys(_leaf_keys(OmegaConf.to_container(layer)), (depth, file))
@@ -82,6 +84,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     assert isinstance(recipe, Recipe)
     _refuse_unread(recipe, given)
     return recipe
+
+
+@functools.cache
+def _defaults() -> DictConfig:
+    """The schema with its defaults, not to be changed: to make it takes longer than to read a recipe."""
+    return OmegaConf.structured(Recipe)
 
 
 def to_yaml(recipe: Recipe) -> str:
