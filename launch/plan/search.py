@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from launch.plan.hardware import Gpu
+from launch.plan.memory import memory
 from launch.plan.step import Plan, make_plan
+from launch.plan.step_shapes import step_shapes
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.phases import batch_sequences, phases_of
+from train.recipe.rules import validate
 from train.recipe.schema import Compile, Recipe, Recompute
+from train.recipe.topology import Topology
 
 MOST_GPUS = 2**17
 CONTEXTS = (1, 2, 4, 8)
@@ -159,6 +163,9 @@ def search(
             changed, world_size, gpu, imbalance=imbalance, dollars_per_gpu_hour=dollars_per_gpu_hour
         )
 
+    def fits(choice: Choice) -> bool:
+        return _has_room(choice.applied(recipe), world_size, gpu, imbalance)
+
     found: list[Plan] = []
     is_possible = False
     for context in contexts(recipe, world_size):
@@ -168,7 +175,7 @@ def search(
             except UserError:
                 continue
             is_possible = True
-            each = recomputing(recipe, layout, lambda choice: planned(choice).fits)
+            each = recomputing(recipe, layout, fits)
             found += [planned(choice) for choice in each]
         if found:
             break
@@ -215,9 +222,16 @@ def divisors(number: int) -> list[int]:
 
 def _fits(recipe: Recipe, world_size: int, like: Plan) -> bool:
     try:
-        return make_plan(recipe, world_size, like.gpu, imbalance=like.imbalance).fits
+        validate(recipe, Topology(0, world_size, 0, 1), "")
     except UserError:
         return False
+    return _has_room(recipe, world_size, like.gpu, like.imbalance)
+
+
+def _has_room(recipe: Recipe, world_size: int, gpu: Gpu, imbalance: float) -> bool:
+    """What :attr:`Plan.fits` says of a valid recipe, without the time of a step."""
+    shapes = step_shapes(recipe)
+    return all(memory(each.recipe, world_size, imbalance).total <= gpu.memory_bytes for each in shapes)
 
 
 def _gpus_needed(plan: Plan) -> int | None:
