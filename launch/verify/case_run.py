@@ -8,7 +8,8 @@ is found too.
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,22 @@ from torch.utils.data import DataLoader, IterableDataset
 from launch.verify.bounds import LEAST_GAP
 from launch.verify.case_inputs import idle_experts, make_batches, steer_router
 from launch.verify.cases import Case
-from launch.verify.forked_ranks import run_ranks
+from launch.verify.forked_ranks import RankError, StandingRanks, run_ranks
 from launch.verify.loaded_input import build_loader
 from launch.verify.reference import CountTogether, build_rounding_reference, reference_recipe
 from launch.verify.watching import Comparer, Deviation, ReferenceRecord, WatchedStep, Watcher, Writer
 from train.checkpoint.files import Progress
 from train.layout.optim import load_lion
 from train.recipe.curriculum import plan_stages
-from train.recipe.schema import Precision, Recipe
+from train.recipe.schema import Compile, Precision, Recipe
 from train.recipe.topology import Topology
 from train.run import Machine, build_model
 from train.step.microbatch import Batch
 from train.trainer import build_trainer
 
 SEEDS = 50
+MOST_CASES = 16
+"""Cases that the same ranks run, each of which leaves the process groups of its mesh behind."""
 
 Fault = Callable[[], contextlib.AbstractContextManager[Any]]
 """Context in which a rank's process trains incorrectly; for testing the gate itself."""
@@ -93,14 +96,74 @@ def run_case(
     """Runs the case under its layout and returns the deviations over all ranks."""
 
     def work(topology: Topology) -> dict[str, Deviation]:
-        record = ReferenceRecord(**torch.load(file, mmap=True, weights_only=True))
-        comparer = Comparer(record, case, topology)
-        with fault():
-            train_case(case, topology, seed, comparer)
-        return comparer.deviations
+        return compare_case(topology, case, seed, file, fault)
 
+    return _merged(run_ranks(case.layout.world_size, work, output=Path(os.devnull)))
+
+
+def compare_case(
+    topology: Topology,
+    case: Case,
+    seed: int,
+    file: Path,
+    fault: Fault = contextlib.nullcontext,
+    comparer_of: Callable[[ReferenceRecord, Case, Topology], Comparer] = Comparer,
+) -> dict[str, Deviation]:
+    """Runs this rank's part of a case and returns its deviations from the reference."""
+    record = ReferenceRecord(**torch.load(file, mmap=True, weights_only=True))
+    comparer = comparer_of(record, case, topology)
+    with fault():
+        train_case(case, topology, seed, comparer)
+    return comparer.deviations
+
+
+class CaseRanks:
+    """Runs case after case, on ranks that stay for some cases; those of each number of ranks wait for theirs.
+
+    Args:
+        compare: runs a rank's part of a case, given what :meth:`run` is given.
+    """
+
+    def __init__(self, compare: Callable[..., dict[str, Deviation]] = compare_case) -> None:
+        self._compare = compare
+        self._standing: dict[int, StandingRanks[dict[str, Deviation]]] = {}
+        self._done: Counter[int] = Counter()
+
+    def __enter__(self) -> "CaseRanks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for world in list(self._standing):
+            self._end(world)
+
+    def run(self, case: Case, *given: object) -> dict[str, Deviation]:
+        """Runs a case and returns the deviations over all ranks.
+
+        Raises:
+            RankError: if a rank fails; the next case has new ranks.
+        """
+        world = case.layout.world_size
+        # torch compiles a function only a few times in a process, then runs it uncompiled.
+        if self._done[world] >= MOST_CASES or case.recipe.training.compile is not Compile.off:
+            self._end(world)
+        if world not in self._standing:
+            self._standing[world] = StandingRanks(world, self._compare, Path(os.devnull))
+        self._done[world] += 1
+        try:
+            return _merged(self._standing[world].do(case, *given))
+        except RankError:
+            self._end(world)
+            raise
+
+    def _end(self, world: int) -> None:
+        if world in self._standing:
+            self._standing.pop(world).close()
+        self._done[world] = 0
+
+
+def _merged(found: Iterable[dict[str, Deviation]]) -> dict[str, Deviation]:
     merged: dict[str, Deviation] = {}
-    for deviations in run_ranks(case.layout.world_size, work, output=Path(os.devnull)):
+    for deviations in found:
         for quantity, deviation in deviations.items():
             merged.setdefault(quantity, Deviation()).merge(deviation)
     return merged

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.verify import parity_report
-from launch.verify.case_run import CaseOutcome, make_reference, run_case
+from launch.verify.case_run import CaseOutcome, CaseRanks, make_reference, run_case
 from launch.verify.cases import INPUTS, SEQUENCES, Case, cases, find_case, reference_of
 from launch.verify.faults import FAULTS
 from launch.verify.forked_ranks import RankError
@@ -88,17 +88,21 @@ class ParityCheck(Check[CaseOutcome]):
         file = workspace.folder / "reference.pt"
         seen: tuple[object, ...] = ()
         seed = 0
-        for case in self.todo:
-            begun = time.monotonic()
-            outcome = CaseOutcome(case)
-            try:
-                if reference_of(case) != seen:
-                    seed, seen = make_reference(case, file), reference_of(case)
-                outcome.deviations = run_case(case, seed, file, *([self.fault] if self.fault else []))
-            except RankError as error:
-                outcome.error = str(error)
-            outcome.seconds = time.monotonic() - begun
-            yield outcome
+        with CaseRanks() as ranks:
+            for case in self.todo:
+                begun = time.monotonic()
+                outcome = CaseOutcome(case)
+                try:
+                    if reference_of(case) != seen:
+                        seed, seen = make_reference(case, file), reference_of(case)
+                    if self.fault is None:
+                        outcome.deviations = ranks.run(case, seed, file)
+                    else:
+                        outcome.deviations = run_case(case, seed, file, self.fault)
+                except RankError as error:
+                    outcome.error = str(error)
+                outcome.seconds = time.monotonic() - begun
+                yield outcome
 
     def header(self) -> str:
         """The table's first line."""

@@ -1,23 +1,34 @@
 """The parity gate passes correct layouts, and fails for every injected fault."""
 
-import functools
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from composer import Logger, State
 
 from launch.verify.__main__ import main
-from launch.verify.case_run import CaseOutcome, import_for_ranks, make_reference, run_case, train_case
+from launch.verify.case_run import (
+    CaseOutcome,
+    CaseRanks,
+    compare_case,
+    import_for_ranks,
+    make_reference,
+    run_case,
+    train_case,
+)
 from launch.verify.cases import INPUTS, Case, Layout, context_layouts, find_case, layouts
 from launch.verify.expert_faults import FINER, GLOBAL_SCOPE, Changes
 from launch.verify.faults import FAULTS, KnownFault
 from launch.verify.forked_ranks import RankError, run_ranks
 from launch.verify.parity import ParityCheck
-from launch.verify.watching import Comparer, ReferenceRecord
+from launch.verify.watching import Comparer, Deviation, ReferenceRecord
 from train.layout.torch_patches import TorchVersions
 from train.model import router
 from train.recipe.errors import UserError
@@ -42,7 +53,7 @@ def _imported() -> None:
     import_for_ranks()
 
 
-@functools.cache
+@cache
 def _reference(
     case_key: tuple[str, str, Changes, OptimizerKind | None, Precision], folder: Path, mtp: bool = False
 ) -> tuple[Case, int, Path]:
@@ -63,6 +74,43 @@ def _reference(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("references")
+
+
+SEEN = 1e-4
+"""Far above rounding."""
+
+
+class UntilSeen(Comparer):
+    """Ends training after the step in which some rank has seen a fault in a quantity."""
+
+    def __init__(self, quantity: str, *args: Any) -> None:
+        super().__init__(*args)
+        self.quantity = quantity
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        super().batch_end(state, logger)
+        deviation = self.deviations[self.quantity]
+        is_seen = torch.tensor(float(bool(deviation.first) and deviation.worst > SEEN))
+        dist.all_reduce(is_seen, op=dist.ReduceOp.MAX)
+        if is_seen:
+            state.stop_training()
+
+
+def _compare_faulty(topology: Topology, case: Case, seed: int, file: Path, name: str) -> dict[str, Deviation]:
+    fault = FAULTS[name]
+    return compare_case(topology, case, seed, file, fault.inject, partial(UntilSeen, fault.shows_in))
+
+
+@pytest.fixture(scope="module")
+def faulty_ranks() -> Iterator[CaseRanks]:
+    with CaseRanks(_compare_faulty) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def sound_ranks() -> Iterator[CaseRanks]:
+    with CaseRanks() as ranks:
+        yield ranks
 
 
 def test_ranks_import_nothing_that_takes_long(tmp_path: Path) -> None:
@@ -96,15 +144,15 @@ def _seen_in(fault: KnownFault) -> set[Precision]:
         if fault.shows_in and precision in _seen_in(fault)
     ],
 )
-def test_gate_sees_the_fault(name: str, precision: Precision, folder: Path) -> None:
+def test_gate_sees_the_fault(name: str, precision: Precision, folder: Path, faulty_ranks: CaseRanks) -> None:
     fault = FAULTS[name]
     key = (fault.input, str(fault.layout), fault.experts, fault.optimizer, precision)
     case, seed, file = _reference(key, folder, fault.mtp)
-    outcome = CaseOutcome(case, run_case(case, seed, file, fault.inject))
+    outcome = CaseOutcome(case, faulty_ranks.run(case, seed, file, name))
     assert not outcome.has_passed
     deviation = outcome.deviations[fault.shows_in]
     assert deviation.first, f"not in {fault.shows_in}: {outcome.deviations}"
-    assert deviation.worst > 1e-4, "a fault is far above rounding"
+    assert deviation.worst > SEEN, "a fault is far above rounding"
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
@@ -171,9 +219,10 @@ def test_gate_passes_the_same_cases_without_a_fault(
     optimizer: OptimizerKind | None,
     precision: Precision,
     folder: Path,
+    sound_ranks: CaseRanks,
 ) -> None:
     case, seed, file = _reference(("accumulated", layout, experts, optimizer, precision), folder)
-    outcome = CaseOutcome(case, run_case(case, seed, file))
+    outcome = CaseOutcome(case, sound_ranks.run(case, seed, file))
     assert outcome.has_passed, outcome.deviations
 
 
