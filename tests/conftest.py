@@ -1,5 +1,6 @@
 """Fixtures of all tests: one thread, since tensors are tiny and a second thread would only wait."""
 
+import gc
 import os
 import sys
 
@@ -21,3 +22,6 @@ def stays_forkable() -> None:
 
         if not torch.cuda.is_available():
             torch.ones((), requires_grad=True).backward()
+    # Else each collection visits all that was imported, and one in a forked process copies it.
+    gc.collect()
+    gc.freeze()

@@ -236,7 +236,7 @@ def _mean_losses(runs: Runs) -> Floats:
 
 
 def advantages(
-    runs: Runs, pairs: Sequence[tuple[str, str]], *, draws: int = DRAWS, seed: int = 0
+    runs: Runs, pairs: Sequence[tuple[str, str]], *, draws: int | None = None, seed: int = 0
 ) -> list[Advantage]:
     """Computes the FLOP ratio at equal loss for each pair, with a bootstrap interval.
 
@@ -246,14 +246,14 @@ def advantages(
     Args:
         runs: at least two runs per cell or two domains; otherwise the interval is meaningless.
         pairs: (family, baseline) of each comparison.
-        draws: number of bootstrap draws B.
+        draws: number of bootstrap draws B; None: ``DRAWS``.
         seed: random seed of the draws.
     """
     curves = fit_curves(runs)
     point = {pair: _ratio(curves, *pair) for pair in pairs}
     generator = np.random.default_rng(seed)
     drawn: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
-    for _ in range(draws):
+    for _ in range(DRAWS if draws is None else draws):
         again = runs.draw(generator)
         fitted = fit_curves(again, start=curves)
         for pair in pairs:

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,15 +120,13 @@ def _save(
 def test_a_full_disk_at_one_rank_ends_the_save_on_all_and_spares_the_one_before(
     by_one_replica: bool, full_rank: int, tmp_path: Path
 ) -> None:
-    def save(topology: Topology, batch: int, limited_rank: int | None) -> str | None:
-        return _save(topology, tmp_path, batch, limited_rank, by_one_replica=by_one_replica)
+    def save(topology: Topology) -> tuple[str | None, str | None]:
+        saved = partial(_save, topology, tmp_path, by_one_replica=by_one_replica)
+        return saved(batch=1, limited_rank=None), saved(batch=2, limited_rank=full_rank)
 
-    whole = run_ranks(4, lambda topology: save(topology, 1, None))
-    assert whole == (["", None, None, ""] if by_one_replica else [""] * 4)
-    errors = {
-        error for error in run_ranks(4, lambda topology: save(topology, 2, full_rank)) if error is not None
-    }
-    (error,) = errors
+    whole, later = zip(*run_ranks(4, save), strict=True)
+    assert whole == (("", None, None, "") if by_one_replica else ("",) * 4)
+    (error,) = {error for error in later if error is not None}
     assert f"rank {full_rank}" in error
     assert [path.name for path in tmp_path.iterdir()] == ["batch-00000001"]
     found, complaints = newest_whole_checkpoint(tmp_path)
@@ -182,9 +181,10 @@ def test_the_writers_hold_every_shard_once_on_as_many_nodes_as_possible(world: i
 
 
 def test_ranks_find_damage_together_and_agree_on_the_checkpoint(tmp_path: Path) -> None:
-    whole = run_ranks(4, lambda topology: _save(topology, tmp_path, 1, None, keep_last=2))
-    newer = run_ranks(4, lambda topology: _save(topology, tmp_path, 2, None, keep_last=2))
-    assert whole == newer == [""] * 4
+    def save(topology: Topology) -> list[str | None]:
+        return [_save(topology, tmp_path, batch, None, keep_last=2) for batch in (1, 2)]
+
+    assert run_ranks(4, save) == [["", ""]] * 4
     file = tmp_path / "batch-00000002" / "state" / "__3_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

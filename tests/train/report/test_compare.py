@@ -14,6 +14,7 @@ from train.recipe.reading import load_recipe, to_yaml
 from train.record import metrics
 from train.record.step_log import StepLog
 from train.record.summary import write_summary
+from train.report import scaling
 from train.report.__main__ import main
 from train.report.compare import compare, read_entries
 
@@ -22,6 +23,12 @@ pytestmark = pytest.mark.slow
 SMOKE = Path(__file__).parents[3] / "yamls" / "smoke.yaml"
 BUDGETS = (1e15, 3e15, 1e16)
 DENSE = ["model.moe=null"]
+
+
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand: no test here asks for more than which side of a value an interval lies on."""
+    monkeypatch.setattr(scaling, "DRAWS", 100)
 
 
 def leave(
