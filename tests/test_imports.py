@@ -46,7 +46,7 @@ train              train.recipe train.record data data.order data.shards train.m
 
 launch             train.recipe train.record data train.preflight train launch.verify
 launch.plan        train.recipe train.record train
-launch.restart     train.recipe train.record train.health
+launch.restart     train.recipe train.record train.health train
 launch.submit      train.recipe train.record train.health launch.plan launch.restart
 launch.rehearse    train.recipe train.record train.model train.layout train.checkpoint train.health
                    train.step train.hf train launch.plan
@@ -55,8 +55,8 @@ launch.gpu_check   train.recipe train.record train.model train.layout train.pref
 launch.verify      train.recipe train.record data data.order data.shards data.text data.audit train.model
                    train.layout train.checkpoint train.health train.step train.hf train launch.restart
 launch.experiments train.recipe train.record data data.order data.shards data.text train.model
-                   train.layout train.checkpoint train.preflight train.hf train.report train.tracking
-                   train launch.plan launch.verify
+                   train.layout train.checkpoint train.health train.preflight train.hf train.report
+                   train.tracking train launch.plan launch.restart launch.verify
 """
 """A package, and behind it those that it imports, from the ground floor up."""
 

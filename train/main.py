@@ -24,6 +24,8 @@ from train.recipe.topology import Topology
 from train.record.command import Figures, at_least, command
 from train.record.log import progress
 from train.record.run_folder import in_place
+from train.record.start_times import START_CLOCK
+from train.warm import hand_over
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -80,9 +82,12 @@ def main(options: Namespace) -> int | Figures:
         return Figures(figures)
     check_packages(recipe)
     set_defaults(topology)
+    if (status := hand_over(sys.argv)) is not None:
+        return status
     for change in changes:
         progress.info(change)
     progress.info(f"{recipe.name}: recipe is sound; importing torch, Composer and MegaBlocks")
+    START_CLOCK.begin("imports")
     from train.run import run
 
     return run(recipe, topology)

@@ -66,6 +66,7 @@ from train.record.run_folder import (
     claim_run_folder,
 )
 from train.record.run_tracker import RunTracker
+from train.record.start_times import START_CLOCK
 from train.record.summary import DatasetInput, Summary, write_summary
 from train.record.system_load import SystemLoad
 from train.record.throughput import Throughput
@@ -73,7 +74,7 @@ from train.report.run_page import write_report
 from train.resume import Resumed, accept, data_digests, drop_after, find_checkpoint, keep, load_weights
 from train.step.alarms import Alarms, NotFiniteError
 from train.step.checkpointing import Checkpointing
-from train.step.data_log import DataLog, Domain
+from train.step.data_log import DataLog, Domain, WrongDataError
 from train.step.guard import UpdateGuard
 from train.step.language_model import LanguageModel
 from train.step.recheck import Corruption, CorruptionError, Recheck
@@ -99,7 +100,9 @@ class Machine:
 
 def run(recipe: Recipe, topology: Topology) -> int:
     """Trains or resumes training, fills the run's folder and returns the exit status."""
+    START_CLOCK.begin("join")
     machine = start_processes(recipe, topology)
+    START_CLOCK.begin("run folder")
     # Ranks of a try that a supervisor has just ended may still be ending.
     grace = EXPIRY_SECONDS if is_supervised() else GRACE_SECONDS
     claim = run_on_rank_0(topology, lambda: claim_run_folder(recipe, grace))
@@ -123,12 +126,15 @@ def run_claimed(recipe: Recipe, folder: Path, machine: Machine) -> int:
     log_on_rank_0(topology, f"run folder {folder}")
     if not is_supervised():
         run_on_rank_0(topology, lambda: clear_records(records_folder(folder)))
+    START_CLOCK.begin("shards")
     opened = OpenedData(recipe)
     run_on_rank_0(topology, lambda: ensure_shards(opened))
     opened.fetch()
     quiet_libraries()
+    START_CLOCK.begin("preflight")
     if is_wanted(recipe.preflight, topology) and not is_fit(opened, folder, machine):
         return UNFIT_STATUS
+    START_CLOCK.begin("check checkpoint")
     fork_if_new(opened, folder, topology)
     resumed = find_checkpoint(recipe, folder, topology)
     if not resumed.progress.batch:
@@ -140,7 +146,7 @@ def run_claimed(recipe: Recipe, folder: Path, machine: Machine) -> int:
     try:
         train_to_end(opened, folder, machine, resumed)
         status = "FINISHED"
-    except (NotFiniteError, RollbackError) as error:
+    except (NotFiniteError, RollbackError, WrongDataError) as error:
         line = f"{error}; ended with status {REPLAY_STATUS}: the same command resumes the run"
         log_on_rank_0(topology, line, logging.WARNING)
         return REPLAY_STATUS
@@ -171,14 +177,18 @@ def train_to_end(opened: OpenedData, folder: Path, machine: Machine, resumed: Re
     """Trains from the checkpoint to the end under the watchdog, then writes summary and report."""
     recipe = opened.recipe
     with watched(recipe, folder, machine.topology) as watch:
+        START_CLOCK.begin("model")
         model, optimizer = build_model(recipe, machine, is_resumed=resumed.checkpoint is not None)
         watch.move("loading the checkpoint")
+        START_CLOCK.begin("load")
         load_weights(recipe, resumed, model, optimizer, machine.topology)
         watch.move("opening shards")
+        START_CLOCK.begin("loaders")
         trainer = assemble(opened, folder, machine, model, optimizer, resumed, watch)
         digests = data_digests(opened)
         run_on_rank_0(machine.topology, lambda: keep(recipe, folder, digests, resumed.progress))
         if resumed.progress.batch < resumed.curriculum.batches:
+            START_CLOCK.begin("first step")
             trainer.fit()
         else:
             trainer.eval()

@@ -13,6 +13,7 @@ from types import FrameType
 from launch.restart.history import LOG_FILE, Policy, read_log
 from launch.restart.look_back import look_back
 from launch.restart.supervisor import Supervisor
+from launch.restart.warmth import Warmth
 from train.health.heartbeat import RECORDS_VARIABLE, Heartbeat, read_records
 from train.recipe.errors import UserError
 from train.recipe.exit_status import PREEMPTED_STATUS, USAGE_STATUS
@@ -62,6 +63,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="folder of the ranks' records and of the log, on a shared file system "
         "(default: RUNS_DIR/NAME.restarts of the recipe in COMMAND)",
     )
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="keep a process that has imported everything, which forks the ranks of this host (Linux)",
+    )
     parser.add_argument("--hosts", metavar="A,B,...", help="hosts to choose from, including spare ones")
     parser.add_argument("--nodes", type=int, metavar="N", help="hosts per try (default: all)")
     parser.add_argument("--show", action="store_true", help="print the log of tries and exit")
@@ -98,7 +104,8 @@ def main(options: Namespace) -> int | Figures:
     if nodes > len(hosts) and hosts:
         what = f"{nodes} nodes of {len(hosts)} hosts"
         raise UserError(what, key="--nodes", remedy="give more with --hosts")
-    training = TrainingCommand(options.command, folder, options.grace)
+    warmth = Warmth() if options.warm else None
+    training = TrainingCommand(options.command, folder, options.grace, warmth)
     supervisor = Supervisor(training.run, policy, folder, hosts, nodes, logger.warning)
 
     def end(_number: int, _frame: FrameType | None) -> None:
@@ -113,14 +120,18 @@ def main(options: Namespace) -> int | Figures:
     try:
         return supervisor.run()
     finally:
+        if warmth is not None:
+            warmth.end()
         release(folder)
 
 
 class TrainingCommand:
     """The training command, run once per try in its own session."""
 
-    def __init__(self, words: list[str], folder: Path, grace_seconds: float) -> None:
-        self.words, self.folder, self.grace_seconds = words, folder, grace_seconds
+    def __init__(
+        self, words: list[str], folder: Path, grace_seconds: float, warmth: Warmth | None = None
+    ) -> None:
+        self.words, self.folder, self.grace_seconds, self.warmth = words, folder, grace_seconds, warmth
         self._is_told_to_end = False
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -133,6 +144,8 @@ class TrainingCommand:
                 word = word.replace(name, value)  # noqa: PLW2901
             words.append(word)
         environment = os.environ | {RECORDS_VARIABLE: str(self.folder.resolve())}
+        if self.warmth is not None:
+            environment |= self.warmth.variables(environment)
         try:
             self._process = subprocess.Popen(words, env=environment, start_new_session=True)
         except OSError as error:

@@ -6,6 +6,7 @@ optimizer and random-number states of an undisturbed run, bit for bit, and the s
 every fault correctly.
 """
 
+import json
 import os
 import random
 import resource
@@ -19,34 +20,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
-import torch
-from torch.distributed.tensor import DTensor
-
 from launch.restart.history import Policy, read_log
 from launch.restart.supervisor import Supervisor
 from launch.verify.cases import Layout
+from launch.verify.disturbances import DISTURBANCES, disturbed
 from launch.verify.equality import differences
 from launch.verify.forked_ranks import RankError, Ranks
 from launch.verify.harness import Row, TableCheck, Workspace
 from launch.verify.tiny_runs import named, steps, tail, trainer
 from train.checkpoint.files import newest_whole_checkpoint
+from train.health.exclusion import CORRUPTION_FILE
 from train.health.heartbeat import RECORDS_VARIABLE
-from train.health.stragglers import STRAGGLERS_FILE, HeartbeatCallback
+from train.health.stragglers import STRAGGLERS_FILE
 from train.recipe.errors import UserError
 from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, REPLAY_STATUS
 from train.recipe.reliability import Watch
 from train.recipe.schema import Data, Recipe
 from train.recipe.topology import Topology
-from train.record.run_folder import CHECKPOINTS_FOLDER, batches_of
+from train.record.run_folder import CHECKPOINTS_FOLDER, DATA_LOG_FILE, METRICS_FILE, batches_of
 from train.record.step_log import read_steps
-from train.step.step import TrainingStep
 
 RANKS = 2
 """Ranks of every run, under :attr:`Workspace.pair`."""
 FAULTS_PER_RUN = 5
 HANG_SECONDS = 6.0
-SLOW_SECONDS = 0.3
-"""Delay of the slow rank in each step; several times a step of the tiny recipe."""
 DISK_BYTES = 200_000
 """File size limit while the disk is "full": less than a checkpoint, more than a log."""
 FULL_SECONDS = 1.0
@@ -62,7 +59,11 @@ KINDS: dict[str, tuple[str, str]] = {
     "bad shard": ("a byte of a cached shard changes while the job is down", "killed"),
     "bad checkpoint": ("a byte of the newest of two checkpoints changes while the job is down", "killed"),
     "no tracking": ("the tracking server goes away", "finished"),
+    "torn files": ("a kill leaves lines and the newest of two checkpoints written in part", "killed"),
+    "second start": ("the same run is started once more while it trains", "finished"),
     "NaN": ("a gradient of one rank is not a number", "replay"),
+    "flipped bit": ("a bit of one rank's gradient changes, while steps are computed again", "finished"),
+    "wrong data": ("a rank reads sequences that it has read before", "replay"),
     "slow rank": ("a rank takes longer for every step", "finished"),
 }
 """Action, and how the attempt must end; one that is "finished" may also be ended by the next fault."""
@@ -79,6 +80,8 @@ class InjectedFault(Row):
     ending: str = ""
     """Ending of the attempt, according to the supervisor's log."""
     seconds: float = 0.0
+    problem: str = ""
+    """What went wrong in the attempt itself, if anything did."""
 
 
 class FaultInjectionCheck(TableCheck):
@@ -159,7 +162,8 @@ class FaultInjectionCheck(TableCheck):
             fault.ending = line["kind"]
             where = f"rank {fault.rank}, batch {fault.batch} of {fault.run}"
             fault.figures = f"{where}: {fault.ending}, {fault.seconds:.1f} s"
-            fault.violations = problems + list(_misnamed(fault, line, records))
+            own = [fault.problem] if fault.problem else []
+            fault.violations = [*problems, *own, *_misnamed(fault, line, records)]
             yield fault
 
 
@@ -180,16 +184,22 @@ def one_try(recipe: Recipe, fault: InjectedFault | None, after: int, records: Pa
     ):
         if kind == "no tracking":
             recipe = replace(recipe, tracking=replace(recipe.tracking, mlflow=True, uri=uri))
-        work = _as_a_process(_disturbed(trainer(recipe), kind, rank, after))
+        if kind == "flipped bit":
+            recipe = replace(recipe, guard=replace(recipe.guard, recheck_interval_batches=1))
+        work = _as_a_process(disturbed(trainer(recipe), kind, rank, after))
         with Ranks(RANKS, work, folder.with_suffix(".log")) as ranks:
             while fault is not None and ranks.are_running and not _is_time(kind, after, folder):
                 time.sleep(0.005)
-            if fault is not None and (ranks.are_running or kind in ("NaN", "slow rank")):
+            if fault is not None and (ranks.are_running or kind in DISTURBANCES):
                 fault.batch = max(1, steps(folder))
                 _strike(kind, rank, ranks, close_server)
+                if kind == "second start":
+                    fault.problem = _start_again(recipe, folder)
             status = _await_end(ranks)
     if fault is not None and fault.batch and kind in ("bad shard", "bad checkpoint"):
         _flip_byte(_victim(kind, recipe, folder))
+    if fault is not None and fault.batch and kind == "torn files":
+        _tear(_victim(kind, recipe, folder), folder)
     return status
 
 
@@ -199,7 +209,7 @@ def _is_time(kind: str, after: int, folder: Path) -> bool:
     Without an older checkpoint behind it a damaged one ends the run, for a person to look.
     """
     saved = batches_of(folder / CHECKPOINTS_FOLDER)
-    return steps(folder) >= after and (kind != "bad checkpoint" or len(saved) > 1)
+    return steps(folder) >= after and (kind not in ("bad checkpoint", "torn files") or len(saved) > 1)
 
 
 def _as_a_process(work: Callable[[Topology], None]) -> Callable[[Topology], None]:
@@ -215,38 +225,6 @@ def _as_a_process(work: Callable[[Topology], None]) -> Callable[[Topology], None
     return process
 
 
-def _disturbed(
-    work: Callable[[Topology], None], kind: str, rank: int, after: int
-) -> Callable[[Topology], None]:
-    """The work of a rank, with the faults that must be injected from within it."""
-
-    def disturbed(topology: Topology) -> None:
-        if topology.rank != rank or kind not in ("NaN", "slow rank"):
-            return work(topology)
-        if kind == "slow rank":
-            move = HeartbeatCallback.before_forward
-
-            def slowly(self, state, logger) -> None:  # type: ignore[no-untyped-def]
-                time.sleep(SLOW_SECONDS)
-                move(self, state, logger)
-
-            with mock.patch.object(HeartbeatCallback, "before_forward", slowly):
-                return work(topology)
-        judge = TrainingStep.after_train_batch
-
-        def poisoned(self, state, logger) -> None:  # type: ignore[no-untyped-def]
-            if state.timestamp.batch.value == after:
-                gradient = next(p.grad for p in state.model.parameters() if p.grad is not None)
-                local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-                local.view(-1)[0] = torch.nan
-            judge(self, state, logger)
-
-        with mock.patch.object(TrainingStep, "after_train_batch", poisoned):
-            return work(topology)
-
-    return disturbed
-
-
 def _strike(kind: str, rank: int, ranks: Ranks[None], close_server: Callable[[], None]) -> None:
     """Injects the faults that come from outside the ranks."""
     processes = ranks.processes
@@ -254,7 +232,7 @@ def _strike(kind: str, rank: int, ranks: Ranks[None], close_server: Callable[[],
     assert pid is not None
     if kind in ("SIGKILL", "SIGSTOP", "SIGTERM"):
         os.kill(pid, signal.Signals[kind])
-    elif kind in ("bad shard", "bad checkpoint"):
+    elif kind in ("bad shard", "bad checkpoint", "torn files"):
         ranks.kill()
     elif kind == "no tracking":
         close_server()
@@ -306,6 +284,31 @@ def _flip_byte(file: Path | None) -> None:
         stream.write(bytes([byte[0] ^ 0xFF]))
 
 
+def _tear(file: Path | None, folder: Path) -> None:
+    """Leaves half of a checkpoint's file, and half of the last line of each log of steps."""
+    if file is not None:
+        os.truncate(file, file.stat().st_size // 2)
+    for name in (METRICS_FILE, DATA_LOG_FILE):
+        lines = (folder / name).read_bytes().splitlines(keepends=True)
+        os.truncate(folder / name, sum(map(len, lines)) - len(lines[-1]) // 2)
+
+
+def _start_again(recipe: Recipe, folder: Path) -> str:
+    """Starts the run once more, as a person might; returns what is wrong with the answer, if anything is."""
+
+    def work(topology: Topology) -> None:
+        del os.environ[RECORDS_VARIABLE]
+        trainer(recipe)(topology)
+
+    log = folder.with_suffix(".second")
+    with Ranks(1, _as_a_process(work), log) as second:
+        codes = second.exit_codes(PATIENCE_SECONDS)
+    said = log.read_text()
+    # It may also have come when the run was just done.
+    is_refused = "is in use by process" in said and codes == [1]
+    return "" if is_refused or "is complete" in said else f"a second start ended with {codes}: {said[-300:]}"
+
+
 def _server() -> Iterator[tuple[str, Callable[[], None]]]:
     """Yields the address of a server that listens but never answers, and a function that closes it."""
     with socket.socket() as listener:
@@ -325,3 +328,8 @@ def _misnamed(fault: InjectedFault, line: dict[str, object], records: Path) -> I
         named_ranks = {rank for row in read_steps(records / STRAGGLERS_FILE) for rank in row["slow"]}
         if fault.rank not in named_ranks:
             yield f"rank {fault.rank} was slow and not named (named: {sorted(named_ranks)})"
+    if fault.what == "flipped bit":
+        file = records / CORRUPTION_FILE
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        if not any(fault.rank in found["ranks"] for found in lines):
+            yield f"a bit of rank {fault.rank} was flipped and it was not named (found: {lines})"

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from pathlib import Path
 
 HOST_VARIABLE = "FINEGRAIN_HOST"
@@ -40,3 +41,11 @@ def process_start(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def process_seconds() -> float:
+    """Returns how long ago this process began, in seconds; 0 on a system without ``/proc``."""
+    begun = process_start(os.getpid())
+    if not begun:
+        return 0.0
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - begun / os.sysconf("SC_CLK_TCK"))

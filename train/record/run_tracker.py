@@ -14,6 +14,7 @@ from composer.loggers import Logger, LoggerDestination
 from train.record import metrics
 from train.record.log import get_logger
 from train.record.run_folder import METRICS_FILE
+from train.record.start_times import START_CLOCK
 from train.record.step_log import TIMESTAMP, TOKENS, StepLog
 
 logger = get_logger(__name__)
@@ -65,8 +66,9 @@ class RunTracker(LoggerDestination):
         self.log.drop_after(state.timestamp.batch.value)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Writes the batch's line, after every callback has logged."""
+        """Writes the batch's line, after every callback has logged, and after the first the start's times."""
         self._write(state)
+        START_CLOCK.write(self.log.path.parent, state.timestamp.batch.value - 1)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Adds an evaluation to the line of the preceding batch."""

@@ -4,11 +4,12 @@
 
     {"step": 7, "first": 48, "length": 512, "domains": {"code": [4, 2044, "9f0c..."], ...}}
 
-``first`` is the position of the batch's first sequence (null if its positions are not contiguous), ``length``
-the tokens per sequence. Each domain has its sequences, its tokens with a loss, and the digest
-(:mod:`data.shards.digest`) of the sequences that the ranks fed to the model. ``python -m data.audit RUN``
-compares all of it with the plan and the shards. Totals are saved in every checkpoint; a run that resumes from
-one drops later lines.
+``first`` is the position of the batch's first sequence (null, in runs of earlier versions, if its positions
+are not contiguous), ``length`` the tokens per sequence. Each domain has its sequences, its tokens with a
+loss, and the digest (:mod:`data.shards.digest`) of the sequences that the ranks fed to the model. ``python -m
+data.audit RUN`` compares all of it with the plan and the shards. Totals are saved in every checkpoint; a run
+that resumes from one drops later lines. A batch of other positions than it should have read ends the run,
+before it is recorded or saved.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,10 @@ logger = log.get_logger(__name__)
 
 Totals = dict[str, dict[str, int]]
 """``{"code": {"samples": 10, "tokens": 5120}}``"""
+
+
+class WrongDataError(RuntimeError):
+    """A rank has read other sequences than its own; what they have trained is in no checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,13 @@ class DataLog:
         Args:
             step: the step's number, from 1.
             batch: totals with counts by domain.
+
+        Raises:
+            WrongDataError: if the positions that the ranks have read are not the batch's.
         """
         assert batch.domain_sums_GC is not None
         entries = read_entries(batch.domain_sums_GC)
+        self._require_own(step, entries, batch.sequence_tokens)
         figures: dict[str, float] = {}
         for domain, entry in zip(self.domains, entries, strict=True):
             total = self.totals[domain.name]
@@ -106,6 +115,19 @@ class DataLog:
         """Closes the file."""
         if self.log is not None:
             self.log.close()
+
+    def _require_own(self, step: int, entries: list[DomainEntry], length: int) -> None:
+        """Compares the sum of the positions that the ranks have read with that of the batch's."""
+        expected, stride = self.curriculum.samples_before(step - 1), length // self.sample_tokens
+        wanted = self.curriculum.stage_of(step - 1).batch_sequences
+        count = sum(entry.sequences for entry in entries)
+        first = first_position(entries, stride)
+        if (count, first) != (wanted, expected):
+            read = "others"
+            if first is not None and count == wanted:
+                read = f"{first} to {first + count * stride - 1}"
+            own = f"positions {expected} to {expected + wanted * stride - 1}"
+            raise WrongDataError(f"batch {step} has {own}, but the ranks read {read}")
 
     def _write(self, step: int, entries: list[DomainEntry], length: int) -> None:
         assert self.log is not None

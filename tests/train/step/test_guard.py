@@ -22,7 +22,7 @@ def test_a_spike_is_skipped_and_an_ordinary_step_is_not() -> None:
     assert all(guard.judge(loss, norm).action is Action.apply for loss, norm in steps(300))
     verdict = guard.judge(7.0, 1.0)
     assert verdict.action is Action.skip and "loss 7" in verdict.alarms[0]
-    assert guard.judge(4.0, 5.0).alarms == [], "as repetitive text has it, seen in sound runs"
+    assert guard.judge(4.0, 5.0).alarms == [], "as one sequence of eight has it, seen in sound runs"
     assert "gradient norm 30 is" in guard.judge(4.0, 30.0).alarms[0]
     assert [7.0, 1.0] not in guard.recent and guard.judge(4.0, 1.0).action is Action.apply
 
