@@ -3,12 +3,15 @@
 The whole recipe is checked here, within a second, before torch is imported.
 """
 
+import os
+import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 # `python train/main.py` puts train/ itself on the path, where its modules would shadow others.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(ROOT)
 
 from train.evaluate.task_files import check_suite
 from train.health.environment import set_defaults
@@ -17,6 +20,7 @@ from train.readiness import check_readiness
 from train.recipe.catalogue import describe_keys
 from train.recipe.describe import describe_run
 from train.recipe.errors import UserError
+from train.recipe.exit_status import USAGE_STATUS
 from train.recipe.packages import check_packages
 from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.rules import validate
@@ -48,6 +52,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="N",
         help="with --dry-run: as if N ranks were started",
     )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="with --dry-run: the planner's GPU, `none` for no plan (default h100; none for a single rank)",
+    )
 
 
 @command(
@@ -64,6 +73,8 @@ def main(options: Namespace) -> int | Figures:
     topology = Topology.from_environment()
     if options.ranks and not options.dry_run:
         raise UserError("is for --dry-run", key="--ranks", remedy="start N ranks with `composer -n N`")
+    if options.gpu and not options.dry_run:
+        raise UserError("is for --dry-run", key="--gpu", remedy="remove it")
     if options.ranks:
         topology = Topology(world_size=options.ranks, local_world_size=options.ranks)
     recipe = load_recipe(options.recipe, options.overrides)
@@ -78,7 +89,10 @@ def main(options: Namespace) -> int | Figures:
         if not topology.is_main:
             return 0
         text, figures = describe_run(recipe, topology)
-        print(f"{to_yaml(recipe)}\n{text}")
+        print(f"{to_yaml(recipe)}\n{text}", flush=True)
+        gpu = options.gpu or ("h100" if topology.world_size > 1 else "none")
+        if gpu != "none" and not ask_planner(options, topology.world_size, gpu):
+            return USAGE_STATUS
         return Figures(figures)
     check_packages(recipe)
     set_defaults(topology)
@@ -91,6 +105,19 @@ def main(options: Namespace) -> int | Figures:
     from train.run import run
 
     return run(recipe, topology)
+
+
+def ask_planner(options: Namespace, world_size: int, gpu: str) -> bool:
+    """Has the planner print whether the memory suffices; False if it refuses, for example because of the GPU.
+
+    It runs in a process of its own, since training imports nothing of `launch`.
+    """
+    command = [sys.executable, "-m", "launch.plan", options.recipe, *options.overrides]
+    command += ["--gpus", str(world_size), "--gpu", gpu, "--verdict"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return (
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode != USAGE_STATUS
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.plan.goodput import PUBLISHED_FAILURES, RESTART_MINUTES, goodput
 from launch.plan.hardware import GPUS, gpu_named
 from launch.plan.plan_page import write_html
-from launch.plan.search import remedies, search
+from launch.plan.search import remedies, search, verdict
 from launch.plan.step import make_plan
 from launch.plan.table5 import format_table5, table5
 from launch.plan.text import format_plan, format_search, plan_figures
@@ -51,6 +51,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help=f"time from a failure to the first new step (default {RESTART_MINUTES:g}, assumed)",
     )
     parser.add_argument("--price", type=float, default=0.0, help="dollars per GPU-hour")
+    parser.add_argument("--verdict", action="store_true", help="one line: the memory, and what makes it fit")
     parser.add_argument(
         "--search", action="store_true", help="try layouts and microbatches and rank those that fit"
     )
@@ -93,6 +94,10 @@ def plan_recipe(options: Namespace) -> Figures:
             write_html(Path(options.html), plans[0])
         return Figures([plan_figures(plan) for plan in plans], 0 if plans else DOES_NOT_FIT_STATUS)
     plan = make_plan(recipe, options.gpus, gpu, file=options.recipe, **prices)
+    if options.verdict:
+        line, fits = verdict(plan)
+        print(line)
+        return Figures(plan_figures(plan), 0 if fits else DOES_NOT_FIT_STATUS)
     kept = goodput(plan, options.failures, options.restart_minutes)
     print(format_plan(plan, kept))
     if options.html:

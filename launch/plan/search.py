@@ -184,8 +184,20 @@ def search(
     return sorted(found, key=lambda plan: plan.days)
 
 
+def verdict(plan: Plan) -> tuple[str, bool]:
+    """Returns a line on the memory of a plan, with a remedy if it does not fit, and whether it fits."""
+    share = plan.fullest.memory.total / plan.gpu.memory_bytes
+    line = f"plan: the peak of a step takes {share:.0%} of an {plan.gpu.name.upper()}'s memory"
+    return (line, True) if plan.fits else (f"{line}; {(sufficient_changes(plan) or _others(plan))[0]}", False)
+
+
 def remedies(plan: Plan) -> list[str]:
     """Remedies for a plan that does not fit: single changes that suffice, then the fastest layout of all."""
+    return [*sufficient_changes(plan), *_others(plan)]
+
+
+def sufficient_changes(plan: Plan) -> list[str]:
+    """Returns the changes of one key that make a plan fit, one for each key."""
     recipe, own = plan.recipe, choice_of(plan.recipe)
     single_changes = []
     for choice in choices(recipe, plan.world_size):
@@ -206,9 +218,14 @@ def remedies(plan: Plan) -> list[str]:
             best_value = values[0].value if name == "recompute" else max(values)
             best_value = min(values) if name == "context" else best_value
             lines.append(f"{key}={best_value} by itself makes it fit")
-    best = search(recipe, plan.world_size, plan.gpu, imbalance=plan.imbalance)
+    return lines
+
+
+def _others(plan: Plan) -> list[str]:
+    """Returns the fastest layout that fits; if there is none, the number of GPUs that is needed."""
+    best = search(plan.recipe, plan.world_size, plan.gpu, imbalance=plan.imbalance)
     if best:
-        return [*lines, f"fastest that fits: {choice_of(best[0].recipe).overrides()}"]
+        return [f"fastest that fits: {choice_of(best[0].recipe).overrides()}"]
     more = _gpus_needed(plan)
     if more:
         return [f"nothing fits {plan.world_size} GPUs: use {more}"]

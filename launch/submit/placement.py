@@ -6,6 +6,7 @@ multiple of its size. It stays within a node exactly if its size divides the num
 """
 
 from launch.plan.hardware import GPUS
+from launch.plan.search import verdict
 from launch.plan.step import make_plan
 from launch.submit.job import Device, Job
 from train.recipe.errors import UserError
@@ -28,13 +29,8 @@ def check_memory(job: Job, recipe: Recipe) -> list[str]:
     name = job.gpu_type.lower()
     if job.device is not Device.cuda or name not in GPUS:
         return []
-    plan = make_plan(recipe, job.world_size, GPUS[name], file=job.recipe_file)
-    share = plan.fullest.memory.total / plan.gpu.memory_bytes
-    line = f"plan: the peak of a step takes {share:.0%} of an {job.gpu_type}'s memory"
-    if plan.fits:
-        return [line]
-    command = f"python -m launch.plan {job.recipe_file} --gpus {job.world_size} --gpu {name}"
-    return [f"warning: {line}; `{command}` says what would make it fit"]
+    line, fits = verdict(make_plan(recipe, job.world_size, GPUS[name], file=job.recipe_file))
+    return [line if fits else f"warning: {line}"]
 
 
 def check_placement(job: Job, recipe: Recipe) -> list[str]:

@@ -1,6 +1,7 @@
 """Options that differ by site: directives, set-up, secrets, queues, tolerations, folders, memory."""
 
 import os
+import re
 import shlex
 import subprocess
 from dataclasses import replace
@@ -21,6 +22,7 @@ from train.recipe.reading import load_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = str(ROOT / "yamls/dbrx-moe-a.yaml")
+TOO_LARGE = ["training.global_batch_sequences=6144", "training.microbatch_sequences=96"]
 JOB = Job(RECIPE, name="moe-a", nodes=8, workdir="/finegrain")
 
 
@@ -147,17 +149,26 @@ def test_the_planner_is_asked() -> None:
     share = f"{plan.fullest.memory.total / GPUS['h100'].memory_bytes:.0%}"
     line = f"plan: the peak of a step takes {share} of an H100's memory"
     assert plan.fits and check_memory(JOB, recipe) == [line]
-    large = load_recipe(RECIPE, ["training.global_batch_sequences=6144", "training.microbatch_sequences=96"])
+    large = load_recipe(RECIPE, TOO_LARGE)
     assert not make_plan(large, 64, GPUS["h100"]).fits
     (line,) = check_memory(JOB, large)
-    assert line.startswith("warning: plan: ") and f"launch.plan {RECIPE} --gpus 64 --gpu h100" in line
+    assert re.fullmatch(
+        r"warning: plan: .* takes \d+% .*; (training\.microbatch_sequences)=(\d+) by .*", line
+    )
+    key, value = re.findall(r"([\w.]+)=(\d+) by", line)[0]
+    assert make_plan(load_recipe(RECIPE, [*TOO_LARGE, f"{key}={value}"]), 64, GPUS["h100"]).fits
     assert check_memory(replace(JOB, gpu_type="B999"), recipe) == []
 
 
-def test_a_dry_run_takes_the_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train([RECIPE, "--dry-run", "--ranks", "64"]) == 0
-    assert "= 64 ranks x" in capsys.readouterr().out
+def test_a_dry_run_takes_the_number_of_ranks_and_asks_the_planner(capfd: pytest.CaptureFixture[str]) -> None:
+    assert train([RECIPE, *TOO_LARGE, "--dry-run", "--ranks", "64"]) == 0
+    said = capfd.readouterr().out
+    assert "= 64 ranks x" in said
+    assert check_memory(JOB, load_recipe(RECIPE, TOO_LARGE)) == [f"warning: {said.splitlines()[-1]}"]
+    assert train([RECIPE, "--dry-run", "--ranks", "64", "--gpu", "h999"]) == 2
+    assert "--gpu: 'h999' is not known" in capfd.readouterr().err
     assert train([RECIPE, "--dry-run", "--ranks", "7"]) == 2
-    assert "training.global_batch_sequences" in capsys.readouterr().err
-    assert train([RECIPE, "--ranks", "7"]) == 2
-    assert "--ranks: is for --dry-run" in capsys.readouterr().err
+    assert "training.global_batch_sequences" in capfd.readouterr().err
+    for option, value in (("--ranks", "7"), ("--gpu", "h100")):
+        assert train([RECIPE, option, value]) == 2
+        assert f"{option}: is for --dry-run" in capfd.readouterr().err
