@@ -27,11 +27,6 @@ def test_every_command_exists() -> None:
         assert (ROOT / file).is_file(), file
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-
-
 def test_nothing_large_is_tracked() -> None:
     listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     files = [ROOT / name for name in listing.stdout.split("\0") if name]
