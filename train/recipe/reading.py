@@ -253,8 +253,10 @@ def _explain(error: OmegaConfBaseException | UserError, file: str) -> UserError:
     """Turns OmegaConf's error into one of ours, in one line."""
     if isinstance(error, UserError):
         return error.at(file)
-    if isinstance(error.__cause__, UserError):
-        return error.__cause__.at(file)
+    inner: BaseException | None = error
+    while inner := inner.__cause__ or inner.__context__:
+        if isinstance(inner, UserError):  # One of ours, in a resolver.
+            return inner.at(file)
     text = str(error).split("\n")[0]
     key = str(error.full_key or error.key or "")
     in_schema = re.sub(r"\[\d+\]", "[]", key)

@@ -88,6 +88,7 @@ def test_somebody_elses_recipe_reads_no_variable(
     with pytest.raises(UserError) as raised:
         load_recipe(tmp_path / "theirs.yaml")
     line = str(raised.value)
+    assert "raised while resolving" not in line, "ours, not OmegaConf's"
     assert "not-for-others" not in line and "\n" not in line and line.startswith(f"{tmp_path}/theirs.yaml: ")
 
 
