@@ -1,7 +1,5 @@
 """The results of exploring shards as one self-contained page, with a map and a search of documents."""
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +75,6 @@ def shards_page(found: Exploration) -> str:
         excerpt=EXCERPT_CHARACTERS,
         tree=_tree(found),
         script=script,
-        script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 

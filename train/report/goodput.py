@@ -22,11 +22,18 @@ def goodput(run_dir: Path, summary: Summary) -> float | None:
     Returns:
         None if no try of it has ended before, or its log cannot be read.
     """
-    run_dir = run_dir.resolve()
-    log = run_dir.parent / (run_dir.name + RESTARTS)
     try:
-        begun = float(json.loads(log.read_text().splitlines()[0])["begun"])
-        seconds = (run_dir / SUMMARY_FILE).stat().st_mtime - begun
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        seconds = (run_dir / SUMMARY_FILE).stat().st_mtime - tries_of(run_dir)[0]
+    except (OSError, IndexError):
         return None
     return min(1.0, summary.seconds / seconds) if seconds > 0 else None
+
+
+def tries_of(run_dir: Path) -> list[float]:
+    """Returns when the supervisor's tries that ended began, in Unix seconds; none without a sound log."""
+    run_dir = run_dir.resolve()
+    try:
+        lines = (run_dir.parent / (run_dir.name + RESTARTS)).read_text().splitlines()
+        return [float(json.loads(line)["begun"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -63,7 +63,7 @@ def loss_figure(runs: Sequence[RunRecord], names: Sequence[str]) -> Markup:
         axes[1].set_ylabel("validation, nats/token")
         axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
 
-    return draw_svg("Training and validation loss over tokens", draw, heights=(3.2, 2.4))
+    return draw_svg("Training and validation loss over tokens", draw, heights=(3.2, 2.4), marks=())
 
 
 def validation_means(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +109,7 @@ def _lines(runs: Sequence[RunRecord], names: Sequence[str], keys: tuple[str, str
                 log_scale(axis)
 
     title = " and ".join(_label(key) for key in keys)
-    return draw_svg(f"{title.capitalize()} over tokens", draw, heights=(1.8, 1.8))
+    return draw_svg(f"{title.capitalize()} over tokens", draw, heights=(1.8, 1.8), marks=())
 
 
 def _label(key: str) -> str:

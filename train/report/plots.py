@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from train.record import metrics
 from train.record.page.svg import COLOURS, INK, STYLE, WIDTH_INCHES, draw_svg, log_scale
-from train.record.step_log import STEP, TOKENS
+from train.report.marks import marks_of
 from train.report.run_record import RunRecord, Series
 
 # Shapes: N recorded steps, L layers, E experts.
@@ -27,7 +27,14 @@ def loss_figure(run: RunRecord) -> Markup:
     def draw(axes: Sequence[Any]) -> None:
         (axis,) = axes
         training = thinned(run.series(metrics.LOSS))
-        axis.plot(millions(training), training.values, color=COLOURS[0], alpha=0.25, linewidth=0.8)
+        axis.plot(
+            millions(training),
+            training.values,
+            color=COLOURS[0],
+            alpha=0.25,
+            linewidth=0.8,
+            label="_training",
+        )
         axis.plot(millions(training), smoothed(training.values), color=COLOURS[0], label="training, smoothed")
         for colour, (domain, key) in zip(
             cycle(COLOURS[1:]), metrics.match_names(metrics.LOSS_VALIDATION, run.keys).items(), strict=False
@@ -53,20 +60,10 @@ def loss_figure(run: RunRecord) -> Markup:
                     ha="right",
                     color=colour,
                 )
-        _mark_alarms(axis, run)
         axis.set_ylabel("nats per token")
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
 
-    return draw_svg("Loss over tokens", draw, heights=(3.8,))
-
-
-def _mark_alarms(axis: Any, run: RunRecord) -> None:
-    """Marks the steps that raised alarms at the bottom of a figure over tokens."""
-    steps = {alarm.step for alarm in run.alarms}
-    places = [line[TOKENS] / 1e6 for line in run.steps if line[STEP] in steps]
-    if places:
-        bottom = axis.get_xaxis_transform()
-        axis.plot(places, [0.02] * len(places), "^", color=COLOURS[4], transform=bottom, label="alarm")
+    return draw_svg("Loss over tokens", draw, heights=(3.8,), marks=marks_of(run))
 
 
 def throughput_figure(run: RunRecord) -> Markup:
@@ -80,12 +77,14 @@ def throughput_figure(run: RunRecord) -> Markup:
             series = thinned(run.series(key))
             values = series.values * scale
             axis.plot(millions(series), values, color=colour, alpha=0.35, linewidth=0.8)
-            axis.plot(millions(series), smoothed(values), color=colour)
+            axis.plot(millions(series), smoothed(values), color=colour, label="_smoothed")
             axis.set_ylabel(label)
             axis.set_ylim(0, None)
             axis.yaxis.set_major_formatter("{x:,.0f}" if np.nanmax(values) > 5 else "{x:g}")
 
-    return draw_svg("Throughput and FLOP utilisation over tokens", draw, heights=(2.0, 2.0))
+    return draw_svg(
+        "Throughput and FLOP utilisation over tokens", draw, heights=(2.0, 2.0), marks=marks_of(run)
+    )
 
 
 def optimisation_figure(run: RunRecord) -> Markup:
@@ -102,10 +101,13 @@ def optimisation_figure(run: RunRecord) -> Markup:
         axes[1].set_ylabel("gradient norm")
         if np.nanmin(norm.values, initial=np.inf) > 0:
             # Geometric means: a single spike would raise an arithmetic mean over its whole window.
-            axes[1].plot(millions(norm), np.exp(smoothed(np.log(norm.values))), color=COLOURS[1])
+            smooth = np.exp(smoothed(np.log(norm.values)))
+            axes[1].plot(millions(norm), smooth, color=COLOURS[1], label="_smoothed")
             log_scale(axes[1])
 
-    return draw_svg("Learning rate and gradient norm over tokens", draw, heights=(1.8, 2.0))
+    return draw_svg(
+        "Learning rate and gradient norm over tokens", draw, heights=(1.8, 2.0), marks=marks_of(run)
+    )
 
 
 def memory_figure(run: RunRecord) -> Markup:
@@ -129,7 +131,7 @@ def memory_figure(run: RunRecord) -> Markup:
             axis.set_ylim(0, None)
             axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
-    return draw_svg("Memory over tokens", draw, heights=(1.8,) * len(groups))
+    return draw_svg("Memory over tokens", draw, heights=(1.8,) * len(groups), marks=marks_of(run))
 
 
 def sensors_figure(run: RunRecord) -> Markup:
@@ -145,7 +147,9 @@ def sensors_figure(run: RunRecord) -> Markup:
             axis.set_ylabel(label)
             axis.set_ylim(0, None)
 
-    return draw_svg("Power and temperature of the GPU over tokens", draw, heights=(1.6, 1.6))
+    return draw_svg(
+        "Power and temperature of the GPU over tokens", draw, heights=(1.6, 1.6), marks=marks_of(run)
+    )
 
 
 def layers_figure(run: RunRecord) -> Markup:
@@ -185,7 +189,9 @@ def layers_figure(run: RunRecord) -> Markup:
             bar.outline.set_visible(False)
 
     height = max(1.4, min(4, 0.25 * len(layers)))
-    return draw_svg("Norms over layers and tokens", draw, heights=(height,) * len(panels))
+    return draw_svg(
+        "Norms over layers and tokens", draw, heights=(height,) * len(panels), marks=marks_of(run)
+    )
 
 
 def router_figure(run: RunRecord) -> Markup:
@@ -211,7 +217,7 @@ def router_figure(run: RunRecord) -> Markup:
         ):
             for layer in layers:
                 series = thinned(run.series(metrics.of_layer(key, layer)))
-                shown = label if layer == 0 else None
+                shown = f"{'_' if layer else ''}{label}"
                 axes[1].plot(
                     millions(series),
                     smoothed(series.values * experts),
@@ -225,7 +231,9 @@ def router_figure(run: RunRecord) -> Markup:
         axes[1].set_ylim(0, None)
         axes[1].legend(ncols=2)
 
-    return draw_svg("Router losses and extreme loads over tokens", draw, heights=(1.8, 2.2))
+    return draw_svg(
+        "Router losses and extreme loads over tokens", draw, heights=(1.8, 2.2), marks=marks_of(run)
+    )
 
 
 def entropy_figure(run: RunRecord) -> Markup:

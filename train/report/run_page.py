@@ -13,6 +13,7 @@ from train.record.run_folder import LOAD_PICTURE_FILE, REPORT_FILE
 from train.record.skips import names_of
 from train.report.evaluation import newest_evaluations, scores_over_time
 from train.report.goodput import goodput
+from train.report.marks import kinds_of, marks_of, step_places
 from train.report.progress import progress_of
 from train.report.run_record import RunRecord, read_run
 
@@ -52,6 +53,8 @@ def report_page(run: RunRecord) -> str:
         validation=validation_rows(run),
         domains=domain_rows(run),
         changes=change_rows(run),
+        mark_kinds=kinds_of(marks_of(run)),
+        step_places=step_places(run),
         alarms=alarm_rows(run),
         step_parts=step_parts(run),
         experts=expert_counts(run),

@@ -3,8 +3,6 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from data.explore.sample import Shards, draw_documents, draw_lines
 from data.explore.shards_page import write_page
 from data.text.installed import CorpusDocument
 from data.write_shards import build_shards
+from tests.browser import opened
 from train.recipe.errors import UserError
 from train.recipe.preparation import Source, SourceKind
 from train.recipe.schema import Recipe
@@ -137,33 +136,6 @@ def test_lines_are_drawn_evenly(tmp_path: Path) -> None:
     assert [line["n"] for line in draw_lines(path, 500, 0)] == list(range(200))
     means = [np.mean([line["n"] for line in draw_lines(path, 50, seed)]) for seed in range(40)]
     assert abs(np.mean(means) - 99.5) < 5
-
-
-def browser() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if path := shutil.which(name):
-            return path
-    pytest.skip("no Chromium here to open the page in")
-
-
-def opened(page: Path, view: str = "") -> tuple[str, str]:
-    """The page in a browser after its scripts have run, and the browser's complaints."""
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--virtual-time-budget=5000",
-    ]
-    options += ["--enable-logging=stderr", f"--user-data-dir={page.parent / 'profile'}", "--dump-dom"]
-    done = subprocess.run(
-        [browser(), *options, f"{page.as_uri()}{view}"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
-    )
-    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
 def test_the_page_is_searched_in_a_browser(found: Exploration, tmp_path: Path) -> None:

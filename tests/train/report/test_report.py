@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.browser import opened
 from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.units import duration
 from train.record import metrics
+from train.record.changes import Change, KeyChange, write_changes
 from train.record.lease import hold, release
+from train.record.page.rendering import digest
 from train.record.step_log import EXPERT_LOAD_FILE, StepLog
 from train.record.summary import DatasetInput, Summary, read_summary, write_summary
 from train.report.__main__ import main
+from train.report.marks import step_places
 from train.report.plots import smoothed, thinned
 from train.report.run_page import key_figures, write_report
 from train.report.run_record import Series, read_run
@@ -94,7 +98,7 @@ class Links(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "data", "action")]
-        assert tag not in ("script", "link", "iframe", "object", "embed")
+        assert tag not in ("link", "iframe", "object", "embed")
         if tag not in ("meta", "br", "path", "use", "image"):
             self.open.append(tag)
 
@@ -139,6 +143,57 @@ def test_nothing_is_loaded_from_outside(page: str) -> None:
     assert links.addresses
     assert all(address.startswith(("#", "data:")) for address in links.addresses)
     assert not re.search(r"https?:|//\w+\.\w+|@import|url\((?!#)", page)
+
+
+POINT = """
+const svg = document.querySelector("svg[data-chart]"), [axis] = JSON.parse(svg.dataset.chart);
+const line = document.getElementById(axis.lines[0].id).querySelector("path"), before = line.getAttribute("d");
+svg.setPointerCapture = () => {};
+function fire(type, tokens) {
+  const range = window.zoomed ?? axis.x, share = (tokens - range[0]) / (range[1] - range[0]);
+  const place = new DOMPoint(axis.box[0] + share * axis.box[2], axis.box[1] + axis.box[3] / 2);
+  const { x, y } = place.matrixTransform(svg.getScreenCTM());
+  svg.dispatchEvent(new PointerEvent(type, { clientX: x, clientY: y, button: 0, pointerType: "mouse" }));
+}
+const said = () => [...document.querySelector(".tooltip").children].map((row) => row.textContent);
+const found = {};
+fire("pointermove", 0.00702), (found.whole = said());
+fire("pointerdown", 0.01), fire("pointermove", 0.02), fire("pointerup", 0.02), (window.zoomed = [0.01, 0.02]);
+fire("pointermove", 0.01198), (found.zoomed = said());
+found.ends = [line.getAttribute("d") !== before, document.body.className];
+svg.dispatchEvent(new MouseEvent("dblclick")), (found.restored = line.getAttribute("d") === before);
+document.body.insertAdjacentHTML("beforeend", `<pre id="found">${JSON.stringify(found)}</pre>`);
+"""
+"""Points at 7,000 tokens, drags from 10,000 to 20,000, points at 12,000 there, and double-clicks."""
+
+
+def test_values_under_the_pointer_and_zoom_in_a_browser(tmp_path: Path) -> None:
+    run_dir = leave_run(tmp_path / "toy")
+    fields = {"alarms": ["spike: loss 9"], "action": "skip", "documents": []}
+    StepLog(run_dir / "alarms.jsonl").write(7, fields)
+    keys = (KeyChange("guard.norm_deviations", 20, 100),)
+    write_changes(run_dir, [Change(12, 12_000, "2026-11-28 12:00", "toy", "", keys)])
+    page = write_report(run_dir)
+    # The policy admits the page's own script; the test's is admitted in the same way.
+    (own,) = re.findall(r"<script>(.*)</script>", page.read_text(), flags=re.DOTALL)
+    assert f"script-src '{digest(own)}'" in page.read_text()
+    text = page.read_text().replace(f"'{digest(own)}'", f"'{digest(own)}' '{digest(POINT)}'")
+    page.write_text(text.replace("</body>", f"<script>{POINT}</script></body>"))
+    whole, complaints = opened(page)
+    assert complaints == ""
+    found = json.loads(re.findall(r'<pre id="found">(.*?)</pre>', whole)[-1])
+    assert found["whole"][0] == "step 7, 0.007 million tokens" and "training: 0.1429" in found["whole"]
+    assert found["whole"][-1] == "alarm: spike: loss 9 (skip)"
+    assert found["zoomed"][0] == "step 12, 0.012 million tokens" and "training: 0.08333" in found["zoomed"]
+    assert found["zoomed"][-1] == "resumed: guard.norm_deviations 20 to 100"
+    assert found["ends"] == [True, "zoomed"] and found["restored"]
+
+
+def test_steps_follow_from_tokens_where_batches_change(tmp_path: Path) -> None:
+    run = read_run(leave_run(tmp_path / "toy", steps=4, experts=False))
+    for line, tokens in zip(run.steps, (1000, 2000, 4000, 6000), strict=True):
+        line["tokens"] = tokens
+    assert step_places(run) == [(0.001, 1), (0.002, 2), (0.006, 4)]
 
 
 def test_figures_take_the_pages_ink(page: str) -> None:

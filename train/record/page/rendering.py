@@ -1,5 +1,7 @@
 """Pages from Jinja2 templates: one base, every value escaped, no external resources."""
 
+import base64
+import hashlib
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -32,6 +34,11 @@ def verbatim(file: str) -> Markup:
     return Markup((ROOT / file).read_text())
 
 
+def digest(script: str) -> str:
+    """Returns a script's SHA-256 as a page's content security policy names it."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
 def numeric_columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[bool]:
     """Returns for each column whether it contains only numbers and empty cells."""
     filled = [[row[column] for row in rows if row[column]] for column in range(len(heads))]
@@ -48,6 +55,6 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"verbatim": verbatim, "numeric_columns": numeric_columns}
+    environment.globals |= {"verbatim": verbatim, "numeric_columns": numeric_columns, "digest": digest}
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     return environment
