@@ -253,10 +253,11 @@ def _explain(error: OmegaConfBaseException | UserError, file: str) -> UserError:
     """Turns OmegaConf's error into one of ours, in one line."""
     if isinstance(error, UserError):
         return error.at(file)
-    inner: BaseException | None = error
-    while inner := inner.__cause__ or inner.__context__:
+    outer: BaseException = error
+    while (inner := outer.__cause__ or outer.__context__) is not None:
         if isinstance(inner, UserError):  # One of ours, in a resolver.
             return inner.at(file)
+        outer = inner
     text = str(error).split("\n")[0]
     key = str(error.full_key or error.key or "")
     in_schema = re.sub(r"\[\d+\]", "[]", key)
