@@ -17,7 +17,7 @@ from train.step import microbatch, step
 from train.step.microbatch import MicrobatchModel
 
 Changes = tuple[tuple[str, object], ...]
-"""Keys of `model.moe` and their values."""
+"""Keys of `model` or `model.moe` and their values."""
 GLOBAL_SCOPE: Changes = (("balance", Balance.loss), ("balance_scope", BalanceScope.global_batch))
 FINER: Changes = (
     ("score", Score.sigmoid),

@@ -27,7 +27,7 @@ from train.model import decoder
 from train.model.attention import AttentionPlan
 from train.model.moe import MoE
 from train.recipe.matrices import Stack
-from train.recipe.schema import Model, OptimizerKind, Precision, Recipe
+from train.recipe.schema import Model, OptimizerKind, Precision, Recipe, TransferBase
 from train.step import balance, step
 from train.step.language_model import LanguageModel
 
@@ -56,14 +56,14 @@ class KnownFault:
     """fp32: it is detected in every precision in which its input is run. bf16: it must be in that one."""
     optimizer: OptimizerKind | None = None
     """The optimizer that it is a fault of; None: of any."""
-    mtp: bool = False
-    """It is a fault of multi-token prediction."""
+    model: Changes = ()
+    """Changes of the recipe's model without which it has no effect."""
 
     def recipe_of(self, recipe: Recipe) -> Recipe:
         """The recipe in which the fault has an effect."""
         assert recipe.model.moe is not None
         moe = replace(recipe.model.moe, **dict(self.experts))  # type: ignore[arg-type]
-        recipe = replace(recipe, model=replace(recipe.model, moe=moe, mtp=recipe.model.mtp or self.mtp))
+        recipe = replace(recipe, model=replace(recipe.model, moe=moe, **dict(self.model)))  # type: ignore[arg-type]
         if self.optimizer is not None:
             recipe = replace(recipe, optimizer=replace(recipe.optimizer, kind=self.optimizer))
         return recipe
@@ -321,6 +321,12 @@ FAULTS = {
         "weights",
         precision=Precision.bf16,
     ),
+    "expert-rate-lost": KnownFault(
+        "experts' learning rate not scaled from the base's",
+        lambda: update_faults.with_optimizer(update_faults.lose_expert_rates),
+        "settings",
+        model=(("transfer_base", TransferBase(64, 2, 2, 112, top_k=2)),),
+    ),
     "rate-of-one-rank": KnownFault(
         "a learning rate that reaches only the first rank",
         update_faults.rate_of_one_rank,
@@ -373,7 +379,7 @@ FAULTS = {
         "a loss of multi-token prediction divided by the microbatch's own targets",
         expert_faults.divide_by_own_targets,
         "loss",
-        mtp=True,
+        model=(("mtp", True),),
     ),
     "border-target-lost": KnownFault(
         "the last target of each part of a sequence lost, as if targets were made of parts",

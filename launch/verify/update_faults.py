@@ -122,6 +122,14 @@ def decay_norms_unseen(model: nn.Module, optimizer: Optimizer) -> None:
     optimizer.register_step_post_hook(after_step)
 
 
+def lose_expert_rates(model: nn.Module, optimizer: Optimizer) -> None:
+    """Trains experts with the recipe's own learning rate."""
+    experts = {parameter for name, parameter in model.named_parameters() if ".experts." in name}
+    for group in optimizer.param_groups:
+        if not experts.isdisjoint(group["params"]):
+            group["lr_scale"] = 1.0
+
+
 def rate_of_one_rank() -> AbstractContextManager[Any]:
     """Halves the learning rate of every rank but the first."""
     original = step.learning_rate

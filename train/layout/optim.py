@@ -21,6 +21,7 @@ from train.model.decoder import Decoder
 from train.recipe.matrices import Stack, is_orthogonalised, stacked_rows
 from train.recipe.schema import Decay, Model, Moments, OptimizerKind, Schedule, ScheduleKind
 from train.recipe.schema import Optimizer as OptimizerRecipe
+from train.recipe.transfer import Scales, transfer_scales
 
 
 class _Kind(NamedTuple):
@@ -32,13 +33,16 @@ class _Kind(NamedTuple):
     """Routers are not, where others are."""
     is_orthogonal: bool
     """Muon updates it."""
+    scales: Scales
+    """Of `model.transfer_base`."""
 
 
 def build_optimizer(model: nn.Module, recipe: OptimizerRecipe, seed: int = 0) -> torch.optim.Optimizer:
     """Builds the recipe's optimizer of the model's parameters, with decoupled weight decay of matrices only.
 
-    Experts form separate parameter groups, and so do routers where others are sharded. A group's ``lr_scale``
-    is its learning rate as a multiple of the recipe's.
+    Experts form separate parameter groups, and so do routers where others are sharded, and weights whose
+    rates differ by `model.transfer_base`. A group's ``lr_scale`` is its learning rate as a multiple of the
+    recipe's.
 
     Args:
         model: the model, on its device and sharded.
@@ -46,27 +50,39 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe, seed: int = 0) ->
         seed: of the rounding of moments in bf16.
     """
     kinds: dict[_Kind, list[nn.Parameter]] = {}
+    decoder = _decoder_of(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:  # Frozen: neither updated nor decayed.
             continue
         is_orthogonal = recipe.kind is OptimizerKind.muon and is_orthogonalised(name, parameter.shape)
-        kind = _Kind(parameter.ndim > 1, ".experts." in name, isinstance(parameter, DTensor), is_orthogonal)
+        scales = Scales()
+        if decoder is not None:
+            # Weights that differ only in their initial scale share a group.
+            scales = transfer_scales(decoder.cfg, name, orthogonal=is_orthogonal)._replace(std=1.0)
+        is_sharded = isinstance(parameter, DTensor)
+        kind = _Kind(parameter.ndim > 1, ".experts." in name, is_sharded, is_orthogonal, scales)
         kinds.setdefault(kind, []).append(parameter)
     decay = recipe.weight_decay
     if recipe.kind is OptimizerKind.lion:
         # LLM Foundry's Lion decays by weight_decay * lr / initial lr; now by weight_decay * lr like AdamW.
         decay *= recipe.learning_rate
     groups: list[dict[str, Any]] = [
-        {"params": parameters, "weight_decay": decay if kind.is_matrix else 0.0, "lr_scale": 1.0}
+        {
+            "params": parameters,
+            # Per step, a weight loses rate * decay of itself, at any rate.
+            "weight_decay": decay / kind.scales.rate if kind.is_matrix else 0.0,
+            "lr_scale": kind.scales.rate,
+        }
         for kind, parameters in kinds.items()
     ]
+    if recipe.kind is not OptimizerKind.lion:
+        for kind, group in zip(kinds, groups, strict=True):
+            group["eps"] = recipe.eps * kind.scales.eps
     if recipe.kind is OptimizerKind.muon:
         rate_of_rest = (recipe.adamw_learning_rate or recipe.learning_rate) / recipe.learning_rate
         for kind, group in zip(kinds, groups, strict=True):
-            group |= {
-                "orthogonal": kind.is_orthogonal,
-                "lr_scale": 1.0 if kind.is_orthogonal else rate_of_rest,
-            }
+            group["orthogonal"] = kind.is_orthogonal
+            group["lr_scale"] *= 1.0 if kind.is_orthogonal else rate_of_rest
     optimizer = _of_kind(groups, model, recipe, seed)
     for group in optimizer.param_groups:
         group["lr"] = recipe.learning_rate * group["lr_scale"]
@@ -86,7 +102,7 @@ def _of_kind(
     if recipe.kind is OptimizerKind.adamw:
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=recipe.eps, fused=True)
     if recipe.kind is OptimizerKind.muon:
-        decoder = next((module for module in model.modules() if isinstance(module, Decoder)), None)
+        decoder = _decoder_of(model)
         names = {parameter: name for name, parameter in model.named_parameters()}
         stacks: dict[Tensor, tuple[Stack, dist.ProcessGroup | None]] = {
             p: stack_of(names[p], p, decoder.cfg if decoder is not None else None)
@@ -106,6 +122,10 @@ def _of_kind(
         )
     lion: torch.optim.Optimizer = load_lion().DecoupledLionW(groups, lr=lr, betas=betas)
     return lion
+
+
+def _decoder_of(model: nn.Module) -> Decoder | None:
+    return next((module for module in model.modules() if isinstance(module, Decoder)), None)
 
 
 def _place(number: int, parameter: nn.Parameter) -> Place:

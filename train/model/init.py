@@ -14,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from train.recipe import sizes
 from train.recipe.schema import Model
+from train.recipe.transfer import transfer_scales
 
 BLOCK_ROWS = 4096
 """Rows of a block; for expert weights a block is one expert."""
@@ -62,7 +63,7 @@ def fill_rows(name: str, rows: Tensor, *, first_row: int, total_rows: int, cfg: 
         rows.fill_(1.0)
         return
     block_rows = sizes.expert_width(cfg) if name.endswith(EXPERT_WEIGHTS) else min(BLOCK_ROWS, total_rows)
-    std = cfg.init_std
+    std = cfg.init_std * transfer_scales(cfg, name).std
     if name.endswith(RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * cfg.n_layers)
     last_row = first_row + rows.shape[0]

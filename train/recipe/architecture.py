@@ -168,6 +168,23 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class TransferBase:
+    """Sizes of the small model with which learning rate, initial scale, eps and decay were found."""
+
+    d_model: int = key(above=0)
+    """Its width."""
+    n_layers: int = key(above=0)
+    """Its layers."""
+    n_heads: int = key(above=0)
+    """Its attention heads, as wide as this model's."""
+    hidden_size: int = key(above=0)
+    """Hidden size of its experts, or of its feed-forward network if it has none. Dense layers of a mixture
+    and shared experts are taken to grow with the width."""
+    top_k: int = key(1, above=0)
+    """Experts that a token uses in it; 1 for a dense model."""
+
+
+@dataclass(frozen=True)
 class Model:
     """The decoder. Names follow DBRX in Hugging Face."""
 
@@ -215,6 +232,10 @@ class Model:
     init_std: float = key(0.02, above=0, on_start=OnStart.free)
     """Standard deviation of initial weights; projections into the residual stream are divided by
     sqrt(2 n_layers) (Radford et al. 2019)."""
+    transfer_base: Optional[TransferBase] = key(None, on_start=OnStart.free)
+    """Initial scale, learning rate, eps and decay are good for a model of these sizes; each weight's are
+    scaled to this one's (Tensor Programs V, CompleteP and their extension to mixtures: docs/optimizers.md).
+    null: the same for every weight at any size. Multiplies no activation: exports are as without."""
     logit_z_loss_weight: float = key(0.0, at_least=0, on_start=OnStart.free)
     """Weight of the mean squared log-sum-exp of the output logits, which keeps them from drifting (Chowdhery
     et al. 2022, PaLM, section 5). PaLM: 1e-4. 0: none."""

@@ -30,6 +30,7 @@ from train.recipe.schema import (
     Training,
 )
 from train.recipe.topology import Topology
+from train.recipe.transfer import check_transfer
 
 CL100K_TOKENS = 100_278
 """Token ids of cl100k_base, including DBRX's padding token (100277)."""
@@ -51,6 +52,7 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
     errors: list[UserError] = []
     for check in (
         _model,
+        check_transfer,
         _data,
         check_phases,
         _start,

@@ -24,6 +24,7 @@ from train.recipe.architecture import (
     Position,
     QkNormOver,
     Score,
+    TransferBase,
     Yarn,
 )
 from train.recipe.keys import OnResume, key
@@ -88,6 +89,7 @@ __all__ = [
     "TokenizerKind",
     "Tracking",
     "Training",
+    "TransferBase",
     "Yarn",
 ]
 

@@ -13,7 +13,17 @@ from dataclasses import replace
 
 from train.recipe import sizes
 from train.recipe.phases import phases_of
-from train.recipe.schema import ExchangePrecision, Model, Moe, Phase, Recipe, Start, Tokenizer, TokenizerKind
+from train.recipe.schema import (
+    ExchangePrecision,
+    Model,
+    Moe,
+    Phase,
+    Recipe,
+    Start,
+    Tokenizer,
+    TokenizerKind,
+    TransferBase,
+)
 
 HEAD_WIDTH = 16
 MOST_KV_HEADS = 2
@@ -144,9 +154,22 @@ def _tiny_model(model: Model, *, tile: int) -> Model:
         head_width=HEAD_WIDTH if has_own_width and latent is None else None,
         latent=latent,
         ffn_hidden_size=scaled(model.ffn_hidden_size),
+        transfer_base=model.transfer_base and _half(heads, d_model, moe, scaled(model.ffn_hidden_size)),
         vocab_size=VOCABULARY,
         max_sequence_tokens=SEQUENCE_TOKENS,
         yarn=model.yarn and replace(model.yarn, original_tokens=SEQUENCE_TOKENS // 2),
+    )
+
+
+def _half(heads: int, d_model: int, moe: Moe | None, hidden_size: int) -> TransferBase:
+    """Makes the base of a tiny model: half of each size, so that no weight's scales are 1."""
+    base_heads = max(1, heads // 2)
+    return TransferBase(
+        d_model=d_model * base_heads // heads,
+        n_layers=max(1, LAYERS // 2),
+        n_heads=base_heads,
+        hidden_size=((moe and moe.expert_hidden_size) or hidden_size) // 2,
+        top_k=max(1, moe.top_k // 2) if moe else 1,
     )
 
 

@@ -29,6 +29,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--hours", type=float, help="begin no run that would end later (default: no limit)")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="runs at once (default: cores)")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on every run's length (default: 1)")
+    parser.add_argument(
+        "--transfer",
+        metavar="FAMILY:SIZE",
+        help="search only this one's rate, and scale all others from it by model.transfer_base",
+    )
     parser.add_argument("--no-mlflow", dest="mlflow", action="store_false", help="send nothing to MLflow")
 
 
@@ -45,7 +50,9 @@ def main(options: Namespace) -> Outcome:
     """Trains the missing runs and compares the complete ones; status 3: runs are still missing."""
     if options.workers < 1 or options.scale <= 0:
         raise UserError("--workers must be at least 1 and --scale above 0")
-    plan = LadderPlan(options.ladder, scale=options.scale, overrides=options.overrides)
+    plan = LadderPlan(
+        options.ladder, scale=options.scale, overrides=options.overrides, transfer=options.transfer
+    )
     folder = Path(plan.runs()[0].recipe.runs_dir) / plan.label
     if options.dry_run:
         print(describe(plan, Timings(folder / "timings.jsonl"), options.workers))

@@ -15,6 +15,7 @@ from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import OnExisting, Recipe, Tracking
 from train.recipe.topology import Topology
+from train.recipe.transfer import transfer_base_of
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,29 @@ class LadderPlan:
         path: the ladder's file.
         scale: factor on every run's length; runs of different scales have different names.
         overrides: `key=value` that override every recipe.
+        transfer: family and size, `fine:s`, or a family of a ladder without sizes: the only one whose rate is
+            searched. All others are scaled from it (`model.transfer_base`). None: each family has its search.
 
     Raises:
         UserError: if the ladder or one of its recipes is invalid.
     """
 
-    def __init__(self, path: Path, *, scale: float = 1.0, overrides: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        scale: float = 1.0,
+        overrides: list[str] | None = None,
+        transfer: str | None = None,
+    ) -> None:
         self.path, self.scale = path, scale
         self.ladder = read_ladder(path)
         self._overrides = overrides or []
         self._recipes: dict[tuple[str, str], Recipe] = {}
-        self.label = self.ladder.name + (f"-x{scale:g}" if scale != 1 else "")
-        """Name of the ladder at this scale."""
+        self._transfer = self._base(transfer) if transfer is not None else None
+        from_base = "-from-" + "-".join(self._transfer) if self._transfer else ""
+        self.label = self.ladder.name + from_base + (f"-x{scale:g}" if scale != 1 else "")
+        """Name of the ladder at this scale, and with this base."""
         self._check()
 
     def search_runs(self) -> list[Run]:
@@ -111,6 +123,7 @@ class LadderPlan:
             for size in self._searched()
             for family, entry in self.ladder.families.items()
             if entry.rate_of is None and size in self._sizes(family)
+            if self._transfer in (None, (family, size))
             for multiplier in self._searched()[size]
             for run in self.search_of(family, size, multiplier)
         ]
@@ -167,9 +180,35 @@ class LadderPlan:
             entry = self.ladder.families[family]
             file = self.path.parent / entry.recipe.format(size=size)
             recipe = load_recipe(file, [*entry.overrides, *self._overrides])
+            if self._transfer:
+                recipe = self._scaled_from_base(recipe, is_base=(family, size) == self._transfer)
             validate(recipe, Topology(), str(file))
             self._recipes[family, size] = recipe
         return self._recipes[family, size]
+
+    def _scaled_from_base(self, recipe: Recipe, *, is_base: bool) -> Recipe:
+        """The recipe with the base's rate, decay and initial scale, from which its own are scaled."""
+        assert self._transfer is not None
+        base = recipe if is_base else self._recipe(*self._transfer)
+        sizes_of_base = transfer_base_of(base.model)
+        model = dataclasses.replace(recipe.model, transfer_base=sizes_of_base, init_std=base.model.init_std)
+        return dataclasses.replace(recipe, model=model, optimizer=base.optimizer)
+
+    def _base(self, transfer: str) -> tuple[str, str]:
+        """The family and the size that rates are transferred from."""
+        family, _, size = transfer.partition(":")
+        size = size or self.ladder.sizes[0]
+        there = ", ".join(self.ladder.families)
+        if family not in self.ladder.families:
+            raise UserError(
+                f"is {transfer}",
+                key="--transfer",
+                remedy=f"name one of {there}, as in {there.split(',')[0]}:{size}",
+            )
+        if size not in self._sizes(family) or (self.ladder.search and size not in self._searched()):
+            remedy = f"searched sizes are {', '.join(self._searched() or self._sizes(family))}"
+            raise UserError(f"is {transfer}", key="--transfer", remedy=remedy)
+        return family, size
 
     def _sizes(self, family: str) -> list[str]:
         sizes = self.ladder.families[family].sizes
@@ -185,6 +224,8 @@ class LadderPlan:
 
     def _rate(self, family: str, size: str, rates: Rates) -> float:
         """The multiplier found at this size, the nearest smaller one, or else the nearest larger one."""
+        if self._transfer:
+            return rates.get(self._transfer, 1.0)
         place = self.ladder.sizes.index(size)
         near = [*reversed(self.ladder.sizes[: place + 1]), *self.ladder.sizes[place + 1 :]]
         return next((rates[family, at] for at in near if (family, at) in rates), 1.0)
@@ -228,7 +269,7 @@ class LadderPlan:
             _require_each_once(tried, key, file)
             if len(tried) < 2 or min(tried) <= 0:
                 raise UserError(f"is {tried}", key=key, remedy="give two or more above 0", file=file)
-        for name, family in self.ladder.families.items():
+        for name, family in self.ladder.families.items() if not self._transfer else ():
             if not family.rate_of and not set(self._sizes(name)) & set(self._searched()):
                 raise UserError(
                     "has no size with a search",

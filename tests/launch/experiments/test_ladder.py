@@ -17,6 +17,7 @@ from tests.train.report.test_report import SUMMARY
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.exit_status import REPLAY_STATUS
+from train.recipe.transfer import transfer_base_of, transfer_scales
 from train.record.summary import write_summary
 
 pytestmark = pytest.mark.slow
@@ -228,6 +229,36 @@ def test_a_size_without_a_search_takes_the_rate_of_the_one_before() -> None:
     found = {(run.family, run.size): run.multiplier for run in plan.runs(rates)}
     assert [found["dense", size] for size in "sml"] == [8, 4, 4]
     assert found["finest", "l"] == found["fine", "l"] == 1
+
+
+def test_one_search_serves_every_family_and_size(tmp_path: Path) -> None:
+    plan = LadderPlan(YAMLS / "ladder.yaml", transfer="fine:s", overrides=[f"runs_dir={tmp_path}"])
+    searched = plan.search_runs()
+    assert {(run.family, run.size) for run in searched} == {("fine", "s")} and len(searched) == 3
+    runs = plan.runs({("fine", "s"): 2.0})
+    assert {run.multiplier for run in runs} == {2.0}
+    (base,) = {run.recipe.model.transfer_base for run in runs}
+    assert base == transfer_base_of(searched[0].recipe.model)
+    assert len({repr(run.recipe.optimizer) for run in runs}) == 1
+    # The same runs as without, of other names.
+    others = LadderPlan(YAMLS / "ladder.yaml").runs({("fine", "s"): 2.0})
+    assert [(run.family, run.size) for run in runs] == [(run.family, run.size) for run in others]
+    assert {run.recipe.name for run in runs}.isdisjoint(run.recipe.name for run in others)
+    assert [replace(run.recipe.model, transfer_base=None) for run in runs] == [
+        run.recipe.model for run in others
+    ]
+    # Twice the base's width: half the rate of what reads the stream, whatever the experts.
+    wide = [run.recipe.model for run in runs if run.size == "l"]
+    assert {transfer_scales(model, "blocks.0.ffn.router.layer.weight").rate for model in wide} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("transfer", "said"),
+    [("sparse:s", "name one of dense, coarse, fine, finest"), ("fine:m", "searched sizes are s")],
+)
+def test_a_base_that_is_not_searched_is_refused(transfer: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"--transfer: is {transfer}; {said}"):
+        LadderPlan(YAMLS / "ladder.yaml", transfer=transfer)
 
 
 @pytest.mark.parametrize(

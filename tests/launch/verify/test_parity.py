@@ -55,11 +55,11 @@ def _imported() -> None:
 
 @cache
 def _reference(
-    case_key: tuple[str, str, Changes, OptimizerKind | None, Precision], folder: Path, mtp: bool = False
+    case_key: tuple[str, str, Changes, OptimizerKind | None, Precision], folder: Path, model: Changes = ()
 ) -> tuple[Case, int, Path]:
     """The case of a fault with its reference, cached for faults that share it."""
     name, layout, experts, optimizer, precision = case_key
-    needs = KnownFault("", nullcontext, "", experts=experts, optimizer=optimizer, mtp=mtp)
+    needs = KnownFault("", nullcontext, "", experts=experts, optimizer=optimizer, model=model)
     recipe = needs.recipe_of(load_recipe(YAMLS / "smoke.yaml"))
     case = find_case(
         recipe,
@@ -67,7 +67,10 @@ def _reference(
         name,
         precision,
     )
-    file = folder / f"{layout}-{name}-{len(experts)}-{optimizer}-{mtp}-{precision.value}.pt"
+    file = (
+        folder
+        / f"{layout}-{name}-{len(experts)}-{optimizer}-{len(model) and model[0][0]}-{precision.value}.pt"
+    )
     return case, make_reference(case, file), file
 
 
@@ -147,7 +150,7 @@ def _seen_in(fault: KnownFault) -> set[Precision]:
 def test_gate_sees_the_fault(name: str, precision: Precision, folder: Path, faulty_ranks: CaseRanks) -> None:
     fault = FAULTS[name]
     key = (fault.input, str(fault.layout), fault.experts, fault.optimizer, precision)
-    case, seed, file = _reference(key, folder, fault.mtp)
+    case, seed, file = _reference(key, folder, fault.model)
     outcome = CaseOutcome(case, faulty_ranks.run(case, seed, file, name))
     assert not outcome.has_passed
     deviation = outcome.deviations[fault.shows_in]

@@ -14,7 +14,7 @@ from train.recipe.keys import KeyRules, OnResume, OnStart, out_of_range
 from train.recipe.preparation import Source, SourceKind
 from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
-from train.recipe.schema import DataSkip, Latent, Phase, Recipe, Yarn
+from train.recipe.schema import DataSkip, Latent, Phase, Recipe, TransferBase, Yarn
 from train.recipe.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -68,7 +68,9 @@ def with_every_section() -> Recipe:
     source = Source("code", SourceKind.text, "x", dataset="d", version="1", origin="o", licence="l")
     data = replace(recipe.data, phases=[Phase(tokens=9)], skips=[DataSkip(0, 1)], sources=[source])
     latent = Latent(kv_rank=8, nope_width=8, rope_width=8, v_width=8)
-    return replace(recipe, data=data, model=replace(recipe.model, yarn=Yarn(2.0, 64), latent=latent))
+    base = TransferBase(8, 1, 1, 8)
+    model = replace(recipe.model, yarn=Yarn(2.0, 64), latent=latent, transfer_base=base)
+    return replace(recipe, data=data, model=model)
 
 
 def beyond(rules: KeyRules) -> list[float]:
