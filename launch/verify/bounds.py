@@ -20,18 +20,32 @@ The update is computed from the reference's gradients, before clipping and again
 enters it. What is left, the norm, is summed in another order: 1e-6. Moments and weights come from equal
 gradients element by element, and are mostly equal bit for bit: 1e-6, of weights of the step's change.
 
-With `parallelism.reduce_precision: bf16` the sums over ranks and microbatches are rounded too, each partial
-sum by at most u of it, with random signs: twice the bounds of shared experts' gradients, for all gradients.
+With `parallelism.reduce_precision: bf16` the sums over ranks are rounded too. One rounding of an element is
+at most u of it, and 0.43 u of a tensor in the root mean square. Of W ranks the partial sums of 2 to W
+gradients are rounded. Independent gradients add up like a random walk, so that in the mean square these
+roundings are (2 + ... + W) / W = (W + 1) / 2 - 1 / W of one of the whole sum: 4.4 for 8 ranks, more than
+the gate runs. Their errors are independent (Higham and Mary 2019, theorem 2.4): 0.43 u sqrt(4.4) = 0.9 u,
+and for shared experts, either side of which is rounded once more, 0.43 u sqrt(6.4) = 1.1 u. The bounds are
+three times that, since few elements spread: 3 u, and 4 u. The signed mean of a norm's 64 elements, the
+fewest, has a standard deviation of 1.1 u sqrt(3 / 64) = 0.24 u if they spread like a Gaussian's; u is four
+of them. Four ranks reach 1.0 u and 0.3 u.
 
-With `parallelism.interleave` the reference takes halves as microbatches and rounds each; here the sum of a
-layer's halves is rounded once more, and what is outside the layers once for both. Halves may be larger than
-their sum, most of all those of norms: four times the bounds.
+With `parallelism.interleave` the reference takes halves a and b as microbatches, and adds fl(a) and fl(b).
+Here, inside of a layer, their sum is rounded once more: u of it. Outside of the layers a and b are added
+before they are rounded, so the two sides are within (1 + k) u of each other, k = (|a| + |b|) / |a + b|. Of
+independent halves k is 1.4. Those of the last norm's gradient nearly cancel: its error, 3.4 u, is that of k
+= 7.9, as 0.43 u sqrt(k^2 / 2 + 1). The bound, 8 u, is k = 7 with every rounding at its worst. The signed
+mean of its 64 elements has a standard deviation of 3.4 u sqrt(3 / 64) = 0.7 u; the bound, u, is not far
+above, and half a percent is still 1.3 u.
 
 With `training.expert_precision: fp8` a row's results are those of any layout, and gradients of experts are,
 as long as the same tokens share a scale. In fp32 the reference's microbatches are those of a whole expert
-group, and all bounds stay. In bf16 they are a rank's, so tokens of experts that ranks share meet others in a
-tile there: one rounding of an operand is at most 2**-4 of it, and gradients of random operands differ by
-3.5%, with a mean of up to 0.8%. Scales of `mxfp8` are powers of two, which change no rounding but near zero.
+group, and all bounds stay. In bf16 they are a rank's, so tokens of experts that ranks share meet others in
+a tile there. Rounding an operand to e4m3 is at most 2**-4 of it, 0.43 times that in the root mean square;
+of the two operands of a gradient, on two sides with other scales, 0.43 sqrt(4) 2**-4 = 5.4%, below the
+bound of 2**-4. Seen are 3.5%, as some scales are the same. The elements of a row share their tokens'
+errors, so their mean falls more slowly than with the root of their number: it is up to 0.8%, under a bound
+of 1.6%. Scales of `mxfp8` are powers of two, which change no rounding but near zero.
 
 A plain process rounds less than FSDP2 (norms and embeddings stay fp32), so bf16 is not run on one rank.
 """
@@ -81,11 +95,10 @@ update, and the precision of weights and moments: 1 where they differ. In fp32 e
 add up in `clipped`, and those of a square count twice in `moments`."""
 REDUCED_IN_BF16 = {
     "gradients": 4 * UNIT_ROUNDOFF,
-    "exact": 4 * UNIT_ROUNDOFF,
+    "exact": 3 * UNIT_ROUNDOFF,
     "bias": UNIT_ROUNDOFF,
 }
-"""Those of bf16 that are wider where gradients are also summed in it; a norm's few elements average their
-errors less than an expert's thousands."""
+"""Those of bf16 that are wider where gradients are also summed in it, over up to 8 ranks."""
 HALVED_IN_BF16 = {
     "gradients": 8 * UNIT_ROUNDOFF,
     "exact": 8 * UNIT_ROUNDOFF,
