@@ -42,7 +42,7 @@ LIMITS: tuple[tuple[str, float, str, str], ...] = (
         "--backoff",
         Policy.backoff_seconds,
         "SECONDS",
-        "wait before a restart, doubled while there is no progress",
+        "wait before a restart if a try has gained no batch, doubled for each further one",
     ),
     ("--longest-backoff", Policy.longest_backoff_seconds, "SECONDS", "upper bound of that wait"),
     ("--grace", 300.0, "SECONDS", "time to save after SIGTERM"),

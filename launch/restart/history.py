@@ -26,7 +26,7 @@ class Policy:
     same_batch: int = 3
     """Failures in a row at the same batch that stop the job."""
     backoff_seconds: float = 10.0
-    """Wait before a restart, doubled for each one in a row without progress."""
+    """Wait before a restart after one try without progress, doubled for each further one in a row."""
     longest_backoff_seconds: float = 600.0
 
 
@@ -70,10 +70,10 @@ class History:
         return None
 
     def wait_seconds(self) -> float:
-        """Returns the wait before the next try."""
-        if self.endings and self.endings[-1].kind == "preempted":
+        """Returns the wait before the next try: none after one that has gained a batch."""
+        if not self._idle or (self.endings and self.endings[-1].kind == "preempted"):
             return 0.0
-        return min(self.policy.longest_backoff_seconds, self.policy.backoff_seconds * 2.0**self._idle)
+        return min(self.policy.longest_backoff_seconds, self.policy.backoff_seconds * 2.0 ** (self._idle - 1))
 
     def _same_batch(self) -> list[Ending]:
         """Returns the latest failures in a row at the same batch, newest first."""
