@@ -187,7 +187,8 @@ def weight_copies(model: Model, numerics: Numerics) -> WeightCopies:
     """Copies of unsharded weights; FSDP2 gathers bf16 and needs none."""
     if not numerics.copies_weights:
         return WeightCopies(0, 0, 0)
-    cast = [w for w in sizes.layer_weights(model, 0) if len(w.shape) > 1 and ".router." not in w.name]
+    found = [w for w in sizes.layer_weights(model, 0) if ".router." not in w.name]
+    cast = [w for w in found if len(w.shape) > 1 or w.name.endswith(".bias")]
     dense = [w for w in cast if not w.is_expert]
     attention = [w for w in dense if ".attn." in w.name]
     return WeightCopies(

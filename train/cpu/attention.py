@@ -66,7 +66,14 @@ class _ClipAndRotate(torch.autograd.Function):
 
 
 def _rotate(x_BSHR: Tensor, cos_SR: Tensor, sin_SR: Tensor, out: Tensor) -> None:
-    """Rotates each pair (r, r + R / 2) of a head by its position's angle, written to ``out``."""
+    """Rotates each pair (r, r + R / 2) of a head by its position's angle, written to ``out``.
+
+    Of fewer angles than half a head, the elements after those that turn are copied.
+    """
+    width = 2 * cos_SR.shape[-1]
+    if width < x_BSHR.shape[-1]:
+        out[..., width:].copy_(x_BSHR[..., width:])
+        x_BSHR, out = x_BSHR[..., :width], out[..., :width]
     left, right = x_BSHR.chunk(2, dim=-1)
     out_left, out_right = out.chunk(2, dim=-1)
     cos, sin = (table_SR.to(x_BSHR.dtype).unsqueeze(1) for table_SR in (cos_SR, sin_SR))

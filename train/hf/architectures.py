@@ -7,7 +7,7 @@ Shapes: D d_model, F ffn_hidden_size, E experts.
 
 from collections.abc import Callable, Iterator
 
-from train.hf import config, deepseek
+from train.hf import biased, config, deepseek
 from train.hf.config import Config
 from train.hf.mapping import Architecture, Link, Need, PerExpert, Qkv, Same, Table
 from train.hf.rope import has_mscale, is_same_yarn_in_both
@@ -84,10 +84,12 @@ PLAIN_ROUTING: tuple[Need, ...] = (
     _of_experts("score=softmax", lambda moe: moe.score is Score.softmax),
     _of_experts("weight_scale=1", lambda moe: moe.weight_scale == 1),
     _of_experts("top_groups=groups", lambda moe: moe.top_groups == moe.groups),
-    _of_experts("shared_hidden_size=null", lambda moe: moe.shared_hidden_size is None),
 )
-"""Experts selected by their softmax scores only, and none that is shared."""
+"""Experts selected by their softmax scores only."""
+NONE_SHARED = _of_experts("shared_hidden_size=null", lambda moe: moe.shared_hidden_size is None)
 PLAIN_HEADS: Need = ("model.latent=null", lambda model: model.latent is None)
+WHOLE_ROPE: Need = ("model.rope_share=1", lambda model: model.rope_share == 1)
+NO_QKV_BIAS: Need = ("model.qkv_bias=false", lambda model: not model.qkv_bias)
 PLAIN_QK: Need = ("model.qk_norm=false", lambda model: not model.qk_norm)
 EXPERTS_EVERYWHERE: Need = (
     "experts in every layer (model.moe.dense_layers=0, every_n_layers=1)",
@@ -130,10 +132,13 @@ DBRX = Architecture(
         ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
         PLAIN_HEADS,
         PLAIN_QK,
+        NO_QKV_BIAS,
+        WHOLE_ROPE,
         DIVIDED_HEADS,
         EXPERTS_EVERYWHERE,
         ("model.yarn=null", lambda model: model.yarn is None),
         *PLAIN_ROUTING,
+        NONE_SHARED,
     ),
     to_model=config.dbrx_to_model,
     from_model=config.dbrx_from_model,
@@ -158,10 +163,15 @@ ROPE_AND_GLU: tuple[Need, ...] = (
     ("model.ffn=glu", lambda model: model.ffn is Ffn.glu),
     ("model.max_sequence_tokens = model.yarn.original_tokens x factor", is_same_yarn_in_both),
 )
-LLAMA_NEEDS = (*ROPE_AND_GLU, PLAIN_HEADS)
+LLAMA_NEEDS = (*ROPE_AND_GLU, PLAIN_HEADS, NO_QKV_BIAS, WHOLE_ROPE)
 QK_NORM_NAMES: Table = {
     "norm_attn_norm.attn.q_norm.weight": Same("self_attn.q_norm.weight"),
     "norm_attn_norm.attn.k_norm.weight": Same("self_attn.k_norm.weight"),
+}
+BIAS_NAMES: Table = {
+    "norm_attn_norm.attn.Wqkv.bias": Qkv(
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
+    )
 }
 QK_NORM_OF_HEADS: Need = (
     "model.qk_norm over each head",
@@ -173,7 +183,7 @@ NORMALISED_OR_NOT: Need = (
     "model.moe.normalize_weights_p=1 or null",
     lambda model: model.moe is None or model.moe.normalize_weights_p in {1, None},
 )
-MIXTURE_NEEDS: tuple[Need, ...] = (HAS_EXPERTS, NORMALISED_OR_NOT, *PLAIN_ROUTING)
+MIXTURE_NEEDS: tuple[Need, ...] = (HAS_EXPERTS, NORMALISED_OR_NOT, *PLAIN_ROUTING, NONE_SHARED)
 NO_CLIP: Need = ("model.clip_qkv=null", lambda model: model.clip_qkv is None)
 
 LLAMA = Architecture(
@@ -214,6 +224,7 @@ MIXTRAL = Architecture(
             lambda model: model.moe is None or model.moe.normalize_weights_p == 1,
         ),
         *PLAIN_ROUTING,
+        NONE_SHARED,
     ),
     to_model=config.mixtral_to_model,
     from_model=config.mixtral_from_model,
@@ -265,6 +276,44 @@ QWEN3_MOE = Architecture(
     from_model=config.qwen3_moe_from_model,
 )
 
+BIASED_NEEDS = (*ROPE_AND_GLU, PLAIN_HEADS, WHOLE_ROPE, NO_CLIP, PLAIN_QK)
+
+QWEN2 = Architecture(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    layer="model.layers.{n}.",
+    table={**LLAMA.table, **BIAS_NAMES},
+    needs=(*BIASED_NEEDS, ("model.qkv_bias", lambda model: model.qkv_bias), NO_EXPERTS),
+    to_model=biased.qwen2_to_model,
+    from_model=biased.qwen2_from_model,
+)
+
+QWEN2_MOE = Architecture(
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    layer="model.layers.{n}.",
+    table={
+        **LLAMA.table,
+        **OLMOE.table,
+        **BIAS_NAMES,
+        "ffn.shared.w1.weight": Same("mlp.shared_expert.gate_proj.weight"),
+        "ffn.shared.v1.weight": Same("mlp.shared_expert.up_proj.weight"),
+        "ffn.shared.w2.weight": Same("mlp.shared_expert.down_proj.weight"),
+        "ffn.shared_gate.weight": Same("mlp.shared_expert_gate.weight"),
+    },
+    needs=(
+        *BIASED_NEEDS,
+        DIVIDED_HEADS,
+        HAS_EXPERTS,
+        NORMALISED_OR_NOT,
+        *PLAIN_ROUTING,
+        _of_experts("shared_hidden_size", lambda moe: moe.shared_hidden_size is not None),
+        _of_experts("shared_gate=true", lambda moe: moe.shared_gate),
+    ),
+    to_model=biased.qwen2_moe_to_model,
+    from_model=biased.qwen2_moe_from_model,
+)
+
 SHARED_EXPERT_NAMES: Table = {
     "ffn.shared.w1.weight": Same("mlp.shared_experts.gate_proj.weight"),
     "ffn.shared.v1.weight": Same("mlp.shared_experts.up_proj.weight"),
@@ -298,6 +347,28 @@ DOTS1 = Architecture(
     to_model=config.dots1_to_model,
     from_model=config.dots1_from_model,
     extra=_no_biases,
+)
+
+GLM4_MOE = Architecture(
+    model_type="glm4_moe",
+    architecture="Glm4MoeForCausalLM",
+    layer="model.layers.{n}.",
+    table={**DOTS1.table, **BIAS_NAMES},
+    needs=(
+        *ROPE_AND_GLU,
+        PLAIN_HEADS,
+        NO_CLIP,
+        (
+            "model.qk_norm over each head, or none",
+            lambda model: not model.qk_norm or model.qk_norm_over is QkNormOver.each_head,
+        ),
+        *DEEPSEEK_EXPERTS,
+        *SIGMOIDS,
+    ),
+    to_model=biased.glm4_moe_to_model,
+    from_model=biased.glm4_moe_from_model,
+    extra=_no_biases,
+    has_later_layers=True,
 )
 
 LATENT_NAMES: Table = {
@@ -373,6 +444,7 @@ MPT = Architecture(
         ("model.ffn=mlp", lambda model: model.ffn is Ffn.mlp),
         PLAIN_HEADS,
         PLAIN_QK,
+        NO_QKV_BIAS,
         DIVIDED_HEADS,
         ("model.n_kv_heads=n_heads", lambda model: model.n_kv_heads == model.n_heads),
         (
@@ -385,4 +457,7 @@ MPT = Architecture(
     from_model=config.mpt_from_model,
 )
 
-FAMILIES = (DBRX, LLAMA, MIXTRAL, OLMOE, MPT, QWEN3, QWEN3_MOE, DOTS1, DEEPSEEK_V3, DEEPSEEK_V2)
+FAMILIES = (
+    *(DBRX, LLAMA, MIXTRAL, OLMOE, MPT, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE),
+    *(DOTS1, GLM4_MOE, DEEPSEEK_V3, DEEPSEEK_V2),
+)

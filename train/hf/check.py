@@ -101,6 +101,10 @@ SMALL_MODELS = {
     "Mixtral": replace(_LLAMA, moe=Moe(experts=16, top_k=2)),
     "OLMoE": replace(_LLAMA, qk_norm=True, moe=Moe(experts=16, top_k=4, normalize_weights_p=None)),
     "MPT": replace(_MPT, tie_embeddings=True),
+    "Qwen2": replace(_LLAMA, qkv_bias=True),
+    "Qwen2-MoE": replace(
+        _LLAMA, qkv_bias=True, moe=Moe(experts=16, top_k=4, shared_hidden_size=40, shared_gate=True)
+    ),
     "Qwen3": _QWEN3,
     "Qwen3, tied, YaRN": replace(
         _QWEN3, tie_embeddings=True, yarn=Yarn(8, 16, beta_fast=4, beta_slow=0.5, attention_factor=1.1)
@@ -124,6 +128,15 @@ NEWER_MODELS = {
         _QWEN3,
         moe=replace(_DOTS1, normalize_weights_p=None, groups=1, top_groups=1, balance=Balance.loss),
     ),
+    "GLM-4.5": replace(_QWEN3, moe=_DOTS1, qkv_bias=True, rope_share=0.5),
+    "GLM-4.5-Air, YaRN": replace(
+        _LLAMA,
+        head_width=24,
+        moe=replace(_DOTS1, groups=1, top_groups=1),
+        qkv_bias=True,
+        rope_share=0.5,
+        yarn=Yarn(factor=4, original_tokens=32),
+    ),
     "DeepSeek-V2, YaRN": replace(
         _DEEPSEEK, moe=_DEEPSEEK_V2, yarn=Yarn(factor=4, original_tokens=32, attention_factor=1.1)
     ),
@@ -133,7 +146,7 @@ NEWER_MODELS = {
         moe=replace(_DEEPSEEK_V2, groups=1, top_groups=1, weight_scale=1.0),
     ),
 }
-"""The same, of architectures that transformers has from 4.53 (dots.llm1) and 4.54 (DeepSeek-V2) on."""
+"""The same, of architectures that transformers has from 4.53 (dots.llm1), 4.54 (GLM-4.5, DeepSeek-V2) on."""
 
 
 @dataclass(frozen=True)
@@ -243,9 +256,12 @@ def _random_decoder(model: Model) -> Decoder:
     decoder = Decoder(model, device="cpu").eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in decoder.parameters():
+        for name, parameter in decoder.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + noise / 10 if parameter.ndim == 1 else noise / model.d_model**0.5)
+            if parameter.ndim == 1:
+                parameter.copy_(noise / 2 if name.endswith(".bias") else 1 + noise / 10)
+            else:
+                parameter.copy_(noise / model.d_model**0.5)
         for bias in decoder.buffers():
             bias.copy_(torch.randn(bias.shape, generator=generator) / 10)
     return decoder

@@ -10,7 +10,7 @@ declared (`moe_normalize_expert_weights`, OLMoE's and MPT's `clip_qkv`), and a f
 
 from dataclasses import replace
 
-from train.hf.rope import Config, rope_base, rope_keys, rope_yarn
+from train.hf.rope import Config, rope_base, rope_keys, rope_share, rope_yarn
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Ffn, Model, Moe, Norm, Position, QkNormOver, Score
@@ -183,6 +183,11 @@ def qwen3_from_model(model: Model) -> dict[str, object]:
 
 def qwen3_moe_to_model(config: Config) -> Model:
     """Reads a Qwen3-MoE config, whose first layers may be dense, and others between those of experts."""
+    return replace(qwen_moe(config, kv_heads=4), qk_norm=True, qk_norm_over=QkNormOver.each_head)
+
+
+def qwen_moe(config: Config, *, kv_heads: int) -> Model:
+    """Reads what the mixtures of Qwen2 and Qwen3 share; ``kv_heads`` is their class's default."""
     only(config, use_sliding_window=False)
     dense = list(config.get("mlp_only_layers") or [])
     if dense != list(range(len(dense))):
@@ -190,11 +195,11 @@ def qwen3_moe_to_model(config: Config) -> Model:
     width, every = need(config, "moe_intermediate_size"), int(config.get("decoder_sparse_step", 1))
     # Where every layer has experts, nothing reads the width of dense layers.
     dense_width = need(config, "intermediate_size") if dense or every > 1 else width
-    model = llama_like(
+    return llama_like(
         config,
         rms_norm_eps=1e-6,
         rope_theta=10000.0,
-        kv_heads=4,
+        kv_heads=kv_heads,
         ffn_hidden_size=dense_width,
         moe=Moe(
             # transformers 5 writes the count under the second name, and reads both.
@@ -207,13 +212,17 @@ def qwen3_moe_to_model(config: Config) -> Model:
             balance_loss_weight=float(config.get("router_aux_loss_coef", 0.001)),
         ),
     )
-    return replace(model, qk_norm=True, qk_norm_over=QkNormOver.each_head)
 
 
 def qwen3_moe_from_model(model: Model) -> dict[str, object]:
     """Writes a Qwen3-MoE config."""
+    return qwen3_from_model(model) | qwen_moe_keys(model)
+
+
+def qwen_moe_keys(model: Model) -> dict[str, object]:
+    """Writes the keys of experts that the mixtures of Qwen2 and Qwen3 share."""
     assert model.moe is not None
-    return qwen3_from_model(model) | {
+    return {
         "moe_intermediate_size": sizes.expert_width(model),
         "num_experts": model.moe.experts,
         "num_experts_per_tok": model.moe.top_k,
@@ -333,14 +342,19 @@ def llama_like(
     ffn_hidden_size: int | None = None,
     moe: Moe | None = None,
     latent: bool = False,
+    qkv_bias: bool | None = None,
+    share: float | None = None,
 ) -> Model:
     """Reads the keys shared by LLaMA and its relatives; the arguments are their classes' defaults.
 
     ``head_dim`` of None divides the width by the heads, ``ffn_hidden_size`` is of a class that has its own,
-    ``latent`` of one with latent attention.
+    ``latent`` of one with latent attention. ``qkv_bias`` of None is of a class whose `attention_bias`
+    the output has too, which is refused; ``share`` of None, of one that rotates whole heads.
     """
     d_model, n_heads = need(config, "hidden_size"), need(config, "num_attention_heads")
-    only(config, hidden_act="silu", attention_bias=False, attention_dropout=0)
+    only(config, hidden_act="silu", attention_dropout=0)
+    if qkv_bias is None:
+        only(config, attention_bias=False)
     head_width = int(config.get("head_dim") or head_dim or d_model // n_heads)
     return Model(
         d_model=d_model,
@@ -351,10 +365,12 @@ def llama_like(
         ffn_hidden_size=ffn_hidden_size or need(config, "intermediate_size"),
         vocab_size=need(config, "vocab_size"),
         max_sequence_tokens=need(config, "max_position_embeddings"),
-        rope_theta=rope_base(config, rope_theta, scaled=True),
+        rope_theta=rope_base(config, rope_theta, scaled=True, partial=share is not None),
+        rope_share=1.0 if share is None else rope_share(config, share),
         yarn=rope_yarn(config, latent=latent),
         norm=Norm.rmsnorm,
         norm_eps=float(config.get("rms_norm_eps", rms_norm_eps)),
+        qkv_bias=bool(qkv_bias),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         init_std=float(config.get("initializer_range", 0.02)),
         moe=moe,

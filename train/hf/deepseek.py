@@ -18,7 +18,7 @@ def v3_to_model(config: Config) -> Model:
     only(config, scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=True)
     return _to_model(
         config,
-        _experts(
+        experts_of(
             config,
             score=Score.sigmoid,
             normalize_weights_p=1 if config.get("norm_topk_prob", True) else None,
@@ -54,7 +54,7 @@ def v2_to_model(config: Config) -> Model:
     limits = method == "group_limited_greedy"
     return _to_model(
         config,
-        _experts(
+        experts_of(
             config,
             normalize_weights_p=None,
             weight_scale=float(config.get("routed_scaling_factor", 1.0)),
@@ -81,7 +81,8 @@ def v2_from_model(model: Model) -> dict[str, object]:
     }
 
 
-def _experts(config: Config, **rest: Any) -> Moe:
+def experts_of(config: Config, **rest: Any) -> Moe:
+    """Reads the sizes of experts in DeepSeek's words; ``rest`` are the keys in which models differ."""
     width = need(config, "moe_intermediate_size")
     only(config, moe_layer_freq=1)
     return Moe(
@@ -93,10 +94,15 @@ def _experts(config: Config, **rest: Any) -> Moe:
     )
 
 
-def _to_model(config: Config, moe: Moe) -> Model:
+def refuse_quantized(config: Config) -> None:
+    """Refuses weights in fp8."""
     if config.get("quantization_config") is not None:
         method = dict(config["quantization_config"]).get("quant_method")
         raise UserError(f"quantization_config.quant_method is {method!r}; convert the weights to bf16 first")
+
+
+def _to_model(config: Config, moe: Moe) -> Model:
+    refuse_quantized(config)
     heads = need(config, "num_attention_heads")
     # Norms within attention have this eps whatever the config says.
     only(config, num_key_value_heads=heads, rms_norm_eps=1e-6, mlp_bias=False)

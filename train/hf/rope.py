@@ -10,6 +10,9 @@ YaRN's factor is that of its section in transformers 5. transformers 4 takes `ma
 
 YaRN's factor of queries and keys is `attention_factor`, but in DeepSeek's latent attention `mscale_all_dim`,
 which multiplies also what is not rotated; what is rotated, `mscale` multiplies by its ratio to that.
+
+The fraction of a head that is rotated is `partial_rotary_factor`, of the config or of a section; transformers
+4 reads the former, 5 the latter, and the former where it has none.
 """
 
 import math
@@ -25,6 +28,7 @@ SECTIONS = ("rope_parameters", "rope_scaling")
 PLAIN = "default"
 """The type of positions that are not scaled."""
 YARN = "yarn"
+PARTIAL = "partial_rotary_factor"
 MSCALES = ("mscale", "mscale_all_dim")
 ATTENTION = "attn_config"
 """DBRX's keys of attention."""
@@ -33,9 +37,12 @@ ATTENTION = "attn_config"
 def rope_keys(model: Model) -> dict[str, object]:
     """Returns the keys by which transformers 5 reads a base, and both read YaRN; 4's base is elsewhere."""
     base = {"rope_theta": float(model.rope_theta)}
-    yarn = model.yarn
+    yarn, outside = model.yarn, {}
+    if model.rope_share != 1:
+        outside = {PARTIAL: float(model.rope_share)}
+        base |= outside
     if yarn is None:
-        return {"rope_parameters": {"rope_type": PLAIN, **base}}
+        return outside | {"rope_parameters": {"rope_type": PLAIN, **base}}
     scaling: dict[str, object] = {
         "rope_type": YARN,
         "factor": float(yarn.factor),
@@ -47,7 +54,7 @@ def rope_keys(model: Model) -> dict[str, object]:
         scaling |= dict.fromkeys(MSCALES, _mscale(yarn))
     elif yarn.attention_factor is not None:
         scaling["attention_factor"] = float(yarn.attention_factor)
-    return {"rope_parameters": scaling | base, "rope_scaling": scaling}
+    return outside | {"rope_parameters": scaling | base, "rope_scaling": scaling}
 
 
 def _mscale(yarn: Yarn) -> float:
@@ -121,18 +128,42 @@ def _type(section: Mapping[str, Any]) -> object:
     return section.get("rope_type", section.get("type"))
 
 
-def rope_base(config: Config, default: float, *, scaled: bool = False) -> float:
+def rope_share(config: Config, default: float) -> float:
+    """Reads the fraction of a head that is rotated.
+
+    Raises:
+        UserError: if it is no fraction, or places have different ones.
+    """
+    found = {}
+    for name in ("", *SECTIONS):
+        section = config.get(name) if name else config
+        share = section.get(PARTIAL) if isinstance(section, Mapping) else None
+        if share is not None:
+            found[f"{name}.{PARTIAL}" if name else PARTIAL] = share
+    for name, share in found.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise UserError(f"{name} is {share!r}, not a fraction of a head")
+    if len(set(found.values())) > 1:
+        places = ", ".join(f"{name} is {share!r}" for name, share in found.items())
+        raise UserError(f"{places}; they must be the same")
+    return float(next(iter(found.values()), default))
+
+
+def rope_base(config: Config, default: float, *, scaled: bool = False, partial: bool = False) -> float:
     """Reads RoPE's base theta.
 
     Args:
         config: a `config.json`, of transformers 4 or 5.
         default: base of the architecture's class, for a config that has none.
         scaled: accept YaRN, which :func:`rope_yarn` reads.
+        partial: accept that a part of a head is rotated, which :func:`rope_share` reads.
 
     Raises:
         UserError: if the config has several bases, or scaled or partial positions.
     """
-    _check_partial("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if not partial:
+        for name in ("", *SECTIONS):
+            _check_whole(name, config.get(name) if name else config)
     for name in SECTIONS:
         _check_section(name, config.get(name), (PLAIN, YARN) if scaled else (PLAIN,))
     bases = dict(_bases(config))
@@ -166,14 +197,13 @@ def _check_section(name: str, section: object, types: tuple[str, ...]) -> None:
     nested = [key for key, value in section.items() if isinstance(value, Mapping)]
     if nested:
         raise UserError(f"{name} differs by layer ({', '.join(nested)}), which cannot be expressed")
-    _check_partial(f"{name}.partial_rotary_factor", section.get("partial_rotary_factor"))
     for key in ("rope_type", "type"):
         given = section.get(key)
         if given not in (None, *types):
             raise UserError(
                 f"{name}.{key} is {given!r}; only {' and '.join(map(repr, types))} can be expressed"
             )
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    known = {"rope_type", "type", "rope_theta", PARTIAL}
     if _type(section) == YARN:
         known |= {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"}
         known |= {"mscale", "mscale_all_dim"}
@@ -184,9 +214,12 @@ def _check_section(name: str, section: object, types: tuple[str, ...]) -> None:
             raise UserError(f"{name}.{key} is {value!r}, which cannot be expressed")
 
 
-def _check_partial(name: str, factor: object) -> None:
+def _check_whole(name: str, section: object) -> None:
+    """Refuses positions of a part of a head."""
+    factor = section.get(PARTIAL) if isinstance(section, Mapping) else None
     if factor is not None and factor != 1:
-        raise UserError(f"{name} is {factor!r}; only 1, every dimension of a head, can be expressed")
+        where = f"{name}.{PARTIAL}" if name else PARTIAL
+        raise UserError(f"{where} is {factor!r}; only 1, every dimension of a head, can be expressed")
 
 
 def _bases(config: Config) -> Iterator[tuple[str, float]]:

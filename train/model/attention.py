@@ -49,7 +49,7 @@ class AttentionPlan(NamedTuple):
     """Positions and masks that all layers share in one forward pass; see :func:`plan_attention`."""
 
     cos_SR: Tensor | None
-    """Cosines of RoPE's angles, for half of a head: [S, R / 2]. None: no RoPE."""
+    """Cosines of RoPE's angles, for half of what is rotated of a head: [S, R / 2]. None: no RoPE."""
     sin_SR: Tensor | None
     bias: Tensor | None = None
     """Added to attention's logits: [B or 1, H or 1, S, P + S], -inf where masked. None: plain causal."""
@@ -134,7 +134,7 @@ class Attention(nn.Module):
         self.heads = (model.n_heads, model.n_kv_heads, model.n_kv_heads)
         self.head_width = sizes.head_width(model)
         rows = sum(self.heads) * self.head_width
-        self.Wqkv = nn.Linear(model.d_model, rows, bias=False, device=device)
+        self.Wqkv = nn.Linear(model.d_model, rows, bias=model.qkv_bias, device=device)
         self.q_norm = self.k_norm = None
         if model.qk_norm:
             widths = sizes.qk_norm_widths(model)
@@ -231,9 +231,12 @@ def rotate(x_BSHR: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
 
     Args:
         x_BSHR: queries or keys.
-        cos_SR: cosines of the angles, [S, R / 2].
+        cos_SR: cosines of the angles, [S, R / 2]; if there are fewer, only a head's first elements turn.
         sin_SR: their sines.
     """
+    width = 2 * cos_SR.shape[-1]
+    if width < x_BSHR.shape[-1]:
+        return torch.cat([rotate(x_BSHR[..., :width], cos_SR, sin_SR), x_BSHR[..., width:]], dim=-1)
     left, right = x_BSHR.chunk(2, dim=-1)
     cos, sin = (table_SR.to(x_BSHR.dtype).unsqueeze(1) for table_SR in (cos_SR, sin_SR))
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
@@ -375,7 +378,8 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 
 def _rotations(model: Model, place_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE's angles in fp32, each [S, R / 2] (Su et al. 2021, section 3.2.2).
+    """Cosines and sines of RoPE's angles in fp32, each [S, R / 2] (Su et al. 2021, section 3.2.2), for the R
+    elements of a head that are rotated.
 
     With YaRN they are multiplied by its attention factor, which scales queries and keys; latent attention
     scales them itself, as not all of them are rotated.

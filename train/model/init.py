@@ -53,14 +53,14 @@ def fill_rows(name: str, rows: Tensor, *, first_row: int, total_rows: int, cfg: 
 
     Args:
         name: the parameter's name in the unsharded model.
-        rows: the rows to fill, [N, D] or, for a norm, [N].
+        rows: the rows to fill, [N, D] or, for a norm (ones) or a bias (zeros), [N].
         first_row: index of the first of them in the unsharded parameter.
         total_rows: rows of the unsharded parameter.
         cfg: the recipe's model.
         seed: the recipe's seed.
     """
     if rows.dim() == 1:
-        rows.fill_(1.0)
+        rows.fill_(0.0 if name.endswith(".bias") else 1.0)
         return
     block_rows = sizes.expert_width(cfg) if name.endswith(EXPERT_WEIGHTS) else min(BLOCK_ROWS, total_rows)
     std = cfg.init_std * transfer_scales(cfg, name).std

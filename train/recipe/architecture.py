@@ -211,12 +211,16 @@ class Model:
     """`rope` (Su et al. 2021) or `alibi` (Press et al. 2021), for MPT."""
     rope_theta: float = key(500000.0, above=0, read_when="model.position == rope", on_start=OnStart.reported)
     """Base of RoPE's wavelengths. DBRX: 500,000."""
+    rope_share: float = key(1.0, above=0, at_most=1, read_when="model.position == rope")
+    """Fraction of a head that RoPE rotates, its first elements; the rest has no position. GLM-4.5: 0.5."""
     yarn: Optional[Yarn] = key(None, on_start=OnStart.reported)
     """Stretches RoPE for sequences longer than the model was trained on; null: not stretched."""
     norm: Norm = Norm.layernorm
     """`layernorm` without bias (DBRX, MPT) or `rmsnorm` (LLaMA)."""
     norm_eps: float = key(1e-5, above=0, on_start=OnStart.reported)
     """Added to the variance. DBRX, MPT, LLaMA 2: 1e-5."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias, before they are normalised and clipped. Qwen2, GLM-4.5: true."""
     clip_qkv: Optional[float] = key(None, above=0, on_start=OnStart.reported)
     """Queries, keys and values are clipped to [-c, c]. DBRX: 8. null: not clipped."""
     qk_norm: bool = False

@@ -93,6 +93,9 @@ def _model(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     elif model.position is Position.rope and sizes.head_width(model) % 2:
         head_width, of = sizes.head_width(model), "n_heads" if model.head_width is None else "head_width"
         yield Violation(f"model.{of}", f"{head_width=} is odd, and RoPE rotates pairs", "make it even")
+    elif model.position is Position.rope and (width := sizes.head_width(model) * model.rope_share) % 2:
+        what = f"rotates {width:g} of head_width={sizes.head_width(model)} elements, and RoPE rotates pairs"
+        yield Violation("model.rope_share", what, "rotate an even number")
     yield from _yarn(model)
     if model.n_heads % model.n_kv_heads:
         n_heads, n_kv_heads = model.n_heads, model.n_kv_heads
@@ -145,6 +148,8 @@ def _latent(model: Model) -> Iterator[Violation]:
         )
     others = {
         "head_width": model.head_width is not None,
+        "rope_share": model.rope_share != 1,
+        "qkv_bias": model.qkv_bias,
         "qk_norm": model.qk_norm,
         "clip_qkv": model.clip_qkv is not None,
     }
@@ -154,6 +159,8 @@ def _latent(model: Model) -> Iterator[Violation]:
 
 _LATENT_HAS = {
     "head_width": "nope_width, rope_width and v_width are the widths of a head",
+    "rope_share": "rope_width says what is rotated",
+    "qkv_bias": "its products have no biases",
     "qk_norm": "the vectors of q_rank and kv_rank are normalised",
     "clip_qkv": "queries and keys are not clipped",
 }

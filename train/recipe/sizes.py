@@ -78,7 +78,7 @@ def head_width(model: Model) -> int:
 
 def rotated_width(model: Model) -> int:
     """Returns the elements of a head that RoPE rotates."""
-    return model.latent.rope_width if model.latent else head_width(model)
+    return model.latent.rope_width if model.latent else int(head_width(model) * model.rope_share)
 
 
 def query_width(model: Model) -> int:
@@ -195,6 +195,8 @@ def layer_weights(model: Model, layer: int) -> Iterator[Weight]:
     yield Weight(f"{prefix}.norm_attn_norm.norm_1.weight", (D,))
     for module, shape in attention_shapes(model).items():
         yield Weight(f"{prefix}.norm_attn_norm.attn.{module}.weight", shape)
+        if module == "Wqkv" and model.qkv_bias:
+            yield Weight(f"{prefix}.norm_attn_norm.attn.Wqkv.bias", shape[:1])
     yield Weight(f"{prefix}.norm_attn_norm.norm_2.weight", (D,))
     if model.moe and has_experts(model, layer):
         E = model.moe.experts
@@ -225,7 +227,7 @@ def joining_weights(model: Model) -> Iterator[Weight]:
 
 @functools.lru_cache(maxsize=16)  # the plan's search asks for them thousands of times
 def weights(model: Model) -> tuple[Weight, ...]:
-    """Returns every parameter once: norms without bias, no biases, no parameters for RoPE or ALiBi.
+    """Returns every parameter once: no biases but those of ``qkv_bias``, no parameters for RoPE or ALiBi.
 
     The per-expert-choice bias of ``balance: bias`` is a buffer, not a parameter. A tied output
     projection is the embedding itself and not listed again.
@@ -337,9 +339,9 @@ def total_parameters(model: Model) -> int:
 
     V D (2 if untied) + D + L (2 D + (2 H + 2 KV) R D + FFN), where FFN is E D + 3 E F D with
     experts, 3 F D for a dense GLU and 2 F D for a two-matrix MLP. A shared expert adds 3 F D with its own F,
-    and D for its gate. Multi-token prediction adds a layer and 2 D^2 + 3 D. Latent attention has, in place of
-    (2 H + 2 KV) R D, D q + q H R + D (c + r) + c H (n + v) + H v D, of ranks q and c and widths n, r, v
-    (R = n + r), and q + c of its norms.
+    and D for its gate, ``qkv_bias`` L (H + 2 KV) R. Multi-token prediction adds a layer and 2 D^2 + 3 D.
+    Latent attention has, in place of (2 H + 2 KV) R D, D q + q H R + D (c + r) + c H (n + v) + H v D, of
+    ranks q and c and widths n, r, v (R = n + r), and q + c of its norms.
     """
     outside = [w for w in weights(replace(model, n_layers=1)) if not is_in_layer(w.name)]
     joining = sum(w.elements for w in (*outside, *joining_weights(model)))

@@ -142,9 +142,12 @@ def _tiny_model(model: Model, *, tile: int) -> Model:
             dense_layers=min(moe.dense_layers, 1),
             every_n_layers=min(moe.every_n_layers, LAYERS),
         )
+    # Of any fraction, one that makes whole pairs.
+    pairs = max(1, round(model.rope_share * HEAD_WIDTH / 2))
     return replace(
         model,
         moe=moe,
+        rope_share=2 * pairs / HEAD_WIDTH,
         d_model=d_model,
         n_layers=min(
             model.n_layers, LAYERS if moe is None else moe.dense_layers + LAYERS * moe.every_n_layers

@@ -191,6 +191,8 @@ QWEN3 = replace(
     qk_norm=True,
     qk_norm_over=QkNormOver.each_head,
     clip_qkv=None,
+    qkv_bias=True,
+    rope_share=0.5,
 )
 LATENT = replace(
     MOE,

@@ -79,7 +79,8 @@ def test_both_versions_find_the_base_in_an_export(kind: str) -> None:
     config = written(MODELS[kind])
     old = config["attn_config"] if kind == "dbrx" else config
     assert old["rope_theta"] == THETA
-    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": THETA}
+    share = {"partial_rotary_factor": 0.5} if kind == "glm4_moe" else {}
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": THETA} | share
     assert [read(view) for view in (config, *views(config))] == [MODELS[kind]] * 3
 
 
@@ -90,7 +91,7 @@ def test_numbers_have_the_types_on_which_transformers_5_insists(kind: str) -> No
     moe = moe and replace(moe, jitter_eps=0, weight_scale=1)
     if kind != "deepseek_v2":  # which does not normalise
         moe = moe and replace(moe, normalize_weights_p=1)
-    if kind not in ("dots1", "deepseek_v3"):  # which have no weight of a balance loss
+    if kind not in ("dots1", "glm4_moe", "deepseek_v3"):  # which have no weight of a balance loss
         moe = moe and replace(moe, balance_loss_weight=1)
     model = replace(MODELS[kind], moe=moe, rope_theta=10000, init_std=1)
     if kind in {"dbrx", "olmoe", "mpt"}:
@@ -99,7 +100,7 @@ def test_numbers_have_the_types_on_which_transformers_5_insists(kind: str) -> No
     counts = {"d_model", "hidden_size", "max_seq_len", "max_position_embeddings", "vocab_size"}
     counts |= {"n_layers", "n_heads", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
     counts |= {"kv_n_heads", "ffn_hidden_size", "intermediate_size", "expansion_ratio", "alibi_bias_max"}
-    counts |= {"head_dim", "moe_intermediate_size", "decoder_sparse_step"}
+    counts |= {"head_dim", "moe_intermediate_size", "decoder_sparse_step", "shared_expert_intermediate_size"}
     counts |= {"n_routed_experts", "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace"}
     counts |= {"max_window_layers", "moe_layer_freq", "num_nextn_predict_layers", "q_lora_rank"}
     counts |= {"kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
@@ -127,7 +128,8 @@ def test_both_spellings_are_read_as_the_same_model(kind: str) -> None:
     assert read(with_new_base(config, THETA) | {"rope_parameters": {"rope_type": "default"}}) == read(
         without_base(config)
     )
-    for nothing in (None, {}, {"type": "default"}, {"rope_type": "default", "partial_rotary_factor": 1.0}):
+    whole = {} if kind == "glm4_moe" else {"partial_rotary_factor": 1.0}
+    for nothing in (None, {}, {"type": "default"}, {"rope_type": "default"} | whole):
         assert read(with_old_base(config, THETA) | {"rope_scaling": nothing}) == MODELS[kind]
 
 
@@ -178,6 +180,11 @@ def test_positions_that_we_do_not_have_are_refused_by_name(
     kind: str, change: dict[str, Any], words: str
 ) -> None:
     config = with_old_base(written(MODELS[kind]), THETA) | change
+    if kind == "glm4_moe" and "partial_rotary_factor" in words:
+        config["partial_rotary_factor"] = 0.25  # which is a GLM's, but not with another in a section
+        assert read(config | {"rope_parameters": None}).rope_share == 0.25
+        config["rope_scaling"] = {"partial_rotary_factor": 0.5}
+        words = "partial_rotary_factor is 0.25, rope"
     with pytest.raises(UserError) as caught:
         read(config)
     assert words in str(caught.value) and "\n" not in str(caught.value)
@@ -193,6 +200,28 @@ def test_dense_layers_among_experts_are_refused_by_name(kind: str) -> None:
         UserError, match=rf"{kind} needs [^;]*experts in every layer \(model.moe.dense_layers=0"
     ):
         written(model)
+
+
+def test_biases_and_heads_rotated_in_part_are_exported_by_few() -> None:
+    assert read(written(QWEN3) | {"use_sliding_window": None}) == QWEN3
+    for change, need in (
+        ({"qkv_bias": True}, "model.qkv_bias=false"),
+        ({"rope_share": 0.5}, "model.rope_share=1"),
+    ):
+        with pytest.raises(UserError) as caught:
+            written(replace(QWEN3, **change))
+        reasons = dict(each.split(" needs ", 1) for each in str(caught.value).partition(": ")[2].split("; "))
+        assert {kind for kind, words in reasons.items() if need in words.split(", ")} >= {
+            "llama",
+            "qwen3",
+            "dots1",
+        }
+        assert need not in reasons["glm4_moe"]
+    for factor in ("0.5", 0, 1.5, True):
+        with pytest.raises(
+            UserError, match=f"^partial_rotary_factor is {factor!r}, not a fraction of a head$"
+        ):
+            read(written(MODELS["glm4_moe"]) | {"partial_rotary_factor": factor})
 
 
 @pytest.mark.parametrize(

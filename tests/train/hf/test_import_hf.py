@@ -27,8 +27,33 @@ from train.recipe.errors import UserError
 SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA = SIZES | {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
 THETA = 500000.0
-ROPE = {"rope_theta": THETA, "rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
+ROPE: dict[str, Any] = {"rope_theta": THETA, "rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
 """RoPE's base where transformers 4 reads it, and where 5 does."""
+
+
+DEEPSEEK_LIKE = ["dots1", "glm4_moe", "deepseek_v3", "deepseek_v2"]
+CLASSES = dict(zip(DEEPSEEK_LIKE, ("Dots1", "Glm4Moe", "DeepseekV3", "DeepseekV2"), strict=True))
+
+
+def _deepseek_like(kind: str) -> Any:
+    """A config with experts in DeepSeek's words."""
+    import transformers
+
+    make = getattr(transformers, f"{CLASSES[kind]}Config", None)
+    if make is None:
+        pytest.skip(f"this transformers has no {CLASSES[kind]}")
+    config = LLAMA | ROPE | {"moe_intermediate_size": 24, "n_routed_experts": 12, "num_experts_per_tok": 3}
+    config |= {"n_shared_experts": 2, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1}
+    config |= {"routed_scaling_factor": 1.5}
+    if kind == "dots1":
+        return make(**config, norm_topk_prob=True, sliding_window=None, head_dim=16)
+    if kind == "glm4_moe":
+        share = {"partial_rotary_factor": 0.25}  # other than the class's default
+        config |= share | {"rope_parameters": ROPE["rope_parameters"] | share}
+        return make(**config, attention_bias=True, use_qk_norm=True, head_dim=16)
+    config |= {"num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 10}
+    config |= {"qk_rope_head_dim": 6, "v_head_dim": 8}
+    return make(**config, **({"topk_method": "group_limited_greedy"} if kind == "deepseek_v2" else {}))
 
 
 def _model(kind: str, dtype: torch.dtype) -> Any:
@@ -58,33 +83,22 @@ def _model(kind: str, dtype: torch.dtype) -> Any:
         experts = {"moe_intermediate_size": 24, "num_experts": 12, "num_experts_per_tok": 3}
         experts |= {"num_hidden_layers": 4, "mlp_only_layers": [0], "decoder_sparse_step": 2}
         config = transformers.Qwen3MoeConfig(**(LLAMA | experts), **ROPE, head_dim=16, norm_topk_prob=True)
-    elif kind == "dots1":
-        if not hasattr(transformers, "Dots1Config"):
-            pytest.skip("this transformers has no dots.llm1")
-        experts = {"moe_intermediate_size": 24, "n_routed_experts": 12, "num_experts_per_tok": 3}
-        experts |= {"n_shared_experts": 2, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1}
-        experts |= {"norm_topk_prob": True, "routed_scaling_factor": 1.5, "sliding_window": None}
-        config = transformers.Dots1Config(**LLAMA, **ROPE, **experts, head_dim=16)
-    elif kind.startswith("deepseek"):
-        if not hasattr(transformers, "DeepseekV2Config") and kind == "deepseek_v2":
-            pytest.skip("this transformers has no DeepSeek-V2")
-        experts = {"moe_intermediate_size": 24, "n_routed_experts": 12, "num_experts_per_tok": 3}
-        experts |= {"n_shared_experts": 2, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1}
-        experts |= {"num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 10}
-        experts |= {"qk_rope_head_dim": 6, "v_head_dim": 8, "routed_scaling_factor": 1.5}
-        if kind == "deepseek_v2":
-            config = transformers.DeepseekV2Config(
-                **(LLAMA | experts), **ROPE, topk_method="group_limited_greedy"
-            )
-        else:
-            config = transformers.DeepseekV3Config(**(LLAMA | experts), **ROPE)
+    elif kind == "qwen2":
+        config = transformers.Qwen2Config(**LLAMA, **ROPE, tie_word_embeddings=True)
+    elif kind == "qwen2_moe":
+        experts = {"moe_intermediate_size": 24, "num_experts": 12, "num_experts_per_tok": 3}
+        experts |= {"shared_expert_intermediate_size": 40, "num_hidden_layers": 3, "mlp_only_layers": [0]}
+        config = transformers.Qwen2MoeConfig(**(LLAMA | experts), **ROPE)
+    elif kind in DEEPSEEK_LIKE:
+        config = _deepseek_like(kind)
     else:
         config = transformers.MixtralConfig(**LLAMA, **ROPE, num_local_experts=12, sliding_window=None)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = 0.3 if "router" in name or "gate.weight" in name else 0.05
-            parameter.copy_(torch.randn(parameter.shape) * scale + (parameter.ndim == 1))
+            is_norm = parameter.ndim == 1 and not name.endswith(".bias")
+            parameter.copy_(torch.randn(parameter.shape) * scale + is_norm)
         for name, buffer in model.named_buffers():
             if "correction_bias" in name:
                 buffer.copy_(torch.randn(buffer.shape) * 0.1)
@@ -98,7 +112,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
-KINDS = ["dbrx", "llama", "mixtral", "olmoe", "qwen3", "qwen3_moe", "dots1", "deepseek_v3", "deepseek_v2"]
+KINDS = ["dbrx", "llama", "mixtral", "olmoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", *DEEPSEEK_LIKE]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,11 +148,12 @@ def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, t
     assert json.loads(after[index])["weight_map"] == json.loads(before[index])["weight_map"]
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
 def test_layers_that_predict_further_tokens_are_left_out_with_a_word(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "hf"
-    _model("deepseek_v3", torch.float32).save_pretrained(folder)
+    _model(kind, torch.float32).save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     further = {"eh_proj.weight": torch.zeros(32, 64), "self_attn.o_proj.weight": torch.zeros(32, 32)}
     with_more = weights | {f"model.layers.2.{name}": weight for name, weight in further.items()}
@@ -151,7 +166,7 @@ def test_layers_that_predict_further_tokens_are_left_out_with_a_word(
     assert back.tensors.keys() == weights.keys()
     save_file(weights | {"model.layers.1.eh_proj.weight": torch.zeros(32, 64)}, folder / "model.safetensors")
     assert main(["import", str(folder), str(tmp_path / "again")]) == 2
-    assert "model.layers.1.eh_proj.weight is not a tensor of a deepseek_v3 model" in capfd.readouterr().err
+    assert f"model.layers.1.eh_proj.weight is not a tensor of a {kind} model" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("spelling", ["both", "rope_parameters", "attn_config"])

@@ -30,6 +30,10 @@ DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 6, [7] * 12])
 def make(model: Model = BASE) -> Attention:
     attention = Attention(model, "cpu")
     initialize(attention, model, seed=1)
+    if model.qkv_bias:
+        with torch.no_grad():
+            assert not attention.Wqkv.bias.any()
+            attention.Wqkv.bias.normal_(generator=torch.Generator().manual_seed(2))
     return attention.double()
 
 
@@ -66,9 +70,10 @@ def definition(attention: Attention, x_BSD: Tensor, visible_BSS: Tensor) -> Tens
     def heads(rows: Tensor, turned: bool) -> Tensor:
         rows = rows.view(*rows.shape[:2], -1, R).transpose(1, 2)
         if turned and model.position is Position.rope:
-            angles = torch.arange(rows.shape[2])[:, None] * model.rope_theta ** -(torch.arange(0, R, 2) / R)
-            pairs = torch.complex(rows[..., : R // 2], rows[..., R // 2 :]) * torch.exp(1j * angles)
-            rows = torch.cat([pairs.real, pairs.imag], dim=-1)
+            W = round(R * model.rope_share)
+            angles = torch.arange(rows.shape[2])[:, None] * model.rope_theta ** -(torch.arange(0, W, 2) / W)
+            pairs = torch.complex(rows[..., : W // 2], rows[..., W // 2 : W]) * torch.exp(1j * angles)
+            rows = torch.cat([pairs.real, pairs.imag, rows[..., W:]], dim=-1)
         return rows.repeat_interleave(H // rows.shape[1], dim=1)
 
     scores = heads(q, True) @ heads(k, True).transpose(-1, -2) / math.sqrt(R)
@@ -90,6 +95,7 @@ MODELS = {
     "normalised over each head": replace(
         BASE, head_width=12, clip_qkv=0.7, qk_norm=True, qk_norm_over=QkNormOver.each_head
     ),
+    "rotated in part, with biases": replace(BASE, rope_share=0.5, qkv_bias=True, clip_qkv=0.7),
     "alibi": replace(BASE, position=Position.alibi),
     "alibi, clipped": replace(BASE, position=Position.alibi, clip_qkv=0.7, n_kv_heads=H),
 }
@@ -107,7 +113,7 @@ def test_output_and_gradients_equal_the_definition(name: str, documents: Tensor 
     # RoPE's angles are computed in fp32, as in Hugging Face.
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     grad = torch.randn_like(out)
-    weights = [x, attention.Wqkv.weight, attention.out_proj.weight]
+    weights = [x, *attention.Wqkv.parameters(), attention.out_proj.weight]
     ours = torch.autograd.grad(out, weights, grad)
     theirs = torch.autograd.grad(expected, weights, grad)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -44,7 +44,7 @@ EXPERTS = Moe(
 )
 MOE = replace(CFG, n_layers=2, n_heads=4, n_kv_heads=2, max_sequence_tokens=S, init_std=0.3, moe=EXPERTS)
 ALIBI = replace(MOE, position=Position.alibi, norm=Norm.layernorm, logit_z_loss_weight=0.1)
-DENSE = replace(MOE, moe=None, qk_norm=True, clip_qkv=0.5)
+DENSE = replace(MOE, moe=None, qk_norm=True, clip_qkv=0.5, qkv_bias=True, rope_share=0.5)
 
 
 def batch_of(model: Model) -> Batch:

@@ -138,6 +138,7 @@ def test_what_may_differ_from_the_weights_of_step_0() -> None:
     assert equal == {
         *("d_model", "n_layers", "n_heads", "n_kv_heads", "ffn_hidden_size", "vocab_size"),
         *("head_width", "ffn", "norm", "qk_norm", "qk_norm_over", "tie_embeddings", "moe.experts"),
+        *("qkv_bias", "rope_share"),
         *(f"moe.{name}" for name in ("expert_hidden_size", "shared_hidden_size", "shared_gate")),
         *("moe.dense_layers", "moe.every_n_layers"),
         *(f"latent.{name}" for name in ("q_rank", "kv_rank", "nope_width", "rope_width", "v_width")),

@@ -122,6 +122,10 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
             "model.moe={dense_layers: 3, every_n_layers: 6}",
             f"{SMOKE}: model.moe.dense_layers: dense_layers=3 and every_n_layers=6 leave none of n_layers=4",
         ),
+        (
+            "model={head_width: 20, rope_share: 0.25}",
+            f"{SMOKE}: model.rope_share: rotates 5 of head_width=20 elements, and RoPE rotates pairs",
+        ),
         ("model.head_width=33", f"{SMOKE}: model.head_width: head_width=33 is odd, and RoPE rotates pairs"),
         (
             "model={n_kv_heads: 4, latent: {kv_rank: 16, nope_width: 16, rope_width: 7, v_width: 16}}",
@@ -134,6 +138,11 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
         (
             "model={n_kv_heads: 1, latent: {kv_rank: 16, nope_width: 8, rope_width: 8, v_width: 8}}",
             f"{SMOKE}: model.n_kv_heads: n_kv_heads=1 differs from n_heads=4, but every latent head has",
+        ),
+        (
+            "model={n_kv_heads: 4, qkv_bias: true, "
+            "latent: {kv_rank: 4, nope_width: 8, rope_width: 8, v_width: 8}}",
+            f"{SMOKE}: model.qkv_bias: is not for model.latent; remove it: its products have no biases",
         ),
         (
             "model={n_kv_heads: 4, qk_norm: true, "

@@ -80,7 +80,7 @@ def test_layers_are_dense_or_have_experts() -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        *(MPT, LLAMA, OLMOE, QWEN3, MIXED, AHEAD, replace(MIXED, mtp=True)),
+        *(MPT, LLAMA, OLMOE, QWEN3, MIXED, AHEAD, replace(MIXED, mtp=True, qkv_bias=True)),
         decoder(64, 3, (4, 2), 112, 512, moe=Moe(experts=8, top_k=2)),
     ],
 )

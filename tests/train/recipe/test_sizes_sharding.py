@@ -29,7 +29,9 @@ TINY = Model(
 )
 
 
-MIXED = replace(TINY, n_layers=4, moe=Moe(experts=8, top_k=2, dense_layers=1, every_n_layers=2))
+MIXED = replace(
+    TINY, n_layers=4, qkv_bias=True, moe=Moe(experts=8, top_k=2, dense_layers=1, every_n_layers=2)
+)
 
 
 @pytest.mark.parametrize("model", [TINY, MIXED], ids=["experts", "mixed"])

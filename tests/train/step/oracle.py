@@ -259,7 +259,10 @@ class Oracle:
         """Causal attention within documents, one query head at a time."""
         model, W = self.recipe.model, self.weights
         H, G, R = model.n_heads, model.n_kv_heads, model.d_model // model.n_heads
-        q, k, v = (h @ W[at + "Wqkv.weight"].T).split([H * R, G * R, G * R], dim=-1)
+        qkv = h @ W[at + "Wqkv.weight"].T
+        if model.qkv_bias:
+            qkv = qkv + W[at + "Wqkv.bias"]
+        q, k, v = qkv.split([H * R, G * R, G * R], dim=-1)
         if model.qk_norm:
             q, k = self.rms(q, at + "q_norm.weight"), self.rms(k, at + "k_norm.weight")
         if model.clip_qkv is not None:
@@ -275,7 +278,10 @@ class Oracle:
             group = head // (H // G)
             qh, kh, vh = (t[..., i * R : (i + 1) * R] for t, i in ((q, head), (k, group), (v, group)))
             if model.position is Position.rope:
-                qh, kh = turned(qh, theta), turned(kh, theta)
+                width = round(R * model.rope_share)
+                qh, kh = (
+                    torch.cat([turned(t[..., :width], theta), t[..., width:]], dim=-1) for t in (qh, kh)
+                )
             weights = qh @ kh.mT / math.sqrt(R)
             if model.position is Position.alibi:
                 weights = weights - 2.0 ** (-8 * (head + 1) / H) * ago

@@ -31,7 +31,8 @@ EXPERTS = "model.moe.experts=4 model.moe.top_k=2"
 RUNS = {
     "adamw, balance of the microbatch": f"{EXPERTS} model.moe.balance_scope=microbatch",
     "adamw, balance of the batch, rmsnorm": f"{EXPERTS} model.moe.balance_scope=global_batch "
-    "model.norm=rmsnorm model.qk_norm=true model.tie_embeddings=true model.moe.normalize_weights_p=2.0",
+    "model.norm=rmsnorm model.qk_norm=true model.qkv_bias=true model.rope_share=0.5 "
+    "model.tie_embeddings=true model.moe.normalize_weights_p=2.0",
     "lion, balance by bias, wsd": f"{EXPERTS} model.moe.balance=bias model.moe.bias_update_rate=0.2 "
     "model.moe.normalize_weights_p=null optimizer.kind=lion schedule.kind=wsd schedule.decay_tokens=600000",
     "dense, alibi, one document": "model.moe=null model.position=alibi model.ffn=mlp model.n_kv_heads=4 "
