@@ -13,16 +13,16 @@ from safetensors import safe_open
 
 from data.tokenizer import open_tokenizer
 from train.hf.__main__ import main
+from train.hf.architectures import family_for
+from train.hf.check import NEWER_MODELS, SMALL_MODELS
 from train.model.decoder import Decoder
 from train.recipe.reading import load_recipe
 from train.recipe.schema import (
     Balance,
-    Ffn,
     Model,
     Moe,
     Norm,
     Position,
-    QkNormOver,
     Recipe,
     Score,
     Tokenizer,
@@ -33,67 +33,28 @@ pytestmark = pytest.mark.slow
 
 MakeRun = Callable[[Recipe], tuple[Path, Decoder]]
 
-DBRX = Model(
-    d_model=32,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    ffn_hidden_size=40,
-    vocab_size=300,
-    max_sequence_tokens=64,
-    clip_qkv=0.1,
-    moe=Moe(experts=4, top_k=2),
-)
-LLAMA = replace(DBRX, norm=Norm.rmsnorm, clip_qkv=None, moe=None)
-QWEN3 = replace(LLAMA, head_width=12, qk_norm=True, qk_norm_over=QkNormOver.each_head)
-DOTS1 = Moe(
-    experts=12,
-    top_k=3,
-    expert_hidden_size=24,
-    shared_hidden_size=48,
-    dense_layers=1,
-    score=Score.sigmoid,
-    weight_scale=1.5,
-    groups=3,
-    top_groups=2,
-    balance=Balance.bias,
-)
-MODELS = {
-    "dbrx": (DBRX, "DbrxForCausalLM"),
-    "dbrx without clipping or normalised weights": (
-        replace(DBRX, clip_qkv=None, moe=Moe(experts=8, top_k=3, normalize_weights_p=None)),
-        "DbrxForCausalLM",
-    ),
-    "dense dbrx, tied": (replace(DBRX, moe=None, tie_embeddings=True), "DbrxForCausalLM"),
-    "llama": (LLAMA, "LlamaForCausalLM"),
-    "llama, tied": (replace(LLAMA, tie_embeddings=True), "LlamaForCausalLM"),
-    "mixtral": (replace(LLAMA, moe=Moe(experts=4, top_k=2)), "MixtralForCausalLM"),
-    "mixtral, without its multi-token prediction": (
-        replace(LLAMA, moe=Moe(experts=4, top_k=2), mtp=True),
-        "MixtralForCausalLM",
-    ),
-    "olmoe": (
-        replace(LLAMA, qk_norm=True, clip_qkv=0.5, moe=Moe(experts=8, top_k=3, normalize_weights_p=None)),
-        "OlmoeForCausalLM",
-    ),
-    "olmoe, normalised": (replace(LLAMA, qk_norm=True, moe=Moe(experts=4, top_k=2)), "OlmoeForCausalLM"),
-    "qwen3_moe, dense layers": (
-        replace(QWEN3, n_layers=4, moe=Moe(experts=12, top_k=3, dense_layers=1, every_n_layers=2)),
-        "Qwen3MoeForCausalLM",
-    ),
-    "dots1": (replace(QWEN3, moe=DOTS1), "Dots1ForCausalLM"),
-    "mpt": (
-        replace(
-            DBRX,
-            position=Position.alibi,
-            ffn=Ffn.mlp,
-            moe=None,
-            n_heads=2,
-            ffn_hidden_size=128,
-            tie_embeddings=True,
-        ),
-        "MptForCausalLM",
-    ),
+MODELS = SMALL_MODELS | NEWER_MODELS
+# 300 ids are those of the tokenizer; clipped so low, most of what is clipped is changed.
+DBRX = replace(MODELS["DBRX"], vocab_size=300, clip_qkv=0.1)
+DOTS1 = replace(MODELS["dots.llm1"], vocab_size=300)
+EXPORTED = {
+    kind: replace(MODELS[kind], vocab_size=300)
+    for kind in (
+        "DBRX, weights not normalised",
+        "DBRX of one expert (dense), tied",
+        "LLaMA",
+        "Mixtral",
+        "MPT",
+        "OLMoE",
+        "Qwen3-MoE, dense layers",
+    )
+}
+EXPORTED |= {
+    "DBRX": DBRX,
+    "LLaMA, tied": replace(EXPORTED["LLaMA"], tie_embeddings=True),
+    "Mixtral, without its multi-token prediction": replace(EXPORTED["Mixtral"], mtp=True),
+    "OLMoE, normalised and clipped": replace(EXPORTED["OLMoE"], moe=EXPORTED["Mixtral"].moe, clip_qkv=0.5),
+    "dots.llm1": DOTS1,
 }
 
 
@@ -115,13 +76,14 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", EXPORTED)
 def test_transformers_computes_the_same(
     kind: str, tokenizer_folder: Path, tmp_path: Path, make_run: MakeRun
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, architecture = MODELS[kind]
+    model = EXPORTED[kind]
+    architecture = family_for(replace(model, mtp=False)).architecture
     if not hasattr(transformers, architecture):
         pytest.skip(f"this transformers has no {architecture}")
     run, decoder = make_run(recipe_of(model, tokenizer_folder))
@@ -151,7 +113,7 @@ def test_transformers_computes_the_same(
 
 
 def test_a_balancing_bias_stays_fp32(tokenizer_folder: Path, tmp_path: Path, make_run: MakeRun) -> None:
-    run, decoder = make_run(recipe_of(replace(QWEN3, moe=DOTS1), tokenizer_folder))
+    run, decoder = make_run(recipe_of(DOTS1, tokenizer_folder))
     assert main(["export", str(run), str(tmp_path / "out"), "--dtype", "bf16"]) == 0
     with safe_open(tmp_path / "out/model.safetensors", "pt") as stored:
         bias_E = stored.get_tensor("model.layers.1.mlp.gate.e_score_correction_bias")
@@ -182,7 +144,7 @@ def test_shards_index_and_dtype(tokenizer_folder: Path, tmp_path: Path, make_run
                 assert torch.equal(stored.get_tensor(name), state[name].bfloat16())
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
     card = (tmp_path / "out/README.md").read_text()
-    assert "448 tokens" in card and "4 experts, 2 per token" in card
+    assert "448 tokens" in card and "16 experts, 4 per token" in card
 
 
 @pytest.mark.parametrize(
