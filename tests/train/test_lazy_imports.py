@@ -53,8 +53,36 @@ def run(code: str, *options: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_start_imports_no_heavy_package() -> None:
-    code = "import sys, train.run; from composer import Trainer; Trainer; print(*sys.modules)"
+def test_a_start_imports_no_heavy_package_and_whoever_uses_something_gets_the_real_one() -> None:
+    code = """
+    import sys, train, torch
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.sum().backward()
+    optimizer.step()
+    assert "torch._dynamo" not in sys.modules
+    import train.run
+    from composer import Trainer
+    Trainer
+    print(*sys.modules)
+    graphs = []
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    compiled = torch.compile(lambda x: x.sin() + 1, backend=backend)
+    assert torch.equal(compiled(weight), weight.sin() + 1) and len(graphs) == 1
+    assert torch._dynamo is sys.modules["torch._dynamo"]
+    optimizer.step()  # A call that was made before the compiler was there.
+    assert len(graphs) == 1
+
+    from composer.callbacks import MLPerfCallback
+    from composer.models import HuggingFaceModel
+    from composer.utils import add_vision_dataset_transform, misc
+    from torchmetrics import MetricCollection, functional
+    assert isinstance(MLPerfCallback, type) and isinstance(HuggingFaceModel, type)
+    assert misc.transforms.Compose is sys.modules["torchvision.transforms"].Compose
+    assert functional.accuracy is sys.modules["torchmetrics.functional.classification.accuracy"].accuracy
+    """
     imported = set(run(code).split())
     heavy = HEAVY | {COMPILER}
     if Version(torch.__version__) < Version("2.11"):
@@ -201,36 +229,6 @@ def test_what_is_mentioned_is_imported_when_it_is_used(package: str, tmp_path: P
     assert gathers.work() == "built"
     part = importlib.import_module("missing.parts").Part()
     assert gathers.kind_of(part) and not gathers.kind_of(3)
-
-
-@pytest.mark.slow
-def test_whoever_uses_something_gets_the_real_one() -> None:
-    code = """
-    import sys, train, torch
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([weight], lr=0.1)
-    weight.sum().backward()
-    optimizer.step()
-    assert "torch._dynamo" not in sys.modules
-    graphs = []
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-    compiled = torch.compile(lambda x: x.sin() + 1, backend=backend)
-    assert torch.equal(compiled(weight), weight.sin() + 1) and len(graphs) == 1
-    assert torch._dynamo is sys.modules["torch._dynamo"]
-    optimizer.step()  # A call that was made before the compiler was there.
-    assert len(graphs) == 1
-
-    from composer.callbacks import MLPerfCallback
-    from composer.models import HuggingFaceModel
-    from composer.utils import add_vision_dataset_transform, misc
-    from torchmetrics import MetricCollection, functional
-    assert isinstance(MLPerfCallback, type) and isinstance(HuggingFaceModel, type)
-    assert misc.transforms.Compose is sys.modules["torchvision.transforms"].Compose
-    assert functional.accuracy is sys.modules["torchmetrics.functional.classification.accuracy"].accuracy
-    """
-    run(code)
 
 
 def test_versions_of_packages_are_found_without_setuptools() -> None:

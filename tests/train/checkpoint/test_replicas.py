@@ -105,11 +105,11 @@ def _saved(root: Path, layout: Parallelism, topology: Topology, own: Optimizer) 
 def test_a_shard_is_read_once_and_held_by_all_that_held_it(
     layout: Parallelism, own: Optimizer, tmp_path: Path
 ) -> None:
-    before = run_ranks(4, lambda topology: _saved(tmp_path, layout, topology, own))
     folder = tmp_path / "batch-00000001"
-    check_checkpoint(folder)
 
-    def load(topology: Topology) -> tuple[Any, ...]:
+    def save_and_load(topology: Topology) -> tuple[Any, ...]:
+        before = _saved(tmp_path, layout, topology, own)
+        dist.barrier()
         decoder, optimizer = _built(layout, topology, 2, own)
         with _opened(folder) as hashed:
             check_checkpoint(folder, topology=topology)
@@ -117,15 +117,16 @@ def test_a_shard_is_read_once_and_held_by_all_that_held_it(
             load_checkpoint(folder, decoder, optimizer, topology, replicas_of(decoder))
         # It has compared the digest of what it loads; of other shards it loads only what is replicated.
         assert set(hashed) - {".metadata"} <= set(names)
-        return _held(decoder, optimizer), _step(decoder, optimizer), names
+        return before, (_held(decoder, optimizer), _step(decoder, optimizer)), names
 
-    after = run_ranks(4, load)
-    for (held, loss), (held_again, loss_again, _) in zip(before, after, strict=True):
-        assert held_again == held and loss_again == loss
+    found = run_ranks(4, save_and_load)
+    check_checkpoint(folder)
+    for before, after, _ in found:
+        assert after == before
     readers = writing_ranks(4, layout.replicate)
-    assert [rank for rank, (*_, names) in enumerate(after) if names] == readers
+    assert [rank for rank, (*_, names) in enumerate(found) if names] == readers
     shards = {f"__{place}_0.distcp" for place in range(len(readers))}
-    assert {name for *_, names in after for name in names} == shards | {".metadata"}
+    assert {name for *_, names in found for name in names} == shards | {".metadata"}
 
 
 def test_a_restored_optimizer_is_read_once(tmp_path: Path) -> None:
@@ -151,15 +152,16 @@ def test_a_run_of_another_layout_reads_what_one_replica_wrote(tmp_path: Path) ->
     run_ranks(4, lambda topology: _saved(tmp_path, LAYOUTS[1], topology, ADAMW))
     folder = tmp_path / "batch-00000001"
 
-    def load(layout: Parallelism) -> Any:
-        def work(topology: Topology) -> list[Any]:
+    def load(topology: Topology) -> list[Any]:
+        found = []
+        for layout in (LAYOUTS[0], LAYOUTS[2], Parallelism(expert=4)):
             decoder, optimizer = _built(layout, topology, 2)
             load_checkpoint(folder, decoder, optimizer, topology, replicas_of(decoder))
-            return [whole(each).tolist() for each in decoder.parameters()]
+            found.append([whole(each).tolist() for each in decoder.parameters()])
+        return found
 
-        return run_ranks(4, work)
-
-    assert load(LAYOUTS[0]) == load(LAYOUTS[2]) == load(Parallelism(expert=4))
+    for first, second, third in run_ranks(4, load):
+        assert first == second == third
 
 
 @pytest.mark.parametrize(
