@@ -79,6 +79,8 @@ def transfer_scales(model: Model, name: str, *, orthogonal: bool = False) -> Sca
     if ".router." in dotted or ".shared_gate." in dotted:  # to a fixed number of outputs, as the logits are
         active = ratios.active if ".router." in dotted else 1.0
         return Scales(1 / ratios.width, 1 / ratios.width, 1 / (active * ratios.depth))
+    if dotted.endswith(".Wqkv.bias"):  # added to activations that keep their size, as norms multiply them
+        return Scales(eps=1 / (ratios.attended * ratios.depth))
     if "norm" in dotted.rsplit(".", 2)[-2]:
         return Scales(eps=1 / (ratios.width * ratios.depth))
     return _hidden(model, dotted, ratios, orthogonal)

@@ -42,7 +42,7 @@ def names(model: Model) -> list[str]:
 
 def test_a_model_of_the_base_s_sizes_is_trained_as_without() -> None:
     for moe in (Moe(8, 2, shared_hidden_size=24, shared_gate=True), None):
-        model = replace(SMALL, moe=moe, mtp=True, qk_norm=True)
+        model = replace(SMALL, moe=moe, mtp=True, qk_norm=True, qkv_bias=True)
         based = replace(model, transfer_base=replace(BASE, top_k=2 if moe else 1))
         for name in names(model):
             assert transfer_scales(model, name) == Scales()
@@ -58,6 +58,7 @@ def test_scales_are_those_of_the_published_tables() -> None:
         "transformer.wte.weight": Scales(1, 1, 1 / 4),
         "lm_head.weight": Scales(1 / 4, 1 / 4, 1),
         BLOCK + "norm_attn_norm.attn.Wqkv.weight": Scales(1 / 2, 1 / 4, 1 / 8),
+        BLOCK + "norm_attn_norm.attn.Wqkv.bias": Scales(1, 1, 1 / 8),
         # A root of the depth is in the recipe's initial scale already.
         BLOCK + "norm_attn_norm.attn.out_proj.weight": Scales(1 / 2 / 2**0.5, 1 / 8, 1 / 4),
         BLOCK + "ffn.router.layer.weight": Scales(1 / 4, 1 / 4, 1 / 4),
