@@ -55,8 +55,8 @@ launch.gpu_check   train.recipe train.record train.model train.layout train.pref
 launch.verify      train.recipe train.record data data.order data.shards data.text data.audit train.model
                    train.layout train.checkpoint train.health train.step train.hf train launch.restart
 launch.experiments train.recipe train.record data data.order data.shards data.text train.model
-                   train.layout train.checkpoint train.health train.preflight train.hf train.report
-                   train.tracking train launch.plan launch.restart launch.verify
+                   train.layout train.checkpoint train.health train.step train.preflight train.hf
+                   train.report train.tracking train launch.plan launch.restart launch.verify
 """
 """A package, and behind it those that it imports, from the ground floor up."""
 
