@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 RUN ?= $(shell ls -td runs/*/ 2>/dev/null | head -1)
 
-.PHONY: help install wheels smoke test test-fast check format ui bench gpu-check audit lock clean
+.PHONY: help install wheels smoke test test-fast check format ui docs bench gpu-check audit lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ format: install ## format, and apply ruff's fixes
 ui: install ## serve MLflow's page on the local runs
 	@$(PY) -m train.tracking ui
 
+docs: ## build the documentation site in .cache/site/html
+	@PYTHON="$(PYTHON)" bash launch/docs.sh
+
 bench: install ## compare speed and memory with other frameworks, both sides in one run
 	@$(PY) -m launch.experiments.bench $(ARGS)
 
@@ -47,10 +50,11 @@ audit: install ## ask a vulnerability service about the locked packages; docs/ad
 	@$(PY) -m launch.advisories $(ARGS)
 
 COMPILE = pip compile pyproject.toml --group full --group stores --group dev --group fast-tokenizer --generate-hashes --no-annotate --no-header -q
-lock: install ## resolve both locks again from pyproject.toml
+lock: install ## resolve the locks again from pyproject.toml
 	@uv=$$(command -v uv || echo .cache/tools/bin/uv); \
 	    $$uv $(COMPILE) --python-version 3.12 --upgrade -o requirements.lock && \
-	    $$uv $(COMPILE) --group minimum --python-version 3.11 --upgrade -o requirements-minimum.lock
+	    $$uv $(COMPILE) --group minimum --python-version 3.11 --upgrade -o requirements-minimum.lock && \
+	    $$uv pip compile --group docs --generate-hashes --no-annotate --no-header -q --python-version 3.12 --upgrade -o requirements-docs.lock
 
 clean: ## remove what was installed and cached, but not runs/
-	rm -rf .venv .venv-minimum .cache
+	rm -rf .venv .venv-minimum .venv-docs .cache

@@ -33,14 +33,15 @@ def describe_keys() -> str:
     """Describes every key for ``--help``: default, range, changes on resume, and docstring."""
     lines = [HELP]
     for key in schema_keys().values():
-        facts = [_default_text(key), key.rules.range, RESUME_WORDS.get(on_resume(key.name), "")]
+        facts = [default_text(key), key.rules.range, RESUME_WORDS.get(on_resume(key.name), "")]
         if key.rules.read_when:
             facts.append(f"read when {key.rules.read_when}")
         lines.append(f"  {key.name}  ({'; '.join(filter(None, facts))})\n      {key.doc}")
     return "\n".join(lines)
 
 
-def _default_text(key: SchemaKey) -> str:
+def default_text(key: SchemaKey) -> str:
+    """Returns ``default ...``, ``required``, or ``section`` for a key that holds others."""
     value = key.field.default
     if value == MISSING:
         return "required"
