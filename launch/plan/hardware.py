@@ -28,6 +28,8 @@ class Gpu:
     """Bytes per second to the other GPUs of the node."""
     network_bandwidth: float
     """Bytes per second to other nodes (InfiniBand)."""
+    host_bandwidth: float
+    """Bytes per second to the host's memory (PCIe)."""
     gpus_per_node: int = 8
     nvlink_hop_seconds: float = 1e-6
     """Latency from one GPU to its neighbour: assumed, of the order of NCCL's own tuning tables."""
@@ -45,6 +47,7 @@ GPUS = {
         float(row["memory_bandwidth"]),
         float(row["nvlink_bandwidth"]),
         float(row["network_bandwidth"]),
+        float(row["host_bandwidth"]),
     )
     for row in read_rows(Path(__file__).with_name("gpus.csv"))
 }

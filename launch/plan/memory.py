@@ -194,7 +194,7 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
     numerics = numerics_of(recipe, world_size)
     grades = sizes.recomputed(training, sizes.layers(model))
     chunk = training.loss_chunk_tokens or sizes.LOSS_CHUNK_TOKENS["cuda"]
-    kept = kept_bytes(model, batch, numerics, grades)
+    kept = kept_bytes(model, batch, numerics, grades, offload=training.offload)
     halves = 2 if layout.interleave else 1
     stream = batch.tokens * model.d_model * numerics.stream
     loss = loss_bytes(model, batch, numerics, chunk)
@@ -216,7 +216,15 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
         Moment(0, 0, orthogonalising(recipe, world_size).bytes, 0, all_gradients),
     ]
     own = whole.gradients
-    for each in backward_passes(model, batch, numerics, grades, own_gradients=lambda _: own, halves=halves):
+    for each in backward_passes(
+        model,
+        batch,
+        numerics,
+        grades,
+        own_gradients=lambda _: own,
+        halves=halves,
+        offload=training.offload,
+    ):
         layers_above = len(grades) - 1 - each.layer
         gradients = all_gradients * layers_above // max(1, len(grades) - 1)
         stay = gathered + (whole.reduced if layers_above else above)
@@ -230,7 +238,10 @@ def _moments_of_one(recipe: Recipe, batch: Microbatch, kept_gradients: int) -> l
     chunk = training.loss_chunk_tokens or sizes.LOSS_CHUNK_TOKENS["cuda"]
     grades = sizes.recomputed(training, sizes.layers(model))
     update = Moment(0, 0, orthogonalising(recipe, 1).bytes, 0, sizes.total_parameters(model) * FP32)
-    return [*moments_of_one(model, batch, numerics_of(recipe, 1), grades, chunk, kept_gradients), update]
+    of_passes = moments_of_one(
+        model, batch, numerics_of(recipe, 1), grades, chunk, kept_gradients, training.offload
+    )
+    return [*of_passes, update]
 
 
 def moments_of_one(
@@ -240,6 +251,7 @@ def moments_of_one(
     grades: Sequence[Recompute],
     chunk_tokens: int,
     kept_gradients: int = 0,
+    offload: bool = False,
 ) -> list[Moment]:
     """The candidates of one process with the whole model: its gradients are made in place, in fp32.
 
@@ -250,10 +262,11 @@ def moments_of_one(
         grades: what each layer recomputes.
         chunk_tokens: tokens whose logits are in memory at once.
         kept_gradients: bytes of gradients from earlier microbatches.
+        offload: inputs of layers that are computed again wait in host memory.
     """
     loss = loss_bytes(model, batch, numerics, chunk_tokens)
     stream = batch.tokens * model.d_model * numerics.stream
-    kept = kept_bytes(model, batch, numerics, grades) + norm_bytes(model, batch, numerics)
+    kept = kept_bytes(model, batch, numerics, grades, offload=offload) + norm_bytes(model, batch, numerics)
     found = [
         Moment(kept, loss.total, copies_at_loss(model, numerics, grades), 0, kept_gradients),
         Moment(stream, 0, 0, 0, sizes.total_parameters(model) * FP32),
@@ -262,7 +275,7 @@ def moments_of_one(
     def own_gradients(like: Model) -> int:
         return layer_gradient_elements(like)[1] * FP32
 
-    for each in backward_passes(model, batch, numerics, grades, own_gradients=own_gradients):
+    for each in backward_passes(model, batch, numerics, grades, own_gradients=own_gradients, offload=offload):
         # A checkpoint's input is what its first norm saves.
         shared = stream if grades[each.layer] is Recompute.layer else 0
         in_layer = each.kept + each.working - shared

@@ -34,6 +34,9 @@ from launch.plan.step_time import (
 from train.recipe import sizes
 from train.recipe.schema import Ffn, Model, Position, Recompute
 
+INPUTS_ON_DEVICE = 2
+"""Of a model whose inputs wait in host memory, see :mod:`train.model.offload`."""
+
 
 def kept_in_layer(model: Model, batch: Microbatch, numerics: Numerics, grade: Recompute) -> int:
     """Bytes that a layer keeps between its passes."""
@@ -48,13 +51,23 @@ def kept_in_layer(model: Model, batch: Microbatch, numerics: Numerics, grade: Re
     return kept + sum(_kept_in_ffn(model, batch, numerics, grade).values())
 
 
-def kept_bytes(model: Model, batch: Microbatch, numerics: Numerics, grades: Sequence[Recompute]) -> int:
+def kept_bytes(
+    model: Model, batch: Microbatch, numerics: Numerics, grades: Sequence[Recompute], *, offload: bool = False
+) -> int:
     """Bytes that the first layers, of these grades, keep until the backward pass, and that all share."""
     layers = Counter(zip(layer_models(model), grades, strict=False))
     kept = sum(count * kept_in_layer(like, batch, numerics, grade) for (like, grade), count in layers.items())
+    if offload:
+        away = max(0, offloaded_layers(model, grades) - INPUTS_ON_DEVICE)
+        kept -= away * batch.tokens * model.d_model * numerics.stream
     if model.mtp and len(grades) == sizes.layers(model):
         kept += _kept_in_joining(model, batch, numerics, grades[-1])
     return kept + shared_bytes(model, batch, numerics)
+
+
+def offloaded_layers(model: Model, grades: Sequence[Recompute]) -> int:
+    """Layers whose inputs leave the device if inputs do; that of multi-token prediction stays."""
+    return sum(grade is Recompute.layer for grade in grades[: model.n_layers])
 
 
 def _kept_in_joining(model: Model, batch: Microbatch, numerics: Numerics, grade: Recompute) -> int:
@@ -141,16 +154,17 @@ def backward_passes(
     *,
     own_gradients: Callable[[Model], int],
     halves: int = 1,
+    offload: bool = False,
 ) -> list[InBackward]:
     """The layers whose backward pass may need the most: the last two, the last of each grade, the first of
     each kind. Of ``halves`` that are computed in turn, experts have one at a time; ``own_gradients`` are the
-    bytes of the gradients of a layer's weights.
+    bytes of the gradients of a layer's weights; with ``offload`` inputs wait in host memory.
     """
     found, models = [], layer_models(model)
     firsts = [alike.layers[0] for alike in sizes.alike_layers(model)]
     for layer, (like, grade) in enumerate(zip(models, grades, strict=True)):
         if layer in firsts or layer >= len(grades) - 2 or grade is not grades[layer + 1]:
-            kept = kept_bytes(model, batch, numerics, grades[: layer + 1])
+            kept = kept_bytes(model, batch, numerics, grades[: layer + 1], offload=offload)
             own = own_gradients(like)
             working = working_bytes(like, batch, numerics, grade, own_gradients=own, halves=halves)
             if layer == model.n_layers:

@@ -33,6 +33,7 @@ class Choice:
     """The first so many layers recompute that, the others ``recompute_rest``; None: all."""
     recompute_rest: Recompute = Recompute.nothing
     context: int = 1
+    offload: bool = False
 
     def applied(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with these settings."""
@@ -49,6 +50,7 @@ class Choice:
                 recompute=self.recompute,
                 recompute_layers=self.recompute_layers,
                 recompute_rest=self.recompute_rest,
+                offload=self.offload,
             ),
         )
 
@@ -60,7 +62,7 @@ class Choice:
             f"parallelism.replicate={self.replicate} parallelism.expert={self.expert} {context}"
             f"training.microbatch_sequences={self.microbatch_sequences} "
             f"training.recompute={self.recompute.value} training.recompute_layers={layers} "
-            f"training.recompute_rest={self.recompute_rest.value}"
+            f"training.recompute_rest={self.recompute_rest.value}{' training.offload=true' * self.offload}"
         )
 
 
@@ -74,6 +76,7 @@ def choice_of(recipe: Recipe) -> Choice:
         recipe.training.recompute_layers,
         recipe.training.recompute_rest,
         recipe.parallelism.context,
+        recipe.training.offload,
     )
 
 
@@ -83,6 +86,8 @@ def choices(recipe: Recipe, world_size: int) -> Iterator[Choice]:
         for layout in layouts(recipe, world_size, context):
             for grade in grades_of(recipe):
                 yield replace(layout, recompute=grade)
+            if recipe.training.compile is Compile.off:
+                yield replace(layout, recompute=Recompute.layer, offload=True)
 
 
 def grades_of(recipe: Recipe) -> list[Recompute]:
@@ -127,11 +132,14 @@ def recomputing(recipe: Recipe, layout: Choice, fits: Callable[[Choice], bool]) 
     """Yields a layout with what its layers recompute so that it fits: nothing, or as little as must be.
 
     First the least grade that fits if all layers recompute it. Then, with each grade from there on in as few
-    of the first layers as fit, the grade before it in the others.
+    of the first layers as fit, the grade before it in the others. If none fits, inputs wait in host memory.
     """
     grades, layers = grades_of(recipe), sizes.layers(recipe.model)
     fitting = bisect.bisect_left(grades, True, key=lambda grade: fits(replace(layout, recompute=grade)))
     if fitting == len(grades):
+        last = replace(layout, recompute=Recompute.layer, offload=True)
+        if recipe.training.compile is Compile.off and fits(last):
+            yield last
         return
     yield replace(layout, recompute=grades[fitting])
     if fitting == 0:
@@ -211,13 +219,14 @@ def sufficient_changes(plan: Plan) -> list[str]:
         ("replicate", "parallelism.replicate"),
         ("expert", "parallelism.expert"),
         ("context", "parallelism.context"),
+        ("offload", "training.offload"),
     ):
         values = [getattr(choice, name) for changed, choice in single_changes if changed == name]
         if values:
             # The least recomputation, the fewest ranks that share sequences, and the largest of all else.
             best_value = values[0].value if name == "recompute" else max(values)
             best_value = min(values) if name == "context" else best_value
-            lines.append(f"{key}={best_value} by itself makes it fit")
+            lines.append(f"{key}={str(best_value).lower()} by itself makes it fit")
     return lines
 
 
@@ -258,6 +267,7 @@ def _gpus_needed(plan: Plan) -> int | None:
         recipe = _divisible(plan.recipe, world_size)
         experts = divisors(recipe.model.moe.experts) if recipe.model.moe else [1]
         most = Choice(1, 1, 1, Recompute.layer, context=contexts(recipe, world_size)[-1])
+        most = replace(most, offload=recipe.training.compile is Compile.off)
         each = (replace(most, expert=degree) for degree in experts)
         if any(_fits(choice.applied(recipe), world_size, plan) for choice in each):
             return world_size

@@ -7,7 +7,7 @@ from launch.plan.hardware import Gpu
 from launch.plan.memory import Memory, memory, numerics_of, states
 from launch.plan.muon import EXCHANGE, orthogonalising
 from launch.plan.overlap import OPEN_IF_INTERLEAVED, Overlapped, overlap, traffic_of
-from launch.plan.recomputation import layer_models, work_again
+from launch.plan.recomputation import layer_models, offloaded_layers, work_again
 from launch.plan.step_shapes import StepShape, step_shapes
 from launch.plan.step_time import (
     FITTED,
@@ -244,10 +244,15 @@ def _parts(
     # The loss computes its gradients in the forward pass.
     ahead = compute_seconds(forward + head + head.backward(), gpu, efficiency)
     back = compute_seconds(forward.backward() + again, gpu, efficiency)
+    copies = Seconds()
+    if training.offload:  # as much each way, under the arithmetic of the layers
+        stream = tokens * model.d_model * numerics_of(recipe, world_size).stream
+        copies = Seconds(links=offloaded_layers(model, grades) * stream / gpu.host_bandwidth)
     open_exchange = OPEN_IF_INTERLEAVED if layout.interleave else 1.0
     most_alike = max(len(alike.layers) for alike in sizes.alike_layers(model))
     of_passes = [each for each in traffic if each.what != EXCHANGE]
     passes = _overlapped(of_passes, ahead, back, most_alike, gpu, efficiency, open_exchange)
+    open_copies = [Seconds(links=max(0.0, copies.links - each.total)) for each in (ahead, back)] + [Seconds()]
     elements = sum(sizes.rank_weights(model, layout, world_size, 0).values())
     moments = states(model, layout, world_size, 0, recipe.optimizer).optimizer / elements
     update = update_work(elements, moments, clips=training.clip_norm is not None)
@@ -256,8 +261,10 @@ def _parts(
     counts = (microbatches, microbatches, 1)
     return [
         *(
-            Part(name, each.seconds, count, each.hidden)
-            for name, each, count in zip(("forward", "backward", "reduce"), passes, counts, strict=True)
+            Part(name, each.seconds + copied, count, each.hidden)
+            for name, each, copied, count in zip(
+                ("forward", "backward", "reduce"), passes, open_copies, counts, strict=True
+            )
         ),
         Part("optimizer", compute_seconds(update, gpu, efficiency) + exchanged),
     ]

@@ -23,6 +23,7 @@ from train.health.watchdog import Watchdog
 from train.model.attention import Attention, plan_attention
 from train.model.loss import chunked_cross_entropy
 from train.model.norms import make_norm
+from train.model.offload import HostMemory, LayerInputs
 from train.recipe.reliability import Watch
 from train.recipe.schema import Model, Norm
 from train.recipe.topology import Topology
@@ -79,6 +80,42 @@ def loss(tokens: int) -> dict[str, Any]:
     return asked(both)
 
 
+class _Read(torch.autograd.Function):
+    """Saves its input, and reads it in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, read: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.read = read
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.read.append(ctx.saved_tensors[0].cpu())
+        return grad, None
+
+
+def offload() -> dict[str, Any]:
+    """Six layers' inputs, in host memory and back: those that came back wrong, and what they take."""
+    memory, device = HostMemory(), torch.device("cuda")
+    values = torch.randn(6, 1 << 20)
+
+    def both() -> list[Tensor]:
+        read: list[Tensor] = []
+        out, inputs = torch.empty(1 << 20, device=device, requires_grad=True), LayerInputs(memory, device)
+        for value in values:
+            out.data.copy_(value)
+            with inputs:
+                out = _Read.apply(out, read)
+        out.sum().backward()
+        return read
+
+    read = both()
+    found = asked(lambda: read.extend(both()))
+    wrong = sum(not torch.equal(x, value) for x, value in zip(read, [*values.flip(0)] * 3, strict=True))
+    return found | {"wrong": wrong}
+
+
 def join() -> None:
     """Joins a world of two ranks, of which the other is not there."""
     keep_collectives()
@@ -118,6 +155,7 @@ found: dict[str, Any] = {f"norm {kind.value}": norm(kind) for kind in Norm}
 for masked, name in ((False, "attention"), (True, "attention, documents")):
     found |= {name: attention(masked, G), f"{name}, not grouped": attention(masked, H)}
 found |= {f"loss of {chunks} chunks": loss(chunks * CHUNK) for chunks in (2, 6)}
+found["offload"] = offload()
 join()
 held(nullcontext())  # makes the communicator
 inside.lag(True)

@@ -57,6 +57,17 @@ CASES: dict[str, Case] = {
             "parallelism.context=8",
         ],
     ),
+    "DBRX, 64 GPUs, 32k, inputs in host memory": (
+        "dbrx",
+        64,
+        [
+            *OF_32K,
+            "training.global_batch_sequences=64",
+            "parallelism.replicate=1",
+            "parallelism.expert=8",
+            "training.offload=true",
+        ],
+    ),
 }
 
 

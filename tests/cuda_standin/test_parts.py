@@ -65,6 +65,12 @@ def test_a_chunk_of_the_loss_is_three_products_and_a_kernel(parts: dict[str, Any
     assert two["peak"] <= max(held + casts, held + WORKSPACE) + (1 << 16)
 
 
+def test_inputs_come_back_from_host_memory_as_they_were(parts: dict[str, Any]) -> None:
+    assert parts["offload"]["wrong"] == 0
+    # The leaf, two inputs, a third until the newest is saved, and its output; all six would be eight.
+    assert parts["offload"]["peak"] <= 5 * ELEMENTS * FP32 + (1 << 16)
+
+
 def test_recording_collectives_on_nccl_holds_no_memory(parts: dict[str, Any]) -> None:
     held = parts["held"]
     assert held["of a run"] == held["none"]

@@ -23,6 +23,7 @@ from train.model.latent_attention import LatentAttention
 from train.model.loss import IGNORE, chunked_cross_entropy
 from train.model.moe import MoE, MoEAux, balance_loss
 from train.model.norms import make_norm
+from train.model.offload import HostMemory, LayerInputs
 from train.model.recompute import remade, run_ffn, run_layer
 from train.recipe import sizes
 from train.recipe.schema import ExpertPrecision, Ffn, Model, Recompute
@@ -187,6 +188,8 @@ class Transformer(nn.Module):
         self.draws = model.moe is not None and model.moe.jitter_eps > 0
         self.interleave = False
         """In training, compute layers in halves: see :mod:`train.model.interleave`."""
+        self.offload: HostMemory | None = None
+        """Where inputs of layers that are computed again are kept in training; None: where they are."""
         self.document_kernel: DocumentKernel | None = None
         """The kernel that keeps packed documents apart; None: the one that suits the device."""
         self.wte = nn.Embedding(model.vocab_size, model.d_model, device=device)
@@ -228,9 +231,10 @@ class Transformer(nn.Module):
         is_halved = self.interleave and self.training and len(ids_BS) % 2 == 0
         make_plan = functools.partial(plan_halves, plan_of) if is_halved else plan_of
         plan = make_plan(len(ids_BS), document_ids_BS)
+        away = LayerInputs(self.offload, device) if self.offload and self.training else None
         layers: list[MoEAux] = []
         for block, how in zip(self.blocks, self.recompute[: len(self.blocks)], strict=True):
-            x_BSD, aux = run_layer(how, block, x_BSD, plan, draws=self.draws)
+            x_BSD, aux = run_layer(how, block, x_BSD, plan, draws=self.draws, away=away)
             if aux is not None:
                 layers.append(aux)
         hidden_BSD = self.norm_f(x_BSD)
@@ -290,6 +294,10 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Experts):
                 module.precision = precision
+
+    def set_offload(self, offload: bool) -> None:
+        """Sets whether inputs of layers that are computed again wait in host memory, as they are."""
+        self.transformer.offload = HostMemory() if offload else None
 
     def set_recompute(self, grades: Sequence[Recompute]) -> None:
         """Sets what each layer recomputes from the next batch on; no gradient depends on it."""

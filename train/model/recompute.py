@@ -23,12 +23,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from train.model.offload import LayerInputs
 from train.recipe.schema import Recompute
 
 Value = TypeVar("Value")
 
 
-def run_layer(how: Recompute, layer: nn.Module, *inputs: Any, draws: bool) -> Any:
+def run_layer(
+    how: Recompute, layer: nn.Module, *inputs: Any, draws: bool, away: LayerInputs | None = None
+) -> Any:
     """Runs a layer so that its backward pass computes again what ``how`` says.
 
     Args:
@@ -36,11 +39,13 @@ def run_layer(how: Recompute, layer: nn.Module, *inputs: Any, draws: bool) -> An
         layer: a module whose cheap parts run in :func:`remade`.
         inputs: of the layer.
         draws: the layer draws random numbers, which recomputation has to repeat.
+        away: where inputs of layers that are made again as a whole are kept; None: where they are.
     """
     if how is Recompute.nothing or not torch.is_grad_enabled():
         return layer(*inputs)
     if how is Recompute.layer:
-        return _checkpoint(layer, *inputs, draws=draws)
+        with away or contextlib.nullcontext():
+            return _checkpoint(layer, *inputs, draws=draws)
     with _Scope(how, draws):
         return layer(*inputs)
 

@@ -125,6 +125,9 @@ class Training:
     """Layers, counted from the first, that `recompute` is for; null: all."""
     recompute_rest: Recompute = key(Recompute.nothing, on_resume=OnResume.free)
     """Recomputation in the other layers."""
+    offload: bool = key(False, on_resume=OnResume.free)
+    """Inputs of layers that recompute `layer` wait in host memory for their backward pass, on a GPU, so that
+    the number of layers takes no memory there. No value changes. A last choice: all else first."""
     compile: Compile = key(Compile.off, on_resume=OnResume.edit)
     """The parts that torch.compile fuses: each layer (`blocks`, one compilation for all), or the decoder with
     the loss (`model`). The first batch takes a minute or more; needs a C++ compiler on a CPU, Triton on a

@@ -391,6 +391,18 @@ def _recomputation(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     yield from _recomputed(recipe, "training", recipe.training)
     for n, phase in enumerate(recipe.data.phases):
         yield from _recomputed(recipe, f"data.phases[{n}]", phase)
+    if recipe.training.offload:
+        yield from _offloaded(recipe)
+
+
+def _offloaded(recipe: Recipe) -> Iterator[Violation]:
+    each = [recipe.training, *recipe.data.phases]
+    if not any(Recompute.layer in (keys.recompute, keys.recompute_rest) for keys in each):
+        what = "is true, but no layer recomputes `layer`, and others have more to keep than their input"
+        yield Violation("training.offload", what, "set training.recompute=layer, or remove it")
+    if recipe.training.compile is not Compile.off:
+        what = f"is true, but training.compile is {recipe.training.compile.value}"
+        yield Violation("training.offload", what, "remove one of them: compiled layers keep their inputs")
 
 
 def _recomputed(recipe: Recipe, section: str, keys: Training | Phase) -> Iterator[Violation]:

@@ -36,6 +36,7 @@ class MicrobatchModel(nn.Module):
         super().__init__()
         self.decoder = decoder
         decoder.set_expert_precision(recipe.training.expert_precision)
+        decoder.set_offload(recipe.training.offload)
         moe = recipe.model.moe
         by_loss = moe is not None and moe.balance is not Balance.bias
         self.reduce_counts: Callable[[Tensor], Tensor] | None = None

@@ -24,7 +24,7 @@ FREE_SECTIONS = {"tracking", "parallelism", "checkpoint", "watch", "preflight", 
 FREE_KEYS = {
     *("name", "runs_dir", "on_existing", "data.workers", "data.remote", "data.cache_bytes"),
     *("data.validation_domains", "data.validation_sequences"),
-    *("training.recompute", "training.recompute_layers", "training.recompute_rest"),
+    *("training.recompute", "training.recompute_layers", "training.recompute_rest", "training.offload"),
     *("training.loss_chunk_tokens", "training.profile_batches", "training.profile_ranks"),
 }
 EDITABLE_KEYS = {

@@ -184,6 +184,11 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
             "parallelism.exchange_precision=fp8",
             f"{SMOKE}: parallelism.exchange_precision: is of the exchange of tokens, but with",
         ),
+        ("training.offload=true", f"{SMOKE}: training.offload: is true, but no layer recomputes `layer`"),
+        (
+            "training.offload=true; training.recompute=layer; training.compile=blocks",
+            f"{SMOKE}: training.offload: is true, but training.compile is blocks",
+        ),
         ("parallelism.interleave=true", f"{SMOKE}: parallelism.interleave: hides the exchange of tokens"),
         (
             "training.expert_precision=fp8",
