@@ -396,7 +396,7 @@ def _recomputation(recipe: Recipe, _: Topology) -> Iterator[Violation]:
 
 
 def _offloaded(recipe: Recipe) -> Iterator[Violation]:
-    each = [recipe.training, *recipe.data.phases]
+    each: list[Training | Phase] = [recipe.training, *recipe.data.phases]
     if not any(Recompute.layer in (keys.recompute, keys.recompute_rest) for keys in each):
         what = "is true, but no layer recomputes `layer`, and others have more to keep than their input"
         yield Violation("training.offload", what, "set training.recompute=layer, or remove it")
