@@ -333,7 +333,7 @@ def _validation_sequences(opened: OpenedData, rank: int, world_size: int) -> dic
             rank=rank,
             world_size=world_size,
             # Every rank has whole sequences here, also those that share a microbatch's in training.
-            batch=max(1, recipe.training.microbatch_sequences // recipe.parallelism.context),
+            batch=max(1, recipe.training.microbatch_sequences // recipe.parallelism.sharing),
             pad_id=opened.tokenizer.pad_id,
         )
     return found

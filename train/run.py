@@ -311,7 +311,7 @@ def assemble(
     # Evaluation without training uses the last phase that was trained.
     model.decoder.set_rope_theta(curriculum.stage_of(max(0, progress.batch - 1)).rope_theta)
     place = {"rank": topology.rank, "world_size": topology.world_size}
-    sharing = recipe.parallelism.context  # these ranks read the same sequences
+    sharing = recipe.parallelism.sharing  # these ranks read the same sequences
     train_loader = build_train_loader(
         opened,
         curriculum,

@@ -52,7 +52,7 @@ def build_trainer(
         model=model,
         optimizers=optimizer,
         max_duration=Time.from_batch(batches),
-        train_dataloader=_data_spec(train_loader, sample_tokens, recipe.parallelism.context),
+        train_dataloader=_data_spec(train_loader, sample_tokens, recipe.parallelism.sharing),
         spin_dataloaders=False,
         eval_dataloader=[
             Evaluator(
@@ -61,7 +61,7 @@ def build_trainer(
                 metric_names=["token_loss"],
                 eval_interval=Time.from_batch(min(recipe.evaluation.interval_batches or batches, batches)),
                 device_eval_microbatch_size=max(
-                    1, recipe.training.microbatch_sequences // recipe.parallelism.context
+                    1, recipe.training.microbatch_sequences // recipe.parallelism.sharing
                 ),
             )
             for domain, loader in validation_loaders.items()

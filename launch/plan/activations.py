@@ -55,12 +55,14 @@ class Microbatch:
     exchanged: bool = False
     """Experts' rows come from several ranks."""
     context: int = 1
-    """Ranks that share each sequence."""
+    """Ranks that share each sequence, and gather keys and values."""
+    tensor: int = 1
+    """Ranks that share each sequence, and split heads and hidden units."""
 
     @property
     def tokens(self) -> int:
         """T, tokens of the microbatch that are this rank's."""
-        return self.sequences * self.sequence_tokens // self.context
+        return self.sequences * self.sequence_tokens // (self.context * self.tensor)
 
     def key_tokens(self, numerics: "Numerics") -> int:
         """Tokens whose keys and values attention keeps: of whole sequences; on a GPU, of each of a rank's two
@@ -252,7 +254,8 @@ def backward_bytes(
     the layer's weights, ``own_gradients`` bytes, come with the weights; of ``halves`` that are computed in
     turn, experts have one at a time, and add their weights' gradients to the first one's. Where
     ranks share sequences, before that: the gradients of all keys and values, as attention makes them, as they
-    are padded to whole sequences, sent and received.
+    are padded to whole sequences, sent and received. Where they split heads: the gradients of whole sequences'
+    tokens, as they are computed, sent and received, and those of the heads.
     """
     T, D, F, c = batch.tokens, model.d_model, model.ffn_hidden_size, numerics.compute
     stream = T * D * (numerics.stream + c)
@@ -263,6 +266,12 @@ def backward_bytes(
             model, shorter, numerics, grade=grade, own_gradients=own_gradients, halves=halves
         )
         return max(stream + keys, own)
+    if batch.tensor > 1:
+        heads = T * (sizes.query_width(model) + 2 * sizes.key_width(model))
+        of_group = (3 * batch.tensor * T * D + heads) * c
+        parts = replace(batch, sequence_tokens=batch.sequence_tokens // batch.tensor, tensor=1)
+        own = backward_bytes(model, parts, numerics, grade=grade, own_gradients=own_gradients, halves=halves)
+        return max(stream + of_group, own)
     if model.moe is None:
         return stream + (2 if model.ffn is Ffn.glu else 1) * T * F * c
     experts = _experts_backward(model, batch, numerics, grade is Recompute.gates, own_gradients, halves)

@@ -147,6 +147,7 @@ def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 
         imbalance=imbalance if layout.expert > 1 else 1.0,
         exchanged=layout.expert > 1,
         context=layout.context,
+        tensor=layout.tensor,
     )
     held = states(model, layout, world_size, rank, recipe.optimizer)
     kept_gradients = 0
@@ -311,7 +312,7 @@ def gathered_bytes(model: Model, layout: Parallelism, world_size: int, compute_b
         if place.is_replicated:
             continue
         rows = place.rows_at_most(weight) * place.rows_over
-        size = rows * (weight.elements // weight.shape[0]) * compute_bytes
+        size = rows * place.row_elements(weight) * compute_bytes
         found[place.unit] = found.get(place.unit, 0) + size
     return found
 

@@ -2,10 +2,10 @@
 
 Weights are gathered one layer ahead and gradients reduced one layer behind, so both run under the arithmetic
 of other layers; tokens on their way between experts are waited for, all or, where halves of a microbatch are
-interleaved, a quarter: the last way back of each pass. So are the keys and values of sequences that ranks
-share. In the steady state a layer takes the longer of its own time, arithmetic and exchange, and of the time
-that its collectives keep a kind of link busy. Nothing hides the first layer's gather, the last layer's
-reduction and what is outside the layers.
+interleaved, a quarter: the last way back of each pass. So is what ranks send each other that share sequences:
+keys and values, or the tokens and sums of dense weights that they share. In the steady state a layer takes
+the longer of its own time, arithmetic and exchange, and of the time that its collectives keep a kind of link
+busy. Nothing hides the first layer's gather, the last layer's reduction and what is outside the layers.
 
 This is the closed form of a replay of recorded calls (tests/cuda_standin/replay.py), which it is compared
 with. Neither knows that collectives take SMs and memory bandwidth from arithmetic.
@@ -16,8 +16,19 @@ from dataclasses import dataclass, replace
 
 from launch.plan.hardware import Gpu
 from launch.plan.step_time import Seconds
-from launch.plan.traffic import KEYS, KEYS_BACK, SHARES, Collective, CollectiveKind
+from launch.plan.traffic import (
+    GATHERED,
+    HEADS,
+    KEYS,
+    KEYS_BACK,
+    SHARES,
+    SUMMED,
+    Collective,
+    CollectiveKind,
+)
 
+OPEN = (KEYS, KEYS_BACK, SHARES, GATHERED, SUMMED, HEADS)
+"""What attention and dense products wait for: it has nothing to hide behind."""
 OPEN_IF_INTERLEAVED = 0.25
 """Share of the exchange that has nothing to hide behind, see :mod:`train.model.interleave`."""
 
@@ -44,7 +55,7 @@ class Traffic:
     """Seconds of a pass's collectives."""
 
     waited_for: float = 0.0
-    """The exchange of tokens, but for what is interleaved, and keys and values."""
+    """The exchange of tokens, but for what is interleaved, and what ranks that share sequences exchange."""
     behind: float = 0.0
     """Gathers, reductions, and what is interleaved."""
     edge: float = 0.0
@@ -80,7 +91,7 @@ def traffic_of(
     busy = {True: 0.0, False: 0.0}
     for collective, calls in collectives:
         one = collective.seconds(gpu) / links_share
-        if collective.what in (KEYS, KEYS_BACK, SHARES):
+        if collective.what in OPEN:
             waited_for += calls * one
             inside = calls
         elif collective.kind is CollectiveKind.all_to_all:

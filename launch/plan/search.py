@@ -2,8 +2,10 @@
 
 import bisect
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from launch.plan.hardware import Gpu
 from launch.plan.memory import memory
@@ -11,14 +13,15 @@ from launch.plan.step import Plan, make_plan
 from launch.plan.step_shapes import step_shapes
 from train.recipe import sizes
 from train.recipe.errors import UserError
+from train.recipe.layout_rules import tensor_violations
 from train.recipe.phases import batch_sequences, phases_of
 from train.recipe.rules import validate
 from train.recipe.schema import Compile, Recipe, Recompute
 from train.recipe.topology import Topology
 
 MOST_GPUS = 2**17
-CONTEXTS = (1, 2, 4, 8)
-"""Ranks that the search lets share sequences: within a node, whose links carry their keys and values."""
+SHARING = (1, 2, 4, 8)
+"""Ranks that the search lets share sequences: within a node, whose links carry what they exchange."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,18 @@ class Choice:
     recompute_rest: Recompute = Recompute.nothing
     context: int = 1
     offload: bool = False
+    tensor: int = 1
 
     def applied(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with these settings."""
         layout = replace(
-            recipe.parallelism, replicate=self.replicate, expert=self.expert, context=self.context
+            recipe.parallelism,
+            replicate=self.replicate,
+            expert=self.expert,
+            context=self.context,
+            tensor=self.tensor,
         )
-        has_halves = self.expert > 1 and self.microbatch_sequences % 2 == 0 and self.context == 1
+        has_halves = self.expert > 1 and self.microbatch_sequences % 2 == 0 and layout.sharing == 1
         return replace(
             recipe,
             parallelism=replace(layout, interleave=layout.interleave and has_halves),
@@ -57,9 +65,10 @@ class Choice:
     def overrides(self) -> str:
         """Returns the settings as command-line overrides."""
         layers = "null" if self.recompute_layers is None else str(self.recompute_layers)
-        context = f"parallelism.context={self.context} " if self.context > 1 else ""
+        shared = f"parallelism.context={self.context} " if self.context > 1 else ""
+        shared += f"parallelism.tensor={self.tensor} " if self.tensor > 1 else ""
         return (
-            f"parallelism.replicate={self.replicate} parallelism.expert={self.expert} {context}"
+            f"parallelism.replicate={self.replicate} parallelism.expert={self.expert} {shared}"
             f"training.microbatch_sequences={self.microbatch_sequences} "
             f"training.recompute={self.recompute.value} training.recompute_layers={layers} "
             f"training.recompute_rest={self.recompute_rest.value}{' training.offload=true' * self.offload}"
@@ -77,13 +86,14 @@ def choice_of(recipe: Recipe) -> Choice:
         recipe.training.recompute_rest,
         recipe.parallelism.context,
         recipe.training.offload,
+        recipe.parallelism.tensor,
     )
 
 
 def choices(recipe: Recipe, world_size: int) -> Iterator[Choice]:
     """Yields all settings that divide batch, ranks and experts evenly; layers recompute alike."""
-    for context in contexts(recipe, world_size):
-        for layout in layouts(recipe, world_size, context):
+    for shared in sharings(recipe, world_size):
+        for layout in layouts(recipe, world_size, shared):
             for grade in grades_of(recipe):
                 yield replace(layout, recompute=grade)
             if recipe.training.compile is Compile.off:
@@ -98,34 +108,53 @@ def grades_of(recipe: Recipe) -> list[Recompute]:
     return [each for each in Recompute if each is not Recompute.ffn or not recipe.parallelism.interleave]
 
 
-def layouts(recipe: Recipe, world_size: int, context: int = 1) -> Iterator[Choice]:
+class Sharing(NamedTuple):
+    """The ranks that share each sequence, by one of two ways."""
+
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Their number."""
+        return self.context * self.tensor
+
+
+def layouts(recipe: Recipe, world_size: int, shared: Sharing) -> Iterator[Choice]:
     """Yields all layouts and microbatches that divide batch, ranks and experts; nothing is recomputed.
 
     Args:
         recipe: the recipe.
         world_size: ranks.
-        context: ranks that share each sequence.
+        shared: ranks that share each sequence.
     """
-    per_reader = recipe.training.global_batch_sequences * context // world_size
+    per_reader = recipe.training.global_batch_sequences * shared.ranks // world_size
     experts = recipe.model.moe.experts if recipe.model.moe else 1
     for expert in divisors(experts):
         if world_size % expert:
             continue
         for copies in divisors(world_size // expert):
             for microbatch in divisors(per_reader):
-                yield Choice(copies, expert, microbatch, Recompute.nothing, context=context)
+                choice = Choice(copies, expert, microbatch, Recompute.nothing)
+                yield replace(choice, context=shared.context, tensor=shared.tensor)
 
 
-def contexts(recipe: Recipe, world_size: int) -> list[int]:
-    """The numbers of ranks, powers of two up to a node's, that may share every phase's sequences."""
-    if recipe.training.compile is not Compile.off or not sizes.is_shareable(recipe.model):
-        return [1]
+def sharings(recipe: Recipe, world_size: int) -> list[Sharing]:
+    """The ways in which ranks, powers of two up to a node's, may share every phase's sequences; the fewest
+    ranks first.
+    """
     lengths = [phase.sequence_tokens or 0 for phase in phases_of(recipe)]
-    return [
-        each
-        for each in CONTEXTS
-        if each == 1 or (world_size % each == 0 and not any(length % (2 * each) for length in lengths))
-    ]
+    shares_context = recipe.training.compile is Compile.off and sizes.is_shareable(recipe.model)
+    found = [Sharing()]
+    for ranks in SHARING[1:]:
+        if world_size % ranks:
+            continue
+        if shares_context and not any(length % (2 * ranks) for length in lengths):
+            found.append(Sharing(context=ranks))
+        layout = replace(recipe.parallelism, context=1, tensor=ranks, replicate=1, expert=1, interleave=False)
+        if not list(tensor_violations(replace(recipe, parallelism=layout), world_size)):
+            found.append(Sharing(tensor=ranks))
+    return found
 
 
 def recomputing(recipe: Recipe, layout: Choice, fits: Callable[[Choice], bool]) -> Iterator[Choice]:
@@ -176,8 +205,8 @@ def search(
 
     found: list[Plan] = []
     is_possible = False
-    for context in contexts(recipe, world_size):
-        for layout in layouts(recipe, world_size, context):
+    for _, ways in itertools.groupby(sharings(recipe, world_size), key=lambda shared: shared.ranks):
+        for layout in (layout for shared in ways for layout in layouts(recipe, world_size, shared)):
             try:
                 planned(layout)
             except UserError:
@@ -220,12 +249,13 @@ def sufficient_changes(plan: Plan) -> list[str]:
         ("expert", "parallelism.expert"),
         ("context", "parallelism.context"),
         ("offload", "training.offload"),
+        ("tensor", "parallelism.tensor"),
     ):
         values = [getattr(choice, name) for changed, choice in single_changes if changed == name]
         if values:
             # The least recomputation, the fewest ranks that share sequences, and the largest of all else.
             best_value = values[0].value if name == "recompute" else max(values)
-            best_value = min(values) if name == "context" else best_value
+            best_value = min(values) if name in ("context", "tensor") else best_value
             lines.append(f"{key}={str(best_value).lower()} by itself makes it fit")
     return lines
 
@@ -266,7 +296,9 @@ def _gpus_needed(plan: Plan) -> int | None:
     while world_size <= MOST_GPUS:
         recipe = _divisible(plan.recipe, world_size)
         experts = divisors(recipe.model.moe.experts) if recipe.model.moe else [1]
-        most = Choice(1, 1, 1, Recompute.layer, context=contexts(recipe, world_size)[-1])
+        most = Choice(
+            1, 1, 1, Recompute.layer, context=max(each.context for each in sharings(recipe, world_size))
+        )
         most = replace(most, offload=recipe.training.compile is Compile.off)
         each = (replace(most, expert=degree) for degree in experts)
         if any(_fits(choice.applied(recipe), world_size, plan) for choice in each):

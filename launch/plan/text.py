@@ -39,19 +39,23 @@ def format_plan(plan: Plan, kept: Goodput | None = None) -> str:
 
 def format_search(plans: list[Plan], show: int) -> str:
     """The fastest plans that fit."""
-    has_context = any(plan.recipe.parallelism.context > 1 for plan in plans[:show])
-    context_title = f"{'context':>9}" if has_context else ""
+    sharing = [
+        name
+        for name in ("context", "tensor")
+        if any(getattr(plan.recipe.parallelism, name) > 1 for plan in plans[:show])
+    ]
+    sharing_titles = "".join(f"{name:>9}" for name in sharing)
     lines = [
         f"{len(plans)} layouts fit; the fastest:",
-        f"{'replicate':>9}{'shard':>7}{'expert':>7}{context_title}{'micro':>7}{'recomputed':>30}"
+        f"{'replicate':>9}{'shard':>7}{'expert':>7}{sharing_titles}{'micro':>7}{'recomputed':>30}"
         f"{'memory':>10}{'step':>11}{'tok/s/GPU':>11}{'util':>7}{'days':>8}",
     ]
     for plan in plans[:show]:
         layout, training = plan.recipe.parallelism, plan.recipe.training
-        context = f"{layout.context:>9}" if has_context else ""
+        shared = "".join(f"{getattr(layout, name):>9}" for name in sharing)
         lines.append(
             f"{layout.replicate:>9}{sizes.shard_degree(layout, plan.world_size):>7}{layout.expert:>7}"
-            f"{context}{training.microbatch_sequences:>7}{recomputation(plan.recipe):>30}"
+            f"{shared}{training.microbatch_sequences:>7}{recomputation(plan.recipe):>30}"
             f"{plan.fullest.memory.total / GIB:>6.1f} GiB{plan.step_seconds:>9.2f} s"
             f"{plan.tokens_per_second_per_gpu:>11.0f}{plan.utilisation:>7.1%}{plan.days:>8.1f}"
         )
@@ -72,6 +76,7 @@ def plan_figures(plan: Plan, kept: Goodput | None = None) -> dict[str, Any]:
             "shard": sizes.shard_degree(layout, plan.world_size),
             "expert": layout.expert,
             "context": layout.context,
+            "tensor": layout.tensor,
         },
         "microbatches": plan.microbatches,
         "microbatch_sequences": plan.shape.recipe.training.microbatch_sequences,
@@ -128,7 +133,8 @@ def _headline(plan: Plan) -> str:
     training, shaped = recipe.training, plan.shape.recipe
     shard = sizes.shard_degree(layout, plan.world_size)
     shared = f", context {layout.context} across them" if layout.context > 1 else ""
-    each = "GPU" if layout.context == 1 else f"{layout.context} GPUs"
+    shared += f", tensor {layout.tensor} across them" if layout.tensor > 1 else ""
+    each = "GPU" if layout.sharing == 1 else f"{layout.sharing} GPUs"
     plural = "" if plan.microbatches == 1 else "es"
     forced = ", forced balance" if recipe.model.moe and recipe.model.moe.forced_balance else ""
     return "\n".join(

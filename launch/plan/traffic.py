@@ -31,13 +31,16 @@ INT32 = 4
 OUTSIDE = "embeddings"
 """The name of the unit of what is outside the layers."""
 ROUTERS = "routers"
-"""The routers of all layers, whose gradients are summed after the last backward pass."""
+"""The routers of all layers, and what else is replicated, whose gradients are summed after the last backward
+pass."""
 EXPERTS, LAYERS = "experts", "layers"
 AHEAD = "multi-token prediction"
 """The name of the units of its layer."""
 KEYS, KEYS_BACK = "keys and values", "gradients of keys, values"
 SHARES = "experts' shares of sequences"
 """Keys and values, their gradients, and sums over ranks that share sequences."""
+GATHERED, SUMMED, HEADS = "tokens of sequences", "sums of products", "heads"
+"""What ranks that share dense weights gather, send each other to add up, and exchange."""
 DENSE_LAYERS = "dense layers"
 """The name of the units of a mixture's layers without experts."""
 
@@ -154,7 +157,7 @@ def collectives(
         weight.elements * len(alike.layers)
         for alike in sizes.alike_layers(model)
         for weight in sizes.layer_weights(alike.model, 0)
-        if ".router." in weight.name
+        if sizes.placement(weight, layout, world_size).is_replicated
     )
     if routers:
         averaged = (CollectiveKind.all_reduce, routers * FP32, world_size, 1, 1)
@@ -168,8 +171,10 @@ def collectives(
         of_keys = model.n_layers + again, model.n_layers
         found.append(Collective(KEYS, CollectiveKind.all_gather, size, *group, *of_keys))
         found.append(Collective(KEYS_BACK, CollectiveKind.all_to_all, size, *group, model.n_layers))
-        if model.moe and model.moe.balance is not Balance.bias:
-            found += _shares_of_sequences(model, layout, tokens, grades)
+    if layout.tensor > 1:
+        found += _of_shared_weights(model, layout, tokens * compute_bytes, grades)
+    if layout.sharing > 1 and model.moe and model.moe.balance is not Balance.bias:
+        found += _shares_of_sequences(model, layout, tokens, grades)
     if model.moe and layout.expert > 1:
         repeat = [grade.includes(Recompute.ffn) for grade in grades]
         again = sum(sizes.has_experts(model, layer) for layer, repeats in enumerate(repeat) if repeats)
@@ -201,9 +206,48 @@ def _shares_of_sequences(
         return []
     layers = [sizes.has_experts(model, layer) for layer in range(model.n_layers)]
     again = sum(has and grade.includes(Recompute.ffn) for has, grade in zip(layers, grades, strict=True))
-    size = tokens * layout.context * moe.experts * INT32
+    size = tokens * layout.sharing * moe.experts * INT32
     calls = sum(layers) + again, sum(layers)
-    return [Collective(SHARES, CollectiveKind.all_reduce, size, layout.context, 1, *calls)]
+    return [Collective(SHARES, CollectiveKind.all_reduce, size, layout.sharing, 1, *calls)]
+
+
+def _of_shared_weights(
+    model: Model, layout: Parallelism, token_bytes: int, grades: Sequence[Recompute]
+) -> list[Collective]:
+    """What ranks that share dense weights exchange: before and after attention, and dense feed-forward.
+
+    Args:
+        model: the decoder.
+        layout: degrees of the mesh.
+        token_bytes: bytes of an element of all tokens of a rank.
+        grades: what each layer computes again in the backward pass.
+    """
+    dense = [not sizes.has_experts(model, layer) or _has_shared_expert(model) for layer in range(len(grades))]
+    repeats = [
+        (
+            grade is Recompute.layer,
+            grade.includes(Recompute.ffn) and has_dense,
+            # Of a dense layer only what comes before the activation.
+            grade is Recompute.gates and not sizes.has_experts(model, layer),
+        )
+        for layer, (grade, has_dense) in enumerate(zip(grades, dense, strict=True))
+    ]
+    attention_again, ffn_again, gates_again = (sum(each) for each in zip(*repeats, strict=True))
+    ahead, again = len(grades) + sum(dense), attention_again + ffn_again
+    whole = token_bytes * layout.tensor * model.d_model
+    heads = token_bytes * (sizes.query_width(model) + 2 * sizes.key_width(model))
+    kinds, group = CollectiveKind, (layout.tensor, 1)
+    # The backward pass gathers a product's input again, and the gradients of its output.
+    gathers = (3 * ahead + again + gates_again, ahead)
+    return [
+        Collective(GATHERED, kinds.all_gather, whole, *group, *gathers),
+        Collective(SUMMED, kinds.all_to_all, whole, *group, 2 * ahead + again, ahead),
+        Collective(HEADS, kinds.all_to_all, heads, *group, 2 * len(grades) + attention_again, len(grades)),
+    ]
+
+
+def _has_shared_expert(model: Model) -> bool:
+    return model.moe is not None and model.moe.shared_hidden_size is not None
 
 
 @dataclass(frozen=True)
@@ -212,7 +256,8 @@ class _Unit:
 
     what: str
     weights: tuple[sizes.Weight, ...]
-    placement: sizes.Placement
+    placements: tuple[sizes.Placement, ...]
+    """Of each weight; all have the same number of ranks for rows."""
     layers: tuple[int, ...]
     """Numbers of the layers; empty for what is outside the layers."""
 
@@ -225,8 +270,8 @@ class _Unit:
     def padded_elements(self) -> int:
         """Elements of the largest shard, to which all shards are padded."""
         return sum(
-            self.placement.rows_at_most(weight) * (weight.elements // weight.shape[0])
-            for weight in self.weights
+            place.rows_at_most(weight) * place.row_elements(weight)
+            for weight, place in zip(self.weights, self.placements, strict=True)
         )
 
 
@@ -257,7 +302,7 @@ def _grouped(
         _Unit(
             what=EXPERTS if members[0].is_expert and name != AHEAD else name,
             weights=tuple(members),
-            placement=sizes.placement(members[0], layout, world_size),
+            placements=tuple(sizes.placement(member, layout, world_size) for member in members),
             layers=layers,
         )
         for members in groups.values()
@@ -279,9 +324,9 @@ def _gathers(unit: _Unit, first_kept: int) -> int:
 def _sharding_collectives(
     unit: _Unit, layout: Parallelism, world_size: int, gathers: int, compute_bytes: int
 ) -> list[Collective]:
-    placement = unit.placement
+    placement = unit.placements[0]
     elements = unit.padded_elements * placement.rows_over
-    group = (placement.rows_over, placement.experts_over)
+    group = (placement.rows_over, max(placement.split_over, placement.columns_over))
     reduced = reduced_bytes(layout)
     kinds = CollectiveKind
     is_once = layout.reduce is Reduction.once_a_batch

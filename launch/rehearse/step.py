@@ -134,9 +134,9 @@ def count_step(recipe: Recipe, grades: list[Recompute], built: mesh.Mesh) -> Cou
 
 def _few_tokens(recipe: Recipe) -> Batch:
     """Returns one short sequence of random tokens."""
-    # Ranks that share a sequence have two chunks of it each.
-    tokens = min(TOKENS, recipe.data.sequence_tokens) if recipe.parallelism.context == 1 else TOKENS
-    shape = (1, tokens * recipe.parallelism.context)
+    # Ranks that share a sequence have equal parts of it.
+    tokens = min(TOKENS, recipe.data.sequence_tokens) if recipe.parallelism.sharing == 1 else TOKENS
+    shape = (1, tokens * recipe.parallelism.sharing)
     ids_BS = torch.randint(recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     return {
         "input_ids": ids_BS,

@@ -65,6 +65,17 @@ def check_placement(job: Job, recipe: Recipe) -> list[str]:
         lines.append(
             f"{'placement' if inside else 'warning'}: groups of {layout.context} that share sequences {where}"
         )
+    if layout.tensor > 1:
+        if gpus % layout.tensor:
+            raise UserError(
+                f"groups of {layout.tensor} ranks exchange all tokens several times a layer, and would cross "
+                f"nodes of {gpus} GPUs",
+                key="parallelism.tensor",
+                remedy=f"use a divisor of {gpus}",
+            )
+        lines.append(
+            f"placement: groups of {layout.tensor} that share dense weights stay within a node, on NVLink"
+        )
     copy = job.world_size // layout.replicate
     if copy > gpus:
         where = f"spans {nodes_of(range(copy), gpus)} nodes"

@@ -4,11 +4,10 @@ Shapes: B global batch in sequences, S sequence, D width, E experts.
 """
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch import nn
 
 from launch.verify.cases import SEQUENCES, STEPS, GateInput
+from train.model.init import own_part
 from train.model.loss import IGNORE
 from train.recipe.curriculum import plan_stages
 from train.recipe.schema import Recipe
@@ -72,18 +71,8 @@ def steer_router(decoder: nn.Module, recipe: Recipe, each: GateInput) -> None:
     if each.crowded:
         scores_E[1] = 4.0
     for name, parameter in decoder.named_parameters():
-        local, first_row = own_rows(parameter)
+        local, first_row, _ = own_part(parameter)
         if name.endswith("wte.weight"):
             local += COMMON_PART * direction_D
         elif name.endswith("router.layer.weight"):
             local += scores_E[first_row : first_row + local.shape[0], None] * direction_D / D
-
-
-def own_rows(parameter: Tensor) -> tuple[Tensor, int]:
-    """This rank's rows, and the index of the first."""
-    if not isinstance(parameter, DTensor):
-        return parameter, 0
-    _, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    return parameter.to_local(), offset[0] if offset else 0

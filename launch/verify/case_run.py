@@ -204,7 +204,7 @@ def _loader(case: Case, recipe: Recipe, rows: list[int], seed: int, topology: To
     """Builds the loader of this rank's share of the case's batches."""
     if case.input.loaded:
         return build_loader(recipe, seed, topology)
-    sharing = recipe.parallelism.context
+    sharing = recipe.parallelism.sharing
     share, reader = len(rows) * sharing // topology.world_size, topology.rank // sharing
     mine = rows[reader * share : (reader + 1) * share]
     whole = make_batches(recipe, case.input, seed)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from launch.verify import loaded_input
 from launch.verify.bounds import LEAST_EPS
 from train.recipe import sizes
+from train.recipe.layout_rules import tensor_violations
 from train.recipe.schema import (
     Balance,
     BalanceScope,
@@ -33,12 +34,15 @@ MOST_CLIP_NORM = 0.1
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh (replicate, shard, expert), across which neighbouring ranks may share sequences."""
+    """A mesh (replicate, shard, expert), across which neighbouring ranks may share sequences, by their tokens
+    (context) or by heads and hidden units (tensor).
+    """
 
     replicate: int
     shard: int
     expert: int
     context: int = 1
+    tensor: int = 1
 
     @property
     def world_size(self) -> int:
@@ -47,12 +51,18 @@ class Layout:
 
     def __str__(self) -> str:
         shared = f"c{self.context}" if self.context > 1 else ""
+        shared += f"t{self.tensor}" if self.tensor > 1 else ""
         return f"({self.replicate},{self.shard},{self.expert}){shared}"
 
     @property
     def readers(self) -> int:
         """Number of ranks, or of groups that share sequences, that each read their own."""
-        return self.world_size // self.context
+        return self.world_size // self.sharing
+
+    @property
+    def sharing(self) -> int:
+        """Number of ranks that share each sequence."""
+        return self.context * self.tensor
 
 
 @dataclass(frozen=True)
@@ -156,14 +166,32 @@ CONTEXTS = (Layout(1, 2, 1, context=2), Layout(1, 1, 4, context=2), Layout(2, 1,
 
 def context_layouts(recipe: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[Layout]:
     """Layouts whose ranks share sequences; of a model without so many experts, experts are not spread."""
-    experts = recipe.model.moe.experts if recipe.model.moe else 1
     if not sizes.is_shareable(recipe.model):
         return []
-    return [
-        each if experts % each.expert == 0 else replace(each, shard=each.shard * each.expert, expert=1)
-        for each in CONTEXTS
-        if each.world_size in worlds
-    ]
+    return [_with_experts_of(recipe, each) for each in CONTEXTS if each.world_size in worlds]
+
+
+TENSORS = (Layout(1, 2, 1, tensor=2), Layout(1, 1, 4, tensor=2), Layout(2, 1, 2, tensor=2))
+"""Groups that are the world, that share experts with another, and that are a replica each."""
+
+
+def tensor_layouts(small: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[Layout]:
+    """Layouts whose ranks share dense weights, those that the tiny recipe allows."""
+    plain = replace(small, training=replace(small.training, compile=Compile.off))
+    found = []
+    for each in (_with_experts_of(small, layout) for layout in TENSORS if layout.world_size in worlds):
+        recipe = replace(plain, parallelism=_layout_of(small, each, Precision.fp32))
+        if not list(tensor_violations(recipe, each.world_size)):
+            found.append(each)
+    return found
+
+
+def _with_experts_of(recipe: Recipe, layout: Layout) -> Layout:
+    """A layout, whose experts are not spread if the model has not so many."""
+    experts = recipe.model.moe.experts if recipe.model.moe else 1
+    if experts % layout.expert == 0:
+        return layout
+    return replace(layout, shard=layout.shard * layout.expert, expert=1)
 
 
 def cases(
@@ -195,6 +223,8 @@ def cases(
         tried = layouts(recipe, worlds)
         if precision is Precision.fp32 and not each.compiled:
             tried += context_layouts(recipe, worlds)
+        if precision is Precision.fp32 and not each.compiled and not has_tiles(recipe):
+            tried += tensor_layouts(small, worlds)
         found = [make_case(small, layout, each, precision) for layout in tried]
         yield from sorted(found, key=reference_of)
 
@@ -321,8 +351,14 @@ def _with_the_same_tiles(case: Case, share: int) -> Case:
 
 def _layout_of(small: Recipe, layout: Layout, precision: Precision) -> Parallelism:
     """The recipe's own settings under a layout; in fp32, which shows all but rounding, nothing is rounded."""
-    own = replace(small.parallelism, replicate=layout.replicate, expert=layout.expert, context=layout.context)
-    own = replace(own, interleave=own.interleave and layout.expert > 1 and layout.context == 1)
+    own = replace(
+        small.parallelism,
+        replicate=layout.replicate,
+        expert=layout.expert,
+        context=layout.context,
+        tensor=layout.tensor,
+    )
+    own = replace(own, interleave=own.interleave and layout.expert > 1 and layout.sharing == 1)
     return replace(own, reduce_precision=ReducePrecision.fp32) if precision is Precision.fp32 else own
 
 
@@ -353,7 +389,7 @@ def _grouping(recipe: Recipe, layout: Layout, microbatch: int, share: int) -> tu
         return in_order, microbatch
     if scope is BalanceScope.rank:
         return in_order, share
-    together = max(1, layout.expert // layout.context)
+    together = max(1, layout.expert // layout.sharing)
     rows = [
         reader * share + start + sequence
         for group in range(0, layout.readers, together)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from launch.verify import context_faults, decision_faults, expert_faults, update_faults
+from launch.verify import context_faults, decision_faults, expert_faults, tensor_faults, update_faults
 from launch.verify.cases import Layout
 from launch.verify.expert_faults import FINER, GLOBAL_SCOPE, Changes
 from train import run
@@ -38,6 +38,8 @@ PAIR = Layout(1, 2, 1)
 """Two ranks that share out everything."""
 SHARED = Layout(1, 2, 1, context=2)
 """The same two with parts of the same sequences."""
+SPLIT = Layout(1, 2, 1, tensor=2)
+"""The same two, which split heads too."""
 
 
 @dataclass(frozen=True)
@@ -414,6 +416,41 @@ FAULTS = {
         context_faults.swap_documents,
         "gradients",
         layout=SHARED,
+        input="split",
+    ),
+    "norms-of-own-tokens": KnownFault(
+        "ranks that share dense weights keep their own gradients of norms",
+        tensor_faults.keep_own_norms,
+        "gradients",
+        layout=SPLIT,
+        input="split",
+    ),
+    "own-sums-twice": KnownFault(
+        "a rank's own partial sums added once more, as a bias of every rank would be",
+        tensor_faults.add_own_sums_twice,
+        "gradients",
+        layout=SPLIT,
+        input="split",
+    ),
+    "router-times-degree": KnownFault(
+        "gradients of routers times the ranks that share a sequence",
+        lambda: tensor_faults.sum_routers(SPLIT.tensor),
+        "gradients",
+        layout=SPLIT,
+        input="split",
+    ),
+    "tokens-sent-twice": KnownFault(
+        "tokens sent to their experts by each rank that shares their sequence",
+        tensor_faults.dispatch_twice,
+        "choices",
+        layout=SPLIT,
+        input="split",
+    ),
+    "heads-not-exchanged": KnownFault(
+        "ranks that attend with the heads that they have computed, of whatever kind",
+        tensor_faults.keep_heads,
+        "gradients",
+        layout=SPLIT,
         input="split",
     ),
     "muon-on-a-slab": KnownFault(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from launch.verify.case_inputs import own_rows
+from train.model.init import own_part
 from train.step.language_model import LanguageModel
 
 Named = dict[str, nn.Parameter]
@@ -66,10 +66,10 @@ def step_of(state: State) -> int:
 
 @torch.no_grad()
 def set_rows(tensors: Iterable[tuple[str, Tensor]], whole: dict[str, Tensor]) -> None:
-    """Copies this rank's rows of full tensors into its own."""
+    """Copies this rank's parts of full tensors into its own."""
     for name, tensor in tensors:
-        local, first_row = own_rows(tensor)
-        local.copy_(whole[name][first_row : first_row + len(local)])
+        local, row, column = own_part(tensor)
+        local.copy_(whole[name][row : row + len(local)][..., column : column + local.shape[-1]])
 
 
 def gradients_of(parameters: Named) -> Iterator[tuple[str, Tensor]]:

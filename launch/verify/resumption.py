@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 
-from launch.verify.cases import Layout, context_layouts, layouts
+from launch.verify.cases import Layout, context_layouts, layouts, tensor_layouts
 from launch.verify.equality import differences, read_state, unequal
 from launch.verify.forked_ranks import Ranks, run_ranks
 from launch.verify.harness import ONE, Row, TableCheck, Workspace
@@ -30,7 +30,14 @@ from train.record.run_folder import CHECKPOINTS_FOLDER
 from train.run import Machine, build_model
 from train.step.checkpointing import PREEMPTED_STATUS
 
-CHAIN = (Layout(1, 1, 1), Layout(1, 2, 2), Layout(2, 1, 2), Layout(1, 4, 1), Layout(1, 1, 4, context=2))
+CHAIN = (
+    Layout(1, 1, 1),
+    Layout(1, 2, 2),
+    Layout(2, 1, 2),
+    Layout(1, 4, 1),
+    Layout(1, 1, 4, context=2),
+    Layout(2, 1, 2, tensor=2),
+)
 KILLS = 20
 BOUND = 1e-5
 """Largest relative difference of a loss after a change of layout, fp32."""
@@ -59,7 +66,7 @@ class ResumeCheck(TableCheck):
     def run(self, workspace: Workspace) -> Iterator[Row]:
         """Yields a row for each layout of the kills, then one for each layout of the chain."""
         small = workspace.small
-        possible = [*layouts(small), *context_layouts(small)]
+        possible = [*layouts(small), *context_layouts(small), *tensor_layouts(small)]
         chain = [layout for layout in CHAIN if layout in possible]
         self.total = 2 + len(chain)
         for layout in (ONE, workspace.pair):

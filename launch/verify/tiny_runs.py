@@ -41,7 +41,11 @@ def prepare(recipe: Recipe, folder: Path) -> Recipe:
 def named(small: Recipe, layout: Layout, name: str) -> Recipe:
     """The tiny recipe under a layout and another name."""
     parallelism = replace(
-        small.parallelism, replicate=layout.replicate, expert=layout.expert, context=layout.context
+        small.parallelism,
+        replicate=layout.replicate,
+        expert=layout.expert,
+        context=layout.context,
+        tensor=layout.tensor,
     )
     return replace(small, name=name, parallelism=parallelism)
 

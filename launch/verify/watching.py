@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launch.verify.bounds import FLOOR, LEAST_CHANGE, bounds_of
-from launch.verify.case_inputs import own_rows
 from launch.verify.cases import Case, has_tiles
 from launch.verify.quantities import (
     Named,
@@ -40,6 +39,7 @@ from launch.verify.quantities import (
     weights_of,
     whole_of,
 )
+from train.model.init import own_part
 from train.model.moe import by_sequence
 from train.model.router import Router, Routing
 from train.recipe import sizes
@@ -255,7 +255,7 @@ class Comparer(Watcher):
             return
         for key, whole in self.record.batches[step].items():
             layout = self.case.layout
-            theirs = whole.chunk(layout.readers)[self.topology.rank // layout.context]
+            theirs = whole.chunk(layout.readers)[self.topology.rank // layout.sharing]
             is_same = key in batch and torch.equal(batch[key], theirs)
             self._see("read", float(not is_same), step, f"{key} of rank {self.topology.rank}")
 
@@ -330,11 +330,11 @@ class Comparer(Watcher):
         for name, tensor in found:
             # Second moments are squares of gradients, whose floor this is.
             least = floor * (FLOOR**2 if name.endswith("_sq") else FLOOR)
-            ours, first_row = own_rows(tensor.detach())
+            ours, row, column = own_part(tensor.detach())
             if not ours.numel():
                 continue
             whole = expected[name]
-            theirs = whole[first_row : first_row + len(ours)]
+            theirs = whole[row : row + len(ours)][..., column : column + ours.shape[-1]]
             # Not against a few elements that happen to be near zero: rows are measured against their tensor.
             least = max(least, float(whole.norm()) / math.sqrt(whole.numel()))
             scale = max(float(theirs.norm()), least * math.sqrt(theirs.numel())) or 1.0

@@ -192,10 +192,11 @@ def _collective_seconds(call: Call, layout: Parallelism, world_size: int, gpu: G
     # Experts exchange tokens; of two dimensions of one size the other is meant by all else.
     shard = shard_degree(layout, world_size)
     strides = (
-        {layout.context: 1, layout.expert: 1}
+        {layout.sharing: 1, layout.expert: 1}
         if kinds[0] is CollectiveKind.all_to_all
         else {
-            layout.context: 1,
+            layout.sharing: 1,
+            shard * layout.expert // layout.tensor: layout.tensor,
             world_size: 1,
             layout.replicate: world_size // layout.replicate,
             shard * layout.expert: 1,

@@ -32,6 +32,7 @@ def gloo_groups(layout: Parallelism, world_size: int, uses_gpus: bool) -> list[i
         groups += [world_size, replica // layout.expert]
         groups += [layout.expert] * (layout.expert > 1)
         groups += [layout.context] * (layout.context > 1)
+        groups += [layout.tensor, replica // layout.tensor] if layout.tensor > 1 else []
         groups += [layout.replicate, replica] * (layout.replicate > 1)
     return groups
 

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch import nn
 
 from train.checkpoint.files import ONE_RANK
 from train.checkpoint.loading import load_checkpoint, read_once
@@ -19,6 +17,7 @@ from train.checkpoint.reading import CheckpointReader
 from train.hf.folders import STATE_FOLDER
 from train.hf.weights import WeightSource, newest, open_weights
 from train.model.decoder import Decoder
+from train.model.init import own_part
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import OptimizerStart, Recipe
@@ -120,9 +119,10 @@ def fill(
 
     def read() -> None:
         for name, target in targets.items():
-            first, local = _local_rows(target)
+            local, first, column = own_part(target)
             if local.numel():
-                local.copy_(source.weights.read(name, first, first + local.shape[0]))
+                rows = source.weights.read(name, first, first + local.shape[0])
+                local.copy_(rows[..., column : column + local.shape[-1]])
 
     read_once(targets, read, topology, replicas)
 
@@ -174,11 +174,3 @@ def require_moments(checkpoint: Path, model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in having:
             raise UserError(f"{checkpoint}: has no optimizer state of {name}, which this run trains")
-
-
-def _local_rows(target: Tensor) -> tuple[int, Tensor]:
-    """Returns this rank's first row of the whole tensor, and its shard."""
-    if not isinstance(target, DTensor):
-        return 0, target
-    _, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    return (offset[0] if offset else 0), target.to_local()

@@ -9,6 +9,11 @@ gathers weights, a layer ahead of their use, and averages gradients. Expert grad
 once a step (:func:`train.layout.optim.average_replicated_gradients`): so every gradient is the mean over all
 ranks.
 
+Where groups of neighbouring ranks share layers' dense weights (:mod:`train.model.tensor_parallel`), each of
+them has its part by `tensor`, whose rows are sharded over `rest`; norms of layers, and a shared expert's
+gate, are replicated like routers. The experts' mesh stays what it is, and so do embeddings and output
+projection, which every rank gathers whole for its own tokens.
+
 Shapes: E experts, F expert hidden size, D model width.
 """
 
@@ -28,12 +33,16 @@ from train.model.context import Context
 from train.model.decoder import Block, Decoder, MultiTokenPrediction
 from train.model.init import initialize
 from train.model.moe import MoE
+from train.model.norms import LayerNorm, RmsNorm
+from train.model.tensor_parallel import ColumnLinear, RowLinear, TensorGroup
 from train.recipe import sizes
 from train.recipe.schema import ExchangePrecision, Parallelism, Precision, ReducePrecision, Reduction
 
 REPLICATE, SHARD, EXPERT = "replicate", "shard", "expert"
 DENSE = "dense"
 """`shard` and `expert` flattened into one dimension, over which everything but the experts is sharded."""
+REST, TENSOR = "rest", "tensor"
+"""`dense` in two dimensions, where groups of ranks share layers' dense weights."""
 
 
 class Mesh(NamedTuple):
@@ -46,6 +55,8 @@ class Mesh(NamedTuple):
     layout: Parallelism
     context: Context | None
     """The ranks that share sequences; None: no others."""
+    split: DeviceMesh | None = None
+    """`replicate` x `rest` x `tensor`, or only the last two; None: dense weights are split over no group."""
 
 
 def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
@@ -53,7 +64,8 @@ def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
 
     A rank is in one group per dimension; ``init_device_mesh`` would add one for each dimension of one rank.
     Ranks that share sequences are neighbours too: to weights they are what any other ranks are, so they are
-    no dimension, and lie across the others as they come.
+    no dimension, and lie across the others as they come. Where they share dense weights too, the mesh
+    of these has them as a dimension.
     """
     shard = world_size // (layout.replicate * layout.expert)
     sizes = {REPLICATE: layout.replicate, SHARD: shard, EXPERT: layout.expert}
@@ -64,18 +76,32 @@ def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
     context = None
     if layout.context > 1:
         context = Context(_own_group(torch.arange(world_size).view(-1, layout.context), 1))
+    split = None
+    if layout.tensor > 1:
+        split = _split_mesh(layout, world_size, device_type, of_experts[0])
+        context = TensorGroup(split.get_group(TENSOR))
     if layout.replicate == 1:
         world = dist.group.WORLD
         assert world is not None
-        return Mesh(
-            experts, DeviceMesh.from_group(world, device_type, mesh_dim_names=(DENSE,)), layout, context
-        )
+        dense = DeviceMesh.from_group(world, device_type, mesh_dim_names=(DENSE,))
+        return Mesh(experts, dense, layout, context, split)
     # A flattened dimension could only be had through private functions. The groups of `replicate` are shared
     # with the other mesh.
     ranks = torch.arange(world_size).view(layout.replicate, shard * layout.expert)
     groups = [of_experts[names.index(REPLICATE)], _own_group(ranks, 1)]
     dense = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=(REPLICATE, DENSE))
-    return Mesh(experts, dense, layout, context)
+    return Mesh(experts, dense, layout, context, split)
+
+
+def _split_mesh(
+    layout: Parallelism, world_size: int, device_type: str, replicas: dist.ProcessGroup
+) -> DeviceMesh:
+    """Builds the mesh of dense weights that groups of ranks share; ``replicas`` are those of other meshes."""
+    ranks = torch.arange(world_size).view(layout.replicate, -1, layout.tensor)
+    names, groups = (REPLICATE, REST, TENSOR), [replicas, *(_own_group(ranks, each) for each in (1, 2))]
+    if layout.replicate == 1:
+        ranks, names, groups = ranks[0], names[1:], groups[1:]
+    return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
 
 
 def replicas_of(model: nn.Module) -> dist.ProcessGroup | None:
@@ -109,6 +135,17 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int 
     # and their reduce-scatter, which nothing would then hide; rounded, they would send near-ties elsewhere.
     routers = {parameter for moe in moes for parameter in moe.router.parameters()}
     blocks = decoder.transformer.layers
+    # Replicated, of a layer; and the mesh over which the rest of it is sharded.
+    whole, over_layers = routers, over_all
+    if mesh.split is not None:
+        assert isinstance(mesh.context, TensorGroup)
+        names = mesh.split.mesh_dim_names or ()
+        over_layers = mesh.split[REPLICATE, REST] if REPLICATE in names else mesh.split[REST]
+        whole = routers | {
+            parameter
+            for block in blocks
+            for parameter in _split_layer(block, mesh.split[TENSOR], mesh.context, precision)
+        }
     for block, is_freed in zip(blocks, _freed_after_forward(len(blocks), mesh.layout), strict=True):
         if isinstance(block.ffn, MoE):
             block.ffn.experts.packs = mesh.layout.exchange_precision is ExchangePrecision.fp8
@@ -119,9 +156,9 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int 
                 block.ffn.experts, mesh=over_experts, mp_policy=of_experts, reshard_after_forward=is_freed
             )
         fully_shard(
-            block, mesh=over_all, mp_policy=cast, reshard_after_forward=is_freed, ignored_params=routers
+            block, mesh=over_layers, mp_policy=cast, reshard_after_forward=is_freed, ignored_params=whole
         )
-    fully_shard(decoder, mesh=over_all, mp_policy=cast, ignored_params=routers)
+    fully_shard(decoder, mesh=over_all, mp_policy=cast, ignored_params=whole)
     gather_ahead(decoder)
     if over_all.device_type == "cpu":
         sum_on_gloo(decoder)
@@ -214,3 +251,23 @@ def _spread_experts(moe: MoE, experts: DeviceMesh) -> None:
     args.moe_expert_model_parallelism = True
     args.expert_parallel_group = experts.get_group()
     moe.experts.forward_fn = moe.experts.parallel_forward_once
+
+
+def _split_layer(
+    block: Block, ranks: DeviceMesh, group: TensorGroup, precision: Precision
+) -> set[nn.Parameter]:
+    """Leaves each rank its part of a layer's dense weights; returns the parameters that stay whole."""
+    split: set[nn.Parameter] = set()
+    for module in block.modules():
+        if isinstance(module, ColumnLinear | RowLinear):
+            dimension = 0 if isinstance(module, ColumnLinear) else 1
+            whole, shape = module.weight, list(module.weight.shape)
+            shape[dimension] //= group.ranks
+            part = DTensor.from_local(whole.new_empty(shape), ranks, [Shard(dimension)], run_check=False)
+            module.weight = nn.Parameter(part)
+            module.group = group
+            split.add(module.weight)
+        elif isinstance(module, LayerNorm | RmsNorm):
+            module.casts_weight = precision is Precision.bf16
+    experts = block.ffn.experts.parameters() if isinstance(block.ffn, MoE) else ()
+    return set(block.parameters()) - split - set(experts)

@@ -15,7 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from train.layout.average import keep_average
 from train.layout.bf16_moments import Bf16MomentsAdamW, Place
-from train.layout.mesh import DENSE, EXPERT, SHARD
+from train.layout.mesh import DENSE, EXPERT, SHARD, TENSOR
 from train.layout.muon import Muon
 from train.model.decoder import Decoder
 from train.recipe.matrices import Stack, is_orthogonalised, stacked_rows
@@ -30,19 +30,21 @@ class _Kind(NamedTuple):
     is_matrix: bool
     is_expert: bool
     is_sharded: bool
-    """Routers are not, where others are."""
+    """Routers are not, where others are, nor layers' norms where ranks share layers' weights."""
     is_orthogonal: bool
     """Muon updates it."""
     scales: Scales
     """Of `model.transfer_base`."""
+    is_split: bool
+    """A group of ranks shares it."""
 
 
 def build_optimizer(model: nn.Module, recipe: OptimizerRecipe, seed: int = 0) -> torch.optim.Optimizer:
     """Builds the recipe's optimizer of the model's parameters, with decoupled weight decay of matrices only.
 
-    Experts form separate parameter groups, and so do routers where others are sharded, and weights whose
-    rates differ by `model.transfer_base`. A group's ``lr_scale`` is its learning rate as a multiple of the
-    recipe's.
+    Experts form separate parameter groups, and so do what is replicated where others are sharded, what a group of
+    ranks shares, and weights whose rates differ by `model.transfer_base`. A group's ``lr_scale`` is its learning
+    rate as a multiple of the recipe's.
 
     Args:
         model: the model, on its device and sharded.
@@ -59,8 +61,15 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe, seed: int = 0) ->
         if decoder is not None:
             # Weights that differ only in their initial scale share a group.
             scales = transfer_scales(decoder.cfg, name, orthogonal=is_orthogonal)._replace(std=1.0)
-        is_sharded = isinstance(parameter, DTensor)
-        kind = _Kind(parameter.ndim > 1, ".experts." in name, is_sharded, is_orthogonal, scales)
+        names = (parameter.device_mesh.mesh_dim_names or ()) if isinstance(parameter, DTensor) else ()
+        kind = _Kind(
+            is_matrix=parameter.ndim > 1,
+            is_expert=".experts." in name,
+            is_sharded=isinstance(parameter, DTensor),
+            is_orthogonal=is_orthogonal,
+            scales=scales,
+            is_split=TENSOR in names,
+        )
         kinds.setdefault(kind, []).append(parameter)
     decay = recipe.weight_decay
     if recipe.kind is OptimizerKind.lion:

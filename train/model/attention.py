@@ -25,6 +25,7 @@ from train.model.context import Context
 from train.model.documents import Documents, Reach, document_reach
 from train.model.norms import RmsNorm
 from train.model.recompute import remade
+from train.model.tensor_parallel import ColumnLinear, RowLinear
 from train.recipe import sizes
 from train.recipe.schema import Model, Position, QkNormOver, Recompute, Yarn
 
@@ -134,12 +135,12 @@ class Attention(nn.Module):
         self.heads = (model.n_heads, model.n_kv_heads, model.n_kv_heads)
         self.head_width = sizes.head_width(model)
         rows = sum(self.heads) * self.head_width
-        self.Wqkv = nn.Linear(model.d_model, rows, bias=model.qkv_bias, device=device)
+        self.Wqkv = ColumnLinear(model.d_model, rows, bias=model.qkv_bias, device=device)
         self.q_norm = self.k_norm = None
         if model.qk_norm:
             widths = sizes.qk_norm_widths(model)
             self.q_norm, self.k_norm = (RmsNorm(w, eps=model.norm_eps, device=device) for w in widths)
-        self.out_proj = nn.Linear(sizes.query_width(model), model.d_model, bias=False, device=device)
+        self.out_proj = RowLinear(sizes.query_width(model), model.d_model, bias=False, device=device)
 
     def forward(
         self, x_BSD: Tensor, plan: AttentionPlan, past: KeyValue | None = None
@@ -150,6 +151,8 @@ class Attention(nn.Module):
             The output [B, S, D], and the keys and values of all positions, for later calls.
         """
         qkv_BSNR = self.Wqkv(x_BSD).unflatten(-1, (-1, self.head_width))
+        if self.Wqkv.sharing is not None:
+            qkv_BSNR = self.Wqkv.sharing.exchange_heads(qkv_BSNR, self.heads)
         if self.model.clip_qkv is None and not self.model.qk_norm:
             # Nothing keeps qkv, and what is made of it is no more than that.
             q_BSHR, k_BSGR, v_BSGR = self._split(qkv_BSNR, plan.cos_SR, plan.sin_SR)
@@ -167,7 +170,7 @@ class Attention(nn.Module):
                 k_TGR, v_TGR = (_within(part, plan.reach) for part in (k_BSGR, v_BSGR))
                 keys = plan.reach.keys
             out_THR = document_attention(q_THR, k_TGR, v_TGR, *plan.documents, keys=keys)
-            return self.out_proj(out_THR.reshape(*x_BSD.shape[:2], -1)), (k_BGSR, v_BGSR)
+            return self.out_proj(out_THR.reshape(*q_BSHR.shape[:2], -1)), (k_BGSR, v_BGSR)
         if past is not None:
             k_BGSR, v_BGSR = torch.cat([past[0], k_BGSR], dim=2), torch.cat([past[1], v_BGSR], dim=2)
         if plan.blocks is None:
@@ -181,13 +184,20 @@ class Attention(nn.Module):
         self, qkv_BSNR: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries, keys and values as attention takes them."""
-        return clip_and_rotate(self._normalize(qkv_BSNR), self.heads, self.model.clip_qkv, cos_SR, sin_SR)
+        return clip_and_rotate(self._normalize(qkv_BSNR), self.own_heads, self.model.clip_qkv, cos_SR, sin_SR)
+
+    @property
+    def own_heads(self) -> tuple[int, int, int]:
+        """The query, key and value heads that this rank attends with."""
+        group, (queries, keys, values) = self.Wqkv.sharing, self.heads
+        ranks = 1 if group is None else group.ranks
+        return queries // ranks, keys // ranks, values // ranks
 
     def _normalize(self, qkv_BSNR: Tensor) -> Tensor:
         """Normalises queries and keys if the model has QK norm."""
         if self.q_norm is None or self.k_norm is None:
             return qkv_BSNR
-        q, k, v = qkv_BSNR.split(self.heads, dim=2)
+        q, k, v = qkv_BSNR.split(self.own_heads, dim=2)
         if self.model.qk_norm_over is QkNormOver.all_heads:
             q, k = (
                 norm(part.flatten(2)).view_as(part) for norm, part in ((self.q_norm, q), (self.k_norm, k))

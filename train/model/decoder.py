@@ -25,6 +25,7 @@ from train.model.moe import MoE, MoEAux, balance_loss
 from train.model.norms import make_norm
 from train.model.offload import HostMemory, LayerInputs
 from train.model.recompute import remade, run_ffn, run_layer
+from train.model.tensor_parallel import ColumnLinear, RowLinear, TensorGroup, column_products
 from train.recipe import sizes
 from train.recipe.schema import ExpertPrecision, Ffn, Model, Recompute
 
@@ -67,10 +68,10 @@ class DenseFfn(nn.Module):
 
     def __init__(self, model: Model, device: Device = None) -> None:
         super().__init__()
-        self.w1 = nn.Linear(model.d_model, model.ffn_hidden_size, bias=False, device=device)
+        self.w1 = ColumnLinear(model.d_model, model.ffn_hidden_size, bias=False, device=device)
         if model.ffn is Ffn.glu:
-            self.v1 = nn.Linear(model.d_model, model.ffn_hidden_size, bias=False, device=device)
-        self.w2 = nn.Linear(model.ffn_hidden_size, model.d_model, bias=False, device=device)
+            self.v1 = ColumnLinear(model.d_model, model.ffn_hidden_size, bias=False, device=device)
+        self.w2 = RowLinear(model.ffn_hidden_size, model.d_model, bias=False, device=device)
         self.gated = model.ffn is Ffn.glu
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, None]:
@@ -81,7 +82,8 @@ class DenseFfn(nn.Module):
         again = Recompute.elementwise
         if not self.gated:
             return remade(again, functional.gelu, self.w1(x_BSD))
-        return remade(again, torch.mul, remade(again, functional.silu, self.w1(x_BSD)), self.v1(x_BSD))
+        gate_BSF, up_BSF = column_products(x_BSD, self.w1, self.v1)
+        return remade(again, torch.mul, remade(again, functional.silu, gate_BSF), up_BSF)
 
 
 class NormAttentionNorm(nn.Module):
@@ -215,17 +217,20 @@ class Transformer(nn.Module):
         x_BSD = embedded_BSD = self.wte(ids_BS)
         device = x_BSD.device
         autocast = torch.is_autocast_enabled(device.type)
+        # Attention is of whole sequences where ranks share them by heads.
+        splits_heads = isinstance(context, TensorGroup)
+        length = ids_BS.shape[1] * (context.ranks if isinstance(context, TensorGroup) else 1)
 
         def plan_of(sequences: int, documents: Tensor | None) -> AttentionPlan:
             return plan_attention(
                 self.model,
                 sequences,
-                ids_BS.shape[1],
+                length,
                 device=device,
                 dtype=torch.get_autocast_dtype(device.type) if autocast else x_BSD.dtype,
                 document_ids_BS=documents,
                 kernel=self.document_kernel,
-                context=context,
+                context=None if splits_heads else context,
             )
 
         is_halved = self.interleave and self.training and len(ids_BS) % 2 == 0

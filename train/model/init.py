@@ -38,24 +38,49 @@ def initialize(model: nn.Module, cfg: Model, seed: int | None) -> None:
         if seed is None:
             return
         for name, parameter in model.named_parameters():
-            first_row = 0
-            if isinstance(parameter, DTensor):
-                _, offset = compute_local_shape_and_global_offset(
-                    parameter.shape, parameter.device_mesh, parameter.placements
-                )
-                first_row = offset[0] if offset else 0
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            fill_rows(name, local, first_row=first_row, total_rows=parameter.shape[0], cfg=cfg, seed=seed)
+            local, first_row, first_column = own_part(parameter)
+            fill_rows(
+                name,
+                local,
+                first_row=first_row,
+                first_column=first_column,
+                total_rows=parameter.shape[0],
+                total_columns=parameter.shape[-1],
+                cfg=cfg,
+                seed=seed,
+            )
 
 
-def fill_rows(name: str, rows: Tensor, *, first_row: int, total_rows: int, cfg: Model, seed: int) -> None:
+def own_part(weight: Tensor) -> tuple[Tensor, int, int]:
+    """Returns a rank's part of a weight, and the whole's row and column that it begins with."""
+    if not isinstance(weight, DTensor):
+        return weight, 0, 0
+    _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    first_row, first_column = (*offset, 0, 0)[:2]
+    return weight.to_local(), first_row, first_column
+
+
+def fill_rows(
+    name: str,
+    rows: Tensor,
+    *,
+    first_row: int,
+    total_rows: int,
+    first_column: int = 0,
+    total_columns: int | None = None,
+    cfg: Model,
+    seed: int,
+) -> None:
     """Writes rows ``first_row`` onwards of the parameter ``name`` into ``rows``.
 
     Args:
         name: the parameter's name in the unsharded model.
-        rows: the rows to fill, [N, D] or, for a norm (ones) or a bias (zeros), [N].
+        rows: the rows to fill, [N, D] or, for a norm (ones) or a bias (zeros), [N]; some of their columns, if
+            they are split too.
         first_row: index of the first of them in the unsharded parameter.
         total_rows: rows of the unsharded parameter.
+        first_column: index of their first column there.
+        total_columns: columns there; None: those of ``rows``.
         cfg: the recipe's model.
         seed: the recipe's seed.
     """
@@ -68,8 +93,9 @@ def fill_rows(name: str, rows: Tensor, *, first_row: int, total_rows: int, cfg: 
         std /= math.sqrt(2 * cfg.n_layers)
     last_row = first_row + rows.shape[0]
     for block in range(first_row // block_rows, -(-last_row // block_rows)):
-        drawn = torch.empty(block_rows, rows.shape[1], dtype=torch.float32)
+        drawn = torch.empty(block_rows, total_columns or rows.shape[1], dtype=torch.float32)
         drawn.normal_(0.0, std, generator=_generator(seed, name, block))
+        drawn = drawn[:, first_column : first_column + rows.shape[1]]
         start, end = max(first_row, block * block_rows), min(last_row, (block + 1) * block_rows)
         rows[start - first_row : end - first_row].copy_(
             drawn[start - block * block_rows : end - block * block_rows]

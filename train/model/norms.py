@@ -8,24 +8,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from train.recipe.schema import Model, Norm
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, without casts of its input and output on a GPU."""
+    """torch's, without casts of its input and output on a GPU.
+
+    ``casts_weight``: the weight, which is whole and fp32 on every rank, is cast to the input's precision, as
+    FSDP2 casts those that it gathers.
+    """
+
+    casts_weight = False
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the normalised input."""
+        if self.casts_weight:
+            weight = self.weight.to(input.dtype)
+            with _norm_casts(input, weight):
+                return functional.layer_norm(input, self.normalized_shape, weight, None, self.eps)
         with _norm_casts(input, self.weight):
             return super().forward(input)
 
 
 class RmsNorm(nn.RMSNorm):
-    """torch's, without casts of its input and output on a GPU."""
+    """torch's, without casts of its input and output on a GPU; ``casts_weight`` as of :class:`LayerNorm`."""
+
+    casts_weight = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the normalised input."""
+        if self.casts_weight:
+            weight = self.weight.to(x.dtype)
+            with _norm_casts(x, weight):
+                return functional.rms_norm(x, self.normalized_shape, weight, self.eps)
         with _norm_casts(x, self.weight):
             return super().forward(x)
 

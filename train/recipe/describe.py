@@ -31,12 +31,17 @@ def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, obj
         "shard": shard,
         "expert": layout.expert,
         "context": layout.context,
+        "tensor": layout.tensor,
         "microbatches_per_rank": microbatches,
         "phases": [asdict(stage) for stage in plan_stages(recipe).stages],
     }
     readers = sizes.readers(layout, topology.world_size)
     per_rank = training.global_batch_sequences // readers
-    shared = f" x context {layout.context}, across them" if layout.context > 1 else ""
+    shared = "".join(
+        f" x {name} {ranks}, across them"
+        for name, ranks in (("context", layout.context), ("tensor", layout.tensor))
+        if ranks > 1
+    )
     forced = model.moe is not None and model.moe.forced_balance
     rows = [
         *([("routing", "forced balance: experts are dealt out, for benchmarks only")] if forced else []),

@@ -5,7 +5,17 @@ from collections.abc import Iterator
 from train.recipe import sizes
 from train.recipe.errors import Violation
 from train.recipe.phases import microbatch_sequences, phases_of
-from train.recipe.schema import BalanceScope, Compile, ExchangePrecision, Parallelism, Recipe
+from train.recipe.schema import (
+    BalanceScope,
+    Compile,
+    ExchangePrecision,
+    Moments,
+    OptimizerKind,
+    Parallelism,
+    Position,
+    QkNormOver,
+    Recipe,
+)
 from train.recipe.topology import Topology
 
 
@@ -13,6 +23,7 @@ def check_layout(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
     """Yields every rule that batch and layout violate, in order."""
     yield from _batch_and_degrees(recipe, topology.world_size)
     yield from _context(recipe, topology.world_size)
+    yield from tensor_violations(recipe, topology.world_size)
     yield from _interleaved(recipe)
     yield from _exchanged(recipe)
 
@@ -61,12 +72,12 @@ def _batch_and_degrees(recipe: Recipe, ranks: int) -> Iterator[Violation]:
 
 def reader_in_words(layout: Parallelism) -> str:
     """Returns what reads sequences of its own: a rank, or a group of ranks that share each sequence."""
-    return "rank" if layout.context == 1 else "group"
+    return "rank" if layout.sharing == 1 else "group"
 
 
 def readers_in_words(layout: Parallelism, count: int) -> str:
     """Returns so many of them, with the size of a group."""
-    return f"{count} ranks" if layout.context == 1 else f"{count} groups of {layout.context} ranks"
+    return f"{count} ranks" if layout.sharing == 1 else f"{count} groups of {layout.sharing} ranks"
 
 
 def _context(recipe: Recipe, ranks: int) -> Iterator[Violation]:
@@ -110,6 +121,65 @@ def _context(recipe: Recipe, ranks: int) -> Iterator[Violation]:
             "no group's",
             "let one divide the other, or balance over another scope",
         )
+
+
+def tensor_violations(recipe: Recipe, ranks: int) -> Iterator[Violation]:
+    """Yields violations of the ranks that share sequences and dense weights."""
+    name, layout, moe = "parallelism.tensor", recipe.parallelism, recipe.model.moe
+    degree, expert = layout.tensor, layout.expert
+    if degree == 1:
+        return
+    if ranks % (layout.replicate * degree):
+        what = f"{ranks} ranks are not divisible by replicate={layout.replicate} x tensor={degree}"
+        yield Violation(
+            name, what, f"use a divisor of {ranks} / replicate, or start more ranks (composer -n)"
+        )
+    lengths = {phase.sequence_tokens for phase in phases_of(recipe)}
+    for length in sorted(length for length in lengths if length and length % degree):
+        what = f"cuts sequences into {degree} parts, but {length} tokens are not divisible by that"
+        yield Violation(name, what, "use a divisor of the length")
+    for what, remedy in _unsplittable(recipe, ranks):
+        yield Violation(name, what, remedy)
+    is_nested = expert % degree == 0 or degree % expert == 0
+    if moe is not None and moe.balance_scope is BalanceScope.expert_group and not is_nested:
+        yield Violation(
+            name,
+            f"tensor={degree} and {expert=} cut through each other, so "
+            "model.moe.balance_scope=expert_group is no group's",
+            "let one divide the other, or balance over another scope",
+        )
+
+
+def _unsplittable(recipe: Recipe, ranks: int) -> Iterator[tuple[str, str]]:
+    """Yields what ranks cannot share dense weights of or with, and its remedies."""
+    model, training, optimizer, layout = recipe.model, recipe.training, recipe.optimizer, recipe.parallelism
+    of_models = {
+        "model.latent": model.latent is not None,
+        "model.mtp": model.mtp,
+        "model.qkv_bias": model.qkv_bias,
+        "model.position=alibi": model.position is Position.alibi,
+        "model.qk_norm_over=all_heads": model.qk_norm and model.qk_norm_over is QkNormOver.all_heads,
+    }
+    others = {
+        f"training.compile={training.compile.value}": training.compile is not Compile.off,
+        "parallelism.interleave": layout.interleave,
+        f"parallelism.context={layout.context}": layout.context > 1,
+        "optimizer.kind=muon": optimizer.kind is OptimizerKind.muon,
+        "optimizer.moments=bf16": optimizer.moments is Moments.bf16,
+    }
+    yield from ((f"is not built for {key}", _ANOTHER) for key, is_set in of_models.items() if is_set)
+    yield from ((f"is not built for {key}", "remove either") for key, is_set in others.items() if is_set)
+    if model.n_kv_heads % layout.tensor:
+        what = f"splits heads over {layout.tensor} ranks, but model.n_kv_heads={model.n_kv_heads}"
+        yield what, f"use a divisor of {model.n_kv_heads}"
+    over = ranks // layout.replicate
+    for weight in sizes.weights(model):
+        if sizes.is_split_by_rows(weight.name) and weight.shape[0] % over:
+            yield f"rows of {weight.name}, {weight.shape[0]}, do not shard evenly over {over} ranks", _ANOTHER
+            return
+
+
+_ANOTHER = "set it to 1, or use another model"
 
 
 def _interleaved(recipe: Recipe) -> Iterator[Violation]:

@@ -210,6 +210,12 @@ class Parallelism:
     """Context parallelism: neighbouring ranks that share each sequence, for sequences too long for one GPU.
     Each has two chunks of a sequence, one from either end, and gathers keys and values;
     `microbatch_sequences` are then those of the group. Divides half of every phase's sequence length."""
+    tensor: int = key(1, above=0)
+    """Tensor parallelism: neighbouring ranks, of one node, that share each sequence and the weights of
+    attention, dense feed-forward layers and shared experts. Attention and these layers gather whole sequences
+    and split their heads and hidden units; all else works on each rank's part of a sequence. Experts stay
+    spread by `expert`. `microbatch_sequences` are then those of the group. Divides every phase's sequence
+    length, and the model's key-value heads."""
     reduce: Reduction = Reduction.every_microbatch
     """When gradients are summed over a replica's ranks: after `every_microbatch`, or `once_a_batch`, with
     less traffic but whole gradients of all layers on every rank until then. Over replicas: once a batch."""
@@ -228,3 +234,8 @@ class Parallelism:
     where `expert` spans nodes or `top_k` is large. Costs twice the kernels, of half the rows, and one more
     rounding of each gradient. Needs an even microbatch (phases where it is odd are computed whole), and
     layers that are not compiled."""
+
+    @property
+    def sharing(self) -> int:
+        """Neighbouring ranks that share each sequence."""
+        return self.context * self.tensor

@@ -263,31 +263,37 @@ class Placement:
 
     unit: str
     """The module that FSDP2 gathers and reduces as a unit."""
-    experts_over: int
-    """Ranks over which whole experts are split first; 1 for all other weights."""
+    split_over: int
+    """Ranks over which whole experts are split first, or the outputs of a product that ranks share; or 1."""
     rows_over: int
     """Ranks over which the rows are then sharded."""
+    columns_over: int = 1
+    """Ranks over which the columns are split."""
     is_replicated: bool = False
     """Held whole by every rank: in no unit, neither gathered nor reduced with others."""
 
     def rows_at_most(self, weight: Weight) -> int:
         """Returns the rows of the fullest rank, to which FSDP2 pads all others when it gathers."""
-        return -(-weight.shape[0] // self.experts_over // self.rows_over)
+        return -(-weight.shape[0] // self.split_over // self.rows_over)
 
     def rows(self, weight: Weight, index: int) -> int:
         """Returns the rows of the rank with number ``index`` among those that share the rows.
 
         Like ``torch.chunk``: every rank takes the rounded-up share until nothing is left.
         """
-        whole, share = weight.shape[0] // self.experts_over, self.rows_at_most(weight)
+        whole, share = weight.shape[0] // self.split_over, self.rows_at_most(weight)
         return min(share, max(0, whole - index * share))
+
+    def row_elements(self, weight: Weight) -> int:
+        """Returns the elements of a row that a rank holds."""
+        return weight.elements // weight.shape[0] // self.columns_over
 
 
 def readers(layout: Parallelism, world_size: int) -> int:
     """Returns the number of groups of ranks that each read their own sequences: as many as ranks, unless
-    `context` shares them.
+    `context` or `tensor` shares them.
     """
-    return world_size // layout.context
+    return world_size // layout.sharing
 
 
 def is_shareable(model: Model) -> bool:
@@ -306,17 +312,36 @@ def placement(weight: Weight, layout: Parallelism, world_size: int) -> Placement
     """Returns the placement of a weight by :mod:`train.layout.mesh`.
 
     Experts are split over `expert`, then their rows over `shard`. Routers are replicated. Everything else is
-    sharded over `shard` and `expert` together. The FSDP2 units are a layer's experts, the rest of the layer,
-    with what joins it to the others, and everything outside the layers. `replicate` holds copies.
+    sharded over `shard` and `expert` together; but where groups of `tensor` ranks share layers' dense
+    weights, these are split over a group first, by rows or by columns, and the rest of a layer is replicated.
+    The FSDP2 units are a layer's experts, the rest of the layer, with what joins it to the others, and
+    everything outside the layers. `replicate` holds copies.
     """
     shard = shard_degree(layout, world_size)
     if weight.is_expert:
         return Placement(weight.name.rpartition(".mlp.")[0], layout.expert, shard)
     if ".router." in weight.name:
         return Placement("", 1, 1, is_replicated=True)
-    parts = weight.name.split(".")
+    parts, tensor = weight.name.split("."), layout.tensor
     unit = ".".join(parts[: 2 if weight.name.startswith(MTP) else 3]) if is_in_layer(weight.name) else ""
+    if tensor > 1 and is_in_layer(weight.name):
+        rest = shard * layout.expert // tensor
+        if is_split_by_rows(weight.name):
+            return Placement(unit, tensor, rest)
+        if is_split_by_columns(weight.name):
+            return Placement(unit, 1, rest, columns_over=tensor)
+        return Placement("", 1, 1, is_replicated=True)
     return Placement(unit, 1, shard * layout.expert)
+
+
+def is_split_by_rows(name: str) -> bool:
+    """Returns whether a weight's product is split by its outputs, where ranks share dense weights."""
+    return name.endswith((".attn.Wqkv.weight", ".w1.weight", ".v1.weight"))
+
+
+def is_split_by_columns(name: str) -> bool:
+    """Returns whether a weight's product is split by its inputs, where ranks share dense weights."""
+    return name.endswith((".attn.out_proj.weight", ".w2.weight"))
 
 
 @functools.lru_cache(maxsize=64)  # the plan's search asks for each layout with many microbatches
@@ -330,7 +355,9 @@ def rank_weights(model: Model, layout: Parallelism, world_size: int, rank: int) 
     for weight in weights(model):
         place = placement(weight, layout, world_size)
         index = dense_index // layout.expert if weight.is_expert else dense_index % place.rows_over
-        held[weight.name] = place.rows(weight, index) * (weight.elements // weight.shape[0])
+        if max(place.split_over, place.columns_over) > 1 and not weight.is_expert:
+            index = dense_index // layout.tensor
+        held[weight.name] = place.rows(weight, index) * place.row_elements(weight)
     return held
 
 
@@ -420,7 +447,7 @@ def tokens_per_batch(recipe: Recipe) -> int:
 def microbatch_tokens(recipe: Recipe) -> int:
     """Returns the tokens of a rank's microbatch; of sequences that ranks share, its part."""
     whole = recipe.training.microbatch_sequences * recipe.data.sequence_tokens
-    return whole // recipe.parallelism.context
+    return whole // recipe.parallelism.sharing
 
 
 def batches(recipe: Recipe) -> int:

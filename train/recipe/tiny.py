@@ -91,6 +91,7 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
             replicate=1,
             expert=1,
             context=1,
+            tensor=1,
             gathered_layers=gathered,
             exchange_precision=ExchangePrecision.same,
         ),

@@ -205,7 +205,7 @@ class Recheck:
             what = "replicas hold different weights"
             return self._found(Corruption(batch, what, ranks, True, self.sound_until))
         # To ranks with the same place among those that share experts, and among those that share sequences.
-        shift = math.lcm(self.layout.expert, self.layout.context)
+        shift = math.lcm(self.layout.expert, self.layout.sharing)
         moved_parts = None
         if self.topology.world_size > shift:
             moved_parts = [self._from_rank(part, shift) for part in parts]

@@ -91,7 +91,7 @@ class TrainingStep(Callback):
         context, domains = model.decoder.context, None
         if data_log is not None:
             domains = DomainCounts(len(data_log.domains), device, context is None or context.rank == 0)
-        self.sums = BatchSums(domains, recipe.parallelism.context)
+        self.sums = BatchSums(domains, recipe.parallelism.sharing)
         self.totals: BatchTotals | None = None
         """Totals of the last complete batch."""
         self._saves: list[bool] = []

@@ -180,7 +180,9 @@ def test_search_lets_as_few_ranks_share_sequences_as_will_do() -> None:
             training=replace(phase.training, global_batch_sequences=128),
             data=replace(phase.data, domains={"web": 1.0}, sequence_tokens=tokens),
         )
-        assert {plan.recipe.parallelism.context for plan in search(longer, 64, H100)} == {expected}
+        found = [plan.recipe.parallelism for plan in search(longer, 64, H100)]
+        assert {layout.sharing for layout in found} == {expected}
+        assert {layout.tensor for layout in found} == {1, expected}, "by either way"
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from train.recipe.schema import (
     OptimizerKind,
     Parallelism,
     Precision,
+    QkNormOver,
     Recipe,
     Recompute,
     ReducePrecision,
@@ -49,6 +50,12 @@ MOE = Model(
 )
 MIXED = replace(MOE, n_layers=5, moe=Moe(experts=8, top_k=2, dense_layers=1, every_n_layers=2))
 BY_SEQUENCE = replace(MOE, moe=Moe(experts=8, top_k=2, balance_scope=BalanceScope.sequence))
+SPLIT = replace(
+    MIXED,
+    qk_norm=True,
+    qk_norm_over=QkNormOver.each_head,
+    moe=Moe(experts=8, top_k=2, dense_layers=1, every_n_layers=2, shared_hidden_size=24),
+)
 DENSE = Model(
     d_model=48,
     n_layers=2,
@@ -138,7 +145,6 @@ def count(
     ("cfg", "layout", "world", "precision", "recomputed"),
     [
         pytest.param(MOE, Parallelism(), 2, Precision.bf16, KEPT, id="sharded"),
-        pytest.param(MOE, Parallelism(expert=2), 4, Precision.bf16, KEPT, id="experts"),
         pytest.param(MOE, Parallelism(expert=4), 4, Precision.fp32, Recompute.layer, id="experts-recomputed"),
         pytest.param(
             MOE,
@@ -175,6 +181,17 @@ def count(
         ),
         pytest.param(MOE, Parallelism(expert=2, context=4), 4, Precision.bf16, Recompute.layer, id="shared"),
         pytest.param(BY_SEQUENCE, Parallelism(context=2), 4, Precision.fp32, Recompute.ffn, id="by-sequence"),
+        pytest.param(
+            SPLIT, Parallelism(expert=2, tensor=2), 4, Precision.bf16, Recompute.ffn, id="shared-weights"
+        ),
+        pytest.param(
+            replace(SPLIT, moe=None),
+            Parallelism(replicate=2, tensor=2),
+            4,
+            Precision.fp32,
+            Recompute.gates,
+            id="shared-dense-weights",
+        ),
         pytest.param(DENSE, Parallelism(replicate=2), 4, Precision.bf16, KEPT, id="dense"),
         pytest.param(DENSE, Parallelism(), 3, Precision.fp32, Recompute.layer, id="dense-recomputed"),
     ],

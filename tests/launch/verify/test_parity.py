@@ -23,7 +23,7 @@ from launch.verify.case_run import (
     run_case,
     train_case,
 )
-from launch.verify.cases import INPUTS, Case, Layout, context_layouts, find_case, layouts
+from launch.verify.cases import INPUTS, Case, Layout, find_case, layouts
 from launch.verify.expert_faults import FINER, GLOBAL_SCOPE, Changes
 from launch.verify.faults import FAULTS, KnownFault
 from launch.verify.forked_ranks import RankError, run_ranks
@@ -61,12 +61,8 @@ def _reference(
     name, layout, experts, optimizer, precision = case_key
     needs = KnownFault("", nullcontext, "", experts=experts, optimizer=optimizer, model=model)
     recipe = needs.recipe_of(load_recipe(YAMLS / "smoke.yaml"))
-    case = find_case(
-        recipe,
-        next(each for each in (*layouts(recipe), *context_layouts(recipe)) if str(each) == layout),
-        name,
-        precision,
-    )
+    of_fault = next(fault.layout for fault in FAULTS.values() if str(fault.layout) == layout)
+    case = find_case(recipe, of_fault, name, precision)
     file = (
         folder
         / f"{layout}-{name}-{len(experts)}-{optimizer}-{len(model) and model[0][0]}-{precision.value}.pt"

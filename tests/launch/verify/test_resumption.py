@@ -36,8 +36,9 @@ def test_killed_runs_resume_bit_for_bit(small: Recipe, whole: Path) -> None:
 
 
 def test_a_preempted_run_resumes_under_other_layouts(small: Recipe, whole: Path) -> None:
-    rows = list(reshard(small, [ONE, Layout(1, 2, 2), Layout(2, 1, 2, context=4)], whole))
-    assert [row.layout for row in rows] == ["(1,1,1)", "(1,2,2)", "(2,1,2)c4"]
+    chain = [ONE, Layout(1, 2, 2, tensor=2), Layout(2, 1, 2, context=4)]
+    rows = list(reshard(small, chain, whole))
+    assert [row.layout for row in rows] == ["(1,1,1)", "(1,2,2)t2", "(2,1,2)c4"]
     for row in rows:
         assert row.has_passed, (row.figures, row.violations)
 

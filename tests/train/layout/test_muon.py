@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from launch.verify.case_inputs import own_rows
 from launch.verify.forked_ranks import run_ranks
 from tests.fake_world import CFG, whole
 from train.layout.mesh import build_mesh, build_sharded
 from train.layout.muon import COEFFICIENTS, orthogonalize
 from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
-from train.model.init import initialize
+from train.model.init import initialize, own_part
 from train.recipe import sizes
 from train.recipe.matrices import Stack, is_orthogonalised, rounds, stacked_rows
 from train.recipe.schema import Moe, Optimizer, OptimizerKind, Parallelism, Precision
@@ -161,7 +160,7 @@ def stepped(layout: Parallelism | None, optimizer_recipe: Optimizer = MUON) -> d
                 torch.randn(weight.shape, generator=generator),
             )
             parameter.grad = torch.zeros_like(parameter)
-            local, first = own_rows(parameter.grad)
+            local, first, _ = own_part(parameter.grad)
             local.copy_(full[first : first + len(local)])
         optimizer.step()
     return {name: whole(p).detach().tolist() for name, p in decoder.named_parameters()}

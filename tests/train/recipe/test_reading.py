@@ -296,6 +296,31 @@ def test_ranks_share_sequences_that_they_can_cut_evenly(
         validate(recipe, Topology(world_size=ranks), SMOKE)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "refusal"),
+    [
+        (["parallelism.tensor=2", "parallelism.expert=2"], 4, None),
+        (["parallelism.tensor=4"], 2, "2 ranks are not divisible by replicate=1 x tensor=4"),
+        (["parallelism.tensor=4", "parallelism.replicate=2"], 4, "divisible by replicate=2 x tensor=4"),
+        (["parallelism.tensor=3"], 3, "cuts sequences into 3 parts, but 512 tokens are not"),
+        (["parallelism.tensor=8"], 8, "splits heads over 8 ranks, but model.n_kv_heads="),
+        (["parallelism.tensor=2", "model.mtp=true"], 2, "is not built for model.mtp"),
+        (["parallelism.tensor=2", "model.qkv_bias=true"], 2, "is not built for model.qkv_bias"),
+        (["parallelism.tensor=2", "model.qk_norm=true"], 2, "is not built for model.qk_norm_over=all_heads"),
+        (["parallelism.tensor=2", "training.compile=blocks"], 2, "is not built for training.compile=blocks"),
+        (["parallelism.tensor=2", "optimizer.kind=muon"], 2, "is not built for optimizer.kind=muon"),
+        (["parallelism.tensor=2", "optimizer.moments=bf16"], 2, "is not built for optimizer.moments=bf16"),
+        (["parallelism.tensor=2", "parallelism.context=2"], 4, "is not built for parallelism.context=2"),
+    ],
+)
+def test_ranks_share_dense_weights_that_they_can_split(
+    overrides: list[str], ranks: int, refusal: str | None
+) -> None:
+    recipe = load_recipe(SMOKE, ["training.microbatch_sequences=1", *overrides])
+    with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
+        validate(recipe, Topology(world_size=ranks), SMOKE)
+
+
 @pytest.mark.parametrize(("ranks", "is_refused"), [(18, True), (16, False)])
 def test_experts_whose_rows_do_not_shard_evenly_are_refused(ranks: int, is_refused: bool) -> None:
     """The recipe check fails first, not FSDP2 in the middle of a start on all GPUs."""

@@ -1,0 +1,70 @@
+"""Known faults of tensor parallelism, for :mod:`launch.verify.faults`."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from train.layout import optim
+from train.model.moe import MoE, MoEAux
+from train.model.router import Router
+from train.model.tensor_parallel import TensorGroup
+from train.step import step
+
+_average = optim.average_replicated_gradients
+_sum = TensorGroup.sum_to_parts
+_decide = Router.forward
+_mix = MoE.forward
+
+
+def keep_own_norms() -> AbstractContextManager[Any]:
+    """Leaves each rank the norms' gradients of its own tokens."""
+
+    def average(parameters: Iterable[nn.Parameter]) -> None:
+        _average(p for p in parameters if p.ndim > 1)
+
+    return mock.patch.object(step, "average_replicated_gradients", average)
+
+
+def add_own_sums_twice() -> AbstractContextManager[Any]:
+    """Adds a rank's own partial sums to what all ranks have added up, as if they were a bias of each."""
+
+    def sums(self: TensorGroup, x_BSD: Tensor) -> Tensor:
+        return _sum(self, x_BSD) + self.part(x_BSD)
+
+    return mock.patch.object(TensorGroup, "sum_to_parts", sums)
+
+
+def sum_routers(ranks: int) -> AbstractContextManager[Any]:
+    """Multiplies the gradients of routers by the ranks of a group."""
+
+    def decide(self: Router, *inputs: Any) -> Any:
+        if not self.layer.weight.requires_grad or hasattr(self, "is_summed"):
+            return _decide(self, *inputs)
+        self.is_summed = True
+        self.layer.weight.register_hook(lambda gradient: gradient * ranks)
+        return _decide(self, *inputs)
+
+    return mock.patch.object(Router, "forward", decide)
+
+
+def dispatch_twice() -> AbstractContextManager[Any]:
+    """Sends each token to its experts once for every rank of a group of two, which add up what returns."""
+
+    def mix(self: MoE, x_BSD: Tensor) -> tuple[Tensor, MoEAux]:
+        out_BSD, aux = _mix(self, torch.cat([x_BSD, x_BSD], dim=1))
+        return torch.stack(out_BSD.chunk(2, dim=1)).sum(dim=0), aux
+
+    return mock.patch.object(MoE, "forward", mix)
+
+
+def keep_heads() -> AbstractContextManager[Any]:
+    """Attends with the heads that a rank has computed, of whatever kind they are."""
+
+    def exchange(_: TensorGroup, qkv_BSMR: Tensor, __: Sequence[int]) -> Tensor:
+        return qkv_BSMR
+
+    return mock.patch.object(TensorGroup, "exchange_heads", exchange)
