@@ -254,8 +254,8 @@ def backward_bytes(
     the layer's weights, ``own_gradients`` bytes, come with the weights; of ``halves`` that are computed in
     turn, experts have one at a time, and add their weights' gradients to the first one's. Where
     ranks share sequences, before that: the gradients of all keys and values, as attention makes them, as they
-    are padded to whole sequences, sent and received. Where they split heads: the gradients of whole sequences'
-    tokens, as they are computed, sent and received, and those of the heads.
+    are padded to whole sequences, sent and received. Where they split heads: the gradients of whole
+    sequences' tokens, as they are computed, sent and received, and those of the heads.
     """
     T, D, F, c = batch.tokens, model.d_model, model.ffn_hidden_size, numerics.compute
     stream = T * D * (numerics.stream + c)
