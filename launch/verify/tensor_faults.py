@@ -41,11 +41,12 @@ def add_own_sums_twice() -> AbstractContextManager[Any]:
 def sum_routers(ranks: int) -> AbstractContextManager[Any]:
     """Multiplies the gradients of routers by the ranks of a group."""
 
+    seen: set[Router] = set()
+
     def decide(self: Router, *inputs: Any) -> Any:
-        if not self.layer.weight.requires_grad or hasattr(self, "is_summed"):
-            return _decide(self, *inputs)
-        self.is_summed = True
-        self.layer.weight.register_hook(lambda gradient: gradient * ranks)
+        if self.layer.weight.requires_grad and self not in seen:
+            seen.add(self)
+            self.layer.weight.register_hook(lambda gradient: gradient * ranks)
         return _decide(self, *inputs)
 
     return mock.patch.object(Router, "forward", decide)

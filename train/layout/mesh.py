@@ -98,7 +98,8 @@ def _split_mesh(
 ) -> DeviceMesh:
     """Builds the mesh of dense weights that groups of ranks share; ``replicas`` are those of other meshes."""
     ranks = torch.arange(world_size).view(layout.replicate, -1, layout.tensor)
-    names, groups = (REPLICATE, REST, TENSOR), [replicas, *(_own_group(ranks, each) for each in (1, 2))]
+    names: tuple[str, ...] = (REPLICATE, REST, TENSOR)
+    groups = [replicas, _own_group(ranks, 1), _own_group(ranks, 2)]
     if layout.replicate == 1:
         ranks, names, groups = ranks[0], names[1:], groups[1:]
     return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
