@@ -40,7 +40,6 @@ def add_own_sums_twice() -> AbstractContextManager[Any]:
 
 def sum_routers(ranks: int) -> AbstractContextManager[Any]:
     """Multiplies the gradients of routers by the ranks of a group."""
-
     seen: set[Router] = set()
 
     def decide(self: Router, *inputs: Any) -> Any:
