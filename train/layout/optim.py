@@ -42,8 +42,8 @@ class _Kind(NamedTuple):
 def build_optimizer(model: nn.Module, recipe: OptimizerRecipe, seed: int = 0) -> torch.optim.Optimizer:
     """Builds the recipe's optimizer of the model's parameters, with decoupled weight decay of matrices only.
 
-    Experts form separate parameter groups, and so do what is replicated where others are sharded, what a group
-    of ranks shares, and weights whose rates differ by `model.transfer_base`. A group's ``lr_scale`` is its
+    Experts form separate parameter groups, and so do what is replicated where others are sharded, what groups
+    of ranks share, and weights whose rates differ by `model.transfer_base`. A group's ``lr_scale`` is its
     learning rate as a multiple of the recipe's.
 
     Args:
