@@ -82,6 +82,7 @@ def make_block(
     if is_padding.any():
         padded_BS = np.repeat(is_padding, lengths).reshape(shape)
         targets_BS[:, :-1][padded_BS[:, 1:]] = NO_TARGET
+        targets_BS[padded_BS] = NO_TARGET  # Also before the next sample of a sequence.
     views["sample_positions"].numpy()[:] = positions
     views["domain_ids"].numpy()[:] = domains
     return torch.from_numpy(block)

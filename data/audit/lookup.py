@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.audit.run_data import RunData
-from data.explore.sample import samples_of
+from data.explore.sample import Finder
 from data.order.plan import OrderPlan
 from data.shards.packing import PADDING
 from data.shards.streams import ShardFolder
@@ -115,7 +115,7 @@ def steps_of_document(run: RunData, name: str) -> list[Sight]:
 
 def _sights(run: RunData, domain: str, ordinal: int, name: str, end: int) -> Iterator[Sight]:
     folder = run.shards[domain]
-    for number in samples_of(folder, ordinal):
+    for number in Finder(folder).samples_of(ordinal):
         sample = folder[number]
         tokens = int(sample.lengths[sample.documents == ordinal].sum())
         for epoch, position in enumerate(run.plan.positions_of(domain, number, end)):

@@ -160,12 +160,14 @@ def _check_tokens(run: RunData, step: LoggedStep) -> Iterator[str]:
 def _targets(samples: Sequence[Sample], numbers: NDArray[np.int64]) -> int:
     """Counts the tokens of a sequence that have a loss: those with a next token that is not padding.
 
-    A sample's last token has one only if the sequence's next sample is its neighbour in the shards.
+    A sample's last token has one only if the sequence's next sample is its neighbour in the shards, and
+    padding never has.
     """
     count = 0
     for place, sample in enumerate(samples):
         is_text = np.repeat(sample.documents != PADDING, sample.lengths)
         joined = place > 0 and numbers[place] == numbers[place - 1] + 1
+        joined = joined and samples[place - 1].documents[-1] != PADDING
         count += int(is_text[0 if joined else 1 :].sum())
     return count
 

@@ -44,6 +44,8 @@ class DomainMeasures:
     tokens: int
     length_percentiles: dict[str, int]
     """Tokens per document."""
+    cut: int
+    """Documents that lie in more than one sequence."""
     languages: dict[str, int]
     """Documents by language, most frequent first."""
     exact_copies: int
@@ -92,6 +94,7 @@ def measure_domains(
             documents=at.size,
             tokens=int(lengths.sum()),
             length_percentiles={str(p): int(np.percentile(lengths, p)) for p in PERCENTILES},
+            cut=sum(documents[n].sequences > 1 for n in at),
             languages=dict(Counter(measures.languages[n] for n in at).most_common()),
             exact_copies=int((is_copy_N & measures.is_exact)[at].sum()),
             near_copies=int((is_copy_N & ~measures.is_exact)[at].sum()),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import zlib
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from data.shards.manifest import (
     Manifest,
     read_manifest,
 )
-from data.shards.packing import PADDING
 from data.shards.streams import ShardFolder
 from data.text.split import SPLITS
 from data.tokenizer import TokenizerHandle, open_tokenizer
@@ -39,6 +39,8 @@ class Document:
     split: str
     tokens: NDArray[np.int32]
     """Its token ids, without the end-of-text token."""
+    sequences: int = 1
+    """Sequences that it lies in; more than one: it is cut."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,13 @@ def draw_documents(shards: Shards, domain: str, count: int, seed: int) -> list[D
     total = shards.documents(domain)
     rng = np.random.default_rng([seed, zlib.crc32(domain.encode())])
     wanted = np.sort(rng.choice(total, min(count, total), replace=False))
-    folders = {side: ShardFolder(shards.root / domain / side, shards.cache) for side in SPLITS}
+    finders = {side: Finder(ShardFolder(shards.root / domain / side, shards.cache)) for side in SPLITS}
     drawn = []
     for ordinal, line in _lines_at(shards.file(domain, DOCUMENTS_FILE), wanted.tolist()):
         split = line.get("split", "train")
-        tokens = tokens_of(folders[split], ordinal)
+        tokens, sequences = finders[split].read(ordinal)
         if tokens.size:
-            drawn.append(Document(domain, line["name"], split, tokens[:-1]))
+            drawn.append(Document(domain, line["name"], split, tokens[:-1], sequences))
     return drawn
 
 
@@ -136,27 +138,50 @@ def draw_lines(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
     return [json.loads(line) for _, line in sorted(kept)]
 
 
-def samples_of(folder: ShardFolder, ordinal: int) -> list[int]:
-    """The samples that contain a document, by binary search: document numbers ascend through a split."""
-    low, high = 0, len(folder)
-    while low < high:
-        middle = (low + high) // 2
-        if int(folder[middle].documents.max()) < ordinal:
-            low = middle + 1
-        else:
-            high = middle
-    holds = itertools.takewhile(lambda n: ordinal in folder[n].documents, range(low, len(folder)))
-    return list(holds)
+class Finder:
+    """Finds the documents of a folder of shards.
 
+    Whatever the packing, the documents that sequences begin with rise through a split, so one that begins a
+    sequence is found by binary search, as is any that was packed end to end. Packed by best fit, others, and
+    what is left of one that fills sequences, lie anywhere in the same shard, which is read once for them.
+    """
 
-def tokens_of(folder: ShardFolder, ordinal: int) -> NDArray[np.int32]:
-    """Token ids of a document, including the end-of-text token; empty if the folder does not contain it."""
-    pieces = [np.empty(0, np.int32)]
-    for number in samples_of(folder, ordinal):
-        sample = folder[number]
-        owner = np.repeat(sample.documents, sample.lengths)
-        pieces.append(sample.tokens[(owner == ordinal) & (owner != PADDING)])
-    return np.concatenate(pieces)
+    def __init__(self, folder: ShardFolder) -> None:
+        self.folder = folder
+        self._shard = -1
+        self._samples_of: dict[int, list[int]] = {}
+
+    def samples_of(self, ordinal: int) -> list[int]:
+        """The samples that contain a document, rising; empty if the folder does not contain it."""
+        count, documents = len(self.folder), lambda n: self.folder[n].documents
+        at = bisect_left(range(count), ordinal, key=lambda n: int(documents(n)[0]))
+        near = range(max(at - 1, 0), min(at + 1, count))
+        first = next((n for n in near if ordinal in documents(n)), count)
+        found = list(itertools.takewhile(lambda n: ordinal in documents(n), range(first, count)))
+        if found and documents(found[-1]).size > 1:
+            return found
+        ends = np.cumsum(self.folder.shard_samples)
+        shards = dict.fromkeys(int(np.searchsorted(ends, n, "right")) for n in found[-1:] or near)
+        others = [n for shard in shards for n in self._in_shard(shard, ordinal)]
+        return sorted({*found, *others})
+
+    def _in_shard(self, shard: int, ordinal: int) -> list[int]:
+        if shard != self._shard:
+            self._shard, self._samples_of = shard, {}
+            end = int(self.folder.shard_samples[: shard + 1].sum())
+            for n in range(end - int(self.folder.shard_samples[shard]), end):
+                for document in self.folder[n].documents.tolist():
+                    self._samples_of.setdefault(document, []).append(n)
+        return self._samples_of.get(ordinal, [])
+
+    def read(self, ordinal: int) -> tuple[NDArray[np.int32], int]:
+        """Returns a document's token ids with what ends it, empty if it is not there, and its sequences."""
+        pieces, numbers = [np.empty(0, np.int32)], self.samples_of(ordinal)
+        for number in numbers:
+            sample = self.folder[number]
+            owner = np.repeat(sample.documents, sample.lengths)
+            pieces.append(sample.tokens[owner == ordinal])
+        return np.concatenate(pieces), len(numbers)
 
 
 def _lines_at(path: Path, numbers: list[int]) -> list[tuple[int, dict[str, Any]]]:

@@ -62,7 +62,11 @@ def shards_page(found: Exploration) -> str:
         lengths_figure=_lengths_figure(found),
         percentiles=[f"{percentile}%" for percentile in PERCENTILES],
         lengths=[
-            [name, *(f"{value:,}" for value in it.length_percentiles.values())]
+            [
+                name,
+                *(f"{value:,}" for value in it.length_percentiles.values()),
+                f"{it.cut / max(it.documents, 1):.1%}",
+            ]
             for name, it in found.domains.items()
         ],
         languages=_languages(found),
@@ -97,6 +101,7 @@ def _sizes(found: Exploration) -> Rows:
             f"{split.documents:,}",
             f"{split.samples:,}",
             f"{split.tokens:,}",
+            f"{split.padding_tokens / (split.tokens + split.padding_tokens):.2%}" if split.tokens else "",
             f"{split.bytes_per_token:.2f}" if split.tokens else "",
             f"{split.unigram_entropy:.2f}",
         ]

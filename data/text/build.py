@@ -46,7 +46,7 @@ from data.text.tokens import ENCODE, WRITE, ShardTask, encode, open_once, plan_s
 from data.tokenizer import TokenizerHandle, open_given
 from train.recipe.errors import UserError
 from train.recipe.phases import domains_of
-from train.recipe.preparation import Preparation, Quality, Source, SourceKind
+from train.recipe.preparation import Packing, Preparation, Quality, Source, SourceKind
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe, TokenizerKind
 from train.recipe.secrets import without_secrets
@@ -294,6 +294,7 @@ def _split_record(
     job: PreparationJob, folder: Path, encoded: list[dict[str, int]], written: list[tuple[ShardTask, Result]]
 ) -> SplitRecord:
     folder.mkdir(exist_ok=True)
+    written = [(task, result) for task, result in written if result["samples"]]
     index = index_text([result["entry"] for _, result in written])
     (folder / INDEX_FILE).write_text(index)
     digest = hashlib.sha256()
@@ -325,8 +326,9 @@ def _join(path: Path, parts: list[Path]) -> str:
 
 
 def _transformation(job: PreparationJob, sources: list[Source]) -> str:
+    packed = "; packed by best fit decreasing" if job.preparation.packing is Packing.best_fit else ""
     if job.spooled:
-        return installed.TRANSFORMATION
+        return installed.TRANSFORMATION + packed
     steps = ["UTF-8, NFC, line ends as \\n, control characters removed"]
     for source in sources:
         if source.languages:
@@ -339,4 +341,4 @@ def _transformation(job: PreparationJob, sources: list[Source]) -> str:
         steps.append(f"near-duplicates from Jaccard similarity {preparation.near_duplicates} on removed")
     if job.evaluation_files:
         steps.append(f"documents sharing {preparation.evaluation_ngram}-grams with evaluation tasks removed")
-    return "; ".join([*steps, "near-identical documents on one side of the split"])
+    return "; ".join([*steps, "near-identical documents on one side of the split"]) + packed

@@ -1,7 +1,7 @@
 """Third and fourth stage: tokenises each chunk, then writes each shard from the chunks that overlap it.
 
 The boundaries of shards follow from token counts only, so shards are written in parallel, and no token is
-lost at the end of a chunk.
+lost at the end of a chunk. Packed by best fit, a shard has the documents that begin between its boundaries.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards.packing import PADDING, Sample, pack
+from data.shards.packing import PADDING, Sample, pack, pack_whole
 from data.text.clean import read_documents
 from data.text.decide import REMOVED, TRAIN, VALIDATION
 from data.text.decide import STAGE as DECIDE
@@ -32,6 +32,7 @@ from data.text.mds import (
 )
 from data.text.split import SPLITS
 from data.tokenizer import TOKENIZER_FILE, TokenizerHandle, open_tokenizer
+from train.recipe.preparation import Packing
 from train.recipe.schema import Tokenizer
 from train.record.files import write_whole
 
@@ -62,7 +63,7 @@ class ShardTask:
     shard: int
     """Number of the shard within the split."""
     tokens: tuple[int, int]
-    """The shard's range of the token stream."""
+    """The shard's range of the token stream, where its tokens lie or its whole documents begin."""
     segments: tuple[Segment, ...]
     """The segments that overlap the shard."""
 
@@ -80,7 +81,7 @@ def write_shard(job: PreparationJob, task: ShardTask) -> Result:
     """Writes one shard, its compressed file if requested, its token counts and its samples' hashes.
 
     Returns:
-        The shard's index entry, samples and padding.
+        The shard's index entry (None for a shard without samples, which has no file), samples and padding.
     """
     return job.once(WRITE, task.number, lambda: _write(job, task))
 
@@ -143,9 +144,9 @@ def _encode(job: PreparationJob, chunk: Chunk) -> Result:
 
 def _write(job: PreparationJob, task: ShardTask) -> Result:
     tokenizer = open_once(job.tokenizer, job.out)
-    samples = list(
-        pack(_pieces(job, task), sequence_tokens=job.sequence_tokens, eos_id=None, pad_id=tokenizer.pad_id)
-    )
+    samples = _samples(job, task, tokenizer.pad_id)
+    if not samples:  # A document that began before is longer than the shard.
+        return {"entry": None, "samples": 0, "padding": 0}
     level = job.preparation.zstd_level
     content = encode_shard(samples, job.sequence_tokens, level)
     packed = None if level is None else (level, compress_shard(content, level))
@@ -154,17 +155,31 @@ def _write(job: PreparationJob, task: ShardTask) -> Result:
     write_whole(folder / shard_name(task.shard), content, sync=False)
     if packed is not None:
         write_whole(folder / packed_name(task.shard), packed[1], sync=False)
-    padding = sum(int(sample.lengths[sample.documents == PADDING].sum()) for sample in samples[-1:])
-    tokens = np.concatenate([sample.tokens for sample in samples])
-    counts = np.bincount(tokens[: tokens.size - padding], minlength=tokenizer.vocab_size)
+    texts = [sample.tokens[: sample.lengths[sample.documents != PADDING].sum()] for sample in samples]
+    tokens = np.concatenate(texts)
+    padding = len(samples) * job.sequence_tokens - tokens.size
+    counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
     save_array(job.file(WRITE, task.number, "counts.npy"), counts)
     write_whole(job.file(WRITE, task.number, "digests"), b"".join(map(_digest, samples)), sync=False)
     entry = index_entry(task.shard, content, len(samples), job.sequence_tokens, packed)
     return {"entry": entry, "samples": len(samples), "padding": padding}
 
 
-def _pieces(job: PreparationJob, task: ShardTask) -> Iterator[tuple[int, NDArray[np.int32]]]:
-    """Yields the shard's documents or parts of documents, with their numbers in the domain's list."""
+def _samples(job: PreparationJob, task: ShardTask, pad_id: int) -> list[Sample]:
+    size = job.sequence_tokens
+    if job.preparation.packing is Packing.best_fit:
+        return pack_whole(_pieces(job, task, are_whole=True), sequence_tokens=size, pad_id=pad_id)
+    pieces = _pieces(job, task, are_whole=False)
+    return list(pack(pieces, sequence_tokens=size, eos_id=None, pad_id=pad_id))
+
+
+def _pieces(
+    job: PreparationJob, task: ShardTask, *, are_whole: bool
+) -> Iterator[tuple[int, NDArray[np.int32]]]:
+    """Yields the shard's documents or parts of documents, with their numbers in the domain's list.
+
+    ``are_whole``: the documents that begin in its range, to their ends; otherwise what lies in it.
+    """
     for segment in task.segments:
         files = {
             name: np.load(job.file(ENCODE, segment.chunk, f"{task.split}.{name}.npy"), mmap_mode="r")
@@ -177,7 +192,13 @@ def _pieces(job: PreparationJob, task: ShardTask) -> Iterator[tuple[int, NDArray
             first, last = int(ends[document] - files["lengths"][document]), int(ends[document])
             if first >= stop:
                 break
-            ids = files["tokens"][max(first, start) : min(last, stop)]
+            if are_whole and first < start:
+                continue
+            ids = (
+                files["tokens"][first:last]
+                if are_whole
+                else files["tokens"][max(first, start) : min(last, stop)]
+            )
             yield segment.first_document + int(files["places"][document]), np.asarray(ids)
 
 

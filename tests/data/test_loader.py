@@ -16,7 +16,7 @@ from data.batch import NO_TARGET, Batch, make_batch, make_block, open_block
 from data.loader import NO_POSITION, build_train_loader, build_validation_loaders, validation_entropy
 from data.opened import OpenedData
 from data.shards.manifest import unigram_entropy
-from data.shards.packing import PADDING, Sample, pack
+from data.shards.packing import PADDING, Sample, pack, pack_whole
 from data.shards.streams import ShardFolder
 from train.recipe.curriculum import Skip, continue_stages, plan_stages
 from train.recipe.errors import UserError
@@ -143,6 +143,30 @@ def test_targets_and_documents():
 def test_a_sequence_of_padding_has_no_target():
     padding = Sample(np.full(4, 9, np.int32), np.array([4], np.int32), np.array([PADDING]))
     assert (make_batch([padding], np.array([-1]), np.array([0]))["targets"] == NO_TARGET).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_documents_packed_whole_are_learnt_whole_and_padding_never(seed: int):
+    rng = np.random.default_rng(seed)
+    texts = {n: rng.integers(0, 50, rng.integers(7, 30)).astype(np.int32) for n in range(40)}
+    samples = pack_whole(texts.items(), sequence_tokens=12, pad_id=91)
+    samples = samples[: len(samples) // 2 * 2]
+    follows = np.arange(len(samples)) % 2 == 1
+    rows = np.arange(len(samples) // 2)
+    batch = open_block(make_block(samples, rows, rows, follows=follows, step=2))
+    owner_BS = np.stack([np.repeat(it.documents, it.lengths) for it in samples]).reshape(-1, 24)
+    assert (owner_BS == PADDING).any()
+    for ids, targets, documents, owners in zip(
+        *(batch[key].numpy() for key in ("input_ids", "targets", "document_ids")), owner_BS, strict=True
+    ):
+        wanted = np.append(ids[1:], NO_TARGET)
+        wanted[(owners == PADDING) | (np.append(owners[1:], PADDING) == PADDING)] = NO_TARGET
+        assert targets.tolist() == wanted.tolist()
+        # One number per document, also across the border between samples; padding has its own.
+        borders = np.flatnonzero(np.diff(owners)) + 1
+        assert (np.flatnonzero(np.diff(documents)) + 1).tolist() == borders.tolist()
+        for part, owner in zip(np.split(ids, borders), owners[[0, *borders]], strict=True):
+            assert owner == PADDING or part.tobytes() in texts[owner].astype(np.int64).tobytes()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

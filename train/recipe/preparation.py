@@ -27,6 +27,13 @@ class Quality(str, Enum):
     code = "code"
 
 
+class Packing(str, Enum):
+    """How documents are laid into sequences."""
+
+    concatenate = "concatenate"
+    best_fit = "best_fit"
+
+
 @dataclass(frozen=True)
 class Source:
     """Files of one dataset that go into one domain."""
@@ -57,7 +64,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Filtering of the documents of `data.sources` before tokenization."""
+    """Filtering of the documents of `data.sources` before tokenization, and packing of any after it."""
 
     near_duplicates: Optional[float] = key(
         0.8, at_least=0.5, at_most=1, remedy="give a Jaccard similarity from 0.5 to 1"
@@ -81,6 +88,9 @@ class Preparation:
         omitted_from_digest_at_default=True,
     )
     """Largest share of a domain's documents to hold out. Whole groups of near-identical documents are."""
+    packing: Packing = key(Packing.concatenate, omitted_from_digest_at_default=True)
+    """`concatenate`: end to end, cut where a sequence ends. `best_fit`: no document that fits into a sequence
+    is cut (best fit decreasing over the documents of a shard, Ding et al. 2024); sequences are padded."""
     max_document_bytes: int = key(10_000_000, at_least=1, remedy="set it to at least 1")
     """Larger documents are rejected: most of them are not text documents."""
     chunk_bytes: int = key(8_000_000, at_least=1, remedy="set it to at least 1", in_shards_digest=False)

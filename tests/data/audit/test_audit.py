@@ -20,8 +20,9 @@ from data.shards.digest import digest_sequences
 from data.write_shards import build_shards
 from tests.data.conftest import small_documents
 from train.recipe.errors import UserError
+from train.recipe.preparation import Packing, Preparation
 from train.recipe.reading import to_yaml
-from train.recipe.schema import Recipe
+from train.recipe.schema import Phase, Recipe
 from train.record.skips import GuardDecision, write_decisions
 
 pytestmark = pytest.mark.slow
@@ -44,9 +45,20 @@ def line_of(step: int, batch: dict[str, Any]) -> dict[str, Any]:
     return {"step": step, "first": first, "length": batch["input_ids"].shape[1], "domains": domains}
 
 
+WHOLE: dict[str, Any] = {
+    "preparation": Preparation(packing=Packing.best_fit),
+    "domains": {},
+    "phases": [Phase(tokens=10_000, weights={"code": 0.7, "prose": 0.3}, sequence_tokens=64)],
+}
+"""Documents packed whole, and sequences of two samples."""
+ON_BOTH = pytest.mark.parametrize("run", [{}, WHOLE], ids=["end to end", "whole"], indirect=True)
+
+
 @pytest.fixture
-def run(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> tuple[Path, Lines]:
-    recipe = make_recipe(tmp_path / "shards")
+def run(
+    tmp_path: Path, make_recipe: Callable[..., Recipe], request: pytest.FixtureRequest
+) -> tuple[Path, Lines]:
+    recipe = make_recipe(tmp_path / "shards", **getattr(request, "param", {}))
     build_shards(recipe, documents=small_documents)
     batches = islice(build_train_loader(OpenedData(recipe), rank=0, world_size=1), STEPS)
     lines = [line_of(number + 1, batch) for number, batch in enumerate(batches)]
@@ -65,6 +77,7 @@ def faults(folder: Path, lines: Lines) -> list[str]:
     return prove(RunData(folder)).faults
 
 
+@ON_BOTH
 def test_a_sound_run_is_proven(run: tuple[Path, Lines], capsys: pytest.CaptureFixture[str]) -> None:
     folder, lines = run
     assert faults(folder, lines) == []
@@ -162,6 +175,7 @@ def test_an_altered_shard_is_named(run: tuple[Path, Lines]) -> None:
     assert all("code: can't be compared" in fault and str(shard) in fault for fault in faults(folder, lines))
 
 
+@ON_BOTH
 def test_documents_and_steps_are_each_others_inverse(run: tuple[Path, Lines]) -> None:
     folder, lines = run
     faults(folder, lines)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from data.explore.sample import Finder
 from data.shards.manifest import check_shards, require_match
 from data.shards.packing import PADDING
 from data.shards.streams import ShardFolder
@@ -25,7 +26,7 @@ from data.text.job import PreparationJob, Result
 from data.tokenizer import encoding_threads, open_tokenizer
 from data.write_shards import build_shards
 from train.recipe.errors import UserError
-from train.recipe.preparation import Preparation, Quality, Source, SourceKind
+from train.recipe.preparation import Packing, Preparation, Quality, Source, SourceKind
 from train.recipe.schema import Recipe, Tokenizer
 from train.recipe.topology import usable_cores
 
@@ -160,16 +161,53 @@ def test_the_tokens_are_the_documents(corpus: Path, make_recipe: Callable[..., R
     assert wanted and wanted <= texts
 
 
-def test_neither_workers_nor_cut_change_a_byte(corpus: Path, make_recipe: Callable[..., Recipe], monkeypatch):
+@pytest.mark.parametrize("packing", list(Packing))
+def test_neither_workers_nor_cut_change_a_byte(
+    packing: Packing, corpus: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("data.text.mds.SHARD_BYTES", 3000)
-    one = recipe_of(corpus, make_recipe, "one", zstd_level=1)
+    one = recipe_of(corpus, make_recipe, "one", zstd_level=1, packing=packing)
     build_shards(one, engine=Processes(1))
     for pattern in ("*.mds", "*.mds.zstd"):
         assert len(list((Path(one.data.shards) / "prose/train").glob(pattern))) > 3
-    other = recipe_of(corpus, make_recipe, "other", chunk_bytes=900, zstd_level=1)
+    other = recipe_of(corpus, make_recipe, "other", chunk_bytes=900, zstd_level=1, packing=packing)
     build_shards(other, engine=Processes(3))
     assert files(Path(other.data.shards)) == files(Path(one.data.shards))
     assert not list(corpus.parent.glob(".*.partial"))
+
+
+def test_documents_packed_by_best_fit_are_whole_and_found(
+    corpus: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+):
+    # In a shard so small no document may begin, since the one before it is longer.
+    monkeypatch.setattr("data.text.mds.SHARD_BYTES", 1000)
+    with (corpus / "a.jsonl").open("a") as file:
+        for n in range(40):
+            file.write("\n" + json.dumps({"text": story(600 + n, 4 * (n % 3 + 1))}))
+    plain = recipe_of(corpus, make_recipe, "plain")
+    whole = recipe_of(corpus, make_recipe, "whole", packing=Packing.best_fit)
+    manifest = build_shards(plain, engine=Processes(1))
+    packed = build_shards(whole, engine=Processes(1))
+    require_match(packed, whole)
+    with pytest.raises(UserError, match="sources"):
+        require_match(packed, plain)
+    assert packed.domains["prose"].transformation.endswith("packed by best fit decreasing")
+    cuts = {"plain": 0, "whole": 0}
+    for side in ("train", "validation"):
+        finders = {recipe: Finder(ShardFolder(corpus.parent / recipe / "prose" / side)) for recipe in cuts}
+        split, before = (it.domains["prose"].splits[side] for it in (packed, manifest))
+        samples = len(finders["whole"].folder)
+        assert split.tokens + split.padding_tokens == 32 * samples == 32 * split.samples
+        assert (split.tokens, split.documents) == (before.tokens, before.documents)
+        assert split.unigram_entropy == pytest.approx(before.unigram_entropy)
+        for number in range(sum(it.documents for it in manifest.domains["prose"].splits.values())):
+            (ids, pieces), (wanted, before_pieces) = (
+                finders[recipe].read(number) for recipe in ("whole", "plain")
+            )
+            assert ids.tolist() == wanted.tolist() and pieces == -(-ids.size // 32)
+            cuts["whole"] += pieces > 1 and ids.size <= 32
+            cuts["plain"] += before_pieces > 1 and ids.size <= 32
+    assert cuts["plain"] > 3 and not cuts["whole"]
 
 
 def test_a_job_that_was_cut_off_goes_on(
