@@ -57,6 +57,17 @@ CASES: dict[str, Case] = {
             "parallelism.context=8",
         ],
     ),
+    "DBRX, 64 GPUs, 32k, split by 8": (
+        "dbrx",
+        64,
+        [
+            *OF_32K,
+            "training.global_batch_sequences=8",
+            "parallelism.replicate=1",
+            "parallelism.expert=8",
+            "parallelism.tensor=8",
+        ],
+    ),
     "DBRX, 64 GPUs, 32k, inputs in host memory": (
         "dbrx",
         64,

@@ -187,7 +187,9 @@ class _ExchangeHeads(torch.autograd.Function):
     def forward(ctx: Any, qkv_BSMR: Tensor, group: TensorGroup, kinds: tuple[int, ...]) -> Tensor:
         ctx.group, ctx.kinds = group, kinds
         order, sent, received = _routes(kinds, group.ranks, group.rank)
-        leaving = qkv_BSMR.movedim(2, 0)[list(order)].contiguous()
+        heads = qkv_BSMR.unbind(dim=2)
+        # Stacked, not indexed: the host would wait while it copies an index to a GPU.
+        leaving = torch.stack([heads[place] for place in order])
         arriving = torch.empty_like(leaving)
         dist.all_to_all_single(arriving, leaving, list(received), list(sent), group=group.group)
         return arriving.movedim(0, 2)
@@ -199,9 +201,8 @@ class _ExchangeHeads(torch.autograd.Function):
         leaving = grads[0].movedim(2, 0).contiguous()
         arriving = torch.empty_like(leaving)
         dist.all_to_all_single(arriving, leaving, list(sent), list(received), group=group.group)
-        back = torch.empty_like(arriving)
-        back[list(order)] = arriving
-        return back.movedim(0, 2), None, None
+        heads = dict(zip(order, arriving.unbind(), strict=True))
+        return torch.stack([heads[place] for place in range(len(order))], dim=2), None, None
 
 
 @functools.lru_cache(maxsize=16)
