@@ -16,8 +16,9 @@ Positions = NDArray[np.int64]
 
 NO_TARGET = -100
 """Target of a position that has no loss."""
-HEADER = 3
-"""Words in a block's header: number of sequences, their length, and sequences per batch."""
+HEADER = 4
+"""Words in a block's header: number of sequences, their length, sequences per batch, whether some tokens have
+no loss."""
 
 
 def make_batch(samples: list[Sample], positions: Positions, domains: Positions) -> Batch:
@@ -40,7 +41,7 @@ def make_block(
     step: int = 1,
     batch: int = 0,
 ) -> Tensor:
-    """Builds one or more batches as one int64 tensor, with a header of B, S and the sequences per batch.
+    """Builds one or more batches as one int64 tensor, with a header of :data:`HEADER` words.
 
     Sending a tensor from a worker to the trainer takes longer than filling it, whatever its size, so batches
     are sent in blocks.
@@ -55,8 +56,9 @@ def make_block(
     """
     count, size = len(samples), samples[0].tokens.size
     shape = count // step, size * step
-    block = np.empty(_Layout(*shape).words, np.int64)
-    block[:HEADER] = *shape, batch or shape[0]
+    is_masked = any(sample.trained is not None for sample in samples)
+    block = np.empty(_Layout(*shape, is_masked).words, np.int64)
+    block[:HEADER] = *shape, batch or shape[0], is_masked
     views = open_block(torch.from_numpy(block))
     input_ids_BS, targets_BS = views["input_ids"].numpy(), views["targets"].numpy()
     np.stack([sample.tokens for sample in samples], out=input_ids_BS.reshape(count, size), casting="safe")
@@ -83,6 +85,10 @@ def make_block(
         padded_BS = np.repeat(is_padding, lengths).reshape(shape)
         targets_BS[:, :-1][padded_BS[:, 1:]] = NO_TARGET
         targets_BS[padded_BS] = NO_TARGET  # Also before the next sample of a sequence.
+    if is_masked:
+        views["continues"].numpy()[:] = targets_BS != NO_TARGET
+        trained_BS = np.stack([sample.is_trained() for sample in samples]).reshape(shape)
+        targets_BS[:, :-1][~trained_BS[:, 1:]] = NO_TARGET
     views["sample_positions"].numpy()[:] = positions
     views["domain_ids"].numpy()[:] = domains
     return torch.from_numpy(block)
@@ -90,28 +96,33 @@ def make_block(
 
 def batch_of_block(block: Tensor) -> int:
     """Sequences per batch of a block."""
-    return int(block[HEADER - 1])
+    return int(block[2])
 
 
 def open_block(block: Tensor) -> Batch:
     """Returns a batch of tensors as views of a block from :func:`make_block`."""
-    sequences, length = block[: HEADER - 1].tolist()
-    layout = _Layout(sequences, length)
+    sequences, length, _, is_masked = block[:HEADER].tolist()
+    layout = _Layout(sequences, length, bool(is_masked))
     rows = block[HEADER : layout.token_end].view(-1, length)
     documents = block[layout.token_end : layout.document_end].view(torch.int32)
-    return {
+    views = {
         "input_ids": rows[:sequences],
         "document_ids": documents[: sequences * length].view(sequences, length),
         "targets": rows[sequences:],
         "sample_positions": block[layout.document_end : layout.document_end + sequences],
-        "domain_ids": block[layout.document_end + sequences :],
+        "domain_ids": block[layout.document_end + sequences : layout.id_end],
     }
+    if is_masked:
+        flags = block[layout.id_end :].view(torch.bool)
+        views["continues"] = flags[: sequences * length].view(sequences, length)
+    return views
 
 
 class _Layout:
     """Offsets of a batch's tensors in its block, in words of 8 bytes."""
 
-    def __init__(self, sequences: int, length: int) -> None:
+    def __init__(self, sequences: int, length: int, is_masked: bool) -> None:
         self.token_end = HEADER + 2 * sequences * length
         self.document_end = self.token_end + math.ceil(sequences * length / 2)
-        self.words = self.document_end + 2 * sequences
+        self.id_end = self.document_end + 2 * sequences
+        self.words = self.id_end + (math.ceil(sequences * length / 8) if is_masked else 0)

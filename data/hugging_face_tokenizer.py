@@ -3,16 +3,25 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.text.hugging_face_form import difference
 from data.text.sentence_piece import SUFFIX, convert_model
-from data.tokenizer import PROBES, TOKENIZER_FILE, TokenizerHandle, Tokens, split_for_encoding
+from data.tokenizer import (
+    CHAT_TEMPLATE,
+    PROBES,
+    TOKENIZER_FILE,
+    TokenizerHandle,
+    Tokens,
+    split_for_encoding,
+    within,
+)
 from train.recipe.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,8 +29,10 @@ if TYPE_CHECKING:
 
 CONFIG, SPECIAL_TOKENS, MODEL_CONFIG = "tokenizer_config.json", "special_tokens_map.json", "config.json"
 SENTENCE_PIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-_BESIDE = (CONFIG, SPECIAL_TOKENS, "added_tokens.json", "chat_template.jinja", *SENTENCE_PIECE)
+_BESIDE = (CONFIG, SPECIAL_TOKENS, "added_tokens.json", CHAT_TEMPLATE, *SENTENCE_PIECE)
 """Files of a folder that belong to its tokenizer, besides ``tokenizer.json``."""
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes of transformers for any tokenizer, which say that models take token types."""
 _OF_IDS = ("normalizer", "pre_tokenizer", "added_tokens")
 
 
@@ -55,6 +66,8 @@ class HuggingFaceTokenizer(TokenizerHandle):
         self._names = named | self._named_beside(file.parent)
         if eos_token is not None:
             self._names["eos_token"] = eos_token
+        self.special_names = self._names
+        self.chat_template = _template_of(self._beside)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = {token.content: number for number, token in added.items() if token.special}
         self.eos_id = self._id_of("eos_token", file)
@@ -85,6 +98,22 @@ class HuggingFaceTokenizer(TokenizerHandle):
         ids = iter(self._encode([part for of_text in parts for part in of_text]))
         return [np.concatenate([next(ids) for _ in of_text]) for of_text in parts]
 
+    def encode_chat(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Tokens, NDArray[np.bool_]]:
+        """Encodes a chat; see the base class."""
+        encoded = self._with_special.encode(text, add_special_tokens=False)
+        places = np.array(encoded.offsets, np.int64).reshape(-1, 2)
+        return np.array(encoded.ids, np.int32), within(places[:, 0], places[:, 1], spans)
+
+    @cached_property
+    def _with_special(self) -> "Tokenizer":
+        """The same tokenizer, which makes special tokens of their names."""
+        from tokenizers import Tokenizer
+
+        made = Tokenizer.from_str(self._form)
+        made.no_truncation()
+        made.no_padding()
+        return made
+
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids; special tokens appear by name, unknown ids are left out."""
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -102,8 +131,18 @@ class HuggingFaceTokenizer(TokenizerHandle):
         for name, content in self._beside.items():
             (folder / name).write_bytes(content)
         config = _object(self._beside.get(CONFIG, b"{}"))
+        if config is not None and config.get("tokenizer_class") in _GENERIC:
+            # So that model.generate(**tokenizer(text)) works: decoders take no token types.
+            named = {"model_input_names": ["input_ids", "attention_mask"]} | config
+            if named != config:
+                config = named
+                (folder / CONFIG).write_text(json.dumps(config, indent=1))
         if config is None or _name(config.get("eos_token")) != self._names["eos_token"]:
-            default = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+            default: dict[str, object] = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_input_names": ["input_ids", "attention_mask"],
+                "clean_up_tokenization_spaces": False,
+            }
             length = {"model_max_length": max_length} if max_length else {}
             (folder / CONFIG).write_text(
                 json.dumps(default | length | (config or {}) | self._names, indent=1)
@@ -212,6 +251,16 @@ def _object(content: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return tree if isinstance(tree, dict) else None
+
+
+def _template_of(files: Mapping[str, bytes]) -> str | None:
+    """The chat template of a folder; of several with names, the one called default."""
+    if CHAT_TEMPLATE in files:
+        return files[CHAT_TEMPLATE].decode("utf-8", "replace")
+    found = (_object(files.get(CONFIG, b"{}")) or {}).get("chat_template")
+    if isinstance(found, list):
+        found = next((it.get("template") for it in found if it.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
 
 
 def _name(token: Any) -> str | None:

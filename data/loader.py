@@ -224,8 +224,9 @@ def build_train_loader(
     within its sequence), ``targets`` int64 [B, S] (the next token, even if it begins another document; -100
     at the end of a sequence, before padding, and between joined samples that are not neighbours),
     ``sample_positions`` int64 [B] (the position in the run of the sequence's first sample) and ``domain_ids``
-    int64 [B] (indices into the sorted names of the domains). On a GPU machine the batches are in pinned
-    memory (not yet run on a GPU).
+    int64 [B] (indices into the sorted names of the domains). With samples that have a loss mask, ``targets``
+    are -100 where it says so too, and ``continues`` bool [B, S] is where they would be none without it. On a
+    GPU machine the batches are in pinned memory (not yet run on a GPU).
 
     Args:
         opened: the run's data.

@@ -118,11 +118,11 @@ class OpenedData:
             self.fetch_manifest()
         if not set(self.validated_domains) <= self.manifest.domains.keys():
             self.fetch_manifest()  # Domains were added since this node fetched it.
-        if self.recipe.tokenizer.kind is not TokenizerKind.cl100k_base:
-            # Older manifests list no files.
-            files: dict[str, str | None] = {**self.manifest.tokenizer.files} or {TOKENIZER_FILE: None}
-            for name, sha256 in files.items():
-                self.cache.require(self.root / name, sha256)
+        files: dict[str, str | None] = {**self.manifest.tokenizer.files}
+        if not files and self.recipe.tokenizer.kind is not TokenizerKind.cl100k_base:
+            files = {TOKENIZER_FILE: None}  # Older manifests list no files.
+        for name, sha256 in files.items():
+            self.cache.require(self.root / name, sha256)
         for name, domain in self.manifest.domains.items():
             for side, split in domain.splits.items():
                 self.cache.require(self.root / name / side / INDEX_FILE, split.index_sha256)

@@ -16,12 +16,12 @@ import json
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tiktoken
@@ -49,7 +49,7 @@ CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a
 CL100K_CACHE_NAME = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
 """Name of the rank file in tiktoken's cache."""
 CACHE_FOLDER = Path(__file__).resolve().parents[1] / ".cache" / "tiktoken"
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, CHAT_TEMPLATE = "tokenizer.json", "chat_template.jinja"
 
 LONGEST_PART = 100_000
 """Characters that are encoded at once. The regular expressions need a stack as long as the longest run of
@@ -82,6 +82,10 @@ class TokenizerHandle(ABC):
     """The id that pads a sequence; padding is never a target, so it may be any."""
     bos_id: int
     """The id that a model is told begins a text; the same as that which ends one if there is no other."""
+    special_names: dict[str, str]
+    """What configurations and templates call special tokens, `eos_token` for example, with their names."""
+    chat_template: str | None = None
+    """Jinja that renders chats; None: it has none."""
 
     @property
     @abstractmethod
@@ -96,6 +100,18 @@ class TokenizerHandle(ABC):
     @abstractmethod
     def encode_documents(self, texts: list[str]) -> list[Tokens]:
         """Encodes texts, int32; text never becomes a special token, and none is added."""
+
+    @abstractmethod
+    def encode_chat(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Tokens, NDArray[np.bool_]]:
+        """Encodes a chat that a template rendered, whose special tokens become such.
+
+        Args:
+            text: the chat.
+            spans: characters, from and to.
+
+        Returns:
+            Ids, and whether each has a character within the spans.
+        """
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -145,6 +161,7 @@ class RankTokenizer(TokenizerHandle):
         self._pattern_name = pattern_name or pattern
         self.ranks = dict(ranks)
         self.special_ids = dict(special_ids)
+        self.special_names = {"bos_token": EOS, "eos_token": EOS, "pad_token": PAD}
         self.eos_id = self.bos_id = self.special_ids[EOS]
         self.pad_id = self.special_ids.get(PAD, self.eos_id)
         self._encoding = tiktoken.Encoding(
@@ -181,6 +198,14 @@ class RankTokenizer(TokenizerHandle):
         ids = iter(self._encode_batch([part for of_text in parts for part in of_text]))
         return [np.concatenate([next(ids) for _ in of_text]) for of_text in parts]
 
+    def encode_chat(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Tokens, NDArray[np.bool_]]:
+        """Encodes a chat; see the base class."""
+        ids = self._encoding.encode_to_numpy(text, allowed_special="all").astype(np.int32)
+        ends = np.cumsum([len(self._bytes_of[int(number)]) for number in ids])
+        # A token need not begin or end with a character.
+        in_bytes = [(len(text[:begin].encode()), len(text[:end].encode())) for begin, end in spans]
+        return ids, within(np.append(0, ends[:-1]), ends, in_bytes)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids; special tokens appear by name, unknown ids as U+FFFD."""
         unknown = "\N{REPLACEMENT CHARACTER}".encode()
@@ -195,8 +220,10 @@ class RankTokenizer(TokenizerHandle):
         """
         folder.mkdir(parents=True, exist_ok=True)
         write_form(folder / TOKENIZER_FILE, self.pattern, self.ranks, self.special_ids)
-        names = {"bos_token": EOS, "eos_token": EOS, "pad_token": PAD}
-        config = names | {
+        names = self.special_names
+        if self.chat_template is not None:
+            (folder / CHAT_TEMPLATE).write_text(self.chat_template, "utf-8")
+        config: dict[str, object] = names | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             # So that model.generate(**tokenizer(text)) works: decoders take no token types.
             "model_input_names": ["input_ids", "attention_mask"],
@@ -238,7 +265,7 @@ def open_tokenizer(cfg: Tokenizer, shards_root: Path) -> TokenizerHandle:
         UserError: if it is missing, larger than the recipe says, or not the one that made the shards.
     """
     if cfg.kind is TokenizerKind.cl100k_base:
-        return _open_cl100k()
+        return _with_template(_open_cl100k(), shards_root)
     stored = shards_root / TOKENIZER_FILE
     given = Path(cfg.path) if cfg.path is not None else None
     if not stored.is_file():
@@ -276,7 +303,7 @@ def _opened(cfg: Tokenizer, path: Path) -> TokenizerHandle:
     file = path / TOKENIZER_FILE if path.is_dir() else path
     try:
         pattern, ranks, special_ids = read_form(file)
-        handle = RankTokenizer(bpe_name(cfg), pattern, ranks, special_ids)
+        handle = _with_template(RankTokenizer(bpe_name(cfg), pattern, ranks, special_ids), file.parent)
     except OSError as error:
         remedy = "name the folder of the shards that it was trained with"
         raise UserError(
@@ -291,6 +318,24 @@ def _opened(cfg: Tokenizer, path: Path) -> TokenizerHandle:
             key="tokenizer.vocab_size",
             remedy="raise it, `python -m data.write_shards RECIPE --rebuild`, or another data.shards",
         )
+    return handle
+
+
+def within(
+    begins: NDArray[np.integer[Any]], ends: NDArray[np.integer[Any]], spans: Sequence[tuple[int, int]]
+) -> NDArray[np.bool_]:
+    """Returns which of some stretches have a place within the spans."""
+    found = np.zeros(begins.size, np.bool_)
+    for first, after in spans:
+        found |= (np.maximum(begins, first) < np.minimum(ends, after)).astype(np.bool_)
+    return found
+
+
+def _with_template(handle: RankTokenizer, folder: Path) -> RankTokenizer:
+    """A tokenizer with the chat template of the folder that it is in, if that has one."""
+    file = folder / CHAT_TEMPLATE
+    if file.is_file():
+        handle.chat_template = file.read_text("utf-8")
     return handle
 
 

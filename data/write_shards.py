@@ -194,6 +194,10 @@ def describe(manifest: Manifest, root: Path) -> str:
             for what, (n, size) in counts.items()
         ]
         lines.append(f"{name}: {', '.join(words)}")
+        if domain.is_masked:
+            tokens = sum(split.tokens for split in domain.splits.values())
+            trained = sum(split.trained_tokens or 0 for split in domain.splits.values())
+            lines.append(f"{name}: a loss on {trained:,} of {tokens:,} tokens")
         if domain.rejected:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in domain.rejected.items())
             lines.append(f"{name}: rejected {reasons}; each is listed in {root / name / REJECTED_FILE}")

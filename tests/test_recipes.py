@@ -35,6 +35,7 @@ GPUS = {  # as in the recipes' comments; one for those that target a single mach
     "finegrain-132b": 3072,
     "deepseek-v3": 2048,
     "quickstart-8gpu": 8,
+    "instruct": 8,
 }
 PUBLISHED = {  # design.md, section 9: total, and active without the input embedding
     "dbrx": (131_596_523_520, 35_853_146_112),

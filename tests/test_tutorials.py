@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from train.recipe.reading import load_recipe
+from train.recipe.rules import validate
+from train.recipe.topology import Topology
 from train.record.command import Command, CommandGroup
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +23,7 @@ LINES = [
     if line.strip()
 ]
 HARMLESS = ("--dry-run", "launch.plan", "--render")
-OURS = ("mine.yaml", "continue.yaml")
+OURS = ("mine.yaml", "continue.yaml", "tune.yaml")
 """Recipes that the reader writes."""
 
 
@@ -94,9 +96,12 @@ def test_the_quoted_plan_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> Non
     assert f"{took[1]} for the 382 steps" in of_page
 
 
-def test_the_recipe_of_your_own_data_is_read(tmp_path: Path) -> None:
-    text = re.search(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert text is not None
-    (tmp_path / "mine.yaml").write_text(text[1].replace("yamls/", f"{ROOT}/yamls/"))
-    recipe = load_recipe(tmp_path / "mine.yaml", [])
-    assert recipe.data.corpus is None and [source.domain for source in recipe.data.sources] == ["web", "code"]
+def test_recipes_that_the_reader_writes_are_read(tmp_path: Path) -> None:
+    domains = {"mine": ["web", "code"], "tune": ["chats", "chats", "web"]}
+    texts = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    for text, (name, wanted) in zip(texts, domains.items(), strict=True):
+        (tmp_path / "x.yaml").write_text(text.replace("yamls/", f"{ROOT}/yamls/"))
+        recipe = load_recipe(tmp_path / "x.yaml", [])
+        validate(recipe, Topology(0, 8, 0, 8), "x.yaml")
+        assert recipe.name == name and recipe.data.corpus is None
+        assert [source.domain for source in recipe.data.sources] == wanted

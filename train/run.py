@@ -52,7 +52,7 @@ from train.recipe.curriculum import Curriculum
 from train.recipe.errors import UserError
 from train.recipe.exit_status import REPLAY_STATUS, UNFIT_STATUS
 from train.recipe.phases import domains_of
-from train.recipe.schema import ExpertPrecision, Precision, Recipe
+from train.recipe.schema import ExpertPrecision, LossMean, Precision, Recipe
 from train.recipe.topology import Topology
 from train.record import provenance
 from train.record.changes import fork_of, read_changes
@@ -356,7 +356,8 @@ def build_step(
     """Builds the training step; guard, data log and checkpoint policy resume from the checkpoint."""
     recipe, curriculum, progress = opened.recipe, resumed.curriculum, resumed.progress
     guard = UpdateGuard(recipe.guard, progress.recent, progress.counts)
-    data_log = open_data_log(folder, topology, opened.plan(curriculum), progress, curriculum)
+    counts_targets = recipe.training.loss_mean is LossMean.targets
+    data_log = open_data_log(folder, topology, opened.plan(curriculum), progress, curriculum, counts_targets)
     checkpointing = Checkpointing(
         folder / CHECKPOINTS_FOLDER,
         recipe.checkpoint,
@@ -388,12 +389,17 @@ def report_found(folder: Path, topology: Topology, found: Corruption) -> None:
 
 
 def open_data_log(
-    folder: Path, topology: Topology, plan: OrderPlan, progress: Progress, curriculum: Curriculum
+    folder: Path,
+    topology: Topology,
+    plan: OrderPlan,
+    progress: Progress,
+    curriculum: Curriculum,
+    counts_targets: bool,
 ) -> DataLog:
     """Opens the data log with the totals of the checkpoint."""
     domains = [Domain(name, size) for name, size in zip(plan.domains, plan.sizes, strict=True)]
     run_dir = folder if topology.is_main else None
-    return DataLog(run_dir, domains, curriculum.sample_tokens, progress.consumed, curriculum)
+    return DataLog(run_dir, domains, curriculum.sample_tokens, progress.consumed, curriculum, counts_targets)
 
 
 def suite_evaluation(

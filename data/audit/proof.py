@@ -16,10 +16,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from data.audit.run_data import LoggedStep, RunData
-from data.shards.digest import MASK, digest_sequences
+from data.shards.digest import MASK, digest_sequences, with_mask
 from data.shards.packing import PADDING, Sample
 from train.recipe.errors import UserError
 
@@ -139,8 +140,11 @@ def _check_tokens(run: RunData, step: LoggedStep) -> Iterator[str]:
         except UserError as error:
             yield f"step {step.step}, {name}: can't be compared: {error.what}"
             continue
+        places = [_places(row, each) for row, each in zip(samples, numbers, strict=True)]
         tokens = np.stack([np.concatenate([sample.tokens for sample in row]) for row in samples])
-        digest = digest_sequences(tokens, step.first + slots[:: step.stride])
+        unwanted = np.stack([has_next & ~is_target for has_next, is_target in places])
+        fed = with_mask(torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(unwanted)).numpy()
+        digest = digest_sequences(fed, step.first + slots[:: step.stride])
         if name not in step.domains:
             continue
         entry = step.domains[name]
@@ -149,7 +153,7 @@ def _check_tokens(run: RunData, step: LoggedStep) -> Iterator[str]:
                 f"step {step.step}, {name}: trained on other tokens than those of the shards at positions "
                 f"{step.first} to {step.first + step.samples - 1}"
             )
-        targets = sum(_targets(row, each) for row, each in zip(samples, numbers, strict=True))
+        targets = sum(int(is_target.sum()) for _, is_target in places)
         if targets != entry.targets:
             yield (
                 f"step {step.step}, {name}: {entry.targets} tokens had a loss, but {targets} in the shards "
@@ -157,19 +161,26 @@ def _check_tokens(run: RunData, step: LoggedStep) -> Iterator[str]:
             )
 
 
-def _targets(samples: Sequence[Sample], numbers: NDArray[np.int64]) -> int:
-    """Counts the tokens of a sequence that have a loss: those with a next token that is not padding.
+def _places(
+    samples: Sequence[Sample], numbers: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Returns which tokens of a sequence have a next one that is not padding, and which of these have a loss.
 
-    A sample's last token has one only if the sequence's next sample is its neighbour in the shards, and
-    padding never has.
+    A sample's last token has a next one only if the sequence's next sample is its neighbour in the shards,
+    and padding never has.
     """
-    count = 0
+    follows: list[NDArray[np.bool_]] = []
     for place, sample in enumerate(samples):
         is_text = np.repeat(sample.documents != PADDING, sample.lengths)
         joined = place > 0 and numbers[place] == numbers[place - 1] + 1
-        joined = joined and samples[place - 1].documents[-1] != PADDING
-        count += int(is_text[0 if joined else 1 :].sum())
-    return count
+        if not joined or samples[place - 1].documents[-1] == PADDING:
+            is_text[0] = False
+        follows.append(is_text)
+    # Of each token as the next one of that before it.
+    follows_S = np.concatenate(follows)
+    trained_S = np.concatenate([sample.is_trained() for sample in samples])
+    end = np.zeros(1, np.bool_)
+    return np.append(follows_S[1:], end), np.append((follows_S & trained_S)[1:], end)
 
 
 def _check_plan(run: RunData, proof: Proof) -> Iterator[str]:

@@ -3,7 +3,8 @@
 Each sequence is hashed to 64 bits from its tokens, their order and its position in training. A step's digest
 is the sum of these modulo 2^64, so it does not matter which rank, microbatch or worker had which sequence. A
 sequence that is missing, duplicated, altered or at another position changes it, except by chance in one of
-2^64 cases. It detects errors; it has no secret and is no protection against forgery.
+2^64 cases; so does a loss on other tokens than the mask says. It detects errors; it has no secret and is no
+protection against forgery.
 """
 
 import functools
@@ -42,6 +43,16 @@ def hash_sequences(tokens_BS: Tensor, positions_B: Tensor) -> Tensor:
     factors_S = _place_factors(tokens_BS.shape[1], tokens_BS.device)
     content_B = ((tokens_BS + 1) * factors_S).sum(dim=1)
     return _mix(content_B + _mix(positions_B * _signed(_STEP)))
+
+
+def with_mask(tokens_BS: Tensor, unwanted_BS: Tensor) -> Tensor:
+    """Returns tokens to hash that tell where a next token is no target, int64; those given if all are.
+
+    Args:
+        tokens_BS: token ids.
+        unwanted_BS: places whose next token is known and has no loss.
+    """
+    return tokens_BS + HALF * unwanted_BS
 
 
 def halves(hashes_B: Tensor) -> tuple[Tensor, Tensor]:

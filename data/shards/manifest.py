@@ -23,7 +23,7 @@ from train.recipe.names import unfit_as_file
 from train.recipe.phases import domains_of
 from train.recipe.preparation import Preparation, Source
 from train.recipe.reading import to_dict
-from train.recipe.schema import Recipe, TokenizerKind
+from train.recipe.schema import LossMean, Recipe, TokenizerKind
 
 MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.jsonl"
@@ -57,10 +57,16 @@ class SplitRecord:
     """Hash over each sample's hash of documents, lengths and tokens; independent of the shard size."""
     index_sha256: str
     """Hash of the index, which contains the hash of each shard file."""
+    trained_tokens: int | None = None
+    """Tokens that have a loss, of shards with a loss mask; null: there is none, and all have one."""
+    trained_bytes: int | None = None
+    """UTF-8 bytes of the text that they spell."""
 
     @property
     def bytes_per_token(self) -> float:
         """Bits per byte are nats per token / ln 2 / this."""
+        if self.trained_tokens and self.trained_bytes is not None:
+            return self.trained_bytes / self.trained_tokens
         return self.text_bytes / self.tokens
 
 
@@ -94,6 +100,11 @@ class DomainRecord:
     """UTF-8 bytes of their text; of lines, rows and files without a text, their own."""
     losses: list[str] = field(default_factory=list)
     """A line for each source and file that lost most or all of its records."""
+
+    @property
+    def is_masked(self) -> bool:
+        """Returns whether only some tokens have a loss."""
+        return any(split.trained_tokens is not None for split in self.splits.values())
 
     @property
     def facts(self) -> dict[str, str]:
@@ -138,11 +149,23 @@ class Manifest:
     @property
     def digest(self) -> str:
         """SHA-256 of all of the above: equal for equal shards, wherever they are stored."""
-        return _digest(asdict(self))
+        return _digest(self._tree())
 
     def to_json(self) -> str:
         """Returns the text of the file."""
-        return json.dumps(asdict(self) | {"digest": self.digest}, indent=1, sort_keys=True) + "\n"
+        return json.dumps(self._tree() | {"digest": self.digest}, indent=1, sort_keys=True) + "\n"
+
+    def _tree(self) -> dict[str, Any]:
+        """The values by name; those of a loss mask only where there is one, so that other shards stay as they
+        were.
+        """
+        tree = asdict(self)
+        for domain in tree["domains"].values():
+            for split in domain["splits"].values():
+                for name in ("trained_tokens", "trained_bytes"):
+                    if split[name] is None:
+                        del split[name]
+        return tree
 
 
 def read_manifest(root: Path, name: str = MANIFEST_FILE) -> Manifest:
@@ -298,6 +321,10 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
         if domain not in manifest.domains:
             there = ", ".join(manifest.domains)
             raise UserError(f"{data.shards} has no domain {domain}", key=key, remedy=f"it has {there}")
+    masked = [name for name in domains_of(recipe) if manifest.domains[name].is_masked]
+    if masked and recipe.training.loss_mean is LossMean.positions:
+        what = f"is positions, but only some tokens of {masked[0]} in {data.shards} have a loss"
+        raise UserError(what, key="training.loss_mean", remedy="set it to targets")
 
 
 def require_rows(recipe: Recipe, ids: int) -> None:

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,32 @@ class Sample:
     """Tokens of each piece [P], in order; their sum is S."""
     documents: NDArray[np.int64]
     """Each piece's document [P], its number in the domain's list; :data:`PADDING` for padding."""
+    trained: NDArray[np.uint8] | None = None
+    """Whether each token has a loss where it is the next one, a bit each, [S / 8] rounded up. None: all."""
+
+    def is_trained(self) -> NDArray[np.bool_]:
+        """Returns whether each token has a loss, [S]."""
+        if self.trained is None:
+            return np.ones(self.tokens.size, np.bool_)
+        return np.unpackbits(self.trained, count=self.tokens.size).astype(np.bool_)
+
+
+_TRAINED = 1 << 30
+"""Added to a token that has a loss, above all ids, until its place in a sequence is fixed."""
+
+
+def mark(tokens: NDArray[np.int32], is_trained: NDArray[np.bool_] | None = None) -> NDArray[np.int32]:
+    """Returns tokens that carry their loss mask through packing, for :func:`unmark`; None: all have one."""
+    return tokens + np.int32(_TRAINED) * (1 if is_trained is None else is_trained.astype(np.int32))
+
+
+def unmark(sample: Sample) -> Sample:
+    """Returns a sample of marked tokens as their ids and a loss mask; padding is never trained."""
+    return replace(
+        sample,
+        tokens=sample.tokens & np.int32(_TRAINED - 1),
+        trained=np.packbits(sample.tokens >= _TRAINED),
+    )
 
 
 def pack(

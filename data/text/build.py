@@ -30,6 +30,7 @@ from data.text import installed
 from data.text.bpe import train_bpe
 from data.text.clean import STAGE as CLEAN
 from data.text.clean import clean, read_documents, write_texts
+from data.text.conversations import ChatFormat, chat_format, read_template
 from data.text.decide import STAGE as DECIDE
 from data.text.decide import TRAIN, Decision, decide
 from data.text.engines import Engine
@@ -43,10 +44,17 @@ from data.text.remote_inputs import FOLDER as FETCHED
 from data.text.remote_inputs import fetch_sources
 from data.text.split import SPLITS
 from data.text.tokens import ENCODE, WRITE, ShardTask, encode, open_once, plan_shards, write_shard
-from data.tokenizer import TokenizerHandle, open_given
+from data.tokenizer import CHAT_TEMPLATE, TokenizerHandle, open_given, open_tokenizer
 from train.recipe.errors import UserError
 from train.recipe.phases import domains_of
-from train.recipe.preparation import Packing, Preparation, Quality, Source, SourceKind
+from train.recipe.preparation import (
+    CONVERSATIONS,
+    Packing,
+    Preparation,
+    Quality,
+    Source,
+    SourceKind,
+)
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe, TokenizerKind
 from train.recipe.secrets import without_secrets
@@ -55,7 +63,7 @@ from train.record.files import sha256
 
 logger = log.get_logger(__name__)
 
-VERSION = 5
+VERSION = 6
 """Version of the stages: raise it when their output changes, so that no job continues from older results."""
 BPE_TEXT_BYTES = 16_000_000
 """Amount of text that a tokenizer is trained on; more no longer changes a small vocabulary."""
@@ -79,8 +87,9 @@ def build_into(
     """
     check_preparation(recipe.data.preparation)
     given = _given_tokenizer(recipe)
+    chat = _chat_format(recipe, given)
     job, chunks = (
-        _spool(work, recipe, documents) if documents is not None else _list(work, recipe, engine, given)
+        _spool(work, recipe, documents) if documents is not None else _list(work, recipe, engine, given, chat)
     )
     cleaned = engine.run("reading and filtering", clean, job, chunks)
     if table := table_of_languages(job, cleaned, chunks):
@@ -93,6 +102,8 @@ def build_into(
         given.to_hugging_face(job.out)
     elif recipe.tokenizer.kind is TokenizerKind.bpe:
         _train_tokenizer(recipe, job, chunks, decision)
+    if (template := read_template(recipe.tokenizer)) is not None:
+        (job.out / CHAT_TEMPLATE).write_text(template, "utf-8")
     encoded = engine.run("tokenising", encode, job, chunks)
     tasks = plan_shards(job, chunks, encoded)
     written = engine.run("writing shards", write_shard, job, tasks)
@@ -116,14 +127,26 @@ def _given_tokenizer(recipe: Recipe) -> TokenizerHandle | None:
     return handle
 
 
+def _chat_format(recipe: Recipe, given: TokenizerHandle | None) -> ChatFormat | None:
+    """All that renders the recipe's chats; None if it has none.
+
+    Raises:
+        UserError: if there is no template, or it is no Jinja.
+    """
+    if all(source.kind is not SourceKind.chat for source in recipe.data.sources):
+        return None
+    is_built_in = recipe.tokenizer.kind is TokenizerKind.cl100k_base
+    return chat_format(recipe.tokenizer, open_tokenizer(recipe.tokenizer, Path()) if is_built_in else given)
+
+
 def _list(
-    work: Path, recipe: Recipe, engine: Engine, given: TokenizerHandle | None
+    work: Path, recipe: Recipe, engine: Engine, given: TokenizerHandle | None, chat: ChatFormat | None
 ) -> tuple[PreparationJob, list[Chunk]]:
     """Builds the job of the recipe's sources; removes results of another job from the work folder."""
     check_sources(recipe)
     data = recipe.data
     evaluation = list_evaluation_files(data.preparation.evaluation_texts)
-    job = _job(work, recipe, data.sources, evaluation)
+    job = replace(_job(work, recipe, data.sources, evaluation), chat=chat)
     fetched = fetch_sources(job, engine)
     inputs = [list_inputs(n, source, fetched.get(n)) for n, source in enumerate(data.sources)]
     texts = [[file, sha256(Path(file))] for file in evaluation]
@@ -135,6 +158,7 @@ def _list(
         section["data"]["preparation"],
         section["tokenizer"],
         given and given.fingerprint,
+        chat and chat.template,
         texts,
         files,
     ]
@@ -296,6 +320,7 @@ def _split_record(
     folder.mkdir(exist_ok=True)
     written = [(task, result) for task, result in written if result["samples"]]
     index = index_text([result["entry"] for _, result in written])
+    is_masked = job.is_masked(folder.parent.name)
     (folder / INDEX_FILE).write_text(index)
     digest = hashlib.sha256()
     counts: Any = np.zeros(1, np.int64)
@@ -311,6 +336,8 @@ def _split_record(
         unigram_entropy=entropy(counts),
         content_sha256=digest.hexdigest(),
         index_sha256=hashlib.sha256(index.encode()).hexdigest(),
+        trained_tokens=sum(result["trained"] for _, result in written) if is_masked else None,
+        trained_bytes=sum(part["trained_bytes"] for part in encoded) if is_masked else None,
     )
 
 
@@ -336,6 +363,8 @@ def _transformation(job: PreparationJob, sources: list[Source]) -> str:
         if source.quality is not Quality.none:
             steps.append(f"{source.dataset}: quality heuristics for {source.quality.value}")
     preparation: Preparation = job.preparation
+    if any(source.kind in CONVERSATIONS for source in sources):
+        steps[0] = "UTF-8, NFC, line ends as \\n, control characters removed; a loss on responses only"
     steps.append("exact duplicates removed")
     if preparation.near_duplicates is not None:
         steps.append(f"near-duplicates from Jaccard similarity {preparation.near_duplicates} on removed")

@@ -6,13 +6,15 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.text.conversations import ChatFormat, ConversationError, Spans, render
 from data.text.duplicates import PERMUTATIONS, sketch, sketch_without_words
 from data.text.evaluation_overlap import open_evaluation_texts
 from data.text.inputs import Chunk
@@ -21,7 +23,7 @@ from data.text.language import language_of
 from data.text.quality import code_violation, prose_violation, repetition_violation
 from data.text.source_records import SourceRecord, read_records
 from data.text.words import hash_words
-from train.recipe.preparation import Quality, Source
+from train.recipe.preparation import Quality, Source, SourceKind
 from train.record.files import write_whole
 
 STAGE = "clean"
@@ -49,11 +51,15 @@ def normalise(text: str, *, keeps_indentation: bool = False) -> str:
         text: the text.
         keeps_indentation: keep the blanks before the first word, of the line that it is in.
     """
-    text = _nfc(text).replace("\r\n", "\n").replace("\r", "\n")
-    text = _CONTROL.sub("", text).rstrip()
+    text = normalise_characters(text).rstrip()
     bare = text.lstrip()
     begin = text.rfind("\n", 0, len(text) - len(bare)) + 1 if keeps_indentation else len(text) - len(bare)
     return text[begin:] + "\n"
+
+
+def normalise_characters(text: str) -> str:
+    """Normalises text to NFC and line feeds, without control characters; outer white space stays."""
+    return _CONTROL.sub("", _nfc(text).replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def read_documents(job: PreparationJob, number: int) -> Iterator[tuple[str, str]]:
@@ -61,23 +67,31 @@ def read_documents(job: PreparationJob, number: int) -> Iterator[tuple[str, str]
     return read_texts(job.file(STAGE, number, "texts.jsonl"))
 
 
+def read_spans(job: PreparationJob, number: int) -> Iterator[Spans]:
+    """Yields which characters of each conversation of a chunk are to be learnt."""
+    with job.file(STAGE, number, "texts.jsonl").open("rb") as stream:
+        for line in stream:
+            _, _, spans = json.loads(line)
+            yield tuple((begin, end) for begin, end in spans)
+
+
 def read_texts(path: Path) -> Iterator[tuple[str, str]]:
     """Yields name and text of each document in a file of :func:`write_texts`."""
     with path.open("rb") as stream:
         for line in stream:
-            name, text = json.loads(line)
+            name, text, *_ = json.loads(line)
             yield name, text
 
 
-def write_texts(path: Path, documents: list[tuple[str, str]]) -> None:
-    """Writes names and texts, a line of JSON for each document."""
+def write_texts(path: Path, documents: Sequence[tuple[str, str] | tuple[str, str, Spans]]) -> None:
+    """Writes names and texts, and of conversations what is to be learnt, a line of JSON for each document."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(document, ensure_ascii=False).encode() + b"\n" for document in documents)
     write_whole(path, b"".join(lines), sync=False)
 
 
 def _clean(job: PreparationJob, chunk: Chunk) -> Result:
-    kept: list[tuple[str, str]] = []
+    kept: list[tuple[str, str] | tuple[str, str, Spans]] = []
     signatures, rejected, rejected_bytes = [], [], 0
     source = job.sources[chunk.source]
     is_filtered = bool(source.languages) or source.quality is not Quality.none
@@ -90,9 +104,10 @@ def _clean(job: PreparationJob, chunk: Chunk) -> Result:
             rejected.append({"place": record.place, "reason": reason})
             rejected_bytes += record.size or len(record.text.encode())
         else:
-            kept.append((record.place, record.text))
+            document = (record.place, record.text)
+            kept.append((*document, record.spans) if record.spans else document)
             signatures.append(sketch(words) if words.size else sketch_without_words(record.text))
-    texts = [text.encode() for _, text in kept]
+    texts = [document[1].encode() for document in kept]
     digests = b"".join(hashlib.sha256(text).digest() for text in texts)
     write_texts(job.file(STAGE, chunk.number, "texts.jsonl"), kept)
     made: dict[str, np.ndarray[Any, Any]] = {
@@ -125,12 +140,30 @@ def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[tuple[SourceRecord, s
     none = np.empty(0, np.uint64)
     for raw in read_records(chunk, source, preparation.max_document_bytes):
         place = f"{source.dataset}/{raw.place}"
+        if raw.turns:
+            record, reason = _conversation(raw, job.chat if source.kind is SourceKind.chat else None)
+            words = none if reason else hash_words(raw.text)
+            reason = reason or _violation(raw.text, source)
+            if not reason and evaluation.touches(words):
+                reason = "evaluation text"
+            yield replace(record, place=place), reason, words
+            continue
         text = "" if raw.reason else normalise(raw.text, keeps_indentation=source.quality is Quality.code)
         reason = raw.reason or ("" if text.strip() else "empty") or _violation(text, source)
         words = none if reason else hash_words(text)
         if not reason and evaluation.touches(words):
             reason = "evaluation text"
         yield SourceRecord(place, text, size=raw.size), reason, words
+
+
+def _conversation(raw: SourceRecord, chat: ChatFormat | None) -> tuple[SourceRecord, str]:
+    """Returns a conversation rendered, its characters normalised, and the reason why it can't be."""
+    turns = [(role, normalise_characters(words)) for role, words in raw.turns]
+    try:
+        text, spans = render(turns, chat)
+    except ConversationError as error:
+        return replace(raw, text="", size=len(raw.text.encode())), str(error)
+    return replace(raw, text=text, spans=spans), ""
 
 
 def _violation(text: str, source: Source) -> str:

@@ -17,7 +17,7 @@ from train.recipe.errors import UserError
 from train.recipe.keys import out_of_range
 from train.recipe.names import unfit_as_file
 from train.recipe.phases import domains_of
-from train.recipe.preparation import Preparation, Source, SourceKind
+from train.recipe.preparation import CONVERSATIONS, Preparation, Source, SourceKind
 from train.recipe.schema import Recipe
 from train.record import log
 
@@ -28,6 +28,7 @@ JSONL = (".jsonl", ".ndjson", ".json")
 SUFFIXES = {
     SourceKind.jsonl: tuple(s + c for s in JSONL for c in ("", *COMPRESSED)),
     SourceKind.parquet: (".parquet",),
+    **dict.fromkeys(CONVERSATIONS, tuple(s + c for s in JSONL for c in ("", *COMPRESSED))),
     SourceKind.hf: (
         *(".arrow", ".parquet", ".jsonl"),
         *(s + c for s in (".jsonl", ".json") for c in COMPRESSED),

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from train.recipe.preparation import Preparation, Source
+from data.text.conversations import ChatFormat
+from train.recipe.preparation import CONVERSATIONS, Preparation, Source
 from train.recipe.schema import Tokenizer
 from train.record.files import write_whole
 
@@ -35,6 +36,12 @@ class PreparationJob:
     sequence_tokens: int
     spooled: bool
     """True for given documents, which are already clean and deduplicated: nothing is removed."""
+    chat: ChatFormat | None = None
+    """Renders the chats of the sources, if they have any."""
+
+    def is_masked(self, domain: str) -> bool:
+        """Returns whether only some tokens of a domain have a loss."""
+        return any(source.kind in CONVERSATIONS for source in self.sources if source.domain == domain)
 
     @property
     def out(self) -> Path:

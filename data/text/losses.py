@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from data.text.clean import KEPT
 from data.text.clean import STAGE as CLEAN
+from data.text.conversations import CONVERSATION
 from data.text.decide import Decision
 from data.text.file_listing import named
 from data.text.inputs import Chunk
@@ -22,7 +23,7 @@ from train.recipe.errors import UserError
 from train.record.tables import text_table
 
 ENCODING = "encoding"
-_CAN_NOT_BE_READ = {UNREADABLE, EMPTY_FILE, NO_TEXT, BAD_JSON, ENCODING}
+_CAN_NOT_BE_READ = {UNREADABLE, EMPTY_FILE, NO_TEXT, BAD_JSON, ENCODING, CONVERSATION}
 
 
 @dataclass
@@ -113,6 +114,7 @@ _REMEDIES = {
     NO_TEXT: "name the column or key of the text",
     BAD_JSON: "give one JSON object per line",
     ENCODING: "give text in UTF-8",
+    CONVERSATION: "give objects with `prompt` and `response`, or of kind chat with `messages`",
 }
 
 

@@ -16,19 +16,26 @@ SHARD_BYTES = 1 << 26
 """Approximate size of a shard file: small enough to fetch quickly, large enough for sequential reads."""
 COLUMNS = ("documents", "lengths", "tokens")
 """Sorted by name, as the format requires."""
+MASK = "trained"
+"""The column after them, if only some tokens have a loss."""
 
 
-def column_config(sequence_tokens: int, zstd_level: int | None = None) -> dict[str, Any]:
+def column_config(
+    sequence_tokens: int, zstd_level: int | None = None, is_masked: bool = False
+) -> dict[str, Any]:
     """Builds the part of a shard's index entry that is repeated in the shard's header.
 
     Args:
-        sequence_tokens: shape of the tokens column; the other two columns store their lengths.
+        sequence_tokens: shape of the tokens column; the first two columns store their lengths.
         zstd_level: level of the compressed file; None: there is none.
+        is_masked: a bit of each token says whether it has a loss.
     """
+    bits = -(-sequence_tokens // 8)
+    encodings = ["ndarray:int64", "ndarray:int32", f"ndarray:int32:{sequence_tokens}"]
     return {
-        "column_encodings": ["ndarray:int64", "ndarray:int32", f"ndarray:int32:{sequence_tokens}"],
-        "column_names": list(COLUMNS),
-        "column_sizes": [None, None, 4 * sequence_tokens],
+        "column_encodings": [*encodings, *([f"ndarray:uint8:{bits}"] if is_masked else [])],
+        "column_names": [*COLUMNS, *([MASK] if is_masked else [])],
+        "column_sizes": [None, None, 4 * sequence_tokens, *([bits] if is_masked else [])],
         "compression": None if zstd_level is None else f"zstd:{zstd_level}",
         "format": "mds",
         "hashes": ["sha256"],
@@ -45,7 +52,8 @@ def samples_per_shard(sequence_tokens: int) -> int:
 def encode_shard(samples: list[Sample], sequence_tokens: int, zstd_level: int | None = None) -> bytes:
     """Encodes the uncompressed file of one shard."""
     encoded = [_encode_sample(sample) for sample in samples]
-    config = json.dumps(column_config(sequence_tokens, zstd_level), sort_keys=True).encode()
+    is_masked = samples[0].trained is not None
+    config = json.dumps(column_config(sequence_tokens, zstd_level, is_masked), sort_keys=True).encode()
     sizes = [4 + 4 * (len(encoded) + 1) + len(config), *map(len, encoded)]
     return b"".join(
         [np.uint32(len(encoded)).tobytes(), np.cumsum(sizes, dtype=np.uint32).tobytes(), config, *encoded]
@@ -65,6 +73,7 @@ def index_entry(
     samples: int,
     sequence_tokens: int,
     packed: tuple[int, bytes] | None = None,
+    is_masked: bool = False,
 ) -> dict[str, Any]:
     """Builds a shard's entry in the index.
 
@@ -74,9 +83,10 @@ def index_entry(
         samples: number of samples in it.
         sequence_tokens: tokens per sample.
         packed: Zstandard level and content of the compressed file; None: there is none.
+        is_masked: a bit of each token says whether it has a loss.
     """
     level, zipped = packed or (None, b"")
-    return column_config(sequence_tokens, level) | {
+    return column_config(sequence_tokens, level, is_masked) | {
         "raw_data": _file_entry(shard_name(number), content),
         "samples": samples,
         "zip_data": _file_entry(packed_name(number), zipped) if packed else None,
@@ -109,7 +119,8 @@ def _file_entry(name: str, content: bytes) -> dict[str, Any]:
 def _encode_sample(sample: Sample) -> bytes:
     documents, lengths = _with_shape(sample.documents), _with_shape(sample.lengths)
     head = np.array([len(documents), len(lengths)], np.uint32).tobytes()
-    return b"".join([head, documents, lengths, sample.tokens.tobytes()])
+    mask = b"" if sample.trained is None else sample.trained.tobytes()
+    return b"".join([head, documents, lengths, sample.tokens.tobytes(), mask])
 
 
 def _with_shape(array: np.ndarray[Any, Any]) -> bytes:

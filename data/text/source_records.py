@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from data.text.conversations import ConversationError, Spans, Turn, turns_of
 from data.text.file_listing import named
 from data.text.inputs import WHOLE, Chunk, SourceFile
-from train.recipe.preparation import Source, SourceKind
+from train.recipe.preparation import CONVERSATIONS, Source, SourceKind
 
 _SLACK = 8
 """A line may be this many times longer than the largest document, for escapes and other columns."""
@@ -33,10 +34,14 @@ class SourceRecord:
     """The file; for lines and rows followed by `#` and the byte offset or row number."""
     text: str
     reason: str = ""
-    """Empty for a text; otherwise `encoding`, `JSON`, `no text`, `size`, `unreadable file` or `empty file`,
-    some with more words after `: `."""
+    """Empty for a text; otherwise `encoding`, `JSON`, `no text`, `conversation`, `size`, `unreadable file` or
+    `empty file`, some with more words after `: `."""
     size: int = 0
     """Without a text: bytes of the line, row or file, as far as they are known."""
+    turns: tuple[Turn, ...] = ()
+    """Of a conversation, whose words are the text."""
+    spans: Spans = ()
+    """Characters of a rendered conversation that are to be learnt."""
 
 
 def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[SourceRecord]:
@@ -89,7 +94,7 @@ def _records_of(file: SourceFile, chunk: Chunk, source: Source, max_bytes: int) 
             if line is None:
                 yield SourceRecord(place, "", "size", size)
             elif line.strip():
-                yield _from_json(place, line, source.text_column)
+                yield _from_json(place, line, source)
 
 
 def _checked(record: SourceRecord, max_bytes: int) -> SourceRecord:
@@ -113,17 +118,23 @@ def _decoded(place: str, content: bytes) -> SourceRecord:
         return SourceRecord(place, "", "encoding", len(content))
 
 
-def _from_json(place: str, line: bytes, column: str) -> SourceRecord:
+def _from_json(place: str, line: bytes, source: Source) -> SourceRecord:
     try:
         tree = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return SourceRecord(place, "", "encoding", len(line))
     except (ValueError, RecursionError):
         return SourceRecord(place, "", BAD_JSON, len(line))
-    text = tree.get(column) if isinstance(tree, dict) else None
+    if source.kind in CONVERSATIONS:
+        try:
+            turns = turns_of(tree, source.kind)
+        except ConversationError as error:
+            return SourceRecord(place, "", str(error), len(line))
+        return SourceRecord(place, "\n".join(words for _, words in turns), turns=tuple(turns))
+    text = tree.get(source.text_column) if isinstance(tree, dict) else None
     if isinstance(text, str):
         return SourceRecord(place, text)
-    return SourceRecord(place, "", f"{NO_TEXT}: {_why_no_text(tree, column)}", len(line))
+    return SourceRecord(place, "", f"{NO_TEXT}: {_why_no_text(tree, source.text_column)}", len(line))
 
 
 def _why_no_text(tree: object, column: str) -> str:

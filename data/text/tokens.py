@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards.packing import PADDING, Sample, pack, pack_whole
-from data.text.clean import read_documents
+from data.shards.packing import PADDING, Sample, mark, pack, pack_whole, unmark
+from data.text.clean import read_documents, read_spans
+from data.text.conversations import Spans
 from data.text.decide import REMOVED, TRAIN, VALIDATION
 from data.text.decide import STAGE as DECIDE
 from data.text.inputs import Chunk
@@ -31,8 +32,8 @@ from data.text.mds import (
     shard_name,
 )
 from data.text.split import SPLITS
-from data.tokenizer import TOKENIZER_FILE, TokenizerHandle, open_tokenizer
-from train.recipe.preparation import Packing
+from data.tokenizer import TOKENIZER_FILE, TokenizerHandle, Tokens, open_tokenizer
+from train.recipe.preparation import CONVERSATIONS, Packing, Source, SourceKind
 from train.recipe.schema import Tokenizer
 from train.record.files import write_whole
 
@@ -113,40 +114,76 @@ def _encode(job: PreparationJob, chunk: Chunk) -> Result:
     tokenizer = open_once(job.tokenizer, job.out)
     fate = np.load(job.file(DECIDE, chunk.number, "npy"))
     kept = [(doc, f) for doc, f in zip(read_documents(job, chunk.number), fate, strict=True) if f != REMOVED]
+    kept_spans: list[Spans] = []
+    if job.sources[chunk.source].kind in CONVERSATIONS:
+        spans_of = zip(read_spans(job, chunk.number), fate, strict=True)
+        kept_spans = [spans for spans, f in spans_of if f != REMOVED]
     lines, result = [], {"documents": len(kept)}
     for (name, text), side in kept:
         split = SPLITS[side - TRAIN]
         lines.append({"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "split": split})
     listing = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
     write_whole(job.file(ENCODE, chunk.number, "documents.jsonl"), listing, sync=False)
-    end = np.array([tokenizer.eos_id], np.int32)
     sides: dict[str, object] = {}
     for split, side in SIDES.items():
         places = [place for place, (_, f) in enumerate(kept) if f == side]
         texts = [kept[place][0][1] for place in places]
-        ids = [
-            it
-            for at in range(0, len(texts), BATCH)
-            for it in tokenizer.encode_documents(texts[at : at + BATCH])
-        ]
-        tokens = np.concatenate([np.empty(0, np.int32), *(part for it in ids for part in (it, end))])
+        spans = [kept_spans[place] for place in places] if kept_spans else []
+        ids = _documents_of(tokenizer, job, job.sources[chunk.source], texts, spans)
+        tokens = np.concatenate([np.empty(0, np.int32), *ids])
         arrays: dict[str, NDArray[np.integer[Any]]] = {
             "tokens": tokens.astype(np.int32, copy=False),
-            "lengths": np.array([it.size + 1 for it in ids], np.int64),
+            "lengths": np.array([it.size for it in ids], np.int64),
             "places": np.array(places, np.int64),
         }
         for name, array in arrays.items():
             save_array(job.file(ENCODE, chunk.number, f"{split}.{name}.npy"), array)
         text_bytes = sum(len(text.encode()) for text in texts)
-        sides[split] = {"documents": len(texts), "tokens": tokens.size, "text_bytes": text_bytes}
+        learnt = [text[a:b] for text, of in zip(texts, spans, strict=False) for a, b in of]
+        trained_bytes = sum(len(text.encode()) for text in learnt) if spans else text_bytes
+        sides[split] = {
+            "documents": len(texts),
+            "tokens": tokens.size,
+            "text_bytes": text_bytes,
+            "trained_bytes": trained_bytes,
+        }
     return result | sides
+
+
+def _documents_of(
+    tokenizer: TokenizerHandle, job: PreparationJob, source: Source, texts: list[str], spans: list[Spans]
+) -> list[Tokens]:
+    """Returns the token ids of documents with what ends them, marked where only some have a loss.
+
+    Chats end as their template says, all others with the end-of-text token, which is to be learnt.
+    """
+    if source.kind is SourceKind.chat:
+        return [mark(*tokenizer.encode_chat(text, of)) for text, of in zip(texts, spans, strict=True)]
+    end, is_masked = np.array([tokenizer.eos_id], np.int32), job.is_masked(source.domain)
+    if source.kind is SourceKind.instructions:
+        # Each by itself, as a prompt is by itself when it is answered.
+        parts = [
+            part for text, ((at, _),) in zip(texts, spans, strict=True) for part in (text[:at], text[at:])
+        ]
+        ids = _encoded(tokenizer, parts)
+        pairs = zip(ids[::2], ids[1::2], strict=True)
+        return [np.concatenate([prompt, mark(np.append(response, end))]) for prompt, response in pairs]
+    documents = [np.concatenate([it, end]) for it in _encoded(tokenizer, texts)]
+    return [mark(it) for it in documents] if is_masked else documents
+
+
+def _encoded(tokenizer: TokenizerHandle, texts: list[str]) -> list[Tokens]:
+    batches = [texts[at : at + BATCH] for at in range(0, len(texts), BATCH)]
+    return [ids for batch in batches for ids in tokenizer.encode_documents(batch)]
 
 
 def _write(job: PreparationJob, task: ShardTask) -> Result:
     tokenizer = open_once(job.tokenizer, job.out)
     samples = _samples(job, task, tokenizer.pad_id)
     if not samples:  # A document that began before is longer than the shard.
-        return {"entry": None, "samples": 0, "padding": 0}
+        return {"entry": None, "samples": 0, "padding": 0, "trained": 0}
+    if is_masked := job.is_masked(task.domain):
+        samples = [unmark(sample) for sample in samples]
     level = job.preparation.zstd_level
     content = encode_shard(samples, job.sequence_tokens, level)
     packed = None if level is None else (level, compress_shard(content, level))
@@ -161,8 +198,9 @@ def _write(job: PreparationJob, task: ShardTask) -> Result:
     counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
     save_array(job.file(WRITE, task.number, "counts.npy"), counts)
     write_whole(job.file(WRITE, task.number, "digests"), b"".join(map(_digest, samples)), sync=False)
-    entry = index_entry(task.shard, content, len(samples), job.sequence_tokens, packed)
-    return {"entry": entry, "samples": len(samples), "padding": padding}
+    entry = index_entry(task.shard, content, len(samples), job.sequence_tokens, packed, is_masked)
+    trained = sum(int(sample.is_trained().sum()) for sample in samples) if is_masked else 0
+    return {"entry": entry, "samples": len(samples), "padding": padding, "trained": trained}
 
 
 def _samples(job: PreparationJob, task: ShardTask, pad_id: int) -> list[Sample]:
@@ -204,8 +242,8 @@ def _pieces(
 
 def _digest(sample: Sample) -> bytes:
     digest = hashlib.sha256()
-    for column in (sample.documents, sample.lengths, sample.tokens):
-        digest.update(column.tobytes())
+    for column in (sample.documents, sample.lengths, sample.tokens, sample.trained):
+        digest.update(b"" if column is None else column.tobytes())
     return digest.digest()
 
 

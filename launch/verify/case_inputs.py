@@ -4,7 +4,7 @@ Shapes: B global batch in sequences, S sequence, D width, E experts.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from launch.verify.cases import SEQUENCES, STEPS, GateInput
 from train.model.init import own_part
@@ -36,14 +36,26 @@ def make_batches(recipe: Recipe, each: GateInput, seed: int) -> list[Batch]:
         targets_BS = ids_BS.roll(-1, dims=1)
         targets_BS[:, -1] = IGNORE
         targets_BS[:, :-1][documents_BS[:, :-1] != documents_BS[:, 1:]] = IGNORE
-        if each.idle:
-            targets_BS[-2:] = IGNORE
         batch = {"input_ids": ids_BS, "targets": targets_BS}
+        if each.masked:
+            batch["continues"] = targets_BS != IGNORE
+            targets_BS.masked_fill_(~_responses(targets_BS, generator), IGNORE)
+        if each.idle or each.masked:
+            targets_BS[-2:] = IGNORE
         if recipe.training.document_masking:
             batch["document_ids"] = documents_BS
         batch["sample_positions"] = torch.arange(step * SEQUENCES, (step + 1) * SEQUENCES)
         batches.append(batch)
     return batches
+
+
+def _responses(targets_BS: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns which targets have a loss: runs of eight on average, from all of the first sequence to few."""
+    B, S = targets_BS.shape
+    begins_BS = torch.rand((B, S), generator=generator) < 1 / 8
+    share_B1 = torch.linspace(1, 0, B)[:, None]
+    is_response_BS = torch.rand((B, S), generator=generator) < share_B1
+    return is_response_BS.gather(1, begins_BS.cumsum(dim=1).clamp(max=S - 1))
 
 
 def idle_experts(recipe: Recipe) -> int:

@@ -15,6 +15,7 @@ from train.recipe.schema import (
     BalanceScope,
     Compile,
     ExpertPrecision,
+    LossMean,
     Model,
     OptimizerKind,
     Parallelism,
@@ -90,6 +91,9 @@ class GateInput:
     loaded: bool = False
     """The loader reads the batches, in two phases that differ in all that a phase may change:
     :mod:`launch.verify.loaded_input`. Against the whole batch at once."""
+    masked: bool = False
+    """Only some tokens have a loss, runs of them as in chats, their number very different from sequence to
+    sequence; the loss is the mean over them. The last two sequences have none."""
     compiled: bool = False
     """With torch.compile; the reference is not compiled. Minutes per layout: only for a recipe with
     `training.compile`, or by name. Only fp32: in bf16 a fused kernel rounds once where single passes round
@@ -125,6 +129,13 @@ INPUTS = (
         "two phases, read by the loader; router noise and losses that weigh much; against whole batches",
         against_whole=True,
         loaded=True,
+    ),
+    GateInput(
+        "masked",
+        "the same as split, with a loss on responses only, divided by their tokens in the whole batch",
+        is_accumulated=True,
+        against_whole=True,
+        masked=True,
     ),
     GateInput("compiled", "torch.compile, against none", is_accumulated=True, compiled=True),
 )
@@ -290,6 +301,7 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
             recompute_rest=each.recompute[1],
             compile=_compiled(small) if each.compiled else Compile.off,
             clip_norm=min(small.training.clip_norm or MOST_CLIP_NORM, MOST_CLIP_NORM),
+            loss_mean=LossMean.targets if each.masked else small.training.loss_mean,
         ),
     )
     if not each.loaded:

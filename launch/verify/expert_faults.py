@@ -55,6 +55,27 @@ def divide_by_own_targets() -> AbstractContextManager[Any]:
     return mock.patch.object(MicrobatchModel, "loss", loss)
 
 
+def divide_by_microbatch_targets() -> AbstractContextManager[Any]:
+    """Divides each microbatch's loss by the targets that it happens to have, as plain loops do."""
+
+    def loss(self: MicrobatchModel, outputs: DecoderOutput, batch: microbatch.Batch) -> dict[str, Tensor]:
+        sequences = len(batch["targets"])
+        self.targets_per_sequence = (batch["targets"] != IGNORE).sum().clamp(min=1) / sequences
+        return original(self, outputs, batch)
+
+    original = MicrobatchModel.loss
+    return mock.patch.object(MicrobatchModel, "loss", loss)
+
+
+def divide_by_rank_targets() -> AbstractContextManager[Any]:
+    """Counts the targets of a rank's own sequences only."""
+    return mock.patch.object(step, "targets_per_sequence", _of_rank)
+
+
+def _of_rank(targets_BS: Tensor) -> Tensor:
+    return (targets_BS != IGNORE).sum().clamp(min=1) / len(targets_BS)
+
+
 def update_bias_on_rank_0() -> AbstractContextManager[Any]:
     """Updates the balancing bias on the first rank only."""
 

@@ -383,6 +383,20 @@ FAULTS = {
         "loss",
         model=(("mtp", True),),
     ),
+    "responses-of-microbatch": KnownFault(
+        "a loss divided by each microbatch's own count of response tokens",
+        expert_faults.divide_by_microbatch_targets,
+        "gradients",
+        layout=PAIR,
+        input="masked",
+    ),
+    "responses-of-rank": KnownFault(
+        "a loss divided by the response tokens of a rank's own sequences",
+        expert_faults.divide_by_rank_targets,
+        "gradients",
+        layout=PAIR,
+        input="masked",
+    ),
     "border-target-lost": KnownFault(
         "the last target of each part of a sequence lost, as if targets were made of parts",
         context_faults.lose_border_targets,

@@ -18,7 +18,7 @@ from data.order.plan import OrderPlan
 from data.shards.packing import Sample
 from train.recipe import sizes
 from train.recipe.curriculum import plan_stages
-from train.recipe.schema import Balance, Moe, Phase, Position, Recipe
+from train.recipe.schema import Balance, LossMean, Moe, Phase, Position, Recipe
 from train.recipe.tiny import SEQUENCE_TOKENS
 from train.recipe.topology import Topology
 
@@ -117,6 +117,13 @@ def draw_samples(recipe: Recipe, seed: int) -> dict[str, list[Sample]]:
         documents = begins.ravel().cumsum().reshape(count, S)
         tokens = generator.integers(V, size=(count, S), dtype=np.int32)
         found[domain] = [_sample(*each) for each in zip(tokens, documents, strict=True)]
+        if recipe.training.loss_mean is LossMean.targets and domain == "code":
+            # Of the other domain's samples every token has a loss, as where old text is mixed in.
+            is_trained = np.repeat(generator.random((count, S // 8)) < 1 / 4, 8, axis=1)
+            bits = np.packbits(is_trained, axis=1)
+            found[domain] = [
+                replace(each, trained=own) for each, own in zip(found[domain], bits, strict=True)
+            ]
     return found
 
 

@@ -164,15 +164,22 @@ class MultiTokenPrediction(Block):
         return torch.cat([self.enorm(next_BSD), self.hnorm(hidden_BSD)], dim=-1)
 
 
-def targets_ahead(targets_BS: Tensor, document_ids_BS: Tensor | None) -> Tensor:
+def targets_ahead(
+    targets_BS: Tensor, document_ids_BS: Tensor | None, continues_BS: Tensor | None = None
+) -> Tensor:
     """Returns the token after the next one of each position, or IGNORE.
 
-    There is none where either of the two tokens is no target, nor, if documents are kept apart, where either
-    is of another document.
+    There is none where that token is no target, where the next one is not known, nor, if documents are kept
+    apart, where either is of another document.
+
+    Args:
+        targets_BS: next tokens, or IGNORE.
+        document_ids_BS: document of each token, if documents are kept apart.
+        continues_BS: where a next token is known, target or not. None: where it is a target.
     """
     ahead_BS = targets_BS.roll(-1, dims=1)
     ahead_BS[:, -1] = IGNORE
-    is_none_BS = targets_BS == IGNORE
+    is_none_BS = targets_BS == IGNORE if continues_BS is None else ~continues_BS
     if document_ids_BS is not None:
         is_none_BS[:, :-2] |= document_ids_BS[:, :-2] != document_ids_BS[:, 2:]
         is_none_BS[:, -2:] = True  # their targets' documents are not known
@@ -319,6 +326,7 @@ class Decoder(nn.Module):
         targets_BS: Tensor | None = None,
         choices_only: bool = False,
         context: Context | None = None,
+        continues_BS: Tensor | None = None,
     ) -> DecoderOutput:
         """Computes logits, or with targets the losses.
 
@@ -329,6 +337,8 @@ class Decoder(nn.Module):
             choices_only: compute only the experts' counts, neither logits nor cross-entropy.
             context: the ranks that share the sequences: inputs and targets are this one's part of them,
                 documents those of all tokens. None: every sequence is whole.
+            continues_BS: for multi-token prediction, where a token follows, though it may be no target. None:
+                where it is one.
         """
         hidden_BSD, layers, ahead_BSD = self.transformer(input_ids_BS, document_ids_BS, context)
         zero = torch.zeros((), dtype=torch.float32, device=hidden_BSD.device)
@@ -347,7 +357,8 @@ class Decoder(nn.Module):
         loss_sum, losses_T = result
         of_ahead = zero
         if ahead_BSD is not None:
-            of_ahead, _ = self._project(ahead_BSD, targets_ahead(targets_BS, document_ids_BS))
+            ahead_BS = targets_ahead(targets_BS, document_ids_BS, continues_BS)
+            of_ahead, _ = self._project(ahead_BSD, ahead_BS)
         target_tokens = (targets_BS != IGNORE).sum()
         losses_BS = losses_T.view_as(targets_BS)
         return DecoderOutput(None, loss_sum, target_tokens, losses_BS, *experts, of_ahead)

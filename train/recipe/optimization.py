@@ -75,6 +75,13 @@ class OptimizerKind(str, Enum):
     muon = "muon"
 
 
+class LossMean(str, Enum):
+    """Denominator of a batch's loss."""
+
+    positions = "positions"
+    targets = "targets"
+
+
 class Moments(str, Enum):
     """Precision of AdamW's moments."""
 
@@ -143,6 +150,10 @@ class Training:
     `profile/` of the run's folder: `[20, 22]`. Empty: none."""
     profile_ranks: list[int] = key(factory=lambda: [0], at_least=0, on_resume=OnResume.free)
     """Ranks that record it."""
+    loss_mean: LossMean = LossMean.positions
+    """Mean that a batch's loss is. `positions`: over all places with a next token, as many in every batch.
+    `targets`: over the tokens that have a loss, counted over the whole batch of all ranks, for data that has
+    it only on some: responses and turns of the assistant."""
     document_masking: bool = True
     """True: tokens attend only within their own document. False: within the whole sequence."""
     frozen: list[str] = key(factory=list)

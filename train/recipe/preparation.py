@@ -17,6 +17,12 @@ class SourceKind(str, Enum):
     parquet = "parquet"
     text = "text"
     hf = "hf"
+    instructions = "instructions"
+    chat = "chat"
+
+
+CONVERSATIONS = (SourceKind.instructions, SourceKind.chat)
+"""Kinds of which only some tokens are trained."""
 
 
 class Quality(str, Enum):
@@ -43,11 +49,13 @@ class Source:
     kind: SourceKind = key()
     """`jsonl` (one object per line; also .gz and .zst), `parquet`, `text` (each file is a document) or `hf`
     (folder of a Hugging Face dataset: the output of `save_to_disk`, or parquet or JSONL files; of
-    several splits, `train`)."""
+    several splits, `train`). For instruction tuning, JSONL of which only the answers are trained:
+    `instructions` (keys `prompt` and `response` or `completion`) or `chat` (`messages`, a list of objects
+    with `role` and `content`, rendered by the tokenizer's chat template)."""
     path: str = key(in_shards_digest=False, is_path=True)
     """File, folder or pattern with * and ?; or an address that Streaming reads: s3://, dbfs:/Volumes/..."""
     text_column: str = "text"
-    """Column or key of the text; `text` sources have none."""
+    """Column or key of the text; `text`, `instructions` and `chat` sources have none."""
     quality: Quality = Quality.none
     """`prose`: Rae et al. 2021 (Gopher), section A.1.1; `code`: Chen et al. 2021, 3.1. `none`: all."""
     languages: list[str] = key(factory=list)

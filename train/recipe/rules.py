@@ -12,11 +12,13 @@ from train.recipe.layout_rules import check_layout
 from train.recipe.names import unfit_as_file
 from train.recipe.phase_rules import check_phases
 from train.recipe.phases import domains_of
+from train.recipe.preparation import CONVERSATIONS
 from train.recipe.schema import (
     Compile,
     ExpertPrecision,
     Ffn,
     GroupScore,
+    LossMean,
     Model,
     Moe,
     OptimizerStart,
@@ -261,6 +263,10 @@ def _data(recipe: Recipe, _: Topology) -> Iterator[Violation]:
             )
         if data.corpus == "installed" and name not in INSTALLED_DOMAINS:
             yield Violation(key, f"{name} is not in the installed corpus", f"it has {INSTALLED_DOMAINS}")
+    masked = [source.domain for source in data.sources if source.kind in CONVERSATIONS]
+    if any(name in domains for name in masked) and recipe.training.loss_mean is LossMean.positions:
+        what = "is positions, but data.sources has conversations, of which only some tokens have a loss"
+        yield Violation("training.loss_mean", what, "set it to targets")
     for index, skip in enumerate(data.skips):
         if not 0 <= skip.first_position < skip.end_position:
             what = f"positions {skip.first_position} to {skip.end_position} are an empty range"

@@ -33,6 +33,7 @@ from train.recipe.optimization import (
     Decay,
     ExchangePrecision,
     ExpertPrecision,
+    LossMean,
     Moments,
     Optimizer,
     OptimizerKind,
@@ -63,6 +64,7 @@ __all__ = [
     "GroupScore",
     "Interpolation",
     "Latent",
+    "LossMean",
     "Model",
     "Moe",
     "Moments",
@@ -150,6 +152,9 @@ class Tokenizer:
     read if this is null."""
     eos_token: Optional[str] = key(None, read_when="tokenizer.kind == hf")
     """Name of the token that ends a document; null: the one that the tokenizer's folder names."""
+    chat_template: Optional[str] = key(None, is_path=True)
+    """Jinja file that renders the chats of `data.sources` and goes with exports; null: the tokenizer's
+    own."""
 
 
 @dataclass(frozen=True)

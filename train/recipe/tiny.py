@@ -71,6 +71,7 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
             shards=f".cache/shrunken-shards-{VOCABULARY}-{SEQUENCE_TOKENS}",
             corpus="installed",
             corpus_bytes=2_000_000,
+            sources=[],
             domains={} if phases else {"code": 0.5, "prose": 0.5},
             phases=phases,
             domain_max_epochs={},

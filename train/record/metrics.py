@@ -22,6 +22,7 @@ EVALUATION_AVERAGE = "evaluation/average"
 LOSS_DOMAIN = "loss/domain/DOMAIN"
 BITS_PER_BYTE_DOMAIN = "bits_per_byte/domain/DOMAIN"
 DOMAIN_TOKENS = "data/DOMAIN/tokens"
+DOMAIN_TARGETS = "data/DOMAIN/targets"
 DOMAIN_SAMPLES = "data/DOMAIN/samples"
 DOMAIN_EPOCHS = "data/DOMAIN/epochs"
 LEARNING_RATE = "learning_rate"
@@ -84,6 +85,9 @@ METRICS = (
     Metric(LOSS_DOMAIN, "nats/token", "cross entropy of a domain's part of the training batch"),
     Metric(BITS_PER_BYTE_DOMAIN, "bits/byte", "the same, tokenizer-free"),
     Metric(DOMAIN_TOKENS, "tokens", "tokens of a domain trained on so far"),
+    Metric(
+        DOMAIN_TARGETS, "tokens", "those that had a loss, if it is on some only (training.loss_mean=targets)"
+    ),
     Metric(DOMAIN_SAMPLES, "samples", "samples of a domain trained on so far"),
     Metric(DOMAIN_EPOCHS, "epochs", "samples of a domain trained on so far over those that there are"),
     Metric(LEARNING_RATE, "1", "learning rate of the step"),

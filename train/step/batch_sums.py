@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.model.decoder import DecoderOutput
+from train.model.loss import IGNORE
 from train.step.domain_counts import DomainCounts
 from train.step.microbatch import Batch
 
@@ -107,3 +108,19 @@ class BatchSums:
             expert_tokens_LE=self._expert_tokens_LE,
             domain_sums_GC=None if self.domains is None else self.domains.reduce(),
         )
+
+
+def targets_per_sequence(targets_BS: Tensor) -> Tensor:
+    """Returns the mean number of targets of the global batch's sequences, fp32; every rank calls it.
+
+    A batch without any has the mean of one target: its loss is 0, not 0 / 0.
+
+    Args:
+        targets_BS: targets of all sequences of this rank, on its device; those that ranks share count on
+            each of them.
+    """
+    counts = torch.stack([(targets_BS != IGNORE).sum(), targets_BS.new_tensor(len(targets_BS))])
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    targets, sequences = counts.unbind()
+    return targets.clamp(min=1).float() / sequences

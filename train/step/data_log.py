@@ -51,6 +51,7 @@ class DataLog:
         sample_tokens: tokens of a sample of the shards.
         totals: totals in the checkpoint that the run resumes from; empty for a new run.
         curriculum: the run's stages and excluded ranges.
+        counts_targets: total the tokens with a loss too.
     """
 
     def __init__(
@@ -60,13 +61,14 @@ class DataLog:
         sample_tokens: int,
         totals: Mapping[str, Mapping[str, int]],
         curriculum: Curriculum,
+        counts_targets: bool = False,
     ) -> None:
-        self.curriculum = curriculum
+        self.curriculum, self.counts_targets = curriculum, counts_targets
         self.log = StepLog(run_dir / DATA_LOG_FILE) if run_dir else None
         self.domains, self.sample_tokens = tuple(domains), sample_tokens
-        empty = {"samples": 0, "tokens": 0}
+        empty = {"samples": 0, "tokens": 0, **({"targets": 0} if counts_targets else {})}
         self.totals: Totals = {domain.name: {**empty, **totals.get(domain.name, {})} for domain in domains}
-        """Samples and tokens of each domain so far, over all ranks."""
+        """Samples, tokens and, if they are counted, targets of each domain so far, over all ranks."""
         # Keep the totals of domains that are no longer in the mixture.
         self.totals |= {name: dict(total) for name, total in totals.items() if name not in self.totals}
 
@@ -103,6 +105,9 @@ class DataLog:
             total["samples"] += tokens // self.sample_tokens
             total["tokens"] += tokens
             figures[metrics.of_domain(metrics.DOMAIN_TOKENS, domain.name)] = total["tokens"]
+            if self.counts_targets:
+                total["targets"] = total.get("targets", 0) + entry.targets
+                figures[metrics.of_domain(metrics.DOMAIN_TARGETS, domain.name)] = total["targets"]
             figures[metrics.of_domain(metrics.DOMAIN_SAMPLES, domain.name)] = total["samples"]
             figures[metrics.of_domain(metrics.DOMAIN_EPOCHS, domain.name)] = total["samples"] / domain.samples
             if entry.targets:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.shards.digest import halves, hash_sequences, join
+from data.shards.digest import halves, hash_sequences, join, with_mask
 from train.model.loss import IGNORE
 
 # G domains, C columns, B sequences of a microbatch, S tokens per sequence.
@@ -58,11 +58,15 @@ class DomainCounts:
         """Adds a microbatch of this rank.
 
         Args:
-            batch: holds ``input_ids``, ``targets``, ``sample_positions`` and ``domain_ids``.
+            batch: holds ``input_ids``, ``targets``, ``sample_positions`` and ``domain_ids``, and with a loss
+                mask ``continues``.
             token_losses_BS: each token's cross-entropy, 0 where it has no loss; only of this rank's tokens.
         """
         input_ids_BS, positions_B = batch["input_ids"], batch["sample_positions"]
-        targets_B = (batch["targets"] != IGNORE).sum(dim=1)
+        is_target_BS = batch["targets"] != IGNORE
+        targets_B = is_target_BS.sum(dim=1)
+        if "continues" in batch:
+            input_ids_BS = with_mask(input_ids_BS, batch["continues"] & ~is_target_BS)
         upper_B, lower_B = halves(hash_sequences(input_ids_BS, positions_B))
         counted = [torch.ones_like(upper_B), targets_B.double(), positions_B.double(), upper_B, lower_B]
         if not self.counts:

@@ -51,6 +51,8 @@ class MicrobatchModel(nn.Module):
         self.jittered = routers if moe and moe.jitter_eps > 0 else []
         self.precision = precision
         self.document_masking = recipe.training.document_masking
+        self.targets_per_sequence: Tensor | None = None
+        """Mean over the batch of all ranks, by which losses are divided; None: every position counts."""
 
     def forward(self, batch: Batch) -> DecoderOutput:
         """Returns the losses of a microbatch of input_ids, document_ids and targets, each [B, S].
@@ -98,18 +100,21 @@ class MicrobatchModel(nn.Module):
                 self._own(batch["targets"]),
                 choices_only=choices_only,
                 context=context,
+                continues_BS=batch.get("continues"),
             )
         return outputs
 
     def loss(self, outputs: DecoderOutput, batch: Batch, *_: Any, **__: Any) -> dict[str, Tensor]:
         """Returns the losses of a microbatch; the backward pass starts from `total`.
 
-        The summed token loss is divided by the number of positions, a constant, so that the mean over
-        microbatches and ranks is the mean over the global batch however it is split. Ranks that share
-        sequences divide by their equal shares of it.
+        The summed token loss is divided by the number of positions, or by the microbatch's share of the
+        targets of the global batch: numbers in which it has no say, so that the mean over microbatches and
+        ranks is the mean over the global batch however it is split. Ranks that share sequences divide by
+        their equal shares of it.
         """
         sequences, length = batch["targets"].shape
-        positions = sequences * (length - 1) / (1 if self.context is None else self.context.ranks)
+        per_sequence = length - 1 if self.targets_per_sequence is None else self.targets_per_sequence
+        positions = sequences * per_sequence / (1 if self.context is None else self.context.ranks)
         minimised = language = outputs.loss_sum / positions
         others = {}
         if self.logit_z_weight:

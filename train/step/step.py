@@ -3,7 +3,7 @@
 =========  ==========================================================================  ==================
 data in    skip excluded batches; set RoPE base, microbatch size and learning rate     `after_dataloader`,
                                                                                        `batch_start`
-balance    count the whole batch's expert choices, if the balance loss needs them      `before_train_batch`
+count      the batch's targets and its expert choices, if its losses need them         `before_train_batch`
 forward    Composer's; then add each microbatch's loss, expert and domain counts       `after_loss`
 backward   Composer's; FSDP2 averages the gradients of sharded weights over ranks      `before_backward`
 reduce     sum the batch's loss, counts and save flags over ranks; average the         `after_train_batch`
@@ -34,12 +34,12 @@ from train.model.scaled_products import require_ran
 from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
 from train.recipe.phases import microbatch_sequences, phases_of, training_in
-from train.recipe.schema import Balance, ExpertPrecision, Recipe
+from train.recipe.schema import Balance, ExpertPrecision, LossMean, Recipe
 from train.recipe.topology import Topology
 from train.record.metrics import GRADIENT_NORM, LEARNING_RATE, PHASE
 from train.step.alarms import Alarms
 from train.step.balance import BalanceCounts, microbatches_of
-from train.step.batch_sums import BatchSums, BatchTotals
+from train.step.batch_sums import BatchSums, BatchTotals, targets_per_sequence
 from train.step.checkpointing import Checkpointing
 from train.step.data_in import learning_rate, skip_excluded
 from train.step.data_log import DataLog
@@ -136,11 +136,14 @@ class TrainingStep(Callback):
             self.checkpointing.restore_random_states()
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Balance: routes the whole batch once without gradients, if the balance loss needs its counts."""
+        """Count: targets of all ranks; routes the whole batch without gradients for the balance loss."""
         if self.recheck is not None:
             self.recheck.begin(state.timestamp.batch.value, state.optimizers[0])
         if self.balance is not None and self.balance.needs_first_pass:
             self.balance.count_batch(microbatches_of(state))
+        if self.recipe.training.loss_mean is LossMean.targets:
+            device = next(self.model.parameters()).device
+            self.model.targets_per_sequence = targets_per_sequence(state.batch["targets"].to(device))
         self.sums.clear()
         assert state.device_train_microbatch_size is not None
         sequences = state.batch["input_ids"].shape[0]

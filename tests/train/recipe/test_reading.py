@@ -78,6 +78,11 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
             "command line: schedule.decay_tokens: nothing reads this key unless schedule.kind == wsd",
         ),
         (
+            "data.sources=[{domain: code, kind: chat, path: a, dataset: d, version: 1, origin: o, "
+            "licence: l}]",
+            f"{SMOKE}: training.loss_mean: is positions, but data.sources has conversations",
+        ),
+        (
             "optimizer.momentum=0.9",
             "command line: optimizer.momentum: nothing reads this key unless optimizer.kind == muon",
         ),

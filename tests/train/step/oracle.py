@@ -20,6 +20,7 @@ from train.recipe.schema import (
     Balance,
     BalanceScope,
     Ffn,
+    LossMean,
     Norm,
     OptimizerKind,
     Position,
@@ -38,6 +39,8 @@ class Sequences:
     tokens: Tensor
     documents: Tensor
     targets: Tensor
+    known: Tensor
+    """Where a next token is known, target or not."""
 
 
 @dataclass
@@ -60,28 +63,37 @@ def joined(picked: Sequence[Sequence[tuple[int, Sample]]]) -> Sequences:
     The next token is the target, also of a document's last one; but not where a sample is followed by one
     that is not its neighbour. A document that continues in a neighbour stays one.
     """
-    tokens, documents, targets = [], [], []
+    tokens, documents, targets, known = [], [], [], []
     for samples in picked:
         ids: list[int] = []
         names: list[tuple[int, int]] = []
         wanted: list[int] = []
+        there: list[bool] = []
         run = 0
         for place, (number, sample) in enumerate(samples):
             is_next = place > 0 and number == samples[place - 1][0] + 1
             run += not is_next
             own = sample.tokens.tolist()
+            bits = "1" * len(own)
+            if sample.trained is not None:
+                bits = "".join(f"{byte:08b}" for byte in sample.trained.tolist())
+            learnt = [token if bit == "1" else NONE for token, bit in zip(own, bits, strict=True)]
             if place:
-                wanted.append(own[0] if is_next else NONE)
-            wanted += own[1:]
+                wanted.append(learnt[0] if is_next else NONE)
+                there.append(is_next)
+            wanted += learnt[1:]
+            there += [True] * (len(own) - 1)
             ids += own
             for document, length in zip(sample.documents.tolist(), sample.lengths.tolist(), strict=True):
                 names += [(run, document)] * length
         wanted.append(NONE)
+        there.append(False)
         order = {name: at for at, name in enumerate(dict.fromkeys(names))}
         tokens.append(ids)
         documents.append([order[name] for name in names])
         targets.append(wanted)
-    return Sequences(torch.tensor(tokens), torch.tensor(documents), torch.tensor(targets))
+        known.append(there)
+    return Sequences(*map(torch.tensor, (tokens, documents, targets, known)))
 
 
 class Oracle:
@@ -166,8 +178,8 @@ class Oracle:
     def forward(
         self, batch: Sequences, theta: float
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        """Mean cross-entropies over positions, of next tokens and of those after them; of each MoE layer
-        scores, choices and logits [B, S, E].
+        """Mean cross-entropies over positions that have a next token, or over those that are to learn it, of
+        next tokens and of those after them; of each MoE layer scores, choices and logits [B, S, E].
         """
         model, W = self.recipe.model, self.weights
         x = embedded = W["transformer.wte.weight"][batch.tokens]
@@ -175,7 +187,11 @@ class Oracle:
         for layer in range(model.n_layers):
             x = self.layer(x, self.layer_name(layer), batch, theta, routed)
         hidden = self.norm(x, "transformer.norm_f.weight")
-        language, mtp = self.cross_entropy(hidden, batch.targets), torch.zeros(())
+        B, S = batch.tokens.shape
+        over = B * (S - 1)
+        if self.recipe.training.loss_mean is LossMean.targets:
+            over = int((batch.targets != NONE).sum())
+        language, mtp = self.cross_entropy(hidden, batch.targets) / over, torch.zeros(())
         if model.mtp:
             at = self.layer_name(model.n_layers)
             # The last position's next token is not known; the first stands for it, and only routers see it.
@@ -183,7 +199,7 @@ class Oracle:
             both = self.norm(following, at + "enorm.weight"), self.norm(hidden, at + "hnorm.weight")
             joined = torch.cat(both, dim=-1) @ W[at + "eh_proj.weight"].T
             x = self.layer(joined, at, batch, theta, routed)
-            mtp = self.cross_entropy(self.norm(x, at + "norm.weight"), self.two_ahead(batch))
+            mtp = self.cross_entropy(self.norm(x, at + "norm.weight"), self.two_ahead(batch)) / over
         scores, choices, logits = ([each[i] for each in routed] for i in range(3))
         return language, mtp, scores, choices, logits
 
@@ -209,23 +225,23 @@ class Oracle:
         return x + up @ W[at + "ffn.w2.weight"].T
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Summed over targets, over the number of positions that have a next token."""
+        """Summed over targets."""
         head = self.weights[
             "transformer.wte.weight" if self.recipe.model.tie_embeddings else "lm_head.weight"
         ]
         logs = functional.log_softmax(hidden @ head.T, dim=-1)
         own = logs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-        B, S = targets.shape
-        return -(own * (targets != NONE)).sum() / (B * (S - 1))
+        return -(own * (targets != NONE)).sum()
 
     def two_ahead(self, batch: Sequences) -> Tensor:
-        """The token after the next one, where both are targets and, of documents apart, in the same one."""
+        """The token after the next one, where it is a target, the next one is known and, of documents apart,
+        both are in the same one.
+        """
         B, S = batch.targets.shape
         found = torch.full_like(batch.targets, NONE)
         for b in range(B):
             for i in range(S - 2):
-                one, two = batch.targets[b, i], batch.targets[b, i + 1]
-                if NONE in (one, two):
+                if not batch.known[b, i] or batch.targets[b, i + 1] == NONE:
                     continue
                 is_same = batch.documents[b, i] == batch.documents[b, i + 1] == batch.documents[b, i + 2]
                 if is_same or not self.recipe.training.document_masking:
