@@ -5,19 +5,17 @@ import json
 import torch
 from tabulate import tabulate
 
+from launch.plan.hardware import GPUS
 from tests.cuda_standin import standin, test_memory, test_step, test_timeline
+from train.recipe import sizes
+from train.recipe.reading import load_recipe
+from train.recipe.schema import Recompute
 
 REPLAYED = (
     ("MoE-A, 64 GPUs", "dbrx-moe-a", 64),
     ("DBRX, 3,072 GPUs", "dbrx", 3072),
-    ("DBRX, expert 8", "dbrx", 3072, "parallelism.expert=8"),
-    (
-        "DBRX, expert 8, reduced in bf16",
-        "dbrx",
-        3072,
-        "parallelism.expert=8",
-        "parallelism.reduce_precision=bf16",
-    ),
+    ("DBRX, expert 16", "dbrx", 3072, "parallelism.expert=16"),
+    ("DBRX, reduced in bf16", "dbrx", 3072, "parallelism.reduce_precision=bf16"),
 )
 GROUPS = ("kernels", "triton", "products", "copies", "waits", "events", "collectives")
 
@@ -45,7 +43,20 @@ for name, stem, ranks, *keys in REPLAYED:
     for is_ahead in (False, True):
         layer = test_timeline.layer_of(stem, ranks, *keys, is_ahead=is_ahead)
         layers.append([f"{name}, {'a layer ahead' if is_ahead else 'as FSDP2 would by itself'}", *layer])
+grades = []
+for name, stem, ranks in (row[:3] for row in REPLAYED[:2]):
+    recipe = load_recipe(test_timeline.YAMLS / f"{stem}.yaml")
+    length = recipe.data.sequence_tokens
+    flops = sizes.flops_per_token_training(recipe.model, length).total
+    flops *= recipe.training.microbatch_sequences * length
+    for grade in Recompute:
+        layer = test_timeline.layer_of(stem, ranks, f"training.recompute={grade.value}")
+        seconds = (layer.rest + recipe.model.n_layers * layer.total) / 1000
+        share = flops / seconds / GPUS["h100"].matrix_flops
+        grades.append([f"{name}: {grade.value}", layer.total, layer.open, seconds, f"{share:.1%}"])
 print(f"torch {torch.__version__}\n")
 print(tabulate(rows, ["calls", *GROUPS], "github", floatfmt=",g", intfmt=","), end="\n\n")
 print(tabulate(layers, ["replayed, ms", *test_timeline.Layer._fields], "github", floatfmt=".1f"), end="\n\n")
+columns = ["recomputed, replayed", "a layer, ms", "open, ms", "a step, s", "utilisation"]
+print(tabulate(grades, columns, "github", floatfmt=("", ".1f", ".1f", ".2f")), end="\n\n")
 print(tabulate(peaks, ["GiB", "allocator's peak", "planned", "error"], "github", floatfmt=".2f"))

@@ -26,6 +26,8 @@ class Layer(NamedTuple):
     total: float
     links: float
     open: float
+    rest: float
+    """Of the same step, what is in no layer: embeddings, loss, sums over ranks, optimizer."""
 
 
 @functools.cache
@@ -43,7 +45,8 @@ def layer_of(stem: str, ranks: int, *overrides: str, is_ahead: bool = True) -> L
             standin.run("world", str(ranks), str(file), *own, ALONE="1", **settings)
             found.append(replay(read(timeline.name), load_recipe(file, own).parallelism, ranks))
     two, four = ((each.seconds, each.links, each.open) for each in found)
-    return Layer(*(500 * (b - a) for a, b in zip(two, four, strict=True)))
+    layer = [500 * (b - a) for a, b in zip(two, four, strict=True)]
+    return Layer(*layer, rest=1000 * two[0] - 2 * layer[0])
 
 
 @pytest.mark.parametrize(("stem", "ranks", "expert"), [("dbrx-moe-a", 64, 1), ("dbrx", 3072, 8)])
