@@ -35,7 +35,7 @@ class SourceRecord:
     text: str
     reason: str = ""
     """Empty for a text; otherwise `encoding`, `JSON`, `no text`, `conversation`, `size`, `unreadable file` or
-    `empty file`, some with more words after `: `."""
+    `empty file`, some with more words after a colon."""
     size: int = 0
     """Without a text: bytes of the line, row or file, as far as they are known."""
     turns: tuple[Turn, ...] = ()

@@ -41,16 +41,16 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!(train|data|launch)\.).*")]
 
 def follow_import(app: Any, env: Any, node: Any, shown: Any) -> Any:
     """Resolves a name that a module only imports; packages, which have pages but no object, stay text."""
-    if node.get("refdomain") != "py":
-        return None
     target = node["reftarget"]
+    if node.get("refdomain") != "py" or not target.startswith(("train.", "data.", "launch.")):
+        return None
     if (ROOT / target.replace(".", "/")).is_dir():
         return shown
     python, name = env.get_domain("py"), target.rpartition(".")[2]
     defined = [
         full for full, it in python.objects.items() if full.endswith(f".{name}") and it.objtype != "attribute"
     ]
-    if not target.startswith(("train.", "data.", "launch.")) or len(defined) != 1:
+    if len(defined) != 1:
         return None
     return python.resolve_xref(env, node["refdoc"], app.builder, "obj", defined[0], node, shown)
 

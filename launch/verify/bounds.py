@@ -32,7 +32,7 @@ of them. Four ranks reach 1.0 u and 0.3 u.
 
 With `parallelism.interleave` the reference takes halves a and b as microbatches, and adds fl(a) and fl(b).
 Here, inside of a layer, their sum is rounded once more: u of it. Outside of the layers a and b are added
-before they are rounded, so the two sides are within (1 + k) u of each other, k = (|a| + |b|) / |a + b|. Of
+before they are rounded, so the two sides are within (1 + k) u of each other, `k = (|a| + |b|) / |a + b|`. Of
 independent halves k is 1.4. Those of the last norm's gradient nearly cancel: its error, 3.4 u, is that of k
 = 7.9, as 0.43 u sqrt(k^2 / 2 + 1). The bound, 8 u, is k = 7 with every rounding at its worst. The signed
 mean of its 64 elements has a standard deviation of 3.4 u sqrt(3 / 64) = 0.7 u; the bound, u, is not far
