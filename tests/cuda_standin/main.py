@@ -1,7 +1,8 @@
 """`train/main.py` on the stand-in: `composer -n 2 tests/cuda_standin/main.py RECIPE [key=value ...]`.
 
-Where Composer reads a value that a kernel computed, it goes another way here; all of ours runs as it is. Each
-rank writes its counts to `STANDIN_OUTPUT` with its number appended.
+What depends on a value that a kernel computed goes another way here: Composer's loop, sampled text, and what
+compares a batch's positions, summed on the device, with the plan. All else of ours runs as it is. Each rank
+writes its counts to `STANDIN_OUTPUT` with its number appended.
 """
 
 import json
@@ -23,6 +24,7 @@ from torch.distributed import distributed_c10d
 from tests.cuda_standin import inside
 from train.generate import sample_text
 from train.main import main
+from train.step.data_log import DataLog
 
 GROUP_ARGUMENT = {
     "broadcast_object_list": 2,
@@ -65,6 +67,7 @@ def batches(trainer: Trainer, mode: TrainerMode) -> Iterator[Any]:
 inside.prepare()
 # Sampling draws from what kernels compute, and asserts on it.
 sample_text.write_sample = lambda *_: None
+DataLog._require_own = lambda *_: None
 send_objects_over_gloo()
 Trainer._iter_dataloader = batches
 inside.reset()

@@ -4,6 +4,7 @@ A step that took the square of a run's length would take minutes here, and all t
 """
 
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def bpe() -> TokenizerHandle:
 
 @pytest.fixture(scope="module")
 def cl100k() -> TokenizerHandle:
-    handle = open_tokenizer(Tokenizer(), None)  # type: ignore[arg-type]
+    handle = open_tokenizer(Tokenizer(), Path("nowhere"))
     # Without the optional faster encoder, which has no trouble.
     handle._encode_batch = handle._encode_with_tiktoken
     return handle

@@ -162,6 +162,7 @@ def hostile_shards(_: Path) -> str:
                 2,
                 6,
                 dict.fromkeys(map(str, PERCENTILES), 3),
+                1,
                 {NAME: 1, "en": 1},
                 1,
                 0,
@@ -214,7 +215,7 @@ def hostile_certificate(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("write", "scripts", "in_figures"),
     [
-        (hostile_run, 0, True),
+        (hostile_run, 1, True),
         (hostile_comparison, 0, True),
         (hostile_shards, SCRIPTS, True),
         (hostile_plan, 0, False),
