@@ -24,7 +24,7 @@ Spans = tuple[tuple[int, int], ...]
 """Characters that are to be learnt, from and to."""
 
 CONVERSATION = "conversation"
-"""Reason of records that are none, before `: ` and more words."""
+"""Reason of records that are none; a colon and more words may follow."""
 ROLES = ("system", "user", "assistant", "tool")
 PROMPT, RESPONSES = "prompt", ("response", "completion")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
