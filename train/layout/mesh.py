@@ -36,7 +36,8 @@ from train.model.moe import MoE
 from train.model.norms import LayerNorm, RmsNorm
 from train.model.tensor_parallel import ColumnLinear, RowLinear, TensorGroup
 from train.recipe import sizes
-from train.recipe.schema import ExchangePrecision, Parallelism, Precision, ReducePrecision, Reduction
+from train.recipe.errors import UserError
+from train.recipe.schema import ExchangePrecision, Model, Parallelism, Precision, ReducePrecision, Reduction
 
 REPLICATE, SHARD, EXPERT = "replicate", "shard", "expert"
 DENSE = "dense"
@@ -153,9 +154,12 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int 
             # The layer casts its experts' inputs itself. FSDP2 would also round the routing weights, and only
             # in the forward pass: a recomputed layer would not match.
             of_experts = replace(cast, cast_forward_inputs=False)
-            fully_shard(
-                block.ffn.experts, mesh=over_experts, mp_policy=of_experts, reshard_after_forward=is_freed
-            )
+            try:
+                fully_shard(
+                    block.ffn.experts, mesh=over_experts, mp_policy=of_experts, reshard_after_forward=is_freed
+                )
+            except NotImplementedError:  # torch 2.7
+                raise _uneven_experts(decoder.cfg, over_experts.size(over_experts.ndim - 1), mesh) from None
         fully_shard(
             block, mesh=over_layers, mp_policy=cast, reshard_after_forward=is_freed, ignored_params=whole
         )
@@ -167,6 +171,14 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int 
     decoder.context = mesh.context
     decoder.to_empty(device=over_all.device_type)
     initialize(decoder, decoder.cfg, seed)
+
+
+def _uneven_experts(model: Model, shard: int, mesh: Mesh) -> UserError:
+    """The refusal of a torch whose FSDP2 has no uneven shards of what other dimensions split too."""
+    assert model.moe is not None
+    rows, ranks = model.moe.experts * sizes.expert_width(model), shard * mesh.layout.expert
+    what = f"cuts the experts' {rows} rows for {ranks} ranks unevenly, which torch {torch.__version__} can't"
+    return UserError(what, key="parallelism.expert", remedy="use a newer torch, or ranks that divide them")
 
 
 def gather_ahead(decoder: nn.Module) -> None:

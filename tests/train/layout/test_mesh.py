@@ -35,6 +35,7 @@ from train.model.decoder import Decoder, DecoderOutput
 from train.model.init import initialize
 from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
+from train.recipe.errors import UserError
 from train.recipe.schema import Checkpoint, Moe, Optimizer, Parallelism, Precision, Recompute
 from train.recipe.topology import Topology
 from train.step.batch_sums import BatchSums
@@ -50,6 +51,18 @@ def _decoder(topology: Topology, layout: Parallelism) -> Decoder:
     decoder = Decoder(CFG, device="meta")
     build_sharded(decoder, build_mesh(layout, topology.world_size, "cpu"), Precision.fp32, 17)
     return decoder
+
+
+def test_experts_rows_that_ranks_do_not_divide_are_sharded_or_refused_in_a_line() -> None:
+    refused = []
+    try:
+        with sharded(replace(CFG, ffn_hidden_size=25), Parallelism(expert=4), 12, rank=11) as decoder:
+            rows = local(decoder.get_parameter("transformer.blocks.0.ffn.experts.mlp.w1")).shape[0]
+            assert rows == 2 * 25 - 2 * 17  # the last of three shards of two experts
+    except UserError as error:
+        refused = [str(error)]
+    assert bool(refused) == torch.__version__.startswith("2.7.")
+    assert all("cuts the experts' 200 rows for 12 ranks unevenly" in line for line in refused)
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, Parallelism(expert=4), Parallelism()])
