@@ -83,7 +83,7 @@ class TokenizerHandle(ABC):
     bos_id: int
     """The id that a model is told begins a text; the same as that which ends one if there is no other."""
     special_names: dict[str, str]
-    """What configurations and templates call special tokens, `eos_token` for example, with their names."""
+    """Special tokens by the names that configurations and templates use, `eos_token` for example."""
     chat_template: str | None = None
     """Jinja that renders chats; None: it has none."""
 

@@ -40,7 +40,7 @@ class ChatFormat:
 
     template: str
     names: tuple[tuple[str, str], ...]
-    """What templates call special tokens, `eos_token` for example, with their names."""
+    """Special tokens by the names that templates use, `eos_token` for example."""
     special: tuple[str, ...]
     """Names of all special tokens; words must not spell them."""
 

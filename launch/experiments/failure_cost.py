@@ -1,4 +1,4 @@
-"""What a failure costs: `python -m launch.experiments.failure_cost yamls/smoke.yaml`.
+"""The cost of a failure: `python -m launch.experiments.failure_cost yamls/smoke.yaml`.
 
 The tiny recipe trains under the supervisor, as a user starts it. Each time it has come some batches further,
 its last rank is killed, and the time to the first new step is measured, part by part: without and with

@@ -177,7 +177,7 @@ def best_rate(losses: dict[float, float]) -> tuple[float, bool]:
 
     Returns:
         The rate, as a multiple of the recipe's, and whether it lies inside of what was tried; at an edge, or
-        beside a rate that diverged, it is the best that was tried.
+        next to a rate that diverged, it is the best that was tried.
     """
     rates = sorted(losses)
     place = min(range(len(rates)), key=lambda n: losses[rates[n]])

@@ -28,7 +28,7 @@ from launch.plan.traffic import (
 )
 
 OPEN = (KEYS, KEYS_BACK, SHARES, GATHERED, SUMMED, HEADS)
-"""What attention and dense products wait for: it has nothing to hide behind."""
+"""Traffic that attention and dense products wait for: it has nothing to hide behind."""
 OPEN_IF_INTERLEAVED = 0.25
 """Share of the exchange that has nothing to hide behind, see :mod:`train.model.interleave`."""
 

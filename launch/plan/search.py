@@ -285,7 +285,7 @@ def _fits(recipe: Recipe, world_size: int, like: Plan) -> bool:
 
 
 def _has_room(recipe: Recipe, world_size: int, gpu: Gpu, imbalance: float) -> bool:
-    """What :attr:`Plan.fits` says of a valid recipe, without the time of a step."""
+    """Returns :attr:`Plan.fits` of a valid recipe, without planning the time of a step."""
     shapes = step_shapes(recipe)
     return all(memory(each.recipe, world_size, imbalance).total <= gpu.memory_bytes for each in shapes)
 

@@ -40,7 +40,7 @@ KEYS, KEYS_BACK = "keys and values", "gradients of keys, values"
 SHARES = "experts' shares of sequences"
 """Keys and values, their gradients, and sums over ranks that share sequences."""
 GATHERED, SUMMED, HEADS = "tokens of sequences", "sums of products", "heads"
-"""What ranks that share dense weights gather, send each other to add up, and exchange."""
+"""Gathers, sums and exchanges of ranks that share dense weights."""
 DENSE_LAYERS = "dense layers"
 """The name of the units of a mixture's layers without experts."""
 
@@ -214,7 +214,7 @@ def _shares_of_sequences(
 def _of_shared_weights(
     model: Model, layout: Parallelism, token_bytes: int, grades: Sequence[Recompute]
 ) -> list[Collective]:
-    """What ranks that share dense weights exchange: before and after attention, and dense feed-forward.
+    """Collectives of ranks that share dense weights: before and after attention, and dense feed-forward.
 
     Args:
         model: the decoder.

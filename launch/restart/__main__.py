@@ -214,7 +214,7 @@ def show(folder: Path) -> Figures:
 
 
 def _folder_of(command: list[str]) -> Path:
-    """Returns the records' folder beside the run of the recipe that the command names."""
+    """Returns the records' folder next to the run of the recipe that the command names."""
     recipes = [word for word in command if word.endswith((".yaml", ".yml"))]
     if not recipes:
         raise UserError("is missing, and COMMAND names no recipe", key="--records", remedy="give the folder")

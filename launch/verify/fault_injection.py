@@ -81,7 +81,7 @@ class InjectedFault(Row):
     """Ending of the attempt, according to the supervisor's log."""
     seconds: float = 0.0
     problem: str = ""
-    """What went wrong in the attempt itself, if anything did."""
+    """Failure of the attempt itself, if there was one."""
 
 
 class FaultInjectionCheck(TableCheck):

@@ -47,7 +47,7 @@ def rank(arguments: Sequence[str]) -> int:
 
 
 class Host:
-    """A server, and the processes that a launcher starts beside it."""
+    """A server, and the other processes that a launcher starts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.output = folder, folder / "output"

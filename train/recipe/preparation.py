@@ -34,7 +34,7 @@ class Quality(str, Enum):
 
 
 class Packing(str, Enum):
-    """How documents are laid into sequences."""
+    """Ways to lay documents into sequences."""
 
     concatenate = "concatenate"
     best_fit = "best_fit"

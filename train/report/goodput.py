@@ -7,7 +7,7 @@ from train.record.run_folder import SUMMARY_FILE
 from train.record.summary import Summary
 
 RESTARTS = ".restarts/restarts.jsonl"
-"""The supervisor's log of tries, beside the run's folder; it has a line for each try that has ended."""
+"""The supervisor's log of tries, next to the run's folder; it has a line for each try that has ended."""
 
 
 def goodput(run_dir: Path, summary: Summary) -> float | None:

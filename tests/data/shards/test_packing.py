@@ -72,7 +72,7 @@ def test_best_fit_cuts_nothing_that_fits(seed: int) -> None:
     begins = [int(sample.documents[0]) for sample in samples]
     assert begins == sorted(begins)
     for before, after in itertools.pairwise(samples):
-        if before.documents[-1] == after.documents[0]:  # Read as one document that goes on.
+        if before.documents[-1] == after.documents[0]:  # Read as one document that continues.
             assert before.documents.size == 1
     sizes = [min(size, ids.size - at) for ids in documents.values() for at in range(0, ids.size, size)]
     assert len(samples) == best_fit_decreasing(sizes, size)

@@ -177,7 +177,7 @@ def test_all_document_kernels_have_equal_gradients() -> None:
 
 
 def test_documents_end_with_their_sequence() -> None:
-    """The second sequence goes on with the first one's number, and the last document has one token."""
+    """The second sequence continues the first one's number, and the last document has one token."""
     offsets, longest = document_offsets(torch.tensor([[3, 3, 5, 5], [5, 5, 5, 0]]))
     assert offsets.tolist() == [0, 2, 4, 7, 8] and offsets.dtype is torch.int32 and longest == 3
 

@@ -40,7 +40,7 @@ from train.report.scaling import Advantage
 NAME = """<img src=x onerror=alert(1)>"'&amp;{{ 7 * 7 }}$x$"""
 """A name of a run, domain, task or recipe: markup, quotes, an entity, a template, mathematics."""
 TEXT = f"</script><script>alert(2)</script></pre><!-- {NAME}"
-"""What a document or a sample may hold."""
+"""Text that a document or a sample may hold."""
 VOID = {"meta", "br", "input", "path", "use", "image", "rect", "line"}
 SCRIPTS = 2
 """Elements of the page on shards: its data and its program."""
