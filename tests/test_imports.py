@@ -33,6 +33,9 @@ train.preflight    train.recipe train.record data train.health
 train.step         train.recipe train.record data data.shards data.audit train.model train.layout
                    train.checkpoint
 
+train.start        train.recipe train.record data data.order data.shards train.layout train.checkpoint
+                   train.step train.hf
+
 train.hf           train.recipe train.record data train.model train.checkpoint
 train.generate     train.recipe train.record data train.model train.hf
 train.report       train.recipe train.record
@@ -41,8 +44,8 @@ train.tracking     train.recipe train.record train.hf
 train.translate    train.recipe train.record
 train.runs         train.recipe train.record train.report train.tracking
 train              train.recipe train.record data data.order data.shards train.model train.layout
-                   train.checkpoint train.health train.preflight train.step train.hf train.generate
-                   train.evaluate train.report train.tracking
+                   train.checkpoint train.health train.preflight train.step train.hf train.start
+                   train.generate train.evaluate train.report train.tracking
 
 launch             train.recipe train.record data train.preflight train launch.verify
 launch.plan        train.recipe train.record train

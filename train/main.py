@@ -16,7 +16,6 @@ sys.path[0] = str(ROOT)
 from train.evaluate.task_files import check_suite
 from train.health.environment import set_defaults
 from train.hf.start import check_start
-from train.readiness import check_readiness
 from train.recipe.catalogue import describe_keys
 from train.recipe.describe import describe_run
 from train.recipe.errors import UserError
@@ -29,6 +28,7 @@ from train.record.command import Figures, at_least, command
 from train.record.log import progress
 from train.record.run_folder import in_place
 from train.record.start_times import START_CLOCK
+from train.start.readiness import check_readiness
 from train.warm import hand_over
 
 

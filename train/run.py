@@ -22,7 +22,6 @@ from train.evaluate.in_training import SuiteEvaluation
 from train.evaluate.scorer import Scorer
 from train.evaluate.suite import load_suite
 from train.evaluate.tasks import hugging_face_tokenizer
-from train.fork import fork_if_new
 from train.generate.generation import OwnText
 from train.generate.sample_text import write_sample
 from train.health.descriptors import raise_descriptor_limit
@@ -71,7 +70,8 @@ from train.record.summary import DatasetInput, Summary, write_summary
 from train.record.system_load import SystemLoad
 from train.record.throughput import Throughput
 from train.report.run_page import write_report
-from train.resume import Resumed, accept, data_digests, drop_after, find_checkpoint, keep, load_weights
+from train.start.fork import fork_if_new
+from train.start.resume import Resumed, accept, data_digests, drop_after, find_checkpoint, keep, load_weights
 from train.step.alarms import Alarms, NotFiniteError
 from train.step.checkpointing import Checkpointing
 from train.step.data_log import DataLog, Domain, WrongDataError

@@ -2,10 +2,17 @@
 
 from dataclasses import replace
 
-from train.hf.config import llama_like, llama_like_config, need, only, qwen_moe, qwen_moe_keys
+from train.hf.config import (
+    deepseek_moe_keys,
+    llama_like,
+    llama_like_config,
+    need,
+    only,
+    qwen_moe,
+    qwen_moe_keys,
+)
 from train.hf.deepseek import experts_of, refuse_quantized
 from train.hf.rope import PARTIAL, Config
-from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Model, QkNormOver, Score
 
@@ -70,20 +77,10 @@ def glm4_moe_to_model(config: Config) -> Model:
 
 def glm4_moe_from_model(model: Model) -> dict[str, object]:
     """Writes a GLM-4.5 config."""
-    moe = model.moe
-    assert moe is not None and moe.shared_hidden_size is not None
-    return llama_like_config(model) | {
+    own = {
         PARTIAL: float(model.rope_share),
         "attention_bias": model.qkv_bias,
         "use_qk_norm": model.qk_norm,
-        "moe_intermediate_size": sizes.expert_width(model),
-        "n_routed_experts": moe.experts,
-        "num_experts_per_tok": moe.top_k,
-        "n_shared_experts": moe.shared_hidden_size // sizes.expert_width(model),
-        "first_k_dense_replace": moe.dense_layers,
-        "norm_topk_prob": moe.normalize_weights_p == 1,
-        "routed_scaling_factor": float(moe.weight_scale),
-        "n_group": moe.groups,
-        "topk_group": moe.top_groups,
         "num_nextn_predict_layers": 0,
     }
+    return llama_like_config(model) | deepseek_moe_keys(model) | own

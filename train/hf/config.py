@@ -262,9 +262,15 @@ def dots1_to_model(config: Config) -> Model:
 
 def dots1_from_model(model: Model) -> dict[str, object]:
     """Writes a dots.llm1 config for experts that are scored by sigmoids, with a shared one."""
+    no_windows = {"sliding_window": None, "max_window_layers": model.n_layers}
+    return llama_like_config(model) | deepseek_moe_keys(model) | no_windows
+
+
+def deepseek_moe_keys(model: Model) -> dict[str, object]:
+    """Writes what a DeepSeek-like config says of experts that are chosen by groups, and of a shared one."""
     moe = model.moe
     assert moe is not None and moe.shared_hidden_size is not None
-    return llama_like_config(model) | {
+    return {
         "moe_intermediate_size": sizes.expert_width(model),
         "n_routed_experts": moe.experts,
         "num_experts_per_tok": moe.top_k,
@@ -274,8 +280,6 @@ def dots1_from_model(model: Model) -> dict[str, object]:
         "routed_scaling_factor": float(moe.weight_scale),
         "n_group": moe.groups,
         "topk_group": moe.top_groups,
-        "sliding_window": None,
-        "max_window_layers": model.n_layers,
     }
 
 

@@ -3,9 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from train.hf.config import llama_like, llama_like_config, need, only
+from train.hf.config import deepseek_moe_keys, llama_like, llama_like_config, need, only
 from train.hf.rope import Config
-from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import Balance, BalanceScope, GroupScore, Latent, Model, Moe, Score
 
@@ -33,9 +32,7 @@ def v3_to_model(config: Config) -> Model:
 
 def v3_from_model(model: Model) -> dict[str, object]:
     """Writes a DeepSeek-V3 config."""
-    assert model.moe is not None
     return _config(model) | {
-        "norm_topk_prob": model.moe.normalize_weights_p == 1,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "rope_interleave": True,
@@ -121,21 +118,14 @@ def _to_model(config: Config, moe: Moe) -> Model:
 
 
 def _config(model: Model) -> dict[str, object]:
-    moe, latent = model.moe, model.latent
-    assert moe is not None and moe.shared_hidden_size is not None and latent is not None
-    return llama_like_config(model) | {
-        "moe_intermediate_size": sizes.expert_width(model),
-        "n_routed_experts": moe.experts,
-        "num_experts_per_tok": moe.top_k,
-        "n_shared_experts": moe.shared_hidden_size // sizes.expert_width(model),
-        "first_k_dense_replace": moe.dense_layers,
+    latent = model.latent
+    assert latent is not None
+    own = {
         "moe_layer_freq": 1,
-        "routed_scaling_factor": float(moe.weight_scale),
-        "n_group": moe.groups,
-        "topk_group": moe.top_groups,
         "q_lora_rank": latent.q_rank,
         "kv_lora_rank": latent.kv_rank,
         "qk_nope_head_dim": latent.nope_width,
         "qk_rope_head_dim": latent.rope_width,
         "v_head_dim": latent.v_width,
     }
+    return llama_like_config(model) | deepseek_moe_keys(model) | own

@@ -14,7 +14,7 @@ from train.layout.optim import build_optimizer
 from train.recipe.errors import UserError
 from train.recipe.schema import Optimizer, OptimizerKind
 from train.recipe.topology import Topology
-from train.resume import require_same_groups
+from train.start.resume import require_same_groups
 
 MUON = Optimizer(kind=OptimizerKind.muon, learning_rate=0.02, adamw_learning_rate=0.01)
 

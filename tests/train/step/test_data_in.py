@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from composer import Timestamp
 
-from tests.train.test_resume import RECIPE
+from tests.train.start.test_resume import RECIPE
 from train.recipe.curriculum import Curriculum, Skip, plan_stages
 from train.recipe.schema import Data, Optimizer, Phase, Schedule
 from train.step.data_in import learning_rate, skip_excluded

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_resume import RECIPE, save
+from tests.train.start.test_resume import RECIPE, save
 from train.recipe.curriculum import plan_stages
 from train.recipe.reliability import Guard
 from train.recipe.topology import Topology

@@ -39,7 +39,7 @@ from train.record.run_folder import (
 )
 from train.record.skips import declared_skips
 from train.record.step_log import StepLog
-from train.resume import RECORDS, data_digests
+from train.start.resume import RECORDS, data_digests
 
 
 def fork_if_new(opened: OpenedData, folder: Path, topology: Topology) -> None:

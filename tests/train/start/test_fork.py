@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.train.recipe.test_keys import with_value
-from tests.train.test_resume import ALONE, RECIPE, save
+from tests.train.start.test_resume import ALONE, RECIPE, save
 from train.hf.start import check_start
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe, to_yaml
@@ -22,7 +22,7 @@ from train.record.files import sha256
 from train.record.metrics import MEASURED
 from train.record.run_folder import claim_run_folder
 from train.record.step_log import read_steps
-from train.resume import find_checkpoint, keep
+from train.start.resume import find_checkpoint, keep
 
 TinyRecipe = Callable[..., Recipe]
 DIED = 9
@@ -162,7 +162,7 @@ def test_a_kill_while_the_recipe_is_kept_never_ends_resumption(tmp_path: Path) -
     given = ["runs_dir=" + str(tmp_path), "name=r", "on_existing=resume", "data.corpus=null"]
     given += ["data.sequence_tokens=32", "model.max_sequence_tokens=32", "training.duration_tokens=10240"]
     given += ["data.domains={a: 1.0}", "training.global_batch_sequences=8"]
-    smoke = Path(__file__).resolve().parents[2] / "yamls/smoke.yaml"
+    smoke = Path(__file__).resolve().parents[3] / "yamls/smoke.yaml"
     before = load_recipe(smoke, given)
     after = load_recipe(smoke, [*given, "training.loss_chunk_tokens=64", "guard.loss_deviations=4"])
     assert RECIPE.training.duration_tokens == before.training.duration_tokens

@@ -13,7 +13,7 @@ from train.recipe.schema import Checkpoint, Data, DataSkip, Recipe, Training
 from train.recipe.topology import Topology
 from train.record.run_folder import CHECKPOINTS_FOLDER, note_saved
 from train.record.skips import GuardDecision, write_decisions
-from train.resume import drop_after, find_checkpoint
+from train.start.resume import drop_after, find_checkpoint
 
 ALONE = Topology()
 RECIPE = Recipe(data=Data(domains={"a": 1.0}, sequence_tokens=32), training=Training(10240, 8, 4))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.restart.history import read_log
-from tests.train.test_resume import save
+from tests.train.start.test_resume import save
 from train.checkpoint.files import read_progress
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
@@ -23,7 +23,7 @@ from train.record.skips import GuardDecision, read_decisions, write_decisions
 from train.record.step_log import STEP, StepLog, read_steps
 from train.record.summary import Summary, read_summary, write_summary
 from train.report.run_record import read_run
-from train.resume import RECORDS, drop_after, find_checkpoint
+from train.start.resume import RECORDS, drop_after, find_checkpoint
 from train.tracking.facts import RunFacts
 from train.tracking.uploader import collect_facts
 
@@ -35,7 +35,7 @@ DIGESTS = {"code/train": "a" * 64}
 
 def small_run(runs: Path) -> Recipe:
     """Leaves what a run of 30 steps with checkpoints at 10 and 20 has in its folder."""
-    smoke = Path(__file__).resolve().parents[2] / "yamls/smoke.yaml"
+    smoke = Path(__file__).resolve().parents[3] / "yamls/smoke.yaml"
     given = [f"runs_dir={runs}", "name=r", "on_existing=resume", "data.domains={a: 1.0}", "data.corpus=null"]
     recipe = load_recipe(smoke, [*given, "data.sequence_tokens=32", "model.max_sequence_tokens=32"])
     recipe = dataclasses.replace(

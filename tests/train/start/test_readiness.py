@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from train.readiness import check_readiness
 from train.recipe.errors import UserError
 from train.recipe.exit_status import PREEMPTED_STATUS
 from train.recipe.reading import to_yaml
 from train.recipe.schema import Recipe
 from train.record.run_folder import batches_of
 from train.record.step_log import read_steps
+from train.start.readiness import check_readiness
 
 TinyRecipe = Callable[..., Recipe]
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
