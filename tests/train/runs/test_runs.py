@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_damage import small_run
+from tests.train.start.test_damage import small_run
 from train.recipe.reading import load_recipe
 from train.record.changes import Change, KeyChange, write_changes
 from train.record.lease import Holder
