@@ -37,7 +37,7 @@ train.start        train.recipe train.record data data.order data.shards train.l
                    train.step train.hf
 
 train.hf           train.recipe train.record data train.model train.checkpoint
-train.generate     train.recipe train.record data train.model train.hf
+train.generate     train.recipe train.record data data.text train.model train.hf
 train.report       train.recipe train.record
 train.evaluate     train.recipe train.record data train.model train.hf train.report
 train.tracking     train.recipe train.record train.hf

@@ -27,6 +27,8 @@ CONVERSATION = "conversation"
 """Reason of records that are none; a colon and more words may follow."""
 ROLES = ("system", "user", "assistant", "tool")
 PROMPT, RESPONSES = "prompt", ("response", "completion")
+_ANSWER = "0f1e2d3c"
+"""Words that stand for an answer, to see what follows it."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -91,11 +93,23 @@ def turns_of(tree: object, kind: SourceKind) -> list[Turn]:
     Raises:
         ConversationError: if it has none that can be trained on.
     """
-    if not isinstance(tree, dict):
-        raise ConversationError(f"{CONVERSATION}: no object")
     if kind is SourceKind.instructions:
+        tree = _object(tree)
         response = next((name for name in RESPONSES if name in tree), RESPONSES[0])
         return [(name, _words(tree, name, "")) for name in (PROMPT, response)]
+    turns = messages_of(tree)
+    if turns[-1][0] != "assistant":
+        raise ConversationError(f"{CONVERSATION}: the last message is not the assistant's")
+    return turns
+
+
+def messages_of(tree: object) -> list[Turn]:
+    """Returns the turns of a chat's record, whoever has the last word.
+
+    Raises:
+        ConversationError: if it is no chat.
+    """
+    tree = _object(tree)
     messages = tree.get("messages")
     if not isinstance(messages, list) or not messages:
         what = "messages is no list of turns" if "messages" in tree else _lacks(tree, "messages")
@@ -109,8 +123,6 @@ def turns_of(tree: object, kind: SourceKind) -> list[Turn]:
         if role not in ROLES:
             raise ConversationError(f"{CONVERSATION}: role{where} is not one of {', '.join(ROLES)}")
         turns.append((role, _words(message, "content", where)))
-    if turns[-1][0] != "assistant":
-        raise ConversationError(f"{CONVERSATION}: the last message is not the assistant's")
     return turns
 
 
@@ -129,9 +141,7 @@ def render(turns: Sequence[Turn], chat: ChatFormat | None) -> tuple[str, Spans]:
     if chat is None:
         (_, prompt), (_, response) = turns
         return prompt + response, ((len(prompt), len(prompt + response)),)
-    spelled = next((name for name in chat.special for _, words in turns if name in words), None)
-    if spelled is not None:
-        raise ConversationError(f"special token: {spelled}")
+    _refuse_special(turns, chat)
     try:
         text, spans = _rendered(turns, chat)
     except ConversationError:
@@ -143,32 +153,64 @@ def render(turns: Sequence[Turn], chat: ChatFormat | None) -> tuple[str, Spans]:
     return text, spans
 
 
+def render_prompt(turns: Sequence[Turn], chat: ChatFormat) -> tuple[str, str]:
+    """Returns a chat's text up to the words of the assistant's next turn, and the text that ends such a turn.
+
+    Args:
+        turns: the chat so far.
+        chat: renders it.
+
+    Raises:
+        ConversationError: if words spell a special token, or the template refuses.
+    """
+    _refuse_special(turns, chat)
+    try:
+        prompt = _text(turns, chat, prompts=True)
+        answered = _text([*turns, ("assistant", _ANSWER)], chat)
+    except Exception as error:  # Templates raise whatever they like.
+        raise ConversationError(f"template: {_line(error)}") from None
+    _, found, ending = answered.rpartition(_ANSWER)
+    return prompt, ending if found else ""
+
+
+def _refuse_special(turns: Sequence[Turn], chat: ChatFormat) -> None:
+    spelled = next((name for name in chat.special for _, words in turns if name in words), None)
+    if spelled is not None:
+        raise ConversationError(f"special token: {spelled}")
+
+
+def _text(turns: Sequence[Turn], chat: ChatFormat, *, prompts: bool = False) -> str:
+    text: str = _compiled(chat.template).render(
+        messages=_messages(turns),
+        tools=None,
+        documents=None,
+        add_generation_prompt=prompts,
+        **dict(chat.names),
+    )
+    return text
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    return [{"role": role, "content": words} for role, words in turns]
+
+
 def _rendered(turns: Sequence[Turn], chat: ChatFormat) -> tuple[str, Spans]:
     from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
-    compiled, names = _compiled(chat.template), dict(chat.names)
-    messages = [{"role": role, "content": words} for role, words in turns]
-
-    def until(end: int, *, prompts: bool = False) -> str:
-        text: str = compiled.render(
-            messages=messages[:end], tools=None, documents=None, add_generation_prompt=prompts, **names
-        )
-        return text
-
     if _GENERATION.search(chat.template):
         text, found = _render_with_assistant_indices(
-            compiled_template=compiled,
-            messages=messages,
+            compiled_template=_compiled(chat.template),
+            messages=_messages(turns),
             tools=None,
             documents=None,
             add_generation_prompt=False,
-            **names,
+            **dict(chat.names),
         )
         return text, tuple((int(begin), int(end)) for begin, end in found)
-    text, spans = until(len(messages)), []
+    text, spans = _text(turns, chat), []
     for number, (role, _) in enumerate(turns):
         if role == "assistant":
-            before, after = until(number, prompts=True), until(number + 1)
+            before, after = _text(turns[:number], chat, prompts=True), _text(turns[: number + 1], chat)
             if not (after.startswith(before) and text.startswith(after)):
                 raise ConversationError("template: renders earlier turns otherwise than later ones")
             spans.append((len(before), len(after)))
@@ -179,6 +221,12 @@ def _compiled(template: str) -> Any:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(template)
+
+
+def _object(tree: object) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise ConversationError(f"{CONVERSATION}: no object")
+    return tree
 
 
 def _words(tree: dict[str, Any], name: str, where: str) -> str:

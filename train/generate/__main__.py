@@ -1,24 +1,27 @@
 """Text generation: `python -m train.generate runs/NAME "Once upon a time"`.
 
 Several prompts form one batch; the answer to a single prompt is streamed. Takes a run, a checkpoint, an
-imported folder or a Hugging Face folder.
+imported folder or a Hugging Face folder. With `--chat` prompts are a user's messages, rendered by the chat
+template that the weights were tuned with; without any, on a terminal, one talks with the model.
 """
 
 import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.generate.chat import END, Message, chatml
 from train.recipe.errors import UserError
 from train.record import log
 from train.record.command import Figures, at_least, command
 
 if TYPE_CHECKING:
-    from train.generate.generation import Answer, Text
+    from data.text.conversations import Turn
+    from train.generate.chat import ChatText
+    from train.generate.generation import Answer, ChatTokenizer, Text
     from train.model.decoder import Decoder
 
 logger = log.get_logger("train.generate")
@@ -35,7 +38,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", help="a run's checkpoint, batch-... (default: the newest complete one)"
     )
-    parser.add_argument("--file", type=Path, help="file of further prompts, one per line")
+    parser.add_argument(
+        "--file",
+        type=Path,
+        help="file of further prompts, one per line; with --chat and .jsonl: chats, one per line",
+    )
     parser.add_argument("--max-tokens", type=at_least(int, 1), default=128, help="default: 128")
     parser.add_argument(
         "--temperature",
@@ -56,7 +63,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer; repeatable"
     )
     parser.add_argument(
-        "--chat", action="store_true", help="wrap each prompt in ChatML, as DBRX Instruct expects"
+        "--chat",
+        action="store_true",
+        help="prompts are a user's messages, in the chat template of the weights; without prompts: talk on a "
+        "terminal, or answer standard input",
+    )
+    parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="with --chat: Jinja in place of the weights' own"
     )
     parser.add_argument("--system", help="with --chat: the system message")
     parser.add_argument(
@@ -78,9 +91,29 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(options: Namespace) -> Figures:
     """Answers every prompt."""
     logger.info(f"generate: loading {options.source}; importing torch first")
+    if options.chat:
+        return chat(options)
     prompts = prompts_of(options)
     decoder, text = load(options)
-    answers, seconds = write_answers(decoder, text, prompts, options)
+    answers, seconds = write_answers(decoder, text, prompts, prompts, options)
+    return _figures(prompts, answers, seconds)
+
+
+def chat(options: Namespace) -> Figures:
+    """Answers every chat, or talks on a terminal."""
+    if not options.prompt and not options.file and sys.stdin.isatty():
+        decoder, text = load(options)
+        return _talk(decoder, text, options)
+    chats = chats_of(options)
+    decoder, text = load(options)
+    rendered = _chat_text(text, options)
+    prompts = [rendered.prompt(turns) for turns in chats]
+    said = [turns[-1][1] for turns in chats]
+    answers, seconds = write_answers(decoder, rendered, prompts, said, options, rendered.stop)
+    return _figures(prompts, answers, seconds)
+
+
+def _figures(prompts: "Sequence[str]", answers: "Sequence[Answer]", seconds: float) -> Figures:
     tokens = sum(len(answer.ids) for answer in answers)
     logger.info(
         f"generate: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s; ended by "
@@ -94,10 +127,11 @@ def prompts_of(options: Namespace) -> list[str]:
     """Returns the prompts of the command line and of a file (one per line), or standard input as one prompt.
 
     Raises:
-        UserError: if there is none, or if a system message is given without --chat.
+        UserError: if there is none, or if an option of chats is given without --chat.
     """
-    if options.system and not options.chat:
-        raise UserError("--system needs --chat")
+    for name, given in (("--system", options.system), ("--chat-template", options.chat_template)):
+        if given and not options.chat:
+            raise UserError(f"{name} needs --chat")
     prompts = list(options.prompt)
     if options.file:
         prompts += [line for line in options.file.read_text().splitlines() if line.strip()]
@@ -105,13 +139,75 @@ def prompts_of(options: Namespace) -> list[str]:
         prompts = [sys.stdin.read()]
     if not prompts:
         raise UserError("no prompt; give one, or use --file, or - for standard input")
-    if not options.chat:
-        return prompts
-    system = [Message("system", options.system)] if options.system else []
-    return [chatml([*system, Message("user", prompt)]) for prompt in prompts]
+    return prompts
 
 
-def load(options: Namespace) -> "tuple[Decoder, Text]":
+def chats_of(options: Namespace) -> "list[list[Turn]]":
+    """Returns a chat for each prompt, or those of a JSONL file; standard input, if nothing is given.
+
+    Raises:
+        UserError: if there is none, or a line of the file is none.
+    """
+    from train.generate.chat import read_chats
+
+    if options.file and options.file.suffix == ".jsonl":
+        if options.prompt or options.system:
+            raise UserError(f"{options.file} has whole chats; give no prompts and no --system with it")
+        if not (chats := read_chats(options.file)):
+            raise UserError(f"{options.file} has no chat")
+        return chats
+    if not options.prompt and not options.file:
+        options.prompt = ["-"]
+    return [[*_system(options), ("user", prompt)] for prompt in prompts_of(options)]
+
+
+def _system(options: Namespace) -> "list[Turn]":
+    return [("system", options.system)] if options.system else []
+
+
+def _chat_text(text: "ChatTokenizer", options: Namespace) -> "ChatText":
+    from train.generate.chat import ChatText
+
+    return ChatText(text, options.chat_template)
+
+
+def _talk(decoder: "Decoder", text: "ChatTokenizer", options: Namespace) -> Figures:
+    """Talks on a terminal until its end; an answer is cut off by Ctrl-C, or where the model's tokens end."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # Line editing and history for input().
+    rendered, limit = _chat_text(text, options), decoder.cfg.max_sequence_tokens
+    turns = _system(options)
+    rows: list[dict[str, object]] = []
+    logger.info("generate: /new begins another chat; Ctrl-C ends an answer, Ctrl-D the chat")
+    begun = time.perf_counter()
+    while True:
+        try:
+            words = input("> ").strip()
+        except EOFError:
+            print()
+            return Figures({"seconds": time.perf_counter() - begun, "answers": rows})
+        if words == "/new":
+            turns = _system(options)
+        if words in ("", "/new"):
+            continue
+        asked = [*turns, ("user", words)]
+        try:
+            prompt = rendered.prompt(asked)
+            room = limit - len(rendered.encode(prompt))
+            if room < 1:
+                raise UserError(f"the chat fills the model's {limit} tokens; /new begins another")
+            fitting = Namespace(**vars(options) | {"max_tokens": min(options.max_tokens, room)})
+            answers, _ = write_answers(
+                decoder, rendered, [prompt], [words], fitting, rendered.stop, may_be_cut=True
+            )
+        except UserError as error:
+            logger.error(f"generate: {error}")
+            continue
+        turns = [*asked, ("assistant", answers[0].text)]
+        rows.append({"prompt": prompt, **asdict(answers[0])})
+
+
+def load(options: Namespace) -> "tuple[Decoder, ChatTokenizer]":
     """Loads the decoder and its tokenizer."""
     import torch
 
@@ -124,9 +220,26 @@ def load(options: Namespace) -> "tuple[Decoder, Text]":
 
 
 def write_answers(
-    decoder: "Decoder", text: "Text", prompts: Sequence[str], options: Namespace
+    decoder: "Decoder",
+    text: "Text",
+    prompts: Sequence[str],
+    said: Sequence[str],
+    options: Namespace,
+    stop: Sequence[str] = (),
+    *,
+    may_be_cut: bool = False,
 ) -> "tuple[list[Answer], float]":
-    """Prints the answers, streaming a single one, and returns them with the seconds they took."""
+    """Prints the answers, streaming a single one, and returns them with the seconds they took.
+
+    Args:
+        decoder: the model.
+        text: its tokenizer.
+        prompts: texts to continue.
+        said: how to show each of them.
+        options: of the command line.
+        stop: texts that end an answer, besides those of the options.
+        may_be_cut: Ctrl-C ends an answer instead of the command.
+    """
     from train.generate.generation import generate
     from train.generate.sampling import Sampling
 
@@ -138,28 +251,34 @@ def write_answers(
         min_p=options.min_p,
         seed=options.seed,
     )
-    stop = [*options.stop, *([END] if options.chat else [])]
     begun = time.perf_counter()
     streams = len(prompts) == 1
     shown = 0
     answers: list[Answer] = []
-    for answers in generate(
+    steps = generate(
         decoder,
         text,
         prompts,
         sampling,
         max_tokens=options.max_tokens,
-        stop=stop,
+        stop=[*options.stop, *stop],
         use_cache=not options.no_cache,
-    ):
-        if streams:
-            print(answers[0].text[shown:], end="", flush=True)
-            shown = len(answers[0].text)
+    )
+    try:
+        for answers in steps:
+            if streams:
+                print(answers[0].text[shown:], end="", flush=True)
+                shown = len(answers[0].text)
+    except KeyboardInterrupt:
+        # In a talk, what a person has read of an answer stays.
+        if not may_be_cut or not answers:
+            raise
+        answers[0].ending = "interrupted"
     seconds = time.perf_counter() - begun
     if streams:
         print()
     else:
-        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
+        for number, (prompt, answer) in enumerate(zip(said, answers, strict=True), 1):
             print(f"--- {number}: {prompt}\n{answer.text}")
     return answers, seconds
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from data.text.conversations import ChatFormat
 from data.tokenizer import TokenizerHandle
 from train.generate.sampling import Sampling, next_tokens
 from train.hf.folders import SOURCE_FOLDER
@@ -36,13 +37,26 @@ class Text(Protocol):
         """Decodes ids, without special tokens."""
 
 
+class ChatTokenizer(Text, Protocol):
+    """A tokenizer of a source of weights, which may render chats."""
+
+    special_ids: frozenset[int]
+    """Tokens that no text makes."""
+
+    def chat_format(self, template: str | None) -> ChatFormat | None:
+        """Returns the format of a Jinja template, or of its own; None: it has none."""
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Encodes a rendered chat, in which names of special tokens become these."""
+
+
 class OwnText:
     """The tokenizer that a run was trained with."""
 
     def __init__(self, handle: TokenizerHandle) -> None:
         self._handle = handle
         self.end_ids = frozenset({handle.eos_id})
-        self._special = frozenset(handle.special_ids.values())
+        self.special_ids = frozenset(handle.special_ids.values())
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text; never as special tokens."""
@@ -50,7 +64,17 @@ class OwnText:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes ids, without special tokens."""
-        return self._handle.decode(i for i in ids if i not in self._special)
+        return self._handle.decode(i for i in ids if i not in self.special_ids)
+
+    def chat_format(self, template: str | None) -> ChatFormat | None:
+        """Returns the format of a Jinja template, or of the shards' own; None: they have none."""
+        template = template or self._handle.chat_template
+        names, special = sorted(self._handle.special_names.items()), sorted(self._handle.special_ids)
+        return ChatFormat(template, tuple(names), tuple(special)) if template else None
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Encodes a rendered chat, in which names of special tokens become these."""
+        return [int(i) for i in self._handle.encode_chat(text, ())[0]]
 
 
 class HuggingFaceText:
@@ -63,6 +87,9 @@ class HuggingFaceText:
         ends = {"<|im_end|>", self._tokenizer.eos_token}
         ids = (self._tokenizer.convert_tokens_to_ids(end) for end in ends if end)
         self.end_ids = frozenset(i for i in ids if i is not None and i != self._tokenizer.unk_token_id)
+        added = self._tokenizer.added_tokens_decoder
+        self._special = {token.content: number for number, token in added.items() if token.special}
+        self.special_ids = frozenset(self._special.values())
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text; special tokens such as ChatML's are single tokens if the tokenizer has them."""
@@ -72,8 +99,20 @@ class HuggingFaceText:
         """Decodes ids, without special tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
+    def chat_format(self, template: str | None) -> ChatFormat | None:
+        """Returns the format of a Jinja template, or of the folder's own; None: it has none."""
+        own = self._tokenizer.chat_template
+        template = template or (own.get("default") if isinstance(own, dict) else own)
+        named = self._tokenizer.special_tokens_map
+        names = sorted((key, name) for key, name in named.items() if isinstance(name, str))
+        return ChatFormat(template, tuple(names), tuple(sorted(self._special))) if template else None
 
-def text_of(source: WeightSource) -> Text:
+    def encode_chat(self, text: str) -> list[int]:
+        """Encodes a rendered chat, in which names of special tokens become these."""
+        return [int(i) for i in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def text_of(source: WeightSource) -> ChatTokenizer:
     """Returns the tokenizer of a source of weights.
 
     Raises:
@@ -95,7 +134,7 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     ending: str = ""
-    """`end of text`, `stop` or `length`; empty while it is still growing."""
+    """`end of text`, `stop`, `length` or, by Ctrl-C in a chat, `interrupted`; empty while it is growing."""
 
 
 def generate(
