@@ -33,10 +33,9 @@ of them. Four ranks reach 1.0 u and 0.3 u.
 With `parallelism.interleave` the reference takes halves a and b as microbatches, and adds fl(a) and fl(b).
 Here, inside of a layer, their sum is rounded once more: u of it. Outside of the layers a and b are added
 before they are rounded, so the two sides are within (1 + k) u of each other, `k = (|a| + |b|) / |a + b|`. Of
-independent halves k is 1.4. Those of the last norm's gradient nearly cancel: its error, 3.4 u, is that of k
-= 7.9, as 0.43 u sqrt(k^2 / 2 + 1). The bound, 8 u, is k = 7 with every rounding at its worst. The signed
-mean of its 64 elements has a standard deviation of 3.4 u sqrt(3 / 64) = 0.7 u; the bound, u, is not far
-above, and half a percent is still 1.3 u.
+independent halves k is 1.4, and the error 0.43 u sqrt(k^2 / 2 + 1) = 0.6 u inside and outside of the layers,
+of shared experts, either side of which is rounded once more, 0.8 u. The bound is 4 u, which is k = 3 with
+every rounding at its worst. The signed mean of a norm's 64 elements is as with shared sequences, below.
 
 With `training.expert_precision: fp8` a row's results are those of any layout, and gradients of experts are,
 as long as the same tokens share a scale. In fp32 the reference's microbatches are those of a whole expert
@@ -46,6 +45,20 @@ of the two operands of a gradient, on two sides with other scales, 0.43 sqrt(4) 
 bound of 2**-4. Seen are 3.5%, as some scales are the same. The elements of a row share their tokens'
 errors, so their mean falls more slowly than with the root of their number: it is up to 0.8%, under a bound
 of 1.6%. Scales of `mxfp8` are powers of two, which change no rounding but near zero.
+Ranks that share sequences have tokens of an expert in another order than one process, in fp32 too, and sum
+gradients of keys or of products in another order: 1e-7 of an element, which turns its rounding to e4m3 where
+that is nearly a tie, by 2**-4 of it. Of all other gradients up to 1.3e-3 is seen, and the bound is 2**-7.
+
+With `parallelism.context` and `parallelism.tensor` each rank rounds the gradients of its own tokens, where
+the reference rounds their sum: 0.43 u sqrt(2) = 0.6 u of a tensor for independent parts, whatever their
+number, and up to 0.8 u are seen, under the bound of 2 u. The signed mean of a norm's 64 elements has a
+standard deviation of 0.6 u sqrt(3 / 64) = 0.13 u; up to 0.26 u are seen, and the bound is u. Passes are the
+same arithmetic. With `context` each rank's gradients of all keys and values are rounded too before they are
+summed: 0.6 u more of these, in each layer, and of all gradients of layers before. In the two layers of the
+tiny recipe up to 1.5 u are seen, and 0.34 u of the mean; the bounds are 4 u and u. With `tensor` partial sums
+are rounded before they are added up, which changes every activation: the reference rounds the same partial
+sums of plain products (:mod:`launch.verify.reference`). Gradients of weights that are split are sums over
+whole sequences, as in the reference, and `exact`.
 
 A plain process rounds less than FSDP2 (norms and embeddings stay fp32), so bf16 is not run on one rank.
 """
@@ -100,13 +113,19 @@ REDUCED_IN_BF16 = {
 }
 """Those of bf16 that are wider where gradients are also summed in it, over up to 8 ranks."""
 HALVED_IN_BF16 = {
-    "gradients": 8 * UNIT_ROUNDOFF,
-    "exact": 8 * UNIT_ROUNDOFF,
+    "gradients": 4 * UNIT_ROUNDOFF,
+    "exact": 4 * UNIT_ROUNDOFF,
     "bias": UNIT_ROUNDOFF,
 }
 """Those of bf16 that are wider where halves of a microbatch are interleaved."""
+OF_SHARED_SEQUENCES = {"bias": UNIT_ROUNDOFF}
+"""Those of bf16 that are wider where ranks share sequences."""
+OF_SHARED_KEYS = {"gradients": 4 * UNIT_ROUNDOFF}
+"""And where these gather keys and values."""
 IN_OTHER_TILES = {"gradients": 2.0**-4, "bias": 2.0**-6}
 """Those of bf16 that are wider where tokens of shared experts are in other tiles of fp8."""
+OF_SHARED_SEQUENCES_IN_FP8 = IN_OTHER_TILES | {"exact": 2.0**-7}
+"""Those that are wider where ranks share sequences and experts compute in fp8, in fp32 too."""
 QUANTITIES = tuple(BOUNDS[Precision.fp32])
 FLOOR = 1e-4
 """The error of a near-zero gradient is measured against this fraction of the full gradient's RMS."""
@@ -124,10 +143,16 @@ the bound, that is fp32's own rounding of the weight."""
 def bounds_of(precision: Precision, recipe: Recipe) -> dict[str, float]:
     """Returns the bounds of a case in a precision."""
     layout = recipe.parallelism
-    if precision is not Precision.bf16:
-        return BOUNDS[precision]
-    wider = REDUCED_IN_BF16 if layout.reduce_precision is ReducePrecision.bf16 else {}
-    wider = wider | (HALVED_IN_BF16 if layout.interleave else {})
-    if recipe.training.expert_precision is ExpertPrecision.fp8 and layout.expert > 1:
-        wider = wider | IN_OTHER_TILES
-    return BOUNDS[precision] | wider
+    wider: list[dict[str, float]] = []
+    if precision is Precision.bf16:
+        wider += [REDUCED_IN_BF16] * (layout.reduce_precision is ReducePrecision.bf16)
+        wider += [HALVED_IN_BF16] * layout.interleave
+        wider += [OF_SHARED_SEQUENCES] * (layout.sharing > 1) + [OF_SHARED_KEYS] * (layout.context > 1)
+        if recipe.training.expert_precision is ExpertPrecision.fp8 and layout.expert > 1:
+            wider.append(IN_OTHER_TILES)
+    if recipe.training.expert_precision is not ExpertPrecision.same and layout.sharing > 1:
+        wider.append(OF_SHARED_SEQUENCES_IN_FP8)
+    bounds = dict(BOUNDS[precision])
+    for each in wider:
+        bounds |= {quantity: max(bound, bounds[quantity]) for quantity, bound in each.items()}
+    return bounds

@@ -22,7 +22,12 @@ from launch.verify.case_inputs import idle_experts, make_batches, steer_router
 from launch.verify.cases import Case
 from launch.verify.forked_ranks import RankError, StandingRanks, run_ranks
 from launch.verify.loaded_input import build_loader
-from launch.verify.reference import CountTogether, build_rounding_reference, reference_recipe
+from launch.verify.reference import (
+    CountTogether,
+    build_rounding_reference,
+    reference_recipe,
+    split_products,
+)
 from launch.verify.watching import Comparer, Deviation, ReferenceRecord, WatchedStep, Watcher, Writer
 from train.checkpoint.files import Progress
 from train.layout.optim import load_lion
@@ -174,7 +179,10 @@ def train_case(case: Case, topology: Topology, seed: int, watcher: Watcher) -> N
     recipe, rows = case.recipe, list(range(case.recipe.training.global_batch_sequences))
     if isinstance(watcher, Writer):
         recipe, rows = reference_recipe(case), list(case.rows)
+    splits: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if isinstance(watcher, Writer) and case.precision is Precision.bf16:
+        if case.layout.tensor > 1:
+            splits = split_products(case.layout.tensor)
         model, optimizer = build_rounding_reference(recipe)
     else:
         model, optimizer = build_model(recipe, Machine(topology, "cpu", case.precision))
@@ -196,8 +204,9 @@ def train_case(case: Case, topology: Topology, seed: int, watcher: Watcher) -> N
         Progress(0, 0, 0, 0.0),
         curriculum,
     )
-    trainer.fit()
-    trainer.close()
+    with splits:
+        trainer.fit()
+        trainer.close()
 
 
 def _loader(case: Case, recipe: Recipe, rows: list[int], seed: int, topology: Topology) -> DataLoader[Batch]:

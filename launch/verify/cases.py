@@ -65,6 +65,11 @@ class Layout:
         """Number of ranks that share each sequence."""
         return self.context * self.tensor
 
+    @property
+    def readers_of_experts(self) -> int:
+        """Number of readers whose tokens meet in an expert group: one, if its ranks share their sequences."""
+        return max(1, self.expert // self.sharing)
+
 
 @dataclass(frozen=True)
 class GateInput:
@@ -232,10 +237,8 @@ def cases(
         if precision is Precision.bf16:
             worlds = tuple(world for world in worlds if world > 1)
         tried = layouts(recipe, worlds)
-        if precision is Precision.fp32 and not each.compiled:
-            tried += context_layouts(recipe, worlds)
-        if precision is Precision.fp32 and not each.compiled and not has_tiles(recipe):
-            tried += tensor_layouts(small, worlds)
+        if not each.compiled:
+            tried += context_layouts(recipe, worlds) + tensor_layouts(small, worlds)
         found = [make_case(small, layout, each, precision) for layout in tried]
         yield from sorted(found, key=reference_of)
 
@@ -248,6 +251,7 @@ def reference_of(case: Case) -> tuple[object, ...]:
         case.reference_microbatch,
         case.balance_microbatches,
         case.rows,
+        case.layout.tensor if case.precision is Precision.bf16 else 1,
     )
 
 
@@ -342,22 +346,27 @@ def _with_the_same_tiles(case: Case, share: int) -> Case:
     layout, microbatch = case.layout, case.reference_microbatch
     halved = case.recipe.parallelism.interleave and microbatch % 2 == 0
     part = microbatch // 2 if halved else microbatch
-    rows = [
-        rank * share + start + sequence
-        for group in range(0, layout.world_size, layout.expert)
-        for start in range(0, share, part)
-        for rank in range(group, group + layout.expert)
-        for sequence in range(part)
-    ]
     moe = case.recipe.model.moe
     is_grouped = moe is not None and moe.balance_scope is BalanceScope.expert_group
-    together = microbatch * layout.expert if is_grouped else SEQUENCES
-    reference = part if case.precision is Precision.bf16 else part * layout.expert
+    together = microbatch * layout.readers_of_experts if is_grouped else SEQUENCES
+    reference = part if case.precision is Precision.bf16 else part * layout.readers_of_experts
     return replace(
         case,
-        rows=tuple(rows),
+        rows=_by_expert_group(layout, part, share),
         reference_microbatch=reference,
         balance_microbatches=together // reference,
+    )
+
+
+def _by_expert_group(layout: Layout, microbatch: int, share: int) -> tuple[int, ...]:
+    """The order of sequences in which microbatches that an expert group computes together are adjacent."""
+    together = layout.readers_of_experts
+    return tuple(
+        reader * share + start + sequence
+        for group in range(0, layout.readers, together)
+        for start in range(0, share, microbatch)
+        for reader in range(group, group + together)
+        for sequence in range(microbatch)
     )
 
 
@@ -401,12 +410,4 @@ def _grouping(recipe: Recipe, layout: Layout, microbatch: int, share: int) -> tu
         return in_order, microbatch
     if scope is BalanceScope.rank:
         return in_order, share
-    together = max(1, layout.expert // layout.sharing)
-    rows = [
-        reader * share + start + sequence
-        for group in range(0, layout.readers, together)
-        for start in range(0, share, microbatch)
-        for reader in range(group, group + together)
-        for sequence in range(microbatch)
-    ]
-    return tuple(rows), microbatch * together
+    return _by_expert_group(layout, microbatch, share), microbatch * layout.readers_of_experts

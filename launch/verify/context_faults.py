@@ -61,6 +61,16 @@ def average_keys() -> AbstractContextManager[Any]:
     return mock.patch.object(Context, "gather", gather)
 
 
+def shift_keys() -> AbstractContextManager[Any]:
+    """Attends to each place's keys by the place before it."""
+
+    def gather(self: Context, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        whole_k, whole_v = _gather(self, k, v)
+        return whole_k.roll(1, dims=1), whole_v
+
+    return mock.patch.object(Context, "gather", gather)
+
+
 def divide_by_whole() -> AbstractContextManager[Any]:
     """Divides the summed losses by the positions of whole sequences."""
 

@@ -1,16 +1,24 @@
 """The single-process reference of the parity gate: how it groups tokens and where it rounds."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from composer.core import Callback, State
 from composer.loggers import Logger
+from torch import Tensor, nn
+from torch.nn import functional
 
 from launch.verify.cases import Case, with_microbatch
 from train.hf.initial_weights import freeze
 from train.layout.mesh import build_mesh, build_sharded
 from train.layout.optim import build_optimizer
+from train.model import decoder as decoder_module
+from train.model import shared_expert, tensor_parallel
 from train.model.decoder import Decoder
 from train.model.moe import by_sequence
 from train.recipe.schema import BalanceScope, Compile, Parallelism, Precision, Recipe, Recompute
@@ -59,3 +67,43 @@ def build_rounding_reference(recipe: Recipe) -> tuple[LanguageModel, torch.optim
     freeze(decoder, recipe.training.frozen)
     model = LanguageModel(decoder, recipe, Precision.bf16)
     return model, build_optimizer(model, recipe.optimizer, recipe.seed)
+
+
+@contextlib.contextmanager
+def split_products(ranks: int) -> Iterator[None]:
+    """Rounds partial sums before they are added up, as ranks that share dense weights do.
+
+    Nothing of :mod:`train.model.tensor_parallel` takes part: products are plain ones, of parts of a weight.
+    """
+
+    def columns(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+        copies = _Copies.apply(x, ranks)
+
+        def product(layer: nn.Linear) -> Tensor:
+            parts = zip(copies, layer.weight.chunk(ranks), strict=True)
+            return torch.cat([functional.linear(copy, part) for copy, part in parts], dim=-1)
+
+        return tuple(product(layer) for layer in layers)
+
+    def rows(self: nn.Linear, x: Tensor) -> Tensor:
+        parts = zip(x.chunk(ranks, dim=-1), self.weight.chunk(ranks, dim=1), strict=True)
+        sums = torch.stack([functional.linear(of_x, of_weight) for of_x, of_weight in parts])
+        return sums.float().sum(dim=0).to(sums.dtype)
+
+    with contextlib.ExitStack() as patches:
+        for module in (decoder_module, shared_expert, tensor_parallel):
+            patches.enter_context(mock.patch.object(module, "column_products", columns))
+        patches.enter_context(mock.patch.object(tensor_parallel.RowLinear, "forward", rows))
+        yield
+
+
+class _Copies(torch.autograd.Function):
+    """Returns a tensor several times, whose gradients are added in fp32 and rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, copies: int) -> tuple[Tensor, ...]:
+        return tuple(x.clone() for _ in range(copies))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return torch.stack(grads).float().sum(dim=0).to(grads[0].dtype), None

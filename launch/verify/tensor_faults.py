@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from train.layout import optim
+from train.model import tensor_parallel
 from train.model.moe import MoE, MoEAux
 from train.model.router import Router
 from train.model.tensor_parallel import TensorGroup
@@ -16,6 +17,7 @@ from train.step import step
 
 _average = optim.average_replicated_gradients
 _sum = TensorGroup.sum_to_parts
+_backward = tensor_parallel._Columns.backward
 _decide = Router.forward
 _mix = MoE.forward
 
@@ -36,6 +38,29 @@ def add_own_sums_twice() -> AbstractContextManager[Any]:
         return _sum(self, x_BSD) + self.part(x_BSD)
 
     return mock.patch.object(TensorGroup, "sum_to_parts", sums)
+
+
+def keep_own_input_gradients() -> AbstractContextManager[Any]:
+    """Leaves each rank what its share of a product gives for the gradient of its tokens."""
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with mock.patch.object(TensorGroup, "sum_to_parts", TensorGroup.part):
+            return _backward(ctx, *grads)
+
+    return mock.patch.object(tensor_parallel._Columns, "backward", staticmethod(backward))
+
+
+def sum_norms(ranks: int) -> AbstractContextManager[Any]:
+    """Sums norms' gradients over a group of ranks, where the mean over all is due."""
+
+    def average(parameters: Iterable[nn.Parameter]) -> None:
+        whole = list(parameters)
+        _average(whole)
+        for parameter in whole:
+            if parameter.ndim == 1 and parameter.grad is not None:
+                parameter.grad *= ranks
+
+    return mock.patch.object(step, "average_replicated_gradients", average)
 
 
 def sum_routers(ranks: int) -> AbstractContextManager[Any]:

@@ -280,7 +280,7 @@ class Comparer(Watcher):
             scale = max(float(wanted.norm()), least) or 1.0
             error = float(difference.norm()) / scale
             self._see("gradients", error, step, label)
-            if self.case.layout.expert == 1 or ".experts." not in label:
+            if self._is_exact(label):
                 self._see("exact", error, step, label)
             self._see("bias", abs(float((difference * wanted).sum())) / scale**2, step, label)
         if self.is_given:
@@ -352,6 +352,16 @@ class Comparer(Watcher):
                 continue
             for expert, parts in enumerate(zip(*(each.split(rows) for each in tensors), strict=True)):
                 yield f"{name} of expert {expert}", *parts
+
+    def _is_exact(self, label: str) -> bool:
+        """Returns whether a gradient is rounded where the reference rounds it."""
+        layout, is_expert = self.case.layout, ".experts." in label
+        if is_expert and (layout.expert > 1 or (layout.sharing > 1 and has_tiles(self.case.recipe))):
+            return False
+        if self.case.precision is not Precision.bf16 or layout.sharing == 1:
+            return True
+        is_split = sizes.is_split_by_rows(label) or sizes.is_split_by_columns(label)
+        return layout.tensor > 1 and is_split and not is_expert
 
     def _see(self, quantity: str, error: float, step: int, at: str) -> None:
         self.deviations[quantity].see(error, f"step {step + 1}: {at}", self.bounds[quantity])

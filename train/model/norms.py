@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from train.cpu import norms as cpu_norms
+from train.cpu.dispatch import with_cpu_version
 from train.recipe.schema import Model, Norm
 
 
@@ -24,12 +26,9 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the normalised input."""
-        if self.casts_weight:
-            weight = self.weight.to(input.dtype)
-            with _norm_casts(input, weight):
-                return functional.layer_norm(input, self.normalized_shape, weight, None, self.eps)
-        with _norm_casts(input, self.weight):
-            return super().forward(input)
+        weight = self.weight.to(input.dtype) if self.casts_weight else self.weight
+        with _norm_casts(input, weight):
+            return layer_norm(input, weight, self.eps)
 
 
 class RmsNorm(nn.RMSNorm):
@@ -45,6 +44,12 @@ class RmsNorm(nn.RMSNorm):
                 return functional.rms_norm(x, self.normalized_shape, weight, self.eps)
         with _norm_casts(x, self.weight):
             return super().forward(x)
+
+
+@with_cpu_version(cpu_norms.layer_norm)
+def layer_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Returns x, whose last dimension is D, normalised in the precision of x, without bias."""
+    return functional.layer_norm(x, weight_D.shape, weight_D, None, eps)
 
 
 def make_norm(model: Model, device: torch.device | str | None) -> nn.Module:

@@ -23,7 +23,7 @@ from launch.verify.case_run import (
     run_case,
     train_case,
 )
-from launch.verify.cases import INPUTS, Case, Layout, find_case, layouts
+from launch.verify.cases import INPUTS, SEQUENCES, Case, Layout, cases, find_case, layouts
 from launch.verify.expert_faults import FINER, GLOBAL_SCOPE, Changes
 from launch.verify.faults import FAULTS, KnownFault
 from launch.verify.forked_ranks import RankError, run_ranks
@@ -210,6 +210,8 @@ def test_what_depends_on_the_split_is_seen_though_the_reference_does_too(
         ("(2,1,2)", FINER, None),
         ("(1,2,1)", GLOBAL_SCOPE, None),
         ("(2,1,2)", (), OptimizerKind.muon),
+        ("(1,2,1)c2", (), None),
+        ("(1,2,1)t2", (), None),
     ],
 )
 def test_gate_passes_the_same_cases_without_a_fault(
@@ -291,6 +293,18 @@ def test_a_failure_has_status_1_and_names_what_differs_first(
 def test_an_error_in_the_recipe_has_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(YAMLS / "smoke.yaml"), "model.moe.top_k=99"]) == 2
     assert "top_k" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+@pytest.mark.parametrize("key", ["training.expert_precision=fp8", "model.moe.balance_scope=expert_group"])
+def test_every_case_reads_each_sequence_once(key: str, precision: Precision) -> None:
+    recipe = load_recipe(YAMLS / "smoke.yaml", [key])
+    found = [case for case in cases(recipe, precision=precision) if not case.input.loaded]
+    assert {"c2", "c4", "t2"} <= {str(case.layout)[-2:] for case in found}
+    for case in found:
+        assert sorted(case.rows) == list(range(SEQUENCES)), case
+        microbatches, left = divmod(SEQUENCES, case.reference_microbatch * case.balance_microbatches)
+        assert microbatches and not left, case
 
 
 def test_layouts_are_all_that_the_recipe_allows() -> None:
