@@ -56,7 +56,9 @@ def _dbrx_extra(model: Model) -> Iterator[Link]:
             router = f"transformer.blocks.{layer}.ffn.router.layer.weight"
             yield Link(router, (1, model.d_model), None)
     if model.tie_embeddings:
-        yield Link("lm_head.weight", (model.vocab_size, model.d_model), "transformer.wte.weight")
+        yield Link(
+            "lm_head.weight", (model.vocab_size, model.d_model), "transformer.wte.weight", is_copy=True
+        )
 
 
 def _of_experts(what: str, holds: Callable[[Moe], bool]) -> Need:
@@ -72,11 +74,21 @@ def _shares_whole_experts(model: Model) -> bool:
 def _no_biases(model: Model) -> Iterator[Link]:
     """Yields biases of zeros for experts that are balanced by a loss only."""
     if not any(sizes.biases(model)):
-        for layer in range(model.n_layers):
+        for layer in range(sizes.layers(model)):
             if model.moe is not None and sizes.has_experts(model, layer):
                 yield Link(
                     f"model.layers.{layer}.mlp.gate.e_score_correction_bias", (model.moe.experts,), None
                 )
+
+
+def _deepseek_extra(model: Model) -> Iterator[Link]:
+    """Yields zero biases, and the copies that `model.mtp` has of embedding and output projection."""
+    yield from _no_biases(model)
+    if model.mtp:
+        shape, layer = (model.vocab_size, model.d_model), f"model.layers.{model.n_layers}."
+        head = "transformer.wte.weight" if model.tie_embeddings else "lm_head.weight"
+        yield Link(layer + "embed_tokens.weight", shape, "transformer.wte.weight", is_copy=True)
+        yield Link(layer + "shared_head.head.weight", shape, head, is_copy=True)
 
 
 PLAIN_ROUTING: tuple[Need, ...] = (
@@ -320,6 +332,13 @@ SHARED_EXPERT_NAMES: Table = {
     "ffn.shared.w2.weight": Same("mlp.shared_experts.down_proj.weight"),
 }
 BIASES: Table = {"ffn.router.expert_bias": Same("mlp.gate.e_score_correction_bias")}
+MTP_NAMES: Table = {
+    "enorm.weight": Same("enorm.weight"),
+    "hnorm.weight": Same("hnorm.weight"),
+    "eh_proj.weight": Same("eh_proj.weight"),
+    "norm.weight": Same("shared_head.norm.weight"),
+}
+"""What joins the layer of multi-token prediction to the others."""
 DEEPSEEK_EXPERTS: tuple[Need, ...] = (
     HAS_EXPERTS,
     _of_experts("every_n_layers=1", lambda moe: moe.every_n_layers == 1),
@@ -353,7 +372,7 @@ GLM4_MOE = Architecture(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
     layer="model.layers.{n}.",
-    table={**DOTS1.table, **BIAS_NAMES},
+    table={**DOTS1.table, **BIAS_NAMES, **MTP_NAMES},
     needs=(
         *ROPE_AND_GLU,
         PLAIN_HEADS,
@@ -367,7 +386,7 @@ GLM4_MOE = Architecture(
     ),
     to_model=biased.glm4_moe_to_model,
     from_model=biased.glm4_moe_from_model,
-    extra=_no_biases,
+    extra=_deepseek_extra,
     has_later_layers=True,
 )
 
@@ -394,11 +413,11 @@ DEEPSEEK_V3 = Architecture(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     layer="model.layers.{n}.",
-    table={**LLAMA.table, **OLMOE.table, **LATENT_NAMES, **SHARED_EXPERT_NAMES, **BIASES},
+    table={**LLAMA.table, **OLMOE.table, **LATENT_NAMES, **SHARED_EXPERT_NAMES, **BIASES, **MTP_NAMES},
     needs=(*ROPE_AND_GLU, *LATENT_HEADS, *DEEPSEEK_EXPERTS, *SIGMOIDS),
     to_model=deepseek.v3_to_model,
     from_model=deepseek.v3_from_model,
-    extra=_no_biases,
+    extra=_deepseek_extra,
     ignored=LLAMA.ignored,
     has_later_layers=True,
 )

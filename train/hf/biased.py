@@ -11,7 +11,7 @@ from train.hf.config import (
     qwen_moe,
     qwen_moe_keys,
 )
-from train.hf.deepseek import experts_of, refuse_quantized
+from train.hf.deepseek import experts_of, has_mtp, refuse_quantized
 from train.hf.rope import PARTIAL, Config
 from train.recipe.errors import UserError
 from train.recipe.schema import Balance, Model, QkNormOver, Score
@@ -51,10 +51,7 @@ def qwen2_moe_from_model(model: Model) -> dict[str, object]:
 
 
 def glm4_moe_to_model(config: Config) -> Model:
-    """Reads a GLM-4.5 config: heads that are rotated in part, DeepSeek-V3's experts.
-
-    Its layers for multi-token prediction are not part of the model.
-    """
+    """Reads a GLM-4.5 config: heads that are rotated in part, DeepSeek-V3's experts."""
     refuse_quantized(config)
     moe = experts_of(
         config,
@@ -70,6 +67,7 @@ def glm4_moe_to_model(config: Config) -> Model:
     model = llama_like(
         config, rms_norm_eps=1e-5, rope_theta=10000.0, kv_heads=8, moe=moe, qkv_bias=biased, share=0.5
     )
+    model = replace(model, mtp=has_mtp(config))
     if config.get("use_qk_norm", False):
         return replace(model, qk_norm=True, qk_norm_over=QkNormOver.each_head)
     return model
@@ -81,6 +79,6 @@ def glm4_moe_from_model(model: Model) -> dict[str, object]:
         PARTIAL: float(model.rope_share),
         "attention_bias": model.qkv_bias,
         "use_qk_norm": model.qk_norm,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": int(model.mtp),
     }
     return llama_like_config(model) | deepseek_moe_keys(model) | own

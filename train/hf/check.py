@@ -120,6 +120,7 @@ SMALL_MODELS = {
     ),
     "DeepSeek-V3": _DEEPSEEK,
     "DeepSeek-V3, YaRN": replace(_DEEPSEEK, yarn=Yarn(factor=4, original_tokens=32)),
+    "DeepSeek-V3, multi-token prediction": replace(_DEEPSEEK, mtp=True),
 }
 """Models with which each architecture is tested."""
 NEWER_MODELS = {
@@ -129,6 +130,9 @@ NEWER_MODELS = {
         moe=replace(_DOTS1, normalize_weights_p=None, groups=1, top_groups=1, balance=Balance.loss),
     ),
     "GLM-4.5": replace(_QWEN3, moe=_DOTS1, qkv_bias=True, rope_share=0.5),
+    "GLM-4.5, multi-token prediction, no bias": replace(
+        _QWEN3, moe=replace(_DOTS1, balance=Balance.loss), rope_share=0.5, mtp=True
+    ),
     "GLM-4.5-Air, YaRN": replace(
         _LLAMA,
         head_width=24,

@@ -10,12 +10,9 @@ from train.recipe.schema import Balance, BalanceScope, GroupScore, Latent, Model
 
 
 def v3_to_model(config: Config) -> Model:
-    """Reads a DeepSeek-V3 config: latent attention, experts scored by sigmoids.
-
-    Its layers for multi-token prediction are not part of the model.
-    """
+    """Reads a DeepSeek-V3 config: latent attention, experts scored by sigmoids."""
     only(config, scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=True)
-    return _to_model(
+    model = _to_model(
         config,
         experts_of(
             config,
@@ -28,6 +25,7 @@ def v3_to_model(config: Config) -> Model:
             balance=Balance.bias,
         ),
     )
+    return replace(model, mtp=has_mtp(config))
 
 
 def v3_from_model(model: Model) -> dict[str, object]:
@@ -36,7 +34,7 @@ def v3_from_model(model: Model) -> dict[str, object]:
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "rope_interleave": True,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": int(model.mtp),
     }
 
 
@@ -89,6 +87,14 @@ def experts_of(config: Config, **rest: Any) -> Moe:
         shared_hidden_size=width * need(config, "n_shared_experts"),
         **rest,
     )
+
+
+def has_mtp(config: Config) -> bool:
+    """Returns whether a config in DeepSeek's words declares one layer of multi-token prediction.
+
+    More than one are not of `model.mtp`'s depth: they are left out.
+    """
+    return config.get("num_nextn_predict_layers") == 1
 
 
 def refuse_quantized(config: Config) -> None:

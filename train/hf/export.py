@@ -64,10 +64,13 @@ def write_folder(
         UserError: if no architecture expresses the model, a weight is not finite, or the folder
             is in use.
     """
-    if source.model.mtp:
-        logger.info("export: leaves out the layer of multi-token prediction, which only training uses")
+    family = family_for(replace(source.model, mtp=False))
+    if source.model.mtp and not family.has_later_layers:
+        logger.info(
+            "export: leaves out the layer of multi-token prediction, for which "
+            f"{family.architecture} has no place"
+        )
         source = replace(source, model=replace(source.model, mtp=False))
-    family = family_for(source.model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; name a new folder")
     out.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,10 @@ MODEL_FILE = "model.yaml"
 """The model of a folder of weights under our names, for a recipe to extend."""
 CONFIG_FILE = "config.json"
 """The architecture of a Hugging Face folder."""
+INDEX_FILE = "model.safetensors.index.json"
+"""Which tensor is in which file of a folder with several."""
+SINGLE_FILE = "model.safetensors"
+"""The weights of a folder with one file of them."""
 STATE_FOLDER = "state"
 """Model and optimizer of a checkpoint."""
 SOURCE_FOLDER = "source"
@@ -57,13 +61,34 @@ def model_at(path: Path) -> tuple[Model, Recipe | None]:
     if (path / CONFIG_FILE).is_file():
         config = read_json(path / CONFIG_FILE)
         try:
-            return family_of(config).to_model(config), None
+            model = family_of(config).to_model(config)
         except UserError as error:
             raise UserError(f"{path / CONFIG_FILE}: {error}") from None
+        # transformers leaves out the layer that it does not compute, and keeps its number in the config.
+        return replace(model, mtp=model.mtp and _has_layer(path, model.n_layers)), None
     raise UserError(
         f"{path}: is not a run or checkpoint, and has neither {MODEL_FILE} (imported) nor {CONFIG_FILE} "
         "(Hugging Face)"
     )
+
+
+def _has_layer(folder: Path, layer: int) -> bool:
+    """Returns whether files of weights, which may be damaged, have a layer that is joined to the others."""
+    try:
+        if (folder / INDEX_FILE).is_file():
+            names = read_json(folder / INDEX_FILE).get("weight_map", {})
+        else:
+            names = json.loads(read_header(folder / SINGLE_FILE))
+    except (OSError, ValueError, UserError):
+        return False  # Opening them raises.
+    return f"model.layers.{layer}.eh_proj.weight" in names
+
+
+def read_header(file: Path) -> str:
+    """Reads the header of an intact safetensors file: JSON, as it was written."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return stream.read(length).decode()
 
 
 def tokenizer_folder_of(path: Path) -> Path:

@@ -8,9 +8,8 @@ interrupted import is resumed by the same call.
 import json
 from pathlib import Path
 
-from train.hf.folders import CONFIG_FILE, HEADERS_FILE, MODEL_FILE, SOURCE_FOLDER, read_json
+from train.hf.folders import CONFIG_FILE, HEADERS_FILE, MODEL_FILE, SOURCE_FOLDER, read_header, read_json
 from train.hf.model_card import texts_of
-from train.hf.safetensors_io import read_header
 from train.hf.weights import HuggingFaceWeights, open_weights
 from train.hf.weights_folder import Written, write_weights_folder
 from train.recipe.errors import UserError

@@ -27,6 +27,8 @@ class Link:
     first: int = 0
     """First row in ours."""
     transposed: bool = False
+    is_copy: bool = False
+    """A second tensor with the values of one that another link reads; an import may lack it."""
 
     @property
     def rows(self) -> int:
@@ -83,24 +85,25 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     """Name suffixes of entries in old files that are not weights."""
     has_later_layers: bool = False
-    """Files may have layers after the model's last, for multi-token prediction, which are left out."""
+    """Files may have layers after the model's last, for multi-token prediction: the first of them is
+    that of `model.mtp`, any others are left out."""
 
     def links(self, model: Model) -> Iterator[Link]:
         """Yields every tensor of theirs, in the order of ours."""
         for weight in (*sizes.weights(model), *sizes.biases(model)):
-            head, layer, suffix = _take_apart(weight.name)
+            head, layer, suffix = _take_apart(weight.name, model)
             rule = self.table[suffix]
             prefix = self.layer.format(n=layer) if head else ""
             yield from _apply(rule, weight, prefix, model)
         yield from self.extra(model)
 
     def later_layer(self, name: str, model: Model) -> int | None:
-        """Returns the number of the layer after the model's last that a tensor of theirs is of, if any."""
+        """Returns the number of the layer of a tensor of theirs that is beyond the model's, if it is."""
         if not self.has_later_layers:
             return None
         before, after = map(re.escape, self.layer.split("{n}"))
         found = re.match(f"{before}([0-9]+){after}", name)
-        return int(found[1]) if found and int(found[1]) >= model.n_layers else None
+        return int(found[1]) if found and int(found[1]) >= sizes.layers(model) else None
 
     def obstacles(self, model: Model) -> list[str]:
         """Returns the requirements that a model does not meet."""
@@ -128,8 +131,10 @@ def _apply(rule: Rule, weight: sizes.Weight, prefix: str, model: Model) -> Itera
                 yield link(name.format(e=e), e * rows, rows, transposed)
 
 
-def _take_apart(name: str) -> tuple[bool, str, str]:
+def _take_apart(name: str, model: Model) -> tuple[bool, str, str]:
     """Splits a weight's name: True if it is in a layer, the layer's number, and its name in the table."""
+    if name.startswith(f"{sizes.MTP}."):
+        return True, str(model.n_layers), name.removeprefix(f"{sizes.MTP}.")
     if not name.startswith("transformer.blocks."):
         return False, "", name
     layer, _, suffix = name.removeprefix("transformer.blocks.").partition(".")

@@ -2,14 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from data.tokenizer import TokenizerHandle, name_of, open_tokenizer
 from train.hf.architectures import family_of
-from train.hf.folders import CONFIG_FILE, HEADERS_FILE, SOURCE_FOLDER, read_json
+from train.hf.folders import CONFIG_FILE, HEADERS_FILE, INDEX_FILE, SOURCE_FOLDER, read_json
 from train.hf.rope import views
-from train.hf.safetensors_io import INDEX_FILE
 from train.hf.weights import WeightSource
 from train.recipe import sizes
 from train.recipe.errors import UserError
@@ -179,7 +179,9 @@ def _is_true(config: dict[str, object], model: Model, dtype: str) -> bool:
     if any((config.get(key) or dtype) != dtype for key in ("torch_dtype", "dtype")):
         return False
     read = family_of(config).to_model
-    return all(read(view) == model for view in (config, *views(config)))
+    # Whether there is a further layer is said by the files, not the config: transformers keeps its number.
+    like = replace(model, mtp=False)
+    return all(replace(read(view), mtp=False) == like for view in (config, *views(config)))
 
 
 def _special_ids(handle: TokenizerHandle) -> dict[str, object]:

@@ -18,12 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train.hf.folders import read_json
+from train.hf.folders import INDEX_FILE, SINGLE_FILE, read_json
 from train.recipe.errors import UserError
 from train.record.files import sha256
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Supported data types of weights, by their names in the format."""
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -91,13 +89,6 @@ class SafetensorsFolder:
         for name, file in self._file_of.items():
             if name not in listed:
                 raise UserError(f"{self.folder / file}: contains {name}, which {path.name} does not list")
-
-
-def read_header(file: Path) -> str:
-    """Reads the header of an intact file: JSON, as it was written."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        return stream.read(length).decode()
 
 
 def plan_from_header(header: str) -> FilePlan:

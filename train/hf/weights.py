@@ -65,12 +65,15 @@ class HuggingFaceWeights:
     def __init__(self, folder: SafetensorsFolder, family: Architecture, model: Model) -> None:
         self.folder = folder
         self._links: dict[str, list[Link]] = {}
+        self._copies: dict[str, list[Link]] = {}
         expected: set[str] = set()
         for link in family.links(model):
             expected.add(link.theirs)
+            if link.is_copy and link.theirs not in folder.tensors:
+                continue
             self._check(link)
             if link.ours is not None:
-                self._links.setdefault(link.ours, []).append(link)
+                (self._copies if link.is_copy else self._links).setdefault(link.ours, []).append(link)
         later = {name: family.later_layer(name, model) for name in folder.tensors}
         if layers := sorted({layer for layer in later.values() if layer is not None}):
             log.info("%s: leaves out layers %s, of multi-token prediction", folder.folder, layers)
@@ -79,7 +82,8 @@ class HuggingFaceWeights:
                 raise UserError(f"{folder.folder}: {name} is not a tensor of a {family.model_type} model")
         self.tensors = {}
         for weight in (*sizes.weights(model), *sizes.biases(model)):
-            dtypes = {folder.tensors[link.theirs].dtype for link in self._links[weight.name]}
+            links = self._links[weight.name] + self._copies.get(weight.name, [])
+            dtypes = {folder.tensors[link.theirs].dtype for link in links}
             if len(dtypes) > 1:
                 raise UserError(f"{folder.folder}: parts of {weight.name} have different data types")
             self.tensors[weight.name] = TensorInfo(weight.name, dtypes.pop(), weight.shape)
@@ -96,7 +100,14 @@ class HuggingFaceWeights:
                 parts.append(self.folder.read(link.theirs).t()[start:end])
             else:
                 parts.append(self.folder.read(link.theirs, start, end))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        for copy in self._copies.get(name, []):
+            if not torch.equal(rows, self.folder.read(copy.theirs, first, last)):
+                raise UserError(
+                    f"{self.folder.folder}: {copy.theirs} is not the copy of {self._links[name][0].theirs} "
+                    "that model.mtp has; num_nextn_predict_layers of 0 in config.json leaves its layer out"
+                )
+        return rows
 
     def _check(self, link: Link) -> None:
         info = self.folder.tensors.get(link.theirs)

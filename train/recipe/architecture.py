@@ -248,6 +248,7 @@ class Model:
     mtp: bool = key(False, on_start=OnStart.reported, same_on_fork=True)
     """Multi-token prediction of depth 1 (DeepSeek-V3, section 2.2): one more layer, like the last, predicts
     the token after the next one from a position's hidden state and the next token's embedding. Only training
-    runs it: validation, generation and exports leave it out. Its experts count in the balance loss."""
+    runs it: validation and generation leave it out, and exports but those as DeepSeek-V3 or GLM-4.5. Its
+    experts count in the balance loss."""
     mtp_loss_weight: float = key(0.3, at_least=0, read_when="model.mtp == True", on_start=OnStart.free)
     """Weight of multi-token prediction's cross-entropy. DeepSeek-V3: 0.3, then 0.1 for the last third."""

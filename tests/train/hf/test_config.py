@@ -292,6 +292,7 @@ PUBLISHED_V3 = {
 def test_the_recipe_of_deepseek_v3_is_the_published_model() -> None:
     """After the extension of its context, and with what a checkpoint's config does not say of training."""
     overrides = ["model.yarn={factor: 40, original_tokens: 4096}", "model.max_sequence_tokens=163840"]
+    overrides += ["model.mtp=true"]  # which the 671B of the recipe's name leave out
     ours = load_recipe(Path(__file__).parents[3] / "yamls" / "deepseek-v3.yaml", overrides).model
     theirs = read(PUBLISHED_V3)
     assert ours.moe is not None and theirs.moe is not None
@@ -300,7 +301,7 @@ def test_the_recipe_of_deepseek_v3_is_the_published_model() -> None:
     assert replace(ours, moe=moe, init_std=theirs.init_std) == theirs
     again = written(theirs)
     differing = {key for key, value in PUBLISHED_V3.items() if again.get(key, value) != value}
-    assert differing == {"num_nextn_predict_layers", "rope_scaling"}
+    assert differing == {"rope_scaling"}
     assert read(again) == theirs
 
 

@@ -35,7 +35,7 @@ DEEPSEEK_LIKE = ["dots1", "glm4_moe", "deepseek_v3", "deepseek_v2"]
 CLASSES = dict(zip(DEEPSEEK_LIKE, ("Dots1", "Glm4Moe", "DeepseekV3", "DeepseekV2"), strict=True))
 
 
-def _deepseek_like(kind: str) -> Any:
+def _deepseek_like(kind: str, **changes: int) -> Any:
     """A config with experts in DeepSeek's words."""
     import transformers
 
@@ -44,7 +44,7 @@ def _deepseek_like(kind: str) -> Any:
         pytest.skip(f"this transformers has no {CLASSES[kind]}")
     config = LLAMA | ROPE | {"moe_intermediate_size": 24, "n_routed_experts": 12, "num_experts_per_tok": 3}
     config |= {"n_shared_experts": 2, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1}
-    config |= {"routed_scaling_factor": 1.5}
+    config |= {"routed_scaling_factor": 1.5} | changes
     if kind == "dots1":
         return make(**config, norm_topk_prob=True, sliding_window=None, head_dim=16)
     if kind == "glm4_moe":
@@ -148,13 +148,14 @@ def test_imported_weights_compute_the_same_and_go_back_as_they_came(kind: str, t
     assert json.loads(after[index])["weight_map"] == json.loads(before[index])["weight_map"]
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize(("kind", "layers"), [("deepseek_v3", 0), ("glm4_moe", 2)])
 def test_layers_that_predict_further_tokens_are_left_out_with_a_word(
-    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    kind: str, layers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "hf"
     _model(kind, torch.float32).save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
+    _config(num_nextn_predict_layers=layers)(folder)
     further = {"eh_proj.weight": torch.zeros(32, 64), "self_attn.o_proj.weight": torch.zeros(32, 32)}
     with_more = weights | {f"model.layers.2.{name}": weight for name, weight in further.items()}
     save_file(with_more, folder / "model.safetensors", metadata={"format": "pt"})
@@ -167,6 +168,94 @@ def test_layers_that_predict_further_tokens_are_left_out_with_a_word(
     save_file(weights | {"model.layers.1.eh_proj.weight": torch.zeros(32, 64)}, folder / "model.safetensors")
     assert main(["import", str(folder), str(tmp_path / "again")]) == 2
     assert f"model.layers.1.eh_proj.weight is not a tensor of a {kind} model" in capfd.readouterr().err
+
+
+def _with_mtp(kind: str, folder: Path) -> tuple[Any, Any]:
+    """Writes a model with a layer of multi-token prediction; returns transformers' model, and of that layer.
+
+    The layer's model is one of a single layer that is given what it reads as embeddings.
+    """
+    import transformers
+
+    torch.manual_seed(7)
+    theirs = _model(kind, torch.float32)
+    config = _deepseek_like(kind, num_hidden_layers=1, first_k_dense_replace=0)
+    one = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for tensor in (*one.parameters(), *(b for n, b in one.named_buffers() if "correction" in n)):
+            tensor.copy_(torch.randn(tensor.shape) * 0.1 + (tensor.ndim == 1))
+        one.lm_head.weight.copy_(theirs.lm_head.weight)
+    theirs.save_pretrained(folder, max_shard_size="20KB")
+    weights: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    embedding = weights["model.embed_tokens.weight"]
+    joining = {"eh_proj.weight": torch.randn(32, 64) * 0.2, "embed_tokens.weight": embedding}
+    joining |= {name: torch.rand(32) + 0.5 for name in ("enorm.weight", "hnorm.weight")}
+    joining |= {"shared_head.norm.weight": one.model.norm.weight.detach().clone()}
+    joining |= {"shared_head.head.weight": weights["lm_head.weight"].clone()}
+    one.save_pretrained(folder / "one")
+    layer = load_file(folder / "one/model.safetensors")
+    shutil.rmtree(folder / "one")
+    further = {f"model.layers.2.{name}": tensor.clone() for name, tensor in joining.items()}
+    further |= {
+        name.replace("layers.0", "layers.2"): tensor for name, tensor in layer.items() if "layers.0" in name
+    }
+    last = "model-further.safetensors"
+    save_file(further, folder / last, metadata={"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(further, last)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    _config(num_nextn_predict_layers=1)(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), (one, joining)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_multi_token_prediction_computes_the_same_and_goes_back_as_it_came(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    theirs, (one, joining) = _with_mtp(kind, folder)
+    assert main(["import", str(folder), str(tmp_path / "ours")]) == 0
+    source = open_weights(tmp_path / "ours")
+    assert source.model.mtp
+    decoder = Decoder(source.model, device="cpu")
+    load_initial_weights(decoder, tmp_path / "ours")
+    ids_BS = torch.randint(0, 96, (2, 21))
+    outputs = decoder.train()(ids_BS[:, :-1], targets_BS=ids_BS[:, 1:])
+    with torch.no_grad():
+        hidden_BSD = theirs.model(ids_BS[:, :-2]).last_hidden_state
+        logits_BSV = decoder.eval()(ids_BS[:, :-2]).logits_BSV
+        torch.testing.assert_close(logits_BSV, theirs.lm_head(hidden_BSD), atol=1e-5, rtol=1e-5)
+
+        def normed(x_BSD: Tensor, name: str) -> Tensor:
+            eps = source.model.norm_eps
+            return x_BSD / (x_BSD.square().mean(-1, keepdim=True) + eps).sqrt() * joining[f"{name}.weight"]
+
+        next_BSD = joining["embed_tokens.weight"][ids_BS[:, 1:-1]]
+        joined_BSD = torch.cat([normed(next_BSD, "enorm"), normed(hidden_BSD, "hnorm")], -1)
+        ahead_BSV = one(inputs_embeds=joined_BSD @ joining["eh_proj.weight"].t()).logits
+        expected = torch.nn.functional.cross_entropy(
+            ahead_BSV.flatten(0, 1), ids_BS[:, 2:].flatten(), reduction="sum"
+        )
+    torch.testing.assert_close(outputs.mtp_loss_sum, expected, atol=1e-4, rtol=1e-5)
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    for file in folder.glob("*.safetensors"):
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+    assert json.loads((tmp_path / "back/config.json").read_text())["num_nextn_predict_layers"] == 1
+    assert open_weights(tmp_path / "back").model == source.model
+
+
+def test_an_own_embedding_of_the_further_layer_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hf"
+    _with_mtp("deepseek_v3", folder)
+    _edit(folder, lambda tensors: tensors["model.layers.2.shared_head.head.weight"][95, 31].add_(1))
+    assert main(["import", str(folder), str(tmp_path / "ours")]) == 2
+    complaint = capsys.readouterr().err
+    assert "model.layers.2.shared_head.head.weight is not the copy of lm_head.weight" in complaint
+    _config(num_nextn_predict_layers=0)(folder)
+    assert main(["import", str(folder), str(tmp_path / "without")]) == 0
+    assert not open_weights(tmp_path / "without").model.mtp
 
 
 @pytest.mark.parametrize("spelling", ["both", "rope_parameters", "attn_config"])

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from train.hf.folders import read_header
 from train.hf.safetensors_io import (
     FilePlan,
     SafetensorsFolder,
@@ -16,7 +17,6 @@ from train.hf.safetensors_io import (
     check_finite,
     plan_files,
     plan_from_header,
-    read_header,
     write_files,
     write_index,
 )
