@@ -48,7 +48,7 @@ class Choice:
             context=self.context,
             tensor=self.tensor,
         )
-        has_halves = self.expert > 1 and self.microbatch_sequences % 2 == 0 and layout.sharing == 1
+        has_halves = self.expert > 1 and self.microbatch_sequences % 2 == 0
         return replace(
             recipe,
             parallelism=replace(layout, interleave=layout.interleave and has_halves),

@@ -379,7 +379,7 @@ def _layout_of(small: Recipe, layout: Layout, precision: Precision) -> Paralleli
         context=layout.context,
         tensor=layout.tensor,
     )
-    own = replace(own, interleave=own.interleave and layout.expert > 1 and layout.sharing == 1)
+    own = replace(own, interleave=own.interleave and layout.expert > 1)
     return replace(own, reduce_precision=ReducePrecision.fp32) if precision is Precision.fp32 else own
 
 

@@ -61,7 +61,7 @@ class MoE(dMoE):
     ``shared.{w1,v1,w2}.weight`` and ``shared_gate.weight``. They are created uninitialised;
     :func:`train.model.init.initialize` fills them. ``sequence_T`` numbers the sequences that the tokens of a
     microbatch belong to, for the balance loss of each sequence, and is set before each; None: the rows.
-    ``context`` are the ranks that share these sequences.
+    ``first_B`` is the number of each whole row's first, and ``context`` are the ranks that share these rows.
 
     Args:
         d_model: width D.
@@ -107,6 +107,7 @@ class MoE(dMoE):
         args.device = target
         self.router = Router(d_model, moe, device)
         self.sequence_T: Tensor | None = None
+        self.first_B: Tensor | None = None
         self.context: Context | None = None
         self.shared = self.shared_gate = None
         if moe.shared_hidden_size is not None:
@@ -189,9 +190,10 @@ class MoE(dMoE):
             if sequence_T is None:
                 numbers_B = torch.arange(batch, device=tokens_E.device)
                 sequence_T = numbers_B.repeat_interleave(len(probabilities_TE) // batch)
-            elif self.context is None:
+            else:
+                assert self.first_B is not None
                 sequence_T = sequence_T.view(-1, len(probabilities_TE) // batch)[rows].flatten()
-                sequence_T = sequence_T - sequence_T[0]
+                sequence_T = sequence_T - self.first_B[rows][0]  # of the whole row, if ranks share it
             of_sequences = sequence_balance(probabilities_TE, moe.top_k, sequence_T, self.context)
         return MoEAux(probabilities_TE.mean(dim=0), z_loss, tokens_E, of_sequences)
 

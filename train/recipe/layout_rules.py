@@ -109,10 +109,6 @@ def _context(recipe: Recipe, ranks: int) -> Iterator[Violation]:
             f"is not built for compiled layers, but training.compile={recipe.training.compile.value}",
             "remove either",
         )
-    if recipe.parallelism.interleave:
-        yield Violation(
-            "parallelism.context", "is not built for parallelism.interleave", "remove either, or set it to 1"
-        )
     is_nested = expert % context == 0 or context % expert == 0
     if moe is not None and moe.balance_scope is BalanceScope.expert_group and not is_nested:
         yield Violation(
@@ -162,7 +158,6 @@ def _unsplittable(recipe: Recipe, ranks: int) -> Iterator[tuple[str, str]]:
     }
     others = {
         f"training.compile={training.compile.value}": training.compile is not Compile.off,
-        "parallelism.interleave": layout.interleave,
         f"parallelism.context={layout.context}": layout.context > 1,
         "optimizer.kind=muon": optimizer.kind is OptimizerKind.muon,
         "optimizer.moments=bf16": optimizer.moments is Moments.bf16,

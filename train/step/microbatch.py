@@ -86,7 +86,7 @@ class MicrobatchModel(nn.Module):
         if self.by_sequence:
             sequence_BS = number_sequences(batch["input_ids"].shape, document_ids_BS, device)
             for mixture in self.mixtures:
-                mixture.sequence_T = self._own(sequence_BS).flatten()
+                mixture.sequence_T, mixture.first_B = self._own(sequence_BS).flatten(), sequence_BS[:, 0]
                 mixture.context = context
         # Weights stay fp32; autocast makes the bf16 copies for matrix products.
         cast: AbstractContextManager[Any] = torch.autocast(

@@ -123,6 +123,7 @@ def count(
     for mixture in (module for module in decoder.modules() if isinstance(module, MoE)):
         mixture.context = ranks.context
         mixture.sequence_T = torch.zeros(SEQUENCES * SEQUENCE_TOKENS, dtype=torch.int64)
+        mixture.first_B = mixture.sequence_T[:SEQUENCES]
     generator = torch.Generator().manual_seed(rank.rank)
     ids = torch.randint(cfg.vocab_size, (SEQUENCES, SEQUENCE_TOKENS), generator=generator)
 

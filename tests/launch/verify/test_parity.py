@@ -227,6 +227,23 @@ def test_gate_passes_the_same_cases_without_a_fault(
     assert outcome.has_passed, outcome.deviations
 
 
+@pytest.mark.parametrize(
+    ("layout", "precision", "scope"),
+    [
+        (Layout(1, 1, 2, context=2), Precision.fp32, "sequence"),
+        (Layout(1, 1, 2, tensor=2), Precision.bf16, "microbatch"),
+    ],
+)
+def test_gate_passes_halves_of_shared_sequences(
+    layout: Layout, precision: Precision, scope: str, tmp_path: Path
+) -> None:
+    recipe = load_recipe(YAMLS / "smoke.yaml", [*HALVED.split(), f"model.moe.balance_scope={scope}"])
+    case, file = find_case(recipe, layout, "accumulated", precision), tmp_path / "reference.pt"
+    assert case.recipe.parallelism.interleave and case.recipe.training.microbatch_sequences == 2
+    outcome = CaseOutcome(case, run_case(case, make_reference(case, file), file))
+    assert outcome.has_passed, outcome.deviations
+
+
 def test_a_near_zero_update_of_lion_that_rounding_turns_accuses_nobody(tmp_path: Path) -> None:
     """AdamW's recipe, whose other optimizer is Lion, with noise that makes such an update."""
     recipe = load_recipe(YAMLS / "smoke.yaml", ["model.moe.jitter_eps=0.05"])

@@ -66,7 +66,8 @@ def train(decoder: Decoder, rank: Topology) -> tuple[dict[str, Tensor], Tensor]:
     ids_BS = torch.randint(CFG.vocab_size, (B, S), generator=generator)
     documents_BS = (torch.rand((B, S), generator=generator) < 0.2).cumsum(dim=1)
     for mixture in (module for module in decoder.modules() if isinstance(module, MoE)):
-        mixture.sequence_T = number_sequences(ids_BS.shape, documents_BS, ids_BS.device).flatten()
+        sequence_BS = number_sequences(ids_BS.shape, documents_BS, ids_BS.device)
+        mixture.sequence_T, mixture.first_B = sequence_BS.flatten(), sequence_BS[:, 0]
     out = decoder(ids_BS, documents_BS, ids_BS)
     (out.loss_sum + out.balance_loss + out.sequence_balance + 0.1 * out.z_loss).backward()
     average_replicated_gradients(decoder.parameters())

@@ -230,7 +230,8 @@ def test_balance_of_each_sequence_is_deepseeks_however_it_is_packed() -> None:
     def loss(rows: slice, documents_BS: Tensor | None) -> Tensor:
         part = x[rows]
         ids = None if documents_BS is None else documents_BS[rows]
-        layer.sequence_T = number_sequences(part.shape[:2], ids, part.device).flatten()
+        sequence_BS = number_sequences(part.shape[:2], ids, part.device)
+        layer.sequence_T, layer.first_B = sequence_BS.flatten(), sequence_BS[:, 0]
         found = layer(part)[1].sequence_balance
         assert found is not None
         return found

@@ -225,6 +225,9 @@ def test_a_mistake_is_one_line_with_file_key_and_remedy(override: str, expected:
     assert expected in line
 
 
+INTERLEAVED = ["parallelism.expert=2", "parallelism.interleave=true", "training.microbatch_sequences=2"]
+
+
 @pytest.mark.parametrize(
     ("override", "refusal"),
     [
@@ -236,8 +239,7 @@ def test_a_mistake_is_one_line_with_file_key_and_remedy(override: str, expected:
 def test_only_even_microbatches_that_are_not_compiled_are_interleaved(
     override: str, refusal: str | None
 ) -> None:
-    halved = ["parallelism.expert=2", "parallelism.interleave=true", "training.microbatch_sequences=2"]
-    recipe = load_recipe(SMOKE, [*halved, override])
+    recipe = load_recipe(SMOKE, [*INTERLEAVED, override])
     with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
         validate(recipe, Topology(world_size=2), SMOKE)
 
@@ -277,7 +279,7 @@ BY_GROUP = ["model.moe.balance_scope=expert_group", "training.microbatch_sequenc
         (["parallelism.context=3"], 3, "cuts sequences into 6 chunks, but 512 tokens are not"),
         (["parallelism.context=2", "model.mtp=true"], 2, "is not built for model.mtp"),
         (["parallelism.context=2", "training.compile=blocks"], 2, "is not built for compiled layers"),
-        (["parallelism.context=2", "parallelism.expert=2", "parallelism.interleave=true"], 2, "interleave"),
+        ([*INTERLEAVED, "parallelism.context=2"], 2, None),
         (["parallelism.context=2", "parallelism.expert=1", *BY_GROUP], 2, None),
         (["parallelism.context=4", "parallelism.expert=2", *BY_GROUP], 4, None),
         (
@@ -305,6 +307,7 @@ def test_ranks_share_sequences_that_they_can_cut_evenly(
     ("overrides", "ranks", "refusal"),
     [
         (["parallelism.tensor=2", "parallelism.expert=2"], 4, None),
+        ([*INTERLEAVED, "parallelism.tensor=2"], 2, None),
         (["parallelism.tensor=4"], 2, "2 ranks are not divisible by replicate=1 x tensor=4"),
         (["parallelism.tensor=4", "parallelism.replicate=2"], 4, "divisible by replicate=2 x tensor=4"),
         (["parallelism.tensor=3"], 3, "cuts sequences into 3 parts, but 512 tokens are not"),
