@@ -44,7 +44,6 @@ from train.model.compiling import compile_decoder
 from train.model.decoder import Decoder
 from train.model.init import initialize
 from train.model.scaled_products import require_kernels, try_kernels
-from train.observers import observers, other_loggers
 from train.preflight.together import is_wanted, preflight
 from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
@@ -77,9 +76,11 @@ from train.step.checkpointing import Checkpointing
 from train.step.data_log import DataLog, Domain, WrongDataError
 from train.step.guard import UpdateGuard
 from train.step.language_model import LanguageModel
+from train.step.observers import observers
 from train.step.recheck import Corruption, CorruptionError, Recheck
 from train.step.rollback import Rollback, RollbackError, documents_of
 from train.step.step import TrainingStep
+from train.tracking.loggers import other_loggers
 from train.tracking.uploader import MlflowUploader
 from train.trainer import build_trainer, composer_device
 

@@ -9,8 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from train.record import metrics
-from train.record.page.svg import COLOURS, INK, STYLE, WIDTH_INCHES, draw_svg, log_scale
-from train.report.marks import marks_of
+from train.record.page.svg import COLOURS, INK, STYLE, WIDTH_INCHES, Mark, draw_svg, log_scale
 from train.report.run_record import RunRecord, Series
 
 # Shapes: N recorded steps, L layers, E experts.
@@ -21,7 +20,7 @@ LOAD_OCTAVES = 2
 """The heat map's colours range from a quarter to four times the balanced load."""
 
 
-def loss_figure(run: RunRecord) -> Markup:
+def loss_figure(run: RunRecord, marks: Sequence[Mark]) -> Markup:
     """Draws training and validation loss over tokens, with the unigram entropy as the baseline."""
 
     def draw(axes: Sequence[Any]) -> None:
@@ -63,10 +62,10 @@ def loss_figure(run: RunRecord) -> Markup:
         axis.set_ylabel("nats per token")
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
 
-    return draw_svg("Loss over tokens", draw, heights=(3.8,), marks=marks_of(run))
+    return draw_svg("Loss over tokens", draw, heights=(3.8,), marks=marks)
 
 
-def throughput_figure(run: RunRecord) -> Markup:
+def throughput_figure(run: RunRecord, marks: Sequence[Mark]) -> Markup:
     """Draws tokens per second and utilisation of the measured peak over tokens."""
 
     def draw(axes: Sequence[Any]) -> None:
@@ -82,12 +81,10 @@ def throughput_figure(run: RunRecord) -> Markup:
             axis.set_ylim(0, None)
             axis.yaxis.set_major_formatter("{x:,.0f}" if np.nanmax(values) > 5 else "{x:g}")
 
-    return draw_svg(
-        "Throughput and FLOP utilisation over tokens", draw, heights=(2.0, 2.0), marks=marks_of(run)
-    )
+    return draw_svg("Throughput and FLOP utilisation over tokens", draw, heights=(2.0, 2.0), marks=marks)
 
 
-def optimisation_figure(run: RunRecord) -> Markup:
+def optimisation_figure(run: RunRecord, marks: Sequence[Mark]) -> Markup:
     """Draws learning rate and gradient norm over tokens."""
 
     def draw(axes: Sequence[Any]) -> None:
@@ -105,12 +102,10 @@ def optimisation_figure(run: RunRecord) -> Markup:
             axes[1].plot(millions(norm), smooth, color=COLOURS[1], label="_smoothed")
             log_scale(axes[1])
 
-    return draw_svg(
-        "Learning rate and gradient norm over tokens", draw, heights=(1.8, 2.0), marks=marks_of(run)
-    )
+    return draw_svg("Learning rate and gradient norm over tokens", draw, heights=(1.8, 2.0), marks=marks)
 
 
-def memory_figure(run: RunRecord) -> Markup:
+def memory_figure(run: RunRecord, marks: Sequence[Mark]) -> Markup:
     """Draws memory of GPU, process and node over tokens, the largest of every few steps."""
     gpu = (
         (metrics.GPU_MEMORY_PEAK, "GPU, peak of the step", COLOURS[0]),
@@ -131,10 +126,10 @@ def memory_figure(run: RunRecord) -> Markup:
             axis.set_ylim(0, None)
             axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
-    return draw_svg("Memory over tokens", draw, heights=(1.8,) * len(groups), marks=marks_of(run))
+    return draw_svg("Memory over tokens", draw, heights=(1.8,) * len(groups), marks=marks)
 
 
-def sensors_figure(run: RunRecord) -> Markup:
+def sensors_figure(run: RunRecord, marks: Sequence[Mark]) -> Markup:
     """Draws power and temperature of the GPU over tokens."""
 
     def draw(axes: Sequence[Any]) -> None:
@@ -147,12 +142,10 @@ def sensors_figure(run: RunRecord) -> Markup:
             axis.set_ylabel(label)
             axis.set_ylim(0, None)
 
-    return draw_svg(
-        "Power and temperature of the GPU over tokens", draw, heights=(1.6, 1.6), marks=marks_of(run)
-    )
+    return draw_svg("Power and temperature of the GPU over tokens", draw, heights=(1.6, 1.6), marks=marks)
 
 
-def layers_figure(run: RunRecord) -> Markup:
+def layers_figure(run: RunRecord, marks: Sequence[Mark]) -> Markup:
     """Draws heat maps of each layer's gradient norm, relative update and activations over tokens."""
     layers = range(run.layers_measured)
 
@@ -189,12 +182,10 @@ def layers_figure(run: RunRecord) -> Markup:
             bar.outline.set_visible(False)
 
     height = max(1.4, min(4, 0.25 * len(layers)))
-    return draw_svg(
-        "Norms over layers and tokens", draw, heights=(height,) * len(panels), marks=marks_of(run)
-    )
+    return draw_svg("Norms over layers and tokens", draw, heights=(height,) * len(panels), marks=marks)
 
 
-def router_figure(run: RunRecord) -> Markup:
+def router_figure(run: RunRecord, marks: Sequence[Mark]) -> Markup:
     """Draws router losses and the load of each layer's busiest and idlest expert over tokens."""
     experts = run.load_shares.shape[2]
 
@@ -231,9 +222,7 @@ def router_figure(run: RunRecord) -> Markup:
         axes[1].set_ylim(0, None)
         axes[1].legend(ncols=2)
 
-    return draw_svg(
-        "Router losses and extreme loads over tokens", draw, heights=(1.8, 2.2), marks=marks_of(run)
-    )
+    return draw_svg("Router losses and extreme loads over tokens", draw, heights=(1.8, 2.2), marks=marks)
 
 
 def entropy_figure(run: RunRecord) -> Markup:

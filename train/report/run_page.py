@@ -9,6 +9,7 @@ from markupsafe import Markup
 from train.recipe.units import duration, short_number
 from train.record import metrics
 from train.record.page.rendering import render
+from train.record.page.svg import Mark
 from train.record.run_folder import LOAD_PICTURE_FILE, REPORT_FILE
 from train.record.skips import names_of
 from train.report.evaluation import newest_evaluations, scores_over_time
@@ -43,17 +44,18 @@ def write_report(run_dir: Path) -> Path:
 
 def report_page(run: RunRecord) -> str:
     """Returns the page as HTML, without the sections for which the run has no data."""
+    marks = marks_of(run)
     return render(
         "train/report/run.html.j2",
         title=f"Run {run.name}",
         run=run,
         progress=progress_of(run),
         key_cards=key_cards(run),
-        figures=figures(run),
+        figures=figures(run, marks),
         validation=validation_rows(run),
         domains=domain_rows(run),
         changes=change_rows(run),
-        mark_kinds=kinds_of(marks_of(run)),
+        mark_kinds=kinds_of(marks),
         step_places=step_places(run),
         alarms=alarm_rows(run),
         step_parts=step_parts(run),
@@ -136,22 +138,22 @@ def key_cards(run: RunRecord) -> list[tuple[str, str]]:
     return cards
 
 
-def figures(run: RunRecord) -> dict[str, Markup | None]:
-    """Draws the figure of each section; None if the run has no data for it."""
+def figures(run: RunRecord, marks: Sequence[Mark]) -> dict[str, Markup | None]:
+    """Draws the figure of each section with a run's events; None if the run has no data for it."""
     from train.report import plots
 
     has_experts = run.load_shares.size > 0
     has_rate = bool(run.series(metrics.LEARNING_RATE)) and bool(run.series(metrics.GRADIENT_NORM))
     return {
-        "loss": plots.loss_figure(run) if run.steps else None,
-        "throughput": plots.throughput_figure(run) if run.series(metrics.TOKENS_PER_SECOND) else None,
-        "optimisation": plots.optimisation_figure(run) if has_rate else None,
+        "loss": plots.loss_figure(run, marks) if run.steps else None,
+        "throughput": plots.throughput_figure(run, marks) if run.series(metrics.TOKENS_PER_SECOND) else None,
+        "optimisation": plots.optimisation_figure(run, marks) if has_rate else None,
         "load": plots.load_figure(run) if has_experts else None,
         "entropy": plots.entropy_figure(run) if has_experts else None,
-        "router": plots.router_figure(run) if has_experts else None,
-        "memory": plots.memory_figure(run) if run.series(metrics.PROCESS_MEMORY) else None,
-        "sensors": plots.sensors_figure(run) if run.series(metrics.GPU_POWER) else None,
-        "layers": plots.layers_figure(run) if run.layers_measured else None,
+        "router": plots.router_figure(run, marks) if has_experts else None,
+        "memory": plots.memory_figure(run, marks) if run.series(metrics.PROCESS_MEMORY) else None,
+        "sensors": plots.sensors_figure(run, marks) if run.series(metrics.GPU_POWER) else None,
+        "layers": plots.layers_figure(run, marks) if run.layers_measured else None,
     }
 
 

@@ -1,10 +1,14 @@
 """Figures of layers are folded into one chart each; other loggers get our names."""
 
 from types import SimpleNamespace
+from typing import cast
 
-from train.observers import with_our_names
+from composer.core import State
+from composer.loggers import InMemoryLogger, Logger
+
 from train.record import metrics
 from train.tracking.folding import FEW_LAYERS, FOLDED, folded
+from train.tracking.loggers import with_our_names
 
 
 def test_figures_of_many_layers_are_one_and_those_of_few_stay() -> None:
@@ -28,12 +32,9 @@ def test_figures_of_many_layers_are_one_and_those_of_few_stay() -> None:
 
 
 def test_other_loggers_get_our_metrics_under_our_names() -> None:
-    # Composer's core, which train.observers imports, must come before its loggers.
-    from composer.loggers import InMemoryLogger, Logger
-
     kept = with_our_names(InMemoryLogger)()
-    state = SimpleNamespace(timestamp=SimpleNamespace(batch=SimpleNamespace(value=7)))
-    logger = Logger(state, destinations=[kept])  # type: ignore[arg-type]
+    state = cast(State, SimpleNamespace(timestamp=SimpleNamespace(batch=SimpleNamespace(value=7))))
+    logger = Logger(state, destinations=[kept])
     kept.init(state, logger)
     figures = {"loss/train/language": 2.5, "metrics/validation/code/token_loss": 3.0, "trainer/epoch": 1.0}
     logger.log_metrics(figures)

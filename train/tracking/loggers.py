@@ -1,39 +1,21 @@
-"""Observers that a recipe asks for besides a run's own records: norms, profile, TensorBoard, W&B."""
+"""Loggers that a recipe asks for besides MLflow: TensorBoard and W&B, under our names of metrics."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from composer.core import Callback
-from composer.loggers import LoggerDestination
-
-from train.model.decoder import Decoder
 from train.recipe.reading import to_dict
-from train.recipe.schema import Compile, Recipe
-from train.recipe.topology import Topology
+from train.recipe.schema import Recipe
 from train.record import metrics
-from train.record.profiling import Profiling
-from train.step.layer_norms import LayerNorms
 from train.tracking.facts import own_facts
+
+if TYPE_CHECKING:
+    from composer.loggers import LoggerDestination
 
 TENSORBOARD_FOLDER = "tensorboard"
 FLUSH_BATCHES = 10
 
 
-def observers(
-    recipe: Recipe, folder: Path, topology: Topology, device_type: str, decoder: Decoder
-) -> list[Callback]:
-    """Returns what measures norms by layer and records a profile, where the recipe asks for them."""
-    training, found = recipe.training, list[Callback]()
-    if interval := recipe.tracking.layer_norms_interval_batches:
-        sees_layers = training.compile is not Compile.model
-        found.append(LayerNorms(decoder, interval, sees_layers=sees_layers))
-    if training.profile_batches and topology.rank in training.profile_ranks:
-        first, last = training.profile_batches
-        found.append(Profiling(folder, topology.rank, first, last, on_gpu=device_type == "cuda"))
-    return found
-
-
-def other_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
+def other_loggers(recipe: Recipe, folder: Path) -> "list[LoggerDestination]":
     """Returns Composer's loggers that the recipe asks for besides MLflow; for rank 0 only.
 
     A resumed run continues its W&B run, whose id is the run's own; a fork or a copy gets another.
@@ -69,7 +51,7 @@ def other_loggers(recipe: Recipe, folder: Path) -> list[LoggerDestination]:
     return found
 
 
-def with_our_names(kind: type[LoggerDestination]) -> Any:
+def with_our_names(kind: "type[LoggerDestination]") -> Any:
     """Returns a logger class that records our metrics under our names, as metrics.jsonl has them.
 
     Args:
