@@ -91,6 +91,11 @@ class HuggingFaceTokenizer(TokenizerHandle):
         told = [{name: tree.get(name) for name in _OF_IDS}, model, merges, self.eos_id]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
+    def id_of(self, name: str) -> int | None:
+        """The id of a token; None if there is none of that name."""
+        number: int | None = self._tokenizer.token_to_id(name)
+        return number
+
     def encode_documents(self, texts: list[str]) -> list[Tokens]:
         """Encodes texts, int32; text never becomes a special token, and none is added."""
         cut = split_for_encoding if self._parts_are_whole else lambda text: [text]

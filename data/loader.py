@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.batch import NO_TARGET, Batch, batch_of_block, make_batch, make_block, open_block
+from data.fill_in_middle import FillInMiddle, open_fill_in_middle
 from data.opened import OpenedData
 from data.order.plan import OrderPlan
 from data.shards.manifest import unigram_entropy
@@ -69,6 +70,7 @@ class TrainSequences(IterableDataset[Tensor | UserError]):
         rank: int,
         world_size: int,
         start: int,
+        fill_in_middle: FillInMiddle | None = None,
     ) -> None:
         """Sets up the sequences; reads nothing yet.
 
@@ -79,10 +81,12 @@ class TrainSequences(IterableDataset[Tensor | UserError]):
             rank: this process's rank.
             world_size: number of ranks; divides the batch of every stage from ``start`` on.
             start: first position, at the beginning of a batch.
+            fill_in_middle: rearranges documents of stages that ask for it; None: none does.
         """
         assert 0 <= rank < world_size
         self.plan, self.folders, self._curriculum = plan, folders, curriculum
         self._rank, self._world_size, self._start = rank, world_size, start
+        self._fill_in_middle = fill_in_middle
 
     def __iter__(self) -> Iterator[Tensor | UserError]:
         """Yields the blocks of this rank, or of one of its workers; an error comes last."""
@@ -122,6 +126,16 @@ class TrainSequences(IterableDataset[Tensor | UserError]):
             self.folders[domain][sample]
             for domain, sample in zip(picks.domain.tolist(), picks.sample.tolist(), strict=True)
         ]
+        if self._fill_in_middle is not None and stage.fill_in_middle:
+            for first in range(0, positions.size, step):
+                row = slice(first, first + step)
+                samples[row] = self._fill_in_middle.rearrange(
+                    samples[row],
+                    picks.sample[row],
+                    position=int(positions[first]),
+                    domain=self.plan.domains[int(picks.domain[first])],
+                    stage=stage,
+                )
         follows = np.zeros(positions.size, bool)
         follows[1:] = np.diff(picks.sample) == 1
         follows[::step] = False
@@ -248,6 +262,7 @@ def build_train_loader(
         rank=rank,
         world_size=world_size,
         start=start_sample,
+        fill_in_middle=open_fill_in_middle(opened.tokenizer, opened.recipe, curriculum),
     )
     return open_loader(dataset, opened.recipe.data.workers)
 

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from data.text.hugging_face_form import difference, read_form, spelled, write_form
 from train.recipe.errors import UserError
+from train.recipe.phases import SENTINELS
 from train.recipe.schema import Tokenizer, TokenizerKind
 from train.recipe.topology import usable_cores
 from train.record import log
@@ -96,6 +97,10 @@ class TokenizerHandle(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 of all on which ids depend."""
+
+    @abstractmethod
+    def id_of(self, name: str) -> int | None:
+        """The id of a special token; None if there is none of that name."""
 
     @abstractmethod
     def encode_documents(self, texts: list[str]) -> list[Tokens]:
@@ -178,6 +183,10 @@ class RankTokenizer(TokenizerHandle):
     def vocab_size(self) -> int:
         """The largest id plus one: the minimum number of embedding rows."""
         return max(*self.ranks.values(), *self.special_ids.values()) + 1
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a special token; None if there is none of that name."""
+        return self.special_ids.get(name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -318,7 +327,31 @@ def _opened(cfg: Tokenizer, path: Path) -> TokenizerHandle:
             key="tokenizer.vocab_size",
             remedy="raise it, `python -m data.write_shards RECIPE --rebuild`, or another data.shards",
         )
+    if lacking := [name for name in cfg.special_tokens if handle.id_of(name) is None]:
+        raise UserError(
+            f"{file} was trained without {', '.join(lacking)}",
+            key="tokenizer.special_tokens",
+            remedy="remove them, `python -m data.write_shards RECIPE --rebuild`, or another data.shards",
+        )
     return handle
+
+
+def find_sentinels(handle: TokenizerHandle, cfg: Tokenizer) -> tuple[int, int, int]:
+    """Returns the ids of the tokens before prefix, suffix and middle in fill-in-the-middle.
+
+    Raises:
+        UserError: if the tokenizer lacks one that the recipe names, or, if it names none, has no known three.
+    """
+    named = cfg.fill_in_middle_tokens
+    for names in [named] if named else SENTINELS:
+        ids = [number for name in names if (number := handle.id_of(name)) is not None]
+        if len(ids) == len(names):
+            prefix, suffix, middle = ids
+            return prefix, suffix, middle
+    lacking = ", ".join(name for name in named if handle.id_of(name) is None) or "tokens of a known name"
+    what = f"fill-in-the-middle is asked for, but the tokenizer {handle.name} has no {lacking} for it"
+    remedy = "name its tokens before prefix, suffix and middle"
+    raise UserError(what, key="tokenizer.fill_in_middle_tokens", remedy=remedy)
 
 
 def within(

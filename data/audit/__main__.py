@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from textwrap import indent
 
-from data.audit.lookup import Sight, documents_of_step, steps_of_document
+from data.audit.lookup import SequenceText, Sight, documents_of_step, steps_of_document, texts_of_step
 from data.audit.proof import Proof, prove
 from data.audit.run_data import RunData
 from data.explore.__main__ import PAGE_FILE
 from data.explore.__main__ import main as explore
+from train.recipe.errors import UserError
 from train.record.command import Figures, command
 from train.record.tables import text_table
 
@@ -21,6 +22,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     ask = parser.add_mutually_exclusive_group()
     ask.add_argument("--step", type=int, metavar="N", help="list the documents that step N trained on")
     ask.add_argument("--document", metavar="NAME", help="list the steps that trained on a document")
+    parser.add_argument(
+        "--text",
+        action="store_true",
+        help="with --step: print what the model read, documents cut in three as they were",
+    )
     parser.add_argument(
         "--read-steps",
         type=int,
@@ -39,7 +45,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 )
 def main(options: Namespace) -> Figures:
     """Audits a run's data log, or lists a step's documents or a document's steps; status 1 on violations."""
+    if options.text and options.step is None:
+        raise UserError("needs a step", key="--text", remedy="give --step N")
     data = RunData(Path(options.folder))
+    if options.text:
+        texts = texts_of_step(data, options.step)
+        print(describe_texts(texts))
+        return Figures([asdict(text) for text in texts])
     if options.step is None and options.document is None:
         proof = prove(data, options.read_steps, progress=sys.stderr.isatty())
         print(describe_proof(proof, data))
@@ -80,6 +92,15 @@ def describe_proof(proof: Proof, data: RunData) -> str:
         what = "nothing else was skipped and nothing" if proof.declared else "nothing was skipped or"
         lines.append(f"{what} read twice; the tokens of {proof.steps_read:,} steps match the shards")
     return "\n".join(lines)
+
+
+def describe_texts(texts: list[SequenceText]) -> str:
+    """Describes sequences: position and domain, and each document's text."""
+    return "\n".join(
+        f"position {it.position}, {it.domain}, document {number} of {len(it.documents)}\n{indent(text, '  ')}"
+        for it in texts
+        for number, text in enumerate(it.documents, 1)
+    )
 
 
 def describe_sights(sights: list[Sight]) -> str:

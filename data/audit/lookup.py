@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.audit.run_data import RunData
+import numpy as np
+
+from data.audit.run_data import LoggedStep, RunData
 from data.explore.sample import Finder
 from data.order.plan import OrderPlan
 from data.shards.packing import PADDING
@@ -46,14 +48,44 @@ def documents_of_step(run: RunData, step: int) -> list[Sight]:
     Raises:
         UserError: if the data log has no such step.
     """
-    line = next((it for it in run.steps if it.step == step), None)
-    if line is None or line.first is None:
-        last = run.steps[-1].step if run.steps else 0
-        raise UserError(
-            f"the data log has no usable line for step {step}", remedy=f"it has steps 1 to {last}"
-        )
+    line = _line_of(run, step)
+    assert line.first is not None
     pieces = documents_at(run.plan, run.shards, run.documents_file, line.first, line.samples)
     return [Sight(step, **asdict(piece)) for piece in pieces]
+
+
+@dataclass(frozen=True)
+class SequenceText:
+    """A sequence of a step as the model has read it."""
+
+    position: int
+    domain: str
+    documents: list[str]
+    """Text of each document in it, in the order that it was read in; special tokens by name."""
+
+
+def texts_of_step(run: RunData, step: int) -> list[SequenceText]:
+    """Decodes the sequences that a step was trained on, in the order of the batch, without padding.
+
+    Raises:
+        UserError: if the data log has no such step, or a shard is missing or altered.
+    """
+    line = _line_of(run, step)
+    assert line.first is not None
+    picks, found = run.plan.samples(line.first, line.samples), []
+    for at in range(0, line.samples, line.stride):
+        domain, position = run.plan.domains[int(picks.domain[at])], line.first + at
+        samples = run.read(line, domain, picks.sample[at : at + line.stride], position)
+        texts = [
+            run.data.tokenizer.decode(part.tolist())
+            for sample in samples
+            for part, document in zip(
+                np.split(sample.tokens, np.cumsum(sample.lengths)[:-1]), sample.documents, strict=True
+            )
+            if document != PADDING
+        ]
+        found.append(SequenceText(position, domain, texts))
+    return found
 
 
 def documents_at(
@@ -111,6 +143,16 @@ def steps_of_document(run: RunData, name: str) -> list[Sight]:
             f"no domain has a document {name!r}", remedy="give its full name as in documents.jsonl"
         )
     return sorted(found, key=lambda sight: sight.position)
+
+
+def _line_of(run: RunData, step: int) -> LoggedStep:
+    line = next((it for it in run.steps if it.step == step), None)
+    if line is None or line.first is None:
+        last = run.steps[-1].step if run.steps else 0
+        raise UserError(
+            f"the data log has no usable line for step {step}", remedy=f"it has steps 1 to {last}"
+        )
+    return line
 
 
 def _sights(run: RunData, domain: str, ordinal: int, name: str, end: int) -> Iterator[Sight]:

@@ -135,8 +135,12 @@ def _check_tokens(run: RunData, step: LoggedStep) -> Iterator[str]:
         if not slots.size:
             continue
         numbers = picks.sample[slots].reshape(-1, step.stride)
+        positions = step.first + slots[:: step.stride]
         try:
-            samples = [[run.shards[name][int(number)] for number in row] for row in numbers]
+            samples = [
+                run.read(step, name, row, position)
+                for row, position in zip(numbers, positions.tolist(), strict=True)
+            ]
         except UserError as error:
             yield f"step {step.step}, {name}: can't be compared: {error.what}"
             continue
@@ -144,7 +148,7 @@ def _check_tokens(run: RunData, step: LoggedStep) -> Iterator[str]:
         tokens = np.stack([np.concatenate([sample.tokens for sample in row]) for row in samples])
         unwanted = np.stack([has_next & ~is_target for has_next, is_target in places])
         fed = with_mask(torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(unwanted)).numpy()
-        digest = digest_sequences(fed, step.first + slots[:: step.stride])
+        digest = digest_sequences(fed, positions)
         if name not in step.domains:
             continue
         entry = step.domains[name]

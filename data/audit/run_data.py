@@ -7,8 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from data.fill_in_middle import FillInMiddle, open_fill_in_middle
 from data.opened import open_data
 from data.order.plan import OrderPlan
+from data.shards.packing import Sample
 from data.shards.streams import ShardFolder
 from train.recipe.curriculum import Curriculum, continue_stages, from_json, plan_stages
 from train.recipe.errors import UserError
@@ -84,6 +89,28 @@ class RunData:
     def shards(self) -> dict[str, ShardFolder]:
         """The training shards of each domain."""
         return {domain: self.data.shards(domain, "train") for domain in self.plan.domains}
+
+    @cached_property
+    def _fill_in_middle(self) -> FillInMiddle | None:
+        return open_fill_in_middle(self.data.tokenizer, self.recipe, self.curriculum)
+
+    def read(self, step: LoggedStep, domain: str, numbers: NDArray[np.int64], position: int) -> list[Sample]:
+        """Reads a sequence as the run has read it: documents rearranged, where its stage says so.
+
+        Args:
+            step: its step.
+            domain: its domain.
+            numbers: numbers of its samples in the domain's training shards.
+            position: position of the first.
+
+        Raises:
+            UserError: one line that names a shard that is missing or altered.
+        """
+        samples = [self.shards[domain][int(number)] for number in numbers]
+        if self._fill_in_middle is None:
+            return samples
+        stage = self.curriculum.stage_of(step.step - 1)
+        return self._fill_in_middle.rearrange(samples, numbers, position=position, domain=domain, stage=stage)
 
     def documents_file(self, domain: str) -> Path:
         """The list of a domain's documents, fetched if it is in a store."""

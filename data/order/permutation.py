@@ -34,7 +34,7 @@ class KeyedPermutation:
         self._columns = np.uint64(-(-size // rows))
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
         first = np.frombuffer(digest, "<u8") + np.arange(2 * ROUNDS, dtype=np.uint64)
-        self._keys = _mix(first)
+        self._keys = mix(first)
 
     def __call__(self, indices: Indices) -> Indices:
         """Maps every index in 0..size-1 to its image; int64 [N] to int64 [N]."""
@@ -61,8 +61,8 @@ class KeyedPermutation:
         half = np.uint64(32)
         for key in range(0, 2 * ROUNDS, 2):
             # 32 bits of noise: adding a coordinate cannot overflow.
-            row = (row + (_mix(column + self._keys[key]) >> half)) % self._rows
-            column = (column + (_mix(row + self._keys[key + 1]) >> half)) % self._columns
+            row = (row + (mix(column + self._keys[key]) >> half)) % self._rows
+            column = (column + (mix(row + self._keys[key + 1]) >> half)) % self._columns
         return column * self._rows + row
 
     def _decipher(self, points: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -70,15 +70,15 @@ class KeyedPermutation:
         half = np.uint64(32)
         for key in range(2 * ROUNDS - 2, -1, -2):
             # Noise is taken modulo first: a difference below 0 would wrap around 2^64.
-            noise = (_mix(row + self._keys[key + 1]) >> half) % self._columns
+            noise = (mix(row + self._keys[key + 1]) >> half) % self._columns
             column = (column + self._columns - noise) % self._columns
-            noise = (_mix(column + self._keys[key]) >> half) % self._rows
+            noise = (mix(column + self._keys[key]) >> half) % self._rows
             row = (row + self._rows - noise) % self._rows
         return column * self._rows + row
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's output function (Steele, Lea and Flood 2014, figure 17), modulo 2^64."""
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Mixes 64 bits: SplitMix64's output function (Steele, Lea and Flood 2014, figure 17), modulo 2^64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.shards.index import INDEX_FILE, ShardIndex, file_mismatch, open_index
-from data.tokenizer import TokenizerHandle, name_of
+from data.tokenizer import TokenizerHandle, find_sentinels, name_of
 from train.recipe.errors import UserError
 from train.recipe.keys import rules_of
 from train.recipe.names import unfit_as_file
-from train.recipe.phases import domains_of
+from train.recipe.phases import domains_of, fill_in_middle_shares, fills_in_middle, phases_of
 from train.recipe.preparation import Preparation, Source
 from train.recipe.reading import to_dict
 from train.recipe.schema import LossMean, Recipe, TokenizerKind
@@ -325,6 +325,25 @@ def require_match(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle
     if masked and recipe.training.loss_mean is LossMean.positions:
         what = f"is positions, but only some tokens of {masked[0]} in {data.shards} have a loss"
         raise UserError(what, key="training.loss_mean", remedy="set it to targets")
+    _require_fill_in_middle(manifest, recipe, tokenizer)
+
+
+def _require_fill_in_middle(manifest: Manifest, recipe: Recipe, tokenizer: TokenizerHandle | None) -> None:
+    """Raises if a phase rearranges documents that have a loss mask, or the tokenizer has no tokens for it.
+
+    Raises:
+        UserError: one line that names the key.
+    """
+    for index, phase in enumerate(phases_of(recipe)):
+        own = f"data.phases[{index}]" if recipe.data.phases else "data"
+        asked = () if phase.fill_in_middle is None else phase.fill_in_middle.domain_shares
+        for name in fill_in_middle_shares(phase).keys() & asked:
+            if manifest.domains[name].is_masked:
+                what = f"only some tokens of {name} in {recipe.data.shards} have a loss"
+                remedy = "remove it: documents with a loss mask are not rearranged"
+                raise UserError(what, key=f"{own}.fill_in_middle.domain_shares", remedy=remedy)
+    if tokenizer is not None and fills_in_middle(recipe):
+        find_sentinels(tokenizer, recipe.tokenizer)
 
 
 def require_rows(recipe: Recipe, ids: int) -> None:

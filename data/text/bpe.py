@@ -34,14 +34,14 @@ def train_bpe(cfg: Tokenizer, texts: Iterator[str]) -> RankTokenizer:
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    if cfg.vocab_size < SMALLEST:
-        raise UserError(
-            f"is {cfg.vocab_size}", key="tokenizer.vocab_size", remedy=f"every byte needs {SMALLEST}"
-        )
+    special = [EOS, PAD, *cfg.special_tokens]
+    if cfg.vocab_size < SMALLEST - 2 + len(special):
+        remedy = f"256 bytes and {len(special)} special tokens need {SMALLEST - 2 + len(special)}"
+        raise UserError(f"is {cfg.vocab_size}", key="tokenizer.vocab_size", remedy=remedy)
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = byte_level_pieces(_LEARNT)
     trainer = trainers.BpeTrainer(
-        vocab_size=cfg.vocab_size - 2,
+        vocab_size=cfg.vocab_size - len(special),
         min_frequency=2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -51,4 +51,5 @@ def train_bpe(cfg: Tokenizer, texts: Iterator[str]) -> RankTokenizer:
     # warn about it; with it they tokenise on one core.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     ranks = {from_letters(letters): rank for letters, rank in learner.get_vocab().items()}
-    return RankTokenizer(bpe_name(cfg), PATTERN, ranks, {EOS: len(ranks), PAD: len(ranks) + 1})
+    special_ids = {name: len(ranks) + number for number, name in enumerate(special)}
+    return RankTokenizer(bpe_name(cfg), PATTERN, ranks, special_ids)

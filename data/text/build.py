@@ -44,9 +44,9 @@ from data.text.remote_inputs import FOLDER as FETCHED
 from data.text.remote_inputs import fetch_sources
 from data.text.split import SPLITS
 from data.text.tokens import ENCODE, WRITE, ShardTask, encode, open_once, plan_shards, write_shard
-from data.tokenizer import CHAT_TEMPLATE, TokenizerHandle, open_given, open_tokenizer
+from data.tokenizer import CHAT_TEMPLATE, TokenizerHandle, find_sentinels, open_given, open_tokenizer
 from train.recipe.errors import UserError
-from train.recipe.phases import domains_of
+from train.recipe.phases import domains_of, fills_in_middle
 from train.recipe.preparation import (
     CONVERSATIONS,
     Packing,
@@ -87,6 +87,8 @@ def build_into(
     """
     check_preparation(recipe.data.preparation)
     given = _given_tokenizer(recipe)
+    if fills_in_middle(recipe) and (given or recipe.tokenizer.kind is TokenizerKind.cl100k_base):
+        find_sentinels(given or open_tokenizer(recipe.tokenizer, Path()), recipe.tokenizer)
     chat = _chat_format(recipe, given)
     job, chunks = (
         _spool(work, recipe, documents) if documents is not None else _list(work, recipe, engine, given, chat)

@@ -8,8 +8,8 @@ import hashlib
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -247,16 +247,20 @@ def _digest(sample: Sample) -> bytes:
     return digest.digest()
 
 
+_OPENED: dict[tuple[str, Path, tuple[int, int] | None], TokenizerHandle] = {}
+"""The tokenizer that this process has opened last."""
+
+
 def open_once(cfg: Tokenizer, folder: Path) -> TokenizerHandle:
-    """Opens and checks the tokenizer once per process, and again if its file changes."""
-    try:
+    """Opens and checks the tokenizer once per process, and again if its file changes, as processes outlive a
+    build.
+    """
+    mark = None
+    with suppress(FileNotFoundError):
         status = (folder / TOKENIZER_FILE).stat()
-        return _open(cfg, folder, (status.st_ino, status.st_mtime_ns))
-    except FileNotFoundError:
-        return _open(cfg, folder, None)
-
-
-@lru_cache(maxsize=1)
-def _open(cfg: Tokenizer, folder: Path, mark: tuple[int, int] | None) -> TokenizerHandle:
-    """Opens the tokenizer; ``mark`` identifies its file, since processes outlive a build."""
-    return open_tokenizer(cfg, folder)
+        mark = status.st_ino, status.st_mtime_ns
+    key = repr(cfg), folder, mark
+    if key not in _OPENED:
+        _OPENED.clear()
+        _OPENED[key] = open_tokenizer(cfg, folder)
+    return _OPENED[key]

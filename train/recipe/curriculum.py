@@ -8,13 +8,13 @@ is never recomputed, so neither rounding nor an edit can change it. Nothing here
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from train.recipe.errors import UserError
-from train.recipe.phases import batch_sequences, phase_tokens, phases_of
-from train.recipe.schema import Interpolation, Recipe
+from train.recipe.phases import batch_sequences, fill_in_middle_shares, phase_tokens, phases_of
+from train.recipe.schema import Interpolation, Phase, Recipe
 
 RAMP_PIECES = 256
 """Segments of constant weights that approximate a ramp; each has the ramp's mean over the segment."""
@@ -58,6 +58,10 @@ class Stage:
     """Sample at which the ramp reaches ``end_weights``; the stage may end earlier."""
     learning_rate_scale: float
     rope_theta: float
+    fill_in_middle: dict[str, float] = field(default_factory=dict)
+    """Share of the documents that are rearranged, by domain, see :mod:`data.fill_in_middle`."""
+    spm: float = 0.0
+    """Share of these in the order suffix, prefix, middle."""
 
     @property
     def batch_samples(self) -> int:
@@ -269,6 +273,7 @@ def _append(recipe: Recipe, stages: list[Stage], *, phases_from: int) -> list[St
                 remedy="lengthen it by at least a batch, or remove it",
             )
         step, batch = phase.sequence_tokens // recipe.data.sequence_tokens, batch_sequences(recipe, phase)
+        shares, spm = _fill_in_middle(phase)
         stages.append(
             Stage(
                 phase=number,
@@ -284,9 +289,25 @@ def _append(recipe: Recipe, stages: list[Stage], *, phases_from: int) -> list[St
                 ramp_end=first + _whole_batches(-(-phase.tokens // recipe.data.sequence_tokens), step),
                 learning_rate_scale=phase.learning_rate_scale,
                 rope_theta=phase.rope_theta,
+                fill_in_middle=shares,
+                spm=spm,
             )
         )
     return stages
+
+
+def _fill_in_middle(phase: Phase) -> tuple[dict[str, float], float]:
+    """Returns a phase's shares of fill-in-the-middle by domain, and that of its second order."""
+    shares = fill_in_middle_shares(phase)
+    assert phase.fill_in_middle is not None
+    return shares, phase.fill_in_middle.spm if shares else 0.0
+
+
+def fill_in_middle_in_words(shares: Mapping[str, float], spm: float) -> str:
+    """Describes a stage's fill-in-the-middle: the share of each domain, and of the second order."""
+    if not shares:
+        return "none"
+    return ", ".join([*(f"{name} {share}" for name, share in shares.items()), f"SPM {spm}"])
 
 
 def _end_sample(recipe: Recipe, number: int) -> int:
@@ -320,6 +341,10 @@ def _require_same(stage: Stage, recipe: Recipe, *, is_over: bool, sample: int) -
         "sequence_tokens": (stage.sequence_samples * recipe.data.sequence_tokens, phase.sequence_tokens),
         "learning_rate_scale": (stage.learning_rate_scale, phase.learning_rate_scale),
         "rope_theta": (stage.rope_theta, phase.rope_theta),
+        "fill_in_middle": (
+            fill_in_middle_in_words(stage.fill_in_middle, stage.spm),
+            fill_in_middle_in_words(*_fill_in_middle(phase)),
+        ),
     }
     if stage.end_weights:
         length = _whole_batches(-(-phase.tokens // recipe.data.sequence_tokens), stage.sequence_samples)

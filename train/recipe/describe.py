@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from train.recipe import sizes
-from train.recipe.curriculum import plan_stages
+from train.recipe.curriculum import fill_in_middle_in_words, plan_stages
 from train.recipe.layout_rules import reader_in_words, readers_in_words
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe
@@ -69,7 +69,7 @@ def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, obj
 
 
 def _phase_rows(recipe: Recipe) -> list[tuple[str, str]]:
-    """Returns a row for each phase of the curriculum; none for a single mixture."""
+    """Returns a row for each phase, none for a single mixture, and one for its fill-in-the-middle."""
     curriculum, rows = plan_stages(recipe), []
     for stage in curriculum.stages if recipe.data.phases else ():
         tokens = (stage.end_sample - stage.first_sample) * curriculum.sample_tokens
@@ -84,6 +84,10 @@ def _phase_rows(recipe: Recipe) -> list[tuple[str, str]]:
                 f"{stage.learning_rate_scale:g}, RoPE theta {stage.rope_theta:g}",
             )
         )
+    for stage in curriculum.stages:
+        if stage.fill_in_middle:
+            what = fill_in_middle_in_words(stage.fill_in_middle, stage.spm)
+            rows.append(("fill in the middle", f"phase {stage.phase}: {what}"))
     return rows
 
 

@@ -7,9 +7,20 @@ from train.recipe import sizes
 from train.recipe.curriculum import plan_stages
 from train.recipe.errors import UserError, Violation
 from train.recipe.layout_rules import reader_in_words, readers_in_words
-from train.recipe.phases import batch_sequences, microbatch_sequences, phase_tokens, phases_of
-from train.recipe.schema import Phase, Position, Recipe
+from train.recipe.phases import (
+    SENTINELS,
+    batch_sequences,
+    domains_of,
+    fills_in_middle,
+    microbatch_sequences,
+    phase_tokens,
+    phases_of,
+)
+from train.recipe.schema import Phase, Position, Recipe, TokenizerKind
 from train.recipe.topology import Topology
+
+BUILT_IN, UNUSED = ("<|endoftext|>", "<|pad|>"), "<|unused_"
+"""Special tokens that every trained BPE has, and how the names of ids begin that have none."""
 
 
 def check_phases(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
@@ -41,6 +52,38 @@ def check_phases(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
         plan_stages(recipe)
     except UserError as error:
         yield Violation(error.key, error.what, error.remedy)
+
+
+def check_fill_in_middle(recipe: Recipe, _: Topology) -> Iterator[Violation]:
+    """Yields every rule that fill-in-the-middle violates."""
+    data, tokenizer = recipe.data, recipe.tokenizer
+    sections = [("data.fill_in_middle", data.fill_in_middle, domains_of(recipe))]
+    for index, phase in enumerate(data.phases):
+        if phase.fill_in_middle is not None:
+            names = tuple(sorted({*phase.weights, *phase.end_weights}))
+            sections.append((f"data.phases[{index}].fill_in_middle", phase.fill_in_middle, names))
+    for key, section, names in sections:
+        for name in section.domain_shares:
+            if name not in names:
+                yield Violation(f"{key}.domain_shares.{name}", "is not a domain there", f"it has {names}")
+    named, reserved = tokenizer.fill_in_middle_tokens, tokenizer.special_tokens
+    if named and (len(named) != 3 or len(set(named)) != 3):
+        what = f"has {len(set(named))} names"
+        yield Violation(
+            "tokenizer.fill_in_middle_tokens", what, "name those before prefix, suffix and middle"
+        )
+    if len({*BUILT_IN, *reserved}) != len(BUILT_IN) + len(reserved):
+        what = f"repeats a name, or one of {', '.join(BUILT_IN)}"
+        yield Violation("tokenizer.special_tokens", what, "name each once")
+    if any(not name or name.startswith(UNUSED) for name in reserved):
+        yield Violation("tokenizer.special_tokens", f"has an empty name, or one in {UNUSED}", "change it")
+    if tokenizer.kind is TokenizerKind.bpe and fills_in_middle(recipe):
+        sets = [tuple(named)] if named else SENTINELS
+        if not any({*names} <= {*reserved} for names in sets):
+            what = f"lacks {', '.join(sets[0])}, which fill-in-the-middle needs"
+            yield Violation(
+                "tokenizer.special_tokens", what, "add them, so that the BPE is trained with them"
+            )
 
 
 def _shares(key: str, shares: Mapping[str, float], *, may_be_zero: bool) -> Iterator[Violation]:

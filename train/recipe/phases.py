@@ -4,6 +4,16 @@ from dataclasses import replace
 
 from train.recipe.schema import Phase, Recipe, Training
 
+SENTINELS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("<\uff5cfim▁begin\uff5c>", "<\uff5cfim▁hole\uff5c>", "<\uff5cfim▁end\uff5c>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+)
+"""Names of the tokens before prefix, suffix and middle: of GPT-4 and Qwen, StarCoder, SantaCoder, DeepSeek
+(the hole stands before the suffix, the end before the middle) and Code Llama."""
+
 
 def phases_of(recipe: Recipe) -> list[Phase]:
     """Returns the recipe's phases with inherited values filled in; only batch sizes may still be null.
@@ -16,8 +26,23 @@ def phases_of(recipe: Recipe) -> list[Phase]:
     phases = []
     for phase in given:
         sequence, theta = phase.sequence_tokens or sequence, phase.rope_theta or theta
-        phases.append(replace(phase, sequence_tokens=sequence, rope_theta=theta))
+        own = phase.fill_in_middle or data.fill_in_middle
+        phases.append(replace(phase, sequence_tokens=sequence, rope_theta=theta, fill_in_middle=own))
     return phases
+
+
+def fill_in_middle_shares(phase: Phase) -> dict[str, float]:
+    """Returns the share of rearranged documents by domain in a phase of :func:`phases_of`, if above 0."""
+    section = phase.fill_in_middle
+    assert section is not None
+    names = sorted({*phase.weights, *phase.end_weights})
+    shares = {name: section.domain_shares.get(name, section.share) for name in names}
+    return {name: share for name, share in shares.items() if share > 0}
+
+
+def fills_in_middle(recipe: Recipe) -> bool:
+    """Returns whether a phase rearranges documents."""
+    return any(fill_in_middle_shares(phase) for phase in phases_of(recipe))
 
 
 def domains_of(recipe: Recipe) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from train.recipe.errors import UserError, Violation, raise_all
 from train.recipe.keys import out_of_range
 from train.recipe.layout_rules import check_layout
 from train.recipe.names import unfit_as_file
-from train.recipe.phase_rules import check_phases
+from train.recipe.phase_rules import check_fill_in_middle, check_phases
 from train.recipe.phases import domains_of
 from train.recipe.preparation import CONVERSATIONS
 from train.recipe.schema import (
@@ -57,6 +57,7 @@ def validate(recipe: Recipe, topology: Topology, file: str) -> None:
         check_transfer,
         _data,
         check_phases,
+        check_fill_in_middle,
         _start,
         _training,
         _expert_precision,

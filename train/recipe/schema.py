@@ -61,6 +61,7 @@ __all__ = [
     "ExchangePrecision",
     "ExpertPrecision",
     "Ffn",
+    "FillInMiddle",
     "GroupScore",
     "Interpolation",
     "Latent",
@@ -155,6 +156,26 @@ class Tokenizer:
     chat_template: Optional[str] = key(None, is_path=True)
     """Jinja file that renders the chats of `data.sources` and goes with exports; null: the tokenizer's
     own."""
+    special_tokens: list[str] = key(factory=list, read_when="tokenizer.kind == bpe")
+    """Names of special tokens that the trained BPE reserves, besides those that end and pad; they are part of
+    `vocab_size`."""
+    fill_in_middle_tokens: list[str] = key(factory=list)
+    """Names of the tokens before prefix, suffix and middle, in this order, for `fill_in_middle` of a phase;
+    empty: the first known three that the tokenizer has."""
+
+
+@dataclass(frozen=True)
+class FillInMiddle:
+    """Fill-in-the-middle (Bavarian et al. 2022, arXiv 2207.14255): as they are read, some documents are cut
+    in three, and come in the order prefix, suffix, middle.
+    """
+
+    share: float = key(0.0, at_least=0, at_most=1)
+    """Share of the documents that are rearranged, in every domain ..."""
+    domain_shares: dict[str, float] = key(factory=dict, at_least=0, at_most=1)
+    """... but these, by name."""
+    spm: float = key(0.5, at_least=0, at_most=1)
+    """Share of the rearranged documents that are read in the order suffix, prefix, middle."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +210,8 @@ class Phase:
     """In this phase, the first layers to which its `recompute` applies; null: all."""
     recompute_rest: Recompute = Recompute.nothing
     """In this phase, what the other layers recompute."""
+    fill_in_middle: Optional[FillInMiddle] = None
+    """Fill-in-the-middle in this phase; null: as `data.fill_in_middle`."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +249,8 @@ class Data:
     skips: list[DataSkip] = key(factory=list, on_resume=OnResume.edit)
     """Excluded ranges, whose batches are skipped: steps, positions and the learning rate count on over them.
     A run that has already trained on them goes back to an earlier checkpoint."""
+    fill_in_middle: FillInMiddle = key(factory=FillInMiddle, on_resume=OnResume.edit)
+    """Fill-in-the-middle in every phase without its own."""
     max_epochs: float = key(4.0, above=0, on_resume=OnResume.edit)
     """Epochs that a domain may be read for; a run that needs more is refused. Four epochs are nearly as good
     as new text (Muennighoff et al. 2023, arXiv 2305.16264)."""

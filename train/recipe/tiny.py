@@ -15,6 +15,7 @@ from train.recipe import sizes
 from train.recipe.phases import phases_of
 from train.recipe.schema import (
     ExchangePrecision,
+    FillInMiddle,
     Model,
     Moe,
     Phase,
@@ -75,6 +76,7 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
             domains={} if phases else {"code": 0.5, "prose": 0.5},
             phases=phases,
             domain_max_epochs={},
+            fill_in_middle=FillInMiddle(),
             sequence_tokens=SEQUENCE_TOKENS,
             workers=0,
         ),

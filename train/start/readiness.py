@@ -6,6 +6,7 @@ from pathlib import Path
 from data.shards.manifest import MANIFEST_FILE, read_manifest, require_match
 from data.tokenizer import open_tokenizer
 from train.recipe.errors import UserError
+from train.recipe.phases import fills_in_middle
 from train.recipe.schema import OnExisting, Recipe, TokenizerKind
 from train.record.run_folder import SUMMARY_FILE
 
@@ -52,8 +53,8 @@ def _check_shards(recipe: Recipe) -> None:
         _require_writable(root, "data.shards", "give a folder that can be, for the shards to be built in")
         return
     manifest = read_manifest(root)
-    is_with_shards = recipe.tokenizer.kind is TokenizerKind.bpe
-    require_match(manifest, recipe, open_tokenizer(recipe.tokenizer, root) if is_with_shards else None)
+    is_opened = recipe.tokenizer.kind is TokenizerKind.bpe or fills_in_middle(recipe)
+    require_match(manifest, recipe, open_tokenizer(recipe.tokenizer, root) if is_opened else None)
 
 
 def _require_writable(folder: Path, key: str, remedy: str) -> None:

@@ -148,8 +148,10 @@ def accept(opened: OpenedData, folder: Path, curriculum: Curriculum) -> None:
         curriculum: the run's stages.
 
     Raises:
-        UserError: if a domain is exhausted too early, or the shards differ from those read before.
+        UserError: if the shards or their tokenizer do not match the recipe or differ from those read before,
+            or a domain is exhausted too early.
     """
+    opened.require_match()
     require_epoch_budget(opened.recipe, curriculum, opened.plan(curriculum))
     require_same_data(folder, data_digests(opened))
 

@@ -14,7 +14,7 @@ from train.recipe.keys import KeyRules, OnResume, OnStart, out_of_range
 from train.recipe.preparation import Source, SourceKind
 from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
-from train.recipe.schema import DataSkip, Latent, Phase, Recipe, TransferBase, Yarn
+from train.recipe.schema import DataSkip, FillInMiddle, Latent, Phase, Recipe, TransferBase, Yarn
 from train.recipe.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,6 +33,10 @@ EDITABLE_KEYS = {
         "data.domains",
         "data.max_epochs",
         "data.domain_max_epochs",
+        "data.fill_in_middle",
+        "data.fill_in_middle.share",
+        "data.fill_in_middle.domain_shares",
+        "data.fill_in_middle.spm",
         "data.phases",
         "data.skips",
     ),
@@ -66,7 +70,8 @@ def with_value(section: Any, path: list[str], value: object) -> Any:
 def with_every_section() -> Recipe:
     recipe = load_recipe(SMOKE)
     source = Source("code", SourceKind.text, "x", dataset="d", version="1", origin="o", licence="l")
-    data = replace(recipe.data, phases=[Phase(tokens=9)], skips=[DataSkip(0, 1)], sources=[source])
+    phases = [Phase(tokens=9, fill_in_middle=FillInMiddle())]
+    data = replace(recipe.data, phases=phases, skips=[DataSkip(0, 1)], sources=[source])
     latent = Latent(kv_rank=8, nope_width=8, rope_width=8, v_width=8)
     base = TransferBase(8, 1, 1, 8)
     model = replace(recipe.model, yarn=Yarn(2.0, 64), latent=latent, transfer_base=base)
