@@ -54,6 +54,7 @@ from train.recipe.preparation import (
     Quality,
     Source,
     SourceKind,
+    TokenRows,
 )
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe, TokenizerKind
@@ -173,7 +174,9 @@ def _list(
             if place.is_dir() and place.name != FETCHED:
                 shutil.rmtree(place)
         record.write_text(mark)
-    return job, cut(inputs, [source.kind for source in data.sources], data.preparation.chunk_bytes)
+    streams = [n for n, source in enumerate(data.sources) if source.token_rows is TokenRows.stream]
+    kinds = [source.kind for source in data.sources]
+    return job, cut(inputs, kinds, data.preparation.chunk_bytes, whole=streams)
 
 
 def _spool(

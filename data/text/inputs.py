@@ -6,24 +6,26 @@ batches of an Arrow file, or of the list of a source's text files.
 
 import fnmatch
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.text import saved_datasets
 from data.text.file_listing import files_of, named
 from data.text.language import LANGUAGES
+from data.text.token_ids import MegatronIndex, check_source_tokenizer
 from train.recipe.errors import UserError
 from train.recipe.keys import out_of_range
 from train.recipe.names import unfit_as_file
 from train.recipe.phases import domains_of
-from train.recipe.preparation import CONVERSATIONS, Preparation, Source, SourceKind
+from train.recipe.preparation import CONVERSATIONS, Preparation, Source, SourceKind, TokenRows
 from train.recipe.schema import Recipe
 from train.record import log
 
 logger = log.get_logger(__name__)
 
 COMPRESSED = (".gz", ".zst")
+MDS_COMPRESSED, MDS_INDEX = (".mds.zstd", ".mds.gz"), "index.json"
 JSONL = (".jsonl", ".ndjson", ".json")
 SUFFIXES = {
     SourceKind.jsonl: tuple(s + c for s in JSONL for c in ("", *COMPRESSED)),
@@ -33,6 +35,8 @@ SUFFIXES = {
         *(".arrow", ".parquet", ".jsonl"),
         *(s + c for s in (".jsonl", ".json") for c in COMPRESSED),
     ),
+    SourceKind.mds: (".mds", *MDS_COMPRESSED),
+    SourceKind.megatron: (".bin", ".idx"),
 }
 BOOKKEEPING = (
     *("dataset_info.json", "dataset_infos.json", "_SUCCESS"),
@@ -65,7 +69,7 @@ class Chunk:
     """One file; several for `text` sources."""
     start: int
     end: int
-    """Bytes, row groups or record batches; unused for `text`."""
+    """Bytes, row groups, record batches or documents; unused for `text`."""
 
 
 def is_remote(path: str) -> bool:
@@ -95,9 +99,30 @@ def check_sources(recipe: Recipe) -> None:
                 key=f"data.sources[{n}].languages",
                 remedy=f"choose from {', '.join(sorted(LANGUAGES))}",
             )
+        _check_tokens(source, f"data.sources[{n}]")
         if unfit := unfit_as_file(source.domain):
             key = f"data.sources[{n}].domain"
             raise UserError(f"{source.domain!r} {unfit}", key=key, remedy="use letters and digits")
+
+
+def _check_tokens(source: Source, key: str) -> None:
+    """Rejects keys of token ids where there are none, and ids without a tokenizer.
+
+    Raises:
+        UserError: one line that names the key.
+    """
+    if source.tokenizer is None:
+        if source.kind is SourceKind.megatron:
+            remedy = "name the tokenizer that made the files"
+            raise UserError("is null, but kind megatron has token ids", key=f"{key}.tokenizer", remedy=remedy)
+        if source.token_rows is TokenRows.stream:
+            what = "is stream, but the source has text, as its tokenizer is null"
+            raise UserError(what, key=f"{key}.token_rows", remedy="name the tokenizer, or remove it")
+        return
+    if source.kind in (SourceKind.text, *CONVERSATIONS):
+        what = f"is set, but kind {source.kind.value} has no token ids"
+        raise UserError(what, key=f"{key}.tokenizer", remedy="remove it")
+    check_source_tokenizer(source.tokenizer, f"{key}.tokenizer")
 
 
 def check_preparation(preparation: Preparation) -> None:
@@ -128,7 +153,15 @@ def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list
         report_passed_over(list(found), kind, key)
     if kind is SourceKind.hf:
         wanted = saved_datasets.data_files(wanted, key)
-    elif held_out := saved_datasets.held_out_beside_training(wanted):
+    elif kind is SourceKind.mds:
+        wanted = {
+            n: file
+            for n, file in wanted.items()
+            if n.rpartition(".mds")[0] + ".mds" not in wanted.keys() - {n}
+        }
+    elif kind is SourceKind.megatron:
+        wanted = _with_indexes(wanted, key)
+    if kind is not SourceKind.hf and (held_out := saved_datasets.held_out_beside_training(wanted)):
         what = f"reads {named(held_out)} as training text; a narrower pattern leaves them out"
         logger.warning(f"{key}: {what}")
     if not wanted:
@@ -136,6 +169,20 @@ def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list
         ending = f" that ends in {', '.join(suffixes)}" if suffixes else ""
         raise UserError(f"{source.path} has no file{ending}", key=key, remedy="correct the path or the kind")
     return _measured(n, wanted, key)
+
+
+def _with_indexes(found: dict[str, Path], key: str) -> dict[str, Path]:
+    """The `.bin` files among those found.
+
+    Raises:
+        UserError: if one has no `.idx`.
+    """
+    files = {name: file for name, file in found.items() if name.endswith(".bin")}
+    for name in files:
+        if f"{name.removesuffix('.bin')}.idx" not in found:
+            remedy = "restore its .idx, or name the folder of both"
+            raise UserError(f"{name} has no .idx", key=key, remedy=remedy)
+    return files
 
 
 def report_passed_over(names: list[str], kind: SourceKind, key: str) -> None:
@@ -147,6 +194,8 @@ def report_passed_over(names: list[str], kind: SourceKind, key: str) -> None:
         key: its key in the recipe.
     """
     others = sorted(name for name in names if not is_wanted(name, kind) and not _is_bookkeeping(name))
+    if kind is SourceKind.mds:
+        others = [name for name in others if Path(name).name != MDS_INDEX]
     if others:
         what = f"passed over {named(others)}: kind {kind.value} reads {', '.join(SUFFIXES[kind])}"
         logger.warning(f"{key}: {what}")
@@ -164,14 +213,18 @@ def is_fetched(name: str, kind: SourceKind) -> bool:
     return is_record or is_wanted(name, kind)
 
 
-def cut(inputs: list[list[SourceFile]], kinds: list[SourceKind], chunk_bytes: int) -> list[Chunk]:
-    """Splits all sources into chunks, numbered in order."""
+def cut(
+    inputs: list[list[SourceFile]], kinds: list[SourceKind], chunk_bytes: int, whole: Sequence[int] = ()
+) -> list[Chunk]:
+    """Splits all sources into chunks, numbered in order; files of the sources in ``whole`` are not split."""
     pieces: list[tuple[int, tuple[SourceFile, ...], int, int]] = []
     for n, (files, kind) in enumerate(zip(inputs, kinds, strict=True)):
         if kind is SourceKind.text:
             pieces += [(n, group, 0, WHOLE) for group in _groups_of(files, chunk_bytes)]
         else:
-            pieces += [(n, (file,), *span) for file in files for span in _spans(file, chunk_bytes)]
+            for file in files:
+                spans = [(0, WHOLE)] if n in whole else _spans(file, kind, chunk_bytes)
+                pieces += [(n, (file,), *span) for span in spans]
     return [Chunk(number, *piece) for number, piece in enumerate(pieces)]
 
 
@@ -220,8 +273,17 @@ def _groups_of(files: list[SourceFile], least_bytes: int) -> Iterator[tuple[Sour
         yield tuple(group)
 
 
-def _spans(file: SourceFile, chunk_bytes: int) -> Iterator[tuple[int, int]]:
-    if file.name.endswith((".parquet", ".arrow")):
+def _spans(file: SourceFile, kind: SourceKind, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+    if kind is SourceKind.megatron:
+        try:
+            yield from MegatronIndex.read(Path(file.path), file.modified_ns).spans(chunk_bytes) or [
+                (0, WHOLE)
+            ]
+        except (OSError, ValueError):  # The task that reads the file records the error.
+            yield 0, WHOLE
+    elif kind is SourceKind.mds:
+        yield 0, WHOLE
+    elif file.name.endswith((".parquet", ".arrow")):
         try:
             sizes = _group_bytes(file)
         except Exception:  # Readers raise unrelated classes; the task that reads the file records the error.

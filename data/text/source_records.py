@@ -3,18 +3,30 @@
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from data.text.conversations import ConversationError, Spans, Turn, turns_of
 from data.text.file_listing import named
 from data.text.inputs import WHOLE, Chunk, SourceFile
-from train.recipe.preparation import CONVERSATIONS, Source, SourceKind
+from data.text.token_ids import (
+    Ids,
+    MegatronIndex,
+    Row,
+    ids_of,
+    mds_samples,
+    open_source_tokenizer,
+    spell,
+)
+from train.recipe.preparation import CONVERSATIONS, Source, SourceKind, TokenRows
 
 _SLACK = 8
 """A line may be this many times longer than the largest document, for escapes and other columns."""
+_MOST_ID = 1 << 31
 _READ_BYTES = 4096
 """Compressed bytes unpacked at a time: few, since each may unpack to 32 thousand."""
 _GZIP = 31
@@ -34,14 +46,16 @@ class SourceRecord:
     """The file; for lines and rows followed by `#` and the byte offset or row number."""
     text: str
     reason: str = ""
-    """Empty for a text; otherwise `encoding`, `JSON`, `no text`, `conversation`, `size`, `unreadable file` or
-    `empty file`, some with more words after a colon."""
+    """Empty for a text; otherwise `encoding`, `JSON`, `no text`, `token ids`, `conversation`, `size`,
+    `unreadable file` or `empty file`, some with more words after a colon."""
     size: int = 0
     """Without a text: bytes of the line, row or file, as far as they are known."""
     turns: tuple[Turn, ...] = ()
     """Of a conversation, whose words are the text."""
     spans: Spans = ()
     """Characters of a rendered conversation that are to be learnt."""
+    ids: Ids | None = None
+    """Token ids, which are yet to become a text."""
 
 
 def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[SourceRecord]:
@@ -68,13 +82,13 @@ def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[Sourc
 
 
 def open_input(path: Path) -> IO[bytes]:
-    """Opens a file for reading, unpacked if its name ends in .gz or .zst.
+    """Opens a file for reading, unpacked if its name ends in .gz, .zst or .zstd.
 
     Reading raises an error if a packed file is damaged or ends too early.
     """
     if path.name.endswith(".gz"):
         return io.BufferedReader(_Unpacked(path.open("rb"), lambda: zlib.decompressobj(wbits=_GZIP), b"\0"))
-    if path.name.endswith(".zst"):
+    if path.name.endswith((".zst", ".zstd")):
         import zstandard
 
         unpacker = zstandard.ZstdDecompressor(max_window_size=_MOST_WINDOW_BYTES)
@@ -85,9 +99,24 @@ def open_input(path: Path) -> IO[bytes]:
 def _records_of(file: SourceFile, chunk: Chunk, source: Source, max_bytes: int) -> Iterator[SourceRecord]:
     if source.kind is SourceKind.text:
         yield _whole_file(file, max_bytes)
+    elif source.tokenizer is None:
+        yield from _rows_of(file, chunk, source, max_bytes)
+    else:
+        tokenizer, is_stream = open_source_tokenizer(source.tokenizer), source.token_rows is TokenRows.stream
+        rows = (Row(it.place, it.ids, it.reason, it.size) for it in _rows_of(file, chunk, source, max_bytes))
+        for document in spell(rows, tokenizer, is_stream=is_stream):
+            yield SourceRecord(document.place, document.text, document.reason, document.size)
+
+
+def _rows_of(file: SourceFile, chunk: Chunk, source: Source, max_bytes: int) -> Iterator[SourceRecord]:
+    """Yields the rows of a chunk, with texts or token ids."""
+    if source.kind is SourceKind.megatron:
+        yield from _megatron_rows(file, chunk)
+    elif source.kind is SourceKind.mds:
+        yield from _mds_rows(file, source)
     elif file.name.endswith((".parquet", ".arrow")):
-        rows = _parquet_rows if file.name.endswith(".parquet") else _arrow_rows
-        yield from rows(file, chunk, source.text_column)
+        rows_of = _parquet_rows if file.name.endswith(".parquet") else _arrow_rows
+        yield from rows_of(file, chunk, source)
     else:
         for offset, size, line in _lines(file, chunk, _SLACK * max_bytes + 65_536):
             place = f"{file.name}#{offset}"
@@ -131,22 +160,60 @@ def _from_json(place: str, line: bytes, source: Source) -> SourceRecord:
         except ConversationError as error:
             return SourceRecord(place, "", str(error), len(line))
         return SourceRecord(place, "\n".join(words for _, words in turns), turns=tuple(turns))
-    text = tree.get(source.text_column) if isinstance(tree, dict) else None
-    if isinstance(text, str):
-        return SourceRecord(place, text)
+    value = _value_at(tree, source.text_column)
+    if source.tokenizer is not None:
+        if isinstance(value, list) and all(type(it) is int and -_MOST_ID <= it <= _MOST_ID for it in value):
+            return SourceRecord(place, "", size=len(line), ids=np.array(value, np.int64))
+    elif isinstance(value, str):
+        return SourceRecord(place, value)
     return SourceRecord(place, "", f"{NO_TEXT}: {_why_no_text(tree, source.text_column)}", len(line))
+
+
+def _value_at(tree: object, column: str) -> object:
+    """The value of a key, or of a path of keys with points between them; None if there is none."""
+    for key in (column,) if isinstance(tree, dict) and column in tree else column.split("."):
+        if not isinstance(tree, dict):
+            return None
+        tree = tree.get(key)
+    return tree
 
 
 def _why_no_text(tree: object, column: str) -> str:
     if not isinstance(tree, dict):
         return f"{_KINDS.get(type(tree), 'a number')} instead of an object"
-    if column in tree:
-        return f"{column} is {_KINDS.get(type(tree[column]), 'a number')}"
+    first, *rest = (column,) if column in tree else column.split(".")
+    if first in tree and rest and isinstance(tree[first], dict):
+        return f"in {first} {_why_no_text(tree[first], '.'.join(rest))}"
+    if first in tree:
+        return f"{first} is {_KINDS.get(type(tree[first]), 'a number')}"
     keys = [key[:40].encode("ascii", "backslashreplace").decode() for key in tree]
     return f"no {column!r}; it has {named(keys) or 'nothing'}"
 
 
-def _parquet_rows(file: SourceFile, chunk: Chunk, column: str) -> Iterator[SourceRecord]:
+def _megatron_rows(file: SourceFile, chunk: Chunk) -> Iterator[SourceRecord]:
+    index = MegatronIndex.read(Path(file.path), file.modified_ns)
+    end = index.offsets.size - 1 if chunk.end == WHOLE else chunk.end
+    for number, ids in index.rows(Path(file.path), chunk.start, end):
+        yield SourceRecord(f"{file.name}#{number}", "", size=ids.nbytes, ids=ids)
+
+
+def _mds_rows(file: SourceFile, source: Source) -> Iterator[SourceRecord]:
+    if file.name.endswith(".mds"):
+        content: Any = np.memmap(file.path, np.uint8, "r")
+    else:
+        with open_input(Path(file.path)) as stream:
+            content = stream.read()
+    for number, encoding, value in mds_samples(content, source.text_column):
+        place = f"{file.name}#{number}"
+        if source.tokenizer is not None:
+            yield SourceRecord(place, "", size=len(value), ids=ids_of(encoding, value))
+        elif encoding in ("str", "bytes"):
+            yield _decoded(place, value)
+        else:
+            yield SourceRecord(place, "", f"{NO_TEXT}: {source.text_column} is {encoding}", len(value))
+
+
+def _parquet_rows(file: SourceFile, chunk: Chunk, source: Source) -> Iterator[SourceRecord]:
     """Yields the rows of the chunk's row groups; a damaged group loses its own rows only."""
     from pyarrow import parquet
 
@@ -156,26 +223,26 @@ def _parquet_rows(file: SourceFile, chunk: Chunk, column: str) -> Iterator[Sourc
             about = table.metadata.row_group(group)
             if group >= chunk.start:
                 place, rows = f"{file.name}#{first}", f"{about.num_rows:,} rows"
-                why = _why_no_column(table.schema_arrow, column)
+                why = _why_no_column(table.schema_arrow, source)
                 try:
                     if why:
                         yield SourceRecord(place, "", f"{NO_TEXT}: {rows}: {why}", about.total_byte_size)
                     else:
-                        values = _as_bytes(table.read_row_group(group, [column]).column(column))
-                        yield from _texts_of(file, first, values)
+                        rows_of_group = table.read_row_group(group, [source.text_column])
+                        yield from _values_of(file, first, rows_of_group, source)
                 except Exception as error:  # Readers raise unrelated classes for damaged files.
                     what = f"{UNREADABLE}: {rows}: {_line(error)}"
                     yield SourceRecord(place, "", what, about.total_byte_size)
             first += about.num_rows
 
 
-def _arrow_rows(file: SourceFile, chunk: Chunk, column: str) -> Iterator[SourceRecord]:
+def _arrow_rows(file: SourceFile, chunk: Chunk, source: Source) -> Iterator[SourceRecord]:
     import pyarrow
 
     first = 0
     with pyarrow.memory_map(file.path) as mapped:
         stream = pyarrow.ipc.open_stream(mapped)
-        why = _why_no_column(stream.schema, column)
+        why = _why_no_column(stream.schema, source)
         for group, batch in enumerate(stream):
             if chunk.end != WHOLE and group >= chunk.end:
                 return
@@ -184,26 +251,54 @@ def _arrow_rows(file: SourceFile, chunk: Chunk, column: str) -> Iterator[SourceR
                     what = f"{NO_TEXT}: {batch.num_rows:,} rows: {why}"
                     yield SourceRecord(f"{file.name}#{first}", "", what, batch.nbytes)
                 else:
-                    yield from _texts_of(file, first, _as_bytes(batch.column(column)))
+                    yield from _values_of(file, first, batch, source)
             first += batch.num_rows
 
 
-def _texts_of(file: SourceFile, first: int, values: list[bytes | None]) -> Iterator[SourceRecord]:
+def _values_of(file: SourceFile, first: int, table: Any, source: Source) -> Iterator[SourceRecord]:
+    """Yields the rows of a table or record batch whose column may have texts, or token ids."""
+    import pyarrow
+    from pyarrow import compute
+
+    name, *rest = _path(table.schema.names, source.text_column)
+    column = table.column(name)
+    for part in rest:
+        column = compute.struct_field(column, part)
+    if source.tokenizer is None:
+        values: list[Any] = _as_bytes(column)
+    else:
+        values = column.cast(pyarrow.list_(pyarrow.int64())).to_pylist()
     for row, value in enumerate(values, first):
         place = f"{file.name}#{row}"
-        yield _decoded(place, value) if value is not None else SourceRecord(place, "", f"{NO_TEXT}: null")
+        if value is None or (source.tokenizer is not None and None in value):
+            yield SourceRecord(place, "", f"{NO_TEXT}: null")
+        elif source.tokenizer is None:
+            yield _decoded(place, value)
+        else:
+            yield SourceRecord(place, "", size=8 * len(value), ids=np.array(value, np.int64))
 
 
-def _why_no_column(schema: Any, column: str) -> str:
-    """Why rows of a schema have no text; empty if they may have."""
+def _path(names: Sequence[str], column: str) -> list[str]:
+    """The name of a column, or names of structures and of a column in them."""
+    return [column] if column in names else column.split(".")
+
+
+def _why_no_column(schema: Any, source: Source) -> str:
+    """Why rows of a schema have no text, or no token ids; empty if they may have."""
     from pyarrow import types
 
-    if column not in schema.names:
-        return f"no {column!r}; they have {named(list(schema.names)) or 'nothing'}"
-    kind = schema.field(column).type
+    fields, kind, names = schema, schema, list(schema.names)
+    for name in _path(names, source.text_column):
+        if name not in names:
+            return f"no {source.text_column!r}; they have {named(list(schema.names)) or 'nothing'}"
+        kind = fields.field(name).type
+        fields, names = kind, [it.name for it in kind] if types.is_struct(kind) else []
     kind = kind.value_type if types.is_dictionary(kind) else kind
+    if source.tokenizer is not None:
+        is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+        return "" if is_list and types.is_integer(kind.value_type) else f"{source.text_column} is {kind}"
     tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-    return "" if any(is_kind(kind) for is_kind in tests) else f"{column} is {kind}"
+    return "" if any(is_kind(kind) for is_kind in tests) else f"{source.text_column} is {kind}"
 
 
 def _as_bytes(column: Any) -> list[bytes | None]:

@@ -19,6 +19,15 @@ class SourceKind(str, Enum):
     hf = "hf"
     instructions = "instructions"
     chat = "chat"
+    mds = "mds"
+    megatron = "megatron"
+
+
+class TokenRows(str, Enum):
+    """Documents in rows of token ids."""
+
+    documents = "documents"
+    stream = "stream"
 
 
 CONVERSATIONS = (SourceKind.instructions, SourceKind.chat)
@@ -51,11 +60,21 @@ class Source:
     (folder of a Hugging Face dataset: the output of `save_to_disk`, or parquet or JSONL files; of
     several splits, `train`). For instruction tuning, JSONL of which only the answers are trained:
     `instructions` (keys `prompt` and `response` or `completion`) or `chat` (`messages`, a list of objects
-    with `role` and `content`, rendered by the tokenizer's chat template)."""
+    with `role` and `content`, rendered by the tokenizer's chat template). `mds`: shards of Streaming, with
+    text or token ids. `megatron`: `.bin` files with their `.idx`, which hold token ids."""
     path: str = key(in_shards_digest=False, is_path=True)
     """File, folder or pattern with * and ?; or an address that Streaming reads: s3://, dbfs:/Volumes/..."""
     text_column: str = "text"
-    """Column or key of the text; `text`, `instructions` and `chat` sources have none."""
+    """Column or key of the text, or with `tokenizer` of token ids; `data.text` also means `text` within
+    `data`. `text`, `instructions`, `chat` and `megatron` sources have none."""
+    tokenizer: Optional[str] = key(
+        None, is_path=True, in_shards_digest=False, omitted_from_digest_at_default=True
+    )
+    """The tokenizer that made the source's token ids, by which they become text again: `cl100k_base`, a
+    Hugging Face folder, a `tokenizer.json` or a SentencePiece model. null: the source has text."""
+    token_rows: TokenRows = key(TokenRows.documents, omitted_from_digest_at_default=True)
+    """Rows of token ids: `documents`, one or several whole ones, or `stream`, sequences cut from documents
+    end to end, which are joined again within a file."""
     quality: Quality = Quality.none
     """`prose`: Rae et al. 2021 (Gopher), section A.1.1; `code`: Chen et al. 2021, 3.1. `none`: all."""
     languages: list[str] = key(factory=list)

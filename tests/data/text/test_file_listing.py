@@ -44,8 +44,11 @@ def write(root: Path, *names: str) -> None:
     ],
 )
 def test_files_of_the_same_name_stay_apart(tmp_path: Path, kind: SourceKind, pattern: str, kept: str):
-    suffix = ".parquet" if kind is SourceKind.parquet else ".jsonl"
+    others = {SourceKind.parquet: ".parquet", SourceKind.mds: ".mds", SourceKind.megatron: ".bin"}
+    suffix = others.get(kind, ".jsonl")
     every = ["2021/x", "2021/a/x", "2021/a/b/x", "2022/x", "2022/a/x", "2022/a/b/x", "y"]
+    if kind is SourceKind.megatron:
+        write(tmp_path, *(name + ".idx" for name in every))
     write(tmp_path, *(name + suffix for name in every))
     assert sorted(listed(tmp_path / pattern, kind)) == sorted(name + suffix for name in kept.split())
 
