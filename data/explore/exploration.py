@@ -97,13 +97,14 @@ def describe(found: Exploration) -> str:
                 f"{found.shards.documents(name):,}",
                 f"{domain.length_percentiles['50']:,}",
                 f"{domain.cut / max(domain.documents, 1):.0%}",
+                f"{domain.tokens_with_loss / max(domain.tokens, 1):.0%}",
                 f"{domain.exact_copies + domain.near_copies:,}",
                 f"{domain.tokens_seen_once:,}",
                 ", ".join(shares),
             )
         )
-    heads = ("domain", "documents", "median length", "cut", "copies", "seen once", "languages")
-    return f"{len(found.documents):,} documents drawn\n{text_table(heads, rows, '<>>>>><')}"
+    heads = ("domain", "documents", "median length", "cut", "with a loss", "copies", "seen once", "languages")
+    return f"{len(found.documents):,} documents drawn\n{text_table(heads, rows, '<>>>>>><')}"
 
 
 def _removed_copies(shards: Shards, domain: str) -> list[dict[str, str]]:

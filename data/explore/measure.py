@@ -34,6 +34,8 @@ class Measures:
     copy_of: NDArray[np.int64]
     """The first equal or nearly equal document of the sample; its own number if there is none."""
     is_exact: NDArray[np.bool_]
+    trained: list[list[tuple[int, int]] | None]
+    """Characters whose tokens have a loss, from and to; None: all."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class DomainMeasures:
     """Number of ids that occur."""
     tokens_seen_once: int
     mean_surprisal: float
+    tokens_with_loss: int
     typical_tokens: list[str]
     """Tokens that are far more frequent here than in the other domains."""
 
@@ -68,7 +71,21 @@ def measure_documents(documents: Sequence[Document], tokenizer: TokenizerHandle)
         _surprisal([document.tokens for document in documents], tokenizer.vocab_size),
         copies.keeper,
         copies.is_exact,
+        [_spans(document, tokenizer) for document in documents],
     )
+
+
+def _spans(document: Document, tokenizer: TokenizerHandle) -> list[tuple[int, int]] | None:
+    """The characters of a document whose tokens have a loss; None: all.
+
+    A character of several tokens belongs to the last of them.
+    """
+    if document.trained is None or document.trained.all():
+        return None
+    borders = np.flatnonzero(np.diff(document.trained.astype(np.int8), prepend=0, append=0))
+    # Ids before a border that end inside a character decode to a mark in its place.
+    ends = [len(tokenizer.decode(document.tokens[:border].tolist()).rstrip("\ufffd")) for border in borders]
+    return list(zip(ends[::2], ends[1::2], strict=True))
 
 
 def measure_domains(
@@ -101,6 +118,7 @@ def measure_domains(
             distinct_tokens=int((counts[domain] > 0).sum()),
             tokens_seen_once=int((counts[domain] == 1).sum()),
             mean_surprisal=float(np.average(measures.surprisal[at], weights=np.maximum(lengths, 1))),
+            tokens_with_loss=sum(_with_loss(documents[n]) for n in at),
             typical_tokens=[tokenizer.decode([token]) for token in typical],
         )
     return found
@@ -129,6 +147,10 @@ def typical_ids(here_V: NDArray[np.int64], elsewhere_V: NDArray[np.int64]) -> li
         scores = (log_odds(here_V)[seen] - log_odds(elsewhere_V)[seen]) / spread
     best = np.argsort(-scores, kind="stable")[:TYPICAL]
     return [int(seen[n]) for n in best if scores[n] > 0]
+
+
+def _with_loss(document: Document) -> int:
+    return document.tokens.size if document.trained is None else int(document.trained.sum())
 
 
 def _surprisal(documents: Sequence[NDArray[np.int32]], vocab_size: int) -> NDArray[np.float64]:

@@ -41,6 +41,8 @@ class Document:
     """Its token ids, without the end-of-text token."""
     sequences: int = 1
     """Sequences that it lies in; more than one: it is cut."""
+    trained: NDArray[np.bool_] | None = None
+    """Which of its tokens have a loss; None: all."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,10 @@ def draw_documents(shards: Shards, domain: str, count: int, seed: int) -> list[D
     drawn = []
     for ordinal, line in _lines_at(shards.file(domain, DOCUMENTS_FILE), wanted.tolist()):
         split = line.get("split", "train")
-        tokens, sequences = finders[split].read(ordinal)
+        tokens, trained, sequences = finders[split].read(ordinal)
         if tokens.size:
-            drawn.append(Document(domain, line["name"], split, tokens[:-1], sequences))
+            mask = trained[:-1] if shards.domains[domain].is_masked else None
+            drawn.append(Document(domain, line["name"], split, tokens[:-1], sequences, mask))
     return drawn
 
 
@@ -174,14 +177,19 @@ class Finder:
                     self._samples_of.setdefault(document, []).append(n)
         return self._samples_of.get(ordinal, [])
 
-    def read(self, ordinal: int) -> tuple[NDArray[np.int32], int]:
-        """Returns a document's token ids with what ends it, empty if it is not there, and its sequences."""
+    def read(self, ordinal: int) -> tuple[NDArray[np.int32], NDArray[np.bool_], int]:
+        """Returns a document's token ids with what ends it, which of them have a loss, and its sequences.
+
+        Both are empty if it is not there.
+        """
         pieces, numbers = [np.empty(0, np.int32)], self.samples_of(ordinal)
+        masks = [np.empty(0, np.bool_)]
         for number in numbers:
             sample = self.folder[number]
-            owner = np.repeat(sample.documents, sample.lengths)
-            pieces.append(sample.tokens[owner == ordinal])
-        return np.concatenate(pieces), len(numbers)
+            is_own = np.repeat(sample.documents, sample.lengths) == ordinal
+            pieces.append(sample.tokens[is_own])
+            masks.append(sample.is_trained()[is_own])
+        return np.concatenate(pieces), np.concatenate(masks), len(numbers)
 
 
 def _lines_at(path: Path, numbers: list[int]) -> list[tuple[int, dict[str, Any]]]:

@@ -48,6 +48,13 @@ function marked(text, words, parent) {
   }
 }
 
+// Appends a document's text; of a conversation, what has a loss stands out.
+function excerpt(it, words, parent) {
+  for (const [text, has_loss] of it.parts ?? [[it.text, false]])
+    marked(text, words, has_loss ? element("span", "", parent, "trained") : parent);
+  if (it.is_cut) parent.append(" …");
+}
+
 function row(number, words) {
   const it = data.documents[number], made = element("article", "", list);
   const head = element("header", "", made);
@@ -56,7 +63,7 @@ function row(number, words) {
   const copy = it.copy_of === null ? "" : `, copy of ${data.documents[it.copy_of].name}`;
   element("span", ` ${it.domain}/${it.split} · ${it.tokens.toLocaleString()} tokens · ${it.language} · ` +
     `${it.surprisal.toFixed(2)} nats per token · ${it.cluster}${copy}`, head);
-  marked(it.text + (it.is_cut ? " …" : ""), words, element("pre", "", made));
+  excerpt(it, words, element("pre", "", made));
 }
 
 function draw() {

@@ -1,5 +1,6 @@
 """The results of exploring shards as one self-contained page, with a map and a search of documents."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def shards_page(found: Exploration) -> str:
         drawn=f"{len(found.documents):,}",
         key_cards=_key_cards(found),
         sizes=_sizes(found),
+        has_masks=any(record.is_masked for record in found.shards.domains.values()),
         origins=[
             [name, record.facts["dataset"], record.facts["version"], record.source, record.licence]
             for name, record in found.shards.domains.items()
@@ -101,6 +103,9 @@ def _sizes(found: Exploration) -> Rows:
             f"{split.documents:,}",
             f"{split.samples:,}",
             f"{split.tokens:,}",
+            f"{(split.tokens if split.trained_tokens is None else split.trained_tokens) / split.tokens:.1%}"
+            if split.tokens
+            else "",
             f"{split.padding_tokens / (split.tokens + split.padding_tokens):.2%}" if split.tokens else "",
             f"{split.bytes_per_token:.2f}" if split.tokens else "",
             f"{split.unigram_entropy:.2f}",
@@ -198,6 +203,15 @@ def _histogram(
     return draw_svg(title, draw, heights=(2.8,), bottom=label)
 
 
+def _parts(text: str, trained: Sequence[tuple[int, int]] | None) -> list[tuple[str, bool]] | None:
+    """Cuts a text where its loss begins and ends: pieces, and whether they have one; None: all of it has."""
+    if trained is None:
+        return None
+    borders = [0, *(border for span in trained for border in span), len(text)]
+    pieces = [text[begin:end] for begin, end in itertools.pairwise(borders)]
+    return [(piece, n % 2 == 1) for n, piece in enumerate(pieces) if piece]
+
+
 def _tree(found: Exploration) -> dict[str, Any]:
     """The data for the page's script."""
     clusters = [f"{n + 1}: {label}" for n, label in enumerate(found.map.labels)]
@@ -219,6 +233,7 @@ def _tree(found: Exploration) -> dict[str, Any]:
                 "y": round(float(y), 4),
                 "text": text[:EXCERPT_CHARACTERS],
                 "is_cut": len(text) > EXCERPT_CHARACTERS,
+                "parts": _parts(text[:EXCERPT_CHARACTERS], found.measures.trained[n]),
             }
         )
     labels = []

@@ -4,6 +4,7 @@ import html
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ from data.text.installed import CorpusDocument
 from data.write_shards import build_shards
 from tests.browser import opened
 from train.recipe.errors import UserError
-from train.recipe.preparation import Source, SourceKind
-from train.recipe.schema import Recipe
+from train.recipe.preparation import Preparation, Source, SourceKind
+from train.recipe.schema import LossMean, Recipe
 
 pytestmark = pytest.mark.slow
 
@@ -164,6 +165,46 @@ def test_the_page_is_searched_in_a_browser(found: Exploration, tmp_path: Path) -
     lengths = [int(text) for text in re.findall(r"· (\d+) tokens ·", ordered)]
     assert lengths == sorted((it.tokens.size for it in found.documents), reverse=True)[: len(lengths)]
     assert len(lengths) == 20
+
+
+def test_of_conversations_the_page_shows_which_text_has_a_loss(
+    tmp_path: Path, make_recipe: Callable[..., Recipe]
+) -> None:
+    rows = [{"prompt": f"Why 😀 {n}?\n", "response": f"Weil naïve 中文 {n}."} for n in range(40)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "plain.jsonl").write_text(json.dumps({"text": "Plain text that is read with a loss."}) + "\n")
+    facts = {"dataset": "tales", "version": "1", "origin": "https://example.org", "licence": "CC0-1.0"}
+    sources = [
+        Source("code", kind, str(tmp_path / f"{name}.jsonl"), **facts)  # type: ignore[arg-type]
+        for name, kind in (("asked", SourceKind.instructions), ("plain", SourceKind.jsonl))
+    ]
+    recipe = make_recipe(
+        tmp_path / "shards",
+        domains={"code": 1.0},
+        sources=sources,
+        preparation=Preparation(near_duplicates=None, validation_share=0.1),
+    )
+    recipe = replace(recipe, training=replace(recipe.training, loss_mean=LossMean.targets))
+    manifest = build_shards(recipe)
+    found = explore(tmp_path / "shards")
+    for document, text, spans in zip(
+        found.documents, found.measures.texts, found.measures.trained, strict=True
+    ):
+        if text.startswith("Plain"):
+            assert spans is None and document.trained is not None and document.trained.all()
+        else:
+            assert spans == [(text.index("Weil"), len(text))]
+    with_loss = found.domains["code"].tokens_with_loss
+    every = [split.trained_tokens or 0 for split in manifest.domains["code"].splits.values()]
+    assert with_loss + len(found.documents) == sum(every), "what ends a document has a loss too"
+    write_page(found, tmp_path / "page.html")
+    shown, complaints = opened(tmp_path / "page.html", "#order=shortest&q=Weil")
+    assert complaints == "" and "Text on a <span" in shown
+    said = re.findall(r'<pre[^>]*>(.*?)<span class="trained">(.*?)</span></pre>', shown, re.DOTALL)
+    assert len(said) == 20
+    for prompt, response in said:
+        assert re.fullmatch(r"Why 😀 \d+\?\n", prompt)
+        assert re.fullmatch(r"<mark>Weil</mark> naïve 中文 \d+\.", response)
 
 
 def test_the_command_writes_the_page_and_says_what_is_wrong(
