@@ -36,6 +36,8 @@ FOUR = Layout(2, 1, 2)
 """A layout with replicas and with expert parallelism."""
 PAIR = Layout(1, 2, 1)
 """Two ranks that share out everything."""
+HALVES = Layout(1, 1, 2)
+"""The same two, each with whole experts, half of them."""
 SHARED = Layout(1, 2, 1, context=2)
 """The same two with parts of the same sequences."""
 SPLIT = Layout(1, 2, 1, tensor=2)
@@ -50,7 +52,7 @@ class KnownFault:
     inject: Callable[[], AbstractContextManager[Any]]
     shows_in: str
     """The quantity that must exceed its bound; empty if the case must stop with an error."""
-    layout: Layout = FOUR
+    layout: Layout = HALVES
     input: str = "accumulated"
     experts: Changes = ()
     """Changes of the recipe's experts without which it has no effect."""
@@ -87,7 +89,7 @@ def after_building(change: Callable[[nn.Module], None]) -> Iterator[None]:
 def _scale_expert_gradients(power: int, decoder: nn.Module) -> None:
     """Omits MegaBlocks' division by the expert degree, or does it twice."""
     for moe in _moes(decoder):
-        moe.experts.mlp.gradient_scale /= FOUR.expert**power
+        moe.experts.mlp.gradient_scale /= HALVES.expert**power
 
 
 def _average_in_each_replica(parameters: Iterable[nn.Parameter]) -> None:
@@ -217,16 +219,19 @@ FAULTS = {
         "experts missing from the global norm",
         lambda: _clipping_with(functools.partial(_times_for_experts, 0.0)),
         "norm",
+        layout=FOUR,
     ),
     "norm-with-experts-twice": KnownFault(
         "experts counted twice in the global norm",
         lambda: _clipping_with(functools.partial(_times_for_experts, 2.0)),
         "norm",
+        layout=FOUR,
     ),
     "local-norm": KnownFault(
         "each rank clips with the norm of its own shards",
         lambda: _clipping_with(functools.partial(_times_for_experts, 1.0), over_ranks=False),
         "norm",
+        layout=FOUR,
     ),
     "balance-of-one-rank": KnownFault(
         "a balance loss of the first rank only",
@@ -242,7 +247,7 @@ FAULTS = {
     ),
     "shared-times-degree": KnownFault(
         "gradients of a shared expert times the expert degree",
-        lambda: expert_faults.count_shared_by_degree(FOUR.expert),
+        lambda: expert_faults.count_shared_by_degree(HALVES.expert),
         "gradients",
         experts=FINER,
     ),
@@ -262,6 +267,7 @@ FAULTS = {
         "replicas that keep their own gradients of the router",
         lambda: mock.patch.object(step, "average_replicated_gradients", _average_in_each_replica),
         "gradients",
+        layout=FOUR,
     ),
     "router-not-reduced": KnownFault(
         "ranks that keep their own gradients of the router",

@@ -1,11 +1,14 @@
 """Runs of the tiny recipe in forked ranks, as the main job would run them, and their records."""
 
+import contextlib
+import importlib
 import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from launch.verify.case_run import import_for_ranks
 from launch.verify.cases import SEQUENCES, Layout
 from launch.verify.forked_ranks import RankError, Ranks
 from train.recipe.schema import BalanceScope, Checkpoint, OnExisting, Precision, Recipe
@@ -50,8 +53,21 @@ def named(small: Recipe, layout: Layout, name: str) -> Recipe:
     return replace(small, name=name, parallelism=parallelism)
 
 
+DRAWING = ("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg")
+"""Imported by a run's report, at its end."""
+
+
+def import_for_runs() -> None:
+    """Imports what a whole run imports lazily, once, so that not every forked one has to."""
+    import_for_ranks()
+    with contextlib.suppress(ModuleNotFoundError):  # an installation without charts
+        for name in DRAWING:
+            importlib.import_module(name)
+
+
 def trainer(recipe: Recipe) -> Callable[[Topology], None]:
     """Returns work that runs the main job; the rank exits with its status."""
+    import_for_runs()
 
     def work(topology: Topology) -> None:
         if status := run(recipe, topology):

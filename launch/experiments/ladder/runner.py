@@ -128,8 +128,10 @@ def _train(
 ) -> Iterator[tuple[Run, str]]:
     """Keeps ``workers`` runs going; yields each run that ends, and how it ended."""
     from launch.verify.forked_ranks import RankError, Ranks
+    from launch.verify.tiny_runs import import_for_runs
     from train.run import run as train
 
+    import_for_runs()
     queue, replayed = list(waiting), set[str]()
     going: list[tuple[Run, Ranks[int], float, float]] = []
     try:

@@ -15,7 +15,7 @@ YAMLS = Path(__file__).resolve().parents[3] / "yamls"
 
 def test_it_rolls_back_and_equals_the_run_that_never_saw_them(tmp_path: Path) -> None:
     recipe = load_recipe(YAMLS / "smoke.yaml")
-    check = BadDataCheck()
+    check = BadDataCheck(steps=48)
     rows = list(check.run(Workspace(recipe, tmp_path)))
     assert [violation for row in rows for violation in row.violations] == []
     assert [row.what for row in rows[-3:]] == ["rolled back", "never seen", "only alarms"]

@@ -23,7 +23,7 @@ from launch.verify.case_run import (
     run_case,
     train_case,
 )
-from launch.verify.cases import INPUTS, SEQUENCES, Case, Layout, cases, find_case, layouts
+from launch.verify.cases import INPUTS, SEQUENCES, Case, Layout, cases, find_case, layouts, reference_of
 from launch.verify.expert_faults import FINER, GLOBAL_SCOPE, Changes
 from launch.verify.faults import FAULTS, KnownFault
 from launch.verify.forked_ranks import RankError, run_ranks
@@ -43,9 +43,10 @@ from train.step.microbatch import Batch
 pytestmark = pytest.mark.slow
 
 YAMLS = Path(__file__).resolve().parents[3] / "yamls"
-GLOBAL = "model.moe.balance_scope=global_batch"
+SCOPE = "model.moe.balance_scope"
+GLOBAL = f"{SCOPE}=global_batch"
 HALVED = "parallelism.interleave=true parallelism.expert=2 training.microbatch_sequences=2"
-TRADED = "parallelism.reduce=once_a_batch parallelism.gathered_layers=1"
+TRADED = "parallelism.reduce=once_a_batch parallelism.gathered_layers=1 parallelism.reduce_precision=bf16"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -207,9 +208,10 @@ def test_what_depends_on_the_split_is_seen_though_the_reference_does_too(
     ("layout", "experts", "optimizer"),
     [
         ("(2,1,2)", (), None),
-        ("(2,1,2)", FINER, None),
+        ("(1,1,2)", (), None),
+        ("(1,1,2)", FINER, None),
         ("(1,2,1)", GLOBAL_SCOPE, None),
-        ("(2,1,2)", (), OptimizerKind.muon),
+        ("(1,1,2)", (), OptimizerKind.muon),
         ("(1,2,1)c2", (), None),
         ("(1,2,1)t2", (), None),
     ],
@@ -253,31 +255,63 @@ def test_a_near_zero_update_of_lion_that_rounding_turns_accuses_nobody(tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("stem", "overrides", "input_", "precision", "named"),
+    [
+        ("smoke", "", "idle", Precision.fp32, "(1,2,1) (1,1,2) (2,1,1) (1,2,1)t2"),
+        ("smoke", "", "crowded", Precision.fp32, "(1,1,2) (1,2,1)c2"),
+        ("smoke", TRADED, "accumulated", Precision.bf16, "(2,2,1) (2,1,2) (2,1,2)c4 (1,1,4)t2"),
+        # Only ranks with whole experts halve their microbatches.
+        ("smoke", f"{HALVED} model.moe.jitter_eps=0.05", "split", Precision.fp32, "(1,1,2) (1,2,1)t2"),
+        ("smoke", f"{HALVED} model.mtp=true", "recomputed", Precision.fp32, "(1,2,1) (1,1,2)"),
+        ("smoke", HALVED, "plain", Precision.bf16, "(1,1,2)"),
+        # Two phases: sequences grow after the first step.
+        ("dbrx", "", "accumulated", Precision.fp32, "(1,1,2)"),
+        ("dbrx", "", "loaded", Precision.fp32, "(1,2,2) (2,1,2)c4 (1,1,4)t2"),
+        ("smoke", f"{GLOBAL} model.moe.jitter_eps=0.1", "plain", Precision.fp32, "(1,1,2)"),
+        (
+            "smoke",
+            f"{GLOBAL} model.moe.jitter_eps=0.1",
+            "recomputed",
+            Precision.fp32,
+            "(1,2,1) (1,1,2) (1,2,1)c2 (1,2,1)t2",
+        ),
+        ("smoke", f"{SCOPE}=rank", "accumulated", Precision.fp32, "(1,2,1) (1,1,2) (1,2,1)c2"),
+        # Without such a group the scope is the microbatch.
+        ("smoke", f"{SCOPE}=expert_group", "accumulated", Precision.fp32, "(1,1,2) (1,2,1)t2"),
+        ("smoke", "model.moe.balance=bias", "accumulated", Precision.bf16, "(1,2,1) (1,1,2)"),
+        # Latent attention, whose heads are made again.
+        ("deepseek-v3", "", "idle", Precision.fp32, "(1,2,1) (1,1,2)"),
+        ("qwen3-30b-a3b", "", "recomputed", Precision.fp32, "(1,1,2) (1,2,1)t2"),
+        ("olmoe-1b-7b", "", "split", Precision.fp32, "(1,1,2) (1,2,1)c2"),
+        ("finegrain-132b", "", "recomputed", Precision.fp32, "(1,1,2) (1,2,1)c2"),
+    ],
+)
+def test_gate_passes_a_recipe_under_the_layouts_that_differ_in_it(
+    stem: str,
+    overrides: str,
+    input_: str,
+    precision: Precision,
+    named: str,
+    tmp_path: Path,
+    sound_ranks: CaseRanks,
+) -> None:
+    """The command, below, takes every layout."""
+    recipe, names = load_recipe(YAMLS / f"{stem}.yaml", overrides.split()), named.split()
+    found = [case for case in cases(recipe, (2, 4), (input_,), precision) if str(case.layout) in names]
+    assert len(found) == len(names), "the recipe does not allow one"
+    file, made = tmp_path / "reference.pt", None
+    for case in found:
+        if made is None or reference_of(case) != made:
+            seed, made = make_reference(case, file), reference_of(case)
+        outcome = CaseOutcome(case, sound_ranks.run(case, seed, file))
+        assert outcome.has_passed, (str(case.layout), outcome.deviations)
+
+
+@pytest.mark.parametrize(
     ("stem", "options"),
     [
         ("smoke", "--precision fp32 --worlds 4 --inputs accumulated"),
-        ("smoke", "--precision fp32 --worlds 2 --inputs idle crowded"),
-        ("dbrx", "--precision fp32 --worlds 4 --inputs loaded"),
-        ("smoke", "--precision bf16 --worlds 2 --inputs recomputed"),
-        (
-            "smoke",
-            f"{TRADED} parallelism.reduce_precision=bf16 --precision bf16 --worlds 4 --inputs accumulated",
-        ),
-        ("smoke", f"{HALVED} model.moe.jitter_eps=0.05 --precision fp32 --worlds 2 --inputs split"),
-        ("smoke", f"{HALVED} model.mtp=true --precision fp32 --worlds 2 --inputs recomputed"),
-        ("smoke", f"{HALVED} --precision bf16 --worlds 2 --inputs plain"),
         ("dbrx-moe-a", "--worlds 2 --inputs recomputed"),
-        # Two phases: sequences grow after the first step.
-        ("dbrx", "--precision fp32 --worlds 2 --inputs accumulated"),
-        ("smoke", f"{GLOBAL} model.moe.jitter_eps=0.1 --precision fp32 --worlds 2 --inputs plain recomputed"),
-        # Latent attention, whose heads are made again.
-        ("deepseek-v3", "--precision fp32 --worlds 2 --inputs idle"),
-        ("smoke", "model.moe.balance_scope=rank --precision fp32 --worlds 2 --inputs accumulated"),
-        ("smoke", "model.moe.balance_scope=expert_group --precision fp32 --worlds 2 --inputs accumulated"),
-        ("smoke", "model.moe.balance=bias --precision bf16 --worlds 2 --inputs accumulated"),
-        ("qwen3-30b-a3b", "--precision fp32 --worlds 2 --inputs recomputed"),
-        ("olmoe-1b-7b", "--precision fp32 --worlds 2 --inputs split"),
-        ("finegrain-132b", "--precision fp32 --worlds 2 --inputs recomputed"),
     ],
 )
 def test_command_passes_a_recipe_and_writes_its_tables(
