@@ -106,18 +106,22 @@ def attention_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict
 
 
 def _latent_attention_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict[str, int]:
-    """Bytes that the attention half of a layer with latent attention saves: values are as wide as keys."""
-    T, c = batch.tokens, numerics.compute
+    """Bytes that the attention half of a layer with latent attention saves: values are as wide as keys.
+
+    Where ranks share sequences, a rank keeps the narrow vectors of all tokens too, of which it makes heads.
+    """
+    T, c, keys = batch.tokens, numerics.compute, batch.key_tokens(numerics)
+    gathered = keys * sizes.gathered_width(model) * c if batch.context > 1 else 0
     Q, attended = sizes.query_width(model), sizes.attended_width(model)
     narrow = [size for (size, *columns) in sizes.attention_shapes(model).values() if not columns]
     normalised = 0 if numerics.on_gpu else sum(narrow) * FP32
     return {
         "norm 1": norm_bytes(model, batch, numerics),
         "Wqkv input": T * model.d_model * c,
-        "narrow vectors": T * narrow_width(model) * c,
+        "narrow vectors": T * narrow_width(model) * c + gathered,
         "norms of narrow vectors": T * (sum(narrow) * c + normalised + len(narrow) * FP32),
         "queries": T * Q * c,
-        "keys and values": 2 * T * Q * c,
+        "keys and values": 2 * keys * Q * c,
         # The values' padding is cut off for the output projection.
         "attention output": T * ((Q + (attended if attended < Q else 0)) * c + model.n_heads * FP32),
     }
@@ -260,7 +264,9 @@ def backward_bytes(
     T, D, F, c = batch.tokens, model.d_model, model.ffn_hidden_size, numerics.compute
     stream = T * D * (numerics.stream + c)
     if batch.context > 1:
-        keys = 8 * batch.key_tokens(numerics) * sizes.key_width(model) * c
+        # Of latent attention, whose gathered vectors are few: the gradients of heads' keys and values.
+        width = sizes.key_width(model) if model.latent is None else sizes.query_width(model) / 2
+        keys = round(8 * batch.key_tokens(numerics) * width * c)
         shorter = replace(batch, sequence_tokens=batch.sequence_tokens // batch.context, context=1)
         own = backward_bytes(
             model, shorter, numerics, grade=grade, own_gradients=own_gradients, halves=halves

@@ -141,9 +141,9 @@ def working_bytes(
         return of_ffn
     attention = sum(attention_bytes(model, batch, numerics).values())
     kept = kept_in_layer(model, batch, numerics, grade)
-    gradients = 4 * sizes.query_width(model) * numerics.compute
-    gradients += model.d_model * (numerics.stream + numerics.compute)
-    return max(of_ffn, attention - kept + batch.tokens * gradients)
+    heads = 2 * (batch.tokens + batch.key_tokens(numerics)) * sizes.query_width(model) * numerics.compute
+    stream = batch.tokens * model.d_model * (numerics.stream + numerics.compute)
+    return max(of_ffn, attention - kept + heads + stream)
 
 
 def backward_passes(
@@ -206,7 +206,7 @@ def work_again(model: Model, tokens: int, sequence_tokens: int, split: Split, gr
         return whole
     T, D, F = tokens, model.d_model, sizes.expert_width(model)
     turned = T * turning_elements(model)
-    of_attention = projections(model, tokens)
+    of_attention = projections(model, tokens, context=split.context)
     of_heads = [
         of_attention.pop(module) for module in ("q_proj", "q_b_proj", "kv_b_proj") if module in of_attention
     ]
@@ -254,19 +254,15 @@ def _kept_in_attention(
     kept |= {"norm 1": batch.tokens * model.d_model * numerics.stream, "Wqkv input": 0}
     if not turns(model):
         return kept
-    projected = sizes.query_width(model) + 2 * sizes.key_width(model)
+    projected = batch.tokens * (sizes.query_width(model) + 2 * sizes.key_width(model))
     names = ["before clipping", "QK norm", "queries"]
     names += [] if _repeats_heads(model, numerics) else ["keys and values"]
     if model.latent is not None:
         names = ["norms of narrow vectors", "queries", "keys and values"]
-        projected = 0 if grade.includes(Recompute.gates) else _heads_width(model)
-    return kept | dict.fromkeys(names, 0) | {"projections": batch.tokens * projected * numerics.compute}
-
-
-def _heads_width(model: Model) -> int:
-    """Elements of a token that latent attention's products of narrow vectors write: queries, keys, values."""
-    keys_and_values, _ = sizes.attention_shapes(model)["kv_b_proj"]
-    return sizes.query_width(model) + keys_and_values
+        of_keys, _ = sizes.attention_shapes(model)["kv_b_proj"]
+        projected = batch.tokens * sizes.query_width(model) + batch.key_tokens(numerics) * of_keys
+        projected *= not grade.includes(Recompute.gates)
+    return kept | dict.fromkeys(names, 0) | {"projections": projected * numerics.compute}
 
 
 def _kept_in_ffn(model: Model, batch: Microbatch, numerics: Numerics, grade: Recompute) -> dict[str, int]:

@@ -144,7 +144,7 @@ def sharings(recipe: Recipe, world_size: int) -> list[Sharing]:
     ranks first.
     """
     lengths = [phase.sequence_tokens or 0 for phase in phases_of(recipe)]
-    shares_context = recipe.training.compile is Compile.off and sizes.is_shareable(recipe.model)
+    shares_context = recipe.training.compile is Compile.off
     found = [Sharing()]
     for ranks in SHARING[1:]:
         if world_size % ranks:

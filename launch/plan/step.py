@@ -228,6 +228,7 @@ def _parts(
         expert=layout.expert,
         imbalance=imbalance if layout.expert > 1 else 1.0,
         has_fp8_experts=training.expert_precision is not ExpertPrecision.same,
+        context=layout.context,
     )
     halves = 2 if layout.interleave else 1  # each reads all weights
     length = recipe.data.sequence_tokens

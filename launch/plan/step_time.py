@@ -121,6 +121,8 @@ class Split:
     """Rows of the busiest GPU's experts relative to the mean."""
     has_fp8_experts: bool = False
     """Experts' products are in fp8."""
+    context: int = 1
+    """GPUs that share each sequence, each of which makes the heads of latent attention of all tokens."""
 
 
 def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = Split()) -> Work:
@@ -140,7 +142,7 @@ def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = S
     T, D, F = tokens, model.d_model, model.ffn_hidden_size
     Q = sizes.query_width(model)
     own = T / split.tensor
-    work = sum(projections(model, tokens, split.tensor).values(), Work())
+    work = sum(projections(model, tokens, split.tensor, split.context).values(), Work())
     # Latent attention's values are as wide as its keys to the kernel.
     work += Work(attention_flops=2 * own * sequence_tokens * Q)
     elements = 12 * own * D + turning_elements(model) * own
@@ -168,8 +170,12 @@ def joining_work(model: Model, tokens: int) -> Work:
     return matrix_product(tokens, 2 * D, D) + Work(memory_bytes=BF16 * 8 * tokens * D)
 
 
-def projections(model: Model, tokens: int, tensor: int = 1) -> dict[str, Work]:
-    """Products of a layer's attention with its weights, by module; each GPU of ``tensor`` has some heads."""
+def projections(model: Model, tokens: int, tensor: int = 1, context: int = 1) -> dict[str, Work]:
+    """Products of a layer's attention with its weights, by module; each GPU of ``tensor`` has some heads.
+
+    Of ``context`` GPUs each has two chunks of a sequence, and makes the heads of latent attention for all
+    tokens before the end of each.
+    """
     found = {}
     for module, (rows, *columns) in sizes.attention_shapes(model).items():
         if not columns:
@@ -178,7 +184,8 @@ def projections(model: Model, tokens: int, tensor: int = 1) -> dict[str, Work]:
             found[module] = matrix_product(tokens, columns[0] / tensor, rows)
         else:  # all heads share the narrow vectors of latent attention
             shared = "_a_" in module
-            found[module] = matrix_product(tokens, columns[0], rows if shared else rows / tensor)
+            of_all = context + 0.5 if module == "kv_b_proj" and context > 1 else 1
+            found[module] = matrix_product(tokens * of_all, columns[0], rows if shared else rows / tensor)
     return found
 
 

@@ -166,11 +166,11 @@ def collectives(
         gathers = _gathers(unit, sizes.layers(model) - layout.gathered_layers)
         found += _sharding_collectives(unit, layout, world_size, gathers, compute_bytes)
     if layout.context > 1:
-        size = 2 * tokens * layout.context * sizes.key_width(model) * compute_bytes
+        size = tokens * layout.context * sizes.gathered_width(model) * compute_bytes
         group, again = (layout.context, 1), sum(grade is Recompute.layer for grade in grades)
-        of_keys = model.n_layers + again, model.n_layers
-        found.append(Collective(KEYS, CollectiveKind.all_gather, size, *group, *of_keys))
-        found.append(Collective(KEYS_BACK, CollectiveKind.all_to_all, size, *group, model.n_layers))
+        layers = sizes.layers(model)
+        found.append(Collective(KEYS, CollectiveKind.all_gather, size, *group, layers + again, layers))
+        found.append(Collective(KEYS_BACK, CollectiveKind.all_to_all, size, *group, layers))
     if layout.tensor > 1:
         found += _of_shared_weights(model, layout, tokens * compute_bytes, grades)
     if layout.sharing > 1 and model.moe and model.moe.balance is not Balance.bias:
@@ -204,7 +204,7 @@ def _shares_of_sequences(
     assert moe is not None
     if moe.balance_scope is not BalanceScope.sequence:
         return []
-    layers = [sizes.has_experts(model, layer) for layer in range(model.n_layers)]
+    layers = [sizes.has_experts(model, layer) for layer in range(sizes.layers(model))]
     again = sum(has and grade.includes(Recompute.ffn) for has, grade in zip(layers, grades, strict=True))
     size = tokens * layout.sharing * moe.experts * INT32
     calls = sum(layers) + again, sum(layers)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from launch.verify import loaded_input
 from launch.verify.bounds import LEAST_EPS
-from train.recipe import sizes
 from train.recipe.layout_rules import tensor_violations
 from train.recipe.schema import (
     Balance,
@@ -182,8 +181,6 @@ CONTEXTS = (Layout(1, 2, 1, context=2), Layout(1, 1, 4, context=2), Layout(2, 1,
 
 def context_layouts(recipe: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[Layout]:
     """Layouts whose ranks share sequences; of a model without so many experts, experts are not spread."""
-    if not sizes.is_shareable(recipe.model):
-        return []
     return [_with_experts_of(recipe, each) for each in CONTEXTS if each.world_size in worlds]
 
 

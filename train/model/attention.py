@@ -167,7 +167,7 @@ class Attention(nn.Module):
             q_THR, k_TGR, v_TGR = (part.flatten(0, 1) for part in (q_BSHR, k_BSGR, v_BSGR))
             keys = None
             if plan.reach is not None:
-                k_TGR, v_TGR = (_within(part, plan.reach) for part in (k_BSGR, v_BSGR))
+                k_TGR, v_TGR = (within(part, plan.reach) for part in (k_BSGR, v_BSGR))
                 keys = plan.reach.keys
             out_THR = document_attention(q_THR, k_TGR, v_TGR, *plan.documents, keys=keys)
             return self.out_proj(out_THR.reshape(*q_BSHR.shape[:2], -1)), (k_BGSR, v_BGSR)
@@ -308,7 +308,7 @@ def document_offsets(document_ids_BS: Tensor) -> Documents:
     return Documents(offsets.int().to(document_ids_BS.device, non_blocking=True), longest)
 
 
-def _within(x_BPGR: Tensor, reach: Reach) -> Tensor:
+def within(x_BPGR: Tensor, reach: Reach) -> Tensor:
     """Returns the rows of keys or values that a rank's chunks attend to, [T, G, R]."""
     return torch.cat([x_BPGR[sequence, begin:end] for sequence, begin, end in reach.spans])
 

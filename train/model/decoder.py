@@ -63,6 +63,15 @@ class DecoderOutput(NamedTuple):
         return balance_loss(self.mean_scores_LE, self.expert_tokens_LE)
 
 
+class Ahead(NamedTuple):
+    """A rank's part of what multi-token prediction reads further on, where ranks share sequences."""
+
+    next_ids_BS: Tensor
+    """Each position's next token."""
+    targets_BS: Tensor
+    """See :func:`targets_ahead`."""
+
+
 class DenseFfn(nn.Module):
     """``w2(silu(w1 x) * v1 x)`` (Shazeer 2020), or ``w2 gelu(w1 x)`` for MPT."""
 
@@ -213,7 +222,11 @@ class Transformer(nn.Module):
         return blocks if self.mtp is None else [*blocks, self.mtp]
 
     def forward(
-        self, ids_BS: Tensor, document_ids_BS: Tensor | None, context: Context | None = None
+        self,
+        ids_BS: Tensor,
+        document_ids_BS: Tensor | None,
+        context: Context | None = None,
+        next_ids_BS: Tensor | None = None,
     ) -> tuple[Tensor, list[MoEAux], Tensor | None]:
         """Runs the layers.
 
@@ -253,7 +266,8 @@ class Transformer(nn.Module):
         if self.mtp is None or not self.training:
             return hidden_BSD, layers, None
         # The last position's next token is unknown; it has no target either, and no other position sees it.
-        inputs = (hidden_BSD, embedded_BSD.roll(-1, dims=1), plan)
+        next_BSD = embedded_BSD.roll(-1, dims=1) if next_ids_BS is None else self.wte(next_ids_BS)
+        inputs = (hidden_BSD, next_BSD, plan)
         ahead_BSD, aux = run_layer(self.recompute[len(self.blocks)], self.mtp, *inputs, draws=self.draws)
         return hidden_BSD, layers if aux is None else [*layers, aux], ahead_BSD
 
@@ -327,6 +341,7 @@ class Decoder(nn.Module):
         choices_only: bool = False,
         context: Context | None = None,
         continues_BS: Tensor | None = None,
+        ahead: Ahead | None = None,
     ) -> DecoderOutput:
         """Computes logits, or with targets the losses.
 
@@ -339,8 +354,10 @@ class Decoder(nn.Module):
                 documents those of all tokens. None: every sequence is whole.
             continues_BS: for multi-token prediction, where a token follows, though it may be no target. None:
                 where it is one.
+            ahead: for multi-token prediction where ranks share sequences, since a part ends before them.
         """
-        hidden_BSD, layers, ahead_BSD = self.transformer(input_ids_BS, document_ids_BS, context)
+        next_ids_BS = None if ahead is None else ahead.next_ids_BS
+        hidden_BSD, layers, ahead_BSD = self.transformer(input_ids_BS, document_ids_BS, context, next_ids_BS)
         zero = torch.zeros((), dtype=torch.float32, device=hidden_BSD.device)
         experts = (zero.new_zeros((0, 0)), zero, zero.new_zeros((0, 0), dtype=torch.int64), zero)
         if layers:
@@ -357,7 +374,10 @@ class Decoder(nn.Module):
         loss_sum, losses_T = result
         of_ahead = zero
         if ahead_BSD is not None:
-            ahead_BS = targets_ahead(targets_BS, document_ids_BS, continues_BS)
+            if ahead is None:
+                ahead_BS = targets_ahead(targets_BS, document_ids_BS, continues_BS)
+            else:
+                ahead_BS = ahead.targets_BS
             of_ahead, _ = self._project(ahead_BSD, ahead_BS)
         target_tokens = (targets_BS != IGNORE).sum()
         losses_BS = losses_T.view_as(targets_BS)

@@ -20,6 +20,7 @@ from train.model.attention import (
     document_attention,
     dot_product_attention,
     rotate,
+    within,
     yarn_scale,
 )
 from train.model.norms import RmsNorm
@@ -77,6 +78,8 @@ class LatentAttention(nn.Module):
             kept = (torch.cat([past[0], kept[0]], dim=2), torch.cat([past[1], kept[1]], dim=2))
             out_BSHV = self._attend_to_kept(self._queries(self._project(source), *turns), *kept, plan.bias)
         else:
+            if plan.context is not None:
+                c_BSC, k_BSW = _of_whole(c_BSC, k_BSW, plan)
             q_BSHR, k_BSHR, v_BSHR = remade(Recompute.gates, self._heads, source, c_BSC, k_BSW, *turns)
             out_BSHV = self._attend(q_BSHR, k_BSHR, v_BSHR, plan)[..., : self.latent.v_width]
         return self.out_proj(out_BSHV.flatten(2)), kept
@@ -105,7 +108,9 @@ class LatentAttention(nn.Module):
     def _heads(
         self, source: Tensor, c_BSC: Tensor, k_BSW: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns queries, keys and values of all heads, each [B, S, H, R]."""
+        """Returns queries, keys and values of all heads, each [B, S, H, R]; where ranks share sequences, keys
+        and values of more tokens than queries.
+        """
         kv_BSHO = self.kv_b_proj(c_BSC).unflatten(-1, (self.heads, -1))
         heads: tuple[Tensor, Tensor, Tensor] = remade(
             Recompute.elementwise, self._join, self._project(source), kv_BSHO, k_BSW, cos_SR, sin_SR
@@ -131,7 +136,8 @@ class LatentAttention(nn.Module):
         """Returns what each head found, [B, S, H, R]."""
         if plan.documents is not None:
             q_THR, k_THR, v_THR = (part.flatten(0, 1) for part in (q_BSHR, k_BSHR, v_BSHR))
-            out_THR = document_attention(q_THR, k_THR, v_THR, *plan.documents, self.scale)
+            keys = None if plan.reach is None else plan.reach.keys
+            out_THR = document_attention(q_THR, k_THR, v_THR, *plan.documents, self.scale, keys)
             return out_THR.view_as(q_BSHR)
         q, k, v = (part.transpose(1, 2) for part in (q_BSHR, k_BSHR, v_BSHR))
         if plan.blocks is not None:
@@ -159,6 +165,21 @@ class LatentAttention(nn.Module):
         )
         found_BHSC = found_B1QL[..., : latent.kv_rank].unflatten(2, (self.heads, -1)).squeeze(1)
         return torch.einsum("bhsc,hvc->bshv", found_BHSC, v_HVC)
+
+
+def _of_whole(c_BSC: Tensor, k_BSW: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+    """Gathers vectors and rotated keys of whole sequences, few as they are, of which every rank makes heads.
+
+    Returns:
+        [B, P, C] and [B, P, W], P tokens of a whole sequence; or with B = 1, one after the other, those that
+        the documents of this rank's tokens reach, if they are attended to one by one.
+    """
+    assert plan.context is not None
+    whole = plan.context.gather(c_BSC.unsqueeze(2), k_BSW.unsqueeze(2))
+    if plan.reach is not None:
+        c_P1C, k_P1W = (within(part, plan.reach) for part in whole)
+        return c_P1C.movedim(1, 0), k_P1W.movedim(1, 0)
+    return whole[0].squeeze(2), whole[1].squeeze(2)
 
 
 def _rotate_pairs(x_BSHW: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None) -> Tensor:

@@ -98,11 +98,6 @@ def _context(recipe: Recipe, ranks: int) -> Iterator[Violation]:
             f"cuts sequences into {2 * context} chunks, but {length} tokens are not divisible by that",
             "use a divisor of half the length",
         )
-    for key, is_set in (("latent", recipe.model.latent is not None), ("mtp", recipe.model.mtp)):
-        if is_set:
-            yield Violation(
-                "parallelism.context", f"is not built for model.{key}", "set it to 1, or use another model"
-            )
     if recipe.training.compile is not Compile.off:
         yield Violation(
             "parallelism.context",

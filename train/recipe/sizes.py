@@ -96,6 +96,15 @@ def key_width(model: Model) -> int:
     return model.n_kv_heads * head_width(model)
 
 
+def gathered_width(model: Model) -> int:
+    """Returns the elements of a token that ranks gather for attention where they share sequences: keys and
+    values, or what latent attention makes them of.
+    """
+    if model.latent is not None:
+        return model.latent.kv_rank + model.latent.rope_width
+    return 2 * key_width(model)
+
+
 def qk_norm_widths(model: Model) -> tuple[int, int]:
     """Returns the elements that are normalised together, of queries and of keys."""
     if model.qk_norm_over is QkNormOver.each_head:
@@ -294,13 +303,6 @@ def readers(layout: Parallelism, world_size: int) -> int:
     `context` or `tensor` shares them.
     """
     return world_size // layout.sharing
-
-
-def is_shareable(model: Model) -> bool:
-    """Returns whether ranks may share a model's sequences: nothing but attention looks at other
-    tokens, and that by whole keys and values.
-    """
-    return model.latent is None and not model.mtp
 
 
 def shard_degree(layout: Parallelism, world_size: int) -> int:

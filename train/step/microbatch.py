@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from train.model.context import Context
-from train.model.decoder import Decoder, DecoderOutput
+from train.model.decoder import Ahead, Decoder, DecoderOutput, targets_ahead
 from train.model.moe import MoE, balance_loss, by_sequence
 from train.model.router import Jitter, Router
 from train.model.router_noise import noise_key
@@ -88,6 +88,11 @@ class MicrobatchModel(nn.Module):
             for mixture in self.mixtures:
                 mixture.sequence_T, mixture.first_B = self._own(sequence_BS).flatten(), sequence_BS[:, 0]
                 mixture.context = context
+        ahead = None
+        if context is not None and self.mtp_weight is not None:
+            next_BS = batch["input_ids"].roll(-1, dims=1)
+            ahead_BS = targets_ahead(batch["targets"], document_ids_BS, batch.get("continues"))
+            ahead = Ahead(self._own(next_BS), self._own(ahead_BS))
         # Weights stay fp32; autocast makes the bf16 copies for matrix products.
         cast: AbstractContextManager[Any] = torch.autocast(
             device.type, torch.bfloat16, enabled=self.precision is Precision.bf16
@@ -101,6 +106,7 @@ class MicrobatchModel(nn.Module):
                 choices_only=choices_only,
                 context=context,
                 continues_BS=batch.get("continues"),
+                ahead=ahead,
             )
         return outputs
 

@@ -329,7 +329,7 @@ def test_a_run_fits_only_if_its_longest_phase_does(
 
 def test_search_says_why_no_layout_is_possible() -> None:
     with pytest.raises(UserError, match=r"data\.phases\[3\]\.global_batch_sequences"):
-        search(recipe("dbrx", "training.microbatch_sequences=1", "model.mtp=true"), 6144, H100)
+        search(recipe("dbrx", "training.microbatch_sequences=1", "training.compile=blocks"), 6144, H100)
 
 
 def test_experts_in_fp8_take_half_of_their_products_time() -> None:

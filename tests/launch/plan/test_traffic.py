@@ -21,6 +21,7 @@ from train.recipe import sizes
 from train.recipe.schema import (
     BalanceScope,
     ExchangePrecision,
+    Latent,
     Model,
     Moe,
     Optimizer,
@@ -181,7 +182,19 @@ def count(
             id="tokens-in-fp8",
         ),
         pytest.param(MOE, Parallelism(expert=2, context=4), 4, Precision.bf16, Recompute.layer, id="shared"),
-        pytest.param(BY_SEQUENCE, Parallelism(context=2), 4, Precision.fp32, Recompute.ffn, id="by-sequence"),
+        pytest.param(
+            replace(
+                BY_SEQUENCE,
+                mtp=True,
+                n_kv_heads=4,
+                latent=Latent(kv_rank=16, nope_width=8, rope_width=4, v_width=8),
+            ),
+            Parallelism(context=2),
+            4,
+            Precision.fp32,
+            Recompute.ffn,
+            id="by-sequence",
+        ),
         pytest.param(
             SPLIT, Parallelism(expert=2, tensor=2), 4, Precision.bf16, Recompute.ffn, id="shared-weights"
         ),

@@ -18,6 +18,7 @@ from train.model.documents import document_reach
 from train.model.init import initialize
 from train.recipe.schema import (
     BalanceScope,
+    Latent,
     Model,
     Moe,
     Norm,
@@ -26,6 +27,7 @@ from train.recipe.schema import (
     Recipe,
     Recompute,
     Training,
+    Yarn,
 )
 from train.recipe.topology import Topology
 from train.step.microbatch import Batch, MicrobatchModel
@@ -45,6 +47,14 @@ EXPERTS = Moe(
 MOE = replace(CFG, n_layers=2, n_heads=4, n_kv_heads=2, max_sequence_tokens=S, init_std=0.3, moe=EXPERTS)
 ALIBI = replace(MOE, position=Position.alibi, norm=Norm.layernorm, logit_z_loss_weight=0.1)
 DENSE = replace(MOE, moe=None, qk_norm=True, clip_qkv=0.5, qkv_bias=True, rope_share=0.5)
+
+LATENT = replace(
+    MOE,
+    n_kv_heads=4,
+    latent=Latent(kv_rank=12, q_rank=20, nope_width=10, rope_width=6, v_width=8),
+    yarn=Yarn(factor=4.0, original_tokens=8),
+)
+AHEAD = replace(LATENT, mtp=True)
 
 
 def batch_of(model: Model) -> Batch:
@@ -92,12 +102,17 @@ CASES = {
     "whole, a bias": (MOE, DocumentKernel.bias, False, Recompute.layer),
     "whole, variable length": (DENSE, DocumentKernel.varlen, False, Recompute.gates),
     "dense, documents": (DENSE, DocumentKernel.varlen, True, Recompute.ffn),
+    "latent, a bias": (LATENT, DocumentKernel.bias, True, Recompute.gates),
+    "latent, blocks": (LATENT, DocumentKernel.flex, False, Recompute.elementwise),
+    "latent and ahead": (AHEAD, DocumentKernel.varlen, True, Recompute.gates),
+    "ahead": (replace(DENSE, mtp=True), DocumentKernel.bias, False, Recompute.layer),
     "alibi": (ALIBI, DocumentKernel.bias, True, Recompute.nothing),
 }
 
 
 @pytest.mark.parametrize(
-    ("ranks", "names"), [(2, CASES), (4, ["documents, a bias", "documents, variable length"])]
+    ("ranks", "names"),
+    [(2, CASES), (4, ["documents, a bias", "documents, variable length", "latent and ahead"])],
 )
 def test_parts_train_what_whole_sequences_do(ranks: int, names: Collection[str]) -> None:
     """With every kernel: router noise, z-losses, the balance of each sequence, targets in another's part."""
