@@ -15,6 +15,7 @@ from launch.plan.step_time import (
     Seconds,
     Split,
     Work,
+    clipping_work,
     compute_seconds,
     head_work,
     joining_work,
@@ -242,8 +243,11 @@ def _parts(
     grades = sizes.recomputed(training, sizes.layers(model))
     for (like, grade), layers in Counter(zip(layer_models(model), grades, strict=True)).items():
         again += work_again(like, tokens // halves, length, split, grade).times(halves * layers)
-    # The loss computes its gradients in the forward pass.
-    ahead = compute_seconds(forward + head + head.backward(), gpu, efficiency)
+    # The loss computes its gradients in the forward pass, and attention its logits for QK-clip.
+    first = forward + head + head.backward()
+    if recipe.optimizer.qk_clip is not None:
+        first += clipping_work(model, tokens, length)
+    ahead = compute_seconds(first, gpu, efficiency)
     back = compute_seconds(forward.backward() + again, gpu, efficiency)
     copies = Seconds()
     if training.offload:  # as much each way, under the arithmetic of the layers

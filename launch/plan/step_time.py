@@ -162,6 +162,16 @@ def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = S
     return work + Work(memory_bytes=BF16 * elements)
 
 
+def clipping_work(model: Model, tokens: int, sequence_tokens: int) -> Work:
+    """Logits that QK-clip computes once more in each layer, for T tokens of one GPU.
+
+    Half of a product of queries and keys, as all see only earlier keys; each logit is written once in bf16,
+    and read and written again to hide what is masked, and read for the largest.
+    """
+    logits = sizes.layers(model) * model.n_heads * tokens * sequence_tokens / 2
+    return Work(matrix_flops=2 * logits * sizes.head_width(model), memory_bytes=4 * BF16 * logits)
+
+
 def joining_work(model: Model, tokens: int) -> Work:
     """Forward pass of what joins multi-token prediction's layer to the others: a product and three norms."""
     if not model.mtp:

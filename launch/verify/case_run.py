@@ -235,6 +235,9 @@ def _check_input(case: Case, record: ReferenceRecord) -> None:
     """Checks that the input had its intended effect in the reference, and that every gradient was clipped."""
     clip = case.recipe.training.clip_norm
     assert clip is not None and all(figures["norm"] > clip for figures in record.figures), "nothing clipped"
+    threshold = case.recipe.optimizer.qk_clip
+    if threshold is not None:
+        assert any(figures["logit"] > threshold for figures in record.figures), "no head was clipped"
     for choices_LE in record.choices:
         if choices_LE is None:
             continue

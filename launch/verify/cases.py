@@ -31,6 +31,9 @@ SEQUENCES = 8
 MOST_CLIP_NORM = 0.1
 """Far below any first gradient's norm, so that every step is clipped."""
 
+MOST_QK_CLIP = 0.001
+"""Below the largest logits of any tiny model that was just drawn, so that heads are clipped."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -281,6 +284,8 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
             optimizer = replace(optimizer, learning_rate=optimizer.learning_rate / 10)
     if precision is Precision.fp32:
         optimizer = replace(optimizer, eps=max(optimizer.eps, LEAST_EPS))
+    if optimizer.qk_clip is not None:
+        optimizer = replace(optimizer, qk_clip=min(optimizer.qk_clip, MOST_QK_CLIP))
     model = _with_wide_balance(small)
     if each.crowded:
         assert model.moe is not None

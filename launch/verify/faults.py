@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from launch.verify import context_faults, decision_faults, expert_faults, tensor_faults, update_faults
-from launch.verify.cases import Layout
+from launch.verify.cases import MOST_QK_CLIP, Layout
 from launch.verify.expert_faults import FINER, GLOBAL_SCOPE, Changes
 from train import run
-from train.layout import mesh, optim
+from train.layout import mesh, optim, qk_clip
 from train.layout.mesh import DENSE
 from train.model import decoder
 from train.model.attention import AttentionPlan
@@ -62,15 +62,18 @@ class KnownFault:
     """The optimizer that it is a fault of; None: of any."""
     model: Changes = ()
     """Changes of the recipe's model without which it has no effect."""
+    qk_clip: float | None = None
+    """The recipe's `optimizer.qk_clip`."""
 
     def recipe_of(self, recipe: Recipe) -> Recipe:
         """The recipe in which the fault has an effect."""
         assert recipe.model.moe is not None
         moe = replace(recipe.model.moe, **dict(self.experts))  # type: ignore[arg-type]
         recipe = replace(recipe, model=replace(recipe.model, moe=moe, **dict(self.model)))  # type: ignore[arg-type]
+        optimizer = replace(recipe.optimizer, qk_clip=self.qk_clip)
         if self.optimizer is not None:
-            recipe = replace(recipe, optimizer=replace(recipe.optimizer, kind=self.optimizer))
-        return recipe
+            optimizer = replace(optimizer, kind=self.optimizer)
+        return replace(recipe, optimizer=optimizer)
 
 
 @contextlib.contextmanager
@@ -486,5 +489,13 @@ FAULTS = {
         lambda: mock.patch.object(optim, "stack_of", _slab_of),
         "weights",
         optimizer=OptimizerKind.muon,
+    ),
+    "logits-of-one-rank": KnownFault(
+        "heads clipped by the largest logits of a rank's own sequences",
+        lambda: mock.patch.object(qk_clip, "over_ranks", lambda largest_LH: largest_LH),
+        "weights",
+        layout=PAIR,
+        model=(("clip_qkv", None),),
+        qk_clip=MOST_QK_CLIP,
     ),
 }

@@ -39,6 +39,7 @@ from launch.verify.quantities import (
     weights_of,
     whole_of,
 )
+from train.model.decoder import Decoder
 from train.model.init import own_part
 from train.model.moe import by_sequence
 from train.model.router import Router, Routing
@@ -95,6 +96,11 @@ class ReferenceRecord:
     least_gap: float = math.inf
 
 
+_BOUND_LIKE = {"mtp": "loss", "logit": "loss"}
+"""Figures that few recipes have, and the quantity that they are shown and bounded with: the loss of
+multi-token prediction, and with QK-clip attention's largest logit."""
+
+
 class Figures(LoggerDestination):
     """Keeps the newest value of every key."""
 
@@ -125,6 +131,9 @@ class Watcher(Callback, ABC):
         if (mtp := latest.get("loss/train/mtp")) is not None:
             figures["mtp"] = mtp
         figures["norm"] = latest[GRADIENT_NORM]
+        decoder = decoder_of(state)
+        if isinstance(decoder, Decoder) and decoder.largest_logit is not None:
+            figures["logit"] = decoder.largest_logit.item()
         step = step_of(state) - 1
         self.see_figures(step, figures, self.expert_tokens())
         self.see_optimizer(step, state.optimizers[0], trained(decoder_of(state)))
@@ -263,7 +272,7 @@ class Comparer(Watcher):
         """Compares them."""
         for quantity, expected in self.record.figures[step].items():
             error = abs(figures[quantity] - expected) / (abs(expected) or 1.0)
-            self._see("loss" if quantity == "mtp" else quantity, error, step, quantity)
+            self._see(_BOUND_LIKE.get(quantity, quantity), error, step, quantity)
         expected_LE = self.record.choices[step]
         if expected_LE is not None:
             assert choices_LE is not None

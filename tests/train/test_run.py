@@ -51,8 +51,11 @@ def test_an_interrupted_run_resumes_bit_for_bit(
     from train.record.console import Console
 
     choice = [f"model.moe.balance={balance}", f"model.mtp={str(balance == 'bias').lower()}"]
+    if balance == "bias":  # clipped in every step
+        choice += ["optimizer.qk_clip=0.001", "model.clip_qkv=null"]
     whole = _run(tiny_recipe(tmp_path, shards, "whole", *choice))
     assert all(("loss/mtp" in step) == (balance == "bias") for step in whole)
+    assert all((step.get("largest_logit", 0) > 0.001) == (balance == "bias") for step in whole)
     assert [step["step"] for step in whole] == list(range(1, 13))
 
     def cut_off(self: Console, state: Any, logger: Any) -> None:

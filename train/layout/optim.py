@@ -17,6 +17,7 @@ from train.layout.average import keep_average
 from train.layout.bf16_moments import Bf16MomentsAdamW, Place
 from train.layout.mesh import DENSE, EXPERT, SHARD, TENSOR
 from train.layout.muon import Muon
+from train.layout.qk_clip import clip_heads
 from train.model.decoder import Decoder
 from train.recipe.matrices import Stack, is_orthogonalised, stacked_rows
 from train.recipe.schema import Decay, Model, Moments, OptimizerKind, Schedule, ScheduleKind
@@ -95,6 +96,8 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe, seed: int = 0) ->
     optimizer = _of_kind(groups, model, recipe, seed)
     for group in optimizer.param_groups:
         group["lr"] = recipe.learning_rate * group["lr_scale"]
+    if recipe.qk_clip is not None and decoder is not None:
+        clip_heads(optimizer, decoder, recipe.qk_clip)  # before the average, which is of clipped weights
     if recipe.average_decay is not None:
         keep_average(optimizer, recipe.average_decay)
     return optimizer

@@ -23,6 +23,7 @@ from train.cpu import attention as cpu_attention
 from train.cpu.dispatch import with_cpu_version
 from train.model.context import Context
 from train.model.documents import Documents, Reach, document_reach
+from train.model.largest_logits import LargestLogits, Sight
 from train.model.norms import RmsNorm
 from train.model.recompute import remade
 from train.model.tensor_parallel import ColumnLinear, RowLinear
@@ -62,6 +63,8 @@ class AttentionPlan(NamedTuple):
     """The ranks that share the sequences, whose keys and values are gathered. None: this rank has all."""
     reach: Reach | None = None
     """The keys of `documents`, where ranks share sequences."""
+    sight: Sight | None = None
+    """The keys that each query sees, where the largest logits are watched."""
 
 
 def plan_attention(
@@ -126,6 +129,25 @@ def plan_attention(
     return AttentionPlan(cos_SR, sin_SR, bias, context=context)
 
 
+def sight_of(
+    length: int, document_ids_BS: Tensor | None, device: torch.device, context: Context | None = None
+) -> Sight:
+    """Returns the keys that each query sees, without past positions.
+
+    Args:
+        length: new positions S, of each rank that shares the sequences.
+        document_ids_BS: document of each token of the whole sequences; None if each is one document.
+        device: where attention runs.
+        context: the ranks that share the sequences; None: no others.
+    """
+    if context is None:
+        place_S = torch.arange(length, device=device)
+        return Sight(place_S, is_part=False, own_BS=document_ids_BS, document_BP=document_ids_BS)
+    place_S = context.places(length * context.ranks, device)
+    own_BS = None if document_ids_BS is None else context.part(document_ids_BS)
+    return Sight(place_S, is_part=True, own_BS=own_BS, document_BP=document_ids_BS)
+
+
 class Attention(nn.Module):
     """Attention of one layer. The rows of ``Wqkv`` are queries, keys, values, as in Hugging Face's DBRX."""
 
@@ -141,6 +163,8 @@ class Attention(nn.Module):
             widths = sizes.qk_norm_widths(model)
             self.q_norm, self.k_norm = (RmsNorm(w, eps=model.norm_eps, device=device) for w in widths)
         self.out_proj = RowLinear(sizes.query_width(model), model.d_model, bias=False, device=device)
+        self.logits: LargestLogits | None = None
+        """Watches the logits of plans that have a `sight`."""
 
     def forward(
         self, x_BSD: Tensor, plan: AttentionPlan, past: KeyValue | None = None
@@ -162,6 +186,8 @@ class Attention(nn.Module):
             )
         if plan.context is not None:
             k_BSGR, v_BSGR = plan.context.gather(k_BSGR, v_BSGR)
+        if self.logits is not None and plan.sight is not None:
+            self.logits.see(q_BSHR, k_BSGR, plan.sight, self.head_width**-0.5)
         q_BHSR, k_BGSR, v_BGSR = (t.transpose(1, 2) for t in (q_BSHR, k_BSGR, v_BSGR))
         if plan.documents is not None:
             q_THR, k_TGR, v_TGR = (part.flatten(0, 1) for part in (q_BSHR, k_BSGR, v_BSGR))

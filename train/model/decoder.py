@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.model.attention import Attention, AttentionPlan, DocumentKernel, plan_attention
+from train.model.attention import Attention, AttentionPlan, DocumentKernel, plan_attention, sight_of
 from train.model.context import Context
 from train.model.experts import Experts
 from train.model.interleave import Halves, interleaved, plan_halves
+from train.model.largest_logits import LargestLogits
 from train.model.latent_attention import LatentAttention
 from train.model.loss import IGNORE, chunked_cross_entropy
 from train.model.moe import MoE, MoEAux, balance_loss
@@ -208,6 +209,8 @@ class Transformer(nn.Module):
         """In training, compute layers in halves: see :mod:`train.model.interleave`."""
         self.offload: HostMemory | None = None
         """Where inputs of layers that are computed again are kept in training; None: where they are."""
+        self.watches_logits = False
+        """In training, attention looks for its largest logits: see :mod:`train.model.largest_logits`."""
         self.document_kernel: DocumentKernel | None = None
         """The kernel that keeps packed documents apart; None: the one that suits the device."""
         self.wte = nn.Embedding(model.vocab_size, model.d_model, device=device)
@@ -242,7 +245,7 @@ class Transformer(nn.Module):
         length = ids_BS.shape[1] * (context.ranks if isinstance(context, TensorGroup) else 1)
 
         def plan_of(sequences: int, documents: Tensor | None) -> AttentionPlan:
-            return plan_attention(
+            plan = plan_attention(
                 self.model,
                 sequences,
                 length,
@@ -252,6 +255,9 @@ class Transformer(nn.Module):
                 kernel=self.document_kernel,
                 context=None if splits_heads else context,
             )
+            if not (self.watches_logits and self.training):
+                return plan
+            return plan._replace(sight=sight_of(length, documents, device, None if splits_heads else context))
 
         is_halved = self.interleave and self.training and len(ids_BS) % 2 == 0
         make_plan = functools.partial(plan_halves, plan_of) if is_halved else plan_of
@@ -309,6 +315,8 @@ class Decoder(nn.Module):
         self.loss_chunk_tokens = loss_chunk_tokens
         self.context: Context | None = None
         """The ranks that share sequences in training, each of which is given its part. None: no others."""
+        self.largest_logit: Tensor | None = None
+        """fp32: attention's largest logit in the last batch, of all ranks, where heads are clipped."""
         each = [recompute] * sizes.layers(cfg) if isinstance(recompute, Recompute) else recompute
         self.transformer = Transformer(cfg, device, each)
         self.lm_head: LanguageModelHead | None = None
@@ -324,6 +332,20 @@ class Decoder(nn.Module):
     def set_offload(self, offload: bool) -> None:
         """Sets whether inputs of layers that are computed again wait in host memory, as they are."""
         self.transformer.offload = HostMemory() if offload else None
+
+    def watch_logits(self) -> list[Attention | LatentAttention]:
+        """Makes attention look for its largest logits in training; returns that of each layer."""
+        self.transformer.watches_logits = True
+        found = [module for module in self.modules() if isinstance(module, Attention | LatentAttention)]
+        for attention in found:
+            attention.logits = LargestLogits()
+        return found
+
+    def forget_logits(self) -> None:
+        """Begins to look for the largest logits of a batch."""
+        for module in self.modules():
+            if isinstance(module, Attention | LatentAttention) and module.logits is not None:
+                module.logits.forget()
 
     def set_recompute(self, grades: Sequence[Recompute]) -> None:
         """Sets what each layer recomputes from the next batch on; no gradient depends on it."""

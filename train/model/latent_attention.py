@@ -23,6 +23,7 @@ from train.model.attention import (
     within,
     yarn_scale,
 )
+from train.model.largest_logits import LargestLogits
 from train.model.norms import RmsNorm
 from train.model.recompute import remade
 from train.recipe import sizes
@@ -58,6 +59,8 @@ class LatentAttention(nn.Module):
         self.kv_a_norm = RmsNorm(latent.kv_rank, eps=model.norm_eps, device=device)
         self.kv_b_proj = nn.Linear(latent.kv_rank, heads, bias=False, device=device)
         self.out_proj = nn.Linear(sizes.attended_width(model), model.d_model, bias=False, device=device)
+        self.logits: LargestLogits | None = None
+        """Watches the logits of plans that have a `sight`."""
 
     def forward(
         self, x_BSD: Tensor, plan: AttentionPlan, past: KeyValue | None = None
@@ -81,6 +84,8 @@ class LatentAttention(nn.Module):
             if plan.context is not None:
                 c_BSC, k_BSW = _of_whole(c_BSC, k_BSW, plan)
             q_BSHR, k_BSHR, v_BSHR = remade(Recompute.gates, self._heads, source, c_BSC, k_BSW, *turns)
+            if self.logits is not None and plan.sight is not None:
+                self.logits.see(q_BSHR, k_BSHR, plan.sight, self.scale)
             out_BSHV = self._attend(q_BSHR, k_BSHR, v_BSHR, plan)[..., : self.latent.v_width]
         return self.out_proj(out_BSHV.flatten(2)), kept
 

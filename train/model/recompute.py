@@ -86,6 +86,11 @@ def is_dropped(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and _now.scope is not None and _now.scope.find(x) is not None
 
 
+def is_recomputing() -> bool:
+    """Returns whether a checkpoint is recomputed in the backward pass."""
+    return _now.memory is not None and _now.memory.next is not None
+
+
 def kept(make: Callable[[], Value]) -> Value:
     """Returns what a function makes; where a checkpoint is recomputed, what it made in the forward pass.
 

@@ -156,6 +156,7 @@ def _unsplittable(recipe: Recipe, ranks: int) -> Iterator[tuple[str, str]]:
         f"parallelism.context={layout.context}": layout.context > 1,
         "optimizer.kind=muon": optimizer.kind is OptimizerKind.muon,
         "optimizer.moments=bf16": optimizer.moments is Moments.bf16,
+        "optimizer.qk_clip": optimizer.qk_clip is not None,
     }
     yield from ((f"is not built for {key}", _ANOTHER) for key, is_set in of_models.items() if is_set)
     yield from ((f"is not built for {key}", "remove either") for key, is_set in others.items() if is_set)

@@ -187,6 +187,10 @@ class Optimizer:
     moments: Moments = key(Moments.fp32, read_when="optimizer.kind == adamw")
     """Precision of AdamW's moments. `bf16`: half the memory, stochastically rounded (DeepSeek-V3 2024,
     section 3.3)."""
+    qk_clip: Optional[float] = key(None, above=0, same_on_fork=True)
+    """After each update, scales queries and keys of the heads whose largest attention logit in the batch was
+    above this, so that it is this (QK-clip of MuonClip, Kimi K2 2025, arXiv 2507.20534, section 2.1: 100).
+    The logits are computed once more for it. null: never."""
     average_decay: Optional[float] = key(None, at_least=0, below=1, same_on_fork=True)
     """Keeps an exponential average of the weights, of which so much stays with each step: 0.999 averages the
     last thousand. fp32, sharded like the weights, saved with the checkpoints; null: none."""

@@ -438,6 +438,17 @@ def _optimizer(recipe: Recipe, _: Topology) -> Iterator[Violation]:
     betas = recipe.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield Violation("optimizer.betas", f"is {betas}", "two numbers in [0, 1), for example [0.9, 0.95]")
+    if recipe.optimizer.qk_clip is None:
+        return
+    model, compiled = recipe.model, recipe.training.compile
+    others = {
+        "model.qk_norm, which bounds the logits itself": model.qk_norm,
+        "model.clip_qkv, which bounds queries and keys": model.clip_qkv is not None,
+        "model.position=alibi": model.position is Position.alibi,
+        f"training.compile={compiled.value}": compiled is not Compile.off,
+    }
+    for what in (what for what, is_set in others.items() if is_set):
+        yield Violation("optimizer.qk_clip", f"is not built for {what}", "remove either")
 
 
 def _evaluation(recipe: Recipe, _: Topology) -> Iterator[Violation]:

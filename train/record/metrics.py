@@ -28,6 +28,7 @@ DOMAIN_EPOCHS = "data/DOMAIN/epochs"
 LEARNING_RATE = "learning_rate"
 PHASE = "phase"
 GRADIENT_NORM = "gradient_norm"
+LARGEST_LOGIT = "largest_logit"
 TOKENS_PER_SECOND = "throughput/tokens_per_second"
 TRAINED_TOKENS = "throughput/trained_tokens"
 FLOP_UTILISATION = "throughput/flop_utilisation"
@@ -93,6 +94,7 @@ METRICS = (
     Metric(LEARNING_RATE, "1", "learning rate of the step"),
     Metric(PHASE, "1", "number of the curriculum's phase, from 0"),
     Metric(GRADIENT_NORM, "1", "global L2 norm of the gradients before clipping"),
+    Metric(LARGEST_LOGIT, "1", "largest attention logit of the batch, with optimizer.qk_clip"),
     Metric(TOKENS_PER_SECOND, "tokens/s", "tokens of the step over time/step, all ranks together"),
     Metric(TRAINED_TOKENS, "tokens", "tokens trained so far, for the axis of charts"),
     Metric(FLOP_UTILISATION, "1", "the model's FLOP/s over the measured matrix-product peak"),

@@ -36,7 +36,7 @@ from train.recipe.curriculum import Curriculum
 from train.recipe.phases import microbatch_sequences, phases_of, training_in
 from train.recipe.schema import Balance, ExpertPrecision, LossMean, Recipe
 from train.recipe.topology import Topology
-from train.record.metrics import GRADIENT_NORM, LEARNING_RATE, PHASE
+from train.record.metrics import GRADIENT_NORM, LARGEST_LOGIT, LEARNING_RATE, PHASE
 from train.step.alarms import Alarms
 from train.step.balance import BalanceCounts, microbatches_of
 from train.step.batch_sums import BatchSums, BatchTotals, targets_per_sequence
@@ -145,6 +145,7 @@ class TrainingStep(Callback):
             device = next(self.model.parameters()).device
             self.model.targets_per_sequence = targets_per_sequence(state.batch["targets"].to(device))
         self.sums.clear()
+        self.model.decoder.forget_logits()
         assert state.device_train_microbatch_size is not None
         sequences = state.batch["input_ids"].shape[0]
         self._passes_left = -(-sequences // int(state.device_train_microbatch_size))
@@ -187,6 +188,7 @@ class TrainingStep(Callback):
         """
         self.model.zero_grad(set_to_none=True)
         self.sums.clear()
+        self.model.decoder.forget_logits()
         if self.balance is not None:
             self.balance.count_batch(parts)
         sequences = sum(len(part["input_ids"]) for part in parts)
@@ -242,6 +244,8 @@ class TrainingStep(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log: records the batch, and what the update left; the clock has already advanced past it."""
+        if (largest := self.model.decoder.largest_logit) is not None:
+            logger.log_metrics({LARGEST_LOGIT: largest.item()})
         if self.data_log is not None:
             assert self.totals is not None
             logger.log_metrics(self.data_log.record(state.timestamp.batch.value, self.totals))

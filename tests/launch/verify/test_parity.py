@@ -56,11 +56,16 @@ def _imported() -> None:
 
 @cache
 def _reference(
-    case_key: tuple[str, str, Changes, OptimizerKind | None, Precision], folder: Path, model: Changes = ()
+    case_key: tuple[str, str, Changes, OptimizerKind | None, Precision],
+    folder: Path,
+    model: Changes = (),
+    qk_clip: float | None = None,
 ) -> tuple[Case, int, Path]:
     """The case of a fault with its reference, cached for faults that share it."""
     name, layout, experts, optimizer, precision = case_key
-    needs = KnownFault("", nullcontext, "", experts=experts, optimizer=optimizer, model=model)
+    needs = KnownFault(
+        "", nullcontext, "", experts=experts, optimizer=optimizer, model=model, qk_clip=qk_clip
+    )
     recipe = needs.recipe_of(load_recipe(YAMLS / "smoke.yaml"))
     of_fault = next(fault.layout for fault in FAULTS.values() if str(fault.layout) == layout)
     case = find_case(recipe, of_fault, name, precision)
@@ -147,7 +152,7 @@ def _seen_in(fault: KnownFault) -> set[Precision]:
 def test_gate_sees_the_fault(name: str, precision: Precision, folder: Path, faulty_ranks: CaseRanks) -> None:
     fault = FAULTS[name]
     key = (fault.input, str(fault.layout), fault.experts, fault.optimizer, precision)
-    case, seed, file = _reference(key, folder, fault.model)
+    case, seed, file = _reference(key, folder, fault.model, fault.qk_clip)
     outcome = CaseOutcome(case, faulty_ranks.run(case, seed, file, name))
     assert not outcome.has_passed
     deviation = outcome.deviations[fault.shows_in]

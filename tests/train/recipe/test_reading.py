@@ -68,6 +68,7 @@ def test_a_mixture_replaces_that_of_the_base(tmp_path: Path) -> None:
     [
         ("model.moe.topk=2", "command line: model.moe.topk: unknown key; did you mean `model.moe.top_k`?"),
         ("optimizer.betas=[0.9]", f"{SMOKE}: optimizer.betas: is [0.9]; two numbers in [0, 1)"),
+        ("optimizer.qk_clip=100", f"{SMOKE}: optimizer.qk_clip: is not built for model.clip_qkv, which"),
         ("model.d_model=wide", "command line: model.d_model: Value 'wide' of type 'str'"),
         (
             "optimizer.kind=sgd",
@@ -313,6 +314,11 @@ def test_ranks_share_sequences_that_they_can_cut_evenly(
         (["parallelism.tensor=3"], 3, "cuts sequences into 3 parts, but 512 tokens are not"),
         (["parallelism.tensor=8"], 8, "splits heads over 8 ranks, but model.n_kv_heads="),
         (["parallelism.tensor=2", "model.mtp=true"], 2, "is not built for model.mtp"),
+        (
+            ["parallelism.tensor=2", "optimizer.qk_clip=9", "model.clip_qkv=null"],
+            2,
+            "is not built for optimizer.qk_clip",
+        ),
         (["parallelism.tensor=2", "model.qkv_bias=true"], 2, "is not built for model.qkv_bias"),
         (["parallelism.tensor=2", "model.qk_norm=true"], 2, "is not built for model.qk_norm_over=all_heads"),
         (["parallelism.tensor=2", "training.compile=blocks"], 2, "is not built for training.compile=blocks"),
