@@ -11,6 +11,7 @@ import pytest
 from data.audit.proof import prove
 from data.audit.run_data import RunData
 from launch.verify.forked_ranks import Ranks
+from launch.verify.tiny_runs import import_for_runs
 from train.recipe.exit_status import PREEMPTED_STATUS
 from train.recipe.rules import validate
 from train.recipe.schema import Recipe
@@ -62,6 +63,7 @@ def _run(recipe: Recipe, ranks: int = 1, stop_after: int = 0, by: signal.Signals
     from train.step.step import TrainingStep
 
     validate(recipe, Topology(0, ranks, 0, ranks), recipe.name)
+    import_for_runs()
 
     def work(topology: Topology) -> None:
         begin = TrainingStep.batch_start

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from launch.verify.forked_ranks import Ranks
+from launch.verify.tiny_runs import import_for_runs
 from train.recipe.rules import validate
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
@@ -42,6 +43,7 @@ def _run(
     from train.run import run
 
     validate(recipe, Topology(0, ranks, 0, ranks), recipe.name)
+    import_for_runs()
 
     def work(topology: Topology) -> None:
         change()
