@@ -129,6 +129,9 @@ OF_SHARED_SEQUENCES_IN_FP8 = IN_OTHER_TILES | {"exact": 2.0**-7}
 QUANTITIES = tuple(BOUNDS[Precision.fp32])
 FLOOR = 1e-4
 """The error of a near-zero gradient is measured against this fraction of the full gradient's RMS."""
+FEWEST = 64
+"""Elements of the norms for which `bias` is derived. A mean of fewer, as in the norm of a narrow vector of
+latent attention, spreads more, by the root of this over their number, and is divided by that."""
 LEAST_GAP = 2e-7
 """Least gap between the scores of the last selected and the first rejected expert; rounding might swap
 closer ones."""

@@ -22,7 +22,7 @@ from composer.loggers import Logger, LoggerDestination
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from launch.verify.bounds import FLOOR, LEAST_CHANGE, bounds_of
+from launch.verify.bounds import FEWEST, FLOOR, LEAST_CHANGE, bounds_of
 from launch.verify.cases import Case, has_tiles
 from launch.verify.quantities import (
     Named,
@@ -291,7 +291,8 @@ class Comparer(Watcher):
             self._see("gradients", error, step, label)
             if self._is_exact(label):
                 self._see("exact", error, step, label)
-            self._see("bias", abs(float((difference * wanted).sum())) / scale**2, step, label)
+            bias = abs(float((difference * wanted).sum())) / scale**2
+            self._see("bias", bias * min(1.0, math.sqrt(theirs.numel() / FEWEST)), step, label)
         if self.is_given:
             set_rows(gradients_of(parameters), expected)
 
