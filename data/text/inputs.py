@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.text import saved_datasets
 from data.text.file_listing import files_of, named
-from data.text.language import LANGUAGES
+from data.text.language import languages
 from data.text.token_ids import MegatronIndex, check_source_tokenizer
 from train.recipe.errors import UserError
 from train.recipe.keys import out_of_range
@@ -92,12 +92,11 @@ def check_sources(recipe: Recipe) -> None:
             remedy = f"they have {', '.join(sorted(there))}"
             raise UserError(f"no source has domain {domain}", key="data.sources", remedy=remedy)
     for n, source in enumerate(data.sources):
-        unknown = sorted(set(source.languages) - LANGUAGES)
-        if unknown:
+        if source.languages and (unknown := sorted(set(source.languages) - languages())):
             raise UserError(
                 f"{unknown[0]} is not a language that can be detected",
                 key=f"data.sources[{n}].languages",
-                remedy=f"choose from {', '.join(sorted(LANGUAGES))}",
+                remedy=f"choose from {', '.join(sorted(languages()))}",
             )
         _check_tokens(source, f"data.sources[{n}]")
         if unfit := unfit_as_file(source.domain):

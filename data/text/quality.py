@@ -57,8 +57,8 @@ def prose_violation(text: str) -> str:
     ending in an ellipsis.
 
     The length of words and the stop words are rules for English. Text in another language that
-    :mod:`data.text.language` recognises has by that enough of its own function words; where words have no
-    blanks between them, no rule on words applies.
+    :mod:`data.text.language` recognises is text by that; where words have no blanks between them, no rule on
+    words applies.
     """
     words = text.split()
     count = len(words)

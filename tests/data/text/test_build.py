@@ -76,7 +76,7 @@ def corpus(tmp_path: Path) -> Path:
     (folder / "p/y.parquet").write_bytes(b"PAR1 no parquet")
     (folder / "t").mkdir()
     for n in range(10):
-        (folder / f"t/{n}.txt").write_text(story(500 + n))
+        (folder / f"t/{n}.txt").write_text("What was told of the house by the sea: " + story(500 + n))
     (folder / "t/latin.txt").write_bytes("é".encode("latin-1") * 50)
     (folder / "t/french.txt").write_text("le chat est dans la maison et il ne sort pas avec les chiens " * 3)
     (folder / "task.jsonl").write_text(json.dumps({"context": QUESTION, "choices": ["yes", "no"]}) + "\n")
@@ -201,7 +201,7 @@ def test_documents_packed_by_best_fit_are_whole_and_found(
         assert (split.tokens, split.documents) == (before.tokens, before.documents)
         assert split.unigram_entropy == pytest.approx(before.unigram_entropy)
         for number in range(sum(it.documents for it in manifest.domains["prose"].splits.values())):
-            (ids, pieces), (wanted, before_pieces) = (
+            (ids, _, pieces), (wanted, _, before_pieces) = (
                 finders[recipe].read(number) for recipe in ("whole", "plain")
             )
             assert ids.tolist() == wanted.tolist() and pieces == -(-ids.size // 32)

@@ -183,8 +183,16 @@ def test_evaluation_text_is_found_whatever_its_case_and_signs(tmp_path: Path):
         ("ja", "私たちが見た家は写真ほど大きくありません。"),
         ("zh", "我们看到的房子没有照片上那么大。"),
         ("ru", "Дом, который мы видели, не такой большой, как на картинке."),
+        ("uk", "Будинок, який ми бачили, не такий великий, як на малюнку."),
+        ("sr", "Кућа коју смо видели није толико велика као на слици, али има леп врт."),
+        ("mk", "Куќата што вчера видовме не беше толку голема како на сликата, но има убава градина."),
+        ("hu", "A ház, amelyet láttunk, nem olyan nagy, mint a képen, de nagyon szép."),
+        ("vi", "Ngôi nhà mà chúng tôi thấy không lớn như trong ảnh, nhưng rất đẹp."),
+        ("ar", "البيت الذي رأيناه ليس كبيرا كما في الصورة، لكنه جميل جدا."),
         ("und", "0x3f 0x4a 0x5b == != 17"),
         ("und", "xq zv kkp wwt rrm jjl"),
+        ("und", "=*- " * 500),
+        ("und", ""),
     ],
 )
 def test_languages(language: str, text: str):
