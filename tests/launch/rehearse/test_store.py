@@ -63,6 +63,7 @@ def test_the_saver_of_a_real_job_asks_as_much(layout: Parallelism, tmp_path: Pat
 
     def work(topology: Topology) -> Requests:
         rank, stores = topology.rank, str(tmp_path / "store")
+        dist.barrier()  # another rank may still be connecting to this one
         dist.destroy_process_group()
         store = CountingStore(dist.FileStore(stores, world))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
@@ -71,7 +72,9 @@ def test_the_saver_of_a_real_job_asks_as_much(layout: Parallelism, tmp_path: Pat
         CheckpointSaver(
             tmp_path, topology, 1, mesh.dense.get_group("replicate") if layout.replicate > 1 else None
         )
-        return Requests(store.total().calls - before.calls, store.total().bytes - before.bytes)
+        found = Requests(store.total().calls - before.calls, store.total().bytes - before.bytes)
+        dist.barrier()
+        return found
 
     assert_is_of(sum(run_ranks(world, work), Requests()), [world // layout.replicate])
 

@@ -23,6 +23,7 @@ from launch.plan.hardware import GPUS
 from launch.plan.plan_page import plan_page
 from launch.plan.step import make_plan
 from tests.train.report.test_report import SUMMARY
+from train.recipe.optimization import Training
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Parallelism, Precision
 from train.record import metrics
@@ -156,7 +157,14 @@ def hostile_shards(_: Path) -> str:
     found = Exploration(
         Shards(Path(NAME), Manifest(4, tokenizer, 512, None, None, {NAME: record}), {NAME: record}),
         documents,
-        Measures([TEXT, NAME], [NAME, "en"], np.array([1.0, 2.0]), np.array([0, 0]), np.array([True, True])),
+        Measures(
+            [TEXT, NAME],
+            [NAME, "en"],
+            np.array([1.0, 2.0]),
+            np.array([0, 0]),
+            np.array([True, True]),
+            [[(0, 3)], None],
+        ),
         {
             NAME: DomainMeasures(
                 2,
@@ -169,6 +177,7 @@ def hostile_shards(_: Path) -> str:
                 3,
                 3,
                 1.0,
+                6,
                 [NAME, TEXT],
             )
         },
@@ -189,7 +198,7 @@ def hostile_gate(folder: Path) -> str:
     from launch.verify.parity_report import write_html
     from launch.verify.watching import Deviation
 
-    recipe = SimpleNamespace(parallelism=Parallelism())
+    recipe = SimpleNamespace(parallelism=Parallelism(), training=Training())
     case: Any = SimpleNamespace(
         layout=NAME, input=SimpleNamespace(name=NAME), precision=Precision.fp32, recipe=recipe
     )
