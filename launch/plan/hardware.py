@@ -30,11 +30,18 @@ class Gpu:
     """Bytes per second to other nodes (InfiniBand)."""
     host_bandwidth: float
     """Bytes per second to the host's memory (PCIe)."""
+    host_memory_bytes: int
+    """The node's memory, divided by its GPUs."""
     gpus_per_node: int = 8
     nvlink_hop_seconds: float = 1e-6
     """Latency from one GPU to its neighbour: assumed, of the order of NCCL's own tuning tables."""
     network_hop_seconds: float = 4e-6
     """Latency from one node to the next: assumed likewise."""
+
+    @property
+    def host_room(self) -> float:
+        """Host memory that a GPU's process may pin: half of its share, and the rest for loaders and files."""
+        return self.host_memory_bytes / 2
 
 
 GPUS = {
@@ -48,6 +55,7 @@ GPUS = {
         float(row["nvlink_bandwidth"]),
         float(row["network_bandwidth"]),
         float(row["host_bandwidth"]),
+        int(float(row["host_memory_gib"]) * GIB),
     )
     for row in read_rows(Path(__file__).with_name("gpus.csv"))
 }

@@ -25,7 +25,13 @@ from launch.plan.activations import (
 )
 from launch.plan.hardware import GIB, Gpu
 from launch.plan.muon import orthogonalising
-from launch.plan.recomputation import backward_passes, copies_at_loss, copies_kept, kept_bytes
+from launch.plan.recomputation import (
+    backward_passes,
+    copies_at_loss,
+    copies_kept,
+    kept_bytes,
+    offloaded_layers,
+)
 from launch.plan.traffic import reduced_bytes
 from train.recipe import sizes
 from train.recipe.matrices import is_orthogonalised
@@ -352,6 +358,20 @@ class _Whole:
         return cls(outside, max(layers.values()), gradients=max(in_turn), reduced=reduced)
 
 
-def fits(memory_of_rank: Memory, gpu: Gpu) -> bool:
-    """Returns True if a rank's peak is within its GPU's memory."""
-    return memory_of_rank.total <= gpu.memory_bytes
+def host_bytes(recipe: Recipe, world_size: int) -> int:
+    """Pinned host memory of one GPU's process in which inputs of layers wait (`training.offload`).
+
+    A buffer for each but the last layer's input, which stays; torch hands out pinned memory in powers of two.
+    """
+    training, layout = recipe.training, recipe.parallelism
+    if not training.offload:
+        return 0
+    tokens = training.microbatch_sequences * recipe.data.sequence_tokens // (layout.context * layout.tensor)
+    stream = tokens * recipe.model.d_model * numerics_of(recipe, world_size).stream
+    inputs = offloaded_layers(recipe.model, sizes.recomputed(training, sizes.layers(recipe.model)))
+    return max(0, inputs - 1) << (stream - 1).bit_length()
+
+
+def has_room(memory_of_rank: Memory, waiting_bytes: int, gpu: Gpu) -> bool:
+    """Returns True if a rank's peak is within its GPU's memory, and what waits in its host's."""
+    return memory_of_rank.total <= gpu.memory_bytes and waiting_bytes <= gpu.host_room

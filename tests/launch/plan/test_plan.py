@@ -11,7 +11,7 @@ import pytest
 
 from launch.plan import __main__ as plan
 from launch.plan.hardware import GPUS, Gpu
-from launch.plan.search import choice_of, remedies, search
+from launch.plan.search import choice_of, remedies, search, sufficient_changes
 from launch.plan.step import make_plan
 from launch.plan.step_time import FITTED, Efficiency, link_seconds
 from launch.plan.table5 import table5
@@ -170,6 +170,20 @@ def test_long_sequences_fit_few_gpus_where_ranks_share_them() -> None:
 
 
 @pytest.mark.slow
+def test_inputs_that_wait_need_room_in_the_host() -> None:
+    keys = ("parallelism.replicate=1", "training.recompute=layer")
+    without, waiting = recipe("dbrx", *keys), recipe("dbrx", *keys, "training.offload=true")
+    # 39 buffers of 32,768 x 6,144 bf16 elements, 384 MiB, for each of which torch pins 512.
+    needed = 39 * 512 * 2**20
+    roomy = replace(GPUS["h100"], memory_bytes=70 * 2**30)
+    tight = replace(roomy, host_memory_bytes=2 * needed - 1)
+    assert make_plan(waiting, 64, roomy).host_bytes == needed and not make_plan(without, 64, roomy).host_bytes
+    remedy = "training.offload=true by itself makes it fit"
+    for gpu, is_enough in ((roomy, True), (tight, False)):
+        assert make_plan(waiting, 64, gpu).fits == is_enough
+        assert (remedy in sufficient_changes(make_plan(without, 64, gpu))) == is_enough
+
+
 def test_search_lets_as_few_ranks_share_sequences_as_will_do() -> None:
     """Of DBRX's 32k phase by itself none, and two with twice the tokens."""
     phase = make_plan(recipe("dbrx"), 3072, H100).others[0].shape.recipe
