@@ -104,7 +104,21 @@ def _flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
         # Groups of rows by a stack of matrices, or, for their gradients, groups of rows by groups of rows.
         return 2.0 * args[0].numel() * args[1].shape[-1]
     counted = flop_registry.get(operation)
-    return 0.0 if counted is None or out is None else float(counted(*args, **kwargs, out_val=out))
+    if counted is None or out is None:
+        return 0.0
+    if "scaled_dot_product" in operation.__name__:  # older formulas know no heads that share keys
+        heads = max(each.shape[1] for each in args if _has_heads(each))
+        args = tuple(_with_heads(each, heads) if _has_heads(each) else each for each in args)
+    return float(counted(*args, **kwargs, out_val=out))
+
+
+def _has_heads(argument: Any) -> bool:
+    return isinstance(argument, torch.Tensor) and argument.ndim == 4
+
+
+def _with_heads(like: torch.Tensor, heads: int) -> torch.Tensor:
+    """Returns a tensor without values, of a shape with other heads."""
+    return like.new_empty((like.shape[0], heads, *like.shape[2:]), device="meta")
 
 
 def _bytes(tree: Any) -> float:
