@@ -208,8 +208,11 @@ def _is_time(kind: str, after: int, folder: Path) -> bool:
 
     Without an older checkpoint behind it a damaged one ends the run, for a person to look.
     """
-    saved = batches_of(folder / CHECKPOINTS_FOLDER)
-    return steps(folder) >= after and (kind not in ("bad checkpoint", "torn files") or len(saved) > 1)
+    if steps(folder) < after or kind not in ("bad checkpoint", "torn files"):
+        return steps(folder) >= after
+    root = folder / CHECKPOINTS_FOLDER
+    # Two folders are not enough: one may still be written, or have been damaged before.
+    return sum(newest_whole_checkpoint(root, batch=batch)[0] is not None for batch in batches_of(root)) > 1
 
 
 def _as_a_process(work: Callable[[Topology], None]) -> Callable[[Topology], None]:
