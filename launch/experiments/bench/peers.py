@@ -155,7 +155,7 @@ def torchtitan_moe(cfg: Model) -> nn.Module:
     Raises:
         ModuleNotFoundError: if it is not installed; see :data:`TORCHTITAN`.
     """
-    from torchtitan.models.common import config_utils as configs  # type: ignore[import-not-found]
+    from torchtitan.models.common import config_utils as configs
 
     assert cfg.moe is not None
     sizes = {"dim": cfg.d_model, "num_experts": cfg.moe.experts, "top_k": cfg.moe.top_k}
