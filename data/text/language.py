@@ -15,7 +15,7 @@ UNDETERMINED = "und"
 _WITHOUT_LANGUAGE = "zxx"
 """ISO 639-2's code for what has no linguistic content, a class of the model."""
 SAMPLE_CHARACTERS = 2000
-"""Characters examined at the beginning of a text; more does not change the result."""
+"""Characters examined at the beginning of a text, so that a long one takes no longer."""
 LEAST_CONFIDENCE = 0.5
 UNSPACED = frozenset({"ja", "zh", "yue", "wuu", "th", "lo", "km", "my"})
 """Languages that write words without blanks between them."""

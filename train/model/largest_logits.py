@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from train.model.documents import Reach
 from train.model.recompute import is_recomputing
 
 ELEMENTS = 2**24
@@ -59,6 +60,27 @@ class LargestLogits:
         found_H = largest_logits(q_BSHR.detach(), k_BPGR.detach(), sight) * scale
         before_H = self.of_heads_H
         self.of_heads_H = found_H if before_H is None else torch.maximum(before_H, found_H)
+
+    def see_reach(self, q_BSHR: Tensor, k_1THR: Tensor, sight: Sight, reach: Reach, scale: float) -> None:
+        """Looks at queries whose keys are only those that their documents reach, chunk by chunk.
+
+        Args:
+            q_BSHR: queries, rotated, two chunks of each sequence.
+            k_1THR: keys, rotated, those of each chunk after the chunk's before it.
+            sight: the documents of the whole sequences.
+            reach: where the keys of each chunk lie.
+            scale: factor of the logits.
+        """
+        chunk = q_BSHR.shape[1] // 2
+        queries = q_BSHR.flatten(0, 1).split(chunk)
+        keys = k_1THR[0].split([end - begin for _, begin, end in reach.spans])
+        for q_CHR, k_NHR, (sequence, begin, end) in zip(queries, keys, reach.spans, strict=True):
+            place_C = torch.arange(end - begin - chunk, end - begin, device=q_CHR.device)
+            documents, own = sight.document_BP, None
+            if documents is not None:
+                documents = documents[sequence, begin:end][None]
+                own = documents[:, -chunk:]
+            self.see(q_CHR[None], k_NHR[None], Sight(place_C, True, own, documents), scale)
 
 
 @torch.no_grad()

@@ -85,7 +85,10 @@ class LatentAttention(nn.Module):
                 c_BSC, k_BSW = _of_whole(c_BSC, k_BSW, plan)
             q_BSHR, k_BSHR, v_BSHR = remade(Recompute.gates, self._heads, source, c_BSC, k_BSW, *turns)
             if self.logits is not None and plan.sight is not None:
-                self.logits.see(q_BSHR, k_BSHR, plan.sight, self.scale)
+                if plan.reach is None:
+                    self.logits.see(q_BSHR, k_BSHR, plan.sight, self.scale)
+                else:
+                    self.logits.see_reach(q_BSHR, k_BSHR, plan.sight, plan.reach, self.scale)
             out_BSHV = self._attend(q_BSHR, k_BSHR, v_BSHR, plan)[..., : self.latent.v_width]
         return self.out_proj(out_BSHV.flatten(2)), kept
 

@@ -134,6 +134,39 @@ def test_parts_train_what_whole_sequences_do(ranks: int, names: Collection[str])
     run_ranks(ranks, work)
 
 
+def largest_logits(
+    cfg: Model, kernel: DocumentKernel, masked: bool, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Of each layer and head, over a group's ranks."""
+    decoder = Decoder(cfg, device="cpu", recompute=Recompute.nothing)
+    initialize(decoder, cfg, seed=1)
+    decoder.double().train().transformer.document_kernel = kernel
+    decoder.context = None if group is None else Context(group)
+    watching = decoder.watch_logits()
+    recipe = Recipe(model=cfg, training=Training(document_masking=masked))
+    MicrobatchModel(decoder, recipe, Precision.fp32)(batch_of(cfg))
+    found = [each.logits.of_heads_H for each in watching if each.logits is not None]
+    largest_LH = torch.stack([largest_H for largest_H in found if largest_H is not None])
+    assert len(largest_LH) == len(watching)
+    if group is not None:
+        dist.all_reduce(largest_LH, op=dist.ReduceOp.MAX, group=group)
+    return largest_LH
+
+
+def test_the_largest_logits_are_those_of_whole_sequences() -> None:
+    """Whichever keys a kernel is given; QK-clip reads them."""
+
+    def work(_: Topology) -> None:
+        world = dist.group.WORLD
+        for cfg in (replace(MOE, clip_qkv=None), AHEAD):
+            for masked in (True, False):
+                for kernel in DocumentKernel:
+                    expected = largest_logits(cfg, kernel, masked, None)
+                    torch.testing.assert_close(largest_logits(cfg, kernel, masked, world), expected)
+
+    run_ranks(2, work)
+
+
 def test_gathered_keys_are_in_order_and_gradients_are_sums() -> None:
     """Keys and values of different widths; the gradient of every rank differs."""
 
