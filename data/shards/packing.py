@@ -3,6 +3,7 @@
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 PADDING = -1
 """Document number of padding, which ends a sequence."""
+PIECES = {"documents": "<i8", "lengths": "<i4"}
+"""The columns of a shard with one number for each piece of a document, and its form there."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class Sample:
         if self.trained is None:
             return np.ones(self.tokens.size, np.bool_)
         return np.unpackbits(self.trained, count=self.tokens.size).astype(np.bool_)
+
+
+def sample_of(columns: dict[str, Any]) -> Sample:
+    """Returns the sample that Streaming's reader gives as columns; older shards have arrays for bytes."""
+    pieces = {
+        name: np.frombuffer(columns[name], kind)
+        for name, kind in PIECES.items()
+        if isinstance(columns[name], bytes)
+    }
+    return Sample(**(columns | pieces))
 
 
 _TRAINED = 1 << 30

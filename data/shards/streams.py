@@ -18,7 +18,7 @@ from data.shards.cache import ShardCache
 from data.shards.index import ShardFile, ShardIndex, open_index
 from data.shards.manifest import REBUILD
 from data.shards.open_maps import OpenMaps
-from data.shards.packing import Sample
+from data.shards.packing import Sample, sample_of
 from train.recipe.errors import UserError
 
 OPENINGS = 5
@@ -76,7 +76,7 @@ class ShardFolder:
         # An MDS file begins with the number of its samples and the offsets of each, and of the end.
         begin, end = np.frombuffer(mapped, np.uint32, count=2, offset=4 * (1 + within))
         reader = self._readers[self._index.config_of(shard)]
-        return Sample(**reader.decode_sample(mapped[begin:end]))
+        return sample_of(reader.decode_sample(mapped[begin:end]))
 
     @property
     def open_shards(self) -> list[int]:

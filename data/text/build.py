@@ -64,7 +64,7 @@ from train.record.files import sha256
 
 logger = log.get_logger(__name__)
 
-VERSION = 6
+VERSION = 7
 """Version of the stages: raise it when their output changes, so that no job continues from older results."""
 BPE_TEXT_BYTES = 16_000_000
 """Amount of text that a tokenizer is trained on; more no longer changes a small vocabulary."""

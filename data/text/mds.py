@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.shards.packing import Sample
+from data.shards.packing import PIECES, Sample
 
 SHARD_BYTES = 1 << 26
 """Approximate size of a shard file: small enough to fetch quickly, large enough for sequential reads."""
@@ -25,13 +25,16 @@ def column_config(
 ) -> dict[str, Any]:
     """Builds the part of a shard's index entry that is repeated in the shard's header.
 
+    The first two columns differ in length from sample to sample. They are bytes, little-endian int64 and
+    int32, which a default collate puts into a list; it can't stack arrays of different lengths.
+
     Args:
         sequence_tokens: shape of the tokens column; the first two columns store their lengths.
         zstd_level: level of the compressed file; None: there is none.
         is_masked: a bit of each token says whether it has a loss.
     """
     bits = -(-sequence_tokens // 8)
-    encodings = ["ndarray:int64", "ndarray:int32", f"ndarray:int32:{sequence_tokens}"]
+    encodings = [*("bytes" for _ in PIECES), f"ndarray:int32:{sequence_tokens}"]
     return {
         "column_encodings": [*encodings, *([f"ndarray:uint8:{bits}"] if is_masked else [])],
         "column_names": [*COLUMNS, *([MASK] if is_masked else [])],
@@ -117,14 +120,7 @@ def _file_entry(name: str, content: bytes) -> dict[str, Any]:
 
 
 def _encode_sample(sample: Sample) -> bytes:
-    documents, lengths = _with_shape(sample.documents), _with_shape(sample.lengths)
+    documents, lengths = (getattr(sample, name).astype(kind).tobytes() for name, kind in PIECES.items())
     head = np.array([len(documents), len(lengths)], np.uint32).tobytes()
     mask = b"" if sample.trained is None else sample.trained.tobytes()
     return b"".join([head, documents, lengths, sample.tokens.tobytes(), mask])
-
-
-def _with_shape(array: np.ndarray[Any, Any]) -> bytes:
-    """Encodes a one-dimensional array: a byte for dimensions and width, its length, its content."""
-    width = next(code for code, bits in enumerate((8, 16, 32)) if array.size < 1 << bits)
-    shape = np.array([array.size], f"uint{8 << width}").tobytes()
-    return bytes([1 << 2 | width]) + shape + array.tobytes()

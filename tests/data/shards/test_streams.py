@@ -132,15 +132,27 @@ def test_maps_give_way_to_files_that_something_else_opens(
                 os.close(descriptor)
 
 
-def test_streaming_itself_reads_our_shards(built: Recipe):
+def test_a_plain_streaming_dataset_with_the_default_collate_reads_our_shards(built: Recipe):
     from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
 
     path = Path(built.data.shards) / "prose/train"
-    theirs = StreamingDataset(local=str(path), shuffle=False, batch_size=1)
+    theirs = StreamingDataset(local=str(path), shuffle=False, batch_size=4)
     ours = ShardFolder(path)
     assert len(theirs) == len(ours)
-    for number in range(0, len(ours), 7):
-        assert same(ours[number], theirs[number])
+    at = 0
+    for batch in DataLoader(theirs, batch_size=4, num_workers=0):
+        assert batch["tokens"].shape[1:] == (32,)
+        for row, documents, lengths in zip(
+            batch["tokens"], batch["documents"], batch["lengths"], strict=True
+        ):
+            columns = {
+                "documents": np.frombuffer(documents, np.int64),
+                "lengths": np.frombuffer(lengths, np.int32),
+            }
+            assert same(ours[at], columns | {"tokens": row.numpy()})
+            at += 1
+    assert at == len(ours) and any(len(ours[n].lengths) != len(ours[0].lengths) for n in range(len(ours)))
 
 
 def test_pickles_are_refused(tmp_path: Path):

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming import MDSWriter
 
-from data.shards.packing import pack
+from data.shards.packing import PIECES, pack
 from data.text.mds import column_config
 
 VOCABULARY = 100_277
@@ -20,7 +20,7 @@ def write(folder: Path, *, samples: int, tokens: int, shard_bytes: int, seed: in
     documents = _documents(samples * tokens, np.random.default_rng(seed))
     with MDSWriter(columns=columns, out=str(folder), hashes=["sha256"], size_limit=shard_bytes) as writer:
         for sample in pack(documents, sequence_tokens=tokens, eos_id=VOCABULARY - 1, pad_id=VOCABULARY - 1):
-            writer.write(vars(sample))
+            writer.write(vars(sample) | {name: getattr(sample, name).tobytes() for name in PIECES})
 
 
 def _documents(tokens: int, rng: np.random.Generator) -> Iterator[tuple[int, NDArray[np.int32]]]:

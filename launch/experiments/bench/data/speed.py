@@ -16,7 +16,7 @@ from streaming.base.util import clean_stale_shared_memory
 from data.batch import make_batch
 from data.loader import TrainSequences, open_loader
 from data.order.plan import OrderPlan
-from data.shards.packing import Sample
+from data.shards.packing import sample_of
 from data.shards.streams import ShardFolder
 from launch.experiments.bench.data import shards
 from launch.experiments.bench.data.figures import Figure
@@ -91,7 +91,7 @@ def _timed(batches: Iterator[Any]) -> float:
 
 def _whole_batch(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     numbers = np.zeros(len(samples), np.int64)
-    return make_batch([Sample(**sample) for sample in samples], numbers, numbers)
+    return make_batch([sample_of(sample) for sample in samples], numbers, numbers)
 
 
 def _only_tokens(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
