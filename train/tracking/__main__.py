@@ -19,12 +19,14 @@ from train.tracking.mlflow_upload import (
     ARTIFACTS_FOLDER,
     LOCK_FILE,
     STORE_FILE,
+    TOKENS_VIEW,
     URI_VARIABLE,
+    VIEW_TAG,
     Upload,
     UploadError,
     public_uri,
 )
-from train.tracking.store import exclusive, take_over
+from train.tracking.store import exclusive, tagged_experiments, take_over
 from train.tracking.uploader import short_path, store_of
 
 POLL_SECONDS = 2.0
@@ -34,6 +36,8 @@ UNSENT_STATUS = 3
 LOWER_PRIORITY = 10
 VIEW = "/#/experiments?workflowType=machine_learning"
 """Experiments as trainings: without the choice MLflow 3 shows them as agents. MLflow 2 ignores it."""
+CHARTS = f"/#/experiments/ID/runs?viewStateShareKey={TOKENS_VIEW}&compareRunsMode=CHART"
+"""Charts of an experiment's runs over tokens."""
 
 logger = log.get_logger("train.tracking")
 
@@ -117,6 +121,9 @@ def serve(runs_dir: Path, host: str, port: int) -> int:
     with log.only_warnings(), exclusive(store.with_suffix(".lock")):
         take_over(store)
     print(f"MLflow on {store}: http://{host}:{port}{VIEW} (stop with Ctrl-C)", flush=True)
+    for number, name in tagged_experiments(store, VIEW_TAG):
+        charts = CHARTS.replace("ID", str(number))
+        print(f"charts of {name} over tokens: http://{host}:{port}{charts}", flush=True)
     # MLflow 3 runs jobs for agents in a process of their own, of which runs have none.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     # MLflow's server creates a folder in its working directory.

@@ -18,14 +18,14 @@ from urllib.parse import urlsplit, urlunsplit
 from train.recipe.errors import UserError
 from train.recipe.secrets import without_secrets
 from train.record.files import write_json
-from train.record.metrics import find_metric
+from train.record.metrics import LOSS, TRAINED_TOKENS, find_metric
 from train.record.run_folder import METRICS_FILE, MLFLOW_FILE
 from train.record.step_log import STEP, TIMESTAMP, lines_from
 from train.record.summary import DatasetInput
 from train.record.tags import read_tags
 from train.tracking.facts import RUNNING, RunFacts, own_facts
 from train.tracking.folding import FOLDED, folded
-from train.tracking.names import mlflow_key
+from train.tracking.names import chart_key, mlflow_key
 from train.tracking.store import connect
 
 Result = TypeVar("Result")
@@ -44,6 +44,16 @@ PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 500
 """MLflow's limit for the value of an input's tag."""
 DIGEST_CHARACTERS = 36
+TOKENS_VIEW = "tokens"
+VIEW_TAG = f"mlflow.sharedViewState.{TOKENS_VIEW}"
+"""The experiment's tag of a shared view: MLflow's page opens with charts over tokens."""
+_VIEW = {
+    "globalLineChartConfig": {
+        "xAxisKey": "metric",
+        "selectedXAxisMetricKey": TRAINED_TOKENS,
+        "lineSmoothness": 0,
+    }
+}
 
 
 class UploadError(RuntimeError):
@@ -97,6 +107,7 @@ class Upload:
         self.state = self._read_state()
         self._client: Any = None
         self._latest: dict[str, int] | None = None
+        self._metric_key = chart_key
 
     def sync(self, status: str | None = None) -> int:
         """Sends everything that the server lacks.
@@ -168,6 +179,8 @@ class Upload:
         self.state.run_id = run.info.run_id
         self._write_state()
         self._latest = latest
+        # A run that was sent under the keys of the record keeps them, or its charts would end here.
+        self._metric_key = mlflow_key if LOSS in latest else chart_key
 
     def _find_run(self) -> Any:
         from mlflow.exceptions import MlflowException
@@ -223,6 +236,8 @@ class Upload:
             embedded = self.uri.startswith("sqlite:")
             place = (self.run_dir.resolve().parent / ARTIFACTS_FOLDER).as_uri() if embedded else None
             experiment_id = self._client.create_experiment(self.facts.experiment, artifact_location=place)
+        if experiment is None or VIEW_TAG not in experiment.tags:
+            self._client.set_experiment_tag(experiment_id, VIEW_TAG, json.dumps(_VIEW))
         return self._client.create_run(
             experiment_id,
             start_time=self.facts.started_ms,
@@ -279,7 +294,7 @@ class Upload:
                 continue  # A damaged line.
             step, time_ms = fields[STEP], round(fields[TIMESTAMP] * 1e3)
             values = [
-                Metric(mlflow_key(key), float("nan") if value is None else value, time_ms, step)
+                Metric(self._metric_key(key), float("nan") if value is None else value, time_ms, step)
                 for key, value in folded(fields).items()
                 if self._is_new(key, step) and isinstance(value, int | float | None)
             ]
@@ -314,7 +329,7 @@ class Upload:
     def _is_new(self, key: str, step: int) -> bool:
         assert self._latest is not None
         is_metric = find_metric(key) is not None or key in FOLDED
-        return is_metric and step > self._latest.get(mlflow_key(key), -1)
+        return is_metric and step > self._latest.get(self._metric_key(key), -1)
 
     def _send_ending(self, status: str) -> None:
         """Sends the files and ends the run on the server, or marks it as running again."""

@@ -157,6 +157,17 @@ def schema_of(store: Path) -> str:
         raise UserError(f"{store} cannot be read as an SQLite store ({error})") from None
 
 
+def tagged_experiments(store: Path, tag: str) -> list[tuple[int, str]]:
+    """Returns number and name of each experiment of an SQLite store that has a tag and was not deleted."""
+    with contextlib.closing(_open_to_read(store)) as database:
+        found = database.execute(
+            "SELECT experiment_id, name FROM experiments JOIN experiment_tags USING (experiment_id) "
+            "WHERE key = ? AND lifecycle_stage = 'active' ORDER BY experiment_id",
+            (tag,),
+        )
+        return found.fetchall()
+
+
 @contextlib.contextmanager
 def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Holds a lock file; the system releases it if the process dies.

@@ -15,8 +15,9 @@ from train.record import metrics
 from train.record.step_log import StepLog, read_steps
 from train.record.summary import DatasetInput
 from train.tracking.facts import RunFacts
-from train.tracking.mlflow_upload import Upload, UploadError, public_uri
-from train.tracking.names import mlflow_key
+from train.tracking.mlflow_upload import VIEW_TAG, Upload, UploadError, public_uri
+from train.tracking.names import chart_key, mlflow_key
+from train.tracking.store import tagged_experiments
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +71,7 @@ def on_disk(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     for line in read_steps(run_dir / "metrics.jsonl"):
         for key, value in line.items():
             if key not in ("step", "tokens", "time", "note"):
-                found.setdefault(key, []).append((line["step"], value))
+                found.setdefault(chart_key(key), []).append((line["step"], value))
     return found
 
 
@@ -142,8 +143,8 @@ def test_infinite_and_missing_numbers_do_not_stop_it(run_dir: Path) -> None:
     upload = Upload(run_dir)
     assert upload.sync() == 4
     found = at_server(upload)
-    assert math.isnan(found[metrics.LOSS][0][1])
-    assert found[metrics.LOSS][1] == (2, 3.0)
+    assert math.isnan(found[chart_key(metrics.LOSS)][0][1])
+    assert found[chart_key(metrics.LOSS)][1] == (2, 3.0)
 
 
 @pytest.mark.parametrize("store", ["embedded", "files"])
@@ -204,8 +205,8 @@ def test_resumed_run_goes_on_and_repeats_no_step(run_dir: Path) -> None:
     assert upload.sync() == 3 * 3
     assert upload.state.run_id == first.state.run_id
     after = at_server(upload)
-    assert [step for step, _ in after[metrics.LOSS]] == list(range(1, 14))
-    assert after[metrics.LOSS][:10] == before[metrics.LOSS]
+    assert [step for step, _ in after[chart_key(metrics.LOSS)]] == list(range(1, 14))
+    assert after[chart_key(metrics.LOSS)][:10] == before[chart_key(metrics.LOSS)]
     run = upload._client.get_run(upload.state.run_id)
     assert run.info.status == "RUNNING"
     assert run.data.params["data.workers"] == "2"
@@ -320,7 +321,7 @@ def test_names_that_mlflow_does_not_accept_arrive_under_others(run_dir: Path) ->
     assert upload.sync("FINISHED") == len(domains) + 1
     assert upload.sync("FINISHED") == 0 and Upload(run_dir).sync("FINISHED") == 0
     run = upload._client.get_run(upload.state.run_id)
-    sent = {mlflow_key(metrics.validation_loss(name)) for name in domains}
+    sent = {chart_key(metrics.validation_loss(name)) for name in domains}
     assert len(sent) == len(domains) and sent < run.data.metrics.keys()
     meant = {run.data.tags.get(f"name.{key}", key) for key in run.data.params}
     assert meant == params.keys()
@@ -337,6 +338,58 @@ def test_a_key_is_changed_only_where_it_must_be() -> None:
     for key in keys:
         _validate_metric_name(key)
         _validate_param_name(key)
+
+
+def test_losses_are_charted_first() -> None:
+    keys = [metric.key for metric in metrics.METRICS]
+    sent = [chart_key(key) for key in keys]
+    assert len(set(sent)) == len(keys)
+    assert [mine for key, mine in zip(keys, sent, strict=True) if not key.startswith("loss/")] == [
+        mlflow_key(key) for key in keys if not key.startswith("loss/")
+    ]
+    # MLflow's page: groups by the codes of their letters, and those without a group last.
+    groups = sorted({key.rpartition("/")[0] for key in sent} - {""})
+    assert groups[:4] == ["Loss", "Loss/domain", "Loss/parts", "Loss/validation"] and "loss" not in groups
+    assert sorted(key for key in sent if key.rpartition("/")[0] == "Loss") == ["Loss/total", "Loss/train"]
+
+
+def test_the_experiment_opens_over_tokens(run_dir: Path) -> None:
+    facts().write(run_dir)
+    log = StepLog(run_dir / "metrics.jsonl")
+    log.write(1, {"tokens": 8, "time": 1.0, metrics.LOSS: 2.0, metrics.TRAINED_TOKENS: 8})
+    log.close()
+    upload = Upload(run_dir)
+    upload.sync()
+    experiment = upload._client.get_experiment_by_name("finegrain")
+    axis = json.loads(experiment.tags[VIEW_TAG])["globalLineChartConfig"]
+    assert axis["xAxisKey"] == "metric" and axis["selectedXAxisMetricKey"] in at_server(upload)
+    store = run_dir.parent / "mlflow.db"
+    assert tagged_experiments(store, VIEW_TAG) == [(int(experiment.experiment_id), "finegrain")]
+    upload._client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, "theirs")
+    facts(uid="e" * 32).write(run_dir)
+    (run_dir / "mlflow.json").unlink()
+    other = Upload(run_dir)
+    other.sync()
+    assert other.state.run_id != upload.state.run_id
+    assert other._client.get_experiment(experiment.experiment_id).tags[VIEW_TAG] == "theirs"
+
+
+def test_a_run_that_was_begun_under_other_keys_keeps_them(run_dir: Path) -> None:
+    facts().write(run_dir)
+    write_steps(run_dir, 1, 9)
+    upload = Upload(run_dir)
+    upload._open_run()
+    upload._metric_key = mlflow_key
+    assert upload._send_metrics() == 27
+    write_steps(run_dir, 10, 17)
+    assert Upload(run_dir).sync() == 8 * 3 + 1
+    assert at_server(upload).keys() == {
+        metrics.LOSS,
+        metrics.LEARNING_RATE,
+        "experts/0/dead",
+        metrics.validation_loss("code"),
+    }
+    assert len(at_server(upload)[metrics.LOSS]) == 17
 
 
 def test_what_was_deleted_on_mlflows_page_is_named_with_a_remedy(run_dir: Path) -> None:

@@ -48,7 +48,7 @@ def runs_at(upload: Upload) -> dict[str, Any]:
 
 
 def steps_of(client: Any, run: Any) -> list[int]:
-    return sorted(metric.step for metric in client.get_metric_history(run.info.run_id, "loss/train"))
+    return sorted(metric.step for metric in client.get_metric_history(run.info.run_id, "Loss/train"))
 
 
 def test_names_tags_and_removal_reach_mlflow(

@@ -20,6 +20,7 @@ from train.record.summary import DatasetInput
 from train.tracking.__main__ import main
 from train.tracking.facts import RunFacts
 from train.tracking.mlflow_upload import store_uri
+from train.tracking.names import chart_key
 from train.tracking.store import exclusive
 from train.tracking.uploader import MlflowUploader, flatten
 
@@ -52,7 +53,7 @@ def losses_at_server(run_dir: Path, uri: str) -> list[tuple[int, float]]:
     from mlflow import MlflowClient
 
     run_id = json.loads((run_dir / "mlflow.json").read_text())["run_id"]
-    history = MlflowClient(tracking_uri=uri).get_metric_history(run_id, LOSS)
+    history = MlflowClient(tracking_uri=uri).get_metric_history(run_id, chart_key(LOSS))
     return sorted((metric.step, metric.value) for metric in history)
 
 
