@@ -25,7 +25,7 @@ from train.recipe.schema import Tokenizer, TokenizerKind
 Ids = NDArray[np.integer[Any]]
 
 TOKEN_IDS = "token ids"
-"""Reason of a row whose ids are no text of the tokenizer, before `: ` and more words."""
+"""Reason of a row whose ids are no text of the tokenizer, before a colon and more words."""
 _MAGIC = b"MMIDIDX\x00\x00"
 _TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Megatron's codes of integers."""

@@ -109,10 +109,10 @@ def mlflow_server(new_store: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def mlflow_folder(tmp_path: Path, new_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for runs with a store in it; no variable points elsewhere, and requests time out quickly."""
+    """A folder for runs with a store in it; no variable points elsewhere, and requests aren't repeated."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     shutil.copy(new_store, tmp_path / "mlflow.db")
     return tmp_path

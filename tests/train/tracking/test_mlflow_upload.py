@@ -282,7 +282,8 @@ def test_answer_that_was_lost_is_not_sent_again(
         assert at_server(upload) == on_disk(run_dir)
 
 
-def test_server_that_hangs_is_given_up_in_seconds(run_dir: Path) -> None:
+def test_server_that_hangs_is_given_up_in_seconds(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

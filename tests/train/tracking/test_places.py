@@ -33,12 +33,6 @@ def make(folder: Path, uri: str = "") -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def patience(mlflow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a busy machine answer late."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-
-
 def runs_at(upload: Upload) -> dict[str, Any]:
     """Returns the runs of an upload's experiment by name."""
     client = upload._client
