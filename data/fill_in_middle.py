@@ -50,7 +50,7 @@ class Cut:
     """Tokens of prefix and middle."""
 
 
-class FillInMiddle:
+class FillInMiddleTransform:
     """Rearranges documents of a run's sequences.
 
     Args:
@@ -138,7 +138,7 @@ class FillInMiddle:
 
 def open_fill_in_middle(
     tokenizer: TokenizerHandle, recipe: Recipe, curriculum: Curriculum
-) -> FillInMiddle | None:
+) -> FillInMiddleTransform | None:
     """Returns what rearranges a run's documents; None if no phase asks for it.
 
     Raises:
@@ -146,7 +146,7 @@ def open_fill_in_middle(
     """
     if not any(stage.fill_in_middle for stage in curriculum.stages):
         return None
-    return FillInMiddle(
+    return FillInMiddleTransform(
         find_sentinels(tokenizer, recipe.tokenizer),
         tokenizer.eos_id,
         seed=recipe.seed,

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.batch import NO_TARGET, Batch, batch_of_block, make_batch, make_block, open_block
-from data.fill_in_middle import FillInMiddle, open_fill_in_middle
+from data.fill_in_middle import FillInMiddleTransform, open_fill_in_middle
 from data.opened import OpenedData
 from data.order.plan import OrderPlan
 from data.shards.manifest import unigram_entropy
@@ -70,7 +70,7 @@ class TrainSequences(IterableDataset[Tensor | UserError]):
         rank: int,
         world_size: int,
         start: int,
-        fill_in_middle: FillInMiddle | None = None,
+        fill_in_middle: FillInMiddleTransform | None = None,
     ) -> None:
         """Sets up the sequences; reads nothing yet.
 

@@ -35,7 +35,7 @@ class AuditError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Finding:
+class LockedAdvisory:
     """An advisory that names a locked version."""
 
     package: str
@@ -75,7 +75,7 @@ def main(options: Namespace) -> int | Figures:
     if options.osv_url:
         service += ["--osv-url", options.osv_url]
     judged = judged_in((ROOT / PAGE).read_text())
-    found: dict[str, list[Finding]] = {}
+    found: dict[str, list[LockedAdvisory]] = {}
     try:
         # One package first: some indexes know no advisories, which would take a request for each to find out.
         findings(_ask(_first_of(options.locks[0]), service), judged)
@@ -97,7 +97,7 @@ def judged_in(page: str) -> set[str]:
     return set(ADVISORY.findall(page))
 
 
-def findings(report: dict[str, Any], judged: set[str]) -> list[Finding]:
+def findings(report: dict[str, Any], judged: set[str]) -> list[LockedAdvisory]:
     """Returns the advisories in pip-audit's report, by package.
 
     Raises:
@@ -107,7 +107,7 @@ def findings(report: dict[str, Any], judged: set[str]) -> list[Finding]:
     if skipped:
         raise AuditError(f"the service knows nothing of {', '.join(skipped[:5])} ({len(skipped)} in all)")
     return [
-        Finding(
+        LockedAdvisory(
             package=entry["name"],
             version=entry["version"],
             names=tuple([advisory["id"], *advisory["aliases"]]),

@@ -62,8 +62,8 @@ MENTIONED = {
 
 def install() -> None:
     """Puts the finder before Python's own; a second call changes nothing."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    if not any(isinstance(finder, _PreparingFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PreparingFinder())
 
 
 class StandIn:
@@ -250,7 +250,7 @@ PREPARED: dict[str, Callable[[ModuleType], AbstractContextManager[None]]] = {
 """A context in which a module is imported."""
 
 
-class _Finder(MetaPathFinder):
+class _PreparingFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:

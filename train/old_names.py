@@ -58,11 +58,11 @@ def run_if_given(command: str, option: str, *, keeps_value: bool = False) -> Non
 
 def install() -> None:
     """Lets `python -m` find the old names; a real module of the same name takes precedence."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+    if not any(isinstance(finder, _OldNameFinder) for finder in sys.meta_path):
+        sys.meta_path.append(_OldNameFinder())
 
 
-class _Finder(MetaPathFinder):
+class _OldNameFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:

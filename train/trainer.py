@@ -54,18 +54,7 @@ def build_trainer(
         max_duration=Time.from_batch(batches),
         train_dataloader=_data_spec(train_loader, sample_tokens, recipe.parallelism.sharing),
         spin_dataloaders=False,
-        eval_dataloader=[
-            Evaluator(
-                label=f"validation/{domain}",
-                dataloader=_data_spec(loader, sample_tokens),
-                metric_names=["token_loss"],
-                eval_interval=Time.from_batch(min(recipe.evaluation.interval_batches or batches, batches)),
-                device_eval_microbatch_size=max(
-                    1, recipe.training.microbatch_sequences // recipe.parallelism.sharing
-                ),
-            )
-            for domain, loader in validation_loaders.items()
-        ],
+        eval_dataloader=_evaluators(recipe, validation_loaders, curriculum),
         callbacks=callbacks,
         loggers=loggers,
         progress_bar=False,
@@ -89,6 +78,23 @@ def build_trainer(
         iteration_wct=seconds,
     )
     return trainer
+
+
+def _evaluators(
+    recipe: Recipe, loaders: dict[str, DataLoader[Batch]], curriculum: Curriculum
+) -> list[Evaluator]:
+    interval = min(recipe.evaluation.interval_batches or curriculum.batches, curriculum.batches)
+    microbatch = max(1, recipe.training.microbatch_sequences // recipe.parallelism.sharing)
+    return [
+        Evaluator(
+            label=f"validation/{domain}",
+            dataloader=_data_spec(loader, curriculum.sample_tokens),
+            metric_names=["token_loss"],
+            eval_interval=Time.from_batch(interval),
+            device_eval_microbatch_size=microbatch,
+        )
+        for domain, loader in loaders.items()
+    ]
 
 
 def _data_spec(loader: DataLoader[Batch], sample_tokens: int, sharing: int = 1) -> DataSpec:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from textwrap import indent
 
-from data.audit.lookup import SequenceText, Sight, documents_of_step, steps_of_document, texts_of_step
+from data.audit.lookup import SequenceText, Trace, documents_of_step, steps_of_document, texts_of_step
 from data.audit.proof import Proof, prove
 from data.audit.run_data import RunData
 from data.explore.__main__ import PAGE_FILE
@@ -103,7 +103,7 @@ def describe_texts(texts: list[SequenceText]) -> str:
     )
 
 
-def describe_sights(sights: list[Sight]) -> str:
+def describe_sights(sights: list[Trace]) -> str:
     """Describes the sights as a table."""
     if not sights:
         return "no step trained on it"

@@ -29,7 +29,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Sight:
+class Trace:
     """A piece of a document that a step was trained on."""
 
     step: int
@@ -42,7 +42,7 @@ class Sight:
     tokens: int
 
 
-def documents_of_step(run: RunData, step: int) -> list[Sight]:
+def documents_of_step(run: RunData, step: int) -> list[Trace]:
     """Lists the documents that a step was trained on, in the order of the batch.
 
     Raises:
@@ -51,7 +51,7 @@ def documents_of_step(run: RunData, step: int) -> list[Sight]:
     line = _line_of(run, step)
     assert line.first is not None
     pieces = documents_at(run.plan, run.shards, run.documents_file, line.first, line.samples)
-    return [Sight(step, **asdict(piece)) for piece in pieces]
+    return [Trace(step, **asdict(piece)) for piece in pieces]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def documents_at(
     ]
 
 
-def steps_of_document(run: RunData, name: str) -> list[Sight]:
+def steps_of_document(run: RunData, name: str) -> list[Trace]:
     """Lists every time that the run trained on a document, by inverting the plan; reads only its own samples.
 
     Raises:
@@ -155,7 +155,7 @@ def _line_of(run: RunData, step: int) -> LoggedStep:
     return line
 
 
-def _sights(run: RunData, domain: str, ordinal: int, name: str, end: int) -> Iterator[Sight]:
+def _sights(run: RunData, domain: str, ordinal: int, name: str, end: int) -> Iterator[Trace]:
     folder = run.shards[domain]
     for number in Finder(folder).samples_of(ordinal):
         sample = folder[number]
@@ -163,7 +163,7 @@ def _sights(run: RunData, domain: str, ordinal: int, name: str, end: int) -> Ite
         for epoch, position in enumerate(run.plan.positions_of(domain, number, end)):
             step = run.step_at(position)
             if step is not None:
-                yield Sight(step, position, domain, number, epoch, name, tokens)
+                yield Trace(step, position, domain, number, epoch, name, tokens)
 
 
 def _lines_of(file: Path, name: str) -> Iterator[tuple[int, dict[str, str]]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.fill_in_middle import FillInMiddle, open_fill_in_middle
+from data.fill_in_middle import FillInMiddleTransform, open_fill_in_middle
 from data.opened import open_data
 from data.order.plan import OrderPlan
 from data.shards.packing import Sample
@@ -91,7 +91,7 @@ class RunData:
         return {domain: self.data.shards(domain, "train") for domain in self.plan.domains}
 
     @cached_property
-    def _fill_in_middle(self) -> FillInMiddle | None:
+    def _fill_in_middle(self) -> FillInMiddleTransform | None:
         return open_fill_in_middle(self.data.tokenizer, self.recipe, self.curriculum)
 
     def read(self, step: LoggedStep, domain: str, numbers: NDArray[np.int64], position: int) -> list[Sample]:

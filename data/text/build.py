@@ -263,42 +263,11 @@ def _assemble(
     decision: Decision,
     results: tuple[list[Result], list[Result], list[ShardTask], list[Result]],
 ) -> Manifest:
-    cleaned, encoded, tasks, written = results
     tokenizer = open_once(job.tokenizer, job.out)
-    records = {}
-    for domain in dict.fromkeys(source.domain for source in job.sources):
-        folder = job.out / domain
-        folder.mkdir(exist_ok=True)
-        at = [n for n, chunk in enumerate(chunks) if job.sources[chunk.source].domain == domain]
-        numbers = [chunks[n].number for n in at]
-        listing = _join(folder / DOCUMENTS_FILE, [job.file(ENCODE, n, "documents.jsonl") for n in numbers])
-        lists = [job.file(stage, n, "rejected.jsonl") for stage in (CLEAN, DECIDE) for n in numbers]
-        rejected = _join(folder / REJECTED_FILE, lists)
-        reasons: Counter[str] = sum(
-            (Counter(cleaned[n]["rejected"]) + decision.copies[n] for n in at), Counter()
-        )
-        splits = {}
-        for split in SPLITS:
-            mine = [
-                (t, w) for t, w in zip(tasks, written, strict=True) if (t.domain, t.split) == (domain, split)
-            ]
-            splits[split] = _split_record(job, folder / split, [encoded[n][split] for n in at], mine)
-        sources = [source for source in job.sources if source.domain == domain]
-        records[domain] = DomainRecord(
-            source=without_secrets("; ".join(dict.fromkeys(source.origin for source in sources))),
-            licence="; ".join(dict.fromkeys(source.licence for source in sources)),
-            transformation=_transformation(job, sources),
-            documents_sha256=listing,
-            splits=splits,
-            datasets=[
-                DatasetRecord(it.dataset, it.version, without_secrets(it.origin), it.licence)
-                for it in sources
-            ],
-            rejected=dict(sorted(reasons.items())),
-            rejected_sha256=rejected,
-            rejected_bytes=sum(cleaned[n]["rejected_bytes"] + decision.copied_bytes[n] for n in at),
-            losses=losses_of(job, chunks, cleaned, decision, domain),
-        )
+    records = {
+        domain: _domain_record(job, chunks, decision, results, domain)
+        for domain in dict.fromkeys(source.domain for source in job.sources)
+    }
     made_by = TokenizerRecord(
         tokenizer.name,
         tokenizer.fingerprint,
@@ -316,6 +285,43 @@ def _assemble(
         corpus_bytes=data.corpus_bytes if data.corpus else None,
         domains=records,
         preparation_sha256=preparation_digest(recipe),
+    )
+
+
+def _domain_record(
+    job: PreparationJob,
+    chunks: list[Chunk],
+    decision: Decision,
+    results: tuple[list[Result], list[Result], list[ShardTask], list[Result]],
+    domain: str,
+) -> DomainRecord:
+    cleaned, encoded, tasks, written = results
+    folder = job.out / domain
+    folder.mkdir(exist_ok=True)
+    at = [n for n, chunk in enumerate(chunks) if job.sources[chunk.source].domain == domain]
+    numbers = [chunks[n].number for n in at]
+    listing = _join(folder / DOCUMENTS_FILE, [job.file(ENCODE, n, "documents.jsonl") for n in numbers])
+    lists = [job.file(stage, n, "rejected.jsonl") for stage in (CLEAN, DECIDE) for n in numbers]
+    rejected = _join(folder / REJECTED_FILE, lists)
+    reasons: Counter[str] = sum((Counter(cleaned[n]["rejected"]) + decision.copies[n] for n in at), Counter())
+    splits = {}
+    for split in SPLITS:
+        mine = [(t, w) for t, w in zip(tasks, written, strict=True) if (t.domain, t.split) == (domain, split)]
+        splits[split] = _split_record(job, folder / split, [encoded[n][split] for n in at], mine)
+    sources = [source for source in job.sources if source.domain == domain]
+    return DomainRecord(
+        source=without_secrets("; ".join(dict.fromkeys(source.origin for source in sources))),
+        licence="; ".join(dict.fromkeys(source.licence for source in sources)),
+        transformation=_transformation(job, sources),
+        documents_sha256=listing,
+        splits=splits,
+        datasets=[
+            DatasetRecord(it.dataset, it.version, without_secrets(it.origin), it.licence) for it in sources
+        ],
+        rejected=dict(sorted(reasons.items())),
+        rejected_sha256=rejected,
+        rejected_bytes=sum(cleaned[n]["rejected_bytes"] + decision.copied_bytes[n] for n in at),
+        losses=losses_of(job, chunks, cleaned, decision, domain),
     )
 
 

@@ -15,8 +15,8 @@ from data.text.file_listing import named
 from data.text.inputs import WHOLE, Chunk, SourceFile
 from data.text.token_ids import (
     Ids,
+    IdsRow,
     MegatronIndex,
-    Row,
     ids_of,
     mds_samples,
     open_source_tokenizer,
@@ -103,7 +103,9 @@ def _records_of(file: SourceFile, chunk: Chunk, source: Source, max_bytes: int) 
         yield from _rows_of(file, chunk, source, max_bytes)
     else:
         tokenizer, is_stream = open_source_tokenizer(source.tokenizer), source.token_rows is TokenRows.stream
-        rows = (Row(it.place, it.ids, it.reason, it.size) for it in _rows_of(file, chunk, source, max_bytes))
+        rows = (
+            IdsRow(it.place, it.ids, it.reason, it.size) for it in _rows_of(file, chunk, source, max_bytes)
+        )
         for document in spell(rows, tokenizer, is_stream=is_stream):
             yield SourceRecord(document.place, document.text, document.reason, document.size)
 

@@ -34,7 +34,7 @@ _ARRAY_TYPES = {8: "u1", 9: "i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64
 
 
 @dataclass(frozen=True)
-class Row:
+class IdsRow:
     """Token ids of a row, or the reason why there are none."""
 
     place: str
@@ -84,7 +84,7 @@ def check_source_tokenizer(name: str, key: str) -> None:
         raise UserError(error.what, key=key, remedy=remedy) from None
 
 
-def spell(rows: Iterable[Row], tokenizer: TokenizerHandle, *, is_stream: bool) -> Iterator[Spelled]:
+def spell(rows: Iterable[IdsRow], tokenizer: TokenizerHandle, *, is_stream: bool) -> Iterator[Spelled]:
     """Yields the documents of rows of token ids.
 
     Args:

@@ -29,7 +29,7 @@ TRIAL_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Trial:
+class LinkTrial:
     """One measurement of all links."""
 
     slow: int | None
@@ -51,10 +51,10 @@ class Trial:
         return self.named == ([] if self.slow is None else [self.slow]) and not self.pairs
 
 
-def try_ranks(world: int, trials: int, factor: float) -> Iterator[Trial]:
+def try_ranks(world: int, trials: int, factor: float) -> Iterator[LinkTrial]:
     """Measures forked ranks, alternately without and with a slow one, ``trials`` times each."""
 
-    def work(topology: Topology) -> list[Trial]:
+    def work(topology: Topology) -> list[LinkTrial]:
         send, found = links.send, []
 
         def late(*message: Any) -> None:
@@ -67,7 +67,7 @@ def try_ranks(world: int, trials: int, factor: float) -> Iterator[Trial]:
             with mock.patch.object(links, "send", late if topology.rank == slow else send):
                 measured = links.measure_links(torch.device("cpu"), factor)
             usual, took, load = 1e3 * measured.usual, time.perf_counter() - begun, os.getloadavg()[0]
-            found.append(Trial(slow, measured.slow_ranks, measured.slow_pairs, usual, took, load))
+            found.append(LinkTrial(slow, measured.slow_ranks, measured.slow_pairs, usual, took, load))
         return found
 
     yield from run_ranks(world, work, timeout_seconds=2 * trials * TRIAL_SECONDS)[0]
@@ -87,7 +87,7 @@ def run_trials(world: int, trials: int, factor: float) -> Figures:
     return Figures([asdict(trial) for trial in found], 0 if all(trial.has_passed for trial in found) else 1)
 
 
-def _cells(number: int, trial: Trial) -> tuple[object, ...]:
+def _cells(number: int, trial: LinkTrial) -> tuple[object, ...]:
     slowed = "none" if trial.slow is None else f"rank {trial.slow}"
     named = ", ".join([*(f"rank {rank}" for rank in trial.named), *(f"pair {p}" for p in trial.pairs)])
     figures = (f"{trial.milliseconds:.2f} ms", f"{trial.seconds:.1f} s", f"{trial.load:.1f}")

@@ -39,7 +39,7 @@ GROWTH = (2, 4)
 
 
 @dataclass(frozen=True)
-class Curve:
+class RateCurve:
     """A model trained by one rule at several rates."""
 
     axis: str
@@ -51,7 +51,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Trial:
+class RateTrial:
     """A line of the CSV file."""
 
     axis: str
@@ -64,10 +64,12 @@ class Trial:
     """Held-out, mean over domains, nats per token; infinite if training was not finite."""
 
 
-def curves(recipe: Recipe) -> list[Curve]:
+def curves(recipe: Recipe) -> list[RateCurve]:
     """Returns the base, which is the same by either rule, and the models that grow from it."""
     validate(recipe, Topology(), str(RECIPE))
-    found = [Curve(BASE, f"base: d_model {recipe.model.d_model}, {_experts(recipe.model)}", RULES[0], recipe)]
+    found = [
+        RateCurve(BASE, f"base: d_model {recipe.model.d_model}, {_experts(recipe.model)}", RULES[0], recipe)
+    ]
     for axis, grown in (("width", _wider), ("experts", _finer)):
         for times in GROWTH:
             model, size = grown(recipe.model, times)
@@ -75,7 +77,7 @@ def curves(recipe: Recipe) -> list[Curve]:
                 base = transfer_base_of(recipe.model) if rule == RULES[0] else None
                 own = replace(recipe, model=replace(model, transfer_base=base))
                 validate(own, Topology(), str(RECIPE))
-                found.append(Curve(axis, size, rule, own))
+                found.append(RateCurve(axis, size, rule, own))
     return found
 
 
@@ -145,13 +147,13 @@ def train_trial(recipe: Recipe) -> float:
     return mean(losses) if math.isfinite(sum(losses)) else math.inf
 
 
-def read_trials(file: Path) -> list[Trial]:
+def read_trials(file: Path) -> list[RateTrial]:
     """Reads the CSV file; empty if there is none."""
     if not file.is_file():
         return []
     with file.open(newline="") as stream:
         return [
-            Trial(
+            RateTrial(
                 row["axis"],
                 row["size"],
                 row["rule"],
@@ -163,7 +165,7 @@ def read_trials(file: Path) -> list[Trial]:
         ]
 
 
-def losses_of(trials: Sequence[Trial], curve: Curve) -> dict[float, float]:
+def losses_of(trials: Sequence[RateTrial], curve: RateCurve) -> dict[float, float]:
     """Mean loss over seeds of each rate of a curve, by rate."""
     found: dict[float, list[float]] = {}
     for trial in trials:
@@ -191,7 +193,7 @@ def best_rate(losses: dict[float, float]) -> tuple[float, bool]:
     return float(rates[place] * 2 ** (step * (left - right) / (2 * bend))), True
 
 
-def rows_of(trials: Sequence[Trial], every: Sequence[Curve]) -> Iterator[tuple[str, ...]]:
+def rows_of(trials: Sequence[RateTrial], every: Sequence[RateCurve]) -> Iterator[tuple[str, ...]]:
     """Yields the table's rows: a curve's losses, and its best rate."""
     rates = sorted({trial.rate for trial in trials})
     for curve in every:
@@ -208,7 +210,7 @@ def _loss(loss: float | None) -> str:
     return f"{loss:.3f}" if math.isfinite(loss) else "diverged"
 
 
-def write_page(trials: Sequence[Trial], every: Sequence[Curve], docs: Path) -> str:
+def write_page(trials: Sequence[RateTrial], every: Sequence[RateCurve], docs: Path) -> str:
     """Writes the figure, and the table into the page; returns the table."""
     rates = [f"{rate:g}" for rate in sorted({trial.rate for trial in trials})]
     heads = ("model", "rule", *rates, "best rate")
@@ -223,7 +225,7 @@ def write_page(trials: Sequence[Trial], every: Sequence[Curve], docs: Path) -> s
     return table
 
 
-def _draw(trials: Sequence[Trial], every: Sequence[Curve], file: Path) -> None:
+def _draw(trials: Sequence[RateTrial], every: Sequence[RateCurve], file: Path) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -288,7 +290,7 @@ def main(options: Namespace) -> int:
                 curve.recipe.optimizer, learning_rate=curve.recipe.optimizer.learning_rate * rate
             )
             loss = train_trial(replace(curve.recipe, seed=seed, optimizer=optimizer))
-            trials.append(Trial(curve.axis, curve.size, curve.rule, rate, seed, loss))
+            trials.append(RateTrial(curve.axis, curve.size, curve.rule, rate, seed, loss))
             writer.writerow((curve.axis, curve.size, curve.rule, f"{rate:g}", seed, f"{loss:.4f}"))
             stream.flush()
     print(write_page(trials, every, options.docs))

@@ -9,7 +9,7 @@ Legend: T tokens of a rank's microbatch, K experts per token, D d_model, L layer
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -20,6 +20,7 @@ from train.recipe.schema import (
     BalanceScope,
     ExchangePrecision,
     Model,
+    Moe,
     Parallelism,
     Recompute,
     ReducePrecision,
@@ -176,24 +177,30 @@ def collectives(
     if layout.sharing > 1 and model.moe and model.moe.balance is not Balance.bias:
         found += _shares_of_sequences(model, layout, tokens, grades)
     if model.moe and layout.expert > 1:
-        repeat = [grade.includes(Recompute.ffn) for grade in grades]
-        again = sum(sizes.has_experts(model, layer) for layer, repeats in enumerate(repeat) if repeats)
-        halves = 2 if layout.interleave else 1
-        rows = tokens // halves * model.moe.top_k * model.d_model * compute_bytes
-        layers = sizes.expert_layers(model)
-        exchanges = [("tokens to experts and back", rows, 2 * (2 * layers + again), 2 * layers)]
-        if layout.exchange_precision is ExchangePrecision.fp8:
-            packed = rows // compute_bytes * (sizes.EXCHANGED_TILE + 1) // sizes.EXCHANGED_TILE
-            exchanges = [
-                ("tokens to experts, in fp8", packed, layers + again, layers),
-                ("tokens back, and gradients", rows, 3 * layers + again, layers),
-            ]
-        counts = ("counts of tokens", model.moe.experts * INT32, layers, layers)
-        for what, payload, *calls in (*exchanges, counts):
-            in_all, ahead = (halves * each for each in calls)
-            group = (layout.expert, 1)
-            found.append(Collective(what, CollectiveKind.all_to_all, payload, *group, in_all, ahead))
+        found += _exchanges(model, model.moe, layout, tokens, compute_bytes, grades)
     return found
+
+
+def _exchanges(
+    model: Model, moe: Moe, layout: Parallelism, tokens: int, compute_bytes: int, grades: Sequence[Recompute]
+) -> Iterator[Collective]:
+    """The exchange of tokens between the ranks of an expert group."""
+    repeat = [grade.includes(Recompute.ffn) for grade in grades]
+    again = sum(sizes.has_experts(model, layer) for layer, repeats in enumerate(repeat) if repeats)
+    halves = 2 if layout.interleave else 1
+    rows = tokens // halves * moe.top_k * model.d_model * compute_bytes
+    layers = sizes.expert_layers(model)
+    exchanges = [("tokens to experts and back", rows, 2 * (2 * layers + again), 2 * layers)]
+    if layout.exchange_precision is ExchangePrecision.fp8:
+        packed = rows // compute_bytes * (sizes.EXCHANGED_TILE + 1) // sizes.EXCHANGED_TILE
+        exchanges = [
+            ("tokens to experts, in fp8", packed, layers + again, layers),
+            ("tokens back, and gradients", rows, 3 * layers + again, layers),
+        ]
+    counts = ("counts of tokens", moe.experts * INT32, layers, layers)
+    for what, payload, *calls in (*exchanges, counts):
+        in_all, ahead = (halves * each for each in calls)
+        yield Collective(what, CollectiveKind.all_to_all, payload, layout.expert, 1, in_all, ahead)
 
 
 def _shares_of_sequences(
@@ -256,7 +263,7 @@ class _Unit:
 
     what: str
     weights: tuple[sizes.Weight, ...]
-    placements: tuple[sizes.Placement, ...]
+    placements: tuple[sizes.WeightPlacement, ...]
     """Of each weight; all have the same number of ranks for rows."""
     layers: tuple[int, ...]
     """Numbers of the layers; empty for what is outside the layers."""

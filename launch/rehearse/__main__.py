@@ -88,7 +88,7 @@ def rehearse(plan: Plan, open_files: int | None, host_memory_bytes: int) -> Figu
     step = apart(rehearse_step, recipe, world)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = float("inf") if hard == resource.RLIM_INFINITY else hard
-    cluster = limits.Cluster(open_files or allowed, host_memory_bytes, per_node)
+    cluster = limits.ClusterLimits(open_files or allowed, host_memory_bytes, per_node)
     found = limits.figures(plan, imports, starts, step, speed, cluster)
     layout = plan_figures(plan)["layout"]
     names = " and rank ".join(map(str, ranks))

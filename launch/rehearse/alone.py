@@ -31,7 +31,7 @@ class AskedGroup:
 
 
 @dataclass
-class Job:
+class JoinedJob:
     """The job that a rank has joined."""
 
     store: CountingStore
@@ -57,10 +57,10 @@ class Tally(CollectiveRecorder):
         return super().note(group, operation, arguments)
 
 
-def join_alone(world_size: int, rank: int) -> Job:
+def join_alone(world_size: int, rank: int) -> JoinedJob:
     """Makes this process one rank of a job of ``world_size``."""
     torch.set_num_threads(1)  # Seconds are those of one core.
-    job = Job(CountingStore(_EveryoneCame(world_size)))
+    job = JoinedJob(CountingStore(_EveryoneCame(world_size)))
     dist.init_process_group("fake", store=job.store, rank=rank, world_size=world_size)
     ask = distributed_c10d.new_group
 

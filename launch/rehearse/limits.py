@@ -8,8 +8,8 @@ from typing import Any
 from launch.plan.hardware import GIB
 from launch.plan.step import Plan
 from launch.rehearse.imports import Imports
-from launch.rehearse.start import Start
-from launch.rehearse.step import Step
+from launch.rehearse.start import StartCosts
+from launch.rehearse.step import StepCollectives
 from launch.rehearse.store import Requests, StoreSpeed, gloo_requests, nccl_requests
 from train.checkpoint.files import writing_ranks
 from train.health.descriptors import OTHERS, PER_GROUP
@@ -24,7 +24,7 @@ PLANNING_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Cluster:
+class ClusterLimits:
     """Limits of the nodes."""
 
     open_files: float
@@ -35,7 +35,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Figure:
+class RehearsedFigure:
     """One figure of a rehearsal."""
 
     key: str
@@ -56,11 +56,16 @@ class Figure:
 
 
 def figures(
-    plan: Plan, imports: Imports, starts: list[Start], step: Step, speed: StoreSpeed, cluster: Cluster
-) -> list[Figure]:
+    plan: Plan,
+    imports: Imports,
+    starts: list[StartCosts],
+    step: StepCollectives,
+    speed: StoreSpeed,
+    cluster: ClusterLimits,
+) -> list[RehearsedFigure]:
     """Lists all figures, in the order in which they are printed."""
     found = [
-        Figure(
+        RehearsedFigure(
             "gpu_memory_bytes",
             "GPU memory, planned",
             plan.fullest.memory.total,
@@ -71,8 +76,8 @@ def figures(
         )
     ]
     found += [
-        Figure("imports_seconds", "imports, on one core of this machine", imports.seconds, "s", 0),
-        Figure("imports_files", "files that Python opens for them", imports.files, "", 0),
+        RehearsedFigure("imports_seconds", "imports, on one core of this machine", imports.seconds, "s", 0),
+        RehearsedFigure("imports_files", "files that Python opens for them", imports.files, "", 0),
     ]
     for start in starts:
         found += _of_start(start, plan, cluster)
@@ -81,10 +86,10 @@ def figures(
     return found + _of_step(step)
 
 
-def format_figures(found: list[Figure]) -> str:
+def format_figures(found: list[RehearsedFigure]) -> str:
     """Formats all figures as a table: a line for each, a column for each rank, the job's in rank 0's."""
     ranks = sorted({figure.rank for figure in found if figure.rank is not None})
-    lines: dict[str, dict[int, Figure]] = {}
+    lines: dict[str, dict[int, RehearsedFigure]] = {}
     for figure in found:
         lines.setdefault(figure.key, {})[figure.rank or 0] = figure
     rows = []
@@ -98,7 +103,7 @@ def format_figures(found: list[Figure]) -> str:
     return text_table(heads, rows, "<" + ">" * len(ranks) + "<<")
 
 
-def lines_over(found: list[Figure]) -> list[str]:
+def lines_over(found: list[RehearsedFigure]) -> list[str]:
     """Says of each figure that is over its limit what, by how much, and what to do."""
     return [
         f"{figure.what}{'' if figure.rank is None else f' of rank {figure.rank:,}'}: "
@@ -109,7 +114,7 @@ def lines_over(found: list[Figure]) -> list[str]:
     ]
 
 
-def as_tree(found: list[Figure]) -> list[dict[str, Any]]:
+def as_tree(found: list[RehearsedFigure]) -> list[dict[str, Any]]:
     """Returns the figures as plain values for JSON; an infinite limit is none."""
     trees = [asdict(figure) | {"is_over": figure.is_over} for figure in found]
     for tree in trees:
@@ -118,28 +123,28 @@ def as_tree(found: list[Figure]) -> list[dict[str, Any]]:
     return trees
 
 
-def _of_start(start: Start, plan: Plan, cluster: Cluster) -> list[Figure]:
+def _of_start(start: StartCosts, plan: Plan, cluster: ClusterLimits) -> list[RehearsedFigure]:
     rank, world = start.rank, plan.world_size
     gloo = [group for group in start.groups if group.backend == "gloo" and group.is_member]
     sockets = sum(group.ranks + PER_GROUP for group in gloo)
     clients = world if rank == 0 else 1
     found = [
-        Figure(
+        RehearsedFigure(
             f"{part.replace(' ', '_')}_seconds", f"{part}, on one core of this machine", seconds, "s", rank
         )
         for part, seconds in start.seconds.items()
     ]
     found += [
-        Figure(
+        RehearsedFigure(
             "groups_of_rank",
             "process groups that it is in",
             1 + sum(g.is_member for g in start.groups),
             "",
             rank,
         ),
-        Figure("groups_named", "process groups that it must name", len(start.groups), "", rank),
-        Figure("sockets", "sockets of gloo and of rank 0's store", sockets + clients, "", rank),
-        Figure(
+        RehearsedFigure("groups_named", "process groups that it must name", len(start.groups), "", rank),
+        RehearsedFigure("sockets", "sockets of gloo and of rank 0's store", sockets + clients, "", rank),
+        RehearsedFigure(
             "open_files",
             "open files without the store's clients",
             OTHERS + sockets,
@@ -149,7 +154,7 @@ def _of_start(start: Start, plan: Plan, cluster: Cluster) -> list[Figure]:
             "the usual soft limit",
             "give the layout more replicas (parallelism.replicate): a group of gloo holds one of them",
         ),
-        Figure(
+        RehearsedFigure(
             "all_open_files",
             "open files",
             OTHERS + sockets + clients,
@@ -159,19 +164,21 @@ def _of_start(start: Start, plan: Plan, cluster: Cluster) -> list[Figure]:
             "the hard limit of open files here",
             f"raise it where the job starts: ulimit -n {OTHERS + sockets + clients}",
         ),
-        Figure(
+        RehearsedFigure(
             "memory_bytes", "memory of this rehearsal, without weights", start.memory_bytes, "bytes", rank
         ),
     ]
     return found
 
 
-def _of_store(start: Start, step: Step, plan: Plan, speed: StoreSpeed) -> list[Figure]:
+def _of_store(
+    start: StartCosts, step: StepCollectives, plan: Plan, speed: StoreSpeed
+) -> list[RehearsedFigure]:
     requests = store_requests(start, step, plan.world_size)
     return [
-        Figure("store_requests", "requests to rank 0's store, of all ranks", requests.calls, ""),
-        Figure("store_bytes", "bytes that it serves", requests.bytes, "bytes"),
-        Figure(
+        RehearsedFigure("store_requests", "requests to rank 0's store, of all ranks", requests.calls, ""),
+        RehearsedFigure("store_bytes", "bytes that it serves", requests.bytes, "bytes"),
+        RehearsedFigure(
             "store_seconds",
             f"time that it needs, at {speed.calls_per_second / 1e3:,.0f}k requests/s as here",
             speed.seconds(requests),
@@ -183,7 +190,7 @@ def _of_store(start: Start, step: Step, plan: Plan, speed: StoreSpeed) -> list[F
     ]
 
 
-def store_requests(start: Start, step: Step, world_size: int) -> Requests:
+def store_requests(start: StartCosts, step: StepCollectives, world_size: int) -> Requests:
     """Returns what all ranks ask of rank 0's store until the end of the first step.
 
     Args:
@@ -201,7 +208,7 @@ def store_requests(start: Start, step: Step, world_size: int) -> Requests:
     return requests
 
 
-def _of_saves(starts: list[Start], plan: Plan, cluster: Cluster) -> list[Figure]:
+def _of_saves(starts: list[StartCosts], plan: Plan, cluster: ClusterLimits) -> list[RehearsedFigure]:
     main = starts[0]
     planning = main.planning
     assert planning is not None, "rank 0 writes"
@@ -213,12 +220,12 @@ def _of_saves(starts: list[Start], plan: Plan, cluster: Cluster) -> list[Figure]
     processes = min(cluster.ranks_per_node, world) * main.process_bytes
     scaled = ", scaled from a part" if planning.is_scaled else ""
     return [
-        Figure("state_bytes", "a checkpoint", planning.state_bytes, "bytes"),
-        Figure("writers", "ranks that write it", planning.writers, ""),
-        Figure("checkpoint_files", "its files", planning.writers + world + 3, ""),
-        Figure("metadata_bytes", f"its .metadata{scaled}", planning.metadata_bytes, "bytes"),
-        Figure("shard_bytes", "what a rank writes", main.shard_bytes, "bytes", 0),
-        Figure(
+        RehearsedFigure("state_bytes", "a checkpoint", planning.state_bytes, "bytes"),
+        RehearsedFigure("writers", "ranks that write it", planning.writers, ""),
+        RehearsedFigure("checkpoint_files", "its files", planning.writers + world + 3, ""),
+        RehearsedFigure("metadata_bytes", f"its .metadata{scaled}", planning.metadata_bytes, "bytes"),
+        RehearsedFigure("shard_bytes", "what a rank writes", main.shard_bytes, "bytes", 0),
+        RehearsedFigure(
             "host_memory_bytes",
             "host memory of a node: ranks, and copies to write checkpoints from",
             processes + main.shard_bytes * writers_of_node,
@@ -227,15 +234,15 @@ def _of_saves(starts: list[Start], plan: Plan, cluster: Cluster) -> list[Figure]
             limit_of="a node, --host-memory",
             remedy="shard over more ranks (parallelism.replicate, parallelism.expert)",
         ),
-        Figure("plan_bytes", "its own plan of a save", planning.plan_bytes, "bytes", 0),
-        Figure(
+        RehearsedFigure("plan_bytes", "its own plan of a save", planning.plan_bytes, "bytes", 0),
+        RehearsedFigure(
             "plans_bytes",
             f"plans that it gathers, once per start{scaled}",
             planning.gathered_bytes,
             "bytes",
             0,
         ),
-        Figure(
+        RehearsedFigure(
             "planning_seconds",
             f"planning of the first save, on one core{scaled}",
             sum(planning.seconds.values()),
@@ -245,7 +252,7 @@ def _of_saves(starts: list[Start], plan: Plan, cluster: Cluster) -> list[Figure]
             "rank 0, which trains meanwhile",
             "give the layout more replicas (parallelism.replicate): fewer ranks write",
         ),
-        Figure(
+        RehearsedFigure(
             "finishing_seconds",
             f"what ends every save, on one core{scaled}",
             planning.finishing_seconds,
@@ -255,14 +262,16 @@ def _of_saves(starts: list[Start], plan: Plan, cluster: Cluster) -> list[Figure]
     ]
 
 
-def _of_step(step: Step) -> list[Figure]:
+def _of_step(step: StepCollectives) -> list[RehearsedFigure]:
     found = [
-        Figure("step_seconds", "a step of a narrow model, on one core of this machine", step.seconds, "s", 0)
+        RehearsedFigure(
+            "step_seconds", "a step of a narrow model, on one core of this machine", step.seconds, "s", 0
+        )
     ]
     for (name, ranks), calls in sorted(step.collectives.items()):
         if ranks > 1:
             what = f"{name} over {ranks:,} ranks in a step, calls"
-            found.append(Figure(f"{name}_{ranks}_calls", what, calls, "", 0))
+            found.append(RehearsedFigure(f"{name}_{ranks}_calls", what, calls, "", 0))
     return found
 
 

@@ -33,7 +33,7 @@ from train.step.microbatch import MicrobatchModel
 
 
 @dataclass
-class Start:
+class StartCosts:
     """Costs of a rank's start on this machine."""
 
     rank: int
@@ -53,9 +53,9 @@ class Start:
     """Of a rank that writes checkpoints."""
 
 
-def rehearse_start(recipe: Recipe, world_size: int, rank: int, ranks_per_node: int) -> Start:
+def rehearse_start(recipe: Recipe, world_size: int, rank: int, ranks_per_node: int) -> StartCosts:
     """Starts one rank of a job whose other ranks are not there, and plans its first save."""
-    found = Start(rank)
+    found = StartCosts(rank)
     with _timed(found, "process groups"):
         job = join_alone(world_size, rank)
         built = mesh.build_mesh(recipe.parallelism, world_size, "cpu")
@@ -130,7 +130,7 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _timed(found: Start, part: str) -> Iterator[None]:
+def _timed(found: StartCosts, part: str) -> Iterator[None]:
     """Notes the seconds of a part of the start."""
     begun = time.process_time()
     yield

@@ -32,7 +32,7 @@ HEAD, FFN, VOCABULARY = 16, 128, 512
 
 
 @dataclass(frozen=True)
-class Step:
+class StepCollectives:
     """Rank 0's collectives in a step of the whole model."""
 
     collectives: dict[Kind, int]
@@ -40,7 +40,7 @@ class Step:
     """Of the rehearsal."""
 
 
-def rehearse_step(recipe: Recipe, world_size: int) -> Step:
+def rehearse_step(recipe: Recipe, world_size: int) -> StepCollectives:
     """Takes steps of shallow, narrow models as rank 0, and counts for all layers and microbatches."""
     begun = time.process_time()
     join_alone(world_size, 0)
@@ -62,7 +62,7 @@ def rehearse_step(recipe: Recipe, world_size: int) -> Step:
         )
         more = {kind: deeper[kind] - shallow[kind] for kind in deeper}
         collectives = Counter({k: shallow[k] + (layers - depth) // period * more[k] for k in deeper})
-    return Step(dict(collectives), time.process_time() - begun)
+    return StepCollectives(dict(collectives), time.process_time() - begun)
 
 
 def narrowed(model: Model) -> Model:

@@ -73,6 +73,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--hours", type=float, default=job.hours, help="time limit (default %(default)s)")
     add("--name", default="", help="name of the job (default: the recipe's file name)")
     _add_environment_arguments(parser, job)
+    _add_system_arguments(parser)
     add("--restarts", type=int, default=job.restarts, help="restarts of the whole job (default %(default)s)")
     add(
         "--environment-table",
@@ -117,6 +118,11 @@ def _add_environment_arguments(parser: ArgumentParser, job: Job) -> None:
         help="command that takes a host and a shell line to run on it (default %(default)s; `bash "
         "launch/submit/here.sh`: every host is this machine)",
     )
+
+
+def _add_system_arguments(parser: ArgumentParser) -> None:
+    """Adds what only one of the systems has."""
+    add = parser.add_argument
     add("--partition", default="", help="SLURM partition")
     add("--account", default="", help="SLURM account")
     add("--cluster", default="", help="mcli cluster")

@@ -16,6 +16,7 @@ from train.recipe.schema import (
     ExpertPrecision,
     LossMean,
     Model,
+    Optimizer,
     OptimizerKind,
     Parallelism,
     Precision,
@@ -271,21 +272,6 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
         layout_of_case = replace(layout_of_case, interleave=False)
     least = 2 if layout_of_case.interleave else 1
     microbatch = min(least, share) if each.is_accumulated else share
-    kinds = {
-        OptimizerKind.adamw: OptimizerKind.lion,
-        OptimizerKind.lion: OptimizerKind.adamw,
-        OptimizerKind.muon: OptimizerKind.adamw,
-    }
-    optimizer = small.optimizer
-    if each.other_optimizer:
-        optimizer = replace(optimizer, kind=kinds[optimizer.kind])
-        if optimizer.kind is OptimizerKind.lion:
-            # Chen et al. 2023, section 5: Lion needs a learning rate three to ten times smaller.
-            optimizer = replace(optimizer, learning_rate=optimizer.learning_rate / 10)
-    if precision is Precision.fp32:
-        optimizer = replace(optimizer, eps=max(optimizer.eps, LEAST_EPS))
-    if optimizer.qk_clip is not None:
-        optimizer = replace(optimizer, qk_clip=min(optimizer.qk_clip, MOST_QK_CLIP))
     model = _with_wide_balance(small)
     if each.crowded:
         assert model.moe is not None
@@ -298,7 +284,7 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
     recipe = replace(
         small,
         model=model,
-        optimizer=optimizer,
+        optimizer=_optimizer_of(small.optimizer, each, precision),
         parallelism=layout_of_case,
         training=replace(
             small.training,
@@ -323,6 +309,20 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
             microbatch //= 2
         return Case(layout, each, recipe, rows, microbatch, together // microbatch, precision)
     return Case(layout, each, recipe, rows, together, 1, precision)
+
+
+def _optimizer_of(optimizer: Optimizer, each: GateInput, precision: Precision) -> Optimizer:
+    if each.other_optimizer and optimizer.kind is OptimizerKind.adamw:
+        # Chen et al. 2023, section 5: Lion needs a learning rate three to ten times smaller.
+        lower = optimizer.learning_rate / 10
+        optimizer = replace(optimizer, kind=OptimizerKind.lion, learning_rate=lower)
+    elif each.other_optimizer:
+        optimizer = replace(optimizer, kind=OptimizerKind.adamw)
+    if precision is Precision.fp32:
+        optimizer = replace(optimizer, eps=max(optimizer.eps, LEAST_EPS))
+    if optimizer.qk_clip is not None:
+        optimizer = replace(optimizer, qk_clip=min(optimizer.qk_clip, MOST_QK_CLIP))
+    return optimizer
 
 
 def has_tiles(recipe: Recipe) -> bool:

@@ -101,7 +101,7 @@ _BOUND_LIKE = {"mtp": "loss", "logit": "loss"}
 multi-token prediction, and with QK-clip attention's largest logit."""
 
 
-class Figures(LoggerDestination):
+class NewestMetrics(LoggerDestination):
     """Keeps the newest value of every key."""
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class Watcher(Callback, ABC):
     """Observes every step: what went in, what was computed, and what the update did."""
 
     def __init__(self) -> None:
-        self.figures = Figures()
+        self.figures = NewestMetrics()
         self.expert_tokens: Callable[[], Tensor | None] = lambda: None
         """Tokens of each expert in the last batch, over all ranks."""
 

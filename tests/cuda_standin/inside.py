@@ -131,7 +131,7 @@ def _bytes(tree: Any) -> float:
     return float(found)
 
 
-class Operations(TorchDispatchMode):
+class SlowOperations(TorchDispatchMode):
     """Records what no step on a GPU should do: operations on the CPU, and copies of large tensors.
 
     Args:

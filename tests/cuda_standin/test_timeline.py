@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 YAMLS = Path(__file__).resolve().parents[2] / "yamls"
 
 
-class Layer(NamedTuple):
+class LayerTimes(NamedTuple):
     """Milliseconds of a layer's forward and backward pass, in one microbatch."""
 
     total: float
@@ -31,7 +31,7 @@ class Layer(NamedTuple):
 
 
 @functools.cache
-def layer_of(stem: str, ranks: int, *overrides: str, is_ahead: bool = True) -> Layer:
+def layer_of(stem: str, ranks: int, *overrides: str, is_ahead: bool = True) -> LayerTimes:
     """Replays a step of two and of four layers; half of the difference is a layer's."""
     settings = {} if is_ahead else {"NOT_AHEAD": "1"}
     file = YAMLS / f"{stem}.yaml"
@@ -46,7 +46,7 @@ def layer_of(stem: str, ranks: int, *overrides: str, is_ahead: bool = True) -> L
             found.append(replay(read(timeline.name), load_recipe(file, own).parallelism, ranks))
     two, four = ((each.seconds, each.links, each.open) for each in found)
     layer = [500 * (b - a) for a, b in zip(two, four, strict=True)]
-    return Layer(*layer, rest=1000 * two[0] - 2 * layer[0])
+    return LayerTimes(*layer, rest=1000 * two[0] - 2 * layer[0])
 
 
 @pytest.mark.parametrize(("stem", "ranks", "expert"), [("dbrx-moe-a", 64, 1), ("dbrx", 3072, 8)])

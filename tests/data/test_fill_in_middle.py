@@ -13,7 +13,7 @@ import torch
 
 from data.audit.__main__ import main as audit
 from data.batch import NO_TARGET, Batch
-from data.fill_in_middle import SHORTEST, FillInMiddle
+from data.fill_in_middle import SHORTEST, FillInMiddleTransform
 from data.hugging_face_tokenizer import HuggingFaceTokenizer
 from data.loader import build_train_loader, build_validation_loaders
 from data.opened import OpenedData
@@ -30,8 +30,7 @@ from train.recipe.phases import SENTINELS
 from train.recipe.preparation import Packing, Preparation
 from train.recipe.reading import load_recipe, to_yaml
 from train.recipe.rules import validate
-from train.recipe.schema import FillInMiddle as Section
-from train.recipe.schema import Phase, Recipe, Tokenizer, TokenizerKind
+from train.recipe.schema import FillInMiddle, Phase, Recipe, Tokenizer, TokenizerKind
 from train.recipe.topology import Topology
 
 S, EOS, PAD = 32, 90, 91
@@ -88,7 +87,7 @@ def test_documents_are_rearranged_as_in_the_plain_form(seed: int, packing: str) 
         samples = pack_whole(ended, sequence_tokens=S, pad_id=PAD)
     else:
         samples = list(pack(texts, sequence_tokens=S, eos_id=EOS, pad_id=PAD))
-    form = FillInMiddle((PREFIX, SUFFIX, MIDDLE), EOS, seed=seed, sample_tokens=S)
+    form = FillInMiddleTransform((PREFIX, SUFFIX, MIDDLE), EOS, seed=seed, sample_tokens=S)
     key, seen, share, spm = int(form._key[0]), 0, 0.7, 0.4
     for step in (1, 2, 4):
         for at in range(0, len(samples) - step, step):
@@ -113,7 +112,7 @@ def test_shares_and_cuts_are_even() -> None:
     """Over 2,000 documents: the shares to 4 standard deviations, and the cuts of two uniform draws."""
     tokens = np.arange(S, dtype=np.int32)
     sample = Sample(tokens, np.array([S], np.int32), np.array([0]))
-    form = FillInMiddle((PREFIX, SUFFIX, MIDDLE), EOS, seed=1, sample_tokens=S)
+    form = FillInMiddleTransform((PREFIX, SUFFIX, MIDDLE), EOS, seed=1, sample_tokens=S)
     of = [
         cut
         for n in range(2000)
@@ -131,7 +130,7 @@ def test_samples_with_a_loss_mask_and_other_domains_are_left_alone() -> None:
     tokens = np.arange(S, dtype=np.int32)
     sample = Sample(tokens, np.array([S], np.int32), np.array([0]))
     masked = dataclasses.replace(sample, trained=np.full(S // 8, 255, np.uint8))
-    form = FillInMiddle((PREFIX, SUFFIX, MIDDLE), EOS, seed=1, sample_tokens=S)
+    form = FillInMiddleTransform((PREFIX, SUFFIX, MIDDLE), EOS, seed=1, sample_tokens=S)
     place: Any = {"position": 0, "stage": stage_of(1.0, 0.5)}
     for given, domain, moves in ((sample, "code", True), (masked, "code", False), (sample, "prose", False)):
         (found,) = form.rearrange([given], np.array([0]), domain=domain, **place)
@@ -143,10 +142,10 @@ PHASES = [
     Phase(
         tokens=30 * 8 * S,
         weights={"code": 0.5, "prose": 0.5},
-        fill_in_middle=Section(share=0.9, domain_shares={"prose": 0.0}, spm=1.0),
+        fill_in_middle=FillInMiddle(share=0.9, domain_shares={"prose": 0.0}, spm=1.0),
         sequence_tokens=S,
     ),
-    Phase(tokens=20 * 8 * S, weights={"prose": 1.0}, fill_in_middle=Section()),
+    Phase(tokens=20 * 8 * S, weights={"prose": 1.0}, fill_in_middle=FillInMiddle()),
 ]
 
 
@@ -159,7 +158,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, make_recipe: Callable[..., 
         phases=PHASES,
         window_shards=2,
         preparation=Preparation(packing=Packing.best_fit),
-        fill_in_middle=Section(share=0.5),
+        fill_in_middle=FillInMiddle(share=0.5),
     )
     made = dataclasses.replace(
         made,
@@ -181,7 +180,7 @@ def whole(recipe: Recipe) -> list[Batch]:
 
 
 def test_batches_differ_from_plain_ones_by_whole_documents_only(recipe: Recipe, whole: list[Batch]) -> None:
-    none = [dataclasses.replace(phase, fill_in_middle=Section()) for phase in PHASES]
+    none = [dataclasses.replace(phase, fill_in_middle=FillInMiddle()) for phase in PHASES]
     untouched = read(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, phases=none)))
     sentinels = set(find_sentinels(OpenedData(recipe).tokenizer, recipe.tokenizer))
     eos_id, seen = OpenedData(recipe).tokenizer.eos_id, {}
@@ -261,10 +260,10 @@ def test_the_audit_knows_what_was_read_and_shows_it(
 
 def test_the_past_of_a_run_is_not_rearranged_otherwise(recipe: Recipe) -> None:
     past = plan_stages(recipe)
-    changed = [*PHASES[:2], dataclasses.replace(PHASES[2], fill_in_middle=Section(share=1.0))]
+    changed = [*PHASES[:2], dataclasses.replace(PHASES[2], fill_in_middle=FillInMiddle(share=1.0))]
     later = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, phases=changed))
     assert continue_stages(past, later, 464).stages[2].fill_in_middle == {"prose": 1.0}
-    other = dataclasses.replace(recipe.data, fill_in_middle=Section(share=0.5, spm=0.4))
+    other = dataclasses.replace(recipe.data, fill_in_middle=FillInMiddle(share=0.5, spm=0.4))
     expected = (
         r"phases\[0\].fill_in_middle: is code 0.5, prose 0.5, SPM 0.4, but tokens .* with code 0.5, "
         "prose 0.5, SPM 0.5"
@@ -310,7 +309,7 @@ def test_sentinels_are_found_or_refused(built: Recipe, recipe: Recipe, tmp_path:
     with pytest.raises(UserError, match=r"vocab_size: is 258; 256 bytes and 3 special tokens need 259"):
         train_bpe(Tokenizer(TokenizerKind.bpe, 258, special_tokens=["<x>"]), iter(["abc"]))
     # Shards of a tokenizer without them, and of conversations.
-    asked = dataclasses.replace(built.data, fill_in_middle=Section(domain_shares={"code": 0.5}))
+    asked = dataclasses.replace(built.data, fill_in_middle=FillInMiddle(domain_shares={"code": 0.5}))
     without = dataclasses.replace(built, data=asked)
     with pytest.raises(UserError, match="tokenizer bpe-300 has no tokens of a known name"):
         OpenedData(without).require_match()
@@ -320,7 +319,7 @@ def test_sentinels_are_found_or_refused(built: Recipe, recipe: Recipe, tmp_path:
         for side, split in manifest.domains["prose"].splits.items()
     }
     masked = manifest.domains | {"prose": dataclasses.replace(manifest.domains["prose"], splits=splits)}
-    few = [dataclasses.replace(PHASES[0], fill_in_middle=Section(domain_shares={"prose": 0.5}))]
+    few = [dataclasses.replace(PHASES[0], fill_in_middle=FillInMiddle(domain_shares={"prose": 0.5}))]
     chats = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, phases=few))
     with pytest.raises(UserError, match=r"phases\[0\].fill_in_middle.domain_shares: only some .* of prose"):
         require_match(dataclasses.replace(manifest, domains=masked), _by_targets(chats))

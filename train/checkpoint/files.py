@@ -63,7 +63,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """A checkpoint's files."""
 
     world_size: int
@@ -134,7 +134,7 @@ def newest_whole_checkpoint(
     return None, complaints
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
     """Reads a checkpoint's manifest.
 
     Raises:
@@ -144,7 +144,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         tree = json.loads(path.read_bytes())
         digest = tree.pop("digest", None)
-        manifest = Manifest(**tree)
+        manifest = CheckpointManifest(**tree)
         names, world_size = manifest.files.keys(), manifest.world_size
         # A manifest without a digest is from a former version.
         is_sound = (

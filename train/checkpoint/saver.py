@@ -30,7 +30,7 @@ from train.checkpoint.files import (
     PROGRESS_FILE,
     STATE_FOLDER,
     CheckpointError,
-    Manifest,
+    CheckpointManifest,
     Progress,
     check_checkpoint,
     keep_newest,
@@ -211,7 +211,7 @@ class CheckpointSaver:
         if not self.topology.is_main:
             return
         files = {name: entry for part in entries for name, entry in part.items()}
-        manifest = Manifest(self.topology.world_size, files)
+        manifest = CheckpointManifest(self.topology.world_size, files)
         write_whole(partial / MANIFEST_FILE, manifest.to_json())
         if final.exists() and not _is_whole(final):
             shutil.rmtree(final)

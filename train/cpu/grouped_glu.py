@@ -28,11 +28,11 @@ def grouped_glu(
     keeps_gates: bool = True,
 ) -> Tensor:
     """:func:`train.model.experts.grouped_glu`, expert by expert; ``tokens_E`` is on the CPU."""
-    result: Tensor = _GroupedGlu.apply(x_RD, w1_EFD, v1_EFD, w2_EFD, tokens_E, keeps_gates)
+    result: Tensor = _CpuGroupedGlu.apply(x_RD, w1_EFD, v1_EFD, w2_EFD, tokens_E, keeps_gates)
     return result
 
 
-class _GroupedGlu(torch.autograd.Function):
+class _CpuGroupedGlu(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w1: Tensor, v1: Tensor, w2: Tensor, batch_sizes: Tensor, keeps_gates: bool

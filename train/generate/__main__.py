@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from data.text.conversations import Turn
     from train.generate.chat import ChatText
     from train.generate.generation import Answer, ChatTokenizer, Text
+    from train.generate.sampling import Sampling
     from train.model.decoder import Decoder
 
 logger = log.get_logger("train.generate")
@@ -241,16 +242,7 @@ def write_answers(
         may_be_cut: Ctrl-C ends an answer instead of the command.
     """
     from train.generate.generation import generate
-    from train.generate.sampling import Sampling
 
-    sampling = Sampling(
-        repetition_penalty=options.repetition_penalty,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        seed=options.seed,
-    )
     begun = time.perf_counter()
     streams = len(prompts) == 1
     shown = 0
@@ -259,7 +251,7 @@ def write_answers(
         decoder,
         text,
         prompts,
-        sampling,
+        _sampling(options),
         max_tokens=options.max_tokens,
         stop=[*options.stop, *stop],
         use_cache=not options.no_cache,
@@ -281,6 +273,19 @@ def write_answers(
         for number, (prompt, answer) in enumerate(zip(said, answers, strict=True), 1):
             print(f"--- {number}: {prompt}\n{answer.text}")
     return answers, seconds
+
+
+def _sampling(options: Namespace) -> "Sampling":
+    from train.generate.sampling import Sampling
+
+    return Sampling(
+        repetition_penalty=options.repetition_penalty,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=options.seed,
+    )
 
 
 def _share(text: str) -> float:

@@ -57,7 +57,7 @@ STACK_SECONDS = 1.0
 """Time for a signalled process to write its stacks."""
 
 
-class Turn(Enum):
+class Lookers(Enum):
     """The ranks that look at all ranks' records, in order; the next ones only if there is no finding."""
 
     rank_0 = 0
@@ -167,7 +167,7 @@ class Watchdog:
         None if the rank makes progress again.
         """
         self._write_stuck()
-        for turn in Turn:
+        for turn in Lookers:
             if self._has_turn(turn):
                 return self._look(seconds)
             found = self._await_finding()
@@ -177,14 +177,14 @@ class Watchdog:
                 return None
         return self._look(seconds)  # whoever had the turn has died
 
-    def _has_turn(self, turn: Turn) -> bool:
+    def _has_turn(self, turn: Lookers) -> bool:
         """Returns whether this rank is the one that looks: the lowest of those that may and have noticed."""
         rank, per_node = self.topology.rank, self.topology.local_world_size
-        if turn is Turn.rank_0:
+        if turn is Lookers.rank_0:
             return rank == 0
-        if turn is Turn.first_of_a_node and self.topology.local_rank != 0:
+        if turn is Lookers.first_of_a_node and self.topology.local_rank != 0:
             return False
-        stride = per_node if turn is Turn.first_of_a_node else 1
+        stride = per_node if turn is Lookers.first_of_a_node else 1
         return rank == min((who for who in self._stuck_ranks() if who % stride == 0), default=rank)
 
     def _await_finding(self) -> Finding | None:

@@ -21,7 +21,7 @@ CHUNK = 2**22
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Place(NamedTuple):
+class PartOffset(NamedTuple):
     """Where a rank's part of a weight lies."""
 
     weight: int
@@ -45,7 +45,7 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        places: dict[Tensor, Place],
+        places: dict[Tensor, PartOffset],
         seed: int,
         *,
         lr: float,

@@ -148,7 +148,7 @@ class Held(NamedTuple):
         return (self.rows.stop - self.rows.start) * self.matrix.columns
 
 
-class Turn(NamedTuple):
+class RankRound(NamedTuple):
     """A round as one rank sees it."""
 
     own: tuple[Matrix, ...]
@@ -212,7 +212,7 @@ def orthogonalize(x_BRC: Tensor, steps: int = 5) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def turns(stacks: tuple[Stack, ...], ranks: int, rank: int) -> list[Turn]:
+def turns(stacks: tuple[Stack, ...], ranks: int, rank: int) -> list[RankRound]:
     """Returns the rounds of a rank, without those in which it has nothing to do."""
     bounds = [[stack.bounds(ranks, each) for each in range(ranks)] for stack in stacks]
 
@@ -227,7 +227,7 @@ def turns(stacks: tuple[Stack, ...], ranks: int, rank: int) -> list[Turn]:
         return found
 
     return [
-        Turn(
+        RankRound(
             own=each.owned[rank],
             sent=[held(matrices, rank) for matrices in each.owned],
             received=[held(each.owned[rank], source) for source in range(ranks)],
@@ -248,7 +248,7 @@ def _exchanged(
     return there
 
 
-def _orthogonalized(turn: Turn, flat: Tensor, steps: int) -> Tensor:
+def _orthogonalized(turn: RankRound, flat: Tensor, steps: int) -> Tensor:
     """Puts a rank's matrices together from the rows of all ranks, and takes the results apart again."""
     rows, columns = turn.own[0].rows, turn.own[0].columns
     matrices_BRC = flat.new_empty(len(turn.own), rows, columns)

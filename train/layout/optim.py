@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from train.layout.average import keep_average
-from train.layout.bf16_moments import Bf16MomentsAdamW, Place
+from train.layout.bf16_moments import Bf16MomentsAdamW, PartOffset
 from train.layout.mesh import DENSE, EXPERT, SHARD, TENSOR
 from train.layout.muon import Muon
 from train.layout.qk_clip import clip_heads
@@ -52,8 +52,19 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe, seed: int = 0) ->
         recipe: the optimizer's section.
         seed: of the rounding of moments in bf16.
     """
-    kinds: dict[_Kind, list[nn.Parameter]] = {}
     decoder = _decoder_of(model)
+    optimizer = _of_kind(_groups(model, decoder, recipe), model, recipe, seed)
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.learning_rate * group["lr_scale"]
+    if recipe.qk_clip is not None and decoder is not None:
+        clip_heads(optimizer, decoder, recipe.qk_clip)  # before the average, which is of clipped weights
+    if recipe.average_decay is not None:
+        keep_average(optimizer, recipe.average_decay)
+    return optimizer
+
+
+def _groups(model: nn.Module, decoder: Decoder | None, recipe: OptimizerRecipe) -> list[dict[str, Any]]:
+    kinds: dict[_Kind, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:  # Frozen: neither updated nor decayed.
             continue
@@ -93,14 +104,7 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe, seed: int = 0) ->
         for kind, group in zip(kinds, groups, strict=True):
             group["orthogonal"] = kind.is_orthogonal
             group["lr_scale"] *= 1.0 if kind.is_orthogonal else rate_of_rest
-    optimizer = _of_kind(groups, model, recipe, seed)
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.learning_rate * group["lr_scale"]
-    if recipe.qk_clip is not None and decoder is not None:
-        clip_heads(optimizer, decoder, recipe.qk_clip)  # before the average, which is of clipped weights
-    if recipe.average_decay is not None:
-        keep_average(optimizer, recipe.average_decay)
-    return optimizer
+    return groups
 
 
 def _of_kind(
@@ -109,7 +113,9 @@ def _of_kind(
     """The recipe's optimizer of parameter groups."""
     lr, betas = recipe.learning_rate, (recipe.betas[0], recipe.betas[1])
     if recipe.kind is OptimizerKind.adamw and recipe.moments is Moments.bf16:
-        places: dict[Tensor, Place] = {p: _place(number, p) for number, p in enumerate(model.parameters())}
+        places: dict[Tensor, PartOffset] = {
+            p: _place(number, p) for number, p in enumerate(model.parameters())
+        }
         return Bf16MomentsAdamW(groups, places, seed, lr=lr, betas=betas, eps=recipe.eps)
     if recipe.kind is OptimizerKind.adamw:
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=recipe.eps, fused=True)
@@ -140,14 +146,14 @@ def _decoder_of(model: nn.Module) -> Decoder | None:
     return next((module for module in model.modules() if isinstance(module, Decoder)), None)
 
 
-def _place(number: int, parameter: nn.Parameter) -> Place:
+def _place(number: int, parameter: nn.Parameter) -> PartOffset:
     """Where this rank's part of a parameter begins."""
     if not isinstance(parameter, DTensor):
-        return Place(number, 0)
+        return PartOffset(number, 0)
     _, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
-    return Place(number, offset[0] * math.prod(parameter.shape[1:]) if offset else 0)
+    return PartOffset(number, offset[0] * math.prod(parameter.shape[1:]) if offset else 0)
 
 
 def stack_of(name: str, parameter: nn.Parameter, cfg: Model | None) -> tuple[Stack, dist.ProcessGroup | None]:

@@ -267,7 +267,7 @@ REDUCTIONS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
-class Placement:
+class WeightPlacement:
     """The sharding of a weight, and the FSDP2 unit that it belongs to."""
 
     unit: str
@@ -310,7 +310,7 @@ def shard_degree(layout: Parallelism, world_size: int) -> int:
     return world_size // (layout.replicate * layout.expert)
 
 
-def placement(weight: Weight, layout: Parallelism, world_size: int) -> Placement:
+def placement(weight: Weight, layout: Parallelism, world_size: int) -> WeightPlacement:
     """Returns the placement of a weight by :mod:`train.layout.mesh`.
 
     Experts are split over `expert`, then their rows over `shard`. Routers are replicated. Everything else is
@@ -321,19 +321,19 @@ def placement(weight: Weight, layout: Parallelism, world_size: int) -> Placement
     """
     shard = shard_degree(layout, world_size)
     if weight.is_expert:
-        return Placement(weight.name.rpartition(".mlp.")[0], layout.expert, shard)
+        return WeightPlacement(weight.name.rpartition(".mlp.")[0], layout.expert, shard)
     if ".router." in weight.name:
-        return Placement("", 1, 1, is_replicated=True)
+        return WeightPlacement("", 1, 1, is_replicated=True)
     parts, tensor = weight.name.split("."), layout.tensor
     unit = ".".join(parts[: 2 if weight.name.startswith(MTP) else 3]) if is_in_layer(weight.name) else ""
     if tensor > 1 and is_in_layer(weight.name):
         rest = shard * layout.expert // tensor
         if is_split_by_rows(weight.name):
-            return Placement(unit, tensor, rest)
+            return WeightPlacement(unit, tensor, rest)
         if is_split_by_columns(weight.name):
-            return Placement(unit, 1, rest, columns_over=tensor)
-        return Placement("", 1, 1, is_replicated=True)
-    return Placement(unit, 1, shard * layout.expert)
+            return WeightPlacement(unit, 1, rest, columns_over=tensor)
+        return WeightPlacement("", 1, 1, is_replicated=True)
+    return WeightPlacement(unit, 1, shard * layout.expert)
 
 
 def is_split_by_rows(name: str) -> bool:

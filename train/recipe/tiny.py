@@ -14,6 +14,7 @@ from dataclasses import replace
 from train.recipe import sizes
 from train.recipe.phases import phases_of
 from train.recipe.schema import (
+    Data,
     ExchangePrecision,
     FillInMiddle,
     Model,
@@ -67,19 +68,7 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
         name=f"{recipe.name}-shrunken",
         model=model,
         tokenizer=Tokenizer(TokenizerKind.bpe, VOCABULARY),
-        data=replace(
-            recipe.data,
-            shards=f".cache/shrunken-shards-{VOCABULARY}-{SEQUENCE_TOKENS}",
-            corpus="installed",
-            corpus_bytes=2_000_000,
-            sources=[],
-            domains={} if phases else {"code": 0.5, "prose": 0.5},
-            phases=phases,
-            domain_max_epochs={},
-            fill_in_middle=FillInMiddle(),
-            sequence_tokens=SEQUENCE_TOKENS,
-            workers=0,
-        ),
+        data=_tiny_data(recipe.data, phases),
         training=replace(
             training,
             duration_tokens=duration,
@@ -103,6 +92,22 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
             warmup_tokens=round(recipe.schedule.warmup_tokens * scale),
             decay_tokens=round(recipe.schedule.decay_tokens * scale),
         ),
+    )
+
+
+def _tiny_data(data: Data, phases: list[Phase]) -> Data:
+    return replace(
+        data,
+        shards=f".cache/shrunken-shards-{VOCABULARY}-{SEQUENCE_TOKENS}",
+        corpus="installed",
+        corpus_bytes=2_000_000,
+        sources=[],
+        domains={} if phases else {"code": 0.5, "prose": 0.5},
+        phases=phases,
+        domain_max_epochs={},
+        fill_in_middle=FillInMiddle(),
+        sequence_tokens=SEQUENCE_TOKENS,
+        workers=0,
     )
 
 

@@ -17,7 +17,7 @@ PACE_STEPS = 200
 
 
 @dataclass(frozen=True)
-class Progress:
+class Outlook:
     """The progress of a run that is not complete."""
 
     share: float
@@ -37,7 +37,7 @@ class Progress:
         return f"{self.share:.1%} done, {state}, as of {when}"
 
 
-def progress_of(run: RunRecord) -> Progress | None:
+def progress_of(run: RunRecord) -> Outlook | None:
     """Returns the progress of a run; None if it is complete, has no step yet, or its recipe can't be read."""
     if run.summary is not None or not run.steps:
         return None
@@ -51,7 +51,7 @@ def progress_of(run: RunRecord) -> Progress | None:
     seconds = sum(line.get(part) or 0.0 for line in newest[1:] for part in parts)
     tokens = last[TOKENS] - newest[0][TOKENS]
     left = max(0.0, total - last[TOKENS]) * seconds / tokens if tokens > 0 and seconds > 0 else float("nan")
-    return Progress(
+    return Outlook(
         min(1.0, last[TOKENS] / total),
         left,
         seen_holder(run.run_dir) is not None,

@@ -43,7 +43,7 @@ class FaultyStore:
         self.shard_reads = 0
         store = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class StoreHandler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def log_message(self, *_: Any) -> None: ...
@@ -80,7 +80,7 @@ class FaultyStore:
                 else:
                     self.wfile.write(body)
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), StoreHandler)
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()

@@ -351,7 +351,7 @@ def volume(built: Recipe, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
     pytest.importorskip("databricks.sdk")
     root, asked = Path(built.data.shards), list[str]()
 
-    class Handler(BaseHTTPRequestHandler):
+    class AskedHandler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None: ...
 
         def do_GET(self) -> None:
@@ -367,7 +367,7 @@ def volume(built: Recipe, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
 
         do_HEAD = do_GET  # noqa: N815
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), AskedHandler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     monkeypatch.setenv("DATABRICKS_HOST", f"http://127.0.0.1:{server.server_port}")

@@ -138,7 +138,7 @@ def test_gathered_weights_are_what_fsdp_allocates(stem: str, expert: int) -> Non
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     model: Model
     sequences: int
     sequence_tokens: int
@@ -206,19 +206,19 @@ LATENT = replace(
     clip_qkv=None,
 )
 CASES = {
-    "moe": Case(MOE, 8, 256, 512),
-    "moe-wide": Case(replace(MOE, d_model=256, ffn_hidden_size=448, n_layers=2), 4, 512, 1024),
-    "moe-finer": Case(FINER, 4, 512, 512),
-    "moe-vocabulary": Case(replace(MOE, vocab_size=16384), 4, 512, 512),
-    "mpt": Case(MPT, 8, 256, 1024),
-    "llama": Case(LLAMA, 4, 512, 512),
-    "wide-heads": Case(replace(MOE, n_heads=8, head_width=48), 4, 512, 512),
-    "qk-norm": Case(replace(MOE, qk_norm=True, norm=Norm.rmsnorm), 4, 512, 512),
-    "qwen3": Case(QWEN3, 4, 512, 512),
-    "ahead": Case(replace(MOE, mtp=True), 4, 512, 512),
-    "ahead-rms": Case(replace(LLAMA, mtp=True), 4, 512, 512),
-    "latent": Case(LATENT, 4, 512, 512),
-    "latent-heads": Case(
+    "moe": MemoryCase(MOE, 8, 256, 512),
+    "moe-wide": MemoryCase(replace(MOE, d_model=256, ffn_hidden_size=448, n_layers=2), 4, 512, 1024),
+    "moe-finer": MemoryCase(FINER, 4, 512, 512),
+    "moe-vocabulary": MemoryCase(replace(MOE, vocab_size=16384), 4, 512, 512),
+    "mpt": MemoryCase(MPT, 8, 256, 1024),
+    "llama": MemoryCase(LLAMA, 4, 512, 512),
+    "wide-heads": MemoryCase(replace(MOE, n_heads=8, head_width=48), 4, 512, 512),
+    "qk-norm": MemoryCase(replace(MOE, qk_norm=True, norm=Norm.rmsnorm), 4, 512, 512),
+    "qwen3": MemoryCase(QWEN3, 4, 512, 512),
+    "ahead": MemoryCase(replace(MOE, mtp=True), 4, 512, 512),
+    "ahead-rms": MemoryCase(replace(LLAMA, mtp=True), 4, 512, 512),
+    "latent": MemoryCase(LATENT, 4, 512, 512),
+    "latent-heads": MemoryCase(
         replace(LATENT, n_heads=16, n_kv_heads=16, moe=None, vocab_size=512, n_layers=2), 4, 512, 256
     ),
 }
@@ -237,10 +237,10 @@ GRADED = [
 """All grades of one size of each kind of layer."""
 
 
-class Step:
+class DecoderPass:
     """A forward and backward pass of a decoder on two documents per sequence."""
 
-    def __init__(self, case: Case, grades: list[Recompute], bf16: bool = False) -> None:
+    def __init__(self, case: MemoryCase, grades: list[Recompute], bf16: bool = False) -> None:
         self.decoder = Decoder(case.model, recompute=grades, loss_chunk_tokens=case.chunk_tokens)
         initialize(self.decoder, case.model, seed=0)
         shape = (case.sequences, case.sequence_tokens)
@@ -277,13 +277,13 @@ class Step:
         return result, [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
 
 
-def planned_peak(case: Case, grades: list[Recompute], bf16: bool = False) -> int:
+def planned_peak(case: MemoryCase, grades: list[Recompute], bf16: bool = False) -> int:
     """Returns the planned peak of one process with unsharded gradients."""
     numerics = CPU_BF16 if bf16 else CPU_FP32
     return max(map(sum, moments_of_one(case.model, case.batch, numerics, grades, case.chunk_tokens)))
 
 
-def alike(case: Case, grade: Recompute) -> list[Recompute]:
+def alike(case: MemoryCase, grade: Recompute) -> list[Recompute]:
     return [grade] * sizes.layers(case.model)
 
 
@@ -293,13 +293,13 @@ def test_a_forward_pass_keeps_what_is_listed(name: str, grade: Recompute) -> Non
     loss = loss_bytes(case.model, case.batch, CPU_FP32, case.chunk_tokens)
     planned = kept_bytes(case.model, case.batch, CPU_FP32, alike(case, grade))
     planned += norm_bytes(case.model, case.batch, CPU_FP32) + loss.kept
-    assert planned == pytest.approx(Step(case, alike(case, grade)).kept_bytes(), rel=0.02)
+    assert planned == pytest.approx(DecoderPass(case, alike(case, grade)).kept_bytes(), rel=0.02)
 
 
 @pytest.mark.parametrize(("name", "grade"), GRADED)
 def test_peak_of_a_real_step_within_a_tenth(name: str, grade: Recompute) -> None:
     case = CASES[name]
-    real = Step(case, alike(case, grade)).peak_bytes()
+    real = DecoderPass(case, alike(case, grade)).peak_bytes()
     # The layer that predicts further is the last, where the peak is; its gradients are planned whole there.
     bound = 0.11 if case.model.mtp else 0.10
     assert planned_peak(case, alike(case, grade)) == pytest.approx(real, rel=bound)
@@ -309,7 +309,7 @@ def test_peak_of_a_real_step_within_a_tenth(name: str, grade: Recompute) -> None
 def test_peak_where_layers_recompute_differently(grades: tuple[Recompute, Recompute]) -> None:
     less, more = grades
     mixed = [more, more, less]
-    real = Step(CASES["moe"], mixed).peak_bytes()
+    real = DecoderPass(CASES["moe"], mixed).peak_bytes()
     assert planned_peak(CASES["moe"], mixed) == pytest.approx(real, rel=0.10)
 
 
@@ -318,7 +318,7 @@ def test_peak_in_bf16_within_a_tenth(grade: Recompute) -> None:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU does not multiply bf16")
     case = CASES["moe-wide"]
-    real = Step(case, alike(case, grade), bf16=True).peak_bytes()
+    real = DecoderPass(case, alike(case, grade), bf16=True).peak_bytes()
     assert planned_peak(case, alike(case, grade), bf16=True) == pytest.approx(real, rel=0.10)
     assert weight_copies(case.model, CPU_BF16).layer > 0
 

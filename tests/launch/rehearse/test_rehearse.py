@@ -141,12 +141,12 @@ def test_a_start_at_3072_ranks_makes_the_groups_that_open_files_are_counted_for(
 
 
 def test_a_sent_plan_says_once_what_is_equal() -> None:
-    class Alike(torch.nn.Module):
+    class AlikeLayers(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(50))
 
-    state = {"model": dict(Alike().state_dict())}
+    state = {"model": dict(AlikeLayers().state_dict())}
     plain = torch.distributed.checkpoint.DefaultSavePlanner()
     plain.set_up_planner(state, is_coordinator=True)
     ours = own_plan(state, is_coordinator=False)
@@ -155,7 +155,9 @@ def test_a_sent_plan_says_once_what_is_equal() -> None:
 
 
 def test_what_is_over_its_limit_is_said_with_the_remedy() -> None:
-    figure = limits.Figure("open_files", "open files", 3715, "", 0, 2048, "the limit here", "raise it")
+    figure = limits.RehearsedFigure(
+        "open_files", "open files", 3715, "", 0, 2048, "the limit here", "raise it"
+    )
     assert limits.lines_over([figure, replace(figure, limit=4096), replace(figure, limit=None)]) == [
         "open files of rank 0: 3,715, 1.8 times the 2,048 of the limit here; raise it"
     ]

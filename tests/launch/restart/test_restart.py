@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow
 FAILED = 1
 
 
-class Job:
+class ScriptedTries:
     """Tries with scripted endings, each with the records that such a try leaves."""
 
     def __init__(self, folder: Path) -> None:
@@ -83,11 +83,11 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
-    return Job(tmp_path)
+def job(tmp_path: Path) -> ScriptedTries:
+    return ScriptedTries(tmp_path)
 
 
-def test_a_job_is_started_again_until_it_is_done(job: Job) -> None:
+def test_a_job_is_started_again_until_it_is_done(job: ScriptedTries) -> None:
     job.tries = [job.fails(3), job.hangs(7, "n1"), lambda: 0]
     assert job.supervise() == 0
     log = read_log(job.folder)
@@ -97,14 +97,14 @@ def test_a_job_is_started_again_until_it_is_done(job: Job) -> None:
     assert [line["next"] for line in log] == ["restart", "restart", "end"]
 
 
-def test_a_failure_that_repeats_at_the_same_batch_stops_with_a_diagnosis(job: Job) -> None:
+def test_a_failure_that_repeats_at_the_same_batch_stops_with_a_diagnosis(job: ScriptedTries) -> None:
     job.tries = [job.fails(3), job.fails(9), job.fails(9), job.fails(9), lambda: 0]
     assert job.supervise() == STOPPED_STATUS
     assert len(job.tries) == 1, "the try after the third failure at batch 9 must not be made"
     assert "3 failures in a row after batch 9" in job.said[-1] and "same error" in job.said[-1]
 
 
-def test_waits_double_while_nothing_is_gained_and_the_limit_holds(job: Job) -> None:
+def test_waits_double_while_nothing_is_gained_and_the_limit_holds(job: ScriptedTries) -> None:
     policy = Policy(restarts=3, same_batch=99, backoff_seconds=5, longest_backoff_seconds=15)
     job.tries = [job.fails(9), job.fails(3), job.fails(5), job.fails(10), *[job.fails(8)] * 9]
     assert job.supervise(policy) == STOPPED_STATUS
@@ -112,13 +112,13 @@ def test_waits_double_while_nothing_is_gained_and_the_limit_holds(job: Job) -> N
     assert "without progress" in job.said[-1]
 
 
-def test_a_recipe_that_is_wrong_is_not_tried_again(job: Job) -> None:
+def test_a_recipe_that_is_wrong_is_not_tried_again(job: ScriptedTries) -> None:
     job.tries = [lambda: 2, lambda: 0]
     assert job.supervise() == 2
     assert len(job.tries) == 1
 
 
-def test_a_bad_host_is_excluded_while_there_is_a_spare_one(job: Job) -> None:
+def test_a_bad_host_is_excluded_while_there_is_a_spare_one(job: ScriptedTries) -> None:
     job.tries = [job.hangs(3, "n2"), job.hangs(5, "n1"), job.fails(6), lambda: 0]
     assert job.supervise(hosts=("n1", "n2", "n3"), nodes=2) == 0
     assert job.hosts == [("n1", "n2"), ("n1", "n3"), ("n1", "n3"), ("n1", "n3")]
@@ -128,7 +128,7 @@ def test_a_bad_host_is_excluded_while_there_is_a_spare_one(job: Job) -> None:
     assert job.hosts == [("n1", "n3")], "a later supervisor remembers"
 
 
-def test_the_cause_is_named_and_not_the_consequence(job: Job) -> None:
+def test_the_cause_is_named_and_not_the_consequence(job: ScriptedTries) -> None:
     job.folder.mkdir()
     peer = "RuntimeError: Connection closed by peer [127.0.0.1]:3"
     job.fails(4, peer, rank=0)()
@@ -140,7 +140,7 @@ def test_the_cause_is_named_and_not_the_consequence(job: Job) -> None:
     assert (ending.kind, ending.rank) == ("exception", 1) and "OutOfMemory" in ending.line
 
 
-def test_a_host_whose_ranks_never_came_is_named(job: Job) -> None:
+def test_a_host_whose_ranks_never_came_is_named(job: ScriptedTries) -> None:
     def joins_alone() -> int:
         job.beat(0, "n1")
         line = "JoinError: not all 2 ranks have come within 9 s: ranks 1; look at their nodes"
@@ -158,7 +158,7 @@ def test_a_host_whose_ranks_never_came_is_named(job: Job) -> None:
     assert ending.kind == "exception" and "ranks 1" in ending.line
 
 
-def test_a_host_that_a_recheck_excluded_is_not_chosen(job: Job) -> None:
+def test_a_host_that_a_recheck_excluded_is_not_chosen(job: ScriptedTries) -> None:
     job.folder.mkdir()
     (job.folder / EXCLUDED_FILE).write_text('{"n1": "CORRUPTION", "n9": "of another job"}')
     job.tries = [lambda: 0]
@@ -174,7 +174,7 @@ def test_the_last_step_is_read_from_the_end(tmp_path: Path) -> None:
     assert last_step(log) == 2999
 
 
-def test_a_system_that_restarts_by_itself_gets_a_log_and_a_limit(job: Job) -> None:
+def test_a_system_that_restarts_by_itself_gets_a_log_and_a_limit(job: ScriptedTries) -> None:
     """Each try reads the records of the previous one, like a supervisor that saw it end."""
     waits: list[float] = []
 

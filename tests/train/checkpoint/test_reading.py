@@ -31,7 +31,7 @@ from train.recipe.topology import Topology
 ALONE = Topology()
 
 
-class Runs:
+class RunsWhenUnpickled:
     """Makes a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
@@ -78,7 +78,7 @@ def test_metadata_that_runs_code_is_refused_in_one_line(door: Callable[[Path], A
     folder, _, _ = _save(tmp_path)
     file = folder / "state" / ".metadata"
     metadata = pickle.loads(file.read_bytes())
-    metadata.planner_data = Runs(tmp_path / "ran")
+    metadata.planner_data = RunsWhenUnpickled(tmp_path / "ran")
     file.write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match=r"\.metadata: names posix\.mkdir, which .* was not loaded") as caught:
         door(folder)
@@ -90,7 +90,7 @@ def test_metadata_that_runs_code_is_refused_in_one_line(door: Callable[[Path], A
 
 def test_a_value_that_runs_code_is_refused_in_one_line(tmp_path: Path) -> None:
     folder, _, _ = _save(tmp_path)
-    state: dict[str, Any] = {"optimizer": {"param_groups": [{"lr": Runs(tmp_path / "ran")}]}}
+    state: dict[str, Any] = {"optimizer": {"param_groups": [{"lr": RunsWhenUnpickled(tmp_path / "ran")}]}}
     dcp.save(state, checkpoint_id=folder / "state", no_dist=True)
     reader = CheckpointReader(folder / "state")
     with pytest.raises(UserError, match=r"state: optimizer\.param_groups\.0\.lr is no plain value") as caught:

@@ -91,16 +91,7 @@ def small_tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
             for s, a, b, g in schemas
         ),
     )  # fmt: skip
-    told = [f"I saw that {thing} was {colour}" for thing, colour in zip(THINGS, COLOURS * 2, strict=False)]
-    _lines(
-        data / "lambada.jsonl",
-        ({"context": t.rpartition(" ")[0], "continuation": t.rpartition(" ")[2]} for t in told),
-    )
-    _lines(hub / "EleutherAI/lambada_openai/default/test.jsonl", ({"text": t} for t in told))
-    _lines(
-        data / "sums.jsonl",
-        ({"context": f"{n} and {n} is", "answer": str(2 * n), "aliases": [str(2 * n)]} for n in range(7)),
-    )
+    _write_texts(data, hub)
     _lines(
         data / "topics.jsonl",
         (
@@ -116,3 +107,16 @@ def small_tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     text = "\n".join(path.read_text() for path in sorted(data.glob("*.jsonl")))
     train_bpe(Tokenizer(kind=TokenizerKind.bpe, vocab_size=400), iter([text])).to_hugging_face(shards)
     return Tasks(root / "suite.yaml", data, hub, shards)
+
+
+def _write_texts(data: Path, hub: Path) -> None:
+    told = [f"I saw that {thing} was {colour}" for thing, colour in zip(THINGS, COLOURS * 2, strict=False)]
+    _lines(
+        data / "lambada.jsonl",
+        ({"context": t.rpartition(" ")[0], "continuation": t.rpartition(" ")[2]} for t in told),
+    )
+    _lines(hub / "EleutherAI/lambada_openai/default/test.jsonl", ({"text": t} for t in told))
+    _lines(
+        data / "sums.jsonl",
+        ({"context": f"{n} and {n} is", "answer": str(2 * n), "aliases": [str(2 * n)]} for n in range(7)),
+    )

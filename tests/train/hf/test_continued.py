@@ -120,6 +120,33 @@ def _tune(folder: Path, recipe: Recipe) -> None:
     from data.write_shards import build_shards
     from train.run import run
 
+    tuned = _asked(folder, recipe)
+    build_shards(tuned, engine=Processes(1))
+    assert run(tuned, Topology()) == 0
+    assert main(["export", str(folder / "tuned"), str(folder / "chats")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(folder / "out")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    batches = iter(build_train_loader(OpenedData(tuned), rank=0, world_size=1))
+    losses, targets = _plain_loop(model, [next(batches), next(batches)])
+    lines = [json.loads(line) for line in (folder / "tuned/metrics.jsonl").read_text().splitlines()]
+    logged = [line["loss/train"] for line in lines if "loss/train" in line]
+    assert logged == pytest.approx(losses, rel=1e-5)
+    assert [line["data/asked/targets"] for line in lines if "data/asked/targets" in line] == targets
+    talks = AutoModelForCausalLM.from_pretrained(folder / "chats")
+    for name, weight in talks.state_dict().items():
+        wanted = model.state_dict()[name]
+        error = float((weight - wanted).norm() / (wanted - before[name]).norm())
+        assert error < 5e-3, f"{name}: {error:.1e}"
+    tokenizer = AutoTokenizer.from_pretrained(folder / "chats", local_files_only=True)
+    asked = [{"role": "user", "content": "def run"}]
+    prompt = tokenizer.apply_chat_template(asked, return_tensors="pt", return_dict=True)
+    for inputs in (prompt, tokenizer("def run", return_tensors="pt")):
+        answered = talks.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        assert answered.shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def _asked(folder: Path, recipe: Recipe) -> Recipe:
+    """Writes chats, and returns the recipe that is tuned on them."""
     with (folder / "asked.jsonl").open("w") as file:
         for n in range(60):
             turns = [
@@ -151,7 +178,7 @@ def _tune(folder: Path, recipe: Recipe) -> None:
     )
     assert recipe.model.moe is not None
     plain = replace(recipe.model.moe, balance_loss_weight=0.0, z_loss_weight=0.0, jitter_eps=0.0)
-    tuned = replace(
+    return replace(
         recipe,
         name="tuned",
         data=data,
@@ -167,28 +194,6 @@ def _tune(folder: Path, recipe: Recipe) -> None:
             loss_mean=LossMean.targets,
         ),
     )
-    build_shards(tuned, engine=Processes(1))
-    assert run(tuned, Topology()) == 0
-    assert main(["export", str(folder / "tuned"), str(folder / "chats")]) == 0
-    model = AutoModelForCausalLM.from_pretrained(folder / "out")
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    batches = iter(build_train_loader(OpenedData(tuned), rank=0, world_size=1))
-    losses, targets = _plain_loop(model, [next(batches), next(batches)])
-    lines = [json.loads(line) for line in (folder / "tuned/metrics.jsonl").read_text().splitlines()]
-    logged = [line["loss/train"] for line in lines if "loss/train" in line]
-    assert logged == pytest.approx(losses, rel=1e-5)
-    assert [line["data/asked/targets"] for line in lines if "data/asked/targets" in line] == targets
-    talks = AutoModelForCausalLM.from_pretrained(folder / "chats")
-    for name, weight in talks.state_dict().items():
-        wanted = model.state_dict()[name]
-        error = float((weight - wanted).norm() / (wanted - before[name]).norm())
-        assert error < 5e-3, f"{name}: {error:.1e}"
-    tokenizer = AutoTokenizer.from_pretrained(folder / "chats", local_files_only=True)
-    asked = [{"role": "user", "content": "def run"}]
-    prompt = tokenizer.apply_chat_template(asked, return_tensors="pt", return_dict=True)
-    for inputs in (prompt, tokenizer("def run", return_tensors="pt")):
-        answered = talks.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
-        assert answered.shape[1] == inputs["input_ids"].shape[1] + 2
 
 
 def _plain_loop(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[list[float], list[int]]:

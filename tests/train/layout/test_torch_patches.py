@@ -80,7 +80,7 @@ def gathers_ahead_in_vain(_: Topology) -> bool:
     return True
 
 
-class Layer(nn.Module):
+class NestedLayer(nn.Module):
     """A layer that contains another unit."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Recomputed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.layers = nn.ModuleList(NestedLayer() for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

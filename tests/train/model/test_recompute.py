@@ -85,7 +85,7 @@ def test_a_gpus_experts_have_the_same_gradients_whether_they_keep_gates_or_not()
         assert torch.equal(with_gates, without)
 
 
-class Operations(TorchDispatchMode):
+class OperationCounts(TorchDispatchMode):
     """Counts operations by name."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ def test_no_grade_makes_more_again_than_it_names() -> None:
     products, attention = [], []
     for grade in Recompute:
         loss = total(make(replace(CFG, moe=None), grade)(*batch()))
-        with Operations() as operations:
+        with OperationCounts() as operations:
             loss.backward()
         products.append(operations.calls["mm"])
         attention.append(operations.calls["_scaled_dot_product_flash_attention_for_cpu"])
@@ -116,7 +116,7 @@ def test_no_grade_makes_more_again_than_it_names() -> None:
 def test_what_the_host_waited_for_is_not_asked_for_again(how: Recompute) -> None:
     asked = 0
 
-    class Layer(torch.nn.Module):
+    class AskingLayer(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             def ask() -> int:
                 nonlocal asked
@@ -127,7 +127,7 @@ def test_what_the_host_waited_for_is_not_asked_for_again(how: Recompute) -> None
 
     x = torch.ones(2, requires_grad=True)
     for _ in range(2):  # another pass asks again
-        run_layer(how, Layer(), x, draws=False).sum().backward()
+        run_layer(how, AskingLayer(), x, draws=False).sum().backward()
     assert asked == 4
     assert x.grad is not None
     torch.testing.assert_close(x.grad, torch.full((2,), 2 * torch.e + 12 * torch.e**3))

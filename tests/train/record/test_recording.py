@@ -4,6 +4,7 @@ import io
 import math
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,14 +17,28 @@ from train.record.run_tracker import RunTracker
 from train.record.step_log import SHARES, read_steps
 from train.record.throughput import Throughput
 
+if TYPE_CHECKING:
+    from composer import DataSpec
+
 BATCH, TOKENS, BATCHES = 4, 8, 6
+
+
+def _spec(seed: int, batches: int) -> "DataSpec":
+    from composer import DataSpec
+    from torch.utils.data import DataLoader
+
+    data = torch.randn(BATCH * batches, TOKENS, generator=torch.Generator().manual_seed(seed))
+    return DataSpec(
+        DataLoader(data, batch_size=BATCH),
+        get_num_samples_in_batch=len,
+        get_num_tokens_in_batch=Tensor.numel,
+    )
 
 
 def train_toy(run_dir: Path, *, batches: int, resume_batch: int = 0, fit: bool = True) -> tuple[str, dict]:
     """Trains a toy model with every callback; returns the console output and the tracker's last values."""
-    from composer import DataSpec, Evaluator, Time, Trainer
+    from composer import Evaluator, Time, Trainer
     from composer.models import ComposerModel
-    from torch.utils.data import DataLoader
     from torchmetrics import MeanMetric
 
     class Toy(ComposerModel):
@@ -47,30 +62,17 @@ def train_toy(run_dir: Path, *, batches: int, resume_batch: int = 0, fit: bool =
         def update_metric(self, batch: Tensor, outputs: Tensor, metric: MeanMetric) -> None:
             metric.update(torch.tensor(2 * math.log(2)))
 
-    def spec(seed: int) -> DataSpec:
-        data = torch.randn(BATCH * batches, TOKENS, generator=torch.Generator().manual_seed(seed))
-        return DataSpec(
-            DataLoader(data, batch_size=BATCH),
-            get_num_samples_in_batch=len,
-            get_num_tokens_in_batch=Tensor.numel,
-        )
-
     shown = io.StringIO()
     tracker = RunTracker(run_dir, bytes_per_token={"code": 4.0})
     model = Toy()
+    every = {"metric_names": ["token_loss"], "eval_interval": Time.from_batch(4)}
+    validation = Evaluator(label="validation/code", dataloader=_spec(2, batches), **every)
     trainer = Trainer(
         model=model,
         optimizers=torch.optim.AdamW(model.parameters(), lr=0.125),
         max_duration=Time.from_batch(batches),
-        train_dataloader=spec(1),
-        eval_dataloader=[
-            Evaluator(
-                label="validation/code",
-                dataloader=spec(2),
-                metric_names=["token_loss"],
-                eval_interval=Time.from_batch(4),
-            )
-        ],
+        train_dataloader=_spec(1, batches),
+        eval_dataloader=[validation],
         callbacks=[
             ExpertLoad(run_dir, batches, lambda: torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2]])),
             Throughput(lambda batch: 100.0 + batch, peak_flops=1e6, devices=2),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.train.report.test_report import SUMMARY, Links
+from tests.train.report.test_report import SUMMARY, LinkCollector
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe, to_yaml
 from train.record import metrics
@@ -83,7 +83,7 @@ def test_the_command_finds_the_saving_and_leaves_its_files(
     assert [cell["verdict"] for cell in fine] == ["lower loss"] * 3
     assert [round(cell["relative_flops"], 2) for cell in fine] == [1, 3, 10]
     page = (tmp_path / "comparison.html").read_text()
-    links = Links()
+    links = LinkCollector()
     links.feed(page)
     assert all(address.startswith("#") for address in links.addresses)
     assert "training FLOPs" in page and "million tokens" not in page

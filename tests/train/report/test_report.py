@@ -87,7 +87,7 @@ def leave_run(run_dir: Path, *, steps: int = STEPS, experts: bool = True, summar
     return run_dir
 
 
-class Links(HTMLParser):
+class LinkCollector(HTMLParser):
     """Collects the resources that a page would load, and its headings."""
 
     def __init__(self) -> None:
@@ -131,14 +131,14 @@ def test_goodput_is_training_over_the_time_since_the_first_start(tmp_path: Path)
 
 
 def test_every_section_is_there(page: str) -> None:
-    links = Links()
+    links = LinkCollector()
     links.feed(page)
     assert links.headings == SECTIONS
     assert page.count("<svg") == 10
 
 
 def test_nothing_is_loaded_from_outside(page: str) -> None:
-    links = Links()
+    links = LinkCollector()
     links.feed(page)
     assert links.addresses
     assert all(address.startswith(("#", "data:")) for address in links.addresses)

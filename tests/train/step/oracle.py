@@ -44,7 +44,7 @@ class Sequences:
 
 
 @dataclass
-class Figures:
+class OracleFigures:
     """The results of one step; gradients before and after clipping."""
 
     language: float = 0.0
@@ -106,7 +106,7 @@ class Oracle:
         self.second = {n: torch.zeros_like(w) for n, w in self.weights.items()}
         self.steps = 0
 
-    def step(self, batch: Sequences, theta: float, rate: float, microbatch: int) -> Figures:
+    def step(self, batch: Sequences, theta: float, rate: float, microbatch: int) -> OracleFigures:
         """Trains on a global batch.
 
         Args:
@@ -115,7 +115,7 @@ class Oracle:
             rate: learning rate.
             microbatch: sequences over which a balance loss of scope `microbatch` counts.
         """
-        moe, found = self.recipe.model.moe, Figures()
+        moe, found = self.recipe.model.moe, OracleFigures()
         language, mtp, scores, choices, logits = self.forward(batch, theta)
         total = language + self.recipe.model.mtp_loss_weight * mtp
         if scores:
@@ -138,7 +138,7 @@ class Oracle:
             self.update(found, rate)
         return found
 
-    def update(self, found: Figures, rate: float) -> None:
+    def update(self, found: OracleFigures, rate: float) -> None:
         """AdamW (Loshchilov and Hutter 2019, algorithm 2) or Lion (Chen et al. 2023, algorithm 2)."""
         options, moe = self.recipe.optimizer, self.recipe.model.moe
         b1, b2 = options.betas

@@ -55,6 +55,10 @@ def _run(
     return _norms(recipe)
 
 
+def _norm(tensors: list[Tensor]) -> float:
+    return torch.cat([tensor.detach().flatten().double() for tensor in tensors]).norm().item()
+
+
 def test_norms_of_layers_are_those_of_the_whole_model(tmp_path: Path, tiny_recipe: TinyRecipe) -> None:
     truth = tmp_path / "truth.json"
 
@@ -73,13 +77,10 @@ def test_norms_of_layers_are_those_of_the_whole_model(tmp_path: Path, tiny_recip
                 outputs.append(result[0].detach().clone())
             return result
 
-        def norm(tensors: list[Tensor]) -> float:
-            return torch.cat([tensor.detach().flatten().double() for tensor in tensors]).norm().item()
-
         def clipped(self: TrainingStep) -> Tensor:
             found = clip(self)
             blocks = self.model.decoder.transformer.blocks
-            plain["gradient_norm"] = [norm([p.grad for p in block.parameters()]) for block in blocks]  # type: ignore[misc]
+            plain["gradient_norm"] = [_norm([p.grad for p in block.parameters()]) for block in blocks]  # type: ignore[misc]
             plain["before"] = [[p.detach().clone() for p in block.parameters()] for block in blocks]  # type: ignore[misc]
             return found
 
@@ -88,9 +89,9 @@ def test_norms_of_layers_are_those_of_the_whole_model(tmp_path: Path, tiny_recip
             blocks = self.model.decoder.transformer.blocks
             layers = range(len(blocks))
             first = outputs[: len(blocks)]
-            plain["weight_norm"] = [norm(list(block.parameters())) for block in blocks]
+            plain["weight_norm"] = [_norm(list(block.parameters())) for block in blocks]
             plain["update_norm"] = [
-                norm([p - q for p, q in zip(blocks[n].parameters(), plain["before"][n], strict=True)])  # type: ignore[arg-type]
+                _norm([p - q for p, q in zip(blocks[n].parameters(), plain["before"][n], strict=True)])  # type: ignore[arg-type]
                 for n in layers
             ]
             plain["activation_rms"] = [x.double().square().mean().sqrt().item() for x in first]
@@ -117,7 +118,12 @@ def test_norms_of_layers_are_those_of_the_whole_model(tmp_path: Path, tiny_recip
     for step in (3, 6):
         expected = {key: one[step][key] for key in sharded}
         assert {key: two[step][key] for key in sharded} == pytest.approx(expected, rel=1e-3)
-    traces = list((tmp_path / "two/profile").iterdir())
+    _require_trace(tmp_path / "two/profile")
+
+
+def _require_trace(folder: Path) -> None:
+    """Asserts that rank 1 wrote the trace of both batches that were asked for."""
+    traces = list(folder.iterdir())
     assert [trace.name for trace in traces] == ["rank-1.trace.json.gz"]
     events = json.loads(gzip.decompress(traces[0].read_bytes()))["traceEvents"]
     names = [event.get("name", "") for event in events]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from launch.verify.loaded_input import build_loader, build_plan, draw_samples, with_phases
 from launch.verify.watching import ReferenceRecord, WatchedStep, Writer
-from tests.train.step.oracle import Figures, Oracle, joined, rate_at
+from tests.train.step.oracle import Oracle, OracleFigures, joined, rate_at
 from train.checkpoint.files import Progress
 from train.layout.optim import build_optimizer
 from train.recipe.curriculum import plan_stages
@@ -46,7 +46,7 @@ RUNS = {
     # Gradients of rare tokens are near the usual eps.
     "training.document_masking=false optimizer.eps=1e-4",
 }
-Steps = list[tuple[Figures, dict[str, Tensor]]]
+Steps = list[tuple[OracleFigures, dict[str, Tensor]]]
 LEAST_GAP = 1e-5
 """Between the scores of the last chosen and the first rejected expert; nearer ones fp32 may swap."""
 
@@ -70,7 +70,7 @@ def trained(recipe: Recipe, seed: int) -> ReferenceRecord:
 
 def expected(
     recipe: Recipe, weights: dict[str, Tensor], seed: int
-) -> list[tuple[Figures, dict[str, Tensor]]]:
+) -> list[tuple[OracleFigures, dict[str, Tensor]]]:
     """The oracle's steps, and the weights after each."""
     oracle, plan, samples = Oracle(recipe, weights), build_plan(recipe), draw_samples(recipe, seed)
     S, first = recipe.data.sequence_tokens, 0

@@ -134,7 +134,7 @@ def test_own_gradients_are_seen_however_often_a_weight_is_used() -> None:
     assert own.take() == 0, "nothing is seen unless it listens"
 
 
-class Finding:
+class RecheckedModel:
     """A recheck whose model is computed wrongly in some runs."""
 
     def __init__(self, recipe: Recipe, wrong_runs: tuple[int, ...]) -> None:
@@ -185,7 +185,7 @@ def recipe(tiny_recipe: TinyRecipe) -> Recipe:
 def test_a_third_run_tells_transient_from_persistent(
     recipe: Recipe, wrong_runs: tuple[int, ...], verdict: bool | None
 ) -> None:
-    sound, finding = Finding(recipe, ()), Finding(recipe, wrong_runs)
+    sound, finding = RecheckedModel(recipe, ()), RecheckedModel(recipe, wrong_runs)
     found = None if finding.result is None else finding.result.is_persistent
     assert found is verdict and len(finding.found) == (verdict is not None)
     assert finding.runs == (2 if verdict is None else 3), (
