@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.explore.sample import Document
-from data.text.duplicates import PERMUTATIONS, Resolution, resolve, sketch
+from data.text.duplicates import SKETCH, Resolution, resolve, sketch
 from data.text.language import language_of
 from data.text.words import hash_words
 from data.tokenizer import TokenizerHandle
@@ -168,6 +168,5 @@ def _surprisal(documents: Sequence[NDArray[np.int32]], vocab_size: int) -> NDArr
 
 def _copies(texts: list[str]) -> Resolution:
     digests = b"".join(hashlib.sha256(text.encode()).digest()[:16] for text in texts)
-    signatures = np.array([sketch(hash_words(text)) for text in texts], np.uint32)
-    halves = np.frombuffer(digests, np.uint64).reshape(-1, 2)
-    return resolve(halves, signatures.reshape(-1, PERMUTATIONS), NEAR)
+    sketches = np.concatenate([np.empty(0, SKETCH), *(sketch(hash_words(text)) for text in texts)])
+    return resolve(np.frombuffer(digests, np.uint64).reshape(-1, 2), sketches, NEAR)

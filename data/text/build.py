@@ -97,8 +97,7 @@ def build_into(
     cleaned = engine.run("reading and filtering", clean, job, chunks)
     if table := table_of_languages(job, cleaned, chunks):
         logger.info(table)
-    logger.info("finding duplicates")
-    decision = decide(job, chunks, cleaned)
+    decision = decide(job, chunks, cleaned, engine)
     _require_documents(recipe, job, decision, cleaned)
     require_readable_sources(job, chunks, cleaned)
     if given is not None:

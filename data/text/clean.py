@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,18 +16,20 @@ from typing import Any
 import numpy as np
 
 from data.text.conversations import ChatFormat, ConversationError, Spans, render
-from data.text.duplicates import PERMUTATIONS, sketch, sketch_without_words
+from data.text.duplicates import SKETCH, sketch, sketch_without_words
 from data.text.evaluation_overlap import open_evaluation_texts
 from data.text.inputs import Chunk
-from data.text.job import PreparationJob, Result, save_array
+from data.text.job import ArrayFile, PreparationJob, Result
 from data.text.language import language_of
 from data.text.quality import code_violation, prose_violation, repetition_violation
 from data.text.source_records import SourceRecord, read_records
 from data.text.words import hash_words
 from train.recipe.preparation import Quality, Source, SourceKind
-from train.record.files import write_whole
+from train.record.files import whole_file, write_whole
 
 STAGE = "clean"
+DIGESTS, SKETCHES, SIZES, NAMES = "digests.npy", "sketches.npy", "sizes.npy", "names.jsonl"
+"""Files of a chunk: SHA-256 [N, 32], `data.text.duplicates.SKETCH` [N], bytes [N], and a name a line."""
 KEPT = "kept"
 """Among the rules of a language, the texts that violate none."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -86,44 +89,52 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
 def write_texts(path: Path, documents: Sequence[tuple[str, str] | tuple[str, str, Spans]]) -> None:
     """Writes names and texts, and of conversations what is to be learnt, a line of JSON for each document."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(document, ensure_ascii=False).encode() + b"\n" for document in documents)
-    write_whole(path, b"".join(lines), sync=False)
+    write_whole(path, b"".join(map(_line, documents)), sync=False)
+
+
+def _line(document: tuple[str, str] | tuple[str, str, Spans]) -> bytes:
+    return json.dumps(document, ensure_ascii=False).encode() + b"\n"
 
 
 def _clean(job: PreparationJob, chunk: Chunk) -> Result:
-    kept: list[tuple[str, str] | tuple[str, str, Spans]] = []
-    signatures, rejected, rejected_bytes = [], [], 0
+    kept, rejected_bytes = 0, 0
     source = job.sources[chunk.source]
     is_filtered = bool(source.languages) or source.quality is not Quality.none
     languages: dict[str, Counter[str]] = {}
-    for record, reason, words in _judged(job, chunk):
-        if is_filtered and record.text and not job.spooled:
-            rule = "language" if reason.startswith("language: ") else reason or KEPT
-            languages.setdefault(language_of(record.text), Counter())[rule] += 1
-        if reason:
-            rejected.append({"place": record.place, "reason": reason})
-            rejected_bytes += record.size or len(record.text.encode())
-        else:
+    reasons: Counter[str] = Counter()
+
+    def path(name: str) -> Path:
+        return job.file(STAGE, chunk.number, name)
+
+    # Each document is written as it is read: a compressed file of any size is one chunk.
+    with ExitStack() as files:
+        texts, names, rejected = (
+            files.enter_context(whole_file(path(name))) for name in ("texts.jsonl", NAMES, "rejected.jsonl")
+        )
+        sketches = files.enter_context(ArrayFile(path(SKETCHES), SKETCH))
+        digests = files.enter_context(ArrayFile(path(DIGESTS), np.uint8, (32,)))
+        sizes = files.enter_context(ArrayFile(path(SIZES), np.int64))
+        for record, reason, words in _judged(job, chunk):
+            if is_filtered and record.text and not job.spooled:
+                rule = "language" if reason.startswith("language: ") else reason or KEPT
+                languages.setdefault(language_of(record.text), Counter())[rule] += 1
+            if reason:
+                line = {"place": record.place, "reason": reason}
+                rejected.write(json.dumps(line, sort_keys=True).encode() + b"\n")
+                reasons[reason.partition(": ")[0]] += 1
+                rejected_bytes += record.size or len(record.text.encode())
+                continue
+            kept += 1
             document = (record.place, record.text)
-            kept.append((*document, record.spans) if record.spans else document)
-            signatures.append(sketch(words) if words.size else sketch_without_words(record.text))
-    texts = [document[1].encode() for document in kept]
-    digests = b"".join(hashlib.sha256(text).digest() for text in texts)
-    write_texts(job.file(STAGE, chunk.number, "texts.jsonl"), kept)
-    made: dict[str, np.ndarray[Any, Any]] = {
-        "signatures.npy": np.array(signatures, np.uint32).reshape(-1, PERMUTATIONS),
-        "digests.npy": np.frombuffer(digests, np.uint8).reshape(-1, 32),
-        "sizes.npy": np.array([len(text) for text in texts], np.int64),
-    }
-    for suffix, array in made.items():
-        save_array(job.file(STAGE, chunk.number, suffix), array)
-    lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in rejected)
-    write_whole(job.file(STAGE, chunk.number, "rejected.jsonl"), lines, sync=False)
-    reasons = Counter(line["reason"].partition(": ")[0] for line in rejected)
-    counts = dict(sorted(reasons.items()))
+            texts.write(_line(document if not record.spans else (*document, record.spans)))
+            names.write(json.dumps(record.place).encode() + b"\n")
+            content = record.text.encode()
+            sketches.add(sketch(words) if words.size else sketch_without_words(record.text))
+            digests.add(np.frombuffer(hashlib.sha256(content).digest(), np.uint8))
+            sizes.add([len(content)])
     return {
-        "kept": len(kept),
-        "rejected": counts,
+        "kept": kept,
+        "rejected": dict(sorted(reasons.items())),
         "rejected_bytes": rejected_bytes,
         "languages": {language: dict(sorted(rules.items())) for language, rules in sorted(languages.items())},
     }

@@ -47,7 +47,11 @@ class Processes:
     def run(self, title: str, stage: Stage[Item], job: PreparationJob, items: Sequence[Item]) -> list[Result]:
         """Runs a stage for each item and returns the results in order, with a progress bar."""
         with self._mapped(partial(stage, job), items) as results:
-            return list(tqdm(results, desc=title, total=len(items), unit="task", mininterval=1))
+            return list(
+                tqdm(
+                    results, desc=title, total=len(items), unit="task", mininterval=1, disable=len(items) == 1
+                )
+            )
 
     @contextmanager
     def _mapped(self, task: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Iterator[Result]]:
@@ -66,8 +70,6 @@ class Processes:
 
 def _import_for_tasks() -> None:
     """Imports the modules that tasks import lazily, so that not every forked process has to."""
-    from datasketch import MinHash  # noqa: F401
-
     with suppress(ModuleNotFoundError):  # Only for text in Parquet and Arrow files.
         import pyarrow.parquet
 

@@ -1,12 +1,14 @@
 """A small corpus of two domains, with shards built once for all tests in this folder."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data.text.engines import Spark
 from data.text.installed import CorpusDocument
 from data.write_shards import build_shards
 from train.recipe.schema import Data, Recipe, Tokenizer, TokenizerKind, Training
@@ -57,3 +59,12 @@ def built(tmp_path_factory: pytest.TempPathFactory, make_recipe: Callable[..., R
     recipe = make_recipe(tmp_path_factory.mktemp("data") / "shards")
     build_shards(recipe, documents=small_documents)
     return recipe
+
+
+@pytest.fixture(scope="session")
+def spark() -> Iterator[Spark]:
+    if shutil.which("java") is None:
+        pytest.skip("Spark needs Java")
+    engine = Spark(2)
+    yield engine
+    engine.stop()

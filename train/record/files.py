@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write_whole(path: Path, content: str | bytes | memoryview, *, sync: bool = True) -> Path:
@@ -25,10 +26,26 @@ def write_whole(path: Path, content: str | bytes | memoryview, *, sync: bool = T
     Raises:
         OSError: if the file can't be written; no partial file remains.
     """
+    with whole_file(path, sync=sync) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@contextmanager
+def whole_file(path: Path, *, sync: bool = False) -> Iterator[IO[bytes]]:
+    """Opens a file that is written bit by bit and takes its place at the end, as :func:`write_whole` does.
+
+    Args:
+        path: the file.
+        sync: wait until the content is on disk.
+
+    Raises:
+        OSError: if the file can't be written; after any error nothing remains of it.
+    """
     partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
+            yield stream
             if sync:
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -38,7 +55,6 @@ def write_whole(path: Path, content: str | bytes | memoryview, *, sync: bool = T
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    return path
 
 
 def _sync_folder(folder: Path) -> None:

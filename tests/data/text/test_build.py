@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from zipimport import zipimporter
 
@@ -328,15 +328,6 @@ def test_processes_that_share_the_cores_encode_on_one_thread_each(tmp_path: Path
     job = PreparationJob(tmp_path, (), Preparation(), (), Tokenizer(), 16, False)
     assert {it["threads"] for it in Processes(2).run("", _threads, job, range(4))} == {1}
     assert {it["threads"] for it in Processes(1).run("", _threads, job, range(4))} == {usable_cores()}
-
-
-@pytest.fixture(scope="module")
-def spark() -> Iterator[Spark]:
-    if shutil.which("java") is None:
-        pytest.skip("Spark needs Java")
-    engine = Spark(2)
-    yield engine
-    engine.stop()
 
 
 def test_spark_gives_the_same_bytes_and_failed_tasks_leave_nothing(

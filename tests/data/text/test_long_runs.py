@@ -118,5 +118,5 @@ def test_marks_are_put_in_order_as_unicode_says() -> None:
 def test_texts_without_words_are_copies_only_of_equal_ones() -> None:
     texts = ["====\n", "----\n", "=====\n", "====\n", "....\n"]
     digests = np.array([[hash(text) & 2**63 - 1, 7] for text in texts], np.uint64)
-    found = resolve(digests, np.array([sketch_without_words(text) for text in texts]), 0.8)
+    found = resolve(digests, np.concatenate([sketch_without_words(text) for text in texts]), 0.8)
     assert found.keeper.tolist() == [0, 1, 2, 0, 4] and found.group.tolist() == [0, 1, 2, 0, 4]

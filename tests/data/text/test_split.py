@@ -1,8 +1,28 @@
 import numpy as np
 import pytest
 
-from data.text.split import BYTES_PER_TOKEN, held_out, share_of
+from data.text.split import BYTES_PER_TOKEN, Groups, is_held_out, moves_of, rank, share_of, tally
 from train.recipe.preparation import Preparation
+
+
+def held_out(keys: np.ndarray, groups: np.ndarray, domains: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Whether each document [N] is held out, by the rules for groups, applied to all of them at once."""
+    numbers, group_of_N = np.unique(groups, return_inverse=True)
+    least, share = np.full(numbers.size, np.iinfo(np.uint64).max), np.zeros(numbers.size)
+    np.minimum.at(least, group_of_N, keys)
+    np.maximum.at(share, group_of_N, shares[domains])
+    members = np.unique(np.stack([group_of_N, domains.astype(np.int64)], 1), axis=0)
+    is_out, ranks = is_held_out(rank(least), share), rank(least)
+    # In three parts, as spans of documents have them.
+    tallies = []
+    for part in np.array_split(np.arange(numbers.size), 3):
+        inside = np.isin(members[:, 0], part)
+        mine = np.stack([members[inside, 0] - part[:1].sum(), members[inside, 1]], 1)
+        there = Groups(numbers[part], ranks[part], is_out[part], np.zeros(part.size, bool), mine)
+        tallies.append(tally(there, shares.size))
+    for number, is_held in moves_of(tallies).items():
+        is_out[np.searchsorted(numbers, number)] = is_held
+    return is_out[group_of_N]
 
 
 def keys(count: int, seed: int = 0) -> np.ndarray:
