@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from data.order.plan import OrderPlan
 from data.shards.manifest import Manifest
 from data.write_shards import ensure_shards
 from train.checkpoint.files import Progress
+from train.checkpoint.memory_files import layout_digest
+from train.checkpoint.memory_writer import MemoryWriter
 from train.evaluate.in_training import SuiteEvaluation
 from train.evaluate.scorer import Scorer
 from train.evaluate.suite import load_suite
@@ -56,6 +59,7 @@ from train.record import provenance
 from train.record.changes import fork_of, read_changes
 from train.record.console import Console
 from train.record.expert_load import ExpertLoad
+from train.record.host_memory import memory_folder, take_token
 from train.record.lease import EXPIRY_SECONDS, GRACE_SECONDS, release
 from train.record.log import quiet_libraries
 from train.record.run_folder import (
@@ -179,7 +183,7 @@ def train_to_end(opened: OpenedData, folder: Path, machine: Machine, resumed: Re
     recipe = opened.recipe
     with watched(recipe, folder, machine.topology) as watch:
         START_CLOCK.begin("model")
-        model, optimizer = build_model(recipe, machine, is_resumed=resumed.checkpoint is not None)
+        model, optimizer = build_model(recipe, machine, is_resumed=resumed.is_resumed)
         watch.move("loading the checkpoint")
         START_CLOCK.begin("load")
         load_weights(recipe, resumed, model, optimizer, machine.topology)
@@ -363,11 +367,12 @@ def build_step(
         folder / CHECKPOINTS_FOLDER,
         recipe.checkpoint,
         topology,
-        resumed.checkpoint,
+        functools.partial(resumed.restore_random_states, topology),
         curriculum,
         guard,
         data_log,
         replicas_of(model),
+        build_memory_writer(recipe, folder, topology, resumed),
     )
     recheck = None
     if recipe.guard.recheck_interval_batches is not None:
@@ -380,6 +385,19 @@ def build_step(
         folder if topology.is_main else None,
     )
     return TrainingStep(recipe, model, topology, curriculum, alarms, data_log, checkpointing, recheck)
+
+
+def build_memory_writer(
+    recipe: Recipe, folder: Path, topology: Topology, resumed: Resumed
+) -> MemoryWriter | None:
+    """Builds what copies the state to the hosts' memory between saves, if the recipe asks for it."""
+    if recipe.checkpoint.memory_interval_batches is None:
+        return None
+    token, made_by = run_on_rank_0(topology, lambda: (take_token(folder), secrets.token_hex(8)))
+    last = resumed.progress.batch if resumed.memory is not None else None
+    layout = layout_digest(recipe, topology.world_size)
+    hosts = hosts_of_ranks(topology)
+    return MemoryWriter(memory_folder(folder, token), topology, layout, made_by, hosts, last)
 
 
 def report_found(folder: Path, topology: Topology, found: Corruption) -> None:

@@ -1,7 +1,8 @@
 """Goodput: the share of a run's time that moves it forward, with saves, interruptions and steps run again.
 
-A failure costs the start of the job and, on average, half the time between two saves. Rates of failure add up
-over GPUs (Young 1974, "A first order approximation to the optimum checkpoint interval"; Daly 2006).
+A failure costs the start of the job and, on average, half the time between two saves or copies in the hosts'
+memory; more if both hosts of a copy are gone, which is not counted. Rates of failure add up over GPUs (Young
+1974, "A first order approximation to the optimum checkpoint interval"; Daly 2006).
 """
 
 import math
@@ -30,6 +31,9 @@ class Goodput:
     """Time between two saves."""
     recheck_share: float
     """Further forward and backward passes, as a share of the arithmetic of all steps."""
+    copy_interval_seconds: float | None = None
+    """Time between two copies to the hosts' memory, each of which stops training as a save does; None:
+    there are none."""
 
     @property
     def share(self) -> float:
@@ -37,9 +41,13 @@ class Goodput:
         return max(0.0, 1 - self.lost_share) / (1 + self.save_share + self.recheck_share)
 
     @property
+    def _intervals(self) -> list[float]:
+        return [self.interval_seconds, *filter(None, [self.copy_interval_seconds])]
+
+    @property
     def save_share(self) -> float:
-        """Time of saves over that of steps."""
-        return self.save_seconds / self.interval_seconds
+        """Time of saves and copies over that of steps."""
+        return sum(self.save_seconds / each for each in self._intervals)
 
     @property
     def restart_share(self) -> float:
@@ -49,7 +57,7 @@ class Goodput:
     @property
     def rework_share(self) -> float:
         """Time of work that is done again over all time."""
-        return self.failures_per_hour * self.interval_seconds / 2 / 3600
+        return self.failures_per_hour * min(self._intervals) / 2 / 3600
 
     @property
     def lost_share(self) -> float:
@@ -78,6 +86,7 @@ def goodput(
     """
     recipe, memory = plan.recipe, plan.memory
     run_seconds, saves = plan.days * 86_400, recipe.checkpoint
+    copies = saves.memory_interval_batches
     intervals = [run_seconds]
     if saves.interval_batches is not None:
         intervals.append(saves.interval_batches * plan.step_seconds)
@@ -91,4 +100,5 @@ def goodput(
         save_seconds=(memory.weights + memory.optimizer) / HOST_COPY,
         interval_seconds=min(intervals),
         recheck_share=0.0 if every is None else again / every,
+        copy_interval_seconds=copies * plan.step_seconds if copies is not None else None,
     )

@@ -372,6 +372,19 @@ def host_bytes(recipe: Recipe, world_size: int) -> int:
     return max(0, inputs - 1) << (stream - 1).bit_length()
 
 
+def copies_bytes(recipe: Recipe, world_size: int, gpus_per_node: int) -> int:
+    """Host memory for one GPU's part of the state in copies (`checkpoint.memory_interval_batches`).
+
+    One copy in the process, from which two generations are written to its host, and to another if there is
+    one.
+    """
+    if recipe.checkpoint.memory_interval_batches is None:
+        return 0
+    held = states(recipe.model, recipe.parallelism, world_size, 0, recipe.optimizer)
+    hosts = 2 if world_size > gpus_per_node else 1
+    return (1 + 2 * hosts) * (held.weights + held.optimizer)
+
+
 def has_room(memory_of_rank: Memory, waiting_bytes: int, gpu: Gpu) -> bool:
     """Returns True if a rank's peak is within its GPU's memory, and what waits in its host's."""
     return memory_of_rank.total <= gpu.memory_bytes and waiting_bytes <= gpu.host_room

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from launch.plan.hardware import GIB, Gpu
-from launch.plan.memory import has_room, host_bytes, memory
+from launch.plan.memory import copies_bytes, has_room, host_bytes, memory
 from launch.plan.step import Plan, make_plan
 from launch.plan.step_shapes import step_shapes
 from train.recipe import sizes
@@ -225,8 +225,8 @@ def verdict(plan: Plan) -> tuple[str, bool]:
     """Returns a line on the memory of a plan, with a remedy if it does not fit, and whether it fits."""
     share = plan.fullest.memory.total / plan.gpu.memory_bytes
     line = f"plan: the peak of a step takes {share:.0%} of an {plan.gpu.name.upper()}'s memory"
-    if plan.host_bytes:
-        line += f", and {plan.host_bytes / GIB:.1f} GiB of its host's"
+    if in_host := plan.host_bytes + plan.copies_bytes:
+        line += f", and {in_host / GIB:.1f} GiB of its host's"
     return (line, True) if plan.fits else (f"{line}; {(sufficient_changes(plan) or _others(plan))[0]}", False)
 
 
@@ -288,8 +288,11 @@ def _fits(recipe: Recipe, world_size: int, like: Plan) -> bool:
 
 def _has_room(recipe: Recipe, world_size: int, gpu: Gpu, imbalance: float) -> bool:
     """Returns :attr:`Plan.fits` of a valid recipe, without planning the time of a step."""
+    copies = copies_bytes(recipe, world_size, gpu.gpus_per_node)
     return all(
-        has_room(memory(each.recipe, world_size, imbalance), host_bytes(each.recipe, world_size), gpu)
+        has_room(
+            memory(each.recipe, world_size, imbalance), host_bytes(each.recipe, world_size) + copies, gpu
+        )
         for each in step_shapes(recipe)
     )
 

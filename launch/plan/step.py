@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from launch.plan.hardware import Gpu
-from launch.plan.memory import Memory, has_room, host_bytes, memory, numerics_of, states
+from launch.plan.memory import Memory, copies_bytes, has_room, host_bytes, memory, numerics_of, states
 from launch.plan.muon import EXCHANGE, orthogonalising
 from launch.plan.overlap import OPEN_IF_INTERLEAVED, Overlapped, overlap, traffic_of
 from launch.plan.recomputation import layer_models, offloaded_layers, work_again
@@ -77,12 +77,17 @@ class Plan:
     @property
     def fits(self) -> bool:
         """True if the peak of the whole run is within the GPU's memory, and what waits in its host's."""
-        return has_room(self.fullest.memory, self.host_bytes, self.gpu)
+        return has_room(self.fullest.memory, self.host_bytes + self.copies_bytes, self.gpu)
 
     @property
     def host_bytes(self) -> int:
         """Host memory of one GPU's process in which inputs of layers wait, at most."""
         return max(host_bytes(plan.shape.recipe, self.world_size) for plan in self.step_shapes)
+
+    @property
+    def copies_bytes(self) -> int:
+        """Host memory for copies of one GPU's part of the state."""
+        return copies_bytes(self.recipe, self.world_size, self.gpu.gpus_per_node)
 
     @property
     def seconds(self) -> Seconds:

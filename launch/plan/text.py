@@ -88,7 +88,11 @@ def plan_figures(plan: Plan, kept: Goodput | None = None) -> dict[str, Any]:
             "total": plan.fullest.memory.total,
             "limit": plan.gpu.memory_bytes,
         },
-        "host_memory_bytes": {"pinned": plan.host_bytes, "limit": plan.gpu.host_room},
+        "host_memory_bytes": {
+            "pinned": plan.host_bytes,
+            "copies": plan.copies_bytes,
+            "limit": plan.gpu.host_room,
+        },
         "fits": plan.fits,
         "traffic_bytes_per_step_and_gpu": [_traffic_figures(plan, c) for c in plan.collectives],
         "step_seconds": plan.step_seconds,
@@ -159,12 +163,11 @@ def _memory_table(plan: Plan) -> str:
     limit = plan.gpu.memory_bytes
     verdict = "fits" if fullest.memory.total <= limit else "does NOT fit"
     lines.append(f"  {'total':16}{fullest.memory.total / GIB:>8.2f}  of {limit / GIB:.1f}: {verdict}")
-    if plan.host_bytes:
-        room = plan.gpu.host_room
-        verdict = "fits" if plan.host_bytes <= room else "does NOT fit"
-        lines.append(
-            f"  {'inputs':16}{plan.host_bytes / GIB:>8.2f}  of {room / GIB:.1f} in its host's: {verdict}"
-        )
+    room = plan.gpu.host_room
+    verdict = "fits" if plan.host_bytes + plan.copies_bytes <= room else "does NOT fit"
+    for name, size in (("inputs", plan.host_bytes), ("copies", plan.copies_bytes)):
+        if size:
+            lines.append(f"  {name:16}{size / GIB:>8.2f}  of {room / GIB:.1f} in its host's: {verdict}")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from train.health.heartbeat import (
     read_records,
 )
 from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, REPLAY_STATUS, UNFIT_STATUS, USAGE_STATUS
+from train.record.host_memory import newest_batch
 from train.record.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE
 from train.record.step_log import STEP
 
@@ -42,7 +43,7 @@ class Ending:
     batch: int
     """Batches in the run's metrics."""
     checkpoint: int
-    """Batch of the newest checkpoint; 0 if there is none."""
+    """Batch of the newest checkpoint, or copy in this host's memory; 0 if there is none."""
     rank: int | None = None
     """The rank to blame, if known."""
     host: str | None = None
@@ -106,12 +107,12 @@ def explain(status: int, folder: Path, hosts: tuple[str, ...] = ()) -> Ending:
 
 
 def _progress(beats: list[Heartbeat]) -> tuple[int, int]:
-    """Returns the batches in the run's metrics and the batch of its newest checkpoint."""
+    """Returns the batches in the run's metrics and its newest checkpoint's, or copy's on this host."""
     if not beats:
         return 0, 0
     run = Path(beats[0].run)
     newest = max((int(folder.name[6:]) for folder in _checkpoints(run)), default=0)
-    return last_step(run / METRICS_FILE), newest
+    return last_step(run / METRICS_FILE), max(newest, newest_batch(run))
 
 
 def last_step(file: Path) -> int:

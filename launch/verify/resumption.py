@@ -8,6 +8,7 @@ import functools
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class ResumeCheck(TableCheck):
     """Kills, half on one rank and half on two, then a chain of layouts.
 
     Args:
-        kills: number of kills.
+        kills: number of kills; a quarter more are of runs with copies in memory.
     """
 
     name = page = "resume"
@@ -55,8 +56,8 @@ class ResumeCheck(TableCheck):
     text = (
         f"Runs of {STEPS} steps of the tiny recipe, fp32. After kill -9 the same command continues: losses, "
         "gradient norms, weights, optimizer and generators equal those of a run that was never killed, bit "
-        "for bit. A preempted run continues under another layout (replicate, shard, expert): every loaded "
-        "tensor equals what was saved."
+        "for bit; with copies, from those in the hosts' memory. A preempted run continues under another "
+        "layout (replicate, shard, expert): every loaded tensor equals what was saved."
     )
 
     def __init__(self, kills: int = KILLS) -> None:
@@ -68,20 +69,24 @@ class ResumeCheck(TableCheck):
         small = workspace.small
         possible = [*layouts(small), *context_layouts(small), *tensor_layouts(small)]
         chain = [layout for layout in CHAIN if layout in possible]
-        self.total = 2 + len(chain)
+        self.total = 3 + len(chain)
         for layout in (ONE, workspace.pair):
             generator = random.Random(small.seed)
             whole = workspace.uninterrupted(layout)
             yield kill_and_resume(small, layout, whole, (self.kills + 1) // 2, generator)
+        copied = replace(small, checkpoint=replace(small.checkpoint, memory_interval_batches=1))
+        whole = workspace.uninterrupted(workspace.pair)
+        yield kill_and_resume(copied, workspace.pair, whole, (self.kills + 3) // 4, generator)
         yield from reshard(small, chain, workspace.uninterrupted(ONE))
 
 
 def kill_and_resume(small: Recipe, layout: Layout, whole: Path, kills: int, generator: random.Random) -> Row:
     """Kills runs, several times each, ``kills`` times in all, and compares every finished run."""
     spent = mid_save = runs = 0
+    is_copied = small.checkpoint.memory_interval_batches is not None
     violations: list[str] = []
     while spent < kills:
-        recipe = named(small, layout, f"killed-{layout.world_size}-{runs}")
+        recipe = named(small, layout, f"killed-{'copied-' * is_copied}{layout.world_size}-{runs}")
         runs += 1
         folder = Path(recipe.runs_dir) / recipe.name
         while True:
@@ -103,7 +108,7 @@ def kill_and_resume(small: Recipe, layout: Layout, whole: Path, kills: int, gene
     figures = f"{spent} kills, {mid_save} of them in a save, over {runs} runs; all equal bit for bit"
     if violations:
         figures = f"{spent} kills, {mid_save} of them in a save, over {runs} runs"
-    return Row("kill -9", str(layout), figures, violations)
+    return Row("kill -9, copies" if is_copied else "kill -9", str(layout), figures, violations)
 
 
 def reshard(small: Recipe, chain: list[Layout], whole: Path) -> Iterator[Row]:

@@ -94,13 +94,17 @@ def restore_random_states(folder: Path, topology: Topology) -> bool:
     """Restores this rank's random-number states; False if the checkpoint has another number of ranks."""
     if read_manifest(folder).world_size != topology.world_size:
         return False
-    states = json.loads((folder / f"rank-{topology.rank}.json").read_text())
+    set_random_states(json.loads((folder / f"rank-{topology.rank}.json").read_text()))
+    return True
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Sets this process's random-number generators to what :func:`random_states` has returned."""
     random.setstate((states["python"][0], tuple(states["python"][1]), states["python"][2]))
     np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
-    return True
 
 
 def newest_whole_checkpoint(

@@ -327,6 +327,9 @@ class Checkpoint:
     """Minutes between checkpoints; null: none by time."""
     keep_last: int = key(2, above=0)
     """Number of checkpoints to keep; older ones are removed once a newer one is complete."""
+    memory_interval_batches: Optional[int] = key(None, above=0)
+    """Batches between copies of each rank's state in its host's memory (`/dev/shm`), and in another host's if
+    there are several: a restart resumes from them if no checkpoint is newer. null: none."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Resume: the newest valid checkpoint, the remaining stages, and checks against what was already read."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from train.checkpoint.files import (
     Progress,
     newest_whole_checkpoint,
     read_progress,
+    restore_random_states,
     set_aside,
 )
 from train.checkpoint.groups import first_difference, hyperparameters_of, read_hyperparameters
 from train.checkpoint.loading import load_checkpoint
+from train.checkpoint.memory_files import layout_digest
+from train.checkpoint.memory_reader import MemoryCopy, find_copy
 from train.hf.initial_weights import find_start, require_moments, start_from
 from train.layout.mesh import replicas_of
 from train.layout.ranks import log_on_rank_0, run_on_rank_0
@@ -28,6 +32,7 @@ from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
 from train.record.changes import Change, add_change, differences, keys_of
+from train.record.host_memory import forget
 from train.record.log import progress as progress_log
 from train.record.run_folder import (
     ALARMS_FILE,
@@ -56,15 +61,30 @@ class Resumed:
     """The point that a run resumes from."""
 
     checkpoint: Path | None
-    """None: the beginning."""
+    """The newest on the file system, if there is any."""
     progress: Progress
     curriculum: Curriculum
+    memory: MemoryCopy | None = None
+    """The copy in the hosts' memory that it resumes from instead, as it is newer."""
+
+    @property
+    def is_resumed(self) -> bool:
+        """True if there is a state to load."""
+        return self.checkpoint is not None or self.memory is not None
+
+    def restore_random_states(self, topology: Topology) -> None:
+        """Restores this rank's random-number states, just before training continues."""
+        if self.memory is not None:
+            self.memory.restore_random_states()
+        elif self.checkpoint is not None:
+            restore_random_states(self.checkpoint, topology)
 
 
 def find_checkpoint(recipe: Recipe, folder: Path, topology: Topology) -> Resumed:
-    """Finds the run's newest complete checkpoint and the stages from there, as the recipe now has them.
+    """Finds the run's newest complete state and the stages from there, as the recipe now has them.
 
-    A checkpoint whose batches no longer match the skips of recipe and guard is set aside for an older one.
+    That is a checkpoint, or a copy in the hosts' memory that is as new. A checkpoint whose batches no longer
+    match the skips of recipe and guard is set aside for an older one.
 
     Raises:
         UserError: if the recipe would rewrite what the run has read, no checkpoint is old enough for a
@@ -73,35 +93,68 @@ def find_checkpoint(recipe: Recipe, folder: Path, topology: Topology) -> Resumed
     skips = declared_skips(recipe, folder)
     refused: list[Path] = []
 
-    def refuse(checkpoint: Path) -> str:
-        progress = read_progress(checkpoint)
+    def has_skipped_others(progress: Progress) -> bool:
         past = from_json(progress.curriculum) if progress.curriculum else plan_stages(recipe)
         now = replace(past, skips=skips)
-        if past.skipped_before(progress.batch) == now.skipped_before(progress.batch):
+        return past.skipped_before(progress.batch) != now.skipped_before(progress.batch)
+
+    def refuse(checkpoint: Path) -> str:
+        if not has_skipped_others(read_progress(checkpoint)):
             return ""
         refused.append(checkpoint)
         return f"{checkpoint}: skipped other positions than the recipe does now"
 
+    def refuse_copy(progress: Progress) -> str:
+        what = f"the copy in memory of batch {progress.batch}"
+        if has_skipped_others(progress):
+            return f"{what}: skipped other positions than the recipe does now"
+        # The last state has to be on the file system.
+        past = from_json(progress.curriculum) if progress.curriculum else plan_stages(recipe)
+        is_last = progress.batch >= continue_stages(past, recipe, progress.samples).batches
+        return f"{what}: nothing is left to train" if is_last else ""
+
     found, complaints = newest_whole_checkpoint(folder / CHECKPOINTS_FOLDER, topology, refuse)
     for complaint in complaints:
         log_on_rank_0(topology, complaint)
-    if refused and found is None:
+    newest = read_progress(found) if found is not None else Progress(0, 0, 0, 0.0)
+    copy = _find_copy(recipe, folder, topology, newest.batch, refuse_copy)
+    if refused and found is None and copy is None:
         raise UserError(
             f"{folder} has no complete checkpoint from before the changed skips",
             key="data.skips",
             remedy="skip later positions, or give the run another name",
         )
     run_on_rank_0(topology, lambda: set_aside(refused))
-    if found is None:
+    if found is None and copy is None:
         run_on_rank_0(topology, lambda: set_unsaved_aside(recipe, folder))
-        return Resumed(None, Progress(0, 0, 0, 0.0), replace(plan_stages(recipe), skips=skips))
-    progress = read_progress(found)
-    run_on_rank_0(topology, lambda: _note_found(folder, progress.batch))
+        return Resumed(None, newest, replace(plan_stages(recipe), skips=skips))
+    if found is not None:
+        run_on_rank_0(topology, lambda: _note_found(folder, newest.batch))
+    progress = newest if copy is None else copy.progress
     past = from_json(progress.curriculum) if progress.curriculum else plan_stages(recipe)
     curriculum = replace(continue_stages(past, recipe, progress.samples), skips=skips)
     if len(curriculum.edits) > len(past.edits):
         log_on_rank_0(topology, f"the curriculum is edited from token {progress.tokens:,}")
-    return Resumed(found, progress, curriculum)
+    return Resumed(found, progress, curriculum, copy)
+
+
+def _find_copy(
+    recipe: Recipe, folder: Path, topology: Topology, newest: int, refuse: Callable[[Progress], str]
+) -> MemoryCopy | None:
+    """Finds the copy in the hosts' memory that is as new as the newest checkpoint or newer, if there is one.
+
+    Whoever removes a run's newest checkpoints wants to go back: then copies do not count.
+    """
+    if recipe.checkpoint.memory_interval_batches is None:
+        forget(folder)
+        return None
+    if run_on_rank_0(topology, lambda: _is_gone(folder, newest)):
+        return None
+    layout = layout_digest(recipe, topology.world_size)
+    copy, complaints = find_copy(folder, layout, topology, max(newest, 1), refuse)
+    for complaint in complaints:
+        log_on_rank_0(topology, complaint)
+    return copy
 
 
 def set_unsaved_aside(recipe: Recipe, folder: Path) -> None:
@@ -199,6 +252,14 @@ def load_weights(
     recipe: Recipe, resumed: Resumed, model: LanguageModel, optimizer: Optimizer, topology: Topology
 ) -> None:
     """Loads the run's checkpoint or, if it has none, the weights of `start.weights`."""
+    if resumed.memory is not None:
+        copy = resumed.memory
+        copy.load(model, optimizer, topology, is_fork=recipe.start.run is not None)
+        senders = [f"rank {rank}'s from {host}" for rank, host in copy.sent.items()]
+        others = f" ({', '.join(senders)})" if senders else ""
+        line = f"resumed from the copy in memory of batch {copy.progress.batch}{others}"
+        log_on_rank_0(topology, f"{line}, {copy.progress.tokens:,} tokens")
+        return
     if resumed.checkpoint is not None:
         checkpoint = resumed.checkpoint
         if recipe.start.run is not None:
@@ -239,8 +300,14 @@ def _note_found(folder: Path, batch: int) -> None:
     saved = last_saved(folder) or 0
     if saved < batch:
         note_saved(folder, batch)
-    later = (f"batch-{saved:08d}", f"{ASIDE}{saved:08d}")
-    if saved > batch and not any((folder / CHECKPOINTS_FOLDER / name).exists() for name in later):
+    if _is_gone(folder, batch):
         progress_log.warning(
             f"the checkpoint of batch {saved} of {folder} is gone; resuming from batch {batch}"
         )
+
+
+def _is_gone(folder: Path, batch: int) -> bool:
+    """Returns True if a checkpoint that was written after a batch is no longer there, sound or not."""
+    saved = last_saved(folder) or 0
+    later = (f"batch-{saved:08d}", f"{ASIDE}{saved:08d}")
+    return saved > batch and not any((folder / CHECKPOINTS_FOLDER / name).exists() for name in later)

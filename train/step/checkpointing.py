@@ -4,6 +4,7 @@ import copy
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -12,7 +13,8 @@ from typing import Any
 import torch.distributed as dist
 from composer.core import State
 
-from train.checkpoint.files import Progress, restore_random_states, set_aside
+from train.checkpoint.files import Progress, set_aside
+from train.checkpoint.memory_writer import MemoryWriter
 from train.checkpoint.saver import CheckpointSaver, Saved
 from train.layout.ranks import run_on_rank_0
 from train.recipe.curriculum import Curriculum, to_json
@@ -40,11 +42,12 @@ class Checkpointing:
         root: folder of the run's checkpoints.
         recipe: intervals, and how many checkpoints to keep.
         topology: this rank.
-        resumed_from: checkpoint whose random-number states are restored before the first batch.
+        restore: restores the random-number states before the first batch; None: nothing is resumed.
         curriculum: the run's stages and edits, saved in every checkpoint.
         guard: its history is saved in every checkpoint.
         data_log: its sums are saved in every checkpoint; None: no data log.
         replicas: ranks that hold the same shards as this one, see :class:`CheckpointSaver`.
+        memory: makes copies in the hosts' memory; None: there are none.
     """
 
     def __init__(
@@ -52,18 +55,22 @@ class Checkpointing:
         root: Path,
         recipe: Checkpoint,
         topology: Topology,
-        resumed_from: Path | None,
+        restore: Callable[[], object] | None,
         curriculum: Curriculum,
         guard: UpdateGuard | None = None,
         data_log: DataLog | None = None,
         replicas: dist.ProcessGroup | None = None,
+        memory: MemoryWriter | None = None,
     ) -> None:
-        self.guard = guard
-        self.recipe, self.topology, self.resumed_from = recipe, topology, resumed_from
+        self.guard, self.memory = guard, memory
+        self.recipe, self.topology, self._restore = recipe, topology, restore
         self.curriculum, self.data_log = curriculum, data_log
         self.saver = CheckpointSaver(root, topology, recipe.keep_last, replicas)
         self.last_save = time.monotonic()
         self.last_batch = -1
+        self._is_saved = False
+        """On rank 0: whether the last save that ended succeeded."""
+        self._is_copy_due = False
         self._told_by = ""
         """The signal that told this rank to save and end; empty if none has."""
         self._handlers_before: dict[signal.Signals, Any] = {}
@@ -76,23 +83,33 @@ class Checkpointing:
 
     def restore_random_states(self) -> None:
         """Restores the random-number states before the first batch, after set-up has drawn from them."""
-        if self.resumed_from is not None:
-            restore_random_states(self.resumed_from, self.topology)
-            self.resumed_from = None
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
 
     def flags(self) -> list[bool]:
         """Returns what this rank tells the others with each batch's sums, see :meth:`save_if_due`."""
         minutes = self.recipe.interval_minutes
         is_due = minutes is not None and time.monotonic() - self.last_save >= 60 * minutes
-        return [is_due and self.topology.is_main, bool(self._told_by)]
+        own = [is_due and self.topology.is_main, bool(self._told_by)]
+        return own + (self.memory.flags() if self.memory is not None else [])
 
-    def save_if_due(self, state: State, is_due_by_time: bool, is_terminated: bool) -> None:
-        """Saves if an interval has passed, or a SIGTERM or Ctrl-C has arrived.
+    def save_if_due(
+        self,
+        state: State,
+        is_due_by_time: bool,
+        is_terminated: bool,
+        is_copying: bool = False,
+        has_copy_failed: bool = False,
+    ) -> None:
+        """Saves if an interval has passed, or a SIGTERM or Ctrl-C has arrived; copies to memory likewise.
 
         Args:
             state: the state after the batch.
             is_due_by_time: whether any rank's first flag was raised (:meth:`flags`).
             is_terminated: whether any rank's second was.
+            is_copying: whether any rank's third was: a copy to memory that is due waits for the next batch.
+            has_copy_failed: whether any rank's fourth was: no more are made.
 
         Raises:
             SystemExit: with status 75, once the state is saved after a signal.
@@ -102,18 +119,21 @@ class Checkpointing:
         every = self.recipe.interval_batches
         if is_terminated:
             self._save(state)
-            self.wait()
+            self._end()
             told_by = self._told_by or "SIGTERM"
             self._log(f"{told_by}: saved and ended after batch {batch}; the same command resumes the run")
             raise SystemExit(PREEMPTED_STATUS)
         if is_due_by_time or (every is not None and batch % every == 0):
             self._save(state)
+        if has_copy_failed:
+            self._stop_copying()
+        self._copy_if_due(state, is_copying)
 
     def save_end(self, state: State) -> None:
         """Saves the final checkpoint and waits until it is written."""
         if state.timestamp.batch.value != self.last_batch:
             self._save(state)
-        self.wait()
+        self._end()
         self._stop_listening(signal.SIGINT)  # Nothing is left to save.
 
     def set_aside_after(self, batch: int) -> None:
@@ -122,6 +142,8 @@ class Checkpointing:
         If none is left, the run begins again, unless older ones are no longer kept.
         """
         self.wait()
+        if self.memory is not None:
+            self.memory.drop_after(batch)
         run_on_rank_0(self.topology, lambda: self._set_aside_after(batch))
 
     def close(self) -> None:
@@ -133,6 +155,32 @@ class Checkpointing:
         """Waits for a save that is still being written; every rank calls it, those that write nothing too."""
         run_on_rank_0(self.topology, lambda: self._report(self.saver.wait()))
         self.saver.wait()
+
+    def _end(self) -> None:
+        """Waits for the last save; if it succeeded, the copies in memory are needed no more."""
+        self.wait()
+        is_saved = run_on_rank_0(self.topology, lambda: self._is_saved)
+        if self.memory is not None and is_saved:
+            self.memory.finish()
+
+    def _copy_if_due(self, state: State, is_copying: bool) -> None:
+        """Copies to memory if that is due, once all ranks have finished the previous copy."""
+        every, batch = self.recipe.memory_interval_batches, state.timestamp.batch.value
+        if self.memory is None or every is None:
+            return
+        self._is_copy_due = self._is_copy_due or batch % every == 0
+        if self._is_copy_due and not is_copying:
+            self._is_copy_due = False
+            self.memory.start(state.model, state.optimizers[0], self._progress(state))
+
+    def _stop_copying(self) -> None:
+        """Makes no more copies to memory in this try, since a rank can't, and frees the memory."""
+        assert self.memory is not None
+        if self.memory.error:
+            line = f"NO more copies in memory: rank {self.topology.rank}: {self.memory.error}"
+            logger.warning(f"{line}; training continues", extra=log.ALL_RANKS)
+        self.memory.finish()
+        self.memory = None
 
     def _terminate(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGTERM:
@@ -149,9 +197,9 @@ class Checkpointing:
             if number in self._handlers_before:
                 signal.signal(number, self._handlers_before.pop(number))
 
-    def _save(self, state: State) -> None:
+    def _progress(self, state: State) -> Progress:
         stamp = state.timestamp
-        progress = Progress(
+        return Progress(
             batch=stamp.batch.value,
             samples=stamp.sample.value,
             tokens=stamp.token.value,
@@ -161,6 +209,9 @@ class Checkpointing:
             counts=self.guard.counts if self.guard is not None else [0, 0],
             consumed=copy.deepcopy(self.data_log.totals) if self.data_log else {},
         )
+
+    def _save(self, state: State) -> None:
+        progress = self._progress(state)
         self.last_save, self.last_batch = time.monotonic(), progress.batch
         self._report(self.saver.start(state.model, state.optimizers[0], progress))
 
@@ -177,6 +228,8 @@ class Checkpointing:
 
     def _report(self, saved: Saved | None) -> None:
         """Reports a save that failed, and notes one that did not."""
+        if saved is not None:
+            self._is_saved = saved.folder is not None
         if saved is not None and saved.folder is not None and self.topology.is_main:
             with suppress(OSError):
                 note_saved(self.saver.root.parent, saved.batch)

@@ -56,6 +56,10 @@ def test_a_plans_goodput_follows_from_its_recipe() -> None:
     assert found.save_seconds == pytest.approx(12 * 131.6e9 / 192 / 25e9, rel=0.05)
     assert goodput(plan, 0.0).share == pytest.approx(1, abs=0.01)
     assert goodput(plan, 1000 * PUBLISHED_FAILURES).share == 0.0
+    copied = replace(recipe, checkpoint=replace(recipe.checkpoint, memory_interval_batches=1))
+    with_copies = goodput(make_plan(copied, 3072, gpu_named("h100")))
+    assert with_copies.rework_share == pytest.approx(found.rework_share / 500)
+    assert with_copies.save_share == pytest.approx(501 * found.save_share)
     rechecked = replace(recipe, guard=replace(recipe.guard, recheck_interval_batches=50))
     twice = goodput(make_plan(rechecked, 3072, gpu_named("h100")))
     assert twice.share == pytest.approx(found.share / 1.04, rel=1e-3)

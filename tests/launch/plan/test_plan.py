@@ -169,6 +169,18 @@ def test_long_sequences_fit_few_gpus_where_ranks_share_them() -> None:
     assert shared.step_seconds > whole.step_seconds
 
 
+def test_copies_of_the_state_need_room_in_the_host() -> None:
+    saves = ("parallelism.replicate=1", "checkpoint.memory_interval_batches=1")
+    without, copied = recipe("dbrx", saves[0]), recipe("dbrx", *saves)
+    state = make_plan(copied, 64, GPUS["h100"]).memory
+    needed = 5 * (state.weights + state.optimizer)
+    large = replace(GPUS["h100"], memory_bytes=2**40)
+    for host, fits in ((2 * needed, True), (2 * needed - 2, False)):
+        gpu = replace(large, host_memory_bytes=host)
+        assert make_plan(without, 64, gpu).fits and not make_plan(without, 64, gpu).copies_bytes
+        assert (make_plan(copied, 64, gpu).copies_bytes, make_plan(copied, 64, gpu).fits) == (needed, fits)
+
+
 @pytest.mark.slow
 def test_inputs_that_wait_need_room_in_the_host() -> None:
     keys = ("parallelism.replicate=1", "training.recompute=layer")

@@ -38,7 +38,7 @@ OPTIMIZERS = [
 LAYOUTS = [Parallelism(replicate=2), Parallelism(replicate=2, expert=2), Parallelism(replicate=4)]
 
 
-def _built(
+def built(
     layout: Parallelism, topology: Topology, seed: int, own: Optimizer = ADAMW
 ) -> tuple[Decoder, torch.optim.Optimizer]:
     decoder = Decoder(CFG, device="meta")
@@ -46,7 +46,7 @@ def _built(
     return decoder, build_optimizer(decoder, own)
 
 
-def _step(decoder: Decoder, optimizer: torch.optim.Optimizer) -> float:
+def step(decoder: Decoder, optimizer: torch.optim.Optimizer) -> float:
     ids_BS = torch.arange(16).view(2, 8)
     loss = decoder(ids_BS, None, ids_BS).loss_sum
     loss.backward()
@@ -55,7 +55,7 @@ def _step(decoder: Decoder, optimizer: torch.optim.Optimizer) -> float:
     return loss.item()
 
 
-def _held(decoder: Decoder, optimizer: torch.optim.Optimizer) -> list[Any]:
+def held(decoder: Decoder, optimizer: torch.optim.Optimizer) -> list[Any]:
     """Everything that this rank holds."""
     found: list[Any] = []
 
@@ -91,13 +91,13 @@ def _opened(folder: Path) -> Iterator[list[str]]:
 
 def _saved(root: Path, layout: Parallelism, topology: Topology, own: Optimizer) -> tuple[Any, ...]:
     """Saves after a step, and returns what the rank held and the loss of its next step."""
-    decoder, optimizer = _built(layout, topology, 1, own)
-    _step(decoder, optimizer)
+    decoder, optimizer = built(layout, topology, 1, own)
+    step(decoder, optimizer)
     saver = CheckpointSaver(root, topology, 1, replicas_of(decoder))
     saver.start(decoder, optimizer, Progress(1, 8, 80, 1.5))
     saved = saver.wait()
     assert (saved is not None) == saver.is_writer and (saved is None or not saved.error)
-    return _held(decoder, optimizer), _step(decoder, optimizer)
+    return held(decoder, optimizer), step(decoder, optimizer)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -110,14 +110,14 @@ def test_a_shard_is_read_once_and_held_by_all_that_held_it(
     def save_and_load(topology: Topology) -> tuple[Any, ...]:
         before = _saved(tmp_path, layout, topology, own)
         dist.barrier()
-        decoder, optimizer = _built(layout, topology, 2, own)
+        decoder, optimizer = built(layout, topology, 2, own)
         with _opened(folder) as hashed:
             check_checkpoint(folder, topology=topology)
         with _opened(folder) as names:
             load_checkpoint(folder, decoder, optimizer, topology, replicas_of(decoder))
         # It has compared the digest of what it loads; of other shards it loads only what is replicated.
         assert set(hashed) - {".metadata"} <= set(names)
-        return before, (_held(decoder, optimizer), _step(decoder, optimizer)), names
+        return before, (held(decoder, optimizer), step(decoder, optimizer)), names
 
     found = run_ranks(4, save_and_load)
     check_checkpoint(folder)
@@ -135,10 +135,10 @@ def test_a_restored_optimizer_is_read_once(tmp_path: Path) -> None:
     folder = tmp_path / "batch-00000001"
 
     def restore(topology: Topology) -> tuple[Any, ...]:
-        decoder, optimizer = _built(layout, topology, 2, own)
+        decoder, optimizer = built(layout, topology, 2, own)
         with _opened(folder) as names:
             restore_optimizer(folder, decoder, optimizer, topology, replicas_of(decoder))
-        return _held(decoder, optimizer), names
+        return held(decoder, optimizer), names
 
     after = run_ranks(4, restore)
     # Only tensors: rates and decay are this recipe's.
@@ -155,7 +155,7 @@ def test_a_run_of_another_layout_reads_what_one_replica_wrote(tmp_path: Path) ->
     def load(topology: Topology) -> list[Any]:
         found = []
         for layout in (LAYOUTS[0], LAYOUTS[2], Parallelism(expert=4)):
-            decoder, optimizer = _built(layout, topology, 2)
+            decoder, optimizer = built(layout, topology, 2)
             load_checkpoint(folder, decoder, optimizer, topology, replicas_of(decoder))
             found.append([whole(each).tolist() for each in decoder.parameters()])
         return found
@@ -175,7 +175,7 @@ def test_a_file_that_one_rank_cannot_read_ends_the_load_on_all(
     (folder / "state" / name).write_bytes(b"damaged")
 
     def load(topology: Topology) -> str:
-        decoder, optimizer = _built(LAYOUTS[1], topology, 2)
+        decoder, optimizer = built(LAYOUTS[1], topology, 2)
         try:
             load_checkpoint(folder, decoder, optimizer, topology, replicas_of(decoder))
         except BaseException as failure:  # torch's is no Exception
@@ -202,8 +202,8 @@ def test_a_plan_that_stays_the_same_is_sent_once(tmp_path: Path, monkeypatch: py
 
         monkeypatch.setattr(dist, "gather_object", gathered)
         monkeypatch.setattr(dist, "scatter_object_list", scattered)
-        decoder, optimizer = _built(LAYOUTS[1], topology, 1)
-        _step(decoder, optimizer)
+        decoder, optimizer = built(LAYOUTS[1], topology, 1)
+        step(decoder, optimizer)
         saver = CheckpointSaver(tmp_path, topology, 9, replicas_of(decoder))
         sizes, metadata, are_equal = [], [], []
         for batch in (1, 2, 3):
@@ -218,15 +218,15 @@ def test_a_plan_that_stays_the_same_is_sent_once(tmp_path: Path, monkeypatch: py
                 metadata.append(sorted(reader.metadata.state_dict_metadata))
                 # The plan's gather and, on rank 0, its scatter; the second gather is that of the results.
                 sizes.append(max(sent[:2] if topology.is_main else sent[:1]))
-            before = _held(decoder, optimizer)
-            other, other_optimizer = _built(LAYOUTS[1], topology, 2)
+            before = held(decoder, optimizer)
+            other, other_optimizer = built(LAYOUTS[1], topology, 2)
             if batch == 3:
                 other.register_buffer("more", torch.zeros(1000))
             load_checkpoint(
                 tmp_path / f"batch-{batch:08d}", other, other_optimizer, topology, replicas_of(other)
             )
-            are_equal.append(_held(other, other_optimizer) == before)
-            _step(decoder, optimizer)
+            are_equal.append(held(other, other_optimizer) == before)
+            step(decoder, optimizer)
         return sizes, metadata, are_equal
 
     for rank, (sizes, metadata, are_equal) in enumerate(run_ranks(4, work)):
