@@ -5,6 +5,10 @@ ranks as ever. Each checks its recipe, hands itself over to the server (:func:`h
 environment and output, and waits in place of the rank that the server forks: it passes on signals and ends
 with the rank's status; if it is killed, so is the rank.
 
+If a rank fails of a job whose ranks are all on this host, the processes that stand in for them stay. Once all
+ranks have ended, whoever started the server may have them forked again (:class:`WarmServer`): the launcher
+notices nothing of it, and neither it nor Python starts again.
+
 The server imports when the first rank comes. It forks only ranks that would import the same: of the same
 code, unchanged since, and of the same environment but for what differs between ranks. All others are told
 that it is cold, and import for themselves. It never computes, so that no thread pool is lost in a fork, and
@@ -28,9 +32,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from train.recipe.exit_status import PREEMPTED_STATUS, USAGE_STATUS
+
 WARM_VARIABLE = "FINEGRAIN_WARM"
 """Names the server's socket."""
 COLD = "cold"
+RANK = "rank "
+"""Before the process id of the rank that was forked; 0 if it has ended and another may be forked."""
+AGAIN, KILL, ENDED, BEGUN = "again", "kill", "ended", "begun"
+"""What whoever started the server asks of it, and hears of it."""
+LAST_STATUSES = (0, USAGE_STATUS, PREEMPTED_STATUS)
+"""A rank that ends with one of these is not forked again."""
 DIFFERING = frozenset(
     {
         *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
@@ -77,21 +89,32 @@ def hand_over(arguments: Sequence[str]) -> int | None:
             server.sendall(text)
             with server.makefile("r") as answers:
                 first = answers.readline().strip()
-                return None if first in ("", COLD) else _stand_in(int(first), answers.readline)
+                return None if first in ("", COLD) else _stand_in(first, answers.readline)
         except OSError:
             return None
 
 
-def _stand_in(rank_pid: int, next_answer: Callable[[], str]) -> int:
-    """Waits for the end of a rank that has this process's place, passing on signals; returns its status."""
+def _stand_in(answer: str, next_answer: Callable[[], str]) -> int:
+    """Waits for the end of the ranks in this process's place, passing on signals; returns their status.
+
+    Args:
+        answer: the server's first.
+        next_answer: waits for the next; empty if there is none.
+    """
+    rank_pid = 0
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        if not rank_pid:  # It has ended, and perhaps another is forked.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         with suppress(ProcessLookupError):
             os.kill(rank_pid, number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
-    answer = next_answer().strip()
+    while answer.startswith(RANK):
+        rank_pid = int(answer.removeprefix(RANK))
+        answer = next_answer().strip()
     status = int(answer) if answer else -signal.SIGKILL  # The server was killed, and its ranks with it.
     if status >= 0:
         return status
@@ -114,14 +137,31 @@ class Request:
     """Its standard input, output and error."""
 
 
+@dataclass
+class Slot:
+    """A rank's place: the process that stands in for it, and the rank that is forked for it now."""
+
+    request: Request
+    connection: socket.socket
+    created: float
+    """When the start of its rank began."""
+    pid: int = 0
+    """0: its rank has ended."""
+    pidfd: int = -1
+
+
 class WarmServer:
     """Forks ranks for the processes that come to its socket, until the process that started it ends.
+
+    That process hears ``ended PID STATUS`` of each rank that ends in a job whose ranks may be forked again:
+    if they are all here and none has ended for good. It may ask to ``kill`` the others and, once all have
+    ended, to fork all ``again``: then it hears ``begun``, or ``cold`` if that can't be.
 
     Args:
         listener: the socket.
         prepare: imports, with the environment of the first rank; returns whether this process can fork ranks.
         work: what a rank does with its arguments, program excluded; returns its exit status.
-        life: a pipe whose other end the process that started it holds.
+        life: a socket whose other end the process that started it holds.
         root: folder of the code that ranks run.
     """
 
@@ -140,8 +180,9 @@ class WarmServer:
         """That of the ranks that it can fork; None until the first has come."""
         self.changed: dict[str, float] = {}
         """When each imported file of ours was changed."""
-        self.ranks: dict[int, tuple[int, socket.socket]] = {}
-        """Process id of each rank and the connection of the process that stands in for it, by its pidfd."""
+        self.slots: list[Slot] = []
+        self.is_failed = False
+        """A rank has ended, and all may be forked again."""
         self.selector = selectors.DefaultSelector()
 
     def serve(self) -> int:
@@ -152,15 +193,20 @@ class WarmServer:
             for key, _ in self.selector.select():
                 if key.fileobj is self.listener:
                     request, connection = self._receive()
-                    if request is not None and self._start(request, connection):
-                        return self._be_rank(request)
+                    slot = self._start(request, connection) if request is not None else None
+                    if slot is not None:
+                        return self._be_rank(slot)
                 elif key.fd == self.life:
-                    return 0  # Its ranks end with it.
-                elif key.fd in self.ranks:
-                    self._finish(key.fd)
-                else:  # The process that stands in for a rank is gone.
-                    os.kill(self.ranks[key.data][0], signal.SIGKILL)
-                    self.selector.unregister(key.fileobj)
+                    asked = os.read(self.life, 64).decode().split()
+                    if not asked:
+                        return 0  # Its ranks end with it.
+                    slot = self._do(asked)
+                    if slot is not None:
+                        return self._be_rank(slot)
+                elif key.fd == key.data.pidfd:
+                    self._finish(key.data)
+                else:
+                    self._leave(key.data)
 
     def _receive(self) -> tuple[Request | None, socket.socket]:
         connection, _ = self.listener.accept()
@@ -175,42 +221,99 @@ class WarmServer:
             _close(connection, files)
             return None, connection
 
-    def _start(self, request: Request, connection: socket.socket) -> bool:
-        """Forks a rank if this server can; True in the rank."""
+    def _start(self, request: Request, connection: socket.socket) -> Slot | None:
+        """Forks a rank if this server can; returns its slot in the rank."""
         if self.environment is None and self._is_of_this_start(request):
             self._warm_up(request)
         if not self._can_be(request):
             with suppress(OSError):
                 connection.sendall(f"{COLD}\n".encode())
             _close(connection, request.files)
-            return False
+            return None
+        slot = Slot(request, connection, request.created)
+        self.slots.append(slot)
+        self.selector.register(connection, selectors.EVENT_READ, data=slot)
+        return slot if self._fork(slot) else None
+
+    def _fork(self, slot: Slot) -> bool:
+        """Forks a rank; True in the rank."""
         with warnings.catch_warnings():
             # The threads are those of OpenBLAS, which waits for them before a fork.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
-            connection.close()
             return True
-        pidfd = os.pidfd_open(pid)
-        self.ranks[pidfd] = pid, connection
-        self.selector.register(pidfd, selectors.EVENT_READ)
-        self.selector.register(connection, selectors.EVENT_READ, data=pidfd)
-        _close(None, request.files)
-        with suppress(OSError):
-            connection.sendall(f"{pid}\n".encode())
+        slot.pid, slot.pidfd = pid, os.pidfd_open(pid)
+        self.selector.register(slot.pidfd, selectors.EVENT_READ, data=slot)
+        self._tell(slot, f"{RANK}{pid}")
         return False
 
-    def _finish(self, pidfd: int) -> None:
-        """Reports the end of a rank."""
-        pid, connection = self.ranks.pop(pidfd)
+    def _finish(self, slot: Slot) -> None:
+        """Reports the end of a rank: to its stand-in, or to the process that may have it forked again."""
+        pid = slot.pid
         _, status = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        self.selector.unregister(slot.pidfd)
+        os.close(slot.pidfd)
+        slot.pid, slot.pidfd = 0, -1
+        is_kept = slot in self.slots
+        self.is_failed |= is_kept and code not in LAST_STATUSES and self._is_whole_job()
+        if self.is_failed and is_kept:
+            self._tell(slot, f"{RANK}0")
+            self._report(f"{ENDED} {pid} {code}")
+        else:
+            self._tell(slot, str(code))
+            self._remove(slot)
+
+    def _leave(self, slot: Slot) -> None:
+        """Ends the rank of a process that stood in for it and is gone."""
+        self._remove(slot)
+        if slot.pid:
+            os.kill(slot.pid, signal.SIGKILL)
+
+    def _remove(self, slot: Slot) -> None:
+        if slot in self.slots:
+            self.slots.remove(slot)
+        with suppress(KeyError, ValueError):  # It has been removed already.
+            self.selector.unregister(slot.connection)
+        _close(slot.connection, slot.request.files)
+        slot.request.files.clear()
+        self.is_failed = self.is_failed and bool(self.slots)
+
+    def _is_whole_job(self) -> bool:
+        """Returns True if all ranks of a job are here, and stand-ins of all of them."""
+        sizes = {
+            (slot.request.environment.get("WORLD_SIZE"), slot.request.environment.get("LOCAL_WORLD_SIZE"))
+            for slot in self.slots
+        }
+        return sizes == {(str(len(self.slots)), str(len(self.slots)))}
+
+    def _do(self, asked: Sequence[str]) -> Slot | None:
+        """Kills ranks or forks them again; returns the slot of a rank in that rank."""
+        if KILL in asked:
+            for slot in self.slots:
+                if slot.pid:
+                    os.kill(slot.pid, signal.SIGKILL)
+        if AGAIN in asked:
+            can = self.is_failed and self._is_whole_job() and not any(slot.pid for slot in self.slots)
+            if not can or not all(self._can_be(slot.request) for slot in self.slots):
+                self._report(COLD)
+                return None
+            self.is_failed, now = False, time.time()
+            self._report(BEGUN)
+            for slot in self.slots:
+                slot.created = now
+                if self._fork(slot):
+                    return slot
+        return None
+
+    def _tell(self, slot: Slot, line: str) -> None:
         with suppress(OSError):
-            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-        self.selector.unregister(pidfd)
-        with suppress(KeyError):
-            self.selector.unregister(connection)
-        connection.close()
-        os.close(pidfd)
+            slot.connection.sendall(f"{line}\n".encode())
+
+    def _report(self, line: str) -> None:
+        with suppress(OSError):
+            os.write(self.life, f"{line}\n".encode())
 
     def _is_of_this_start(self, request: Request) -> bool:
         """Compares what only the start of Python and of the dynamic linker has read."""
@@ -240,14 +343,16 @@ class WarmServer:
         is_same = self.environment == _common(request.environment) and self._is_of_this_start(request)
         return is_same and all(_changed(file) == before for file, before in self.changed.items())
 
-    def _be_rank(self, request: Request) -> int:
+    def _be_rank(self, slot: Slot) -> int:
         """Runs the rank in the process that was forked for it; returns its exit status."""
+        request = slot.request
         ctypes.CDLL(None).prctl(WITH_PARENT, signal.SIGKILL)
         self.selector.close()
         self.listener.close()
-        for pidfd, (_, connection) in self.ranks.items():
-            os.close(pidfd)
-            connection.close()
+        for other in self.slots:
+            if other.pidfd >= 0:
+                os.close(other.pidfd)
+            _close(other.connection, other.request.files if other is not slot else ())
         for number, file in enumerate(request.files):
             os.dup2(file, number)
             os.close(file)
@@ -260,7 +365,7 @@ class WarmServer:
         sys.argv = request.arguments
         from train.record.start_times import START_CLOCK
 
-        START_CLOCK.continue_from(request.created)
+        START_CLOCK.continue_from(slot.created)
         try:
             return self.work(request.arguments[1:])
         except SystemExit as end:
@@ -311,7 +416,7 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def serve(path: str) -> int:
-    """Serves a socket that it creates; its life is this process's standard input."""
+    """Serves a socket that it creates; its life is this process's standard input, a socket too."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(128)

@@ -14,7 +14,7 @@ from launch.restart.history import LOG_FILE, Policy, read_log
 from launch.restart.look_back import look_back
 from launch.restart.supervisor import Supervisor
 from launch.restart.warmth import Warmth
-from train.health.heartbeat import RECORDS_VARIABLE, Heartbeat, read_records
+from train.health.heartbeat import RECORDS_VARIABLE, Failure, Heartbeat, read_records
 from train.recipe.errors import UserError
 from train.recipe.exit_status import PREEMPTED_STATUS, USAGE_STATUS
 from train.recipe.reading import load_recipe
@@ -34,6 +34,9 @@ newest valid checkpoint. Exit status: 0 finished, 2 a mistake in the recipe, 70 
 """
 
 logger = log.get_logger("launch.restart")
+RECORD_SECONDS = 2.0
+"""Time for the other ranks to say why they fail, before they are killed."""
+LOOK_SECONDS = 0.02
 
 LIMITS: tuple[tuple[str, float, str, str], ...] = (
     ("--restarts", Policy.restarts, "N", "failures in a row without progress that stop the job"),
@@ -120,13 +123,18 @@ def main(options: Namespace) -> int | Figures:
     try:
         return supervisor.run()
     finally:
+        training.close()
         if warmth is not None:
             warmth.end()
         release(folder)
 
 
 class TrainingCommand:
-    """The training command, run once per try in its own session."""
+    """The training command, run in its own session.
+
+    It is started for each try, unless a server that has imported can fork the ranks again: then the launcher
+    of the first try lives on.
+    """
 
     def __init__(
         self, words: list[str], folder: Path, grace_seconds: float, warmth: Warmth | None = None
@@ -134,6 +142,9 @@ class TrainingCommand:
         self.words, self.folder, self.grace_seconds, self.warmth = words, folder, grace_seconds, warmth
         self._is_told_to_end = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._words: list[str] = []
+        self._is_kept = False
+        """The launcher lives, and all of its ranks have ended."""
 
     def run(self, hosts: tuple[str, ...]) -> int:
         """Runs the command on the given hosts; returns its exit status, negative for a signal."""
@@ -143,6 +154,10 @@ class TrainingCommand:
             for name, value in places.items():
                 word = word.replace(name, value)  # noqa: PLW2901
             words.append(word)
+        if self._is_kept and words == self._words and self.warmth is not None and self.warmth.begin_again():
+            return self._wait()
+        self.close()
+        self._words = words
         environment = os.environ | {RECORDS_VARIABLE: str(self.folder.resolve())}
         if self.warmth is not None:
             environment |= self.warmth.variables(environment)
@@ -151,13 +166,51 @@ class TrainingCommand:
         except OSError as error:
             logger.error(f"{words[0]}: {error.strerror}; give an executable command")
             return USAGE_STATUS
+        return self._wait()
+
+    def _wait(self) -> int:
+        """Waits for the end of a try; returns its status."""
+        assert self._process is not None
+        self._is_kept = False
+        if self.warmth is not None and (first := self.warmth.wait(self._process)) is not None:
+            self._wait_for_ranks(self.warmth, self._process, first[0])
+            if self._process.poll() is None:
+                self._is_kept = True
+                return first[1]
         status = self._process.wait()
         if self._is_told_to_end and self._have_all_ended() and status == -signal.SIGTERM:
             # A launcher killed by SIGTERM leaves ranks that save and end by themselves.
             status = PREEMPTED_STATUS
-        self.signal(signal.SIGKILL)
-        end_leftovers(self.folder)
+        self._end_rest()
         return status
+
+    def _wait_for_ranks(self, warmth: Warmth, launcher: "subprocess.Popen[bytes]", first: int) -> None:
+        """Waits until all ranks have ended; they get some time to say why, and are killed then."""
+        ended, kill_at = {first}, time.monotonic() + RECORD_SECONDS
+        is_killed = False
+        while launcher.poll() is None:
+            beats = read_records(self.folder, "beat-*.json", Heartbeat)
+            living = [beat.rank for beat in beats if beat.pid not in ended]
+            if not living:
+                return
+            said = {each.rank for each in read_records(self.folder, "failed-*.json", Failure)}
+            if not is_killed and (said.issuperset(living) or time.monotonic() > kill_at):
+                warmth.kill_ranks()
+                is_killed = True
+            if (found := warmth.wait(launcher, LOOK_SECONDS)) is not None:
+                ended.add(found[0])
+
+    def close(self) -> None:
+        """Ends a launcher that was kept for another try."""
+        if self._is_kept:
+            self._is_kept = False
+            self._end_rest()
+
+    def _end_rest(self) -> None:
+        self.signal(signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()
+        end_leftovers(self.folder)
 
     def end(self) -> None:
         """Asks the job to save and stop, by SIGTERM whichever signal the supervisor received."""

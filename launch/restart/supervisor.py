@@ -70,6 +70,8 @@ class Supervisor:
                 f"again from batch {ending.checkpoint} in {wait:.0f} s"
             )
             self.sleep(wait)
+            if self.is_told_to_end:  # while it waited
+                return ending.status
 
     def _judge(self, ending: Ending) -> int | None:
         """Returns the exit status if this was the last try, else None."""

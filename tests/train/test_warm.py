@@ -53,7 +53,7 @@ class Host:
         self.folder, self.output = folder, folder / "output"
         self.socket = folder / "s"
         (folder / "warm_code.py").write_text("ANSWER = 42\n")
-        life, self.life = os.pipe()
+        life, self.life = (each.detach() for each in socket.socketpair())
 
         def serve() -> None:
             os.close(self.life)
@@ -156,6 +156,57 @@ def test_without_a_server_a_rank_runs_itself(tmp_path: Path, monkeypatch: pytest
     assert hand_over(["main.py"]) is None
     monkeypatch.setenv(WARM_VARIABLE, str(tmp_path / "gone"))
     assert hand_over(["main.py"]) is None
+
+
+def heard(host: Host, count: int) -> list[str]:
+    """Waits for lines of the server."""
+    text = ""
+    while text.count("\n") < count:
+        text += os.read(host.life, 1).decode()
+    return text.splitlines()
+
+
+def test_ranks_of_a_whole_job_are_forked_again_behind_the_launchers_back(host: Host) -> None:
+    size = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    waits = host.start("waits", 0, **size)
+    pid_file = host.folder / "pid"
+    await_that(lambda: pid_file.exists() and pid_file.read_text() != "")
+    first = int(pid_file.read_text())
+    dies = host.start("dies", 1, **size)
+    (ended,) = heard(host, 1)
+    assert ended.startswith("ended ") and ended.endswith(" -9")
+    os.write(host.life, b"again\n")
+    assert heard(host, 1) == ["cold"], "a rank still lives"
+    os.write(host.life, b"kill\n")
+    assert heard(host, 1) == [f"ended {first} -9"]
+    assert waits.is_alive() and dies.is_alive()
+
+    pid_file.unlink()
+    os.write(host.life, b"again\n")
+    begun, ended = heard(host, 2)
+    assert begun == "begun" and ended.endswith(" -9")
+    await_that(lambda: pid_file.exists() and pid_file.read_text() != "")
+    assert int(pid_file.read_text()) != first
+    os.write(host.life, b"kill\n")
+    heard(host, 1)
+    # Of changed code none is forked again; the launcher, and its processes with it, is ended then.
+    os.utime(host.folder / "warm_code.py", (0, 0))
+    os.write(host.life, b"again\n")
+    assert heard(host, 1) == ["cold"]
+    for process in (waits, dies):
+        process.terminate()
+        process.join(PATIENCE_SECONDS)
+        assert process.exitcode == -signal.SIGTERM
+
+
+def test_a_rank_that_ends_for_good_is_not_kept(host: Host) -> None:
+    size = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    waits = host.start("waits", 0, **size)
+    await_that((host.folder / "pid").exists)
+    assert host.status("works", 1, **size) == 0
+    waits.terminate()
+    waits.join(PATIENCE_SECONDS)
+    assert waits.exitcode == 75
 
 
 def test_ranks_end_with_their_server(host: Host) -> None:

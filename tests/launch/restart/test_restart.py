@@ -112,6 +112,17 @@ def test_waits_double_while_nothing_is_gained_and_the_limit_holds(job: ScriptedT
     assert "without progress" in job.said[-1]
 
 
+def test_a_job_that_is_told_to_end_while_it_waits_is_not_started_again(job: ScriptedTries) -> None:
+    job.tries = [job.fails(3), job.fails(3), lambda: 0]
+    supervisor = Supervisor(lambda _: job.tries.pop(0)(), Policy(), job.folder, say=job.said.append)
+
+    def sleep(seconds: float) -> None:
+        supervisor.is_told_to_end = seconds > 0
+
+    supervisor.sleep = sleep
+    assert supervisor.run() == FAILED and len(job.tries) == 1
+
+
 def test_a_recipe_that_is_wrong_is_not_tried_again(job: ScriptedTries) -> None:
     job.tries = [lambda: 2, lambda: 0]
     assert job.supervise() == 2
