@@ -20,10 +20,11 @@ from data.shards.manifest import MANIFEST_FILE, REJECTED_FILE, Manifest, check_s
 from data.shards.upload import upload_shards
 from data.text.build import build_into
 from data.text.engines import Engine, Processes, open_engine
-from data.text.installed import CorpusDocument, installed_corpus
+from data.text.installed import SOURCE_DOMAINS, CorpusDocument, installed_corpus
 from data.text.job import OUT
 from data.text.placement import KEY, Placement, placement_of
 from train.recipe.errors import UserError
+from train.recipe.phases import domains_of
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
 from train.recipe.topology import usable_cores
@@ -76,7 +77,9 @@ def build_shards(
         remedy = "set it to `installed`, or give data.sources"
         raise UserError("is null, so there is nothing to build from", key="data.corpus", remedy=remedy)
     if documents is not None or not recipe.data.sources:
-        documents = documents or (lambda: installed_corpus(recipe.data.corpus_bytes))
+        # Code and prose always: recipes with one of them share shards with those that have both.
+        wanted = {*SOURCE_DOMAINS, *domains_of(recipe), *recipe.data.validation_domains}
+        documents = documents or (lambda: installed_corpus(recipe.data.corpus_bytes, domains=wanted))
     place = placement_of(root)
     with place.locked():
         if (root / MANIFEST_FILE).exists() and not rebuild:

@@ -59,7 +59,7 @@ launch.verify      train.recipe train.record data data.order data.shards data.te
                    train.layout train.checkpoint train.health train.step train.hf train launch.restart
 launch.experiments train.recipe train.record data data.order data.shards data.text train.model
                    train.layout train.checkpoint train.health train.step train.preflight train.hf
-                   train.report train.tracking train launch.plan launch.restart launch.verify
+                   train.evaluate train.report train.tracking train launch.plan launch.restart launch.verify
 """
 """A package, and behind it those that it imports, from the ground floor up."""
 

@@ -205,7 +205,7 @@ def _spool(
             path="",
             dataset=recipe.data.corpus or "documents",
             version="",
-            origin=installed.SOURCE,
+            origin=installed.MESSAGES_SOURCE if domain == installed.MESSAGES else installed.SOURCE,
             licence=installed.LICENCE,
         )
         for domain in by_domain

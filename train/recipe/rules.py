@@ -40,7 +40,7 @@ CL100K_TOKENS = 100_278
 FORCED_BALANCE = "forced-balance"
 """Part of the name of a recipe with `model.moe.forced_balance`: of its folder, logs, pages and plans."""
 
-INSTALLED_DOMAINS = ("code", "prose")
+INSTALLED_DOMAINS = ("code", "prose", "messages")
 """Domains of the installed corpus."""
 
 

@@ -262,7 +262,8 @@ class Data:
     mixes."""
     corpus: Optional[str] = None
     """`installed`: builds missing shards from text that every installation has (code and prose of the
-    standard library and the installed packages). null: the shards must exist."""
+    standard library and the installed packages; `messages`, if the mixture names it, of programs in five
+    languages, from the system's message catalogues). null: the shards must exist."""
     corpus_bytes: int = key(64_000_000, above=0, read_when="data.corpus == installed")
     """Maximum size of the installed corpus, in bytes of text per domain."""
     sources: list[Source] = key(factory=list)

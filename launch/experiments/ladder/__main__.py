@@ -2,14 +2,17 @@
 
 import dataclasses
 import fnmatch
+import os
+import signal
 import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.experiments.ladder.plan import LadderPlan, Run
-from launch.experiments.ladder.runner import Timings, missing, summary_of, train_missing
+from launch.experiments.ladder.plan import LadderPlan, Rates, Run
+from launch.experiments.ladder.results import is_complete
+from launch.experiments.ladder.runner import RECORD, Timings, missing, train_missing
 from launch.experiments.ladder.search import chosen, search_rates, summary_lines
 from train.recipe.errors import UserError
 from train.recipe.topology import usable_cores
@@ -28,6 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="train only runs with such names")
     parser.add_argument("--hours", type=float, help="begin no run that would end later (default: no limit)")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="runs at once (default: cores)")
+    parser.add_argument("--nice", type=int, default=0, metavar="N", help="19: give way to other programs")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on every run's length (default: 1)")
     parser.add_argument(
         "--transfer",
@@ -39,8 +43,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 @command(
     "python -m launch.experiments.ladder",
-    "Trains the missing runs of a ladder, several at once, and compares all of them. Run the same command "
-    "again to continue.",
+    "Trains the missing runs of a ladder, several at once, and compares all of them. Stop it any time; the "
+    "same command continues.",
     add_arguments,
     json="write the comparison as JSON there too",
     file="ladder",
@@ -57,25 +61,48 @@ def main(options: Namespace) -> Outcome:
     if options.dry_run:
         print(describe(plan, Timings(folder / "timings.jsonl"), options.workers))
         return 0
+    os.nice(options.nice)
+    # As Ctrl-C: the runs are ended, and continue from their checkpoints when the command is given again.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return climb(plan, folder, options)
 
 
 def climb(plan: LadderPlan, folder: Path, options: Namespace) -> Outcome:
-    """Searches learning rates, trains, compares, sends to MLflow."""
+    """Searches learning rates, trains block by block, compares, sends to MLflow."""
+    ladder, searched, rates = plan.ladder, list[Run](), Rates()
+    by_parabola = ladder.search is not None and ladder.search.by_parabola
     deadline = time.time() + options.hours * 3600 if options.hours else None
-    how = {"workers": options.workers, "deadline": deadline}
-    searched, losses = search_rates(plan, lambda runs: train_missing(runs, folder, **how))
-    if searched and not losses:
-        print("the search for learning rates is not complete; run the same command again to continue")
-        return INCOMPLETE_STATUS
-    for line in summary_lines(losses):
-        print(line)
-    runs = plan.runs(chosen(losses))
-    wanted = [run for run in runs if fnmatch.fnmatch(run.recipe.name, options.only)]
-    train_missing(wanted, folder, **how)
-    left = missing(runs)
+
+    def train(runs: Sequence[Run]) -> list[Run]:
+        return train_missing(
+            runs,
+            folder,
+            workers=options.workers,
+            deadline=deadline,
+            average=ladder.average,
+            counts_diverged=ladder.counts_diverged,
+        )
+
+    for name, block in plan.blocks.items():
+        if ladder.blocks:
+            print(f"block {name}", flush=True)
+        tried, losses = search_rates(plan, train, block)
+        if tried and not losses:
+            print("the search for learning rates is not complete; run the same command again to continue")
+            return INCOMPLETE_STATUS
+        for line in summary_lines(losses, by_parabola=by_parabola):
+            print(line)
+        searched += [run for run in tried if run not in searched]
+        rates |= chosen(losses, by_parabola=by_parabola)
+        of_block = plan.runs_of(block, rates) if ladder.blocks else plan.runs(rates)
+        train([run for run in of_block if fnmatch.fnmatch(run.recipe.name, options.only)])
+    runs = plan.runs(rates)
+    left = missing(runs, ladder.average)
     there = [run for run in runs if run not in left]
-    comparison = compare_runs(plan, folder, there) if len({run.family for run in there}) > 1 else None
+    print(f"{folder / RECORD} has every run")
+    # Families of several blocks have different tokens and questions.
+    is_one = not ladder.blocks and len({run.family for run in there}) > 1
+    comparison = compare_runs(plan, folder, there) if is_one else None
     if options.mlflow:
         from launch.experiments.ladder.record import send
         from train.tracking.mlflow_upload import UploadError
@@ -122,7 +149,7 @@ def describe(plan: LadderPlan, timings: Timings, workers: int) -> str:
 
     rows, seconds = [], 0.0
     for run in [*plan.search_runs(), *plan.runs()]:
-        state = "done" if summary_of(run) else ""
+        state = "done" if is_complete(run, plan.ladder.average) else ""
         predicted = timings.predict(run)
         seconds += 0 if state else predicted
         model = run.recipe.model

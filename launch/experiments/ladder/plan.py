@@ -30,6 +30,8 @@ class Family:
     """Sizes at which this family is run; null: all."""
     rate_of: Optional[str] = None
     """Family whose learning rate this one uses; null: its own, from the search."""
+    searched: Optional[list[str]] = None
+    """Sizes at which its learning rate is searched; null: all of the search's."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,20 @@ class Search:
     seeds: list[int] = field(default_factory=lambda: [100])
     """A rate's loss is the mean over these seeds. They must not be among the ladder's: a run that was
     selected for its loss must not count as a result."""
+    by_parabola: bool = False
+    """The rate is the lowest point of a parabola fitted to all losses over log2 of the rate, instead of the
+    best that was tried."""
+
+
+@dataclass(frozen=True)
+class RunBlock:
+    """Runs that answer one question together."""
+
+    families: list[str] = MISSING
+    """The first is the one whose FLOPs the others must match."""
+    seeds: list[int] = MISSING
+    sizes: Optional[list[str]] = None
+    """null: all of each family's."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,11 @@ class Ladder:
     families: dict[str, Family] = MISSING
     sizes: list[str] = field(default_factory=lambda: ["one"])
     """Size names in the recipes' paths; a single size `one` if the paths have none."""
-    seeds: list[int] = MISSING
+    seeds: list[int] = field(default_factory=list)
+    """Of every family at every size; of a ladder with blocks none, as each block has its own."""
+    blocks: dict[str, RunBlock] = field(default_factory=dict)
+    """Trained in this order, each after the searches that it needs; within a block seed by seed, so that one
+    that is cut short can still be compared. A run that several blocks want is trained once."""
     baseline: str = MISSING
     """Family with which the others are compared."""
     metric: str = "nats"
@@ -61,6 +81,11 @@ class Ladder:
     """Maximum relative difference in FLOPs from the baseline at a size; null: not checked."""
     search: Optional[Search] = None
     """null: the recipes' own learning rates."""
+    counts_diverged: bool = False
+    """A run in which a step is not finite twice is recorded as diverged, and the others follow; false: the
+    command ends there. Searches always leave such a rate out."""
+    average: Optional[int] = None
+    """Losses are those of the mean of a run's last so many checkpoints; null: of its last weights."""
 
 
 Rates = dict[tuple[str, str], float]
@@ -116,14 +141,33 @@ class LadderPlan:
         """Name of the ladder at this scale, and with this base."""
         self._check()
 
-    def search_runs(self) -> list[Run]:
-        """The initial runs of the search, before any beyond an edge; empty without a search."""
+    @property
+    def blocks(self) -> dict[str, RunBlock]:
+        """The ladder's blocks by name; of one without blocks, a single one of everything."""
+        whole = RunBlock(list(self.ladder.families), self.ladder.seeds, self.ladder.sizes)
+        return self.ladder.blocks or {self.ladder.name: whole}
+
+    def search_runs(self, block: RunBlock | None = None) -> list[Run]:
+        """The initial runs of the search, before any beyond an edge; empty without a search.
+
+        Args:
+            block: only those whose rates its runs use; None: all.
+        """
+        blocks = self.blocks.values() if block is None else (block,)
+        needed = {
+            (self.ladder.families[family].rate_of or family, near)
+            for each in blocks
+            for family in each.families
+            for size in each.sizes or self._sizes(family)
+            if (near := self._near(self.ladder.families[family].rate_of or family, size)) is not None
+        }
+        if self._transfer is not None:
+            needed = {self._transfer}
         return [
             run
             for size in self._searched()
-            for family, entry in self.ladder.families.items()
-            if entry.rate_of is None and size in self._sizes(family)
-            if self._transfer in (None, (family, size))
+            for family in self.ladder.families
+            if (family, size) in needed
             for multiplier in self._searched()[size]
             for run in self.search_of(family, size, multiplier)
         ]
@@ -134,17 +178,31 @@ class LadderPlan:
         return [self._run(family, size, seed, multiplier, is_search=True) for seed in seeds]
 
     def runs(self, rates: Rates | None = None) -> list[Run]:
-        """The runs that are compared, the smallest first.
+        """The runs that are compared, the smallest first, or block by block.
 
         Args:
             rates: from the search; None: the recipes' own.
         """
+        if self.ladder.blocks:
+            runs = [run for block in self.ladder.blocks.values() for run in self.runs_of(block, rates)]
+            return list({run.recipe.name: run for run in runs}.values())
         return [
             self._run(family, size, seed, self._rate(entry.rate_of or family, size, rates or {}))
             for size in self.ladder.sizes
             for seed in self.ladder.seeds
             for family, entry in self.ladder.families.items()
             if size in self._sizes(family)
+        ]
+
+    def runs_of(self, block: RunBlock, rates: Rates | None = None) -> list[Run]:
+        """The runs of a block, seed by seed."""
+        return [
+            self._run(family, size, seed, self._rate(entry.rate_of or family, size, rates or {}))
+            for seed in block.seeds
+            for size in self.ladder.sizes
+            for family in block.families
+            if size in (block.sizes or self.ladder.sizes) and size in self._sizes(family)
+            for entry in (self.ladder.families[family],)
         ]
 
     def _run(self, family: str, size: str, seed: int, multiplier: float, *, is_search: bool = False) -> Run:
@@ -226,26 +284,37 @@ class LadderPlan:
         """The multiplier found at this size, the nearest smaller one, or else the nearest larger one."""
         if self._transfer:
             return rates.get(self._transfer, 1.0)
+        near = self._near(family, size)
+        return rates.get((family, near), 1.0) if near is not None else 1.0
+
+    def _near(self, family: str, size: str) -> str | None:
+        """The size whose search a family takes its rate from: see :meth:`_rate`; None without a search."""
         place = self.ladder.sizes.index(size)
         near = [*reversed(self.ladder.sizes[: place + 1]), *self.ladder.sizes[place + 1 :]]
-        return next((rates[family, at] for at in near if (family, at) in rates), 1.0)
+        entry = self.ladder.families[family]
+        own = [at for at in self._searched() if at in self._sizes(family) and at in (entry.searched or [at])]
+        return next((at for at in near if at in own), None)
 
     def _check(self) -> None:
         ladder, file = self.ladder, str(self.path)
         if ladder.baseline not in ladder.families:
             there = ", ".join(ladder.families)
             raise UserError(f"is {ladder.baseline}", key="baseline", remedy=f"name one of {there}", file=file)
+        if ladder.average is not None and ladder.average < 2:
+            raise UserError(
+                f"is {ladder.average}", key="average", remedy="give 2 or more, or null", file=file
+            )
         for name, family in ladder.families.items():
             if family.rate_of not in (None, *ladder.families):
                 there = ", ".join(ladder.families)
                 key = f"families.{name}.rate_of"
                 raise UserError(f"is {family.rate_of}", key=key, remedy=f"name one of {there}", file=file)
-            for size in family.sizes or []:
-                if size not in ladder.sizes:
-                    there = ", ".join(ladder.sizes)
-                    key = f"families.{name}.sizes"
-                    raise UserError(f"has {size}", key=key, remedy=f"sizes are {there}", file=file)
-        _require_each_once(ladder.seeds, "seeds", file)
+            _require_among(family.sizes, ladder.sizes, f"families.{name}.sizes", file)
+            _require_among(family.searched, ladder.sizes, f"families.{name}.searched", file)
+        if ladder.blocks:
+            self._check_blocks(ladder.blocks)
+        else:
+            _require_each_once(ladder.seeds, "seeds", file)
         _require_each_once(ladder.sizes, "sizes", file)
         if ladder.search:
             self._check_search(ladder.search)
@@ -255,7 +324,7 @@ class LadderPlan:
     def _check_search(self, search: Search) -> None:
         file = str(self.path)
         _require_each_once(search.seeds, "search.seeds", file)
-        for seed in set(search.seeds) & set(self.ladder.seeds):
+        for seed in set(search.seeds) & {seed for block in self.blocks.values() for seed in block.seeds}:
             raise UserError(
                 f"has {seed}, one of the ladder's",
                 key="search.seeds",
@@ -278,23 +347,36 @@ class LadderPlan:
                     file=file,
                 )
 
+    def _check_blocks(self, blocks: dict[str, RunBlock]) -> None:
+        file = str(self.path)
+        if self.ladder.seeds:
+            remedy = "remove them: each block has its own"
+            raise UserError("are given, and blocks too", key="seeds", remedy=remedy, file=file)
+        for name, block in blocks.items():
+            _require_each_once(block.seeds, f"blocks.{name}.seeds", file)
+            _require_each_once(block.families, f"blocks.{name}.families", file)
+            _require_among(block.families, list(self.ladder.families), f"blocks.{name}.families", file)
+            _require_among(block.sizes, self.ladder.sizes, f"blocks.{name}.sizes", file)
+
     def _require_matched(self, most: float) -> None:
-        seed = self.ladder.seeds[0]
-        for size in self.ladder.sizes:
-            if size not in self._sizes(self.ladder.baseline):
-                continue
-            baseline = self._run(self.ladder.baseline, size, seed, 1.0).flops
-            for family in self.ladder.families:
-                if size not in self._sizes(family):
-                    continue
-                off = self._run(family, size, seed, 1.0).flops / baseline - 1
-                if abs(off) > most:
-                    raise UserError(
-                        f"trains with {off:+.1%} of {self.ladder.baseline}'s FLOPs at size {size}",
-                        key=f"families.{family}",
-                        remedy=f"change its hidden size, or matched (now {most:.0%})",
-                        file=str(self.path),
-                    )
+        for block in self.blocks.values():
+            # A ladder without blocks has its baseline anywhere among its families.
+            baseline = block.families[0] if self.ladder.blocks else self.ladder.baseline
+            for size in block.sizes or self.ladder.sizes:
+                flops = {
+                    family: self._run(family, size, block.seeds[0], 1.0).flops
+                    for family in block.families
+                    if size in self._sizes(family)
+                }
+                for family in flops if baseline in flops else ():
+                    off = flops[family] / flops[baseline] - 1
+                    if abs(off) > most:
+                        raise UserError(
+                            f"trains with {off:+.1%} of {baseline}'s FLOPs at size {size}",
+                            key=f"families.{family}",
+                            remedy=f"change its hidden size, or matched (now {most:.0%})",
+                            file=str(self.path),
+                        )
 
 
 def read_ladder(path: Path) -> Ladder:
@@ -321,6 +403,14 @@ def _require_each_once(values: Sequence[float] | Sequence[str], key: str, file: 
         raise UserError("is empty", key=key, remedy="give one or more", file=file)
     if len(set(values)) < len(values):
         raise UserError(f"is {list(values)}", key=key, remedy="give each once", file=file)
+
+
+def _require_among(names: Sequence[str] | None, known: Sequence[str], key: str, file: str) -> None:
+    """Checks names that a list may hold."""
+    for name in names or ():
+        if name not in known:
+            kind = "families" if key.endswith("families") else "sizes"
+            raise UserError(f"has {name}", key=key, remedy=f"{kind} are {', '.join(known)}", file=file)
 
 
 def _scaled(recipe: Recipe, scale: float) -> Recipe:

@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import mean
 
-from launch.experiments.ladder.plan import LadderPlan, Rates, Run
-from launch.experiments.ladder.runner import has_diverged, summary_of
+import numpy as np
+
+from launch.experiments.ladder.plan import LadderPlan, Rates, Run, RunBlock
+from launch.experiments.ladder.results import has_diverged, losses_of_run
 
 STEP = 2.0
 """Ratio of the next multiplier beyond an edge to the edge."""
@@ -16,21 +18,24 @@ Losses = dict[tuple[str, str], dict[float, float]]
 """Mean held-out loss over domains and seeds by family and size, then by multiplier."""
 
 
-def search_rates(plan: LadderPlan, train: Callable[[Sequence[Run]], list[Run]]) -> tuple[list[Run], Losses]:
+def search_rates(
+    plan: LadderPlan, train: Callable[[Sequence[Run]], list[Run]], block: RunBlock | None = None
+) -> tuple[list[Run], Losses]:
     """Tries multipliers until each family's best lies between two others.
 
     Args:
         plan: the ladder.
         train: trains the missing runs, and returns those that are still missing.
+        block: only the searches that this block needs; None: all.
 
     Returns:
         All runs of the search, and the losses; empty losses if the search is incomplete.
     """
-    runs = plan.search_runs()
+    runs = plan.search_runs(block)
     while True:
         if train(runs):
             return runs, {}
-        losses = losses_of(runs)
+        losses = losses_of(runs, plan.ladder.average)
         more = [
             run
             for (family, size), tried in losses.items()
@@ -42,13 +47,13 @@ def search_rates(plan: LadderPlan, train: Callable[[Sequence[Run]], list[Run]]) 
         runs += more
 
 
-def losses_of(runs: Sequence[Run]) -> Losses:
+def losses_of(runs: Sequence[Run], average: int | None) -> Losses:
     """Losses of the complete runs of a search; NaN for a rate at which a run diverged."""
     found: dict[tuple[str, str], dict[float, list[float]]] = {}
     for run in runs:
-        summary = summary_of(run)
-        assert summary is not None or has_diverged(run), run
-        loss = summary.mean_validation_loss if summary else math.nan
+        losses = losses_of_run(run, average)
+        assert losses or has_diverged(run), run
+        loss = math.nan if has_diverged(run) else mean(losses.values())
         found.setdefault((run.family, run.size), {}).setdefault(run.multiplier, []).append(loss)
     return {place: {rate: mean(each) for rate, each in tried.items()} for place, tried in found.items()}
 
@@ -66,14 +71,33 @@ def best_of(tried: dict[float, float]) -> float:
     return min(tried, key=lambda multiplier: (math.isnan(tried[multiplier]), tried[multiplier], multiplier))
 
 
-def chosen(losses: Losses) -> Rates:
+def lowest_of_parabola(tried: dict[float, float]) -> float:
+    """The lowest point of the parabola fitted to the losses over log2 of the multiplier, to two digits.
+
+    All rates have the same number of seeds, so that the fit to their means is the fit to all runs. Rates that
+    diverged are left out. If the parabola has no lowest point, or it lies outside of what was tried, the best
+    that was tried is returned.
+    """
+    finite = {multiplier: loss for multiplier, loss in tried.items() if math.isfinite(loss)}
+    if len(finite) < 3:
+        return best_of(tried)
+    places = np.log2(sorted(finite))
+    bend, slope, _ = np.polyfit(places, [finite[multiplier] for multiplier in sorted(finite)], 2)
+    lowest = -slope / (2 * bend) if bend > 0 else math.inf
+    if not places[0] <= lowest <= places[-1]:
+        return best_of(tried)
+    return float(f"{2.0**lowest:.2g}")
+
+
+def chosen(losses: Losses, *, by_parabola: bool = False) -> Rates:
     """Each family's best multiplier at each size."""
-    return {place: best_of(tried) for place, tried in losses.items()}
+    best = lowest_of_parabola if by_parabola else best_of
+    return {place: best(tried) for place, tried in losses.items()}
 
 
-def summary_lines(losses: Losses) -> list[str]:
+def summary_lines(losses: Losses, *, by_parabola: bool = False) -> list[str]:
     """The search's result, one line per family and size."""
-    lines = []
+    lines, rates = [], chosen(losses, by_parabola=by_parabola)
     for (family, size), tried in losses.items():
         where = family if size == "one" else f"{family} at {size}"
         each = ", ".join(
@@ -81,5 +105,5 @@ def summary_lines(losses: Losses) -> list[str]:
             for key, loss in sorted(tried.items())
         )
         edge = "; at the edge of what was tried" if best_of(tried) in (min(tried), max(tried)) else ""
-        lines.append(f"{where}: learning rate {best_of(tried):g}x the recipe's ({each}){edge}")
+        lines.append(f"{where}: learning rate {rates[family, size]:g}x the recipe's ({each}){edge}")
     return lines

@@ -1,13 +1,15 @@
 import ast
 import inspect
+import struct
 import sysconfig
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from data.text.installed import docstrings, domain_of_source, installed_corpus
+from data.text.installed import LANGUAGES, docstrings, domain_of_source, installed_corpus
 from data.text.quality import is_generated, is_good_code, is_good_prose
+from train.recipe.errors import UserError
 
 
 def story(name: str) -> str:
@@ -80,6 +82,48 @@ def test_order_is_the_same_each_time_and_the_bound_holds(folders: dict[str, Path
     for domain in ("code", "prose"):
         size = sum(len(document.text.encode()) for document in one if document.domain == domain)
         assert 0 < size <= 400_000
+
+
+def catalogue(messages: dict[str, str]) -> bytes:
+    """A compiled message catalogue (GNU gettext's manual, "The Format of GNU MO Files")."""
+    pairs = sorted((key.encode(), text.encode()) for key, text in messages.items())
+    tables, texts = [b"", b""], b""
+    start = 28 + 16 * len(pairs)
+    for table in (0, 1):
+        for pair in pairs:
+            tables[table] += struct.pack("<II", len(pair[table]), start + len(texts))
+            texts += pair[table] + b"\0"
+    head = struct.pack("<7I", 0x950412DE, 0, len(pairs), 28, 28 + 8 * len(pairs), 0, start)
+    return head + tables[0] + tables[1] + texts
+
+
+def test_messages_are_what_catalogues_translate(tmp_path: Path):
+    header = "Content-Type: text/plain; charset=UTF-8\n"
+    many = {f"say {n:04}": f"Sagt dem Bären Nummer {n}, dass er gehen kann." for n in range(600)}
+    files = {
+        "de/tell.mo": {"": header, "one\0more": "ein Bär\0viele Bären", "OK": "OK", **many},
+        "fr/tell.mo": {"": header, "bye": "au revoir"},
+        "xx/tell.mo": {"": header, "bye": "na na"},
+    }
+    for name, messages in files.items():
+        path = tmp_path / name.replace("/", "/LC_MESSAGES/")
+        path.parent.mkdir(parents=True)
+        path.write_bytes(catalogue(messages))
+    (tmp_path / "de/LC_MESSAGES/damaged.mo").write_bytes(b"not one")
+    documents = list(installed_corpus(10_000_000, {"locale": tmp_path}, ["messages"]))
+    assert {document.domain for document in documents} == {"messages"} and "xx" not in LANGUAGES
+    by_name = {document.name: document.text for document in documents}
+    assert by_name.pop("locale/tell.mo/fr#0") == "au revoir\n"
+    lines = "".join(by_name[f"locale/tell.mo/de#{n}"] for n in range(len(by_name))).splitlines()
+    assert len(by_name) > 2 and lines == ["ein Bär", "viele Bären", *many.values()]
+    # Only recipes that name them read them, and no program provides more than a twentieth.
+    assert not list(installed_corpus(10_000_000, {"locale": tmp_path}, []))
+    assert (
+        sum(len(d.text.encode()) for d in installed_corpus(200_000, {"locale": tmp_path}, ["messages"]))
+        < 10_000
+    )
+    with pytest.raises(UserError, match=r"data.domains: has messages, but .* has no message catalogue in de"):
+        list(installed_corpus(10_000_000, {"locale": tmp_path / "nowhere"}, ["messages"]))
 
 
 def test_no_package_takes_more_than_its_share():

@@ -2,18 +2,36 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from data.loader import build_validation_loaders
+from data.opened import OpenedData
 from launch.experiments.ladder import __main__ as ladder
 from launch.experiments.ladder import search
 from launch.experiments.ladder.plan import LadderPlan, Run
+from launch.experiments.ladder.results import read_results_file
 from launch.experiments.ladder.runner import OVERHEAD_SECONDS, Timing, Timings
-from launch.experiments.ladder.search import MOST_TRIED, best_of, beyond, chosen, search_rates, summary_lines
+from launch.experiments.ladder.search import (
+    MOST_TRIED,
+    best_of,
+    beyond,
+    chosen,
+    lowest_of_parabola,
+    search_rates,
+    summary_lines,
+)
 from tests.train.report.test_report import SUMMARY
+from train.hf.average_option import Average
+from train.hf.open_decoder import open_decoder
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.exit_status import REPLAY_STATUS
@@ -23,8 +41,9 @@ from train.record.summary import write_summary
 pytestmark = pytest.mark.slow
 
 YAMLS = Path(__file__).parents[3] / "yamls"
-OF_SIZES = sorted(YAMLS.glob("ladder*.yaml"))
-LADDERS = [*OF_SIZES, *sorted(YAMLS.glob("ablations/*.yaml"))]
+OF_SIZES = [YAMLS / "ladder.yaml", YAMLS / "ladder-long.yaml"]
+EFFICIENCY = YAMLS / "ladder-efficiency.yaml"
+LADDERS = [*OF_SIZES, EFFICIENCY, *sorted(YAMLS.glob("ablations/*.yaml"))]
 
 TINY = """
 name: tiny
@@ -34,6 +53,21 @@ families:
 seeds: [1, 2]
 baseline: dense
 matched: 0.2
+search: {{ seeds: [9], multipliers: {{ one: [0.5, 1] }} }}
+"""
+BLOCKS = """
+name: blocks
+families:
+  dense: {{ recipe: {recipe}, overrides: [model.moe=null, model.ffn_hidden_size=64] }}
+  fine: {{ recipe: {recipe}, rate_of: dense }}
+  high: {{ recipe: {recipe}, rate_of: dense, overrides: [optimizer.learning_rate=1e30] }}
+blocks:
+  first: {{ families: [dense, fine], seeds: [1] }}
+  second: {{ families: [fine, high], seeds: [1] }}
+baseline: dense
+matched: 0.2
+counts_diverged: true
+average: 2
 search: {{ seeds: [9], multipliers: {{ one: [0.5, 1] }} }}
 """
 SMALL = """
@@ -63,6 +97,7 @@ evaluation:
   interval_batches: null
 checkpoint:
   interval_batches: null
+  keep_last: 2
 """
 
 
@@ -118,6 +153,70 @@ def test_a_ladder_is_interrupted_and_completed(
     assert ladder.main([*arguments, "--no-mlflow"]) == 0
 
 
+def test_blocks_follow_each_other_and_leave_a_line_for_each_run(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "MOST_TRIED", 2)
+    path = tmp_path / "blocks.yaml"
+    path.write_text(BLOCKS.format(recipe=tmp_path / "small.yaml"))
+    overrides = [f"runs_dir={tmp_path}/runs", "checkpoint.interval_batches=1", "training.precision=fp32"]
+    assert ladder.main([str(path), *overrides, "--no-mlflow", "--workers", "1"]) == 0
+    record = tmp_path / "runs/blocks/runs.csv"
+    results = read_results_file(record)
+    assert [result.run for result in results] == [
+        *("blocks-dense-rate0.5", "blocks-dense-rate1", "blocks-dense-seed1", "blocks-fine-seed1"),
+        "blocks-high-seed1",
+    ]
+    assert [math.isinf(result.loss) for result in results] == [r.family == "high" for r in results]
+    for result in (it for it in results if it.family != "high"):
+        assert result.losses.keys() == result.last.keys() == {"code", "prose"}
+        assert result.cpu_seconds is not None and result.cpu_seconds > 0
+    # The loss is that of the mean of two checkpoints, computed here from the weights themselves.
+    trained = next(result for result in results if result.run == "blocks-fine-seed1")
+    for average, losses in ((None, trained.last), (Average(2), trained.losses)):
+        decoder, source = open_decoder(tmp_path / "runs/blocks-fine-seed1", device="cpu", average=average)
+        assert source.recipe is not None
+        for domain, loader in build_validation_loaders(
+            OpenedData(source.recipe), rank=0, world_size=1
+        ).items():
+            with torch.no_grad():
+                outputs = [
+                    decoder(*(batch[k] for k in ("input_ids", "document_ids", "targets"))) for batch in loader
+                ]
+            total = sum(float(output.loss_sum) for output in outputs)
+            assert total / sum(int(output.target_tokens) for output in outputs) == pytest.approx(
+                losses[domain], abs=2e-6
+            )
+    # A line that is lost is written again; nothing is trained again.
+    before = record.read_text().splitlines(keepends=True)
+    record.write_text("".join(before[:-2]))
+    capfd.readouterr()
+    assert ladder.main([str(path), *overrides, "--no-mlflow"]) == 0
+    assert "to train" not in capfd.readouterr().out
+    assert [result.run for result in read_results_file(record)] == [result.run for result in results]
+
+
+def test_a_run_that_is_stopped_continues(tiny: Path, tmp_path: Path) -> None:
+    arguments = [str(tiny), f"runs_dir={tmp_path}/runs", "checkpoint.interval_batches=1", "--no-mlflow"]
+    command = [sys.executable, "-m", "launch.experiments.ladder", *arguments, "--workers", "1", "--nice", "3"]
+    log = tmp_path / "runs/tiny-dense-rate0.5/metrics.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (log.is_file() and log.stat().st_size):
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 3
+        child = next(
+            int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        )
+        process.terminate()
+        assert process.wait(60) in (130, 143)
+    assert not Path(f"/proc/{child}").exists()
+    from launch.experiments.ladder.runner import train_missing
+
+    runs = LadderPlan(tiny, overrides=arguments[1:3]).search_runs()[:1]
+    assert train_missing(runs, tmp_path / "again", workers=1, deadline=None) == []
+
+
 def assert_sent(runs: Path) -> None:
     """Asserts that there is one experiment, its parent, and each run below it with its losses."""
     from mlflow import MlflowClient
@@ -169,6 +268,56 @@ def test_the_search_continues_until_the_best_rate_lies_between_others(tiny: Path
     assert counted == {("dense", 4.0), ("fine", 0.125)}
     # An incomplete search chooses nothing.
     assert search_rates(plan, list)[1] == {}
+
+
+def test_the_lowest_point_of_a_parabola_is_found() -> None:
+    def curve(lowest: float, *rates: float) -> dict[float, float]:
+        return {rate: 3 + 0.1 * math.log2(rate / lowest) ** 2 for rate in rates}
+
+    assert lowest_of_parabola(curve(5.0, 2, 4, 8, 16)) == 5.0
+    assert lowest_of_parabola(curve(5.0, 2, 4, 8) | {16.0: math.nan}) == 5.0
+    # Nowhere, or outside of what was tried: the best that was tried.
+    assert lowest_of_parabola({rate: -loss for rate, loss in curve(5.0, 2, 4, 8).items()}) == 2.0
+    assert lowest_of_parabola(curve(40.0, 2, 4, 8)) == 8.0
+    assert lowest_of_parabola({2.0: 3.0, 4.0: 2.0}) == 4.0
+    losses = {("fine", "s"): curve(5.0, 2, 4, 8)}
+    assert chosen(losses, by_parabola=True) == {("fine", "s"): 5.0} and chosen(losses) == {("fine", "s"): 4.0}
+
+
+def test_the_registered_plan_is_what_the_page_says() -> None:
+    plan = LadderPlan(EFFICIENCY)
+    blocks = plan.blocks
+    assert list(blocks) == [
+        "primary-a",
+        "muon",
+        "primary-b",
+        "granularity",
+        "tokens-20",
+        "tokens-100",
+        "routing",
+    ]
+    of_primary = [run for name in ("primary-a", "primary-b") for run in plan.runs_of(blocks[name])]
+    for family in ("coarse", "fine"):
+        for size in ("s", "m"):
+            own = [run for run in of_primary if (run.family, run.size) == (family, size)]
+            assert sorted(run.seed for run in own) == list(range(1, 21))
+            assert {run.recipe.data.validation_sequences for run in own} == {1024}
+            assert {run.recipe.schedule.final_share for run in own} == {0.0}
+    # Fine is trained at the rate that is best for coarse.
+    searched = plan.search_runs(blocks["primary-a"])
+    assert {(run.family, run.size) for run in searched} == {("coarse", "s"), ("coarse", "m")}
+    assert {run.seed for run in plan.search_runs()} == {101, 102, 103, 104}
+    rates = {("coarse", "s"): 5.0, ("coarse", "m"): 6.0, ("muon", "s"): 3.0, ("g16", "g"): 2.0}
+    found = {(run.family, run.size): run.multiplier for run in plan.runs(rates)}
+    assert (found["fine", "s"], found["fine", "m"], found["fine-100", "s"]) == (5.0, 6.0, 5.0)
+    assert (found["muon", "s"], found["muon", "m"], found["g64", "g"]) == (3.0, 3.0, 2.0)
+    # 20, 50 and 100 tokens per active parameter.
+    per_parameter = {
+        run.family: sizes.trained_tokens(run.recipe) / sizes.active_parameters(run.recipe.model)
+        for run in plan.runs()
+        if run.size == "s"
+    }
+    assert [round(per_parameter[name], -1) for name in ("fine-20", "fine", "fine-100")] == [20, 50, 100]
 
 
 def test_a_diverged_run_is_never_the_best_and_an_end_comes() -> None:
@@ -276,6 +425,23 @@ def test_a_base_that_is_not_searched_is_refused(transfer: str, said: str) -> Non
         ("seeds: [1, 2]", "seedz: [1, 2]", "seedz"),
         ("one: [0.5, 1]", "two: [0.5, 1]", "search.multipliers.two: is not a size; sizes are one"),
         ("one: [0.5, 1]", "one: [1]", "search.multipliers.one: is [1.0]; give two or more"),
+        (
+            "seeds: [1, 2]",
+            "seeds: [1, 2]\nblocks: { b: { families: [fine], seeds: [3] } }",
+            "are given, and blocks",
+        ),
+        ("seeds: [1, 2]", "blocks: { b: { families: [fine], seeds: [9] } }", "search.seeds: has 9"),
+        (
+            "seeds: [1, 2]",
+            "blocks: { b: { families: [x], seeds: [3] } }",
+            "blocks.b.families: has x; families are",
+        ),
+        (
+            "seeds: [1, 2]",
+            "blocks: { b: { families: [fine], seeds: [3], sizes: [s] } }",
+            "blocks.b.sizes: has s",
+        ),
+        ("seeds: [1, 2]", "average: 1\nseeds: [1, 2]", "average: is 1; give 2 or more, or null"),
     ],
 )
 def test_errors_take_one_line(
