@@ -32,7 +32,7 @@ from data.text.clean import STAGE as CLEAN
 from data.text.clean import clean, read_documents, write_texts
 from data.text.conversations import ChatFormat, chat_format, read_template
 from data.text.decide import STAGE as DECIDE
-from data.text.decide import TRAIN, Decision, decide
+from data.text.decide import TRAIN, Decision, decide, store_signatures
 from data.text.engines import Engine
 from data.text.evaluation_overlap import list_evaluation_files
 from data.text.inputs import WHOLE, Chunk, SourceFile, check_preparation, check_sources, cut, list_inputs
@@ -42,6 +42,7 @@ from data.text.losses import losses_of, require_readable_sources, table_of_langu
 from data.text.mds import index_text
 from data.text.remote_inputs import FOLDER as FETCHED
 from data.text.remote_inputs import fetch_sources
+from data.text.signature_store import earlier_parts
 from data.text.split import SPLITS
 from data.text.tokens import ENCODE, WRITE, ShardTask, encode, open_once, plan_shards, write_shard
 from data.tokenizer import CHAT_TEMPLATE, TokenizerHandle, find_sentinels, open_given, open_tokenizer
@@ -94,6 +95,7 @@ def build_into(
     job, chunks = (
         _spool(work, recipe, documents) if documents is not None else _list(work, recipe, engine, given, chat)
     )
+    earlier_parts(job)  # Refuses a store of other parameters before anything is read.
     cleaned = engine.run("reading and filtering", clean, job, chunks)
     if table := table_of_languages(job, cleaned, chunks):
         logger.info(table)
@@ -109,7 +111,9 @@ def build_into(
     encoded = engine.run("tokenising", encode, job, chunks)
     tasks = plan_shards(job, chunks, encoded)
     written = engine.run("writing shards", write_shard, job, tasks)
-    return _assemble(recipe, job, chunks, decision, (cleaned, encoded, tasks, written))
+    manifest = _assemble(recipe, job, chunks, decision, (cleaned, encoded, tasks, written))
+    store_signatures(job, cleaned, engine)
+    return manifest
 
 
 def _given_tokenizer(recipe: Recipe) -> TokenizerHandle | None:

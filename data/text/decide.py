@@ -26,8 +26,12 @@ from data.text.inputs import Chunk
 from data.text.job import PreparationJob, Result, save_array
 from data.text.row_files import Rows, WrittenRows, read_rows, sort_rows, write_rows
 from data.text.sides import MEMBER, ROOT, decide_sides, read_sides
+from data.text.signature_store import GROUPS, KnownPart, earlier_parts, pieces_of, store_part
 from data.text.split import share_of
+from train.record import log
 from train.record.files import whole_file, write_whole
+
+logger = log.get_logger(__name__)
 
 # S documents of a span.
 
@@ -38,10 +42,12 @@ _COPY = np.dtype([("keeper", "<i8"), ("document", "<i8")])
 _NAME = np.dtype([("document", "<i8"), ("task", "<i8"), ("offset", "<i8"), ("bytes", "<i8")])
 _OPEN_FILES = 64
 _RECORD = "decision.json"
-_DOMAINS = "domains.json"
+_DOMAINS, _HELD_TO = "domains.json", "held_to.json"
+_LATER = ("encode", "write", "out")
+"""Folders of later stages."""
 _INTERMEDIATE = (
     *("digests", "equal", "bands", "buckets", "pairs", "compare", "verdict", "groups", "tell", "hear"),
-    *("names", "near", "near-*", "similar", "similar-*"),
+    *("lists", "names", "near", "near-*", "similar", "similar-*"),
 )
 
 
@@ -100,18 +106,47 @@ def decide(job: PreparationJob, chunks: list[Chunk], cleaned: list[Result], engi
         engine: runs the tasks.
     """
     record = job.work / STAGE / _RECORD
+    kept = [result["kept"] for result in cleaned]
+    parts = earlier_parts(job)
+    held_to = [[part.number, part.name, sum(part.documents)] for part in parts]
+    started = job.work / DOCUMENTS / _HELD_TO
+    if started.is_file() and json.loads(started.read_text()) != held_to:
+        logger.info("deciding again: the store of signatures has other parts than before")
+        for name in (STAGE, DOCUMENTS, *_INTERMEDIATE, *_LATER):
+            _remove(job, name)
+        job.out.mkdir()
     if not record.is_file():
-        decision = _decide(job, chunks, [result["kept"] for result in cleaned], engine)
+        (job.work / DOCUMENTS).mkdir(exist_ok=True)
+        write_whole(started, json.dumps(held_to), sync=False)
+        decision = _decide(job, chunks, kept, parts, engine)
         write_whole(record, json.dumps(vars(decision)), sync=False)
     for stage in _INTERMEDIATE:
-        for folder in job.work.glob(stage):
-            shutil.rmtree(folder)
+        _remove(job, stage)
     tree = json.loads(record.read_text())
     return Decision(**tree | {"copies": [Counter(reasons) for reasons in tree["copies"]]})
 
 
-def _decide(job: PreparationJob, chunks: list[Chunk], kept: list[int], engine: Engine) -> Decision:
-    documents = write_documents(job, [], kept)
+def store_signatures(job: PreparationJob, cleaned: list[Result], engine: Engine) -> None:
+    """Adds a job's documents to its store of signatures, if it has one, once its shards are complete.
+
+    Raises:
+        UserError: if another part was added since they were decided.
+    """
+    held_to = json.loads((job.work / DOCUMENTS / _HELD_TO).read_text())
+    parts = [part for part in earlier_parts(job) if [part.number, part.name, sum(part.documents)] in held_to]
+    batches = batches_of([result["kept"] for result in cleaned], job.limits.span_documents)
+    store_part(job, engine, parts, batches)
+
+
+def _remove(job: PreparationJob, name: str) -> None:
+    for folder in job.work.glob(name):
+        shutil.rmtree(folder)
+
+
+def _decide(
+    job: PreparationJob, chunks: list[Chunk], kept: list[int], parts: list[KnownPart], engine: Engine
+) -> Decision:
+    documents = write_documents(job, pieces_of(parts), kept)
     names = sorted({job.sources[chunk.source].domain for chunk in chunks})
     of_chunk = [names.index(job.sources[chunk.source].domain) for chunk in chunks]
     write_whole(job.work / DOCUMENTS / _DOMAINS, json.dumps(of_chunk), sync=False)
@@ -162,10 +197,13 @@ def _verdict(job: PreparationJob, task: _SpanTask) -> Result:
         stays = keeper == numbers
         key, domain, size = _facts(job, documents, span)
         is_new = numbers >= documents.known
-        members = np.flatnonzero((group != numbers) & is_new & stays)
+        # A store knows the sides of near copies too, which others may be like.
+        is_told = stays | ~is_exact if job.preparation.signatures else stays
+        members = np.flatnonzero((group != numbers) & is_new & is_told)
         with write_rows(job, "verdict", span.number, "members", task.partitions) as writer:
             rows = np.empty(members.size, MEMBER)
-            rows["group"], rows["document"], rows["is_kept"] = group[members], numbers[members], True
+            rows["group"], rows["document"] = group[members], numbers[members]
+            rows["is_kept"] = stays[members]
             rows["key"], rows["domain"] = key[members], domain[members]
             writer.add(rows, rows["group"] // job.limits.span_documents)
         roots = np.empty(numbers.size, ROOT)
@@ -251,6 +289,9 @@ def _list(job: PreparationJob, task: _ListTask) -> Result:
             stays = verdicts["keeper"] == np.arange(start, start + count)
             fate = np.where(stays, np.where(sides, VALIDATION, TRAIN), REMOVED).astype(np.uint8)
             save_array(job.file(STAGE, chunk, "npy"), fate)
+            if job.preparation.signatures:
+                groups = np.where(verdicts["is_exact"], 0, np.where(sides, 2, 1)).astype(np.uint8)
+                save_array(job.file(STAGE, chunk, GROUPS), groups)
             reasons: Counter[str] = Counter()
             with whole_file(job.file(STAGE, chunk, "rejected.jsonl")) as listing:
                 # A chunk's copies first: the other iterator must not be asked for one too many.

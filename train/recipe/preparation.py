@@ -104,6 +104,9 @@ class Preparation:
     evaluation_ngram: int = key(13, at_least=8, remedy="set it to at least 8")
     """Length of these n-grams in words (Brown et al. 2020, appendix C: 13); shorter texts of at least 8 words
     are matched as a whole."""
+    signatures: Optional[str] = key(None, is_path=True, in_shards_digest=False)
+    """Folder that keeps the signatures of all parts of a corpus: documents are also held to the parts before
+    theirs, and added once their shards are complete. null: copies are found within the sources."""
     validation_tokens: int = key(10_000_000, above=0, omitted_from_digest_at_default=True)
     """Tokens of each domain to hold out for validation, of four bytes of text each; of a small domain, at
     most `validation_share` of its documents."""

@@ -333,7 +333,11 @@ def test_processes_that_share_the_cores_encode_on_one_thread_each(tmp_path: Path
 def test_spark_gives_the_same_bytes_and_failed_tasks_leave_nothing(
     corpus: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, spark: Spark
 ):
-    one, other = (recipe_of(corpus, make_recipe, name, chunk_bytes=15_000) for name in ("one", "spark"))
+    stores = [corpus.parent / f"store-{name}" for name in ("one", "spark")]
+    one, other = (
+        recipe_of(corpus, make_recipe, name, chunk_bytes=15_000, signatures=str(store))
+        for name, store in zip(("one", "spark"), stores, strict=True)
+    )
     build_shards(one, engine=Processes(1))
     marks = corpus.parent / "marks"
     marks.mkdir()
@@ -352,6 +356,7 @@ def test_spark_gives_the_same_bytes_and_failed_tasks_leave_nothing(
     monkeypatch.setattr(build, "write_shard", fails_once)
     build_shards(other, engine=spark)
     assert list(marks.iterdir()) and files(Path(other.data.shards)) == files(Path(one.data.shards))
+    assert len(files(stores[0])) == 6 and files(stores[1]) == files(stores[0])
 
 
 def test_workers_of_spark_do_not_go_through_all_their_modules_after_each_task(tmp_path: Path, spark: Spark):

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.text import signature_store
 from data.text.clean import DIGESTS, NAMES, SIZES, SKETCHES
 from data.text.clean import STAGE as CLEAN
 from data.text.components import LINK, components
-from data.text.decide import REMOVED, TRAIN, VALIDATION, decide
+from data.text.decide import REMOVED, TRAIN, VALIDATION, decide, store_signatures
 from data.text.decide import STAGE as DECIDE
 from data.text.documents import write_documents
 from data.text.duplicates import BANDS, PERMUTATIONS, SKETCH, first_of_component, resolve
@@ -21,6 +22,7 @@ from data.text.job import ArrayFile, Limits, PreparationJob
 from data.text.row_files import Rows, WrittenRows, group_rows, read_rows, sort_rows, write_rows
 from data.text.split import share_of
 from tests.data.text.test_split import held_out
+from train.recipe.errors import UserError
 from train.recipe.preparation import Preparation, Source, SourceKind
 from train.recipe.schema import Tokenizer
 
@@ -37,6 +39,14 @@ class Corpus:
     sizes: np.ndarray
     chunks: list[int]
     """Documents of each chunk; empty ones too."""
+    first: int = 0
+    """Number of the first document among those of all parts."""
+
+    def part(self, begin: int, end: int) -> "Corpus":
+        """The documents of some chunks."""
+        first, last = sum(self.chunks[:begin]), sum(self.chunks[:end])
+        arrays = (array[first:last] for array in (self.digests, self.sketches, self.sizes))
+        return Corpus(*arrays, self.chunks[begin:end], first)
 
 
 def corpus_of(documents: int, seed: int = 0, chunks: int = 23) -> Corpus:
@@ -77,7 +87,8 @@ def job_of(
         for name, array in ((DIGESTS, corpus.digests), (SKETCHES, corpus.sketches), (SIZES, corpus.sizes)):
             with ArrayFile(job.file(CLEAN, n, name), array.dtype, array.shape[1:]) as file:
                 file.add(array[mine])
-        names = "".join(json.dumps(f"document {it}") + "\n" for it in range(start, start + count))
+        numbers = range(corpus.first + start, corpus.first + start + count)
+        names = "".join(json.dumps(f"document {it}") + "\n" for it in numbers)
         job.file(CLEAN, n, NAMES).write_text(names)
         start += count
     return job, [Chunk(n, n % 3, (), 0, 0) for n in range(len(corpus.chunks))]
@@ -259,3 +270,74 @@ def test_components_in_rounds_are_those_in_memory(tmp_path: Path, edges: int):
             for rows in read_rows(job, [stars], n, LINK):
                 least[rows["node"]] = rows["to"]
         assert np.array_equal(least, first_of_component(pairs, documents))
+
+
+def add_part(
+    job: PreparationJob, chunks: list[Chunk], corpus: Corpus
+) -> tuple[np.ndarray, dict[str, tuple[str, str]]]:
+    """Decides a part and adds it to its store."""
+    found = verdicts(job, chunks, corpus, Processes(1))
+    store_signatures(job, [{"kept": count} for count in corpus.chunks], Processes(1))
+    return found
+
+
+@pytest.mark.parametrize("limits", [SMALL, Limits()])
+def test_a_part_has_the_verdicts_that_it_has_after_the_parts_before(tmp_path: Path, limits: Limits):
+    corpus = corpus_of(900, seed=4)
+    job, chunks = job_of(tmp_path / "whole", corpus, limits)
+    whole = expected(job, chunks, corpus)
+    group = resolve(corpus.digests.view("<u8")[:, :2], corpus.sketches, 0.8).group
+    store = str(tmp_path / "store")
+    fates, copies = [], {}
+    for n, cut in enumerate([(0, 9), (9, 15), (15, 23)]):
+        part = corpus.part(*cut)
+        job, chunks = job_of(tmp_path / f"part-{n}", part, limits, signatures=store)
+        sources = tuple(replace(it, domain=f"{it.domain}-{n}") for it in job.sources)
+        fate, found = add_part(replace(job, sources=sources), chunks, part)
+        fates.append(fate)
+        copies |= found
+    fate = np.concatenate(fates)
+    for place in (f"document {n}" for n in range(sum(corpus.chunks[:9]), 900)):
+        assert copies.get(place) == whole[1].get(place)
+    later = np.arange(900) >= sum(corpus.chunks[:9])
+    assert np.array_equal((fate == REMOVED)[later], (whole[0] == REMOVED)[later])
+    followers = np.flatnonzero(later & (fate != REMOVED) & (group < sum(corpus.chunks[:9])))
+    assert followers.size > 15 and np.array_equal(fate[followers], fate[group[followers]])
+    assert {fate[it] for it in followers} == {TRAIN, VALIDATION}
+
+
+def test_a_store_takes_parts_whole_and_of_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    corpus = corpus_of(200, seed=3, chunks=6)
+    store = tmp_path / "store"
+
+    def part(name: str, cut: tuple[int, int], folder: str) -> tuple[PreparationJob, list[Chunk], Corpus]:
+        job, chunks = job_of(tmp_path / folder, corpus.part(*cut), SMALL, signatures=str(store))
+        sources = tuple(replace(it, domain=f"{it.domain}-{name}") for it in job.sources)
+        return replace(job, sources=sources), chunks, corpus.part(*cut)
+
+    one = part("one", (0, 3), "one")
+    first = add_part(*one)
+    # The same part again is not held to itself, nor to what came after it.
+    two = add_part(*part("two", (3, 6), "two"))
+    again = add_part(*part("one", (0, 3), "again"))
+    assert np.array_equal(again[0], first[0]) and again[1] == first[1]
+    twice = add_part(*part("two", (3, 6), "twice"))
+    assert np.array_equal(twice[0], two[0]) and twice[1] == two[1]
+    assert len([path for path in store.iterdir() if path.is_dir()]) == 2
+    # All of a part are copies of a part before that has the same documents.
+    copy = verdicts(*part("three", (0, 3), "three"), Processes(1))
+    assert (copy[0] == REMOVED).all() and all(it[0] == "exact duplicate" or it[1] for it in copy[1].values())
+    # A part that was decided before another was added is refused, and decides again.
+    job, chunks, mine = part("four", (3, 6), "four")
+    cleaned = [{"kept": count} for count in mine.chunks]
+    verdicts(job, chunks, mine, Processes(1))
+    add_part(*part("five", (0, 3), "five"))
+    with pytest.raises(UserError, match=r"data.preparation.signatures: .* got another part while"):
+        store_signatures(job, cleaned, Processes(1))
+    verdicts(job, chunks, mine, Processes(1))
+    store_signatures(job, cleaned, Processes(1))
+    monkeypatch.setitem(signature_store.PARAMETERS, "shingle_words", 7)
+    with pytest.raises(
+        UserError, match=r"data.preparation.signatures: .* of other parameters \(shingle_words 5\)"
+    ):
+        decide(*part("six", (0, 3), "six")[:2], cleaned, Processes(1))
