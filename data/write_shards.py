@@ -18,7 +18,7 @@ from pathlib import Path
 from data.opened import OpenedData
 from data.shards.manifest import MANIFEST_FILE, REJECTED_FILE, Manifest, check_shards, require_match
 from data.shards.upload import upload_shards
-from data.text.build import build_into
+from data.text.build import build_into, remove_finished
 from data.text.engines import Engine, Processes, open_engine
 from data.text.installed import SOURCE_DOMAINS, CorpusDocument, installed_corpus
 from data.text.job import OUT
@@ -99,7 +99,7 @@ def build_shards(
             # A build from sources can continue later; one from given documents can't.
             if documents is not None:
                 shutil.rmtree(place.work, ignore_errors=True)
-        shutil.rmtree(place.work, ignore_errors=True)
+        remove_finished(place.work, keeps=documents is None and recipe.data.preparation.keep_cleaned)
     return manifest
 
 

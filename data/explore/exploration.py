@@ -10,7 +10,8 @@ from tqdm import tqdm
 from data.explore.clusters import DocumentMap, map_documents
 from data.explore.measure import DomainMeasures, Measures, measure_documents, measure_domains
 from data.explore.sample import Document, Shards, draw_documents, draw_lines
-from data.shards.manifest import REJECTED_FILE
+from data.explore.scores import ScoredDomain, read_scores
+from data.shards.manifest import REJECTED_FILE, SCORES_FILE
 from train.recipe.errors import UserError
 from train.record.tables import text_table
 
@@ -33,6 +34,8 @@ class Exploration:
     map: DocumentMap
     removed_copies: dict[str, list[dict[str, str]]]
     """For each domain, some of the copies that preparation removed, with the document that was kept."""
+    scores: dict[str, ScoredDomain]
+    """Of the domains whose documents have scores."""
 
     def to_json(self) -> str:
         """Returns the figures of domains and clusters, without the documents."""
@@ -82,6 +85,11 @@ def explore(place: Path, count: int = DOCUMENTS, progress: bool = False) -> Expl
         measure_domains(documents, measures, tokenizer),
         map_documents(measures.texts, SEED),
         {domain: _removed_copies(shards, domain) for domain in shards.domains},
+        {
+            domain: read_scores(shards.file(domain, SCORES_FILE))
+            for domain, record in shards.domains.items()
+            if record.scores_sha256 is not None
+        },
     )
 
 

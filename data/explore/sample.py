@@ -17,6 +17,7 @@ from data.shards.manifest import (
     DOCUMENTS_FILE,
     MANIFEST_FILE,
     REJECTED_FILE,
+    SCORES_FILE,
     DomainRecord,
     Manifest,
     read_manifest,
@@ -91,7 +92,11 @@ class Shards:
         """The path of a domain's list, fetched if it is in a store."""
         path, record = self.root / domain / name, self.domains[domain]
         if self.cache is not None:
-            hashes = {DOCUMENTS_FILE: record.documents_sha256, REJECTED_FILE: record.rejected_sha256}
+            hashes = {
+                DOCUMENTS_FILE: record.documents_sha256,
+                REJECTED_FILE: record.rejected_sha256,
+                SCORES_FILE: record.scores_sha256,
+            }
             self.cache.require(path, hashes[name])
         return path
 

@@ -3,7 +3,8 @@
 // bookmarked and shared.
 const data = JSON.parse(document.getElementById("data").textContent);
 const controls = Object.fromEntries(
-  ["q", "domain", "cluster", "language", "order", "colour"].map((id) => [id, document.getElementById(id)]));
+  ["q", "domain", "cluster", "language", "order", "colour", "scored", "score", "bound", "at"]
+    .map((id) => [id, document.getElementById(id)]).filter(([id, it]) => it));
 const map = document.getElementById("map"), list = document.getElementById("list");
 const PAGE_ROWS = 20, SVG = "http://www.w3.org/2000/svg", WIDTH = 900, HEIGHT = 540, MARGIN = 16;
 const haystack = data.documents.map((it) => (it.name + "\n" + it.text).toLowerCase());
@@ -96,19 +97,75 @@ function draw() {
   document.getElementById("more").hidden = numbers.length <= shown;
 }
 
+// Shows what a threshold would remove: its share of all documents, and those of the sample that are nearest to it.
+function drawScores() {
+  const domain = data.scores[controls.scored.value], name = controls.score.value, score = domain?.scores[name];
+  const out = document.getElementById("out"), inside = document.getElementById("in");
+  const bins = document.getElementById("bins"), text = document.getElementById("removed");
+  for (const it of [out, inside, bins]) it.replaceChildren();
+  if (!score) {
+    text.textContent = `documents of ${controls.scored.value} have no ${name}`;
+    return;
+  }
+  const place = Math.round((controls.at.value / 1000) * (score.at.length - 1)), at = score.at[place];
+  const is_least = controls.bound.value === "at_least", few = (n) => n.toLocaleString("en");
+  const removed = (is_least ? score.below : score.above)[place];
+  const of_kept = (is_least ? score.kept_below : score.kept_above)[place];
+  const shown = Number(at.toPrecision(5));
+  text.textContent = `{ score: ${name}, ${controls.bound.value}: ${shown} } removes ${few(removed)} of ${few(domain.rows)} ` +
+    `documents (${(100 * removed / domain.rows).toFixed(1)}%), of the ${few(domain.kept)} in the shards ${few(of_kept)}`;
+  const most = Math.max(...score.bins), wide = WIDTH / score.bins.length;
+  const [low, high] = [score.edges[0], score.edges.at(-1)];
+  const mark = (tag, attributes, words) => {
+    const made = document.createElementNS(SVG, tag);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    made.textContent = words ?? "";
+    bins.append(made);
+  };
+  score.bins.forEach((count, n) => {
+    const middle = (score.edges[n] + score.edges[n + 1]) / 2, height = (128 * count) / most;
+    mark("rect", { x: n * wide + 1, y: 136 - height, width: wide - 2, height, class: (is_least ? middle < at : middle > at) ? "off" : "" });
+  });
+  const x = Math.min(Math.max((at - low) / (high - low), 0), 1) * WIDTH;
+  mark("line", { x1: x, x2: x, y1: 4, y2: 140 });
+  mark("text", { x: 2, y: 154 }, `${Number(low.toPrecision(4))}`);
+  mark("text", { x: WIDTH - 2, y: 154, "text-anchor": "end" }, `${Number(high.toPrecision(4))}`);
+  const is_out = (it) => it[name] !== null && (is_least ? it[name] < shown : it[name] > shown);
+  for (const [list, wanted] of [[out, true], [inside, false]]) {
+    const near = domain.sample.filter((it) => it[name] !== null && is_out(it) === wanted)
+      .sort((a, b) => Math.abs(a[name] - at) - Math.abs(b[name] - at));
+    for (const it of near.slice(0, 6)) {
+      const made = element("article", "", list), head = element("header", "", made);
+      element("b", it.place, head);
+      element("span", ` ${name} ${it[name]} · ${it.language}${it.reason ? ` · removed now: ${it.reason}` : ""}`, head);
+      element("pre", it.excerpt, made);
+    }
+    if (!near.length) element("p", "none of the sample", list);
+  }
+}
+
 function changed() {
   shown = PAGE_ROWS;
   const set = Object.entries(controls).filter(([id, it]) => it.value && it.value !== it.dataset.usual);
   history.replaceState(null, "", "#" + new URLSearchParams(set.map(([id, it]) => [id, it.value])));
   draw();
+  if (controls.scored) drawScores();
 }
 
 function read() {
   const asked = new URLSearchParams(location.hash.slice(1));
   for (const [id, it] of Object.entries(controls)) it.value = asked.get(id) ?? it.dataset.usual ?? "";
   draw();
+  if (controls.scored) drawScores();
 }
 
+if (controls.scored) {
+  const domains = Object.keys(data.scores), names = new Set(domains.flatMap((it) => Object.keys(data.scores[it].scores)));
+  for (const [control, values] of [[controls.scored, domains], [controls.score, [...names]]]) {
+    for (const value of values) element("option", value, control).value = value;
+    control.dataset.usual = values[0];
+  }
+}
 for (const kind of ["domain", "cluster", "language"])
   for (const value of data.values[kind]) element("option", value, controls[kind]).value = value;
 data.documents.forEach((it, n) => {

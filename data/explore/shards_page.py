@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from markupsafe import Markup
 
 from data.explore.exploration import COPIES, Exploration
 from data.explore.measure import PERCENTILES
+from data.explore.scores import ScoredDomain
 from train.recipe.errors import UserError
 from train.recipe.units import short_number
 from train.record.page.rendering import render, verbatim
@@ -79,6 +81,7 @@ def shards_page(found: Exploration) -> str:
             name: [repr(token)[1:-1] for token in it.typical_tokens] for name, it in found.domains.items()
         },
         excerpt=EXCERPT_CHARACTERS,
+        scored=[[name, f"{it.rows:,}", f"{it.kept:,}"] for name, it in found.scores.items()],
         tree=_tree(found),
         script=script,
     )
@@ -246,4 +249,21 @@ def _tree(found: Exploration) -> dict[str, Any]:
         "cluster": clusters,
         "language": list(dict.fromkeys(language for language in found.measures.languages)),
     }
-    return {"documents": documents, "labels": labels, "values": values}
+    scores = {name: _score_tree(domain) for name, domain in found.scores.items()}
+    return {"documents": documents, "labels": labels, "values": values, "scores": scores}
+
+
+def _score_tree(domain: ScoredDomain) -> dict[str, Any]:
+    """A domain's scores for the page's script; five digits suffice to draw and to choose."""
+    scores = {name: asdict(it) for name, it in domain.scores.items()}
+    sample = [
+        {
+            name: float(f"{value:.5g}") if isinstance(value, float) else value
+            for name, value in document.items()
+        }
+        for document in domain.sample
+    ]
+    for score in scores.values():
+        for name in ("at", "edges"):
+            score[name] = [float(f"{value:.9g}") for value in score[name]]
+    return {"rows": domain.rows, "kept": domain.kept, "scores": scores, "sample": sample}

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from train.recipe.schema import LossMean, Recipe, TokenizerKind
 MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.jsonl"
 REJECTED_FILE = "rejected.jsonl"
+SCORES_FILE = "scores.parquet"
 FORMAT = 2
 READABLE = (1, 2)
 """In format 1, ``content_sha256`` was the hash of the samples themselves, not of their hashes."""
@@ -100,6 +101,8 @@ class DomainRecord:
     """UTF-8 bytes of their text; of lines, rows and files without a text, their own."""
     losses: list[str] = field(default_factory=list)
     """A line for each source and file that lost most or all of its records."""
+    scores_sha256: str | None = None
+    """Hash of the documents' scores; null: there are none."""
 
     @property
     def is_masked(self) -> bool:
@@ -156,11 +159,13 @@ class Manifest:
         return json.dumps(self._tree() | {"digest": self.digest}, indent=1, sort_keys=True) + "\n"
 
     def _tree(self) -> dict[str, Any]:
-        """The values by name; those of a loss mask only where there is one, so that other shards stay as they
-        were.
+        """The values by name; those of loss masks and scores only where there are any, so that other shards
+        stay as they were.
         """
         tree = asdict(self)
         for domain in tree["domains"].values():
+            if domain["scores_sha256"] is None:
+                del domain["scores_sha256"]
             for split in domain["splits"].values():
                 for name in ("trained_tokens", "trained_bytes"):
                     if split[name] is None:
@@ -267,6 +272,8 @@ def check_files(
         _require_sound(root / name / DOCUMENTS_FILE, domain.documents_sha256)
         if domain.rejected_sha256 is not None:
             _require_sound(root / name / REJECTED_FILE, domain.rejected_sha256)
+        if domain.scores_sha256 is not None:
+            _require_sound(root / name / SCORES_FILE, domain.scores_sha256)
         for side, split in domain.splits.items():
             _require_sound(root / name / side / INDEX_FILE, split.index_sha256)
             indexes.append(index_of(name, side))
@@ -386,8 +393,13 @@ def _digested(schema: type[Source | Preparation], values: dict[str, Any]) -> dic
         it.name: values[it.name]
         for it in fields(schema)
         if rules_of(it).in_shards_digest
-        and not (rules_of(it).omitted_from_digest_at_default and values[it.name] == it.default)
+        and not (rules_of(it).omitted_from_digest_at_default and values[it.name] == _default(it))
     }
+
+
+def _default(schema_field: Field[Any]) -> Any:
+    factory = schema_field.default_factory
+    return schema_field.default if factory is MISSING else factory()
 
 
 def unigram_entropy(tokens: NDArray[np.integer[Any]]) -> float:

@@ -17,6 +17,7 @@ from data.shards.manifest import (
     DOCUMENTS_FILE,
     FORMAT,
     REJECTED_FILE,
+    SCORES_FILE,
     DatasetRecord,
     DomainRecord,
     Manifest,
@@ -28,8 +29,8 @@ from data.shards.manifest import (
 )
 from data.text import installed
 from data.text.bpe import train_bpe
+from data.text.clean import SCORE, clean, keeps_cleaned, read_documents, score_all, write_texts
 from data.text.clean import STAGE as CLEAN
-from data.text.clean import clean, read_documents, write_texts
 from data.text.conversations import ChatFormat, chat_format, read_template
 from data.text.decide import STAGE as DECIDE
 from data.text.decide import TRAIN, Decision, decide, store_signatures
@@ -42,6 +43,7 @@ from data.text.losses import losses_of, require_readable_sources, table_of_langu
 from data.text.mds import index_text
 from data.text.remote_inputs import FOLDER as FETCHED
 from data.text.remote_inputs import fetch_sources
+from data.text.scores_file import join_scores
 from data.text.signature_store import earlier_parts
 from data.text.split import SPLITS
 from data.text.tokens import ENCODE, WRITE, ShardTask, encode, open_once, plan_shards, write_shard
@@ -55,6 +57,7 @@ from train.recipe.preparation import (
     Quality,
     Source,
     SourceKind,
+    Threshold,
     TokenRows,
 )
 from train.recipe.reading import to_dict
@@ -69,6 +72,8 @@ VERSION = 7
 """Version of the stages: raise it when their output changes, so that no job continues from older results."""
 BPE_TEXT_BYTES = 16_000_000
 """Amount of text that a tokenizer is trained on; more no longer changes a small vocabulary."""
+CLEANED = "cleaned.json"
+"""In the work folder, all that the cleaned documents in it depend on."""
 SPOOL_BYTES = 4_000_000
 """Amount of text of the installed corpus per task."""
 
@@ -96,7 +101,9 @@ def build_into(
         _spool(work, recipe, documents) if documents is not None else _list(work, recipe, engine, given, chat)
     )
     earlier_parts(job)  # Refuses a store of other parameters before anything is read.
-    cleaned = engine.run("reading and filtering", clean, job, chunks)
+    if keeps_cleaned(job):
+        engine.run("reading", score_all, job, chunks)
+    cleaned = engine.run("filtering" if keeps_cleaned(job) else "reading and filtering", clean, job, chunks)
     if table := table_of_languages(job, cleaned, chunks):
         logger.info(table)
     decision = decide(job, chunks, cleaned, engine)
@@ -169,17 +176,50 @@ def _list(
         files,
     ]
     mark = json.dumps([*tree, recipe.data.sequence_tokens], sort_keys=True)
-    record = work / "job.json"
+    cleaning = json.dumps([VERSION, *map(_cleaning_keys, data.sources), *_cleaning_facts(job), texts, files])
+    record, before = work / "job.json", work / CLEANED
+    is_cleaned = keeps_cleaned(job) and before.is_file() and before.read_text() == cleaning
     if record.is_file() and record.read_text() == mark:
         logger.info(f"continuing the job in {work}")
     else:
+        if is_cleaned:
+            logger.info(f"choosing from the cleaned documents in {work}")
+        kept = {FETCHED, SCORE} if is_cleaned else {FETCHED}
         for place in work.iterdir():
-            if place.is_dir() and place.name != FETCHED:
+            if place.is_dir() and place.name not in kept:
                 shutil.rmtree(place)
         record.write_text(mark)
+        before.write_text(cleaning)
     streams = [n for n, source in enumerate(data.sources) if source.token_rows is TokenRows.stream]
     kinds = [source.kind for source in data.sources]
     return job, cut(inputs, kinds, data.preparation.chunk_bytes, whole=streams)
+
+
+def _cleaning_keys(source: Source) -> dict[str, Any]:
+    """The keys of a source on which its cleaned documents and their scores depend."""
+    tree = asdict(source)
+    for name in ("domain", "version", "origin", "licence", "languages", "licences", "thresholds", "scores"):
+        del tree[name]
+    return tree | {"kind": source.kind.value, "quality": source.quality is Quality.code}
+
+
+def _cleaning_facts(job: PreparationJob) -> list[Any]:
+    """What else they depend on."""
+    preparation = job.preparation
+    models = [[it.classifier, sha256(Path(it.classifier))] for it in job.sources if it.classifier]
+    chat = job.chat and job.chat.template
+    sizes = [preparation.evaluation_ngram, preparation.max_document_bytes, preparation.chunk_bytes]
+    return [sizes, models, chat]
+
+
+def remove_finished(work: Path, *, keeps: bool) -> None:
+    """Removes a work folder when its shards are in place, but for cleaned documents that are to be kept."""
+    if not keeps:
+        shutil.rmtree(work, ignore_errors=True)
+        return
+    for place in work.iterdir():
+        if place.name not in (FETCHED, SCORE, CLEANED):
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
 
 
 def _spool(
@@ -325,6 +365,9 @@ def _domain_record(
         rejected_sha256=rejected,
         rejected_bytes=sum(cleaned[n]["rejected_bytes"] + decision.copied_bytes[n] for n in at),
         losses=losses_of(job, chunks, cleaned, decision, domain),
+        scores_sha256=join_scores(
+            job, {n: job.file(CLEAN, n, SCORES_FILE) for n in numbers}, folder / SCORES_FILE
+        ),
     )
 
 
@@ -376,6 +419,11 @@ def _transformation(job: PreparationJob, sources: list[Source]) -> str:
             steps.append(f"{source.dataset}: languages {', '.join(source.languages)}")
         if source.quality is not Quality.none:
             steps.append(f"{source.dataset}: quality heuristics for {source.quality.value}")
+        if source.thresholds:
+            bounds = (f"{it.score} {_words_of(it)}" for it in source.thresholds)
+            steps.append(f"{source.dataset}: {', '.join(bounds)}")
+        if source.licences:
+            steps.append(f"{source.dataset}: licences {', '.join(source.licences)}")
     preparation: Preparation = job.preparation
     if any(source.kind in CONVERSATIONS for source in sources):
         steps[0] = "UTF-8, NFC, line ends as \\n, control characters removed; a loss on responses only"
@@ -385,3 +433,8 @@ def _transformation(job: PreparationJob, sources: list[Source]) -> str:
     if job.evaluation_files:
         steps.append(f"documents sharing {preparation.evaluation_ngram}-grams with evaluation tasks removed")
     return "; ".join([*steps, "near-identical documents on one side of the split"]) + packed
+
+
+def _words_of(threshold: Threshold) -> str:
+    bounds = {"at least": threshold.at_least, "at most": threshold.at_most}
+    return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)

@@ -1,4 +1,8 @@
-"""First stage: cleans and filters a chunk's records, and computes their signatures."""
+"""First stage: cleans, scores and filters a chunk's records, and computes their signatures.
+
+With ``data.preparation.keep_cleaned`` these are two stages: one cleans and scores all records, and its files
+stay; the other chooses from them.
+"""
 
 import hashlib
 import itertools
@@ -6,30 +10,32 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.shards.manifest import SCORES_FILE
 from data.text.conversations import ChatFormat, ConversationError, Spans, render
 from data.text.duplicates import SKETCH, sketch, sketch_without_words
-from data.text.evaluation_overlap import open_evaluation_texts
+from data.text.evaluation_overlap import EvaluationTexts, open_evaluation_texts
 from data.text.inputs import Chunk
 from data.text.job import ArrayFile, PreparationJob, Result
-from data.text.language import language_of
-from data.text.quality import code_violation, prose_violation, repetition_violation
+from data.text.licences import canonical_of
+from data.text.scores import ScoredText, ScoreRows, groups_of, score, violation
 from data.text.source_records import SourceRecord, read_records
 from data.text.words import hash_words
 from train.recipe.preparation import Quality, Source, SourceKind
 from train.record.files import whole_file, write_whole
 
-STAGE = "clean"
+STAGE, SCORE = "clean", "score"
 DIGESTS, SKETCHES, SIZES, NAMES = "digests.npy", "sketches.npy", "sizes.npy", "names.jsonl"
 """Files of a chunk: SHA-256 [N, 32], `data.text.duplicates.SKETCH` [N], bytes [N], and a name a line."""
+RECORDS = "records.jsonl"
 KEPT = "kept"
 """Among the rules of a language, the texts that violate none."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -37,14 +43,37 @@ _MOST_MARKS = 100
 """Combining marks in a row that are put in order together; the time grows with the square of their number."""
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """A record, normalised, and what is known of it before any filter."""
+
+    record: SourceRecord
+    """With the reason why there is no text, if there is none."""
+    scored: ScoredText
+    is_evaluation: Callable[[], bool]
+    """Whether it has text of the evaluation tasks."""
+    sketch: Callable[[], np.ndarray[Any, Any]]
+    """Its `data.text.duplicates.SKETCH` [1]."""
+
+
 def clean(job: PreparationJob, chunk: Chunk) -> Result:
-    """Writes the documents that pass, their digests, sizes and signatures, and the list of rejected records.
+    """Writes the documents that pass, their digests, sizes, signatures and scores, and the rejected records.
 
     Returns:
         Counts of ``kept`` documents and of ``rejected`` ones by reason, the latters' ``rejected_bytes`` and,
         for a source with filters, by language how many texts each rule rejected and how many are kept.
     """
     return job.once(STAGE, chunk.number, lambda: _clean(job, chunk))
+
+
+def keeps_cleaned(job: PreparationJob) -> bool:
+    """Returns whether cleaning is a stage of its own, whose files stay."""
+    return job.preparation.keep_cleaned and not job.spooled
+
+
+def score_all(job: PreparationJob, chunk: Chunk) -> Result:
+    """Writes all records of a chunk with their scores and signatures, for :func:`clean` to choose from."""
+    return job.once(SCORE, chunk.number, lambda: _score_all(job, chunk))
 
 
 def normalise(text: str, *, keeps_indentation: bool = False) -> str:
@@ -92,14 +121,13 @@ def write_texts(path: Path, documents: Sequence[tuple[str, str] | tuple[str, str
     write_whole(path, b"".join(map(_line, documents)), sync=False)
 
 
-def _line(document: tuple[str, str] | tuple[str, str, Spans]) -> bytes:
-    return json.dumps(document, ensure_ascii=False).encode() + b"\n"
+def _line(tree: object) -> bytes:
+    return json.dumps(tree, ensure_ascii=False).encode() + b"\n"
 
 
 def _clean(job: PreparationJob, chunk: Chunk) -> Result:
     kept, rejected_bytes = 0, 0
     source = job.sources[chunk.source]
-    is_filtered = bool(source.languages) or source.quality is not Quality.none
     languages: dict[str, Counter[str]] = {}
     reasons: Counter[str] = Counter()
 
@@ -114,10 +142,14 @@ def _clean(job: PreparationJob, chunk: Chunk) -> Result:
         sketches = files.enter_context(ArrayFile(path(SKETCHES), SKETCH))
         digests = files.enter_context(ArrayFile(path(DIGESTS), np.uint8, (32,)))
         sizes = files.enter_context(ArrayFile(path(SIZES), np.int64))
-        for record, reason, words in _judged(job, chunk):
-            if is_filtered and record.text and not job.spooled:
+        groups = frozenset() if job.spooled else groups_of(source, job.preparation)
+        rows = files.enter_context(ScoreRows(path(SCORES_FILE), groups))
+        for it in _judged_before(job, chunk) if keeps_cleaned(job) else _judged(job, chunk):
+            record, reason = it.record, _reason(it, source)
+            if it.scored.language and not record.reason:
                 rule = "language" if reason.startswith("language: ") else reason or KEPT
-                languages.setdefault(language_of(record.text), Counter())[rule] += 1
+                languages.setdefault(it.scored.language, Counter())[rule] += 1
+                rows.add(record.place, reason, it.scored, record.text)
             if reason:
                 line = {"place": record.place, "reason": reason}
                 rejected.write(json.dumps(line, sort_keys=True).encode() + b"\n")
@@ -129,7 +161,7 @@ def _clean(job: PreparationJob, chunk: Chunk) -> Result:
             texts.write(_line(document if not record.spans else (*document, record.spans)))
             names.write(json.dumps(record.place).encode() + b"\n")
             content = record.text.encode()
-            sketches.add(sketch(words) if words.size else sketch_without_words(record.text))
+            sketches.add(it.sketch())
             digests.add(np.frombuffer(hashlib.sha256(content).digest(), np.uint8))
             sizes.add([len(content)])
     return {
@@ -140,51 +172,84 @@ def _clean(job: PreparationJob, chunk: Chunk) -> Result:
     }
 
 
-def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[tuple[SourceRecord, str, np.ndarray[Any, Any]]]:
-    """Yields each record, normalised, with the first rule that it violates and the hashes of its words."""
+def _reason(judged: _Judged, source: Source) -> str:
+    """Why a record is rejected; empty if it is kept."""
+    reason = judged.record.reason or violation(judged.scored, source)
+    return reason or ("evaluation text" if judged.is_evaluation() else "")
+
+
+def _score_all(job: PreparationJob, chunk: Chunk) -> Result:
+    count = 0
+    with ExitStack() as files:
+        lines = files.enter_context(whole_file(job.file(SCORE, chunk.number, RECORDS)))
+        sketches = files.enter_context(ArrayFile(job.file(SCORE, chunk.number, SKETCHES), SKETCH))
+        for it in _judged(job, chunk):
+            record, is_evaluation = it.record, False
+            if not record.reason:
+                is_evaluation = it.is_evaluation()
+                sketches.add(it.sketch())
+            facts = [record.place, record.text, record.reason, record.size, record.spans]
+            lines.write(_line([facts, asdict(it.scored), is_evaluation]))
+            count += 1
+    return {"records": count}
+
+
+def _judged_before(job: PreparationJob, chunk: Chunk) -> Iterator[_Judged]:
+    """Yields what :func:`score_all` has written."""
+    sketches = iter(np.load(job.file(SCORE, chunk.number, SKETCHES)))
+    with job.file(SCORE, chunk.number, RECORDS).open("rb") as lines:
+        for line in lines:
+            (place, text, reason, size, spans), scored, is_evaluation = json.loads(line)
+            record = SourceRecord(place, text, reason, size, spans=tuple((a, b) for a, b in spans))
+            own = np.empty(0, SKETCH) if reason else next(sketches)
+            yield _Judged(
+                record, ScoredText(**scored), partial(bool, is_evaluation), partial(np.asarray, own)
+            )
+
+
+def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[_Judged]:
+    """Yields each record, normalised and scored."""
     source, preparation = job.sources[chunk.source], job.preparation
+    evaluation = open_evaluation_texts(job.evaluation_files, preparation.evaluation_ngram)
     if job.spooled:
         for name, text in read_texts(Path(chunk.inputs[0].path)):
-            yield SourceRecord(name, text), "", hash_words(text)
+            yield _with_words(SourceRecord(name, text), text, ScoredText(), evaluation)
         return
-    evaluation = open_evaluation_texts(job.evaluation_files, preparation.evaluation_ngram)
-    none = np.empty(0, np.uint64)
+    groups = groups_of(source, preparation)
     for raw in read_records(chunk, source, preparation.max_document_bytes):
-        place = f"{source.dataset}/{raw.place}"
         if raw.turns:
-            record, reason = _conversation(raw, job.chat if source.kind is SourceKind.chat else None)
-            words = none if reason else hash_words(raw.text)
-            reason = reason or _violation(raw.text, source)
-            if not reason and evaluation.touches(words):
-                reason = "evaluation text"
-            yield replace(record, place=place), reason, words
-            continue
-        text = "" if raw.reason else normalise(raw.text, keeps_indentation=source.quality is Quality.code)
-        reason = raw.reason or ("" if text.strip() else "empty") or _violation(text, source)
-        words = none if reason else hash_words(text)
-        if not reason and evaluation.touches(words):
-            reason = "evaluation text"
-        yield SourceRecord(place, text, size=raw.size), reason, words
+            record, words = _conversation(raw, job.chat if source.kind is SourceKind.chat else None), raw.text
+        else:
+            words = (
+                "" if raw.reason else normalise(raw.text, keeps_indentation=source.quality is Quality.code)
+            )
+            reason = raw.reason or ("" if words.strip() else "empty")
+            record = SourceRecord(raw.place, words, reason, raw.size)
+        scored = ScoredText()
+        if not record.reason:
+            scored = score(words, canonical_of(raw.licence), source, groups)
+        yield _with_words(replace(record, place=f"{source.dataset}/{raw.place}"), words, scored, evaluation)
 
 
-def _conversation(raw: SourceRecord, chat: ChatFormat | None) -> tuple[SourceRecord, str]:
-    """Returns a conversation rendered, its characters normalised, and the reason why it can't be."""
+def _with_words(record: SourceRecord, words: str, scored: ScoredText, evaluation: EvaluationTexts) -> _Judged:
+    """A record, with all that follows from the hashes of its words, which are computed once if at all."""
+    hashes = cache(lambda: hash_words(words))
+    return _Judged(
+        record,
+        scored,
+        lambda: evaluation.touches(hashes()),
+        lambda: sketch(hashes()) if hashes().size else sketch_without_words(record.text),
+    )
+
+
+def _conversation(raw: SourceRecord, chat: ChatFormat | None) -> SourceRecord:
+    """Returns a conversation rendered, its characters normalised, or with the reason why it can't be."""
     turns = [(role, normalise_characters(words)) for role, words in raw.turns]
     try:
         text, spans = render(turns, chat)
     except ConversationError as error:
-        return replace(raw, text="", size=len(raw.text.encode())), str(error)
-    return replace(raw, text=text, spans=spans), ""
-
-
-def _violation(text: str, source: Source) -> str:
-    if source.languages and (language := language_of(text)) not in source.languages:
-        return f"language: {language}"
-    if source.quality is Quality.code:
-        return code_violation(text)
-    if source.quality is Quality.prose:
-        return prose_violation(text) or repetition_violation(text)
-    return ""
+        return replace(raw, text="", size=len(raw.text.encode()), reason=str(error))
+    return replace(raw, text=text, spans=spans)
 
 
 def _nfc(text: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from data.text import saved_datasets
 from data.text.file_listing import files_of, named
 from data.text.language import languages
+from data.text.scores import check_scores
 from data.text.token_ids import MegatronIndex, check_source_tokenizer
 from train.recipe.errors import UserError
 from train.recipe.keys import out_of_range
@@ -99,6 +100,8 @@ def check_sources(recipe: Recipe) -> None:
                 remedy=f"choose from {', '.join(sorted(languages()))}",
             )
         _check_tokens(source, f"data.sources[{n}]")
+        _check_licences(source, f"data.sources[{n}]")
+        check_scores(source, data.preparation, f"data.sources[{n}]")
         if unfit := unfit_as_file(source.domain):
             key = f"data.sources[{n}].domain"
             raise UserError(f"{source.domain!r} {unfit}", key=key, remedy="use letters and digits")
@@ -122,6 +125,22 @@ def _check_tokens(source: Source, key: str) -> None:
         what = f"is set, but kind {source.kind.value} has no token ids"
         raise UserError(what, key=f"{key}.tokenizer", remedy="remove it")
     check_source_tokenizer(source.tokenizer, f"{key}.tokenizer")
+
+
+def _check_licences(source: Source, key: str) -> None:
+    """Rejects licences to keep of records that have none, and a column where there are no columns.
+
+    Raises:
+        UserError: one line that names the key.
+    """
+    if source.licences and source.licence_column is None:
+        what = "is null, but data.sources has licences to keep"
+        remedy = "name the column of the records' licences"
+        raise UserError(what, key=f"{key}.licence_column", remedy=remedy)
+    without = (SourceKind.text, SourceKind.mds, SourceKind.megatron)
+    if source.licence_column is not None and (source.kind in without or source.tokenizer is not None):
+        what = "is set, but licences are read from JSONL, Parquet and Arrow with text only"
+        raise UserError(what, key=f"{key}.licence_column", remedy="remove it")
 
 
 def check_preparation(preparation: Preparation) -> None:

@@ -23,8 +23,13 @@ UNSPACED = frozenset({"ja", "zh", "yue", "wuu", "th", "lo", "km", "my"})
 
 def language_of(text: str) -> str:
     """Returns the ISO 639 code of a text's language, or ``und``."""
-    language, _ = _identifier().classify(text[:SAMPLE_CHARACTERS])
-    return UNDETERMINED if language == _WITHOUT_LANGUAGE else str(language)
+    return language_and_probability(text)[0]
+
+
+def language_and_probability(text: str) -> tuple[str, float]:
+    """Returns the ISO 639 code of a text's language, or ``und``, and the probability of the likeliest one."""
+    language, probability = _identifier().classify(text[:SAMPLE_CHARACTERS])
+    return UNDETERMINED if language == _WITHOUT_LANGUAGE else str(language), float(probability)
 
 
 def languages() -> frozenset[str]:

@@ -1,9 +1,19 @@
-"""Quality filters for documents: published heuristics, each with its source."""
+"""Quality scores of documents, and the published rules on them, each with its source.
+
+A score is a number, or None where it means nothing for the text's language. So a threshold can be chosen once
+all documents have their scores; a rule of :data:`PROSE` and :data:`CODE` is one that others have published.
+"""
 
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from data.text.language import UNDETERMINED, UNSPACED, language_of
+import numpy as np
+
+from data.text.language import UNDETERMINED, UNSPACED
+
+Scores = dict[str, float | None]
 
 LONGEST_FILE = 200_000
 """Characters of a file of code or of the installed corpus; larger ones are mostly tables and generated."""
@@ -16,31 +26,68 @@ _CHARACTERS_OF_A_WORD = 2
 """Of Chinese and Japanese, on average."""
 
 
+@dataclass(frozen=True)
+class Rule:
+    """Bounds of a score."""
+
+    score: str
+    reason: str
+    """Of documents that are out of bounds."""
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def admits(self, value: float | None) -> bool:
+        """Returns whether a score is within the bounds, in fp32, as scores are kept; None is."""
+        if value is None:
+            return True
+        above = self.at_least is None or np.float32(value) >= np.float32(self.at_least)
+        return bool(above and (self.at_most is None or np.float32(value) <= np.float32(self.at_most)))
+
+
+PROSE_WORDS = (
+    Rule("words", "prose: number of words", 50, 100_000),
+    Rule("word_length", "prose: length of words", 3, 10),
+    Rule("words_with_letters", "prose: words without letters", at_least=0.8),
+    Rule("stop_words", "prose: stop words", at_least=2),
+    Rule("symbols_per_word", "prose: symbols", at_most=0.1),
+    Rule("bullet_lines", "prose: bullets", at_most=0.9),
+    Rule("ellipsis_lines", "prose: ellipses", at_most=0.3),
+)
+"""The quality rules of Rae et al. 2021 ("Scaling Language Models: Gopher", section A.1.1)."""
+PROSE_REPETITION = (
+    Rule("repeated_lines", "prose: repeated lines", at_most=0.3),
+    Rule("repeated_line_characters", "prose: repeated lines", at_most=0.2),
+    *(
+        Rule(f"most_frequent_{n}gram", f"prose: repeated {n}-grams", at_most=share)
+        for n, share in ((2, 0.20), (3, 0.18), (4, 0.16))
+    ),
+)
+"""Rae et al. 2021, table A1: the rules on lines and on the most frequent n-grams of words."""
+PROSE = PROSE_WORDS + PROSE_REPETITION
+CODE = (
+    Rule("characters", "code: length", 200, LONGEST_FILE),
+    Rule("mean_line", "code: long lines", at_most=100),
+    Rule("longest_line", "code: long lines", at_most=1000),
+    Rule("generated", "code: generated", at_most=0),
+    Rule("letters_and_digits", "code: few letters", at_least=0.25),
+)
+"""Chen et al. 2021, "Evaluating Large Language Models Trained on Code", section 3.1; not generated, as in
+Lozhkov et al. 2024, "StarCoder 2 and The Stack v2"."""
+
+
+def first_violation(scores: Mapping[str, float | None], rules: Sequence[Rule]) -> str:
+    """The reason of the first rule that scores violate; empty if none."""
+    return next((rule.reason for rule in rules if not rule.admits(scores[rule.score])), "")
+
+
 def is_good_code(text: str) -> bool:
-    """Returns whether source code is hand-written and readable, see :func:`code_violation`."""
-    return not code_violation(text)
+    """Returns whether source code is hand-written and readable, by :data:`CODE`."""
+    return 200 <= len(text) <= LONGEST_FILE and not first_violation(code_scores(text), CODE)
 
 
 def is_good_prose(text: str) -> bool:
     """Returns whether text is English prose for human readers, of which a small corpus can hold several."""
-    return len(text) <= LONGEST_FILE and not _words_violation(text.split()) and not prose_violation(text)
-
-
-def code_violation(text: str) -> str:
-    """The first rule that source code violates; empty if none.
-
-    Lines average at most 100 characters and have at most 1000; at least a quarter of all characters are
-    letters and digits (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", section 3.1);
-    not generated (as in Lozhkov et al. 2024, "StarCoder 2 and The Stack v2").
-    """
-    if not 200 <= len(text) <= LONGEST_FILE:
-        return "code: length"
-    lines = text.split("\n")
-    if len(text) > 100 * len(lines) or max(map(len, lines)) > 1000:
-        return "code: long lines"
-    if is_generated(text):
-        return "code: generated"
-    return "" if 4 * sum(map(len, re.findall(r"[^\W_]+", text))) >= len(text) else "code: few letters"
+    return len(text) <= LONGEST_FILE and not first_violation(word_scores(text, "en"), PROSE_WORDS)
 
 
 def is_generated(text: str) -> bool:
@@ -48,63 +95,70 @@ def is_generated(text: str) -> bool:
     return _GENERATED.search(text[:1000]) is not None
 
 
-def prose_violation(text: str) -> str:
-    """The first rule that prose violates; empty if none.
+def code_scores(text: str) -> Scores:
+    """Scores of source code, for :data:`CODE`: lengths in characters, shares of them, and 1 for generated."""
+    lines = text.split("\n")
+    return {
+        "characters": len(text),
+        "mean_line": len(text) / len(lines),
+        "longest_line": max(map(len, lines)),
+        "generated": float(is_generated(text)),
+        "letters_and_digits": sum(map(len, re.findall(r"[^\W_]+", text))) / max(len(text), 1),
+    }
 
-    The quality rules of Rae et al. 2021 ("Scaling Language Models: Gopher", section A.1.1): 50 to 100,000
-    words of 3 to 10 characters on average, at least 80% of them with a letter, at least two of eight stop
-    words, at most one hash or ellipsis per ten words, at most 90% of lines starting with a bullet and 30%
-    ending in an ellipsis.
 
-    The length of words and the stop words are rules for English. Text in another language that
-    :mod:`data.text.language` recognises is text by that; where words have no blanks between them, no rule on
-    words applies.
+def prose_scores(text: str, language: str) -> Scores:
+    """Scores of prose, for :data:`PROSE`; see :func:`word_scores` and :func:`repetition_scores`."""
+    return word_scores(text, language) | repetition_scores(text)
+
+
+def word_scores(text: str, language: str) -> Scores:
+    """Scores of prose by its words and lines, for :data:`PROSE_WORDS`.
+
+    Words, characters of a word, the share of words with a letter, how many of eight stop words occur, hashes
+    and ellipses per word, the shares of lines that start with a bullet and that end in an ellipsis.
+
+    The length of words and the stop words are scores for English and for text in no language. Where words
+    have no blanks between them there are no scores of words, and symbols are counted per two characters.
+
+    Args:
+        text: the text.
+        language: its language, as :mod:`data.text.language` tells it.
     """
     words = text.split()
-    count = len(words)
-    if reason := _words_violation(words):
-        language = language_of(text)
-        if language in UNSPACED:
-            count = len(text) // _CHARACTERS_OF_A_WORD
-        elif language in (UNDETERMINED, "en") or (reason := _words_violation(words, is_english=False)):
-            return reason
-    if text.count("#") + text.count("...") + text.count("…") > 0.1 * count:
-        return "prose: symbols"
+    count = max(len(words), 1)
+    is_english, is_spaced = language in (UNDETERMINED, "en"), language not in UNSPACED
+    with_letters = sum(1 for word in words if word[0].isalpha() or _LETTER.search(word))
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if sum(line.startswith(_BULLETS) for line in lines) > 0.9 * len(lines):
-        return "prose: bullets"
-    if sum(line.endswith(("...", "…")) for line in lines) > 0.3 * len(lines):
-        return "prose: ellipses"
-    return ""
+    symbols = text.count("#") + text.count("...") + text.count("…")
+    units = count if is_spaced else max(len(text) // _CHARACTERS_OF_A_WORD, 1)
+    return {
+        "words": len(words) if is_spaced else None,
+        "word_length": sum(map(len, words)) / count if is_english else None,
+        "words_with_letters": with_letters / count if is_spaced else None,
+        "stop_words": len(_STOP_WORDS_OF_ENGLISH.intersection(words)) if is_english else None,
+        "symbols_per_word": symbols / units,
+        "bullet_lines": sum(line.startswith(_BULLETS) for line in lines) / max(len(lines), 1),
+        "ellipsis_lines": sum(line.endswith(("...", "…")) for line in lines) / max(len(lines), 1),
+    }
 
 
-def repetition_violation(text: str) -> str:
-    """The first rule on repetition that prose violates; empty if none.
+def repetition_scores(text: str) -> Scores:
+    """Scores of what a text repeats, for :data:`PROSE_REPETITION`.
 
-    Rae et al. 2021, table A1, the rules on lines and on the most frequent n-grams: at most 30% of the lines,
-    with at most 20% of the characters, are repeated; the most frequent 2-gram of words covers at most 20% of
-    the characters, 3-gram 18%, 4-gram 16%.
+    The share of lines that occurred before, their share of the characters, and the share of the characters in
+    the most frequent n-gram of words, if it occurs twice.
     """
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     repeated = [line for line, count in Counter(lines).items() for _ in range(count - 1)]
-    if len(repeated) > 0.3 * len(lines) or sum(map(len, repeated)) > 0.2 * len(text):
-        return "prose: repeated lines"
+    scores: Scores = {
+        "repeated_lines": len(repeated) / max(len(lines), 1),
+        "repeated_line_characters": sum(map(len, repeated)) / max(len(text), 1),
+    }
     words = text.split()
-    for n, share in ((2, 0.20), (3, 0.18), (4, 0.16)):
+    for n in (2, 3, 4):
         grams = Counter(zip(*(words[at:] for at in range(n)), strict=False))
-        if grams:
-            gram, count = grams.most_common(1)[0]
-            if count > 1 and count * sum(map(len, gram)) > share * len(text):
-                return f"prose: repeated {n}-grams"
-    return ""
-
-
-def _words_violation(words: list[str], *, is_english: bool = True) -> str:
-    if not 50 <= len(words) <= 100_000:
-        return "prose: number of words"
-    if is_english and not 3 <= sum(map(len, words)) / len(words) <= 10:
-        return "prose: length of words"
-    if sum(1 for word in words if word[0].isalpha() or _LETTER.search(word)) < 0.8 * len(words):
-        return "prose: words without letters"
-    has_stop_words = not is_english or len(_STOP_WORDS_OF_ENGLISH.intersection(words)) >= 2
-    return "" if has_stop_words else "prose: stop words"
+        gram, count = grams.most_common(1)[0] if grams else ((), 0)
+        covered = count * sum(map(len, gram)) if count > 1 else 0
+        scores[f"most_frequent_{n}gram"] = covered / max(len(text), 1)
+    return scores

@@ -1,10 +1,11 @@
 """The records of a chunk: texts with their places, and unreadable records with a reason."""
 
 import io
+import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,6 +57,8 @@ class SourceRecord:
     """Characters of a rendered conversation that are to be learnt."""
     ids: Ids | None = None
     """Token ids, which are yet to become a text."""
+    licence: object = None
+    """What the source's column of licences holds."""
 
 
 def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[SourceRecord]:
@@ -156,18 +159,20 @@ def _from_json(place: str, line: bytes, source: Source) -> SourceRecord:
         return SourceRecord(place, "", "encoding", len(line))
     except (ValueError, RecursionError):
         return SourceRecord(place, "", BAD_JSON, len(line))
+    licence = None if source.licence_column is None else _value_at(tree, source.licence_column)
     if source.kind in CONVERSATIONS:
         try:
             turns = turns_of(tree, source.kind)
         except ConversationError as error:
             return SourceRecord(place, "", str(error), len(line))
-        return SourceRecord(place, "\n".join(words for _, words in turns), turns=tuple(turns))
+        text = "\n".join(words for _, words in turns)
+        return SourceRecord(place, text, turns=tuple(turns), licence=licence)
     value = _value_at(tree, source.text_column)
     if source.tokenizer is not None:
         if isinstance(value, list) and all(type(it) is int and -_MOST_ID <= it <= _MOST_ID for it in value):
             return SourceRecord(place, "", size=len(line), ids=np.array(value, np.int64))
     elif isinstance(value, str):
-        return SourceRecord(place, value)
+        return SourceRecord(place, value, licence=licence)
     return SourceRecord(place, "", f"{NO_TEXT}: {_why_no_text(tree, source.text_column)}", len(line))
 
 
@@ -230,7 +235,8 @@ def _parquet_rows(file: SourceFile, chunk: Chunk, source: Source) -> Iterator[So
                     if why:
                         yield SourceRecord(place, "", f"{NO_TEXT}: {rows}: {why}", about.total_byte_size)
                     else:
-                        rows_of_group = table.read_row_group(group, [source.text_column])
+                        wanted = [it for it in (source.text_column, source.licence_column) if it]
+                        rows_of_group = table.read_row_group(group, wanted)
                         yield from _values_of(file, first, rows_of_group, source)
                 except Exception as error:  # Readers raise unrelated classes for damaged files.
                     what = f"{UNREADABLE}: {rows}: {_line(error)}"
@@ -260,24 +266,47 @@ def _arrow_rows(file: SourceFile, chunk: Chunk, source: Source) -> Iterator[Sour
 def _values_of(file: SourceFile, first: int, table: Any, source: Source) -> Iterator[SourceRecord]:
     """Yields the rows of a table or record batch whose column may have texts, or token ids."""
     import pyarrow
-    from pyarrow import compute
 
-    name, *rest = _path(table.schema.names, source.text_column)
-    column = table.column(name)
-    for part in rest:
-        column = compute.struct_field(column, part)
+    column = _column(table, source.text_column)
     if source.tokenizer is None:
         values: list[Any] = _as_bytes(column)
     else:
         values = column.cast(pyarrow.list_(pyarrow.int64())).to_pylist()
-    for row, value in enumerate(values, first):
+    licences: Iterable[Any] = itertools.repeat(None)
+    if source.licence_column is not None and _has(table.schema, source.licence_column):
+        licences = _column(table, source.licence_column).to_pylist()
+    for row, (value, licence) in enumerate(zip(values, licences, strict=False), first):
         place = f"{file.name}#{row}"
         if value is None or (source.tokenizer is not None and None in value):
             yield SourceRecord(place, "", f"{NO_TEXT}: null")
         elif source.tokenizer is None:
-            yield _decoded(place, value)
+            yield replace(_decoded(place, value), licence=licence)
         else:
             yield SourceRecord(place, "", size=8 * len(value), ids=np.array(value, np.int64))
+
+
+def _column(table: Any, column: str) -> Any:
+    """A column of a table or record batch, which may be within structures."""
+    from pyarrow import compute
+
+    name, *rest = _path(table.schema.names, column)
+    values = table.column(name)
+    for part in rest:
+        values = compute.struct_field(values, part)
+    return values
+
+
+def _has(schema: Any, column: str) -> bool:
+    """Returns whether a schema has a column, or a structure with it."""
+    from pyarrow import types
+
+    names, fields = list(schema.names), schema
+    for name in _path(names, column):
+        if name not in names:
+            return False
+        kind = fields.field(name).type
+        fields, names = kind, [it.name for it in kind] if types.is_struct(kind) else []
+    return True
 
 
 def _path(names: Sequence[str], column: str) -> list[str]:

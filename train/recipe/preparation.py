@@ -42,11 +42,32 @@ class Quality(str, Enum):
     code = "code"
 
 
+class ScoreGroup(str, Enum):
+    """Groups of scores that are computed together."""
+
+    language = "language"
+    prose = "prose"
+    code = "code"
+    classifier = "classifier"
+
+
 class Packing(str, Enum):
     """Ways to lay documents into sequences."""
 
     concatenate = "concatenate"
     best_fit = "best_fit"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Bounds of a score of documents."""
+
+    score: str = key()
+    """Name of a score, as in `scores.parquet` and docs/data.md."""
+    at_least: Optional[float] = None
+    """Documents with a lower score are removed."""
+    at_most: Optional[float] = None
+    """Documents with a higher score are removed."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +99,21 @@ class Source:
     quality: Quality = Quality.none
     """`prose`: Rae et al. 2021 (Gopher), section A.1.1; `code`: Chen et al. 2021, 3.1. `none`: all."""
     languages: list[str] = key(factory=list)
-    """ISO 639-1 codes of the languages to keep, detected by function words and script; empty: all."""
+    """ISO 639 codes of the languages to keep, as py3langid tells them; empty: all."""
+    scores: list[ScoreGroup] = key(factory=list, in_shards_digest=False)
+    """Scores to compute besides those that the source's filters read: `language`, `prose`, `code`,
+    `classifier`. They are kept in `scores.parquet`."""
+    thresholds: list[Threshold] = key(factory=list, omitted_from_digest_at_default=True)
+    """Bounds of scores. One that `quality` bounds too has these bounds in place of the published ones."""
+    classifier: Optional[str] = key(None, is_path=True, in_shards_digest=False)
+    """A fastText model (.bin or .ftz), whose probability of `classifier_label` is the score `classifier`.
+    Needs the package fasttext-predict."""
+    classifier_label: str = key("__label__hq", omitted_from_digest_at_default=True)
+    """Label of the model."""
+    licence_column: Optional[str] = key(None, omitted_from_digest_at_default=True)
+    """Column or key of a record's licence: an SPDX expression, or a list of licences that all hold."""
+    licences: list[str] = key(factory=list, omitted_from_digest_at_default=True)
+    """SPDX identifiers of the licences to keep, of `licence_column`; empty: all."""
     dataset: str = key()
     """Name of the dataset, for the manifest and MLflow."""
     version: str = key()
@@ -121,6 +156,9 @@ class Preparation:
     packing: Packing = key(Packing.concatenate, omitted_from_digest_at_default=True)
     """`concatenate`: end to end, cut where a sequence ends. `best_fit`: no document that fits into a sequence
     is cut (best fit decreasing over the documents of a shard, Ding et al. 2024); sequences are padded."""
+    keep_cleaned: bool = key(False, in_shards_digest=False)
+    """Keeps all documents that could be read, with all scores and signatures, in the work folder next to
+    the shards: other filters and another packing need no cleaning again. It takes the text's disk space."""
     max_document_bytes: int = key(10_000_000, at_least=1, remedy="set it to at least 1")
     """Larger documents are rejected: most of them are not text documents."""
     chunk_bytes: int = key(8_000_000, at_least=1, remedy="set it to at least 1", in_shards_digest=False)

@@ -16,12 +16,12 @@ from data.explore.clusters import map_documents
 from data.explore.exploration import Exploration, explore
 from data.explore.measure import typical_ids
 from data.explore.sample import Shards, draw_documents, draw_lines
-from data.explore.shards_page import write_page
+from data.explore.shards_page import shards_page, write_page
 from data.text.installed import CorpusDocument
 from data.write_shards import build_shards
 from tests.browser import opened
 from train.recipe.errors import UserError
-from train.recipe.preparation import Preparation, Source, SourceKind
+from train.recipe.preparation import Preparation, ScoreGroup, Source, SourceKind
 from train.recipe.schema import LossMean, Recipe
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, make_recipe: Callable[..., 
     for domain, texts in (("code", code), ("prose", prose)):
         path = folder / f"{domain}.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        sources.append(Source(domain, SourceKind.jsonl, str(path), **facts))  # type: ignore[arg-type]
+        scores = [ScoreGroup.prose] if domain == "prose" else []
+        sources.append(Source(domain, SourceKind.jsonl, str(path), scores=scores, **facts))  # type: ignore[arg-type]
     made = make_recipe(folder / "shards", sources=sources)
     build_shards(made)
     return made
@@ -165,6 +166,46 @@ def test_the_page_is_searched_in_a_browser(found: Exploration, tmp_path: Path) -
     lengths = [int(text) for text in re.findall(r"· (\d+) tokens ·", ordered)]
     assert lengths == sorted((it.tokens.size for it in found.documents), reverse=True)[: len(lengths)]
     assert len(lengths) == 20
+
+
+def test_the_page_shows_what_a_threshold_would_remove(
+    recipe: Recipe, found: Exploration, tmp_path: Path
+) -> None:
+    from pyarrow import parquet
+
+    table = parquet.read_table(Path(recipe.data.shards) / "prose/scores.parquet").to_pydict()
+    texts = dict(zip(table["place"], table["excerpt"], strict=True))
+    write_page(found, tmp_path / "page.html")
+    for score, bound, at in (
+        ("symbols_per_word", "at_most", 300),
+        ("word_length", "at_least", 700),
+        ("most_frequent_2gram", "at_most", 400),
+        ("language_probability", "at_least", 1000),
+    ):
+        candidates = found.scores["prose"].scores[score].at
+        bar = candidates[int(at / 1000 * (len(candidates) - 1) + 0.5)]
+        values = {p: v for p, v in zip(table["place"], table[score], strict=True) if v is not None}
+        out = {p for p, v in values.items() if (v < bar if bound == "at_least" else v > bar)}
+        shown, complaints = opened(tmp_path / "page.html", f"#score={score}&bound={bound}&at={at}")
+        assert complaints == ""
+        (said,) = re.findall(r'<p id="removed" role="status">(.*?)</p>', shown)
+        share = f"({100 * len(out) / 36:.1f}%), of the 36 in the shards {len(out)}"
+        assert said.startswith(f"{{ score: {score}, {bound}: ") and said.endswith(
+            f" removes {len(out)} of 36 documents {share}"
+        )
+        sides = re.search(
+            r'<div id="out">(.*?)</div></div><div><h3>kept</h3><div id="in">(.*?)</div></div>',
+            shown,
+            re.DOTALL,
+        )
+        assert sides is not None
+        for side, wanted in ((sides[1], out), (sides[2], values.keys() - out)):
+            places = re.findall(r"<header><b>(.*?)</b>", side)
+            assert len(places) == min(6, len(wanted)) and set(places) <= wanted
+            assert all(html.escape(texts[place], quote=False) in side for place in places)
+        (bins,) = re.findall(r'<svg id="bins".*?</svg>', shown, re.DOTALL)
+        assert bins.count("<rect") == 48
+    assert 'id="scored"' not in shards_page(replace(found, scores={}))
 
 
 def test_of_conversations_the_page_shows_which_text_has_a_loss(

@@ -13,7 +13,7 @@ from data.text.bpe import train_bpe
 from data.text.clean import normalise
 from data.text.duplicates import resolve, sketch, sketch_without_words
 from data.text.language import language_of
-from data.text.quality import code_violation, prose_violation, repetition_violation
+from data.text.quality import code_scores, prose_scores
 from data.text.words import _hashes, hash_words
 from data.tokenizer import LONGEST_PART, TokenizerHandle, open_tokenizer, split_for_encoding
 from train.recipe.schema import Tokenizer, TokenizerKind
@@ -102,9 +102,9 @@ def test_short_texts_are_whole_and_long_runs_are_cut() -> None:
 def test_every_rule_reads_long_runs(sign: str):
     text = "x" + sign * (FEWER // len(sign)) + "y"
     text = normalise(text)
-    for rule in (code_violation, prose_violation, repetition_violation, language_of):
-        rule(text)
-        rule(text[:190_000])
+    for part in (text, text[:190_000]):
+        code_scores(part)
+        prose_scores(part, language_of(part))
     words = hash_words(text)
     sketch(words)
     assert max(map(len, _hashes), default=0) < 100, "a run is not kept among the frequent words"

@@ -25,7 +25,16 @@ from data.text.mds import (
     packed_name,
     shard_name,
 )
-from data.text.quality import code_violation, is_good_prose, prose_violation, repetition_violation
+from data.text.quality import (
+    CODE,
+    PROSE_REPETITION,
+    PROSE_WORDS,
+    code_scores,
+    first_violation,
+    is_good_prose,
+    repetition_scores,
+    word_scores,
+)
 from data.text.tokens import open_once, plan_shards
 from data.text.words import hash_ngrams, hash_words
 from train.recipe.preparation import Preparation, Quality, Source, SourceKind
@@ -97,6 +106,14 @@ def test_shards_are_planned_from_the_chunks_that_overlap_them(tmp_path: Path, se
         for it in task.segments:
             assert (it.first_token, it.first_document) == (ends[it.chunk] - tokens[it.chunk], 5 * it.chunk)
     assert at == ends[-1]
+
+
+def prose_violation(text: str) -> str:
+    return first_violation(word_scores(text, language_of(text)), PROSE_WORDS)
+
+
+def repetition_violation(text: str) -> str:
+    return first_violation(repetition_scores(text), PROSE_REPETITION)
 
 
 def texts(count: int, seed: int = 0) -> list[list[str]]:
@@ -253,7 +270,11 @@ def test_a_book_is_prose_and_a_table_of_its_size_no_code():
     rng = np.random.default_rng(1)
     names = [f"{a}{b}" for a in ("ba", "ke", "lo", "mi") for b in ("den", "fur", "gat", "lin")]
     book = "\n".join("the " + " and ".join(rng.choice(names, 8)) + " of it" for _ in range(5000))
-    assert len(book) > 200_000 and not prose_violation(book) and code_violation(book) == "code: length"
+    assert (
+        len(book) > 200_000
+        and not prose_violation(book)
+        and first_violation(code_scores(book), CODE) == "code: length"
+    )
     assert prose_violation(book * 2) == "prose: number of words"
 
 
