@@ -204,6 +204,10 @@ def describe(manifest: Manifest, root: Path) -> str:
         if domain.rejected:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in domain.rejected.items())
             lines.append(f"{name}: rejected {reasons}; each is listed in {root / name / REJECTED_FILE}")
+        if domain.personal_data is not None:
+            found = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in domain.personal_data.items())
+            treated = "replaced" if "personal data replaced" in domain.transformation else "left"
+            lines.append(f"{name}: personal data, {treated}: {found}")
         lines += [f"{name}: {loss}" for loss in domain.losses]
     return "\n".join(lines)
 

@@ -103,6 +103,8 @@ class DomainRecord:
     """A line for each source and file that lost most or all of its records."""
     scores_sha256: str | None = None
     """Hash of the documents' scores; null: there are none."""
+    personal_data: dict[str, int] | None = None
+    """Personal data found in the documents, by kind; null: none was looked for."""
 
     @property
     def is_masked(self) -> bool:
@@ -164,8 +166,9 @@ class Manifest:
         """
         tree = asdict(self)
         for domain in tree["domains"].values():
-            if domain["scores_sha256"] is None:
-                del domain["scores_sha256"]
+            for name in ("scores_sha256", "personal_data"):
+                if domain[name] is None:
+                    del domain[name]
             for split in domain["splits"].values():
                 for name in ("trained_tokens", "trained_bytes"):
                     if split[name] is None:

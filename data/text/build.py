@@ -53,6 +53,7 @@ from train.recipe.phases import domains_of, fills_in_middle
 from train.recipe.preparation import (
     CONVERSATIONS,
     Packing,
+    PersonalData,
     Preparation,
     Quality,
     Source,
@@ -200,7 +201,12 @@ def _cleaning_keys(source: Source) -> dict[str, Any]:
     tree = asdict(source)
     for name in ("domain", "version", "origin", "licence", "languages", "licences", "thresholds", "scores"):
         del tree[name]
-    return tree | {"kind": source.kind.value, "quality": source.quality is Quality.code}
+    return tree | {
+        "kind": source.kind.value,
+        "quality": source.quality is Quality.code,
+        "pii": source.pii.value,
+        "token_rows": source.token_rows.value,
+    }
 
 
 def _cleaning_facts(job: PreparationJob) -> list[Any]:
@@ -352,6 +358,8 @@ def _domain_record(
         mine = [(t, w) for t, w in zip(tasks, written, strict=True) if (t.domain, t.split) == (domain, split)]
         splits[split] = _split_record(job, folder / split, [encoded[n][split] for n in at], mine)
     sources = [source for source in job.sources if source.domain == domain]
+    scores = {n: job.file(CLEAN, n, SCORES_FILE) for n in numbers}
+    scores_sha256, personal = join_scores(job, scores, folder / SCORES_FILE)
     return DomainRecord(
         source=without_secrets("; ".join(dict.fromkeys(source.origin for source in sources))),
         licence="; ".join(dict.fromkeys(source.licence for source in sources)),
@@ -365,9 +373,8 @@ def _domain_record(
         rejected_sha256=rejected,
         rejected_bytes=sum(cleaned[n]["rejected_bytes"] + decision.copied_bytes[n] for n in at),
         losses=losses_of(job, chunks, cleaned, decision, domain),
-        scores_sha256=join_scores(
-            job, {n: job.file(CLEAN, n, SCORES_FILE) for n in numbers}, folder / SCORES_FILE
-        ),
+        scores_sha256=scores_sha256,
+        personal_data=personal,
     )
 
 
@@ -419,6 +426,9 @@ def _transformation(job: PreparationJob, sources: list[Source]) -> str:
             steps.append(f"{source.dataset}: languages {', '.join(source.languages)}")
         if source.quality is not Quality.none:
             steps.append(f"{source.dataset}: quality heuristics for {source.quality.value}")
+        if source.pii is not PersonalData.off:
+            treated = "replaced" if source.pii is PersonalData.replace else "counted"
+            steps.append(f"{source.dataset}: personal data {treated}")
         if source.thresholds:
             bounds = (f"{it.score} {_words_of(it)}" for it in source.thresholds)
             steps.append(f"{source.dataset}: {', '.join(bounds)}")

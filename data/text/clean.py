@@ -26,10 +26,11 @@ from data.text.evaluation_overlap import EvaluationTexts, open_evaluation_texts
 from data.text.inputs import Chunk
 from data.text.job import ArrayFile, PreparationJob, Result
 from data.text.licences import canonical_of
+from data.text.personal import KINDS, count, find, replaced
 from data.text.scores import ScoredText, ScoreRows, groups_of, score, violation
 from data.text.source_records import SourceRecord, read_records
 from data.text.words import hash_words
-from train.recipe.preparation import Quality, Source, SourceKind
+from train.recipe.preparation import PersonalData, Quality, Source, SourceKind
 from train.record.files import whole_file, write_whole
 
 STAGE, SCORE = "clean", "score"
@@ -179,7 +180,7 @@ def _reason(judged: _Judged, source: Source) -> str:
 
 
 def _score_all(job: PreparationJob, chunk: Chunk) -> Result:
-    count = 0
+    records = 0
     with ExitStack() as files:
         lines = files.enter_context(whole_file(job.file(SCORE, chunk.number, RECORDS)))
         sketches = files.enter_context(ArrayFile(job.file(SCORE, chunk.number, SKETCHES), SKETCH))
@@ -190,8 +191,8 @@ def _score_all(job: PreparationJob, chunk: Chunk) -> Result:
                 sketches.add(it.sketch())
             facts = [record.place, record.text, record.reason, record.size, record.spans]
             lines.write(_line([facts, asdict(it.scored), is_evaluation]))
-            count += 1
-    return {"records": count}
+            records += 1
+    return {"records": records}
 
 
 def _judged_before(job: PreparationJob, chunk: Chunk) -> Iterator[_Judged]:
@@ -217,18 +218,39 @@ def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[_Judged]:
         return
     groups = groups_of(source, preparation)
     for raw in read_records(chunk, source, preparation.max_document_bytes):
+        counts: dict[str, float | None] = {}
         if raw.turns:
-            record, words = _conversation(raw, job.chat if source.kind is SourceKind.chat else None), raw.text
+            treated, counts = _with_treated_turns(raw, source)
+            record = _conversation(treated, job.chat if source.kind is SourceKind.chat else None)
+            words = treated.text
         else:
             words = (
                 "" if raw.reason else normalise(raw.text, keeps_indentation=source.quality is Quality.code)
             )
+            words, counts = _treated(words, source)
             reason = raw.reason or ("" if words.strip() else "empty")
             record = SourceRecord(raw.place, words, reason, raw.size)
         scored = ScoredText()
         if not record.reason:
-            scored = score(words, canonical_of(raw.licence), source, groups)
+            scored = score(words, source, groups, canonical_of(raw.licence), counts)
         yield _with_words(replace(record, place=f"{source.dataset}/{raw.place}"), words, scored, evaluation)
+
+
+def _treated(text: str, source: Source) -> tuple[str, dict[str, float | None]]:
+    """Returns a text as the source's ``pii`` says, and how much personal data of each kind it had."""
+    if source.pii is PersonalData.off:
+        return text, {}
+    found = find(text)
+    return replaced(text, found) if source.pii is PersonalData.replace else text, count(found)
+
+
+def _with_treated_turns(raw: SourceRecord, source: Source) -> tuple[SourceRecord, dict[str, float | None]]:
+    if source.pii is PersonalData.off:
+        return raw, {}
+    treated = [(role, *_treated(words, source)) for role, words in raw.turns]
+    turns = tuple((role, words) for role, words, _ in treated)
+    counts = {kind: sum(of[kind] or 0.0 for _, _, of in treated) for kind in KINDS}
+    return replace(raw, turns=turns, text="\n".join(words for _, words in turns)), {**counts}
 
 
 def _with_words(record: SourceRecord, words: str, scored: ScoredText, evaluation: EvaluationTexts) -> _Judged:

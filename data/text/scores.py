@@ -18,9 +18,10 @@ from typing import Any
 from data.text.classifier import probability_of
 from data.text.language import language_and_probability
 from data.text.licences import permits
+from data.text.personal import KINDS
 from data.text.quality import CODE, PROSE, Rule, code_scores, first_violation, prose_scores
 from train.recipe.errors import UserError
-from train.recipe.preparation import Preparation, Quality, ScoreGroup, Source
+from train.recipe.preparation import PersonalData, Preparation, Quality, ScoreGroup, Source
 from train.record.files import whole_file
 
 RULES = {Quality.none: (), Quality.prose: PROSE, Quality.code: CODE}
@@ -30,6 +31,7 @@ COLUMNS = {
     ScoreGroup.prose: tuple(rule.score for rule in PROSE),
     ScoreGroup.code: tuple(rule.score for rule in CODE),
     ScoreGroup.classifier: (CLASSIFIER,),
+    ScoreGroup.personal: tuple(KINDS),
 }
 """The scores of each group, in order."""
 SAMPLED = 1000
@@ -54,9 +56,11 @@ class ScoredText:
 
 def groups_of(source: Source, preparation: Preparation) -> frozenset[ScoreGroup]:
     """The groups of scores that a source needs; all of them if documents are kept to choose again."""
-    if preparation.keep_cleaned:
-        return frozenset({*ScoreGroup} if source.classifier else {*ScoreGroup} - {ScoreGroup.classifier})
     groups = set(source.scores)
+    if preparation.keep_cleaned:
+        groups |= {ScoreGroup.language, ScoreGroup.prose, ScoreGroup.code}
+    if source.pii is not PersonalData.off:
+        groups.add(ScoreGroup.personal)
     named = {threshold.score for threshold in source.thresholds}
     groups |= {group for group, columns in COLUMNS.items() if named.intersection(columns)}
     if source.quality is not Quality.none:
@@ -68,8 +72,22 @@ def groups_of(source: Source, preparation: Preparation) -> frozenset[ScoreGroup]
     return frozenset(groups)
 
 
-def score(text: str, licence: str, source: Source, groups: frozenset[ScoreGroup]) -> ScoredText:
-    """Computes the scores of a text."""
+def score(
+    text: str,
+    source: Source,
+    groups: frozenset[ScoreGroup],
+    licence: str = "",
+    personal: dict[str, float | None] | None = None,
+) -> ScoredText:
+    """Computes the scores of a text.
+
+    Args:
+        text: the text.
+        source: its source.
+        groups: the groups of scores to compute.
+        licence: its licence.
+        personal: how much personal data of each kind it has, or had, as counted before.
+    """
     if not groups:
         return ScoredText(licence=licence)
     language, probability = language_and_probability(text)
@@ -81,7 +99,7 @@ def score(text: str, licence: str, source: Source, groups: frozenset[ScoreGroup]
     if ScoreGroup.classifier in groups:
         assert source.classifier is not None
         numbers[CLASSIFIER] = probability_of(text, source.classifier, source.classifier_label)
-    return ScoredText(language, licence, numbers)
+    return ScoredText(language, licence, numbers | (personal or {}))
 
 
 def violation(scored: ScoredText, source: Source) -> str:
@@ -125,6 +143,10 @@ def check_scores(source: Source, preparation: Preparation, key: str) -> None:
     if ScoreGroup.classifier in reads | set(source.scores) and not source.classifier:
         remedy = "name a fastText model"
         raise UserError("is null, but its score is asked for", key=f"{key}.classifier", remedy=remedy)
+    counts = {ScoreGroup.personal for it in source.thresholds if it.score in KINDS}
+    if ScoreGroup.personal in counts | set(source.scores) and source.pii is PersonalData.off:
+        what = "is off, but the personal data of texts is asked for"
+        raise UserError(what, key=f"{key}.pii", remedy="set it to count or replace")
     if source.classifier:
         probability_of("", source.classifier, source.classifier_label, key)
 

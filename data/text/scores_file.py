@@ -11,6 +11,7 @@ import numpy as np
 from data.text.decide import REMOVED
 from data.text.decide import STAGE as DECIDE
 from data.text.job import PreparationJob
+from data.text.personal import KINDS
 from data.text.scores import COLUMNS, KEY, SAMPLED, schema_of
 from data.text.split import SPLITS
 from train.record.files import sha256
@@ -19,7 +20,9 @@ ROWS = 65_536
 """Rows of a row group, whatever the chunks."""
 
 
-def join_scores(job: PreparationJob, files: dict[int, Path], path: Path) -> str | None:
+def join_scores(
+    job: PreparationJob, files: dict[int, Path], path: Path
+) -> tuple[str | None, dict[str, int] | None]:
     """Writes a domain's scores from those of its chunks, a chunk at a time.
 
     Args:
@@ -28,27 +31,37 @@ def join_scores(job: PreparationJob, files: dict[int, Path], path: Path) -> str 
         path: the file to write.
 
     Returns:
-        The hash of the file; None without scores.
+        The hash of the file, None without scores; and the personal data of each kind in the documents kept,
+        None if none was looked for.
     """
     files = {n: file for n, file in files.items() if file.is_file()}
     if not files:
-        return None
+        return None, None
     import pyarrow
     from pyarrow import parquet
 
     present = {name for file in files.values() for name in parquet.read_schema(file).names}
     schema = schema_of([name for columns in COLUMNS.values() for name in columns if name in present])
     last = _last_key(list(files.values()))
-    waiting = schema.empty_table()
+    waiting, totals = schema.empty_table(), dict.fromkeys(kinds := [it for it in KINDS if it in present], 0)
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         for number, file in files.items():
             decided = _decided(job, number, parquet.read_table(file), last, schema)
+            _add_personal(totals, decided)
             waiting = pyarrow.concat_tables([waiting, decided]).combine_chunks()
             while len(waiting) >= ROWS:
                 writer.write_table(waiting.slice(0, ROWS), ROWS)
                 waiting = waiting.slice(ROWS)
         writer.write_table(waiting, ROWS)
-    return sha256(path)
+    return sha256(path), totals if kinds else None
+
+
+def _add_personal(totals: dict[str, int], decided: Any) -> None:
+    from pyarrow import compute
+
+    kept = decided.filter(compute.equal(decided["reason"], ""))
+    for kind in totals:
+        totals[kind] += int(compute.sum(kept[kind]).as_py() or 0)
 
 
 def _last_key(files: Sequence[Path]) -> int:

@@ -49,6 +49,15 @@ class ScoreGroup(str, Enum):
     prose = "prose"
     code = "code"
     classifier = "classifier"
+    personal = "personal"
+
+
+class PersonalData(Enum):
+    """Treatments of personal data in texts."""
+
+    off = "off"
+    count = "count"
+    replace = "replace"
 
 
 class Packing(str, Enum):
@@ -102,7 +111,7 @@ class Source:
     """ISO 639 codes of the languages to keep, as py3langid tells them; empty: all."""
     scores: list[ScoreGroup] = key(factory=list, in_shards_digest=False)
     """Scores to compute besides those that the source's filters read: `language`, `prose`, `code`,
-    `classifier`. They are kept in `scores.parquet`."""
+    `classifier`; `personal` with `pii`. They are kept in `scores.parquet`."""
     thresholds: list[Threshold] = key(factory=list, omitted_from_digest_at_default=True)
     """Bounds of scores. One that `quality` bounds too has these bounds in place of the published ones."""
     classifier: Optional[str] = key(None, is_path=True, in_shards_digest=False)
@@ -110,6 +119,9 @@ class Source:
     Needs the package fasttext-predict."""
     classifier_label: str = key("__label__hq", omitted_from_digest_at_default=True)
     """Label of the model."""
+    pii: PersonalData = key(PersonalData.off, omitted_from_digest_at_default=True)
+    """E-mail addresses, telephone numbers, IP addresses, card numbers and IBANs in texts: `count` them, which
+    are then scores of the group `personal`, or `replace` them, also counted; `off`: look for none."""
     licence_column: Optional[str] = key(None, omitted_from_digest_at_default=True)
     """Column or key of a record's licence: an SPDX expression, or a list of licences that all hold."""
     licences: list[str] = key(factory=list, omitted_from_digest_at_default=True)

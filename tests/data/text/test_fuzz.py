@@ -17,6 +17,7 @@ from data.text.engines import Processes
 from data.text.evaluation_overlap import EvaluationTexts
 from data.text.inputs import Chunk, SourceFile
 from data.text.job import PreparationJob
+from data.text.personal import find
 from data.text.words import hash_words
 from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards
@@ -143,6 +144,7 @@ def steps(folder: Path) -> dict[str, Callable[[str], object]]:
     return {
         **{f"filter {quality.value}": filtered(quality) for quality in Quality},
         "evaluation text": lambda text: evaluation.touches(hash_words(text)),
+        "personal data": find,
         "learn": lambda text: train_bpe(SMALL, iter([text])),
         "encode": lambda text: small.encode_documents([text]),
         "encode with cl100k": lambda text: cl100k.encode_documents([text]),
