@@ -20,6 +20,7 @@ from data.shards.manifest import MANIFEST_FILE, REJECTED_FILE, Manifest, check_s
 from data.shards.upload import upload_shards
 from data.text.build import build_into, remove_finished
 from data.text.engines import Engine, Processes, open_engine
+from data.text.growth import MOST_DOCUMENTS, GrowthPlan, describe_growth, plan_growth
 from data.text.installed import SOURCE_DOMAINS, CorpusDocument, installed_corpus
 from data.text.job import OUT
 from data.text.placement import KEY, Placement, placement_of
@@ -112,6 +113,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--engine", choices=("local", "spark"), default="local", help="run tasks here or on Spark"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: cores)")
+    parser.add_argument(
+        "--plan-documents",
+        type=float,
+        metavar="N",
+        help="compute from existing shards what N documents would take; build nothing",
+    )
     parser.add_argument("--check", action="store_true", help="hash every byte of the shards; build nothing")
     parser.add_argument(
         "--upload",
@@ -129,7 +136,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     "python -m data.write_shards",
     "Builds a recipe's shards from its sources or the installed corpus, or checks them.",
     add_arguments,
-    json="also write the manifest there",
+    json="also write the manifest, or the plan, there",
     file="recipe",
     mistakes=(OSError,),
     intermixed=True,
@@ -138,6 +145,10 @@ def main(options: Namespace) -> Figures:
     """Builds or checks the recipe's shards, and uploads them to a store with --upload."""
     recipe = load_recipe(options.recipe, options.overrides)
     root = Path(recipe.data.shards)
+    if options.plan_documents is not None:
+        plan = _plan(recipe, options.plan_documents)
+        print(describe_growth(plan))
+        return Figures(dataclasses.asdict(plan))
     address = "" if options.upload is None else options.upload or recipe.data.remote
     if address is None:
         remedy = "give one, or set data.remote"
@@ -162,6 +173,22 @@ def main(options: Namespace) -> Figures:
         upload_shards(root, address, join=options.join)
     print(describe(manifest, root))
     return Figures(manifest.to_json())
+
+
+def _plan(recipe: Recipe, documents: float) -> GrowthPlan:
+    """Plans the preparation of a number of documents by the recipe's shards.
+
+    Raises:
+        UserError: if there are no shards, or no documents.
+    """
+    root = Path(recipe.data.shards)
+    if not 1 <= documents <= MOST_DOCUMENTS:
+        what = f"is {documents:g}, but must lie in [1, {MOST_DOCUMENTS:g}]"
+        raise UserError(what, key="--plan-documents", remedy="give a number of documents, such as 1e9")
+    if not (root / MANIFEST_FILE).exists():
+        remedy = "first build those of a sample of the corpus"
+        raise UserError(f"{root} holds no shards to compute from", key="--plan-documents", remedy=remedy)
+    return plan_growth(check_shards(root), root, recipe.data.preparation, int(documents))
 
 
 def describe(manifest: Manifest, root: Path) -> str:

@@ -21,7 +21,7 @@ from data.text.components import LINK, components
 from data.text.documents import AllDocuments, Span
 from data.text.duplicates import BANDS, PERMUTATIONS, SAME_SIDE, matches_of
 from data.text.engines import Engine
-from data.text.job import PreparationJob, Result
+from data.text.job import Limits, PreparationJob, Result
 from data.text.row_files import (
     Rows,
     WrittenRows,
@@ -35,11 +35,11 @@ from data.text.row_files import (
 
 # N documents, M pairs.
 
-_DIGEST = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<i8")])
-_BAND = np.dtype([("key", "<u8"), ("place", "<i8")])
+DIGEST = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<i8")])
+BAND = np.dtype([("key", "<u8"), ("place", "<i8")])
 """A band of a document: its hash; the band's number in the upper 16 bits, the document's in the lower 48."""
 _PAIR = np.dtype([("first", "<i8"), ("second", "<i8")])
-_SENT = np.dtype([("first", "<i8"), ("second", "<i8"), ("values", "u1", (PERMUTATIONS,))])
+SENT = np.dtype([("first", "<i8"), ("second", "<i8"), ("values", "u1", (PERMUTATIONS,))])
 _BAND_SHIFT = 48
 
 
@@ -77,7 +77,7 @@ def find_duplicates(
         near: minimum Jaccard similarity of copies; None: only equal texts are.
     """
     spans, by_document = documents.spans(), documents.partitions
-    by_digest = _partitions(job, documents.count * _DIGEST.itemsize)
+    by_digest = partitions_of(job.limits, documents.count * DIGEST.itemsize)
     tasks = [_JoinTask(span.number, by_digest, span=span) for span in spans]
     engine.run("duplicates: hashes of texts", _digests, job, tasks)
     digests = WrittenRows("digests", "rows", len(tasks))
@@ -86,7 +86,7 @@ def find_duplicates(
     equal = WrittenRows("equal", "links", len(tasks))
     remove_rows(job, [digests])
 
-    by_band = _partitions(job, documents.count * BANDS * _BAND.itemsize)
+    by_band = partitions_of(job.limits, documents.count * BANDS * BAND.itemsize)
     tasks = [_JoinTask(span.number, by_band, (equal,), span) for span in spans]
     engine.run("duplicates: bands", _bands, job, tasks)
     bands = WrittenRows("bands", "rows", len(tasks))
@@ -110,9 +110,9 @@ def find_duplicates(
     return Found(equal, **stars)
 
 
-def _partitions(job: PreparationJob, row_bytes: int) -> int:
+def partitions_of(limits: Limits, row_bytes: int) -> int:
     """Number of partitions of evenly spread rows that can each be sorted at once."""
-    return max(-(-2 * row_bytes // job.limits.sort_bytes), 1)
+    return max(-(-2 * row_bytes // limits.sort_bytes), 1)
 
 
 def _digests(job: PreparationJob, task: _JoinTask) -> Result:
@@ -120,7 +120,7 @@ def _digests(job: PreparationJob, task: _JoinTask) -> Result:
         with write_rows(job, "digests", task.number, "rows", task.partitions) as writer:
             for piece in AllDocuments(job).pieces(*_bounds(task)):
                 halves = np.ascontiguousarray(piece.read(DIGESTS)[:, :16]).view("<u8")
-                rows = np.empty(len(halves), _DIGEST)
+                rows = np.empty(len(halves), DIGEST)
                 rows["high"], rows["low"] = halves.T
                 rows["document"] = np.arange(piece.start, piece.start + rows.size)
                 writer.add(rows, partition_of(rows["high"], task.partitions))
@@ -135,7 +135,7 @@ def _equal(job: PreparationJob, task: _JoinTask) -> Result:
 
     def make() -> Result:
         with write_rows(job, "equal", task.number, "links", task.partitions) as writer:
-            rows = read_rows(job, task.reads, task.number, _DIGEST)
+            rows = read_rows(job, task.reads, task.number, DIGEST)
             ordered = sort_rows(rows, ["high", "low", "document"], job.limits, job.work)
             for block in group_rows(ordered, same):
                 copies = ~block.is_first
@@ -153,7 +153,7 @@ def _bands(job: PreparationJob, task: _JoinTask) -> Result:
         is_copy = np.zeros(end - start, bool)
         for links in read_rows(job, task.reads, task.number, LINK):
             is_copy[links["node"] - start] = True
-        most = max(job.limits.buffer_bytes // (4 * BANDS * _BAND.itemsize), 1)
+        most = max(job.limits.buffer_bytes // (4 * BANDS * BAND.itemsize), 1)
         of_band = np.arange(BANDS, dtype=np.int64) << _BAND_SHIFT
         with write_rows(job, "bands", task.number, "rows", task.partitions) as writer:
             for piece in AllDocuments(job).pieces(start, end):
@@ -162,7 +162,7 @@ def _bands(job: PreparationJob, task: _JoinTask) -> Result:
                     bands = np.array(sketches["bands"][at : at + most])
                     numbers = np.arange(piece.start + at, piece.start + at + len(bands))
                     stays = ~is_copy[numbers - start]
-                    rows = np.empty((int(stays.sum()), BANDS), _BAND)
+                    rows = np.empty((int(stays.sum()), BANDS), BAND)
                     rows["key"], rows["place"] = bands[stays], numbers[stays, None] + of_band
                     writer.add(rows.ravel(), partition_of(rows["key"].ravel(), task.partitions))
         return {"rows": writer.rows}
@@ -178,7 +178,7 @@ def _buckets(job: PreparationJob, task: _JoinTask) -> Result:
     def make() -> Result:
         low = (1 << _BAND_SHIFT) - 1
         with write_rows(job, "buckets", task.number, "pairs", task.partitions) as writer:
-            rows = read_rows(job, task.reads, task.number, _BAND)
+            rows = read_rows(job, task.reads, task.number, BAND)
             for block in group_rows(sort_rows(rows, ["key", "place"], job.limits, job.work), same):
                 follows = ~block.is_first
                 pairs = np.empty((2, int(follows.sum())), _PAIR)
@@ -198,14 +198,14 @@ def _pairs(job: PreparationJob, task: _JoinTask) -> Result:
 
     def make() -> Result:
         documents = AllDocuments(job)
-        most = max(job.limits.buffer_bytes // _SENT.itemsize, 1)
+        most = max(job.limits.buffer_bytes // SENT.itemsize, 1)
         with write_rows(job, "pairs", task.number, "sent", task.partitions) as writer:
             rows = read_rows(job, task.reads, task.number, _PAIR)
             for block in group_rows(sort_rows(rows, ["first", "second"], job.limits, job.work), same):
                 pairs = block.rows[block.is_first]
                 for at in range(0, pairs.size, most):
                     some = pairs[at : at + most]
-                    sent = np.empty(some.size, _SENT)
+                    sent = np.empty(some.size, SENT)
                     sent["first"], sent["second"] = some["first"], some["second"]
                     sent["values"] = _values(documents, some["first"])
                     writer.add(sent, sent["second"] // job.limits.span_documents)
@@ -225,7 +225,7 @@ def _compare(job: PreparationJob, task: _JoinTask) -> Result:
                 name: files.enter_context(write_rows(job, "compare", task.number, name, task.partitions))
                 for name in ("near", "similar")
             }
-            for block in read_rows(job, task.reads, task.number, _SENT):
+            for block in read_rows(job, task.reads, task.number, SENT):
                 some = block[np.argsort(block["second"], kind="stable")]
                 matches = (some["values"] == _values(documents, some["second"])).sum(1)
                 for name, wanted in least.items():

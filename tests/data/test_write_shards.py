@@ -10,6 +10,7 @@ from data.opened import OpenedData
 from data.shards.manifest import check_shards, entropy, read_manifest, require_match, unigram_entropy
 from data.shards.packing import PADDING
 from data.shards.streams import ShardFolder
+from data.text.growth import plan_growth
 from data.tokenizer import open_tokenizer
 from data.write_shards import build_shards, ensure_shards, main
 from tests.data.conftest import small_documents
@@ -29,6 +30,21 @@ def copy(built: Recipe, make_recipe: Callable[..., Recipe], tmp_path: Path) -> R
     """A recipe whose shards a test may damage."""
     shutil.copytree(built.data.shards, tmp_path / "shards")
     return make_recipe(tmp_path / "shards")
+
+
+def test_a_plan_for_more_documents_is_computed_from_shards(
+    built: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    root = Path(built.data.shards)
+    manifest = check_shards(root)
+    million, billion = (plan_growth(manifest, root, built.data.preparation, n) for n in (10**6, 10**9))
+    for name in ("text_bytes", "signature_bytes", "band_bytes", "token_bytes", "driver_memory_bytes"):
+        assert getattr(billion, name) == pytest.approx(1000 * getattr(million, name), rel=0.05)
+    assert billion.task_memory_bytes == million.task_memory_bytes < 10**9
+    assert billion.spans == 954 and million.spans == 1 and million.band_bytes == 25 * 16 * 10**6
+    command = ["yamls/smoke.yaml", f"data.shards={root}", "--plan-documents"]
+    assert main([*command, "1e9"]) == 0 and "partitions by band" in capsys.readouterr().out
+    assert main([*command, "nan"]) == 2 and main([*command, "5", f"data.shards={tmp_path}/none"]) == 2
 
 
 def test_every_document_is_in_the_shards_once_and_on_one_side(built: Recipe):
