@@ -66,6 +66,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("recipe", help="YAML file, for example yamls/smoke.yaml")
     parser.add_argument("--ranks", type=at_least(int, 2), nargs="+", default=[2, 4], metavar="N")
+    parser.add_argument(
+        "--copies",
+        action="store_true",
+        help="with checkpoint.memory_interval_batches=1",
+    )
     parser.add_argument("--kills", type=at_least(int, 1), default=2, metavar="N", help="of each run")
 
 
@@ -86,7 +91,7 @@ def main(options: Namespace) -> Figures:
             records = []
             for is_warm in (False, True):
                 name = f"{ranks}-{'warm' if is_warm else 'cold'}"
-                small = make_recipe(recipe, Path(folder), name)
+                small = make_recipe(recipe, Path(folder), name, has_copies=options.copies)
                 for cost in kill(small, Path(folder), ranks, options.kills, is_warm=is_warm):
                     print(f"{name}: {cost.total:.1f} s, load {cost.load:.1f}", flush=True)
                     costs.append(cost)
@@ -96,8 +101,9 @@ def main(options: Namespace) -> Figures:
     return Figures([asdict(cost) | {"total": cost.total} for cost in costs])
 
 
-def make_recipe(recipe: Recipe, folder: Path, name: str) -> Recipe:
+def make_recipe(recipe: Recipe, folder: Path, name: str, *, has_copies: bool) -> Recipe:
     """Makes the tiny recipe, saving often; the first of its runs makes the shards."""
+    every = 1 if has_copies else None
     small = tiny_recipe(recipe, steps=STEPS)
     return replace(
         small,
@@ -105,7 +111,7 @@ def make_recipe(recipe: Recipe, folder: Path, name: str) -> Recipe:
         runs_dir=str(folder / "runs"),
         on_existing=OnExisting.resume,
         data=replace(small.data, shards=str(folder / "shards")),
-        checkpoint=Checkpoint(interval_batches=SAVE_BATCHES, keep_last=2),
+        checkpoint=Checkpoint(SAVE_BATCHES, keep_last=2, memory_interval_batches=every),
         tracking=replace(small.tracking, mlflow=False),
         training=replace(small.training, precision=Precision.fp32),
         evaluation=replace(small.evaluation, interval_batches=None),
