@@ -214,8 +214,11 @@ def _cleaning_facts(job: PreparationJob) -> list[Any]:
     preparation = job.preparation
     models = [[it.classifier, sha256(Path(it.classifier))] for it in job.sources if it.classifier]
     chat = job.chat and job.chat.template
-    sizes = [preparation.evaluation_ngram, preparation.max_document_bytes, preparation.chunk_bytes]
-    return [sizes, models, chat]
+    numbers = [
+        *(preparation.evaluation_ngram, preparation.evaluation_share),
+        *(preparation.max_document_bytes, preparation.chunk_bytes),
+    ]
+    return [numbers, models, chat]
 
 
 def remove_finished(work: Path, *, keeps: bool) -> None:
@@ -442,6 +445,9 @@ def _transformation(job: PreparationJob, sources: list[Source]) -> str:
         steps.append(f"near-duplicates from Jaccard similarity {preparation.near_duplicates} on removed")
     if job.evaluation_files:
         steps.append(f"documents sharing {preparation.evaluation_ngram}-grams with evaluation tasks removed")
+    if job.evaluation_files and preparation.evaluation_share is not None:
+        what = f"documents with {preparation.evaluation_share:g} of an evaluation item's four-word sequences"
+        steps.append(f"{what} removed")
     return "; ".join([*steps, "near-identical documents on one side of the split"]) + packed
 
 

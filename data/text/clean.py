@@ -22,7 +22,8 @@ import numpy as np
 from data.shards.manifest import SCORES_FILE
 from data.text.conversations import ChatFormat, ConversationError, Spans, render
 from data.text.duplicates import SKETCH, sketch, sketch_without_words
-from data.text.evaluation_overlap import EvaluationTexts, open_evaluation_texts
+from data.text.edited_items import open_edited_items
+from data.text.evaluation_overlap import open_evaluation_texts
 from data.text.inputs import Chunk
 from data.text.job import ArrayFile, PreparationJob, Result
 from data.text.licences import canonical_of
@@ -211,10 +212,9 @@ def _judged_before(job: PreparationJob, chunk: Chunk) -> Iterator[_Judged]:
 def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[_Judged]:
     """Yields each record, normalised and scored."""
     source, preparation = job.sources[chunk.source], job.preparation
-    evaluation = open_evaluation_texts(job.evaluation_files, preparation.evaluation_ngram)
     if job.spooled:
         for name, text in read_texts(Path(chunk.inputs[0].path)):
-            yield _with_words(SourceRecord(name, text), text, ScoredText(), evaluation)
+            yield _with_words(job, SourceRecord(name, text), text, ScoredText())
         return
     groups = groups_of(source, preparation)
     for raw in read_records(chunk, source, preparation.max_document_bytes):
@@ -233,7 +233,18 @@ def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[_Judged]:
         scored = ScoredText()
         if not record.reason:
             scored = score(words, source, groups, canonical_of(raw.licence), counts)
-        yield _with_words(replace(record, place=f"{source.dataset}/{raw.place}"), words, scored, evaluation)
+        yield _with_words(job, replace(record, place=f"{source.dataset}/{raw.place}"), words, scored)
+
+
+def _is_evaluation(job: PreparationJob, text: str, words: np.ndarray[Any, Any]) -> bool:
+    """Returns whether a document has text of the evaluation tasks."""
+    if not job.evaluation_files:
+        return False
+    preparation = job.preparation
+    if open_evaluation_texts(job.evaluation_files, preparation.evaluation_ngram).touches(words):
+        return True
+    share = preparation.evaluation_share
+    return share is not None and open_edited_items(job.evaluation_files, share).touches(text)
 
 
 def _treated(text: str, source: Source) -> tuple[str, dict[str, float | None]]:
@@ -253,13 +264,13 @@ def _with_treated_turns(raw: SourceRecord, source: Source) -> tuple[SourceRecord
     return replace(raw, turns=turns, text="\n".join(words for _, words in turns)), {**counts}
 
 
-def _with_words(record: SourceRecord, words: str, scored: ScoredText, evaluation: EvaluationTexts) -> _Judged:
+def _with_words(job: PreparationJob, record: SourceRecord, words: str, scored: ScoredText) -> _Judged:
     """A record, with all that follows from the hashes of its words, which are computed once if at all."""
     hashes = cache(lambda: hash_words(words))
     return _Judged(
         record,
         scored,
-        lambda: evaluation.touches(hashes()),
+        lambda: _is_evaluation(job, words, hashes()),
         lambda: sketch(hashes()) if hashes().size else sketch_without_words(record.text),
     )
 

@@ -36,7 +36,7 @@ class EvaluationTexts:
     def __init__(self, files: tuple[str, ...], ngram: int) -> None:
         found: dict[int, list[NDArray[np.uint64]]] = {}
         for file in files:
-            for text in _texts(Path(file)):
+            for text in texts_of(Path(file)):
                 words = hash_words(text)
                 if words.size >= FEWEST_WORDS:
                     found.setdefault(min(ngram, words.size), []).append(hash_ngrams(words, ngram))
@@ -103,14 +103,14 @@ def _has_text(file: Path) -> bool:
         UserError: if it can't be read.
     """
     try:
-        return sum(1 for text in _texts(file) if text.strip()) > 0
+        return sum(1 for text in texts_of(file) if text.strip()) > 0
     except Exception as error:  # Readers raise unrelated classes for damaged files.
         what = " ".join(str(error).split()) or type(error).__name__
         remedy = "give JSON Lines, JSON, CSV or plain lines in UTF-8, Parquet or Arrow"
         raise UserError(f"{file} can't be read ({what[:150]})", key=KEY, remedy=remedy) from None
 
 
-def _texts(file: Path) -> Iterator[str]:
+def texts_of(file: Path) -> Iterator[str]:
     """Yields every string in a task file."""
     if file.suffix in (".parquet", ".arrow"):
         yield from _strings_of_table(file)

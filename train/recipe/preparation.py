@@ -151,6 +151,11 @@ class Preparation:
     evaluation_ngram: int = key(13, at_least=8, remedy="set it to at least 8")
     """Length of these n-grams in words (Brown et al. 2020, appendix C: 13); shorter texts of at least 8 words
     are matched as a whole."""
+    evaluation_share: Optional[float] = key(
+        None, above=0, at_most=1, remedy="give a share, for example 0.3", omitted_from_digest_at_default=True
+    )
+    """Also remove documents with this share of the four-word sequences of a text of at least 20 words, close
+    together, whatever its numbers: items with numbered lines, or with one word in ten replaced. null: no."""
     signatures: Optional[str] = key(None, is_path=True, in_shards_digest=False)
     """Folder that keeps the signatures of all parts of a corpus: documents are also held to the parts before
     theirs, and added once their shards are complete. null: copies are found within the sources."""

@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 from data.text.bpe import train_bpe
 from data.text.clean import clean
+from data.text.edited_items import EditedItems
 from data.text.engines import Processes
 from data.text.evaluation_overlap import EvaluationTexts
 from data.text.inputs import Chunk, SourceFile
@@ -127,6 +128,7 @@ def steps(folder: Path) -> dict[str, Callable[[str], object]]:
     (folder / "task.txt").write_text(
         "one two three four five six seven eight nine ten eleven twelve thirteen"
     )
+    (folder / "items.txt").write_text(" ".join(f"the a = {n} e 中 7 x1" for n in range(30)))
     evaluation = EvaluationTexts((str(folder / "task.txt"),), 13)
 
     def filtered(quality: Quality) -> Callable[[str], object]:
@@ -145,6 +147,7 @@ def steps(folder: Path) -> dict[str, Callable[[str], object]]:
         **{f"filter {quality.value}": filtered(quality) for quality in Quality},
         "evaluation text": lambda text: evaluation.touches(hash_words(text)),
         "personal data": find,
+        "edited items": EditedItems((str(folder / "items.txt"),), 0.3).touches,
         "learn": lambda text: train_bpe(SMALL, iter([text])),
         "encode": lambda text: small.encode_documents([text]),
         "encode with cl100k": lambda text: cl100k.encode_documents([text]),
