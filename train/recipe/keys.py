@@ -154,6 +154,10 @@ def walk(schema: type, prefix: str = "", within: KeyRules = KeyRules()) -> Itera
             yield from walk(section, f"{name}{many}.", rules)
 
 
+LARGEST_WHOLE = 2**63 - 1
+"""Whole numbers go into tensors, files and random generators, which hold 64 bits."""
+
+
 def out_of_range(section: Any, prefix: str = "") -> Iterator[Violation]:
     """Yields a violation for every number in a section, or in the sections within it, that is out of range.
 
@@ -166,6 +170,10 @@ def out_of_range(section: Any, prefix: str = "") -> Iterator[Violation]:
         for at, value in _values(getattr(section, schema_field.name)):
             if is_dataclass(value):
                 yield from out_of_range(value, f"{name}{at}.")
+            elif isinstance(value, dict | list):
+                yield Violation(f"{name}{at}", f"is {value}", "give a single value")
+            elif isinstance(value, int) and abs(value) > LARGEST_WHOLE:
+                yield Violation(f"{name}{at}", f"is {value}", "must fit into 64 bits")
             elif isinstance(value, int | float) and not rules.admits(value):
                 yield Violation(f"{name}{at}", f"is {value}", rules.remedy or _remedy(rules))
 

@@ -12,6 +12,8 @@ def unfit_as_file(name: str) -> str:
         return "is no name of a file"
     if "/" in name or "\\" in name:
         return "has a slash"
+    if name != name.strip():
+        return "begins or ends with a blank"
     if not name.isprintable():
         return "has a control character"
     if name.startswith("."):

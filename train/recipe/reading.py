@@ -67,7 +67,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
                 merged.data.phases = []
         try:
             OmegaConf.unsafe_merge(merged, copy.deepcopy(layer))  # in place: a copy of the schema is dear
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError) as error:
             errors += _mistakes_in(merged, layer, file) or [_explain(error, file)]
         given |= dict.fromkeys(_leaf_keys(OmegaConf.to_container(layer)), (depth, file))
     raise_all(errors)
@@ -207,8 +207,8 @@ def _mistakes_in(merged: DictConfig, layer: DictConfig, file: str) -> list[UserE
         try:
             OmegaConf.update(one, key, OmegaConf.select(layer, key))
             OmegaConf.merge(merged, one)
-        except OmegaConfBaseException as error:
-            errors.append(_explain(error, file))
+        except (OmegaConfBaseException, TypeError) as error:
+            errors.append(_explain(error, file, key))
     return errors
 
 
@@ -249,10 +249,18 @@ def _is_list(key: str) -> bool:
     return known is not None and getattr(known.field.type, "__origin__", None) is list
 
 
-def _explain(error: OmegaConfBaseException | UserError, file: str) -> UserError:
-    """Turns OmegaConf's error into one of ours, in one line."""
+def _explain(error: OmegaConfBaseException | UserError | TypeError, file: str, key: str = "") -> UserError:
+    """Turns OmegaConf's error into one of ours, in one line.
+
+    Args:
+        error: the error.
+        file: the recipe's file.
+        key: the key that was merged, of a TypeError: a list where the schema has a mapping, or the reverse.
+    """
     if isinstance(error, UserError):
         return error.at(file)
+    if not isinstance(error, OmegaConfBaseException):
+        return _of_another_shape(key, file)
     outer: BaseException = error
     while (inner := outer.__cause__ or outer.__context__) is not None:
         if isinstance(inner, UserError):  # One of ours, in a resolver.
@@ -274,6 +282,19 @@ def _explain(error: OmegaConfBaseException | UserError, file: str) -> UserError:
     known = schema_keys().get(in_schema)
     remedy = f"it means: {known.doc.split('.')[0]}" if known else "--help lists every key and its type"
     return UserError(text, key=key, remedy=remedy, file=file)
+
+
+def _of_another_shape(key: str, file: str) -> UserError:
+    """Returns the error of a list where the schema has a mapping, or the reverse."""
+    place = re.split(r"[\[.]", key)
+    names = (".".join(place[:n]) for n in range(len(place), 0, -1))
+    name = next((each for each in names if each in schema_keys()), key)
+    if _is_list(name):
+        remedy = f"an item is {name}[0], {name}[1], ..., and the whole list {name}=[...]"
+        return UserError("is a list, whose items have numbers", key=name, remedy=remedy, file=file)
+    return UserError(
+        "has keys, and no list of items", key=name, remedy=f"{name}.KEY=VALUE sets one", file=file
+    )
 
 
 def _refuse_unread(recipe: Recipe, given: dict[str, tuple[int, str]]) -> None:

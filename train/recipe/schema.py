@@ -367,7 +367,7 @@ class Recipe:
 
     name: str = key(on_resume=OnResume.free)
     """Name of the run and of its folder."""
-    seed: int = key(17, at_least=0, same_on_fork=True)
+    seed: int = key(17, at_least=0, at_most=4_000_000_000, same_on_fork=True)
     """Seed of initial weights, sample order and router jitter."""
     runs_dir: str = key("runs", on_resume=OnResume.free, is_path=True)
     """Parent folder of the run's folder."""

@@ -109,7 +109,8 @@ def test_a_number_out_of_range_is_refused_by_its_key(name: str) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("seed=-1", "seed: is -1; must not be negative"),
+        ("seed=-1", "seed: is -1; must lie in [0, 4e+09]"),
+        ("guard.rollback_before_batches=-1", "guard.rollback_before_batches: is -1; must not be negative"),
         ("model.moe.jitter_eps=1", "model.moe.jitter_eps: is 1.0; must lie in [0, 1); 0.01 is usual"),
         ("schedule.final_share=1.5", "schedule.final_share: is 1.5; must lie in [0, 1]"),
         ("preflight.slow_factor=1", "preflight.slow_factor: is 1.0; must be above 1; 3 is usual"),
