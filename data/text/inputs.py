@@ -271,7 +271,9 @@ def _measured(n: int, files: dict[str, Path], key: str) -> list[SourceFile]:
             again.append(name)
             continue
         seen.add((status.st_dev, status.st_ino))
-        chosen.append(SourceFile(n, name, str(file), status.st_size, status.st_mtime_ns))
+        # A name need not be text: bytes that are no UTF-8 are spelt out in what is written.
+        shown = name.encode("utf-8", "backslashreplace").decode()
+        chosen.append(SourceFile(n, shown, str(file), status.st_size, status.st_mtime_ns))
     if again:
         logger.info(f"{key}: {named(again)}: links to files that are read under another name")
     return chosen

@@ -5,6 +5,8 @@ import re
 
 LONGEST = 200
 """Characters of an expression that is understood; a longer one is kept, and permitted by no list."""
+_READ = 1000
+"""Characters of a column's value that are looked at."""
 _TOKEN = re.compile(r"[()]|[^\s()]+")
 
 
@@ -13,7 +15,8 @@ def canonical(licence: str) -> str:
     """Returns an SPDX expression in canonical form; other words as they are, cut, in one line."""
     from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
-    words = " ".join(licence.split())
+    # A lone surrogate, as JSON may have, is no text that a file could keep.
+    words = " ".join(licence.encode("utf-8", "replace").decode().split())
     if len(words) > LONGEST:
         return words[:LONGEST] + "…"
     try:
@@ -25,9 +28,9 @@ def canonical(licence: str) -> str:
 def canonical_of(value: object) -> str:
     """Returns the licence in a record's column: an expression, or a list of licences that all hold."""
     if isinstance(value, str):
-        return canonical(value)
+        return canonical(value[:_READ])
     if isinstance(value, list):
-        each = [canonical(item) for item in value[:20] if isinstance(item, str) and item.strip()]
+        each = [canonical(item[:_READ]) for item in value[:20] if isinstance(item, str) and item.strip()]
         return canonical(" AND ".join(f"({it})" if " OR " in it else it for it in dict.fromkeys(each)))
     return ""
 

@@ -9,6 +9,7 @@ reason; a thousand of them, drawn by a hash of their place, with the beginning o
 import hashlib
 import heapq
 import importlib
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -137,8 +138,15 @@ def check_scores(source: Source, preparation: Preparation, key: str) -> None:
         if threshold.score not in known:
             remedy = f"choose from {', '.join(sorted(known))}"
             raise UserError(f"{threshold.score} is no score", key=f"{here}.score", remedy=remedy)
-        if threshold.at_least is None and threshold.at_most is None:
+        bounds = [it for it in (threshold.at_least, threshold.at_most) if it is not None]
+        if not bounds:
             raise UserError("has no bound", key=here, remedy="give at_least or at_most")
+        if not all(map(math.isfinite, bounds)) or bounds != sorted(bounds):
+            what = f"no score is between {' and '.join(map(str, bounds))}"
+            raise UserError(what, key=here, remedy="give numbers, at_least below at_most")
+        if threshold.score in [it.score for it in source.thresholds[:n]]:
+            what = f"{threshold.score} has bounds already"
+            raise UserError(what, key=f"{here}.score", remedy="give both bounds in one item")
     reads = {ScoreGroup.classifier for it in source.thresholds if it.score == CLASSIFIER}
     if ScoreGroup.classifier in reads | set(source.scores) and not source.classifier:
         remedy = "name a fastText model"

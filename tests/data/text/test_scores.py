@@ -62,7 +62,7 @@ def recipe_of(folder: Path, make: Callable[..., Recipe], shards: str, **changes:
     path = folder / "pages.jsonl"
     if not path.exists():
         path.write_text("".join(json.dumps(row) + "\n" for row in pages()))
-    source = Source(domain="prose", kind=SourceKind.jsonl, path=str(path), **(FACTS | changes))
+    source = Source(**({"domain": "prose", "kind": SourceKind.jsonl, "path": str(path)} | FACTS | changes))
     return make(
         folder / shards,
         sources=[source],
@@ -235,6 +235,15 @@ def test_a_bound_holds_in_the_precision_of_the_file() -> None:
             r"thresholds\[0\].score: word is no score; choose from .*words",
         ),
         ({"thresholds": [Threshold("words")]}, r"thresholds\[0\]: has no bound; give at_least or at_most"),
+        (
+            {"thresholds": [Threshold("words", 9, 5)]},
+            r"thresholds\[0\]: no score is between 9 and 5; give numbers",
+        ),
+        ({"thresholds": [Threshold("words", float("nan"))]}, r"thresholds\[0\]: no score is between nan;"),
+        (
+            {"thresholds": [Threshold("words", 5), Threshold("words", at_most=9)]},
+            r"thresholds\[1\].score: words has bounds already",
+        ),
         ({"scores": [ScoreGroup.classifier]}, r"classifier: is null, but its score is asked for"),
         ({"licences": ["MIT"]}, r"licence_column: is null, but data.sources has licences"),
         (
@@ -290,6 +299,46 @@ def test_licences_are_spdx_expressions() -> None:
     )
     assert permits(canonical_of("No License"), ["no license"])
     assert not permits(canonical_of(["mit OR isc", "GPL-3.0-only"]), listed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_cleaned", [False, True])
+def test_no_licence_and_no_name_of_a_file_ends_a_job(
+    tmp_path: Path, make_recipe: Callable[..., Recipe], keep_cleaned: bool
+) -> None:
+    odd: list[Any] = [
+        "\ud83d",
+        {"a": 1},
+        [["x"]],
+        ["mit"] * 10_000,
+        "x" * 10**5,
+        7,
+        True,
+        ["\udfff", "MIT"],
+        "\x00",
+    ]
+    odd += ["(" * 199, "MIT\nOR\nISC", [None, "MIT"], "AND", "MIT WITH MIT", None]
+    rows = [{"text": page(n, 40), "license": licence} for n, licence in enumerate(odd)]
+    name = os.fsdecode(b"tales-\xff\xfe.jsonl")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = str(tmp_path / "in")
+    recipe = recipe_of(
+        tmp_path,
+        make_recipe,
+        "one",
+        path=path,
+        licence_column="license",
+        scores=[ScoreGroup.prose],
+        keep_cleaned=keep_cleaned,
+    )
+    build_shards(recipe, engine=Processes(2))
+    found = {it["place"].partition("#")[0] for it in rows_of(recipe)}
+    assert found == {"tales/tales-\\udcff\\udcfe.jsonl"} and len(rows_of(recipe)) == len(odd)
+    licences = [it["licence"] for it in rows_of(recipe)]
+    assert licences.count("MIT") == 2 and "MIT OR ISC" in licences and "?" in licences
+    few = recipe_of(tmp_path, make_recipe, "two", path=path, licence_column="license", licences=["MIT"])
+    assert build_shards(few, engine=Processes(1)).domains["prose"].rejected == {"licence": len(odd) - 3}
 
 
 def test_a_classifier_needs_its_package(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> None:
