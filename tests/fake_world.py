@@ -10,6 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from train.layout import mesh
 from train.model.decoder import Decoder
+from train.recipe import sizes
 from train.recipe.schema import Model, Moe, Parallelism, Precision
 
 CFG = Model(
@@ -31,7 +32,8 @@ def sharded(cfg: Model, layout: Parallelism, world: int, rank: int) -> Iterator[
     _forget_meshes()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        decoder = Decoder(cfg, device="meta")
+        _, stage, _ = sizes.place_of(layout, world, rank)
+        decoder = Decoder(cfg, device="meta", parts=sizes.stage_parts(cfg, layout, stage))
         mesh.build_sharded(decoder, mesh.build_mesh(layout, world, "cpu"), Precision.bf16, seed=0)
         yield decoder
     finally:

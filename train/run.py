@@ -279,11 +279,13 @@ def build_model(
     """
     training, topology = recipe.training, machine.topology
     seed = None if is_resumed else recipe.seed
+    _, stage, _ = sizes.place_of(recipe.parallelism, topology.world_size, topology.rank)
     decoder = Decoder(
         recipe.model,
         device="meta",
         recompute=sizes.recomputed(training, sizes.layers(recipe.model)),
         loss_chunk_tokens=training.loss_chunk_tokens,
+        parts=sizes.stage_parts(recipe.model, recipe.parallelism, stage),
     )
     if topology.world_size > 1:
         mesh = build_mesh(recipe.parallelism, topology.world_size, machine.device_type)
@@ -315,13 +317,15 @@ def assemble(
     topology, curriculum, progress = machine.topology, resumed.curriculum, resumed.progress
     # Evaluation without training uses the last phase that was trained.
     model.decoder.set_rope_theta(curriculum.stage_of(max(0, progress.batch - 1)).rope_theta)
+    reader = sizes.reader_of(recipe.parallelism, topology.world_size, topology.rank)
     place = {"rank": topology.rank, "world_size": topology.world_size}
-    sharing = recipe.parallelism.sharing  # these ranks read the same sequences
+    if recipe.parallelism.pipeline > 1:  # in evaluation too, its stages work on the same sequences
+        place = {"rank": reader, "world_size": sizes.readers(recipe.parallelism, topology.world_size)}
     train_loader = build_train_loader(
         opened,
         curriculum,
         start_sample=progress.samples,
-        rank=topology.rank // sharing,
+        rank=reader,
         world_size=sizes.readers(recipe.parallelism, topology.world_size),
     )
     step = build_step(opened, folder, topology, model, resumed, watch)
@@ -373,6 +377,7 @@ def build_step(
         data_log,
         replicas_of(model),
         build_memory_writer(recipe, folder, topology, resumed),
+        None if model.decoder.pipeline is None else model.decoder.pipeline.group,
     )
     recheck = None
     if recipe.guard.recheck_interval_batches is not None:

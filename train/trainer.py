@@ -16,7 +16,7 @@ from train.layout.device import cpu_name
 from train.recipe.curriculum import Curriculum
 from train.recipe.schema import Recipe
 from train.step.language_model import LanguageModel
-from train.step.microbatch import Batch
+from train.step.microbatch import Batch, split
 
 
 def composer_device() -> Device:
@@ -52,7 +52,13 @@ def build_trainer(
         model=model,
         optimizers=optimizer,
         max_duration=Time.from_batch(batches),
-        train_dataloader=_data_spec(train_loader, sample_tokens, recipe.parallelism.sharing),
+        train_dataloader=_data_spec(
+            train_loader,
+            sample_tokens,
+            recipe.parallelism.on_each_sequence,
+            # A pipeline takes a batch's microbatches through its stages itself.
+            is_whole=recipe.parallelism.pipeline > 1,
+        ),
         spin_dataloaders=False,
         eval_dataloader=_evaluators(recipe, validation_loaders, curriculum),
         callbacks=callbacks,
@@ -97,8 +103,10 @@ def _evaluators(
     ]
 
 
-def _data_spec(loader: DataLoader[Batch], sample_tokens: int, sharing: int = 1) -> DataSpec:
-    """Wraps a loader so that Composer can count and split its batches.
+def _data_spec(
+    loader: DataLoader[Batch], sample_tokens: int, sharing: int = 1, *, is_whole: bool = False
+) -> DataSpec:
+    """Wraps a loader so that Composer can count and split its batches, or, ``is_whole``, leaves them.
 
     Composer sums over ranks, so of batches that ``sharing`` ranks have in common each counts its share. That
     may be a fraction of a sample, which Composer adds up in fp32 and rounds: exactly, below 2^24 tokens a
@@ -113,10 +121,9 @@ def _data_spec(loader: DataLoader[Batch], sample_tokens: int, sharing: int = 1) 
         loader,
         get_num_samples_in_batch=samples,
         get_num_tokens_in_batch=lambda batch: batch["input_ids"].numel() // sharing,
-        split_batch=_split,
+        split_batch=(lambda batch, _: [batch]) if is_whole else _split,
     )
 
 
 def _split(batch: Batch, microbatch: int | float) -> list[Batch]:
-    size, count = int(microbatch), batch["input_ids"].shape[0]
-    return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, count, size)]
+    return split(batch, int(microbatch))

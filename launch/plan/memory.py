@@ -136,7 +136,9 @@ def numerics_of(recipe: Recipe, world_size: int) -> Numerics:
     return GPU_BF16 if world_size > 1 else ONE_GPU_BF16
 
 
-def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 0) -> Memory:
+def memory(
+    recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 0, in_flight: float = 1.0
+) -> Memory:
     """Returns the memory of one rank, by default of rank 0, which has the largest shards.
 
     Args:
@@ -144,6 +146,7 @@ def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 
         world_size: ranks.
         imbalance: rows of this rank's experts relative to the mean; matters only with expert parallelism.
         rank: index of the rank.
+        in_flight: microbatches whose activations are kept at a time.
     """
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     batch = Microbatch(
@@ -162,7 +165,7 @@ def memory(recipe: Recipe, world_size: int, imbalance: float = 1.0, rank: int = 
         if world_size > 1 and layout.reduce is Reduction.once_a_batch:
             kept_gradients = sum(gathered_bytes(model, layout, world_size, reduced_bytes(layout)).values())
     if world_size > 1:
-        moments = _moments(recipe, world_size, batch, kept_gradients)
+        moments = _moments(recipe, world_size, batch, kept_gradients, in_flight - 1)
     else:
         moments = _moments_of_one(recipe, batch, kept_gradients)
     fullest = max(moments, key=sum)
@@ -190,18 +193,22 @@ class Moment(NamedTuple):
     gradients: int
 
 
-def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients: int) -> list[Moment]:
+def _moments(
+    recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients: int, others: float
+) -> list[Moment]:
     """The candidates of a rank of several: in the loss, in the backward passes of the layers that may need
     the most, at the end of the backward pass, when the embeddings' gradients are reduced, and in the update.
 
     Gradients of earlier microbatches, ``kept_gradients``, exist all the time, those of the only one from the
-    backward pass of their layer on, in which what the layers have kept becomes less.
+    backward pass of their layer on, in which what the layers have kept becomes less. Of ``others``, so many
+    microbatches in flight besides, all that layers keep is there too.
     """
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     numerics = numerics_of(recipe, world_size)
     grades = sizes.recomputed(training, sizes.layers(model))
     chunk = training.loss_chunk_tokens or sizes.LOSS_CHUNK_TOKENS["cuda"]
     kept = kept_bytes(model, batch, numerics, grades, offload=training.offload)
+    of_others = round(others * kept)
     halves = 2 if layout.interleave else 1
     stream = batch.tokens * model.d_model * numerics.stream
     loss = loss_bytes(model, batch, numerics, chunk)
@@ -217,7 +224,11 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
     waiting = stream if model.mtp else 0  # a gradient of the hidden states, then of the embeddings
     found = [
         Moment(
-            kept + norm_bytes(model, batch, numerics), loss.total, whole.outside + stays, 0, kept_gradients
+            of_others + kept + norm_bytes(model, batch, numerics),
+            loss.total,
+            whole.outside + stays,
+            0,
+            kept_gradients,
         ),
         Moment(stream, 0, whole.outside * (2 + FP32 // numerics.compute), 0, all_gradients),
         Moment(0, 0, orthogonalising(recipe, world_size).bytes, 0, all_gradients),
@@ -235,7 +246,7 @@ def _moments(recipe: Recipe, world_size: int, batch: Microbatch, kept_gradients:
         layers_above = len(grades) - 1 - each.layer
         gradients = all_gradients * layers_above // max(1, len(grades) - 1)
         stay = gathered + (whole.reduced if layers_above else above)
-        in_layer = each.kept + each.working + waiting
+        in_layer = of_others + each.kept + each.working + waiting
         found.append(Moment(in_layer, loss.weight_gradient, stay, exchanged, max(kept_gradients, gradients)))
     return found
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from launch.plan.goodput import Goodput
 from launch.plan.hardware import GIB
-from launch.plan.memory import Memory, memory
+from launch.plan.memory import Memory
+from launch.plan.stages import memory_of
 from launch.plan.step import Plan
 from launch.plan.text import EXPLANATIONS, format_plan
 from train.record.page.rendering import render
@@ -24,6 +25,7 @@ COLOURS = {
     "attention": "#a855f7",
     "memory": "#f97316",
     "links": "#ef4444",
+    "idle": "#e2e8f0",
     "overlap": "#fca5a5",
 }
 KINDS = {
@@ -31,6 +33,7 @@ KINDS = {
     "attention": "attention",
     "memory": "memory bandwidth",
     "links": "links between GPUs, exposed",
+    "idle": "waits for other stages",
 }
 HIDDEN = {"overlap": "traffic between GPUs that overlaps with arithmetic"}
 WIDTH, BAR, GAP, LEFT = 900, 22, 8, 90
@@ -96,7 +99,7 @@ def plan_page(plan: Plan, kept: Goodput | None = None) -> str:
 def _memory_bars(plan: Plan) -> Drawing:
     """Draws a memory bar for each GPU of the first node and a line at the GPU's memory."""
     ranks = range(min(plan.gpu.gpus_per_node, plan.world_size))
-    of_ranks = [memory(plan.fullest.shape.recipe, plan.world_size, plan.imbalance, rank) for rank in ranks]
+    of_ranks = [memory_of(plan.fullest.shape.recipe, plan.world_size, plan.imbalance, rank) for rank in ranks]
     scale = (WIDTH - LEFT) / max(plan.gpu.memory_bytes, *(found.total for found in of_ranks)) / 1.08
     drawing = Drawing(30 + len(of_ranks) * (BAR + GAP), limit=LEFT + plan.gpu.memory_bytes * scale)
     for row, (rank, found) in enumerate(zip(ranks, of_ranks, strict=True)):

@@ -8,18 +8,23 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from launch.plan.hardware import GIB, Gpu
-from launch.plan.memory import copies_bytes, has_room, host_bytes, memory
+from launch.plan.memory import copies_bytes, has_room, host_bytes
+from launch.plan.stages import memory_of
 from launch.plan.step import Plan, make_plan
 from launch.plan.step_shapes import step_shapes
 from train.recipe import sizes
 from train.recipe.errors import UserError
-from train.recipe.layout_rules import tensor_violations
+from train.recipe.layout_rules import tensor_violations, unstaged
 from train.recipe.phases import batch_sequences, phases_of
 from train.recipe.rules import validate
 from train.recipe.schema import Compile, Recipe, Recompute
 from train.recipe.topology import Topology
 
 MOST_GPUS = 2**17
+STAGES = (2, 4, 8, 16)
+"""Stages of the pipelines that the search tries."""
+MOST_OPEN = 0.1
+"""Share of the fastest plan's step for which traffic is open: with more, stages are tried too."""
 SHARING = (1, 2, 4, 8)
 """Ranks that the search lets share sequences: within a node, whose links carry what they exchange."""
 
@@ -38,11 +43,15 @@ class Choice:
     context: int = 1
     offload: bool = False
     tensor: int = 1
+    pipeline: int = 1
 
     def applied(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with these settings."""
+        own = recipe.parallelism
+        if own.pipeline != self.pipeline:
+            own = replace(own, pipeline=self.pipeline, pipeline_layers=[], pipeline_chunks=1)
         layout = replace(
-            recipe.parallelism,
+            own,
             replicate=self.replicate,
             expert=self.expert,
             context=self.context,
@@ -67,6 +76,7 @@ class Choice:
         layers = "null" if self.recompute_layers is None else str(self.recompute_layers)
         shared = f"parallelism.context={self.context} " if self.context > 1 else ""
         shared += f"parallelism.tensor={self.tensor} " if self.tensor > 1 else ""
+        shared += f"parallelism.pipeline={self.pipeline} " if self.pipeline > 1 else ""
         return (
             f"parallelism.replicate={self.replicate} parallelism.expert={self.expert} {shared}"
             f"training.microbatch_sequences={self.microbatch_sequences} "
@@ -87,6 +97,7 @@ def choice_of(recipe: Recipe) -> Choice:
         recipe.parallelism.context,
         recipe.training.offload,
         recipe.parallelism.tensor,
+        recipe.parallelism.pipeline,
     )
 
 
@@ -98,6 +109,9 @@ def choices(recipe: Recipe, world_size: int) -> Iterator[Choice]:
                 yield replace(layout, recompute=grade)
             if recipe.training.compile is Compile.off:
                 yield replace(layout, recompute=Recompute.layer, offload=True)
+    for stages in pipelines(recipe, world_size):
+        for layout in layouts(recipe, world_size, Sharing(), stages):
+            yield from (replace(layout, recompute=grade) for grade in grades_of(recipe))
 
 
 def grades_of(recipe: Recipe) -> list[Recompute]:
@@ -120,23 +134,37 @@ class Sharing(NamedTuple):
         return self.context * self.tensor
 
 
-def layouts(recipe: Recipe, world_size: int, shared: Sharing) -> Iterator[Choice]:
+def layouts(recipe: Recipe, world_size: int, shared: Sharing, stages: int = 1) -> Iterator[Choice]:
     """Yields all layouts and microbatches that divide batch, ranks and experts; nothing is recomputed.
 
     Args:
         recipe: the recipe.
         world_size: ranks.
         shared: ranks that share each sequence.
+        stages: of a pipeline; each has its turn with a microbatch at least.
     """
-    per_reader = recipe.training.global_batch_sequences * shared.ranks // world_size
+    per_reader = recipe.training.global_batch_sequences * shared.ranks * stages // world_size
     experts = recipe.model.moe.experts if recipe.model.moe else 1
     for expert in divisors(experts):
-        if world_size % expert:
+        if world_size // stages % expert:
             continue
-        for copies in divisors(world_size // expert):
+        for copies in divisors(world_size // stages // expert):
             for microbatch in divisors(per_reader):
-                choice = Choice(copies, expert, microbatch, Recompute.nothing)
-                yield replace(choice, context=shared.context, tensor=shared.tensor)
+                if stages == 1 or per_reader // microbatch >= stages:
+                    choice = Choice(copies, expert, microbatch, Recompute.nothing)
+                    yield replace(choice, context=shared.context, tensor=shared.tensor, pipeline=stages)
+
+
+def pipelines(recipe: Recipe, world_size: int) -> list[int]:
+    """The numbers of stages of several GPUs that the search tries, of a recipe that stages are built for."""
+    found = []
+    for stages in STAGES:
+        layout = replace(recipe.parallelism, pipeline=stages, context=1, tensor=1)
+        if next(unstaged(replace(recipe, parallelism=layout)), None) is not None:
+            break
+        if world_size % stages == 0 and world_size > stages and recipe.model.n_layers >= stages:
+            found.append(stages)
+    return found
 
 
 def sharings(recipe: Recipe, world_size: int) -> list[Sharing]:
@@ -167,7 +195,7 @@ def recomputing(recipe: Recipe, layout: Choice, fits: Callable[[Choice], bool]) 
     fitting = bisect.bisect_left(grades, True, key=lambda grade: fits(replace(layout, recompute=grade)))
     if fitting == len(grades):
         last = replace(layout, recompute=Recompute.layer, offload=True)
-        if recipe.training.compile is Compile.off and fits(last):
+        if recipe.training.compile is Compile.off and layout.pipeline == 1 and fits(last):
             yield last
         return
     yield replace(layout, recompute=grades[fitting])
@@ -187,7 +215,8 @@ def search(
 ) -> list[Plan]:
     """Returns all plans that fit, the fastest first.
 
-    Ranks share sequences only if nothing fits otherwise, and then as few as will do.
+    Ranks share sequences only if nothing fits otherwise, and then as few as will do. Stages of a pipeline are
+    tried if nothing fits then, or if traffic is open for more than a tenth of the fastest plan's step.
 
     Raises:
         UserError: if no layout is possible, such as for a batch that cannot be split over the GPUs.
@@ -205,17 +234,26 @@ def search(
 
     found: list[Plan] = []
     is_possible = False
-    for _, ways in itertools.groupby(sharings(recipe, world_size), key=lambda shared: shared.ranks):
-        for layout in (layout for shared in ways for layout in layouts(recipe, world_size, shared)):
+
+    def add(layouts: Iterator[Choice]) -> None:
+        nonlocal is_possible
+        for layout in layouts:
             try:
                 planned(layout)
             except UserError:
                 continue
             is_possible = True
-            each = recomputing(recipe, layout, fits)
-            found += [planned(choice) for choice in each]
+            found.extend(planned(choice) for choice in recomputing(recipe, layout, fits))
+
+    for _, ways in itertools.groupby(sharings(recipe, world_size), key=lambda shared: shared.ranks):
+        for shared in ways:
+            add(layouts(recipe, world_size, shared))
         if found:
             break
+    best = min(found, key=lambda plan: plan.days, default=None)
+    if best is None or best.seconds.links > MOST_OPEN * best.step_seconds:
+        for stages in pipelines(recipe, world_size):
+            add(layouts(recipe, world_size, Sharing(), stages))
     if not is_possible:
         make_plan(recipe, world_size, gpu)  # raises the reason
     return sorted(found, key=lambda plan: plan.days)
@@ -252,12 +290,13 @@ def sufficient_changes(plan: Plan) -> list[str]:
         ("context", "parallelism.context"),
         ("offload", "training.offload"),
         ("tensor", "parallelism.tensor"),
+        ("pipeline", "parallelism.pipeline"),
     ):
         values = [getattr(choice, name) for changed, choice in single_changes if changed == name]
         if values:
             # The least recomputation, the fewest ranks that share sequences, and the largest of all else.
             best_value = values[0].value if name == "recompute" else max(values)
-            best_value = min(values) if name in ("context", "tensor") else best_value
+            best_value = min(values) if name in ("context", "tensor", "pipeline") else best_value
             lines.append(f"{key}={str(best_value).lower()} by itself makes it fit")
     return lines
 
@@ -291,7 +330,7 @@ def _has_room(recipe: Recipe, world_size: int, gpu: Gpu, imbalance: float) -> bo
     copies = copies_bytes(recipe, world_size, gpu.gpus_per_node)
     return all(
         has_room(
-            memory(each.recipe, world_size, imbalance), host_bytes(each.recipe, world_size) + copies, gpu
+            memory_of(each.recipe, world_size, imbalance), host_bytes(each.recipe, world_size) + copies, gpu
         )
         for each in step_shapes(recipe)
     )

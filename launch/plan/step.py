@@ -4,10 +4,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 from launch.plan.hardware import Gpu
-from launch.plan.memory import Memory, copies_bytes, has_room, host_bytes, memory, numerics_of, states
+from launch.plan.memory import Memory, copies_bytes, has_room, host_bytes, numerics_of, states
 from launch.plan.muon import EXCHANGE, orthogonalising
 from launch.plan.overlap import OPEN_IF_INTERLEAVED, Overlapped, overlap, traffic_of
 from launch.plan.recomputation import layer_models, offloaded_layers, work_again
+from launch.plan.stages import batch_seconds, kind_of, memory_of, sends, stages_of
 from launch.plan.step_shapes import StepShape, step_shapes
 from launch.plan.step_time import (
     FITTED,
@@ -186,12 +187,15 @@ def make_plan(
     if experts not in (ExpertPrecision.same.value, gpu.fp8_format):
         remedy = f"set it to {gpu.fp8_format}, or plan for other GPUs"
         raise UserError(f"is {experts}, not for {gpu.name}", key="training.expert_precision", remedy=remedy)
+    if world_size == recipe.parallelism.pipeline > 1:
+        what = "gives each stage one GPU, which is not planned"
+        raise UserError(what, key="parallelism.pipeline", remedy="use more GPUs, or fewer stages", file=file)
     if imbalance < 1:
         raise UserError(f"is {imbalance}", key="--imbalance", remedy="give at least 1, the mean")
 
     def plan_of(shape: StepShape, others: tuple[Plan, ...] = ()) -> Plan:
         shaped = shape.recipe
-        traffic = _traffic(shaped, world_size)
+        traffic, parts = _of_step(shaped, world_size, gpu, imbalance, efficiency)
         return Plan(
             recipe=recipe,
             shape=shape,
@@ -199,16 +203,49 @@ def make_plan(
             world_size=world_size,
             imbalance=imbalance,
             dollars_per_gpu_hour=dollars_per_gpu_hour,
-            memory=memory(shaped, world_size, imbalance),
+            memory=memory_of(shaped, world_size, imbalance),
             collectives=traffic,
             microbatches=sizes.microbatches_per_rank(shaped, world_size),
-            parts=_parts(shaped, world_size, gpu, traffic, imbalance, efficiency),
+            parts=parts,
             efficiency=efficiency,
             others=others,
         )
 
     main, *others = step_shapes(recipe)
     return plan_of(main, tuple(plan_of(shape) for shape in others))
+
+
+def _of_step(
+    recipe: Recipe, world_size: int, gpu: Gpu, imbalance: float, efficiency: Efficiency
+) -> tuple[list[Collective], list[Part]]:
+    """Returns a step's traffic and parts; of a pipeline, those of its slowest stage, and its idle time."""
+    known: dict[object, tuple[list[Collective], list[Part]]] = {}
+
+    def planned(of: Recipe, ranks: int, has_loss: bool = True) -> tuple[list[Collective], list[Part]]:
+        key = kind_of(of), has_loss  # most stages are alike
+        if key not in known:
+            traffic = _traffic(of, ranks)
+            known[key] = traffic, _parts(of, ranks, gpu, traffic, imbalance, efficiency, has_loss=has_loss)
+        return known[key]
+
+    layout = recipe.parallelism
+    if layout.pipeline == 1:
+        return planned(recipe, world_size)
+    stages, ranks = stages_of(recipe, world_size), world_size // layout.pipeline
+    of_stages = [planned(stage.recipe, ranks, stage.has_loss) for stage in stages]
+    of_parts = []
+    for chunk in range(layout.pipeline_chunks):
+        for stage in stages:
+            has_loss = stage.has_loss and chunk == layout.pipeline_chunks - 1
+            ahead, back, *_ = planned(stage.parts[chunk], ranks, has_loss)[1]
+            of_parts.append((ahead.seconds.total, back.seconds.total))
+    traffic, parts = max(of_stages, key=lambda each: each[1][0].seconds.total + each[1][1].seconds.total)
+    busy = sum(part.seconds.total * part.repeats for part in parts[:2])
+    ends = batch_seconds(recipe, world_size, gpu, of_parts, efficiency.collectives)
+    ahead, back, *others = parts
+    others = [max((each[1][n] for each in of_stages), key=lambda part: part.seconds.total) for n in (2, 3)]
+    idle = Part("other stages", Seconds(idle=max(0.0, ends - busy)))
+    return [*traffic, sends(recipe, world_size)], [ahead, back, idle, *others]
 
 
 def _traffic(recipe: Recipe, world_size: int) -> list[Collective]:
@@ -230,6 +267,8 @@ def _parts(
     traffic: list[Collective],
     imbalance: float,
     efficiency: Efficiency,
+    *,
+    has_loss: bool,
 ) -> list[Part]:
     """Forward and backward passes of a microbatch, repeated, sums over ranks, and the optimizer step."""
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
@@ -248,7 +287,7 @@ def _parts(
         layer = layer_work(alike.model, tokens // halves, length, split)
         forward += layer.times(halves * len(alike.layers))
     forward += joining_work(model, tokens)
-    head = head_work(model, tokens).times(1 + model.mtp)
+    head = head_work(model, tokens).times((1 + model.mtp) * has_loss)
     again = Work()
     grades = sizes.recomputed(training, sizes.layers(model))
     for (like, grade), layers in Counter(zip(layer_models(model), grades, strict=True)).items():
@@ -268,11 +307,6 @@ def _parts(
     of_passes = [each for each in traffic if each.what != EXCHANGE]
     passes = _overlapped(of_passes, ahead, back, most_alike, gpu, efficiency, open_exchange)
     open_copies = [Seconds(links=max(0.0, copies.links - each.total)) for each in (ahead, back)] + [Seconds()]
-    elements = sum(sizes.rank_weights(model, layout, world_size, 0).values())
-    moments = states(model, layout, world_size, 0, recipe.optimizer).optimizer / elements
-    update = update_work(elements, moments, clips=training.clip_norm is not None)
-    update += Work(matrix_flops=orthogonalising(recipe, world_size).flops)
-    exchanged = link_seconds([each for each in traffic if each.what == EXCHANGE], gpu, efficiency)
     counts = (microbatches, microbatches, 1)
     return [
         *(
@@ -281,8 +315,21 @@ def _parts(
                 ("forward", "backward", "reduce"), passes, open_copies, counts, strict=True
             )
         ),
-        Part("optimizer", compute_seconds(update, gpu, efficiency) + exchanged),
+        _update(recipe, world_size, gpu, traffic, efficiency),
     ]
+
+
+def _update(
+    recipe: Recipe, world_size: int, gpu: Gpu, traffic: list[Collective], efficiency: Efficiency
+) -> Part:
+    """The optimizer step."""
+    model, layout = recipe.model, recipe.parallelism
+    elements = sum(sizes.rank_weights(model, layout, world_size, 0).values())
+    moments = states(model, layout, world_size, 0, recipe.optimizer).optimizer / elements
+    update = update_work(elements, moments, clips=recipe.training.clip_norm is not None)
+    update += Work(matrix_flops=orthogonalising(recipe, world_size).flops)
+    exchanged = link_seconds([each for each in traffic if each.what == EXCHANGE], gpu, efficiency)
+    return Part("optimizer", compute_seconds(update, gpu, efficiency) + exchanged)
 
 
 def _overlapped(

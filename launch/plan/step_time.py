@@ -90,11 +90,13 @@ class Seconds:
     attention: float = 0.0
     memory: float = 0.0
     links: float = 0.0
+    idle: float = 0.0
+    """A stage of a pipeline waits for others."""
 
     @property
     def total(self) -> float:
         """The sum of all kinds."""
-        return self.matrix + self.attention + self.memory + self.links
+        return self.matrix + self.attention + self.memory + self.links + self.idle
 
     def __add__(self, other: "Seconds") -> "Seconds":
         return Seconds(
@@ -102,11 +104,13 @@ class Seconds:
             self.attention + other.attention,
             self.memory + other.memory,
             self.links + other.links,
+            self.idle + other.idle,
         )
 
     def times(self, count: float) -> "Seconds":
         """The time repeated ``count`` times."""
-        return Seconds(*(count * value for value in (self.matrix, self.attention, self.memory, self.links)))
+        kinds = (self.matrix, self.attention, self.memory, self.links, self.idle)
+        return Seconds(*(count * value for value in kinds))
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import Any
 
 from launch.plan.goodput import Goodput, goodput
 from launch.plan.hardware import GIB
-from launch.plan.memory import Memory, memory
+from launch.plan.memory import Memory
 from launch.plan.search import choice_of
+from launch.plan.stages import memory_of
 from launch.plan.step import DAY_SECONDS, Plan
 from launch.plan.traffic import Collective
 from train.recipe import sizes
@@ -41,7 +42,7 @@ def format_search(plans: list[Plan], show: int) -> str:
     """The fastest plans that fit."""
     sharing = [
         name
-        for name in ("context", "tensor")
+        for name in ("context", "tensor", "pipeline")
         if any(getattr(plan.recipe.parallelism, name) > 1 for plan in plans[:show])
     ]
     sharing_titles = "".join(f"{name:>9}" for name in sharing)
@@ -77,6 +78,8 @@ def plan_figures(plan: Plan, kept: Goodput | None = None) -> dict[str, Any]:
             "expert": layout.expert,
             "context": layout.context,
             "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "pipeline_layers": [len(part.layers) for part in sizes.parts(plan.recipe.model, layout)],
         },
         "microbatches": plan.microbatches,
         "microbatch_sequences": plan.shape.recipe.training.microbatch_sequences,
@@ -127,6 +130,7 @@ def nearest_to_limit(plan: Plan) -> str:
         "attention": seconds.attention,
         "memory bandwidth": seconds.memory,
         "links between GPUs": seconds.links,
+        "waits for other stages": seconds.idle,
     }
     name, most = max(kinds.items(), key=lambda item: item[1])
     time = f"{name} take {most / plan.step_seconds:.0%} of the step"
@@ -139,7 +143,8 @@ def _headline(plan: Plan) -> str:
     shard = sizes.shard_degree(layout, plan.world_size)
     shared = f", context {layout.context} across them" if layout.context > 1 else ""
     shared += f", tensor {layout.tensor} across them" if layout.tensor > 1 else ""
-    each = "GPU" if layout.sharing == 1 else f"{layout.sharing} GPUs"
+    stages = f"pipeline {layout.pipeline} x " if layout.pipeline > 1 else ""
+    each = "GPU" if layout.on_each_sequence == 1 else f"{layout.on_each_sequence} GPUs"
     plural = "" if plan.microbatches == 1 else "es"
     forced = ", forced balance" if recipe.model.moe and recipe.model.moe.forced_balance else ""
     return "\n".join(
@@ -147,7 +152,7 @@ def _headline(plan: Plan) -> str:
             f"{recipe.name}: {sizes.total_parameters(recipe.model) / 1e9:.2f}B parameters, "
             f"{sizes.active_parameters(recipe.model) / 1e9:.2f}B active, "
             f"{short_number(training.duration_tokens)} tokens on {plan.world_size} x {plan.gpu.name}{forced}",
-            f"layout: replicate {layout.replicate} x shard {shard} x expert {layout.expert}{shared}; "
+            f"layout: replicate {layout.replicate} x {stages}shard {shard} x expert {layout.expert}{shared}; "
             f"{plan.microbatches} microbatch{plural} of {shaped.training.microbatch_sequences} x "
             f"{shaped.data.sequence_tokens} tokens per {each}, recomputed: {recomputation(recipe)}",
         ]
@@ -179,7 +184,7 @@ def _imbalance_table(plan: Plan) -> str:
     lines = ["activations, GiB, by what layers recompute and rows of the busiest expert rank over the mean"]
     lines.append("  " + " " * width + "".join(f"{imbalance:>8.2f}" for imbalance in IMBALANCES))
     for title, recipe in rows.items():
-        cells = [memory(recipe, plan.world_size, imbalance).activations / GIB for imbalance in IMBALANCES]
+        cells = [memory_of(recipe, plan.world_size, imbalance).activations / GIB for imbalance in IMBALANCES]
         lines.append(f"  {title:{width}}" + "".join(f"{cell:>8.2f}" for cell in cells))
     if plan.recipe.parallelism.expert == 1:
         lines.append("  (no difference: every GPU has all experts)")

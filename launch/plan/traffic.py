@@ -42,6 +42,8 @@ SHARES = "experts' shares of sequences"
 """Keys and values, their gradients, and sums over ranks that share sequences."""
 GATHERED, SUMMED, HEADS = "tokens of sequences", "sums of products", "heads"
 """Gathers, sums and exchanges of ranks that share dense weights."""
+SENT = "activations and gradients"
+"""What the stages of a pipeline send to the next and to the one before."""
 DENSE_LAYERS = "dense layers"
 """The name of the units of a mixture's layers without experts."""
 
@@ -53,6 +55,7 @@ class CollectiveKind(str, Enum):
     reduce_scatter = "reduce-scatter"
     all_reduce = "all-reduce"
     all_to_all = "all-to-all"
+    send = "send"
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ class Collective:
     what: str
     kind: CollectiveKind
     payload_bytes: float
-    """The full tensor: the output of an all-gather, the input of a reduce-scatter or all-reduce; for an
-    all-to-all, what each rank holds for all ranks, including itself."""
+    """The full tensor: the output of an all-gather, the input of a reduce-scatter or all-reduce, what a send
+    sends; for an all-to-all, what each rank holds for all ranks, including itself."""
     ranks: int
     """n, the size of the group."""
     stride: int
@@ -94,6 +97,8 @@ class Collective:
 
     def sent_bytes(self) -> float:
         """Bytes that one rank sends per call with ring algorithms (Patarasuk and Yuan 2009)."""
+        if self.kind is CollectiveKind.send:
+            return self.payload_bytes
         rounds = 2 if self.kind is CollectiveKind.all_reduce else 1
         return rounds * self.payload_bytes * (self.ranks - 1) / self.ranks
 

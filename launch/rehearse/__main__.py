@@ -61,6 +61,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(options: Namespace) -> Figures:
     """Rehearses a recipe; returns status 1 if anything is over its limit."""
     recipe, gpu = load_recipe(options.recipe, options.overrides), gpu_named(options.gpu)
+    if recipe.parallelism.pipeline > 1:
+        what = "is not rehearsed: a rank's step would wait for those of other stages"
+        raise UserError(what, key="parallelism.pipeline", remedy="set it to 1", file=options.recipe)
     plan = make_plan(recipe, options.gpus, gpu, file=options.recipe)
     return rehearse(plan, options.open_files, int(options.host_memory * GIB))
 

@@ -77,6 +77,11 @@ def check_placement(job: Job, recipe: Recipe) -> list[str]:
             f"placement: groups of {layout.tensor} that share dense weights stay within a node, on NVLink"
         )
     copy = job.world_size // layout.replicate
+    if layout.pipeline > 1:
+        stage = copy // layout.pipeline
+        lines.append(
+            f"placement: {layout.pipeline} stages of {stage} ranks each, which send to the next stage"
+        )
     if copy > gpus:
         where = f"spans {nodes_of(range(copy), gpus)} nodes"
     else:

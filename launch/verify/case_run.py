@@ -31,6 +31,7 @@ from launch.verify.reference import (
 from launch.verify.watching import Comparer, Deviation, ReferenceRecord, WatchedStep, Watcher, Writer
 from train.checkpoint.files import Progress
 from train.layout.optim import load_lion
+from train.recipe import sizes
 from train.recipe.curriculum import plan_stages
 from train.recipe.schema import Compile, Precision, Recipe
 from train.recipe.topology import Topology
@@ -213,8 +214,8 @@ def _loader(case: Case, recipe: Recipe, rows: list[int], seed: int, topology: To
     """Builds the loader of this rank's share of the case's batches."""
     if case.input.loaded:
         return build_loader(recipe, seed, topology)
-    sharing = recipe.parallelism.sharing
-    share, reader = len(rows) * sharing // topology.world_size, topology.rank // sharing
+    share = len(rows) // sizes.readers(recipe.parallelism, topology.world_size)
+    reader = sizes.reader_of(recipe.parallelism, topology.world_size, topology.rank)
     mine = rows[reader * share : (reader + 1) * share]
     whole = make_batches(recipe, case.input, seed)
     batches = [{key: value[mine] for key, value in batch.items()} for batch in whole]

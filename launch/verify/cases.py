@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from launch.verify import loaded_input
 from launch.verify.bounds import LEAST_EPS
-from train.recipe.layout_rules import tensor_violations
+from train.recipe.layout_rules import tensor_violations, unstaged
 from train.recipe.schema import (
     Balance,
     BalanceScope,
@@ -39,7 +39,7 @@ MOST_QK_CLIP = 0.001
 @dataclass(frozen=True)
 class Layout:
     """A mesh (replicate, shard, expert), across which neighbouring ranks may share sequences, by their tokens
-    (context) or by heads and hidden units (tensor).
+    (context) or by heads and hidden units (tensor); or one for each stage of a pipeline.
     """
 
     replicate: int
@@ -47,21 +47,26 @@ class Layout:
     expert: int
     context: int = 1
     tensor: int = 1
+    pipeline: int = 1
+    chunks: int = 1
+    """Parts of each stage of the pipeline."""
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.replicate * self.shard * self.expert
+        return self.replicate * self.pipeline * self.shard * self.expert
 
     def __str__(self) -> str:
         shared = f"c{self.context}" if self.context > 1 else ""
         shared += f"t{self.tensor}" if self.tensor > 1 else ""
+        shared += f"p{self.pipeline}" if self.pipeline > 1 else ""
+        shared += f"x{self.chunks}" if self.chunks > 1 else ""
         return f"({self.replicate},{self.shard},{self.expert}){shared}"
 
     @property
     def readers(self) -> int:
         """Number of ranks, or of groups that share sequences, that each read their own."""
-        return self.world_size // self.sharing
+        return self.world_size // (self.sharing * self.pipeline)
 
     @property
     def sharing(self) -> int:
@@ -203,6 +208,50 @@ def tensor_layouts(small: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[L
     return found
 
 
+PIPELINES = (
+    Layout(1, 1, 1, pipeline=2),
+    Layout(1, 1, 2, pipeline=2),
+    Layout(1, 2, 1, pipeline=2),
+    Layout(2, 1, 1, pipeline=2),
+    Layout(1, 1, 1, pipeline=4),
+    Layout(1, 1, 1, pipeline=2, chunks=2),
+)
+"""Stages by themselves, with shared experts, sharded and in replicas; stages between others; and chunks."""
+
+
+def pipeline_layouts(small: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[Layout]:
+    """Layouts of several stages, if the tiny recipe allows any."""
+    found = []
+    for each in (_with_experts_of(small, layout) for layout in PIPELINES if layout.world_size in worlds):
+        if not any(True for _ in unstaged(_staged(small, each))):
+            found.append(each)
+    return found
+
+
+def _staged(small: Recipe, layout: Layout) -> Recipe:
+    """The tiny recipe under a layout, with layers for all parts of its pipeline, and without what a pipeline
+    refuses and the gate tries in other layouts.
+    """
+    if layout.pipeline == 1:
+        return small
+    least = layout.pipeline * layout.chunks
+    parallelism = replace(
+        small.parallelism,
+        pipeline=layout.pipeline,
+        pipeline_chunks=layout.chunks,
+        pipeline_layers=[],
+        gathered_layers=0,
+        interleave=False,
+    )
+    return replace(
+        small,
+        model=replace(small.model, n_layers=max(small.model.n_layers, least)),
+        parallelism=parallelism,
+        training=replace(small.training, compile=Compile.off, offload=False),
+        guard=replace(small.guard, recheck_interval_batches=None),
+    )
+
+
 def _with_experts_of(recipe: Recipe, layout: Layout) -> Layout:
     """A layout, whose experts are not spread if the model has not so many."""
     experts = recipe.model.moe.experts if recipe.model.moe else 1
@@ -240,6 +289,7 @@ def cases(
         tried = layouts(recipe, worlds)
         if not each.compiled:
             tried += context_layouts(recipe, worlds) + tensor_layouts(small, worlds)
+            tried += pipeline_layouts(small, worlds)
         found = [make_case(small, layout, each, precision) for layout in tried]
         yield from sorted(found, key=reference_of)
 
@@ -253,6 +303,7 @@ def reference_of(case: Case) -> tuple[object, ...]:
         case.balance_microbatches,
         case.rows,
         case.layout.tensor if case.precision is Precision.bf16 else 1,
+        case.recipe.model.n_layers,
     )
 
 
@@ -264,6 +315,7 @@ def find_case(recipe: Recipe, layout: Layout, name: str, precision: Precision = 
 
 def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precision) -> Case:
     """Builds one case: its recipe and how the reference groups the same sequences."""
+    small = _staged(small, layout)
     if each.loaded:
         small = loaded_input.with_phases(small)
     share = SEQUENCES // layout.readers
@@ -271,7 +323,8 @@ def make_case(small: Recipe, layout: Layout, each: GateInput, precision: Precisi
     if each.compiled:
         layout_of_case = replace(layout_of_case, interleave=False)
     least = 2 if layout_of_case.interleave else 1
-    microbatch = min(least, share) if each.is_accumulated else share
+    # Of a pipeline, at least one for each stage.
+    microbatch = min(least, share) if each.is_accumulated else max(1, share // layout.pipeline)
     model = _with_wide_balance(small)
     if each.crowded:
         assert model.moe is not None

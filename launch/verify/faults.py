@@ -17,7 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from launch.verify import context_faults, decision_faults, expert_faults, tensor_faults, update_faults
+from launch.verify import (
+    context_faults,
+    decision_faults,
+    expert_faults,
+    pipeline_faults,
+    tensor_faults,
+    update_faults,
+)
 from launch.verify.cases import MOST_QK_CLIP, Layout
 from launch.verify.expert_faults import FINER, GLOBAL_SCOPE, Changes
 from train import run
@@ -42,6 +49,9 @@ SHARED = Layout(1, 2, 1, context=2)
 """The same two with parts of the same sequences."""
 SPLIT = Layout(1, 2, 1, tensor=2)
 """The same two, which split heads too."""
+
+STAGED = Layout(1, 1, 1, pipeline=2)
+"""The same two, each with half of the layers."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ def _scale_expert_gradients(power: int, decoder: nn.Module) -> None:
         moe.experts.mlp.gradient_scale /= HALVES.expert**power
 
 
-def _average_in_each_replica(parameters: Iterable[nn.Parameter]) -> None:
+def _average_in_each_replica(parameters: Iterable[nn.Parameter], _: object = None) -> None:
     """Averages routers' gradients over the ranks of one replica only."""
     held = list(parameters)
     meshes = [p.device_mesh for p in held if isinstance(p, DTensor)]
@@ -142,7 +152,7 @@ def _clipping_with(
 ) -> AbstractContextManager[Any]:
     """Clips by another norm: the root of the sum of ``square(parameter, this rank's gradient)``."""
 
-    def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, _: int = 1) -> Tensor:
         kept = [(p, p.grad) for p in parameters if p.grad is not None]
         shards = [grad.to_local() if isinstance(grad, DTensor) else grad for _, grad in kept]
         squares = [square(p, shard) for (p, _), shard in zip(kept, shards, strict=True)]
@@ -274,7 +284,7 @@ FAULTS = {
     ),
     "router-not-reduced": KnownFault(
         "ranks that keep their own gradients of the router",
-        lambda: mock.patch.object(step, "average_replicated_gradients", lambda _parameters: None),
+        lambda: mock.patch.object(step, "average_replicated_gradients", lambda *_: None),
         "gradients",
     ),
     "experts-swapped": KnownFault(
@@ -483,6 +493,45 @@ FAULTS = {
         tensor_faults.keep_heads,
         "gradients",
         layout=SPLIT,
+    ),
+    "stage-bias-lost": KnownFault(
+        "a balancing bias that only the first stage of a pipeline updates",
+        pipeline_faults.keep_bias,
+        "weights",
+        layout=STAGED,
+        experts=FINER,
+    ),
+    "gradient-sent-twice": KnownFault(
+        "the gradient of a microbatch sent twice to the stage before, in place of the next one's",
+        pipeline_faults.send_gradient_twice,
+        "gradients",
+        layout=STAGED,
+    ),
+    "norm-without-a-stage": KnownFault(
+        "a stage of a pipeline left out of the global norm",
+        pipeline_faults.lose_norm_of_stage,
+        "norm",
+        layout=STAGED,
+    ),
+    "activation-of-another": KnownFault(
+        "a stage that computes a microbatch from the activation of the one before it",
+        pipeline_faults.take_earlier_activation,
+        "gradients",
+        layout=STAGED,
+    ),
+    "routers-of-all-stages": KnownFault(
+        "gradients of routers averaged over all stages of a pipeline",
+        pipeline_faults.average_over_stages,
+        "gradients",
+        layout=STAGED,
+    ),
+    "recomputed-with-newest": KnownFault(
+        "layers of a pipeline recomputed with the sequences of the newest microbatch",
+        pipeline_faults.recompute_with_newest,
+        "gradients",
+        layout=STAGED,
+        input="recomputed",
+        experts=FINER,
     ),
     "muon-on-a-slab": KnownFault(
         "Muon on the rows that a rank holds, parts of matrices and stacks of experts",

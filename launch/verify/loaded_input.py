@@ -93,7 +93,7 @@ def build_loader(recipe: Recipe, seed: int, topology: Topology) -> "TrainLoader"
         plan,
         [samples[domain] for domain in plan.domains],
         curriculum,
-        rank=topology.rank // recipe.parallelism.sharing,
+        rank=sizes.reader_of(recipe.parallelism, topology.world_size, topology.rank),
         world_size=sizes.readers(recipe.parallelism, topology.world_size),
         start=0,
     )

@@ -12,7 +12,7 @@ from train.record.page.rendering import render
 
 def header() -> str:
     """The table's first line."""
-    return f"{'layout':<9} {'input':<12}{'':<5}" + "".join(f"{q:>11}" for q in QUANTITIES) + "   verdict"
+    return f"{'layout':<11} {'input':<12}{'':<5}" + "".join(f"{q:>11}" for q in QUANTITIES) + "   verdict"
 
 
 def line(outcome: CaseOutcome) -> str:
@@ -23,7 +23,7 @@ def line(outcome: CaseOutcome) -> str:
     )
     verdict = "pass" if outcome.has_passed else "FAIL"
     return (
-        f"{outcome.case.layout!s:<9} {outcome.case.input.name:<12}{outcome.case.precision.value:<5}{cells}"
+        f"{outcome.case.layout!s:<11} {outcome.case.input.name:<12}{outcome.case.precision.value:<5}{cells}"
         f"   {verdict} {outcome.seconds:.1f} s"
     )
 

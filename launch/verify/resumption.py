@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 
-from launch.verify.cases import Layout, context_layouts, layouts, tensor_layouts
+from launch.verify.cases import Layout, context_layouts, layouts, pipeline_layouts, tensor_layouts
 from launch.verify.equality import differences, read_state, unequal
 from launch.verify.forked_ranks import Ranks, run_ranks
 from launch.verify.harness import ONE, Row, TableCheck, Workspace
@@ -38,6 +38,7 @@ CHAIN = (
     Layout(1, 4, 1),
     Layout(1, 1, 4, context=2),
     Layout(2, 1, 2, tensor=2),
+    Layout(1, 1, 2, pipeline=2),
 )
 KILLS = 20
 BOUND = 1e-5
@@ -68,6 +69,7 @@ class ResumeCheck(TableCheck):
         """Yields a row for each layout of the kills, then one for each layout of the chain."""
         small = workspace.small
         possible = [*layouts(small), *context_layouts(small), *tensor_layouts(small)]
+        possible += [layout for layout in pipeline_layouts(small) if layout.pipeline <= small.model.n_layers]
         chain = [layout for layout in CHAIN if layout in possible]
         self.total = 3 + len(chain)
         for layout in (ONE, workspace.pair):
@@ -172,15 +174,20 @@ def _loading_mismatches(recipe: Recipe, layout: Layout, folder: Path) -> list[st
     assert checkpoint is not None
     expected = read_state(checkpoint)
 
-    def work(topology: Topology) -> list[str]:
+    def work(topology: Topology) -> tuple[list[str], set[str]]:
         model, optimizer = build_model(recipe, Machine(topology, "cpu", Precision.fp32), is_resumed=True)
         load_checkpoint(checkpoint, model, optimizer, topology, replicas_of(model))
         model_state, optimizer_state = get_state_dict(model, optimizer)
         held = dict(_flatten({"model": model_state, "optimizer": optimizer_state}, ""))
-        return list(unequal(expected, held))
+        of_stage = expected
+        if layout.pipeline > 1:
+            of_stage = {name: tensor for name, tensor in expected.items() if name in held}
+        return list(unequal(of_stage, held)), set(held)
 
     log = folder.with_suffix(".log")
-    return [each for found in run_ranks(layout.world_size, work, output=log) for each in found]
+    found = run_ranks(layout.world_size, work, output=log)
+    missing = expected.keys() - set[str]().union(*(names for _, names in found))
+    return [each for mismatches, _ in found for each in mismatches] + sorted(missing)[:1]
 
 
 def _flatten(tree: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:

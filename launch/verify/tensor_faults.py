@@ -25,7 +25,7 @@ _mix = MoE.forward
 def keep_own_norms() -> AbstractContextManager[Any]:
     """Leaves each rank the norms' gradients of its own tokens."""
 
-    def average(parameters: Iterable[nn.Parameter]) -> None:
+    def average(parameters: Iterable[nn.Parameter], _: object = None) -> None:
         _average(p for p in parameters if p.ndim > 1)
 
     return mock.patch.object(step, "average_replicated_gradients", average)
@@ -53,7 +53,7 @@ def keep_own_input_gradients() -> AbstractContextManager[Any]:
 def sum_norms(ranks: int) -> AbstractContextManager[Any]:
     """Sums norms' gradients over a group of ranks, where the mean over all is due."""
 
-    def average(parameters: Iterable[nn.Parameter]) -> None:
+    def average(parameters: Iterable[nn.Parameter], _: object = None) -> None:
         whole = list(parameters)
         _average(whole)
         for parameter in whole:

@@ -49,7 +49,11 @@ def named(small: Recipe, layout: Layout, name: str) -> Recipe:
         expert=layout.expert,
         context=layout.context,
         tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        pipeline_chunks=layout.chunks,
     )
+    if layout.pipeline > 1:
+        parallelism = replace(parallelism, gathered_layers=0, interleave=False)
     return replace(small, name=name, parallelism=parallelism)
 
 

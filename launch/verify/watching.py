@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
 from torch import Tensor, nn
@@ -258,13 +259,24 @@ class Comparer(Watcher):
         self.bounds = bounds_of(case.precision, case.recipe)
         self.deviations = {quantity: Deviation() for quantity in self.bounds}
 
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Compares which weights there are: of a pipeline, those of all stages together."""
+        held = [name for name, _ in weights_of(state)]
+        if self.case.layout.pipeline > 1:
+            of_ranks: list[list[str]] = [[]] * self.topology.world_size
+            dist.all_gather_object(of_ranks, held)
+            held = [name for names in of_ranks for name in names]
+        missing = self.record.weights[0].keys() - held
+        self._see("weights", float(bool(missing)), -1, f"{sorted(missing)[:1]} is on no rank")
+
     def see_batch(self, step: int, batch: Batch) -> None:
         """Compares them, if the loader read them: this rank's share of the whole batch, in order."""
         if not self.case.input.loaded:
             return
         for key, whole in self.record.batches[step].items():
-            layout = self.case.layout
-            theirs = whole.chunk(layout.readers)[self.topology.rank // layout.sharing]
+            layout = self.case.recipe.parallelism
+            reader = sizes.reader_of(layout, self.topology.world_size, self.topology.rank)
+            theirs = whole.chunk(self.case.layout.readers)[reader]
             is_same = key in batch and torch.equal(batch[key], theirs)
             self._see("read", float(not is_same), step, f"{key} of rank {self.topology.rank}")
 
@@ -305,7 +317,8 @@ class Comparer(Watcher):
     def see_optimizer(self, step: int, optimizer: Optimizer, parameters: Named) -> None:
         """Compares settings, which must be equal, and this rank's rows of the moments."""
         found, expected = settings_of(optimizer, parameters), self.record.settings[step]
-        for name in sorted({*found, *expected}):
+        wanted_here = {name for name in expected if name.partition(": ")[0] in parameters}
+        for name in sorted(wanted_here.union(found)):
             ours, theirs = found.get(name, "absent"), expected.get(name, "absent")
             self._see("settings", float(ours != theirs), step, f"{name} is {ours}, not {theirs}")
         moments, wanted = list(moments_of(optimizer, parameters)), self.record.moments[step]

@@ -16,10 +16,14 @@ class SavePlanner(dcp.DefaultSavePlanner):
     Rank 0 would otherwise gather all plans, make one, and scatter its parts again in every save, in the
     process that trains. torch's ``enable_plan_caching`` keeps its plans in the class: other models' savers in
     the process and forked ranks would find them there.
+
+    Args:
+        has_own_names: this rank has other weights than the coordinator.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_own_names: bool = False) -> None:
         super().__init__()
+        self.has_own_names = has_own_names
         self._sent: SavePlan | None = None
         """This rank's own plan, as in the last save that all ranks planned."""
         self._final: SavePlan | None = None
@@ -48,8 +52,8 @@ class SavePlanner(dcp.DefaultSavePlanner):
         for item in plan.items:
             made.setdefault(item.index.fqn, []).append(item)
         items = [_named(item, name) for name, kind in kinds.items() for item in made.get(first[kind], [])]
-        # The names' places in the state are the same on every rank: the coordinator's are enough.
-        places = plan.planner_data if self.is_coordinator else {}
+        # Where the names' places in the state are the same on every rank, the coordinator's are enough.
+        places = plan.planner_data if self.is_coordinator or self.has_own_names else {}
         self._own = self.plan = dataclasses.replace(plan, items=items, planner_data=places)
         return SavePlan([], usable=False) if self._own == self._sent else self._own
 

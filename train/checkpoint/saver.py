@@ -70,12 +70,19 @@ class CheckpointSaver:
         keep_last: how many checkpoints to keep.
         replicas: the ranks that hold the same shards as this one, see
             :func:`train.layout.mesh.replicas_of`; None: no other does.
+        stages: the ranks of this one's pipeline, each of which has other weights; None: all have the same.
     """
 
     def __init__(
-        self, root: Path, topology: Topology, keep_last: int, replicas: dist.ProcessGroup | None = None
+        self,
+        root: Path,
+        topology: Topology,
+        keep_last: int,
+        replicas: dist.ProcessGroup | None = None,
+        stages: dist.ProcessGroup | None = None,
     ) -> None:
         self.root, self.topology, self.keep_last, self.replicas = root, topology, keep_last, replicas
+        self.stages = stages
         self.writers = writing_ranks(topology.world_size, replicas.size() if replicas is not None else 1)
         self.is_writer = topology.rank in self.writers
         self.group: dist.ProcessGroup | None = None
@@ -84,7 +91,7 @@ class CheckpointSaver:
             # Every rank calls it, as torch numbers groups; the others get no group.
             group = dist.new_group(self.writers, backend="gloo")
             self.group = group if isinstance(group, dist.ProcessGroup) and self.is_writer else None
-        self._planner = SavePlanner()
+        self._planner = SavePlanner(has_own_names=stages is not None)
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
@@ -98,7 +105,8 @@ class CheckpointSaver:
         begun = time.perf_counter()
         names = ("model", "optimizer")
         # On every rank: it fills in the state of an optimizer that has not stepped yet.
-        held = dict(zip(names, get_state_dict(model, optimizer), strict=True))
+        held: dict[str, dict[str, Any]] = dict(zip(names, get_state_dict(model, optimizer), strict=True))
+        self._gather_groups(held["optimizer"])
         randoms = self._gather_randoms()
         if not self.is_writer:
             return before
@@ -139,6 +147,14 @@ class CheckpointSaver:
         gathered: list[Any] = [None] * len(ranks)
         dist.all_gather_object(gathered, mine, group=self.replicas)
         return dict(zip(ranks, gathered, strict=True))
+
+    def _gather_groups(self, optimizer: dict[str, Any]) -> None:
+        """Puts the groups of all stages' optimizers in place of a stage's own: they are saved by number."""
+        if self.stages is None:
+            return
+        gathered: list[Any] = [None] * self.stages.size()
+        dist.all_gather_object(gathered, optimizer["param_groups"], group=self.stages)
+        optimizer["param_groups"] = [group for of_stage in gathered for group in of_stage]
 
     def _copy(self, value: Any, path: str) -> Any:
         """Returns the same tree with its tensors copied to host memory."""

@@ -27,13 +27,16 @@ def gloo_groups(layout: Parallelism, world_size: int, uses_gpus: bool) -> list[i
         uses_gpus: training itself speaks NCCL; gloo is left to the ranks that write checkpoints.
     """
     replica = world_size // layout.replicate
+    stage = replica // layout.pipeline
     groups = [replica]
     if not uses_gpus:
-        groups += [world_size, replica // layout.expert]
+        groups += [world_size, stage // layout.expert]
         groups += [layout.expert] * (layout.expert > 1)
         groups += [layout.context] * (layout.context > 1)
         groups += [layout.tensor, replica // layout.tensor] if layout.tensor > 1 else []
-        groups += [layout.replicate, replica] * (layout.replicate > 1)
+        links = [layout.pipeline] * (4 if layout.pipeline_chunks > 1 else 2)
+        groups += [*links, layout.replicate * stage] if layout.pipeline > 1 else []
+        groups += [layout.replicate, stage] * (layout.replicate > 1)
     return groups
 
 

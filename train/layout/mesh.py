@@ -1,4 +1,4 @@
-"""Layouts: the device mesh (replicate, shard, expert), and the dimensions that each part is sharded over.
+"""Layouts: the device mesh (replicate, pipeline, shard, expert), and what each part is sharded over.
 
 Experts are split over `expert`, each rank holding E / expert whole experts, and their rows again over
 `shard`. Routers are replicated: every rank holds them whole. Everything else is sharded over `shard` and
@@ -9,6 +9,8 @@ gathers weights, a layer ahead of their use, and averages gradients. Expert grad
 once a step (:func:`train.layout.optim.average_replicated_gradients`): so every gradient is the mean over all
 ranks.
 
+Of a pipeline, every stage has such meshes of its own, over its own ranks: averages and shards are of these.
+
 Where groups of neighbouring ranks share layers' dense weights (:mod:`train.model.tensor_parallel`), each of
 them has its part by `tensor`, whose rows are sharded over `rest`; norms of layers, and a shared expert's
 gate, are replicated like routers. The experts' mesh stays what it is, and so do embeddings and output
@@ -18,6 +20,7 @@ Shapes: E experts, F expert hidden size, D model width.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -34,12 +37,13 @@ from train.model.decoder import Block, Decoder, MultiTokenPrediction
 from train.model.init import initialize
 from train.model.moe import MoE
 from train.model.norms import LayerNorm, RmsNorm
+from train.model.pipeline import Pipeline
 from train.model.tensor_parallel import ColumnLinear, RowLinear, TensorGroup
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.schema import ExchangePrecision, Model, Parallelism, Precision, ReducePrecision, Reduction
 
-REPLICATE, SHARD, EXPERT = "replicate", "shard", "expert"
+REPLICATE, PIPELINE, SHARD, EXPERT = "replicate", "pipeline", "shard", "expert"
 DENSE = "dense"
 """`shard` and `expert` flattened into one dimension, over which everything but the experts is sharded."""
 REST, TENSOR = "rest", "tensor"
@@ -58,6 +62,8 @@ class Mesh(NamedTuple):
     """The ranks that share sequences; None: no others."""
     split: DeviceMesh | None = None
     """`replicate` x `rest` x `tensor`, or only the last two; None: dense weights are split over no group."""
+    pipeline: Pipeline | None = None
+    """The stages that share each sequence; None: every rank has all layers."""
 
 
 def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
@@ -68,11 +74,15 @@ def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
     no dimension, and lie across the others as they come. Where they share dense weights too, the mesh
     of these has them as a dimension.
     """
-    shard = world_size // (layout.replicate * layout.expert)
-    sizes = {REPLICATE: layout.replicate, SHARD: shard, EXPERT: layout.expert}
-    names = tuple(name for name, size in sizes.items() if size > 1 or name == SHARD)
-    ranks = torch.arange(world_size).view([sizes[name] for name in names])
-    of_experts = [_own_group(ranks, dimension) for dimension in range(ranks.ndim)]
+    shard = sizes.shard_degree(layout, world_size)
+    degrees = {REPLICATE: layout.replicate, PIPELINE: layout.pipeline, SHARD: shard, EXPERT: layout.expert}
+    degrees = {name: size for name, size in degrees.items() if size > 1 or name == SHARD}
+    ranks, pipeline = torch.arange(world_size).view(*degrees.values()), None
+    of_experts = [_own_group(ranks, n) for n, name in enumerate(degrees) if name != PIPELINE]
+    names = tuple(name for name in degrees if name != PIPELINE)
+    if layout.pipeline > 1:
+        pipeline = _join_pipeline(layout, ranks, list(degrees).index(PIPELINE))
+        ranks = ranks.select(list(degrees).index(PIPELINE), pipeline.stage)
     experts = DeviceMesh.from_group(of_experts, device_type, ranks, mesh_dim_names=names)
     context = None
     if layout.context > 1:
@@ -82,16 +92,25 @@ def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
         split = _split_mesh(layout, world_size, device_type, of_experts[0])
         context = TensorGroup(split.get_group(TENSOR))
     if layout.replicate == 1:
-        world = dist.group.WORLD
-        assert world is not None
-        dense = DeviceMesh.from_group(world, device_type, mesh_dim_names=(DENSE,))
-        return Mesh(experts, dense, layout, context, split)
+        of_dense = dist.group.WORLD if pipeline is None else pipeline.peers
+        assert of_dense is not None
+        dense = DeviceMesh.from_group(of_dense, device_type, mesh_dim_names=(DENSE,))
+        return Mesh(experts, dense, layout, context, split, pipeline)
     # A flattened dimension could only be had through private functions. The groups of `replicate` are shared
     # with the other mesh.
-    ranks = torch.arange(world_size).view(layout.replicate, shard * layout.expert)
-    groups = [of_experts[names.index(REPLICATE)], _own_group(ranks, 1)]
+    every = torch.arange(world_size).view(layout.replicate, layout.pipeline, shard * layout.expert)
+    groups = [of_experts[names.index(REPLICATE)], _own_group(every, 2)]
+    ranks = every[:, 0 if pipeline is None else pipeline.stage]
     dense = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=(REPLICATE, DENSE))
-    return Mesh(experts, dense, layout, context, split)
+    return Mesh(experts, dense, layout, context, split, pipeline)
+
+
+def _join_pipeline(layout: Parallelism, ranks: Tensor, dimension: int) -> Pipeline:
+    """Makes the groups of a rank's pipeline, and of all ranks that have its stage."""
+    count = 4 if layout.pipeline_chunks > 1 else 2
+    links = [_own_group(ranks, dimension) for _ in range(count)]
+    by_stage = ranks.movedim(dimension, 0).reshape(layout.pipeline, -1)
+    return Pipeline(links, _own_group(by_stage, 1), layout.pipeline_chunks)
 
 
 def _split_mesh(
@@ -169,6 +188,7 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int 
         sum_on_gloo(decoder)
     decoder.transformer.interleave = mesh.layout.interleave
     decoder.context = mesh.context
+    decoder.pipeline = mesh.pipeline
     decoder.to_empty(device=over_all.device_type)
     initialize(decoder, decoder.cfg, seed)
 
@@ -189,16 +209,18 @@ def gather_ahead(decoder: nn.Module) -> None:
     by experts: recomputation runs an expert's forward hooks again, in the middle of the backward pass, where
     its own next layer is done; a layer's it skips.
     """
-    layers = [_units(module) for module in decoder.modules() if isinstance(module, Block)]
+    assert isinstance(decoder, Decoder)
     assert isinstance(decoder, FSDPModule)
     # Else a unit's gradients would not be summed before those of the unit before it are: the experts' sum, of
     # all traffic in the backward pass the most, would be hidden by the attention only. From torch 2.15 on.
     in_flight = getattr(decoder, "set_reduce_scatter_max_input_buffers", None)
     if in_flight is not None:
         in_flight(sizes.REDUCTIONS_IN_FLIGHT)
-    decoder.set_modules_to_forward_prefetch(layers[0])
-    decoder.set_modules_to_backward_prefetch(layers[-1])
-    for layer, after in itertools.pairwise(layers):
+    runs = [[_units(block) for block in run] for run in decoder.transformer.runs]
+    if len(runs) == 1:  # else the pass says which run is next, after these hooks
+        decoder.set_modules_to_forward_prefetch(runs[0][0])
+        decoder.set_modules_to_backward_prefetch(runs[0][-1])
+    for layer, after in itertools.chain.from_iterable(map(itertools.pairwise, runs)):
         # The layer of multi-token prediction is gathered when it runs: validation would gather it in vain.
         if not isinstance(after[0], MultiTokenPrediction):
             layer[0].set_modules_to_forward_prefetch(after)
@@ -206,16 +228,28 @@ def gather_ahead(decoder: nn.Module) -> None:
         after[-1].set_modules_to_backward_prefetch(layer)
 
 
-def reduce_gradients(model: nn.Module, layout: Parallelism, *, after_this_pass: bool) -> None:
+def reduce_gradients(
+    model: nn.Module, layout: Parallelism, *, after_this_pass: bool, run: Sequence[nn.Module] | None = None
+) -> None:
     """Says before a backward pass whether FSDP2 sums gradients over ranks at its end, or adds them up.
 
     Replicas are summed after a batch's last backward pass only: it costs nothing to add shards up before. The
     ranks of a replica are if `parallelism.reduce` says so.
+
+    Args:
+        model: the decoder.
+        layout: the recipe's.
+        after_this_pass: it is the last.
+        run: layers that the pass runs, of a rank that has others too; None: all.
     """
-    if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(after_this_pass)
+    if not isinstance(model, FSDPModule):
+        return
+    units = [(model, run is None), *((layer, True) for layer in run or ())]
+    for unit, with_children in units:
+        assert isinstance(unit, FSDPModule)
+        unit.set_requires_all_reduce(after_this_pass, recurse=with_children)
         if layout.reduce is Reduction.once_a_batch:
-            model.set_requires_gradient_sync(after_this_pass)
+            unit.set_requires_gradient_sync(after_this_pass, recurse=with_children)
 
 
 def _freed_after_forward(layers: int, layout: Parallelism) -> list[bool]:

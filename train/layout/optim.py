@@ -205,11 +205,17 @@ def learning_rate_share(tokens_seen: int, duration_tokens: int, schedule: Schedu
     return 1 - (1 - schedule.final_share) * fallen
 
 
-def average_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def average_replicated_gradients(
+    parameters: Iterable[nn.Parameter], holders_of: dist.ProcessGroup | None = None
+) -> None:
     """Averages, in one all-reduce over all ranks, the gradients of parameters that every rank holds whole.
 
     FSDP2 averages those of sharded parameters in the backward pass. Where nothing is sharded, there is only
     one rank. To be called once a step, after the last backward pass: microbatches add up on each rank.
+
+    Args:
+        parameters: the model's.
+        holders_of: the ranks of this one's stage in a pipeline, which hold these parameters; None: all.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
@@ -217,18 +223,23 @@ def average_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
         return
     together = torch.cat([gradient.flatten() for gradient in whole])
     # A sum, since gloo has no average.
-    torch.distributed.all_reduce(together)
-    together /= torch.distributed.get_world_size()
+    dist.all_reduce(together, group=holders_of)
+    together /= dist.get_world_size(holders_of)
     parts = together.split([gradient.numel() for gradient in whole])
     torch._foreach_copy_(whole, [part.view_as(own) for part, own in zip(parts, whole, strict=True)])
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, stages: int = 1) -> Tensor:
     """Scales gradients to a global L2 norm of at most ``max_norm`` and returns the previous norm (fp32).
 
     The norm is that of the unsharded model: each rank sums over its own shards in float64, a shard held by
     several ranks counts once, and one all-reduce sums over ranks. If every rank holds the whole model there
     is nothing to reduce.
+
+    Args:
+        parameters: the model's, or those of this rank's stage.
+        max_norm: the limit; None: none.
+        stages: of the pipeline, each of which has parameters of its own on an equal number of ranks.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
@@ -237,7 +248,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     norms = torch.stack(torch._foreach_norm(shards)).double()
     is_sharded = any(isinstance(g, DTensor) for g in gradients)
     world_size = torch.distributed.get_world_size() if is_sharded else 1
-    shared = [holders(g, world_size) for g in gradients]
+    shared = [holders(g, world_size // stages) for g in gradients]
     square = (norms.square() / torch.tensor(shared, dtype=torch.float64, device=norms.device)).sum()
     if is_sharded:
         torch.distributed.all_reduce(square)

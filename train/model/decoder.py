@@ -25,9 +25,11 @@ from train.model.loss import IGNORE, chunked_cross_entropy
 from train.model.moe import MoE, MoEAux, balance_loss
 from train.model.norms import make_norm
 from train.model.offload import HostMemory, LayerInputs
+from train.model.pipeline import Pipeline
 from train.model.recompute import remade, run_ffn, run_layer
 from train.model.tensor_parallel import ColumnLinear, RowLinear, TensorGroup, column_products
 from train.recipe import sizes
+from train.recipe.pipeline import ModelPart, cut
 from train.recipe.schema import ExpertPrecision, Ffn, Model, Recompute
 
 Device = torch.device | str | None
@@ -57,11 +59,18 @@ class DecoderOutput(NamedTuple):
     mtp_loss_sum: Tensor
     """fp32: cross-entropy of the tokens after the next ones, summed like `loss_sum`; 0 without multi-token
     prediction, and not in training. Its layer's losses and counts are the last of the MoE layers'."""
+    hidden_BSD: Tensor | None = None
+    """Only of a part of the model that is not the last: the residual stream, for the next. Losses of tokens
+    are 0 then, and the MoE layers' those of the part."""
 
     @property
     def balance_loss(self) -> Tensor:
         """Balance loss with the counts of this call; 0 for a dense model."""
         return balance_loss(self.mean_scores_LE, self.expert_tokens_LE)
+
+
+class Elsewhere(nn.Module):
+    """Stands for a layer, or what is outside the layers, that another stage of the pipeline has."""
 
 
 class Ahead(NamedTuple):
@@ -199,9 +208,11 @@ def targets_ahead(
 class Transformer(nn.Module):
     """Embedding, layers and final norm, and in training the layer of multi-token prediction."""
 
-    def __init__(self, model: Model, device: Device, recompute: Sequence[Recompute]) -> None:
+    def __init__(
+        self, model: Model, device: Device, recompute: Sequence[Recompute], parts: Sequence[ModelPart]
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.parts = model, parts
         self.recompute = recompute
         # Only a router's jitter draws random numbers, if it has no key.
         self.draws = model.moe is not None and model.moe.jitter_eps > 0
@@ -213,16 +224,32 @@ class Transformer(nn.Module):
         """In training, attention looks for its largest logits: see :mod:`train.model.largest_logits`."""
         self.document_kernel: DocumentKernel | None = None
         """The kernel that keeps packed documents apart; None: the one that suits the device."""
-        self.wte = nn.Embedding(model.vocab_size, model.d_model, device=device)
-        self.blocks = nn.ModuleList(Block(model, layer, device) for layer in range(model.n_layers))
-        self.norm_f = make_norm(model, device)
+        own = {layer for part in parts for layer in part.layers}
+        self.wte: nn.Module = Elsewhere()
+        if parts[0].is_first:
+            self.wte = nn.Embedding(model.vocab_size, model.d_model, device=device)
+        self.blocks = nn.ModuleList(
+            Block(model, layer, device) if layer in own else Elsewhere() for layer in range(model.n_layers)
+        )
+        self.norm_f = make_norm(model, device) if parts[-1].is_last else Elsewhere()
         self.mtp = MultiTokenPrediction(model, device) if model.mtp else None
 
     @property
     def layers(self) -> list[Block]:
-        """All layers; that of multi-token prediction is the last."""
+        """All layers that this rank has; that of multi-token prediction is the last."""
         blocks = [block for block in self.blocks if isinstance(block, Block)]
         return blocks if self.mtp is None else [*blocks, self.mtp]
+
+    @property
+    def runs(self) -> list[list[Block]]:
+        """The same, those of each part of the model."""
+        found: list[list[Block]] = []
+        for part in self.parts:
+            blocks = (self.blocks[layer] for layer in part.layers)
+            found.append([block for block in blocks if isinstance(block, Block)])
+        if self.mtp is not None:
+            found[-1].append(self.mtp)
+        return found
 
     def forward(
         self,
@@ -230,14 +257,18 @@ class Transformer(nn.Module):
         document_ids_BS: Tensor | None,
         context: Context | None = None,
         next_ids_BS: Tensor | None = None,
+        chunk: int = 0,
+        arrived_BSD: Tensor | None = None,
     ) -> tuple[Tensor, list[MoEAux], Tensor | None]:
-        """Runs the layers.
+        """Runs the layers, those of a part of the model where there are several.
 
         Returns:
-            Hidden states [B, S, D], each MoE layer's losses and counts, and in training the hidden states of
-            multi-token prediction.
+            Hidden states [B, S, D], of a part that is not the last the residual stream, each MoE layer's
+            losses and counts, and in training the hidden states of multi-token prediction.
         """
-        x_BSD = embedded_BSD = self.wte(ids_BS)
+        part = self.parts[chunk]
+        embedded_BSD = self.wte(ids_BS) if arrived_BSD is None else arrived_BSD
+        x_BSD = embedded_BSD
         device = x_BSD.device
         autocast = torch.is_autocast_enabled(device.type)
         # Attention is of whole sequences where ranks share them by heads.
@@ -264,10 +295,13 @@ class Transformer(nn.Module):
         plan = make_plan(len(ids_BS), document_ids_BS)
         away = LayerInputs(self.offload, device) if self.offload and self.training else None
         layers: list[MoEAux] = []
-        for block, how in zip(self.blocks, self.recompute[: len(self.blocks)], strict=True):
+        for layer in part.layers:
+            block, how = self.blocks[layer], self.recompute[layer]
             x_BSD, aux = run_layer(how, block, x_BSD, plan, draws=self.draws, away=away)
             if aux is not None:
                 layers.append(aux)
+        if not part.is_last:
+            return x_BSD, layers, None
         hidden_BSD = self.norm_f(x_BSD)
         if self.mtp is None or not self.training:
             return hidden_BSD, layers, None
@@ -300,6 +334,7 @@ class Decoder(nn.Module):
         device: where weights are created, uninitialised; ``meta`` allocates nothing.
         recompute: what each layer computes again in the backward pass; one grade for all, or one for each.
         loss_chunk_tokens: tokens whose logits are held in memory at once; None: what suits the device.
+        parts: the parts of the model that this rank has; None: all of it, in one.
     """
 
     def __init__(
@@ -309,18 +344,21 @@ class Decoder(nn.Module):
         device: Device = None,
         recompute: Recompute | Sequence[Recompute] = Recompute.nothing,
         loss_chunk_tokens: int | None = None,
+        parts: Sequence[ModelPart] | None = None,
     ) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.parts = cfg, cut([cfg.n_layers]) if parts is None else parts
         self.loss_chunk_tokens = loss_chunk_tokens
         self.context: Context | None = None
         """The ranks that share sequences in training, each of which is given its part. None: no others."""
+        self.pipeline: Pipeline | None = None
+        """The stages of which this rank's parts of the model are one. None: it has all of it."""
         self.largest_logit: Tensor | None = None
         """fp32: attention's largest logit in the last batch, of all ranks, where heads are clipped."""
         each = [recompute] * sizes.layers(cfg) if isinstance(recompute, Recompute) else recompute
-        self.transformer = Transformer(cfg, device, each)
+        self.transformer = Transformer(cfg, device, each, self.parts)
         self.lm_head: LanguageModelHead | None = None
-        if not cfg.tie_embeddings:
+        if not cfg.tie_embeddings and self.parts[-1].is_last:
             self.lm_head = LanguageModelHead(cfg.d_model, cfg.vocab_size, bias=False, device=device)
 
     def set_expert_precision(self, precision: ExpertPrecision) -> None:
@@ -364,8 +402,10 @@ class Decoder(nn.Module):
         context: Context | None = None,
         continues_BS: Tensor | None = None,
         ahead: Ahead | None = None,
+        chunk: int = 0,
+        arrived_BSD: Tensor | None = None,
     ) -> DecoderOutput:
-        """Computes logits, or with targets the losses.
+        """Computes logits, or with targets the losses; of a part of the model that is not the last neither.
 
         Args:
             input_ids_BS: token ids.
@@ -377,15 +417,20 @@ class Decoder(nn.Module):
             continues_BS: for multi-token prediction, where a token follows, though it may be no target. None:
                 where it is one.
             ahead: for multi-token prediction where ranks share sequences, since a part ends before them.
+            chunk: which of this rank's parts to run.
+            arrived_BSD: what the part before it returned; None: it is the first.
         """
         next_ids_BS = None if ahead is None else ahead.next_ids_BS
-        hidden_BSD, layers, ahead_BSD = self.transformer(input_ids_BS, document_ids_BS, context, next_ids_BS)
+        inputs = (input_ids_BS, document_ids_BS, context, next_ids_BS, chunk, arrived_BSD)
+        hidden_BSD, layers, ahead_BSD = self.transformer(*inputs)
         zero = torch.zeros((), dtype=torch.float32, device=hidden_BSD.device)
         experts = (zero.new_zeros((0, 0)), zero, zero.new_zeros((0, 0), dtype=torch.int64), zero)
         if layers:
             scores, z, tokens, sequences = zip(*layers, strict=True)
             of_sequences = zero if sequences[0] is None else torch.stack(sequences).mean()
             experts = (torch.stack(scores), torch.stack(z).mean(), torch.stack(tokens), of_sequences)
+        if not self.parts[chunk].is_last:
+            return DecoderOutput(None, zero, zero.long(), None, *experts, zero, hidden_BSD)
         if choices_only:
             return DecoderOutput(None, zero, zero.long(), None, *experts, zero)
         result = self._project(hidden_BSD, targets_BS, self.cfg.logit_z_loss_weight if self.training else 0.0)
@@ -412,7 +457,9 @@ class Decoder(nn.Module):
         targets_T = None if targets_BS is None else targets_BS.flatten()
         hidden_TD, of_loss = hidden_BSD.flatten(0, 1), (self.loss_chunk_tokens, z_weight)
         if self.lm_head is None:
-            return _project(hidden_TD, self.transformer.wte.weight, targets_T, *of_loss)
+            weight_VD = self.transformer.wte.weight
+            assert isinstance(weight_VD, Tensor)
+            return _project(hidden_TD, weight_VD, targets_T, *of_loss)
         result: Tensor | tuple[Tensor, Tensor] = self.lm_head(hidden_TD, targets_T, *of_loss)
         return result
 

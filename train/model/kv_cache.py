@@ -69,6 +69,7 @@ class CachedDecoder:
         last_BD = transformer.norm_f(x_BSD[:, -1])
         head = self.decoder.lm_head
         weight_VD = transformer.wte.weight if head is None else head.weight
+        assert isinstance(weight_VD, Tensor)
         return torch.nn.functional.linear(last_BD, weight_VD)
 
 

@@ -15,7 +15,7 @@ def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, obj
     model, training, layout = recipe.model, recipe.training, recipe.parallelism
     per_token = sizes.flops_per_token_training(model, recipe.data.sequence_tokens)
     total = sizes.training_flops(recipe)
-    shard = topology.world_size // (layout.replicate * layout.expert)
+    shard = sizes.shard_degree(layout, topology.world_size)
     microbatches = sizes.microbatches_per_rank(recipe, topology.world_size)
     figures: dict[str, object] = {
         "parameters_total": sizes.total_parameters(model),
@@ -32,16 +32,12 @@ def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, obj
         "expert": layout.expert,
         "context": layout.context,
         "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
         "microbatches_per_rank": microbatches,
         "phases": [asdict(stage) for stage in plan_stages(recipe).stages],
     }
     readers = sizes.readers(layout, topology.world_size)
     per_rank = training.global_batch_sequences // readers
-    shared = "".join(
-        f" x {name} {ranks}, across them"
-        for name, ranks in (("context", layout.context), ("tensor", layout.tensor))
-        if ranks > 1
-    )
     forced = model.moe is not None and model.moe.forced_balance
     rows = [
         *([("routing", "forced balance: experts are dealt out, for benchmarks only")] if forced else []),
@@ -63,9 +59,24 @@ def describe_run(recipe: Recipe, topology: Topology) -> tuple[str, dict[str, obj
             f"{reader_in_words(layout)})",
         ),
         *_phase_rows(recipe),
-        ("layout", f"replicate {layout.replicate} x shard {shard} x expert {layout.expert}{shared}"),
+        ("layout", _layout_in_words(recipe, shard)),
     ]
     return "\n".join(f"{name:18}{value}" for name, value in rows), {**figures, "recipe": to_dict(recipe)}
+
+
+def _layout_in_words(recipe: Recipe, shard: int) -> str:
+    layout = recipe.parallelism
+    mesh = f"shard {shard} x expert {layout.expert}"
+    if layout.pipeline > 1:
+        layers = ", ".join(str(len(part.layers)) for part in sizes.parts(recipe.model, layout))
+        chunks = f" in {layout.pipeline_chunks} chunks each" if layout.pipeline_chunks > 1 else ""
+        return f"replicate {layout.replicate} x pipeline {layout.pipeline} x {mesh}; layers {layers}{chunks}"
+    shared = "".join(
+        f" x {name} {ranks}, across them"
+        for name, ranks in (("context", layout.context), ("tensor", layout.tensor))
+        if ranks > 1
+    )
+    return f"replicate {layout.replicate} x {mesh}{shared}"
 
 
 def _phase_rows(recipe: Recipe) -> list[tuple[str, str]]:

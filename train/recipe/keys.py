@@ -124,7 +124,8 @@ def key(default: Any = MISSING, *, factory: Callable[[], Any] | None = None, **r
     """
     metadata = {"rules": KeyRules(**rules)}
     if factory is not None:
-        return field(default_factory=factory, metadata=metadata)
+        # Sections with lists are keys of caches too.
+        return field(default_factory=factory, metadata=metadata, hash=None if factory is not list else False)
     return field(default=default, metadata=metadata)
 
 

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 from train.recipe import sizes
 from train.recipe.errors import Violation
-from train.recipe.phases import microbatch_sequences, phases_of
+from train.recipe.phases import batch_sequences, microbatch_sequences, phases_of
 from train.recipe.schema import (
     BalanceScope,
     Compile,
     ExchangePrecision,
+    ExpertPrecision,
     Moments,
     OptimizerKind,
     Parallelism,
@@ -24,6 +25,7 @@ def check_layout(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
     yield from _batch_and_degrees(recipe, topology.world_size)
     yield from _context(recipe, topology.world_size)
     yield from tensor_violations(recipe, topology.world_size)
+    yield from _pipeline(recipe, topology.world_size)
     yield from _interleaved(recipe)
     yield from _exchanged(recipe)
 
@@ -44,10 +46,12 @@ def _batch_and_degrees(recipe: Recipe, ranks: int) -> Iterator[Violation]:
             f"{global_batch // readers} sequences of each {each} are not divisible by {microbatch}",
             f"use a divisor of {global_batch // readers}",
         )
-    if ranks % (layout.replicate * layout.expert):
+    if ranks % (layout.replicate * layout.pipeline * layout.expert):
+        degrees = f"replicate={layout.replicate} x expert={layout.expert}"
+        degrees += f" x pipeline={layout.pipeline}" if layout.pipeline > 1 else ""
         yield Violation(
             "parallelism",
-            f"{ranks} ranks are not divisible by replicate={layout.replicate} x expert={layout.expert}",
+            f"{ranks} ranks are not divisible by {degrees}",
             f"choose degrees whose product divides {ranks}, or start more ranks (composer -n)",
         )
     if layout.gathered_layers > recipe.model.n_layers:
@@ -72,12 +76,13 @@ def _batch_and_degrees(recipe: Recipe, ranks: int) -> Iterator[Violation]:
 
 def reader_in_words(layout: Parallelism) -> str:
     """Returns what reads sequences of its own: a rank, or a group of ranks that share each sequence."""
-    return "rank" if layout.sharing == 1 else "group"
+    return "rank" if layout.on_each_sequence == 1 else "group"
 
 
 def readers_in_words(layout: Parallelism, count: int) -> str:
     """Returns so many of them, with the size of a group."""
-    return f"{count} ranks" if layout.sharing == 1 else f"{count} groups of {layout.sharing} ranks"
+    ranks = layout.on_each_sequence
+    return f"{count} ranks" if ranks == 1 else f"{count} groups of {ranks} ranks"
 
 
 def _context(recipe: Recipe, ranks: int) -> Iterator[Violation]:
@@ -173,6 +178,64 @@ def _unsplittable(recipe: Recipe, ranks: int) -> Iterator[tuple[str, str]]:
 _ANOTHER = "set it to 1, or use another model"
 
 
+def _pipeline(recipe: Recipe, ranks: int) -> Iterator[Violation]:
+    """Yields violations of the stages that share the layers."""
+    name, layout, layers = "parallelism.pipeline", recipe.parallelism, recipe.model.n_layers
+    stages, parts = layout.pipeline, layout.pipeline * layout.pipeline_chunks
+    if stages == 1:
+        for key, is_set in (("layers", layout.pipeline_layers), ("chunks", layout.pipeline_chunks > 1)):
+            if is_set:
+                what = "is of the stages of a pipeline, but parallelism.pipeline is 1"
+                yield Violation(f"{name}_{key}", what, "remove it, or set the stages")
+        return
+    if layers < parts:
+        what = f"cuts the model into {parts} parts, but it has {layers} layers"
+        yield Violation(name, what, f"use at most {layers} parts")
+    given = layout.pipeline_layers
+    if given and (len(given) != parts or sum(given) != layers):
+        what = (
+            f"gives {len(given)} parts {sum(given)} layers, but there are {parts} parts and {layers} layers"
+        )
+        yield Violation(f"{name}_layers", what, "give each part its layers, or remove it")
+    for what, remedy in unstaged(recipe):
+        yield Violation(name, f"is not built for {what}", remedy)
+    readers = sizes.readers(layout, ranks)
+    for phase in phases_of(recipe) if layout.pipeline_chunks > 1 and readers else ():
+        microbatches = batch_sequences(recipe, phase) // readers // microbatch_sequences(recipe, phase)
+        if microbatches % stages:
+            what = f"takes microbatches by {stages}, one for each stage, but a batch has {microbatches}"
+            yield Violation(f"{name}_chunks", what, "change the batch or the microbatch, or remove it")
+            return
+
+
+def unstaged(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yields what the stages of a pipeline are not built for, and remedies."""
+    model, training, optimizer, layout = recipe.model, recipe.training, recipe.optimizer, recipe.parallelism
+    of_models = {
+        "model.tie_embeddings, a weight of the first stage and of the last": model.tie_embeddings,
+        "model.mtp, which reads the embedding in the last stage": model.mtp,
+    }
+    others = {
+        f"parallelism.context={layout.context}": layout.context > 1,
+        f"parallelism.tensor={layout.tensor}": layout.tensor > 1,
+        "parallelism.interleave": layout.interleave,
+        f"parallelism.gathered_layers={layout.gathered_layers}": layout.gathered_layers > 0,
+        f"training.compile={training.compile.value}": training.compile is not Compile.off,
+        f"training.expert_precision={training.expert_precision.value}": training.expert_precision
+        is not ExpertPrecision.same,
+        "training.offload": training.offload,
+        "training.frozen": bool(training.frozen),
+        "optimizer.qk_clip": optimizer.qk_clip is not None,
+        "optimizer.moments=bf16": optimizer.moments is Moments.bf16,
+        "guard.recheck_interval_batches": recipe.guard.recheck_interval_batches is not None,
+        "tracking.layer_norms_interval_batches": recipe.tracking.layer_norms_interval_batches is not None,
+        "evaluation.suite": recipe.evaluation.suite is not None,
+        "checkpoint.memory_interval_batches": recipe.checkpoint.memory_interval_batches is not None,
+    }
+    yield from ((key, _ANOTHER) for key, is_set in of_models.items() if is_set)
+    yield from ((key, "remove either") for key, is_set in others.items() if is_set)
+
+
 def _interleaved(recipe: Recipe) -> Iterator[Violation]:
     if not recipe.parallelism.interleave:
         return
@@ -212,9 +275,9 @@ def _uneven_experts(recipe: Recipe, ranks: int) -> Iterator[Violation]:
     """Yields a violation for expert rows that do not shard evenly, as FSDP2 (torch 2.7) requires."""
     layout, moe = recipe.parallelism, recipe.model.moe
     assert moe is not None
-    if ranks % (layout.replicate * layout.expert):
+    if ranks % (layout.replicate * layout.pipeline * layout.expert):
         return
-    rows, over = moe.experts * sizes.expert_width(recipe.model), ranks // layout.replicate
+    rows, over = moe.experts * sizes.expert_width(recipe.model), sizes.stage_ranks(layout, ranks)
     if rows % over:
         yield Violation(
             "parallelism.replicate",

@@ -215,7 +215,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """The mesh (replicate, shard, expert), whose product is the number of ranks; shard is what remains."""
+    """The mesh (replicate, pipeline, shard, expert), whose product is the number of ranks; shard remains."""
 
     replicate: int = key(1, above=0)
     """Replicas of the sharded model (HSDP). More replicas: less traffic between nodes, more memory."""
@@ -231,6 +231,16 @@ class Parallelism:
     and split their heads and hidden units; all else works on each rank's part of a sequence. Experts stay
     spread by `expert`. `microbatch_sequences` are then those of the group. Divides every phase's sequence
     length, and the model's key-value heads."""
+    pipeline: int = key(1, above=0)
+    """Pipeline parallelism: stages that the layers are spread over, each on ranks of its own. They run one
+    forward, one backward pass in turn, and send activations to the next stage and gradients back. All stages
+    of a pipeline work on the same sequences; the batch needs several microbatches for each."""
+    pipeline_layers: list[int] = key(factory=list, above=0)
+    """Layers of each stage in order, with several chunks those of every chunk of every stage; empty: as even
+    as their FLOPs allow, the output projection counted with the last."""
+    pipeline_chunks: int = key(1, above=0)
+    """Chunks of layers per stage, which are run in turn (interleaved schedule): so many times less idle time
+    at a batch's ends, so many times more sends. Then the microbatches divide by the stages."""
     reduce: Reduction = Reduction.every_microbatch
     """When gradients are summed over a replica's ranks: after `every_microbatch`, or `once_a_batch`, with
     less traffic but whole gradients of all layers on every rank until then. Over replicas: once a batch."""
@@ -254,3 +264,8 @@ class Parallelism:
     def sharing(self) -> int:
         """Neighbouring ranks that share each sequence."""
         return self.context * self.tensor
+
+    @property
+    def on_each_sequence(self) -> int:
+        """Ranks that work on each sequence: those that share it, in every stage of a pipeline."""
+        return self.sharing * self.pipeline

@@ -7,11 +7,12 @@ E experts, K top_k, V vocab_size, S sequence tokens.
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from train.recipe.curriculum import Curriculum, plan_stages
 from train.recipe.phases import batch_sequences, microbatch_sequences, phases_of
+from train.recipe.pipeline import ModelPart, cut, even_layers
 from train.recipe.schema import (
     Balance,
     ExpertPrecision,
@@ -262,6 +263,42 @@ def biases(model: Model) -> Iterator[Weight]:
             yield Weight(f"{layer_name(model, layer)}.ffn.router.expert_bias", (model.moe.experts,))
 
 
+def parts(model: Model, layout: Parallelism) -> tuple[ModelPart, ...]:
+    """Returns the parts that the stages of a pipeline cut a model into, in the order of its layers.
+
+    By themselves they are as even as they can be. A layer counts as the FLOPs of its products with weights, K
+    of E experts among them, and the output projection with the last. The embedding is looked up, and counts
+    nothing.
+    """
+    if layout.pipeline_layers:
+        return cut(layout.pipeline_layers)
+    costs = [_active_in_layer(model, layer) for layer in range(model.n_layers)]
+    costs[-1] += model.vocab_size * model.d_model
+    return cut(even_layers(tuple(costs), layout.pipeline * layout.pipeline_chunks))
+
+
+def stage_parts(model: Model, layout: Parallelism, stage: int) -> tuple[ModelPart, ...]:
+    """Returns a stage's parts of the model, one for each chunk; without a pipeline, the whole."""
+    return parts(model, layout)[stage :: layout.pipeline]
+
+
+def is_in_parts(weight: str, held: Sequence[ModelPart]) -> bool:
+    """Returns whether a weight, by its name, is in one of these parts of a model."""
+    if weight.startswith("transformer.blocks."):
+        return any(int(weight.split(".")[2]) in part.layers for part in held)
+    return held[0].is_first if weight.startswith("transformer.wte.") else held[-1].is_last
+
+
+@functools.lru_cache(maxsize=1024)
+def _active_in_layer(model: Model, layer: int) -> int:
+    """Returns the weights of a layer that a token is multiplied with."""
+    moe = model.moe
+    return sum(
+        weight.elements * moe.top_k // moe.experts if weight.is_expert and moe else weight.elements
+        for weight in layer_weights(model, layer)
+    )
+
+
 REDUCTIONS_IN_FLIGHT = 2
 """FSDP2 units whose gradients are summed over ranks at a time, each from a buffer of its own."""
 
@@ -300,14 +337,31 @@ class WeightPlacement:
 
 def readers(layout: Parallelism, world_size: int) -> int:
     """Returns the number of groups of ranks that each read their own sequences: as many as ranks, unless
-    `context` or `tensor` shares them.
+    `context` or `tensor` shares them, or the stages of a pipeline work on them.
     """
-    return world_size // layout.sharing
+    return world_size // layout.on_each_sequence
+
+
+def reader_of(layout: Parallelism, world_size: int, rank: int) -> int:
+    """Returns the number of the group that a rank reads its sequences with."""
+    replica, _, place = place_of(layout, world_size, rank)
+    return (replica * stage_ranks(layout, world_size) + place) // layout.sharing
+
+
+def stage_ranks(layout: Parallelism, world_size: int) -> int:
+    """Returns the ranks of a replica's stage, among which the weights of its layers are sharded."""
+    return world_size // (layout.replicate * layout.pipeline)
+
+
+def place_of(layout: Parallelism, world_size: int, rank: int) -> tuple[int, int, int]:
+    """Returns a rank's replica, its stage in that, and its place in the stage."""
+    stage, place = divmod(rank, stage_ranks(layout, world_size))
+    return *divmod(stage, layout.pipeline), place
 
 
 def shard_degree(layout: Parallelism, world_size: int) -> int:
-    """Returns the size of the mesh's `shard` dimension: what `replicate` and `expert` leave."""
-    return world_size // (layout.replicate * layout.expert)
+    """Returns the size of the mesh's `shard` dimension: what `replicate`, `pipeline` and `expert` leave."""
+    return world_size // (layout.replicate * layout.pipeline * layout.expert)
 
 
 def placement(weight: Weight, layout: Parallelism, world_size: int) -> WeightPlacement:
@@ -348,13 +402,16 @@ def is_split_by_columns(name: str) -> bool:
 
 @functools.lru_cache(maxsize=64)  # the plan's search asks for each layout with many microbatches
 def rank_weights(model: Model, layout: Parallelism, world_size: int, rank: int) -> Mapping[str, int]:
-    """Returns the number of elements of every weight on one rank, by name.
+    """Returns the number of elements of every weight on one rank, by name; those of its stage of a pipeline.
 
-    In the order of ranks, `expert` varies fastest, then `shard`, then `replicate`.
+    In the order of ranks, `expert` varies fastest, then `shard`, `pipeline`, and `replicate`.
     """
-    dense_index = rank % (shard_degree(layout, world_size) * layout.expert)
+    _, stage, dense_index = place_of(layout, world_size, rank)
+    own = stage_parts(model, layout, stage)
     held = {}
     for weight in weights(model):
+        if not is_in_parts(weight.name, own):
+            continue
         place = placement(weight, layout, world_size)
         index = dense_index // layout.expert if weight.is_expert else dense_index % place.rows_over
         if max(place.split_over, place.columns_over) > 1 and not weight.is_expert:

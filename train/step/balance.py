@@ -29,7 +29,7 @@ from torch import Tensor
 from train.model.moe import MoE
 from train.recipe.schema import BalanceScope
 from train.step.language_model import LanguageModel
-from train.step.microbatch import Batch
+from train.step.microbatch import Batch, split
 
 
 class BalanceCounts:
@@ -46,16 +46,21 @@ class BalanceCounts:
         self.needs_first_pass = microbatches > 1 and scope in (BalanceScope.rank, BalanceScope.global_batch)
         context = model.decoder.context
         self.sharing = None if context is None else context.group
+        pipeline = model.decoder.pipeline
         # Without more, the model takes the counts of a microbatch, of all ranks that share its sequences.
         if self.needs_first_pass or not dist.is_initialized():
             return
-        first = next(module for module in model.decoder.modules() if isinstance(module, MoE)).experts.args
+        moes = [module for module in model.decoder.modules() if isinstance(module, MoE)]
+        if not moes:  # a stage of dense layers
+            return
+        first = moes[0].experts.args
         if scope is BalanceScope.expert_group and first.moe_expert_model_parallelism:
             # The larger of the two groups has the other in it.
             if context is None or first.expert_parallel_group.size() >= context.ranks:
                 model.reduce_counts = functools.partial(_sum_over, first.expert_parallel_group)
         elif scope is BalanceScope.global_batch:
-            model.reduce_counts = functools.partial(_sum_over, None)
+            # Of a pipeline, those that have the same layers.
+            model.reduce_counts = functools.partial(_sum_over, None if pipeline is None else pipeline.peers)
 
     def count_batch(self, parts: Sequence[Batch]) -> None:
         """Routes all microbatches, if the scope needs their counts before the first one."""
@@ -73,9 +78,7 @@ def microbatches_of(state: State) -> list[Batch]:
     """Returns the microbatches that Composer is about to train on, on the device."""
     assert state.dataloader is not None and state.device_train_microbatch_size is not None
     size = int(state.device_train_microbatch_size)
-    batch = state.device.batch_to_device(state.batch)
-    rows = range(0, batch["input_ids"].shape[0], size)
-    return [{key: value[row : row + size] for key, value in batch.items()} for row in rows]
+    return split(state.device.batch_to_device(state.batch), size)
 
 
 def _sum_over(group: dist.ProcessGroup | None, counts_LE: Tensor) -> Tensor:

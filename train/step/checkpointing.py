@@ -48,6 +48,7 @@ class Checkpointing:
         data_log: its sums are saved in every checkpoint; None: no data log.
         replicas: ranks that hold the same shards as this one, see :class:`CheckpointSaver`.
         memory: makes copies in the hosts' memory; None: there are none.
+        stages: ranks of this one's pipeline, see there.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class Checkpointing:
         data_log: DataLog | None = None,
         replicas: dist.ProcessGroup | None = None,
         memory: MemoryWriter | None = None,
+        stages: dist.ProcessGroup | None = None,
     ) -> None:
         self.guard, self.memory = guard, memory
         self.recipe, self.topology, self._restore = recipe, topology, restore
         self.curriculum, self.data_log = curriculum, data_log
-        self.saver = CheckpointSaver(root, topology, recipe.keep_last, replicas)
+        self.saver = CheckpointSaver(root, topology, recipe.keep_last, replicas, stages)
         self.last_save = time.monotonic()
         self.last_batch = -1
         self._is_saved = False

@@ -1,5 +1,6 @@
 """The decoder as a Composer model: the microbatch model and its validation loss."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ from composer.models import ComposerModel
 from torch import Tensor
 from torchmetrics import Metric
 
-from train.model.decoder import DecoderOutput
+from train.model.decoder import Decoder, DecoderOutput
+from train.recipe.schema import Precision, Recipe
 from train.step.microbatch import Batch, MicrobatchModel
 
 
@@ -34,7 +36,27 @@ class TokenLoss(Metric):
 
 
 class LanguageModel(MicrobatchModel, ComposerModel):
-    """Composer model around :class:`train.step.microbatch.MicrobatchModel`, with the validation loss."""
+    """Composer model around :class:`train.step.microbatch.MicrobatchModel`, with the validation loss.
+
+    ``pipelined`` takes a batch through the stages of a pipeline in training; None: no stages.
+    """
+
+    def __init__(self, decoder: Decoder, recipe: Recipe, precision: Precision) -> None:
+        super().__init__(decoder, recipe, precision)
+        self.pipelined: Callable[[Batch], dict[str, Tensor]] | None = None
+
+    def forward(self, batch: Batch) -> Any:
+        """Returns the losses of a microbatch, or in training those of a batch through a pipeline."""
+        if self.pipelined is None or not self.training:
+            return super().forward(batch)
+        return self.pipelined(batch)
+
+    def loss(self, outputs: Any, batch: Batch, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Returns the losses of a microbatch, or those of a batch whose backward passes are done."""
+        if not isinstance(outputs, dict):
+            return super().loss(outputs, batch, *args, **kwargs)
+        # Composer runs another backward pass, of a number that nothing depends on, which it scales in place.
+        return outputs | {"total": outputs["total"].clone().requires_grad_() * 1}
 
     def eval_forward(self, batch: Batch, outputs: Any = None) -> DecoderOutput:
         """Returns the losses for validation."""

@@ -3,7 +3,7 @@
 Shapes: B sequences of a microbatch, S tokens per sequence, L layers, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,11 +13,19 @@ from torch import Tensor, nn
 from train.model.context import Context
 from train.model.decoder import Ahead, Decoder, DecoderOutput, targets_ahead
 from train.model.moe import MoE, balance_loss, by_sequence
-from train.model.router import Jitter, Router
+from train.model.pipeline import FORWARD, Pipeline, Receipt
+from train.model.router import Jitter
 from train.model.router_noise import noise_key
+from train.recipe import sizes
 from train.recipe.schema import Balance, Precision, Recipe
 
 Batch = dict[str, Tensor]
+
+
+def split(batch: Batch, sequences: int) -> list[Batch]:
+    """Returns a batch's microbatches of so many sequences, in order."""
+    rows = range(0, len(batch["input_ids"]), sequences)
+    return [{key: value[row : row + sequences] for key, value in batch.items()} for row in rows]
 
 
 class MicrobatchModel(nn.Module):
@@ -45,10 +53,13 @@ class MicrobatchModel(nn.Module):
         self.z_weight = moe.z_loss_weight if moe else 0.0
         self.mtp_weight = recipe.model.mtp_loss_weight if recipe.model.mtp else None
         self.seed = recipe.seed
-        routers = [module for module in decoder.modules() if isinstance(module, Router)]
         self.by_sequence = moe is not None and by_sequence(moe)
         self.mixtures = [module for module in decoder.modules() if isinstance(module, MoE)]
-        self.jittered = routers if moe and moe.jitter_eps > 0 else []
+        self.jitters = moe is not None and moe.jitter_eps > 0
+        self.expert_layers = expert_layers_of(decoder)
+        """Which of all MoE layers this rank has, those of each of its parts of the model."""
+        self.experts = moe.experts if moe is not None else 0
+        self.all_expert_layers = sizes.expert_layers(recipe.model)
         self.precision = precision
         self.document_masking = recipe.training.document_masking
         self.targets_per_sequence: Tensor | None = None
@@ -59,7 +70,9 @@ class MicrobatchModel(nn.Module):
 
         Where ranks share sequences all of them get the whole, and each returns the losses of its part.
         """
-        return self._decode(batch)
+        if self.decoder.pipeline is None:
+            return self._decode(batch)
+        return self._pass_on(batch)
 
     @property
     def context(self) -> Context | None:
@@ -72,22 +85,100 @@ class MicrobatchModel(nn.Module):
 
     @torch.no_grad()
     def count_choices(self, batch: Batch) -> Tensor:
-        """Returns a microbatch's tokens per expert, [L, E], without computing logits or loss."""
-        return self._decode(batch, choices_only=True).expert_tokens_LE
+        """Returns a microbatch's tokens per expert, [L, E], without computing logits or loss.
 
-    def _decode(self, batch: Batch, choices_only: bool = False) -> DecoderOutput:
+        Of a pipeline's stage L are all MoE layers, and those of others have none.
+        """
+        if self.decoder.pipeline is None:
+            return self._decode(batch, choices_only=True).expert_tokens_LE
+        return self._pass_on(batch, choices_only=True).expert_tokens_LE
+
+    def _pass_on(self, batch: Batch, choices_only: bool = False) -> DecoderOutput:
+        """Takes a microbatch through all stages of the pipeline, without gradients; each returns its own."""
+        pipeline = self.decoder.pipeline
+        assert pipeline is not None
+        outputs = []
+        for chunk, part in enumerate(self.decoder.parts):
+            arrived_BSD = None
+            if not part.is_first:
+                arrived_BSD = self.receive(pipeline, batch, FORWARD).wait()
+            outputs.append(self.run_part(batch, chunk, arrived_BSD, choices_only))
+            if not part.is_last:
+                self.send(pipeline, outputs[-1])
+        pipeline.finish()
+        return self.together(outputs, batch)
+
+    def receive(self, pipeline: Pipeline, batch: Batch, direction: int) -> Receipt:
+        """Begins to receive the residual stream of a microbatch, or its gradient."""
+        dtype = torch.bfloat16 if self.precision is Precision.bf16 else torch.float32
+        like = torch.empty(0, dtype=dtype, device=batch["input_ids"].device)
+        shape = (*batch["input_ids"].shape, self.decoder.cfg.d_model)
+        return pipeline.receive(shape, like, direction)
+
+    def send(self, pipeline: Pipeline, outputs: DecoderOutput) -> None:
+        """Sends the residual stream of a microbatch to the next stage."""
+        assert outputs.hidden_BSD is not None
+        pipeline.send(outputs.hidden_BSD, FORWARD)
+
+    def run_part(
+        self, batch: Batch, chunk: int, arrived_BSD: Tensor | None, choices_only: bool = False
+    ) -> DecoderOutput:
+        """Runs a part of the model that this rank has on a microbatch."""
+        return self._decode(batch, choices_only, chunk, arrived_BSD)
+
+    def together(self, outputs: Sequence[DecoderOutput], batch: Batch) -> DecoderOutput:
+        """Returns what a microbatch left on this rank, without gradients, of all its parts of the model.
+
+        Counts are those of all MoE layers, 0 of other stages'; losses of tokens are 0 if this stage has none.
+        """
+        last = outputs[-1]
+        counts_LE = last.expert_tokens_LE
+        if self.all_expert_layers:
+            counts_LE = counts_LE.new_zeros(self.all_expert_layers, self.experts)
+            for layers, each in zip(self.expert_layers, outputs, strict=True):
+                if layers:
+                    counts_LE[layers] = each.expert_tokens_LE
+        losses_BS = last.token_losses_BS
+        if losses_BS is None:
+            losses_BS = torch.zeros_like(batch["targets"], dtype=torch.float32)
+        return last._replace(
+            expert_tokens_LE=counts_LE,
+            token_losses_BS=losses_BS,
+            loss_sum=last.loss_sum.detach(),
+            hidden_BSD=None,
+        )
+
+    def prepare(self, batch: Batch) -> None:
+        """Tells layers what they need to know of a microbatch besides tokens, for any pass of it.
+
+        Recomputation reads it too: of microbatches that are in flight together each has to be told again
+        before its backward pass.
+        """
         device, (_, length) = batch["input_ids"].device, batch["input_ids"].shape
         context = self.context
         place_S = None if context is None else context.places(length, device)
-        for layer, router in enumerate(self.jittered):
-            key = noise_key(self.seed, layer, device)
-            router.jitter = Jitter(key, batch["sample_positions"], place_S)
+        if self.jitters:
+            numbers = (layer for layers in self.expert_layers for layer in layers)
+            for layer, mixture in zip(numbers, self.mixtures, strict=True):
+                key = noise_key(self.seed, layer, device)
+                mixture.router.jitter = Jitter(key, batch["sample_positions"], place_S)
         document_ids_BS = batch["document_ids"] if self.document_masking else None
         if self.by_sequence:
             sequence_BS = number_sequences(batch["input_ids"].shape, document_ids_BS, device)
             for mixture in self.mixtures:
                 mixture.sequence_T, mixture.first_B = self._own(sequence_BS).flatten(), sequence_BS[:, 0]
                 mixture.context = context
+
+    def _decode(
+        self,
+        batch: Batch,
+        choices_only: bool = False,
+        chunk: int = 0,
+        arrived_BSD: Tensor | None = None,
+    ) -> DecoderOutput:
+        self.prepare(batch)
+        device, context = batch["input_ids"].device, self.context
+        document_ids_BS = batch["document_ids"] if self.document_masking else None
         ahead = None
         if context is not None and self.mtp_weight is not None:
             next_BS = batch["input_ids"].roll(-1, dims=1)
@@ -107,11 +198,17 @@ class MicrobatchModel(nn.Module):
                 context=context,
                 continues_BS=batch.get("continues"),
                 ahead=ahead,
+                chunk=chunk,
+                arrived_BSD=arrived_BSD,
             )
         return outputs
 
-    def loss(self, outputs: DecoderOutput, batch: Batch, *_: Any, **__: Any) -> dict[str, Tensor]:
+    def loss(
+        self, outputs: DecoderOutput, batch: Batch, *_: Any, chunk: int = 0, **__: Any
+    ) -> dict[str, Tensor]:
         """Returns the losses of a microbatch; the backward pass starts from `total`.
+
+        Of a part of the model they are its share: those of all parts add up to the model's.
 
         The summed token loss is divided by the number of positions, or by the microbatch's share of the
         targets of the global batch: numbers in which it has no say, so that the mean over microbatches and
@@ -121,21 +218,29 @@ class MicrobatchModel(nn.Module):
         sequences, length = batch["targets"].shape
         per_sequence = length - 1 if self.targets_per_sequence is None else self.targets_per_sequence
         positions = sequences * per_sequence / (1 if self.context is None else self.context.ranks)
+        layers = self.expert_layers[chunk]
+        share = len(layers) / self.all_expert_layers if self.all_expert_layers else 1.0
         minimised = language = outputs.loss_sum / positions
         others = {}
         if self.logit_z_weight:
-            assert outputs.token_losses_BS is not None, "training has targets"
-            language = outputs.token_losses_BS.sum() / positions
+            if outputs.token_losses_BS is not None:
+                language = outputs.token_losses_BS.sum() / positions
             others["logit_z"] = (minimised.detach() - language) / self.logit_z_weight
         counts_LE = outputs.expert_tokens_LE
         if self.reduce_counts is not None:
             counts_LE = self.reduce_counts(counts_LE)
+            if len(counts_LE) != len(layers):  # those of all layers
+                counts_LE = counts_LE[layers]
         elif self.context is not None and counts_LE.numel() and not self.by_sequence:
             counts_LE = self.context.sum(counts_LE)
         balance = outputs.sequence_balance
         if not self.by_sequence:
             balance = balance_loss(outputs.mean_scores_LE, counts_LE)
-        total = minimised + self.balance_weight * balance + self.z_weight * outputs.z_loss
+        # Both are means over layers.
+        z_loss = outputs.z_loss
+        if share != 1:
+            balance, z_loss = balance * share, z_loss * share
+        total = minimised + self.balance_weight * balance + self.z_weight * z_loss
         if self.mtp_weight is not None:
             others["mtp"] = outputs.mtp_loss_sum / positions
             total = total + self.mtp_weight * others["mtp"]
@@ -143,9 +248,22 @@ class MicrobatchModel(nn.Module):
             "total": total,
             "language": language,
             "balance": balance,
-            "z": outputs.z_loss,
+            "z": z_loss,
             **others,
         }
+
+
+def expert_layers_of(decoder: Decoder) -> list[list[int]]:
+    """Returns the numbers, among all MoE layers, of those of each part of the model that a rank has."""
+    model = decoder.cfg
+    numbers: dict[int, int] = {}
+    for layer in range(sizes.layers(model)):
+        if sizes.has_experts(model, layer):
+            numbers[layer] = len(numbers)
+    found = [[numbers[layer] for layer in part.layers if layer in numbers] for part in decoder.parts]
+    if model.mtp and decoder.parts[-1].is_last and model.n_layers in numbers:
+        found[-1].append(numbers[model.n_layers])
+    return found
 
 
 def number_sequences(shape: torch.Size, document_ids_BS: Tensor | None, device: torch.device) -> Tensor:

@@ -17,6 +17,9 @@ log        record which data the batch consisted of                             
 save       save a checkpoint, if one is due                                            `batch_checkpoint`
 =========  ==========================================================================  ==================
 
+With a pipeline, Composer's forward pass of the whole batch runs all forward and backward passes of its
+microbatches (:mod:`train.step.pipelined`), and adds them up.
+
 This is the only callback that changes training; the others watch and record.
 """
 
@@ -46,6 +49,7 @@ from train.step.data_log import DataLog
 from train.step.domain_counts import DomainCounts
 from train.step.language_model import LanguageModel
 from train.step.microbatch import Batch
+from train.step.pipelined import PipelinedBatch
 from train.step.recheck import CorruptionError, Recheck
 
 
@@ -88,10 +92,16 @@ class TrainingStep(Callback):
             self.balance = BalanceCounts(model, moe.balance_scope, most)
         self.bias_step = bias_step(moe) if moe is not None and moe.balance is not Balance.loss else None
         device = next(model.parameters()).device
-        context, domains = model.decoder.context, None
+        context, pipeline, domains = model.decoder.context, model.decoder.pipeline, None
         if data_log is not None:
-            domains = DomainCounts(len(data_log.domains), device, context is None or context.rank == 0)
-        self.sums = BatchSums(domains, recipe.parallelism.sharing)
+            # Of the ranks that work on a sequence, one counts it.
+            counts = (context is None or context.rank == 0) and (pipeline is None or pipeline.is_last)
+            domains = DomainCounts(len(data_log.domains), device, counts)
+        self.sums = BatchSums(domains, recipe.parallelism.on_each_sequence)
+        self.pipelined: PipelinedBatch | None = None
+        if pipeline is not None:
+            self.pipelined = PipelinedBatch(model, recipe.parallelism, self.sums.add)
+            model.pipelined = self.pipelined.run
         self.totals: BatchTotals | None = None
         """Totals of the last complete batch."""
         self._saves: list[bool] = []
@@ -127,6 +137,8 @@ class TrainingStep(Callback):
         stage = self.curriculum.stage_of(batch)
         self.model.decoder.set_rope_theta(stage.rope_theta)
         self.model.decoder.set_recompute(self.recomputed[stage.phase])
+        if self.pipelined is not None:
+            self.pipelined.microbatch_sequences = self.microbatches[stage.phase]
         state.device_train_microbatch_size = self.microbatches[stage.phase]
         rate = learning_rate(self.recipe, self.curriculum, batch)
         for group in state.optimizers[0].param_groups:
@@ -153,10 +165,13 @@ class TrainingStep(Callback):
     def after_loss(self, state: State, logger: Logger) -> None:
         """Forward: adds a microbatch's loss and counts; its backward pass follows."""
         assert isinstance(state.loss, dict)
-        self.sums.add(state.batch, state.outputs, state.loss["language"])
+        if self.pipelined is None:  # which adds its microbatches itself
+            self.sums.add(state.batch, state.outputs, state.loss["language"])
 
     def before_backward(self, state: State, logger: Logger) -> None:
         """Backward: says whether this is the batch's last pass, after which gradients are reduced."""
+        if self.pipelined is not None:  # its passes are done
+            return
         self._passes_left -= 1
         reduce_gradients(self.model.decoder, self.recipe.parallelism, after_this_pass=self._passes_left == 0)
 
@@ -178,7 +193,8 @@ class TrainingStep(Callback):
             self.model.zero_grad(set_to_none=True)
         elif self.bias_step is not None:
             assert totals.expert_tokens_LE is not None
-            update_bias(self.model.decoder, totals.expert_tokens_LE, self.bias_step)
+            own = [layer for layers in self.model.expert_layers for layer in layers]
+            update_bias(self.model.decoder, totals.expert_tokens_LE[own], self.bias_step)
 
     def run_again(self, parts: Sequence[Batch]) -> None:
         """Computes sums and clipped gradients of a batch in place of those that are there.
@@ -206,7 +222,8 @@ class TrainingStep(Callback):
     def _reduce(self, flags: Sequence[bool | Tensor]) -> tuple[float, float, list[bool]]:
         """Reduces and clips; returns loss, norm before clipping, and whether any rank raised each flag."""
         totals = self.totals = self.sums.reduce(flags)
-        average_replicated_gradients(self.model.parameters())
+        pipeline = self.model.decoder.pipeline
+        average_replicated_gradients(self.model.parameters(), None if pipeline is None else pipeline.peers)
         norm = self.clip()
         # Read together, since each read waits for the device.
         loss, read_norm, *raised = torch.stack([totals.loss, norm.to(totals.loss), *totals.flags]).tolist()
@@ -240,7 +257,8 @@ class TrainingStep(Callback):
     def clip(self) -> Tensor:
         """Clip: scales the batch's gradients, and returns their global norm before it."""
         with torch.no_grad():
-            return clip_gradients(self.model.parameters(), self.recipe.training.clip_norm)
+            limit, stages = self.recipe.training.clip_norm, self.recipe.parallelism.pipeline
+            return clip_gradients(self.model.parameters(), limit, stages)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log: records the batch, and what the update left; the clock has already advanced past it."""

@@ -219,6 +219,7 @@ def test_what_depends_on_the_split_is_seen_though_the_reference_does_too(
         ("(1,1,2)", (), OptimizerKind.muon),
         ("(1,2,1)c2", (), None),
         ("(1,2,1)t2", (), None),
+        ("(1,1,1)p2", (), None),
     ],
 )
 def test_gate_passes_the_same_cases_without_a_fault(

@@ -12,6 +12,7 @@ from launch.verify.resumption import kill_and_resume, reshard
 from launch.verify.tiny_runs import prepare, uninterrupted
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Recipe
+from train.record.summary import read_summary
 
 pytestmark = pytest.mark.slow
 
@@ -36,9 +37,11 @@ def test_killed_runs_resume_bit_for_bit(small: Recipe, whole: Path) -> None:
 
 
 def test_a_preempted_run_resumes_under_other_layouts(small: Recipe, whole: Path) -> None:
-    chain = [ONE, Layout(1, 2, 2, tensor=2), Layout(2, 1, 2, context=4)]
+    chain = [ONE, Layout(1, 2, 2, tensor=2), Layout(2, 1, 2, context=4), Layout(1, 1, 2, pipeline=2)]
     rows = list(reshard(small, chain, whole))
-    assert [row.layout for row in rows] == ["(1,1,1)", "(1,2,2)t2", "(2,1,2)c4"]
+    assert [row.layout for row in rows] == ["(1,1,1)", "(1,2,2)t2", "(2,1,2)c4", "(1,1,2)p2"]
+    of_chain = read_summary(Path(small.runs_dir) / "chain").validation_loss
+    assert of_chain == pytest.approx(read_summary(whole).validation_loss, rel=1e-4)
     for row in rows:
         assert row.has_passed, (row.figures, row.violations)
 

@@ -345,6 +345,39 @@ def test_ranks_share_dense_weights_that_they_can_split(
         validate(recipe, Topology(world_size=ranks), SMOKE)
 
 
+STAGES = ["parallelism.pipeline=2", "model.tie_embeddings=false"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "refusal"),
+    [
+        (["parallelism.expert=2"], 4, None),
+        (["parallelism.pipeline_layers=[1,3]"], 2, None),
+        (["parallelism.pipeline_chunks=2"], 2, None),
+        (["parallelism.expert=2"], 2, "2 ranks are not divisible by replicate=1 x expert=2 x pipeline=2"),
+        (["parallelism.pipeline=8"], 8, "cuts the model into 8 parts, but it has 4 layers"),
+        (["parallelism.pipeline_layers=[2,1]"], 2, "gives 2 parts 3 layers, but there are 2 parts and 4"),
+        (["parallelism.pipeline_layers=[4]"], 2, "gives 1 parts 4 layers"),
+        (["parallelism.pipeline=1", "parallelism.pipeline_chunks=2"], 1, "but parallelism.pipeline is 1"),
+        (["parallelism.pipeline_chunks=2", "training.global_batch_sequences=3"], 2, "but a batch has 3"),
+        (["model.tie_embeddings=true"], 2, "is not built for model.tie_embeddings"),
+        (["model.mtp=true"], 2, "is not built for model.mtp"),
+        (["parallelism.context=2"], 4, "is not built for parallelism.context=2"),
+        (["parallelism.tensor=2"], 4, "is not built for parallelism.tensor=2"),
+        (["training.compile=blocks"], 2, "is not built for training.compile=blocks"),
+        (["parallelism.gathered_layers=1"], 2, "is not built for parallelism.gathered_layers=1"),
+        (["training.recompute=layer", "training.offload=true"], 2, "is not built for training.offload"),
+        (["optimizer.moments=bf16"], 2, "is not built for optimizer.moments=bf16"),
+        (["optimizer.qk_clip=9", "model.clip_qkv=null"], 2, "is not built for optimizer.qk_clip"),
+        (["guard.recheck_interval_batches=9"], 2, "is not built for guard.recheck_interval_batches"),
+    ],
+)
+def test_stages_share_what_a_pipeline_can_cut(overrides: list[str], ranks: int, refusal: str | None) -> None:
+    recipe = load_recipe(SMOKE, [*STAGES, "training.microbatch_sequences=1", *overrides])
+    with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
+        validate(recipe, Topology(world_size=ranks), SMOKE)
+
+
 @pytest.mark.parametrize(("ranks", "is_refused"), [(18, True), (16, False)])
 def test_experts_whose_rows_do_not_shard_evenly_are_refused(ranks: int, is_refused: bool) -> None:
     """The recipe check fails first, not FSDP2 in the middle of a start on all GPUs."""

@@ -43,6 +43,8 @@ MIXED = replace(
         (Parallelism(expert=4), 4, (0, 3)),
         (Parallelism(expert=2), 12, (0, 1, 9, 11)),
         (Parallelism(replicate=2, expert=4), 24, (0, 11, 12, 23)),
+        (Parallelism(pipeline=2, expert=2), 8, (0, 3, 4, 7)),
+        (Parallelism(pipeline=2, replicate=2), 8, (0, 3, 5)),
     ],
 )
 def test_every_rank_holds_what_the_closed_form_says(
@@ -60,6 +62,17 @@ def test_shards_add_up_to_the_model() -> None:
     routers = sum(weight.elements for weight in sizes.weights(TINY) if ".router." in weight.name)
     others = sizes.total_parameters(TINY) - routers
     assert sum(copies) == layout.replicate * others + world * routers
+
+
+def test_stages_have_all_weights_once_and_ranks_read_what_their_stages_do() -> None:
+    layout, world = Parallelism(replicate=2, pipeline=2, expert=2, pipeline_layers=[1, 3]), 8
+    held = [sizes.rank_weights(MIXED, layout, world, rank) for rank in range(world)]
+    names = [weight.name for weight in sizes.weights(MIXED)]
+    assert sorted([*held[0], *held[2]]) == sorted(names)
+    assert [sum("blocks" in name for name in held[rank]) for rank in (0, 2)] == [
+        sum(f"blocks.{layer}." in name for name in names for layer in layers) for layers in ([0], [1, 2, 3])
+    ]
+    assert [sizes.reader_of(layout, world, rank) for rank in range(world)] == [0, 1, 0, 1, 2, 3, 2, 3]
 
 
 RECIPES = sorted(set(YAMLS.glob("*.yaml")) - set(YAMLS.glob("ladder*.yaml")))  # families of recipes
