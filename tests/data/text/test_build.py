@@ -26,7 +26,15 @@ from data.text.job import PreparationJob, Result
 from data.tokenizer import encoding_threads, open_tokenizer
 from data.write_shards import build_shards
 from train.recipe.errors import UserError
-from train.recipe.preparation import Packing, Preparation, Quality, Source, SourceKind
+from train.recipe.preparation import (
+    Packing,
+    PersonalData,
+    Preparation,
+    Quality,
+    ScoreGroup,
+    Source,
+    SourceKind,
+)
 from train.recipe.schema import Recipe, Tokenizer
 from train.recipe.topology import usable_cores
 
@@ -95,6 +103,13 @@ def recipe_of(corpus: Path, make: Callable[..., Recipe], shards: str, **changes:
     recipe = make(corpus.parent / shards, sources=sources)
     data = dataclasses.replace(recipe.data, preparation=dataclasses.replace(preparation, **changes))
     return dataclasses.replace(recipe, data=data)
+
+
+def with_scores(recipe: Recipe) -> Recipe:
+    """All that is computed of each document."""
+    scores = [ScoreGroup.prose, ScoreGroup.code]
+    sources = [dataclasses.replace(it, pii=PersonalData.replace, scores=scores) for it in recipe.data.sources]
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=sources))
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -334,11 +349,13 @@ def test_spark_gives_the_same_bytes_and_failed_tasks_leave_nothing(
     corpus: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, spark: Spark
 ):
     stores = [corpus.parent / f"store-{name}" for name in ("one", "spark")]
+    changes: dict[str, object] = {"chunk_bytes": 15_000, "keep_cleaned": True, "evaluation_share": 0.3}
     one, other = (
-        recipe_of(corpus, make_recipe, name, chunk_bytes=15_000, signatures=str(store))
+        with_scores(recipe_of(corpus, make_recipe, name, signatures=str(store), **changes))
         for name, store in zip(("one", "spark"), stores, strict=True)
     )
     build_shards(one, engine=Processes(1))
+    assert (Path(one.data.shards) / "prose/scores.parquet").is_file()
     marks = corpus.parent / "marks"
     marks.mkdir()
     whole = build.write_shard
