@@ -1,6 +1,7 @@
 """Copies in hosts' memory: a run resumed from them is the uninterrupted one, whatever of them is lost."""
 
 import os
+import random
 import shutil
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launch.verify.cases import Layout
 from launch.verify.equality import differences
@@ -147,7 +149,10 @@ def test_every_rank_gets_back_what_it_had(own: Optimizer, run: Path) -> None:
         step(decoder, optimizer)
         before = held(decoder, optimizer)
         writer = MemoryWriter(memory_folder(run, token), topology, "l", "m", hosts)
+        torch.manual_seed(topology.rank)
+        random.seed(topology.rank)
         assert copied(writer, decoder, optimizer, 1) == [False, False]
+        drawn = torch.rand(3).tolist(), random.random()
         step(decoder, optimizer)
         agree(None, topology)
         if topology.rank == 1:
@@ -162,6 +167,8 @@ def test_every_rank_gets_back_what_it_had(own: Optimizer, run: Path) -> None:
         (complaint,) = complaints
         assert complaint.endswith("is not what was written (SHA-256 differs); another copy is used instead")
         copy.load(other, of_other, topology)
+        copy.restore_random_states()
+        assert (torch.rand(3).tolist(), random.random()) == drawn
         assert find_copy(run, "another layout", topology, at_least=1) == (None, [])
         assert find_copy(run, "l", topology, at_least=2) == (None, [])
         assert find_copy(run, "l", topology, 1, lambda _: "refused") == (None, ["refused"])

@@ -36,6 +36,14 @@ def test_an_alarm_says_by_how_many_deviations() -> None:
     assert alarm == f"spike: loss 7 is 1.75 x the median of the last {WINDOW} steps (20 deviations above it)"
 
 
+@pytest.mark.parametrize(("window", "least"), [(100, 25), (40, 10), (8, 8)])
+def test_nothing_stands_out_before_a_quarter_of_the_window_is_full(window: int, least: int) -> None:
+    for known in (least - 1, least):
+        guard = UpdateGuard(GuardRecipe(on_spike=OnSpike.skip, window_batches=window))
+        assert all(guard.judge(loss, norm).action is Action.apply for loss, norm in steps(known))
+        assert (guard.judge(7.0, 1.0).action is Action.skip) == (known == least)
+
+
 def test_only_an_alarm_is_raised_where_the_recipe_says_so() -> None:
     guard = UpdateGuard(GuardRecipe(window_batches=WINDOW))
     for loss, norm in steps(WINDOW):
