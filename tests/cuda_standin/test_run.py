@@ -41,6 +41,7 @@ def run(folder: Path, ranks: int, *overrides: str) -> list[dict[str, dict[str, l
     command += [f"runs_dir={folder}", f"data.shards={folder}/shards", *overrides]
     done = subprocess.run(command, cwd=standin.ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert "NO more copies in memory" not in done.stdout + done.stderr
     return [json.loads((folder / f"counts.{rank}").read_text()) for rank in range(ranks)]
 
 
@@ -58,7 +59,7 @@ def products(counts: dict[str, dict[str, list[float]]]) -> set[str]:
 
 
 def test_two_gpus_train_save_and_evaluate_and_one_resumes(tmp_path: Path) -> None:
-    ranks = run(tmp_path, 2, "parallelism.expert=2")
+    ranks = run(tmp_path, 2, "parallelism.expert=2", "checkpoint.memory_interval_batches=1")
     folder = tmp_path / "try"
     saved = folder / "checkpoints"
     assert sorted(path.name for path in saved.iterdir()) == ["batch-00000002", "batch-00000004"]
