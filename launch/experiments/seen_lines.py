@@ -53,4 +53,6 @@ def _write_at_end(_: object) -> None:
 
 def _write() -> None:
     lines = {name: sorted(found) for name, found in _seen.items()}
-    (Path(os.environ[SEEN_VARIABLE]) / f"{os.getpid()}.json").write_text(json.dumps(lines))
+    file = Path(os.environ[SEEN_VARIABLE]) / str(os.getpid())
+    file.write_text(json.dumps(lines))
+    file.rename(file.with_suffix(".json"))  # A rank may be killed while it writes.
