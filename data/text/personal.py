@@ -24,7 +24,7 @@ KINDS = {
 
 
 @dataclass(frozen=True, order=True)
-class Found:
+class PersonalPiece:
     """A piece of personal data."""
 
     begin: int
@@ -32,23 +32,23 @@ class Found:
     kind: str
 
 
-def find(text: str) -> list[Found]:
+def find(text: str) -> list[PersonalPiece]:
     """Finds all pieces in a text, in order; of two that overlap the one that begins first."""
     every = sorted(found for finder in _FINDERS for found in finder(text))
-    chosen: list[Found] = []
+    chosen: list[PersonalPiece] = []
     for found in every:
         if not chosen or found.begin >= chosen[-1].end:
             chosen.append(found)
     return chosen
 
 
-def count(found: list[Found]) -> dict[str, float | None]:
+def count(found: list[PersonalPiece]) -> dict[str, float | None]:
     """Returns the number of pieces of each kind."""
     counts = Counter(it.kind for it in found)
     return {kind: float(counts[kind]) for kind in KINDS}
 
 
-def replaced(text: str, found: list[Found]) -> str:
+def replaced(text: str, found: list[PersonalPiece]) -> str:
     """Returns a text with a name of its kind in place of each piece."""
     pieces, at = [], 0
     for it in found:
@@ -87,7 +87,7 @@ _SUFFIXES = frozenset(
 """Of files such as icon@2x.png."""
 
 
-def _emails(text: str) -> Iterator[Found]:
+def _emails(text: str) -> Iterator[PersonalPiece]:
     at = text.find("@")
     while at >= 0:
         begin = at
@@ -102,7 +102,7 @@ def _emails(text: str) -> Iterator[Found]:
                 labels.pop()
             reserved = labels[-2:-1] == ["example"] or (labels and labels[-1] in _NO_HOST | _SUFFIXES)
             if len(labels) > 1 and not reserved and text[begin:at].lower() not in _NO_PERSON:
-                yield Found(begin, at + 1 + len(".".join(labels)), "emails")
+                yield PersonalPiece(begin, at + 1 + len(".".join(labels)), "emails")
         at = text.find("@", at + 1)
 
 
@@ -113,7 +113,7 @@ _LEAST_DIGITS, _LEAST_OF_FIRST_ARCS = 8, 10
 _SIX = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:]|/\d)", re.ASCII)
 
 
-def _ip_addresses(text: str) -> Iterator[Found]:
+def _ip_addresses(text: str) -> Iterator[PersonalPiece]:
     for match in _FOUR.finditer(text):
         is_version = _VERSION.search(text, max(0, match.start() - 16), match.start())
         least = _LEAST_OF_FIRST_ARCS if match[0].startswith(("0.", "1.", "2.")) else _LEAST_DIGITS
@@ -123,14 +123,14 @@ def _ip_addresses(text: str) -> Iterator[Found]:
             except ValueError:
                 continue
             if is_global:
-                yield Found(match.start(), match.end(), "ip_addresses")
+                yield PersonalPiece(match.start(), match.end(), "ip_addresses")
     for match in _SIX.finditer(text):
         try:
             is_global = IPv6Address(match[0]).is_global
         except ValueError:
             continue
         if is_global:
-            yield Found(match.start(), match.end(), "ip_addresses")
+            yield PersonalPiece(match.start(), match.end(), "ip_addresses")
 
 
 _CARD = re.compile(
@@ -149,11 +149,11 @@ _ISSUERS = re.compile(
 )
 
 
-def _card_numbers(text: str) -> Iterator[Found]:
+def _card_numbers(text: str) -> Iterator[PersonalPiece]:
     for match in _CARD.finditer(text):
         digits = re.sub(r"[ -]", "", match[0])
         if _ISSUERS.fullmatch(digits) and len(set(digits)) > 1 and _luhn(digits):
-            yield Found(match.start(), match.end(), "card_numbers")
+            yield PersonalPiece(match.start(), match.end(), "card_numbers")
 
 
 def _luhn(digits: str) -> bool:
@@ -177,7 +177,7 @@ _IBAN_LENGTH = {
 }
 
 
-def _ibans(text: str) -> Iterator[Found]:
+def _ibans(text: str) -> Iterator[PersonalPiece]:
     for match in _IBAN.finditer(text):
         length, end = _IBAN_LENGTH.get(match[0][:2], 0), match.start()
         signs = ""
@@ -186,7 +186,7 @@ def _ibans(text: str) -> Iterator[Found]:
             end += 1
         is_whole = end == len(text) or not text[end].isalnum()
         if length and len(signs) == length and is_whole and _mod_97(signs) == 1:
-            yield Found(match.start(), end, "ibans")
+            yield PersonalPiece(match.start(), end, "ibans")
 
 
 def _mod_97(iban: str) -> int:
@@ -205,7 +205,7 @@ _COUNTRY = re.compile(
 _ODD = re.compile(r"[ .\-/\u00a0]{3}|[.\-/]{2}|\d\.\d{5}")
 
 
-def _phones(text: str) -> Iterator[Found]:
+def _phones(text: str) -> Iterator[PersonalPiece]:
     for match in _INTERNATIONAL.finditer(text):
         # What follows two blanks is another column.
         whole = match[0].partition("  ")[0]
@@ -215,12 +215,12 @@ def _phones(text: str) -> Iterator[Found]:
         is_whole = end == len(text) or not (text[end].isalnum() or text[end] == "%")
         is_decimal = written.count(".") == 1
         if is_whole and not is_decimal and _COUNTRY.match(digits) and not _ODD.search(written):
-            yield Found(match.start(), end, "phones")
+            yield PersonalPiece(match.start(), end, "phones")
     for match in _AMERICAN.finditer(text):
-        yield Found(match.start(), match.end(), "phones")
+        yield PersonalPiece(match.start(), match.end(), "phones")
 
 
-_FINDERS: tuple[Callable[[str], Iterator[Found]], ...] = (
+_FINDERS: tuple[Callable[[str], Iterator[PersonalPiece]], ...] = (
     _emails,
     _ip_addresses,
     _card_numbers,
