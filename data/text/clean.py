@@ -40,7 +40,8 @@ DIGESTS, SKETCHES, SIZES, NAMES = "digests.npy", "sketches.npy", "sizes.npy", "n
 RECORDS = "records.jsonl"
 KEPT = "kept"
 """Among the rules of a language, the texts that violate none."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_CONTROL = bytes(code for code in [*range(32), 127] if chr(code) not in "\t\n\r")
+_FIRST_MARK, _LAST_MARK = 0x300, 0x1FFFF
 _MOST_MARKS = 100
 """Combining marks in a row that are put in order together; the time grows with the square of their number."""
 
@@ -93,7 +94,9 @@ def normalise(text: str, *, keeps_indentation: bool = False) -> str:
 
 def normalise_characters(text: str) -> str:
     """Normalises text to NFC and line feeds, without control characters; outer white space stays."""
-    return _CONTROL.sub("", _nfc(text).replace("\r\n", "\n").replace("\r", "\n"))
+    text = _nfc(text).replace("\r\n", "\n").replace("\r", "\n")
+    # As bytes, of which none within another character is one of these: faster than a regular expression.
+    return text.encode("utf-8", "surrogatepass").translate(None, _CONTROL).decode("utf-8", "surrogatepass")
 
 
 def read_documents(job: PreparationJob, number: int) -> Iterator[tuple[str, str]]:
@@ -289,12 +292,23 @@ def _nfc(text: str) -> str:
     """NFC in time proportional to the text's length, whatever marks it has."""
     if text.isascii():
         return text
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    if codes.max() < _FIRST_MARK:  # Latin letters before it are composed already.
+        return text
+    if np.count_nonzero(_is_mark()[np.minimum(codes, _LAST_MARK)]) < _MOST_MARKS:
+        return unicodedata.normalize("NFC", text)
     cuts = [0, *(match.end() for match in _many_marks().finditer(text)), len(text)]
     parts = (text[begin:end] for begin, end in itertools.pairwise(cuts))
     return "".join(unicodedata.normalize("NFC", part) for part in parts)
 
 
 @lru_cache(maxsize=1)
+def _is_mark() -> np.ndarray[Any, Any]:
+    """Whether each code is a combining mark, up to `_LAST_MARK`, after which none is."""
+    return np.array([unicodedata.combining(chr(code)) > 0 for code in range(_LAST_MARK + 1)])
+
+
+@lru_cache(maxsize=1)
 def _many_marks() -> re.Pattern[str]:
-    marks = "".join(chr(code) for code in range(0x300, 0x20000) if unicodedata.combining(chr(code)))
+    marks = "".join(map(chr, np.flatnonzero(_is_mark()).tolist()))
     return re.compile(f"[{re.escape(marks)}]{{{_MOST_MARKS}}}")

@@ -1,11 +1,12 @@
 """Exact and near duplicates of documents: their sketches, and the verdicts on a sample that fits into memory.
 
 MinHash (Broder 1997) over five-word sequences, as in Lee et al. 2022 ("Deduplicating Training Data Makes
-Language Models Better", section 4.2), with datasketch's permutations. Of each of 512 least hashes a sketch
-keeps one byte, which estimates the similarity nearly as well as all four would (b-bit MinHash, Li and König
-2010): with the same 512 bytes, the error is half that of 128 whole values. Documents that agree in one of 25
-bands of five values are compared (LSH): within a bucket each with the first and with the previous one, in the
-order of the sources, so the result does not depend on timing.
+Language Models Better", section 4.2), with datasketch's permutations. Each of 128 gives four values, the
+least hash of each quarter of the sequences (as in one permutation hashing, Li et al. 2012). A sketch keeps
+a byte of each value, which estimates the similarity nearly as well as all four would (b-bit MinHash, Li and
+König 2010): with the same 512 bytes, the error is half that of 128 whole values. Documents that agree in
+one of 25 bands of five values are compared (LSH): within a bucket each with the first and with the previous
+one, in the order of the sources, so the result does not depend on timing.
 
 :mod:`data.text.find_duplicates` does the same for any number of documents, in files.
 """
@@ -21,7 +22,10 @@ from data.text.words import hash_ngrams, mix
 
 # N documents, P permutations of a signature, B bands of R of them.
 
-PERMUTATIONS = 512
+PARTS = 4
+"""Parts of a set of sequences, by two bits of their hashes."""
+PERMUTATIONS = 128 * PARTS
+"""Values of a signature: the least hash of each part under each of 128 permutations."""
 SHINGLE_WORDS = 5
 SAME_SIDE = 0.5
 """Documents of at least this Jaccard similarity go to the same split, train or validation."""
@@ -31,7 +35,8 @@ SKETCH = np.dtype([("bands", "<u8", (BANDS,)), ("values", "u1", (PERMUTATIONS,))
 """A document's sketch: a hash of each band, and a byte of each of the least hashes."""
 PARAMETERS = {
     "version": 1,
-    "permutations": PERMUTATIONS,
+    "values": PERMUTATIONS,
+    "parts": PARTS,
     "shingle_words": SHINGLE_WORDS,
     "bands": BANDS,
     "band_rows": BAND_ROWS,
@@ -65,23 +70,40 @@ def sketch(words: NDArray[np.uint64]) -> NDArray[np.void]:
 
 
 def signature(shingles: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    """Computes the least hash of a set under each permutation [P]; all bits set for an empty set.
+    """Computes the least hash of each part of a set under each permutation [P]; of an empty set, all bits.
 
     Args:
         shingles: hashes of its elements, in any order, also several times.
     """
     factors, summands = _permutations()
-    least = np.full(PERMUTATIONS, 0xFFFFFFFF, np.uint32)
-    # Equal ones are rare enough that sorting them out would take longer than hashing them twice.
+    least = np.full((factors.size, PARTS), 0xFFFFFFFF, np.uint32)
+    part_of = shingles >> np.uint64(64 - PARTS.bit_length() + 1)
+    # Equal ones are rare: sorting them out would take longer than hashing them twice.
     hashes = _finalise(shingles.astype(np.uint32))
-    rows = max(_PRODUCTS // max(hashes.size, 1), 4)
+    parts = [hashes[part_of == part] for part in range(PARTS)]
+    there = [part for part in range(PARTS) if parts[part].size]
+    for part in there:
+        _lower(least[:, part], parts[part], factors, summands)
+    for part in range(PARTS):
+        if there and part not in there:  # Of few words: the next part stands in.
+            least[:, part] = least[:, next((it for it in there if it > part), there[0])]
+    return least.ravel()
+
+
+def _lower(
+    least: NDArray[np.uint32],
+    hashes: NDArray[np.uint32],
+    factors: NDArray[np.uint32],
+    summands: NDArray[np.uint32],
+) -> None:
+    """Lowers values to the least of some hashes under each permutation."""
+    rows = max(_PRODUCTS // hashes.size, 4)
     for start in range(0, hashes.size, _PRODUCTS):
         some = hashes[start : start + _PRODUCTS]
-        for at in range(0, PERMUTATIONS, rows):
+        for at in range(0, factors.size, rows):
             products = factors[at : at + rows, None] * some
             products += summands[at : at + rows, None]
             np.minimum(least[at : at + rows], products.min(1), out=least[at : at + rows])
-    return least
 
 
 def sketch_without_words(text: str) -> NDArray[np.void]:
@@ -171,7 +193,7 @@ def _finalise(hashes: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 @lru_cache(maxsize=1)
 def _permutations() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Factors [P], odd, and summands [P] of x -> factor * x + summand, those of datasketch's `affine32`."""
+    """Factors, odd, and summands of x -> factor * x + summand, those of datasketch's `affine32`."""
     drawn = np.random.RandomState(1)
-    factors = drawn.randint(0, 1 << 31, PERMUTATIONS, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
-    return factors, drawn.randint(0, 1 << 32, PERMUTATIONS, dtype=np.uint32)
+    factors = drawn.randint(0, 1 << 31, PERMUTATIONS // PARTS, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+    return factors, drawn.randint(0, 1 << 32, PERMUTATIONS // PARTS, dtype=np.uint32)

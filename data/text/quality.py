@@ -22,6 +22,8 @@ _GENERATED = re.compile(r"auto-?generated|generated (?:by|from|automatically)|do
 _LETTER = re.compile(r"[^\W\d_]")
 _STOP_WORDS_OF_ENGLISH = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 _BULLETS = ("-", "*", "•", "+")
+_NGRAMS = (2, 3, 4)
+_MANY_WORDS = 300
 _CHARACTERS_OF_A_WORD = 2
 """Of Chinese and Japanese, on average."""
 
@@ -156,9 +158,35 @@ def repetition_scores(text: str) -> Scores:
         "repeated_line_characters": sum(map(len, repeated)) / max(len(text), 1),
     }
     words = text.split()
-    for n in (2, 3, 4):
+    covered = (_covered_of_many if len(words) > _MANY_WORDS else _covered)(words)
+    return scores | {f"most_frequent_{n}gram": it / max(len(text), 1) for n, it in covered.items()}
+
+
+def _covered(words: list[str]) -> dict[int, int]:
+    """Characters of the most frequent n-gram, of all its occurrences if there are several, by n."""
+    covered = {}
+    for n in _NGRAMS:
         grams = Counter(zip(*(words[at:] for at in range(n)), strict=False))
         gram, count = grams.most_common(1)[0] if grams else ((), 0)
-        covered = count * sum(map(len, gram)) if count > 1 else 0
-        scores[f"most_frequent_{n}gram"] = covered / max(len(text), 1)
-    return scores
+        covered[n] = count * sum(map(len, gram)) if count > 1 else 0
+    return covered
+
+
+def _covered_of_many(words: list[str]) -> dict[int, int]:
+    """The same, faster from some hundreds of words on."""
+    number: dict[str, int] = {}
+    ids = np.array([number.setdefault(word, len(number)) for word in words], np.int64)
+    ends = np.r_[0, np.cumsum([len(word) for word in words])]
+    codes, covered = ids, {}
+    for n in _NGRAMS:
+        # An n-gram is the n-1-gram that it begins with, and its last word.
+        _, firsts, codes, counts = np.unique(
+            codes[:-1] * len(number) + ids[n - 1 :],
+            return_index=True,
+            return_inverse=True,
+            return_counts=True,
+        )
+        most = int(counts.max())
+        first = firsts[counts == most].min()
+        covered[n] = most * int(ends[first + n] - ends[first]) if most > 1 else 0
+    return covered

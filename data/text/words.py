@@ -35,7 +35,7 @@ _hashes = _Hashes()
 
 def hash_words(text: str) -> NDArray[np.uint64]:
     """Hashes the words of a text [W], in order; ignores case and punctuation."""
-    return np.array([_hashes[word] for word in _WORD.findall(text.lower())], np.uint64)
+    return np.fromiter(map(_hashes.__getitem__, _WORD.findall(text.lower())), np.uint64)
 
 
 def hash_ngrams(words: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:

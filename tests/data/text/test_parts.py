@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.shards.packing import pack
-from data.text import duplicates
+from data.text import duplicates, quality
 from data.text.bpe import train_bpe
 from data.text.clean import clean, normalise, read_texts, write_texts
 from data.text.duplicates import resolve, sketch
@@ -147,14 +147,19 @@ def test_bands_are_those_of_datasketchs_index():
     assert (index.b, index.r) == (duplicates.BANDS, duplicates.BAND_ROWS)
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 300, 40_000])
+@pytest.mark.parametrize("count", [0, 1, 3, 5, 300, 150_000])
 def test_signatures_are_datasketchs(count: int):
     from datasketch import MinHash
 
-    shingles = np.random.default_rng(count).integers(0, 2**32, count)
-    theirs = MinHash(num_perm=duplicates.PERMUTATIONS, hashfunc=int)
-    theirs.update_batch([*shingles.tolist(), *shingles[:9].tolist()])
-    assert np.array_equal(duplicates.signature(shingles.astype(np.uint64)), theirs.hashvalues)
+    shingles = np.random.default_rng(count).integers(0, 2**64, count, np.uint64)
+    ours = duplicates.signature(np.r_[shingles, shingles[:9]]).reshape(-1, duplicates.PARTS)
+    there = np.unique(shingles >> np.uint64(62)).tolist()
+    for part in range(duplicates.PARTS):
+        used = next((it for it in [*there, *(it + 4 for it in there)] if it >= part), 0) % 4
+        theirs = MinHash(num_perm=duplicates.PERMUTATIONS // duplicates.PARTS, hashfunc=int)
+        mine = shingles[shingles >> np.uint64(62) == used]
+        theirs.update_batch((mine & np.uint64(2**32 - 1)).tolist())
+        assert np.array_equal(ours[:, part], theirs.hashvalues)
 
 
 @pytest.mark.parametrize("count, edges", [(0, 0), (1, 0), (60, 20), (60, 45), (3000, 2500), (3000, 2999)])
@@ -276,6 +281,15 @@ def test_a_book_is_prose_and_a_table_of_its_size_no_code():
         and first_violation(code_scores(book), CODE) == "code: length"
     )
     assert prose_violation(book * 2) == "prose: number of words"
+
+
+@pytest.mark.parametrize("vocabulary", [3, 40, 5000])
+def test_ngrams_of_many_words_are_counted_as_those_of_few(vocabulary: int):
+    rng = np.random.default_rng(vocabulary)
+    for count in (2, 3, 4, 60, 900):
+        words = [f"{n * 7}" for n in rng.integers(0, vocabulary, count)]
+        if count >= max(quality._NGRAMS):
+            assert quality._covered_of_many(words) == quality._covered(words)
 
 
 def test_repetition():
