@@ -57,14 +57,20 @@ def translate(tree: Tree, name: str) -> Translation:
         name: the run's name, if the file has none.
 
     Raises:
-        UserError: if it is a recipe of neither.
+        UserError: if it is a recipe of neither, or a value is of another type than theirs.
     """
     leaves = Leaves(tree)
     makers = {FOUNDRY: _foundry, TITAN: _titan}
     origin = origin_of(tree)
     if origin not in makers:
         raise UserError("is a recipe of neither LLM Foundry nor torchtitan")
-    found = makers[origin](leaves)
+    try:
+        found = makers[origin](leaves)
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+        raise UserError(
+            f"has a value that {origin} does not take ({error})",
+            remedy="correct it; its schema has the types",
+        ) from None
     found.keys = {"name": found.keys.pop("name", None) or name} | {
         key: value for key, value in found.keys.items() if value is not None
     }
@@ -79,6 +85,9 @@ def _foundry(leaves: Leaves) -> Translation:
     length = leaves.take("max_seq_len", "variables.max_seq_len", "train_loader.dataset.max_seq_len")
     leaves.take("model.max_seq_len", "eval_loader.dataset.max_seq_len", "tokenizer.kwargs.model_max_length")
     batch = leaves.take("global_train_batch_size", "variables.global_train_batch_size")
+    for key, value in (("max_seq_len", length), ("global_train_batch_size", batch)):
+        if not isinstance(value, int | None):  # A text times a number would be a long text.
+            raise TypeError(f"{key} is {value!r}")
     found.keys |= {
         "name": leaves.take("run_name", "variables.run_name"),
         "seed": leaves.take("seed", "variables.global_seed", "train_loader.dataset.shuffle_seed"),

@@ -155,3 +155,24 @@ def test_their_files_are_recognised_and_others_refused(tmp_path: Path, capsys: O
     for file, what in ((smoke, "is a recipe of neither"), (str(tmp_path / "torn.yaml"), "can't be read")):
         assert main([file]) == 2
         assert f"{file}: {what}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("d_model: 4096", "d_model: [4096]"),
+        ("global_train_batch_size: 2048", "global_train_batch_size: many"),
+        ("t_warmup: 2000ba", "t_warmup: {a: 1}"),
+        ("betas: [0.9, 0.95]", "betas: 3"),
+        ("max_duration: 63900ba", "max_duration: [soon]"),
+        ("lr: 3.0e-4", "lr: fast"),
+    ],
+)
+def test_a_value_of_another_type_is_no_traceback(
+    tmp_path: Path, capsys: Output, wrong: tuple[str, str]
+) -> None:
+    assert FOUNDRY.count(wrong[0]) == 1
+    (tmp_path / "llm.yaml").write_text(FOUNDRY.replace(*wrong))
+    status = main([str(tmp_path / "llm.yaml")])
+    said = capsys.readouterr()
+    assert status == 0 or (status == 2 and len(said.err.splitlines()) == 1 and "llm.yaml" in said.err)
