@@ -231,7 +231,7 @@ def assert_sent(runs: Path) -> None:
     assert len(found) == 8
     for run in found.values():
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert run.data.metrics["loss/validation/code"] > 0
+        assert run.data.metrics["Loss/validation/code"] > 0
 
 
 def test_time_is_predicted_from_the_nearest_run_of_the_family(tmp_path: Path) -> None:
