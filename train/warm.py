@@ -138,7 +138,7 @@ class Request:
 
 
 @dataclass
-class Slot:
+class RankSlot:
     """A rank's place: the process that stands in for it, and the rank that is forked for it now."""
 
     request: Request
@@ -180,7 +180,7 @@ class WarmServer:
         """That of the ranks that it can fork; None until the first has come."""
         self.changed: dict[str, float] = {}
         """When each imported file of ours was changed."""
-        self.slots: list[Slot] = []
+        self.slots: list[RankSlot] = []
         self.is_failed = False
         """A rank has ended, and all may be forked again."""
         self.selector = selectors.DefaultSelector()
@@ -221,7 +221,7 @@ class WarmServer:
             _close(connection, files)
             return None, connection
 
-    def _start(self, request: Request, connection: socket.socket) -> Slot | None:
+    def _start(self, request: Request, connection: socket.socket) -> RankSlot | None:
         """Forks a rank if this server can; returns its slot in the rank."""
         if self.environment is None and self._is_of_this_start(request):
             self._warm_up(request)
@@ -230,12 +230,12 @@ class WarmServer:
                 connection.sendall(f"{COLD}\n".encode())
             _close(connection, request.files)
             return None
-        slot = Slot(request, connection, request.created)
+        slot = RankSlot(request, connection, request.created)
         self.slots.append(slot)
         self.selector.register(connection, selectors.EVENT_READ, data=slot)
         return slot if self._fork(slot) else None
 
-    def _fork(self, slot: Slot) -> bool:
+    def _fork(self, slot: RankSlot) -> bool:
         """Forks a rank; True in the rank."""
         with warnings.catch_warnings():
             # The threads are those of OpenBLAS, which waits for them before a fork.
@@ -248,7 +248,7 @@ class WarmServer:
         self._tell(slot, f"{RANK}{pid}")
         return False
 
-    def _finish(self, slot: Slot) -> None:
+    def _finish(self, slot: RankSlot) -> None:
         """Reports the end of a rank: to its stand-in, or to the process that may have it forked again."""
         pid = slot.pid
         _, status = os.waitpid(pid, 0)
@@ -265,13 +265,13 @@ class WarmServer:
             self._tell(slot, str(code))
             self._remove(slot)
 
-    def _leave(self, slot: Slot) -> None:
+    def _leave(self, slot: RankSlot) -> None:
         """Ends the rank of a process that stood in for it and is gone."""
         self._remove(slot)
         if slot.pid:
             os.kill(slot.pid, signal.SIGKILL)
 
-    def _remove(self, slot: Slot) -> None:
+    def _remove(self, slot: RankSlot) -> None:
         if slot in self.slots:
             self.slots.remove(slot)
         with suppress(KeyError, ValueError):  # It has been removed already.
@@ -288,7 +288,7 @@ class WarmServer:
         }
         return sizes == {(str(len(self.slots)), str(len(self.slots)))}
 
-    def _do(self, asked: Sequence[str]) -> Slot | None:
+    def _do(self, asked: Sequence[str]) -> RankSlot | None:
         """Kills ranks or forks them again; returns the slot of a rank in that rank."""
         if KILL in asked:
             for slot in self.slots:
@@ -307,7 +307,7 @@ class WarmServer:
                     return slot
         return None
 
-    def _tell(self, slot: Slot, line: str) -> None:
+    def _tell(self, slot: RankSlot, line: str) -> None:
         with suppress(OSError):
             slot.connection.sendall(f"{line}\n".encode())
 
@@ -343,7 +343,7 @@ class WarmServer:
         is_same = self.environment == _common(request.environment) and self._is_of_this_start(request)
         return is_same and all(_changed(file) == before for file, before in self.changed.items())
 
-    def _be_rank(self, slot: Slot) -> int:
+    def _be_rank(self, slot: RankSlot) -> int:
         """Runs the rank in the process that was forked for it; returns its exit status."""
         request = slot.request
         ctypes.CDLL(None).prctl(WITH_PARENT, signal.SIGKILL)

@@ -46,7 +46,7 @@ class Tests:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TriedMutant:
     """What tests say of a mutant."""
 
     name: str
@@ -122,12 +122,12 @@ def sample(folder: str, count: int, seed: int) -> list[Mutant]:
     return mutants[:count]
 
 
-def read_outcomes(out: Path) -> list[Outcome]:
+def read_outcomes(out: Path) -> list[TriedMutant]:
     """Reads the outcomes so far; a line that was cut off is passed over."""
     outcomes = []
     for line in out.read_text().splitlines() if out.exists() else []:
         with suppress(ValueError):
-            outcomes.append(Outcome(**json.loads(line)))
+            outcomes.append(TriedMutant(**json.loads(line)))
     return outcomes
 
 
@@ -178,7 +178,7 @@ def map_tests(root: Path, files: Sequence[str], kept: Path) -> dict[str, Tests]:
     return {name: found[name] for name in files if found[name].lines}
 
 
-def run_mutant(root: Path, folder: str, mutant: Mutant, tests: dict[str, Tests]) -> Outcome:
+def run_mutant(root: Path, folder: str, mutant: Mutant, tests: dict[str, Tests]) -> TriedMutant:
     """Runs the test files that run a mutant's line, the quickest first, until one fails."""
     begun = time.monotonic()
     target = root / mutant.file
@@ -194,7 +194,7 @@ def run_mutant(root: Path, folder: str, mutant: Mutant, tests: dict[str, Tests])
                 break
     finally:
         target.write_bytes(source)
-    return Outcome(mutant.name, folder, status, by, round(time.monotonic() - begun, 1))
+    return TriedMutant(mutant.name, folder, status, by, round(time.monotonic() - begun, 1))
 
 
 def run_tests(root: Path, name: str, seconds: float | None, variables: dict[str, str]) -> int | None:
@@ -221,7 +221,7 @@ def run_tests(root: Path, name: str, seconds: float | None, variables: dict[str,
         process.wait()
 
 
-def table_of(folders: Sequence[str], outcomes: Sequence[Outcome]) -> str:
+def table_of(folders: Sequence[str], outcomes: Sequence[TriedMutant]) -> str:
     """Formats the score of each folder: mutants that tests notice over all."""
     rows = []
     for folder in folders:

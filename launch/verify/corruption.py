@@ -74,7 +74,7 @@ class Trial:
 
 
 @dataclass
-class Outcome:
+class CorruptedRun:
     """The course of a run, the same on every rank."""
 
     found: list[Corruption] = field(default_factory=list)
@@ -112,7 +112,7 @@ class CorruptionCheck(TableCheck):
         possible = layouts(workspace.recipe, (4,))
         meshes = [each for each in (Layout(1, 4, 1), Layout(1, 2, 2)) if each in possible]
         trials = draw(self.flips, self.healthy, meshes, self.seed)
-        pairs = list[tuple[Trial, Outcome]]()
+        pairs = list[tuple[Trial, CorruptedRun]]()
         for mesh in meshes:
             own = [trial for trial in trials if trial.layout == mesh]
             pairs += zip(own, train(workspace.recipe, mesh, own), strict=True)
@@ -122,7 +122,7 @@ class CorruptionCheck(TableCheck):
         yield self._transient([each for each in pairs if each[0].place and each[0].most is not None])
         yield self._healthy([each for each in pairs if not each[0].place])
 
-    def _persistent(self, place: str, pairs: list[tuple[Trial, Outcome]]) -> Row:
+    def _persistent(self, place: str, pairs: list[tuple[Trial, CorruptedRun]]) -> Row:
         """A row for faults of one place: found by the next recheck, and the rank among the suspects."""
         row, latest, suspects = Row(f"{place} x {len(pairs)}", self.layout, ""), 0, list[int]()
         for trial, outcome in pairs:
@@ -142,7 +142,7 @@ class CorruptionCheck(TableCheck):
         row.figures = f"{len(suspects)} found, at most {latest} batches later; rank named: {counts}"
         return row
 
-    def _transient(self, pairs: list[tuple[Trial, Outcome]]) -> Row:
+    def _transient(self, pairs: list[tuple[Trial, CorruptedRun]]) -> Row:
         """A row for bits that flipped once, in a step that is computed again."""
         row = Row(f"transient x {len(pairs)}", self.layout, "outvoted by a third run; training continued")
         for trial, outcome in pairs:
@@ -152,7 +152,7 @@ class CorruptionCheck(TableCheck):
                 row.violations.append(f"{trial.place} of rank {trial.rank}: {lines or 'not found'}")
         return row
 
-    def _healthy(self, pairs: list[tuple[Trial, Outcome]]) -> Row:
+    def _healthy(self, pairs: list[tuple[Trial, CorruptedRun]]) -> Row:
         """A row for healthy runs: no alarm, and the state of a run without rechecks."""
         runs = sum(outcome.runs for _, outcome in pairs)
         cost = f"{runs} further runs of steps in {STEPS * len(pairs)} steps"
@@ -186,7 +186,7 @@ def draw(flips: int, healthy: int, meshes: Sequence[Layout], seed: int) -> list[
     return trials + [Trial("", new_seed(), meshes[number % len(meshes)]) for number in range(healthy)]
 
 
-def train(recipe: Recipe, layout: Layout, trials: Sequence[Trial]) -> list[Outcome]:
+def train(recipe: Recipe, layout: Layout, trials: Sequence[Trial]) -> list[CorruptedRun]:
     """Trains each trial's run, one after the other on the same forked ranks.
 
     Of healthy ones it trains a second one without rechecks; where their states differ, 0 stands for it.
@@ -203,7 +203,7 @@ def train(recipe: Recipe, layout: Layout, trials: Sequence[Trial]) -> list[Outco
     training = replace(small.training, precision=Precision.fp32)
     small = replace(small, parallelism=parallelism, training=training)
 
-    def work(topology: Topology) -> list[Outcome]:
+    def work(topology: Topology) -> list[CorruptedRun]:
         outcomes = []
         for trial in trials:
             outcome = _train(small, topology, trial, is_rechecked=True)
@@ -215,9 +215,9 @@ def train(recipe: Recipe, layout: Layout, trials: Sequence[Trial]) -> list[Outco
     return run_ranks(layout.world_size, work, TIMEOUT_SECONDS, Path(os.devnull))[0]
 
 
-def _train(recipe: Recipe, topology: Topology, trial: Trial, *, is_rechecked: bool) -> Outcome:
+def _train(recipe: Recipe, topology: Topology, trial: Trial, *, is_rechecked: bool) -> CorruptedRun:
     """Trains one run on this rank."""
-    outcome, curriculum = Outcome(), plan_stages(recipe)
+    outcome, curriculum = CorruptedRun(), plan_stages(recipe)
     model, optimizer = build_model(recipe, Machine(topology, "cpu", Precision.fp32))
     recheck = Recheck(recipe, model, topology, report=outcome.found.append) if is_rechecked else None
     step = TrainingStep(recipe, model, topology, curriculum, recheck=recheck)
