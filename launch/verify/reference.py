@@ -34,7 +34,7 @@ def reference_recipe(case: Case) -> Recipe:
     does not use the code of any balance scope that it checks.
     """
     recipe = with_microbatch(case.recipe, case.reference_microbatch)
-    layout = replace(recipe.parallelism, context=1, tensor=1, pipeline=1, pipeline_chunks=1)
+    layout = replace(recipe.parallelism, replicate=1, context=1, tensor=1, pipeline=1, pipeline_chunks=1)
     recipe = replace(recipe, parallelism=layout)
     training = replace(recipe.training, compile=Compile.off, recompute=Recompute.nothing)
     recipe = replace(

@@ -64,7 +64,7 @@ def print_replays() -> None:
             seconds = (layer.rest + recipe.model.n_layers * layer.total) / 1000
             share = flops / seconds / GPUS["h100"].matrix_flops
             grades.append([f"{name}: {grade.value}", layer.total, layer.open, seconds, f"{share:.1%}"])
-    fields = test_timeline.Layer._fields
+    fields = test_timeline.LayerTimes._fields
     print(tabulate(layers, ["replayed, ms", *fields], "github", floatfmt=".1f"), end="\n\n")
     columns = ["recomputed, replayed", "a layer, ms", "open, ms", "a step, s", "utilisation"]
     print(tabulate(grades, columns, "github", floatfmt=("", ".1f", ".1f", ".2f")))

@@ -55,7 +55,9 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
     if recipe.training.compile is not Compile.off:
         return result  # Nothing that is compiled takes a dispatch mode.
     model.document_masking = attention.has_varlen()  # FlexAttention neither
-    with inside.Operations(moe.experts * recipe.model.ffn_hidden_size * recipe.model.d_model) as operations:
+    with inside.SlowOperations(
+        moe.experts * recipe.model.ffn_hidden_size * recipe.model.d_model
+    ) as operations:
         _step(model, optimizer, batch, clip_norm)
     return result | {"on_cpu": operations.on_cpu, "large_copies": operations.large_copies}
 

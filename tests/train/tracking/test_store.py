@@ -18,6 +18,7 @@ from train.recipe.errors import UserError
 from train.record import metrics
 from train.tracking.__main__ import main
 from train.tracking.mlflow_upload import Upload, UploadError
+from train.tracking.names import chart_key
 from train.tracking.store import connect, schema_of, take_over
 
 pytestmark = pytest.mark.slow
@@ -189,7 +190,8 @@ def sent_steps(run_dir: Path) -> list[int]:
     run_id = json.loads((run_dir / "mlflow.json").read_text())["run_id"]
     with contextlib.closing(sqlite3.connect(run_dir.parent / "mlflow.db")) as database:
         rows = database.execute(
-            "SELECT step FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY step", (run_id, metrics.LOSS)
+            "SELECT step FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY step",
+            (run_id, chart_key(metrics.LOSS)),
         )
         return [step for (step,) in rows]
 

@@ -17,6 +17,7 @@ from data.explore.clusters import DocumentMap
 from data.explore.exploration import Exploration
 from data.explore.measure import PERCENTILES, DomainMeasures, Measures
 from data.explore.sample import Document, Shards
+from data.explore.scores import Distribution, ScoredDomain
 from data.explore.shards_page import shards_page
 from data.shards.manifest import DatasetRecord, DomainRecord, Manifest, SplitRecord, TokenizerRecord
 from launch.plan.hardware import GPUS
@@ -183,8 +184,16 @@ def hostile_shards(_: Path) -> str:
         },
         DocumentMap(np.zeros((2, 2)), np.zeros(2, dtype=np.int64), [NAME]),
         {NAME: [{"place": NAME, "reason": NAME, "of": TEXT}]},
+        {NAME: _hostile_scores()},
     )
     return shards_page(found)
+
+
+def _hostile_scores() -> ScoredDomain:
+    counts = {"below": [0, 1], "above": [1, 0], "kept_below": [0, 1], "kept_above": [1, 0]}
+    scores = {"length": Distribution(at=[1.0, 2.0], edges=[1.0, 2.0], bins=[2], **counts)}
+    row = {"place": NAME, "reason": NAME, "language": NAME, "excerpt": TEXT, "length": 1.0}
+    return ScoredDomain(2, 1, scores, [row])
 
 
 def hostile_plan(_: Path) -> str:
