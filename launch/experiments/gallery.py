@@ -6,9 +6,10 @@ the sound run lies behind each. Runs that are complete are not trained again.
 """
 
 import contextlib
+import random
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ from unittest import mock
 import numpy as np
 from torch import Tensor
 
+from data.text.installed import CorpusDocument, installed_corpus
 from data.write_shards import build_shards
 from train.model import attention
 from train.model.moe import balance_loss
 from train.recipe.errors import UserError
+from train.recipe.exit_status import REPLAY_STATUS
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Model
 from train.recipe.topology import Topology
@@ -61,6 +64,16 @@ SMALL = (
     "tracking.mlflow=false",
 )
 """Changes of yamls/smoke.yaml that make a run of less than a minute on two cores."""
+NOISY = (
+    "guard.norm_deviations=20",
+    "guard.rollback_before_batches=1",
+    "guard.rollback_after_batches=6",
+    "checkpoint.interval_batches=10",
+    "checkpoint.keep_last=4",
+)
+"""Further changes of runs on noise: a guard for a run so small, and checkpoints to go back to."""
+NOISE_EVERY, NOISE_CHARACTERS = 12, 700
+"""Documents of code from one document of noise to the next, and its length."""
 POINTS = 300
 """Points of a curve at most."""
 
@@ -75,6 +88,20 @@ class Exhibit:
     title: str
     overrides: tuple[str, ...] = ()
     plant: Plant = contextlib.nullcontext
+    documents: Callable[[int], Iterator[CorpusDocument]] | None = None
+    """Text in place of the installed corpus, given the bound on the bytes of each domain."""
+
+
+def with_noise(most_bytes: int) -> Iterator[CorpusDocument]:
+    """Yields the installed corpus, and among its code a few long documents of random rare characters."""
+    code, draw = 0, random.Random(0)
+    for document in installed_corpus(most_bytes):
+        yield document
+        if document.domain == "code":
+            code += 1
+            if code % NOISE_EVERY == 0:
+                text = "".join(chr(draw.randrange(0x4E00, 0x9FFF)) for _ in range(NOISE_CHARACTERS))
+                yield CorpusDocument("code", f"noise/{code // NOISE_EVERY}.txt", text + "\n")
 
 
 def spread_no_load() -> AbstractContextManager[Any]:
@@ -97,17 +124,29 @@ EXHIBITS = (
     Exhibit("rate", "30 times the learning rate", ("optimizer.learning_rate=0.3",)),
     Exhibit("collapse", "routers that collapse", plant=spread_no_load),
     Exhibit("places", "places in the sequence lost", plant=forget_places),
+    Exhibit("noise", "documents of noise", NOISY, documents=with_noise),
+    Exhibit(
+        "rollback",
+        "noise, with rollback",
+        (*NOISY, "guard.on_spike=rollback"),
+        documents=with_noise,
+    ),
 )
 
 
 def train(exhibit: Exhibit, folder: Path, overrides: Sequence[str]) -> RunRecord:
     """Trains a run, if it is not complete, and returns its record."""
-    places = (f"name={exhibit.name}", f"runs_dir={folder}", f"data.shards={folder / 'shards'}")
+    shards = folder / ("shards" if exhibit.documents is None else "shards-noise")
+    places = (f"name={exhibit.name}", f"runs_dir={folder}", f"data.shards={shards}")
     given = [*SMALL, *places, "on_existing=resume", *exhibit.overrides, *overrides]
     recipe = load_recipe(ROOT / "yamls/smoke.yaml", given)
-    build_shards(recipe)
+    text = exhibit.documents
+    # Small shards, read one after the other, so that a document's sequences fall into neighbouring batches.
+    with mock.patch("data.text.mds.SHARD_BYTES", 1 << 13) if text else contextlib.nullcontext():
+        build_shards(recipe, documents=text and (lambda: text(recipe.data.corpus_bytes)))
     with exhibit.plant():
-        status = run(recipe, Topology())
+        while (status := run(recipe, Topology())) == REPLAY_STATUS:
+            pass  # A rollback, which the supervisor would start again.
     if status:
         raise UserError(f"{folder / exhibit.name} ended with status {status}; its log says why")
     return read_run(folder / exhibit.name)
