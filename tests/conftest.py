@@ -2,7 +2,9 @@
 
 import gc
 import os
+import signal
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -25,6 +27,18 @@ def stays_forkable() -> None:
     # Else each collection visits all that was imported, and one in a forked process copies it.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """Takes back what a test's command made of signals: a later test's pool would hand it on to its workers,
+    which then don't end.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        if handler is not None:  # else it is not Python's
+            signal.signal(number, handler)
 
 
 def pytest_unconfigure() -> None:

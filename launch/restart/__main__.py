@@ -115,8 +115,7 @@ def main(options: Namespace) -> int | Figures:
         supervisor.is_told_to_end = True
         training.end()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     # Another supervisor of the same job would end this one's ranks as leftovers of its own.
     remedy = "wait for its end or end it: `--show` prints its tries"
     hold(folder, key="--records", remedy=remedy)
@@ -127,6 +126,8 @@ def main(options: Namespace) -> int | Figures:
         if warmth is not None:
             warmth.end()
         release(folder)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class TrainingCommand:

@@ -63,8 +63,11 @@ def main(options: Namespace) -> Outcome:
         return 0
     os.nice(options.nice)
     # As Ctrl-C: the runs are ended, and continue from their checkpoints when the command is given again.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return climb(plan, folder, options)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return climb(plan, folder, options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def climb(plan: LadderPlan, folder: Path, options: Namespace) -> Outcome:
