@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -49,6 +50,36 @@ def _corpus(folder: Path) -> list[dict[str, str]]:
     return [{**source, "dataset": source["domain"], **said} for source in sources]
 
 
+def _recipe(folder: Path) -> dict[str, Any]:
+    """Two phases over the three domains."""
+    return {
+        "extends": str(SMOKE),
+        "name": "mine",
+        "runs_dir": str(folder),
+        "on_existing": "resume",
+        "tokenizer": {"kind": "bpe", "vocab_size": 400},
+        "model": {"vocab_size": 400, "d_model": 32, "n_layers": 2, "ffn_hidden_size": 24},
+        "data": {
+            "shards": str(folder / "shards"),
+            "corpus": None,
+            "sources": _corpus(folder),
+            "preparation": FEW,
+            "sequence_tokens": 64,
+            "validation_sequences": 2,
+            "domains": {},
+            "phases": [
+                {"tokens": 4096, "weights": {"web": 0.5, "code": 0.3, "notes": 0.2}},
+                {"tokens": 2048, "weights": {"web": 0.2, "code": 0.4, "notes": 0.4}, "sequence_tokens": 128},
+            ],
+        },
+        "training": {"duration_tokens": 6144, "microbatch_sequences": 4, "precision": "fp32"},
+        "schedule": {"warmup_tokens": 1024},
+        "evaluation": {"interval_batches": 6},
+        "checkpoint": {"interval_batches": 4},
+        "tracking": {"mlflow": False},
+    }
+
+
 def _stop_at(batch: int, words: list[str]) -> int:
     """Trains in a process of its own, which is asked to end in a batch; returns its exit status."""
     from launch.verify.forked_ranks import Ranks
@@ -83,34 +114,8 @@ def test_a_corpus_of_three_formats_from_its_files_to_an_export(tmp_path: Path) -
     from train.main import main as train
     from train.report.__main__ import main as report
 
-    recipe = {
-        "extends": str(SMOKE),
-        "name": "mine",
-        "runs_dir": str(tmp_path),
-        "on_existing": "resume",
-        "tokenizer": {"kind": "bpe", "vocab_size": 400},
-        "model": {"vocab_size": 400, "d_model": 32, "n_layers": 2, "ffn_hidden_size": 24},
-        "data": {
-            "shards": str(tmp_path / "shards"),
-            "corpus": None,
-            "sources": _corpus(tmp_path),
-            "preparation": FEW,
-            "sequence_tokens": 64,
-            "validation_sequences": 2,
-            "domains": {},
-            "phases": [
-                {"tokens": 4096, "weights": {"web": 0.5, "code": 0.3, "notes": 0.2}},
-                {"tokens": 2048, "weights": {"web": 0.2, "code": 0.4, "notes": 0.4}, "sequence_tokens": 128},
-            ],
-        },
-        "training": {"duration_tokens": 6144, "microbatch_sequences": 4, "precision": "fp32"},
-        "schedule": {"warmup_tokens": 1024},
-        "evaluation": {"interval_batches": 6},
-        "checkpoint": {"interval_batches": 4},
-        "tracking": {"mlflow": False},
-    }
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(recipe))
+    file.write_text(yaml.safe_dump(_recipe(tmp_path)))
     run = tmp_path / "mine"
 
     assert write_shards([str(file)]) == 0
