@@ -18,7 +18,7 @@ from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.topology import Topology
 from train.record import log
-from train.record.command import Figures, command
+from train.record.command import Figures, add_recipe_arguments, command
 from train.record.tables import text_table
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ logger = log.get_logger("launch.preflight")
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("recipe", help="YAML file, for example yamls/dbrx.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
+    add_recipe_arguments(parser)
     parser.add_argument(
         "--ranks", type=int, default=1, metavar="N", help="fork N gloo ranks on this node (default 1)"
     )

@@ -40,7 +40,7 @@ COLD = "cold"
 RANK = "rank "
 """Before the process id of the rank that was forked; 0 if it has ended and another may be forked."""
 AGAIN, KILL, ENDED, BEGUN = "again", "kill", "ended", "begun"
-"""What whoever started the server asks of it, and hears of it."""
+"""Lines between the server and the process that started it: two commands and two reports."""
 LAST_STATUSES = (0, USAGE_STATUS, PREEMPTED_STATUS)
 """A rank that ends with one of these is not forked again."""
 DIFFERING = frozenset(

@@ -210,7 +210,7 @@ def _cleaning_keys(source: Source) -> dict[str, Any]:
 
 
 def _cleaning_facts(job: PreparationJob) -> list[Any]:
-    """What else they depend on."""
+    """Returns the numbers, classifiers (by digest) and chat template that cleaned documents depend on."""
     preparation = job.preparation
     models = [[it.classifier, sha256(Path(it.classifier))] for it in job.sources if it.classifier]
     chat = job.chat and job.chat.template

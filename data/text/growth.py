@@ -35,7 +35,7 @@ _FILES_OF_CHUNK = 20
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """What preparing a number of documents takes."""
+    """Files, bytes, tasks and memory that the preparation of a number of documents takes."""
 
     documents: int
     """That reach the decision, copies included."""

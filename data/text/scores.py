@@ -46,7 +46,7 @@ ROWS = 16_384
 
 @dataclass(frozen=True)
 class ScoredText:
-    """What is known of a document besides its text."""
+    """Language, licence and scores of a document."""
 
     language: str = ""
     """Empty where no scores are computed."""

@@ -19,7 +19,7 @@ MEMBER = np.dtype(
 )
 """A document that is not the first of its group, and what its group needs to know of it."""
 ROOT = np.dtype([("key", "<u8"), ("domain", "<i4"), ("is_root", "?")])
-"""What a span knows of each of its documents that may be the first of a group."""
+"""A document that may be the first of its group, as its span sends it to the group."""
 _SIDE = np.dtype([("document", "<i8"), ("is_out", "?")])
 
 

@@ -1,4 +1,4 @@
-"""What is known of the documents of earlier parts, so that a new part is held to all parts before it.
+"""Signatures of the documents of earlier parts, to which a new part is held.
 
 A store is a folder with a folder for each part, named after its domains. It has the sketch, the digest, the
 name and the side of the split of every document of the part, of equal ones the first, and ``part.json`` with

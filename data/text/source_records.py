@@ -58,7 +58,7 @@ class SourceRecord:
     ids: Ids | None = None
     """Token ids, which are yet to become a text."""
     licence: object = None
-    """What the source's column of licences holds."""
+    """Value of the source's column of licences."""
 
 
 def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[SourceRecord]:

@@ -47,7 +47,7 @@ class Tests:
 
 @dataclass(frozen=True)
 class TriedMutant:
-    """What tests say of a mutant."""
+    """A mutant and the verdict of the tests."""
 
     name: str
     folder: str

@@ -20,7 +20,7 @@ from train.preflight import links
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.recipe.topology import Topology
-from train.record.command import Figures, command
+from train.record.command import Figures, add_recipe_arguments, command
 from train.record.tables import text_table
 
 DELAY_SECONDS = 0.03
@@ -96,8 +96,7 @@ def _cells(number: int, trial: LinkTrial) -> tuple[object, ...]:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument("recipe", help="YAML file; its preflight.slow_factor is used")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
+    add_recipe_arguments(parser)
     parser.add_argument("--ranks", type=int, default=4, metavar="N", help="at least 3 (default: 4)")
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="of each kind (default: 20)")
 

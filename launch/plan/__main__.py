@@ -18,7 +18,7 @@ from launch.plan.text import format_plan, format_search, plan_figures
 from train import old_names
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
-from train.record.command import Figures, at_least, command
+from train.record.command import Figures, add_recipe_arguments, at_least, command
 
 DOES_NOT_FIT_STATUS = 1
 SHOWN = 10
@@ -26,8 +26,7 @@ SHOWN = 10
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("recipe", nargs="?", help="YAML file, for example yamls/dbrx.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
+    add_recipe_arguments(parser, needed=False)
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default 8)")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (default h100)")
     parser.add_argument(

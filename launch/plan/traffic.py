@@ -43,7 +43,7 @@ SHARES = "experts' shares of sequences"
 GATHERED, SUMMED, HEADS = "tokens of sequences", "sums of products", "heads"
 """Gathers, sums and exchanges of ranks that share dense weights."""
 SENT = "activations and gradients"
-"""What the stages of a pipeline send to the next and to the one before."""
+"""Sends of a pipeline's stages to the next one and to the one before."""
 DENSE_LAYERS = "dense layers"
 """The name of the units of a mixture's layers without experts."""
 

@@ -19,7 +19,7 @@ from launch.plan.step import Plan, make_plan
 from launch.plan.text import plan_figures
 from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
-from train.record.command import Figures, at_least, command
+from train.record.command import Figures, add_recipe_arguments, at_least, command
 from train.record.log import progress
 
 Found = TypeVar("Found")
@@ -30,8 +30,7 @@ HOST_MEMORY_GIB = 1024.0
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("recipe", help="YAML file, for example yamls/dbrx.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
+    add_recipe_arguments(parser)
     parser.add_argument("--gpus", type=at_least(int, 2), default=8, help="number of GPUs (default 8)")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (default h100)")
     parser.add_argument(

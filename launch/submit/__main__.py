@@ -22,7 +22,7 @@ from launch.submit.placement import check_memory, check_placement
 from launch.submit.site import check_mounts, check_site, require_secrets
 from train.recipe.errors import UserError
 from train.record import log
-from train.record.command import command
+from train.record.command import add_recipe_arguments, command
 
 IMAGE_WORKDIR = "/finegrain"
 HOSTS = ("composer", "torchrun")
@@ -55,8 +55,7 @@ SYSTEMS = {
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's arguments."""
     job = Job("")
-    parser.add_argument("recipe", nargs="?", help="YAML file, for example yamls/dbrx.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
+    add_recipe_arguments(parser, needed=False)
     add = parser.add_argument
     add("--on", choices=SYSTEMS, default="slurm", help="the system (default slurm)")
     add("--render", action="store_true", help="print the file without submitting it")

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from train.recipe.errors import UserError
-from train.record.command import at_least
+from train.record.command import add_recipe_arguments, at_least
 
 CHECKS = {
     "layouts": "the parity gate: every layout against one unsharded process (the default)",
@@ -56,8 +56,7 @@ def choose_checks(options: Namespace) -> None:
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the arguments."""
     parser.allow_abbrev = False
-    parser.add_argument("recipe", help="YAML file, for example yamls/smoke.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
+    add_recipe_arguments(parser, example="yamls/smoke.yaml")
     checks = parser.add_argument_group("checks, any of them")
     for name, help_text in CHECKS.items():
         if name == "faults":

@@ -338,7 +338,7 @@ MTP_NAMES: Table = {
     "eh_proj.weight": Same("eh_proj.weight"),
     "norm.weight": Same("shared_head.norm.weight"),
 }
-"""What joins the layer of multi-token prediction to the others."""
+"""Weights that join the layer of multi-token prediction to the others."""
 DEEPSEEK_EXPERTS: tuple[Need, ...] = (
     HAS_EXPERTS,
     _of_experts("every_n_layers=1", lambda moe: moe.every_n_layers == 1),

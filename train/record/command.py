@@ -110,6 +110,28 @@ class Command:
         return texts | (raw if is_laid_out else {})
 
 
+def add_recipe_arguments(
+    parser: ArgumentParser,
+    default: str | None = None,
+    *,
+    example: str = "yamls/dbrx.yaml",
+    needed: bool = True,
+) -> None:
+    """Adds ``recipe``, a YAML file, and ``overrides`` of it.
+
+    Args:
+        parser: of the command.
+        default: recipe without one on the command line.
+        example: recipe that the help names if there is no default.
+        needed: without a default, whether the command must have a recipe.
+    """
+    optional: dict[str, Any] = {} if needed and default is None else {"nargs": "?", "default": default}
+    # Not %(default)s, which parse_intermixed_args takes from positional arguments.
+    what = f"for example {example}" if default is None else f"default {default}"
+    parser.add_argument("recipe", help=f"YAML file, {what}", **optional)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
+
+
 def command(
     prog: str,
     description: str,

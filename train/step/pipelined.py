@@ -24,7 +24,7 @@ See = Callable[[Batch, DecoderOutput, Tensor], None]
 
 
 class Kept(NamedTuple):
-    """What a forward pass leaves for its backward pass."""
+    """Tensors that a forward pass leaves for its backward pass."""
 
     arrived_BSD: Tensor | None
     outputs: DecoderOutput
@@ -123,6 +123,6 @@ class PipelinedBatch:
 
 
 def _without_gradients(outputs: DecoderOutput) -> DecoderOutput:
-    """What is left of a pass once the stages behind it have gone on."""
+    """Returns the outputs of a pass without their graph and without its activations, which were sent."""
     detached = [each.detach() if isinstance(each, Tensor) else each for each in outputs]
     return DecoderOutput._make(detached)._replace(hidden_BSD=None)

@@ -15,7 +15,7 @@ from train.recipe import sizes
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Parallelism, Precision, Recipe
 from train.recipe.topology import Topology
-from train.record.command import Figures, command
+from train.record.command import Figures, add_recipe_arguments, command
 from train.record.tables import text_table
 
 TARGET_SHARE = 0.5
@@ -24,10 +24,7 @@ TARGET_SHARE = 0.5
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument(
-        "recipe", nargs="?", default="yamls/smoke.yaml", help="YAML file (default %(default)s)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
+    add_recipe_arguments(parser, "yamls/smoke.yaml")
     parser.add_argument(
         "--ranks", type=int, default=2, help="processes, all of them one expert group (default 2)"
     )

@@ -16,7 +16,7 @@ from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import Parallelism, Precision, Recipe
 from train.recipe.topology import Topology
-from train.record.command import Figures, command
+from train.record.command import Figures, add_recipe_arguments, command
 from train.record.tables import text_table
 
 TARGET_SHARE = 0.2
@@ -25,8 +25,7 @@ TARGET_SHARE = 0.2
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
+    add_recipe_arguments(parser, example="yamls/smoke.yaml")
     parser.add_argument("--ranks", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--saves", type=int, default=5, help="checkpoints to measure (default 5)")
     parser.add_argument("--folder", type=Path, help="disk to write to; default: a temporary folder")

@@ -35,7 +35,7 @@ from train.model.norms import LayerNorm, layer_norm
 from train.model.router import Router, Routing
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Precision, Recipe
-from train.record.command import Figures, command
+from train.record.command import Figures, add_recipe_arguments, command
 from train.record.tables import text_table
 from train.step.microbatch import MicrobatchModel
 
@@ -326,8 +326,7 @@ def measure(recipe: Recipe, seeds: int, turns: int) -> dict[str, list[tuple[floa
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument("recipe", nargs="?", default="yamls/ladder/fine-efficiency-s.yaml", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
+    add_recipe_arguments(parser, "yamls/ladder/fine-efficiency-s.yaml")
     parser.add_argument("--seeds", type=int, default=4, help="of a batch (default 4)")
     parser.add_argument("--turns", type=int, default=9, help="of each way (default 9)")
 

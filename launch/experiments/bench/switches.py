@@ -21,7 +21,7 @@ from train.model.init import initialize
 from train.recipe import sizes
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Precision, Recipe
-from train.record.command import Figures, command
+from train.record.command import Figures, add_recipe_arguments, command
 from train.record.tables import text_table
 from train.step.microbatch import Batch, MicrobatchModel
 
@@ -59,10 +59,7 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument(
-        "recipe", nargs="?", default="yamls/smoke.yaml", help="YAML file (default %(default)s)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the file")
+    add_recipe_arguments(parser, "yamls/smoke.yaml")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side (default 5)")
     parser.add_argument("--only", nargs="*", choices=list(SWITCHES), help="measure only these")
 

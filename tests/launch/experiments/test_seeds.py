@@ -1,4 +1,4 @@
-"""A batch of seeds computes what each of them computes alone."""
+"""A batch of seeds computes what a run of each of them computes."""
 
 import itertools
 

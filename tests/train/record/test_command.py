@@ -1,5 +1,6 @@
 """Commands: errors end in one line and status 2, Ctrl-C in status 130, and figures are written atomically."""
 
+import importlib
 import json
 import os
 import signal
@@ -16,6 +17,12 @@ from train.record import log
 from train.record.command import CommandGroup, Figures, command
 
 ROOT = Path(__file__).resolve().parents[3]
+FILES = [path for top in ("train", "data", "launch") for path in sorted((ROOT / top).rglob("*.py"))]
+COMMANDS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for path in FILES
+    if "\n@command(" in (text := path.read_text()) and '__name__ == "__main__"' in text
+]
 SLEEPER = """
 import sys, time
 from train.record.command import command
@@ -35,6 +42,18 @@ def _run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = ROOT / name.replace(".", "/")
+    found = importlib.import_module(f"{name}.__main__" if module.is_dir() else name).main
+    words = [[], *([each] for each in (found.commands if isinstance(found, CommandGroup) else ()))]
+    for word in words:
+        with pytest.raises(SystemExit) as end:
+            found([*word, "--help"])
+        assert end.value.code == 0
+        assert "--help" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
