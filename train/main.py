@@ -16,6 +16,7 @@ sys.path[0] = str(ROOT)
 from train.evaluate.task_files import check_suite
 from train.health.environment import set_defaults
 from train.hf.start import check_start
+from train.leaving import Leaving
 from train.recipe.catalogue import describe_keys
 from train.recipe.describe import describe_run
 from train.recipe.errors import UserError
@@ -121,4 +122,5 @@ def ask_planner(options: Namespace, world_size: int, gpu: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with Leaving():
+        sys.exit(main(sys.argv[1:]))

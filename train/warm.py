@@ -5,9 +5,9 @@ ranks as ever. Each checks its recipe, hands itself over to the server (:func:`h
 environment and output, and waits in place of the rank that the server forks: it passes on signals and ends
 with the rank's status; if it is killed, so is the rank.
 
-If a rank fails of a job whose ranks are all on this host, the processes that stand in for them stay. Once all
-ranks have ended, whoever started the server may have them forked again (:class:`WarmServer`): the launcher
-notices nothing of it, and neither it nor Python starts again.
+If a rank fails of a job whose ranks are all on this host, or on as many as the server was told, the processes
+that stand in for them stay. Once all ranks have ended, whoever started the server may have them forked again
+(:class:`WarmServer`): the launcher notices nothing of it, and neither it nor Python starts again.
 
 The server imports when the first rank comes. It forks only ranks that would import the same: of the same
 code, unchanged since, and of the same environment but for what differs between ranks. All others are told
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from train.leaving import Leaving
 from train.recipe.exit_status import PREEMPTED_STATUS, USAGE_STATUS
 
 WARM_VARIABLE = "FINEGRAIN_WARM"
@@ -101,19 +102,23 @@ def _stand_in(answer: str, next_answer: Callable[[], str]) -> int:
         answer: the server's first.
         next_answer: waits for the next; empty if there is none.
     """
-    rank_pid = 0
+    rank_pid = told = 0
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        nonlocal told
+        told = number
         if not rank_pid:  # It has ended, and perhaps another is forked.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # It has just ended.
             os.kill(rank_pid, number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     while answer.startswith(RANK):
         rank_pid = int(answer.removeprefix(RANK))
+        if told:
+            pass_on(told, None)
         answer = next_answer().strip()
     status = int(answer) if answer else -signal.SIGKILL  # The server was killed, and its ranks with it.
     if status >= 0:
@@ -154,8 +159,8 @@ class WarmServer:
     """Forks ranks for the processes that come to its socket, until the process that started it ends.
 
     That process hears ``ended PID STATUS`` of each rank that ends in a job whose ranks may be forked again:
-    if they are all here and none has ended for good. It may ask to ``kill`` the others and, once all have
-    ended, to fork all ``again``: then it hears ``begun``, or ``cold`` if that can't be.
+    if all ranks of this host are here and none has ended for good. It may ask to ``kill`` the others and,
+    once all have ended, to fork all ``again``: then it hears ``begun``, or ``cold`` if that can't be.
 
     Args:
         listener: the socket.
@@ -163,6 +168,7 @@ class WarmServer:
         work: what a rank does with its arguments, program excluded; returns its exit status.
         life: a socket whose other end the process that started it holds.
         root: folder of the code that ranks run.
+        nodes: hosts of a job whose ranks may be forked again; those of another number are not.
     """
 
     def __init__(
@@ -172,9 +178,10 @@ class WarmServer:
         work: Callable[[Sequence[str]], int],
         life: int,
         root: Path = ROOT,
+        nodes: int = 1,
     ) -> None:
         self.listener, self.prepare, self.work, self.life = listener, prepare, work, life
-        self.root = root
+        self.root, self.nodes = root, nodes
         self.own_environment = dict(os.environ)
         self.environment: dict[str, str] | None = None
         """That of the ranks that it can fork; None until the first has come."""
@@ -281,12 +288,12 @@ class WarmServer:
         self.is_failed = self.is_failed and bool(self.slots)
 
     def _is_whole_job(self) -> bool:
-        """Returns True if all ranks of a job are here, and stand-ins of all of them."""
+        """Returns True if all ranks of this host are here, of a job on `nodes` hosts, and their stand-ins."""
         sizes = {
             (slot.request.environment.get("WORLD_SIZE"), slot.request.environment.get("LOCAL_WORLD_SIZE"))
             for slot in self.slots
         }
-        return sizes == {(str(len(self.slots)), str(len(self.slots)))}
+        return sizes == {(str(self.nodes * len(self.slots)), str(len(self.slots)))}
 
     def _do(self, asked: Sequence[str]) -> RankSlot | None:
         """Kills ranks or forks them again; returns the slot of a rank in that rank."""
@@ -415,15 +422,16 @@ def _train(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-def serve(path: str) -> int:
+def serve(path: str, nodes: str) -> int:
     """Serves a socket that it creates; its life is this process's standard input, a socket too."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(128)
-        return WarmServer(listener, _import_all, _train, life=0).serve()
+        return WarmServer(listener, _import_all, _train, life=0, nodes=int(nodes)).serve()
 
 
 if __name__ == "__main__":
     from train.warm import serve as serve_here  # as the module that the ranks import
 
-    sys.exit(serve_here(sys.argv[1]))
+    with Leaving():
+        sys.exit(serve_here(*sys.argv[1:]))

@@ -20,9 +20,13 @@ class Warmth:
     """Keeps one server of :mod:`train.warm`, over all tries of a job.
 
     Its ranks end with it, and it ends with this process.
+
+    Args:
+        nodes: hosts of the job that fork their ranks again together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: int = 1) -> None:
+        self.nodes = nodes
         self._process: subprocess.Popen[bytes] | None = None
         self._life: socket.socket | None = None
         self._heard = ""
@@ -125,7 +129,7 @@ class Warmth:
         self.end()
         # Sockets have short paths, and others must not send it commands: this folder is its owner's.
         self._folder = tempfile.TemporaryDirectory(prefix="warm-")
-        words = [sys.executable, "-m", "train.warm", str(Path(self._folder.name) / "socket")]
+        words = [sys.executable, "-m", "train.warm", str(Path(self._folder.name) / "socket"), str(self.nodes)]
         root = Path(__file__).resolve().parents[2]
         self._life, theirs = socket.socketpair()
         with theirs:

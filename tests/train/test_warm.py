@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from train.record.process import process_start
-from train.warm import WARM_VARIABLE, WarmServer, hand_over
+from train.warm import WARM_VARIABLE, WarmServer, _stand_in, hand_over
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the server needs Linux")]
 
@@ -197,6 +197,21 @@ def test_ranks_of_a_whole_job_are_forked_again_behind_the_launchers_back(host: H
         process.terminate()
         process.join(PATIENCE_SECONDS)
         assert process.exitcode == -signal.SIGTERM
+
+
+def test_a_signal_that_comes_as_a_rank_has_ended_is_not_lost() -> None:
+    ended = FORK.Process(target=int)
+    ended.start()
+    ended.join()
+
+    def next_answer() -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "rank 0\n"
+
+    process = FORK.Process(target=_stand_in, args=(f"rank {ended.pid}", next_answer))
+    process.start()
+    process.join(PATIENCE_SECONDS)
+    assert process.exitcode == -signal.SIGTERM
 
 
 def test_a_rank_that_ends_for_good_is_not_kept(host: Host) -> None:
