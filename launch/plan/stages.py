@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from launch.plan.hardware import Gpu
 from launch.plan.memory import Memory, memory, numerics_of
-from launch.plan.traffic import SENT, Collective, CollectiveKind
+from launch.plan.traffic import ENDS, FP32, SENT, Collective, CollectiveKind
 from train.recipe import sizes
 from train.recipe.pipeline import ModelPart, finish, most_in_flight, passes
 from train.recipe.schema import Recipe
@@ -48,10 +48,12 @@ def _as_model(recipe: Recipe, parts: Sequence[ModelPart]) -> Recipe:
     """The recipe of some parts of its model as a whole; of a mixture, with as many dense layers."""
     model, training = recipe.model, recipe.training
     layers = [layer for part in parts for layer in part.layers]
+    is_last, is_outermost = parts[-1].is_last, parts[0].is_first or parts[-1].is_last
+    mtp = model.mtp and is_last
     moe, dense = model.moe, sum(not sizes.has_experts(model, layer) for layer in layers)
     if moe is not None:
-        moe = None if dense == len(layers) else replace(moe, dense_layers=dense, every_n_layers=1)
-    is_last, is_outermost = parts[-1].is_last, parts[0].is_first or parts[-1].is_last
+        has_none = dense == len(layers) and not (mtp and sizes.has_experts(model, model.n_layers))
+        moe = None if has_none else replace(moe, dense_layers=dense, every_n_layers=1)
     first = training.recompute_layers
     return replace(
         recipe,
@@ -60,9 +62,17 @@ def _as_model(recipe: Recipe, parts: Sequence[ModelPart]) -> Recipe:
             n_layers=len(layers),
             moe=moe,
             vocab_size=model.vocab_size if is_outermost else 1,
-            tie_embeddings=True,  # one of the two matrices
+            mtp=mtp,
+            # One of the two matrices; both, if the last stage reads the embedding for its prediction.
+            tie_embeddings=model.tie_embeddings or not mtp,
         ),
-        parallelism=replace(recipe.parallelism, pipeline=1, pipeline_layers=[], pipeline_chunks=1),
+        parallelism=replace(
+            recipe.parallelism,
+            pipeline=1,
+            pipeline_layers=[],
+            pipeline_chunks=1,
+            gathered_layers=min(recipe.parallelism.gathered_layers, len(layers)),
+        ),
         training=replace(
             training,
             recompute_layers=None if first is None else sum(layer < first for layer in layers),
@@ -107,6 +117,17 @@ def sends(recipe: Recipe, world_size: int) -> Collective:
     stride = sizes.stage_ranks(layout, world_size)
     calls = (2 * layout.pipeline_chunks, layout.pipeline_chunks)
     return Collective(SENT, CollectiveKind.send, size, 2, stride, *calls)
+
+
+def of_shared_embedding(recipe: Recipe, world_size: int) -> list[Collective]:
+    """Returns the sum of the gradients of an embedding that the first and the last stage have both."""
+    model, layout = recipe.model, recipe.parallelism
+    if not sizes.embeds_twice(model):
+        return []
+    ranks = sizes.stage_ranks(layout, world_size)
+    size = -(-model.vocab_size // ranks) * model.d_model * FP32
+    group = (2, (layout.pipeline - 1) * ranks)
+    return [Collective(ENDS, CollectiveKind.all_reduce, size, *group, 1, is_once_a_step=True)]
 
 
 def batch_seconds(

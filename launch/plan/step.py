@@ -1,14 +1,14 @@
 """The plan of a recipe on a number of GPUs: memory, traffic, time and cost."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launch.plan.hardware import Gpu
 from launch.plan.memory import Memory, copies_bytes, has_room, host_bytes, numerics_of, states
 from launch.plan.muon import EXCHANGE, orthogonalising
 from launch.plan.overlap import OPEN_IF_INTERLEAVED, Overlapped, overlap, traffic_of
 from launch.plan.recomputation import layer_models, offloaded_layers, work_again
-from launch.plan.stages import batch_seconds, kind_of, memory_of, sends, stages_of
+from launch.plan.stages import batch_seconds, kind_of, memory_of, of_shared_embedding, sends, stages_of
 from launch.plan.step_shapes import StepShape, step_shapes
 from launch.plan.step_time import (
     FITTED,
@@ -245,7 +245,9 @@ def _of_step(
     ahead, back, *others = parts
     others = [max((each[1][n] for each in of_stages), key=lambda part: part.seconds.total) for n in (2, 3)]
     idle = Part("other stages", Seconds(idle=max(0.0, ends - busy)))
-    return [*traffic, sends(recipe, world_size)], [ahead, back, idle, *others]
+    of_both = of_shared_embedding(recipe, world_size)
+    others[0] = replace(others[0], seconds=others[0].seconds + link_seconds(of_both, gpu, efficiency))
+    return [*traffic, sends(recipe, world_size), *of_both], [ahead, back, idle, *others]
 
 
 def _traffic(recipe: Recipe, world_size: int) -> list[Collective]:

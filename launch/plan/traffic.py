@@ -44,6 +44,8 @@ GATHERED, SUMMED, HEADS = "tokens of sequences", "sums of products", "heads"
 """Gathers, sums and exchanges of ranks that share dense weights."""
 SENT = "activations and gradients"
 """Sends of a pipeline's stages to the next one and to the one before."""
+ENDS = "the shared embedding"
+"""The sum over a pipeline's first and last stage of the gradients of an embedding that both have."""
 DENSE_LAYERS = "dense layers"
 """The name of the units of a mixture's layers without experts."""
 

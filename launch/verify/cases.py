@@ -240,7 +240,7 @@ def _staged(small: Recipe, layout: Layout) -> Recipe:
         pipeline=layout.pipeline,
         pipeline_chunks=layout.chunks,
         pipeline_layers=[],
-        gathered_layers=0,
+        gathered_layers=small.parallelism.gathered_layers if layout.chunks == 1 else 0,
         interleave=False,
     )
     return replace(

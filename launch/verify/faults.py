@@ -152,7 +152,7 @@ def _clipping_with(
 ) -> AbstractContextManager[Any]:
     """Clips by another norm: the root of the sum of ``square(parameter, this rank's gradient)``."""
 
-    def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, _: int = 1) -> Tensor:
+    def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, *_: object) -> Tensor:
         kept = [(p, p.grad) for p in parameters if p.grad is not None]
         shards = [grad.to_local() if isinstance(grad, DTensor) else grad for _, grad in kept]
         squares = [square(p, shard) for (p, _), shard in zip(kept, shards, strict=True)]
@@ -524,6 +524,28 @@ FAULTS = {
         pipeline_faults.average_over_stages,
         "gradients",
         layout=STAGED,
+    ),
+    "embeddings-apart": KnownFault(
+        "an embedding of the first and the last stage, each with its own part's gradient",
+        pipeline_faults.keep_embeddings_apart,
+        "gradients",
+        layout=STAGED,
+        model=(("mtp", True),),
+    ),
+    "embedding-twice-in-norm": KnownFault(
+        "an embedding of the first and the last stage that is twice in the global norm",
+        pipeline_faults.count_embedding_twice,
+        "norm",
+        layout=STAGED,
+        model=(("mtp", True),),
+    ),
+    "logits-of-every-stage": KnownFault(
+        "heads clipped by the logits of other stages' layers",
+        pipeline_faults.clip_by_every_stage,
+        "weights",
+        layout=STAGED,
+        model=(("clip_qkv", None),),
+        qk_clip=MOST_QK_CLIP,
     ),
     "recomputed-with-newest": KnownFault(
         "layers of a pipeline recomputed with the sequences of the newest microbatch",

@@ -8,7 +8,7 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.layout import optim
+from train.layout import optim, qk_clip
 from train.model.pipeline import BACKWARD, Pipeline, Receipt
 from train.step import step
 from train.step.microbatch import MicrobatchModel
@@ -17,6 +17,7 @@ from train.step.pipelined import PipelinedBatch
 _average = optim.average_replicated_gradients
 _backward = PipelinedBatch._backward
 _clip = optim.clip_gradients
+_over_ranks = qk_clip.over_ranks
 _receive = Pipeline.receive
 _send = Pipeline.send
 _reduce = dist.all_reduce
@@ -64,14 +65,14 @@ def take_earlier_activation() -> AbstractContextManager[Any]:
 def lose_norm_of_stage() -> AbstractContextManager[Any]:
     """Clips by the norm of all stages but the last."""
 
-    def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, stages: int = 1) -> Tensor:
+    def clip(*given: Any) -> Tensor:
         def reduce(square: Tensor, *given: Any) -> None:
             if dist.get_rank() == dist.get_world_size() - 1:
                 square.zero_()
             _reduce(square, *given)
 
         with mock.patch.object(dist, "all_reduce", reduce):
-            return _clip(parameters, max_norm, stages)
+            return _clip(*given)
 
     return mock.patch.object(step, "clip_gradients", clip)
 
@@ -83,6 +84,29 @@ def average_over_stages() -> AbstractContextManager[Any]:
         _average(parameters)
 
     return mock.patch.object(step, "average_replicated_gradients", average)
+
+
+def keep_embeddings_apart() -> AbstractContextManager[Any]:
+    """Leaves both stages that have the embedding with the gradient of their own part of the model."""
+    return mock.patch.object(step, "sum_over_ends", lambda *_: None)
+
+
+def count_embedding_twice() -> AbstractContextManager[Any]:
+    """Counts the embedding of both stages that have it in the global norm."""
+
+    def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, stages: int, _: object) -> Tensor:
+        return _clip(parameters, max_norm, stages)
+
+    return mock.patch.object(step, "clip_gradients", clip)
+
+
+def clip_by_every_stage() -> AbstractContextManager[Any]:
+    """Clips heads by their largest logits in any layer, as if a stage's first were every stage's."""
+
+    def over_ranks(largest_LH: Tensor) -> Tensor:
+        return _over_ranks(largest_LH).amax(dim=0, keepdim=True).expand_as(largest_LH)
+
+    return mock.patch.object(qk_clip, "over_ranks", over_ranks)
 
 
 def recompute_with_newest() -> AbstractContextManager[Any]:

@@ -70,7 +70,7 @@ def scale_gradients(suffix: str, factor: float) -> Iterator[None]:
 def clip_by_own_norm() -> AbstractContextManager[Any]:
     """Clips by the norm of a rank's own shards, and reports the right one."""
 
-    def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, _: int = 1) -> Tensor:
+    def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, *_: object) -> Tensor:
         held = list(parameters)
         norm = clip_gradients(held, None)
         shards = [_own(p.grad) for p in held if p.grad is not None]

@@ -35,7 +35,7 @@ def gloo_groups(layout: Parallelism, world_size: int, uses_gpus: bool) -> list[i
         groups += [layout.context] * (layout.context > 1)
         groups += [layout.tensor, replica // layout.tensor] if layout.tensor > 1 else []
         links = [layout.pipeline] * (4 if layout.pipeline_chunks > 1 else 2)
-        groups += [*links, layout.replicate * stage] if layout.pipeline > 1 else []
+        groups += [*links, 2, layout.replicate * stage] if layout.pipeline > 1 else []
         groups += [layout.replicate, stage] * (layout.replicate > 1)
     return groups
 

@@ -10,6 +10,7 @@ once a step (:func:`train.layout.optim.average_replicated_gradients`): so every 
 ranks.
 
 Of a pipeline, every stage has such meshes of its own, over its own ranks: averages and shards are of these.
+An embedding that the last stage reads too is held by both, with the sum of both gradients.
 
 Where groups of neighbouring ranks share layers' dense weights (:mod:`train.model.tensor_parallel`), each of
 them has its part by `tensor`, whose rows are sharded over `rest`; norms of layers, and a shared expert's
@@ -106,11 +107,13 @@ def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
 
 
 def _join_pipeline(layout: Parallelism, ranks: Tensor, dimension: int) -> Pipeline:
-    """Makes the groups of a rank's pipeline, and of all ranks that have its stage."""
+    """Makes the groups of a rank's pipeline, of its ends, and of all ranks that have its stage."""
     count = 4 if layout.pipeline_chunks > 1 else 2
     links = [_own_group(ranks, dimension) for _ in range(count)]
     by_stage = ranks.movedim(dimension, 0).reshape(layout.pipeline, -1)
-    return Pipeline(links, _own_group(by_stage, 1), layout.pipeline_chunks)
+    ends, _ = dist.new_subgroups_by_enumeration(by_stage[[0, -1]].t().tolist())
+    assert ends is None or isinstance(ends, dist.ProcessGroup)
+    return Pipeline(links, _own_group(by_stage, 1), layout.pipeline_chunks, ends)
 
 
 def _split_mesh(

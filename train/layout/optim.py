@@ -114,7 +114,7 @@ def _of_kind(
     lr, betas = recipe.learning_rate, (recipe.betas[0], recipe.betas[1])
     if recipe.kind is OptimizerKind.adamw and recipe.moments is Moments.bf16:
         places: dict[Tensor, PartOffset] = {
-            p: _place(number, p) for number, p in enumerate(model.parameters())
+            p: _place(number, p) for number, p in zip(_numbers_of(model), model.parameters(), strict=True)
         }
         return Bf16MomentsAdamW(groups, places, seed, lr=lr, betas=betas, eps=recipe.eps)
     if recipe.kind is OptimizerKind.adamw:
@@ -144,6 +144,16 @@ def _of_kind(
 
 def _decoder_of(model: nn.Module) -> Decoder | None:
     return next((module for module in model.modules() if isinstance(module, Decoder)), None)
+
+
+def _numbers_of(model: nn.Module) -> list[int]:
+    """The number of each parameter in the whole model, of which a stage of a pipeline has some."""
+    decoder, held = _decoder_of(model), [name for name, _ in model.named_parameters()]
+    if decoder is None or decoder.pipeline is None:
+        return list(range(len(held)))
+    every = [name for name, _ in Decoder(decoder.cfg, device="meta").named_parameters()]
+    numbers = {name: number for number, name in enumerate(every)}
+    return [numbers[name.removeprefix("decoder.")] for name in held]
 
 
 def _place(number: int, parameter: nn.Parameter) -> PartOffset:
@@ -229,7 +239,21 @@ def average_replicated_gradients(
     torch._foreach_copy_(whole, [part.view_as(own) for part, own in zip(parts, whole, strict=True)])
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, stages: int = 1) -> Tensor:
+def sum_over_ends(weight: nn.Parameter, ends: dist.ProcessGroup) -> None:
+    """Sums the gradient of a weight that the first and the last stage of a pipeline hold, over both of them.
+
+    To be called once a step, after the last backward pass. Both then make the same update of equal weights.
+    """
+    assert weight.grad is not None
+    dist.all_reduce(weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad, group=ends)
+
+
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float | None,
+    stages: int = 1,
+    twice: nn.Parameter | None = None,
+) -> Tensor:
     """Scales gradients to a global L2 norm of at most ``max_norm`` and returns the previous norm (fp32).
 
     The norm is that of the unsharded model: each rank sums over its own shards in float64, a shard held by
@@ -240,15 +264,17 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, s
         parameters: the model's, or those of this rank's stage.
         max_norm: the limit; None: none.
         stages: of the pipeline, each of which has parameters of its own on an equal number of ranks.
+        twice: the one that another stage has too; None: there is none.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    held = [p for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in held if p.grad is not None]
     shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     if not shards:
         return torch.zeros(())
     norms = torch.stack(torch._foreach_norm(shards)).double()
     is_sharded = any(isinstance(g, DTensor) for g in gradients)
     world_size = torch.distributed.get_world_size() if is_sharded else 1
-    shared = [holders(g, world_size // stages) for g in gradients]
+    shared = [holders(p, world_size // stages) * (2 if p is twice else 1) for p in held]
     square = (norms.square() / torch.tensor(shared, dtype=torch.float64, device=norms.device)).sum()
     if is_sharded:
         torch.distributed.all_reduce(square)

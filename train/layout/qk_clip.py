@@ -13,6 +13,7 @@ Shapes: L layers, H query heads, G key heads, R width of a head, N elements of a
 W with it, V elements of a value.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from train.model.attention import Attention
 from train.model.decoder import Decoder
 from train.model.init import own_part
 from train.model.latent_attention import LatentAttention
+from train.recipe import sizes
 
 ALPHA = 0.5
 """Share of queries in the correction; keys have the rest. The paper's."""
@@ -36,7 +38,7 @@ def clip_heads(optimizer: torch.optim.Optimizer, decoder: Decoder, threshold: fl
         decoder: sharded where it is; from here on it watches its logits in training.
         threshold: largest logit that a head may have.
     """
-    attentions = decoder.watch_logits()
+    attentions, own_layers = decoder.watch_logits(), decoder.layer_numbers
 
     @torch.no_grad()
     def clip(*_given: Any) -> None:
@@ -44,8 +46,12 @@ def clip_heads(optimizer: torch.optim.Optimizer, decoder: Decoder, threshold: fl
         seen = [largest_H for largest_H in found if largest_H is not None]
         if len(seen) < len(attentions):  # as in the step by which torch fills in an optimizer's state
             return
-        largest_LH = over_ranks(torch.stack(seen))
-        decoder.largest_logit = largest_LH.amax()
+        # Of all layers, as the stages of a pipeline have others.
+        every_LH = seen[0].new_full((sizes.layers(decoder.cfg), len(seen[0])), -math.inf)
+        every_LH[own_layers] = torch.stack(seen)
+        every_LH = over_ranks(every_LH)
+        decoder.largest_logit = every_LH.amax()
+        largest_LH = every_LH[own_layers]
         decoder.forget_logits()
         scales_LH = torch.where(largest_LH > threshold, threshold / largest_LH, 1.0)
         for attention, scale_H in zip(attentions, scales_LH, strict=True):

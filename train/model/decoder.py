@@ -226,13 +226,13 @@ class Transformer(nn.Module):
         """The kernel that keeps packed documents apart; None: the one that suits the device."""
         own = {layer for part in parts for layer in part.layers}
         self.wte: nn.Module = Elsewhere()
-        if parts[0].is_first:
+        if sizes.has_embedding(model, parts):
             self.wte = nn.Embedding(model.vocab_size, model.d_model, device=device)
         self.blocks = nn.ModuleList(
             Block(model, layer, device) if layer in own else Elsewhere() for layer in range(model.n_layers)
         )
         self.norm_f = make_norm(model, device) if parts[-1].is_last else Elsewhere()
-        self.mtp = MultiTokenPrediction(model, device) if model.mtp else None
+        self.mtp = MultiTokenPrediction(model, device) if model.mtp and parts[-1].is_last else None
 
     @property
     def layers(self) -> list[Block]:
@@ -306,6 +306,8 @@ class Transformer(nn.Module):
         if self.mtp is None or not self.training:
             return hidden_BSD, layers, None
         # The last position's next token is unknown; it has no target either, and no other position sees it.
+        if next_ids_BS is None and arrived_BSD is not None:
+            next_ids_BS = ids_BS.roll(-1, dims=1)
         next_BSD = embedded_BSD.roll(-1, dims=1) if next_ids_BS is None else self.wte(next_ids_BS)
         inputs = (hidden_BSD, next_BSD, plan)
         ahead_BSD, aux = run_layer(self.recompute[len(self.blocks)], self.mtp, *inputs, draws=self.draws)
@@ -360,6 +362,21 @@ class Decoder(nn.Module):
         self.lm_head: LanguageModelHead | None = None
         if not cfg.tie_embeddings and self.parts[-1].is_last:
             self.lm_head = LanguageModelHead(cfg.d_model, cfg.vocab_size, bias=False, device=device)
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """The numbers, in the whole model, of the layers that this rank has, in their order."""
+        own = sorted(layer for part in self.parts for layer in part.layers)
+        return own if self.transformer.mtp is None else [*own, self.cfg.n_layers]
+
+    @property
+    def shared_embedding(self) -> nn.Parameter | None:
+        """The embedding, on the first and the last stage of a pipeline if both have it; else None."""
+        wte = self.transformer.wte
+        if self.pipeline is None or not sizes.embeds_twice(self.cfg) or not isinstance(wte, nn.Embedding):
+            return None
+        assert isinstance(wte.weight, nn.Parameter)
+        return wte.weight
 
     def set_expert_precision(self, precision: ExpertPrecision) -> None:
         """Sets the precision of the experts' products, in training and in its evaluations."""

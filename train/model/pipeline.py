@@ -42,10 +42,17 @@ class Pipeline:
         links: groups of the pipeline's ranks, by stage: two, or four with several chunks.
         peers: all ranks with this stage, in every replica.
         chunks: parts of a stage, which are run in turn.
+        ends: the ranks of the first and of the last stage; None: this one's is between.
     """
 
-    def __init__(self, links: Sequence[dist.ProcessGroup], peers: dist.ProcessGroup, chunks: int = 1) -> None:
-        self._links, self.peers, self.chunks = links, peers, chunks
+    def __init__(
+        self,
+        links: Sequence[dist.ProcessGroup],
+        peers: dist.ProcessGroup,
+        chunks: int = 1,
+        ends: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._links, self.peers, self.chunks, self.ends = links, peers, chunks, ends
         self.group = links[FORWARD]
         self.ranks = dist.get_process_group_ranks(self.group)
         self.stage, self.stages = dist.get_rank(self.group), len(self.ranks)

@@ -210,29 +210,21 @@ def _pipeline(recipe: Recipe, ranks: int) -> Iterator[Violation]:
 
 def unstaged(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yields what the stages of a pipeline are not built for, and remedies."""
-    model, training, optimizer, layout = recipe.model, recipe.training, recipe.optimizer, recipe.parallelism
-    of_models = {
-        "model.tie_embeddings, a weight of the first stage and of the last": model.tie_embeddings,
-        "model.mtp, which reads the embedding in the last stage": model.mtp,
-    }
+    training, layout = recipe.training, recipe.parallelism
     others = {
         f"parallelism.context={layout.context}": layout.context > 1,
         f"parallelism.tensor={layout.tensor}": layout.tensor > 1,
         "parallelism.interleave": layout.interleave,
-        f"parallelism.gathered_layers={layout.gathered_layers}": layout.gathered_layers > 0,
+        f"parallelism.gathered_layers={layout.gathered_layers} in several chunks": layout.gathered_layers > 0
+        and layout.pipeline_chunks > 1,
         f"training.compile={training.compile.value}": training.compile is not Compile.off,
         f"training.expert_precision={training.expert_precision.value}": training.expert_precision
         is not ExpertPrecision.same,
         "training.offload": training.offload,
         "training.frozen": bool(training.frozen),
-        "optimizer.qk_clip": optimizer.qk_clip is not None,
-        "optimizer.moments=bf16": optimizer.moments is Moments.bf16,
         "guard.recheck_interval_batches": recipe.guard.recheck_interval_batches is not None,
-        "tracking.layer_norms_interval_batches": recipe.tracking.layer_norms_interval_batches is not None,
         "evaluation.suite": recipe.evaluation.suite is not None,
-        "checkpoint.memory_interval_batches": recipe.checkpoint.memory_interval_batches is not None,
     }
-    yield from ((key, _ANOTHER) for key, is_set in of_models.items() if is_set)
     yield from ((key, "remove either") for key, is_set in others.items() if is_set)
 
 

@@ -248,7 +248,8 @@ class Parallelism:
     """`bf16`: half the bytes; each sum over ranks is then rounded to 8 bits, and where gradients are reduced
     `once_a_batch`, so is the sum over microbatches."""
     gathered_layers: int = key(0, at_least=0)
-    """Layers, counted from the last, whose weights stay gathered between forward and backward pass."""
+    """Layers, counted from the last, of a pipeline from each stage's last, whose weights stay gathered
+    between forward and backward pass."""
     exchange_precision: ExchangePrecision = ExchangePrecision.same
     """Precision in which tokens are sent to experts on other ranks. `same`: that of the products, bf16.
     `fp8`: e4m3 in tiles of 128 with powers of two, half the bytes (DeepSeek-V3, section 3.3.3); outputs come

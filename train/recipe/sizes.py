@@ -267,13 +267,16 @@ def parts(model: Model, layout: Parallelism) -> tuple[ModelPart, ...]:
     """Returns the parts that the stages of a pipeline cut a model into, in the order of its layers.
 
     By themselves they are as even as they can be. A layer counts as the FLOPs of its products with weights, K
-    of E experts among them, and the output projection with the last. The embedding is looked up, and counts
-    nothing.
+    of E experts among them, and the output projection with the last, as does the layer of multi-token
+    prediction with its projections. The embedding is looked up, and counts nothing.
     """
     if layout.pipeline_layers:
         return cut(layout.pipeline_layers)
     costs = [_active_in_layer(model, layer) for layer in range(model.n_layers)]
     costs[-1] += model.vocab_size * model.d_model
+    if model.mtp:
+        joining = sum(weight.elements for weight in joining_weights(model))
+        costs[-1] += _active_in_layer(model, model.n_layers) + joining + model.vocab_size * model.d_model
     return cut(even_layers(tuple(costs), layout.pipeline * layout.pipeline_chunks))
 
 
@@ -282,11 +285,25 @@ def stage_parts(model: Model, layout: Parallelism, stage: int) -> tuple[ModelPar
     return parts(model, layout)[stage :: layout.pipeline]
 
 
-def is_in_parts(weight: str, held: Sequence[ModelPart]) -> bool:
+def is_in_parts(model: Model, weight: str, held: Sequence[ModelPart]) -> bool:
     """Returns whether a weight, by its name, is in one of these parts of a model."""
     if weight.startswith("transformer.blocks."):
         return any(int(weight.split(".")[2]) in part.layers for part in held)
-    return held[0].is_first if weight.startswith("transformer.wte.") else held[-1].is_last
+    if weight.startswith("transformer.wte."):
+        return has_embedding(model, held)
+    return held[-1].is_last
+
+
+def has_embedding(model: Model, held: Sequence[ModelPart]) -> bool:
+    """Returns whether these parts of a model read its embedding: the first, and the last of some models."""
+    return held[0].is_first or (held[-1].is_last and embeds_twice(model))
+
+
+def embeds_twice(model: Model) -> bool:
+    """Returns whether the last layer's part of a model reads the embedding too: as the output projection, or
+    for multi-token prediction.
+    """
+    return model.tie_embeddings or model.mtp
 
 
 @functools.lru_cache(maxsize=1024)
@@ -410,7 +427,7 @@ def rank_weights(model: Model, layout: Parallelism, world_size: int, rank: int) 
     own = stage_parts(model, layout, stage)
     held = {}
     for weight in weights(model):
-        if not is_in_parts(weight.name, own):
+        if not is_in_parts(model, weight.name, own):
             continue
         place = placement(weight, layout, world_size)
         index = dense_index // layout.expert if weight.is_expert else dense_index % place.rows_over

@@ -24,8 +24,8 @@ class LayerNorms(Callback):
 
     Norms are L2, of the whole unsharded layer, in float64 over its parameters. The gradient is the one that
     the optimizer gets: clipped, averaged over ranks. The activation is the residual stream after the layer in
-    the batch's first microbatch, its root mean square on rank 0. For the update, a copy of the layers' shards
-    lies in host memory during the step.
+    the batch's first microbatch, its root mean square on rank 0, of a pipeline on its first ranks. For the
+    update, a copy of the layers' shards lies in host memory during the step.
 
     Args:
         decoder: the model to watch, sharded where it is.
@@ -34,7 +34,7 @@ class LayerNorms(Callback):
     """
 
     def __init__(self, decoder: Decoder, interval_batches: int, *, sees_layers: bool = True) -> None:
-        self.blocks = list(decoder.transformer.blocks)
+        self.blocks, self.pipeline = list(decoder.transformer.blocks), decoder.pipeline
         self.interval, self.sees_layers = interval_batches, sees_layers
         parameters = [(place, p) for place, block in enumerate(self.blocks) for p in block.parameters()]
         self.layer_of = [place for place, _ in parameters]
@@ -89,29 +89,42 @@ class LayerNorms(Callback):
             for key, of_layers in zip(squares, together.tolist(), strict=True)
             for layer, square in enumerate(of_layers)
         }
-        for layer, rms in self._activations.items():
-            figures[metrics.of_layer(metrics.LAYER_ACTIVATION, layer)] = rms.item()
-        self._activations.clear()
+        for layer, rms in self._seen_activations().items():
+            figures[metrics.of_layer(metrics.LAYER_ACTIVATION, layer)] = rms
         logger.log_metrics(figures)
 
     def close(self, state: State, logger: Logger) -> None:
         """Removes the hooks of a batch that was not finished."""
         self._unhook()
 
+    def _seen_activations(self) -> dict[int, float]:
+        """The root mean squares of this rank's layers, and of the other stages' of its pipeline."""
+        seen, self._activations = self._activations, {}
+        if self.pipeline is None or not self.sees_layers:
+            return {layer: rms.item() for layer, rms in seen.items()}
+        every_L = torch.zeros(len(self.blocks), device=self.parameters[0].device)
+        for layer, rms in seen.items():
+            every_L[layer] = rms
+        dist.all_reduce(every_L, group=self.pipeline.group)
+        return dict(enumerate(every_L.tolist()))
+
     def _squared(self, norms: list[Tensor]) -> Tensor:
         """This rank's share of the layers' squared norms, [L] float64; the sum over ranks is the whole."""
         squares_P = torch.stack(norms).double().square()
         world = dist.get_world_size() if any(isinstance(p, DTensor) for p in self.parameters) else 1
-        shared = torch.tensor([holders(p, world) for p in self.parameters], dtype=torch.float64)
+        stage = world if self.pipeline is None else world // self.pipeline.stages
+        shared = torch.tensor([holders(p, stage) for p in self.parameters], dtype=torch.float64)
         place = torch.tensor(self.layer_of, device=squares_P.device)
         zeros_L = squares_P.new_zeros(len(self.blocks))
         return zeros_L.index_add(0, place, squares_P / shared.to(squares_P.device))
 
     def _noting(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def note(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
+            if layer in self._activations:  # of a later microbatch in a pipeline, or computed again
+                return
             x_BSD = outputs[0].detach()
             norm = torch.linalg.vector_norm(x_BSD, dtype=torch.float32)
-            self._activations.setdefault(layer, norm / math.sqrt(x_BSD.numel()))
+            self._activations[layer] = norm / math.sqrt(x_BSD.numel())
 
         return note
 

@@ -136,8 +136,9 @@ class MicrobatchModel(nn.Module):
         if self.all_expert_layers:
             counts_LE = counts_LE.new_zeros(self.all_expert_layers, self.experts)
             for layers, each in zip(self.expert_layers, outputs, strict=True):
-                if layers:
-                    counts_LE[layers] = each.expert_tokens_LE
+                # In evaluation without that of multi-token prediction, which is the last.
+                if own := layers[: len(each.expert_tokens_LE)]:
+                    counts_LE[own] = each.expert_tokens_LE
         losses_BS = last.token_losses_BS
         if losses_BS is None:
             losses_BS = torch.zeros_like(batch["targets"], dtype=torch.float32)

@@ -31,7 +31,7 @@ from composer.loggers import Logger
 from torch import Tensor
 
 from train.layout.mesh import reduce_gradients
-from train.layout.optim import average_replicated_gradients, clip_gradients
+from train.layout.optim import average_replicated_gradients, clip_gradients, sum_over_ends
 from train.model.router import bias_step, update_bias
 from train.model.scaled_products import require_ran
 from train.recipe import sizes
@@ -224,6 +224,9 @@ class TrainingStep(Callback):
         totals = self.totals = self.sums.reduce(flags)
         pipeline = self.model.decoder.pipeline
         average_replicated_gradients(self.model.parameters(), None if pipeline is None else pipeline.peers)
+        if pipeline is not None and (embedding := self.model.decoder.shared_embedding) is not None:
+            assert pipeline.ends is not None
+            sum_over_ends(embedding, pipeline.ends)
         norm = self.clip()
         # Read together, since each read waits for the device.
         loss, read_norm, *raised = torch.stack([totals.loss, norm.to(totals.loss), *totals.flags]).tolist()
@@ -258,7 +261,8 @@ class TrainingStep(Callback):
         """Clip: scales the batch's gradients, and returns their global norm before it."""
         with torch.no_grad():
             limit, stages = self.recipe.training.clip_norm, self.recipe.parallelism.pipeline
-            return clip_gradients(self.model.parameters(), limit, stages)
+            twice = self.model.decoder.shared_embedding
+            return clip_gradients(self.model.parameters(), limit, stages, twice)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log: records the batch, and what the update left; the clock has already advanced past it."""

@@ -9,7 +9,7 @@ from launch.plan.hardware import gpu_named
 from launch.plan.search import choice_of, pipelines, search
 from launch.plan.stages import batch_seconds, memory_of, stages_of
 from launch.plan.step import make_plan
-from launch.plan.traffic import SENT
+from launch.plan.traffic import ENDS, SENT
 from train.recipe import sizes
 from train.recipe.errors import UserError
 from train.recipe.pipeline import finish, passes
@@ -33,9 +33,17 @@ def _dbrx(*overrides: str) -> Recipe:
     return load_recipe(YAMLS / "dbrx.yaml", [*keys, *overrides])
 
 
-@pytest.mark.parametrize("name", ["dbrx", "deepseek-v3"])
-def test_stages_hold_what_ranks_hold(name: str) -> None:
-    recipe = load_recipe(YAMLS / f"{name}.yaml", ["model.mtp=false"])
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("dbrx", "model.tie_embeddings=false"),
+        ("dbrx", "model.tie_embeddings=true"),
+        ("deepseek-v3", "model.mtp=false"),
+        ("deepseek-v3", "model.mtp=true"),
+    ],
+)
+def test_stages_hold_what_ranks_hold(name: str, own: str) -> None:
+    recipe = load_recipe(YAMLS / f"{name}.yaml", [own])
     recipe = replace(recipe, parallelism=replace(recipe.parallelism, replicate=1, pipeline=4, expert=8))
     for rank in (0, 16, 32, 63):
         held = 4 * sum(sizes.rank_weights(recipe.model, recipe.parallelism, WORLD, rank).values())
@@ -79,6 +87,17 @@ def test_more_chunks_are_idle_for_less_time_and_send_more() -> None:
     assert sent[0].sent_bytes() == 4096 * plans[0].recipe.model.d_model * 2
 
 
+def test_an_embedding_of_both_ends_is_summed_once_a_step() -> None:
+    plain, tied = (
+        make_plan(_dbrx(f"model.tie_embeddings={tied}"), WORLD, H100) for tied in ("false", "true")
+    )
+    assert not [each for each in plain.collectives if each.what == ENDS]
+    (summed,) = [each for each in tied.collectives if each.what == ENDS]
+    model, stage = tied.recipe.model, WORLD // 4
+    assert summed.payload_bytes == 4 * model.vocab_size * model.d_model / stage
+    assert (summed.ranks, summed.stride, summed.calls_in_step(8)) == (2, 3 * stage, 1)
+
+
 def test_one_gpu_a_stage_is_refused() -> None:
     with pytest.raises(UserError, match="gives each stage one GPU"):
         make_plan(_dbrx("parallelism.expert=1"), 4, H100)
@@ -86,7 +105,7 @@ def test_one_gpu_a_stage_is_refused() -> None:
 
 def test_the_search_tries_stages_of_what_they_are_built_for() -> None:
     assert pipelines(_dbrx(), WORLD) == [2, 4, 8, 16]
-    assert not pipelines(_dbrx("model.tie_embeddings=true"), WORLD)
+    assert not pipelines(_dbrx("training.offload=true", "training.recompute=layer"), WORLD)
 
 
 def test_the_search_finds_stages_where_the_network_is_slow() -> None:

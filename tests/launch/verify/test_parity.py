@@ -265,7 +265,7 @@ def test_a_near_zero_update_of_lion_that_rounding_turns_accuses_nobody(tmp_path:
     [
         ("smoke", "", "idle", Precision.fp32, "(1,2,1) (1,1,2) (2,1,1) (1,2,1)t2"),
         ("smoke", "", "crowded", Precision.fp32, "(1,1,2) (1,2,1)c2"),
-        ("smoke", TRADED, "accumulated", Precision.bf16, "(2,2,1) (2,1,2) (2,1,2)c4 (1,1,4)t2"),
+        ("smoke", TRADED, "accumulated", Precision.bf16, "(2,2,1) (2,1,2) (2,1,2)c4 (1,1,4)t2 (1,1,2)p2"),
         # Only ranks with whole experts halve their microbatches.
         ("smoke", f"{HALVED} model.moe.jitter_eps=0.05", "split", Precision.fp32, "(1,1,2) (1,2,1)t2"),
         ("smoke", f"{HALVED} model.mtp=true", "recomputed", Precision.fp32, "(1,2,1) (1,1,2)"),
@@ -287,6 +287,9 @@ def test_a_near_zero_update_of_lion_that_rounding_turns_accuses_nobody(tmp_path:
         ("smoke", "model.moe.balance=bias", "accumulated", Precision.bf16, "(1,2,1) (1,1,2)"),
         # Latent attention, whose heads are made again.
         ("deepseek-v3", "", "idle", Precision.fp32, "(1,2,1) (1,1,2)"),
+        ("deepseek-v3", "optimizer.qk_clip=9", "recomputed", Precision.fp32, "(1,1,2)p2"),
+        ("smoke", "model.mtp=true", "recomputed", Precision.fp32, "(1,1,2)p2 (1,1,1)p4"),
+        ("smoke", "model.tie_embeddings=true", "accumulated", Precision.bf16, "(1,2,1)p2"),
         ("qwen3-30b-a3b", "", "recomputed", Precision.fp32, "(1,1,2) (1,2,1)t2"),
         ("olmoe-1b-7b", "", "split", Precision.fp32, "(1,1,2) (1,2,1)c2"),
         ("finegrain-132b", "", "recomputed", Precision.fp32, "(1,1,2) (1,2,1)c2"),

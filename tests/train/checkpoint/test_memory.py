@@ -140,8 +140,9 @@ def copied(writer: MemoryWriter, decoder: Any, optimizer: Any, batch: int) -> li
 
 
 @pytest.mark.parametrize("own", OPTIMIZERS, ids=lambda own: f"{own.kind.value}-{own.moments.value}")
-def test_every_rank_gets_back_what_it_had(own: Optimizer, run: Path) -> None:
-    token, layout, hosts = take_token(run), Parallelism(replicate=2, expert=2), ["a", "a", "b", "b"]
+@pytest.mark.parametrize("layout", [Parallelism(replicate=2, expert=2), Parallelism(pipeline=2, expert=2)])
+def test_every_rank_gets_back_what_it_had(own: Optimizer, layout: Parallelism, run: Path) -> None:
+    token, hosts = take_token(run), ["a", "a", "b", "b"]
 
     def work(topology: Topology) -> tuple[bool, dict[int, str]]:
         os.environ[HOST_VARIABLE] = hosts[topology.rank]

@@ -4,6 +4,7 @@ import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from train.layout.optim import build_optimizer
 from train.model.decoder import Decoder
 from train.recipe.errors import UserError
 from train.recipe.schema import Moments, Optimizer, OptimizerKind, Parallelism, Precision
+from train.recipe.sizes import place_of, stage_parts
 from train.recipe.topology import Topology
 
 pytestmark = pytest.mark.slow
@@ -41,15 +43,22 @@ LAYOUTS = [Parallelism(replicate=2), Parallelism(replicate=2, expert=2), Paralle
 def built(
     layout: Parallelism, topology: Topology, seed: int, own: Optimizer = ADAMW
 ) -> tuple[Decoder, torch.optim.Optimizer]:
-    decoder = Decoder(CFG, device="meta")
+    _, stage, _ = place_of(layout, topology.world_size, topology.rank)
+    model = replace(CFG, n_layers=layout.pipeline)
+    decoder = Decoder(model, device="meta", parts=stage_parts(model, layout, stage))
     build_sharded(decoder, build_mesh(layout, topology.world_size, "cpu"), Precision.fp32, seed)
     return decoder, build_optimizer(decoder, own)
 
 
 def step(decoder: Decoder, optimizer: torch.optim.Optimizer) -> float:
     ids_BS = torch.arange(16).view(2, 8)
-    loss = decoder(ids_BS, None, ids_BS).loss_sum
-    loss.backward()
+    if decoder.pipeline is None:
+        loss = decoder(ids_BS, None, ids_BS).loss_sum
+        loss.backward()
+    else:  # whose stages need each other
+        loss = torch.zeros(())
+        for parameter in decoder.parameters():
+            parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()

@@ -22,7 +22,8 @@ from train.recipe.topology import Topology
 
 pytestmark = pytest.mark.slow
 
-MODEL = replace(CFG, n_layers=3)
+MODEL = replace(CFG, n_layers=3, mtp=True)
+"""Its last stage has the embedding, too."""
 LAYOUT = Parallelism(replicate=2, pipeline=2, pipeline_layers=[2, 1])
 ADAMW = Optimizer(learning_rate=0.01)
 

@@ -27,6 +27,8 @@ OVERRIDES = (
     "schedule.warmup_tokens=512",
     "tracking.layer_norms_interval_batches=3",
     "training.recompute=layer",
+    "training.microbatch_sequences=2",
+    "model.moe.balance_scope=global_batch",
 )
 
 
@@ -119,6 +121,11 @@ def test_norms_of_layers_are_those_of_the_whole_model(tmp_path: Path, tiny_recip
         expected = {key: one[step][key] for key in sharded}
         assert {key: two[step][key] for key in sharded} == pytest.approx(expected, rel=1e-3)
     _require_trace(tmp_path / "two/profile")
+    # Stages of one layer each, which see the same samples; rank 0 logs what the other has seen, too.
+    recipe = tiny_recipe(tmp_path, tmp_path / "shards", "stages", *OVERRIDES, "parallelism.pipeline=2")
+    stages = _run(recipe, 2)
+    for step in (3, 6):
+        assert stages[step] == pytest.approx(one[step], rel=1e-3)
 
 
 def _require_trace(folder: Path) -> None:
