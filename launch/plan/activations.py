@@ -58,6 +58,10 @@ class Microbatch:
     """Ranks that share each sequence, and gather keys and values."""
     tensor: int = 1
     """Ranks that share each sequence, and split heads and hidden units."""
+    crossings: float = 0.0
+    """Nodes that a token crosses to, of an exchange once per node; 0: tokens go straight to their experts."""
+    nodes: int = 1
+    """Nodes of an expert group in such an exchange."""
 
     @property
     def tokens(self) -> int:
@@ -147,6 +151,11 @@ def ffn_bytes(model: Model, batch: Microbatch, numerics: Numerics) -> dict[str, 
     saved["routed rows"] = rows * D * c
     saved["gates and ups"] = 2 * rows * F * c
     saved["expert outputs"] = T * K * D * c
+    if batch.crossings:
+        # Of a copy its place and row; of a row, for each place a copy and whether there is one; K labels.
+        copies, places = batch.crossings + K, batch.nodes + batch.crossings * K
+        saved["copies"] = round(T * (2 * INT64 * copies + (INT64 + 1) * places))
+        saved["labels"] = round(T * batch.crossings * 2 * K * FP32)
     if model.moe.balance is not Balance.bias and model.moe.balance_scope is BalanceScope.sequence:
         saved["shares of sequences"] = T * E * FP32
     saved["shared expert"] = shared_expert_bytes(model, batch, numerics)

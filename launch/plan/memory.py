@@ -23,14 +23,14 @@ from launch.plan.activations import (
     norm_bytes,
     weight_copies,
 )
-from launch.plan.hardware import GIB, Gpu
+from launch.plan.hardware import GIB
 from launch.plan.muon import orthogonalising
+from launch.plan.nodes import nodes_of_group, nodes_per_token
 from launch.plan.recomputation import (
     backward_passes,
     copies_at_loss,
     copies_kept,
     kept_bytes,
-    offloaded_layers,
 )
 from launch.plan.traffic import reduced_bytes
 from train.recipe import sizes
@@ -157,6 +157,8 @@ def memory(
         exchanged=layout.expert > 1,
         context=layout.context,
         tensor=layout.tensor,
+        crossings=nodes_per_token(model.moe, layout),
+        nodes=nodes_of_group(layout),
     )
     held = states(model, layout, world_size, rank, recipe.optimizer)
     kept_gradients = 0
@@ -217,8 +219,9 @@ def _moments(
     above = max(0, stays - 2 * whole.layer)  # two are at hand in the backward pass anyway
     exchanged = 0
     if model.moe and layout.expert > 1:
-        rows = batch.tokens * model.moe.top_k * model.d_model * numerics.compute
-        exchanged = round(rows * batch.imbalance)  # of halves, one's and the other's on their way
+        row = batch.tokens * model.d_model * numerics.compute
+        # Of halves, one's and the other's on their way.
+        exchanged = round(row * (model.moe.top_k * batch.imbalance + batch.crossings))
     all_gradients = max(kept_gradients, states(model, layout, world_size, 0, recipe.optimizer).gradients)
     gathered = whole.outside + 2 * whole.layer + whole.gradients
     waiting = stream if model.mtp else 0  # a gradient of the hidden states, then of the embeddings
@@ -367,35 +370,3 @@ class _Whole:
         in_flight = max(sum(in_turn[place : place + at_once]) for place in range(len(in_turn)))
         reduced = in_flight // compute_bytes * reduced_bytes(layout)
         return cls(outside, max(layers.values()), gradients=max(in_turn), reduced=reduced)
-
-
-def host_bytes(recipe: Recipe, world_size: int) -> int:
-    """Pinned host memory of one GPU's process in which inputs of layers wait (`training.offload`).
-
-    A buffer for each but the last layer's input, which stays; torch hands out pinned memory in powers of two.
-    """
-    training, layout = recipe.training, recipe.parallelism
-    if not training.offload:
-        return 0
-    tokens = training.microbatch_sequences * recipe.data.sequence_tokens // (layout.context * layout.tensor)
-    stream = tokens * recipe.model.d_model * numerics_of(recipe, world_size).stream
-    inputs = offloaded_layers(recipe.model, sizes.recomputed(training, sizes.layers(recipe.model)))
-    return max(0, inputs - 1) << (stream - 1).bit_length()
-
-
-def copies_bytes(recipe: Recipe, world_size: int, gpus_per_node: int) -> int:
-    """Host memory for one GPU's part of the state in copies (`checkpoint.memory_interval_batches`).
-
-    One copy in the process, from which two generations are written to its host, and to another if there is
-    one.
-    """
-    if recipe.checkpoint.memory_interval_batches is None:
-        return 0
-    held = states(recipe.model, recipe.parallelism, world_size, 0, recipe.optimizer)
-    hosts = 2 if world_size > gpus_per_node else 1
-    return (1 + 2 * hosts) * (held.weights + held.optimizer)
-
-
-def has_room(memory_of_rank: Memory, waiting_bytes: int, gpu: Gpu) -> bool:
-    """Returns True if a rank's peak is within its GPU's memory, and what waits in its host's."""
-    return memory_of_rank.total <= gpu.memory_bytes and waiting_bytes <= gpu.host_room

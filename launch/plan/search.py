@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from launch.plan.hardware import GIB, Gpu
-from launch.plan.memory import copies_bytes, has_room, host_bytes
+from launch.plan.room import copies_bytes, has_room, host_bytes
 from launch.plan.stages import memory_of
 from launch.plan.step import Plan, make_plan
 from launch.plan.step_shapes import step_shapes
@@ -44,6 +44,7 @@ class Choice:
     offload: bool = False
     tensor: int = 1
     pipeline: int = 1
+    exchange_node_ranks: int | None = None
 
     def applied(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with these settings."""
@@ -56,6 +57,7 @@ class Choice:
             expert=self.expert,
             context=self.context,
             tensor=self.tensor,
+            exchange_node_ranks=self.exchange_node_ranks,
         )
         has_halves = self.expert > 1 and self.microbatch_sequences % 2 == 0
         return replace(
@@ -77,6 +79,8 @@ class Choice:
         shared = f"parallelism.context={self.context} " if self.context > 1 else ""
         shared += f"parallelism.tensor={self.tensor} " if self.tensor > 1 else ""
         shared += f"parallelism.pipeline={self.pipeline} " if self.pipeline > 1 else ""
+        if self.exchange_node_ranks is not None:
+            shared += f"parallelism.exchange_node_ranks={self.exchange_node_ranks} "
         return (
             f"parallelism.replicate={self.replicate} parallelism.expert={self.expert} {shared}"
             f"training.microbatch_sequences={self.microbatch_sequences} "
@@ -98,6 +102,7 @@ def choice_of(recipe: Recipe) -> Choice:
         recipe.training.offload,
         recipe.parallelism.tensor,
         recipe.parallelism.pipeline,
+        recipe.parallelism.exchange_node_ranks,
     )
 
 
@@ -145,14 +150,29 @@ def layouts(recipe: Recipe, world_size: int, shared: Sharing, stages: int = 1) -
     """
     per_reader = recipe.training.global_batch_sequences * shared.ranks * stages // world_size
     experts = recipe.model.moe.experts if recipe.model.moe else 1
+    local = recipe.parallelism.exchange_node_ranks
     for expert in divisors(experts):
         if world_size // stages % expert:
             continue
+        own = local if local is not None and _spans_nodes(expert, local) else None
         for copies in divisors(world_size // stages // expert):
             for microbatch in divisors(per_reader):
                 if stages == 1 or per_reader // microbatch >= stages:
-                    choice = Choice(copies, expert, microbatch, Recompute.nothing)
+                    choice = Choice(copies, expert, microbatch, Recompute.nothing, exchange_node_ranks=own)
                     yield replace(choice, context=shared.context, tensor=shared.tensor, pipeline=stages)
+
+
+def _spans_nodes(expert: int, local: int) -> bool:
+    """Returns whether groups of ``expert`` ranks span several whole nodes of ``local``."""
+    return expert > local and expert % local == 0
+
+
+def _ways(layout: Choice, gpu: Gpu) -> list[Choice]:
+    """A layout, and if its experts span nodes, the same with tokens sent straight and once per node."""
+    if not _spans_nodes(layout.expert, gpu.gpus_per_node):
+        return [layout]
+    ways = {layout.exchange_node_ranks, None, gpu.gpus_per_node}
+    return [replace(layout, exchange_node_ranks=local) for local in sorted(ways, key=lambda way: way or 0)]
 
 
 def pipelines(recipe: Recipe, world_size: int) -> list[int]:
@@ -237,7 +257,7 @@ def search(
 
     def add(layouts: Iterator[Choice]) -> None:
         nonlocal is_possible
-        for layout in layouts:
+        for layout in (way for each in layouts for way in _ways(each, gpu)):
             try:
                 planned(layout)
             except UserError:

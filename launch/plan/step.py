@@ -4,10 +4,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from launch.plan.hardware import Gpu
-from launch.plan.memory import Memory, copies_bytes, has_room, host_bytes, numerics_of, states
+from launch.plan.memory import Memory, numerics_of, states
 from launch.plan.muon import EXCHANGE, orthogonalising
+from launch.plan.nodes import nodes_per_token
 from launch.plan.overlap import OPEN_IF_INTERLEAVED, Overlapped, overlap, traffic_of
 from launch.plan.recomputation import layer_models, offloaded_layers, work_again
+from launch.plan.room import copies_bytes, has_room, host_bytes
 from launch.plan.stages import batch_seconds, kind_of, memory_of, of_shared_embedding, sends, stages_of
 from launch.plan.step_shapes import StepShape, step_shapes
 from launch.plan.step_time import (
@@ -281,6 +283,7 @@ def _parts(
         imbalance=imbalance if layout.expert > 1 else 1.0,
         has_fp8_experts=training.expert_precision is not ExpertPrecision.same,
         context=layout.context,
+        crossings=nodes_per_token(model.moe, layout),
     )
     halves = 2 if layout.interleave else 1  # each reads all weights
     length = recipe.data.sequence_tokens

@@ -127,6 +127,8 @@ class Split:
     """Experts' products are in fp8."""
     context: int = 1
     """GPUs that share each sequence, each of which makes the heads of latent attention of all tokens."""
+    crossings: float = 0.0
+    """Nodes that a token crosses to, of an exchange once per node; 0: tokens go straight to their experts."""
 
 
 def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = Split()) -> Work:
@@ -135,7 +137,8 @@ def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = S
     Elementwise passes over memory are counted as written in :mod:`train.model.decoder`: two norms, two
     residual sums and their casts (12 D); clipping and rotation of queries, keys and values (4 Q), after their
     normalisation if there is one (2 Q + 2 G), or the assembly of latent heads (6 Q) and their norms; gate,
-    SiLU and product (5 F), or GELU (2 F); gathering and scattering routed rows (6 D each).
+    SiLU and product (5 F), or GELU (2 F); gathering and scattering routed rows (6 D each), and where tokens
+    cross once to each of C nodes, copying and summing there (2 K + 4 C times D a token in all).
 
     Args:
         model: the decoder.
@@ -160,6 +163,8 @@ def layer_work(model: Model, tokens: int, sequence_tokens: int, split: Split = S
         experts, F = model.moe.experts / split.expert, sizes.expert_width(model)
         work += expert_product(rows / experts, D, F, split).times(3 * experts)
         elements += rows * (6 * D + 5 * F)
+        if split.crossings:
+            elements += own * D * (2 * model.moe.top_k + 4 * split.crossings)
         if shared := model.moe.shared_hidden_size:
             work += matrix_product(T, D, shared / split.tensor).times(3)
             elements += 5 * own * shared

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from launch.plan.hardware import Gpu
+from launch.plan.nodes import nodes_of_group, nodes_per_token
 from train.recipe import sizes
 from train.recipe.schema import (
     Balance,
@@ -149,6 +150,7 @@ def collectives(
     tokens: int,
     compute_bytes: int,
     grades: Sequence[Recompute],
+    crossings: float | None = None,
 ) -> list[Collective]:
     """All collectives of one rank: those of a microbatch's forward and backward pass, and those of a step.
 
@@ -159,6 +161,7 @@ def collectives(
         tokens: T, tokens of a microbatch that are one rank's.
         compute_bytes: bytes per element in which weights and activations are sent; 2 for bf16.
         grades: what each layer computes again in the backward pass.
+        crossings: nodes that a token crosses to; None: as many as with even routing.
     """
     found = []
     routers = sum(
@@ -184,30 +187,47 @@ def collectives(
     if layout.sharing > 1 and model.moe and model.moe.balance is not Balance.bias:
         found += _shares_of_sequences(model, layout, tokens, grades)
     if model.moe and layout.expert > 1:
-        found += _exchanges(model, model.moe, layout, tokens, compute_bytes, grades)
+        crossings = nodes_per_token(model.moe, layout) if crossings is None else crossings
+        found += _exchanges(model, model.moe, layout, tokens, compute_bytes, grades, crossings)
     return found
 
 
 def _exchanges(
-    model: Model, moe: Moe, layout: Parallelism, tokens: int, compute_bytes: int, grades: Sequence[Recompute]
+    model: Model,
+    moe: Moe,
+    layout: Parallelism,
+    tokens: int,
+    compute_bytes: int,
+    grades: Sequence[Recompute],
+    crossings: float,
 ) -> Iterator[Collective]:
-    """The exchange of tokens between the ranks of an expert group."""
+    """The exchange of tokens between the ranks of an expert group; once per node, in two steps."""
     repeat = [grade.includes(Recompute.ffn) for grade in grades]
     again = sum(sizes.has_experts(model, layer) for layer, repeats in enumerate(repeat) if repeats)
     halves = 2 if layout.interleave else 1
-    rows = tokens // halves * moe.top_k * model.d_model * compute_bytes
-    layers = sizes.expert_layers(model)
-    exchanges = [("tokens to experts and back", rows, 2 * (2 * layers + again), 2 * layers)]
-    if layout.exchange_precision is ExchangePrecision.fp8:
-        packed = rows // compute_bytes * (sizes.EXCHANGED_TILE + 1) // sizes.EXCHANGED_TILE
-        exchanges = [
-            ("tokens to experts, in fp8", packed, layers + again, layers),
-            ("tokens back, and gradients", rows, 3 * layers + again, layers),
-        ]
-    counts = ("counts of tokens", moe.experts * INT32, layers, layers)
-    for what, payload, *calls in (*exchanges, counts):
-        in_all, ahead = (halves * each for each in calls)
-        yield Collective(what, CollectiveKind.all_to_all, payload, layout.expert, 1, in_all, ahead)
+    layers, nodes = sizes.expert_layers(model), nodes_of_group(layout)
+    straight = [("experts", moe.top_k, (layout.expert, 1), moe.experts)]
+    local = layout.expert // nodes
+    over_nodes = [
+        ("nodes", crossings, (nodes, local), moe.experts + nodes),
+        ("ranks", moe.top_k, (local, 1), moe.experts),
+    ]
+    for where, copies, group, counts in straight if layout.exchange_node_ranks is None else over_nodes:
+        rows = tokens // halves * copies * model.d_model * compute_bytes
+        exchanges = [(f"tokens to {where} and back", rows, 2 * (2 * layers + again), 2 * layers)]
+        if layout.exchange_precision is ExchangePrecision.fp8:
+            packed = rows / compute_bytes * (sizes.EXCHANGED_TILE + 1) / sizes.EXCHANGED_TILE
+            exchanges = [
+                (f"tokens to {where}, in fp8", packed, layers + again, layers),
+                ("tokens back, and gradients", rows, 3 * layers + again, layers),
+            ]
+        if where == "nodes":
+            labels = tokens // halves * copies * 2 * moe.top_k * FP32
+            exchanges.append(("experts and their weights", labels, 2 * layers + again, layers))
+        exchanges.append(("counts of tokens", counts * INT32, layers, layers))
+        for what, payload, *calls in exchanges:
+            in_all, ahead = (halves * each for each in calls)
+            yield Collective(what, CollectiveKind.all_to_all, payload, *group, in_all, ahead)
 
 
 def _shares_of_sequences(

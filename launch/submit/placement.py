@@ -41,6 +41,13 @@ def check_placement(job: Job, recipe: Recipe) -> list[str]:
     """
     layout, gpus = recipe.parallelism, job.gpus_per_node
     lines = []
+    local = layout.exchange_node_ranks
+    if local is not None and gpus % local:
+        raise UserError(
+            f"takes {local} ranks for a node, which would cross nodes of {gpus} GPUs",
+            key="parallelism.exchange_node_ranks",
+            remedy=f"set it to {gpus}, or remove it",
+        )
     if layout.expert > 1:
         spans = {nodes_of(expert_group(rank, layout.expert), gpus) for rank in range(job.world_size)}
         least = -(-layout.expert // gpus)
@@ -54,10 +61,13 @@ def check_placement(job: Job, recipe: Recipe) -> list[str]:
         if least == 1:
             lines.append(f"placement: expert groups of {layout.expert} stay within a node, on NVLink")
         else:
+            spread, once = "tokens cross the network once per node", ""
+            if local != gpus:
+                spread = f"{1 - gpus / layout.expert:.0%} of the tokens' all-to-all goes over the network"
+                once = f", parallelism.exchange_node_ranks={gpus} would send it once per node"
             lines.append(
-                f"warning: expert groups of {layout.expert} span {least} nodes of {gpus} GPUs: "
-                f"{1 - gpus / layout.expert:.0%} of the tokens' all-to-all goes over the network; "
-                f"parallelism.expert={gpus} would keep it on NVLink"
+                f"warning: expert groups of {layout.expert} span {least} nodes of {gpus} GPUs: {spread}; "
+                f"parallelism.expert={gpus} would keep it on NVLink{once}"
             )
     if layout.context > 1:
         inside = gpus % layout.context == 0

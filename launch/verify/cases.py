@@ -50,6 +50,8 @@ class Layout:
     pipeline: int = 1
     chunks: int = 1
     """Parts of each stage of the pipeline."""
+    node: int | None = None
+    """Ranks that stand for a node, to which tokens cross once; None: they go straight to their experts."""
 
     @property
     def world_size(self) -> int:
@@ -61,6 +63,7 @@ class Layout:
         shared += f"t{self.tensor}" if self.tensor > 1 else ""
         shared += f"p{self.pipeline}" if self.pipeline > 1 else ""
         shared += f"x{self.chunks}" if self.chunks > 1 else ""
+        shared += f"n{self.node}" if self.node else ""
         return f"({self.replicate},{self.shard},{self.expert}){shared}"
 
     @property
@@ -208,6 +211,20 @@ def tensor_layouts(small: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[L
     return found
 
 
+NODES = Layout(1, 1, 4, node=2)
+"""An expert group of two nodes."""
+
+
+def node_layouts(recipe: Recipe, worlds: tuple[int, ...], precision: Precision) -> list[Layout]:
+    """The layout whose tokens cross once to each node, if the recipe has so many experts.
+
+    Only in fp32: in bf16 a sum is rounded before it crosses, which no reference does.
+    """
+    has_experts = recipe.model.moe is not None and recipe.model.moe.experts % NODES.expert == 0
+    is_tried = has_experts and precision is Precision.fp32 and NODES.world_size in worlds
+    return [NODES] if is_tried else []
+
+
 PIPELINES = (
     Layout(1, 1, 1, pipeline=2),
     Layout(1, 1, 2, pipeline=2),
@@ -289,7 +306,7 @@ def cases(
         tried = layouts(recipe, worlds)
         if not each.compiled:
             tried += context_layouts(recipe, worlds) + tensor_layouts(small, worlds)
-            tried += pipeline_layouts(small, worlds)
+            tried += pipeline_layouts(small, worlds) + node_layouts(small, worlds, precision)
         found = [make_case(small, layout, each, precision) for layout in tried]
         yield from sorted(found, key=reference_of)
 
@@ -433,6 +450,7 @@ def _layout_of(small: Recipe, layout: Layout, precision: Precision) -> Paralleli
         expert=layout.expert,
         context=layout.context,
         tensor=layout.tensor,
+        exchange_node_ranks=layout.node,
     )
     own = replace(own, interleave=own.interleave and layout.expert > 1)
     return replace(own, reduce_precision=ReducePrecision.fp32) if precision is Precision.fp32 else own

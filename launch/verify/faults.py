@@ -21,11 +21,12 @@ from launch.verify import (
     context_faults,
     decision_faults,
     expert_faults,
+    node_faults,
     pipeline_faults,
     tensor_faults,
     update_faults,
 )
-from launch.verify.cases import MOST_QK_CLIP, Layout
+from launch.verify.cases import MOST_QK_CLIP, NODES, Layout
 from launch.verify.expert_faults import FINER, GLOBAL_SCOPE, Changes
 from train import run
 from train.layout import mesh, optim, qk_clip
@@ -493,6 +494,27 @@ FAULTS = {
         tensor_faults.keep_heads,
         "gradients",
         layout=SPLIT,
+    ),
+    "row-lost-in-node": KnownFault(
+        "a token that crossed to a node and was lost between its ranks",
+        node_faults.drop_row,
+        "gradients",
+        layout=NODES,
+        input="split",
+    ),
+    "weights-twice": KnownFault(
+        "weights of experts applied on their node and once more",
+        node_faults.weigh_twice,
+        "gradients",
+        layout=NODES,
+        input="split",
+    ),
+    "weights-gradients-lost": KnownFault(
+        "gradients of experts' weights that do not come back from their node",
+        node_faults.lose_gradients_of_weights,
+        "gradients",
+        layout=NODES,
+        input="split",
     ),
     "stage-bias-lost": KnownFault(
         "a balancing bias that only the first stage of a pipeline updates",

@@ -37,6 +37,7 @@ from train.model.context import Context
 from train.model.decoder import Block, Decoder, MultiTokenPrediction
 from train.model.init import initialize
 from train.model.moe import MoE
+from train.model.node_exchange import OncePerNode
 from train.model.norms import LayerNorm, RmsNorm
 from train.model.pipeline import Pipeline
 from train.model.tensor_parallel import ColumnLinear, RowLinear, TensorGroup
@@ -65,6 +66,8 @@ class Mesh(NamedTuple):
     """`replicate` x `rest` x `tensor`, or only the last two; None: dense weights are split over no group."""
     pipeline: Pipeline | None = None
     """The stages that share each sequence; None: every rank has all layers."""
+    nodes: OncePerNode | None = None
+    """The ranks over which tokens cross to each node once; None: they go straight to their experts."""
 
 
 def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
@@ -92,18 +95,23 @@ def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
     if layout.tensor > 1:
         split = _split_mesh(layout, world_size, device_type, of_experts[0])
         context = TensorGroup(split.get_group(TENSOR))
+    nodes = None
+    if layout.exchange_node_ranks is not None:
+        local = layout.exchange_node_ranks
+        of_nodes = torch.arange(world_size).view(-1, layout.expert // local, local)
+        nodes = OncePerNode(across=_own_group(of_nodes, 1), within=_own_group(of_nodes, 2))
     if layout.replicate == 1:
         of_dense = dist.group.WORLD if pipeline is None else pipeline.peers
         assert of_dense is not None
         dense = DeviceMesh.from_group(of_dense, device_type, mesh_dim_names=(DENSE,))
-        return Mesh(experts, dense, layout, context, split, pipeline)
+        return Mesh(experts, dense, layout, context, split, pipeline, nodes)
     # A flattened dimension could only be had through private functions. The groups of `replicate` are shared
     # with the other mesh.
     every = torch.arange(world_size).view(layout.replicate, layout.pipeline, shard * layout.expert)
     groups = [of_experts[names.index(REPLICATE)], _own_group(every, 2)]
     ranks = every[:, 0 if pipeline is None else pipeline.stage]
     dense = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=(REPLICATE, DENSE))
-    return Mesh(experts, dense, layout, context, split, pipeline)
+    return Mesh(experts, dense, layout, context, split, pipeline, nodes)
 
 
 def _join_pipeline(layout: Parallelism, ranks: Tensor, dimension: int) -> Pipeline:
@@ -147,7 +155,7 @@ def build_sharded(decoder: Decoder, mesh: Mesh, precision: Precision, seed: int 
     names = mesh.experts.mesh_dim_names or ()
     if EXPERT in names:
         for moe in moes:
-            _spread_experts(moe, mesh.experts[EXPERT])
+            _spread_experts(moe, mesh.experts[EXPERT], mesh.nodes)
     in_bf16 = mesh.layout.reduce_precision is ReducePrecision.bf16
     cast = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision is Precision.bf16 else None,
@@ -285,7 +293,7 @@ def _own_group(ranks: Tensor, dimension: int) -> dist.ProcessGroup:
     return own
 
 
-def _spread_experts(moe: MoE, experts: DeviceMesh) -> None:
+def _spread_experts(moe: MoE, experts: DeviceMesh, nodes: OncePerNode | None) -> None:
     """Leaves each rank E / degree experts, and makes ranks exchange tokens."""
     mlp = moe.experts.mlp
     for name in ("w1", "v1", "w2"):
@@ -301,6 +309,7 @@ def _spread_experts(moe: MoE, experts: DeviceMesh) -> None:
     args.moe_expert_model_parallelism = True
     args.expert_parallel_group = experts.get_group()
     moe.experts.forward_fn = moe.experts.parallel_forward_once
+    moe.experts.way = nodes
 
 
 def _split_layer(

@@ -9,13 +9,16 @@ to their experts in fp8 (:mod:`train.model.packed_rows`).
 The host waits once for each exchange: for the numbers of rows, of this rank's and of the others together. If
 a layer is recomputed, it repeats the exchange with the numbers of its forward pass, without waiting.
 
+Where an expert group spans nodes, a row may cross the network once for each node:
+:mod:`train.model.node_exchange`.
+
 Shapes: T tokens, K experts per token, R = T x K rows sorted by expert, N rows received, D model, E experts,
 P ranks of the group, Q = E / P experts of a rank.
 """
 
 # ruff: noqa: N815  (shape suffixes)
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -159,12 +162,39 @@ class Order(NamedTuple):
     """Where each expert's rows end."""
 
 
+class Delivery(Protocol):
+    """Rows of a shipment from the time they are wanted until their outputs are back, step by step.
+
+    Several shipments take each step in turn, so that the rows of one are on their way while another computes.
+    """
+
+    order_there: Order
+    """Of the rows received, by this rank's experts."""
+    tokens_Q: Tensor
+    """Rows of each of this rank's experts, known to the host."""
+
+    def pass_on(self) -> None:
+        """Sends rows that wait at another rank on to their experts."""
+
+    def arrive(self) -> Tensor:
+        """Returns the rows that this rank's experts have been sent, [N, D]."""
+
+    def send_back(self, out_ND: Tensor) -> None:
+        """Starts to send back the experts' outputs."""
+
+    def pass_back(self) -> None:
+        """Sends outputs that wait at another rank on to their tokens."""
+
+    def outputs(self) -> Tensor:
+        """Returns the sum of each token's outputs by their weights, [T, D]."""
+
+
 class Shipment(NamedTuple):
     """Rows of this rank's tokens on their way to their experts, and what their way back needs."""
 
     rows_RD: Tensor
     """In flight: see :meth:`AllToAll.send`."""
-    weights_R: Tensor
+    weights_TK: Tensor
     order: Order
     """Of this rank's rows, by expert and so by rank."""
     order_there: Order
@@ -173,6 +203,63 @@ class Shipment(NamedTuple):
     """Rows of each of this rank's experts, known to the host."""
     there: AllToAll
     back: AllToAll
+
+    def delivery(self) -> Delivery:
+        """Returns what delivers it."""
+        return _Straight(self)
+
+
+class _Straight:
+    """Delivery of rows that each go straight to their expert's rank."""
+
+    def __init__(self, shipment: Shipment) -> None:
+        self.shipment, self.order_there, self.tokens_Q = shipment, shipment.order_there, shipment.tokens_Q
+        self.sent_back_ND: Tensor | None = None
+
+    def pass_on(self) -> None:
+        """Leaves them on their way."""
+
+    def arrive(self) -> Tensor:
+        return self.shipment.there.receive(self.shipment.rows_RD)
+
+    def send_back(self, out_ND: Tensor) -> None:
+        self.sent_back_ND = self.shipment.back.send(out_ND)
+
+    def pass_back(self) -> None:
+        """Leaves them on their way."""
+
+    def outputs(self) -> Tensor:
+        assert self.sent_back_ND is not None
+        rows_RD = self.shipment.back.receive(self.sent_back_ND)
+        (places_R, experts_R, ends_E), weights_TK = self.shipment.order, self.shipment.weights_TK
+        out_TD: Tensor = ops.scatter(
+            rows_RD, places_R, experts_R, weights_TK.flatten(), ends_E, weights_TK.shape[1]
+        )
+        return out_TD
+
+
+class Deliverable(Protocol):
+    """A shipment of any way: a tuple of tensors, in which FSDP2 finds those that want gradients."""
+
+    def delivery(self) -> Delivery:
+        """Returns what delivers it."""
+
+
+class Way(Protocol):
+    """A way of rows to their experts that is not straight."""
+
+    def send(
+        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: int, *, packs: bool
+    ) -> Deliverable:
+        """Starts to send each token's row to the ranks of its experts.
+
+        Args:
+            x_TD: the tokens.
+            weights_TK: of their experts.
+            experts_TK: int64.
+            experts: E.
+            packs: send rows in fp8.
+        """
 
 
 class ExchangingExperts(ParallelDroplessMLP):
@@ -184,12 +271,14 @@ class ExchangingExperts(ParallelDroplessMLP):
 
     packs = False
     """Send tokens to their experts in fp8: see :mod:`train.model.packed_rows`."""
+    way: Way | None = None
+    """None: straight."""
 
     def forward(self, *inputs: Any) -> Any:
         """Returns the output of a microbatch, or a list with the output [T, D] of each shipment."""
-        if isinstance(inputs[0], Shipment):
-            return self.receive(*inputs)
-        return super().forward(*inputs)
+        if isinstance(inputs[0], Tensor):
+            return super().forward(*inputs)
+        return self.receive(*inputs)
 
     def parallel_forward_once(
         self, x: Tensor, expert_weights: Tensor, top_experts: Tensor
@@ -198,8 +287,10 @@ class ExchangingExperts(ParallelDroplessMLP):
         (out_TD,) = self.receive(self.send(x.view(-1, x.shape[-1]), expert_weights, top_experts))
         return out_TD, None
 
-    def send(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Shipment:
+    def send(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Deliverable:
         """Sends each token's row to the ranks of its experts."""
+        if self.way is not None:
+            return self.way.send(x_TD, weights_TK, experts_TK, self.num_experts, packs=self.packs)
         group: dist.ProcessGroup = self.args.expert_parallel_group
         with torch.no_grad():
             *order_of_own, tokens_E = self.indices_and_bins(experts_TK.flatten())
@@ -214,45 +305,50 @@ class ExchangingExperts(ParallelDroplessMLP):
         in_flight_RD = there.send(rows_RD)
         # Only now: a GPU has nothing to do until the host, which has waited, asks it for something.
         with torch.no_grad():
-            order_there = self._order_of(counts.received_PQ, sum(received))
+            order_there = order_by_expert(counts.received_PQ, sum(received))
             tokens_Q = on_host_2PQ[1].sum(dim=0, dtype=torch.int)
-        return Shipment(in_flight_RD, weights_TK.flatten(), order, order_there, tokens_Q, there, back)
+        return Shipment(in_flight_RD, weights_TK, order, order_there, tokens_Q, there, back)
 
-    def receive(self, *shipments: Shipment) -> list[Tensor]:
+    def receive(self, *shipments: Deliverable) -> list[Tensor]:
         """Runs this rank's experts on the rows of each shipment, and returns its tokens' outputs, [T, D].
 
         One comes back while the next is computed.
         """
-        on_way_back = []
-        for shipment in shipments:
-            arrived_ND = shipment.there.receive(shipment.rows_RD)
+        deliveries = [shipment.delivery() for shipment in shipments]
+        for each in deliveries:
+            each.pass_on()
+        for each in deliveries:
+            arrived_ND = each.arrive()
             out_ND = self.permute_and_compute(
                 arrived_ND,
-                shipment.tokens_Q,
-                shipment.order_there.places_R,
-                shipment.order_there.experts_R,
-                None,  # weights: each rank applies its own
-                shipment.order_there.ends_E,
+                each.tokens_Q,
+                each.order_there.places_R,
+                each.order_there.experts_R,
+                None,  # weights: those whose tokens they are apply them
+                each.order_there.ends_E,
                 -1,  # capacity: none is dropped
                 top_k=1,
             )
-            on_way_back.append(shipment.back.send(out_ND))
-        return [
-            self._sum(shipment.back.receive(sent_ND), shipment)
-            for shipment, sent_ND in zip(shipments, on_way_back, strict=True)
-        ]
+            each.send_back(out_ND)
+        for each in deliveries:
+            each.pass_back()
+        return [each.outputs() for each in deliveries]
 
-    def _sum(self, rows_RD: Tensor, shipment: Shipment) -> Tensor:
-        """Sums each token's rows, by their weights."""
-        places_R, experts_R, ends_E = shipment.order
-        out_TD: Tensor = ops.scatter(rows_RD, places_R, experts_R, shipment.weights_R, ends_E, self.top_k)
-        return out_TD
 
-    def _order_of(self, received_PQ: Tensor, rows: int) -> Order:
-        """Returns the order by expert of rows that are sorted by the rank that sent them, then by expert."""
-        ranks, experts = received_PQ.shape
-        experts_E = torch.arange(experts, dtype=torch.int32, device=received_PQ.device).repeat(ranks)
-        experts_N = experts_E.repeat_interleave(received_PQ.flatten(), output_size=rows)
-        sorted_N, places_N = ops.sort(experts_N, self.sort_end_bit)
-        ends_Q = ops.inclusive_cumsum(received_PQ.sum(dim=0, dtype=torch.int), 0)
-        return Order(places_N, sorted_N, ends_Q.view(-1))
+def order_by_expert(received_PQ: Tensor, rows: int, ranks_P: Tensor | None = None) -> Order:
+    """Returns the order by expert of rows that are sorted by the rank that sent them, then by expert.
+
+    Args:
+        received_PQ: int32: the numbers of rows, known to the device.
+        rows: their sum.
+        ranks_P: int32: those by which an expert's rows are sorted in turn; None: as they came.
+    """
+    ranks, experts = received_PQ.shape
+    experts_E = torch.arange(experts, dtype=torch.int32, device=received_PQ.device).repeat(ranks)
+    keys_E = experts_E if ranks_P is None else experts_E * ranks + ranks_P.repeat_interleave(experts)
+    keys_N = keys_E.repeat_interleave(received_PQ.flatten(), output_size=rows)
+    sorted_N, places_N = ops.sort(keys_N, max(1, (ranks * experts - 1).bit_length()))
+    if ranks_P is not None:
+        sorted_N = sorted_N // ranks
+    ends_Q = ops.inclusive_cumsum(received_PQ.sum(dim=0, dtype=torch.int), 0)
+    return Order(places_N, sorted_N, ends_Q.view(-1))

@@ -27,7 +27,7 @@ megablocks_ops.install()
 from megablocks.layers.arguments import Arguments  # noqa: E402  (needs the modules that install provides)
 from megablocks.layers.dmoe import dMoE  # noqa: E402
 
-from train.model.exchange import ExchangingExperts, Shipment  # noqa: E402
+from train.model.exchange import Deliverable, ExchangingExperts  # noqa: E402
 from train.model.experts import Experts  # noqa: E402
 
 
@@ -48,7 +48,7 @@ class MoEAux(NamedTuple):
 class Sent(NamedTuple):
     """Part of a microbatch, routed and on its way to its experts."""
 
-    shipment: Shipment
+    shipment: Deliverable
     shared_BSD: Tensor | None
     """The shared expert's output."""
     aux: MoEAux

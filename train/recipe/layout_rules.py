@@ -28,6 +28,7 @@ def check_layout(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
     yield from _pipeline(recipe, topology.world_size)
     yield from _interleaved(recipe)
     yield from _exchanged(recipe)
+    yield from _once_per_node(recipe)
 
 
 def _batch_and_degrees(recipe: Recipe, ranks: int) -> Iterator[Violation]:
@@ -261,6 +262,19 @@ def _exchanged(recipe: Recipe) -> Iterator[Violation]:
     if d_model % tile:
         what = f"{d_model} is not divisible by {tile}, the numbers of a token that share a scale in fp8"
         yield Violation("model.d_model", what, f"make it a multiple of {tile}, or remove {name}")
+
+
+def _once_per_node(recipe: Recipe) -> Iterator[Violation]:
+    name, expert = "parallelism.exchange_node_ranks", recipe.parallelism.expert
+    local = recipe.parallelism.exchange_node_ranks
+    if local is None:
+        return
+    if expert <= local:
+        what = f"sends tokens once per node of {local} ranks, but groups of {expert=} lie within one"
+        yield Violation(name, what, "remove it, or spread the experts over more ranks")
+    elif expert % local:
+        what = f"cuts groups of {expert=} into nodes of {local} ranks, which does not divide them"
+        yield Violation(name, what, f"use a divisor of {expert}")
 
 
 def _uneven_experts(recipe: Recipe, ranks: int) -> Iterator[Violation]:

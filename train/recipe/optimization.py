@@ -254,6 +254,10 @@ class Parallelism:
     """Precision in which tokens are sent to experts on other ranks. `same`: that of the products, bf16.
     `fp8`: e4m3 in tiles of 128 with powers of two, half the bytes (DeepSeek-V3, section 3.3.3); outputs come
     back, and gradients are sent, as with `same`."""
+    exchange_node_ranks: Optional[int] = key(None, above=1)
+    """Ranks of a node, a divisor of `expert`: where an expert group spans several nodes, a token crosses the
+    network once for each node that has experts of its, and back as the sum of their outputs, and is spread
+    inside the node (DeepSeek-V3, section 3.2.2). null: once for each expert."""
     interleave: bool = False
     """Compute each layer in two halves of a microbatch, so that the exchange of tokens of one half runs under
     the arithmetic of the other: three quarters of it are hidden, or as much as the arithmetic takes. Helps

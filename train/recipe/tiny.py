@@ -89,6 +89,7 @@ def tiny_recipe(recipe: Recipe, *, steps: int, global_batch_sequences: int = 8) 
             pipeline_chunks=1,
             gathered_layers=gathered,
             exchange_precision=ExchangePrecision.same,
+            exchange_node_ranks=None,
         ),
         schedule=replace(
             recipe.schedule,

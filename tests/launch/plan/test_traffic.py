@@ -17,6 +17,7 @@ from train.layout.mesh import build_mesh, build_sharded, reduce_gradients
 from train.layout.optim import average_replicated_gradients, build_optimizer
 from train.model.decoder import Decoder
 from train.model.moe import MoE
+from train.model.node_exchange import NodeCounts, OnHost
 from train.recipe import sizes
 from train.recipe.schema import (
     BalanceScope,
@@ -234,6 +235,41 @@ def test_bytes_are_those_counted_on_gloo(
     counted_bytes = sum((payloads for payloads, _ in ranks), Counter())
     assert counted_bytes == Counter({kind: world * n for kind, n in predicted_bytes.items()})
     assert ranks[0][1] == predicted_calls
+
+
+@pytest.mark.parametrize(
+    ("exchange", "grade"), [(ExchangePrecision.same, KEPT), (ExchangePrecision.fp8, Recompute.layer)]
+)
+def test_bytes_over_nodes_are_those_counted_on_gloo(exchange: ExchangePrecision, grade: Recompute) -> None:
+    """In two halves, for the number of nodes that tokens crossed to, counted where they are sent."""
+    layout = Parallelism(expert=4, interleave=True, exchange_precision=exchange, exchange_node_ranks=2)
+    cfg = replace(MOE, d_model=128)
+    grades = [grade] * cfg.n_layers
+
+    def work(rank: Topology) -> tuple[tuple[Counter[CollectiveKind], Counter[CollectiveKind]], list[float]]:
+        crossed, wait = [], NodeCounts.on_host
+
+        def on_host(counts: NodeCounts) -> OnHost:
+            crossed.append(sum(wait(counts).sent_M) / (SEQUENCES * SEQUENCE_TOKENS / 2))
+            return wait(counts)
+
+        NodeCounts.on_host = on_host  # type: ignore[method-assign]  # in a test's own process
+        return count(cfg, layout, Precision.bf16, grades, rank), crossed
+
+    ranks = run_ranks(4, work)
+    crossings = [each for _, of_rank in ranks for each in of_rank]
+    mean = sum(crossings) / len(crossings)
+    assert 1 < mean < 2
+    planned = collectives(
+        cfg, layout, 4, tokens=SEQUENCES * SEQUENCE_TOKENS, compute_bytes=2, grades=grades, crossings=mean
+    )
+    sent = [each for each in planned if each.kind is CollectiveKind.all_to_all]
+    counted = sum(payloads[CollectiveKind.all_to_all] for (payloads, _), _ in ranks)
+    assert counted == pytest.approx(
+        4 * sum(each.payload_bytes * each.calls_in_step(MICROBATCHES) for each in sent), rel=1e-12
+    )
+    (_, calls), _ = ranks[0]
+    assert calls[CollectiveKind.all_to_all] == sum(each.calls_in_step(MICROBATCHES) for each in sent)
 
 
 @pytest.mark.parametrize("layout", [Parallelism(), Parallelism(expert=2), COPIES], ids=str)

@@ -284,6 +284,20 @@ def test_placement_by_counting_nodes() -> None:
                     check_placement(job, placed)
 
 
+def test_placement_of_an_exchange_once_per_node() -> None:
+    recipe = load_recipe(RECIPE, ["training.global_batch_sequences=64", "training.microbatch_sequences=1"])
+    job = replace(JOB, nodes=4, gpus_per_node=4)
+
+    def placed(local: int | None) -> list[str]:
+        layout = replace(recipe.parallelism, expert=8, exchange_node_ranks=local)
+        return check_placement(job, replace(recipe, parallelism=layout))
+
+    assert "exchange_node_ranks=4 would send it once per node" in placed(None)[0]
+    assert "tokens cross the network once per node" in placed(4)[0]
+    with pytest.raises(UserError, match=r"exchange_node_ranks: takes 8 ranks for a node, .*; set it to 4"):
+        placed(8)
+
+
 @pytest.mark.parametrize(
     "changed,key",
     [

@@ -263,12 +263,12 @@ def test_a_near_zero_update_of_lion_that_rounding_turns_accuses_nobody(tmp_path:
 @pytest.mark.parametrize(
     ("stem", "overrides", "input_", "precision", "named"),
     [
-        ("smoke", "", "idle", Precision.fp32, "(1,2,1) (1,1,2) (2,1,1) (1,2,1)t2"),
-        ("smoke", "", "crowded", Precision.fp32, "(1,1,2) (1,2,1)c2"),
+        ("smoke", "", "idle", Precision.fp32, "(1,2,1) (1,1,2) (2,1,1) (1,2,1)t2 (1,1,4)n2"),
+        ("smoke", "", "crowded", Precision.fp32, "(1,1,2) (1,2,1)c2 (1,1,4)n2"),
         ("smoke", TRADED, "accumulated", Precision.bf16, "(2,2,1) (2,1,2) (2,1,2)c4 (1,1,4)t2 (1,1,2)p2"),
         # Only ranks with whole experts halve their microbatches.
         ("smoke", f"{HALVED} model.moe.jitter_eps=0.05", "split", Precision.fp32, "(1,1,2) (1,2,1)t2"),
-        ("smoke", f"{HALVED} model.mtp=true", "recomputed", Precision.fp32, "(1,2,1) (1,1,2)"),
+        ("smoke", f"{HALVED} model.mtp=true", "recomputed", Precision.fp32, "(1,2,1) (1,1,2) (1,1,4)n2"),
         ("smoke", HALVED, "plain", Precision.bf16, "(1,1,2)"),
         # Two phases: sequences grow after the first step.
         ("dbrx", "", "accumulated", Precision.fp32, "(1,1,2)"),
@@ -286,7 +286,7 @@ def test_a_near_zero_update_of_lion_that_rounding_turns_accuses_nobody(tmp_path:
         ("smoke", f"{SCOPE}=expert_group", "accumulated", Precision.fp32, "(1,1,2) (1,2,1)t2"),
         ("smoke", "model.moe.balance=bias", "accumulated", Precision.bf16, "(1,2,1) (1,1,2)"),
         # Latent attention, whose heads are made again.
-        ("deepseek-v3", "", "idle", Precision.fp32, "(1,2,1) (1,1,2)"),
+        ("deepseek-v3", "", "idle", Precision.fp32, "(1,2,1) (1,1,2) (1,1,4)n2"),
         ("deepseek-v3", "optimizer.qk_clip=9", "recomputed", Precision.fp32, "(1,1,2)p2"),
         ("smoke", "model.mtp=true", "recomputed", Precision.fp32, "(1,1,2)p2 (1,1,1)p4"),
         ("smoke", "model.tie_embeddings=true", "accumulated", Precision.bf16, "(1,2,1)p2"),

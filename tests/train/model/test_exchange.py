@@ -49,11 +49,15 @@ def make(
     layers: int = 2,
     model: Model = MODEL,
     exchange: ExchangePrecision = ExchangePrecision.same,
+    node: int | None = None,
+    precision: Precision = Precision.fp32,
 ) -> Decoder:
-    moe = replace(FINE, dense_layers=layers - 1)
+    assert model.moe is not None
+    moe = replace(model.moe, dense_layers=layers - 1)
     decoder = Decoder(replace(model, n_layers=layers, moe=moe), device="meta", recompute=grade)
     layout = Parallelism(expert=expert, interleave=interleave, exchange_precision=exchange)
-    build_sharded(decoder, build_mesh(layout, rank.world_size, "cpu"), Precision.fp32, 17)
+    layout = replace(layout, exchange_node_ranks=node)
+    build_sharded(decoder, build_mesh(layout, rank.world_size, "cpu"), precision, 17)
     for layer, router in enumerate(module for module in decoder.modules() if isinstance(module, Router)):
         positions_B = torch.arange(B) + B * rank.rank
         router.jitter = Jitter(noise_key(1, layer, torch.device("cpu")), positions_B)

@@ -270,6 +270,29 @@ def test_tokens_of_whole_tiles_are_sent_in_fp8(d_model: int, is_refused: bool) -
         validate(recipe, Topology(world_size=2), SMOKE)
 
 
+@pytest.mark.parametrize(
+    ("expert", "local", "refusal"),
+    [
+        (4, 4, "sends tokens once per node of 4 ranks, but groups of expert=4 lie within one; remove it"),
+        (
+            4,
+            3,
+            "cuts groups of expert=4 into nodes of 3 ranks, which does not divide them; use a divisor of 4",
+        ),
+        (4, 1, "is 1; must be above 1"),
+        (4, 2, None),
+    ],
+)
+def test_tokens_are_sent_once_per_node_where_groups_span_whole_nodes(
+    expert: int, local: int, refusal: str | None
+) -> None:
+    expected = f"parallelism.exchange_node_ranks: {refusal}"
+    with nullcontext() if refusal is None else pytest.raises(UserError, match=re.escape(expected)):
+        layout = f"parallelism={{expert: {expert}, exchange_node_ranks: {local}}}"
+        recipe = load_recipe(SMOKE, [layout, "training.microbatch_sequences=1"])
+        validate(recipe, Topology(world_size=4), SMOKE)
+
+
 BY_GROUP = ["model.moe.balance_scope=expert_group", "training.microbatch_sequences=1"]
 
 
