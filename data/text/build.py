@@ -1,6 +1,7 @@
 """Builds a recipe's shards from its documents, stage by stage. Start reading at `build_into`."""
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -36,7 +37,16 @@ from data.text.decide import STAGE as DECIDE
 from data.text.decide import TRAIN, Decision, decide, store_signatures
 from data.text.engines import Engine
 from data.text.evaluation_overlap import list_evaluation_files
-from data.text.inputs import WHOLE, Chunk, SourceFile, check_preparation, check_sources, cut, list_inputs
+from data.text.inputs import (
+    WHOLE,
+    Chunk,
+    SourceFile,
+    check_preparation,
+    check_sources,
+    cut,
+    list_inputs,
+    places_of_sources,
+)
 from data.text.installed import CorpusDocument
 from data.text.job import PreparationJob, Result
 from data.text.losses import losses_of, require_readable_sources, table_of_languages
@@ -69,7 +79,7 @@ from train.record.files import sha256
 
 logger = log.get_logger(__name__)
 
-VERSION = 7
+VERSION = 8
 """Version of the stages: raise it when their output changes, so that no job continues from older results."""
 BPE_TEXT_BYTES = 16_000_000
 """Amount of text that a tokenizer is trained on; more no longer changes a small vocabulary."""
@@ -199,11 +209,13 @@ def _list(
 def _cleaning_keys(source: Source) -> dict[str, Any]:
     """The keys of a source on which its cleaned documents and their scores depend."""
     tree = asdict(source)
-    for name in ("domain", "version", "origin", "licence", "languages", "licences", "thresholds", "scores"):
+    for name in (
+        *("domain", "version", "origin", "licence"),
+        *("quality", "languages", "licences", "thresholds", "scores"),
+    ):
         del tree[name]
     return tree | {
         "kind": source.kind.value,
-        "quality": source.quality is Quality.code,
         "pii": source.pii.value,
         "token_rows": source.token_rows.value,
     }
@@ -316,10 +328,16 @@ def _assemble(
     results: tuple[list[Result], list[Result], list[ShardTask], list[Result]],
 ) -> Manifest:
     tokenizer = open_once(job.tokenizer, job.out)
-    records = {
-        domain: _domain_record(job, chunks, decision, results, domain)
-        for domain in dict.fromkeys(source.domain for source in job.sources)
-    }
+    places = places_of_sources(chunks)
+    _, _, tasks, written = results
+    shards: dict[tuple[str, str], list[tuple[ShardTask, Result]]] = {}
+    for task, result in zip(tasks, written, strict=True):
+        shards.setdefault((task.domain, task.split), []).append((task, result))
+    records = {}
+    for domain in dict.fromkeys(source.domain for source in job.sources):
+        mine = {n: at for n, at in places.items() if job.sources[n].domain == domain}
+        of_split = {split: shards.get((domain, split), []) for split in SPLITS}
+        records[domain] = _domain_record(job, chunks, decision, results, domain, mine, of_split)
     made_by = TokenizerRecord(
         tokenizer.name,
         tokenizer.fingerprint,
@@ -346,20 +364,26 @@ def _domain_record(
     decision: Decision,
     results: tuple[list[Result], list[Result], list[ShardTask], list[Result]],
     domain: str,
+    places: dict[int, list[int]],
+    shards: dict[str, list[tuple[ShardTask, Result]]],
 ) -> DomainRecord:
-    cleaned, encoded, tasks, written = results
+    """Returns a domain's record.
+
+    ``places``: its chunks, by source; ``shards``: its shards, by split.
+    """
+    cleaned, encoded, _, _ = results
     folder = job.out / domain
     folder.mkdir(exist_ok=True)
-    at = [n for n, chunk in enumerate(chunks) if job.sources[chunk.source].domain == domain]
+    at = sorted(itertools.chain.from_iterable(places.values()))
     numbers = [chunks[n].number for n in at]
     listing = _join(folder / DOCUMENTS_FILE, [job.file(ENCODE, n, "documents.jsonl") for n in numbers])
     lists = [job.file(stage, n, "rejected.jsonl") for stage in (CLEAN, DECIDE) for n in numbers]
     rejected = _join(folder / REJECTED_FILE, lists)
     reasons: Counter[str] = sum((Counter(cleaned[n]["rejected"]) + decision.copies[n] for n in at), Counter())
-    splits = {}
-    for split in SPLITS:
-        mine = [(t, w) for t, w in zip(tasks, written, strict=True) if (t.domain, t.split) == (domain, split)]
-        splits[split] = _split_record(job, folder / split, [encoded[n][split] for n in at], mine)
+    splits = {
+        split: _split_record(job, folder / split, [encoded[n][split] for n in at], shards[split])
+        for split in SPLITS
+    }
     sources = [source for source in job.sources if source.domain == domain]
     scores = {n: job.file(CLEAN, n, SCORES_FILE) for n in numbers}
     scores_sha256, personal = join_scores(job, scores, folder / SCORES_FILE)
@@ -375,7 +399,7 @@ def _domain_record(
         rejected=dict(sorted(reasons.items())),
         rejected_sha256=rejected,
         rejected_bytes=sum(cleaned[n]["rejected_bytes"] + decision.copied_bytes[n] for n in at),
-        losses=losses_of(job, chunks, cleaned, decision, domain),
+        losses=losses_of(job, chunks, cleaned, decision, places),
         scores_sha256=scores_sha256,
         personal_data=personal,
     )

@@ -41,6 +41,7 @@ RECORDS = "records.jsonl"
 KEPT = "kept"
 """Among the rules of a language, the texts that violate none."""
 _CONTROL = bytes(code for code in [*range(32), 127] if chr(code) not in "\t\n\r")
+_BYTE_ORDER_MARK = "\ufeff"
 _FIRST_MARK, _LAST_MARK = 0x300, 0x1FFFF
 _MOST_MARKS = 100
 """Combining marks in a row that are put in order together; the time grows with the square of their number."""
@@ -80,13 +81,13 @@ def score_all(job: PreparationJob, chunk: Chunk) -> Result:
 
 
 def normalise(text: str, *, keeps_indentation: bool = False) -> str:
-    """Normalises text to NFC and line feeds; strips control characters and outer white space.
+    """Normalises text to NFC and line feeds; strips control characters, outer blanks and byte-order marks.
 
     Args:
         text: the text.
         keeps_indentation: keep the blanks before the first word, of the line that it is in.
     """
-    text = normalise_characters(text).rstrip()
+    text = normalise_characters(text.lstrip(_BYTE_ORDER_MARK)).rstrip()
     bare = text.lstrip()
     begin = text.rfind("\n", 0, len(text) - len(bare)) + 1 if keeps_indentation else len(text) - len(bare)
     return text[begin:] + "\n"
@@ -151,6 +152,8 @@ def _clean(job: PreparationJob, chunk: Chunk) -> Result:
         rows = files.enter_context(ScoreRows(path(SCORES_FILE), groups))
         for it in _judged_before(job, chunk) if keeps_cleaned(job) else _judged(job, chunk):
             record, reason = it.record, _reason(it, source)
+            if source.quality is Quality.prose and not record.spans:  # Anything else may be code.
+                record = replace(record, text=record.text.lstrip())
             if it.scored.language and not record.reason:
                 rule = "language" if reason.startswith("language: ") else reason or KEPT
                 languages.setdefault(it.scored.language, Counter())[rule] += 1
@@ -227,9 +230,7 @@ def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[_Judged]:
             record = _conversation(treated, job.chat if source.kind is SourceKind.chat else None)
             words = treated.text
         else:
-            words = (
-                "" if raw.reason else normalise(raw.text, keeps_indentation=source.quality is Quality.code)
-            )
+            words = "" if raw.reason else normalise(raw.text, keeps_indentation=True)
             words, counts = _treated(words, source)
             reason = raw.reason or ("" if words.strip() else "empty")
             record = SourceRecord(raw.place, words, reason, raw.size)

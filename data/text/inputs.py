@@ -162,7 +162,8 @@ def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list
         fetched: local copies of the files of a source in a store, by name relative to its folder.
 
     Raises:
-        UserError: if there are none, one can't be read, or a saved dataset lacks files or a training split.
+        UserError: if there are none, none is a regular file, one can't be read, or a saved dataset lacks
+            files or a training split.
     """
     key, kind = f"data.sources[{n}].path", source.kind
     found = files_of(source.path) if fetched is None else fetched
@@ -246,6 +247,14 @@ def cut(
     return [Chunk(number, *piece) for number, piece in enumerate(pieces)]
 
 
+def places_of_sources(chunks: Sequence[Chunk]) -> dict[int, list[int]]:
+    """Returns the places of each source's chunks in the list, in one pass; of a source without any, none."""
+    places: dict[int, list[int]] = {}
+    for place, chunk in enumerate(chunks):
+        places.setdefault(chunk.source, []).append(place)
+    return places
+
+
 def match(name: str, path: str) -> bool:
     """Returns whether an object's address equals a source's path, lies below it, or matches its pattern."""
     return name == path or name.startswith(path.rstrip("/") + "/") or fnmatch.fnmatch(name, path)
@@ -274,6 +283,9 @@ def _measured(n: int, files: dict[str, Path], key: str) -> list[SourceFile]:
         # A name need not be text: bytes that are no UTF-8 are spelt out in what is written.
         shown = name.encode("utf-8", "backslashreplace").decode()
         chosen.append(SourceFile(n, shown, str(file), status.st_size, status.st_mtime_ns))
+    if not chosen:
+        what = f"{named(list(files))}: no regular file, but a pipe or a device"
+        raise UserError(what, key=key, remedy="write it to a file first")
     if again:
         logger.info(f"{key}: {named(again)}: links to files that are read under another name")
     return chosen

@@ -15,7 +15,7 @@ from data.text.clean import STAGE as CLEAN
 from data.text.conversations import CONVERSATION
 from data.text.decide import Decision
 from data.text.file_listing import named
-from data.text.inputs import Chunk
+from data.text.inputs import Chunk, places_of_sources
 from data.text.job import PreparationJob, Result
 from data.text.language import UNDETERMINED
 from data.text.source_records import BAD_JSON, EMPTY_FILE, NO_TEXT, UNREADABLE
@@ -52,8 +52,8 @@ def require_readable_sources(job: PreparationJob, chunks: list[Chunk], cleaned: 
     """
     if job.spooled:
         return
-    for n in range(len(job.sources)):
-        mine = [(c, r) for c, r in zip(chunks, cleaned, strict=True) if c.source == n]
+    for n, at in places_of_sources(chunks).items():
+        mine = [(chunks[place], cleaned[place]) for place in at]
         reasons: Counter[str] = sum((Counter(result["rejected"]) for _, result in mine), Counter())
         if any(result["kept"] for _, result in mine) or not reasons or set(reasons) - _CAN_NOT_BE_READ:
             continue
@@ -68,19 +68,29 @@ def require_readable_sources(job: PreparationJob, chunks: list[Chunk], cleaned: 
 
 
 def losses_of(
-    job: PreparationJob, chunks: list[Chunk], cleaned: list[Result], decision: Decision, domain: str
+    job: PreparationJob,
+    chunks: list[Chunk],
+    cleaned: list[Result],
+    decision: Decision,
+    places: dict[int, list[int]],
 ) -> list[str]:
-    """Returns a line for each source of a domain that lost most of its records, and for its lost files."""
+    """Returns a line for each source of a domain that lost most of its records, and for its lost files.
+
+    Args:
+        job: the job.
+        chunks: all chunks.
+        cleaned: the first stage's result for each chunk.
+        decision: the second stage's.
+        places: the chunks of each source of the domain, in both lists.
+    """
     if job.spooled:
         return []
     lines: list[str] = []
-    for n, source in enumerate(job.sources):
-        if source.domain == domain:
-            at = [number for number, chunk in enumerate(chunks) if chunk.source == n]
-            rejected = [Counter(cleaned[number]["rejected"]) + decision.copies[number] for number in at]
-            kept = [cleaned[number]["kept"] - decision.copies[number].total() for number in at]
-            mine = list(zip([chunks[number] for number in at], kept, rejected, strict=True))
-            lines += [f"{source.dataset}: {line}" for line in _lines_of(job, mine)]
+    for n, at in places.items():
+        rejected = [Counter(cleaned[number]["rejected"]) + decision.copies[number] for number in at]
+        kept = [cleaned[number]["kept"] - decision.copies[number].total() for number in at]
+        mine = list(zip([chunks[number] for number in at], kept, rejected, strict=True))
+        lines += [f"{job.sources[n].dataset}: {line}" for line in _lines_of(job, mine)]
     return lines
 
 

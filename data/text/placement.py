@@ -132,8 +132,17 @@ class Placement:
 
 
 def placement_of(root: Path) -> Placement:
-    """Returns the place of the folder of shards that a recipe names."""
-    folder = root.resolve()
+    """Returns the place of the folder of shards that a recipe names.
+
+    Raises:
+        UserError: if it is a link that leads to itself.
+    """
+    try:
+        folder = root.resolve()
+    except (OSError, RuntimeError):  # From Python 3.13 on it is returned as it is.
+        folder = root
+    if folder.is_symlink():
+        raise UserError(f"{root} is a link that leads to itself", key=KEY, remedy="give another path")
     if not folder.is_dir():
         return Placement(folder, is_inside=False)
     parent = folder.parent

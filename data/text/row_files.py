@@ -23,6 +23,8 @@ from train.record.files import whole_file
 
 Rows = NDArray[np.void]
 """Rows [N] of a structured data type."""
+_MOST_RUNS = 128
+"""Sorted runs on disk, each an open file."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,13 @@ def sort_rows(
                 run.write(_sorted(held, by).tobytes())
                 runs.append(run)
                 held, size = [], 0
+                if len(runs) == _MOST_RUNS:
+                    joined = files.enter_context(tempfile.TemporaryFile(dir=scratch))
+                    for merged in _merged(runs, by, dtype, limits):
+                        joined.write(merged.tobytes())
+                    for done in runs:
+                        done.close()
+                    runs = [joined]
         if not runs:
             if held:
                 yield _sorted(held, by)

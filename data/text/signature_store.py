@@ -68,11 +68,17 @@ def earlier_parts(job: PreparationJob) -> list[KnownPart]:
     """Returns the parts that a job's documents are held to, in order; none without a store.
 
     Raises:
-        UserError: if the store was made with other parameters of MinHash, or can't be read.
+        UserError: if the store was made with other parameters of MinHash, or can't be used.
     """
     if job.preparation.signatures is None or job.spooled:
         return []
-    parts = _parts(Path(job.preparation.signatures))
+    store = Path(job.preparation.signatures)
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"{store} can't be a folder ({error.strerror})"
+        raise UserError(what, key=KEY, remedy="give another path") from None
+    parts = _parts(store)
     own = next((part.number for part in parts if part.name == name_of_part(job)), None)
     return [part for part in parts if own is None or part.number < own]
 
@@ -99,7 +105,6 @@ def store_part(
     if job.preparation.signatures is None or job.spooled:
         return
     store, name = Path(job.preparation.signatures), name_of_part(job)
-    store.mkdir(parents=True, exist_ok=True)
     partial = store / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

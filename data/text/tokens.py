@@ -91,10 +91,10 @@ def plan_shards(job: PreparationJob, chunks: list[Chunk], encoded: list[Result])
     """Plans all shards from the token counts of all chunks, in time proportional to chunks and shards."""
     tasks: list[ShardTask] = []
     size = samples_per_shard(job.sequence_tokens) * job.sequence_tokens
-    for domain in dict.fromkeys(source.domain for source in job.sources):
-        mine = [
-            (c, r) for c, r in zip(chunks, encoded, strict=True) if job.sources[c.source].domain == domain
-        ]
+    by_domain: dict[str, list[tuple[Chunk, Result]]] = {source.domain: [] for source in job.sources}
+    for each in zip(chunks, encoded, strict=True):
+        by_domain[job.sources[each[0].source].domain].append(each)
+    for domain, mine in by_domain.items():
         for split in SPLITS:
             segments, tokens, documents = [], 0, 0
             for chunk, result in mine:

@@ -9,6 +9,7 @@ from train.hf.folders import (
     READ_TOKENIZERS,
     TOKENIZER_FILE,
     model_at,
+    recipe_file_of,
     tokenizer_folder_of,
 )
 from train.recipe.catalogue import schema_keys
@@ -17,7 +18,14 @@ from train.recipe.keys import OnStart, walk
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Model, OnExisting, OptimizerStart, Recipe, Tokenizer, TokenizerKind
 from train.record.changes import differences, keys_at, keys_of
-from train.record.run_folder import CHECKPOINTS_FOLDER, RECIPE_FILE, SUMMARY_FILE, batches_of
+from train.record.run_folder import (
+    CHECKPOINTS_FOLDER,
+    RECIPE_FILE,
+    SUMMARY_FILE,
+    TOKENIZER,
+    batches_of,
+    read_digests,
+)
 
 
 def check_start(recipe: Recipe, file: str) -> list[str]:
@@ -96,6 +104,7 @@ def require_start_tokenizer(recipe: Recipe, tokenizer: TokenizerHandle, file: st
     """
     if recipe.start.weights is None:
         return
+    _require_recorded(recipe, tokenizer, file)
     folder = tokenizer_folder_of(Path(recipe.start.weights))
     theirs, why = _tokenizer_in(folder), ""
     if theirs is not None and theirs.name in READ_TOKENIZERS:
@@ -112,6 +121,29 @@ def require_start_tokenizer(recipe: Recipe, tokenizer: TokenizerHandle, file: st
             remedy="use the same tokenizer, and shards written with it",
             file=file,
         )
+
+
+def _require_recorded(recipe: Recipe, tokenizer: TokenizerHandle, file: str) -> None:
+    """Raises if the run that trained the weights recorded another tokenizer, which its shards lack by now."""
+    path = Path(recipe.start.weights or "")
+    recipe_file = recipe_file_of(path)
+    recorded = None if recipe_file is None else read_digests(recipe_file.parent).get(TOKENIZER)
+    if recorded in (None, tokenizer.fingerprint):
+        return
+    before = tokenizer_folder_of(path)
+    if _tokenizer_in(before) is not None:
+        parent = model_at(path)[1]
+        assert parent is not None
+        # Its own tokenizer is still there, for a comparison of what the ids mean.
+        if open_tokenizer(parent.tokenizer, before).fingerprint == recorded:
+            return
+    raise UserError(
+        f"{tokenizer.name} (fingerprint {tokenizer.fingerprint[:12]}) is not the tokenizer that {path} was "
+        f"trained with ({recorded[:12]}), and {before} no longer has that one",
+        key="tokenizer",
+        remedy="use the same tokenizer, and shards written with it",
+        file=file,
+    )
 
 
 def _tokenizer_in(folder: Path) -> Path | None:
@@ -216,6 +248,8 @@ def _same_tokenizer(recipe: Recipe, parent: Recipe, file: str) -> None:
         if equal and ours.is_file() and theirs.is_file():
             mine, old = (open_tokenizer(r.tokenizer, Path(r.data.shards)) for r in (recipe, parent))
             equal = mine.fingerprint == old.fingerprint
+        if equal and ours.is_file():
+            _require_recorded(recipe, open_tokenizer(here, Path(recipe.data.shards)), file)
     if not equal:
         raise UserError(
             f"{_words(here)} is not the {_words(there)} that the weights were trained with",

@@ -1,6 +1,7 @@
 """Verdicts on documents in files are those in memory, one by one, with any engine and limits."""
 
 import json
+import resource
 import tracemalloc
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -244,6 +245,21 @@ def test_rows_are_sorted_and_grouped_within_any_memory(count: int, sort_bytes: i
             assert not is_first or first["b"] == row["b"]
 
 
+def test_rows_are_sorted_with_few_open_files(tmp_path: Path):
+    """A bucket may have any number of rows, each run of which is a file until they are merged."""
+    rows = np.zeros(200, [("a", "<u8"), ("b", "<i8")])
+    rows["a"] = np.random.default_rng(0).permutation(200)
+    blocks = (rows[at : at + 1] for at in range(200))
+    taken = len(list(Path("/proc/self/fd").iterdir()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 150, hard))
+    try:
+        ordered = list(sort_rows(blocks, ["a"], replace(SMALL, sort_bytes=16), tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert np.array_equal(np.concatenate(ordered)["a"], np.arange(200))
+
+
 @pytest.mark.parametrize("edges", [0, 30, 100, 119])
 def test_components_in_rounds_are_those_in_memory(tmp_path: Path, edges: int):
     rng = np.random.default_rng(edges)
@@ -304,6 +320,14 @@ def test_a_part_has_the_verdicts_that_it_has_after_the_parts_before(tmp_path: Pa
     followers = np.flatnonzero(later & (fate != REMOVED) & (group < sum(corpus.chunks[:9])))
     assert followers.size > 15 and np.array_equal(fate[followers], fate[group[followers]])
     assert {fate[it] for it in followers} == {TRAIN, VALIDATION}
+
+
+def test_a_store_that_can_not_be_a_folder_is_refused_at_the_start(tmp_path: Path):
+    corpus, store = corpus_of(5, chunks=1), tmp_path / "file/store"
+    job, _ = job_of(tmp_path / "job", corpus, SMALL, signatures=str(store))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data.preparation.signatures: .*/store can't be a folder"):
+        signature_store.earlier_parts(job)
 
 
 def test_a_store_takes_parts_whole_and_of_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

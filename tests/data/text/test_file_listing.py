@@ -78,6 +78,12 @@ def test_what_the_kind_does_not_read_is_named(tmp_path: Path, caplog: pytest.Log
     assert "passed over README.md, b.csv, c/d.parquet" in line and "e.csv" not in line
 
 
+def test_a_pipe_is_no_source(tmp_path: Path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"data.sources\[0\].path: a.jsonl: no regular file"):
+        listed(tmp_path / "a.jsonl")
+
+
 def test_text_files_are_cut_in_one_pass(tmp_path: Path):
     write(tmp_path, *(f"{n:04}.txt" for n in range(500)))
     files = list_inputs(0, source(tmp_path, SourceKind.text), None)

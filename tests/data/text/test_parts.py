@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from data.text.evaluation_overlap import EvaluationTexts
 from data.text.inputs import Chunk, SourceFile
 from data.text.job import PreparationJob
 from data.text.language import language_of
-from data.text.losses import table_of_languages
+from data.text.losses import require_readable_sources, table_of_languages
 from data.text.mds import (
     compress_shard,
     encode_shard,
@@ -106,6 +107,28 @@ def test_shards_are_planned_from_the_chunks_that_overlap_them(tmp_path: Path, se
         for it in task.segments:
             assert (it.first_token, it.first_document) == (ends[it.chunk] - tokens[it.chunk], 5 * it.chunk)
     assert at == ends[-1]
+
+
+class Passes(list[Chunk]):
+    """A list that counts how often it is gone through."""
+
+    count = 0
+
+    def __iter__(self) -> Iterator[Chunk]:
+        self.count += 1
+        return super().__iter__()
+
+
+def test_many_sources_and_domains_take_one_pass_over_the_chunks(tmp_path: Path):
+    facts = {"kind": SourceKind.jsonl, "path": "", "version": "", "origin": "", "licence": ""}
+    sources = tuple(Source(domain=f"d{n}", dataset=f"s{n}", **facts) for n in range(300))
+    job = PreparationJob(tmp_path, sources, Preparation(), (), Tokenizer(), 1 << 20, False)
+    chunks = Passes(Chunk(n, n, (), 0, 0) for n in range(300))
+    side = {"tokens": 5, "documents": 1}
+    encoded = [{"documents": 2, "train": side, "validation": side} for _ in chunks]
+    assert len(plan_shards(job, chunks, encoded)) == 600
+    require_readable_sources(job, chunks, [{"kept": 1, "rejected": {}}] * 300)
+    assert chunks.count == 3
 
 
 def prose_violation(text: str) -> str:
@@ -239,6 +262,8 @@ def test_normalised_text():
     assert normalise("\n \n  \tif x:\n    y\n\n", keeps_indentation=True) == "  \tif x:\n    y\n"
     assert normalise("  if x:", keeps_indentation=True) == "  if x:\n" and normalise("  if x:") == "if x:\n"
     assert normalise(" \n ", keeps_indentation=True) == normalise("") == "\n"
+    assert normalise("\ufeff    if x:", keeps_indentation=True) == "    if x:\n"
+    assert normalise("\ufeff\ufeffa\ufeff") == "a\ufeff\n"
 
 
 SENTENCES = {

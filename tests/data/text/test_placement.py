@@ -140,6 +140,9 @@ def test_what_can_not_hold_shards_is_one_line(tmp_path: Path, make_recipe: Calla
         UserError, match=r"data.shards: .*/file can't be written to \((Not a directory|File exists)"
     ):
         build_shards(make_recipe(tmp_path / "file/shards"), documents=small_documents)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match=r"data.shards: .*/loop is a link that leads to itself"):
+        build_shards(make_recipe(tmp_path / "loop"), documents=small_documents)
     with pytest.raises(UserError, match=r"data.shards: /proc can't be written to"):
         build_shards(make_recipe(Path("/proc/shards")), documents=small_documents)
 

@@ -27,6 +27,7 @@ from train.recipe.schema import (
     TokenizerKind,
 )
 from train.recipe.topology import Topology
+from train.record.run_folder import TOKENIZER, keep_data
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -160,6 +161,37 @@ def test_weights_with_another_tokenizer_are_refused(
     (theirs / "tokenizer.model").rename(theirs / "vocab.txt")
     with pytest.raises(UserError, match=r"vocab.txt is of another kind"):
         check_start(recipe, "x.yaml")
+
+
+@pytest.mark.parametrize("through", ["run", "checkpoint"])
+def test_a_run_whose_shards_were_built_again_is_refused(
+    parent: Recipe, run: Path, tmp_path: Path, through: str
+) -> None:
+    """Then its folder of shards has the tokenizer of new runs, which is not the one of its weights."""
+    shards = tmp_path / "shards"
+    parent = replace(
+        parent,
+        tokenizer=Tokenizer(TokenizerKind.bpe, 300),
+        data=replace(parent.data, shards=str(shards)),
+    )
+    (run / "recipe.yaml").write_text(to_yaml(parent))
+    (run / "checkpoints/ba1/state").mkdir(parents=True)
+    recipe = _from(parent, run if through == "run" else run / "checkpoints/ba1")
+    one, other = _bpe("the cat sat on the mat "), _bpe("xyz zyx yxz ")
+    keep_data(run, {TOKENIZER: one.fingerprint})
+    one.to_hugging_face(shards)
+    check_start(recipe, "x.yaml")
+    require_start_tokenizer(recipe, one)
+    other.to_hugging_face(shards)
+    with pytest.raises(UserError, match=r"tokenizer: bpe-300 \(fingerprint .* no longer has that one"):
+        check_start(recipe, "x.yaml")
+    with pytest.raises(UserError, match=r"no longer has that one"):
+        require_start_tokenizer(recipe, other)
+    # The run's folder of shards is gone: the record is all there is.
+    (shards / "tokenizer.json").unlink()
+    require_start_tokenizer(recipe, one)
+    with pytest.raises(UserError, match=r"no longer has that one"):
+        require_start_tokenizer(recipe, other)
 
 
 @pytest.mark.slow
