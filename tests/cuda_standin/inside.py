@@ -193,9 +193,36 @@ def _route_evenly() -> None:
         counts_E = _written(tokens_E, even(len(x_RD), len(tokens_E)))
         return grouped_glu(x_RD, *weights_EFD, counts_E, keeps_gates=keeps_gates)
 
+    _cross_evenly()
     megablocks_ops.histogram = even_histogram
     sys.modules["megablocks_ops"].histogram = even_histogram  # type: ignore[attr-defined]
     experts.grouped_glu = even_glu
+
+
+def _cross_evenly() -> None:
+    """Sends tokens to as many nodes as the plan says, where they cross once to each, after the host's wait."""
+    from launch.plan.nodes import expected_nodes
+    from train.model.node_exchange import NodeCounts, OnHost
+
+    begin, wait = NodeCounts.__init__, NodeCounts.on_host
+
+    def init(self: NodeCounts, is_there_TM: torch.Tensor, experts_TK: torch.Tensor, *others: Any) -> None:
+        begin(self, is_there_TM, experts_TK, *others)
+        (tokens, nodes), rows = is_there_TM.shape, experts_TK.numel()
+        local, _, of_rank = self.arriving_LMQ.shape
+        crossing = expected_nodes(local * nodes * of_rank, experts_TK.shape[1], nodes)
+        crossed, passed = even(round(crossing * tokens), nodes), even(rows, local)
+        self.even = OnHost(crossed, crossed, passed, passed, torch.tensor(even(rows, of_rank)).int())
+
+    def on_host(self: NodeCounts) -> OnHost:
+        wait(self)
+        counts = self.even
+        _written(self.crossed_M, counts.received_M)
+        parts = self.arriving_LMQ.numel()
+        _written(self.arriving_LMQ.view(-1), even(sum(counts.arriving_L), parts))
+        return counts
+
+    NodeCounts.__init__, NodeCounts.on_host = init, on_host  # type: ignore[method-assign]
 
 
 def even(total: int, parts: int) -> list[int]:

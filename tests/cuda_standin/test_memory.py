@@ -121,6 +121,24 @@ def test_the_host_waits_for_counts_once_though_the_exchange_is_repeated(grade: s
     assert calls["send over 8"] + 8 * calls.get("all-to-all over 8", 0) == 2 * halves * (1 + 6) * 8
 
 
+def test_tokens_that_cross_once_per_node_take_what_the_plan_says() -> None:
+    """The host waits once a layer; rows go to two nodes and to eight ranks, there and back, in each pass."""
+    if not HAS_GROUPED_MM:
+        pytest.skip("the plan is of the kernels of today's torch")
+    keys = ["parallelism.expert=16", "parallelism.exchange_node_ranks=8"]
+    case = ("dbrx", 3072, ["model.n_layers=4", "training.recompute=gates", *keys])
+    found = measured(case)
+    assert planned_bytes(case) == pytest.approx(found["peak"], rel=0.05)
+    assert found["waits"].pop("train/model/node_exchange.py: NodeCounts.on_host") == 4
+    assert sum(found["waits"].values()) <= 3
+    calls = {name: of_name[0] for name, of_name in found["counts"]["collectives"].items()}
+    across, within = (
+        calls[f"send over {ranks}"] / ranks + calls.get(f"all-to-all over {ranks}", 0) for ranks in (2, 8)
+    )
+    # Rows four times, across with their labels twice; counts once.
+    assert (across, within) == (4 * (4 + 2 + 1), 4 * (4 + 1))
+
+
 def test_layers_that_stay_gathered_take_what_the_plan_says() -> None:
     """The difference only: of few layers the whole plan is 8% above the allocator."""
     if not HAS_GROUPED_MM:
