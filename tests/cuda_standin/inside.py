@@ -200,7 +200,7 @@ def _route_evenly() -> None:
 
 
 def _cross_evenly() -> None:
-    """Sends tokens to as many nodes as the plan says, where they cross once to each, after the host's wait."""
+    """Sends tokens that cross once to each node to as many as the plan says, after the host has waited."""
     from launch.plan.nodes import expected_nodes
     from train.model.node_exchange import NodeCounts, OnHost
 
