@@ -1,6 +1,7 @@
 """Logits, losses and greedy decoding for evaluation, on a decoder that is sharded or whole.
 
-All methods are collective: a sharded model gathers its weights in each forward pass.
+All methods are collective: a sharded model gathers its weights in each forward pass. Every rank has sequences
+of its own, those of a pipeline too: its stages take each other's in turn.
 
 Shapes: B sequences, S tokens, V vocabulary.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from train.model.decoder import Decoder
 from train.model.kv_cache import CachedDecoder, flush_right
+from train.model.pipeline import FORWARD, Pipeline
 from train.recipe.schema import Precision
 from train.recipe.topology import Topology
 
@@ -33,6 +35,7 @@ class Scorer:
         self.decoder, self.topology, self.limit = decoder, topology, limit
         self.device = next(decoder.parameters()).device
         self._is_bf16 = precision is Precision.bf16
+        self._dtype = torch.bfloat16 if self._is_bf16 else torch.float32
 
     def _cast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_bf16)
@@ -41,9 +44,34 @@ class Scorer:
     def logits(self, ids_BS: Tensor) -> Tensor:
         """Returns logits [B, S, V] in fp32; those of a token do not depend on later tokens."""
         with self._cast():
+            if self.decoder.pipeline is not None:
+                return self._through_stages(self.decoder.pipeline, ids_BS.to(self.device)).float()
             logits_BSV = self.decoder(ids_BS.to(self.device)).logits_BSV
         assert logits_BSV is not None
         return logits_BSV.float()
+
+    def _through_stages(self, pipeline: Pipeline, ids_BS: Tensor) -> Tensor:
+        """Takes the sequences of each of the pipeline's ranks through all stages, for this one's logits."""
+        like, model = torch.empty(0, dtype=self._dtype, device=self.device), self.decoder.cfg
+        own_BSV: Tensor | None = None
+        for owner, theirs_BS in enumerate(pipeline.share(ids_BS)):
+            logits_BSV: Tensor | None = None
+            for chunk, part in enumerate(self.decoder.parts):
+                arrived_BSD = None
+                if not part.is_first:
+                    shape = (*theirs_BS.shape, model.d_model)
+                    arrived_BSD = pipeline.receive(shape, like, FORWARD).wait()
+                outputs = self.decoder(theirs_BS, chunk=chunk, arrived_BSD=arrived_BSD)
+                if part.is_last:
+                    logits_BSV = outputs.logits_BSV
+                else:
+                    pipeline.send(outputs.hidden_BSD, FORWARD)
+            pipeline.finish()
+            shape = (*theirs_BS.shape, model.vocab_size)
+            back_BSV = pipeline.bring_back(logits_BSV, owner, shape, like)
+            own_BSV = back_BSV if owner == pipeline.stage else own_BSV
+        assert own_BSV is not None
+        return own_BSV
 
     @torch.no_grad()
     def loss(self, ids_BS: Tensor, documents_BS: Tensor | None, targets_BS: Tensor) -> tuple[float, int]:

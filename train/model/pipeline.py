@@ -13,6 +13,7 @@ Shapes: B sequences of a microbatch, S tokens per sequence, D model width.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -85,6 +86,37 @@ class Pipeline:
         work = dist.irecv(x_BSD, self.ranks[source], group=self._link(source, direction))
         assert work is not None
         return Receipt(work, x_BSD)
+
+    def share(self, x: Tensor) -> list[Tensor]:
+        """Returns the tensors of this pipeline's ranks by stage, of two dimensions and whatever sizes."""
+        shapes = x.new_zeros((self.stages, 2))
+        shapes[self.stage] = torch.tensor(x.shape)
+        dist.all_reduce(shapes, group=self.group)
+        found = []
+        for stage, shape in enumerate(shapes.tolist()):
+            found.append(x.contiguous() if stage == self.stage else x.new_empty([int(n) for n in shape]))
+            dist.broadcast(found[-1], self.ranks[stage], group=self.group)
+        return found
+
+    def bring_back(self, x: Tensor | None, stage: int, shape: Sequence[int], like: Tensor) -> Tensor | None:
+        """Sends what the last stage has to a stage, which returns it; the others return None.
+
+        Args:
+            x: on the last stage; None: on others.
+            stage: that gets it.
+            shape: of it.
+            like: a tensor of its precision and device.
+        """
+        link = self._links[BACKWARD]  # in which later stages send to earlier ones
+        if stage == self.stages - 1:
+            return x
+        if x is not None:
+            dist.send(x.contiguous(), self.ranks[stage], group=link)
+        elif stage == self.stage:
+            x = like.new_empty(shape)
+            dist.recv(x, self.ranks[-1], group=link)
+            return x
+        return None
 
     def finish(self) -> None:
         """Waits until all that was sent has arrived."""

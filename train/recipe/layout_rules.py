@@ -224,7 +224,6 @@ def unstaged(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "training.offload": training.offload,
         "training.frozen": bool(training.frozen),
         "guard.recheck_interval_batches": recipe.guard.recheck_interval_batches is not None,
-        "evaluation.suite": recipe.evaluation.suite is not None,
     }
     yield from ((key, "remove either") for key, is_set in others.items() if is_set)
 

@@ -6,21 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from launch.plan.hardware import GPUS
 from launch.plan.muon import orthogonalising
+from launch.plan.stages import of_shared_embedding, sends
 from launch.plan.traffic import Collective, CollectiveKind, collectives
 from launch.verify.forked_ranks import run_ranks
 from train.health.collectives import CollectiveRecorder, recorded_collectives
 from train.layout.mesh import build_mesh, build_sharded, reduce_gradients
-from train.layout.optim import average_replicated_gradients, build_optimizer
+from train.layout.optim import average_replicated_gradients, build_optimizer, sum_over_ends
 from train.model.decoder import Decoder
 from train.model.moe import MoE
 from train.model.node_exchange import NodeCounts, OnHost
 from train.recipe import sizes
 from train.recipe.schema import (
     BalanceScope,
+    Data,
     ExchangePrecision,
     Latent,
     Model,
@@ -34,8 +37,11 @@ from train.recipe.schema import (
     Recompute,
     ReducePrecision,
     Reduction,
+    Training,
 )
 from train.recipe.topology import Topology
+from train.step.microbatch import MicrobatchModel
+from train.step.pipelined import PipelinedBatch
 
 pytestmark = pytest.mark.slow
 
@@ -295,6 +301,65 @@ def test_muons_bytes_are_those_counted_on_gloo(layout: Parallelism) -> None:
     assert planned and ranks[0][1] == {CollectiveKind.all_to_all: sum(each.calls for each in planned)}
     sent = sum(payloads[CollectiveKind.all_to_all] for payloads, _ in ranks)
     assert sent == pytest.approx(4 * sum(each.calls * each.payload_bytes for each in planned))
+
+
+def count_sends(
+    recipe: Recipe, precision: Precision, rank: Topology
+) -> tuple[list[int], Counter[CollectiveKind]]:
+    """Counts a batch through the stages of a pipeline: bytes of each send, and of the sum over its ends."""
+    layout, model = recipe.parallelism, recipe.model
+    _, stage, _ = sizes.place_of(layout, rank.world_size, rank.rank)
+    parts = sizes.stage_parts(model, layout, stage)
+    decoder = Decoder(model, device="meta", loss_chunk_tokens=64, parts=parts)
+    build_sharded(decoder, build_mesh(layout, rank.world_size, "cpu"), precision, seed=0)
+    batch = PipelinedBatch(MicrobatchModel(decoder, recipe, precision), layout, lambda *_: None)
+    batch.microbatch_sequences = recipe.training.microbatch_sequences
+    ids = (
+        torch.arange(MICROBATCHES * SEQUENCES * SEQUENCE_TOKENS).view(-1, SEQUENCE_TOKENS) % model.vocab_size
+    )
+    sent: list[int] = []
+    send = dist.ProcessGroup.send
+
+    def noted(group: Any, tensors: list[Tensor], *given: Any) -> Any:
+        sent.append(sum(tensor.nbytes for tensor in tensors))
+        return send(group, tensors, *given)
+
+    dist.ProcessGroup.send = noted  # type: ignore[method-assign, assignment]
+    batch.run({"input_ids": ids, "targets": ids.roll(-1, dims=1), "document_ids": torch.zeros_like(ids)})
+    counting = Counting()
+    with recorded_collectives(counting):
+        if decoder.shared_embedding is not None:
+            assert decoder.pipeline is not None and decoder.pipeline.ends is not None
+            sum_over_ends(decoder.shared_embedding, decoder.pipeline.ends)
+    return sent, counting.payloads
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        (Parallelism(pipeline=3, pipeline_layers=[1, 1, 2]), Precision.bf16),
+        (Parallelism(pipeline=2, pipeline_chunks=2, expert=2), Precision.fp32),
+    ],
+    ids=["stages", "chunks"],
+)
+def test_sends_of_stages_are_those_counted_on_gloo(layout: Parallelism, precision: Precision) -> None:
+    training = Training(microbatch_sequences=SEQUENCES, precision=precision)
+    own = replace(MOE, n_layers=4, mtp=True, vocab_size=100)
+    recipe = Recipe(
+        model=own, parallelism=layout, training=training, data=Data(sequence_tokens=SEQUENCE_TOKENS)
+    )
+    world = layout.pipeline * layout.expert
+    ranks = run_ranks(world, lambda rank: count_sends(recipe, precision, rank))
+    planned, (summed,) = sends(recipe, world), of_shared_embedding(recipe, world)
+    # The ends of the model have one neighbour.
+    calls = planned.calls * MICROBATCHES * layout.pipeline - 2 * MICROBATCHES
+    assert Counter(size for sent, _ in ranks for size in sent) == {
+        planned.payload_bytes: calls * layout.expert
+    }
+    per_rank = [payloads[CollectiveKind.all_reduce] for _, payloads in ranks]
+    stage = world // layout.pipeline
+    between = [0] * (world - 2 * stage)
+    assert per_rank == [summed.payload_bytes] * stage + between + [summed.payload_bytes] * stage
 
 
 def collective(kind: CollectiveKind, ranks: int, stride: int = 1) -> Collective:
