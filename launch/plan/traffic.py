@@ -170,6 +170,11 @@ def collectives(
         for weight in sizes.layer_weights(alike.model, 0)
         if sizes.placement(weight, layout, world_size).is_replicated
     )
+    routers += sum(
+        weight.elements
+        for weight in (sizes.joining_weights(model) if model.mtp else ())
+        if sizes.placement(weight, layout, world_size).is_replicated
+    )
     if routers:
         averaged = (CollectiveKind.all_reduce, routers * FP32, world_size, 1, 1)
         found.append(Collective(ROUTERS, *averaged, is_once_a_step=True))

@@ -152,7 +152,6 @@ def _unsplittable(recipe: Recipe, ranks: int) -> Iterator[tuple[str, str]]:
     model, training, optimizer, layout = recipe.model, recipe.training, recipe.optimizer, recipe.parallelism
     of_models = {
         "model.latent": model.latent is not None,
-        "model.mtp": model.mtp,
         "model.qkv_bias": model.qkv_bias,
         "model.position=alibi": model.position is Position.alibi,
         "model.qk_norm_over=all_heads": model.qk_norm and model.qk_norm_over is QkNormOver.all_heads,

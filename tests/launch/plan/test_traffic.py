@@ -203,7 +203,12 @@ def count(
             id="by-sequence",
         ),
         pytest.param(
-            SPLIT, Parallelism(expert=2, tensor=2), 4, Precision.bf16, Recompute.ffn, id="shared-weights"
+            replace(SPLIT, mtp=True),
+            Parallelism(expert=2, tensor=2),
+            4,
+            Precision.bf16,
+            Recompute.ffn,
+            id="shared-weights",
         ),
         pytest.param(
             replace(SPLIT, moe=None),
