@@ -31,6 +31,7 @@ from data.batch import NO_TARGET, Batch, batch_of_block, make_batch, make_block,
 from data.fill_in_middle import FillInMiddleTransform, open_fill_in_middle
 from data.opened import OpenedData
 from data.order.plan import OrderPlan
+from data.shards.enough import require_validation
 from data.shards.manifest import unigram_entropy
 from data.shards.packing import PADDING, Sample
 from data.shards.streams import ShardFolder
@@ -333,19 +334,12 @@ def validation_entropy(opened: OpenedData) -> dict[str, float]:
 def _validation_sequences(opened: OpenedData, rank: int, world_size: int) -> dict[str, ValidationSequences]:
     opened.require_match()
     recipe, found = opened.recipe, {}
-    wanted = recipe.data.validation_sequences
+    require_validation(opened.manifest, recipe)
     for index, domain in enumerate(opened.validated_domains):
-        there = opened.manifest.domains[domain].splits["validation"].samples
-        if there < wanted:
-            raise UserError(
-                f"is {wanted}, but {recipe.data.shards} has {there} of {domain}",
-                key="data.validation_sequences",
-                remedy=f"set it to {there} at most, or build from more text",
-            )
         found[domain] = ValidationSequences(
             opened.shards(domain, "validation"),
             domain=index,
-            sequences=wanted,
+            sequences=recipe.data.validation_sequences,
             rank=rank,
             world_size=world_size,
             # Every rank has whole sequences here, also those that share a microbatch's in training.

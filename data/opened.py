@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data.order.plan import OrderPlan
 from data.shards.cache import open_cache
+from data.shards.enough import validated_domains
 from data.shards.index import INDEX_FILE, ShardIndex, open_index
 from data.shards.manifest import (
     DOCUMENTS_FILE,
@@ -61,7 +62,7 @@ class OpenedData:
     @property
     def validated_domains(self) -> list[str]:
         """Sorted names of the domains with a validation loss: those trained on, and those added to them."""
-        return sorted({*domains_of(self.recipe), *self.recipe.data.validation_domains})
+        return validated_domains(self.recipe)
 
     def index(self, domain: str, split: str) -> ShardIndex:
         """The index of a domain's split."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data.chat_template import read_template
 from data.shards.index import INDEX_FILE
 from data.shards.manifest import (
     DOCUMENTS_FILE,
@@ -32,7 +33,7 @@ from data.text import installed
 from data.text.bpe import train_bpe
 from data.text.clean import SCORE, clean, keeps_cleaned, read_documents, score_all, write_texts
 from data.text.clean import STAGE as CLEAN
-from data.text.conversations import ChatFormat, chat_format, read_template
+from data.text.conversations import ChatFormat, chat_format
 from data.text.decide import STAGE as DECIDE
 from data.text.decide import TRAIN, Decision, decide, store_signatures
 from data.text.engines import Engine

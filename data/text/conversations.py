@@ -9,9 +9,9 @@ none, what a turn adds to the prompt for it.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from data.chat_template import read_template
 from data.text.file_listing import named
 from data.tokenizer import EOS, PAD, TokenizerHandle
 from train.recipe.errors import UserError
@@ -70,21 +70,6 @@ def chat_format(recipe: Tokenizer, handle: TokenizerHandle | None) -> ChatFormat
     names = {"bos_token": EOS, "eos_token": EOS, "pad_token": PAD} if handle is None else handle.special_names
     special = (EOS, PAD) if handle is None else handle.special_ids
     return ChatFormat(template, tuple(sorted(names.items())), tuple(sorted(special)))
-
-
-def read_template(recipe: Tokenizer) -> str | None:
-    """Returns the content of the recipe's template file; None if it names none.
-
-    Raises:
-        UserError: if it can't be read.
-    """
-    if recipe.chat_template is None:
-        return None
-    try:
-        return Path(recipe.chat_template).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        what = f"{recipe.chat_template} can't be read ({_line(error)})"
-        raise UserError(what, key="tokenizer.chat_template", remedy="correct the path") from None
 
 
 def turns_of(tree: object, kind: SourceKind) -> list[Turn]:

@@ -21,6 +21,7 @@ from data.shards.streams import ShardFolder
 from train.recipe.curriculum import Skip, continue_stages, plan_stages
 from train.recipe.errors import UserError
 from train.recipe.schema import Recipe
+from train.start.readiness import check_readiness
 
 pytestmark = pytest.mark.slow
 
@@ -192,10 +193,15 @@ def test_validation_reads_the_same_sequences_on_any_number_of_ranks(built: Recip
         assert validation_entropy(OpenedData(built))[domain] == pytest.approx(unigram_entropy(targets))
 
 
-def test_too_few_validation_sequences_are_refused(built: Recipe, make_recipe: Callable[..., Recipe]):
+def test_too_few_validation_sequences_are_refused_before_and_after_the_start(
+    built: Recipe, make_recipe: Callable[..., Recipe], tmp_path: Path
+):
     recipe = make_recipe(Path(built.data.shards), validation_sequences=10_000)
-    with pytest.raises(UserError, match=r"data.validation_sequences: is 10000, but .* has \d+ of code"):
+    refused = r"data.validation_sequences: is 10000, but .* has \d+ of code"
+    with pytest.raises(UserError, match=refused):
         build_validation_loaders(OpenedData(recipe), rank=0, world_size=1)
+    with pytest.raises(UserError, match=r"r\.yaml: " + refused):
+        check_readiness(dataclasses.replace(recipe, runs_dir=str(tmp_path)), "r.yaml")
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 3])

@@ -133,8 +133,9 @@ def newest_whole_checkpoint(
             complaint = str(error)
         found = next(filter(None, agree(complaint, topology)), "") or refuse(Path(folder))
         if not found:
-            return Path(folder), complaints
-        complaints.append(f"{found}; an older checkpoint is used instead" if batch is None else found)
+            used = "; an older checkpoint is used instead"
+            return Path(folder), [f"{newer}{used}" for newer in complaints]
+        complaints.append(found)
     return None, complaints
 
 

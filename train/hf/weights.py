@@ -183,7 +183,7 @@ def newest(run: Path) -> Path:
     """
     found, complaints = newest_whole_checkpoint(run / CHECKPOINTS_FOLDER)
     if found is None:
-        raise UserError(f"{run}: has no complete checkpoint {'; '.join(complaints)}".strip())
+        raise UserError(": ".join([f"{run}: has no complete checkpoint", *complaints[:1]]))
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf, read_write
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from train.recipe.aliases import ALIASES, TITAN, origin_of
 from train.recipe.catalogue import schema_keys
@@ -132,9 +132,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
     if path.resolve() in seen:
         raise UserError("extends itself", key="extends", remedy="remove the cycle", file=str(path))
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
-        raise UserError("no such recipe", remedy=hint, file=str(path))
+        raise _no_recipe(path)
     try:
         tree = read_yaml(path.read_text())
         origin = origin_of(tree) if isinstance(tree, dict) else ""
@@ -143,6 +141,11 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
         config = OmegaConf.create(meant("", renamed_in(tree))) if isinstance(tree, dict) else tree
     except UserError as error:
         raise error.at(str(path)) from None
+    except RecursionError:
+        what = "is nested too deeply, or contains itself"
+        raise UserError(what, remedy="write `key: value` lines", file=str(path)) from None
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror})", remedy="correct it", file=str(path)) from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         if path.suffix == ".toml":
             raise _foreign(path, TITAN).at(str(path)) from None
@@ -157,6 +160,19 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
         for layer in _layers(path.parent / str(base), (*seen, path.resolve()))
     ]
     return [*below, (str(path), config)]
+
+
+def _no_recipe(path: Path) -> UserError:
+    """Returns the error of a path that is no file, with the recipe that may be meant."""
+    what = "no such recipe"
+    if path.is_symlink():
+        what = f"is a link to {path.readlink()}, which is no file"
+    elif path.is_dir():
+        what = "is a folder, not a recipe"
+    others = [each.name for each in path.parent.glob("*.yaml") if each.is_file()]
+    near = difflib.get_close_matches(path.name, others, n=1)
+    hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
+    return UserError(what, remedy=hint, file=str(path))
 
 
 def _foreign(path: Path, origin: str) -> UserError:
@@ -267,7 +283,7 @@ def _explain(error: OmegaConfBaseException | UserError | TypeError, file: str, k
             return inner.at(file)
         outer = inner
     text = str(error).split("\n")[0]
-    key = str(error.full_key or error.key or "")
+    key = str(error.full_key or error.key or key)
     in_schema = re.sub(r"\[\d+\]", "[]", key)
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         if key in ALIASES or key.rsplit(".", 1)[-1] in ALIASES:
@@ -280,6 +296,11 @@ def _explain(error: OmegaConfBaseException | UserError | TypeError, file: str, k
         remedy = f"did you mean `{near[0]}`?" if near else "remove it; --help lists every key"
         return UserError("unknown key", key=key, remedy=remedy, file=file)
     known = schema_keys().get(in_schema)
+    if "'None'" in text or "is not Optional" in text:
+        text = "is empty"
+    elif isinstance(error, ValidationError) and " is not a subclass of " in text:
+        text, remedy = "has keys of its own, and no value", f"{key}.KEY=VALUE sets one"
+        return UserError(text, key=key, remedy=remedy, file=file)
     remedy = f"it means: {known.doc.split('.')[0]}" if known else "--help lists every key and its type"
     return UserError(text, key=key, remedy=remedy, file=file)
 

@@ -78,9 +78,13 @@ def meant(key: str, value: Any) -> Any:
         value: as :func:`read_yaml` returns it.
 
     Raises:
-        UserError: for a folder with a variable that is not set, or that looks like a secret.
+        UserError: for a text that no file can hold or be called, and for a folder with a variable that is not
+            set, or that looks like a secret.
     """
+    _require_text(key, value)
     if isinstance(value, dict):
+        for name in value:
+            _require_text(key, name)
         return {name: meant(f"{key}.{name}" if key else str(name), item) for name, item in value.items()}
     if isinstance(value, list):
         return [meant(f"{key}[]", item) for item in value]
@@ -94,6 +98,17 @@ def meant(key: str, value: Any) -> Any:
     if kind is str and _names_a_folder(key):
         return _folder(key, value)
     return value
+
+
+def _require_text(key: str, value: Any) -> None:
+    """Raises for a text with a NUL character, which ends a path, or with bytes that are not UTF-8."""
+    if not isinstance(value, str):
+        return
+    # Python keeps a foreign byte of the command line as half of a character.
+    foreign = any("\ud800" <= character <= "\udfff" for character in value)
+    if foreign or "\0" in value:
+        what = "has bytes that are not UTF-8" if foreign else "has a NUL character"
+        raise UserError(f"{value!r} {what}", key=key, remedy="write it without")
 
 
 def _whole(text: str, units: dict[str, int]) -> str | int:

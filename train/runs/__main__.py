@@ -17,7 +17,7 @@ from train.record.command import CommandGroup, Figures, command
 from train.record.log import progress
 from train.record.run_folder import RECIPE_FILE
 from train.record.tables import text_table
-from train.record.tags import read_tags, write_tags
+from train.record.tags import check_tag, read_tags, write_tags
 from train.report.run_page import as_text, describe, key_figures
 from train.report.run_record import read_run
 from train.runs.operations import copy, remove, rename, update_mlflow
@@ -195,6 +195,7 @@ def _tag(options: Namespace) -> int:
             continue
         if not name or name.startswith(RESERVED):
             raise UserError(f"{name!r} is no name for a tag", remedy="use another one")
+        check_tag(name, value)
         tags[name] = value
     if options.tags:
         write_tags(folder, tags)

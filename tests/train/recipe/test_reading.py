@@ -1,6 +1,7 @@
 """Recipes: merging, one-line errors, and a use for every key."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -432,15 +433,31 @@ def test_a_base_recipes_key_is_let_go_when_a_later_layer_chooses_otherwise(tmp_p
         ("extends: other.yaml\n", "no such recipe"),
         ("extends: self.yaml\n", "extends itself"),
         ("seed: 1\n", "name: is missing"),
+        ("data: &again [*again]\n", "nested too deeply, or contains itself"),
+        ("[" * 500, "nested too deeply, or contains itself"),
+        ("extends: folder\n", "is a folder, not a recipe"),
+        ("extends: link.yaml\n", "is a link to gone.yaml, which is no file; "),
+        ('name: t\ndata: {shards: "a\\0b"}\n', r"data.shards: 'a\x00b' has a NUL character; write"),
+        ('name: t\ndata: {domains: {"a\\0b": 1}}\n', r"data.domains: 'a\x00b' has a NUL character; write"),
+        ("name: t\nmodel:\n", "model: is empty; "),
+        ("name:\n", "name: is empty; it means: Name of the run"),
+        ("name: t\nmodel: {moe: 3}\n", "model.moe: has keys of its own, and no value; model.moe.KEY=VALUE"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "self.yaml").write_text(text)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.yaml").symlink_to("gone.yaml")
     with pytest.raises(UserError) as caught:
         load_recipe(tmp_path / "self.yaml")
     assert (
         expected in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
     )
+
+
+def test_bytes_of_the_command_line_that_are_no_text_are_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.shards: .*udcff.* has bytes that are not UTF-8"):
+        load_recipe("yamls/smoke.yaml", [os.fsdecode(b"data.shards=/data/\xff")])
 
 
 def test_the_command_line_answers_within_seconds_and_without_torch() -> None:

@@ -41,6 +41,23 @@ def take(folder: Path) -> None:
     (folder / "lease/000009.json").write_text(json.dumps(asdict(holder)))
 
 
+@pytest.mark.parametrize(
+    ("tag", "error"),
+    [
+        ("a=" + "x" * 5001, "the value of a tag has 5,001 characters; give 5,000 at most"),
+        ("a" * 251, "the name of a tag has 251 characters; give 250 at most"),
+        ("a=b\nc", r"'b\nc' has a control character; give a value of one line"),
+        ("=x", "'' is no name for a tag; use another one"),
+    ],
+)
+def test_tags_that_mlflow_would_not_take_are_refused(
+    tag: str, error: str, runs: Path, capsys: Output
+) -> None:
+    assert main(["tag", "r", "kept=1", tag]) == 2
+    assert error in capsys.readouterr().err
+    assert not (runs / "r/tags.json").exists()
+
+
 def test_list_show_and_tag(runs: Path, capsys: Output) -> None:
     shutil.copytree(runs / "r", runs / "fork")
     write_changes(

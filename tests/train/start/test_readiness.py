@@ -28,6 +28,10 @@ ROOT = Path(__file__).resolve().parents[3]
     [
         ("runs_dir={}/file/runs", r"r\.yaml: runs_dir: .* can't be written \(.*file is no folder\); name a"),
         ("data.shards={}/file/shards", r"data\.shards: .*file is no folder\); give a folder"),
+        ("runs_dir=/proc/none", r"runs_dir: /proc can't be written to \(.*\); name a folder"),
+        ("runs_dir={}/" + "x" * 300, r"runs_dir: can't be written \(File name too long\); name a folder"),
+        ("tokenizer.path={}/none", r"tokenizer\.path: no .*none; correct the path"),
+        ("tokenizer.chat_template={}", r"tokenizer\.chat_template: .* can't be read \(Is a directory\)"),
         ("data.corpus=null", r"data\.shards: no shards at .*none .*write_shards"),
         ("data.remote={}/none data.corpus=null", r"data\.remote: no shards at .*none; .*--upload"),
     ],
