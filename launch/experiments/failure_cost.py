@@ -101,10 +101,10 @@ def main(options: Namespace) -> Figures:
     return Figures([asdict(cost) | {"total": cost.total} for cost in costs])
 
 
-def make_recipe(recipe: Recipe, folder: Path, name: str, *, has_copies: bool) -> Recipe:
+def make_recipe(recipe: Recipe, folder: Path, name: str, *, has_copies: bool, steps: int = STEPS) -> Recipe:
     """Makes the tiny recipe, saving often; the first of its runs makes the shards."""
     every = 1 if has_copies else None
-    small = tiny_recipe(recipe, steps=STEPS)
+    small = tiny_recipe(recipe, steps=steps)
     return replace(
         small,
         name=name,

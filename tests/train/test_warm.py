@@ -40,8 +40,8 @@ def rank(arguments: Sequence[str]) -> int:
         case "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         case "waits":
-            Path("pid").write_text(str(os.getpid()))
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+            Path("pid").write_text(str(os.getpid()))
             time.sleep(PATIENCE_SECONDS)
     return 0
 

@@ -1,6 +1,7 @@
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from train.layout.device import cpu_flags, describe_hardware, measured_peak_flops, supports_bf16
@@ -33,3 +34,9 @@ def test_hardware_is_one_line() -> None:
     assert "cores of" in line
     assert line.endswith("GiB, 2 processes")
     assert "\n" not in line
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux")
+def test_memory_is_the_machines() -> None:
+    kibibytes = int(Path("/proc/meminfo").read_text().partition("MemTotal:")[2].split()[0])
+    assert f", {kibibytes / 2**20:.0f} GiB" in describe_hardware("cpu")

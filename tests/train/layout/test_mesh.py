@@ -290,6 +290,7 @@ def test_a_rank_of_a_large_job_is_in_one_group_per_dimension_and_in_no_other_of_
     assert groups(dbrx, 3072, rank=3071) == [3072, 24, 8, 16, 128], "it writes no checkpoint"
     assert groups(Parallelism(expert=8), 64, rank=63) == [64, 8, 8, 64]
     assert groups(Parallelism(), 64, rank=63) == [64, 64, 64]
+    assert groups(Parallelism(context=2), 64, rank=63) == [64, 64, 2, 64]
 
 
 def test_a_rank_that_fails_is_reported_with_its_traceback_and_ends_the_others() -> None:

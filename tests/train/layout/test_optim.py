@@ -122,14 +122,18 @@ def test_an_average_follows_the_weights_that_were_updated(kind: OptimizerKind) -
     assert not torch.equal(expected[0], weights[0].detach())
 
 
-@pytest.mark.parametrize("max_norm", [None, 0.1, 1e6])
-def test_clipping_equals_pytorchs_on_one_process(max_norm: float | None) -> None:
+@pytest.mark.parametrize(("max_norm", "scale"), [(None, 1.0), (0.1, 1.0), (1e6, 1.0), (1e-6, 1e-7)])
+def test_clipping_equals_pytorchs_on_one_process(max_norm: float | None, scale: float) -> None:
+    """Also where the norm is as small as what keeps it from zero."""
     models = _model(), _model()
     for model in models:
-        model(torch.arange(8.0).double().view(2, 4)).square().sum().backward()
+        (scale * model(torch.arange(8.0).double().view(2, 4)).square().sum()).backward()
     norm = clip_gradients(models[0].parameters(), max_norm)
     expected = torch.nn.utils.clip_grad_norm_(models[1].parameters(), max_norm or float("inf"))
     torch.testing.assert_close(norm.double(), expected)
     torch.testing.assert_close(
-        [p.grad for p in models[0].parameters()], [p.grad for p in models[1].parameters()]
+        [p.grad for p in models[0].parameters()],
+        [p.grad for p in models[1].parameters()],
+        rtol=1e-6,
+        atol=0.0,
     )
