@@ -43,19 +43,23 @@ class Placement:
         Raises:
             UserError: one line that names the folder.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is no folder", key=KEY, remedy="give another path")
+        self._require_folder()
         if not (self.folder / MANIFEST_FILE).exists() and self.folder.is_dir() and self._children():
             what = f"{self.folder} exists and holds no shards"
             raise UserError(what, key=KEY, remedy="give another folder, or empty it")
+
+    def _require_folder(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is no folder", key=KEY, remedy="give another path")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from building here, and puts back what a killed process was replacing.
 
         Raises:
-            UserError: if nothing can be written here.
+            UserError: if nothing can be written here, or a file has the folder's name.
         """
+        self._require_folder()
         lock = self._hidden("lock")
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from train.hf import model_card
 from train.hf.architectures import family_for
-from train.hf.folders import HEADERS_FILE, SOURCE_FOLDER, read_json
+from train.hf.folders import HEADERS_FILE, SOURCE_FOLDER, make_new_folder, read_json
 from train.hf.lineage import write_provenance
 from train.hf.mapping import Link
 from train.hf.safetensors_io import (
@@ -28,7 +28,6 @@ from train.hf.safetensors_io import (
     write_index,
 )
 from train.hf.weights import BALANCING_BIAS, Weights, WeightSource
-from train.recipe.errors import UserError
 from train.record.log import get_logger
 
 logger = get_logger(__name__)
@@ -71,9 +70,7 @@ def write_folder(
             f"{family.architecture} has no place"
         )
         source = replace(source, model=replace(source.model, mtp=False))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists; name a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_new_folder(out)
     links = {link.theirs: link for link in family.links(source.model)}
     layout = _layout(source, links, dtype, shard_bytes)
     digests = _write_weights(source.weights, links, layout, out)

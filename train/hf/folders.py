@@ -99,6 +99,21 @@ def tokenizer_folder_of(path: Path) -> Path:
     return path / SOURCE_FOLDER if (path / SOURCE_FOLDER).is_dir() else path
 
 
+def make_new_folder(folder: Path) -> None:
+    """Makes a folder for weights to be written into; an empty one may be there.
+
+    Raises:
+        UserError: if there is something in it, or it can't be made.
+    """
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder}: already exists; name a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"{folder}: can't be made ({error.strerror})"
+        raise UserError(what, remedy="name a folder on a disk with room that you may write to") from None
+
+
 def write_model(path: Path, model: Model) -> None:
     """Writes a model as part of a recipe, for :func:`read_model` and for `extends:`."""
     whole = OmegaConf.create(to_yaml(replace(Recipe(), model=model)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from train.hf.folders import MODEL_FILE, read_json, write_model
+from train.hf.folders import MODEL_FILE, make_new_folder, read_json, write_model
 from train.hf.safetensors_io import (
     DEFAULT_SHARD_BYTES,
     TensorInfo,
@@ -130,9 +130,7 @@ def _begin(out: Path, identity: dict[str, object]) -> dict[str, dict[str, object
             for name, entry in done.items()
             if (out / name).is_file() and (out / name).stat().st_size == entry["bytes"]
         }
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists; name a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_new_folder(out)
     _write_json(unfinished, identity | {"files": {}})
     return {}
 

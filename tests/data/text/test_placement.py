@@ -136,6 +136,7 @@ def test_what_can_not_hold_shards_is_one_line(tmp_path: Path, make_recipe: Calla
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data.shards: .*/file is no folder"):
         build_shards(make_recipe(tmp_path / "file"), documents=small_documents)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     with pytest.raises(
         UserError, match=r"data.shards: .*/file can't be written to \((Not a directory|File exists)"
     ):
