@@ -12,12 +12,16 @@ from train.recipe import sizes
 from train.recipe.reading import load_recipe
 from train.recipe.schema import Recompute
 
+IN_BF16 = "parallelism.reduce_precision=bf16"
+ONCE = "parallelism.exchange_node_ranks=8"
 REPLAYED = (
     ("MoE-A, 64 GPUs", "dbrx-moe-a", 64),
     ("DBRX, 3,072 GPUs", "dbrx", 3072),
     ("DBRX, expert 16", "dbrx", 3072, "parallelism.expert=16"),
-    ("DBRX, reduced in bf16", "dbrx", 3072, "parallelism.reduce_precision=bf16"),
+    ("DBRX, expert 16, once per node", "dbrx", 3072, "parallelism.expert=16", ONCE),
+    ("DBRX, reduced in bf16", "dbrx", 3072, IN_BF16),
 )
+GATHERED = "nothing, all layers stay gathered"
 GROUPS = ("kernels", "triton", "products", "copies", "waits", "events", "collectives")
 
 
@@ -59,11 +63,15 @@ def print_replays() -> None:
         length = recipe.data.sequence_tokens
         flops = sizes.flops_per_token_training(recipe.model, length).total
         flops *= recipe.training.microbatch_sequences * length
-        for grade in Recompute:
-            layer = test_timeline.layer_of(stem, ranks, f"training.recompute={grade.value}")
+        rows = [(grade.value, f"training.recompute={grade.value}") for grade in Recompute]
+        if stem == "dbrx-moe-a":
+            kept = "training.recompute=nothing"
+            rows += [(GATHERED, kept), (f"{GATHERED}, reduced in bf16", kept, IN_BF16)]
+        for what, *keys in rows:
+            layer = test_timeline.layer_of(stem, ranks, *keys, gathers_all=what.startswith(GATHERED))
             seconds = (layer.rest + recipe.model.n_layers * layer.total) / 1000
             share = flops / seconds / GPUS["h100"].matrix_flops
-            grades.append([f"{name}: {grade.value}", layer.total, layer.open, seconds, f"{share:.1%}"])
+            grades.append([f"{name}: {what}", layer.total, layer.open, seconds, f"{share:.1%}"])
     fields = test_timeline.LayerTimes._fields
     print(tabulate(layers, ["replayed, ms", *fields], "github", floatfmt=".1f"), end="\n\n")
     columns = ["recomputed, replayed", "a layer, ms", "open, ms", "a step, s", "utilisation"]

@@ -189,10 +189,12 @@ def _collective_seconds(call: Call, layout: Parallelism, world_size: int, gpu: G
     kinds = [kind for kind in CollectiveKind if kind.value == what]
     if not kinds:
         return 0.0
-    # Experts exchange tokens; of two dimensions of one size the other is meant by all else.
+    # Experts exchange tokens, once per node in two steps, of which two of one size are taken for the inner
+    # one; of two dimensions of one size the other is meant by all else.
     shard = shard_degree(layout, world_size)
+    local = layout.exchange_node_ranks or layout.expert
     strides = (
-        {layout.sharing: 1, layout.expert: 1}
+        {layout.sharing: 1, layout.expert: 1, layout.expert // local: local, local: 1}
         if kinds[0] is CollectiveKind.all_to_all
         else {
             layout.sharing: 1,

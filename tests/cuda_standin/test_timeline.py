@@ -31,8 +31,18 @@ class LayerTimes(NamedTuple):
 
 
 @functools.cache
-def layer_of(stem: str, ranks: int, *overrides: str, is_ahead: bool = True) -> LayerTimes:
-    """Replays a step of two and of four layers; half of the difference is a layer's."""
+def layer_of(
+    stem: str, ranks: int, *overrides: str, is_ahead: bool = True, gathers_all: bool = False
+) -> LayerTimes:
+    """Replays a step of two and of four layers; half of the difference is a layer's.
+
+    Args:
+        stem: name of the recipe's file.
+        ranks: GPUs.
+        overrides: of the recipe.
+        is_ahead: gather and reduce in our order, not in FSDP2's own.
+        gathers_all: the weights of all layers stay gathered between the passes.
+    """
     settings = {} if is_ahead else {"NOT_AHEAD": "1"}
     file = YAMLS / f"{stem}.yaml"
     batch = ranks * load_recipe(file).training.microbatch_sequences
@@ -40,6 +50,7 @@ def layer_of(stem: str, ranks: int, *overrides: str, is_ahead: bool = True) -> L
     found = []
     for layers in (2, 4):
         own = [*keys, f"model.n_layers={layers}"]
+        own += [f"parallelism.gathered_layers={layers}"] if gathers_all else []
         with tempfile.NamedTemporaryFile() as timeline:
             settings["TIMELINE"] = timeline.name
             standin.run("world", str(ranks), str(file), *own, ALONE="1", **settings)
@@ -86,6 +97,21 @@ def test_a_plan_at_the_replay_s_rates_takes_as_long(stem: str, ranks: int, exper
     )
     replayed = layer_of(stem, ranks, f"parallelism.expert={expert}")
     assert 1000 / 20 * (of_40.step_seconds - of_20.step_seconds) == pytest.approx(replayed.total, rel=0.1)
+
+
+def test_tokens_that_cross_once_per_node_leave_less_open() -> None:
+    straight, once = (
+        layer_of("dbrx", 3072, "parallelism.expert=16", *keys)
+        for keys in ((), ("parallelism.exchange_node_ranks=8",))
+    )
+    assert once.open < 0.75 * straight.open and once.total < straight.total
+
+
+def test_layers_that_stay_gathered_copy_their_weights_once() -> None:
+    freed, kept = (
+        layer_of("dbrx-moe-a", 64, "parallelism.expert=1", gathers_all=kept) for kept in (False, True)
+    )
+    assert kept.total < 0.985 * freed.total and kept.links < 0.8 * freed.links
 
 
 def test_fsdp2_by_itself_hides_less() -> None:
