@@ -2,7 +2,7 @@
 # Collects wheels for an installation without a network: bash launch/wheels.sh [--core | --stores] DIR, then
 # launch/install.sh --wheels DIR on a machine of the same kind. DIR gets everything but torch, the development tools
 # and the clients of object stores; --core: only the core; --stores: the clients too. core.txt and full.txt there name
-# each wheel with its SHA-256. Needs a network and pip.
+# each wheel with its SHA-256. Wheels are packed again to be smaller: pip installs them, uv does not. Needs a network and pip.
 set -euo pipefail
 called_from=$PWD
 cd "$(dirname "$0")/.."
@@ -36,16 +36,11 @@ standin=$(torch_stand_in pip install)
 PYTHONPATH=$standin "${collect[@]}" --no-build-isolation -r requirements-megablocks.lock
 
 # Wheels that were built here have other hashes than the lock, which has those of their sources.
+lists=()
 for set in "${sets[@]}"; do
-    cat "$scratch/$set.txt" requirements-megablocks.lock | "$python" -c '
-import hashlib, re, sys
-from pathlib import Path
-
-files = {re.sub("[-_.]+", "-", path.name.split("-")[0]).lower(): path for path in Path(sys.argv[1]).glob("*.whl")}
-for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", sys.stdin.read(), re.MULTILINE):
-    path = files[re.sub("[-_.]+", "-", name).lower()]
-    print(f"{name}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}")
-' "$wheels" >"$wheels/$set.txt"
+    lists+=("$scratch/$set.txt")
+    cat requirements-megablocks.lock >>"$scratch/$set.txt"
 done
+"$python" launch/repack_wheels.py "$wheels" "${lists[@]}"
 "$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' >"$wheels/python"
 echo "wheels: $(du -sh --apparent-size "$wheels" | cut -f1) for $(uname -sm) and Python $(<"$wheels/python")"
