@@ -10,7 +10,7 @@ from launch.plan.search import verdict
 from launch.plan.step import make_plan
 from launch.submit.job import Device, Job
 from train.recipe.errors import UserError
-from train.recipe.schema import Recipe
+from train.recipe.schema import Parallelism, Recipe
 
 
 def expert_group(rank: int, expert: int) -> range:
@@ -33,14 +33,8 @@ def check_memory(job: Job, recipe: Recipe) -> list[str]:
     return [line if fits else f"warning: {line}"]
 
 
-def check_placement(job: Job, recipe: Recipe) -> list[str]:
-    """Describes the placement of each kind of group in a line; lines of concern begin with `warning:`.
-
-    Raises:
-        UserError: if some expert groups would cross a node boundary and others not.
-    """
-    layout, gpus = recipe.parallelism, job.gpus_per_node
-    lines = []
+def _of_experts(layout: Parallelism, gpus: int, world_size: int) -> list[str]:
+    """Describes the placement of expert groups, if there are any."""
     local = layout.exchange_node_ranks
     if local is not None and gpus % local:
         raise UserError(
@@ -49,7 +43,7 @@ def check_placement(job: Job, recipe: Recipe) -> list[str]:
             remedy=f"set it to {gpus}, or remove it",
         )
     if layout.expert > 1:
-        spans = {nodes_of(expert_group(rank, layout.expert), gpus) for rank in range(job.world_size)}
+        spans = {nodes_of(expert_group(rank, layout.expert), gpus) for rank in range(world_size)}
         least = -(-layout.expert // gpus)
         if spans != {least}:
             raise UserError(
@@ -59,16 +53,26 @@ def check_placement(job: Job, recipe: Recipe) -> list[str]:
                 remedy=f"use a divisor or a multiple of {gpus}",
             )
         if least == 1:
-            lines.append(f"placement: expert groups of {layout.expert} stay within a node, on NVLink")
-        else:
-            spread, once = "tokens cross the network once per node", ""
-            if local != gpus:
-                spread = f"{1 - gpus / layout.expert:.0%} of the tokens' all-to-all goes over the network"
-                once = f", parallelism.exchange_node_ranks={gpus} would send it once per node"
-            lines.append(
-                f"warning: expert groups of {layout.expert} span {least} nodes of {gpus} GPUs: {spread}; "
-                f"parallelism.expert={gpus} would keep it on NVLink{once}"
-            )
+            return [f"placement: expert groups of {layout.expert} stay within a node, on NVLink"]
+        spread, once = "tokens cross the network once per node", ""
+        if local != gpus:
+            spread = f"{1 - gpus / layout.expert:.0%} of the tokens' all-to-all goes over the network"
+            once = f", parallelism.exchange_node_ranks={gpus} would send it once per node"
+        return [
+            f"warning: expert groups of {layout.expert} span {least} nodes of {gpus} GPUs: {spread}; "
+            f"parallelism.expert={gpus} would keep it on NVLink{once}"
+        ]
+    return []
+
+
+def check_placement(job: Job, recipe: Recipe) -> list[str]:
+    """Describes the placement of each kind of group in a line; lines of concern begin with `warning:`.
+
+    Raises:
+        UserError: if groups would cross a node boundary that must not, or only some expert groups do.
+    """
+    layout, gpus = recipe.parallelism, job.gpus_per_node
+    lines = _of_experts(layout, gpus, job.world_size)
     if layout.context > 1:
         inside = gpus % layout.context == 0
         where = "stay within a node, on NVLink" if inside else "cross nodes, and gather keys over the network"
