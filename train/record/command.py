@@ -16,6 +16,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from train.recipe.errors import JoinedUserError, UserError
@@ -79,10 +80,9 @@ class Command:
         mistakes: tuple[type[Exception], ...] = (UserError, *self.mistakes)
         file = (getattr(options, self.file) or "command line") if self.file else ""
         try:
-            if self.json and options.json and not options.json.parent.is_dir():
-                raise UserError(
-                    f"{options.json.parent} is not a folder", key="--json", remedy="create it first"
-                )
+            for option in ("json", "html"):
+                if (written := getattr(options, option, None)) is not None:
+                    _require_writable(Path(written), f"--{option}")
             outcome = self.work(options)
             if isinstance(outcome, int):
                 return outcome
@@ -192,6 +192,20 @@ def at_least(kind: type, least: float) -> Callable[[str], Any]:
         return value
 
     return number
+
+
+def _require_writable(file: Path, key: str) -> None:
+    """Raises if a file that a command writes at its end can't be written; leaves nothing behind."""
+    if not file.parent.is_dir():
+        raise UserError(f"{file.parent} is not a folder", key=key, remedy="create it first")
+    if file.is_dir():
+        raise UserError(f"{file} is a folder", key=key, remedy="give a file")
+    try:
+        with NamedTemporaryFile(prefix=".writable-", dir=file.parent):
+            pass
+    except OSError as error:
+        what = f"{file} can't be written ({error.strerror})"
+        raise UserError(what, key=key, remedy="give a file in a folder that you may write to") from None
 
 
 def write_figures(file: Path, tree: Any) -> None:

@@ -258,7 +258,7 @@ def test_the_command_writes_the_page_and_says_what_is_wrong(
     assert tree["sampled"]["documents"] == 10 and tree["left_out"]["exact duplicate"] == 1
     for arguments, complaint in {
         (shards, "--html", str(page), "--sample", "1"): "--sample: is 1; give 2 or more, one for each domain",
-        (shards, "--html", str(tmp_path / "none/page.html")): "--html: .*none/page.html can't be written",
+        (shards, "--html", str(tmp_path / "none/page.html")): "--html: .*none is not a folder",
         (str(tmp_path),): "data.shards: no shards at ",
     }.items():
         assert main(list(arguments)) == 2

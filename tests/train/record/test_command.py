@@ -107,6 +107,33 @@ def test_figures_are_written_as_json_beside_the_printed_text(tmp_path: Path) -> 
     assert refused.returncode == 2 and refused.stdout == "" and "--json" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("file", "error"),
+    [
+        ("none/page.html", "none is not a folder; create it first"),
+        ("", " is a folder; give a file"),
+        (
+            "/proc/page.html",
+            "--html: /proc/page.html can't be written (No such file or directory); give a file",
+        ),
+    ],
+)
+def test_a_page_that_can_not_be_written_is_refused_before_the_work(
+    file: str, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def arguments(parser: ArgumentParser) -> None:
+        parser.add_argument("--html", type=Path)
+
+    @command("page", "makes a page", arguments)
+    def main(options: Namespace) -> int:
+        raise AssertionError("the work has begun")
+
+    assert main(["--html", str(tmp_path / file)]) == 2
+    said = capsys.readouterr().err
+    assert error in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_json_logs_are_objects_and_a_mistake_is_one_of_them() -> None:
     ended = _run("train/main.py", "yamls/smoke.yaml", "training.clip=1", "--json-logs")
     said = json.loads(ended.stderr)
