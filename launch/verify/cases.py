@@ -232,15 +232,19 @@ PIPELINES = (
     Layout(2, 1, 1, pipeline=2),
     Layout(1, 1, 1, pipeline=4),
     Layout(1, 1, 1, pipeline=2, chunks=2),
+    Layout(1, 1, 2, pipeline=2, tensor=2),
 )
-"""Stages by themselves, with shared experts, sharded and in replicas; stages between others; and chunks."""
+"""Stages by themselves, with shared experts, sharded and in replicas; stages between others; chunks; and
+stages whose ranks share dense weights."""
 
 
 def pipeline_layouts(small: Recipe, worlds: tuple[int, ...] = (1, 2, 4)) -> list[Layout]:
     """Layouts of several stages, if the tiny recipe allows any."""
     found = []
     for each in (_with_experts_of(small, layout) for layout in PIPELINES if layout.world_size in worlds):
-        if not any(True for _ in unstaged(_staged(small, each))):
+        staged = _staged(small, each)
+        split = replace(staged, parallelism=_layout_of(staged, each, Precision.fp32))
+        if not [*unstaged(staged), *tensor_violations(split, each.world_size)]:
             found.append(each)
     return found
 

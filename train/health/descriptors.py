@@ -33,7 +33,7 @@ def gloo_groups(layout: Parallelism, world_size: int, uses_gpus: bool) -> list[i
         groups += [world_size, stage // layout.expert]
         groups += [layout.expert] * (layout.expert > 1)
         groups += [layout.context] * (layout.context > 1)
-        groups += [layout.tensor, replica // layout.tensor] if layout.tensor > 1 else []
+        groups += [layout.tensor, stage // layout.tensor] if layout.tensor > 1 else []
         links = [layout.pipeline] * (4 if layout.pipeline_chunks > 1 else 2)
         groups += [*links, 2, layout.replicate * stage] if layout.pipeline > 1 else []
         groups += [layout.replicate, stage] * (layout.replicate > 1)

@@ -93,7 +93,7 @@ def build_mesh(layout: Parallelism, world_size: int, device_type: str) -> Mesh:
         context = Context(_own_group(torch.arange(world_size).view(-1, layout.context), 1))
     split = None
     if layout.tensor > 1:
-        split = _split_mesh(layout, world_size, device_type, of_experts[0])
+        split = _split_mesh(layout, world_size, device_type, of_experts[0], pipeline)
         context = TensorGroup(split.get_group(TENSOR))
     nodes = None
     if layout.exchange_node_ranks is not None:
@@ -125,12 +125,17 @@ def _join_pipeline(layout: Parallelism, ranks: Tensor, dimension: int) -> Pipeli
 
 
 def _split_mesh(
-    layout: Parallelism, world_size: int, device_type: str, replicas: dist.ProcessGroup
+    layout: Parallelism,
+    world_size: int,
+    device_type: str,
+    replicas: dist.ProcessGroup,
+    pipeline: Pipeline | None,
 ) -> DeviceMesh:
     """Builds the mesh of dense weights that groups of ranks share; ``replicas`` are those of other meshes."""
-    ranks = torch.arange(world_size).view(layout.replicate, -1, layout.tensor)
+    every = torch.arange(world_size).view(layout.replicate, layout.pipeline, -1, layout.tensor)
     names: tuple[str, ...] = (REPLICATE, REST, TENSOR)
-    groups = [replicas, _own_group(ranks, 1), _own_group(ranks, 2)]
+    groups = [replicas, _own_group(every, 2), _own_group(every, 3)]
+    ranks = every[:, 0 if pipeline is None else pipeline.stage]
     if layout.replicate == 1:
         ranks, names, groups = ranks[0], names[1:], groups[1:]
     return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)

@@ -126,11 +126,13 @@ def tensor_violations(recipe: Recipe, ranks: int) -> Iterator[Violation]:
     degree, expert = layout.tensor, layout.expert
     if degree == 1:
         return
-    if ranks % (layout.replicate * degree):
-        what = f"{ranks} ranks are not divisible by replicate={layout.replicate} x tensor={degree}"
-        yield Violation(
-            name, what, f"use a divisor of {ranks} / replicate, or start more ranks (composer -n)"
-        )
+    apart = layout.replicate * layout.pipeline
+    if ranks % (apart * degree):
+        degrees = f"replicate={layout.replicate} x tensor={degree}"
+        degrees += f" x pipeline={layout.pipeline}" if layout.pipeline > 1 else ""
+        what = f"{ranks} ranks are not divisible by {degrees}"
+        remedy = f"use a divisor of {ranks} / {apart}, or start more ranks (composer -n)"
+        yield Violation(name, what, remedy)
     lengths = {phase.sequence_tokens for phase in phases_of(recipe)}
     for length in sorted(length for length in lengths if length and length % degree):
         what = f"cuts sequences into {degree} parts, but {length} tokens are not divisible by that"
@@ -168,7 +170,7 @@ def _unsplittable(recipe: Recipe, ranks: int) -> Iterator[tuple[str, str]]:
     if model.n_kv_heads % layout.tensor:
         what = f"splits heads over {layout.tensor} ranks, but model.n_kv_heads={model.n_kv_heads}"
         yield what, f"use a divisor of {model.n_kv_heads}"
-    over = ranks // layout.replicate
+    over = sizes.stage_ranks(layout, ranks)
     for weight in sizes.weights(model):
         if sizes.is_split_by_rows(weight.name) and weight.shape[0] % over:
             yield f"rows of {weight.name}, {weight.shape[0]}, do not shard evenly over {over} ranks", _ANOTHER
@@ -213,7 +215,6 @@ def unstaged(recipe: Recipe) -> Iterator[tuple[str, str]]:
     training, layout = recipe.training, recipe.parallelism
     others = {
         f"parallelism.context={layout.context}": layout.context > 1,
-        f"parallelism.tensor={layout.tensor}": layout.tensor > 1,
         "parallelism.interleave": layout.interleave,
         f"parallelism.gathered_layers={layout.gathered_layers} in several chunks": layout.gathered_layers > 0
         and layout.pipeline_chunks > 1,

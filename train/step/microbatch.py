@@ -112,7 +112,9 @@ class MicrobatchModel(nn.Module):
         """Begins to receive the residual stream of a microbatch, or its gradient."""
         dtype = torch.bfloat16 if self.precision is Precision.bf16 else torch.float32
         like = torch.empty(0, dtype=dtype, device=batch["input_ids"].device)
-        shape = (*batch["input_ids"].shape, self.decoder.cfg.d_model)
+        sequences, length = batch["input_ids"].shape
+        own = length // (1 if self.context is None else self.context.ranks)
+        shape = (sequences, own, self.decoder.cfg.d_model)
         return pipeline.receive(shape, like, direction)
 
     def send(self, pipeline: Pipeline, outputs: DecoderOutput) -> None:
@@ -141,7 +143,7 @@ class MicrobatchModel(nn.Module):
                     counts_LE[own] = each.expert_tokens_LE
         losses_BS = last.token_losses_BS
         if losses_BS is None:
-            losses_BS = torch.zeros_like(batch["targets"], dtype=torch.float32)
+            losses_BS = torch.zeros_like(self._own(batch["targets"]), dtype=torch.float32)
         return last._replace(
             expert_tokens_LE=counts_LE,
             token_losses_BS=losses_BS,

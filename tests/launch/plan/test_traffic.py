@@ -344,8 +344,9 @@ def count_sends(
     [
         (Parallelism(pipeline=3, pipeline_layers=[1, 1, 2]), Precision.bf16),
         (Parallelism(pipeline=2, pipeline_chunks=2, expert=2), Precision.fp32),
+        (Parallelism(pipeline=2, tensor=2, expert=2), Precision.bf16),
     ],
-    ids=["stages", "chunks"],
+    ids=["stages", "chunks", "shared-weights"],
 )
 def test_sends_of_stages_are_those_counted_on_gloo(layout: Parallelism, precision: Precision) -> None:
     training = Training(microbatch_sequences=SEQUENCES, precision=precision)

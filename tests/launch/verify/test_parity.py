@@ -267,6 +267,8 @@ def test_a_near_zero_update_of_lion_that_rounding_turns_accuses_nobody(tmp_path:
         ("smoke", "", "crowded", Precision.fp32, "(1,1,2) (1,2,1)c2 (1,1,4)n2"),
         ("smoke", TRADED, "accumulated", Precision.bf16, "(2,2,1) (2,1,2) (2,1,2)c4 (1,1,4)t2 (1,1,2)p2"),
         ("smoke", "model.mtp=true", "idle", Precision.bf16, "(1,1,4)t2 (1,1,1)p2"),
+        ("smoke", "model.mtp=true", "accumulated", Precision.bf16, "(1,1,2)t2p2"),
+        ("smoke", "", "loaded", Precision.fp32, "(1,1,2)t2p2"),
         # Only ranks with whole experts halve their microbatches.
         ("smoke", f"{HALVED} model.moe.jitter_eps=0.05", "split", Precision.fp32, "(1,1,2) (1,2,1)t2"),
         ("smoke", f"{HALVED} model.mtp=true", "recomputed", Precision.fp32, "(1,2,1) (1,1,2) (1,1,4)n2"),

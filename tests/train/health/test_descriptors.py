@@ -27,6 +27,7 @@ LAYOUTS = [
     Parallelism(replicate=2, expert=2),
     Parallelism(expert=2, context=4),
     Parallelism(replicate=2, pipeline=2, pipeline_chunks=2),
+    Parallelism(pipeline=2, tensor=2),
 ]
 DBRX = Parallelism(replicate=24, expert=16)
 
