@@ -38,6 +38,7 @@ def _dbrx(*overrides: str) -> Recipe:
     [
         ("dbrx", "model.tie_embeddings=false"),
         ("dbrx", "model.tie_embeddings=true"),
+        ("dbrx", "parallelism.tensor=4"),
         ("deepseek-v3", "model.mtp=false"),
         ("deepseek-v3", "model.mtp=true"),
     ],
