@@ -1,17 +1,31 @@
 """A batch's domain counts do not depend on its split over microbatches, and differ for other batches."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from data.shards.digest import digest_sequences
 from launch.verify.forked_ranks import run_ranks
+from train.recipe.curriculum import plan_stages
+from train.recipe.reading import load_recipe
 from train.recipe.topology import Topology
+from train.record.metrics import (
+    DOMAIN_EPOCHS,
+    DOMAIN_SAMPLES,
+    DOMAIN_TARGETS,
+    DOMAIN_TOKENS,
+    LOSS_DOMAIN,
+    of_domain,
+)
+from train.step.batch_sums import BatchTotals
+from train.step.data_log import DataLog, Domain
 from train.step.domain_counts import DomainCounts, DomainEntry, read_entries
 
 # B sequences of a batch, S tokens per sequence.
 B, S = 12, 16
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -77,6 +91,30 @@ def test_sums_are_those_of_the_batch() -> None:
         assert entry.digest == digest_sequences(
             whole["input_ids"][mine].numpy(), whole["sample_positions"][mine].numpy()
         )
+
+
+def test_a_batchs_figures_are_its_means_and_the_totals_so_far() -> None:
+    smoke = load_recipe(ROOT / "yamls/smoke.yaml", [f"training.global_batch_sequences={B}"])
+    names = ("code", "prose", "messages")
+    log = DataLog(None, [Domain(name, 8) for name in names], S, {}, plan_stages(smoke), counts_targets=True)
+    whole = batch() | {"sample_positions": torch.arange(B)}
+    books = DomainCounts(3, torch.device("cpu"))
+    books.clear()
+    books.add(whole, losses())
+    none = torch.zeros(())
+    figures = log.record(1, BatchTotals(none, none, B * S, S, None, books.reduce()))
+    for domain, name in enumerate(names):
+        mine = whole["domain_ids"] == domain
+        targets = int((whole["targets"][mine] != -100).sum())
+        expected = {
+            LOSS_DOMAIN: float(losses()[mine].double().sum()) / targets,
+            DOMAIN_TOKENS: S * int(mine.sum()),
+            DOMAIN_TARGETS: targets,
+            DOMAIN_SAMPLES: int(mine.sum()),
+            DOMAIN_EPOCHS: int(mine.sum()) / 8,
+        }
+        for key, value in expected.items():
+            assert figures[of_domain(key, name)] == pytest.approx(value, rel=1e-12)
 
 
 def test_every_fault_of_a_batch_changes_a_digest() -> None:

@@ -95,6 +95,20 @@ def test_a_rollback_has_the_batches_at_fault() -> None:
     assert verdict.action is Action.rollback and verdict.batches == 3
 
 
+@pytest.mark.parametrize(
+    ("load", "reason"),
+    [
+        (RouterLoad(entropy=0.1, dead_share=0.0, busiest_over_mean=1.5), "entropy 0.100 below"),
+        (RouterLoad(entropy=0.9, dead_share=0.8, busiest_over_mean=1.5), "80% of a layer's experts are dead"),
+        (RouterLoad(entropy=0.9, dead_share=0.0, busiest_over_mean=12.0), "12.0 times its layer's mean load"),
+    ],
+)
+def test_each_sign_of_a_collapse_is_one(load: RouterLoad, reason: str) -> None:
+    verdict = UpdateGuard(GuardRecipe(collapse_batches=1)).judge(4.0, 1.0, load)
+    (alarm,) = verdict.alarms
+    assert reason in alarm and "," not in alarm.partition(": ")[2]
+
+
 def test_a_collapse_raises_one_alarm_when_it_has_lasted() -> None:
     guard = UpdateGuard(GuardRecipe(collapse_batches=3, on_collapse=OnCollapse.stop))
     bad = RouterLoad(entropy=0.1, dead_share=0.8, busiest_over_mean=12.0)

@@ -139,12 +139,15 @@ class RecheckedModel:
 
     def __init__(self, recipe: Recipe, wrong_runs: tuple[int, ...]) -> None:
         self.found: list[Corruption] = []
+        self.told: list[str] = []
+        """What the watchdog hears."""
         self.wrong_runs, self.runs = wrong_runs, 0
         self.step = self._trained(recipe)
 
     def _trained(self, recipe: Recipe) -> TrainingStep:
         step = trained(recipe, 4)
-        recheck = Recheck(recipe, step.model, Topology(), report=self.found.append)
+        told = self.told.append
+        recheck = Recheck(recipe, step.model, Topology(), report=self.found.append, moved=told)
         parts = [{key: value[row : row + 4] for key, value in whole().items()} for row in (0, 4)]
         run = step.run_again
 
@@ -191,6 +194,7 @@ def test_a_third_run_tells_transient_from_persistent(
     assert finding.runs == (2 if verdict is None else 3), (
         "the step, its second run, and a third only if needed"
     )
+    assert finding.told == ["computing a step again"] * (finding.runs - 1)
     if not verdict:
         pairs = zip(gradients(finding.step), sound.before, strict=True)
         assert all(torch.equal(*pair) for pair in pairs), "a sound run's gradients are left"
