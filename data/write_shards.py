@@ -209,8 +209,9 @@ def describe(manifest: Manifest, root: Path) -> str:
     heads = ("split", "documents", "samples", "tokens", "bytes/token", "entropy")
     lines.append(text_table(heads, rows, "<>>>>>"))
     for name, domain in manifest.domains.items():
-        kept = sum(split.documents for split in domain.splits.values())
-        kept_bytes = sum(split.text_bytes for split in domain.splits.values())
+        splits = domain.splits.values()
+        kept = sum(split.documents if split.files is None else split.files for split in splits)
+        kept_bytes = sum(it.text_bytes if it.file_bytes is None else it.file_bytes for it in splits)
         lost, lost_bytes = sum(domain.rejected.values()), domain.rejected_bytes
         counts = {
             "read": (kept + lost, kept_bytes + lost_bytes),
@@ -224,6 +225,9 @@ def describe(manifest: Manifest, root: Path) -> str:
             for what, (n, size) in counts.items()
         ]
         lines.append(f"{name}: {', '.join(words)}")
+        if any(split.files is not None for split in splits):
+            joined = sum(split.documents for split in splits)
+            lines.append(f"{name}: {kept:,} files of repositories are joined into {joined:,} documents")
         if domain.is_masked:
             tokens = sum(split.tokens for split in domain.splits.values())
             trained = sum(split.trained_tokens or 0 for split in domain.splits.values())

@@ -62,6 +62,10 @@ class SplitRecord:
     """Tokens that have a loss, of shards with a loss mask; null: there is none, and all have one."""
     trained_bytes: int | None = None
     """UTF-8 bytes of the text that they spell."""
+    files: int | None = None
+    """Files that the documents were joined of, where a source's repositories are; null: none were."""
+    file_bytes: int | None = None
+    """UTF-8 bytes of these files."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -161,8 +165,8 @@ class Manifest:
         return json.dumps(self._tree() | {"digest": self.digest}, indent=1, sort_keys=True) + "\n"
 
     def _tree(self) -> dict[str, Any]:
-        """The values by name; those of loss masks and scores only where there are any, so that other shards
-        stay as they were.
+        """The values by name; those of loss masks, scores and repositories only where there are any, so that
+        other shards stay as they were.
         """
         tree = asdict(self)
         for domain in tree["domains"].values():
@@ -170,7 +174,7 @@ class Manifest:
                 if domain[name] is None:
                     del domain[name]
             for split in domain["splits"].values():
-                for name in ("trained_tokens", "trained_bytes"):
+                for name in ("trained_tokens", "trained_bytes", "files", "file_bytes"):
                     if split[name] is None:
                         del split[name]
         return tree

@@ -1,7 +1,5 @@
 """Builds a recipe's shards from its documents, stage by stage. Start reading at `build_into`."""
 
-import hashlib
-import itertools
 import json
 import shutil
 from collections import Counter
@@ -14,25 +12,13 @@ import numpy as np
 from tqdm import tqdm
 
 from data.chat_template import read_template
-from data.shards.index import INDEX_FILE
 from data.shards.manifest import (
-    DOCUMENTS_FILE,
-    FORMAT,
-    REJECTED_FILE,
-    SCORES_FILE,
-    DatasetRecord,
-    DomainRecord,
     Manifest,
-    SplitRecord,
-    TokenizerRecord,
-    entropy,
-    preparation_digest,
     require_rows,
 )
 from data.text import installed
 from data.text.bpe import train_bpe
 from data.text.clean import SCORE, clean, keeps_cleaned, read_documents, score_all, write_texts
-from data.text.clean import STAGE as CLEAN
 from data.text.conversations import ChatFormat, chat_format
 from data.text.decide import STAGE as DECIDE
 from data.text.decide import TRAIN, Decision, decide, store_signatures
@@ -42,39 +28,29 @@ from data.text.inputs import (
     WHOLE,
     Chunk,
     SourceFile,
-    check_preparation,
-    check_sources,
     cut,
     list_inputs,
-    places_of_sources,
 )
 from data.text.installed import CorpusDocument
 from data.text.job import PreparationJob, Result
-from data.text.losses import losses_of, require_readable_sources, table_of_languages
-from data.text.mds import index_text
+from data.text.losses import require_readable_sources, table_of_languages
+from data.text.records import assemble
 from data.text.remote_inputs import FOLDER as FETCHED
 from data.text.remote_inputs import fetch_sources
-from data.text.scores_file import join_scores
+from data.text.repositories import join_repositories, require_repositories
 from data.text.signature_store import earlier_parts
-from data.text.split import SPLITS
-from data.text.tokens import ENCODE, WRITE, ShardTask, encode, open_once, plan_shards, write_shard
+from data.text.source_keys import check_preparation, check_sources
+from data.text.tokens import encode, plan_shards, write_shard
 from data.tokenizer import CHAT_TEMPLATE, TokenizerHandle, find_sentinels, open_given, open_tokenizer
 from train.recipe.errors import UserError
 from train.recipe.phases import domains_of, fills_in_middle
 from train.recipe.preparation import (
-    CONVERSATIONS,
-    Packing,
-    PersonalData,
-    Preparation,
-    Quality,
     Source,
     SourceKind,
-    Threshold,
     TokenRows,
 )
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe, TokenizerKind
-from train.recipe.secrets import without_secrets
 from train.record import log
 from train.record.files import sha256
 
@@ -118,6 +94,7 @@ def build_into(
     cleaned = engine.run("filtering" if keeps_cleaned(job) else "reading and filtering", clean, job, chunks)
     if table := table_of_languages(job, cleaned, chunks):
         logger.info(table)
+    require_repositories(job, chunks, cleaned)
     decision = decide(job, chunks, cleaned, engine)
     _require_documents(recipe, job, decision, cleaned)
     require_readable_sources(job, chunks, cleaned)
@@ -127,10 +104,11 @@ def build_into(
         _train_tokenizer(recipe, job, chunks, decision)
     if (template := read_template(recipe.tokenizer)) is not None:
         (job.out / CHAT_TEMPLATE).write_text(template, "utf-8")
-    encoded = engine.run("tokenising", encode, job, chunks)
-    tasks = plan_shards(job, chunks, encoded)
+    portions = join_repositories(job, chunks, cleaned, engine)
+    encoded = engine.run("tokenising", encode, job, portions)
+    tasks = plan_shards(job, portions, encoded)
     written = engine.run("writing shards", write_shard, job, tasks)
-    manifest = _assemble(recipe, job, chunks, decision, (cleaned, encoded, tasks, written))
+    manifest = assemble(recipe, job, chunks, decision, cleaned, (portions, encoded, tasks, written))
     store_signatures(job, cleaned, engine)
     return manifest
 
@@ -215,7 +193,9 @@ def _cleaning_keys(source: Source) -> dict[str, Any]:
         *("quality", "languages", "licences", "thresholds", "scores"),
     ):
         del tree[name]
+    of = source.repositories
     return tree | {
+        "repositories": of and [of.column, of.folders, of.path_column],
         "kind": source.kind.value,
         "pii": source.pii.value,
         "token_rows": source.token_rows.value,
@@ -319,163 +299,3 @@ def _train_tokenizer(recipe: Recipe, job: PreparationJob, chunks: list[Chunk], d
                     seen += 1
 
     train_bpe(recipe.tokenizer, texts()).to_hugging_face(job.out)
-
-
-def _assemble(
-    recipe: Recipe,
-    job: PreparationJob,
-    chunks: list[Chunk],
-    decision: Decision,
-    results: tuple[list[Result], list[Result], list[ShardTask], list[Result]],
-) -> Manifest:
-    tokenizer = open_once(job.tokenizer, job.out)
-    places = places_of_sources(chunks)
-    _, _, tasks, written = results
-    shards: dict[tuple[str, str], list[tuple[ShardTask, Result]]] = {}
-    for task, result in zip(tasks, written, strict=True):
-        shards.setdefault((task.domain, task.split), []).append((task, result))
-    records = {}
-    for domain in dict.fromkeys(source.domain for source in job.sources):
-        mine = {n: at for n, at in places.items() if job.sources[n].domain == domain}
-        of_split = {split: shards.get((domain, split), []) for split in SPLITS}
-        records[domain] = _domain_record(job, chunks, decision, results, domain, mine, of_split)
-    made_by = TokenizerRecord(
-        tokenizer.name,
-        tokenizer.fingerprint,
-        tokenizer.vocab_size,
-        tokenizer.eos_id,
-        tokenizer.pad_id,
-        {file.name: sha256(file) for file in sorted(job.out.iterdir()) if file.is_file()},
-    )
-    data = recipe.data
-    return Manifest(
-        format=FORMAT,
-        tokenizer=made_by,
-        sequence_tokens=data.sequence_tokens,
-        corpus=data.corpus,
-        corpus_bytes=data.corpus_bytes if data.corpus else None,
-        domains=records,
-        preparation_sha256=preparation_digest(recipe),
-    )
-
-
-def _domain_record(
-    job: PreparationJob,
-    chunks: list[Chunk],
-    decision: Decision,
-    results: tuple[list[Result], list[Result], list[ShardTask], list[Result]],
-    domain: str,
-    places: dict[int, list[int]],
-    shards: dict[str, list[tuple[ShardTask, Result]]],
-) -> DomainRecord:
-    """Returns a domain's record.
-
-    ``places``: its chunks, by source; ``shards``: its shards, by split.
-    """
-    cleaned, encoded, _, _ = results
-    folder = job.out / domain
-    folder.mkdir(exist_ok=True)
-    at = sorted(itertools.chain.from_iterable(places.values()))
-    numbers = [chunks[n].number for n in at]
-    listing = _join(folder / DOCUMENTS_FILE, [job.file(ENCODE, n, "documents.jsonl") for n in numbers])
-    lists = [job.file(stage, n, "rejected.jsonl") for stage in (CLEAN, DECIDE) for n in numbers]
-    rejected = _join(folder / REJECTED_FILE, lists)
-    reasons: Counter[str] = sum((Counter(cleaned[n]["rejected"]) + decision.copies[n] for n in at), Counter())
-    splits = {
-        split: _split_record(job, folder / split, [encoded[n][split] for n in at], shards[split])
-        for split in SPLITS
-    }
-    sources = [source for source in job.sources if source.domain == domain]
-    scores = {n: job.file(CLEAN, n, SCORES_FILE) for n in numbers}
-    scores_sha256, personal = join_scores(job, scores, folder / SCORES_FILE)
-    return DomainRecord(
-        source=without_secrets("; ".join(dict.fromkeys(source.origin for source in sources))),
-        licence="; ".join(dict.fromkeys(source.licence for source in sources)),
-        transformation=_transformation(job, sources),
-        documents_sha256=listing,
-        splits=splits,
-        datasets=[
-            DatasetRecord(it.dataset, it.version, without_secrets(it.origin), it.licence) for it in sources
-        ],
-        rejected=dict(sorted(reasons.items())),
-        rejected_sha256=rejected,
-        rejected_bytes=sum(cleaned[n]["rejected_bytes"] + decision.copied_bytes[n] for n in at),
-        losses=losses_of(job, chunks, cleaned, decision, places),
-        scores_sha256=scores_sha256,
-        personal_data=personal,
-    )
-
-
-def _split_record(
-    job: PreparationJob, folder: Path, encoded: list[dict[str, int]], written: list[tuple[ShardTask, Result]]
-) -> SplitRecord:
-    folder.mkdir(exist_ok=True)
-    written = [(task, result) for task, result in written if result["samples"]]
-    index = index_text([result["entry"] for _, result in written])
-    is_masked = job.is_masked(folder.parent.name)
-    (folder / INDEX_FILE).write_text(index)
-    digest = hashlib.sha256()
-    counts: Any = np.zeros(1, np.int64)
-    for task, _ in written:
-        digest.update(job.file(WRITE, task.number, "digests").read_bytes())
-        counts = counts + np.load(job.file(WRITE, task.number, "counts.npy"))
-    return SplitRecord(
-        documents=sum(part["documents"] for part in encoded),
-        samples=sum(result["samples"] for _, result in written),
-        tokens=sum(part["tokens"] for part in encoded),
-        padding_tokens=sum(result["padding"] for _, result in written),
-        text_bytes=sum(part["text_bytes"] for part in encoded),
-        unigram_entropy=entropy(counts),
-        content_sha256=digest.hexdigest(),
-        index_sha256=hashlib.sha256(index.encode()).hexdigest(),
-        trained_tokens=sum(result["trained"] for _, result in written) if is_masked else None,
-        trained_bytes=sum(part["trained_bytes"] for part in encoded) if is_masked else None,
-    )
-
-
-def _join(path: Path, parts: list[Path]) -> str:
-    """Concatenates the parts and returns the hash of the result."""
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for part in parts:
-            content = part.read_bytes()
-            digest.update(content)
-            file.write(content)
-    return digest.hexdigest()
-
-
-def _transformation(job: PreparationJob, sources: list[Source]) -> str:
-    packed = "; packed by best fit decreasing" if job.preparation.packing is Packing.best_fit else ""
-    if job.spooled:
-        return installed.TRANSFORMATION + packed
-    steps = ["UTF-8, NFC, line ends as \\n, control characters removed"]
-    for source in sources:
-        if source.languages:
-            steps.append(f"{source.dataset}: languages {', '.join(source.languages)}")
-        if source.quality is not Quality.none:
-            steps.append(f"{source.dataset}: quality heuristics for {source.quality.value}")
-        if source.pii is not PersonalData.off:
-            treated = "replaced" if source.pii is PersonalData.replace else "counted"
-            steps.append(f"{source.dataset}: personal data {treated}")
-        if source.thresholds:
-            bounds = (f"{it.score} {_words_of(it)}" for it in source.thresholds)
-            steps.append(f"{source.dataset}: {', '.join(bounds)}")
-        if source.licences:
-            steps.append(f"{source.dataset}: licences {', '.join(source.licences)}")
-    preparation: Preparation = job.preparation
-    if any(source.kind in CONVERSATIONS for source in sources):
-        steps[0] = "UTF-8, NFC, line ends as \\n, control characters removed; a loss on responses only"
-    steps.append("exact duplicates removed")
-    if preparation.near_duplicates is not None:
-        steps.append(f"near-duplicates from Jaccard similarity {preparation.near_duplicates} on removed")
-    if job.evaluation_files:
-        steps.append(f"documents sharing {preparation.evaluation_ngram}-grams with evaluation tasks removed")
-    if job.evaluation_files and preparation.evaluation_share is not None:
-        what = f"documents with {preparation.evaluation_share:g} of an evaluation item's four-word sequences"
-        steps.append(f"{what} removed")
-    return "; ".join([*steps, "near-identical documents on one side of the split"]) + packed
-
-
-def _words_of(threshold: Threshold) -> str:
-    bounds = {"at least": threshold.at_least, "at most": threshold.at_most}
-    return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)

@@ -37,6 +37,8 @@ from train.record.files import whole_file, write_whole
 STAGE, SCORE = "clean", "score"
 DIGESTS, SKETCHES, SIZES, NAMES = "digests.npy", "sketches.npy", "sizes.npy", "names.jsonl"
 """Files of a chunk: SHA-256 [N, 32], `data.text.duplicates.SKETCH` [N], bytes [N], and a name a line."""
+TEXTS, REPOSITORIES = "texts.jsonl", "repositories.jsonl"
+"""Files of a chunk: a name and a text a line; where they have any, a repository and a path in it a line."""
 RECORDS = "records.jsonl"
 KEPT = "kept"
 """Among the rules of a language, the texts that violate none."""
@@ -64,8 +66,9 @@ def clean(job: PreparationJob, chunk: Chunk) -> Result:
     """Writes the documents that pass, their digests, sizes, signatures and scores, and the rejected records.
 
     Returns:
-        Counts of ``kept`` documents and of ``rejected`` ones by reason, the latters' ``rejected_bytes`` and,
-        for a source with filters, by language how many texts each rule rejected and how many are kept.
+        Counts of ``kept`` documents, of those ``in_repositories`` and of ``rejected`` ones by reason, their
+        ``kept_bytes`` and ``rejected_bytes`` and, for a source with filters, by language how many texts each
+        rule rejected and how many are kept.
     """
     return job.once(STAGE, chunk.number, lambda: _clean(job, chunk))
 
@@ -102,15 +105,7 @@ def normalise_characters(text: str) -> str:
 
 def read_documents(job: PreparationJob, number: int) -> Iterator[tuple[str, str]]:
     """Yields name and text of each clean document of a chunk."""
-    return read_texts(job.file(STAGE, number, "texts.jsonl"))
-
-
-def read_spans(job: PreparationJob, number: int) -> Iterator[Spans]:
-    """Yields which characters of each conversation of a chunk are to be learnt."""
-    with job.file(STAGE, number, "texts.jsonl").open("rb") as stream:
-        for line in stream:
-            _, _, spans = json.loads(line)
-            yield tuple((begin, end) for begin, end in spans)
+    return read_texts(job.file(STAGE, number, TEXTS))
 
 
 def read_texts(path: Path) -> Iterator[tuple[str, str]]:
@@ -124,15 +119,16 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
 def write_texts(path: Path, documents: Sequence[tuple[str, str] | tuple[str, str, Spans]]) -> None:
     """Writes names and texts, and of conversations what is to be learnt, a line of JSON for each document."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, b"".join(map(_line, documents)), sync=False)
+    write_whole(path, b"".join(map(line_of, documents)), sync=False)
 
 
-def _line(tree: object) -> bytes:
+def line_of(tree: object) -> bytes:
+    """A value as a line of JSON."""
     return json.dumps(tree, ensure_ascii=False).encode() + b"\n"
 
 
 def _clean(job: PreparationJob, chunk: Chunk) -> Result:
-    kept, rejected_bytes = 0, 0
+    kept = rejected_bytes = kept_bytes = named = 0
     source = job.sources[chunk.source]
     languages: dict[str, Counter[str]] = {}
     reasons: Counter[str] = Counter()
@@ -143,8 +139,9 @@ def _clean(job: PreparationJob, chunk: Chunk) -> Result:
     # Each document is written as it is read: a compressed file of any size is one chunk.
     with ExitStack() as files:
         texts, names, rejected = (
-            files.enter_context(whole_file(path(name))) for name in ("texts.jsonl", NAMES, "rejected.jsonl")
+            files.enter_context(whole_file(path(name))) for name in (TEXTS, NAMES, "rejected.jsonl")
         )
+        repositories = files.enter_context(whole_file(path(REPOSITORIES))) if source.repositories else None
         sketches = files.enter_context(ArrayFile(path(SKETCHES), SKETCH))
         digests = files.enter_context(ArrayFile(path(DIGESTS), np.uint8, (32,)))
         sizes = files.enter_context(ArrayFile(path(SIZES), np.int64))
@@ -166,14 +163,20 @@ def _clean(job: PreparationJob, chunk: Chunk) -> Result:
                 continue
             kept += 1
             document = (record.place, record.text)
-            texts.write(_line(document if not record.spans else (*document, record.spans)))
+            texts.write(line_of(document if not record.spans else (*document, record.spans)))
             names.write(json.dumps(record.place).encode() + b"\n")
+            if repositories:
+                repositories.write(line_of([record.repository, record.path]))
+                named += bool(record.repository)
             content = record.text.encode()
             sketches.add(it.sketch())
             digests.add(np.frombuffer(hashlib.sha256(content).digest(), np.uint8))
             sizes.add([len(content)])
+            kept_bytes += len(content)
     return {
         "kept": kept,
+        "kept_bytes": kept_bytes,
+        "in_repositories": named,
         "rejected": dict(sorted(reasons.items())),
         "rejected_bytes": rejected_bytes,
         "languages": {language: dict(sorted(rules.items())) for language, rules in sorted(languages.items())},
@@ -197,7 +200,8 @@ def _score_all(job: PreparationJob, chunk: Chunk) -> Result:
                 is_evaluation = it.is_evaluation()
                 sketches.add(it.sketch())
             facts = [record.place, record.text, record.reason, record.size, record.spans]
-            lines.write(_line([facts, asdict(it.scored), is_evaluation]))
+            facts += [record.repository, record.path]
+            lines.write(line_of([facts, asdict(it.scored), is_evaluation]))
             records += 1
     return {"records": records}
 
@@ -207,8 +211,9 @@ def _judged_before(job: PreparationJob, chunk: Chunk) -> Iterator[_Judged]:
     sketches = iter(np.load(job.file(SCORE, chunk.number, SKETCHES)))
     with job.file(SCORE, chunk.number, RECORDS).open("rb") as lines:
         for line in lines:
-            (place, text, reason, size, spans), scored, is_evaluation = json.loads(line)
-            record = SourceRecord(place, text, reason, size, spans=tuple((a, b) for a, b in spans))
+            (place, text, reason, size, spans, repository, path), scored, is_evaluation = json.loads(line)
+            spans = tuple((a, b) for a, b in spans)
+            record = SourceRecord(place, text, reason, size, spans=spans, repository=repository, path=path)
             own = np.empty(0, SKETCH) if reason else next(sketches)
             yield _Judged(
                 record, ScoredText(**scored), partial(bool, is_evaluation), partial(np.asarray, own)
@@ -233,7 +238,8 @@ def _judged(job: PreparationJob, chunk: Chunk) -> Iterator[_Judged]:
             words = "" if raw.reason else normalise(raw.text, keeps_indentation=True)
             words, counts = _treated(words, source)
             reason = raw.reason or ("" if words.strip() else "empty")
-            record = SourceRecord(raw.place, words, reason, raw.size)
+            file = raw.repository, raw.path
+            record = SourceRecord(raw.place, words, reason, raw.size, repository=file[0], path=file[1])
         scored = ScoredText()
         if not record.reason:
             scored = score(words, source, groups, canonical_of(raw.licence), counts)

@@ -43,7 +43,7 @@ _NAME = np.dtype([("document", "<i8"), ("task", "<i8"), ("offset", "<i8"), ("byt
 _OPEN_FILES = 64
 _RECORD = "decision.json"
 _DOMAINS, _HELD_TO = "domains.json", "held_to.json"
-_LATER = ("encode", "write", "out")
+_LATER = ("send-*", "join-*", "encode", "write", "out")
 """Folders of later stages."""
 _INTERMEDIATE = (
     *("digests", "equal", "bands", "buckets", "pairs", "compare", "verdict", "groups", "tell", "hear"),

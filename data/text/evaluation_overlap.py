@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.text.compressed import open_input
 from data.text.file_listing import files_of, named
-from data.text.source_records import open_input
 from data.text.words import hash_ngrams, hash_words
 from train.recipe.errors import UserError
 from train.record import log

@@ -12,15 +12,9 @@ from pathlib import Path
 
 from data.text import saved_datasets
 from data.text.file_listing import files_of, named
-from data.text.language import languages
-from data.text.scores import check_scores
-from data.text.token_ids import MegatronIndex, check_source_tokenizer
+from data.text.token_ids import MegatronIndex
 from train.recipe.errors import UserError
-from train.recipe.keys import out_of_range
-from train.recipe.names import unfit_as_file
-from train.recipe.phases import domains_of
-from train.recipe.preparation import CONVERSATIONS, Preparation, Source, SourceKind, TokenRows
-from train.recipe.schema import Recipe
+from train.recipe.preparation import CONVERSATIONS, Source, SourceKind
 from train.record import log
 
 logger = log.get_logger(__name__)
@@ -76,81 +70,6 @@ class Chunk:
 def is_remote(path: str) -> bool:
     """Returns whether a path is an address in an object store."""
     return "://" in path or path.startswith("dbfs:/")
-
-
-def check_sources(recipe: Recipe) -> None:
-    """Rejects sources that contradict the recipe.
-
-    Raises:
-        UserError: one line that names the key.
-    """
-    data = recipe.data
-    if data.corpus is not None:
-        raise UserError("conflicts with data.sources", key="data.corpus", remedy="remove either")
-    there = {source.domain for source in data.sources}
-    for domain in [*domains_of(recipe), *data.validation_domains]:
-        if domain not in there:
-            remedy = f"they have {', '.join(sorted(there))}"
-            raise UserError(f"no source has domain {domain}", key="data.sources", remedy=remedy)
-    for n, source in enumerate(data.sources):
-        if source.languages and (unknown := sorted(set(source.languages) - languages())):
-            raise UserError(
-                f"{unknown[0]} is not a language that can be detected",
-                key=f"data.sources[{n}].languages",
-                remedy=f"choose from {', '.join(sorted(languages()))}",
-            )
-        _check_tokens(source, f"data.sources[{n}]")
-        _check_licences(source, f"data.sources[{n}]")
-        check_scores(source, data.preparation, f"data.sources[{n}]")
-        if unfit := unfit_as_file(source.domain):
-            key = f"data.sources[{n}].domain"
-            raise UserError(f"{source.domain!r} {unfit}", key=key, remedy="use letters and digits")
-
-
-def _check_tokens(source: Source, key: str) -> None:
-    """Rejects keys of token ids where there are none, and ids without a tokenizer.
-
-    Raises:
-        UserError: one line that names the key.
-    """
-    if source.tokenizer is None:
-        if source.kind is SourceKind.megatron:
-            remedy = "name the tokenizer that made the files"
-            raise UserError("is null, but kind megatron has token ids", key=f"{key}.tokenizer", remedy=remedy)
-        if source.token_rows is TokenRows.stream:
-            what = "is stream, but the source has text, as its tokenizer is null"
-            raise UserError(what, key=f"{key}.token_rows", remedy="name the tokenizer, or remove it")
-        return
-    if source.kind in (SourceKind.text, *CONVERSATIONS):
-        what = f"is set, but kind {source.kind.value} has no token ids"
-        raise UserError(what, key=f"{key}.tokenizer", remedy="remove it")
-    check_source_tokenizer(source.tokenizer, f"{key}.tokenizer")
-
-
-def _check_licences(source: Source, key: str) -> None:
-    """Rejects licences to keep of records that have none, and a column where there are no columns.
-
-    Raises:
-        UserError: one line that names the key.
-    """
-    if source.licences and source.licence_column is None:
-        what = "is null, but data.sources has licences to keep"
-        remedy = "name the column of the records' licences"
-        raise UserError(what, key=f"{key}.licence_column", remedy=remedy)
-    without = (SourceKind.text, SourceKind.mds, SourceKind.megatron)
-    if source.licence_column is not None and (source.kind in without or source.tokenizer is not None):
-        what = "is set, but licences are read from JSONL, Parquet and Arrow with text only"
-        raise UserError(what, key=f"{key}.licence_column", remedy="remove it")
-
-
-def check_preparation(preparation: Preparation) -> None:
-    """Rejects numbers out of range.
-
-    Raises:
-        UserError: one line that names the key.
-    """
-    for violation in out_of_range(preparation, "data.preparation."):
-        raise UserError(violation.what, key=violation.key, remedy=violation.remedy)
 
 
 def list_inputs(n: int, source: Source, fetched: dict[str, Path] | None) -> list[SourceFile]:

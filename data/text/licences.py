@@ -25,6 +25,17 @@ def canonical(licence: str) -> str:
         return words
 
 
+def is_expression(words: str) -> bool:
+    """Returns whether words are an SPDX expression."""
+    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+    try:
+        canonicalize_license_expression(words)
+    except InvalidLicenseExpression:
+        return False
+    return True
+
+
 def canonical_of(value: object) -> str:
     """Returns the licence in a record's column: an expression, or a list of licences that all hold."""
     if isinstance(value, str):
@@ -55,13 +66,7 @@ def _permits(licence: str, listed: tuple[str, ...]) -> bool:
     known = {canonical(it).lower() for it in listed}
     if licence.lower() in known:
         return True
-    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
-
-    try:
-        canonicalize_license_expression(licence)
-    except InvalidLicenseExpression:
-        return False
-    return _any(_TOKEN.findall(licence), known)
+    return is_expression(licence) and _any(_TOKEN.findall(licence), known)
 
 
 def _any(tokens: list[str], known: set[str]) -> bool:

@@ -1,19 +1,19 @@
 """The records of a chunk: texts with their places, and unreadable records with a reason."""
 
-import io
 import itertools
 import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from data.text.compressed import open_input
 from data.text.conversations import ConversationError, Spans, Turn, turns_of
 from data.text.file_listing import named
 from data.text.inputs import WHOLE, Chunk, SourceFile
+from data.text.licence_files import licence_of_file
 from data.text.token_ids import (
     Ids,
     IdsRow,
@@ -28,12 +28,8 @@ from train.recipe.preparation import CONVERSATIONS, Source, SourceKind, TokenRow
 _SLACK = 8
 """A line may be this many times longer than the largest document, for escapes and other columns."""
 _MOST_ID = 1 << 31
-_READ_BYTES = 4096
-"""Compressed bytes unpacked at a time: few, since each may unpack to 32 thousand."""
-_GZIP = 31
-"""Window bits by which zlib reads and checks gzip's members."""
-_MOST_WINDOW_BYTES = 1 << 31
-"""Window of a Zstandard file, as `zstd --long=31` makes it."""
+_LONGEST_NAME = 1000
+"""Characters of the name of a repository, or of a path in it."""
 _KINDS = {str: "text", bool: "a truth value", type(None): "null", list: "a list", dict: "an object"}
 UNREADABLE, EMPTY_FILE, NO_TEXT, BAD_JSON = "unreadable file", "empty file", "no text", "JSON"
 """Reasons of records that the reader finds, before `: ` and more words."""
@@ -59,6 +55,14 @@ class SourceRecord:
     """Token ids, which are yet to become a text."""
     licence: object = None
     """Value of the source's column of licences."""
+    repository: str = ""
+    """Name of the repository that it is a file of; empty if it is of none."""
+    path: str = ""
+    """Its path in the repository."""
+
+    def with_columns(self, licence: object, repository: object, path: object) -> "SourceRecord":
+        """Returns the record with the values of the columns of :func:`columns_of`."""
+        return replace(self, licence=licence, repository=_name(repository), path=_name(path))
 
 
 def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[SourceRecord]:
@@ -84,24 +88,15 @@ def read_records(chunk: Chunk, source: Source, max_bytes: int) -> Iterator[Sourc
                 yield SourceRecord(file.name, "", EMPTY_FILE, file.bytes)
 
 
-def open_input(path: Path) -> IO[bytes]:
-    """Opens a file for reading, unpacked if its name ends in .gz, .zst or .zstd.
-
-    Reading raises an error if a packed file is damaged or ends too early.
-    """
-    if path.name.endswith(".gz"):
-        return io.BufferedReader(_Unpacked(path.open("rb"), lambda: zlib.decompressobj(wbits=_GZIP), b"\0"))
-    if path.name.endswith((".zst", ".zstd")):
-        import zstandard
-
-        unpacker = zstandard.ZstdDecompressor(max_window_size=_MOST_WINDOW_BYTES)
-        return io.BufferedReader(_Unpacked(path.open("rb"), unpacker.decompressobj))
-    return path.open("rb")
+def columns_of(source: Source) -> tuple[str | None, str | None, str | None]:
+    """The columns of a source for licence, repository and path in it; None for those that it has not."""
+    of = source.repositories
+    return source.licence_column, of.column if of else None, of.path_column if of else None
 
 
 def _records_of(file: SourceFile, chunk: Chunk, source: Source, max_bytes: int) -> Iterator[SourceRecord]:
     if source.kind is SourceKind.text:
-        yield _whole_file(file, max_bytes)
+        yield _of_tree(_whole_file(file, max_bytes), file, source)
     elif source.tokenizer is None:
         yield from _rows_of(file, chunk, source, max_bytes)
     else:
@@ -145,6 +140,25 @@ def _whole_file(file: SourceFile, max_bytes: int) -> SourceRecord:
     return _decoded(file.name, Path(file.path).read_bytes())
 
 
+def _of_tree(record: SourceRecord, file: SourceFile, source: Source) -> SourceRecord:
+    """Returns a text file's record with its licence and its repository, where the source has them."""
+    licence = (
+        licence_of_file(Path(file.path), file.name.count("/"), record.text) if source.licence_files else None
+    )
+    folders = source.repositories.folders if source.repositories else None
+    parts = file.name.split("/")
+    if folders is None or len(parts) <= folders:
+        return record.with_columns(licence, "", file.name)
+    return record.with_columns(licence, "/".join(parts[:folders]), "/".join(parts[folders:]))
+
+
+def _name(value: object) -> str:
+    """A name in a record's column, without the end of a very long one; empty if there is none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)[:_LONGEST_NAME]
+    return value[:_LONGEST_NAME].encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+
+
 def _decoded(place: str, content: bytes) -> SourceRecord:
     try:
         return SourceRecord(place, content.decode("utf-8-sig"))
@@ -159,7 +173,7 @@ def _from_json(place: str, line: bytes, source: Source) -> SourceRecord:
         return SourceRecord(place, "", "encoding", len(line))
     except (ValueError, RecursionError):
         return SourceRecord(place, "", BAD_JSON, len(line))
-    licence = None if source.licence_column is None else _value_at(tree, source.licence_column)
+    licence, *file = (None if it is None else _value_at(tree, it) for it in columns_of(source))
     if source.kind in CONVERSATIONS:
         try:
             turns = turns_of(tree, source.kind)
@@ -172,7 +186,7 @@ def _from_json(place: str, line: bytes, source: Source) -> SourceRecord:
         if isinstance(value, list) and all(type(it) is int and -_MOST_ID <= it <= _MOST_ID for it in value):
             return SourceRecord(place, "", size=len(line), ids=np.array(value, np.int64))
     elif isinstance(value, str):
-        return SourceRecord(place, value, licence=licence)
+        return SourceRecord(place, value).with_columns(licence, *file)
     return SourceRecord(place, "", f"{NO_TEXT}: {_why_no_text(tree, source.text_column)}", len(line))
 
 
@@ -210,12 +224,12 @@ def _mds_rows(file: SourceFile, source: Source) -> Iterator[SourceRecord]:
     else:
         with open_input(Path(file.path)) as stream:
             content = stream.read()
-    for number, encoding, value in mds_samples(content, source.text_column):
+    for number, encoding, value, others in mds_samples(content, source.text_column, columns_of(source)):
         place = f"{file.name}#{number}"
         if source.tokenizer is not None:
             yield SourceRecord(place, "", size=len(value), ids=ids_of(encoding, value))
         elif encoding in ("str", "bytes"):
-            yield _decoded(place, value)
+            yield _decoded(place, value).with_columns(*others)
         else:
             yield SourceRecord(place, "", f"{NO_TEXT}: {source.text_column} is {encoding}", len(value))
 
@@ -235,7 +249,7 @@ def _parquet_rows(file: SourceFile, chunk: Chunk, source: Source) -> Iterator[So
                     if why:
                         yield SourceRecord(place, "", f"{NO_TEXT}: {rows}: {why}", about.total_byte_size)
                     else:
-                        wanted = [it for it in (source.text_column, source.licence_column) if it]
+                        wanted = [it for it in (source.text_column, *columns_of(source)) if it]
                         rows_of_group = table.read_row_group(group, wanted)
                         yield from _values_of(file, first, rows_of_group, source)
                 except Exception as error:  # Readers raise unrelated classes for damaged files.
@@ -272,15 +286,16 @@ def _values_of(file: SourceFile, first: int, table: Any, source: Source) -> Iter
         values: list[Any] = _as_bytes(column)
     else:
         values = column.cast(pyarrow.list_(pyarrow.int64())).to_pylist()
-    licences: Iterable[Any] = itertools.repeat(None)
-    if source.licence_column is not None and _has(table.schema, source.licence_column):
-        licences = _column(table, source.licence_column).to_pylist()
-    for row, (value, licence) in enumerate(zip(values, licences, strict=False), first):
+    others: list[Iterable[Any]] = [
+        _column(table, it).to_pylist() if it and _has(table.schema, it) else itertools.repeat(None)
+        for it in columns_of(source)
+    ]
+    for row, (value, beside) in enumerate(zip(values, zip(*others, strict=False), strict=False), first):
         place = f"{file.name}#{row}"
         if value is None or (source.tokenizer is not None and None in value):
             yield SourceRecord(place, "", f"{NO_TEXT}: null")
         elif source.tokenizer is None:
-            yield replace(_decoded(place, value), licence=licence)
+            yield _decoded(place, value).with_columns(*beside)
         else:
             yield SourceRecord(place, "", size=8 * len(value), ids=np.array(value, np.int64))
 
@@ -370,58 +385,6 @@ def _next_line(stream: IO[bytes], longest: int) -> tuple[int, bytes | None]:
         if part.endswith(b"\n"):
             break
     return size, None
-
-
-class _Unpacked(io.RawIOBase):
-    """Unpacks a file frame by frame (gzip calls them members).
-
-    Unlike python-zstandard's own reader, it raises an error if the file ends inside a frame, and unlike
-    Python's gzip, it first gives all text before the damage.
-
-    Args:
-        source: the packed file.
-        new_frame: makes a decompressor of one frame.
-        padding: bytes between frames that mean nothing.
-    """
-
-    def __init__(self, source: IO[bytes], new_frame: Callable[[], Any], padding: bytes = b"") -> None:
-        self._source, self._new_frame, self._padding = source, new_frame, padding
-        self._frame: Any = None
-        self._packed, self._text = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        """Returns true."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fills a buffer as far as text is at hand; returns the number of bytes, 0 at the end.
-
-        Raises:
-            EOFError: if the file ends inside a frame.
-        """
-        while not self._text:
-            packed = self._packed or self._source.read(_READ_BYTES)
-            if not packed:
-                if self._frame is not None:
-                    raise EOFError("Compressed file ended inside a frame")
-                return 0
-            if self._frame is None:
-                packed = packed.lstrip(self._padding)
-                if not packed:
-                    self._packed = b""
-                    continue
-                self._frame = self._new_frame()
-            self._text, self._packed = memoryview(self._frame.decompress(packed)), b""
-            if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._text))
-        buffer[:size], self._text = self._text[:size], self._text[size:]
-        return size
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._source.close()
-        super().close()
 
 
 def _line(error: Exception) -> str:

@@ -9,7 +9,7 @@ which the tokenizer itself does not.
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -133,8 +133,16 @@ def _wrong(ids: Ids, tokenizer: TokenizerHandle) -> str:
     return ""
 
 
-def mds_samples(content: "bytes | np.memmap[Any, Any]", column: str) -> Iterator[tuple[int, str, bytes]]:
+def mds_samples(
+    content: "bytes | np.memmap[Any, Any]", column: str, others: Sequence[str | None] = ()
+) -> Iterator[tuple[int, str, bytes, list[object]]]:
     """Yields number, encoding and bytes of a column of each sample of an MDS file, which Streaming writes.
+
+    Args:
+        content: the file.
+        column: the column.
+        others: other columns, whose values are also given as texts, numbers and lists; None for one that is
+            not there, or can't be read.
 
     Raises:
         ValueError: if the file is cut off, or there is no such column; to follow its name.
@@ -153,8 +161,24 @@ def mds_samples(content: "bytes | np.memmap[Any, Any]", column: str) -> Iterator
         sample = bytes(content[int(ends[number]) : int(ends[number + 1])])
         own = dict(zip(free, np.frombuffer(sample[: 4 * len(free)], "<u4").tolist(), strict=True))
         lengths = [size or own[n] for n, size in enumerate(sizes)]
-        begin = 4 * len(free) + sum(lengths[:wanted])
-        yield number, encodings[wanted], sample[begin : begin + lengths[wanted]]
+        ends_of = np.cumsum([4 * len(free), *lengths]).tolist()
+        values = [
+            _plain(encodings[n], sample[ends_of[n] : ends_of[n + 1]]) if n is not None else None
+            for n in (names.index(it) if it in names else None for it in others)
+        ]
+        yield number, encodings[wanted], sample[ends_of[wanted] : ends_of[wanted + 1]], values
+
+
+def _plain(encoding: str, value: bytes) -> object:
+    """The value of an MDS column that holds a text, a whole number or JSON; otherwise None."""
+    try:
+        if encoding in ("str", "str_int"):
+            return value.decode()
+        if encoding == "int":
+            return int.from_bytes(value, "little", signed=True)
+        return json.loads(value) if encoding == "json" else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def ids_of(encoding: str, value: bytes) -> Ids:

@@ -1,14 +1,16 @@
-"""Third and fourth stage: tokenises each chunk, then writes each shard from the chunks that overlap it.
+"""Third and fourth stage: tokenises each portion, then writes each shard from portions that overlap it.
 
-The boundaries of shards follow from token counts only, so shards are written in parallel, and no token is
-lost at the end of a chunk. Packed by best fit, a shard has the documents that begin between its boundaries.
+A portion is the documents of a chunk, or of some repositories. The boundaries of shards follow from token
+counts only, so shards are written in parallel, and no token is lost at the end of a portion. Packed by best
+fit, a shard has the documents that begin between its boundaries.
 """
 
 import hashlib
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.shards.packing import PADDING, Sample, mark, pack, pack_whole, unmark
-from data.text.clean import read_documents, read_spans
 from data.text.conversations import Spans
 from data.text.decide import REMOVED, TRAIN, VALIDATION
-from data.text.decide import STAGE as DECIDE
-from data.text.inputs import Chunk
-from data.text.job import PreparationJob, Result, save_array
+from data.text.job import ArrayFile, PreparationJob, Result, save_array
 from data.text.mds import (
     compress_shard,
     encode_shard,
@@ -31,26 +30,29 @@ from data.text.mds import (
     samples_per_shard,
     shard_name,
 )
+from data.text.repositories import Portion
 from data.text.split import SPLITS
 from data.tokenizer import TOKENIZER_FILE, TokenizerHandle, Tokens, open_tokenizer
-from train.recipe.preparation import CONVERSATIONS, Packing, Source, SourceKind
+from train.recipe.preparation import Packing, Source, SourceKind
 from train.recipe.schema import Tokenizer
-from train.record.files import write_whole
+from train.record.files import whole_file, write_whole
 
 ENCODE, WRITE = "encode", "write"
 SIDES = dict(zip(SPLITS, (TRAIN, VALIDATION), strict=True))
 BATCH = 512
 """Documents tokenised in one call."""
+BATCH_CHARACTERS = 8_000_000
+"""Characters of a batch, but for its last document: its texts and token ids are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A chunk's tokens of one split, and their place in the domain's token stream of that split."""
+    """A portion's tokens of one split, and their place in the domain's token stream of that split."""
 
-    chunk: int
+    portion: int
     first_token: int
     first_document: int
-    """Number of the chunk's first document in the domain's list."""
+    """Number of the portion's first document in the domain's list."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,14 @@ class ShardTask:
     """The segments that overlap the shard."""
 
 
-def encode(job: PreparationJob, chunk: Chunk) -> Result:
-    """Writes each split's token ids, with end-of-text tokens, and the chunk's part of the list of documents.
+def encode(job: PreparationJob, portion: Portion) -> Result:
+    """Writes each split's token ids, with end-of-text tokens, and the portion's part of the documents' list.
 
     Returns:
-        Per split: documents, tokens (end-of-text tokens included), text_bytes; and the number of documents.
+        Per split: documents, tokens (end-of-text tokens included), text_bytes and trained_bytes, and the
+        files and file_bytes that documents were joined of, or are; and the number of documents.
     """
-    return job.once(ENCODE, chunk.number, lambda: _encode(job, chunk))
+    return job.once(ENCODE, portion.number, lambda: _encode(job, portion))
 
 
 def write_shard(job: PreparationJob, task: ShardTask) -> Result:
@@ -87,19 +90,19 @@ def write_shard(job: PreparationJob, task: ShardTask) -> Result:
     return job.once(WRITE, task.number, lambda: _write(job, task))
 
 
-def plan_shards(job: PreparationJob, chunks: list[Chunk], encoded: list[Result]) -> list[ShardTask]:
-    """Plans all shards from the token counts of all chunks, in time proportional to chunks and shards."""
+def plan_shards(job: PreparationJob, portions: list[Portion], encoded: list[Result]) -> list[ShardTask]:
+    """Plans all shards from the token counts of all portions, in time proportional to portions and shards."""
     tasks: list[ShardTask] = []
     size = samples_per_shard(job.sequence_tokens) * job.sequence_tokens
-    by_domain: dict[str, list[tuple[Chunk, Result]]] = {source.domain: [] for source in job.sources}
-    for each in zip(chunks, encoded, strict=True):
+    by_domain: dict[str, list[tuple[Portion, Result]]] = {source.domain: [] for source in job.sources}
+    for each in zip(portions, encoded, strict=True):
         by_domain[job.sources[each[0].source].domain].append(each)
     for domain, mine in by_domain.items():
         for split in SPLITS:
             segments, tokens, documents = [], 0, 0
-            for chunk, result in mine:
+            for portion, result in mine:
                 if result[split]["tokens"]:
-                    segments.append(Segment(chunk.number, tokens, documents))
+                    segments.append(Segment(portion.number, tokens, documents))
                 tokens += result[split]["tokens"]
                 documents += result["documents"]
             firsts = [segment.first_token for segment in segments]
@@ -110,44 +113,121 @@ def plan_shards(job: PreparationJob, chunks: list[Chunk], encoded: list[Result])
     return tasks
 
 
-def _encode(job: PreparationJob, chunk: Chunk) -> Result:
+def _encode(job: PreparationJob, portion: Portion) -> Result:
+    """Writes a portion batch by batch: it may be of any size, as a compressed file is never split."""
     tokenizer = open_once(job.tokenizer, job.out)
-    fate = np.load(job.file(DECIDE, chunk.number, "npy"))
-    kept = [(doc, f) for doc, f in zip(read_documents(job, chunk.number), fate, strict=True) if f != REMOVED]
-    kept_spans: list[Spans] = []
-    if job.sources[chunk.source].kind in CONVERSATIONS:
-        spans_of = zip(read_spans(job, chunk.number), fate, strict=True)
-        kept_spans = [spans for spans, f in spans_of if f != REMOVED]
-    lines, result = [], {"documents": len(kept)}
-    for (name, text), side in kept:
-        split = SPLITS[side - TRAIN]
-        lines.append({"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "split": split})
-    listing = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
-    write_whole(job.file(ENCODE, chunk.number, "documents.jsonl"), listing, sync=False)
-    sides: dict[str, object] = {}
-    for split, side in SIDES.items():
-        places = [place for place, (_, f) in enumerate(kept) if f == side]
-        texts = [kept[place][0][1] for place in places]
-        spans = [kept_spans[place] for place in places] if kept_spans else []
-        ids = _documents_of(tokenizer, job, job.sources[chunk.source], texts, spans)
-        tokens = np.concatenate([np.empty(0, np.int32), *ids])
-        arrays: dict[str, NDArray[np.integer[Any]]] = {
-            "tokens": tokens.astype(np.int32, copy=False),
-            "lengths": np.array([it.size for it in ids], np.int64),
-            "places": np.array(places, np.int64),
+    source, documents = job.sources[portion.source], 0
+    with ExitStack() as files:
+        listing = files.enter_context(whole_file(job.file(ENCODE, portion.number, "documents.jsonl")))
+        sides = {
+            side: files.enter_context(_EncodedSide(job, portion.number, split))
+            for split, side in SIDES.items()
         }
-        for name, array in arrays.items():
-            save_array(job.file(ENCODE, chunk.number, f"{split}.{name}.npy"), array)
-        text_bytes = sum(len(text.encode()) for text in texts)
-        learnt = [text[a:b] for text, of in zip(texts, spans, strict=False) for a, b in of]
-        trained_bytes = sum(len(text.encode()) for text in learnt) if spans else text_bytes
-        sides[split] = {
-            "documents": len(texts),
-            "tokens": tokens.size,
-            "text_bytes": text_bytes,
-            "trained_bytes": trained_bytes,
+        for batch in _batches_of(_kept(portion)):
+            for each in batch:
+                digest = hashlib.sha256(each.text.encode()).hexdigest()
+                line = {"name": each.name, "sha256": digest, "split": SPLITS[each.side - TRAIN]}
+                listing.write(json.dumps(line | each.joined_of, sort_keys=True).encode() + b"\n")
+            for side, writer in sides.items():
+                mine = [(documents + place, it) for place, it in enumerate(batch) if it.side == side]
+                texts, spans = [it.text for _, it in mine], [it.spans or () for _, it in mine]
+                ids = _documents_of(tokenizer, job, source, texts, spans)
+                writer.add(mine, ids)
+            documents += len(batch)
+    return {"documents": documents} | {split: sides[side].result() for split, side in SIDES.items()}
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A document that stays."""
+
+    name: str
+    text: str
+    side: int
+    spans: Spans | None
+    """Of a conversation."""
+    joined_of: dict[str, list[str]]
+    """``files``, the names of what it was joined of, if it was."""
+    file_bytes: int
+    """Of these files."""
+
+
+def _kept(portion: Portion) -> Iterator[_Kept]:
+    """Yields the documents of a portion that stay."""
+    fates = np.load(portion.fates, mmap_mode="r")
+    with ExitStack() as opened:
+        lines = opened.enter_context(Path(portion.texts).open("rb"))
+        listed = opened.enter_context(Path(portion.files).open("rb")) if portion.files else None
+        for line, fate in zip(lines, fates, strict=True):
+            of = next(listed) if listed else b""
+            if fate == REMOVED:
+                continue
+            name, text, *rest = json.loads(line)
+            spans = tuple((begin, end) for begin, end in rest[0]) if rest else None
+            names, size = json.loads(of) if of else ([], 0)
+            joined_of = {"files": names} if of else {}
+            yield _Kept(name, text, int(fate), spans, joined_of, size)
+
+
+def _batches_of(documents: Iterable[_Kept]) -> Iterator[list[_Kept]]:
+    """Yields documents in batches of limited number and length."""
+    batch: list[_Kept] = []
+    size = 0
+    for each in documents:
+        batch.append(each)
+        size += len(each.text)
+        if len(batch) == BATCH or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _EncodedSide:
+    """Writes the token ids of a portion's documents of one split, in a ``with`` statement.
+
+    Args:
+        job: the job.
+        number: the portion's number.
+        split: name of the split.
+    """
+
+    def __init__(self, job: PreparationJob, number: int, split: str) -> None:
+        self._arrays = {
+            name: ArrayFile(job.file(ENCODE, number, f"{split}.{name}.npy"), dtype)
+            for name, dtype in (("tokens", np.int32), ("lengths", np.int64), ("places", np.int64))
         }
-    return result | sides
+        self._files = ExitStack()
+        self._counts: Counter[str] = Counter()
+
+    def __enter__(self) -> "_EncodedSide":
+        for array in self._arrays.values():
+            self._files.enter_context(array)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._files.__exit__(*error)
+
+    def add(self, documents: Sequence[tuple[int, _Kept]], ids: Sequence[Tokens]) -> None:
+        """Adds documents, each with its place in the portion and its token ids."""
+        self._arrays["places"].add([place for place, _ in documents])
+        self._arrays["lengths"].add([it.size for it in ids])
+        for each in ids:
+            self._arrays["tokens"].add(each)
+        for _, document in documents:
+            size, spans = len(document.text.encode()), document.spans
+            learnt = size if spans is None else sum(len(document.text[a:b].encode()) for a, b in spans)
+            self._counts.update(documents=1, text_bytes=size, trained_bytes=learnt)
+            if document.joined_of:
+                self._counts.update(files=len(document.joined_of["files"]), file_bytes=document.file_bytes)
+            else:
+                self._counts.update(files=1, file_bytes=size)
+        self._counts.update(tokens=sum(it.size for it in ids))
+
+    def result(self) -> dict[str, int]:
+        """Returns the counts of the split."""
+        names = ("documents", "tokens", "text_bytes", "trained_bytes", "files", "file_bytes")
+        return {name: int(self._counts[name]) for name in names}
 
 
 def _documents_of(
@@ -220,7 +300,7 @@ def _pieces(
     """
     for segment in task.segments:
         files = {
-            name: np.load(job.file(ENCODE, segment.chunk, f"{task.split}.{name}.npy"), mmap_mode="r")
+            name: np.load(job.file(ENCODE, segment.portion, f"{task.split}.{name}.npy"), mmap_mode="r")
             for name in ("tokens", "lengths", "places")
         }
         ends = np.cumsum(files["lengths"])

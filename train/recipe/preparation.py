@@ -67,6 +67,31 @@ class Packing(str, Enum):
     best_fit = "best_fit"
 
 
+class FileOrder(str, Enum):
+    """Orders of the files of a repository."""
+
+    path = "path"
+    dependencies = "dependencies"
+    source = "source"
+
+
+@dataclass(frozen=True)
+class Repositories:
+    """Repositories of a source's files, which are joined into documents once they are filtered."""
+
+    column: Optional[str] = None
+    """Column or key of the name of a record's repository. A record without one stays a document."""
+    folders: Optional[int] = key(None, at_least=1, remedy="set it to at least 1")
+    """Of a `text` source: the first so many folders of a file's name are its repository's."""
+    path_column: Optional[str] = None
+    """Column or key of the file's path within its repository; a `text` source has it."""
+    order: FileOrder = FileOrder.path
+    """Of a repository's files: by `path`; by `dependencies`, a file after those that it imports (Guo et al.
+    2024, DeepSeek-Coder, section 2.2); or of the `source`, as its records come."""
+    heading: str = ""
+    """A line before each file, in which `{path}` is its path, such as `# {path}`; empty: none."""
+
+
 @dataclass(frozen=True)
 class Threshold:
     """Bounds of a score of documents."""
@@ -125,7 +150,12 @@ class Source:
     licence_column: Optional[str] = key(None, omitted_from_digest_at_default=True)
     """Column or key of a record's licence: an SPDX expression, or a list of licences that all hold."""
     licences: list[str] = key(factory=list, omitted_from_digest_at_default=True)
-    """SPDX identifiers of the licences to keep, of `licence_column`; empty: all."""
+    """SPDX identifiers of the licences to keep, of `licence_column` or `licence_files`; empty: all."""
+    licence_files: bool = key(False, omitted_from_digest_at_default=True)
+    """Reads the licence of each file of a `text` source: an `SPDX-License-Identifier` in it, or else LICENSE,
+    COPYING or Debian's copyright file in the nearest folder above it."""
+    repositories: Optional[Repositories] = key(None, omitted_from_digest_at_default=True)
+    """Joins the files of a repository into documents of up to `max_document_bytes`; null: each is one."""
     dataset: str = key()
     """Name of the dataset, for the manifest and MLflow."""
     version: str = key()

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from data.text.quality import (
     repetition_scores,
     word_scores,
 )
+from data.text.repositories import Portion
 from data.text.tokens import open_once, plan_shards
 from data.text.words import hash_ngrams, hash_words
 from train.recipe.preparation import Preparation, Quality, Source, SourceKind
@@ -96,25 +98,28 @@ def test_shards_are_planned_from_the_chunks_that_overlap_them(tmp_path: Path, se
     tokens = rng.integers(0, 1 << 24, 40) * rng.integers(0, 2, 40)
     sides = [{"tokens": int(n), "documents": 3} for n in tokens]
     encoded = [{"documents": 5, "train": side, "validation": {"tokens": 0}} for side in sides]
-    tasks = plan_shards(job, [Chunk(n, 0, (), 0, 0) for n in range(40)], encoded)
+    tasks = plan_shards(job, [Portion(n, 0, "", "") for n in range(40)], encoded)
     ends = np.cumsum(tokens)
     at = 0
     for task in tasks:
         assert task.tokens[0] == at < task.tokens[1]
         at = task.tokens[1]
         overlap = np.minimum(ends, at) - np.maximum(ends - tokens, task.tokens[0])
-        assert [it.chunk for it in task.segments] == np.flatnonzero(overlap > 0).tolist()
+        assert [it.portion for it in task.segments] == np.flatnonzero(overlap > 0).tolist()
         for it in task.segments:
-            assert (it.first_token, it.first_document) == (ends[it.chunk] - tokens[it.chunk], 5 * it.chunk)
+            assert (it.first_token, it.first_document) == (
+                ends[it.portion] - tokens[it.portion],
+                5 * it.portion,
+            )
     assert at == ends[-1]
 
 
-class Passes(list[Chunk]):
+class Passes(list[Any]):
     """A list that counts how often it is gone through."""
 
     count = 0
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[Any]:
         self.count += 1
         return super().__iter__()
 
@@ -126,9 +131,10 @@ def test_many_sources_and_domains_take_one_pass_over_the_chunks(tmp_path: Path):
     chunks = Passes(Chunk(n, n, (), 0, 0) for n in range(300))
     side = {"tokens": 5, "documents": 1}
     encoded = [{"documents": 2, "train": side, "validation": side} for _ in chunks]
-    assert len(plan_shards(job, chunks, encoded)) == 600
+    portions = Passes(Portion(n, n, "", "") for n in range(300))
+    assert len(plan_shards(job, portions, encoded)) == 600
     require_readable_sources(job, chunks, [{"kept": 1, "rejected": {}}] * 300)
-    assert chunks.count == 3
+    assert (portions.count, chunks.count) == (1, 2)
 
 
 def prose_violation(text: str) -> str:

@@ -14,7 +14,8 @@ from pyarrow import parquet
 from streaming import MDSWriter
 
 from data.text.bpe import train_bpe
-from data.text.inputs import check_sources, cut, list_inputs
+from data.text.inputs import cut, list_inputs
+from data.text.source_keys import check_sources
 from data.text.source_records import SourceRecord, read_records
 from data.tokenizer import TokenizerHandle
 from data.write_shards import build_shards

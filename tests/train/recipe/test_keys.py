@@ -11,7 +11,7 @@ from data.shards.manifest import preparation_digest
 from train.recipe.catalogue import describe_keys, on_resume, schema_keys
 from train.recipe.errors import UserError
 from train.recipe.keys import KeyRules, OnResume, OnStart, out_of_range
-from train.recipe.preparation import Source, SourceKind
+from train.recipe.preparation import Repositories, Source, SourceKind
 from train.recipe.reading import load_recipe
 from train.recipe.rules import validate
 from train.recipe.schema import DataSkip, FillInMiddle, Latent, Phase, Recipe, TransferBase, Yarn
@@ -69,7 +69,8 @@ def with_value(section: Any, path: list[str], value: object) -> Any:
 @functools.cache
 def with_every_section() -> Recipe:
     recipe = load_recipe(SMOKE)
-    source = Source("code", SourceKind.text, "x", dataset="d", version="1", origin="o", licence="l")
+    facts = {"dataset": "d", "version": "1", "origin": "o", "licence": "l"}
+    source = Source("code", SourceKind.text, "x", repositories=Repositories(folders=1), **facts)
     phases = [Phase(tokens=9, fill_in_middle=FillInMiddle())]
     data = replace(recipe.data, phases=phases, skips=[DataSkip(0, 1)], sources=[source])
     latent = Latent(kv_rank=8, nope_width=8, rope_width=8, v_width=8)
