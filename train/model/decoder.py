@@ -267,8 +267,7 @@ class Transformer(nn.Module):
             losses and counts, and in training the hidden states of multi-token prediction.
         """
         part = self.parts[chunk]
-        embedded_BSD = self.wte(ids_BS) if arrived_BSD is None else arrived_BSD
-        x_BSD = embedded_BSD
+        x_BSD = embedded_BSD = self.wte(ids_BS) if arrived_BSD is None else arrived_BSD
         device = x_BSD.device
         autocast = torch.is_autocast_enabled(device.type)
         # Attention is of whole sequences where ranks share them by heads.

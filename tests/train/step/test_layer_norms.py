@@ -32,6 +32,9 @@ OVERRIDES = (
 )
 
 
+STAGES = "parallelism.pipeline=2"
+
+
 def _norms(recipe: Recipe) -> dict[int, dict[str, float]]:
     """The layers' figures by step, of the steps that have some."""
     steps = read_steps(Path(recipe.runs_dir) / recipe.name / "metrics.jsonl")
@@ -114,15 +117,17 @@ def test_norms_of_layers_are_those_of_the_whole_model(tmp_path: Path, tiny_recip
             value = expected[key.rsplit("/", 1)[1]][layer]
             assert one[3][metrics.of_layer(key, layer)] == pytest.approx(value, rel=1e-5), key
     apart = ("parallelism.expert=2", "training.profile_batches=[2,3]", "training.profile_ranks=[1]")
-    recipe = tiny_recipe(tmp_path, tmp_path / "shards", "two", *OVERRIDES, *apart)
-    two = _run(recipe, 2)
+    two = _run(tiny_recipe(tmp_path, tmp_path / "shards", "two", *OVERRIDES, *apart), 2)
     sharded = [key for key in one[3] if not key.endswith("activation_rms")]  # Rank 0 has other samples.
     for step in (3, 6):
         expected = {key: one[step][key] for key in sharded}
         assert {key: two[step][key] for key in sharded} == pytest.approx(expected, rel=1e-3)
     _require_trace(tmp_path / "two/profile")
-    # Stages of one layer each, which see the same samples; rank 0 logs what the other has seen, too.
-    recipe = tiny_recipe(tmp_path, tmp_path / "shards", "stages", *OVERRIDES, "parallelism.pipeline=2")
+    _require_stages_alike(tiny_recipe(tmp_path, tmp_path / "shards", "stages", *OVERRIDES, STAGES), one)
+
+
+def _require_stages_alike(recipe: Recipe, one: dict[int, dict[str, float]]) -> None:
+    """Asserts that rank 0 logs what both stages of one layer each have seen of the same samples."""
     stages = _run(recipe, 2)
     for step in (3, 6):
         assert stages[step] == pytest.approx(one[step], rel=1e-3)
