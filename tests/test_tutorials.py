@@ -68,6 +68,8 @@ def test_every_command_is_one_that_there_is(line: str, monkeypatch: pytest.Monke
     for word in arguments:
         if word.endswith(".yaml") and word not in OURS:
             assert (ROOT / word).is_file(), word
+    if arguments[0] == "check":  # Weights under our names come first, as an import before has written them.
+        assert arguments[1] in {words_of(each)[1][2] for each in LINES if "train.hf import" in each}
     pairs = zip(["", *arguments], arguments, strict=False)
     keys = [word for before, word in pairs if before[:2] != "--" and re.match(r"[a-z_.]+=", word)]
     load_recipe(ROOT / "yamls/quickstart-8gpu.yaml", keys)
