@@ -97,9 +97,9 @@ class ReferenceRecord:
     least_gap: float = math.inf
 
 
-_BOUND_LIKE = {"mtp": "loss", "logit": "loss"}
+_BOUND_LIKE = {"mtp": "loss", "logit_z": "loss", "logit": "loss"}
 """Figures that few recipes have, and the quantity that they are shown and bounded with: the loss of
-multi-token prediction, and with QK-clip attention's largest logit."""
+multi-token prediction, the z-loss of output logits, and with QK-clip attention's largest logit."""
 
 
 class NewestMetrics(LoggerDestination):
@@ -129,8 +129,9 @@ class Watcher(Callback, ABC):
         """Sees a step that is complete."""
         latest = self.figures.latest
         figures = {key: latest[f"loss/train/{name}"] for key, name in _LOSSES.items()}
-        if (mtp := latest.get("loss/train/mtp")) is not None:
-            figures["mtp"] = mtp
+        for name in ("mtp", "logit_z"):
+            if (figure := latest.get(f"loss/train/{name}")) is not None:
+                figures[name] = figure
         figures["norm"] = latest[GRADIENT_NORM]
         decoder = decoder_of(state)
         if isinstance(decoder, Decoder) and decoder.largest_logit is not None:

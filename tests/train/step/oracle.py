@@ -51,6 +51,7 @@ class OracleFigures:
     balance: float = 0.0
     z: float = 0.0
     mtp: float = 0.0
+    logit_z: float = 0.0
     norm: float = 0.0
     counts: list[Tensor] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -116,8 +117,9 @@ class Oracle:
             microbatch: sequences over which a balance loss of scope `microbatch` counts.
         """
         moe, found = self.recipe.model.moe, OracleFigures()
-        language, mtp, scores, choices, logits = self.forward(batch, theta)
+        language, mtp, logit_z, scores, choices, logits = self.forward(batch, theta)
         total = language + self.recipe.model.mtp_loss_weight * mtp
+        total = total + self.recipe.model.logit_z_loss_weight * logit_z
         if scores:
             balance = self.balance(scores, choices, batch, microbatch)
             z = torch.stack([each.logsumexp(-1).square().mean() for each in logits]).mean()
@@ -127,7 +129,7 @@ class Oracle:
             found.balance, found.z = balance.item(), z.item()
         leaves = {n: w for n, w in self.weights.items() if w.requires_grad}
         gradients = torch.autograd.grad(total, list(leaves.values()))
-        found.language, found.mtp = language.item(), mtp.item()
+        found.language, found.mtp, found.logit_z = language.item(), mtp.item(), logit_z.item()
         found.gradients = dict(zip(leaves, gradients, strict=True))
         found.norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
         most = self.recipe.training.clip_norm
@@ -177,9 +179,10 @@ class Oracle:
 
     def forward(
         self, batch: Sequences, theta: float
-    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        """Mean cross-entropies over positions that have a next token, or over those that are to learn it, of
-        next tokens and of those after them; of each MoE layer scores, choices and logits [B, S, E].
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """Means over positions that have a next token, or over those that are to learn it: cross-entropies of
+        next tokens and of those after them, and the former's squared log-sum-exp (Chowdhery et al. 2022,
+        section 5); of each MoE layer scores, choices and logits [B, S, E].
         """
         model, W = self.recipe.model, self.weights
         x = embedded = W["transformer.wte.weight"][batch.tokens]
@@ -191,7 +194,8 @@ class Oracle:
         over = B * (S - 1)
         if self.recipe.training.loss_mean is LossMean.targets:
             over = int((batch.targets != NONE).sum())
-        language, mtp = self.cross_entropy(hidden, batch.targets) / over, torch.zeros(())
+        language, logit_z = (each / over for each in self.cross_entropy(hidden, batch.targets))
+        mtp = torch.zeros(())
         if model.mtp:
             at = self.layer_name(model.n_layers)
             # The last position's next token is not known; the first stands for it, and only routers see it.
@@ -199,9 +203,9 @@ class Oracle:
             both = self.norm(following, at + "enorm.weight"), self.norm(hidden, at + "hnorm.weight")
             joined = torch.cat(both, dim=-1) @ W[at + "eh_proj.weight"].T
             x = self.layer(joined, at, batch, theta, routed)
-            mtp = self.cross_entropy(self.norm(x, at + "norm.weight"), self.two_ahead(batch)) / over
+            mtp = self.cross_entropy(self.norm(x, at + "norm.weight"), self.two_ahead(batch))[0] / over
         scores, choices, logits = ([each[i] for each in routed] for i in range(3))
-        return language, mtp, scores, choices, logits
+        return language, mtp, logit_z, scores, choices, logits
 
     def layer_name(self, layer: int) -> str:
         """Prefix of a layer's weights; multi-token prediction's comes after the last."""
@@ -224,14 +228,16 @@ class Oracle:
             up = up * (1 + torch.erf(up / math.sqrt(2))) / 2
         return x + up @ W[at + "ffn.w2.weight"].T
 
-    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Summed over targets."""
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, and the squared log-sum-exp of the logits, summed over targets."""
         head = self.weights[
             "transformer.wte.weight" if self.recipe.model.tie_embeddings else "lm_head.weight"
         ]
-        logs = functional.log_softmax(hidden @ head.T, dim=-1)
+        logits = hidden @ head.T
+        logs = functional.log_softmax(logits, dim=-1)
         own = logs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-        return -(own * (targets != NONE)).sum()
+        there = targets != NONE
+        return -(own * there).sum(), (logits.logsumexp(-1).square() * there).sum()
 
     def two_ahead(self, batch: Sequences) -> Tensor:
         """The token after the next one, where it is a target, the next one is known and, of documents apart,

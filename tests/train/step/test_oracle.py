@@ -30,6 +30,7 @@ COMMON = (
 EXPERTS = "model.moe.experts=4 model.moe.top_k=2"
 RUNS = {
     "adamw, balance of the microbatch": f"{EXPERTS} model.moe.balance_scope=microbatch",
+    "z-loss of logits": f"{EXPERTS} model.logit_z_loss_weight=0.05",
     "adamw, balance of the batch, rmsnorm": f"{EXPERTS} model.moe.balance_scope=global_batch "
     "model.norm=rmsnorm model.qk_norm=true model.qkv_bias=true model.rope_share=0.5 "
     "model.tie_embeddings=true model.moe.normalize_weights_p=2.0",
@@ -123,6 +124,9 @@ def test_three_steps_are_those_of_the_oracle(name: str) -> None:
         assert found["loss"] == pytest.approx(figures.language, rel=1e-5)
         assert found["norm"] == pytest.approx(figures.norm, rel=2e-5)
         assert found.get("mtp", 0.0) == pytest.approx(figures.mtp, rel=1e-5)
+        assert found.get("logit_z") == (
+            pytest.approx(figures.logit_z, rel=1e-4) if name == "z-loss of logits" else None
+        )
         assert (figures.mtp > 1) == name.startswith("multi-token prediction")
         if figures.counts:
             assert found["balance"] == pytest.approx(figures.balance, rel=1e-5)
