@@ -15,7 +15,6 @@ that it is cold, and import for themselves. It never computes, so that no thread
 never touches a GPU, which a forked process could not use then. Linux only. Has not run on a GPU yet.
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -32,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from train.leaving import Leaving
+from train.leaving import Leaving, end_with_parent
 from train.recipe.exit_status import PREEMPTED_STATUS, USAGE_STATUS
 
 WARM_VARIABLE = "FINEGRAIN_WARM"
@@ -54,8 +53,6 @@ DIFFERING = frozenset(
 """Variables that no import reads; they may be another rank's."""
 READ_BY_STREAMS = frozenset({"PYTHONUNBUFFERED", "PYTHONFAULTHANDLER"})
 """Variables that :func:`train.health.environment.set_defaults` puts into effect in a process that runs."""
-WITH_PARENT = 1
-"""PR_SET_PDEATHSIG of prctl(2): the signal that a process gets when its parent ends."""
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -353,7 +350,7 @@ class WarmServer:
     def _be_rank(self, slot: RankSlot) -> int:
         """Runs the rank in the process that was forked for it; returns its exit status."""
         request = slot.request
-        ctypes.CDLL(None).prctl(WITH_PARENT, signal.SIGKILL)
+        end_with_parent()
         self.selector.close()
         self.listener.close()
         for other in self.slots:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data.text.job import PreparationJob, Result
 from data.tokenizer import encode_on_one_thread
+from train.leaving import end_with_parent
 from train.recipe.errors import UserError
 from train.recipe.topology import usable_cores
 from train.record import log
@@ -61,11 +62,17 @@ class Processes:
             return
         _import_for_tasks()
         # Forked: a new interpreter would import everything again. Children open their own tokenizers.
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), encode_on_one_thread)
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin_worker)
         try:
             yield pool.map(task, items)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Prepares a process of the pool, which must not outlive a job that a signal ends."""
+    end_with_parent()
+    encode_on_one_thread()
 
 
 def _import_for_tasks() -> None:

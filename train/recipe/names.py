@@ -18,6 +18,8 @@ def unfit_as_file(name: str) -> str:
         return "has a control character"
     if name.startswith("."):
         return "begins with a dot"
+    if name.startswith("-"):
+        return "begins with a dash, as an option of a command does"
     if len(name.encode()) > LONGEST_NAME_BYTES:
         return f"is longer than {LONGEST_NAME_BYTES} bytes"
     return ""

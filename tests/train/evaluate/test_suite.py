@@ -162,6 +162,7 @@ def test_an_unsound_question_is_named_by_file_line_and_key(tmp_path: Path, kind:
         ("name: s\ntasks: {../../x: TASK}", "the name '../../x' has a slash"),
         ("name: ../s\ntasks: {a: TASK}", "the name '../s' has a slash"),
         ("name: s\ntasks: {.a: TASK}", "the name '.a' begins with a dot"),
+        ("name: s\ntasks: {-a: TASK}", "the name '-a' begins with a dash, as an option of a command does"),
         ("name: s\ntasks: {a: {category: b/c, FIELDS}}", "the name 'b/c' has a slash"),
         ("name: s\ntasks: {a: {category: b, file: ../t.jsonl, KIND}}", "is ../t.jsonl, outside the"),
         ("name: s\ntasks: {a: {category: b, file: /t.jsonl, KIND}}", "is /t.jsonl, outside the"),
