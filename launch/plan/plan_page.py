@@ -1,5 +1,6 @@
 """A plan as a self-contained page: a memory bar per GPU of the first node and the timeline of a step."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from launch.plan.memory import Memory
 from launch.plan.stages import memory_of
 from launch.plan.step import Plan
 from launch.plan.text import EXPLANATIONS, format_plan
+from train.recipe.units import duration
 from train.record.page.rendering import render
 
 COLOURS = {
@@ -25,7 +27,7 @@ COLOURS = {
     "attention": "#a855f7",
     "memory": "#f97316",
     "links": "#ef4444",
-    "idle": "#e2e8f0",
+    "idle": "#94a3b8",
     "overlap": "#fca5a5",
 }
 KINDS = {
@@ -38,6 +40,7 @@ KINDS = {
 HIDDEN = {"overlap": "traffic between GPUs that overlaps with arithmetic"}
 WIDTH, BAR, GAP, LEFT = 900, 22, 8, 90
 SHOWN_MICROBATCHES = 4
+MOST_TICKS = 9
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ class Drawing:
     labels: list[Label] = field(default_factory=list)
     limit: float = 0.0
     """Position of the vertical limit line; 0 for none."""
+    ticks: list[float] = field(default_factory=list)
+    """Positions of the vertical lines of a time axis."""
+    foot: float = 0.0
+    """Lower end of these lines."""
 
 
 def write_html(file: Path, plan: Plan, kept: Goodput | None = None) -> None:
@@ -85,6 +92,7 @@ def plan_page(plan: Plan, kept: Goodput | None = None) -> str:
         "launch/plan/plan.html.j2",
         title=f"{plan.recipe.name} on {plan.world_size} x {plan.gpu.name}",
         plan=plan,
+        duration=duration(plan.days * 86400),
         gib=GIB,
         width=WIDTH,
         bar=BAR,
@@ -120,7 +128,8 @@ def _timeline(plan: Plan) -> Drawing:
     forward, backward, *once = plan.parts
     shown = min(plan.microbatches, SHOWN_MICROBATCHES)
     drawn = [part for _ in range(shown) for part in (forward, backward)] + once
-    scale = (WIDTH - LEFT) / sum(part.seconds.total for part in drawn)
+    total = sum(part.seconds.total for part in drawn)
+    scale = (WIDTH - LEFT) / total
     names = [*KINDS, *HIDDEN]
     tops = [20 + row * (BAR + GAP) for row in range(len(names))]
     drawing = Drawing(30 + len(names) * (BAR + GAP))
@@ -140,10 +149,28 @@ def _timeline(plan: Plan) -> Drawing:
         title = f"{part.name}, traffic overlapped with arithmetic: {hidden:.3f} s"
         drawing.boxes.append(Box(left, tops[-1], hidden * scale, COLOURS["overlap"], title))
         left += width
+    _add_time_axis(drawing, total, scale)
     if more := plan.microbatches - shown:
-        drawing.labels.append(Label(LEFT, drawing.height + 8, f"and {more} more microbatches"))
+        text = f"{more} more microbatches, before the optimizer's step, are not drawn and not in these times"
+        drawing.labels.append(Label(LEFT, drawing.height + 8, text))
         drawing.height += 14
     return drawing
+
+
+def _add_time_axis(drawing: Drawing, seconds: float, scale: float) -> None:
+    """Adds vertical lines with their times in ms below the rows; `scale` is the width of a second."""
+    power = 10.0 ** math.floor(math.log10(seconds * 1e3 / MOST_TICKS))
+    step = next(
+        step for step in (power, 2 * power, 5 * power, 10 * power) if seconds * 1e3 <= step * MOST_TICKS
+    )
+    drawing.foot = drawing.height - GAP
+    drawing.height += 12
+    drawing.labels.append(Label(0, drawing.foot + 16, "time, ms"))
+    for tick in range(int(seconds * 1e3 / step) + 1):
+        place = LEFT + tick * step / 1e3 * scale
+        anchor = "middle" if place < WIDTH - 30 else "end"
+        drawing.ticks.append(place)
+        drawing.labels.append(Label(place, drawing.foot + 16, f"{tick * step:,.12g}", anchor))
 
 
 def _key(names: dict[str, str]) -> list[tuple[str, str, str]]:

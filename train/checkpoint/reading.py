@@ -7,6 +7,7 @@ are resolved, and values are read with ``weights_only=True``, as torch reads the
 
 import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,10 @@ class CheckpointReader(dcp.FileSystemReader):
             CheckpointException: if something is missing or does not fit.
         """
         try:
-            dcp.load(state, storage_reader=self, planner=_Planner(), no_dist=True)
+            with warnings.catch_warnings():
+                # To ask no other ranks is what is wanted here.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(state, storage_reader=self, planner=_Planner(), no_dist=True)
         except dcp.CheckpointException as error:
             for failure, _ in error.failures.values():
                 if isinstance(failure, UserError):

@@ -12,14 +12,17 @@ from train.recipe.errors import UserError
 from train.recipe.reading import load_recipe
 from train.record import metrics
 from train.record.changes import NOT_TRAINED, keys_of
-from train.record.page.rendering import render
+from train.record.page.rendering import Shortened, render
 from train.record.page.svg import COLOURS, draw_svg, log_scale
 from train.record.run_folder import RECIPE_FILE
 from train.report.plots import millions, smoothed, thinned
-from train.report.run_page import as_text, key_figures
+from train.report.run_page import COMMIT, as_text, key_figures
 from train.report.run_record import RunRecord, read_run
 
 OVERLAY_FILE = "overlay.html"
+COMMIT_CHARACTERS = 10
+DASHES = ((5, 2.5), (2, 2), (7, 2, 2, 2))
+"""Lines of runs that repeat an earlier one's steps, in units of their width."""
 Rows = list[tuple[str, ...]]
 
 
@@ -54,11 +57,11 @@ def loss_figure(runs: Sequence[RunRecord], names: Sequence[str]) -> Markup:
     """Draws each run's training loss, smoothed, and below it the validation loss, mean of its domains."""
 
     def draw(axes: Sequence[Any]) -> None:
-        for run, name, colour in zip(runs, names, cycle(COLOURS), strict=False):
+        for run, name, style in zip(runs, names, _styles(runs), strict=True):
             training = thinned(run.series(metrics.LOSS))
-            axes[0].plot(millions(training), smoothed(training.values), color=colour, label=name)
+            axes[0].plot(millions(training), smoothed(training.values), label=name, **style)
             tokens, means = validation_means(run)
-            axes[1].plot(tokens, means, "o-", markersize=4, color=colour, label=name)
+            axes[1].plot(tokens, means, marker="o", markersize=4, label=name, **style)
         axes[0].set_ylabel("training, nats/token")
         axes[1].set_ylabel("validation, nats/token")
         axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
@@ -89,7 +92,12 @@ def figure_rows(runs: Sequence[RunRecord]) -> Rows:
     """Returns the runs' key figures next to each other."""
     figures = [key_figures(run) for run in runs]
     labels = dict.fromkeys(label for each in figures for label in each if label != "name")
-    return [(label, *(as_text(each[label]) if label in each else "" for each in figures)) for label in labels]
+    return [(label, *(_figure(each, label) for each in figures)) for label in labels]
+
+
+def _figure(figures: dict[str, float | str], label: str) -> str:
+    text = as_text(figures.get(label, ""))
+    return Shortened(text, COMMIT_CHARACTERS) if label == COMMIT else text
 
 
 def _lines(runs: Sequence[RunRecord], names: Sequence[str], keys: tuple[str, str]) -> Markup | None:
@@ -100,9 +108,9 @@ def _lines(runs: Sequence[RunRecord], names: Sequence[str], keys: tuple[str, str
 
     def draw(axes: Sequence[Any]) -> None:
         for axis, key, metric in zip(axes, keys, known, strict=True):
-            for run, name, colour in zip(runs, names, cycle(COLOURS), strict=False):
+            for run, name, style in zip(runs, names, _styles(runs), strict=True):
                 series = thinned(run.series(key))
-                axis.plot(millions(series), smoothed(series.values), color=colour, label=name)
+                axis.plot(millions(series), smoothed(series.values), label=name, **style)
             assert metric is not None
             axis.set_ylabel(_label(key) if metric.unit == "1" else metric.unit)
             if key == metrics.GRADIENT_NORM:
@@ -110,6 +118,17 @@ def _lines(runs: Sequence[RunRecord], names: Sequence[str], keys: tuple[str, str
 
     title = " and ".join(_label(key) for key in keys)
     return draw_svg(f"{title.capitalize()} over tokens", draw, heights=(1.8, 1.8), marks=())
+
+
+def _styles(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """Returns the lines of the runs: thin dashes for one that repeats steps of an earlier, as a fork does."""
+    steps = [set(zip((loss := run.series(metrics.LOSS)).tokens, loss.values, strict=True)) for run in runs]
+    dashes, styles = cycle(DASHES), []
+    for place, (own, colour) in enumerate(zip(steps, cycle(COLOURS), strict=False)):
+        repeats = any(len(own & earlier) > 1 for earlier in steps[:place])
+        line = {"linestyle": (0, next(dashes))} if repeats else {"linewidth": 2.2}
+        styles.append({"color": colour, **line})
+    return styles
 
 
 def _label(key: str) -> str:

@@ -18,6 +18,7 @@ from train.report.marks import kinds_of, marks_of, step_places
 from train.report.progress import progress_of
 from train.report.run_record import RunRecord, read_run
 
+COMMIT = "commit"
 PART_COLOURS = ("#ef4444", "#3b82f6", "#a855f7", "#10b981", "#94a3b8")
 
 
@@ -99,7 +100,7 @@ def key_figures(run: RunRecord) -> dict[str, float | str]:
             "measured peak FLOP/s of a device": summary.peak_flops,
             "precision": summary.precision,
             "hardware": summary.hardware,
-            "commit": summary.git_commit,
+            COMMIT: summary.git_commit,
         }
         share = goodput(run.run_dir, summary)
         if share is not None:

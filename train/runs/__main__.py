@@ -26,6 +26,9 @@ from train.runs.overview import Overview, find_run, overview_of, runs_in
 RESERVED = ("mlflow.", "finegrain.", "package.", "name.", "resumed_with.")
 """Beginnings of tags that are set by the run itself."""
 
+TAG_CHARACTERS = 40
+"""Characters of a tag in the list; `show` and `--json` have all."""
+
 
 def _runs_dir(parser: ArgumentParser) -> None:
     parser.add_argument(
@@ -80,7 +83,7 @@ def _list(options: Namespace) -> Figures:
 
 def _row(run: Overview) -> tuple[str, ...]:
     share = run.tokens / run.duration_tokens if run.duration_tokens else None
-    tags = [f"{name}={value}" if value else name for name, value in run.tags.items()]
+    tags = [_short(f"{name}={value}" if value else name) for name, value in run.tags.items()]
     return (
         run.name,
         run.state,
@@ -92,6 +95,10 @@ def _row(run: Overview) -> tuple[str, ...]:
         _moment(run.last_time),
         ", ".join([*tags, *([f"fork of {run.fork_of}"] if run.fork_of else [])]),
     )
+
+
+def _short(tag: str) -> str:
+    return tag if len(tag) <= TAG_CHARACTERS else f"{tag[: TAG_CHARACTERS - 1]}…"
 
 
 def _moment(seconds: float | None) -> str:

@@ -93,6 +93,16 @@ def test_json_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     html = page.read_text()
     assert html.count("<svg") == 2
     assert "rank 7" in html
+    assert "time, ms" in html
+    matrix = re.search(
+        r'x="([\d.]+)" y="[\d.]+" width="([\d.]+)".*<title>backward, matrix products: ([\d.]+)', html
+    )
+    assert matrix
+    width_per_ms = float(matrix[2]) / float(matrix[3]) / 1e3
+    lines = [float(x) for x in re.findall(r'<line x1="([\d.]+)".*stroke-opacity', html)]
+    times = [float(text) for text in re.findall(r'">([\d,.]+)</text>', html.replace(",", ""))]
+    assert len(lines) == len(times) > 3
+    assert lines == pytest.approx([90 + time * width_per_ms for time in times], rel=0.02)
     assert not re.search(r"(?:src|href)\s*=", html), "the page must need nothing else"
 
 

@@ -4,6 +4,7 @@ import os
 import pathlib
 import pickle
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,14 @@ def test_what_we_write_is_read_as_torch_reads_it(kind: OptimizerKind, world: int
     assert ours.metadata.state_dict_metadata == theirs.state_dict_metadata
     assert ours.metadata.storage_data == theirs.storage_data
     assert ours.metadata.planner_data == theirs.planner_data
+
+
+def test_reading_by_one_process_warns_of_nothing(tmp_path: Path) -> None:
+    folder, model, optimizer = _save(tmp_path)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        load_checkpoint(folder, model, optimizer, ALONE)
+    assert not [each.message for each in seen if "torch.distributed" in str(each.message)]
 
 
 def test_metadata_of_another_python_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from train.record import metrics
 from train.record.changes import Change, KeyChange, write_changes
 from train.record.lease import hold, release
 from train.record.page.rendering import digest
+from train.record.page.svg import COLOURS
 from train.record.step_log import EXPERT_LOAD_FILE, StepLog
 from train.record.summary import DatasetInput, Summary, read_summary, write_summary
 from train.report.__main__ import main
 from train.report.marks import step_places
+from train.report.overlay import write_overlay
 from train.report.plots import smoothed, thinned
 from train.report.run_page import key_figures, write_report
 from train.report.run_record import Series, read_run
@@ -310,3 +313,21 @@ def test_smoothing_bends_no_line_and_passes_over_gaps() -> None:
     assert np.isfinite(smoothed(line, share=0.1)).all()
     rough = np.random.default_rng(0).normal(size=500)
     assert smoothed(rough)[50:-50].std() < rough.std() / 2
+
+
+def test_an_overlay_shows_a_fork_upon_its_original_and_commits_shortened(tmp_path: Path) -> None:
+    runs = [leave_run(tmp_path / name) for name in ("original", "fork")]
+    other = leave_run(tmp_path / "other", steps=1)
+    for run_dir in (*runs, other):
+        write_summary(run_dir, replace(SUMMARY, git_commit="0123456789" * 4))
+    write_overlay([*runs, other], tmp_path / "overlay.html")
+    page = (tmp_path / "overlay.html").read_text()
+    assert page.count(f'<td title="{"0123456789" * 4}">0123456789</td>') == 3
+    loss = page[page.index("<h2>Loss") : page.index("<h2>Difference")]
+    first, second, third = (
+        [line for line in re.findall(r'<path d="M[^"]*L[^"]*"[^>]*>', loss) if f"stroke: {colour}" in line]
+        for colour in COLOURS[:3]
+    )
+    assert first and not any("stroke-dasharray" in line for line in first)
+    assert second and all("stroke-dasharray" in line for line in second)
+    assert not any("stroke-dasharray" in line for line in third), "one equal step is no repetition"

@@ -80,6 +80,12 @@ def test_list_show_and_tag(runs: Path, capsys: Output) -> None:
     assert "note=c, owner=me" in lines[2] and "fork of runs/r at batch 10" in lines[1]
     found = {run["name"]: run for run in json.loads(Path("list.json").read_bytes())}
     assert found["r"]["checkpoints"] == [10, 20] and found["r"]["tags"] == {"note": "c", "owner": "me"}
+    assert main(["tag", "r", "why=" + "long" * 1000]) == 0
+    capsys.readouterr()
+    assert main(["list", "--tag", "why"]) == 0
+    assert f"why={'long' * 8}lon…" in (line := capsys.readouterr().out.splitlines()[1]) and len(line) < 200
+    assert main(["tag", "r", "why-"]) == 0
+    capsys.readouterr()
     assert main(["list", "--tag", "owner=me"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert main(["show", "fork"]) == 0

@@ -16,6 +16,18 @@ ROOT = Path(__file__).parents[3]
 NUMBER = re.compile(r"[+-]?[\d,.]+(e[+-]\d+)?( ms|[%xkMGT])?")
 
 
+class Shortened(str):
+    """The beginning of a text as a table's cell, which shows the whole of it under the pointer."""
+
+    whole: str
+
+    def __new__(cls, whole: str, characters: int) -> "Shortened":
+        """Keeps that many characters."""
+        cell = super().__new__(cls, whole[:characters])
+        cell.whole = whole
+        return cell
+
+
 def render(template: str, **context: Any) -> str:
     """Renders a template.
 
