@@ -1,15 +1,12 @@
-"""The ends of processes: of one that has failed, at once, and of one whose parent has ended, with it.
+"""The end of a process that has failed: at once, without the interpreter's teardown.
 
-A failed one ends without the interpreter's teardown. That takes some time for each rank, and its
-connections stay open for so long. A rank that waits for it in a collective hears nothing, and does not act
-on SIGTERM either, as it waits outside of Python; then its own teardown begins, and the next one waits for
-that.
+That takes some time for each rank, and its connections stay open for so long. A rank that waits for it in a
+collective hears nothing, and does not act on SIGTERM either, as it waits outside of Python; then its own
+teardown begins, and the next one waits for that.
 """
 
 import atexit
-import ctypes
 import os
-import signal
 import sys
 import threading
 from contextlib import suppress
@@ -18,17 +15,6 @@ from typing import Self
 
 LEAVE_SECONDS = 20.0
 """For what runs at the exit of a failed process: its part of a save that is being written, and trackers."""
-
-WITH_PARENT = 1
-"""PR_SET_PDEATHSIG of prctl(2): the signal that a process gets when the thread that forked it ends."""
-
-
-def end_with_parent() -> None:
-    """Lets the system kill this process when the one that forked it has ended, however that ended.
-
-    A pool's processes would otherwise wait for tasks for ever, as each holds an end of their queue open.
-    """
-    ctypes.CDLL(None).prctl(WITH_PARENT, signal.SIGKILL)
 
 
 class Leaving:

@@ -31,8 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from train.leaving import Leaving, end_with_parent
+from train.leaving import Leaving
 from train.recipe.exit_status import PREEMPTED_STATUS, USAGE_STATUS
+from train.record.process import end_with_parent
 
 WARM_VARIABLE = "FINEGRAIN_WARM"
 """Names the server's socket."""

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from data.text.job import PreparationJob, Result
 from data.tokenizer import encode_on_one_thread
-from train.leaving import end_with_parent
 from train.recipe.errors import UserError
 from train.recipe.topology import usable_cores
 from train.record import log
+from train.record.process import end_with_parent
 
 logger = log.get_logger(__name__)
 

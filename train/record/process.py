@@ -1,12 +1,25 @@
-"""Processes: this host's name, the space in which a process id is valid, and when a process started."""
+"""Processes: this host's name, the space of their ids, the start of one, and its end with its parent."""
 
+import ctypes
 import os
+import signal
 import socket
 import time
 from pathlib import Path
 
 HOST_VARIABLE = "FINEGRAIN_HOST"
 """The node's name in the job's list of hosts, set by the launcher; a pod's own hostname differs."""
+
+WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of prctl(2): the signal that a process gets when the thread that forked it ends."""
+
+
+def end_with_parent() -> None:
+    """Lets the system kill this process when the one that forked it has ended, however that ended.
+
+    A pool's processes would otherwise wait for tasks for ever, as each holds an end of their queue open.
+    """
+    ctypes.CDLL(None).prctl(WITH_PARENT, signal.SIGKILL)
 
 
 def host_name() -> str:
