@@ -30,15 +30,18 @@ def stays_forkable() -> None:
 
 
 @pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """Takes back what a test's command made of signals: a later test's pool would hand it on to its workers,
-    which then don't end.
+def signals_as_in_a_new_process() -> Iterator[None]:
+    """Takes back what Composer's import and a test's command make of signals.
+
+    A test's pool would hand it on to its processes. SIGTERM then ends one by an exception, lost where the
+    signal comes just after the fork, in a callback of it; the pool waits for that process for ever.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     yield
-    for number, handler in before.items():
-        if handler is not None:  # else it is not Python's
-            signal.signal(number, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def pytest_unconfigure() -> None:
