@@ -99,11 +99,15 @@ def test_the_quoted_plan_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_recipes_that_the_reader_writes_are_read(tmp_path: Path) -> None:
-    domains = {"mine": ["web", "code"], "tune": ["chats", "chats", "web"]}
+    domains = {"mine": ["web", "code"], "continue": ["web", "code"], "tune": ["chats", "chats", "web"]}
+    imported = tmp_path / "weights/mixtral/model.yaml"
+    imported.parent.mkdir(parents=True)
+    imported.write_text("model: { d_model: 4096, n_layers: 32, n_heads: 32, moe: { experts: 8, top_k: 2 } }")
     texts = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
     for text, (name, wanted) in zip(texts, domains.items(), strict=True):
-        (tmp_path / "x.yaml").write_text(text.replace("yamls/", f"{ROOT}/yamls/"))
-        recipe = load_recipe(tmp_path / "x.yaml", [])
-        validate(recipe, Topology(0, 8, 0, 8), "x.yaml")
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(text.replace("yamls/", f"{ROOT}/yamls/"))
+        recipe = load_recipe(file, [])
+        validate(recipe, Topology(0, 8, 0, 8), file.name)
         assert recipe.name == name and recipe.data.corpus is None
         assert [source.domain for source in recipe.data.sources] == wanted

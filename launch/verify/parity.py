@@ -141,7 +141,7 @@ def describe(recipe: Recipe, outcomes: list[CaseOutcome], seconds: float) -> dic
     return {
         "recipe": recipe.name,
         "commit": git_commit(),
-        "tiny_recipe": f"{total_parameters(whole):,} parameters to {total_parameters(model):,}: width "
+        "tiny recipe": f"{total_parameters(whole):,} parameters to {total_parameters(model):,}: width "
         f"{whole.d_model} to {model.d_model}, layers {whole.n_layers} to {model.n_layers}, vocabulary "
         f"{whole.vocab_size} to {model.vocab_size}, sequence {recipe.data.sequence_tokens} to "
         f"{small.data.sequence_tokens}{lengths}; features, losses, optimizer and schedule as in the recipe",

@@ -59,7 +59,8 @@ def run_import(options: Namespace) -> Outcome:
     written = import_folder(options.source, options.out, options.shard_gb)
     print(
         f"{options.out}: {written.parameters:,} parameters, {written.bytes / 1e9:.3f} GB in "
-        f"{written.files} files; start a recipe from it with start.weights={options.out}"
+        f"{written.files} files; a recipe gets its architecture with `extends: {options.out}/model.yaml`, "
+        f"its weights with start.weights={options.out}"
     )
     return Figures(asdict(written))
 

@@ -9,12 +9,12 @@ the switch computes from what it wastes.
 import gc
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from tqdm import tqdm
 
-from launch.experiments.bench.__main__ import Step, alternate, machine
+from launch.experiments.bench.__main__ import alternate, machine
 from train.layout.optim import build_optimizer, clip_gradients
 from train.model.decoder import Decoder
 from train.model.init import initialize
@@ -102,7 +102,7 @@ def main(options: Namespace) -> Figures:
     return Figures({"recipe": recipe.name, "switches": figures, "machine": machine()})
 
 
-def step_of(recipe: Recipe) -> Step:
+def step_of(recipe: Recipe) -> Callable[[], object]:
     """Builds a model and its optimizer, and returns an optimizer step of one microbatch."""
     training = recipe.training
     decoder = Decoder(
