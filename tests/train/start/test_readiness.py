@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from train.recipe.errors import UserError
-from train.recipe.exit_status import PREEMPTED_STATUS
+from train.recipe.exit_status import INTERRUPTED_STATUS, PREEMPTED_STATUS
 from train.recipe.reading import to_yaml
 from train.recipe.schema import Recipe
 from train.record.run_folder import batches_of
@@ -91,3 +91,42 @@ def test_ctrl_c_under_composer_saves_and_says_so(tmp_path: Path, tiny_recipe: Ti
     assert f"Ctrl-C: saved and ended after batch {last}; the same command resumes the run" in said()
     newest = next(iter(batches_of(tmp_path / "runs/try/checkpoints")))
     assert newest == last
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_ends_at_once_and_the_last_checkpoint_resumes(
+    tmp_path: Path, tiny_recipe: TinyRecipe
+) -> None:
+    # A batch outlasts the two seconds between the signals, and the first one is saved.
+    long = ("training.global_batch_sequences=512", "training.microbatch_sequences=1", "data.max_epochs=1000")
+    saves = ("training.duration_tokens=3276800", "checkpoint.interval_batches=1")
+    file, checkpoints = tmp_path / "recipe.yaml", tmp_path / "runs/try/checkpoints"
+    file.write_text(to_yaml(tiny_recipe(tmp_path / "runs", tmp_path / "shards", "try", *long, *saves)))
+    command = [Path(sys.executable).with_name("composer"), "-n", "2", "train/main.py", file]
+
+    def ended(log: Path, batches: int) -> int:
+        """Starts the run, and gives it Ctrl-C twice once so many batches are saved; returns its status."""
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        end = time.monotonic() + 300
+        try:
+            while next(iter(batches_of(checkpoints)), 0) < batches and process.poll() is None:
+                assert time.monotonic() < end, log.read_text()
+                time.sleep(0.1)
+            assert process.poll() is None, log.read_text()
+            for pause in (2.0, 0.0):
+                os.killpg(process.pid, signal.SIGINT)
+                time.sleep(pause)
+            return process.wait(60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    assert ended(tmp_path / "first", 1) == INTERRUPTED_STATUS, (tmp_path / "first").read_text()
+    assert "once more ends at once, without saving" in (tmp_path / "first").read_text()
+    assert list(batches_of(checkpoints)) == [1]
+    assert ended(tmp_path / "second", 2) == INTERRUPTED_STATUS, (tmp_path / "second").read_text()
+    assert [line["step"] for line in read_steps(tmp_path / "runs/try/metrics.jsonl")][:2] == [1, 2]
+    assert "batch 1/" not in (tmp_path / "second").read_text(), "it resumes after the first"
