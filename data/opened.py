@@ -5,6 +5,7 @@ budget, the loaders, the lookup of an alarm's documents, evaluation, the audit. 
 hashed and parsed only once, and all of them read the same shards.
 """
 
+import copy
 from functools import cached_property
 from pathlib import Path
 
@@ -40,6 +41,12 @@ class OpenedData:
         self._folders: dict[tuple[str, str], ShardFolder] = {}
         self._order: tuple[Curriculum, OrderPlan] | None = None
         self._is_fetched = False
+
+    def under(self, recipe: Recipe) -> "OpenedData":
+        """The same data, of a recipe that differs from this one in its layout only."""
+        other = copy.copy(self)
+        other.recipe = recipe
+        return other
 
     @cached_property
     def manifest(self) -> Manifest:

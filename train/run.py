@@ -52,7 +52,8 @@ from train.recipe import sizes
 from train.recipe.curriculum import Curriculum
 from train.recipe.errors import UserError
 from train.recipe.exit_status import REPLAY_STATUS, UNFIT_STATUS
-from train.recipe.phases import domains_of
+from train.recipe.phase_layouts import laid_out, next_layout
+from train.recipe.phases import domains_of, widest
 from train.recipe.schema import ExpertPrecision, LossMean, Precision, Recipe
 from train.recipe.topology import Topology
 from train.record import provenance
@@ -179,8 +180,12 @@ def start_uploader(opened: OpenedData, folder: Path) -> MlflowUploader:
 
 
 def train_to_end(opened: OpenedData, folder: Path, machine: Machine, resumed: Resumed) -> None:
-    """Trains from the checkpoint to the end under the watchdog, then writes summary and report."""
-    recipe = opened.recipe
+    """Trains from the checkpoint to the end under the watchdog, then writes summary and report.
+
+    In the layout of the phase that the run is in: where the next one has another, training ends too.
+    """
+    recipe = laid_out(opened.recipe, resumed.curriculum, resumed.progress.batch)
+    opened, kept = opened.under(recipe), opened.recipe
     with watched(recipe, folder, machine.topology) as watch:
         START_CLOCK.begin("model")
         model, optimizer = build_model(recipe, machine, is_resumed=resumed.is_resumed)
@@ -191,7 +196,7 @@ def train_to_end(opened: OpenedData, folder: Path, machine: Machine, resumed: Re
         START_CLOCK.begin("loaders")
         trainer = assemble(opened, folder, machine, model, optimizer, resumed, watch)
         digests = data_digests(opened)
-        run_on_rank_0(machine.topology, lambda: keep(recipe, folder, digests, resumed.progress))
+        run_on_rank_0(machine.topology, lambda: keep(kept, folder, digests, resumed.progress))
         if resumed.progress.batch < resumed.curriculum.batches:
             START_CLOCK.begin("first step")
             trainer.fit()
@@ -236,7 +241,7 @@ def start_processes(recipe: Recipe, topology: Topology) -> Machine:
     device_type = "cuda" if device.name == "gpu" else "cpu"
     if device_type == "cuda" and recipe.training.deterministic:
         add_in_fixed_order()
-    raise_descriptor_limit(recipe.parallelism, topology, uses_gpus=device_type == "cuda")
+    raise_descriptor_limit(widest(recipe).parallelism, topology, uses_gpus=device_type == "cuda")
     refuse_excluded(records_folder(Path(recipe.runs_dir) / recipe.name), topology)
     if topology.world_size > 1:
         join(recipe, device, topology)
@@ -378,6 +383,7 @@ def build_step(
         replicas_of(model),
         build_memory_writer(recipe, folder, topology, resumed),
         None if model.decoder.pipeline is None else model.decoder.pipeline.group,
+        functools.partial(next_layout, recipe, curriculum),
     )
     recheck = None
     if recipe.guard.recheck_interval_batches is not None:

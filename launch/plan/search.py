@@ -5,16 +5,16 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from launch.plan.hardware import GIB, Gpu
 from launch.plan.room import copies_bytes, has_room, host_bytes
+from launch.plan.sharing import SHARING, Sharing, sharings
 from launch.plan.stages import memory_of
 from launch.plan.step import Plan, make_plan
 from launch.plan.step_shapes import step_shapes
 from train.recipe import sizes
 from train.recipe.errors import UserError
-from train.recipe.layout_rules import tensor_violations, unstaged
+from train.recipe.layout_rules import unstaged
 from train.recipe.phases import batch_sequences, phases_of
 from train.recipe.rules import validate
 from train.recipe.schema import Compile, Recipe, Recompute
@@ -25,8 +25,6 @@ STAGES = (2, 4, 8, 16)
 """Stages of the pipelines that the search tries."""
 MOST_OPEN = 0.1
 """Share of the fastest plan's step for which traffic is open: with more, stages are tried too."""
-SHARING = (1, 2, 4, 8)
-"""Ranks that the search lets share sequences: within a node, whose links carry what they exchange."""
 
 
 @dataclass(frozen=True)
@@ -127,18 +125,6 @@ def grades_of(recipe: Recipe) -> list[Recompute]:
     return [each for each in Recompute if each is not Recompute.ffn or not recipe.parallelism.interleave]
 
 
-class Sharing(NamedTuple):
-    """The ranks that share each sequence, by one of two ways."""
-
-    context: int = 1
-    tensor: int = 1
-
-    @property
-    def ranks(self) -> int:
-        """Their number."""
-        return self.context * self.tensor
-
-
 def layouts(recipe: Recipe, world_size: int, shared: Sharing, stages: int = 1) -> Iterator[Choice]:
     """Yields all layouts and microbatches that divide batch, ranks and experts; nothing is recomputed.
 
@@ -184,24 +170,6 @@ def pipelines(recipe: Recipe, world_size: int) -> list[int]:
             break
         if world_size % stages == 0 and world_size > stages and recipe.model.n_layers >= stages:
             found.append(stages)
-    return found
-
-
-def sharings(recipe: Recipe, world_size: int) -> list[Sharing]:
-    """The ways in which ranks, powers of two up to a node's, may share every phase's sequences; the fewest
-    ranks first.
-    """
-    lengths = [phase.sequence_tokens or 0 for phase in phases_of(recipe)]
-    shares_context = recipe.training.compile is Compile.off
-    found = [Sharing()]
-    for ranks in SHARING[1:]:
-        if world_size % ranks:
-            continue
-        if shares_context and not any(length % (2 * ranks) for length in lengths):
-            found.append(Sharing(context=ranks))
-        layout = replace(recipe.parallelism, context=1, tensor=ranks, replicate=1, expert=1, interleave=False)
-        if not list(tensor_violations(replace(recipe, parallelism=layout), world_size)):
-            found.append(Sharing(tensor=ranks))
     return found
 
 
@@ -318,7 +286,20 @@ def sufficient_changes(plan: Plan) -> list[str]:
             best_value = values[0].value if name == "recompute" else max(values)
             best_value = min(values) if name in ("context", "tensor", "pipeline") else best_value
             lines.append(f"{key}={str(best_value).lower()} by itself makes it fit")
-    return lines
+    return [*_of_fullest_phase(plan), *lines]
+
+
+def _of_fullest_phase(plan: Plan) -> list[str]:
+    """The fewest ranks that have to share sequences in the phase that needs the most memory, if it is one."""
+    recipe, numbers = plan.recipe, plan.fullest.shape.phases
+    if len(recipe.data.phases) < 2 or len(numbers) > 1:
+        return []
+    phases = list(recipe.data.phases)
+    for ranks in SHARING[1:]:
+        phases[numbers[0]] = replace(phases[numbers[0]], context=ranks)
+        if _fits(replace(recipe, data=replace(recipe.data, phases=phases)), plan.world_size, plan):
+            return [f"data.phases[{numbers[0]}].context={ranks} by itself makes it fit"]
+    return []
 
 
 def _others(plan: Plan) -> list[str]:

@@ -1,7 +1,7 @@
-"""Step shapes of a run: one for each sequence length and batch that its phases train with.
+"""Step shapes of a run: one for each sequence length, batch and layout that its phases train with.
 
-The cost of a step depends on its sequence length and batch, not on mixture or learning rate: phases that
-differ only in these share a step shape.
+The cost of a step depends on these, not on mixture or learning rate: phases that differ only in the latter
+share a step shape.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ class StepShape:
     """A group of steps that cost the same."""
 
     recipe: Recipe
-    """The recipe as if the whole run had this length, batch and microbatch."""
+    """The recipe as if the whole run had this length, batch, microbatch and context parallelism."""
     batches: int
     """Optimizer steps of this shape in the run."""
     tokens: int
@@ -42,6 +42,7 @@ def step_shapes(recipe: Recipe) -> list[StepShape]:
         training = training_in(recipe, phase)
         grades = training.recompute, training.recompute_layers, training.recompute_rest
         shape = _Shape(length, stage.batch_sequences, microbatch_sequences(recipe, phase), *grades)
+        shape = shape._replace(context=phase.context or 1)
         previous = found.get(shape) or StepShape(_in_shape(recipe, shape), 0, 0, ())
         found[shape] = replace(
             previous,
@@ -59,12 +60,13 @@ class _Shape(NamedTuple):
     recompute: Recompute
     recompute_layers: int | None
     recompute_rest: Recompute
+    context: int = 1
 
 
 def _in_shape(recipe: Recipe, shape: _Shape) -> Recipe:
     of_training = shape._asdict()
     length = of_training.pop("sequence_tokens")
-    layout = recipe.parallelism
+    layout = replace(recipe.parallelism, context=of_training.pop("context"))
     return replace(
         recipe,
         parallelism=replace(layout, interleave=layout.interleave and shape.microbatch_sequences % 2 == 0),

@@ -67,7 +67,7 @@ def format_search(plans: list[Plan], show: int) -> str:
 
 def plan_figures(plan: Plan, kept: Goodput | None = None) -> dict[str, Any]:
     """All figures of a plan as plain values; the keys name the units."""
-    layout, kept = plan.recipe.parallelism, kept or goodput(plan)
+    layout, kept = plan.shape.recipe.parallelism, kept or goodput(plan)
     return {
         "recipe": plan.recipe.name,
         "gpu": plan.gpu.name,
@@ -138,8 +138,8 @@ def nearest_to_limit(plan: Plan) -> str:
 
 
 def _headline(plan: Plan) -> str:
-    recipe, layout = plan.recipe, plan.recipe.parallelism
-    training, shaped = recipe.training, plan.shape.recipe
+    recipe, training, shaped = plan.recipe, plan.recipe.training, plan.shape.recipe
+    layout = shaped.parallelism
     shard = sizes.shard_degree(layout, plan.world_size)
     shared = f", context {layout.context} across them" if layout.context > 1 else ""
     shared += f", tensor {layout.tensor} across them" if layout.tensor > 1 else ""
@@ -270,9 +270,12 @@ def _time_table(plan: Plan) -> str:
 
 
 def _shapes_table(plan: Plan) -> str:
+    contexts = {each.shape.recipe.parallelism.context for each in plan.step_shapes}
+    width = 9 if len(contexts) > 1 else 0  # of a column that says nothing otherwise
     lines = [
         "phases, by what their steps are made of (above: a step of the first line)",
-        f"  {'phases':10}{'sequence':>9}{'batch':>7}{'micro':>6}{'steps':>11}{'memory':>11}{'step':>11}"
+        f"  {'phases':10}{'sequence':>9}{'batch':>7}{'micro':>6}{'context':>{width}.{width}}"
+        f"{'steps':>11}{'memory':>11}{'step':>11}"
         f"{'tok/s/GPU':>11}{'util':>7}{'days':>8}{'FLOPs':>11}",
     ]
     for each in plan.step_shapes:
@@ -280,11 +283,12 @@ def _shapes_table(plan: Plan) -> str:
         lines.append(
             f"  {', '.join(str(number + 1) for number in shape.phases):10}{shaped.data.sequence_tokens:>9}"
             f"{shaped.training.global_batch_sequences:>7}{shaped.training.microbatch_sequences:>6}"
-            f"{shape.batches:>11,}{each.memory.total / GIB:>7.1f} GiB{each.step_seconds:>9.2f} s"
+            f"{shaped.parallelism.context!s:>{width}.{width}}{shape.batches:>11,}"
+            f"{each.memory.total / GIB:>7.1f} GiB{each.step_seconds:>9.2f} s"
             f"{each.tokens_per_second_per_gpu:>11.0f}{each.utilisation:>7.1%}"
             f"{shape.batches * each.step_seconds / DAY_SECONDS:>8.1f}{shape.flops.total:>11.4g}"
         )
-    lines.append(f"  {'total':43}{'':32}{'':7}{plan.days:>8.1f}{plan.flops.total:>11.4g}")
+    lines.append(f"  {'total':43}{'':32}{'':7}{'':{width}}{plan.days:>8.1f}{plan.flops.total:>11.4g}")
     return "\n".join(lines)
 
 
@@ -295,6 +299,7 @@ def _shape_figures(plan: Plan) -> dict[str, Any]:
         "sequence_tokens": shaped.data.sequence_tokens,
         "global_batch_sequences": shaped.training.global_batch_sequences,
         "microbatch_sequences": shaped.training.microbatch_sequences,
+        "context": shaped.parallelism.context,
         "batches": plan.shape.batches,
         "tokens": plan.shape.tokens,
         "training_flops": asdict(plan.shape.flops),

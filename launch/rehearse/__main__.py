@@ -18,6 +18,7 @@ from launch.plan.hardware import GIB, GPUS, gpu_named
 from launch.plan.step import Plan, make_plan
 from launch.plan.text import plan_figures
 from train.recipe.errors import UserError
+from train.recipe.phases import widest
 from train.recipe.reading import load_recipe
 from train.record.command import Figures, add_recipe_arguments, at_least, command
 from train.record.log import progress
@@ -76,7 +77,7 @@ def rehearse(plan: Plan, open_files: int | None, host_memory_bytes: int) -> Figu
     from launch.rehearse.step import rehearse_step
     from launch.rehearse.store import measure_store
 
-    recipe, world, per_node = plan.recipe, plan.world_size, plan.gpu.gpus_per_node
+    recipe, world, per_node = widest(plan.recipe), plan.world_size, plan.gpu.gpus_per_node
     replicas = recipe.parallelism.replicate
     ranks = [0, world // replicas] if replicas > 1 else [0]
     progress.info("importing what a rank imports, and measuring a store of this machine")

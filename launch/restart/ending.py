@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.health.heartbeat import (
+    ENDED_FILE,
     FINDING_FILE,
     LOST_HOST_FILE,
+    Ended,
     Failure,
     Finding,
     Heartbeat,
@@ -79,8 +81,10 @@ def explain(status: int, folder: Path, hosts: tuple[str, ...] = ()) -> Ending:
         kind = {REPLAY_STATUS: "replay", UNFIT_STATUS: "unfit"}.get(status, "exception")
         line = f"rank {first_failure.rank} on {first_failure.host}: {first_failure.error}"
         return ending(kind, line, first_failure.rank, first_failure.host)
-    if status == PREEMPTED_STATUS:
-        return ending("preempted", "told to end; everything is saved")
+    ended = read_record(folder / ENDED_FILE, Ended)
+    # A launcher that ends ranks a moment after the first has a status of its own: srun 143.
+    if status == PREEMPTED_STATUS or (ended is not None and ended.status == PREEMPTED_STATUS):
+        return ending("preempted", "told to end, or the next phase has another layout; everything is saved")
     if status == HANG_STATUS:
         return ending("hang", "the watchdog ended a hang, but its finding was not written")
     lost = folder / LOST_HOST_FILE

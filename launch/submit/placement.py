@@ -10,6 +10,7 @@ from launch.plan.search import verdict
 from launch.plan.step import make_plan
 from launch.submit.job import Device, Job
 from train.recipe.errors import UserError
+from train.recipe.phases import widest
 from train.recipe.schema import Parallelism, Recipe
 
 
@@ -71,7 +72,7 @@ def check_placement(job: Job, recipe: Recipe) -> list[str]:
     Raises:
         UserError: if groups would cross a node boundary that must not, or only some expert groups do.
     """
-    layout, gpus = recipe.parallelism, job.gpus_per_node
+    layout, gpus = widest(recipe).parallelism, job.gpus_per_node
     lines = _of_experts(layout, gpus, job.world_size)
     if layout.context > 1:
         inside = gpus % layout.context == 0

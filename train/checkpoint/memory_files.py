@@ -155,8 +155,9 @@ def views(data: Tensor, tensors: list[tuple[str, Tensor]]) -> Iterator[tuple[Ten
 
 
 def layout_digest(recipe: Recipe, world_size: int) -> str:
-    """Returns a digest of what decides which part of each tensor a rank holds."""
-    text = json.dumps([world_size, asdict(recipe.parallelism)], default=str, sort_keys=True)
+    """Returns a digest of what decides which part of each tensor a rank holds; `context` does not."""
+    layout = replace(recipe.parallelism, context=1)
+    text = json.dumps([world_size, asdict(layout)], default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from train.recipe import sizes
 from train.recipe.curriculum import fill_in_middle_in_words, plan_stages
 from train.recipe.layout_rules import reader_in_words, readers_in_words
+from train.recipe.phases import phases_of
 from train.recipe.reading import to_dict
 from train.recipe.schema import Recipe
 from train.recipe.topology import Topology
@@ -81,18 +82,20 @@ def _layout_in_words(recipe: Recipe, shard: int) -> str:
 
 def _phase_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """Returns a row for each phase, none for a single mixture, and one for its fill-in-the-middle."""
-    curriculum, rows = plan_stages(recipe), []
+    curriculum, phases, rows = plan_stages(recipe), phases_of(recipe), []
     for stage in curriculum.stages if recipe.data.phases else ():
         tokens = (stage.end_sample - stage.first_sample) * curriculum.sample_tokens
         shares = _shares(stage.weights)
         if stage.end_weights:
             shares = f"{shares} -> {_shares(stage.end_weights)} ({stage.interpolation})"
+        context = phases[stage.phase].context
+        shared = "" if context == recipe.parallelism.context else f", context {context}"
         rows.append(
             (
                 f"phase {stage.phase}",
                 f"{tokens:,} tokens in {stage.batches:,} batches of {stage.batch_sequences} x "
                 f"{stage.sequence_samples * curriculum.sample_tokens}: {shares}; learning rate x "
-                f"{stage.learning_rate_scale:g}, RoPE theta {stage.rope_theta:g}",
+                f"{stage.learning_rate_scale:g}, RoPE theta {stage.rope_theta:g}{shared}",
             )
         )
     for stage in curriculum.stages:

@@ -5,7 +5,8 @@ import os
 USAGE_STATUS = 2
 """A mistake in the recipe: the same command would fail again."""
 PREEMPTED_STATUS = os.EX_TEMPFAIL
-"""75, after SIGTERM or, in training, Ctrl-C: everything is saved, the same command resumes from here."""
+"""75, after SIGTERM or, in training, Ctrl-C or the last batch before a phase with another layout: everything
+is saved, the same command resumes from here."""
 HANG_STATUS = 76
 """A rank detected a hang: the same command resumes from the newest checkpoint."""
 REPLAY_STATUS = 77

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from train.recipe import sizes
 from train.recipe.errors import Violation
-from train.recipe.phases import batch_sequences, microbatch_sequences, phases_of
+from train.recipe.phases import batch_sequences, in_phase, microbatch_sequences, phases_of
 from train.recipe.schema import (
     BalanceScope,
     Compile,
@@ -13,6 +13,7 @@ from train.recipe.schema import (
     Moments,
     OptimizerKind,
     Parallelism,
+    Phase,
     Position,
     QkNormOver,
     Recipe,
@@ -21,11 +22,31 @@ from train.recipe.topology import Topology
 
 
 def check_layout(recipe: Recipe, topology: Topology) -> Iterator[Violation]:
-    """Yields every rule that batch and layout violate, in order."""
-    yield from _batch_and_degrees(recipe, topology.world_size)
-    yield from _context(recipe, topology.world_size)
-    yield from tensor_violations(recipe, topology.world_size)
-    yield from _pipeline(recipe, topology.world_size)
+    """Yields every rule that batch and layout violate, in order, then those of phases with another layout."""
+    own, lengths = recipe.parallelism.context, []
+    of_phases: list[tuple[str, Phase]] = []
+    for number, phase in enumerate(phases_of(recipe)):
+        if phase.context == own:
+            lengths.append(phase.sequence_tokens or 0)
+        else:
+            of_phases.append((f"data.phases[{number}].context", phase))
+    yield from _of_layout(recipe, topology.world_size, lengths)
+    for key, phase in of_phases:
+        lengths = [phase.sequence_tokens or 0]
+        for each in _of_layout(in_phase(recipe, phase), topology.world_size, lengths):
+            named = each.key.replace(CONTEXT, key), each.what.replace(CONTEXT, key)
+            yield Violation(*named, each.remedy.replace(CONTEXT, key))
+
+
+CONTEXT = "parallelism.context"
+
+
+def _of_layout(recipe: Recipe, ranks: int, lengths: list[int]) -> Iterator[Violation]:
+    """Yields every rule that one layout violates, which trains sequences of these lengths."""
+    yield from _batch_and_degrees(recipe, ranks)
+    yield from _context(recipe, ranks, lengths)
+    yield from tensor_violations(recipe, ranks)
+    yield from _pipeline(recipe, ranks)
     yield from _interleaved(recipe)
     yield from _exchanged(recipe)
     yield from _once_per_node(recipe)
@@ -86,34 +107,33 @@ def readers_in_words(layout: Parallelism, count: int) -> str:
     return f"{count} ranks" if ranks == 1 else f"{count} groups of {ranks} ranks"
 
 
-def _context(recipe: Recipe, ranks: int) -> Iterator[Violation]:
+def _context(recipe: Recipe, ranks: int, lengths: list[int]) -> Iterator[Violation]:
     """Yields violations of the ranks that share sequences."""
     context, expert, moe = recipe.parallelism.context, recipe.parallelism.expert, recipe.model.moe
     if context == 1:
         return
     if ranks % context:
         yield Violation(
-            "parallelism.context",
+            CONTEXT,
             f"{ranks} ranks are not divisible by {context=}",
             f"use a divisor of {ranks}, or start more ranks (composer -n)",
         )
-    lengths = {phase.sequence_tokens for phase in phases_of(recipe)}
-    for length in sorted(length for length in lengths if length and length % (2 * context)):
+    for length in sorted({length for length in lengths if length % (2 * context)}):
         yield Violation(
-            "parallelism.context",
+            CONTEXT,
             f"cuts sequences into {2 * context} chunks, but {length} tokens are not divisible by that",
             "use a divisor of half the length",
         )
     if recipe.training.compile is not Compile.off:
         yield Violation(
-            "parallelism.context",
+            CONTEXT,
             f"is not built for compiled layers, but training.compile={recipe.training.compile.value}",
             "remove either",
         )
     is_nested = expert % context == 0 or context % expert == 0
     if moe is not None and moe.balance_scope is BalanceScope.expert_group and not is_nested:
         yield Violation(
-            "parallelism.context",
+            CONTEXT,
             f"{context=} and {expert=} cut through each other, so model.moe.balance_scope=expert_group is "
             "no group's",
             "let one divide the other, or balance over another scope",

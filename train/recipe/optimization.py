@@ -224,7 +224,8 @@ class Parallelism:
     context: int = key(1, above=0)
     """Context parallelism: neighbouring ranks that share each sequence, for sequences too long for one GPU.
     Each has two chunks of a sequence, one from either end, and gathers keys and values;
-    `microbatch_sequences` are then those of the group. Divides half of every phase's sequence length."""
+    `microbatch_sequences` are then those of the group. Divides half of a sequence's length. A phase may have
+    its own, `data.phases[].context`."""
     tensor: int = key(1, above=0)
     """Tensor parallelism: neighbouring ranks, of one node, that share each sequence and the weights of
     attention, dense feed-forward layers and shared experts. Attention and these layers gather whole sequences

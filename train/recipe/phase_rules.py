@@ -12,6 +12,7 @@ from train.recipe.phases import (
     batch_sequences,
     domains_of,
     fills_in_middle,
+    in_phase,
     microbatch_sequences,
     phase_tokens,
     phases_of,
@@ -98,7 +99,7 @@ def _shares(key: str, shares: Mapping[str, float], *, may_be_zero: bool) -> Iter
 def _shape(recipe: Recipe, topology: Topology, key: str, phase: Phase) -> Iterator[Violation]:
     """Checks sequence length and batches of a phase whose null keys are filled in."""
     shards, longest = recipe.data.sequence_tokens, recipe.model.max_sequence_tokens
-    length, layout = phase.sequence_tokens, recipe.parallelism
+    length, layout = phase.sequence_tokens, in_phase(recipe, phase).parallelism
     readers, each = max(1, sizes.readers(layout, topology.world_size)), reader_in_words(layout)
     assert length is not None
     if length % shards:

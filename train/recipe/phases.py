@@ -22,13 +22,33 @@ def phases_of(recipe: Recipe) -> list[Phase]:
     """
     data = recipe.data
     given = data.phases or [Phase(tokens=recipe.training.duration_tokens, weights=dict(data.domains))]
-    sequence, theta = data.sequence_tokens, recipe.model.rope_theta
+    sequence, theta, context = data.sequence_tokens, recipe.model.rope_theta, recipe.parallelism.context
     phases = []
     for phase in given:
         sequence, theta = phase.sequence_tokens or sequence, phase.rope_theta or theta
         own = phase.fill_in_middle or data.fill_in_middle
-        phases.append(replace(phase, sequence_tokens=sequence, rope_theta=theta, fill_in_middle=own))
+        filled = replace(phase, sequence_tokens=sequence, rope_theta=theta, fill_in_middle=own)
+        phases.append(replace(filled, context=phase.context or context))
     return phases
+
+
+def in_phase(recipe: Recipe, phase: Phase) -> Recipe:
+    """Returns the recipe with the context parallelism of a phase of :func:`phases_of` as the run's.
+
+    Every phase keeps its own.
+    """
+    assert phase.context is not None
+    own = recipe.parallelism.context
+    if phase.context == own:
+        return recipe
+    phases = [replace(each, context=each.context or own) for each in recipe.data.phases]
+    layout = replace(recipe.parallelism, context=phase.context)
+    return replace(recipe, parallelism=layout, data=replace(recipe.data, phases=phases))
+
+
+def widest(recipe: Recipe) -> Recipe:
+    """Returns the recipe in the phase in which the most ranks share each sequence."""
+    return in_phase(recipe, max(phases_of(recipe), key=lambda phase: phase.context or 1))
 
 
 def fill_in_middle_shares(phase: Phase) -> dict[str, float]:

@@ -212,6 +212,9 @@ class Phase:
     """In this phase, what the other layers recompute."""
     fill_in_middle: Optional[FillInMiddle] = None
     """Fill-in-the-middle in this phase; null: as `data.fill_in_middle`."""
+    context: Optional[int] = key(None, above=0, on_resume=OnResume.free)
+    """Ranks that share each sequence in this phase; null: `parallelism.context`. Where it changes, the run
+    saves and ends with status 75: the supervisor, or the same command, continues it in the phase's layout."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from train.recipe.curriculum import Curriculum, plan_stages
-from train.recipe.phases import batch_sequences, microbatch_sequences, phases_of
+from train.recipe.phases import batch_sequences, in_phase, microbatch_sequences, phases_of
 from train.recipe.pipeline import ModelPart, cut, even_layers
 from train.recipe.schema import (
     Balance,
@@ -571,7 +571,7 @@ def most_microbatches(recipe: Recipe, world_size: int) -> int:
     """Returns the forward and backward passes per rank and step, in the phase that has the most."""
     return max(
         batch_sequences(recipe, phase)
-        // readers(recipe.parallelism, world_size)
+        // readers(in_phase(recipe, phase).parallelism, world_size)
         // microbatch_sequences(recipe, phase)
         for phase in phases_of(recipe)
     )

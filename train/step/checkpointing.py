@@ -1,4 +1,6 @@
-"""Checkpoint policy: save every so many batches or minutes, at the run's end, and on SIGTERM or Ctrl-C."""
+"""Checkpoint policy: save every so many batches or minutes, at the run's end, on SIGTERM or Ctrl-C, and where
+the layout changes.
+"""
 
 import copy
 import signal
@@ -8,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from composer.core import State
@@ -29,6 +31,10 @@ from train.step.guard import UpdateGuard
 logger = log.get_logger(__name__)
 
 
+class NotSavedError(RuntimeError):
+    """A state that could not be saved where the run has to end."""
+
+
 class Checkpointing:
     """Saves the state between batches, while training continues.
 
@@ -36,7 +42,8 @@ class Checkpointing:
     all. They do so in the sum of the batch's loss (:meth:`flags`), which every batch has anyway. SIGTERM, by
     which schedulers announce preemption, saves after the batch and ends the run with status 75 (EX_TEMPFAIL);
     one that comes after the batch's sum, during the update or the records, does so after the next batch.
-    SIGINT, which Ctrl-C sends, does the same; a second one ends the process at once.
+    SIGINT, which Ctrl-C sends, does the same; a second one ends the process at once. So does a phase that has
+    another layout: the run that resumes builds it.
 
     Args:
         root: folder of the run's checkpoints.
@@ -49,6 +56,7 @@ class Checkpointing:
         replicas: ranks that hold the same shards as this one, see :class:`CheckpointSaver`.
         memory: makes copies in the hosts' memory; None: there are none.
         stages: ranks of this one's pipeline, see there.
+        next_layout: says how the layout changes after so many batches; empty: it does not.
     """
 
     def __init__(
@@ -63,7 +71,9 @@ class Checkpointing:
         replicas: dist.ProcessGroup | None = None,
         memory: MemoryWriter | None = None,
         stages: dist.ProcessGroup | None = None,
+        next_layout: Callable[[int], str] = lambda _: "",
     ) -> None:
+        self._next_layout = next_layout
         self.guard, self.memory = guard, memory
         self.recipe, self.topology, self._restore = recipe, topology, restore
         self.curriculum, self.data_log = curriculum, data_log
@@ -104,7 +114,9 @@ class Checkpointing:
         is_copying: bool = False,
         has_copy_failed: bool = False,
     ) -> None:
-        """Saves if an interval has passed, or a SIGTERM or Ctrl-C has arrived; copies to memory likewise.
+        """Saves if an interval has passed, a SIGTERM or Ctrl-C has arrived, or the layout changes.
+
+        Copies to memory likewise.
 
         Args:
             state: the state after the batch.
@@ -114,7 +126,8 @@ class Checkpointing:
             has_copy_failed: whether any rank's fourth was: no more are made.
 
         Raises:
-            SystemExit: with status 75, once the state is saved after a signal.
+            SystemExit: with status 75, once the state is saved after a signal or at a change of the layout.
+            NotSavedError: if it could not be saved there: the run would end there again and again.
         """
         self._report(self.saver.poll())
         batch = state.timestamp.batch.value
@@ -125,11 +138,25 @@ class Checkpointing:
             told_by = self._told_by or "SIGTERM"
             self._log(f"{told_by}: saved and ended after batch {batch}; the same command resumes the run")
             raise SystemExit(PREEMPTED_STATUS)
+        if change := self._next_layout(batch):
+            self._end_layout(state, change)
         if is_due_by_time or (every is not None and batch % every == 0):
             self._save(state)
         if has_copy_failed:
             self._stop_copying()
         self._copy_if_due(state, is_copying)
+
+    def _end_layout(self, state: State, change: str) -> NoReturn:
+        """Saves and ends, since the next batch has another layout."""
+        self._save(state)
+        batch = state.timestamp.batch.value
+        if not self._end():
+            raise NotSavedError(f"{change}, but the checkpoint of batch {batch} could not be saved")
+        self._log(
+            f"saved and ended after batch {batch} with status {PREEMPTED_STATUS}: {change}; the same command "
+            "continues the run, as a supervisor does by itself"
+        )
+        raise SystemExit(PREEMPTED_STATUS)
 
     def save_end(self, state: State) -> None:
         """Saves the final checkpoint and waits until it is written."""
@@ -158,12 +185,13 @@ class Checkpointing:
         run_on_rank_0(self.topology, lambda: self._report(self.saver.wait()))
         self.saver.wait()
 
-    def _end(self) -> None:
-        """Waits for the last save; if it succeeded, the copies in memory are needed no more."""
+    def _end(self) -> bool:
+        """Waits for the last save; if it succeeded, which it returns, copies in memory are needed no more."""
         self.wait()
         is_saved = run_on_rank_0(self.topology, lambda: self._is_saved)
         if self.memory is not None and is_saved:
             self.memory.finish()
+        return is_saved
 
     def _copy_if_due(self, state: State, is_copying: bool) -> None:
         """Copies to memory if that is due, once all ranks have finished the previous copy."""

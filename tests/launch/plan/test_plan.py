@@ -346,6 +346,27 @@ def test_each_step_shape_is_planned_as_a_run_of_its_own() -> None:
     assert sum(plan.shape.batches for plan in plan_of_run.step_shapes) == sizes.batches(whole)
 
 
+def test_a_phase_is_planned_in_a_layout_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ("parallelism.replicate=1", "parallelism.expert=4", "training.recompute=layer")
+    without, phased = recipe("dbrx", *keys), recipe("dbrx", *keys, "data.phases[3].context=2")
+    plans = {name: make_plan(each, 64, H100) for name, each in (("without", without), ("phased", phased))}
+    all_shared = make_plan(recipe("dbrx", *keys, "parallelism.context=2"), 64, H100)
+    (short, long), (same, _) = plans["phased"].step_shapes, plans["without"].step_shapes
+    for quantity in ("memory", "collectives", "microbatches", "parts", "step_seconds"):
+        assert getattr(short, quantity) == getattr(same, quantity), quantity
+        assert getattr(long, quantity) == getattr(all_shared.others[0], quantity), quantity
+    assert long.microbatches == 2 * plans["without"].others[0].microbatches
+    # The last phase has no room by itself; were all phases to share sequences, the run would take longer.
+    assert not plans["without"].fits and plans["phased"].fits and plans["phased"].days < all_shared.days
+    assert "data.phases[3].context=2 by itself makes it fit" in sufficient_changes(plans["without"])
+    command = [str(YAMLS / "dbrx.yaml"), *keys, "data.phases[3].context=2", "--gpus", "64"]
+    assert plan.main(command) == 0
+    _, title, *rows = capsys.readouterr().out.partition("phases, by what")[2].splitlines()
+    place = title.split().index("context")
+    # `1, 2, 3` are the phases of the first row.
+    assert [rows[0].split()[2 + place], rows[1].split()[place]] == ["1", "2"]
+
+
 @pytest.mark.slow
 def test_a_run_fits_only_if_its_longest_phase_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -123,6 +123,19 @@ def test_a_job_that_is_told_to_end_while_it_waits_is_not_started_again(job: Scri
     assert supervisor.run() == FAILED and len(job.tries) == 1
 
 
+def test_ranks_that_saved_and_ended_are_no_failure_whatever_their_launcher_says(job: ScriptedTries) -> None:
+    def ends_where_the_layout_changes() -> int:
+        job.beat(0)
+        write_record(job.folder / ENDED_FILE, Ended(PREEMPTED_STATUS))
+        return 128 + signal.SIGTERM  # srun's
+
+    job.tries = [ends_where_the_layout_changes, ends_where_the_layout_changes, lambda: 0]
+    assert job.supervise(Policy(restarts=0, same_batch=1), hosts=("n1", "n2"), nodes=1) == 0
+    log = read_log(job.folder)
+    assert [(line["kind"], line["excluded"]) for line in log[:2]] == [("preempted", None)] * 2
+    assert job.waits == [0, 0] and job.hosts == [("n1",)] * 3
+
+
 def test_a_recipe_that_is_wrong_is_not_tried_again(job: ScriptedTries) -> None:
     job.tries = [lambda: 2, lambda: 0]
     assert job.supervise() == 2

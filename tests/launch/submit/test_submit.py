@@ -24,6 +24,7 @@ from train.health.environment import TABLE
 from train.recipe.errors import UserError
 from train.recipe.exit_status import HANG_STATUS, PREEMPTED_STATUS, USAGE_STATUS
 from train.recipe.reading import load_recipe
+from train.recipe.schema import Phase
 from train.record.process import HOST_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -282,6 +283,18 @@ def test_placement_by_counting_nodes() -> None:
             else:
                 with pytest.raises(UserError, match=r"parallelism\.expert.*boundary"):
                     check_placement(job, placed)
+
+
+def test_placement_of_the_phase_in_which_the_most_ranks_share_sequences() -> None:
+    def lines(context: int) -> str:
+        phases = [Phase(tokens=512), Phase(tokens=512, context=context), Phase(tokens=512, context=1)]
+        recipe = load_recipe(RECIPE)
+        placed = replace(recipe, data=replace(recipe.data, phases=phases))
+        return "\n".join(check_placement(replace(JOB, nodes=2, gpus_per_node=4), placed))
+
+    assert "placement: groups of 4 that share sequences stay within a node" in lines(4)
+    assert "warning: groups of 8 that share sequences cross nodes" in lines(8)
+    assert "share sequences" not in lines(1)
 
 
 def test_placement_of_an_exchange_once_per_node() -> None:

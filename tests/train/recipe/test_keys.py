@@ -25,7 +25,12 @@ FREE_KEYS = {
     *("name", "runs_dir", "on_existing", "data.workers", "data.remote", "data.cache_bytes"),
     *("data.validation_domains", "data.validation_sequences"),
     *("training.recompute", "training.recompute_layers", "training.recompute_rest", "training.offload"),
-    *("training.loss_chunk_tokens", "training.profile_batches", "training.profile_ranks"),
+    *(
+        "data.phases[].context",
+        "training.loss_chunk_tokens",
+        "training.profile_batches",
+        "training.profile_ranks",
+    ),
 }
 EDITABLE_KEYS = {
     *(

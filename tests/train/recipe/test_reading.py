@@ -338,6 +338,42 @@ def test_ranks_share_sequences_that_they_can_cut_evenly(
         validate(recipe, Topology(world_size=ranks), SMOKE)
 
 
+IN_PHASES = [
+    "data.phases=[{tokens: 4800, weights: {code: 1.0}},"
+    " {tokens: 4800, weights: {code: 1.0}, sequence_tokens: 12}]",
+    *("data.sequence_tokens=6", "training.duration_tokens=9600", "schedule.warmup_tokens=0"),
+    "training.microbatch_sequences=2",
+]
+FIRST, SECOND = "data.phases[0].context", "data.phases[1].context"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "refusal"),
+    [
+        ([f"{SECOND}=2"], 2, ""),
+        (["parallelism.context=2", f"{FIRST}=1"], 2, ""),
+        (["parallelism.context=2"], 2, "parallelism.context: cuts sequences into 4 chunks, but 6 tokens"),
+        ([f"{FIRST}=2"], 2, f"{FIRST}: cuts sequences into 4 chunks, but 6 tokens are not divisible by that"),
+        ([f"{SECOND}=3"], 2, f"{SECOND}: 2 ranks are not divisible by context=3; use a divisor of 2"),
+        ([f"{SECOND}=2", "parallelism.tensor=2"], 4, f"is not built for {SECOND}=2; remove either"),
+        ([f"{SECOND}=2", "training.compile=blocks"], 2, f"{SECOND}: is not built for compiled layers"),
+        (
+            ["parallelism.context=3", f"{SECOND}=1"],
+            9,
+            "4 sequences of 12 tokens are not divisible by 9 ranks",
+        ),
+        ([f"{SECOND}=0"], 2, f"{SECOND}: is 0; must be above 0"),
+    ],
+)
+def test_the_layout_of_each_phase_is_checked(overrides: list[str], ranks: int, refusal: str) -> None:
+    recipe = load_recipe(SMOKE, [*IN_PHASES, *overrides])
+    with pytest.raises(UserError) if refusal else nullcontext() as caught:
+        validate(recipe, Topology(world_size=ranks), SMOKE)
+    if caught is not None:
+        lines = [str(each) for each in getattr(caught.value, "errors", [caught.value])]
+        assert any(refusal in line for line in lines), lines
+
+
 @pytest.mark.parametrize(
     ("overrides", "ranks", "refusal"),
     [
