@@ -104,7 +104,7 @@ def test_tokens_that_cross_once_per_node_leave_less_open() -> None:
         layer_of("dbrx", 3072, "parallelism.expert=16", *keys)
         for keys in ((), ("parallelism.exchange_node_ranks=8",))
     )
-    assert once.open < 0.75 * straight.open and once.total < straight.total
+    assert once.open < 0.8 * straight.open and once.total < straight.total
 
 
 def test_layers_that_stay_gathered_copy_their_weights_once() -> None:
