@@ -33,7 +33,7 @@ KILLED = -9
 
 @dataclass(frozen=True)
 class TryOrder:
-    """What the leader tells the others: a try, or the end."""
+    """The leader's message to the others: a try, or the end."""
 
     token: str
     places: list[int]
@@ -43,7 +43,7 @@ class TryOrder:
     is_over: bool = False
     """The try has failed somewhere: all ranks are to end."""
     status: int | None = None
-    """Exit status of the job; None while it goes on."""
+    """Exit status of the job; None until it has ended."""
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ class RecheckedModel:
     def __init__(self, recipe: Recipe, wrong_runs: tuple[int, ...]) -> None:
         self.found: list[Corruption] = []
         self.told: list[str] = []
-        """What the watchdog hears."""
+        """Receives the messages that the watchdog hears."""
         self.wrong_runs, self.runs = wrong_runs, 0
         self.step = self._trained(recipe)
 
